@@ -1,0 +1,39 @@
+"""The exponential, at a usable speed on every device.
+
+MLX's CPU build for Linux evaluates `exp` one element at a time (about 22 ns each on a 2.5 GHz Xeon), numpy's loop is vectorised
+(1.2 ns). Attention over a long context is mostly exponentials, so on that build we go through numpy.
+"""
+
+import sys
+
+import mlx.core as mx
+import numpy as np
+
+_SLOW = sys.platform == "linux"
+
+
+def exp(x: mx.array) -> mx.array:
+    """e^x, elementwise, in float32. Inside `mx.compile` (where nothing can be evaluated) it is `mx.exp`."""
+    if not (_SLOW and mx.default_device() == mx.cpu):
+        return mx.exp(x)
+    try:
+        mx.eval(x)
+    except ValueError:  # traced by mx.compile
+        return mx.exp(x)
+    return mx.array(np.exp(np.array(x, copy=False)))
+
+
+def sigmoid(x: mx.array) -> mx.array:
+    """1 / (1 + e^-x), differentiable through its own value."""
+    return _sigmoid(x)[0]
+
+
+@mx.custom_function
+def _sigmoid(x: mx.array) -> tuple[mx.array]:
+    return (1 / (1 + exp(-mx.clip(x, -80.0, 80.0))),)
+
+
+@_sigmoid.vjp
+def _sigmoid_vjp(primals, cotangents, outputs):  # type: ignore[no-untyped-def]
+    (y,), (dy,) = outputs, cotangents
+    return dy * y * (1 - y)

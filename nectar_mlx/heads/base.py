@@ -1,0 +1,73 @@
+"""What every kind of head function offers."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+import mlx.core as mx
+
+from ..attention import Partial
+
+HeadArrays = dict[str, mx.array]  # the parameters of one head, unpadded, as they are stored; or of a bank, stacked
+Size = tuple[int, ...]
+
+
+@dataclass(kw_only=True)
+class Bank:
+    """M head functions of one kind, evaluated together.
+
+    `bank(queries)` maps post-RoPE, unscaled queries [M, N, D] to `Partial(output [M, N, D], log_normalizer [M, N])`.
+    `parameters` holds each array of `shapes` stacked to [M, ...]. Heads may differ in `sizes`; smaller ones are padded with
+    parts that contribute exactly nothing. `scale` is the model's attention scale.
+    """
+
+    parameters: HeadArrays
+    sizes: tuple[Size, ...]
+    scale: float
+
+    kind: ClassVar[str]
+    padding: ClassVar[dict[str, float]] = {}  # what neutral padding is where it is not zero
+
+    def __call__(self, queries: mx.array) -> Partial:
+        return self.apply(self.parameters, queries)
+
+    def apply(self, parameters: HeadArrays, queries: mx.array) -> Partial:
+        """The functions with other parameters of the same shapes: pure, and differentiable in `parameters`."""
+        raise NotImplementedError
+
+    @classmethod
+    def shapes(cls, size: Size, head_dim: int) -> dict[str, tuple[int, ...]]:
+        """The name and shape of every parameter of one head of this size, in storage order."""
+        raise NotImplementedError
+
+    @classmethod
+    def size_of(cls, head: HeadArrays) -> Size:
+        """The size that `shapes` needs to describe this head."""
+        raise NotImplementedError
+
+    @classmethod
+    def stack(cls, heads: Sequence[HeadArrays], *, scale: float) -> Self:
+        """Heads as `shapes` describes them -> one bank."""
+        parameters = {n: _pad_and_stack([h[n] for h in heads], cls.padding.get(n, 0.0)) for n in heads[0]}
+        return cls(parameters=parameters, sizes=tuple(cls.size_of(h) for h in heads), scale=scale)
+
+    def unstack(self) -> list[HeadArrays]:
+        """The heads, unpadded: the inverse of `stack`."""
+        heads = []
+        for i, size in enumerate(self.sizes):
+            shapes = self.shapes(size, self.head_dim)
+            heads.append({n: self.parameters[n][i][tuple(slice(0, d) for d in s)] for n, s in shapes.items()})
+        return heads
+
+    @property
+    def head_dim(self) -> int:
+        raise NotImplementedError
+
+
+def _pad_and_stack(arrays: Sequence[mx.array], fill: float) -> mx.array:
+    """Arrays of one rank -> [M, *largest shape], filled up with `fill`."""
+    largest = [max(dims) for dims in zip(*(a.shape for a in arrays), strict=True)]
+    padded = [
+        mx.pad(a, [(0, n - d) for n, d in zip(largest, a.shape, strict=True)], constant_values=fill) for a in arrays
+    ]
+    return mx.stack(padded)

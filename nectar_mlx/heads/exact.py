@@ -1,0 +1,28 @@
+"""Exact: the context's own keys and values, so that every other kind can be checked against the whole path."""
+
+import mlx.core as mx
+
+from ..attention import Partial, exact
+from .base import Bank, HeadArrays, Size
+
+
+class Exact(Bank):
+    """keys and values [n, D] a head: the context's, positions applied; size = (n,), the same for all heads."""
+
+    kind = "exact"
+
+    def apply(self, parameters: HeadArrays, queries: mx.array) -> Partial:
+        return exact(queries, parameters["keys"], parameters["values"], scale=self.scale)
+
+    @classmethod
+    def shapes(cls, size: Size, head_dim: int) -> dict[str, tuple[int, ...]]:
+        (tokens,) = size
+        return {"keys": (tokens, head_dim), "values": (tokens, head_dim)}
+
+    @classmethod
+    def size_of(cls, head: HeadArrays) -> Size:
+        return (head["keys"].shape[0],)
+
+    @property
+    def head_dim(self) -> int:
+        return self.parameters["keys"].shape[-1]

@@ -1,0 +1,33 @@
+"""Quadrature: m weighted nodes (k_j, v_j, b_j), free to move (Nectar, arXiv 2605.09778, the quadrature variant).
+
+    o(q) = Σ softmax(scale · q·k_j + b_j) v_j,    L(q) = log Σ exp(scale · q·k_j + b_j)
+"""
+
+import mlx.core as mx
+
+from ..attention import Partial, weighted
+from .base import Bank, HeadArrays, Size
+
+
+class Quadrature(Bank):
+    """keys, values [m, D] and bias [m] a head; size = (m,). Padding nodes have weight zero."""
+
+    kind = "quadrature"
+    padding = {"bias": -1e30}
+
+    def apply(self, parameters: HeadArrays, queries: mx.array) -> Partial:
+        keys, values, bias = (parameters[n] for n in ("keys", "values", "bias"))
+        return weighted(queries, keys, values, bias=bias, scale=self.scale)
+
+    @classmethod
+    def shapes(cls, size: Size, head_dim: int) -> dict[str, tuple[int, ...]]:
+        (nodes,) = size
+        return {"keys": (nodes, head_dim), "values": (nodes, head_dim), "bias": (nodes,)}
+
+    @classmethod
+    def size_of(cls, head: HeadArrays) -> Size:
+        return (head["bias"].shape[0],)
+
+    @property
+    def head_dim(self) -> int:
+        return self.parameters["keys"].shape[-1]
