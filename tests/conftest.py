@@ -1,0 +1,3 @@
+"""The library comes first: it loads an optimised BLAS, which must happen before mlx.core is imported."""
+
+import nectar_mlx  # noqa: F401
