@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from nectar_mlx._blas import use_fast_blas
+from nectar_mlx.blas import use_fast_blas
 from nectar_mlx.errors import NectarError
 
 if TYPE_CHECKING:

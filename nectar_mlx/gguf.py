@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import gguf
-import mlx_lm  # noqa: F401  keeps transformers from advising to install PyTorch
 import mlx.core as mx
+import mlx_lm  # noqa: F401  keeps transformers from advising to install PyTorch
 import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
@@ -39,13 +39,19 @@ _LAYER_NAMES = {
 _TYPES = {"F32": mx.float32, "F16": mx.float16}
 
 _GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 # What splits a text before byte-level BPE, by the name that llama.cpp gives the tokenizer.
 _SPLITS = {
-    **dict.fromkeys(["default", "gpt-2"], [_GPT2_WORDS]),
-    **dict.fromkeys(["smollm", "starcoder", "refact", "command-r"], [r"\p{N}", _GPT2_WORDS]),
-    **dict.fromkeys(["qwen2", "deepseek-r1-qwen"], [_WORDS % ""]),
-    **dict.fromkeys(["llama-bpe", "llama3", "llama-v3"], [_WORDS % "{1,3}"]),
+    "default": (_GPT2_WORDS,),
+    "gpt-2": (_GPT2_WORDS,),
+    "smollm": (r"\p{N}", _GPT2_WORDS),
+    "starcoder": (r"\p{N}", _GPT2_WORDS),
+    "qwen2": (_WORDS % "",),
+    "deepseek-r1-qwen": (_WORDS % "",),
+    "llama-bpe": (_WORDS % "{1,3}",),
+    "llama3": (_WORDS % "{1,3}",),
 }
 _CONTROL, _USER_DEFINED, _BYTE = 3, 4, 6
 
@@ -218,7 +224,7 @@ def _tokenizer(path: Path, metadata: dict[str, Any]) -> PreTrainedTokenizerFast:
     names = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
     ids = {role: value(f"{name}_token_id") for role, name in names.items()}
     roles = {role: tokens[index] for role, index in ids.items() if index is not None and index < len(tokens)}
-    if value("add_bos_token", kind == "llama" or value("pre") in ("llama-bpe", "llama3", "llama-v3")):
+    if value("add_bos_token", kind == "llama" or value("pre") in ("llama-bpe", "llama3")):
         _prepend(tokenizer, roles["bos_token"], ids["bos_token"])
     template = metadata.get("tokenizer.chat_template")
     return PreTrainedTokenizerFast(

@@ -1,23 +1,19 @@
 """From a model's name to its weights: a folder, a .gguf file, the hub's cache, the hub, or the bundled demo model."""
 
-import hashlib
-import os
-import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from nectar_mlx.errors import NectarError
+from nectar_mlx.folders import cache_folder, written_at_once
 
 BUNDLED = "SmolLM2-135M-Instruct"
 BUNDLED_NAMES = {name.lower() for name in (BUNDLED, f"HuggingFaceTB/{BUNDLED}", f"mlx-community/{BUNDLED}")}
@@ -71,13 +67,6 @@ def resolve(name: str, *, log: Callable[[str], None] | None = None) -> Source:
     raise NectarError(f"{name}: no such model")
 
 
-def cache_folder() -> Path:
-    """Where converted models are kept: NECTAR_CACHE, else nectar_mlx in the user's cache folder."""
-    if chosen := os.environ.get("NECTAR_CACHE"):
-        return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "nectar_mlx"
-
-
 def _bundled(log: Callable[[str], None]) -> Path:
     folder = cache_folder() / f"{BUNDLED}-{_WHEEL_SHA256[:8]}-{_CONVERSION}"
     if not folder.exists():
@@ -107,24 +96,8 @@ def _convert(path: Path, folder: Path, log: Callable[[str], None]) -> None:
     from nectar_mlx import gguf
 
     log(f"converting {path.name} into {folder}, once")
-    with _atomic_folder(folder) as scratch:
+    with written_at_once(folder) as scratch:
         gguf.convert(path, scratch)
-
-
-@contextmanager
-def _atomic_folder(folder: Path) -> Iterator[Path]:
-    """A scratch folder that takes the name `folder` when all of it is written; of two processes the first wins."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        yield scratch
-        try:
-            scratch.rename(folder)
-        except OSError:
-            if not folder.is_dir():
-                raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _first_line(error: Exception) -> str:
