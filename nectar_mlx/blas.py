@@ -70,9 +70,11 @@ def _unprefixed_openblas() -> str | None:
         try:
             import lief
 
-            library = lief.ELF.parse(next(Path(package.origin).parent.glob("lib/libscipy_openblas*.so")))
+            library = lief.ELF.parse(str(next(Path(package.origin).parent.glob("lib/libscipy_openblas*.so"))))
+            if library is None:
+                return None
             for symbol in library.dynamic_symbols:
-                symbol.name = symbol.name.removeprefix("scipy_")
+                symbol.name = str(symbol.name).removeprefix("scipy_")
             with written_at_once(folder) as scratch:
                 library.write(str(scratch / copy.name))
         except (ImportError, OSError, StopIteration):

@@ -1,5 +1,8 @@
 """From a model's name to its weights: a folder, a .gguf file, the hub's cache, the hub, or the bundled demo model."""
 
+import dataclasses
+import hashlib
+import json
 import subprocess
 import sys
 import tempfile
@@ -7,9 +10,11 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from nectar_mlx.errors import NectarError
@@ -44,7 +49,7 @@ def load(name: str, *, log: Callable[[str], None] | None = None) -> tuple[nn.Mod
 
     source = resolve(name, log=log)
     try:
-        model, tokenizer = mlx_lm.load(str(source.path), lazy=True)
+        model, tokenizer = mlx_lm.load(str(source.path), lazy=True)[:2]
     except (FileNotFoundError, KeyError, TypeError, ValueError) as error:
         raise NectarError(f"{name}: mlx-lm cannot load {source.path} ({_first_line(error)})") from error
     if mx.default_device() == mx.cpu:
@@ -65,6 +70,46 @@ def resolve(name: str, *, log: Callable[[str], None] | None = None) -> Source:
     if path.is_dir():
         return Source(name, "folder", path, f"the folder {path}")
     raise NectarError(f"{name}: no such model")
+
+
+def fingerprint(model: nn.Module) -> str:
+    """The sha256 of a model's configuration and weights, the same on the CPU in float32 and on a GPU in bfloat16.
+
+    Of every parameter it takes the name, the shape and up to 4,096 evenly spaced values rounded to bfloat16: a second
+    even for large models. A fine-tuned or requantised model differs; a change of single weights may go unseen.
+    """
+    arguments = getattr(model, "args", None)
+    settings = dataclasses.asdict(arguments) if dataclasses.is_dataclass(arguments) else {"class": type(model).__name__}
+    parameters = sorted(tree_flatten(model.parameters()))
+    samples = [_sample(array) for _, array in parameters]
+    mx.eval(samples)
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+    for (name, array), sample in zip(parameters, samples, strict=True):
+        digest.update(f"{name} {array.shape}".encode())
+        digest.update(memoryview(sample))
+    return digest.hexdigest()
+
+
+def _sample(array: mx.array) -> mx.array:
+    # An odd step, so that a power of two in the shape does not pick the same column of every row.
+    step = -(-array.size // 4096) | 1
+    values = array.reshape(-1)[::step]
+    return values.astype(mx.bfloat16).view(mx.uint16) if mx.issubdtype(array.dtype, mx.floating) else values
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """The sha256 of what decides token ids and prompts: vocabulary, merges, chat template, and a text's encoding."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    merges = json.loads(backend.to_str())["model"].get("merges") if backend else None
+    # The encoding stands for normalisation and splitting, whose own serialisation differs between library versions.
+    text = "We'll  see:\n\n1234 naïve ﬁnds, x_1 = [3.14];\t你好 🙂 <s>"
+    parts = [
+        sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0])),
+        [" ".join(merge) if isinstance(merge, list) else merge for merge in merges or []],
+        getattr(tokenizer, "chat_template", None),
+        list(tokenizer.encode(text)),
+    ]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _bundled(log: Callable[[str], None]) -> Path:
