@@ -14,6 +14,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
@@ -79,14 +80,14 @@ def fingerprint(model: nn.Module) -> str:
     even for large models. A fine-tuned or requantised model differs; a change of single weights may go unseen.
     """
     arguments = getattr(model, "args", None)
-    settings = dataclasses.asdict(arguments) if dataclasses.is_dataclass(arguments) else {"class": type(model).__name__}
-    parameters = sorted(tree_flatten(model.parameters()))
+    settings = dataclasses.asdict(arguments) if arguments is not None else {"class": type(model).__name__}
+    parameters: list[tuple[str, mx.array]] = sorted(tree_flatten(model.parameters()))  # type: ignore[arg-type]
     samples = [_sample(array) for _, array in parameters]
     mx.eval(samples)
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     for (name, array), sample in zip(parameters, samples, strict=True):
         digest.update(f"{name} {array.shape}".encode())
-        digest.update(memoryview(sample))
+        digest.update(np.array(sample).tobytes())
     return digest.hexdigest()
 
 
