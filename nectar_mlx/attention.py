@@ -122,7 +122,9 @@ def causal(
         parts.append(_masked(q, keys[:, :, :seen], values[:, :, :seen], scale=scale, mask=rows))
         if step < T:
             mx.eval(parts[-1])
-    output, log_normalizer = (mx.concatenate(xs, axis=3) if len(parts) > 1 else xs[0] for xs in zip(*parts, strict=True))
+    output, log_normalizer = (
+        mx.concatenate(xs, axis=3) if len(parts) > 1 else xs[0] for xs in zip(*parts, strict=True)
+    )
     return Partial(output.reshape(B, H, T, D), log_normalizer.reshape(B, H, T))
 
 

@@ -1,6 +1,6 @@
 """Corrected quadrature: nodes, and one gated hidden layer that adds a correction to both o and L.
 
-    h = silu(W_gate q + b_gate) ⊙ (W_up q + b_up),    o = o_nodes + W_outᵀ h + b_out,    L = L_nodes + w_score·h + b_score
+h = silu(W_gate q + b_gate) ⊙ (W_up q + b_up),    o = o_nodes + W_outᵀ h + b_out,    L = L_nodes + w_score·h + b_score
 """
 
 import mlx.core as mx

@@ -1,6 +1,6 @@
 """Quadrature: m weighted nodes (k_j, v_j, b_j), free to move (Nectar, arXiv 2605.09778, the quadrature variant).
 
-    o(q) = Σ softmax(scale · q·k_j + b_j) v_j,    L(q) = log Σ exp(scale · q·k_j + b_j)
+o(q) = Σ softmax(scale · q·k_j + b_j) v_j,    L(q) = log Σ exp(scale · q·k_j + b_j)
 """
 
 import mlx.core as mx

@@ -1,0 +1,144 @@
+"""The fitted object: what a model needs to answer about one context."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Self
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from . import __version__, adapter, models, prompts, store
+from .adapter import Geometry
+from .cache import NectarCache
+from .errors import NectarError
+from .heads import Bank
+from .store import Layout
+
+
+class Nectar:
+    """A long context, fitted: per layer and KV head a function of the query that stands for it.
+
+    Attributes: `prefix`, the token ids it stands for (positions 0 … n-1); `banks`, one bank of head functions a layer; `report`,
+    what was measured while fitting; `metadata`, where it came from.
+    """
+
+    def __init__(self, tensors: store.Tensors, metadata: dict[str, Any]):
+        self._tensors, self.metadata = tensors, metadata
+        self.geometry = Geometry(**{**metadata["geometry"], "windows": tuple(metadata["geometry"]["windows"])})
+        self.layout = Layout(**metadata["layout"])
+        self.prefix: list[int] = tensors["prefix"].tolist()
+        self.report: dict[str, Any] = metadata["report"]
+        self.banks: list[Bank] = store.unpack(self.layout, tensors)
+
+    @classmethod
+    def fit(cls, model: nn.Module, tokenizer: Any, text: str, *, budget: float = 0.02, **options: Any) -> "Nectar":
+        """Fits a text: see `nectar_mlx.fit.FitConfig` for the options. budget: bytes kept / bytes of the bf16 KV cache."""
+        from .fit import FitConfig, fit
+
+        return fit(model, tokenizer, text, config=FitConfig(budget=budget, **options))
+
+    @classmethod
+    def load(cls, path: str | Path, model: nn.Module, tokenizer: Any = None) -> Self:
+        """Reads a .nectar; NectarError unless it is whole and was fitted on this very model (and tokenizer, if one is given)."""
+        tensors, strings = store.read(Path(path))
+        try:
+            metadata = {k: v if k in store_strings else json.loads(v) for k, v in strings.items()}
+            prefix = np.array(tensors["prefix"])
+            if _prefix_digest(prefix) != metadata["prefix_sha256"]:
+                raise NectarError(f"{path} is damaged: its prefix does not match its checksum")
+            nectar = cls(tensors, metadata)
+        except (KeyError, TypeError, ValueError) as error:
+            raise NectarError(f"{path} is damaged: {error}") from None
+        geometry = adapter.route(model)
+        if geometry != nectar.geometry or models.fingerprint(model) != metadata["model_sha256"]:
+            raise NectarError(f"{path} was fitted on {metadata['model']}, which is not the model given")
+        if tokenizer is not None and models.tokenizer_fingerprint(tokenizer) != metadata["tokenizer_sha256"]:
+            raise NectarError(f"{path} was fitted with another tokenizer or chat template than the one given")
+        return nectar
+
+    def save(self, path: str | Path) -> None:
+        """Writes a .nectar in one step; NectarError if the path holds something that is not a .nectar, or cannot be written."""
+        path = Path(path)
+        if path.exists() and not store.is_nectar(path):
+            raise NectarError(f"{path} exists and is not a .nectar: choose another --output")
+        store.write(path, self._tensors, self.metadata)
+
+    def make_cache(self, *, kv_bits: int | None = None) -> list[NectarCache]:
+        """Fresh caches, one a layer, that start behind the context. kv_bits: 4 or 8 quantises the live tokens' cache."""
+        return [NectarCache(bank, len(self.prefix), _live(kv_bits)) for bank in self.banks]
+
+    def prompt(self, tokenizer: Any, messages: str | Sequence[prompts.Message], **template: Any) -> list[int]:
+        """The tokens that follow the prefix for a question or a conversation, up to where the answer starts."""
+        return prompts.prompt(tokenizer, messages, **template)
+
+    @contextmanager
+    def attach(self, model: nn.Module) -> Iterator[nn.Module]:
+        """Inside, every mlx-lm entry point that makes a cache for the model starts behind the context."""
+        adapter.route(model)
+        before = vars(model).get("make_cache")
+        model.make_cache = self.make_cache
+        try:
+            yield model
+        finally:
+            del model.make_cache
+            if before is not None:
+                model.make_cache = before
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the fitted parameters, as kept."""
+        return sum(t.nbytes for name, t in self._tensors.items() if name != "prefix")
+
+    @property
+    def cache_nbytes(self) -> int:
+        """Bytes of the bf16 KV cache that it replaces."""
+        return self.geometry.cache_bytes(len(self.prefix))
+
+
+store_strings = (
+    "format",
+    "digest",
+    "model",
+    "model_sha256",
+    "tokenizer_sha256",
+    "prefix_sha256",
+    "nectar_mlx",
+    "source",
+)
+
+
+def build(
+    layout: Layout,
+    heads: Sequence[Any],
+    *,
+    prefix: Sequence[int],
+    geometry: Geometry,
+    provenance: dict[str, Any],
+    report: dict[str, Any],
+) -> Nectar:
+    """A Nectar from fitted heads (layer by layer), quantised as it will be stored: saving it loses nothing more."""
+    ids = mx.array(list(prefix), dtype=mx.int32)
+    tensors = {"prefix": ids} | store.pack(layout, heads)
+    metadata = {
+        "nectar_mlx": __version__,
+        "prefix_sha256": _prefix_digest(np.array(ids)),
+        "geometry": geometry.to_dict(),
+        "layout": asdict(layout),
+        "report": report,
+    }
+    return Nectar(tensors, metadata | provenance)
+
+
+def _prefix_digest(ids: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(ids, dtype="<i4").data).hexdigest()
+
+
+def _live(kv_bits: int | None) -> Any:
+    from mlx_lm.models.cache import KVCache, QuantizedKVCache
+
+    return KVCache() if kv_bits is None else QuantizedKVCache(group_size=64, bits=kv_bits)

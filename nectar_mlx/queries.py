@@ -1,0 +1,233 @@
+"""Which queries a fit sees: conversations about the context, sampled with the full cache in view, captured as they happen.
+
+The queries that matter are those of real answers; re-reading the text alone gives three times the divergence (docs/log.md).
+While the model answers, every attention call records its post-RoPE queries, the exact (o, L) of the context and the (o, L)
+of the live tokens: the three things the regression needs.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx_lm.models.cache import KVCache
+
+from . import attention
+from ._exp import SLOW_EXP
+from .adapter import Geometry
+from .cache import NectarCache
+from .heads import Bank, Exact
+
+_FLUSH = 16  # decode steps between writes of what was captured
+
+
+@dataclass(frozen=True)
+class Context:
+    """A prefix and its exact keys and values, one `Exact` bank a layer ([K, n, D] each, positions 0 … n-1)."""
+
+    prefix: list[int]
+    banks: list[Exact]
+
+    def make_cache(self) -> list[NectarCache]:
+        return [NectarCache(bank, len(self.prefix)) for bank in self.banks]
+
+
+class _ReadingCache(KVCache):  # type: ignore[misc]
+    """A plain KV cache; where MLX's exponential is slow, attention takes our own path (3 × faster prefill there)."""
+
+    if SLOW_EXP:
+
+        def attend(
+            self, queries: mx.array, keys: mx.array, values: mx.array, *, scale: float, mask: mx.array | str | None
+        ) -> mx.array:
+            return attention.causal(queries, keys, values, scale=scale, mask=mask).output.astype(queries.dtype)
+
+
+def read(
+    model: nn.Module, prefix: Sequence[int], geometry: Geometry, *, progress: Callable[[int], None] = lambda n: None
+) -> Context:
+    """Prefills the prefix in chunks. progress is told how many tokens are done."""
+    caches = [_ReadingCache() for _ in range(geometry.n_layers)]
+    tokens, chunk = mx.array(prefix)[None], 512
+    for start in range(0, len(prefix), chunk):
+        model(tokens[:, start : start + chunk], cache=caches)
+        mx.eval([c.state for c in caches])
+        mx.clear_cache()
+        progress(min(start + chunk, len(prefix)))
+    banks = []
+    for cache in caches:
+        keys, values = (mx.contiguous(x[0]) for x in cache.keys_and_values())
+        cache.keys = cache.values = None
+        mx.eval(keys, values)
+        banks.append(
+            Exact.stack([{"keys": k, "values": v} for k, v in zip(keys, values, strict=True)], scale=geometry.scale)
+        )
+    return Context(list(prefix), banks)
+
+
+class Captured(NamedTuple):
+    """Rows of one or more heads: queries, context output and live output [M, N, D], log-normalisers [M, N]."""
+
+    queries: Any
+    output: Any
+    live_output: Any
+    log_normalizer: Any
+    live_log_normalizer: Any
+
+
+class Study:
+    """Captured rows of all heads (layer by layer, M = layers · K), float16 and float32, in memory or in a mapped file."""
+
+    def __init__(self, heads: int, rows: int, head_dim: int, *, folder: Path | None):
+        self.rows = 0
+        wide, narrow = (heads, rows, head_dim), (heads, rows)
+        shapes = {"queries": wide, "output": wide, "live_output": wide}
+        shapes |= {"log_normalizer": narrow, "live_log_normalizer": narrow}
+        arrays = []
+        for name, shape in shapes.items():
+            dtype = np.float16 if len(shape) == 3 else np.float32
+            if folder is None:
+                arrays.append(np.empty(shape, dtype))
+            else:
+                arrays.append(np.lib.format.open_memmap(folder / f"{name}.npy", mode="w+", dtype=dtype, shape=shape))
+        self._data = Captured(*arrays)
+
+    @property
+    def capacity(self) -> int:
+        return int(self._data.queries.shape[1])
+
+    @property
+    def full(self) -> bool:
+        return self.rows >= self.capacity
+
+    def add(self, first_head: int, rows: Captured) -> None:
+        """Writes rows [K, n, ...] of one layer at the current end; call `advance` once all layers are in."""
+        K, n = rows.queries.shape[0], min(rows.queries.shape[1], self.capacity - self.rows)
+        for kept, new in zip(self._data, rows, strict=True):
+            kept[first_head : first_head + K, self.rows : self.rows + n] = new[:, :n]
+
+    def advance(self, rows: int) -> None:
+        self.rows = min(self.capacity, self.rows + rows)
+
+    def heads(self, indices: Sequence[int], rows: Any = None) -> Captured:
+        """The rows of some heads as mx arrays; rows: their indices, default all."""
+        chosen = slice(0, self.rows) if rows is None else rows
+        return Captured(*(mx.array(np.stack([a[i][chosen] for i in indices])) for a in self._data))
+
+    @staticmethod
+    def nbytes(heads: int, rows: int, head_dim: int) -> int:
+        return heads * rows * (3 * 2 * head_dim + 2 * 4)
+
+
+class _StudyCache(NectarCache):
+    """Attends exactly and keeps what it saw."""
+
+    def __init__(self, bank: Bank, context: int):
+        super().__init__(bank, context)
+        self.seen: list[Captured] = []
+
+    def attend(
+        self, queries: mx.array, keys: mx.array, values: mx.array, *, scale: float, mask: mx.array | str | None
+    ) -> mx.array:
+        live = attention.causal(queries, keys, values, scale=scale, mask=mask)
+        context = self.over_context(queries)
+        self.seen.append(
+            Captured(
+                queries.astype(mx.float16),
+                context.output.astype(mx.float16),
+                live.output.astype(mx.float16),
+                context.log_normalizer,
+                live.log_normalizer,
+            )
+        )
+        return attention.merge(context, live).output.astype(queries.dtype)
+
+    def take(self, valid: np.ndarray) -> Captured:
+        """What was seen since the last call at the valid places [B, T], grouped by KV head: [K, rows, ...]."""
+        wide = [np.concatenate([np.array(x) for x in xs], axis=2) for xs in zip(*self.seen, strict=True)]
+        self.seen = []
+        K = len(self.bank.sizes)
+        B, H, T = wide[0].shape[:3]
+        rows = []
+        for x in wide:
+            x = x.reshape(B, K, H // K, T, *x.shape[3:])
+            x = np.moveaxis(x, 1, 0).swapaxes(2, 3)  # [K, B, T, G, ...]
+            rows.append(x[:, valid].reshape(K, -1, *x.shape[4:]))
+        return Captured(*rows)
+
+    def filter(self, rows: mx.array) -> None:
+        self.live.keys, self.live.values = self.live.keys[rows], self.live.values[rows]
+
+
+@dataclass
+class Conversation:
+    """A prompt that continues the prefix and the answer that the model gave with its full cache."""
+
+    prompt: list[int]
+    answer: list[int] = field(default_factory=list)
+
+
+def converse(
+    model: nn.Module,
+    context: Context,
+    batch: Sequence[Conversation],
+    *,
+    stop: set[int],
+    max_tokens: int,
+    temperature: float,
+    key: mx.array,
+    study: Study | None = None,
+) -> None:
+    """Samples the answers of a batch with the full cache, all rows in step; writes what attention saw into `study`.
+
+    Every row starts at the same position: the longer prompts are still being read while the shorter ones are answered, so no
+    row is padded and positions are exact.
+    """
+    caches: list[_StudyCache] = [_StudyCache(bank, len(context.prefix)) for bank in context.banks]
+    rows = list(batch)
+    tokens = mx.array([r.prompt[: min(len(r.prompt) for r in rows)] for r in rows])
+    at, valid = tokens.shape[1], [np.ones(tokens.shape, bool)]
+    while True:
+        logits = model(tokens, cache=caches)[:, -1]
+        key, now = mx.random.split(key)
+        sampled = mx.random.categorical(logits.astype(mx.float32) / temperature, key=now)
+        mx.eval(sampled, [c.seen[-1] for c in caches])
+        done = [_extend(row, token, at, stop, max_tokens) for row, token in zip(rows, sampled.tolist(), strict=True)]
+        if len(valid) % _FLUSH == 0 or all(done):
+            _flush(caches, np.concatenate(valid, axis=1), study)
+            valid = []
+            if all(done):
+                return
+            keep = [i for i, d in enumerate(done) if not d]
+            rows = [rows[i] for i in keep]
+            done = [False] * len(rows)
+            for cache in caches:
+                cache.filter(mx.array(keep))
+        tokens = mx.array([[(r.prompt + r.answer)[at] if not d else 0] for r, d in zip(rows, done, strict=True)])
+        valid.append(~np.array(done)[:, None])
+        at += 1
+
+
+def _extend(row: Conversation, token: int, at: int, stop: set[int], max_tokens: int) -> bool:
+    """Adds the sampled token if the row's prompt is read; True if the row has ended (its stop token is kept, not fed)."""
+    ended = bool(row.answer) and (row.answer[-1] in stop or len(row.answer) >= max_tokens)
+    if ended or at < len(row.prompt):
+        return ended
+    row.answer.append(token)
+    return token in stop or len(row.answer) >= max_tokens
+
+
+def _flush(caches: Sequence[_StudyCache], valid: np.ndarray, study: Study | None) -> None:
+    written = 0
+    for layer, cache in enumerate(caches):
+        if study is None or study.full:
+            cache.seen = []
+            continue
+        rows = cache.take(valid)
+        written = rows.queries.shape[1]
+        study.add(layer * rows.queries.shape[0], rows)
+    if study is not None:
+        study.advance(written)

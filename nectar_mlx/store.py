@@ -1,0 +1,181 @@
+"""The .nectar file: one safetensors file that holds everything a model needs to answer about a context.
+
+Metadata are strings; `digest` covers every tensor. All heads of a kind share a few tensors: each parameter's values of all
+layers and heads end to end (`heads.keys`), cut by the sizes in `sizes` [layers · n_kv_heads, numbers a head]. Matrices are stored
+quantised in groups (`heads.keys` [groups, group] and `heads.keys.scales` [groups]), vectors as float16.
+"""
+
+import hashlib
+import json
+import math
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from .errors import NectarError
+from .heads import KINDS, Bank, HeadArrays
+from .quantize import Quantized, dequantize, group_size, quantize
+
+FORMAT = "nectar-1"
+Tensors = dict[str, mx.array]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How heads lie in tensors: their kind, how many and how wide, and the bits a matrix entry takes (8, 4, or 16 = float)."""
+
+    kind: str
+    n_layers: int
+    n_kv_heads: int
+    head_dim: int
+    scale: float
+    bits: int
+
+    @property
+    def bank(self) -> type[Bank]:
+        return KINDS[self.kind]
+
+
+def head_bytes(layout: Layout, size: tuple[int, ...]) -> float:
+    """Bytes that a head of this size takes in the file."""
+    total = 0.0
+    for shape in layout.bank.shapes(size, layout.head_dim).values():
+        count = math.prod(shape)
+        quantised = len(shape) > 1 and layout.bits < 16
+        total += count * (layout.bits / 8 + 2 / group_size(layout.head_dim)) if quantised else 2 * count
+    return total
+
+
+def pack(layout: Layout, heads: Sequence[HeadArrays]) -> Tensors:
+    """All heads, layer by layer -> the tensors of the file."""
+    sizes = [layout.bank.size_of(h) for h in heads]
+    tensors: Tensors = {"sizes": mx.array(sizes, dtype=mx.int32)}
+    for name, array in heads[0].items():
+        flat = [h[name].reshape(-1, h[name].shape[-1]) if array.ndim > 1 else h[name] for h in heads]
+        if array.ndim == 1:
+            tensors[f"heads.{name}"] = mx.concatenate(flat).astype(mx.float16)
+        elif layout.bits == 16:
+            tensors[f"heads.{name}"] = mx.concatenate([a.reshape(-1) for a in flat])
+        else:
+            parts = [quantize(a.reshape(-1, group_size(layout.head_dim)), bits=layout.bits) for a in flat]
+            tensors[f"heads.{name}"] = mx.concatenate([p.data for p in parts])
+            tensors[f"heads.{name}.scales"] = mx.concatenate([p.scales for p in parts])[:, 0]
+    mx.eval(tensors)
+    return tensors
+
+
+def unpack(layout: Layout, tensors: Tensors) -> list[Bank]:
+    """The tensors of the file -> one bank a layer. NectarError if they do not fit each other."""
+    sizes = [tuple(row) for row in tensors["sizes"].tolist()]
+    if len(sizes) != layout.n_layers * layout.n_kv_heads:
+        raise NectarError("the file is damaged: its heads are not those of its model")
+    shapes = [layout.bank.shapes(size, layout.head_dim) for size in sizes]
+    heads: list[HeadArrays] = [{} for _ in sizes]
+    for name in shapes[0]:
+        flat = _floats(layout, tensors, name)
+        start = 0
+        for head, shape in zip(heads, shapes, strict=True):
+            count = math.prod(shape[name])
+            if min(shape[name]) < 0 or start + count > flat.size:
+                raise NectarError(f"the file is damaged: {name} is shorter than its sizes say")
+            head[name] = flat[start : start + count].reshape(shape[name])
+            start += count
+        if start != flat.size:
+            raise NectarError(f"the file is damaged: {name} is longer than its sizes say")
+    K = layout.n_kv_heads
+    banks = [layout.bank.stack(heads[i : i + K], scale=layout.scale) for i in range(0, len(heads), K)]
+    mx.eval([b.parameters for b in banks])
+    return banks
+
+
+def _floats(layout: Layout, tensors: Tensors, name: str) -> mx.array:
+    """One parameter's values of all heads, [count]."""
+    try:
+        data = tensors[f"heads.{name}"]
+        if data.ndim == 1:
+            return data if layout.bits == 16 else data.astype(mx.float32)
+        scales = tensors[f"heads.{name}.scales"]
+    except KeyError as missing:
+        raise NectarError(f"the file is damaged: {missing.args[0]} is missing") from None
+    if scales.shape[0] != data.shape[0]:
+        raise NectarError(f"the file is damaged: {name} and its scales differ in length")
+    return dequantize(Quantized(data, scales[:, None]), bits=layout.bits).reshape(-1)
+
+
+def digest(tensors: Tensors) -> str:
+    """sha256 over every tensor's name, type, shape and bytes, in the order of names."""
+    sha = hashlib.sha256()
+    for name in sorted(tensors):
+        array = tensors[name]
+        sha.update(f"{name} {array.dtype} {array.shape};".encode())
+        raw = array.view(mx.uint16) if array.dtype == mx.bfloat16 else array
+        sha.update(np.ascontiguousarray(np.array(raw)).data)
+    return sha.hexdigest()
+
+
+def write(path: Path, tensors: Tensors, metadata: dict[str, Any]) -> None:
+    """Writes the file in one step: all of it appears, or nothing changes. NectarError when it cannot."""
+    strings = {k: v if isinstance(v, str) else json.dumps(v) for k, v in metadata.items()}
+    strings |= {"format": FORMAT, "digest": digest(tensors)}
+    temporary = None
+    try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".safetensors")
+        os.close(handle)
+        mx.save_safetensors(temporary, tensors, strings)
+        with open(temporary, "rb+") as file:
+            _check_written(file.fileno(), tensors)
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+        temporary = None
+    except (OSError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise NectarError(f"cannot write {path}: {reason}") from None
+    finally:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+
+
+def _check_written(descriptor: int, tensors: Tensors) -> None:
+    """MLX's writer does not report a full disk; a short file does."""
+    if os.fstat(descriptor).st_size < sum(t.nbytes for t in tensors.values()):
+        raise OSError(28, "no space left on the device")
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def read(path: Path) -> tuple[Tensors, dict[str, str]]:
+    """The file's tensors and metadata, checked against its digest; NectarError for anything that is not a whole .nectar."""
+    if not path.is_file():
+        raise NectarError(f"{path}: no such file")
+    try:
+        with safe_open(path, framework="mlx") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise NectarError(f"{path} is not a .nectar of this version (expected {FORMAT})")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError, TypeError) as error:
+        raise NectarError(f"{path} is not a .nectar file, or is cut short ({error})") from None
+    if digest(tensors) != metadata.get("digest"):
+        raise NectarError(f"{path} is damaged: its contents do not match its checksum; fit it again")
+    return tensors, metadata
+
+
+def is_nectar(path: Path) -> bool:
+    """Whether a file says that it is one of ours (it may still be damaged)."""
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return str((file.metadata() or {}).get("format", "")).startswith("nectar-")
+    except (SafetensorError, OSError):
+        return False
