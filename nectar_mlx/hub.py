@@ -1,0 +1,120 @@
+"""Models on the Hugging Face hub, and in its local cache: which repository a name means, and its folder."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import huggingface_hub
+from huggingface_hub import constants
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
+from huggingface_hub.hf_api import ModelInfo
+
+from nectar_mlx.errors import NectarError
+
+_FILES = ["*.json", "model*.safetensors", "tokenizer.model", "*.tiktoken", "*.txt", "*.jinja"]
+_OWNERS = ("Qwen", "HuggingFaceTB", "meta-llama", "mistralai", "google", "microsoft", "ibm-granite", "allenai")
+_SECONDS = 5.0
+# Of the machine's memory, what a model's weights may take so that a context and its fit have room beside them.
+_MEMORY_SHARE = 0.5
+
+
+class Unreachable(Exception):
+    """The hub gave no answer; the message says why."""
+
+
+def repositories(name: str) -> list[str]:
+    """The repositories that a name may mean, the best first: full precision, then 8 and 4 bits."""
+    if "/" in name:
+        return [name]
+    community = f"mlx-community/{name}"
+    return [
+        f"{community}-bf16",
+        community,
+        *(f"{owner}/{name}" for owner in _OWNERS),
+        f"{community}-8bit",
+        f"{community}-4bit",
+    ]
+
+
+def cached(name: str) -> tuple[str, Path] | None:
+    """The first of a name's repositories that the hub's local cache holds whole, and its folder there."""
+    for repository in repositories(name):
+        try:
+            folder = huggingface_hub.snapshot_download(repository, allow_patterns=_FILES, local_files_only=True)
+        except (LocalEntryNotFoundError, HFValidationError):
+            continue
+        if _is_whole(Path(folder)):
+            return repository, Path(folder)
+    return None
+
+
+def find(name: str) -> str | None:
+    """The first of a name's repositories on the hub whose weights fit this machine's memory, else the smallest.
+
+    None where the hub has none of them. Raises Unreachable.
+    """
+    limit = _MEMORY_SHARE * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    too_large: dict[str, int] = {}
+    for repository in repositories(name):
+        size = _weight_bytes(repository)
+        if size is None:
+            continue
+        if size <= limit:
+            return repository
+        too_large[repository] = size
+    return min(too_large, key=lambda repository: too_large[repository], default=None)
+
+
+def download(repository: str, *, log: Callable[[str], None]) -> Path:
+    """Fetch what mlx-lm needs of a repository into the hub's cache.
+
+    Raises Unreachable, or NectarError for a repository that is gated or holds nothing that mlx-lm reads.
+    """
+    log(f"downloading {repository} from {constants.ENDPOINT}")
+    try:
+        folder = Path(huggingface_hub.snapshot_download(repository, allow_patterns=_FILES))
+    except GatedRepoError as error:
+        advice = "accept its licence on its page, then run `hf auth login`"
+        raise NectarError(f"{repository} is gated: {advice}") from error
+    except (HTTPError, OSError) as error:
+        raise Unreachable(_reason(error)) from error
+    if not _is_whole(folder):
+        raise NectarError(f"{repository} holds no safetensors weights that mlx-lm could read")
+    return folder
+
+
+def _weight_bytes(repository: str) -> int | None:
+    """The size of a repository's weights, or None where mlx-lm has nothing to read. Raises Unreachable."""
+    try:
+        info: ModelInfo = huggingface_hub.HfApi().model_info(repository, files_metadata=True, timeout=_SECONDS)
+    except (RepositoryNotFoundError, HFValidationError):
+        return None
+    except (HTTPError, OSError) as error:
+        raise Unreachable(_reason(error)) from error
+    files = {file.rfilename: file.size or 0 for file in info.siblings or []}
+    weights = [size for file, size in files.items() if file.startswith("model") and file.endswith(".safetensors")]
+    return sum(weights) if weights and "config.json" in files else None
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a folder has a configuration and every weight file that it names."""
+    index = folder / "model.safetensors.index.json"
+    if not (folder / "config.json").exists():
+        return False
+    if index.exists():
+        return all((folder / file).exists() for file in set(json.loads(index.read_text())["weight_map"].values()))
+    return any(folder.glob("model*.safetensors"))
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OfflineModeIsEnabled):
+        return "HF_HUB_OFFLINE is set"
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
