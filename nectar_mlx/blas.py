@@ -19,6 +19,9 @@ import numpy as np
 
 from nectar_mlx.folders import cache_folder, written_at_once
 
+loaded: str | None = None
+"""The library that `use_fast_blas` put in place."""
+
 _ROW_MAJOR, _NO_TRANSPOSE, _TRANSPOSE = 101, 111, 112
 
 
@@ -28,6 +31,7 @@ def use_fast_blas() -> str | None:
     Does nothing outside Linux, beside MLX's CUDA build, or where the environment variable NECTAR_BLAS is "off"; it may
     also be the path of the library to load. Warns where `mlx.core` has been imported already, which is too late.
     """
+    global loaded
     choice = os.environ.get("NECTAR_BLAS", "")
     if sys.platform != "linux" or choice == "off" or not _is_installed("mlx-cpu"):
         return None
@@ -37,6 +41,7 @@ def use_fast_blas() -> str | None:
     for library in [choice] if choice else _candidates():
         if _works(library):
             ctypes.CDLL(library, ctypes.RTLD_GLOBAL)
+            loaded = library
             return library
     if choice:
         warnings.warn(f"NECTAR_BLAS={choice} cannot be loaded, or computes wrong results", stacklevel=3)
