@@ -61,18 +61,22 @@ def convert(path: Path, folder: Path) -> None:
 
     Raises NectarError for a file that is no GGUF, or whose architecture, weights or tokenizer are not supported.
     """
-    try:
-        file = gguf.GGUFReader(path)
-        metadata = {name: field.contents() for name, field in file.fields.items()}
-    except (ValueError, KeyError, IndexError, OverflowError, MemoryError) as error:
-        raise NectarError(f"{path}: not a readable GGUF file ({error})") from error
-    tensors = {tensor.name: tensor for tensor in file.tensors}
+    metadata, tensors = _read(path)
     config = _config(path, metadata, tensors)
     tokenizer = _tokenizer(path, metadata)
     tokenizer.save_pretrained(folder)
     for number, shard in enumerate(_shards(path, config, tensors), start=1):
         mx.save_safetensors(str(folder / f"model-{number:05}.safetensors"), shard, {"format": "mlx"})
     (folder / "config.json").write_text(json.dumps(config, indent=2))
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    try:
+        file = gguf.GGUFReader(path)
+        metadata = {name: field.contents() for name, field in file.fields.items()}
+    except (ValueError, KeyError, IndexError, OverflowError, MemoryError) as error:
+        raise NectarError(f"{path}: not a whole GGUF file ({str(error).splitlines()[0]})") from error
+    return metadata, {tensor.name: tensor for tensor in file.tensors}
 
 
 def _config(path: Path, metadata: dict[str, Any], tensors: dict[str, Any]) -> dict[str, Any]:
