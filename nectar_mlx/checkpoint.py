@@ -1,0 +1,79 @@
+"""Where an interrupted fit leaves its work, and a resumed one finds it: a folder beside the output."""
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from .errors import NectarError
+from .heads import HeadArrays
+from .queries import Conversation, Study
+
+
+class Checkpoint:
+    """The folder of one fit. With folder=None nothing is kept, and what does not fit in memory goes to a temporary folder."""
+
+    def __init__(self, folder: Path | None):
+        self.folder = folder
+        self._temporary: tempfile.TemporaryDirectory[str] | None = None
+
+    def claim(self, config: dict[str, Any], prefix: Sequence[int]) -> None:
+        """Starts or continues the fit of this text with these settings; NectarError if the folder holds another fit."""
+        if self.folder is None:
+            return
+        ids = hashlib.sha256(np.array(prefix, dtype="<i4").data).hexdigest()
+        mine = json.dumps({"config": config, "prefix": ids}, sort_keys=True)
+        told = self.folder / "fit.json"
+        if told.exists() and told.read_text() != mine:
+            raise NectarError(
+                f"{self.folder} holds a fit with other settings or another text: remove it, or do not --resume"
+            )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        told.write_text(mine)
+
+    def spill(self) -> Path:
+        """A folder for arrays that do not fit in memory."""
+        if self.folder is not None:
+            return self.folder
+        self._temporary = self._temporary or tempfile.TemporaryDirectory(prefix="nectar-")
+        return Path(self._temporary.name)
+
+    def save_study(self, name: str, study: Study, conversations: Sequence[Conversation]) -> None:
+        if self.folder is None:
+            return
+        study.save(self.folder / name)
+        told = {"rows": study.rows, "conversations": [[c.prompt, c.answer] for c in conversations]}
+        (self.folder / f"{name}.json").write_text(json.dumps(told))
+
+    def load_study(self, name: str) -> tuple[Study, list[Conversation]] | None:
+        if self.folder is None or not (self.folder / f"{name}.json").exists():
+            return None
+        told = json.loads((self.folder / f"{name}.json").read_text())
+        return Study.open(self.folder / name, told["rows"]), [Conversation(p, a) for p, a in told["conversations"]]
+
+    def keep_heads(self, heads: dict[int, HeadArrays]) -> None:
+        if self.folder is not None:
+            flat = {f"{i}.{name}": array for i, head in heads.items() for name, array in head.items()}
+            mx.save_safetensors(str(self.folder / "heads.new.safetensors"), flat)
+            (self.folder / "heads.new.safetensors").replace(self.folder / "heads.safetensors")
+
+    def load_heads(self) -> dict[int, HeadArrays]:
+        heads: dict[int, HeadArrays] = {}
+        if self.folder is not None and (self.folder / "heads.safetensors").exists():
+            for key, array in mx.load(str(self.folder / "heads.safetensors")).items():  # type: ignore[union-attr]
+                index, name = key.split(".", 1)
+                heads.setdefault(int(index), {})[name] = array
+        return heads
+
+    def clear(self) -> None:
+        """Removes what was kept: the fit is done."""
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        if self._temporary is not None:
+            self._temporary.cleanup()
