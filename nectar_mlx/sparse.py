@@ -1,0 +1,474 @@
+"""Sparse Transformers: exact causal attention over about √n keys a query (Child et al., arXiv 1904.10509, section 4).
+
+Write positions 0, 1, 2, … row by row into a grid of `stride` columns. A query sees two sets of keys:
+
+              near                                far
+    Strided   the last `stride` positions         its own column in earlier rows
+    Fixed     its own row, up to itself           `summary` columns of every earlier row
+
+With a stride of about √n either set has about √n keys, and two such steps connect every pair of positions. Strided
+suits data with a period (images), Fixed suits text: what the summary columns hold, every later token can read.
+
+The sets are disjoint, so the two parts merge exactly (attention.py). Both are dense in the grid: near is attention
+inside rows, far is attention between rows. No key is gathered singly, no array of size [n, n] exists in either pass.
+
+Shapes as in attention.py; h = the heads computed together, R = rows with queries, M = all rows, l = stride.
+"""
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from typing import Literal, NamedTuple, Self
+
+import mlx.core as mx
+import numpy as np
+
+from ._exp import exp
+from .attention import Partial, merge
+from .errors import NectarError
+
+Combine = Literal["merged", "interleaved", "heads"]
+
+_CHUNK = 1 << 20  # scores held at a time on the CPU: what stays in its caches
+_CHUNK_GPU = 1 << 26
+_NOTHING = -1e30  # the score of a hidden key
+
+
+@dataclass(frozen=True)
+class Pattern(ABC):
+    """Which keys a query sees. `combine` says how a network takes the two steps near and far (section 4.3):
+
+    merged       every head attends to the union of both
+    interleaved  layers alternate: near in even layers, far in odd ones; `at(layer)` is the pattern of one layer
+    heads        heads alternate: near in even heads, far in odd ones
+
+    Whatever the step, a query sees itself.
+    """
+
+    stride: int
+    combine: Combine = "merged"
+    layer: int = 0
+
+    def __post_init__(self) -> None:
+        if self.stride < 1:
+            raise NectarError(f"stride is {self.stride}: it must be at least 1")
+        if self.combine not in ("merged", "interleaved", "heads"):
+            raise NectarError(f"combine is {self.combine!r}: choose merged, interleaved or heads")
+
+    def at(self, layer: int) -> Self:
+        """The same pattern as seen by one layer."""
+        return replace(self, layer=layer)
+
+    def steps(self, head: int) -> tuple[bool, bool]:
+        """Whether this head takes the near and the far step."""
+        if self.combine == "merged":
+            return True, True
+        odd = (self.layer if self.combine == "interleaved" else head) % 2 == 1
+        return not odd, odd
+
+    def mask(self, length: int, keys_length: int, *, heads: int = 1) -> mx.array:
+        """What the last T = `length` of S = `keys_length` positions see: bool [heads, T, S].
+
+        This is the definition; `sparse_attention` never builds it for a long sequence.
+        """
+        i = mx.arange(keys_length - length, keys_length)[:, None]
+        return mx.stack([self._visible(i, mx.arange(keys_length)[None], head) for head in range(heads)])
+
+    def _visible(self, i: mx.array, j: mx.array, head: int) -> mx.array:
+        near, far = self.steps(head)
+        seen = i == j
+        if near:
+            seen = seen | self._near(i, j)
+        if far:
+            seen = seen | self._far(i, j, head)
+        return seen & (j <= i)
+
+    def _near_mask(self, heads: list[int]) -> mx.array:
+        """What a row's queries see of the `_near_rows` rows that end with it: bool [1 or h, 1, l, l · _near_rows]."""
+        end = self.stride * self._near_rows
+        i, j = mx.arange(end - self.stride, end)[:, None], mx.arange(end)[None]
+        alike = all(self.steps(head) == (True, False) for head in heads) or self.combine == "merged"
+        seen = [self._visible(i, j, head) & self._near(i, j) for head in (heads[:1] if alike else heads)]
+        return mx.stack(seen)[:, None]
+
+    @property
+    @abstractmethod
+    def _near_rows(self) -> int:
+        """How many rows the near keys of one row's queries lie in."""
+
+    @abstractmethod
+    def _near(self, i: mx.array, j: mx.array) -> mx.array:
+        """Is key j ≤ i in the near set of query i?"""
+
+    @abstractmethod
+    def _far(self, i: mx.array, j: mx.array, head: int) -> mx.array:
+        """Is key j ≤ i in the far set of query i?"""
+
+    @abstractmethod
+    def _near_keys(self, keys: mx.array) -> mx.array:
+        """[B, h, M, l, D] -> [B, h, M, l · _near_rows, D]: the rows that each row's queries see, zeros for row -1."""
+
+    @abstractmethod
+    def _far_queries(self, queries: mx.array) -> mx.array:
+        """[B, h, R, l, D] -> [B, h, lanes, R · queries per row, D]: queries of one lane share their far keys."""
+
+    @abstractmethod
+    def _far_keys(self, keys: mx.array, heads: list[int]) -> mx.array:
+        """[B, h, M, l, D] -> [B, h, lanes, M · keys per row, D]."""
+
+    @abstractmethod
+    def _far_result(self, x: mx.array) -> mx.array:
+        """[B, h, lanes, R · queries per row, ...] -> [B, h, R, l, ...], the inverse of `_far_queries`."""
+
+
+@dataclass(frozen=True)
+class Strided(Pattern):
+    """The last `stride` positions, and every `stride`-th before them (section 4.3, figure 3b)."""
+
+    @classmethod
+    def balanced(cls, length: int) -> Self:
+        """The stride at which both parts cost the same: the power of two below √length."""
+        return cls(_power_of_two(length**0.5))
+
+    @property
+    def _near_rows(self) -> int:
+        return 2
+
+    def _near(self, i: mx.array, j: mx.array) -> mx.array:
+        return i - j < self.stride
+
+    def _far(self, i: mx.array, j: mx.array, head: int) -> mx.array:
+        return (i - j) % self.stride == 0
+
+    def _near_keys(self, keys: mx.array) -> mx.array:
+        before = mx.pad(keys[:, :, :-1], [(0, 0), (0, 0), (1, 0), (0, 0), (0, 0)])
+        return mx.concatenate([before, keys], axis=3)
+
+    def _far_queries(self, queries: mx.array) -> mx.array:
+        return queries.swapaxes(2, 3)
+
+    def _far_keys(self, keys: mx.array, heads: list[int]) -> mx.array:
+        return keys.swapaxes(2, 3)
+
+    def _far_result(self, x: mx.array) -> mx.array:
+        return x.swapaxes(2, 3)
+
+
+@dataclass(frozen=True)
+class Fixed(Pattern):
+    """The query's own block of `stride` positions, and `summary` columns of every earlier one (section 4.3, figure 3c).
+
+    Different heads read different columns, as the paper advises: the last `summary` of a block, those before them, ….
+    With a stride of the whole length it is dense causal attention.
+    """
+
+    summary: int = 8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 1 <= self.summary <= self.stride:
+            raise NectarError(f"summary is {self.summary}: it must lie between 1 and the stride, {self.stride}")
+
+    @classmethod
+    def balanced(cls, length: int, *, summary: int = 8) -> Self:
+        """The stride at which both parts cost the same: the power of two below √(summary · length / 2)."""
+        return cls(max(summary, _power_of_two((summary * length / 2) ** 0.5)), summary=summary)
+
+    @property
+    def _near_rows(self) -> int:
+        return 1
+
+    def _near(self, i: mx.array, j: mx.array) -> mx.array:
+        return i // self.stride == j // self.stride
+
+    def _far(self, i: mx.array, j: mx.array, head: int) -> mx.array:
+        end = self.stride - self.summary * self._columns(head)
+        column = j % self.stride
+        return (column >= end - self.summary) & (column < end)
+
+    def _columns(self, head: int) -> int:
+        """Which `summary` columns a head reads, counted from the end of the block."""
+        return (head // 2 if self.combine == "heads" else head) % (self.stride // self.summary)
+
+    def _near_keys(self, keys: mx.array) -> mx.array:
+        return keys
+
+    def _far_queries(self, queries: mx.array) -> mx.array:
+        return queries.flatten(2, 3)[:, :, None]
+
+    def _far_keys(self, keys: mx.array, heads: list[int]) -> mx.array:
+        choices = self.stride // self.summary
+        columns = mx.unflatten(keys[:, :, :, self.stride - choices * self.summary :], 3, (choices, self.summary))
+        columns = columns.transpose(0, 1, 3, 2, 4, 5).flatten(1, 2)
+        choice = [(n + 1) * choices - 1 - self._columns(head) for n, head in enumerate(heads)]
+        return columns[:, mx.array(choice)].flatten(2, 3)[:, :, None]
+
+    def _far_result(self, x: mx.array) -> mx.array:
+        return mx.unflatten(x[:, :, 0], 2, (-1, self.stride))
+
+
+def sparse_attention(queries: mx.array, keys: mx.array, values: mx.array, *, pattern: Pattern, scale: float) -> Partial:
+    """Causal attention of queries [B, H, T, D] over the keys and values [B, K, S, D] that `pattern` lets them see.
+
+    The queries are the last T of the S positions. Exact: equal to dense attention under `pattern.mask(T, S, heads=H)`.
+    About T · √S scores, a bounded number of them at a time. Differentiable; the reverse pass computes the scores again.
+    """
+    B, H, T, _ = queries.shape
+    K, S = keys.shape[1], keys.shape[2]
+    if mx.default_device() == mx.cpu:  # the CPU multiplies half precision element by element
+        queries, keys, values = (x.astype(mx.float32) for x in (queries, keys, values))
+    keys, values = (_take_heads(x, [head * K // H for head in range(H)]) for x in (keys, values))
+    scores = B * H * T * S
+    if pattern.stride > T and scores <= _room():  # decoding: a grid would be padding for the most part
+        mask = pattern.mask(T, S, heads=H)
+        return _attend(queries, keys, values, scale=scale, axis=2, chunks=[_Chunk(slice(T), slice(S), lambda: mask)])
+    if pattern.combine != "heads":
+        return _on_grid(queries, keys, values, pattern=pattern, scale=scale, heads=list(range(H)))
+    groups = [heads for heads in (list(range(0, H, 2)), list(range(1, H, 2))) if heads]
+    parts = [
+        _on_grid(*(_take_heads(x, heads) for x in (queries, keys, values)), pattern=pattern, scale=scale, heads=heads)
+        for heads in groups
+    ]
+    order = mx.array([head // 2 + (head % 2) * len(groups[0]) for head in range(H)])
+    return Partial(*(x[:, order] for x in _join(parts, axis=1)))
+
+
+def _on_grid(
+    queries: mx.array, keys: mx.array, values: mx.array, *, pattern: Pattern, scale: float, heads: list[int]
+) -> Partial:
+    """`sparse_attention` where `heads` are the only ones, and take the same steps; keys and values [B, h, S, D]."""
+    T, S, stride = queries.shape[2], keys.shape[2], pattern.stride
+    first = (S - T) // stride  # the row of the first query
+    skipped = S - T - first * stride  # places in it before that query
+    q, k, v = _rows(queries, skipped, stride), _rows(keys, 0, stride), _rows(values, 0, stride)
+    part = _near_part(q, k, v, pattern=pattern, scale=scale, heads=heads)
+    if pattern.steps(heads[0])[1] and stride < S:
+        part = merge(part, _far_part(q, k, v, pattern=pattern, scale=scale, heads=heads))
+    return Partial(*(x.flatten(2, 3)[:, :, skipped : skipped + T] for x in part))
+
+
+def _near_part(
+    queries: mx.array, keys: mx.array, values: mx.array, *, pattern: Pattern, scale: float, heads: list[int]
+) -> Partial:
+    """Attention inside rows: queries [B, h, R, l, D], keys and values [B, h, M, l, D] -> [B, h, R, l, ...].
+
+    The queries' rows are the last R of the M.
+    """
+    B, h, R, stride, _ = queries.shape
+    first = keys.shape[2] - R
+    k, v = (pattern._near_keys(x)[:, :, first:] for x in (keys, values))
+    mask = pattern._near_mask(heads)
+    chunks = []
+    if first == 0:  # before row 0 there is only padding
+        own = mask & (mx.arange(k.shape[3]) >= k.shape[3] - stride)
+        chunks.append(_Chunk(slice(1), slice(1), lambda: own))
+    step = max(1, _room() // (B * h * stride * k.shape[3]))
+    for start in range(len(chunks), R, step):
+        rows = slice(start, min(R, start + step))
+        chunks.append(_Chunk(rows, rows, lambda: mask))
+    return _attend(queries, k, v, scale=scale, axis=2, chunks=chunks)
+
+
+def _far_part(
+    queries: mx.array, keys: mx.array, values: mx.array, *, pattern: Pattern, scale: float, heads: list[int]
+) -> Partial:
+    """Attention to earlier rows; shapes as in `_near_part`. Queries of row 0 get a log-normaliser of about -1e30."""
+    B, h, R, stride, _ = queries.shape
+    M = keys.shape[2]
+    q, k, v = pattern._far_queries(queries), pattern._far_keys(keys, heads), pattern._far_keys(values, heads)
+    per_query_row, per_key_row = q.shape[3] // R, k.shape[3] // M
+    chunks, start = [], M - R
+    while start < M:
+        stop = start + 1
+        while stop < M and B * h * stride * (stop + 1 - start) * stop * per_key_row <= _room():
+            stop += 1
+        rows = slice((start - M + R) * per_query_row, (stop - M + R) * per_query_row)
+        mask = partial(_earlier_rows, start, stop, per_query_row, per_key_row)
+        chunks.append(_Chunk(rows, slice(max(1, stop - 1) * per_key_row), mask))
+        start = stop
+    return Partial(*(pattern._far_result(x) for x in _attend(q, k, v, scale=scale, axis=3, chunks=chunks)))
+
+
+def _earlier_rows(start: int, stop: int, per_query_row: int, per_key_row: int) -> mx.array | None:
+    """Which keys of rows 0 … stop - 2 lie in earlier rows than the queries of rows start … stop - 1; None if all do."""
+    if stop - start == 1 and start > 0:
+        return None
+    query_rows = mx.arange(start * per_query_row, stop * per_query_row) // per_query_row
+    return query_rows[:, None] > mx.arange(max(1, stop - 1) * per_key_row) // per_key_row
+
+
+class _Chunk(NamedTuple):
+    """Some queries, and the keys and values that contain all they see."""
+
+    queries: slice
+    keys: slice
+    mask: Callable[[], mx.array | None]  # built when it is needed: together they are larger than the inputs
+
+
+def _attend(
+    queries: mx.array, keys: mx.array, values: mx.array, *, scale: float, axis: int, chunks: Sequence[_Chunk]
+) -> Partial:
+    """Attention of queries [..., N, D] over keys and values [..., M, D], one chunk of `axis` after the other.
+
+    Each mask broadcasts to its chunk's [..., N, M]. Keeps the inputs and (o, L) for the reverse pass, nothing of size
+    N · M: there the scores are computed again, chunk by chunk (section 5.4).
+    """
+
+    def part(x: mx.array, which: slice) -> mx.array:
+        return x[(slice(None),) * axis + (which,)]
+
+    @mx.custom_function
+    def attend(queries: mx.array, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        parts: list[Partial] = []
+        for chunk in chunks:
+            q, k, v = part(queries, chunk.queries), part(keys, chunk.keys), part(values, chunk.keys)
+            q = _after(parts[-1] if parts else (), q)
+            weights, log_normalizer = _softmax(_scores(q, k, scale, chunk.mask()), values.dtype)
+            parts.append(Partial(*_settle((weights @ v).astype(mx.float32), log_normalizer)))
+        return _join(parts, axis=axis)
+
+    @attend.vjp
+    def attend_vjp(primals, cotangents, outputs):  # type: ignore[no-untyped-def]
+        d_queries, d_keys, d_values = [], *(mx.zeros(x.shape) for x in primals[1:])
+        for chunk in chunks:
+            which = chunk.queries, chunk.keys, chunk.keys
+            q, k, v = (part(x, at).astype(mx.float32) for x, at in zip(primals, which, strict=True))
+            q = _after((d_keys, d_values), q)
+            d_output, d_log, output, log_normalizer = (part(x, chunk.queries) for x in (*cotangents, *outputs))
+            weights = _weights(_scores(q, k, scale, chunk.mask()), log_normalizer[..., None], mx.float32)
+            constant = d_log - (d_output * output).sum(-1)
+            d_scores = weights * (d_output @ v.swapaxes(-1, -2) + constant[..., None]) * scale
+            seen = (slice(None),) * axis + (chunk.keys,)
+            d_keys[seen] += d_scores.swapaxes(-1, -2) @ q
+            d_values[seen] += weights.swapaxes(-1, -2) @ d_output
+            d_chunk, d_keys, d_values = _settle(d_scores @ k, d_keys, d_values)
+            d_queries.append(d_chunk)
+        grads = mx.concatenate(d_queries, axis=axis), d_keys, d_values
+        return tuple(grad.astype(x.dtype) for grad, x in zip(grads, primals, strict=True))
+
+    return Partial(*attend(queries, keys, values))  # type: ignore[misc]
+
+
+def _after(done: Sequence[mx.array], x: mx.array) -> mx.array:
+    """x, but not to be read before `done` is there: chunks run one by one, however late the graph is evaluated.
+
+    One chunk is far less than macOS lets a GPU do in a command buffer, and MLX fills no buffer with more than a few.
+    """
+    return mx.depends([x], list(done))[0] if done else x
+
+
+def _settle(*arrays: mx.array) -> Sequence[mx.array]:
+    """On the CPU: the same values, evaluated, without the graph that led to them.
+
+    `exp` evaluates its argument there, and what is evaluated within `mx.grad` keeps all that led to it alive.
+    """
+    if mx.default_device() != mx.cpu:
+        return arrays
+    try:
+        mx.eval(arrays)
+    except ValueError:  # traced by mx.compile
+        return arrays
+    return [mx.array(np.array(x, copy=False)) for x in arrays]
+
+
+def _scores(queries: mx.array, keys: mx.array, scale: float, mask: mx.array | None) -> mx.array:
+    products = (queries.astype(mx.float32) * scale) @ keys.astype(mx.float32).swapaxes(-1, -2)
+    return products if mask is None else mx.where(mask, products, _NOTHING)
+
+
+def _softmax(scores: mx.array, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
+    """softmax(scores) in `dtype` and the log-normaliser of each row."""
+    if mx.default_device() == mx.cpu:
+        top = scores.max(-1, keepdims=True)
+        weights = exp(scores - top)
+        total = weights.sum(-1, keepdims=True)
+        return weights / total, (top + mx.log(total))[..., 0]
+    log_normalizer = mx.logsumexp(scores, axis=-1, keepdims=True)
+    return _weights(scores, log_normalizer, dtype), log_normalizer[..., 0]
+
+
+def _weights(scores: mx.array, log_normalizer: mx.array, dtype: mx.Dtype) -> mx.array:
+    """e^(score - log-normaliser) in `dtype`."""
+    if mx.default_device() == mx.cpu:
+        return exp(scores - log_normalizer)
+    return _fused_weights(dtype)(scores, log_normalizer)
+
+
+@lru_cache
+def _fused_weights(dtype: mx.Dtype) -> Callable[[mx.array, mx.array], mx.array]:
+    return mx.compile(lambda scores, log_normalizer: mx.exp(scores - log_normalizer).astype(dtype), shapeless=True)
+
+
+def _rows(x: mx.array, before: int, stride: int) -> mx.array:
+    """[B, h, T, D] -> [B, h, rows, stride, D], zeros put before and after it to fill the rows."""
+    after = -(before + x.shape[2]) % stride
+    if before or after:
+        x = mx.pad(x, [(0, 0), (0, 0), (before, after), (0, 0)])
+    return mx.unflatten(x, 2, (-1, stride))
+
+
+def _take_heads(x: mx.array, heads: list[int]) -> mx.array:
+    """Those heads of [B, K, ...], one after another; a head may come more than once."""
+    return x if heads == list(range(x.shape[1])) else x[:, mx.array(heads)]
+
+
+def _join(parts: Sequence[Partial], *, axis: int) -> Partial:
+    output, log_normalizer = (mx.concatenate(list(xs), axis=axis) for xs in zip(*parts, strict=True))
+    return Partial(output, log_normalizer)
+
+
+def _room() -> int:
+    return _CHUNK if mx.default_device() == mx.cpu else _CHUNK_GPU
+
+
+def _power_of_two(x: float) -> int:
+    """The largest power of two that is at most x, and at least 1."""
+    return 1 << max(0, int(x).bit_length() - 1)
+
+
+def benchmark(
+    lengths: Sequence[int],
+    *,
+    heads: int = 16,
+    n_kv_heads: int = 16,
+    head_dim: int = 64,
+    dtype: mx.Dtype = mx.bfloat16,
+    dense: bool = True,
+    repeats: int = 5,
+) -> list[dict[str, float | int | str]]:
+    """Time and memory of one causal prefill: ours, with balanced strides, beside MLX's fused dense attention.
+
+    One row per length and kind: {"kind", "length", "stride", "seconds", "peak_bytes"}; the fastest of `repeats`, and the
+    memory above the inputs.
+    """
+    scale = head_dim**-0.5
+    rows: list[dict[str, float | int | str]] = []
+    for length in lengths:
+        shapes = [(1, h, length, head_dim) for h in (heads, n_kv_heads, n_kv_heads)]
+        inputs = [mx.random.normal(shape).astype(dtype) for shape in shapes]
+        kinds: dict[str, Pattern | None] = {"fixed": Fixed.balanced(length), "strided": Strided.balanced(length)}
+        for kind, pattern in (({"dense": None} if dense else {}) | kinds).items():
+
+            def attend(q: mx.array, k: mx.array, v: mx.array, pattern: Pattern | None = pattern) -> object:
+                if pattern is None:
+                    return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask="causal")
+                return sparse_attention(q, k, v, pattern=pattern, scale=scale)
+
+            seconds, peak = _measure(lambda attend=attend, inputs=inputs: attend(*inputs), inputs, repeats)
+            stride = pattern.stride if pattern else 1
+            rows.append({"kind": kind, "length": length, "stride": stride, "seconds": seconds, "peak_bytes": peak})
+    return rows
+
+
+def _measure(run: Callable[[], object], inputs: Sequence[mx.array], repeats: int) -> tuple[float, int]:
+    mx.eval(inputs)
+    mx.eval(run())  # compiles kernels
+    mx.reset_peak_memory()
+    before, best = mx.get_active_memory(), float("inf")
+    for _ in range(repeats):
+        start = time.perf_counter()
+        mx.eval(run())
+        best = min(best, time.perf_counter() - start)
+    return best, mx.get_peak_memory() - before
