@@ -61,7 +61,7 @@ def find(name: str) -> str | None:
 
     None where the hub has none of them. Raises Unreachable.
     """
-    limit = _MEMORY_SHARE * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = _MEMORY_SHARE * _memory()
     too_large: dict[str, int] = {}
     for repository in repositories(name):
         size = _weight_bytes(repository)
@@ -89,6 +89,10 @@ def download(repository: str, *, log: Callable[[str], None]) -> Path:
     if not _is_whole(folder):
         raise NectarError(f"{repository} holds no safetensors weights that mlx-lm could read")
     return folder
+
+
+def _memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _weight_bytes(repository: str) -> int | None:

@@ -10,18 +10,20 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from huggingface_hub import constants
 from mlx.utils import tree_flatten
-from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from nectar_mlx import hub
 from nectar_mlx.errors import NectarError
 from nectar_mlx.folders import cache_folder, written_at_once
+
+if TYPE_CHECKING:
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 DEMO = "SmolLM2-135M-Instruct"
 DEMO_NAMES = {name.lower() for name in (DEMO, f"HuggingFaceTB/{DEMO}", f"mlx-community/{DEMO}")}
@@ -46,13 +48,13 @@ class Source:
     description: str
 
 
-def load(name: str, *, log: Callable[[str], None] = _silent) -> tuple[nn.Module, TokenizerWrapper]:
+def load(name: str, *, log: Callable[[str], None] = _silent) -> tuple[nn.Module, "TokenizerWrapper"]:
     """Load a model and its tokenizer by name, as `mlx_lm.load` does; `log` is told which source was taken.
 
     On the CPU the weights are cast to float32, on a GPU they keep their own type.
     Raises NectarError where there is no such model or mlx-lm cannot read it.
     """
-    import mlx_lm
+    import mlx_lm  # imports transformers: seconds that `resolve` alone need not cost
 
     source = resolve(name, log=log)
     log(source.description)
