@@ -60,7 +60,7 @@ def load(name: str, *, log: Callable[[str], None] = _silent) -> tuple[nn.Module,
     log(source.description)
     try:
         model, tokenizer = mlx_lm.load(str(source.path), lazy=True)[:2]
-    except (FileNotFoundError, KeyError, TypeError, ValueError) as error:
+    except (OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise NectarError(f"{name}: mlx-lm cannot load {source.path} ({_first_line(error)})") from error
     if mx.default_device() == mx.cpu:
         model.set_dtype(mx.float32)
