@@ -1,6 +1,7 @@
 """Documents as text: txt, md, html, epub, docx and pdf, one or many, files and folders."""
 
 import codecs
+import importlib.util
 import io
 import logging
 import re
@@ -99,14 +100,14 @@ def decode(data: bytes) -> str:
 
 
 def _decode_legacy(data: bytes) -> str:
-    try:
+    encoding = "cp1252"
+    # A few high bytes are accents of western languages, which detectors confuse; many are another script.
+    if sum(byte >= 0x80 for byte in data) > len(data) // 4 and importlib.util.find_spec("charset_normalizer"):
         import charset_normalizer
-    except ImportError:
-        encoding = "cp1252"
-    else:
-        likely = ["cp1252", "cp1251", "cp1253", "koi8_r", "shift_jis", "euc_jp", "gb18030", "big5", "euc_kr"]
-        best = charset_normalizer.from_bytes(data, cp_isolation=likely).best()
-        encoding = best.encoding if best else "cp1252"
+
+        scripts = ["cp1251", "koi8_r", "cp1253", "shift_jis", "euc_jp", "gb18030", "big5", "euc_kr"]
+        best = charset_normalizer.from_bytes(data, cp_isolation=scripts).best()
+        encoding = best.encoding if best else encoding
     try:
         return data.decode(encoding)
     except UnicodeDecodeError as error:
