@@ -1,0 +1,197 @@
+  // grid = (32 * SIMDGROUPS * blocks, rounds, 1), threadgroup = (32 * SIMDGROUPS, 1, 1). Blocks: batch * n_kv_heads * slices of
+  // live tokens, then those of the plan.
+  using namespace nectar;
+  const Problem p = problem(queries_shape[0], queries_shape[1], queries_shape[2], keys_shape[1], keys_shape[2]);
+  const int thread_index = static_cast<int>(thread_index_in_threadgroup);
+  const int lane_index = static_cast<int>(thread_index_in_simdgroup);
+  const int simdgroup = static_cast<int>(simdgroup_index_in_threadgroup);
+  const int live_blocks = p.batch * p.n_kv_heads * p.slices;
+  const int block = static_cast<int>(threadgroup_position_in_grid.x) - live_blocks;
+  const int round = static_cast<int>(threadgroup_position_in_grid.y);
+  const int n_static = static_cast<int>(threadgroups_per_grid.x) - live_blocks;
+  const int sequence_rows = p.group * p.length;
+  const int all_rows = p.batch * sequence_rows;
+
+  int head;
+  int kind = LIVE;
+  int unit;
+  int begin = 0;
+  int end;
+  int first_row = 0;
+  int rows = all_rows;
+  int sequence = 0;
+  int word = 0;
+  if (block >= 0) {
+    const uint4 entry = *reinterpret_cast<const device uint4*>(parameters + (p.n_kv_heads + block) * 4);
+    head = static_cast<int>(entry.x);
+    kind = static_cast<int>(entry.y);
+    end = static_cast<int>(entry.z);
+    word = static_cast<int>(entry.w);
+    unit = block;
+  } else {
+    const int at = block + live_blocks;
+    const int slice = at % p.slices;
+    head = at / p.slices % p.n_kv_heads;
+    sequence = at / p.slices / p.n_kv_heads;
+    const int each = (p.live + p.slices - 1) / p.slices;
+    begin = metal::min(p.live, slice * each);
+    end = metal::min(p.live, begin + each);
+    first_row = sequence * sequence_rows;
+    rows = sequence_rows;
+    unit = n_static + head * p.slices + slice;
+  }
+  const int tiles = tiles_of(rows);
+  if (round >= rounds_of(rows)) {
+    return;
+  }
+
+  Lane lane;
+  const int tile_index = simdgroup % tiles;
+  lane.part = metal::min(lane_index % LANES, PARTS - 1);
+  lane.step = (SIMDGROUPS / tiles) * (32 / LANES);
+  lane.first = (simdgroup / tiles) * (32 / LANES) + lane_index / LANES;
+  const int tile_row = (round * tiles + tile_index) * TILE;
+
+  Tile tile;
+  #pragma unroll
+  for (int n = 0; n < TILE; ++n) {
+    const bool valid = tile_row + n < rows && lane_index % LANES < PARTS;
+    const int row = first_row + metal::min(tile_row + n, rows - 1);
+    const int within = row % sequence_rows;
+    const int token = within % p.length;
+    const size_t at = static_cast<size_t>(row / sequence_rows) * static_cast<size_t>(queries_strides[0])
+        + static_cast<size_t>(head * p.group + within / p.length) * static_cast<size_t>(queries_strides[1])
+        + static_cast<size_t>(token) * static_cast<size_t>(queries_strides[2]);
+    const float factor = kind == NODES || kind == LIVE ? SCALE : 1.0f;
+    #pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const float x = static_cast<float>(queries[at + static_cast<size_t>(lane.part * 8 + i) * static_cast<size_t>(queries_strides[3])]);
+      tile.q[n * 8 + i] = valid ? factor * x : 0.0f;
+      tile.out[n * 8 + i] = 0.0f;
+    }
+    tile.top[n] = kind == NODES || kind == LIVE ? NEVER : 0.0f;
+    tile.sum[n] = 0.0f;
+    tile.end[n] = kind == LIVE ? metal::min(end, p.live - p.length + token + 1) : end;
+  }
+
+  if (kind == LIVE) {
+    Matrix key;
+    Matrix value;
+    key.words = reinterpret_cast<const device uint*>(keys + static_cast<size_t>(sequence) * static_cast<size_t>(keys_strides[0]) + static_cast<size_t>(head) * static_cast<size_t>(keys_strides[1]));
+    value.words = reinterpret_cast<const device uint*>(values + static_cast<size_t>(sequence) * static_cast<size_t>(values_strides[0]) + static_cast<size_t>(head) * static_cast<size_t>(values_strides[1]));
+    key.stride = static_cast<size_t>(keys_strides[2]) * sizeof(Element) / 4;
+    value.stride = static_cast<size_t>(values_strides[2]) * sizeof(Element) / 4;
+    key.scales = reinterpret_cast<const device half*>(parameters);
+    value.scales = key.scales;
+#ifdef PADDED
+    begin = metal::max(begin, left_padding[sequence]);
+#endif
+    attend<Element, LIVE_FLIGHT>(tile, lane, key, value, reinterpret_cast<const device float*>(parameters), false, begin, end);
+  }
+  const device uint* words = parameters + word;
+  if (HAS_NODES && kind == NODES) {
+    const int each = matrix_words(end);
+    attend<Weight, FLIGHT>(tile, lane, matrix_at(words, end), matrix_at(words + each, end), reinterpret_cast<const device float*>(words + 2 * each), true, 0, end);
+  }
+#ifdef GATED_UNITS
+  if (kind == GATED) {
+    units<Weight, GATED, (FLIGHT + 1) / 2>(tile, lane, words, end, reinterpret_cast<const device float*>(parameters), 0, tile_row, rows);
+  }
+#endif
+#ifdef NETWORKS
+  if (kind == PLAIN) {
+    units<Weight, PLAIN, FLIGHT>(tile, lane, words, end, reinterpret_cast<const device float*>(parameters), 0, tile_row, rows);
+  }
+  if (kind == SCORE) {
+    units<Weight, SCORE, FLIGHT>(tile, lane, words, end, reinterpret_cast<const device float*>(parameters), 0, tile_row, rows);
+  }
+#endif
+#ifdef DEEP_NETWORKS
+  const int n_activations = activations_shape[2];
+  const device float* active = activations + static_cast<size_t>(head) * static_cast<size_t>(all_rows) * static_cast<size_t>(n_activations);
+  if (kind == GIVEN) {
+    units<Weight, GIVEN, FLIGHT>(tile, lane, words, end, active, n_activations, tile_row, rows);
+  }
+  if (kind == GIVEN_SCORE) {
+    units<Weight, GIVEN_SCORE, FLIGHT>(tile, lane, words, end, active, n_activations, tile_row, rows);
+  }
+#endif
+#if defined(NETWORKS) || defined(DEEP_NETWORKS)
+  if (kind == LINEAR) {
+    units<Weight, LINEAR, FLIGHT>(tile, lane, words, end, reinterpret_cast<const device float*>(parameters), 0, tile_row, rows);
+  }
+#endif
+  merge_lane_groups(tile);
+
+  // Merge the simdgroups that share a tile, ROUND query rows at a time to stay within the threadgroup memory.
+  threadgroup float4 tile_out[SIMDGROUPS * ROUND * VECTORS];
+  threadgroup float tile_top[SIMDGROUPS * TILE];
+  threadgroup float tile_sum[SIMDGROUPS * TILE];
+  device float4* vectors = reinterpret_cast<device float4*>(partials);
+  device float* numbers = partials + partial_slots(p, n_static) * HEAD_DIM;
+  #pragma unroll
+  for (int start = 0; start < TILE; start += ROUND) {
+    if (start > 0) {
+      threadgroup_barrier(mem_flags::mem_threadgroup);
+    }
+    #pragma unroll
+    for (int j = 0; j < ROUND; ++j) {
+      if (start + j < TILE && lane_index < PARTS) {
+        const int n = start + j;
+        float4 low;
+        float4 high;
+        low.x = tile.out[n * 8];
+        low.y = tile.out[n * 8 + 1];
+        low.z = tile.out[n * 8 + 2];
+        low.w = tile.out[n * 8 + 3];
+        high.x = tile.out[n * 8 + 4];
+        high.y = tile.out[n * 8 + 5];
+        high.z = tile.out[n * 8 + 6];
+        high.w = tile.out[n * 8 + 7];
+        tile_out[(simdgroup * ROUND + j) * VECTORS + lane_index] = low;
+        tile_out[(simdgroup * ROUND + j) * VECTORS + PARTS + lane_index] = high;
+        if (lane_index == 0) {
+          tile_top[simdgroup * TILE + n] = tile.top[n];
+          tile_sum[simdgroup * TILE + n] = tile.sum[n];
+        }
+      }
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    for (int at = thread_index; at < tiles * ROUND * VECTORS; at += 32 * SIMDGROUPS) {
+      const int v = at % VECTORS;
+      const int j = at / VECTORS % ROUND;
+      const int of = at / VECTORS / ROUND;
+      const int row = (round * tiles + of) * TILE + start + j;
+      if (start + j < TILE && row < rows) {
+        float top = NEVER;
+        for (int s = of; s < SIMDGROUPS; s += tiles) {
+          top = metal::max(top, tile_top[s * TILE + start + j]);
+        }
+        float sum = 0.0f;
+        float4 out = zero4();
+        for (int s = of; s < SIMDGROUPS; s += tiles) {
+          const float weight = metal::fast::exp(tile_top[s * TILE + start + j] - top);
+          sum = metal::fma(weight, tile_sum[s * TILE + start + j], sum);
+          out = scaled_sum(weight, tile_out[(s * ROUND + j) * VECTORS + v], out);
+        }
+        const size_t slot = static_cast<size_t>(unit) * static_cast<size_t>(all_rows) + static_cast<size_t>(first_row + row);
+        vectors[slot * VECTORS + static_cast<size_t>(v)] = out;
+        if (v == 0) {
+          numbers[slot * 2] = top;
+          numbers[slot * 2 + 1] = sum;
+        }
+      }
+    }
+  }
+
+#ifdef ONE_LAUNCH
+  // The threadgroup that arrives last at a KV head merges its rows. Needs a memory fence between threadgroups, which CUDA has.
+  threadgroup int is_last[1];
+  const uint4 mine = *reinterpret_cast<const device uint4*>(parameters + head * 4);
+  const int arrivals = static_cast<int>(mine.z - mine.x) * rounds_of(all_rows) + p.batch * p.slices * rounds_of(sequence_rows);
+  if (arrives_last(tickets + head, arrivals, thread_index, is_last)) {
+    for (int row = simdgroup; row < all_rows; row += SIMDGROUPS) {
+      merge_row(p, parameters, partials, output, head, row, lane_index);
+    }
+  }
+#endif

@@ -1,0 +1,276 @@
+"""The fused decode step: head functions, exact causal attention over the live tokens and their merge, in one or two launches.
+
+metal/ holds the kernel text. On Apple silicon it goes to `mx.fast.metal_kernel`, two launches a layer: partial results, then
+their merge. On NVIDIA the same text goes to `mx.fast.cuda_kernel` behind metal/cuda.h, one launch a layer: the threadgroup that
+finishes last at a KV head merges, which needs a memory fence between threadgroups that Metal does not offer everywhere.
+Everywhere else, and for shapes that `supports` refuses, callers take `attention.merge`, the oracle that the kernel is tested
+against, or `compose`, the best that stock operations do.
+
+Calling a kernel through MLX costs host time that grows with the length of its text and the number of its inputs, so constants
+are baked into the text, a layer's parameters are one buffer, and every text is built once.
+"""
+
+import functools
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from . import attention
+from .errors import NectarError
+from .heads import Bank, Quadrature
+from .packing import DTYPES, Packed, activations
+from .packing import pack as _pack
+from .quantize import group_size
+
+HEAD_DIMS = (64, 80, 96, 128, 256)
+MAX_LENGTH = 8  # query tokens; more go through matmuls
+SIMDGROUPS = 8
+LIVE_SLICE, MAX_SLICES = 64, 32  # live tokens a threadgroup, at most so many threadgroups for one KV head of one sequence
+_BLOCKS = {"metal": 96, "cuda": 124, "ops": 96}  # threadgroups a layer's parameters are cut into
+_SLOTS = 64  # launches of one layer that may be under way at once (CUDA)
+
+Kernel = Callable[..., list[mx.array]]
+
+
+def backend() -> str:
+    """What evaluates a decode step here: "metal", "cuda" or "ops". NECTAR_KERNEL overrides it."""
+    chosen = os.environ.get("NECTAR_KERNEL", "")
+    if chosen:
+        if chosen not in _BLOCKS:
+            raise NectarError(f"NECTAR_KERNEL={chosen}: use metal, cuda or ops")
+        return chosen
+    if mx.default_device() == mx.cpu:
+        return "ops"
+    return "metal" if mx.metal.is_available() else "cuda" if mx.cuda.is_available() else "ops"
+
+
+def pack(bank: Bank, *, dtype: mx.Dtype | None = None, bits: int = 16, heads: Any = None) -> Packed:
+    """One layer's bank in the form that `decode` reads; see `packing.pack`."""
+    here = backend()
+    slots = _SLOTS if here == "cuda" else 0
+    return _pack(bank, dtype=dtype, bits=bits, heads=heads, blocks=_BLOCKS[here], slots=slots)
+
+
+def supports(packed: Packed, queries: mx.array, keys: mx.array) -> bool:
+    """Whether `decode` has a kernel for queries [B, H, T, D] and live keys [B, K, S, D]."""
+    _, H, T, D = queries.shape
+    return (
+        backend() != "ops"
+        and D == packed.head_dim
+        and D in HEAD_DIMS
+        and 0 < T <= min(MAX_LENGTH, keys.shape[2])
+        and keys.shape[1] == packed.n_kv_heads
+        and H % packed.n_kv_heads == 0
+        and queries.dtype == keys.dtype
+        and queries.dtype in DTYPES.values()
+    )
+
+
+def decode(
+    packed: Packed, queries: mx.array, keys: mx.array, values: mx.array, *, left_padding: mx.array | None = None
+) -> mx.array | None:
+    """Attention of queries [B, H, T, D], T <= 8, over the packed context and the live keys and values [B, K, S, D].
+
+    Queries are rotated and unscaled, as a cache sees them; they are the last T of the S live tokens, and causal among them.
+    keys and values may be slices of longer buffers; their last axis must be contiguous. left_padding [B] int32: the first live
+    position of each sequence that holds a token. Returns [B, H, T, D] in the queries' type, or None where `supports` says no.
+    """
+    if not supports(packed, queries, keys):
+        return None
+    B, H, T, D = queries.shape
+    K = packed.n_kv_heads
+    rows = B * (H // K) * T
+    tile = min(rows, 4) if rows != 5 else 3
+    one_launch = bool(packed.tickets)
+    variant = Variant(
+        backend=backend(),
+        element=_NAMES[queries.dtype],
+        storage=packed.storage,
+        kind=packed.kind,
+        head_dim=D,
+        scale=packed.scale,
+        tile=tile,
+        padded=left_padding is not None,
+    )
+    slices = min(-(-keys.shape[2] // LIVE_SLICE), MAX_SLICES)
+    units = packed.blocks + K * slices
+    threads = 32 * SIMDGROUPS
+    inputs = [queries, keys, values, packed.words]
+    if left_padding is not None:
+        inputs.append(left_padding)
+    if packed.deep:
+        inputs.append(activations(packed.deep, attention.group(queries, K)))
+    partials = (units * rows * (D + 2),)
+    grid = (threads * (packed.blocks + B * K * slices), -(-rows // (_tiles(rows, tile) * tile)), 1)
+    if one_launch:
+        inputs.append(packed.tickets[next(_turn) % len(packed.tickets)])
+        return launch(variant.kernel("fused"), inputs, grid, [partials, queries.shape], [mx.float32, queries.dtype])[1]
+    (partial,) = launch(variant.kernel("partial"), inputs, grid, [partials], [mx.float32])
+    grid = (threads * -(-rows // SIMDGROUPS), K, 1)
+    inputs = [queries, keys, packed.words, partial]
+    return launch(variant.kernel("merge"), inputs, grid, [queries.shape], [queries.dtype])[0]
+
+
+def compose(
+    bank: Bank, queries: mx.array, keys: mx.array, values: mx.array, *, mask: mx.array | str | None = "causal"
+) -> mx.array:
+    """The same by stock operations, for prompts and for GPUs without a kernel; arguments as `decode` and `attention.causal`."""
+    B, _, T, _ = queries.shape
+    far = bank(attention.group(queries, keys.shape[1]))
+    far = attention.Partial(*(attention.ungroup(x, B, T) for x in far))
+    return attention.merge(far, attention.causal(queries, keys, values, scale=bank.scale, mask=mask)).output.astype(queries.dtype)
+
+
+def compose_nodes(bank: Quadrature, keys: mx.array, values: mx.array, dtype: mx.Dtype) -> tuple[mx.array, mx.array, mx.array]:
+    """[nodes, live] keys and values [B, K, m + S, D] and the additive mask [1, K, 1, m + S] that make stock attention a
+    quadrature: `mx.fast.scaled_dot_product_attention` over them is the fastest stock form for one query token, as exact as
+    biases rounded to `dtype` allow."""
+    batch = keys.shape[0]
+    p = {n: a.astype(dtype) for n, a in bank.parameters.items()}
+    both = [
+        mx.concatenate([mx.repeat(p[n][None], batch, axis=0), x], axis=2) for n, x in (("keys", keys), ("values", values))
+    ]
+    mask = mx.pad(p["bias"], [(0, 0), (0, keys.shape[2])])[None, :, None]
+    return both[0], both[1], mask
+
+
+def launch(
+    kernel: Kernel,
+    inputs: list[mx.array],
+    grid: tuple[int, int, int],
+    output_shapes: list[tuple[int, ...]],
+    output_dtypes: list[mx.Dtype],
+) -> list[mx.array]:
+    """One launch; the tests put a simulator here."""
+    return kernel(
+        inputs=inputs,
+        grid=grid,
+        threadgroup=(32 * SIMDGROUPS, 1, 1),
+        output_shapes=output_shapes,
+        output_dtypes=output_dtypes,
+    )
+
+
+_turn = count()
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def _tiles(rows: int, tile: int) -> int:
+    """`tiles_of` in metal/decode.metal."""
+    tiles = 1
+    while tiles < SIMDGROUPS and tiles * tile < rows:
+        tiles *= 2
+    return tiles
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Everything that is a constant of a kernel's text."""
+
+    backend: str
+    element: str  # type of queries, keys, values and output
+    storage: str  # of the parameters
+    kind: str
+    head_dim: int
+    scale: float
+    tile: int  # query rows a simdgroup holds
+    padded: bool
+
+    def kernel(self, stage: str) -> Kernel:
+        return _build(self, stage)
+
+    def header(self, stage: str) -> str:
+        quantised = self.storage.startswith("int")
+        bits = int(re.sub(r"\D", "", self.storage))
+        lanes = 1 << (self.head_dim // 8 - 1).bit_length()
+        flight = {32: 2, 16: 4, 8: 8, 4: 8}[bits] // (1 if self.tile <= 2 else 2)
+        numbers = {
+            "HEAD_DIM": self.head_dim,
+            "PARTS": self.head_dim // 8,
+            "VECTORS": self.head_dim // 4,
+            "LANES": lanes,
+            "ROW_WORDS": self.head_dim * bits // 32,
+            "GROUP": group_size(self.head_dim),
+            "ROW_SCALES": self.head_dim // group_size(self.head_dim) if quantised else 0,
+            "TILE": self.tile,
+            "ROUND": max(1, min(self.tile, 4096 // (SIMDGROUPS * self.head_dim))),
+            "SIMDGROUPS": SIMDGROUPS,
+            "FLIGHT": flight,
+            "LIVE_FLIGHT": 2 if self.element == "float32" or self.tile > 2 else 4,
+            "AHEAD": 8,
+            "LIVE_SLICE": LIVE_SLICE,
+            "MAX_SLICES": MAX_SLICES,
+            "HAS_NODES": int(self.kind in ("quadrature", "corrected")),
+            "HAS_UNITS": int(self.kind != "quadrature"),
+        }
+        flags = {
+            "GATED_UNITS": self.kind == "corrected",
+            "NETWORKS": self.kind == "mlp",
+            "DEEP_NETWORKS": self.kind == "deep",
+            "PADDED": self.padded,
+            "ONE_LAUNCH": stage == "fused",
+        }
+        types = {"bfloat16": "bfloat16_t", "float16": "half", "float32": "float", "int8": "Int8", "int4": "Int4"}
+        return "\n".join(
+            [
+                *(f"#define {name}" for name, on in flags.items() if on),
+                "namespace nectar {",
+                *(f"constant constexpr int {name} = {value};" for name, value in numbers.items()),
+                f"constant constexpr float SCALE = {self.scale!r}f;",
+                _text("rows"),
+                f"typedef {types[self.element]} Element;",
+                f"typedef {types[self.storage]} Weight;",
+                _text("decode"),
+                "}\n",
+            ]
+        )
+
+
+@functools.lru_cache(maxsize=256)
+def _build(variant: Variant, stage: str) -> Kernel:
+    outputs = {"fused": ["partials", "output"], "partial": ["partials"], "merge": ["output"]}[stage]
+    if stage == "merge":
+        inputs = ["queries", "keys", "parameters", "partials"]
+    else:
+        inputs = ["queries", "keys", "values", "parameters"]
+        inputs += ["left_padding"] * variant.padded + ["activations"] * (variant.kind == "deep")
+        inputs += ["tickets"] * (stage == "fused")
+    name = "_".join(str(x) for x in ("nectar", stage, *vars(variant).values())).replace(".", "p").replace("-", "m")
+    header, body = variant.header(stage), _text("merge" if stage == "merge" else "partial")
+    common = {"name": name, "input_names": inputs, "output_names": outputs, "ensure_row_contiguous": False}
+    if variant.backend == "cuda":
+        header = (_folder() / "cuda.h").read_text() + _cuda(header)
+        return mx.fast.cuda_kernel(**common, header=_brief(header), source="KERNEL_ATTRIBUTES\n" + _brief(_cuda(body)))
+    return mx.fast.metal_kernel(**common, header=header, source=body)
+
+
+def _folder() -> Path:
+    """metal/: inside the package where it is installed, beside it in a checkout."""
+    inside = Path(__file__).parent / "metal"
+    return inside if inside.is_dir() else Path(__file__).parent.parent / "metal"
+
+
+@functools.cache
+def _text(name: str) -> str:
+    return _brief((_folder() / f"{name}.metal").read_text())
+
+
+def _brief(text: str) -> str:
+    """Without comments and indentation: MLX copies and hashes the text at every call."""
+    lines = (line.strip() for line in re.sub(r"//[^\n]*", "", text).splitlines())
+    return "\n".join(line for line in lines if line) + "\n"
+
+
+def _cuda(text: str) -> str:
+    """Metal text -> CUDA text: arrays of a threadgroup are shared, other address spaces are not written."""
+    text = re.sub(r"^\s*threadgroup (\w+ \w+\[)", r"__shared__ \1", text, flags=re.M)
+    return re.sub(r"\b(device|constant|threadgroup|thread) ", "", text)
+
+
+__all__ = ["Packed", "Variant", "backend", "compose", "compose_nodes", "decode", "pack", "supports"]

@@ -1,0 +1,261 @@
+"""Runs the Metal kernels on a CPU.
+
+`Simulator.launch` takes the place of `kernels.launch`: it has MLX generate the very text that it would hand to Metal (recorded
+through `mx.export_function`, which needs no Metal), compiles that with vocabulary.h for the CPU, runs it with every thread as a
+fiber (simulator.cpp) and returns its outputs. Buffers have exactly their size, gaps between strided rows hold NaN.
+"""
+
+import hashlib
+import importlib.util
+import os
+import re
+import shutil
+import struct
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+HERE = Path(__file__).parent
+BUILDS = Path(tempfile.gettempdir()) / f"nectar-mlx-kernels-{os.getuid()}"
+SCHEDULES = {"forward": 0, "reverse": 1, "random": 2}
+_SANITIZERS = {
+    "plain": ([], []),
+    "asan": (["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"], ["-DWITH_ASAN"]),
+    "tsan": (["-fsanitize=thread"], ["-DWITH_TSAN"]),
+}
+_STRICT = [
+    *("-Wall", "-Wextra", "-Werror", "-Wno-unknown-attributes", "-Wno-unused", "-Wno-sign-compare", "-Wno-unused-parameter"),
+    *("-Wno-conditional-uninitialized", "-Wdouble-promotion", "-Wimplicit-float-conversion", "-Wvla", "-Wno-pass-failed"),
+]
+
+
+class KernelError(Exception):
+    """The kernel broke a rule: what the sanitizer, the simulator or the compiler said."""
+
+
+@cache
+def compiler() -> list[str] | None:
+    """A C++ compiler: clang, else the one in PyPI's ziglang."""
+    names = ["clang++", *(f"clang++-{v}" for v in range(24, 16, -1))]
+    found = next((path for path in map(shutil.which, names) if path), None)
+    if found and os.environ.get("NECTAR_TEST_COMPILER") != "zig":
+        return [found]
+    return [sys.executable, "-m", "ziglang", "c++"] if importlib.util.find_spec("ziglang") else None
+
+
+@cache
+def modes() -> tuple[str, ...]:
+    """The builds that this machine can make and run."""
+    if compiler() is None:
+        return ()
+    return tuple(mode for mode in _SANITIZERS if mode == "plain" or _works(mode))
+
+
+def _works(mode: str) -> bool:
+    with tempfile.TemporaryDirectory() as folder:
+        source, program = Path(folder, "a.cpp"), Path(folder, "a")
+        source.write_text("int main() { return 0; }")
+        try:
+            _run([*compiler(), *_SANITIZERS[mode][0], str(source), "-o", str(program)])
+            _run([str(program)])
+        except KernelError:
+            return False
+    return True
+
+
+def _run(command: list[str], **options: object) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, **options)
+    if done.returncode:
+        telling = r"SIMULATOR|ERROR: AddressSanitizer|runtime error|WARNING: ThreadSanitizer|error:|warning:"
+        lines = [line for line in done.stderr.splitlines() if re.search(telling, line)]
+        raise KernelError("\n".join(lines[:6]) or f"exit code {done.returncode}: {done.stderr[-500:]}")
+    return done.stderr
+
+
+def capture(kernel: Callable, inputs: list[mx.array], **call: object) -> str:
+    """The Metal source that MLX makes of a call. Nothing is run."""
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as out:
+        sys.stdout.flush()
+        stdout = os.dup(1)
+        os.dup2(out.fileno(), 1)
+        try:
+            traced = lambda *arrays: kernel(inputs=list(arrays), verbose=True, **call)  # noqa: E731
+            mx.export_function(os.path.join(folder, "call.mlxfn"), traced, *inputs)
+        finally:
+            os.dup2(stdout, 1)
+            os.close(stdout)
+        out.seek(0)
+        return re.search(r"```\n(.*?)\n```", out.read().decode(), re.S)[1] + "\n"
+
+
+@dataclass(frozen=True)
+class Signature:
+    name: str
+    buffers: list[tuple[str, str, bool]]  # name, C++ type, whether a reference
+    attributes: list[str]
+
+
+def parse(text: str) -> Signature:
+    name, arguments = re.search(r"\[\[kernel\]\] void (\w+)\((.*?)\) \{\n", text, re.S).groups()
+    buffers, attributes = [], []
+    for argument in arguments.split(",\n"):
+        declared, attribute = re.match(r"\s*(.+?) \[\[(\w+)", argument).groups()
+        if attribute != "buffer":
+            attributes.append(attribute)
+            continue
+        kind, reference, buffer = re.match(r"(?:const )?(?:device|constant) (\w+)([*&]) (\w+)", declared).groups()
+        buffers.append((buffer, kind, reference == "&"))
+    return Signature(name, buffers, attributes)
+
+
+_ATTRIBUTES = {
+    "threadgroup_position_in_grid": "uint3(at.threadgroup[0], at.threadgroup[1], at.threadgroup[2])",
+    "threadgroups_per_grid": "uint3(at.threadgroups[0], at.threadgroups[1], at.threadgroups[2])",
+    "thread_index_in_threadgroup": "at.thread",
+    "thread_index_in_simdgroup": "at.lane",
+    "simdgroup_index_in_threadgroup": "at.simdgroup",
+}
+
+
+def rewrite_arrays(text: str) -> str:
+    """The one construct that C++ cannot express by macros: the definition of a threadgroup array."""
+    return re.sub(r"^\s*threadgroup ([\w<>:]+) (\w+)\[(.+?)\];", r"THREADGROUP_ARRAY(\1, \2, \3);", text, flags=re.M)
+
+
+def translation_unit(text: str) -> str:
+    signature = parse(text)
+    text = text.replace("#pragma unroll", "")  # says nothing about the result, and compiling takes three times as long
+    arguments = [f"{'*' * ref}({kind}*)buffers[{i}]" for i, (_, kind, ref) in enumerate(signature.buffers)]
+    arguments += [_ATTRIBUTES[a] for a in signature.attributes]
+    return (
+        '#include "vocabulary.h"\n#line 1 "generated.metal"\n' + rewrite_arrays(text)
+        + "\n".join(f"#undef {word}" for word in ("device", "constant", "thread", "threadgroup")) + "\n"
+        'extern "C" void kernel_entry(void** buffers, const simulator::Position& at) {\n'
+        f"  {signature.name}({', '.join(arguments)});\n}}\n"
+    )
+
+
+def build(unit: str, mode: str, warnings: list[str] = _STRICT) -> Path:
+    """C++ that defines kernel_entry -> a program that runs jobs; made once."""
+    flags, defines = _SANITIZERS[mode]
+    base = [*compiler(), "-std=c++17", f"-I{HERE}"]
+    parts = [unit, *((HERE / n).read_text() for n in ("simulator.h", "simulator.cpp", "vocabulary.h")), mode, *base]
+    program = BUILDS / hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
+    if program.exists():
+        return program
+    BUILDS.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=BUILDS) as folder:
+        source, kernel, runtime, out = (Path(folder, n) for n in ("kernel.cpp", "kernel.o", "simulator.o", "program"))
+        source.write_text(unit)
+        exact = ["-O1", "-g1", "-ffp-contract=off"]
+        _run([*base, *exact, *flags, *warnings, "-c", str(source), "-o", str(kernel)])
+        _run([*base, "-O2", *defines, "-c", str(HERE / "simulator.cpp"), "-o", str(runtime)])
+        _run([*base, *flags, str(kernel), str(runtime), "-o", str(out)])
+        out.replace(program)
+    return program
+
+
+def strided_bytes(x: mx.array) -> tuple[bytes, list[int]]:
+    """An array's memory from its first to its last element, NaN where it has gaps, and its strides in elements."""
+    mx.eval(x)
+    a = np.array(x.view(_UNSIGNED[x.itemsize]), copy=False)
+    extent = sum((n - 1) * s for n, s in zip(a.shape, a.strides, strict=True)) + a.itemsize
+    memory = np.full(extent, 0xFF, np.uint8)
+    np.lib.stride_tricks.as_strided(memory[: a.itemsize].view(a.dtype), a.shape, a.strides)[...] = a
+    return memory.tobytes(), [s // a.itemsize for s in a.strides]
+
+
+_UNSIGNED = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32}
+
+
+def run_job(
+    program: Path,
+    buffers: list[tuple[int, bytes | int]],
+    grid: tuple[int, ...],
+    threadgroup: tuple[int, ...],
+    schedule: str = "forward",
+) -> list[bytes]:
+    """buffers: (role, bytes, or an output's size), roles as simulator.cpp has them. Returns what was written."""
+    job = struct.pack("<8i", *grid, *threadgroup, SCHEDULES[schedule], len(buffers))
+    for role, data in buffers:
+        size = data if isinstance(data, int) else len(data)
+        job += struct.pack("<qi", size, role) + (b"" if isinstance(data, int) else data)
+    quiet = {"ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0", "TSAN_OPTIONS": "halt_on_error=1"}
+    with tempfile.TemporaryDirectory() as folder:
+        jobs, results = Path(folder, "jobs"), Path(folder, "results")
+        jobs.write_bytes(job)
+        _run([str(program), str(jobs), str(results)], env={**os.environ, **quiet})
+        data = results.read_bytes()
+    written = []
+    for role, content in buffers:
+        if role:
+            size = content if isinstance(content, int) else len(content)
+            written.append(data[:size])
+            data = data[size:]
+    assert not data
+    return written
+
+
+@dataclass
+class Simulator:
+    """Stands in for the GPU. edit: changes the text first, to plant bugs. texts collects what was run."""
+
+    mode: str = "asan"
+    schedule: str = "forward"
+    edit: Callable[[str], str] = lambda text: text
+
+    def __post_init__(self) -> None:
+        self.texts: list[str] = []
+
+    def launch(self, kernel, inputs, grid, output_shapes, output_dtypes):  # type: ignore[no-untyped-def]
+        call = {"grid": grid, "threadgroup": (256, 1, 1), "output_shapes": output_shapes, "output_dtypes": output_dtypes}
+        text = capture(kernel, inputs, **call)
+        self.texts.append(text)
+        text = self.edit(text)
+        signature = parse(text)
+        named = iter(inputs)
+        outputs = iter(zip(output_shapes, output_dtypes, strict=True))
+        strides: list[int] = []
+        x = None
+        buffers: list[tuple[int, bytes | int]] = []
+        for name, kind, _ in signature.buffers:
+            if name.endswith("_shape"):
+                buffers.append((0, np.array(x.shape, np.int32).tobytes()))
+            elif name.endswith("_strides"):
+                buffers.append((0, np.array(strides, np.int64).tobytes()))
+            elif (x := next(named, None)) is not None:
+                data, strides = strided_bytes(x)
+                buffers.append((2 if name == "tickets" else 0, data))
+            else:
+                shape, dtype = next(outputs)
+                buffers.append((1, int(np.prod(shape)) * dtype.size))
+        written = run_job(build(translation_unit(text), self.mode), buffers, grid, (256, 1, 1), self.schedule)
+        if any(role == 2 for role, _ in buffers):
+            assert not any(written.pop(0)), "the counters were not left at zero"
+        return [
+            mx.array(np.frombuffer(data, _NUMPY[dtype.size])).view(dtype).reshape(shape)
+            for data, shape, dtype in zip(written, output_shapes, output_dtypes, strict=True)
+        ]
+
+
+_NUMPY = {2: np.uint16, 4: np.uint32}
+
+
+def check_address_spaces(text: str) -> None:
+    """Type-checks the text with Metal's address spaces as clang's, in the C++ that Metal has. Raises KernelError."""
+    for line in text.splitlines():
+        for pointer in re.finditer(r"(\w+ )?(?:const )?\b(?:u?int|float4?|half|Element)\b ?[*&]", line):
+            if not re.match(r"(device|thread|threadgroup|constant) ", pointer[0]) and "const " + pointer[0] not in line:
+                raise KernelError(f"a pointer without an address space: {line}")
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "kernel.cpp")
+        source.write_text('#include "check.h"\n#line 1 "generated.metal"\n' + rewrite_arrays(text))
+        strict = [*_STRICT, "-Wshadow", "-Wfloat-conversion", "-Wno-null-dereference"]
+        _run([*compiler(), "-std=c++14", "-fsyntax-only", *strict, f"-I{HERE}", str(source)])
