@@ -10,7 +10,8 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -156,20 +157,37 @@ def _umask() -> int:
 
 
 def read(path: Path) -> tuple[Tensors, dict[str, str]]:
-    """The file's tensors and metadata, checked against its digest; NectarError for anything that is not a whole .nectar."""
+    """The file's tensors and metadata, checked against its digest; NectarError for anything but a whole .nectar."""
+    with _opened(path) as file:
+        metadata = _metadata(path, file)
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    if digest(tensors) != metadata.get("digest"):
+        raise NectarError(f"{path} is damaged: its contents do not match its checksum; fit it again")
+    return tensors, metadata
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The file's metadata alone, its tensors unread and unchecked."""
+    with _opened(path) as file:
+        return _metadata(path, file)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     if not path.is_file():
         raise NectarError(f"{path}: no such file")
     try:
         with safe_open(path, framework="mlx") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise NectarError(f"{path} is not a .nectar of this version (expected {FORMAT})")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            yield file
     except (SafetensorError, OSError, ValueError, TypeError) as error:
         raise NectarError(f"{path} is not a .nectar file, or is cut short ({error})") from None
-    if digest(tensors) != metadata.get("digest"):
-        raise NectarError(f"{path} is damaged: its contents do not match its checksum; fit it again")
-    return tensors, metadata
+
+
+def _metadata(path: Path, file: Any) -> dict[str, str]:
+    metadata: dict[str, str] = file.metadata() or {}
+    if metadata.get("format") != FORMAT:
+        raise NectarError(f"{path} is not a .nectar of this version (expected {FORMAT})")
+    return metadata
 
 
 def is_nectar(path: Path) -> bool:

@@ -1,0 +1,84 @@
+"""What all commands share: exit codes, messages, progress, and loading a .nectar with its model.
+
+stdout carries the answer or the JSON, stderr everything else. Exit codes: 0 done, 2 the user's input is at fault (one line
+says what is wrong and what to do), 130 interrupted.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from .errors import NectarError
+
+if TYPE_CHECKING:
+    import mlx.nn as nn
+
+    from .nectar import Nectar
+
+DONE, FAULT, INTERRUPTED = 0, 2, 130
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose complaint is one line. `command` is the command's name as typed after `nectar`."""
+
+    def __init__(self, command: str, description: str | None = None):
+        super().__init__(prog=f"nectar {command}", description=description, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(FAULT, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def run(parser: argparse.ArgumentParser, work: Callable[[argparse.Namespace], None], argv: Sequence[str] | None) -> int:
+    """Parses the arguments, does the work, and turns what can go wrong into an exit code and one line."""
+    try:
+        work(parser.parse_args(argv))
+        sys.stdout.flush()
+    except SystemExit as leaving:  # argparse: --help, or arguments that it has complained about
+        return leaving.code if isinstance(leaving.code, int) else FAULT
+    except NectarError as error:
+        say(f"{parser.prog}: {error}")
+        return FAULT
+    except BrokenPipeError:  # whoever read our output has left: nobody is there to be told
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        say(f"{parser.prog}: interrupted")
+        return INTERRUPTED
+    return DONE
+
+
+def say(line: str) -> None:
+    """One line for a person, on stderr."""
+    print(line, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def progress(description: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar on stderr while the block runs; yields what is told how many of `total` are done. Silent without a terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+        task = bar.add_task(description, total=total)
+        yield lambda done: bar.update(task, completed=done)
+
+
+def add_nectar(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `load`."""
+    parser.add_argument("nectar", help="a .nectar file, or the id of one on the hub (user/name)")
+    parser.add_argument("--model", help="the model to use (default: the name of the one it was fitted on)")
+
+
+def load(path: str, model_name: str | None = None) -> "tuple[nn.Module, Any, Nectar]":
+    """A .nectar with its model and tokenizer; NectarError if it is damaged or was fitted on another model."""
+    from . import models, store
+    from .nectar import Nectar
+
+    file = Path(path)
+    model, tokenizer = models.load(model_name or store.read_metadata(file)["model"], log=say)
+    return model, tokenizer, Nectar.load(file, model, tokenizer)
