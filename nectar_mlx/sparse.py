@@ -440,31 +440,30 @@ def benchmark(
 ) -> list[dict[str, float | int | str]]:
     """Time and memory of one causal prefill: ours, with balanced strides, beside MLX's fused dense attention.
 
-    One row per length and kind: {"kind", "length", "stride", "seconds", "peak_bytes"}; the fastest of `repeats`, and the
-    memory above the inputs.
+    One row per length and kind: {"kind", "length", "stride", "seconds", "peak_bytes"}; the fastest of `repeats`, and
+    the memory above the inputs.
     """
-    scale = head_dim**-0.5
     rows: list[dict[str, float | int | str]] = []
     for length in lengths:
         shapes = [(1, h, length, head_dim) for h in (heads, n_kv_heads, n_kv_heads)]
         inputs = [mx.random.normal(shape).astype(dtype) for shape in shapes]
         kinds: dict[str, Pattern | None] = {"fixed": Fixed.balanced(length), "strided": Strided.balanced(length)}
         for kind, pattern in (({"dense": None} if dense else {}) | kinds).items():
-
-            def attend(q: mx.array, k: mx.array, v: mx.array, pattern: Pattern | None = pattern) -> object:
-                if pattern is None:
-                    return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask="causal")
-                return sparse_attention(q, k, v, pattern=pattern, scale=scale)
-
-            seconds, peak = _measure(lambda attend=attend, inputs=inputs: attend(*inputs), inputs, repeats)
+            seconds, peak = _measure(partial(_prefill, *inputs, pattern=pattern), repeats)
             stride = pattern.stride if pattern else 1
             rows.append({"kind": kind, "length": length, "stride": stride, "seconds": seconds, "peak_bytes": peak})
     return rows
 
 
-def _measure(run: Callable[[], object], inputs: Sequence[mx.array], repeats: int) -> tuple[float, int]:
-    mx.eval(inputs)
-    mx.eval(run())  # compiles kernels
+def _prefill(queries: mx.array, keys: mx.array, values: mx.array, *, pattern: Pattern | None) -> mx.array | Partial:
+    scale = queries.shape[-1] ** -0.5
+    if pattern is None:
+        return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask="causal")
+    return sparse_attention(queries, keys, values, pattern=pattern, scale=scale)
+
+
+def _measure(run: Callable[[], mx.array | Partial], repeats: int) -> tuple[float, int]:
+    mx.eval(run())  # makes the inputs, compiles kernels
     mx.reset_peak_memory()
     before, best = mx.get_active_memory(), float("inf")
     for _ in range(repeats):
