@@ -9,7 +9,7 @@ from typing import Any
 
 from .errors import NectarError
 
-_INTRODUCTION = "Here is a text.\n\n"
+INTRODUCTION = "Here is a text.\n\n"
 _MARK = "<<the document stands here>>"  # stands for the document while the template is rendered
 
 Message = dict[str, str]
@@ -17,12 +17,17 @@ Message = dict[str, str]
 
 def prefix(tokenizer: Any, text: str, *, max_tokens: int | None = None) -> list[int]:
     """The token ids of the template's head and the document; max_tokens bounds the document's."""
-    head, _ = _render(tokenizer, [{"role": "user", "content": _MARK}])
-    document = encode(tokenizer, _INTRODUCTION + text, specials=False)
-    introduction = len(encode(tokenizer, _INTRODUCTION, specials=False))
+    document = encode(tokenizer, INTRODUCTION + text, specials=False)
+    introduction = len(encode(tokenizer, INTRODUCTION, specials=False))
     if max_tokens is not None:
         document = document[: introduction + max_tokens]
-    return encode(tokenizer, head) + document
+    return head(tokenizer) + document
+
+
+def head(tokenizer: Any) -> list[int]:
+    """The token ids that the chat template puts in front of the user's first message."""
+    text, _ = _render(tokenizer, [{"role": "user", "content": _MARK}])
+    return encode(tokenizer, text)
 
 
 def prompt(tokenizer: Any, messages: str | Sequence[Message], **template: Any) -> list[int]:
