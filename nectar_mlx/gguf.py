@@ -15,6 +15,8 @@ import gguf
 import mlx.core as mx
 import mlx_lm  # noqa: F401  keeps transformers from advising to install PyTorch
 import numpy as np
+from rich.console import Console
+from rich.progress import track
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -36,6 +38,14 @@ _LAYER_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+_REQUIRED = (
+    "block_count",
+    "embedding_length",
+    "feed_forward_length",
+    "context_length",
+    "attention.head_count",
+    "attention.layer_norm_rms_epsilon",
+)
 _TYPES = {"F32": mx.float32, "F16": mx.float16}
 
 _GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -89,29 +99,30 @@ def _config(path: Path, metadata: dict[str, Any], tensors: dict[str, Any]) -> di
 
     if value("expert_count"):
         raise NectarError(f"{path}: mixtures of experts are not supported as GGUF; take an mlx-community folder of it")
-    try:
-        hidden, heads = value("embedding_length"), value("attention.head_count")
-        config = {
-            "model_type": arch,
-            "architectures": [{"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}[arch] + "ForCausalLM"],
-            "hidden_size": hidden,
-            "num_hidden_layers": value("block_count"),
-            "intermediate_size": value("feed_forward_length"),
-            "num_attention_heads": heads,
-            "num_key_value_heads": value("attention.head_count_kv", heads),
-            "head_dim": value("attention.key_length", hidden // heads),
-            "rms_norm_eps": value("attention.layer_norm_rms_epsilon"),
-            "vocab_size": len(tensors["token_embd.weight"].data),
-            "max_position_embeddings": value("context_length"),
-            "rope_theta": value("rope.freq_base", 10000.0),
-            "rope_scaling": _rope_scaling(path, value, tensors),
-            "tie_word_embeddings": "output.weight" not in tensors,
-            "attention_bias": "blk.0.attn_q.bias" in tensors,
-            "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
-            "eos_token_id": _end_tokens(metadata),
-        }
-    except (KeyError, TypeError, ZeroDivisionError) as error:
-        raise NectarError(f"{path}: the file lacks what a {arch} model needs ({error})") from error
+    if lacking := [f"{arch}.{key}" for key in _REQUIRED if not value(key)]:
+        raise NectarError(f"{path}: not a whole {arch} model: it lacks {', '.join(lacking)}")
+    if "token_embd.weight" not in tensors:
+        raise NectarError(f"{path}: not a whole {arch} model: it lacks token_embd.weight")
+    hidden, heads = value("embedding_length"), value("attention.head_count")
+    config = {
+        "model_type": arch,
+        "architectures": [{"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}[arch] + "ForCausalLM"],
+        "hidden_size": hidden,
+        "num_hidden_layers": value("block_count"),
+        "intermediate_size": value("feed_forward_length"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": value("attention.head_count_kv", heads),
+        "head_dim": value("attention.key_length", hidden // heads),
+        "rms_norm_eps": value("attention.layer_norm_rms_epsilon"),
+        "vocab_size": len(tensors["token_embd.weight"].data),
+        "max_position_embeddings": value("context_length"),
+        "rope_theta": value("rope.freq_base", 10000.0),
+        "rope_scaling": _rope_scaling(path, value, tensors),
+        "tie_word_embeddings": "output.weight" not in tensors,
+        "attention_bias": "blk.0.attn_q.bias" in tensors,
+        "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": _end_tokens(metadata),
+    }
     return {key: item for key, item in config.items() if item is not None}
 
 
@@ -162,20 +173,15 @@ def _shards(path: Path, config: dict[str, Any], tensors: dict[str, Any]) -> Iter
     for tensor in tensors.values():
         sizes[tensor.tensor_type.name] += int(tensor.n_elements)
     dtype = _TYPES.get(sizes.most_common(1)[0][0], mx.bfloat16)
+    console = Console(stderr=True)
+    steps = track(tensors.values(), path.name, console=console, transient=True, disable=not console.is_terminal)
     shard: dict[str, mx.array] = {}
-    for name, tensor in tensors.items():
-        target = _weight_name(name)
-        if target is None:
+    for tensor in steps:
+        if tensor.name.startswith("rope_freqs."):
             continue
-        try:
-            values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-        except NotImplementedError as error:
-            raise NectarError(f"{path}: {name} is {tensor.tensor_type.name}, which cannot be dequantised") from error
-        if config["model_type"] == "llama" and re.search(r"attn_[qk]\.", name):
-            heads = config["num_attention_heads" if "attn_q" in name else "num_key_value_heads"]
-            values = _split_halves(values, heads)
-        shard[target] = mx.array(values).astype(dtype)
-        mx.eval(shard[target])
+        name = _weight_name(path, tensor.name)
+        shard[name] = mx.array(_values(path, config, tensor)).astype(dtype)
+        mx.eval(shard[name])
         if sum(array.nbytes for array in shard.values()) >= SHARD_BYTES:
             yield shard
             shard = {}
@@ -183,8 +189,20 @@ def _shards(path: Path, config: dict[str, Any], tensors: dict[str, Any]) -> Iter
         yield shard
 
 
-def _weight_name(name: str) -> str | None:
-    """The mlx-lm name of a GGUF tensor, or None for one that the model computes itself."""
+def _values(path: Path, config: dict[str, Any], tensor: Any) -> np.ndarray:
+    try:
+        values: np.ndarray = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+    except NotImplementedError as error:
+        kind = tensor.tensor_type.name
+        raise NectarError(f"{path}: {tensor.name} is {kind}, which cannot be dequantised") from error
+    if config["model_type"] == "llama" and (match := re.search(r"attn_([qk])\.", tensor.name)):
+        heads = config["num_attention_heads" if match[1] == "q" else "num_key_value_heads"]
+        return _split_halves(values, heads)
+    return values
+
+
+def _weight_name(path: Path, name: str) -> str:
+    """The name that mlx-lm gives a GGUF tensor."""
     if match := re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name):
         layer, part, suffix = match.groups()
         if part in _LAYER_NAMES:
@@ -193,9 +211,7 @@ def _weight_name(name: str) -> str | None:
         part, suffix = match.groups()
         if part in _GLOBAL_NAMES:
             return f"{_GLOBAL_NAMES[part]}.{suffix}"
-    if name in ("rope_freqs.weight",) or name.endswith("attn_rot_embd.weight"):
-        return None
-    raise NectarError(f"the tensor {name} has no place in this architecture; take an mlx-community folder of the model")
+    raise NectarError(f"{path}: the tensor {name} has no place in mlx-lm's model; take an mlx-community folder of it")
 
 
 def _split_halves(rows: np.ndarray, heads: int) -> np.ndarray:

@@ -379,7 +379,7 @@ def test_a_broken_file_is_one_line(damage: str, tmp_path: Path, tokenizer: Token
         ({"tokenizer.ggml.model": "bert"}, "bert"),
         ({"tokenizer.ggml.pre": "tekken"}, "tekken"),
         ({"tokenizer.ggml.tokens": None}, "no tokenizer"),
-        ({"llama.attention.head_count": None}, "lacks"),
+        ({"llama.attention.head_count": None}, "lacks llama.attention.head_count"),
         ({"llama.rope.scaling.type": "longrope"}, "longrope"),
         ({"llama.expert_count": 8}, "mixtures of experts"),
     ],
