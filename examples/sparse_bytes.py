@@ -11,6 +11,7 @@ whose last layers start smaller the deeper the network (section 5.2), learned em
 """
 
 import argparse
+import importlib.util
 import json
 import math
 import os
@@ -193,14 +194,17 @@ class Run:
         os.replace(partial_file, self.path)
 
     def load(self) -> None:
-        arrays, metadata = mx.load(str(self.path), return_metadata=True)
-        if json.loads(metadata["settings"]) != asdict(self.settings):
+        try:
+            arrays, metadata = mx.load(str(self.path), return_metadata=True)
+            settings, done = json.loads(metadata["settings"]), json.loads(metadata["done"])
+            state = tree_unflatten(list(arrays.items()))
+        except (RuntimeError, KeyError, ValueError):
+            raise NectarError(f"{self.path} is not a checkpoint: delete it, or leave out --resume") from None
+        if settings != asdict(self.settings):
             raise NectarError(f"{self.path} was made with other settings: use those, or leave out --resume")
-        state = tree_unflatten(list(arrays.items()))
         self.model.update(state["model"])
         self.optimizer.state = state["optimizer"]
-        for name, value in json.loads(metadata["done"]).items():
-            setattr(self, name, value)
+        self.losses, self.seconds, self.peak_bytes = done["losses"], done["seconds"], done["peak_bytes"]
 
     def train(self, text: np.ndarray, progress: Progress, save_every: int) -> None:
         steps = self.settings.steps
@@ -262,22 +266,28 @@ def read_text(path: Path | None) -> np.ndarray:
         raise NectarError(f"{path} cannot be read: {error.strerror}") from None
 
 
-def plot(runs: Sequence[Run], path: Path) -> None:
-    try:
-        import matplotlib
+def check_plot(path: Path) -> None:
+    """Before the training rather than after it."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise NectarError("--plot needs matplotlib: pip install 'nectar-mlx[plot]'")
+    if path.suffix not in (".png", ".svg", ".pdf"):
+        raise NectarError(f"--plot {path}: end its name with .png, .svg or .pdf")
 
-        matplotlib.use("agg")
-        import matplotlib.pyplot as plt
-    except ImportError:
-        raise NectarError("--plot needs matplotlib: pip install 'nectar-mlx[plot]'") from None
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
+
+def plot(runs: Sequence[Run], path: Path) -> None:
+    """Training curves, by step and by time, each point the mean of the last 20 steps."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    by_step, by_time = figure.subplots(1, 2, sharey=True)
     for run in runs:
-        smooth = np.convolve(run.losses, np.ones(20) / 20, mode="valid") if len(run.losses) >= 20 else run.losses
-        axes[0].plot(smooth, label=run.kind)
-        axes[1].plot(np.cumsum(run.seconds)[-len(smooth) :], smooth, label=run.kind)
-    axes[0].set(xlabel="step", ylabel="bits per byte (training)", ylim=(None, np.percentile(runs[0].losses, 95)))
-    axes[1].set(xlabel="seconds")
-    axes[0].legend()
+        width = min(20, len(run.losses))
+        smooth = np.convolve(run.losses, np.ones(width) / width, mode="valid")
+        by_step.plot(range(width, len(run.losses) + 1), smooth, label=run.kind)
+        by_time.plot(np.cumsum(run.seconds)[width - 1 :], smooth, label=run.kind)
+    by_step.set(xlabel="step", ylabel="bits per byte (training)")
+    by_time.set(xlabel="seconds")
+    by_step.legend()
     figure.savefig(path)
 
 
@@ -323,6 +333,8 @@ def parser() -> argparse.ArgumentParser:
 def compare(args: argparse.Namespace, console: Console) -> list[dict[str, object]]:
     names = Settings.__dataclass_fields__
     settings = Settings(**{name: getattr(args, name) for name in names})
+    if args.plot:
+        check_plot(args.plot)
     kinds = args.kinds.split(",")
     if unknown := set(kinds) - {"dense", "fixed", "strided"}:
         raise NectarError(f"--kinds {sorted(unknown)[0]}: choose from dense, fixed, strided")
@@ -334,7 +346,10 @@ def compare(args: argparse.Namespace, console: Console) -> list[dict[str, object
         raise NectarError(
             f"the text has {len(text)} bytes: give at least {10 * settings.context + 20}, or less --context"
         )
-    args.output.mkdir(parents=True, exist_ok=True)
+    try:
+        args.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise NectarError(f"--output {args.output} cannot be made: {error.strerror}") from None
     runs = [Run(kind, settings, args.output) for kind in kinds]
     columns = TextColumn("{task.description:8}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}")
     with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
@@ -353,10 +368,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         reports = compare(args, console)
     except NectarError as error:
-        console.print(f"sparse_bytes: {error}", style="red", markup=False)
+        print(f"sparse_bytes: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        console.print("interrupted; the same command with --resume goes on from here")
+        print("interrupted; the same command with --resume goes on from here", file=sys.stderr)
         return 130
     if args.json:
         print(json.dumps({"models": reports}))
