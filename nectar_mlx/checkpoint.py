@@ -51,11 +51,13 @@ class Checkpoint:
         told = {"rows": study.rows, "conversations": [[c.prompt, c.answer] for c in conversations]}
         (self.folder / f"{name}.json").write_text(json.dumps(told))
 
-    def load_study(self, name: str) -> tuple[Study, list[Conversation]] | None:
+    def load_study(self, name: str, study: Study) -> list[Conversation]:
+        """Fills a fresh study with the rows that were kept; the conversations that they came from."""
         if self.folder is None or not (self.folder / f"{name}.json").exists():
-            return None
+            return []
         told = json.loads((self.folder / f"{name}.json").read_text())
-        return Study.open(self.folder / name, told["rows"]), [Conversation(p, a) for p, a in told["conversations"]]
+        study.load(self.folder / name, told["rows"])
+        return [Conversation(p, a) for p, a in told["conversations"]]
 
     def keep_heads(self, heads: dict[int, HeadArrays]) -> None:
         if self.folder is not None:

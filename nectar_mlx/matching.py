@@ -8,6 +8,7 @@ start of every quadrature.
 from collections.abc import Sequence
 
 import mlx.core as mx
+import numpy as np
 
 from ._exp import exp
 from .heads import HeadArrays
@@ -39,30 +40,32 @@ def most_important(weights: mx.array, count: int) -> mx.array:
     return mx.sort(mx.argpartition(-weights, count - 1)[:count])
 
 
-def match(
-    rows: Captured, keys: mx.array, values: mx.array, chosen: Sequence[mx.array], *, scale: float
-) -> list[HeadArrays]:
-    """Nodes of M heads from the chosen keys of each.
+def match(rows: Captured, keys: Sequence[mx.array], values: Sequence[mx.array], *, scale: float) -> list[HeadArrays]:
+    """Nodes of M heads from chosen keys of each.
 
-    rows: queries and outputs [M, N, D]; keys, values [M, n, D]; chosen: M index arrays [m_i] -> M quadrature heads.
+    rows: queries and outputs [M, N, D]; keys and values: M arrays [m_i, D], the chosen ones -> M quadrature heads.
     """
+    count = max(k.shape[0] for k in keys)
+    padded = mx.stack([mx.pad(k.astype(mx.float32), [(0, count - k.shape[0]), (0, 0)]) for k in keys])
+    alive = mx.stack([mx.arange(count) < k.shape[0] for k in keys])
+    weights = attention_weights(rows, padded, scale=scale) * alive[:, None]
+    mass = _nonnegative(weights)
+    shares = weights * mass[:, None]
+    shares = shares / mx.maximum(shares.sum(-1, keepdims=True), 1e-20)
+    gram = np.array(shares.swapaxes(1, 2) @ shares)
+    right = np.array(shares.swapaxes(1, 2) @ rows.output.astype(mx.float32))
     heads = []
-    for i, index in enumerate(chosen):
-        own = Captured(*(x[i : i + 1] for x in rows))
-        k, v = keys[i][index].astype(mx.float32), values[i][index].astype(mx.float32)
-        weights = attention_weights(own, k[None], scale=scale)[0]
-        mass = _nonnegative(weights)
-        shares = weights * mass
-        shares = shares / shares.sum(1, keepdims=True)
-        values_fit = _ridge(shares, own.output[0].astype(mx.float32), towards=v)
-        heads.append({"keys": k, "values": values_fit, "bias": mx.log(mass)})
-        mx.eval(heads[-1])
+    for i, (k, v) in enumerate(zip(keys, values, strict=True)):
+        m = k.shape[0]
+        fitted = _ridge(gram[i, :m, :m], right[i, :m], towards=np.array(v.astype(mx.float32)))
+        heads.append({"keys": padded[i, :m], "values": mx.array(fitted), "bias": mx.log(mass[i, :m])})
     return heads
 
 
 def _nonnegative(weights: mx.array) -> mx.array:
-    """argmin over w >= 0 of |weights · w - 1|², by accelerated projected gradient; weights [N, m] -> [m], kept above 1e-4."""
-    gram, ones = weights.T @ weights, weights.sum(0)
+    """argmin over w >= 0 of |weights · w - 1|², by accelerated projected gradient: [M, N, m] -> [M, m], kept above 1e-4."""
+    gram = weights.swapaxes(1, 2) @ weights
+    ones = weights.sum(1)[..., None]
     step = 1 / _largest_eigenvalue(gram)
     w = y = mx.ones_like(ones)
     t = 1.0
@@ -72,21 +75,21 @@ def _nonnegative(weights: mx.array) -> mx.array:
         y, w, t = following + (t - 1) / t_following * (following - w), following, t_following
         if i % 50 == 0:
             mx.eval(w, y)
-    return mx.maximum(w, 1e-4)
+    return mx.maximum(w[..., 0], 1e-4)
 
 
 def _largest_eigenvalue(gram: mx.array) -> mx.array:
-    """An upper estimate by power iteration; the matrix has non-negative entries, so the start is near the first eigenvector."""
-    v = mx.ones(gram.shape[0])
+    """An upper estimate by power iteration, [M, m, m] -> [M, 1, 1]; the entries are not negative, so the start is near."""
+    v = mx.ones((*gram.shape[:2], 1))
     for _ in range(20):
         v = gram @ v
-        v = v / mx.linalg.norm(v)
-    return 1.05 * mx.linalg.norm(gram @ v)
+        v = v / mx.linalg.norm(v, axis=1, keepdims=True)
+    return 1.05 * mx.linalg.norm(gram @ v, axis=1, keepdims=True)
 
 
-def _ridge(shares: mx.array, outputs: mx.array, *, towards: mx.array) -> mx.array:
-    """argmin over V of |shares · V - outputs|² + ridge · |V - towards|²; shares [N, m], outputs [N, D] -> [m, D]."""
-    gram = shares.T @ shares
-    ridge = _RIDGE * mx.diag(gram).mean()
-    left = gram + ridge * mx.eye(gram.shape[0])
-    return mx.linalg.solve(left, shares.T @ outputs + ridge * towards, stream=mx.cpu)
+def _ridge(gram: np.ndarray, right: np.ndarray, *, towards: np.ndarray) -> np.ndarray:
+    """The V that minimises |shares · V - outputs|² + ridge · |V - towards|², from shares' Gram [m, m] and right side [m, D]."""
+    gram, right = gram.astype(np.float64), right.astype(np.float64)
+    ridge = _RIDGE * np.diag(gram).mean()
+    left = gram + ridge * np.eye(len(gram))
+    return np.linalg.solve(left, right + ridge * towards).astype(np.float32)

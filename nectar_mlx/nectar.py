@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -12,9 +12,9 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from . import __version__, adapter, models, prompts, store
+from . import __version__, adapter, hub, models, prompts, store
 from .adapter import Geometry
-from .cache import NectarCache
+from .cache import Window, make_caches
 from .errors import NectarError
 from .heads import Bank
 from .store import Layout
@@ -31,21 +31,27 @@ class Nectar:
         self._tensors, self.metadata = tensors, metadata
         self.geometry = Geometry(**{**metadata["geometry"], "windows": tuple(metadata["geometry"]["windows"])})
         self.layout = Layout(**metadata["layout"])
-        self.prefix: list[int] = tensors["prefix"].tolist()
+        self.prefix: list[int] = np.array(tensors["prefix"]).tolist()
         self.report: dict[str, Any] = metadata["report"]
         self.banks: list[Bank] = store.unpack(self.layout, tensors)
+        self.windows = _windows(tensors, self.geometry, len(self.prefix))
+        if len(self.banks) != len(self.geometry.fitted):
+            raise NectarError("the file is damaged: its heads are not those of its model")
 
     @classmethod
     def fit(cls, model: nn.Module, tokenizer: Any, text: str, *, budget: float = 0.02, **options: Any) -> "Nectar":
-        """Fits a text: see `nectar_mlx.fit.FitConfig` for the options. budget: bytes kept / bytes of the bf16 KV cache."""
-        from .fit import FitConfig, fit
+        """Fits a text: see `nectar_mlx.fitting.FitConfig` for the options. budget: bytes kept / bytes of the bf16 KV cache."""
+        from .fitting import FitConfig, fit
 
         return fit(model, tokenizer, text, config=FitConfig(budget=budget, **options))
 
     @classmethod
     def load(cls, path: str | Path, model: nn.Module, tokenizer: Any = None) -> Self:
-        """Reads a .nectar; NectarError unless it is whole and was fitted on this very model (and tokenizer, if one is given)."""
-        tensors, strings = store.read(Path(path))
+        """Reads a .nectar: a file, or one on the hub (user/name).
+
+        NectarError unless it is whole and was fitted on this very model (and tokenizer, if one is given).
+        """
+        tensors, strings = store.read(hub.nectar_file(path))
         try:
             metadata = {k: v if k in store_strings else json.loads(v) for k, v in strings.items()}
             prefix = np.array(tensors["prefix"])
@@ -59,6 +65,11 @@ class Nectar:
             raise NectarError(f"{path} was fitted on {metadata['model']}, which is not the model given")
         if tokenizer is not None and models.tokenizer_fingerprint(tokenizer) != metadata["tokenizer_sha256"]:
             raise NectarError(f"{path} was fitted with another tokenizer or chat template than the one given")
+        dtype = adapter.compute_type(model)
+        nectar.windows = {
+            i: Window(w.keys.astype(dtype), w.values.astype(dtype), w.size) for i, w in nectar.windows.items()
+        }
+        mx.eval([w[:2] for w in nectar.windows.values()])  # in this thread: MLX's streams are a thread's own
         return nectar
 
     def save(self, path: str | Path) -> None:
@@ -68,9 +79,9 @@ class Nectar:
             raise NectarError(f"{path} exists and is not a .nectar: choose another --output")
         store.write(path, self._tensors, self.metadata)
 
-    def make_cache(self, *, kv_bits: int | None = None) -> list[NectarCache]:
+    def make_cache(self, *, kv_bits: int | None = None) -> list[Any]:
         """Fresh caches, one a layer, that start behind the context. kv_bits: 4 or 8 quantises the live tokens' cache."""
-        return [NectarCache(bank, len(self.prefix), _live(kv_bits)) for bank in self.banks]
+        return make_caches(self.banks, self.windows, len(self.prefix), kv_bits=kv_bits)
 
     def prompt(self, tokenizer: Any, messages: str | Sequence[prompts.Message], **template: Any) -> list[int]:
         """The tokens that follow the prefix for a question or a conversation, up to where the answer starts."""
@@ -120,10 +131,16 @@ def build(
     geometry: Geometry,
     provenance: dict[str, Any],
     report: dict[str, Any],
+    windows: Mapping[int, Window] | None = None,
 ) -> Nectar:
-    """A Nectar from fitted heads (layer by layer), quantised as it will be stored: saving it loses nothing more."""
+    """A Nectar from fitted heads (layer by layer), quantised as it will be stored: saving it loses nothing more.
+
+    windows: what the sliding-window layers keep, by layer.
+    """
     ids = mx.array(list(prefix), dtype=mx.int32)
     tensors = {"prefix": ids} | store.pack(layout, heads)
+    for layer, window in (windows or {}).items():
+        tensors |= {f"windows.{layer}.keys": window.keys, f"windows.{layer}.values": window.values}
     metadata = {
         "nectar_mlx": __version__,
         "prefix_sha256": _prefix_digest(np.array(ids)),
@@ -138,7 +155,15 @@ def _prefix_digest(ids: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(ids, dtype="<i4").data).hexdigest()
 
 
-def _live(kv_bits: int | None) -> Any:
-    from mlx_lm.models.cache import KVCache, QuantizedKVCache
-
-    return KVCache() if kv_bits is None else QuantizedKVCache(group_size=64, bits=kv_bits)
+def _windows(tensors: store.Tensors, geometry: Geometry, context: int) -> dict[int, Window]:
+    """What the sliding-window layers keep; NectarError if the file does not hold it."""
+    found: dict[int, Window] = {}
+    for layer, size in enumerate(geometry.windows):
+        if not size:
+            continue
+        shape = (geometry.n_kv_heads, min(size, context), geometry.head_dim)
+        window = Window(tensors[f"windows.{layer}.keys"], tensors[f"windows.{layer}.values"], size)
+        if window.keys.shape != shape or window.values.shape != shape:
+            raise NectarError(f"the file is damaged: the window of layer {layer} has another shape")
+        found[layer] = window
+    return found

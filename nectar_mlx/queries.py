@@ -8,17 +8,17 @@ of the live tokens: the three things the regression needs.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx_lm.models.cache import KVCache
+from mlx_lm.models.cache import KVCache, RotatingKVCache
 
 from . import attention
 from ._exp import SLOW_EXP, exp
 from .adapter import Geometry
-from .cache import NectarCache
+from .cache import NectarCache, Window, make_caches, with_sinks
 from .heads import Bank, Exact
 
 _FLUSH = 16  # decode steps between writes of what was captured
@@ -26,13 +26,15 @@ _FLUSH = 16  # decode steps between writes of what was captured
 
 @dataclass(frozen=True)
 class Context:
-    """A prefix and its exact keys and values, one `Exact` bank a layer ([K, n, D] each, positions 0 … n-1)."""
+    """A prefix and its exact keys and values: one `Exact` bank a layer with full attention ([K, n, D] each, positions
+    0 … n-1), and the last window of each other layer, by its index."""
 
     prefix: list[int]
     banks: list[Exact]
+    windows: dict[int, Window] = field(default_factory=dict)
 
-    def make_cache(self) -> list[NectarCache]:
-        return [NectarCache(bank, len(self.prefix)) for bank in self.banks]
+    def make_cache(self) -> list[Any]:
+        return make_caches(self.banks, self.windows, len(self.prefix))
 
 
 class _ReadingCache(KVCache):  # type: ignore[misc]
@@ -41,31 +43,42 @@ class _ReadingCache(KVCache):  # type: ignore[misc]
     if SLOW_EXP:
 
         def attend(
-            self, queries: mx.array, keys: mx.array, values: mx.array, *, scale: float, mask: mx.array | str | None
+            self,
+            queries: mx.array,
+            keys: mx.array,
+            values: mx.array,
+            *,
+            scale: float,
+            mask: mx.array | str | None,
+            sinks: mx.array | None = None,
         ) -> mx.array:
-            return attention.causal(queries, keys, values, scale=scale, mask=mask).output.astype(queries.dtype)
+            part = attention.causal(queries, keys, values, scale=scale, mask=mask)
+            return (part if sinks is None else with_sinks(part, sinks)).output.astype(queries.dtype)
 
 
 def read(
     model: nn.Module, prefix: Sequence[int], geometry: Geometry, *, progress: Callable[[int], None] = lambda n: None
 ) -> Context:
     """Prefills the prefix in chunks. progress is told how many tokens are done."""
-    caches = [_ReadingCache() for _ in range(geometry.n_layers)]
+    caches: list[Any] = [RotatingKVCache(w) if w else _ReadingCache() for w in geometry.windows]
     tokens, chunk = mx.array(prefix)[None], 512
     for start in range(0, len(prefix), chunk):
         model(tokens[:, start : start + chunk], cache=caches)
         mx.eval([c.state for c in caches])
         mx.clear_cache()
         progress(min(start + chunk, len(prefix)))
-    banks = []
-    for cache in caches:
-        keys, values = (mx.contiguous(x[0]) for x in cache.keys_and_values())
+    context = Context(list(prefix), [])
+    for layer, (cache, window) in enumerate(zip(caches, geometry.windows, strict=True)):
+        pair = [cache._temporal_order(x) for x in cache.state[:2]] if window else cache.keys_and_values()
+        keys, values = (mx.contiguous(x[0, :, -window:]) for x in pair)  # read in chunks, a ring outgrows its window
         cache.keys = cache.values = None
         mx.eval(keys, values)
-        banks.append(
-            Exact.stack([{"keys": k, "values": v} for k, v in zip(keys, values, strict=True)], scale=geometry.scale)
-        )
-    return Context(list(prefix), banks)
+        if window:
+            context.windows[layer] = Window(keys, values, window)
+        else:
+            heads = [{"keys": k, "values": v} for k, v in zip(keys, values, strict=True)]
+            context.banks.append(Exact.stack(heads, scale=geometry.scale))
+    return context
 
 
 class Captured(NamedTuple):
@@ -95,21 +108,16 @@ class Study:
         self._data = Captured(*arrays)
 
     def save(self, folder: Path) -> None:
-        """Keeps the rows as .npy files (a mapped study is there already)."""
+        """Keeps the rows as .npy files."""
         folder.mkdir(parents=True, exist_ok=True)
         for name, array in zip(Captured._fields, self._data, strict=True):
-            if isinstance(array, np.memmap):
-                array.flush()
-            else:
-                np.save(folder / f"{name}.npy", array[:, : self.rows])
+            np.save(folder / f"{name}.npy", array[:, : self.rows])
 
-    @classmethod
-    def open(cls, folder: Path, rows: int) -> Self:
-        """What `save` kept, mapped."""
-        study = cls.__new__(cls)
-        study.rows = rows
-        study._data = Captured(*(np.load(folder / f"{name}.npy", mmap_mode="r") for name in Captured._fields))
-        return study
+    def load(self, folder: Path, rows: int) -> None:
+        """Takes in the rows that `save` kept."""
+        self.rows = min(rows, self.capacity)
+        for name, array in zip(Captured._fields, self._data, strict=True):
+            array[:, : self.rows] = np.load(folder / f"{name}.npy", mmap_mode="r")[:, : self.rows]
 
     @property
     def capacity(self) -> int:
@@ -130,8 +138,12 @@ class Study:
 
     def heads(self, indices: Sequence[int], rows: Any = None) -> Captured:
         """The rows of some heads as mx arrays; rows: their indices, default all."""
-        chosen = slice(0, self.rows) if rows is None else rows
-        return Captured(*(mx.array(np.stack([a[i][chosen] for i in indices])) for a in self._data))
+        whole = (mx.array(np.stack([a[i, : self.rows] for i in indices])) for a in self._data)
+        # Taking rows on the device also moves them there: arrays made from numpy stay in host memory under CUDA.
+        order = mx.arange(self.rows) if rows is None else mx.array(rows)
+        taken = Captured(*(mx.take(x, order, axis=1) for x in whole))
+        mx.eval(taken)
+        return taken
 
     @staticmethod
     def nbytes(heads: int, rows: int, head_dim: int) -> int:
@@ -146,9 +158,18 @@ class _StudyCache(NectarCache):
         self.seen: list[Captured] = []
 
     def attend(
-        self, queries: mx.array, keys: mx.array, values: mx.array, *, scale: float, mask: mx.array | str | None
+        self,
+        queries: mx.array,
+        keys: mx.array,
+        values: mx.array,
+        *,
+        scale: float,
+        mask: mx.array | str | None,
+        sinks: mx.array | None = None,
     ) -> mx.array:
         live = attention.causal(queries, keys, values, scale=scale, mask=mask)
+        if sinks is not None:
+            live = with_sinks(live, sinks)
         context = self.over_context(queries)
         self.seen.append(
             Captured(
@@ -203,7 +224,8 @@ def converse(
     Every row starts at the same position: the longer prompts are still being read while the shorter ones are answered, so no
     row is padded and positions are exact.
     """
-    caches: list[_StudyCache] = [_StudyCache(bank, len(context.prefix)) for bank in context.banks]
+    caches = [_StudyCache(c.bank, c.context) if isinstance(c, NectarCache) else c for c in context.make_cache()]
+    studied = [c for c in caches if isinstance(c, _StudyCache)]
     rows = list(batch)
     tokens = mx.array([r.prompt[: min(len(r.prompt) for r in rows)] for r in rows])
     at, valid = tokens.shape[1], [np.ones(tokens.shape, bool)]
@@ -211,10 +233,10 @@ def converse(
         logits = model(tokens, cache=caches)[:, -1]
         key, now = mx.random.split(key)
         sampled = sample(logits, temperature=temperature, key=now)
-        mx.eval(sampled, [c.seen[-1] for c in caches])
+        mx.eval(sampled, [c.seen[-1] for c in studied])
         done = [_extend(row, token, at, stop, max_tokens) for row, token in zip(rows, sampled.tolist(), strict=True)]
         if len(valid) % _FLUSH == 0 or all(done):
-            _flush(caches, np.concatenate(valid, axis=1), study)
+            _flush(studied, np.concatenate(valid, axis=1), study)
             progress(study.rows if study is not None else at)
             valid = []
             if all(done):

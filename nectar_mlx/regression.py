@@ -80,7 +80,7 @@ def train(
     starts = list(range(0, count - batch + 1, batch))
     for i in range(steps):
         at = starts[i % len(starts)]
-        part = Captured(*(x[:, at : at + batch] for x in rows))
+        part = Captured(*(mx.contiguous(x[:, at : at + batch]) for x in rows))
         parameters, state = run(parameters, state, part, mx.array(optimizers.schedule(i, steps)))
         mx.eval(parameters, state)
         progress(i + 1)
