@@ -1,7 +1,7 @@
 """Routes the attention of a loaded mlx-lm model through our caches, and says which models can be routed.
 
-mlx-lm's model files bind `scaled_dot_product_attention` by value, so the name is rebound in every module that holds it. A cache
-with an `attend` method then computes its own attention; every other cache takes mlx-lm's path unchanged.
+mlx-lm's model files bind `scaled_dot_product_attention` by value, so the name is rebound in every module that holds
+it. A cache with an `attend` method then computes its own attention; any other takes mlx-lm's path unchanged.
 """
 
 import sys
@@ -10,22 +10,51 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 from mlx_lm.models import base
 from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
 from .errors import NectarError
 
-SUPPORTED = ("llama", "mistral", "phi3", "qwen2", "qwen3")
+SUPPORTED = (
+    "gemma3",
+    "gemma3_text",
+    "gpt_oss",
+    "granite",
+    "llama",
+    "mistral",
+    "olmo2",
+    "phi3",
+    "qwen2",
+    "qwen3",
+    "qwen3_moe",
+)
+_LATENT = "its latent attention passes part of the scores as a mask"
+_RECURRENT = "its recurrent layers keep a state that is not attention"
+_SHARED = "its layers share keys and values without a cache of their own"
 _REASONS = {
-    "gemma2": "it caps its attention scores with its own code, which cannot be routed",
-    "deepseek_v2": "its latent attention passes part of the scores as a mask",
-    "deepseek_v3": "its latent attention passes part of the scores as a mask",
-    "gemma4_text": "its layers share keys and values without a cache",
+    "deepseek_v2": _LATENT,
+    "deepseek_v3": _LATENT,
+    "deepseek_v32": _LATENT,
+    "falcon_h1": _RECURRENT,
+    "gemma2": "it caps its attention scores in its own code, which cannot be routed",
+    "gemma3n": _SHARED,
+    "gemma4_text": _SHARED,
+    "glm4_moe_lite": _LATENT,
+    "jamba": _RECURRENT,
+    "kimi_linear": _RECURRENT,
+    "lfm2": _RECURRENT,
     "mamba": "it has no attention",
-    "qwen3_next": "its recurrent layers keep a state that is not attention",
+    "mamba2": "it has no attention",
+    "minicpm3": _LATENT,
+    "nemotron_h": _RECURRENT,
+    "plamo2": _RECURRENT,
+    "qwen3_5": _RECURRENT,
+    "qwen3_next": _RECURRENT,
+    "rwkv7": "it has no attention",
 }
 
-_stock_attention = base.scaled_dot_product_attention
+_stock_attention: Any = base.scaled_dot_product_attention
 
 
 def _attention(
@@ -37,16 +66,16 @@ def _attention(
     mask: mx.array | str | None,
     sinks: mx.array | None = None,
 ) -> mx.array:
-    if hasattr(cache, "attend"):
-        if sinks is not None:
-            raise NectarError("attention sinks are not supported")
-        return cache.attend(queries, keys, values, scale=scale, mask=mask)  # type: ignore[no-any-return]
-    return _stock_attention(queries, keys, values, cache=cache, scale=scale, mask=mask, sinks=sinks)
+    attend = getattr(cache, "attend", None)
+    if attend is None:
+        return _stock_attention(queries, keys, values, cache=cache, scale=scale, mask=mask, sinks=sinks)  # type: ignore[no-any-return]
+    extra = {} if sinks is None else {"sinks": sinks}
+    return attend(queries, keys, values, scale=scale, mask=mask, **extra)  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Geometry:
-    """What a fitted file must know of a model. `windows[i]` is layer i's sliding window in tokens, 0 for full attention."""
+    """What a fitted file must know of a model. `windows[i]` is layer i's sliding window, 0 for full attention."""
 
     model_type: str
     n_layers: int
@@ -59,22 +88,27 @@ class Geometry:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
+    @property
+    def fitted(self) -> tuple[int, ...]:
+        """The layers with full attention, which get heads; the others keep their exact last window."""
+        return tuple(layer for layer, window in enumerate(self.windows) if not window)
+
     def cache_bytes(self, tokens: int) -> int:
         """Bytes of the bf16 KV cache of this many tokens."""
         per_token = 2 * 2 * self.n_kv_heads * self.head_dim
         return sum(per_token * (min(tokens, w) if w else tokens) for w in self.windows)
 
 
-class _Probe(KVCache):  # type: ignore[misc]
+class _Probe(KVCache):
     """Records what reaches the attention call."""
 
-    seen: tuple[int, int, int, float] | None = None
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.seen: tuple[int, int, int, float] | None = None
 
-    def attend(
-        self, queries: mx.array, keys: mx.array, values: mx.array, *, scale: float, mask: mx.array | str | None
-    ) -> mx.array:
+    def attend(self, queries: mx.array, keys: mx.array, values: mx.array, *, scale: float, **others: Any) -> mx.array:
         self.seen = (queries.shape[1], keys.shape[1], queries.shape[3], float(scale))
-        return _stock_attention(queries, keys, values, cache=None, scale=scale, mask=mask)
+        return _stock_attention(queries, keys, values, cache=None, scale=scale, **others)  # type: ignore[no-any-return]
 
 
 def route(model: nn.Module) -> Geometry:
@@ -82,14 +116,15 @@ def route(model: nn.Module) -> Geometry:
 
     NectarError names an architecture that is not supported: its context would be silently ignored.
     """
-    name = getattr(model, "model_type", type(model).__module__)
+    name = str(getattr(model, "model_type", type(model).__module__))
     if name not in SUPPORTED:
         reason = _REASONS.get(name, "it has not been tested")
         raise NectarError(f"{name} models are not supported: {reason} (supported: {', '.join(SUPPORTED)})")
     for module_name, module in list(sys.modules.items()):
-        if module_name.startswith("mlx_lm.models.") and module is not base:
-            if getattr(module, "scaled_dot_product_attention", None) is _stock_attention:
-                module.scaled_dot_product_attention = _attention  # type: ignore[attr-defined]
+        if module is base or not module_name.startswith("mlx_lm.models."):
+            continue
+        if getattr(module, "scaled_dot_product_attention", None) is _stock_attention:
+            setattr(module, "scaled_dot_product_attention", _attention)  # noqa: B010
     return _probe(model, name)
 
 
@@ -117,13 +152,19 @@ def _probe(model: nn.Module, name: str) -> Geometry:
     )
 
 
+def compute_type(model: nn.Module) -> mx.Dtype:
+    """The type of the model's activations, hence of its keys and values."""
+    parameters: list[tuple[str, mx.array]] = tree_flatten(model.parameters())  # type: ignore[assignment]
+    return next(p.dtype for _, p in parameters if mx.issubdtype(p.dtype, mx.floating))
+
+
 def make_prompt_cache_of(model: nn.Module) -> list[Any]:
     """The model's own caches, also while a context is attached to it."""
-    make_cache = vars(model).get("make_cache")
-    if make_cache is None:
-        return make_prompt_cache(model)  # type: ignore[no-any-return]
+    attached = vars(model).get("make_cache")
+    if attached is None:
+        return make_prompt_cache(model)
     del model.make_cache
     try:
-        return make_prompt_cache(model)  # type: ignore[no-any-return]
+        return make_prompt_cache(model)
     finally:
-        model.make_cache = make_cache
+        model.make_cache = attached

@@ -1,15 +1,15 @@
-"""mlx-lm's cache protocol over a fitted context: a head function for the context, an ordinary KV cache for the live tokens.
+"""mlx-lm's cache protocol over a fitted context: head functions for the context, an ordinary KV cache for live tokens.
 
-`offset` counts the context too (it is the position of the next token); masks, sizes and bytes are those of the live tokens alone.
-There is deliberately no `bits` and no `to_quantized`: mlx-lm would replace the object and drop the context with it.
+`offset` counts the context too (it is the position of the next token); masks, sizes and bytes are those of the live
+tokens alone. There is deliberately no `bits` and no `to_quantized`: mlx-lm would replace it and lose the context.
 """
 
 import copy
-from collections.abc import Sequence
-from typing import Any, Self
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Self
 
 import mlx.core as mx
-from mlx_lm.models.cache import BatchKVCache, KVCache, QuantizedKVCache, _BaseCache
+from mlx_lm.models.cache import BatchKVCache, KVCache, QuantizedKVCache, RotatingKVCache, _BaseCache
 
 from . import attention
 from .errors import NectarError
@@ -17,7 +17,7 @@ from .heads import Bank
 
 
 class NectarCache(_BaseCache):
-    """The cache of one layer. `bank` answers for `context` tokens, `live` holds the keys and values that came after them.
+    """The cache of one layer. `bank` answers for `context` tokens, `live` holds the keys and values that follow.
 
     live: mlx-lm's KVCache (default), QuantizedKVCache, or BatchKVCache inside `BatchNectarCache`.
     """
@@ -33,16 +33,27 @@ class NectarCache(_BaseCache):
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         keys, values = self.live.update_and_fetch(keys, values)
         if isinstance(self.live, QuantizedKVCache):
-            form = {"group_size": self.live.group_size, "bits": self.live.bits}
-            keys, values = mx.dequantize(*keys, **form), mx.dequantize(*values, **form)
+            return _dequantized(self.live, keys), _dequantized(self.live, values)
         return keys, values
 
     def attend(
-        self, queries: mx.array, keys: mx.array, values: mx.array, *, scale: float, mask: mx.array | str | None
+        self,
+        queries: mx.array,
+        keys: mx.array,
+        values: mx.array,
+        *,
+        scale: float,
+        mask: mx.array | str | None,
+        sinks: mx.array | None = None,
     ) -> mx.array:
-        """Attention of queries [B, H, T, D] over the context and the live keys and values [B, K, S, D] -> [B, H, T, D]."""
+        """Attention of queries [B, H, T, D] over the context and the live keys and values [B, K, S, D] -> [B, H, T, D].
+
+        sinks [H]: per head, the score of one more token whose value is zero (gpt-oss).
+        """
         live = attention.causal(queries, keys, values, scale=scale, mask=mask)
         merged = attention.merge(self.over_context(queries), live)
+        if sinks is not None:
+            merged = with_sinks(merged, sinks)
         return merged.output.astype(queries.dtype)
 
     def over_context(self, queries: mx.array) -> attention.Partial:
@@ -64,10 +75,10 @@ class NectarCache(_BaseCache):
 
     @property
     def nbytes(self) -> int:
-        return int(self.live.nbytes)
+        return 0 if self.live.empty() else int(self.live.nbytes)
 
     def size(self) -> int:
-        return int(self.live.size())
+        return int(self.live.offset)
 
     def empty(self) -> bool:
         return bool(self.live.empty())
@@ -76,6 +87,7 @@ class NectarCache(_BaseCache):
         return bool(self.live.is_trimmable())
 
     def trim(self, n: int) -> int:
+        """Drops the last n live tokens, at most all of them: never a token of the context."""
         return int(self.live.trim(n))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
@@ -83,10 +95,12 @@ class NectarCache(_BaseCache):
 
     @classmethod
     def merge(cls, caches: Sequence["NectarCache"]) -> "BatchNectarCache":
-        """One batch cache from single sequences behind the same context; NectarError if the contexts differ."""
+        """One batch cache from single sequences behind the same context; NectarError if they cannot share one."""
         first = caches[0]
-        if any(c.bank is not first.bank for c in caches):
-            raise NectarError("sequences with different contexts cannot share a batch: run them separately")
+        for cache in caches:
+            _check_same_context(first, cache)
+            if isinstance(cache.live, QuantizedKVCache):
+                raise NectarError("sequences with a quantised cache cannot share a batch: run them one at a time")
         return BatchNectarCache(first.bank, first.context, BatchKVCache.merge([c.live for c in caches]))
 
 
@@ -94,6 +108,9 @@ class BatchNectarCache(NectarCache):
     """Several sequences behind one context, left-padded as in mlx-lm's BatchKVCache; `offset` is an array [B]."""
 
     live: BatchKVCache
+
+    def size(self) -> int:
+        return int(self.live.size())
 
     def prepare(self, **kwargs: Any) -> None:
         self.live.prepare(**kwargs)
@@ -105,9 +122,81 @@ class BatchNectarCache(NectarCache):
         self.live.filter(batch_indices)
 
     def extend(self, other: "BatchNectarCache") -> None:
-        if other.bank is not self.bank:
-            raise NectarError("sequences with different contexts cannot share a batch: run them separately")
+        _check_same_context(self, other)
         self.live.extend(other.live)
 
     def extract(self, idx: int) -> NectarCache:
         return NectarCache(self.bank, self.context, self.live.extract(idx))
+
+
+class WindowCache(RotatingKVCache):
+    """A sliding-window layer's own cache, filled as if it had read the context: exact, and shared until written."""
+
+    keys: Any
+    values: Any
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        if self.keys is not None and self.keys.shape[0] < keys.shape[0]:
+            self.keys = mx.repeat(self.keys, keys.shape[0], axis=0)
+            self.values = mx.repeat(self.values, keys.shape[0], axis=0)
+        return super().update_and_fetch(keys, values)  # type: ignore[no-untyped-call, no-any-return]
+
+    def filter(self, rows: mx.array) -> None:
+        """Keeps some sequences of a batch that advances in step."""
+        self.keys, self.values = self.keys[rows], self.values[rows]
+
+
+class Window(NamedTuple):
+    """The context's last keys and values in a sliding-window layer: [K, w, D] each, w <= `size`, the layer's window."""
+
+    keys: mx.array
+    values: mx.array
+    size: int
+
+    def make_cache(self, context: int) -> WindowCache:
+        cache = WindowCache(max_size=self.size)  # type: ignore[no-untyped-call]
+        cache.state = (self.keys[None], self.values[None], context, 0, self.size, self.keys.shape[1])
+        return cache
+
+
+def make_caches(
+    banks: Sequence[Bank], windows: Mapping[int, Window], context: int, *, kv_bits: int | None = None
+) -> list[Any]:
+    """Fresh caches, one a layer, that start behind a context of so many tokens.
+
+    windows: the sliding-window layers, by index; banks: the others, in order. kv_bits: 4 or 8 quantises the live keys and
+    values in the layers that have a bank.
+    """
+    remaining = iter(banks)
+    caches: list[Any] = []
+    for layer in range(len(banks) + len(windows)):
+        if layer in windows:
+            caches.append(windows[layer].make_cache(context))
+        else:
+            bank = next(remaining)
+            live = KVCache() if kv_bits is None else QuantizedKVCache(_quantization_group(bank), kv_bits)
+            caches.append(NectarCache(bank, context, live))
+    return caches
+
+
+def with_sinks(part: attention.Partial, sinks: mx.array) -> attention.Partial:
+    """Attention [B, H, T, ...] with one more token a head, of score sinks [H] and value zero, in the denominator."""
+    scores = mx.broadcast_to(sinks.astype(mx.float32)[:, None], part.log_normalizer.shape)
+    return attention.merge(part, attention.Partial(mx.zeros_like(part.output), scores))
+
+
+def _dequantized(live: QuantizedKVCache, x: Any) -> mx.array:
+    data, scales, biases = x
+    return mx.dequantize(data, scales, biases, group_size=live.group_size, bits=live.bits)
+
+
+def _quantization_group(bank: Bank) -> int:
+    for group in (64, 32):
+        if bank.head_dim % group == 0:
+            return group
+    raise NectarError(f"heads of {bank.head_dim} numbers cannot be quantised: leave out kv_bits")
+
+
+def _check_same_context(first: NectarCache, second: NectarCache) -> None:
+    if second.bank is not first.bank:
+        raise NectarError("sequences with different contexts cannot share a batch: run them separately")

@@ -1,7 +1,7 @@
 """What all commands share: exit codes, messages, progress, and loading a .nectar with its model.
 
-stdout carries the answer or the JSON, stderr everything else. Exit codes: 0 done, 2 the user's input is at fault (one line
-says what is wrong and what to do), 130 interrupted.
+stdout carries the answer or the JSON, stderr everything else. Exit codes: 0 done, 2 the user's input is at fault (one
+line says what is wrong and what to do), 130 interrupted.
 """
 
 import argparse
@@ -9,7 +9,6 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from .errors import NectarError
@@ -57,7 +56,7 @@ def say(line: str) -> None:
 
 @contextmanager
 def progress(description: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar on stderr while the block runs; yields what is told how many of `total` are done. Silent without a terminal."""
+    """A bar on stderr while the block runs; yields what to tell how many of `total` are done. Needs a terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -76,9 +75,9 @@ def add_nectar(parser: argparse.ArgumentParser) -> None:
 
 def load(path: str, model_name: str | None = None) -> "tuple[nn.Module, Any, Nectar]":
     """A .nectar with its model and tokenizer; NectarError if it is damaged or was fitted on another model."""
-    from . import models, store
+    from . import hub, models, store
     from .nectar import Nectar
 
-    file = Path(path)
+    file = hub.nectar_file(path)
     model, tokenizer = models.load(model_name or store.read_metadata(file)["model"], log=say)
     return model, tokenizer, Nectar.load(file, model, tokenizer)

@@ -1,12 +1,13 @@
-"""Models on the Hugging Face hub, and in its local cache: which repository a name means, and its folder."""
+"""Models and .nectar files on the Hugging Face hub, and in its local cache: what a name means, and its files."""
 
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import huggingface_hub
-from huggingface_hub import constants
+from huggingface_hub import CommitOperationAdd, constants
 from huggingface_hub.errors import (
     GatedRepoError,
     HFValidationError,
@@ -21,6 +22,7 @@ from nectar_mlx.errors import NectarError
 
 _FILES = ["*.json", "model*.safetensors", "tokenizer.model", "*.tiktoken", "*.txt", "*.jinja"]
 _OWNERS = ("Qwen", "HuggingFaceTB", "meta-llama", "mistralai", "google", "microsoft", "ibm-granite", "allenai")
+_REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _SECONDS = 5.0
 # Of the machine's memory, what a model's weights may take so that a context and its fit have room beside them.
 _MEMORY_SHARE = 0.5
@@ -93,6 +95,47 @@ def download(repository: str, *, log: Callable[[str], None]) -> Path:
 
 def _memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def nectar_file(name: str | Path) -> Path:
+    """The path of a .nectar: a file's own, or for user/name that file of the repository, downloaded where needed.
+
+    Raises NectarError for a repository that cannot be had or does not hold exactly one .nectar.
+    """
+    path = Path(name)
+    repository = str(name)
+    if path.exists() or path.suffix == ".nectar" or not _REPOSITORY.fullmatch(repository):
+        return path
+    try:
+        folder = Path(huggingface_hub.snapshot_download(repository, allow_patterns=["*.nectar"]))
+    except RepositoryNotFoundError:
+        raise NectarError(f"{name}: no such file here, and no such repository at {constants.ENDPOINT}") from None
+    except (HTTPError, OSError) as error:
+        problem = f"{constants.ENDPOINT} gives no answer ({_reason(error)})"
+        raise NectarError(f"{name}: no such file here or in the hub's cache, and {problem}") from None
+    files = sorted(folder.glob("*.nectar"))
+    if len(files) != 1:
+        held = ", ".join(file.name for file in files) or "no .nectar"
+        raise NectarError(f"{name}: the repository holds {held}; it must hold exactly one")
+    return files[0]
+
+
+def upload(repository: str, files: dict[str, bytes | Path], *, private: bool) -> str:
+    """Puts files into a repository, which is made where there is none, in one commit; returns its address.
+
+    Raises NectarError where the hub does not take them.
+    """
+    api = huggingface_hub.HfApi()
+    operations = [CommitOperationAdd(name, content) for name, content in files.items()]
+    try:
+        api.create_repo(repository, private=private, exist_ok=True)
+        api.create_commit(repository, operations, commit_message="Upload a .nectar")
+    except HFValidationError as error:
+        raise NectarError(f"{repository} is not a repository's name (user/name): {_reason(error)}") from None
+    except (HTTPError, OSError) as error:
+        advice = "is the name yours, and are you logged in (`hf auth login`)?"
+        raise NectarError(f"{constants.ENDPOINT} does not take {repository} ({_reason(error)}); {advice}") from None
+    return f"{constants.ENDPOINT}/{repository}"
 
 
 def _weight_bytes(repository: str) -> int | None:
