@@ -25,10 +25,10 @@ def check(left, right):
     mx.eval(a, b)
     seconds = []
     for _ in range(5):
-        start = time.perf_counter()
+        start = time.process_time()
         product = a @ b
         mx.eval(product)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(time.process_time() - start)
     exact = np.array(a, np.float64) @ np.array(b, np.float64)
     return {"seconds": min(seconds), "error": float(np.abs(np.array(product) - exact).max() / np.abs(exact).max())}
 
@@ -54,15 +54,15 @@ def run(code: str, *args: str, **environment: str) -> subprocess.CompletedProces
 
 
 def test_replaces_the_reference_blas_and_stays_correct() -> None:
-    fast, slow = run(MULTIPLY, "strict"), run(MULTIPLY, "strict", NECTAR_BLAS="off")
+    # One thread and processor time, so that whatever else the machine computes does not count.
+    fast, slow = (run(MULTIPLY, "strict", OPENBLAS_NUM_THREADS="1", **off) for off in ({}, {"NECTAR_BLAS": "off"}))
     assert fast.returncode == slow.returncode == 0, fast.stderr + slow.stderr
     fast_result, slow_result = json.loads(fast.stdout), json.loads(slow.stdout)
     for result in (fast_result, slow_result):
         assert max(result[case]["error"] for case in ("batched", "single", "odd")) < 3e-6
         assert result["svd"] < 1e-4
-    # Measured on two idle cores: 25 and 70 times. What is left of that while others compute too is still much.
-    assert slow_result["batched"]["seconds"] > 2 * fast_result["batched"]["seconds"]
-    assert slow_result["single"]["seconds"] > 5 * fast_result["single"]["seconds"]
+    assert slow_result["batched"]["seconds"] > 4 * fast_result["batched"]["seconds"]
+    assert slow_result["single"]["seconds"] > 8 * fast_result["single"]["seconds"]
 
 
 def test_the_packaged_library_comes_first_and_is_kept(tmp_path) -> None:
