@@ -43,19 +43,21 @@ enum class mem_flags { mem_threadgroup };
 METAL_FUNC void threadgroup_barrier(mem_flags) { __syncthreads(); }
 
 // True for the threads of one threadgroup: the last of `arrivals` to come, when it sees what all the others wrote. The counter
-// is left at zero for the next launch.
+// is left at zero for the next launch. (The barrier orders the threadgroup's writes before its first thread's fence.)
 METAL_FUNC bool arrives_last(const int* ticket, int arrivals, int thread_index, int* is_last) {
-  __threadfence();
   __syncthreads();
   if (thread_index == 0) {
     int* counter = const_cast<int*>(ticket);
+    __threadfence();
     is_last[0] = atomicAdd(counter, 1) == arrivals - 1;
+    __threadfence();
     if (is_last[0]) { *counter = 0; }
   }
   __syncthreads();
-  __threadfence();
   return is_last[0];
 }
+
+METAL_FUNC void prefetch(const uint* address) { asm volatile("prefetch.global.L2 [%0];" ::"l"(address)); }
 
 #define KERNEL_ATTRIBUTES \
   const uint3 threadgroup_position_in_grid = blockIdx; \

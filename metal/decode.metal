@@ -49,8 +49,11 @@ METAL_FUNC int rounds_of(int rows) {
   return (rows + at_once - 1) / at_once;
 }
 
+#ifdef READS
 // What one lane knows of its simdgroup's query rows: its eight columns of each query and of each running output.
 struct Tile {
+  typename Row<Element>::Raw raw[TILE];  // the queries as they were loaded
+  float factor[TILE];                    // of the queries: the attention scale, or 0 for a lane without columns
   float q[TILE * 8];
   float out[TILE * 8];
   float top[TILE];  // largest score so far
@@ -63,6 +66,18 @@ struct Lane {
   int first;  // first row of the slice that is this lane group's
   int step;   // rows that all lane groups of the tile read at once
 };
+
+// The first rows are asked for before the queries are used, so that one wait serves both.
+METAL_FUNC void widen_queries(thread Tile& tile) {
+  #pragma unroll
+  for (int n = 0; n < TILE; ++n) {
+    Row<Element>::widen(tile.raw[n], tile.q + n * 8);
+    #pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      tile.q[n * 8 + i] = tile.factor[n] > 0.0f ? tile.factor[n] * tile.q[n * 8 + i] : 0.0f;
+    }
+  }
+}
 
 METAL_FUNC Matrix matrix_at(const device uint* words, int rows) {
   Matrix m;
@@ -96,15 +111,25 @@ METAL_FUNC void attend(thread Tile& tile, Lane lane, Matrix keys, Matrix values,
       const int row = metal::min(base + u * lane.step + lane.first, end - 1);
       value[u] = Row<Stored>::fetch(values, row, lane.part);
     }
+    if (base == begin) {
+      widen_queries(tile);
+    }
     #pragma unroll
     for (int u = 0; u < DEPTH; ++u) {
       float x[8];
       const float factor = Row<Stored>::widen(key[u], x);
+      #pragma unroll
+      for (int n = 0; n < TILE; ++n) {
+        score[u * TILE + n] = factor * dot8(tile.q + n * 8, x);
+      }
+    }
+    row_sums<DEPTH * TILE>(score);
+    #pragma unroll
+    for (int u = 0; u < DEPTH; ++u) {
       const int row = base + u * lane.step + lane.first;
       #pragma unroll
       for (int n = 0; n < TILE; ++n) {
-        const float s = row_sum(factor * dot8(tile.q + n * 8, x)) + offset[u];
-        score[u * TILE + n] = row < tile.end[n] ? s : NEVER;
+        score[u * TILE + n] = row < tile.end[n] ? score[u * TILE + n] + offset[u] : NEVER;
       }
     }
     #pragma unroll
@@ -144,6 +169,7 @@ METAL_FUNC void attend(thread Tile& tile, Lane lane, Matrix keys, Matrix values,
   }
 }
 
+#ifdef UNITS
 METAL_FUNC float silu(float x) {
   return x / (1.0f + metal::fast::exp(metal::min(-x, 80.0f)));
 }
@@ -183,35 +209,47 @@ METAL_FUNC void units(thread Tile& tile, Lane lane, const device uint* words, in
         scalar[u * numbers + i] = scalars[row * numbers + i];
       }
     }
+    if (base == 0 && has_in) {
+      widen_queries(tile);
+    }
+    float hidden[DEPTH * TILE];
+    float second[DEPTH * TILE];
+    #pragma unroll
+    for (int u = 0; u < DEPTH; ++u) {
+      float x[8];
+      if (has_in) {
+        const float factor = Row<Stored>::widen(in_raw[u], x);
+        #pragma unroll
+        for (int n = 0; n < TILE; ++n) {
+          hidden[u * TILE + n] = factor * dot8(tile.q + n * 8, x);
+        }
+      }
+      if (KIND == GATED) {
+        const float factor = Row<Stored>::widen(up_raw[u], x);
+        #pragma unroll
+        for (int n = 0; n < TILE; ++n) {
+          second[u * TILE + n] = factor * dot8(tile.q + n * 8, x);
+        }
+      }
+    }
+    if (has_in) {
+      row_sums<DEPTH * TILE>(hidden);
+    }
+    if (KIND == GATED) {
+      row_sums<DEPTH * TILE>(second);
+    }
     #pragma unroll
     for (int u = 0; u < DEPTH; ++u) {
       const bool valid = base + u * lane.step + lane.first < rows;
       const thread float* s = scalar + u * numbers;
-      float hidden[TILE];
-      float x[8];
-      float factor = 0.0f;
-      if (has_in) {
-        factor = Row<Stored>::widen(in_raw[u], x);
-      }
-      #pragma unroll
-      for (int n = 0; n < TILE; ++n) {
-        if (has_in) {
-          hidden[n] = row_sum(factor * dot8(tile.q + n * 8, x));
-          hidden[n] = KIND == LINEAR ? hidden[n] : silu(hidden[n] + s[0]);
-        } else {
-          hidden[n] = activations[static_cast<size_t>(metal::min(tile_row + n, n_rows - 1)) * static_cast<size_t>(n_activations) + static_cast<size_t>(s[0])];
-        }
-      }
-      if (KIND == GATED) {
-        factor = Row<Stored>::widen(up_raw[u], x);
-        #pragma unroll
-        for (int n = 0; n < TILE; ++n) {
-          hidden[n] *= row_sum(factor * dot8(tile.q + n * 8, x)) + s[1];
-        }
-      }
       float weight = 0.0f;  // in the log-normaliser
+      float x[8];
+      float factor = 1.0f;
       if (KIND == GATED || KIND == SCORE || KIND == GIVEN_SCORE) {
         weight = s[numbers - 1];
+      }
+      if (has_out) {
+        factor = Row<Stored>::widen(out_raw[u], x);
       }
       if (KIND == LINEAR) {
         weight = s[0] == static_cast<float>(HEAD_DIM) ? 1.0f : 0.0f;
@@ -219,14 +257,20 @@ METAL_FUNC void units(thread Tile& tile, Lane lane, const device uint* words, in
         for (int i = 0; i < 8; ++i) {
           x[i] = s[0] == static_cast<float>(lane.part * 8 + i) ? 1.0f : 0.0f;
         }
-        factor = 1.0f;
-      }
-      if (has_out) {
-        factor = Row<Stored>::widen(out_raw[u], x);
       }
       #pragma unroll
       for (int n = 0; n < TILE; ++n) {
-        const float h = valid ? hidden[n] : 0.0f;
+        float h = hidden[u * TILE + n];
+        if (!has_in) {
+          const int row = metal::min(tile_row + n, n_rows - 1);
+          h = activations[static_cast<size_t>(row) * static_cast<size_t>(n_activations) + static_cast<size_t>(s[0])];
+        } else if (KIND != LINEAR) {
+          h = silu(h + s[0]);
+        }
+        if (KIND == GATED) {
+          h *= second[u * TILE + n] + s[1];
+        }
+        h = valid ? h : 0.0f;
         tile.sum[n] = metal::fma(h, weight, tile.sum[n]);
         if (has_out || KIND == LINEAR) {
           #pragma unroll
@@ -238,6 +282,7 @@ METAL_FUNC void units(thread Tile& tile, Lane lane, const device uint* words, in
     }
   }
 }
+#endif
 
 // Merges the lane groups of a simdgroup: afterwards every one of them holds the whole.
 METAL_FUNC void merge_lane_groups(thread Tile& tile) {
@@ -258,11 +303,16 @@ METAL_FUNC void merge_lane_groups(thread Tile& tile) {
     }
   }
 }
+#endif
 
 // A partial result is HEAD_DIM / 4 vectors and two numbers (largest score, sum). Vector v of a row holds columns
 // 8 * (v % PARTS) + 4 * (v / PARTS) and the next three: so lanes write side by side.
 METAL_FUNC size_t partial_slots(Problem p, int n_static) {
   return static_cast<size_t>(n_static + p.n_kv_heads * p.slices) * static_cast<size_t>(p.batch * p.group * p.length);
+}
+
+METAL_FUNC int column_of(int v) {
+  return 8 * (v % PARTS) + 4 * (v / PARTS);
 }
 
 METAL_FUNC float4 scaled_sum(float a, float4 x, float4 y) {
@@ -283,107 +333,140 @@ METAL_FUNC float4 zero4() {
   return z;
 }
 
-// One simdgroup merges all partial results of one query row. heads: (first block, end of its node blocks, end, word of its constants).
-METAL_FUNC void merge_row(Problem p, const device uint* parameters, const device float* partials, device Element* output, int head, int row, int lane) {
-  const uint4 mine = *reinterpret_cast<const device uint4*>(parameters + head * 4);
-  const int n_static = static_cast<int>(parameters[(p.n_kv_heads - 1) * 4 + 2]);
+// Simdgroups that share the merge of one row: a power of two.
+METAL_FUNC int parts_of(int rows) {
+  int parts = 1;
+  while (2 * parts * rows <= SIMDGROUPS) {
+    parts *= 2;
+  }
+  return parts;
+}
+
+#ifdef MERGES
+// One threadgroup merges the partial results of query rows [start, stop) of a head.
+// mine: the head's (first block, end of its node blocks, end of its blocks, word of its constants).
+METAL_FUNC void merge_rows(Problem p, uint4 mine, int n_static, const device uint* parameters, const device float* partials, device Element* output, threadgroup float4* sums, int head, int start, int stop, int thread_index) {
+  const int lane = thread_index % 32;
+  const int simdgroup = thread_index / 32;
+  const int rows = p.batch * p.group * p.length;
+  const int parts = parts_of(rows);
+  const int part = simdgroup % parts;
   const int first = static_cast<int>(mine.x);
   const int n_nodes = static_cast<int>(mine.y) - first;
   const int n_far = static_cast<int>(mine.z) - first;
   const int n_all = n_far + p.slices;
-  const int live_unit = n_static + head * p.slices - n_far;
-  const int rows = p.batch * p.group * p.length;
+  const int first_live = n_static + head * p.slices - n_far;
   const device float4* vectors = reinterpret_cast<const device float4*>(partials);
   const device float* numbers = partials + partial_slots(p, n_static) * HEAD_DIM;
-
-  // The first vectors are asked for before the statistics that weigh them.
-  float4 ahead[AHEAD];
-  #pragma unroll
-  for (int j = 0; j < AHEAD; ++j) {
-    const int k = metal::min(j, n_all - 1);
-    const size_t slot = static_cast<size_t>((k < n_far ? first : live_unit) + k) * static_cast<size_t>(rows) + static_cast<size_t>(row);
-    ahead[j] = vectors[slot * VECTORS + static_cast<size_t>(metal::min(lane, VECTORS - 1))];
-  }
-
-  float node_top = NEVER;
-  float live_top = NEVER;
-  for (int j = lane; j < n_all; j += 32) {
-    const size_t slot = static_cast<size_t>((j < n_far ? first : live_unit) + j) * static_cast<size_t>(rows) + static_cast<size_t>(row);
-    node_top = j < n_nodes ? metal::max(node_top, numbers[slot * 2]) : node_top;
-    live_top = j < n_far ? live_top : metal::max(live_top, numbers[slot * 2]);
-  }
-  node_top = simd_max(node_top);
-  live_top = simd_max(live_top);
-  float node_sum = 0.0f;
-  float live_sum = 0.0f;
-  float correction = 0.0f;
-  for (int j = lane; j < n_all; j += 32) {
-    const size_t slot = static_cast<size_t>((j < n_far ? first : live_unit) + j) * static_cast<size_t>(rows) + static_cast<size_t>(row);
-    const float top = numbers[slot * 2];
-    const float sum = numbers[slot * 2 + 1];
-    if (j < n_nodes) {
-      node_sum = metal::fma(sum, metal::fast::exp(top - node_top), node_sum);
-    } else if (j < n_far) {
-      correction += sum;
-    } else {
-      live_sum = metal::fma(sum, metal::fast::exp(top - live_top), live_sum);
-    }
-  }
-  node_sum = simd_sum(node_sum);
-  live_sum = simd_sum(live_sum);
-  correction = simd_sum(correction);
-
   const device float* constants = reinterpret_cast<const device float*>(parameters + mine.w);
-  const float node_log = n_nodes > 0 ? node_top + metal::log(node_sum) : (HAS_NODES ? NEVER : 0.0f);
-  const float far_log = node_log + correction + (HAS_UNITS ? constants[HEAD_DIM] : 0.0f);
-  const bool any_live = live_sum > 0.0f;  // a row of padding sees nothing
-  const float live_log = any_live ? live_top + metal::log(live_sum) : NEVER;
-  const float top = metal::max(far_log, live_log);
-  const float far_weight = metal::fast::exp(far_log - top);
-  const float live_weight = any_live ? metal::fast::exp(live_log - top) : 0.0f;
-  const float far_share = far_weight / (far_weight + live_weight);
-  const float node_share = n_nodes > 0 ? far_share / node_sum : 0.0f;
-  const float live_share = any_live ? (1.0f - far_share) / live_sum : 0.0f;
+  const float b_score = HAS_UNITS ? constants[HEAD_DIM] : 0.0f;
 
-  const int sequence = row / (p.group * p.length);
-  const int within = row % (p.group * p.length);
-  device Element* to = output + static_cast<size_t>((sequence * p.n_kv_heads + head) * p.group * p.length + within) * HEAD_DIM;
-  for (int base = 0; base < VECTORS; base += 32) {
-    const int v = metal::min(base + lane, VECTORS - 1);
-    const int column = 8 * (v % PARTS) + 4 * (v / PARTS);
-    float4 sum = zero4();
-    if (HAS_UNITS) {
-      sum = scaled_sum(far_share, *reinterpret_cast<const device float4*>(constants + column), sum);
+  for (; start < stop; start += SIMDGROUPS / parts) {
+    const int row = metal::min(start + simdgroup / parts, stop - 1);
+    // The first vectors and statistics are asked for together.
+    float4 ahead[AHEAD];
+    #pragma unroll
+    for (int i = 0; i < AHEAD; ++i) {
+      const int j = metal::min(part + parts * i, n_all - 1);
+      const int slot = ((j < n_far ? first : first_live) + j) * rows + row;
+      ahead[i] = vectors[slot * VECTORS + metal::min(lane, VECTORS - 1)];
     }
-    for (int start = 0; start < n_all; start += 32) {
-      const int j = metal::min(start + lane, n_all - 1);
-      const size_t slot = static_cast<size_t>((j < n_far ? first : live_unit) + j) * static_cast<size_t>(rows) + static_cast<size_t>(row);
-      const float mine_top = numbers[slot * 2];
-      float weight = far_share;
-      weight = j < n_nodes ? node_share * metal::fast::exp(mine_top - node_top) : weight;
-      weight = j < n_far ? weight : live_share * metal::fast::exp(mine_top - live_top);
-      const int stop = metal::min(32, n_all - start);
-      for (int k = 0; k < stop; k += AHEAD) {
-        if (start + k > 0 || base > 0) {
-          #pragma unroll
-          for (int i = 0; i < AHEAD; ++i) {
-            const int at = metal::min(start + k + i, n_all - 1);
-            const size_t other = static_cast<size_t>((at < n_far ? first : live_unit) + at) * static_cast<size_t>(rows) + static_cast<size_t>(row);
-            ahead[i] = vectors[other * VECTORS + static_cast<size_t>(v)];
-          }
-        }
-        #pragma unroll
-        for (int i = 0; i < AHEAD; ++i) {
-          const float w = simd_shuffle(weight, static_cast<ushort>(metal::min(k + i, 31)));
-          sum = scaled_sum(k + i < stop ? w : 0.0f, ahead[i], sum);
-        }
+    const int own = metal::min(lane, n_all - 1);
+    const int own_slot = ((own < n_far ? first : first_live) + own) * rows + row;
+    const float own_top = numbers[own_slot * 2];
+    const float own_sum = numbers[own_slot * 2 + 1];
+
+    float node_top = lane < n_nodes ? own_top : NEVER;
+    float live_top = lane >= n_far && lane < n_all ? own_top : NEVER;
+    for (int j = lane + 32; j < n_all; j += 32) {
+      const int slot = ((j < n_far ? first : first_live) + j) * rows + row;
+      node_top = j < n_nodes ? metal::max(node_top, numbers[slot * 2]) : node_top;
+      live_top = j < n_far ? live_top : metal::max(live_top, numbers[slot * 2]);
+    }
+    node_top = simd_max(node_top);
+    live_top = simd_max(live_top);
+    float node_sum = lane < n_nodes ? own_sum * metal::fast::exp(own_top - node_top) : 0.0f;
+    float correction = lane >= n_nodes && lane < n_far ? own_sum : 0.0f;
+    float live_sum = lane >= n_far && lane < n_all ? own_sum * metal::fast::exp(own_top - live_top) : 0.0f;
+    for (int j = lane + 32; j < n_all; j += 32) {
+      const int slot = ((j < n_far ? first : first_live) + j) * rows + row;
+      const float top = numbers[slot * 2];
+      const float sum = numbers[slot * 2 + 1];
+      if (j < n_nodes) {
+        node_sum = metal::fma(sum, metal::fast::exp(top - node_top), node_sum);
+      } else if (j < n_far) {
+        correction += sum;
+      } else {
+        live_sum = metal::fma(sum, metal::fast::exp(top - live_top), live_sum);
       }
     }
-    if (base + lane < VECTORS) {
-      to[column] = static_cast<Element>(sum.x);
-      to[column + 1] = static_cast<Element>(sum.y);
-      to[column + 2] = static_cast<Element>(sum.z);
-      to[column + 3] = static_cast<Element>(sum.w);
+    node_sum = simd_sum(node_sum);
+    live_sum = simd_sum(live_sum);
+    if (HAS_UNITS) {
+      correction = simd_sum(correction);
     }
+
+    const float node_log = n_nodes > 0 ? node_top + metal::log(node_sum) : (HAS_NODES ? NEVER : 0.0f);
+    const float far_log = node_log + correction + b_score;
+    const bool any_live = live_sum > 0.0f;  // a row of padding sees nothing
+    const float live_log = any_live ? live_top + metal::log(live_sum) : NEVER;
+    const float top = metal::max(far_log, live_log);
+    const float far_weight = metal::fast::exp(far_log - top);
+    const float live_weight = any_live ? metal::fast::exp(live_log - top) : 0.0f;
+    const float far_share = far_weight / (far_weight + live_weight);
+    const float node_share = n_nodes > 0 ? far_share / node_sum : 0.0f;
+    const float live_share = any_live ? live_weight / ((far_weight + live_weight) * live_sum) : 0.0f;
+
+    for (int base = 0; base < VECTORS; base += 32) {
+      const int v = metal::min(base + lane, VECTORS - 1);
+      float4 sum = zero4();
+      if (HAS_UNITS && part == 0) {
+        sum = scaled_sum(far_share, *reinterpret_cast<const device float4*>(constants + column_of(v)), sum);
+      }
+      for (int from = 0; from < n_all; from += 32) {
+        const int j = metal::min(from + lane, n_all - 1);
+        const float top_of_j = from == 0 ? own_top : numbers[(((j < n_far ? first : first_live) + j) * rows + row) * 2];
+        float weight = live_share * metal::fast::exp(top_of_j - live_top);
+        weight = j < n_far ? far_share : weight;
+        weight = j < n_nodes ? node_share * metal::fast::exp(top_of_j - node_top) : weight;
+        const int end = metal::min(32, n_all - from);
+        for (int k = part; k < end; k += parts * AHEAD) {
+          if (from + k > part || base > 0) {
+            #pragma unroll
+            for (int i = 0; i < AHEAD; ++i) {
+              const int other = metal::min(from + k + parts * i, n_all - 1);
+              ahead[i] = vectors[(((other < n_far ? first : first_live) + other) * rows + row) * VECTORS + v];
+            }
+          }
+          #pragma unroll
+          for (int i = 0; i < AHEAD; ++i) {
+            const float w = simd_shuffle(weight, static_cast<ushort>(metal::min(k + parts * i, 31)));
+            sum = scaled_sum(k + parts * i < end ? w : 0.0f, ahead[i], sum);
+          }
+        }
+      }
+      if (base + lane < VECTORS) {
+        sums[simdgroup * VECTORS + v] = sum;
+      }
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    const int within = metal::min(SIMDGROUPS / parts, stop - start);
+    for (int at = thread_index; at < within * VECTORS; at += 32 * SIMDGROUPS) {
+      const int v = at % VECTORS;
+      const int r = at / VECTORS;
+      float4 sum = sums[r * parts * VECTORS + v];
+      for (int s = 1; s < parts; ++s) {
+        sum = scaled_sum(1.0f, sums[(r * parts + s) * VECTORS + v], sum);
+      }
+      const int each = p.group * p.length;
+      const int of = ((start + r) / each * p.n_kv_heads + head) * each + (start + r) % each;
+      device Element* to = output + static_cast<size_t>(of) * HEAD_DIM + static_cast<size_t>(column_of(v));
+      to[0] = static_cast<Element>(sum.x);
+      to[1] = static_cast<Element>(sum.y);
+      to[2] = static_cast<Element>(sum.z);
+      to[3] = static_cast<Element>(sum.w);
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
   }
 }
+#endif

@@ -12,6 +12,17 @@
   const int sequence_rows = p.group * p.length;
   const int all_rows = p.batch * sequence_rows;
 
+#ifdef PREFETCH
+  // Every threadgroup asks for its share of the parameters, about, before it knows which are its own.
+  if (block >= 0) {
+    const size_t words = static_cast<size_t>(parameters_shape[0]);
+    const size_t stop = words * static_cast<size_t>(block + 1) / static_cast<size_t>(n_static);
+    for (size_t at = words * static_cast<size_t>(block) / static_cast<size_t>(n_static) + static_cast<size_t>(thread_index) * 32; at < stop; at += 32 * 32 * SIMDGROUPS) {
+      prefetch(parameters + at);
+    }
+  }
+#endif
+
   int head;
   int kind = LIVE;
   int unit;
@@ -40,6 +51,9 @@
     rows = sequence_rows;
     unit = n_static + head * p.slices + slice;
   }
+#ifdef ONE_LAUNCH
+  const uint4 mine = *reinterpret_cast<const device uint4*>(parameters + head * 4);
+#endif
   const int tiles = tiles_of(rows);
   if (round >= rounds_of(rows)) {
     return;
@@ -62,11 +76,14 @@
     const size_t at = static_cast<size_t>(row / sequence_rows) * static_cast<size_t>(queries_strides[0])
         + static_cast<size_t>(head * p.group + within / p.length) * static_cast<size_t>(queries_strides[1])
         + static_cast<size_t>(token) * static_cast<size_t>(queries_strides[2]);
-    const float factor = kind == NODES || kind == LIVE ? SCALE : 1.0f;
+    Matrix query;
+    query.words = reinterpret_cast<const device uint*>(queries + at);
+    query.stride = 0;
+    query.scales = reinterpret_cast<const device half*>(parameters);
+    tile.raw[n] = Row<Element>::fetch(query, 0, lane.part);
+    tile.factor[n] = !valid ? 0.0f : (kind == NODES || kind == LIVE ? SCALE : 1.0f);
     #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      const float x = static_cast<float>(queries[at + static_cast<size_t>(lane.part * 8 + i) * static_cast<size_t>(queries_strides[3])]);
-      tile.q[n * 8 + i] = valid ? factor * x : 0.0f;
       tile.out[n * 8 + i] = 0.0f;
     }
     tile.top[n] = kind == NODES || kind == LIVE ? NEVER : 0.0f;
@@ -116,7 +133,7 @@
     units<Weight, GIVEN_SCORE, FLIGHT>(tile, lane, words, end, active, n_activations, tile_row, rows);
   }
 #endif
-#if defined(NETWORKS) || defined(DEEP_NETWORKS)
+#ifdef LINEAR_UNITS
   if (kind == LINEAR) {
     units<Weight, LINEAR, FLIGHT>(tile, lane, words, end, reinterpret_cast<const device float*>(parameters), 0, tile_row, rows);
   }
@@ -187,11 +204,8 @@
 #ifdef ONE_LAUNCH
   // The threadgroup that arrives last at a KV head merges its rows. Needs a memory fence between threadgroups, which CUDA has.
   threadgroup int is_last[1];
-  const uint4 mine = *reinterpret_cast<const device uint4*>(parameters + head * 4);
   const int arrivals = static_cast<int>(mine.z - mine.x) * rounds_of(all_rows) + p.batch * p.slices * rounds_of(sequence_rows);
   if (arrives_last(tickets + head, arrivals, thread_index, is_last)) {
-    for (int row = simdgroup; row < all_rows; row += SIMDGROUPS) {
-      merge_row(p, parameters, partials, output, head, row, lane_index);
-    }
+    merge_rows(p, mine, n_static, parameters, partials, output, tile_out, head, 0, all_rows, thread_index);
   }
 #endif

@@ -14,6 +14,7 @@ struct Matrix {
 template <typename Element>
 struct Row;
 
+#ifdef HALVES
 template <>
 struct Row<half> {
   typedef uint4 Raw;
@@ -50,7 +51,9 @@ struct Row<bfloat16_t> {
     return 1.0f;
   }
 };
+#endif
 
+#ifdef FLOATS
 struct Eight {
   uint4 low;
   uint4 high;
@@ -78,8 +81,10 @@ struct Row<float> {
     return 1.0f;
   }
 };
+#endif
 
 // Quantised rows widen to their integers; the scale of the group comes back as a factor, to be applied once to all eight.
+#ifdef BYTES
 struct Bytes {
   uint2 data;
   half scale;
@@ -107,7 +112,9 @@ struct Row<Int8> {
     return static_cast<float>(raw.scale);
   }
 };
+#endif
 
+#ifdef NIBBLES
 struct Nibbles {
   uint data;
   half scale;
@@ -130,6 +137,7 @@ struct Row<Int4> {
     return static_cast<float>(raw.scale);
   }
 };
+#endif
 
 METAL_FUNC float dot8(const thread float* x, const thread float* y) {
   float sum = x[0] * y[0];
@@ -140,11 +148,14 @@ METAL_FUNC float dot8(const thread float* x, const thread float* y) {
   return sum;
 }
 
-// The sum over the lanes that share a row; every one of them gets it.
-METAL_FUNC float row_sum(float x) {
+// Sums over the lanes that share a row, of N values at once so that the shuffles overlap; every one of the lanes gets them.
+template <int N>
+METAL_FUNC void row_sums(thread float* x) {
   #pragma unroll
   for (int step = LANES / 2; step > 0; step /= 2) {
-    x += simd_shuffle_xor(x, static_cast<ushort>(step));
+    #pragma unroll
+    for (int i = 0; i < N; ++i) {
+      x[i] += simd_shuffle_xor(x[i], static_cast<ushort>(step));
+    }
   }
-  return x;
 }

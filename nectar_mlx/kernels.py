@@ -11,6 +11,7 @@ are baked into the text, a layer's parameters are one buffer, and every text is 
 """
 
 import functools
+import hashlib
 import os
 import re
 from collections.abc import Callable
@@ -23,8 +24,9 @@ import mlx.core as mx
 
 from . import attention
 from .errors import NectarError
+from .folders import cache_folder
 from .heads import Bank, Quadrature
-from .packing import DTYPES, Packed, activations
+from .packing import DTYPES, SLOTS, Form, Packed, activations
 from .packing import pack as _pack
 from .quantize import group_size
 
@@ -32,8 +34,9 @@ HEAD_DIMS = (64, 80, 96, 128, 256)
 MAX_LENGTH = 8  # query tokens; more go through matmuls
 SIMDGROUPS = 8
 LIVE_SLICE, MAX_SLICES = 64, 32  # live tokens a threadgroup, at most so many threadgroups for one KV head of one sequence
+# Rows that a lane has asked for before it uses the first, by bits: CUDA has twice Apple's registers a thread.
+FLIGHT = {"metal": {32: 2, 16: 4, 8: 8, 4: 8}, "cuda": {32: 4, 16: 4, 8: 4, 4: 8}}
 _BLOCKS = {"metal": 96, "cuda": 124, "ops": 96}  # threadgroups a layer's parameters are cut into
-_SLOTS = 64  # launches of one layer that may be under way at once (CUDA)
 
 Kernel = Callable[..., list[mx.array]]
 
@@ -53,23 +56,12 @@ def backend() -> str:
 def pack(bank: Bank, *, dtype: mx.Dtype | None = None, bits: int = 16, heads: Any = None) -> Packed:
     """One layer's bank in the form that `decode` reads; see `packing.pack`."""
     here = backend()
-    slots = _SLOTS if here == "cuda" else 0
-    return _pack(bank, dtype=dtype, bits=bits, heads=heads, blocks=_BLOCKS[here], slots=slots)
+    return _pack(bank, dtype=dtype, bits=bits, heads=heads, blocks=_BLOCKS[here], one_launch=here == "cuda")
 
 
 def supports(packed: Packed, queries: mx.array, keys: mx.array) -> bool:
     """Whether `decode` has a kernel for queries [B, H, T, D] and live keys [B, K, S, D]."""
-    _, H, T, D = queries.shape
-    return (
-        backend() != "ops"
-        and D == packed.head_dim
-        and D in HEAD_DIMS
-        and 0 < T <= min(MAX_LENGTH, keys.shape[2])
-        and keys.shape[1] == packed.n_kv_heads
-        and H % packed.n_kv_heads == 0
-        and queries.dtype == keys.dtype
-        and queries.dtype in DTYPES.values()
-    )
+    return _plan(packed, queries, keys, False) is not None
 
 
 def decode(
@@ -77,44 +69,77 @@ def decode(
 ) -> mx.array | None:
     """Attention of queries [B, H, T, D], T <= 8, over the packed context and the live keys and values [B, K, S, D].
 
-    Queries are rotated and unscaled, as a cache sees them; they are the last T of the S live tokens, and causal among them.
-    keys and values may be slices of longer buffers; their last axis must be contiguous. left_padding [B] int32: the first live
-    position of each sequence that holds a token. Returns [B, H, T, D] in the queries' type, or None where `supports` says no.
+    Queries are rotated and unscaled, as a cache sees them; they are the last T of the S live tokens, and causal among
+    them. All may be slices of longer buffers; their last axis must be contiguous. left_padding [B] int32: the first
+    live position of each sequence that holds a token. Returns [B, H, T, D] in the queries' type, or None where
+    `supports` says no.
     """
-    if not supports(packed, queries, keys):
+    plan = _plan(packed, queries, keys, left_padding is not None)
+    if plan is None:
         return None
-    B, H, T, D = queries.shape
-    K = packed.n_kv_heads
-    rows = B * (H // K) * T
-    tile = min(rows, 4) if rows != 5 else 3
-    one_launch = bool(packed.tickets)
-    variant = Variant(
-        backend=backend(),
-        element=_NAMES[queries.dtype],
-        storage=packed.storage,
-        kind=packed.kind,
-        head_dim=D,
-        scale=packed.scale,
-        tile=tile,
-        padded=left_padding is not None,
-    )
-    slices = min(-(-keys.shape[2] // LIVE_SLICE), MAX_SLICES)
-    units = packed.blocks + K * slices
-    threads = 32 * SIMDGROUPS
     inputs = [queries, keys, values, packed.words]
     if left_padding is not None:
         inputs.append(left_padding)
     if packed.deep:
-        inputs.append(activations(packed.deep, attention.group(queries, K)))
-    partials = (units * rows * (D + 2),)
-    grid = (threads * (packed.blocks + B * K * slices), -(-rows // (_tiles(rows, tile) * tile)), 1)
-    if one_launch:
-        inputs.append(packed.tickets[next(_turn) % len(packed.tickets)])
-        return launch(variant.kernel("fused"), inputs, grid, [partials, queries.shape], [mx.float32, queries.dtype])[1]
-    (partial,) = launch(variant.kernel("partial"), inputs, grid, [partials], [mx.float32])
-    grid = (threads * -(-rows // SIMDGROUPS), K, 1)
-    inputs = [queries, keys, packed.words, partial]
-    return launch(variant.kernel("merge"), inputs, grid, [queries.shape], [queries.dtype])[0]
+        inputs.append(activations(packed.deep, attention.group(queries, packed.n_kv_heads)))
+    if plan.one_launch:
+        inputs.append(packed.tickets[next(_turn) % SLOTS])
+        shapes, dtypes = [plan.partials, queries.shape], [mx.float32, queries.dtype]
+        return launch(plan.first, inputs, plan.grid, shapes, dtypes)[1]
+    (partials,) = launch(plan.first, inputs, plan.grid, [plan.partials], [mx.float32])
+    inputs = [queries, keys, packed.words, partials]
+    return launch(plan.merge, inputs, plan.merge_grid, [queries.shape], [queries.dtype])[0]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a decode step of some shapes launches."""
+
+    first: Kernel
+    merge: Kernel
+    grid: tuple[int, int, int]
+    merge_grid: tuple[int, int, int]
+    partials: tuple[int, ...]
+    one_launch: bool
+
+
+def _plan(packed: Packed, queries: mx.array, keys: mx.array, padded: bool) -> Plan | None:
+    shape, live = queries.shape, keys.shape
+    slices = min(-(-live[2] // LIVE_SLICE), MAX_SLICES)
+    key = (shape, live[1], slices, shape[2] <= live[2], queries.dtype, keys.dtype, padded, backend())
+    if key not in packed.plans:
+        packed.plans[key] = _make_plan(packed.form, *key)
+    return packed.plans[key]
+
+
+def _make_plan(
+    form: Form,
+    shape: tuple[int, ...],
+    n_kv_heads: int,
+    slices: int,
+    ends: bool,
+    dtype: mx.Dtype,
+    live_dtype: mx.Dtype,
+    padded: bool,
+    where: str,
+) -> Plan | None:
+    (B, H, T, D), K = shape, form.n_kv_heads
+    fits = ends and form.head_dim == D and D in HEAD_DIMS and n_kv_heads == K and H % K == 0 and 0 < T <= MAX_LENGTH
+    if where == "ops" or not fits or dtype != live_dtype or dtype not in _NAMES:
+        return None
+    rows = B * (H // K) * T
+    tile = tile_of(rows)
+    one_launch = form.slots > 0
+    variant = Variant(where, _NAMES[dtype], form.storage, form.kind, D, form.scale, tile, padded)
+    threads = 32 * SIMDGROUPS
+    return Plan(
+        first=_build(variant, "fused" if one_launch else "partial"),
+        merge=_build(variant, "merge"),
+        grid=(threads * (form.blocks + B * K * slices), -(-rows // (_tiles(rows, tile) * tile)), 1),
+        merge_grid=(threads * -(-rows // max(1, min(SIMDGROUPS, 1 << (rows - 1).bit_length()))), K, 1),
+        partials=((form.blocks + K * slices) * rows * (D + 2),),
+        one_launch=one_launch,
+    )
 
 
 def compose(
@@ -161,6 +186,11 @@ _turn = count()
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
+def tile_of(rows: int) -> int:
+    """Query rows that one simdgroup holds: at most four, as even as the simdgroups side by side allow."""
+    return -(-rows // _tiles(rows, 4)) if rows < 4 * SIMDGROUPS else 4
+
+
 def _tiles(rows: int, tile: int) -> int:
     """`tiles_of` in metal/decode.metal."""
     tiles = 1
@@ -182,14 +212,12 @@ class Variant:
     tile: int  # query rows a simdgroup holds
     padded: bool
 
-    def kernel(self, stage: str) -> Kernel:
-        return _build(self, stage)
-
-    def header(self, stage: str) -> str:
+    def text(self, stage: str) -> tuple[str, str]:
+        """The kernel's header and body in Metal. stage: "partial" and "merge", or "fused", which is both."""
         quantised = self.storage.startswith("int")
         bits = int(re.sub(r"\D", "", self.storage))
         lanes = 1 << (self.head_dim // 8 - 1).bit_length()
-        flight = {32: 2, 16: 4, 8: 8, 4: 8}[bits] // (1 if self.tile <= 2 else 2)
+        narrow = self.tile <= 2
         numbers = {
             "HEAD_DIM": self.head_dim,
             "PARTS": self.head_dim // 8,
@@ -201,8 +229,8 @@ class Variant:
             "TILE": self.tile,
             "ROUND": max(1, min(self.tile, 4096 // (SIMDGROUPS * self.head_dim))),
             "SIMDGROUPS": SIMDGROUPS,
-            "FLIGHT": flight,
-            "LIVE_FLIGHT": 2 if self.element == "float32" or self.tile > 2 else 4,
+            "FLIGHT": FLIGHT[self.backend][bits] // (1 if narrow or self.backend == "cuda" else 2),
+            "LIVE_FLIGHT": 2 if self.element == "float32" else FLIGHT[self.backend][16] // (1 if narrow or self.backend == "cuda" else 2),
             "AHEAD": 8,
             "LIVE_SLICE": LIVE_SLICE,
             "MAX_SLICES": MAX_SLICES,
@@ -210,26 +238,35 @@ class Variant:
             "HAS_UNITS": int(self.kind != "quadrature"),
         }
         flags = {
+            "READS": stage != "merge",
+            "MERGES": stage != "partial",
+            "ONE_LAUNCH": stage == "fused",
+            "PREFETCH": self.backend == "cuda" and stage != "merge",
+            "UNITS": self.kind != "quadrature",
             "GATED_UNITS": self.kind == "corrected",
             "NETWORKS": self.kind == "mlp",
             "DEEP_NETWORKS": self.kind == "deep",
+            "LINEAR_UNITS": self.kind in ("mlp", "deep"),
             "PADDED": self.padded,
-            "ONE_LAUNCH": stage == "fused",
+            "FLOATS": "float32" in (self.element, self.storage),
+            "HALVES": not {self.element, self.storage}.isdisjoint(("float16", "bfloat16")),
+            "BYTES": self.storage == "int8",
+            "NIBBLES": self.storage == "int4",
         }
         types = {"bfloat16": "bfloat16_t", "float16": "half", "float32": "float", "int8": "Int8", "int4": "Int4"}
-        return "\n".join(
-            [
-                *(f"#define {name}" for name, on in flags.items() if on),
-                "namespace nectar {",
-                *(f"constant constexpr int {name} = {value};" for name, value in numbers.items()),
-                f"constant constexpr float SCALE = {self.scale!r}f;",
-                _text("rows"),
-                f"typedef {types[self.element]} Element;",
-                f"typedef {types[self.storage]} Weight;",
-                _text("decode"),
-                "}\n",
-            ]
-        )
+        lines = [
+            "namespace nectar {",
+            *(f"constant constexpr int {name} = {value};" for name, value in numbers.items()),
+            f"constant constexpr float SCALE = {self.scale!r}f;",
+            _text("rows"),
+            f"typedef {types[self.element]} Element;",
+            f"typedef {types[self.storage]} Weight;",
+            _text("decode"),
+            "}\n",
+        ]
+        body = _text("merge" if stage == "merge" else "partial")
+        defined = {name for name, on in flags.items() if on}
+        return _resolve("\n".join(lines), defined), _resolve(body, defined)
 
 
 @functools.lru_cache(maxsize=256)
@@ -242,12 +279,14 @@ def _build(variant: Variant, stage: str) -> Kernel:
         inputs += ["left_padding"] * variant.padded + ["activations"] * (variant.kind == "deep")
         inputs += ["tickets"] * (stage == "fused")
     name = "_".join(str(x) for x in ("nectar", stage, *vars(variant).values())).replace(".", "p").replace("-", "m")
-    header, body = variant.header(stage), _text("merge" if stage == "merge" else "partial")
-    common = {"name": name, "input_names": inputs, "output_names": outputs, "ensure_row_contiguous": False}
+    header, body = variant.text(stage)
+    make = mx.fast.metal_kernel
     if variant.backend == "cuda":
-        header = (_folder() / "cuda.h").read_text() + _cuda(header)
-        return mx.fast.cuda_kernel(**common, header=_brief(header), source="KERNEL_ATTRIBUTES\n" + _brief(_cuda(body)))
-    return mx.fast.metal_kernel(**common, header=header, source=body)
+        make = mx.fast.cuda_kernel
+        header, body = _cuda(header, body)
+    return make(
+        name=name, input_names=inputs, output_names=outputs, header=header, source=body, ensure_row_contiguous=False
+    )
 
 
 def _folder() -> Path:
@@ -267,10 +306,46 @@ def _brief(text: str) -> str:
     return "\n".join(line for line in lines if line) + "\n"
 
 
-def _cuda(text: str) -> str:
-    """Metal text -> CUDA text: arrays of a threadgroup are shared, other address spaces are not written."""
-    text = re.sub(r"^\s*threadgroup (\w+ \w+\[)", r"__shared__ \1", text, flags=re.M)
-    return re.sub(r"\b(device|constant|threadgroup|thread) ", "", text)
+def _resolve(text: str, defined: set[str]) -> str:
+    """The text with its `#ifdef`s resolved, for the same reason."""
+    kept, on = [], [True]
+    for line in text.splitlines():
+        if line.startswith("#ifdef "):
+            on.append(on[-1] and line.split()[1] in defined)
+        elif line == "#endif":
+            on.pop()
+        elif on[-1]:
+            kept.append(line)
+    return "\n".join(kept) + "\n"
+
+
+def _cuda(header: str, body: str) -> tuple[str, str]:
+    """Metal text -> CUDA text: arrays of a threadgroup are shared, other address spaces are not written.
+
+    NVRTC reads files, so what MLX copies and hashes at every call are two `#include`s of files in the cache folder.
+    """
+
+    def plain(text: str) -> str:
+        text = re.sub(r"^threadgroup (\w+ \w+\[)", r"__shared__ \1", text, flags=re.M)
+        return re.sub(r"\b(device|constant|threadgroup|thread) ", "", text)
+
+    header, body = (_folder() / "cuda.h").read_text() + plain(header), "KERNEL_ATTRIBUTES\n" + plain(body)
+    # MLX looks in the body for the shapes and strides to pass.
+    wanted = " ".join(sorted(set(re.findall(r"\w+_(?:shape|strides)\b", body))))
+    try:
+        return f'#include "{_file(header)}"\n', f'// {wanted}\n#include "{_file(body)}"\n'
+    except OSError:  # no folder to write to
+        return header, body
+
+
+def _file(text: str) -> Path:
+    path = cache_folder() / "cuda" / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.h"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = path.with_suffix(f".{os.getpid()}")
+        scratch.write_text(text)
+        scratch.replace(path)
+    return path
 
 
 __all__ = ["Packed", "Variant", "backend", "compose", "compose_nodes", "decode", "pack", "supports"]

@@ -25,28 +25,43 @@ from .heads import Bank, Corrected, HeadArrays, Quadrature, TargetScore
 from .quantize import Quantized, group_size, quantize
 
 NODES, GATED, PLAIN, SCORE, LINEAR, GIVEN, GIVEN_SCORE = range(7)
+SLOTS = 64
 DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
 Words = np.ndarray[Any, np.dtype[np.uint32]]
 Stored = dict[str, mx.array | Quantized]  # the parameters of one head, as `Bank.shapes` names them
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Packed:
-    """One layer's parameters for the decode kernel. `storage` is float16, bfloat16, float32, int8 or int4.
+@dataclass(frozen=True, kw_only=True)
+class Form:
+    """What of a packed layer the choice of a kernel depends on; `slots` is the number of counters for one launch."""
 
-    `deep` holds the hidden layers of networks with more than one, stacked to [K, ...]: those run as stock matmuls.
-    `tickets` counts the threadgroups that are done with a KV head [slots][K], where one launch does everything.
-    """
-
-    words: mx.array
     kind: str
-    storage: str
+    storage: str  # float16, bfloat16, float32, int8 or int4
     n_kv_heads: int
     head_dim: int
     scale: float
     blocks: int
+    slots: int
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Packed:
+    """One layer's parameters for the decode kernel, `words` as described above.
+
+    `deep` holds the hidden layers of networks with more than one, stacked to [K, ...]: those run as stock matmuls.
+    `tickets` count the threadgroups that are done with a KV head, [K] each, where one launch does everything: launches
+    of one layer that may be under way at once take different ones.
+    """
+
+    words: mx.array
+    form: Form
     deep: HeadArrays = field(default_factory=dict)
     tickets: list[mx.array] = field(default_factory=list)
+    plans: dict[Any, Any] = field(default_factory=dict)  # by shapes: what `kernels` launches
+
+    @property
+    def n_kv_heads(self) -> int:
+        return self.form.n_kv_heads
 
     @property
     def nbytes(self) -> int:
@@ -92,13 +107,13 @@ def pack(
     bits: int = 16,
     heads: Sequence[Stored] | None = None,
     blocks: int = 128,
-    slots: int = 0,
+    one_launch: bool = False,
 ) -> Packed:
     """Lay out one layer's bank (M = n_kv_heads heads of kind quadrature, mlp or corrected, ragged sizes).
 
     dtype: of the matrices with bits = 16 (which then means "not quantised"; default the parameters' own). bits 8 and 4 quantise
     as `quantize` does. heads: the heads' parameters, unpadded, instead of the bank's own; matrices may be `Quantized` already.
-    blocks: threadgroups to cut a layer into, about. slots: how many counters to keep for launches under way at once.
+    blocks: threadgroups to cut a layer into, about. one_launch: keep the counters that merging in one launch needs.
     Raises NectarError for a kind or head_dim that the kernel does not know.
     """
     heads = bank.unstack() if heads is None else heads
@@ -108,24 +123,22 @@ def pack(
     deep = _deep(bank, dtype or mx.float16) if isinstance(bank, TargetScore) and max(bank.sizes[0][1::2]) > 1 else {}
     offset = deep["target.b_in"].shape[1] if deep else 0
     work = [_WORK[bank.kind](_Reader(head, storage, offset)) for head in heads]
-    head_dim = bank.head_dim
     words, n = _layout([w for w, _ in work], [c for _, c in work], blocks)
     host = mx.array(words)
-    counters = [mx.array(np.zeros(len(heads), np.int32)) for _ in range(slots)]
+    counters = [mx.array(np.zeros(len(heads), np.int32)) for _ in range(SLOTS * one_launch)]
     # Results of a computation lie in the device's memory; on CUDA what numpy hands over does not.
     placed, tickets = host + mx.array(0, mx.uint32), [c + mx.array(0, mx.int32) for c in counters]
     mx.eval(placed, tickets, deep)
-    return Packed(
-        words=placed,
+    form = Form(
         kind="deep" if deep else bank.kind,
         storage=storage,
         n_kv_heads=len(heads),
-        head_dim=head_dim,
+        head_dim=bank.head_dim,
         scale=bank.scale,
         blocks=n,
-        deep=deep,
-        tickets=tickets,
+        slots=len(tickets),
     )
+    return Packed(words=placed, form=form, deep=deep, tickets=tickets)
 
 
 def _name(dtype: mx.Dtype) -> str:

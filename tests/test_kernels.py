@@ -104,7 +104,7 @@ class Case:
         bank = BANKS[kind].stack(self.heads, scale=self.scale)
         bits = int(storage[3:]) if storage.startswith("int") else 16
         dtype = mx.float16 if bits < 16 else DTYPES[storage]
-        self.packed = pack(bank, dtype=dtype, bits=bits, heads=stored, blocks=blocks, slots=int(fused))
+        self.packed = pack(bank, dtype=dtype, bits=bits, heads=stored, blocks=blocks, one_launch=fused)
         K = len(sizes)
         self.queries = normal(batch, length, K * group, head_dim).swapaxes(1, 2) * spread
         self.keys = normal(batch, K, live + 7, head_dim)[:, :, 2 : live + 2]
