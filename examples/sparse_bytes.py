@@ -62,14 +62,10 @@ class Settings:
 
 
 def attend(queries: mx.array, keys: mx.array, values: mx.array, pattern: Pattern) -> mx.array:
-    """Causal attention of queries [B, H, T, D] over keys and values [B, H, S, D] -> [B, H, T, D]."""
-    scale = queries.shape[-1] ** -0.5
-    if mx.default_device() == mx.cpu:
-        return sparse_attention(queries, keys, values, pattern=pattern, scale=scale).output
-    half = (x.astype(mx.bfloat16) for x in (queries, keys, values))
-    if keys.shape[2] <= pattern.stride:  # dense attention: MLX's fused kernel is the one to beat
-        return mx.fast.scaled_dot_product_attention(*half, scale=scale, mask="causal").astype(queries.dtype)
-    return sparse_attention(*half, pattern=pattern, scale=scale).output
+    """Causal attention of queries [B, H, T, D] over keys and values [B, H, S, D] -> [B, H, T, D]; bfloat16 on a GPU."""
+    dtype = mx.float32 if mx.default_device() == mx.cpu else mx.bfloat16
+    narrow = (x.astype(dtype) for x in (queries, keys, values))
+    return sparse_attention(*narrow, pattern=pattern, scale=queries.shape[-1] ** -0.5).output
 
 
 class Block(nn.Module):

@@ -19,21 +19,21 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
-from typing import Literal, NamedTuple, Self
+from functools import partial
+from typing import Literal, Self
 
 import mlx.core as mx
-import numpy as np
 
-from ._exp import exp
 from .attention import Partial, merge
+from .blockwise import Chunk, blockwise, join, room
 from .errors import NectarError
 
 Combine = Literal["merged", "interleaved", "heads"]
 
-_CHUNK = 1 << 20  # scores held at a time on the CPU: what stays in its caches
-_CHUNK_GPU = 1 << 26
-_NOTHING = -1e30  # the score of a hidden key
+_FUSED_ROOM = (
+    1 << 29
+)  # scores of one call of the fused kernel, which holds few of them; bounds the keys gathered for it
+_HIDDEN = -6e4  # added to the scores of hidden keys; the most that float16 holds
 
 
 @dataclass(frozen=True)
@@ -214,6 +214,9 @@ def sparse_attention(queries: mx.array, keys: mx.array, values: mx.array, *, pat
 
     The queries are the last T of the S positions. Exact: equal to dense attention under `pattern.mask(T, S, heads=H)`.
     About T · √S scores, a bounded number of them at a time. Differentiable; the reverse pass computes the scores again.
+
+    On a GPU in half precision the output of the fixed pattern comes from MLX's fused kernel, many times faster. That
+    returns no log-normaliser: it is a separate pass, and like all of MLX not run unless something needs it.
     """
     B, H, T, _ = queries.shape
     K, S = keys.shape[1], keys.shape[2]
@@ -221,9 +224,9 @@ def sparse_attention(queries: mx.array, keys: mx.array, values: mx.array, *, pat
         queries, keys, values = (x.astype(mx.float32) for x in (queries, keys, values))
     keys, values = (_take_heads(x, [head * K // H for head in range(H)]) for x in (keys, values))
     scores = B * H * T * S
-    if pattern.stride > T and scores <= _room():  # decoding: a grid would be padding for the most part
+    if pattern.stride > T and scores <= room():  # decoding: a grid would be padding for the most part
         mask = pattern.mask(T, S, heads=H)
-        return _attend(queries, keys, values, scale=scale, axis=2, chunks=[_Chunk(slice(T), slice(S), lambda: mask)])
+        return blockwise(queries, keys, values, scale=scale, axis=2, chunks=[Chunk(slice(T), slice(S), lambda: mask)])
     if pattern.combine != "heads":
         return _on_grid(queries, keys, values, pattern=pattern, scale=scale, heads=list(range(H)))
     groups = [heads for heads in (list(range(0, H, 2)), list(range(1, H, 2))) if heads]
@@ -232,7 +235,7 @@ def sparse_attention(queries: mx.array, keys: mx.array, values: mx.array, *, pat
         for heads in groups
     ]
     order = mx.array([head // 2 + (head % 2) * len(groups[0]) for head in range(H)])
-    return Partial(*(x[:, order] for x in _join(parts, axis=1)))
+    return Partial(*(x[:, order] for x in join(parts, axis=1)))
 
 
 def _on_grid(
@@ -246,6 +249,8 @@ def _on_grid(
     part = _near_part(q, k, v, pattern=pattern, scale=scale, heads=heads)
     if pattern.steps(heads[0])[1] and stride < S:
         part = merge(part, _far_part(q, k, v, pattern=pattern, scale=scale, heads=heads))
+    if isinstance(pattern, Fixed) and pattern.steps(heads[0])[0] and queries.dtype != mx.float32:
+        part = part._replace(output=_fused_output(q, k, v, pattern=pattern, scale=scale, heads=heads))
     return Partial(*(x.flatten(2, 3)[:, :, skipped : skipped + T] for x in part))
 
 
@@ -263,12 +268,12 @@ def _near_part(
     chunks = []
     if first == 0:  # before row 0 there is only padding
         own = mask & (mx.arange(k.shape[3]) >= k.shape[3] - stride)
-        chunks.append(_Chunk(slice(1), slice(1), lambda: own))
-    step = max(1, _room() // (B * h * stride * k.shape[3]))
+        chunks.append(Chunk(slice(1), slice(1), lambda: own))
+    step = max(1, room() // (B * h * stride * k.shape[3]))
     for start in range(len(chunks), R, step):
         rows = slice(start, min(R, start + step))
-        chunks.append(_Chunk(rows, rows, lambda: mask))
-    return _attend(queries, k, v, scale=scale, axis=2, chunks=chunks)
+        chunks.append(Chunk(rows, rows, lambda: mask))
+    return blockwise(queries, k, v, scale=scale, axis=2, chunks=chunks)
 
 
 def _far_part(
@@ -282,13 +287,71 @@ def _far_part(
     chunks, start = [], M - R
     while start < M:
         stop = start + 1
-        while stop < M and B * h * stride * (stop + 1 - start) * stop * per_key_row <= _room():
+        while stop < M and B * h * stride * (stop + 1 - start) * stop * per_key_row <= room():
             stop += 1
         rows = slice((start - M + R) * per_query_row, (stop - M + R) * per_query_row)
         mask = partial(_earlier_rows, start, stop, per_query_row, per_key_row)
-        chunks.append(_Chunk(rows, slice(max(1, stop - 1) * per_key_row), mask))
+        chunks.append(Chunk(rows, slice(max(1, stop - 1) * per_key_row), mask))
         start = stop
-    return Partial(*(pattern._far_result(x) for x in _attend(q, k, v, scale=scale, axis=3, chunks=chunks)))
+    return Partial(*(pattern._far_result(x) for x in blockwise(q, k, v, scale=scale, axis=3, chunks=chunks)))
+
+
+def _fused_output(
+    queries: mx.array, keys: mx.array, values: mx.array, *, pattern: Fixed, scale: float, heads: list[int]
+) -> mx.array:
+    """The output alone, by MLX's fused attention; shapes as in `_near_part`, for heads that take the near step.
+
+    Rows are the batch: each sees the summary columns before it and itself, under a mask that hides later columns.
+    """
+    B, h, R, stride, _ = queries.shape
+    M = keys.shape[2]
+    columns = [pattern._far_keys(x, heads)[:, :, 0] for x in (keys, values)]
+    per_row = pattern.summary if pattern.steps(heads[0])[1] else 0
+    step = max(1, min(-(-R // 8), _FUSED_ROOM // (B * h * stride * (M * per_row + stride))))
+    outputs = []
+    for start in range(M - R, M, step):
+        stop = min(M, start + step)
+        own = [x[:, :, start - M : stop - M or None] for x in (queries, keys, values)]
+        seen = [x[:, :, : (stop - 1) * per_row] for x in columns]
+        attend = mx.checkpoint(partial(_fused_rows, start=start, summary=per_row, scale=scale))
+        outputs.append(attend(*own, *seen))
+    return mx.concatenate(outputs, axis=2).astype(mx.float32)
+
+
+def _fused_rows(
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    far_keys: mx.array,
+    far_values: mx.array,
+    *,
+    start: int,
+    summary: int,
+    scale: float,
+) -> mx.array:
+    """Rows [B, h, R, l, D] from row `start` on, and the summary columns [B, h, N, D] before the last of them."""
+    B, h, R, stride, D = queries.shape
+    N = far_keys.shape[2]
+
+    def by_row(x: mx.array) -> mx.array:
+        return x.swapaxes(1, 2).flatten(0, 1)
+
+    def with_far(x: mx.array, far: mx.array) -> mx.array:
+        return (
+            by_row(mx.concatenate([mx.broadcast_to(far[:, :, None], (B, h, R, N, D)), x], axis=3)) if N else by_row(x)
+        )
+
+    mask: mx.array | str = "causal"
+    if N:
+        later = mx.arange(start, start + R)[:, None, None] <= mx.arange(N) // summary
+        own = mx.arange(stride)[:, None] < mx.arange(stride)
+        hidden = [mx.broadcast_to(x, (R, stride, x.shape[-1])) for x in (later, own)]
+        bias = mx.where(mx.concatenate(hidden, axis=2), _HIDDEN, 0).astype(queries.dtype)
+        mask = mx.tile(bias[:, None], (B, 1, 1, 1))
+    output = mx.fast.scaled_dot_product_attention(
+        by_row(queries), with_far(keys, far_keys), with_far(values, far_values), scale=scale, mask=mask
+    )
+    return mx.unflatten(output, 0, (B, R)).swapaxes(1, 2)
 
 
 def _earlier_rows(start: int, stop: int, per_query_row: int, per_key_row: int) -> mx.array | None:
@@ -297,108 +360,6 @@ def _earlier_rows(start: int, stop: int, per_query_row: int, per_key_row: int) -
         return None
     query_rows = mx.arange(start * per_query_row, stop * per_query_row) // per_query_row
     return query_rows[:, None] > mx.arange(max(1, stop - 1) * per_key_row) // per_key_row
-
-
-class _Chunk(NamedTuple):
-    """Some queries, and the keys and values that contain all they see."""
-
-    queries: slice
-    keys: slice
-    mask: Callable[[], mx.array | None]  # built when it is needed: together they are larger than the inputs
-
-
-def _attend(
-    queries: mx.array, keys: mx.array, values: mx.array, *, scale: float, axis: int, chunks: Sequence[_Chunk]
-) -> Partial:
-    """Attention of queries [..., N, D] over keys and values [..., M, D], one chunk of `axis` after the other.
-
-    Each mask broadcasts to its chunk's [..., N, M]. Keeps the inputs and (o, L) for the reverse pass, nothing of size
-    N · M: there the scores are computed again, chunk by chunk (section 5.4).
-    """
-
-    def part(x: mx.array, which: slice) -> mx.array:
-        return x[(slice(None),) * axis + (which,)]
-
-    @mx.custom_function
-    def attend(queries: mx.array, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        parts: list[Partial] = []
-        for chunk in chunks:
-            q, k, v = part(queries, chunk.queries), part(keys, chunk.keys), part(values, chunk.keys)
-            q = _after(parts[-1] if parts else (), q)
-            weights, log_normalizer = _softmax(_scores(q, k, scale, chunk.mask()), values.dtype)
-            parts.append(Partial(*_settle((weights @ v).astype(mx.float32), log_normalizer)))
-        return _join(parts, axis=axis)
-
-    @attend.vjp
-    def attend_vjp(primals, cotangents, outputs):  # type: ignore[no-untyped-def]
-        d_queries, d_keys, d_values = [], *(mx.zeros(x.shape) for x in primals[1:])
-        for chunk in chunks:
-            which = chunk.queries, chunk.keys, chunk.keys
-            q, k, v = (part(x, at).astype(mx.float32) for x, at in zip(primals, which, strict=True))
-            q = _after((d_keys, d_values), q)
-            d_output, d_log, output, log_normalizer = (part(x, chunk.queries) for x in (*cotangents, *outputs))
-            weights = _weights(_scores(q, k, scale, chunk.mask()), log_normalizer[..., None], mx.float32)
-            constant = d_log - (d_output * output).sum(-1)
-            d_scores = weights * (d_output @ v.swapaxes(-1, -2) + constant[..., None]) * scale
-            seen = (slice(None),) * axis + (chunk.keys,)
-            d_keys[seen] += d_scores.swapaxes(-1, -2) @ q
-            d_values[seen] += weights.swapaxes(-1, -2) @ d_output
-            d_chunk, d_keys, d_values = _settle(d_scores @ k, d_keys, d_values)
-            d_queries.append(d_chunk)
-        grads = mx.concatenate(d_queries, axis=axis), d_keys, d_values
-        return tuple(grad.astype(x.dtype) for grad, x in zip(grads, primals, strict=True))
-
-    return Partial(*attend(queries, keys, values))  # type: ignore[misc]
-
-
-def _after(done: Sequence[mx.array], x: mx.array) -> mx.array:
-    """x, but not to be read before `done` is there: chunks run one by one, however late the graph is evaluated.
-
-    One chunk is far less than macOS lets a GPU do in a command buffer, and MLX fills no buffer with more than a few.
-    """
-    return mx.depends([x], list(done))[0] if done else x
-
-
-def _settle(*arrays: mx.array) -> Sequence[mx.array]:
-    """On the CPU: the same values, evaluated, without the graph that led to them.
-
-    `exp` evaluates its argument there, and what is evaluated within `mx.grad` keeps all that led to it alive.
-    """
-    if mx.default_device() != mx.cpu:
-        return arrays
-    try:
-        mx.eval(arrays)
-    except ValueError:  # traced by mx.compile
-        return arrays
-    return [mx.array(np.array(x, copy=False)) for x in arrays]
-
-
-def _scores(queries: mx.array, keys: mx.array, scale: float, mask: mx.array | None) -> mx.array:
-    products = (queries.astype(mx.float32) * scale) @ keys.astype(mx.float32).swapaxes(-1, -2)
-    return products if mask is None else mx.where(mask, products, _NOTHING)
-
-
-def _softmax(scores: mx.array, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
-    """softmax(scores) in `dtype` and the log-normaliser of each row."""
-    if mx.default_device() == mx.cpu:
-        top = scores.max(-1, keepdims=True)
-        weights = exp(scores - top)
-        total = weights.sum(-1, keepdims=True)
-        return weights / total, (top + mx.log(total))[..., 0]
-    log_normalizer = mx.logsumexp(scores, axis=-1, keepdims=True)
-    return _weights(scores, log_normalizer, dtype), log_normalizer[..., 0]
-
-
-def _weights(scores: mx.array, log_normalizer: mx.array, dtype: mx.Dtype) -> mx.array:
-    """e^(score - log-normaliser) in `dtype`."""
-    if mx.default_device() == mx.cpu:
-        return exp(scores - log_normalizer)
-    return _fused_weights(dtype)(scores, log_normalizer)
-
-
-@lru_cache
-def _fused_weights(dtype: mx.Dtype) -> Callable[[mx.array, mx.array], mx.array]:
-    return mx.compile(lambda scores, log_normalizer: mx.exp(scores - log_normalizer).astype(dtype), shapeless=True)
 
 
 def _rows(x: mx.array, before: int, stride: int) -> mx.array:
@@ -412,15 +373,6 @@ def _rows(x: mx.array, before: int, stride: int) -> mx.array:
 def _take_heads(x: mx.array, heads: list[int]) -> mx.array:
     """Those heads of [B, K, ...], one after another; a head may come more than once."""
     return x if heads == list(range(x.shape[1])) else x[:, mx.array(heads)]
-
-
-def _join(parts: Sequence[Partial], *, axis: int) -> Partial:
-    output, log_normalizer = (mx.concatenate(list(xs), axis=axis) for xs in zip(*parts, strict=True))
-    return Partial(output, log_normalizer)
-
-
-def _room() -> int:
-    return _CHUNK if mx.default_device() == mx.cpu else _CHUNK_GPU
 
 
 def _power_of_two(x: float) -> int:
@@ -441,29 +393,35 @@ def benchmark(
     """Time and memory of one causal prefill: ours, with balanced strides, beside MLX's fused dense attention.
 
     One row per length and kind: {"kind", "length", "stride", "seconds", "peak_bytes"}; the fastest of `repeats`, and
-    the memory above the inputs.
+    the memory above the inputs. Only the output is asked for, except where the kind says (o, L).
     """
     rows: list[dict[str, float | int | str]] = []
     for length in lengths:
         shapes = [(1, h, length, head_dim) for h in (heads, n_kv_heads, n_kv_heads)]
         inputs = [mx.random.normal(shape).astype(dtype) for shape in shapes]
-        kinds: dict[str, Pattern | None] = {"fixed": Fixed.balanced(length), "strided": Strided.balanced(length)}
+        fixed, strided = Fixed.balanced(length), Strided.balanced(length)
+        kinds: dict[str, Pattern | None] = {"fixed": fixed, "strided": strided, "fixed (o, L)": fixed}
         for kind, pattern in (({"dense": None} if dense else {}) | kinds).items():
-            seconds, peak = _measure(partial(_prefill, *inputs, pattern=pattern), repeats)
+            seconds, peak = _measure(partial(_prefill, *inputs, pattern=pattern, both=kind.endswith("(o, L)")), repeats)
             stride = pattern.stride if pattern else 1
             rows.append({"kind": kind, "length": length, "stride": stride, "seconds": seconds, "peak_bytes": peak})
     return rows
 
 
-def _prefill(queries: mx.array, keys: mx.array, values: mx.array, *, pattern: Pattern | None) -> mx.array | Partial:
+def _prefill(
+    queries: mx.array, keys: mx.array, values: mx.array, *, pattern: Pattern | None, both: bool
+) -> mx.array | Partial:
     scale = queries.shape[-1] ** -0.5
     if pattern is None:
         return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask="causal")
-    return sparse_attention(queries, keys, values, pattern=pattern, scale=scale)
+    part = sparse_attention(queries, keys, values, pattern=pattern, scale=scale)
+    return part if both else part.output
 
 
 def _measure(run: Callable[[], mx.array | Partial], repeats: int) -> tuple[float, int]:
     mx.eval(run())  # makes the inputs, compiles kernels
+    mx.synchronize()
+    mx.clear_cache()
     mx.reset_peak_memory()
     before, best = mx.get_active_memory(), float("inf")
     for _ in range(repeats):

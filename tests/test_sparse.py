@@ -7,7 +7,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from nectar_mlx import NectarError, sparse
+from nectar_mlx import NectarError, blockwise, sparse
 from nectar_mlx.attention import Partial, causal
 from nectar_mlx.sparse import Fixed, Pattern, Strided, sparse_attention
 
@@ -116,7 +116,7 @@ def test_equals_dense(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     kv_heads, groups = rng.choice([1, 2, 3]), rng.choice([1, 2, 4])
     keys_length = rng.choice([1, 2, 7, 16, 33, 100, 255, 256, 401, 1023, 1024])
     length = rng.choice([keys_length, rng.randint(1, keys_length)])
-    monkeypatch.setattr(sparse, "_CHUNK", rng.choice([1 if keys_length < 300 else 10_000, 5000, 1 << 20]))
+    monkeypatch.setattr(blockwise, "_ROOM", rng.choice([1 if keys_length < 300 else 10_000, 5000, 1 << 20]))
     q, k, v = arrays(length, keys_length, batch=rng.choice([1, 2]), heads=kv_heads * groups, kv_heads=kv_heads)
     ours = sparse_attention(q, k, v, pattern=pattern, scale=0.5)
     assert ours.output.dtype == ours.log_normalizer.dtype == mx.float32
@@ -130,7 +130,7 @@ def test_equals_dense(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     "pattern", [Strided(5), Fixed(5, summary=2), Strided(6, "heads"), Fixed(6, "heads", summary=4)]
 )
 def test_every_short_length(length: int, pattern: Pattern, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sparse, "_CHUNK", 1)  # every row a chunk of its own, and never the masked path
+    monkeypatch.setattr(blockwise, "_ROOM", 1)  # every row a chunk of its own, and never the masked path
     q, k, v = arrays(length, heads=4)
     assert difference(sparse_attention(q, k, v, pattern=pattern, scale=1.0), dense(q, k, v, pattern, 1.0)) < 1e-5
 
@@ -198,7 +198,7 @@ def test_gradients_equal_denses(seed: int, monkeypatch: pytest.MonkeyPatch) -> N
     pattern = some_pattern(rng)
     keys_length = rng.choice([2, 7, 16, 33, 100])
     length = rng.choice([keys_length, rng.randint(1, keys_length)])
-    monkeypatch.setattr(sparse, "_CHUNK", rng.choice([1, 500, 1 << 20]))
+    monkeypatch.setattr(blockwise, "_ROOM", rng.choice([1, 500, 1 << 20]))
     inputs = arrays(length, keys_length, batch=2, heads=4, kv_heads=rng.choice([1, 2, 4]))
     by_output, by_log = mx.random.normal(inputs[0].shape), mx.random.normal(inputs[0].shape[:3])
 
@@ -215,26 +215,54 @@ def test_gradients_equal_denses(seed: int, monkeypatch: pytest.MonkeyPatch) -> N
         assert mx.abs(one - two).max().item() < 1e-4
 
 
+def fused(queries: mx.array, keys: mx.array, values: mx.array, pattern: Fixed, scale: float) -> mx.array:
+    """What a GPU does in half precision, here in float32 on any device."""
+    length, stride = queries.shape[2], pattern.stride
+    skipped = (keys.shape[2] - length) % stride
+    rows = sparse._rows(queries, skipped, stride), sparse._rows(keys, 0, stride), sparse._rows(values, 0, stride)
+    output = sparse._fused_output(*rows, pattern=pattern, scale=scale, heads=list(range(queries.shape[1])))
+    return output.flatten(2, 3)[:, :, skipped : skipped + length]
+
+
+@pytest.mark.parametrize(
+    "pattern", [Fixed(16, summary=3), Fixed(8, summary=8), Fixed(7, "interleaved", summary=2), Fixed(128)]
+)
+@pytest.mark.parametrize(("length", "keys_length"), [(1, 1), (16, 16), (101, 101), (30, 101), (1, 33)])
+@pytest.mark.parametrize("room", [1, 1 << 20])
+def test_fused_output_equals_dense(
+    pattern: Fixed, length: int, keys_length: int, room: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sparse, "_FUSED_ROOM", room)
+    inputs = arrays(length, keys_length, batch=2)
+    by = mx.random.normal(inputs[0].shape)
+    oracle = dense(*inputs, pattern, 0.5).output
+    assert mx.abs(fused(*inputs, pattern, 0.5) - oracle).max().item() < 1e-5
+    ours = mx.grad(lambda *x: (fused(*x, pattern, 0.5) * by).sum(), argnums=(0, 1, 2))(*inputs)
+    theirs = mx.grad(lambda *x: (dense(*x, pattern, 0.5).output * by).sum(), argnums=(0, 1, 2))(*inputs)
+    for one, two in zip(ours, theirs, strict=True):
+        assert mx.abs(one - two).max().item() < 1e-4
+
+
 # --- cost -------------------------------------------------------------------------------------------------------
 
 
 def score_counts(pattern: Pattern, length: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The size of every array of scores that one call makes."""
-    sizes, original = [], sparse._scores
+    sizes, original = [], blockwise._scores
 
     def counted(*args) -> mx.array:  # type: ignore[no-untyped-def]
         sizes.append(original(*args))
         return sizes[-1]
 
-    monkeypatch.setattr(sparse, "_scores", counted)
+    monkeypatch.setattr(blockwise, "_scores", counted)
     sparse_attention(*arrays(length, heads=1, kv_heads=1), pattern=pattern, scale=1.0)
-    monkeypatch.setattr(sparse, "_scores", original)
+    monkeypatch.setattr(blockwise, "_scores", original)
     return [x.size for x in sizes]
 
 
 @pytest.mark.parametrize("kind", [Strided, Fixed])
 def test_cost_grows_as_n_root_n(kind: type[Strided] | type[Fixed], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sparse, "_CHUNK", 1 << 15)
+    monkeypatch.setattr(blockwise, "_ROOM", 1 << 15)
     counts = {n: score_counts(kind.balanced(n), n, monkeypatch) for n in (1024, 4096, 16384)}
     for n, sizes in counts.items():
         assert max(sizes) <= max(1 << 15, 8 * n)  # a chunk, or one row's queries with their far keys
@@ -246,7 +274,7 @@ def test_cost_grows_as_n_root_n(kind: type[Strided] | type[Fixed], monkeypatch: 
 @pytest.mark.parametrize("kind", [Strided, Fixed])
 @pytest.mark.parametrize("reverse", [False, True])
 def test_memory_grows_as_n(kind: type[Strided] | type[Fixed], reverse: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sparse, "_CHUNK", 1 << 15)
+    monkeypatch.setattr(blockwise, "_ROOM", 1 << 15)
 
     def peak(length: int) -> int:
         inputs = arrays(length, dim=16)
@@ -263,3 +291,9 @@ def test_memory_grows_as_n(kind: type[Strided] | type[Fixed], reverse: bool, mon
     short, long = peak(2048), peak(8192)
     assert long < 5 * short  # dense: 16 times
     assert long < 30 * 2 * 8192 * 16 * 4  # some copies of the inputs
+
+
+def test_benchmark_reports_every_kind() -> None:
+    rows = sparse.benchmark([100, 128], heads=2, n_kv_heads=1, head_dim=8, dtype=mx.float32, repeats=1)
+    assert [row["kind"] for row in rows] == ["dense", "fixed", "strided", "fixed (o, L)"] * 2
+    assert all(row["seconds"] > 0 and row["length"] in (100, 128) for row in rows)
