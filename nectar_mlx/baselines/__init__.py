@@ -1,0 +1,35 @@
+"""Other ways to keep a context in few bytes, each a small file behind one interface: `build(task, nbytes) -> View`.
+
+Every method is stored the way that is best for it: the context's own keys and fitted nodes in int8 (groups of 32),
+as the fitted heads are; its bytes are what it then takes.
+"""
+
+from ..errors import NectarError
+from . import attention_matching, most_attended, nothing, quantized_cache, sinks_window
+from .base import Baseline, Task, View
+
+BASELINES = {
+    b.name: b
+    for b in (
+        *nothing.BASELINES,
+        *sinks_window.BASELINES,
+        *most_attended.BASELINES,
+        *attention_matching.BASELINES,
+        *quantized_cache.BASELINES,
+    )
+}
+NO_CONTEXT = "no context"
+
+
+def choose(names: str, *, slow: bool) -> list[Baseline]:
+    """ "all" or names with commas between. slow: whether `all` includes those that take minutes."""
+    if names == "all":
+        return [b for b in BASELINES.values() if slow or not b.slow]
+    wanted = [name.strip().replace("-", " ") for name in names.split(",") if name.strip()]
+    by_name = {name.replace("-", " "): b for name, b in BASELINES.items()}
+    if unknown := [name for name in wanted if name not in by_name]:
+        raise NectarError(f"there is no baseline {unknown[0]!r}; there are: all, {', '.join(BASELINES)}")
+    return [by_name[name] for name in wanted]
+
+
+__all__ = ["BASELINES", "NO_CONTEXT", "Baseline", "Task", "View", "choose"]

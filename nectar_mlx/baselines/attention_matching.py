@@ -1,0 +1,61 @@
+"""Attention Matching in closed form (arXiv 2602.16284) from self-study queries: with the same number of nodes for
+every head, and
+with budgets that follow the heads' errors."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from .. import budget, fidelity, matching, regression
+from ..heads import HeadArrays, Quadrature
+from ..queries import Captured
+from .base import Baseline, Task, View
+
+_POWERS = (0.25, 0.5, 0.75)
+_CHECKED = 8  # conversations of the study on which the power is chosen
+
+
+def uniform(task: Task, nbytes: int) -> View:
+    count = task.affordable_each(nbytes, "quadrature")
+    return _matched(task, [count] * task.n_heads, f"{count} nodes a head")
+
+
+def budgets(task: Task, nbytes: int) -> View:
+    """Nodes in proportion to a power of the uniform solution's merged error; of a few powers the one that diverges
+    least."""
+    nodes = task.affordable(nbytes, "quadrature")
+    first = uniform(task, nbytes)
+    errors = [e for layer, bank in enumerate(first.banks) for e in _errors(bank, task.captured(layer))]
+    sizes = {
+        power: budget.allocate(errors, nodes=nodes, power=power, least=4, most=max(task.length // 2, 4))
+        for power in _POWERS
+    }
+    views = {power: _matched(task, size, f"nodes in proportion to error^{power}") for power, size in sizes.items()}
+    conversations = [c for c in task.studied[1] if c.answer][:_CHECKED]
+    found = fidelity.compare(
+        task.model, task.context.make_cache, {str(p): v.make_cache for p, v in views.items()}, conversations
+    )
+    return views[min(views, key=lambda power: float(found[str(power)].kl.mean()))]
+
+
+def _errors(bank: object, rows: Captured) -> list[float]:
+    assert isinstance(bank, Quadrature)
+    return [float(e) for e in np.array(regression.errors(bank, rows))]
+
+
+def _matched(task: Task, sizes: Sequence[int], detail: str) -> View:
+    """Attention Matching with sizes[i] nodes in head i."""
+    K, heads = task.geometry.n_kv_heads, list[HeadArrays]()
+    for layer in range(task.n_layers):
+        chosen = [
+            matching.most_important(task.importance[layer][k], min(sizes[layer * K + k], task.length)) for k in range(K)
+        ]
+        keys, values = ([x[k][index] for k, index in enumerate(chosen)] for x in task.layer(layer))
+        heads += matching.match(task.captured(layer), keys, values, scale=task.geometry.scale)
+    return task.stored("quadrature", heads, detail=detail)
+
+
+BASELINES = (
+    Baseline(name="Attention Matching", build=uniform),
+    Baseline(name="Attention Matching, budgets", build=budgets),
+)

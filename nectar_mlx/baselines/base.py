@@ -1,0 +1,232 @@
+"""What every baseline is given, and what it returns."""
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .. import instructions, matching, prompts, queries, store
+from ..adapter import Geometry
+from ..cache import Window, make_caches
+from ..errors import NectarError
+from ..fidelity import Prompt
+from ..heads import Bank, Exact, HeadArrays
+from ..queries import Captured, Context, Conversation, Study
+from ..store import Layout
+
+BITS = 8  # of a stored matrix entry: int8 in groups, as in a .nectar, costs no method anything that can be measured
+
+
+@dataclass(frozen=True, kw_only=True)
+class View:
+    """One way of seeing a context: a bank a layer, the position of the first live token, and what it costs.
+
+    windows: what sliding-window layers keep. nbytes: what has to be kept to answer a question. prompt: what it reads
+    instead of a conversation's own prompt. kv_bits: of the live tokens' cache, for methods that keep their text there.
+    detail: its settings, for a person.
+    """
+
+    banks: Sequence[Bank]
+    start: int
+    nbytes: int
+    windows: Mapping[int, Window] = field(default_factory=dict)
+    detail: str = ""
+    prompt: Prompt | None = None
+    kv_bits: int | None = None
+
+    def make_cache(self) -> list[Any]:
+        return make_caches(self.banks, self.windows, self.start, kv_bits=self.kv_bits)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """A context to be kept in few bytes, and what may be used for it.
+
+    rows: how many captured rows a head the methods that need queries get. seed: of their conversations; another one
+    than the evaluation's. progress is told what is going on.
+    """
+
+    model: nn.Module
+    tokenizer: Any
+    geometry: Geometry
+    context: Context
+    rows: int = 4096
+    seed: int = 77
+    answer_tokens: int = 96
+    say: Callable[[str], None] = lambda line: None
+
+    @property
+    def n_layers(self) -> int:
+        """Layers with full attention; sliding-window layers keep their exact window in every method."""
+        return len(self.context.banks)
+
+    @property
+    def n_heads(self) -> int:
+        return self.n_layers * self.geometry.n_kv_heads
+
+    @property
+    def window_bytes(self) -> int:
+        return sum(2 * (w.keys.size + w.values.size) for w in self.context.windows.values())
+
+    @property
+    def length(self) -> int:
+        return len(self.context.prefix)
+
+    @cached_property
+    def head(self) -> list[int]:
+        """The chat template's own tokens in front of the document."""
+        return self.context.prefix[: len(prompts.head(self.tokenizer))]
+
+    @cached_property
+    def document(self) -> str:
+        """The text that the prefix holds."""
+        text = str(self.tokenizer.decode(self.context.prefix[len(self.head) :], skip_special_tokens=True))
+        return text.removeprefix(prompts.INTRODUCTION).strip()
+
+    @cached_property
+    def studied(self) -> tuple[Study, list[Conversation]]:
+        """Captured rows of all heads, and the conversations they are from; training templates, full cache in view."""
+        study = Study(self.n_heads, self.rows, self.geometry.head_dim, folder=None)
+        asked = instructions.training(self.passage, seed=self.seed)
+        conversations: list[Conversation] = []
+        while not study.full:
+            size = min(32, max(2, self.rows // 400))
+            batch = [Conversation(self.ask(next(asked))) for _ in range(size)]
+            self.converse(self.context, batch, seed=self.seed + len(conversations), study=study, temperature=0.9)
+            conversations += batch
+        return study, conversations
+
+    def ask(self, question: str) -> list[int]:
+        return prompts.prompt(self.tokenizer, question, enable_thinking=False)
+
+    def passage(self, rng: random.Random) -> str:
+        """Some 20 to 60 tokens of the document."""
+        ids = self.context.prefix[len(self.head) :]
+        length = min(rng.randrange(20, 60), len(ids))
+        start = rng.randrange(0, len(ids) - length + 1)
+        return str(self.tokenizer.decode(ids[start : start + length], skip_special_tokens=True)).strip()
+
+    def converse(
+        self,
+        context: Context | View,
+        batch: Sequence[Conversation],
+        *,
+        seed: int,
+        temperature: float,
+        study: Study | None = None,
+        max_tokens: int | None = None,
+    ) -> None:
+        """Samples the answers of a batch with some view of the context."""
+        start = context.start if isinstance(context, View) else len(context.prefix)
+        queries.converse(
+            self.model,
+            Context(self.context.prefix[:start], list(context.banks), dict(context.windows)),  # type: ignore[arg-type]
+            sorted(batch, key=lambda c: len(c.prompt)),
+            stop=set(self.tokenizer.eos_token_ids),
+            max_tokens=max_tokens or self.answer_tokens,
+            temperature=temperature,
+            key=mx.random.key(seed),
+            study=study,
+        )
+
+    def layer(self, layer: int) -> tuple[mx.array, mx.array]:
+        """The exact keys and values of one layer, [K, n, D] each."""
+        parameters = self.context.banks[layer].parameters
+        return parameters["keys"], parameters["values"]
+
+    def captured(self, layer: int) -> Captured:
+        """The studied rows of one layer's heads."""
+        K = self.geometry.n_kv_heads
+        return self.studied[0].heads(range(layer * K, layer * K + K))
+
+    @cached_property
+    def importance(self) -> list[mx.array]:
+        """Per layer, the root-mean-square attention of every key, [K, n]."""
+        scale = self.geometry.scale
+        return [
+            matching.importance(self.captured(layer), self.layer(layer)[0], scale=scale)
+            for layer in range(self.n_layers)
+        ]
+
+    def layout(self, kind: str, bits: int = BITS) -> Layout:
+        g = self.geometry
+        return Layout(
+            kind=kind, n_layers=self.n_layers, n_kv_heads=g.n_kv_heads, head_dim=g.head_dim, scale=g.scale, bits=bits
+        )
+
+    def affordable(self, nbytes: int, kind: str) -> int:
+        """How many nodes or keys, all heads together, fit in nbytes when stored as the file stores them."""
+        layout = self.layout(kind)
+        return int((nbytes - self.window_bytes - 4 * self.n_heads) / store.head_bytes(layout, (1,)))
+
+    def affordable_each(self, nbytes: int, kind: str) -> int:
+        """The same, shared evenly by the heads. NectarError where not even one fits."""
+        count = min(self.length, self.affordable(nbytes, kind) // self.n_heads)
+        if count < 1:
+            raise NectarError(f"{nbytes:,} bytes do not hold one key a head")
+        return count
+
+    def stored(self, kind: str, heads: Sequence[HeadArrays], **options: Any) -> View:
+        """The view that heads (layer by layer) give once they were stored in int8, at what they then take."""
+        layout = self.layout(kind)
+        tensors = store.pack(layout, heads)
+        view = View(
+            banks=store.unpack(layout, tensors),
+            start=self.length,
+            nbytes=sum(t.nbytes for t in tensors.values()) + self.window_bytes,
+            windows=self.context.windows,
+        )
+        return replace(view, **options)
+
+    def keep(self, chosen: Callable[[int], mx.array], **options: Any) -> View:
+        """The context's own keys and values at chosen(layer) [K, m], nothing else."""
+        heads: list[HeadArrays] = []
+        for layer in range(self.n_layers):
+            keys, values = self.layer(layer)
+            index = chosen(layer)[..., None]
+            kept = [mx.take_along_axis(x, index, axis=1) for x in (keys, values)]
+            heads += [{"keys": k, "values": v} for k, v in zip(*kept, strict=True)]
+        return self.stored("exact", heads, **options)
+
+    def keep_best(self, scores: Callable[[int], mx.array], nbytes: int, **options: Any) -> View:
+        """The keys of the highest scores(layer) [K, n], the same number for every head, as many as fit in nbytes."""
+        count = self.affordable_each(nbytes, "exact")
+        options.setdefault("detail", f"{count} keys a head")
+        return self.keep(lambda layer: mx.sort(mx.argsort(-scores(layer), axis=1)[:, :count], axis=1), **options)
+
+    def text(self, ids: Sequence[int]) -> View:
+        """Other tokens behind the template's head instead of the document, their keys and values in int8."""
+        prefix = self.head + list(ids)
+        read = queries.read(self.model, prefix, self.geometry)
+        heads = [head for bank in read.banks for head in bank.unstack()]
+        return self.stored("exact", heads, start=len(prefix), windows=read.windows)
+
+    @property
+    def text_bytes(self) -> float:
+        """What one token of text takes, its keys and values in int8 in all heads."""
+        return self.n_heads * store.head_bytes(self.layout("exact"), (1,))
+
+
+Method = Callable[[Task, int], View]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Baseline:
+    """A method's name and how it is built: `build(task, nbytes)` returns a view of at most nbytes where `sized`.
+
+    slow: minutes of work, left out unless it is named or `all` are asked for on a GPU.
+    """
+
+    name: str
+    build: Method
+    sized: bool = True
+    slow: bool = False
+
+
+def exact_bank(keys: mx.array, values: mx.array, *, scale: float) -> Exact:
+    """keys and values [K, n, D] as they are."""
+    return Exact(parameters={"keys": keys, "values": values}, sizes=((keys.shape[1],),) * keys.shape[0], scale=scale)

@@ -1,0 +1,37 @@
+"""mlx-lm's quantised KV cache (affine, groups of 64): every key and value, in 8 or 4 bits."""
+
+from functools import partial
+
+import mlx.core as mx
+
+from ..errors import NectarError
+from .base import Baseline, Task, View, exact_bank
+
+
+def quantized(task: Task, nbytes: int, *, bits: int) -> View:
+    dim = task.geometry.head_dim
+    if dim % 32:
+        raise NectarError(f"mlx-lm does not quantise keys of {dim} values")
+    group = 64 if dim % 64 == 0 else 32
+    banks = []
+    for layer in range(task.n_layers):
+        rounded = [
+            mx.dequantize(*mx.quantize(x, group_size=group, bits=bits), group_size=group, bits=bits)
+            for x in task.layer(layer)
+        ]
+        banks.append(exact_bank(*rounded, scale=task.geometry.scale))
+        mx.eval(banks[-1].parameters)
+    # Scale and offset of a group take two bytes each: mlx-lm keeps them in the model's type, which is 16 bits wide.
+    per_row = dim * bits / 8 + 4 * dim / group
+    return View(
+        banks=banks,
+        windows=task.context.windows,
+        start=task.length,
+        nbytes=int(2 * task.n_heads * task.length * per_row) + task.window_bytes,
+        detail=f"groups of {group}",
+    )
+
+
+BASELINES = tuple(
+    Baseline(name=f"{bits}-bit KV cache", build=partial(quantized, bits=bits), sized=False) for bits in (8, 4)
+)

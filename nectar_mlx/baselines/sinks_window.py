@@ -1,0 +1,19 @@
+"""Attention sinks and a recent window (StreamingLLM, arXiv 2309.17453): the first four keys and the last ones."""
+
+import mlx.core as mx
+
+from .base import Baseline, Task, View
+
+_SINKS = 4
+
+
+def sinks_window(task: Task, nbytes: int) -> View:
+    count = task.affordable_each(nbytes, "exact")
+    sinks = min(_SINKS, count)
+    window = count - sinks
+    places = mx.array([*range(sinks), *range(task.length - window, task.length)])
+    index = mx.broadcast_to(places, (task.geometry.n_kv_heads, count))
+    return task.keep(lambda layer: index, detail=f"the first {sinks} and the last {window} keys")
+
+
+BASELINES = (Baseline(name="sinks + window", build=sinks_window),)

@@ -1,0 +1,278 @@
+"""`nectar evaluate`: a .nectar against full attention, beside other ways to keep a context in as many bytes.
+
+The file holds the ids of its prefix, so the context is read again here and needs no text. Held-out questions are
+answered with the full cache; every method then sees those answers token by token, and its next-token distributions
+are compared with the full cache's. gap closed = 1 - KL(method) / KL(no context).
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from . import adapter, baselines, cli, fidelity, questions
+from .baselines import NO_CONTEXT, Task, View
+from .errors import NectarError
+from .fidelity import Bootstrap, Divergence, Estimate
+from .nectar import Nectar
+from .queries import read
+from .questions import ON, Asked
+
+FILE = "nectar"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What can be chosen: names of baselines, how many questions about the text, how long their answers get, how
+    many rows a
+    head the baselines may learn from, and the seed of questions and answers."""
+
+    baselines: str = "all"
+    questions: int = 8
+    answer_tokens: int = 96
+    rows: int = 4096
+    seed: int = 2024
+    slow: bool = False
+
+
+@dataclass(kw_only=True)
+class Method:
+    """A view of the context under test. file: which file's bytes it was given."""
+
+    name: str
+    file: str
+    view: View
+    seconds: float
+    divergence: Divergence | None = field(default=None, repr=False)
+
+    @property
+    def label(self) -> str:
+        return f"{self.name} @ {self.file}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = cli.Parser("evaluate", __doc__.split("\n\n")[0])
+    parser.add_argument("nectar", nargs="+", help="a .nectar file; several of one text make a curve")
+    parser.add_argument("--model", help="the model to use (default: the name of the one it was fitted on)")
+    parser.add_argument("--questions", metavar="FILE", help="your own, one a line, or JSON lines")
+    parser.add_argument(
+        "--baselines", default="all", metavar="NAMES", help=f"all, none, or some of: {', '.join(baselines.BASELINES)}"
+    )
+    parser.add_argument(
+        "--count", type=int, default=8, metavar="N", help="held-out questions about the text (default 8)"
+    )
+    parser.add_argument("--answer-tokens", type=int, default=96, metavar="N", help="the longest answer (default 96)")
+    parser.add_argument(
+        "--rows", type=int, default=4096, metavar="N", help="queries a head for baselines (default 4096)"
+    )
+    parser.add_argument("--seed", type=int, default=2024, help="of questions and answers")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    return cli.run(parser, _work, argv)
+
+
+def _work(arguments: argparse.Namespace) -> None:
+    for name in ("count", "answer_tokens", "rows"):
+        if getattr(arguments, name) < 1:
+            raise NectarError(f"--{name.replace('_', '-')} must be positive")
+    options = Options(
+        baselines=arguments.baselines,
+        questions=arguments.count,
+        answer_tokens=arguments.answer_tokens,
+        rows=arguments.rows,
+        seed=arguments.seed,
+        slow=mx.default_device() != mx.cpu,
+    )
+    started = time.perf_counter()
+    model, tokenizer, first = cli.load(arguments.nectar[0], arguments.model)
+    loaded = time.perf_counter() - started
+    files = {arguments.nectar[0]: first}
+    files |= {path: Nectar.load(path, model, tokenizer) for path in arguments.nectar[1:]}
+    own = Path(arguments.questions) if arguments.questions else None
+    result = evaluate(model, tokenizer, files, options=options, own=own)
+    result["seconds"]["load"] = round(loaded, 2)
+    print(json.dumps(result) if arguments.json else table(result))
+
+
+def evaluate(
+    model: Any, tokenizer: Any, files: Mapping[str, Nectar], *, options: Options, own: Path | None = None
+) -> dict[str, Any]:
+    """Everything that the report shows, as one JSON object. files: Nectars of one text by name. own: a file of
+    questions."""
+    chosen = [] if options.baselines == "none" else baselines.choose(options.baselines, slow=options.slow)
+    first = next(iter(files.values()))
+    if any(n.prefix != first.prefix for n in files.values()):
+        raise NectarError("the files are of different texts: evaluate them one by one")
+    clock = _Clock()
+    geometry = adapter.route(model)
+    with cli.progress("reading the context", len(first.prefix)) as done:
+        context = read(model, first.prefix, geometry, progress=done)
+    clock.lap("read")
+    task = Task(
+        model=model,
+        tokenizer=tokenizer,
+        geometry=geometry,
+        context=context,
+        rows=options.rows,
+        seed=options.seed + 7_919,
+        answer_tokens=options.answer_tokens,
+    )
+    asked = (
+        questions.from_file(own, task) if own else questions.held_out(task, count=options.questions, seed=options.seed)
+    )
+    questions.sample_answers(task, asked, seed=options.seed)
+    asked = [a for a in asked if a.conversation.answer]
+    clock.lap("answer")
+    methods = build(task, files, chosen)
+    clock.lap("build")
+    measure(task, methods, asked)
+    clock.lap("compare")
+    return {
+        "files": {name: _described(nectar) for name, nectar in files.items()},
+        "model": first.metadata.get("model", ""),
+        "context_tokens": len(first.prefix),
+        "cache_bytes": geometry.cache_bytes(len(first.prefix)),
+        "geometry": geometry.to_dict(),
+        "questions": [{"question": a.question, "kind": a.kind, "tokens": len(a.conversation.answer)} for a in asked],
+        "methods": summaries(methods, asked),
+        "seconds": clock.laps,
+    }
+
+
+class _Clock:
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.laps[name], self._last = round(now - self._last, 2), now
+
+
+def _described(nectar: Nectar) -> dict[str, Any]:
+    told = {k: nectar.metadata.get(k) for k in ("source", "config", "layout", "nectar_mlx")}
+    return {**told, "bytes": nectar.nbytes, "report": nectar.report}
+
+
+def build(task: Task, files: Mapping[str, Nectar], chosen: Sequence[baselines.Baseline]) -> list[Method]:
+    """The files themselves; no context, which every gap is measured against; the baselines, those that have a size
+    at the
+    size of each file."""
+    methods = [
+        Method(
+            name=FILE,
+            file=name,
+            view=View(banks=n.banks, windows=n.windows, start=len(n.prefix), nbytes=n.nbytes),
+            seconds=float(sum(n.report.get("seconds", {}).values())),
+        )
+        for name, n in files.items()
+    ]
+    wanted = {b.name: b for b in (baselines.BASELINES[NO_CONTEXT], *chosen)}
+    with cli.progress("building baselines", len(wanted) * len(files)) as done:
+        if any(b.sized for b in wanted.values()):
+            _ = task.studied  # so that its time is not the first method's
+        for number, baseline in enumerate(wanted.values()):
+            for name, nectar in list(files.items())[: None if baseline.sized else 1]:
+                started = time.perf_counter()
+                try:
+                    view = baseline.build(task, nectar.nbytes)
+                except NectarError as error:
+                    cli.say(f"{baseline.name} is left out: {error}")
+                    continue
+                mx.eval([b.parameters for b in view.banks])
+                seconds = time.perf_counter() - started
+                methods.append(Method(name=baseline.name, file=name, view=view, seconds=seconds))
+            done((number + 1) * len(files))
+    return methods
+
+
+def measure(task: Task, methods: Sequence[Method], asked: Sequence[Asked]) -> None:
+    """Gives every method its divergence from the full cache."""
+    conversations = [a.conversation for a in asked]
+    with cli.progress("comparing", len(asked)) as done:
+        found = fidelity.compare(
+            task.model,
+            task.context.make_cache,
+            {m.label: m.view.make_cache for m in methods},
+            conversations,
+            prompts={m.label: m.view.prompt for m in methods},
+            progress=done,
+        )
+    for method in methods:
+        method.divergence = found[method.label]
+
+
+def summaries(methods: Sequence[Method], asked: Sequence[Asked]) -> list[dict[str, Any]]:
+    """One object a method. Its own figures are those of questions about the text (of all, if there are none)."""
+    kinds = {k: [i for i, a in enumerate(asked) if a.kind == k] for k in dict.fromkeys(a.kind for a in asked)}
+    nothing = next(m for m in methods if m.name == NO_CONTEXT)
+    told = []
+    for method in methods:
+        by_kind = {k: _figures(method.divergence, nothing.divergence, i) for k, i in kinds.items()}
+        told.append(
+            {
+                "method": method.name,
+                "file": method.file,
+                "bytes": method.view.nbytes,
+                **by_kind.get(ON, next(iter(by_kind.values()))),
+                "kinds": by_kind,
+                "seconds": round(method.seconds, 2),
+                "detail": method.view.detail,
+            }
+        )
+    return told
+
+
+def _figures(ours: Divergence | None, nothing: Divergence | None, conversations: Sequence[int]) -> dict[str, Any]:
+    """KL, agreement, gap closed and next-token accuracy gap over some conversations, with their intervals."""
+    assert ours is not None and nothing is not None
+    ours, nothing = ours.of(conversations), nothing.of(conversations)
+    draws, at = Bootstrap(conversations), ours.conversation
+    kl, baseline = draws.means(ours.kl, at), draws.means(nothing.kl, at)
+    gap = ours.reference_correct.astype(float) - ours.correct.astype(float)
+    estimates: dict[str, Estimate] = {
+        "kl": fidelity.interval(kl),
+        "agree": draws.mean(ours.agree, at),
+        "gap_closed": fidelity.interval(1 - kl / np.maximum(baseline, 1e-9)),
+        "accuracy_gap": draws.mean(gap, at),
+    }
+    figures: dict[str, Any] = {"tokens": len(at)}
+    for name, estimate in estimates.items():
+        figures[name] = _rounded(estimate.value)
+        figures[f"{name}_interval"] = [_rounded(estimate.low), _rounded(estimate.high)]
+    return figures
+
+
+def _rounded(x: float) -> float:
+    return float(f"{x:.5g}")
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """The result for a terminal."""
+    full = result["cache_bytes"]
+    kinds = list(result["methods"][0]["kinds"])
+    several = len(result["files"]) > 1
+    lines = [f"{result['context_tokens']:,} tokens; their bf16 KV cache takes {full:,} bytes", ""]
+    lines.append(
+        f"{'':26}{'bytes':>12}{'of cache':>10}{'KL':>9}{'':17}{'agree':>8}{'gap closed':>12}"
+        + "".join(f"{'KL ' + k:>18}" for k in kinds if k != ON)
+    )
+    for m in sorted(result["methods"], key=lambda m: m["kl"]):
+        low, high = m["kl_interval"]
+        name = f"{m['method']} {Path(m['file']).name}" if several and m["bytes"] else m["method"]
+        lines.append(
+            f"{name:26}{m['bytes']:>12,}{m['bytes'] / full:>10.2%}{m['kl']:>9.4f}{f' ({low:.4f}–{high:.4f})':17}"
+            f"{m['agree']:>8.1%}{m['gap_closed']:>12.1%}"
+            + "".join(f"{m['kinds'][k]['kl']:>18.4f}" for k in kinds if k != ON)
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
