@@ -1,50 +1,229 @@
-"""Speed. `decode`: a decode step against other ways of keeping a context; `selftest`: every kernel, right and how fast."""
+"""Speed. `decode`: a decode step beside other ways to keep the context; `selftest`: every kernel, right and how fast."""
 
-from dataclasses import dataclass
+import argparse
+import json
+import platform
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import mlx.core as mx
-import numpy as np
 
-from .heads import Bank, Corrected, Quadrature
+from . import __version__, cli, kernels, measure
+from .errors import NectarError
+from .heads import Bank
+from .measure import KEEPERS, SHAPES, Shape
 
-
-@dataclass(frozen=True)
-class Shape:
-    """What of a model matters to the speed of a decode step."""
-
-    name: str
-    layers: int
-    n_heads: int
-    n_kv_heads: int
-    head_dim: int
-    hidden: int
-    intermediate: int
-    vocabulary: int
-    batch: int = 1
-
-    @staticmethod
-    def of(name: str) -> "Shape":
-        return SHAPES[name]
+_CONTEXTS = "1k,8k,32k,128k,512k,1m"
+Row = dict[str, Any]
 
 
-SHAPES = {
-    s.name: s
-    for s in (
-        Shape("qwen3-1.7b", 28, 16, 8, 128, 2048, 6144, 151936),
-        Shape("qwen3-4b", 36, 32, 8, 128, 2560, 9728, 151936),
-        Shape("qwen3-8b", 36, 32, 8, 128, 4096, 12288, 151936),
-    )
-}
+def decode(shape: Shape, contexts: Sequence[int], methods: Sequence[str], *, live: int, whole: bool) -> Row:
+    """A decode step of every method at every context length, side by side in one run.
+
+    attention_ms is the attention of all layers alone; step_ms the whole model. Bytes are what a step must read, their
+    share that of the measured copy bandwidth. A method whose cache would fill the memory gets an empty row.
+    """
+    bandwidth = measure.bandwidth()
+    model = measure.routed(shape) if whole else None
+    weights = 0 if model is None else sum(x.nbytes for x in _leaves(model.parameters()))
+    rows = []
+    for context in contexts:
+        for name in methods:
+            row: Row = {"context": context, "method": name}
+            cache = {"full": 1.0, "4-bit cache": 1.0}.get(name, 0.0) * shape.cache_bytes(context + live)
+            if cache + weights < 0.8 * measure.memory():
+                row |= _decode_row(shape, context, name, live, model, weights, bandwidth)
+            rows.append(row)
+            mx.clear_cache()
+    return _about() | {"shape": shape.name, "batch": shape.batch, "live": live, "bandwidth": bandwidth, "rows": rows}
 
 
-def random_bank(shape: Shape, nodes: int, units: int = 0, *, seed: int = 0) -> Bank:
-    """Heads of `nodes` nodes on average (from 2/5 to 8/5 of it) and `units` gated hidden units."""
-    kind = Corrected if units else Quadrature
-    rng = np.random.default_rng(seed)
-    heads = []
-    for k in range(shape.n_kv_heads):
-        size = (nodes * (2 if k % 2 else 8) // 5, units)
-        shapes = kind.shapes(size if units else size[:1], shape.head_dim)
-        spread = {n: 1.0 if n in ("keys", "values", "bias") else 0.1 for n in shapes}
-        heads.append({n: mx.array((rng.standard_normal(s) * spread[n]).astype(np.float32)) for n, s in shapes.items()})
-    return kind.stack(heads, scale=shape.head_dim**-0.5)
+def _decode_row(
+    shape: Shape, context: int, name: str, live: int, model: Any, weights: int, bandwidth: float
+) -> Row:
+    mx.reset_peak_memory()
+    keeper = KEEPERS[name](shape, context, live)
+    queries = mx.random.normal((shape.batch, shape.n_heads, 1, shape.head_dim)).astype(measure.DTYPE)
+    mx.eval(queries)
+    seconds = measure.timed(lambda: keeper.attention_step(queries))
+    nbytes = keeper.nbytes()
+    row: Row = {"attention_ms": seconds * 1e3, "attention_bytes": nbytes, "attention_share": nbytes / seconds / bandwidth}
+    if model is not None:
+        tokens = mx.zeros((shape.batch, 1), mx.int32)
+        seconds, nbytes = measure.timed(lambda: keeper.model_step(model, tokens)), nbytes + weights
+        row |= {"step_ms": seconds * 1e3, "tokens_per_second": shape.batch / seconds}
+        row |= {"bytes": nbytes, "bandwidth_share": nbytes / seconds / bandwidth}
+    return row | {"peak_memory": mx.get_peak_memory()}
+
+
+def _leaves(tree: Any) -> list[mx.array]:
+    children = tree.values() if isinstance(tree, dict) else tree
+    return [tree] if isinstance(tree, mx.array) else [x for child in children for x in _leaves(child)]
+
+
+def selftest() -> Row:
+    """Every kernel variant against plain float32 on the CPU, then the speed of the common ones."""
+    if kernels.backend() == "ops":
+        raise NectarError("this machine has neither Metal nor CUDA, so there is no kernel to test: use a Mac")
+    shape = SHAPES["qwen3-1.7b"]
+    rows = [_check(bank, **case) for case, bank in _cases()]
+    speed = {}
+    queries = mx.random.normal((1, shape.n_heads, 1, shape.head_dim)).astype(measure.DTYPE)
+    for context in (8192, 32768):
+        keeper: measure.Keeper = measure.Full(shape, context, 64)
+        speed[f"stock attention, {context} keys"] = measure.timed(lambda k=keeper: k.attention_step(queries)) * 1e3  # type: ignore[misc]
+    for name in ("stock", "fused", "fused int8"):
+        keeper = KEEPERS[name](shape, 0, 64)
+        speed[f"{name}, 655 nodes"] = measure.timed(lambda k=keeper: k.attention_step(queries)) * 1e3  # type: ignore[misc]
+    return _about() | {"bandwidth": measure.bandwidth(), "checks": rows, "ms_for_28_layers": speed}
+
+
+def _cases() -> list[tuple[Row, Bank]]:
+    cases = []
+    for i, head_dim in enumerate(kernels.HEAD_DIMS):
+        for units in (0, 24):
+            group, length, batch = ((1, 1, 1), (2, 1, 4), (4, 3, 1), (8, 2, 1), (16, 8, 2))[(i + units) % 5]
+            shape = Shape("case", 1, 3 * group, 3, head_dim, 0, 0, 0)
+            bank = measure.random_bank(shape, 90, units, seed=i)
+            for dtype, storage in ((mx.float32, mx.float32), (mx.float16, mx.float16), (mx.bfloat16, mx.bfloat16)):
+                case = {"head_dim": head_dim, "group": group, "length": length, "batch": batch, "dtype": dtype}
+                cases.append((case | {"storage": storage, "bits": 16}, bank))
+            cases.append((case | {"storage": mx.float16, "bits": 8}, bank))
+            cases.append((case | {"storage": mx.float16, "bits": 4}, bank))
+    return cases
+
+
+def _check(
+    bank: Bank, *, head_dim: int, group: int, length: int, batch: int, dtype: mx.Dtype, storage: mx.Dtype, bits: int
+) -> Row:
+    K = len(bank.sizes)
+    queries = mx.random.normal((batch, K * group, length, head_dim)).astype(dtype)
+    keys, values = (mx.random.normal((batch, K, 80, head_dim)).astype(dtype)[:, :, 3:76] for _ in range(2))
+    kept, heads = measure.stored(bank, storage, bits)
+    packed = kernels.pack(kept, dtype=storage, bits=bits, heads=heads)
+    out = kernels.decode(packed, queries, keys, values)
+    want = measure.oracle(kept, queries, keys, values)
+    assert out is not None
+    error = (mx.abs(out.astype(mx.float32) - want).max() / mx.abs(want).max()).item()
+    tolerance = {mx.float32: 2e-5, mx.float16: 1.5e-3, mx.bfloat16: 1e-2}[dtype]
+    row: Row = {"kind": bank.kind, "head_dim": head_dim, "group": group, "length": length, "batch": batch}
+    row |= {"dtype": str(dtype).removeprefix("mlx.core."), "storage": packed.form.storage}
+    return row | {"error": error, "ok": error < tolerance}
+
+
+def _about() -> Row:
+    info = mx.device_info()
+    return {
+        "nectar_mlx": __version__,
+        "mlx": mx.__version__,
+        "backend": kernels.backend(),
+        "device": str(info.get("device_name") or info.get("architecture") or platform.processor()),
+        "system": platform.platform(),
+    }
+
+
+_DECODE = (
+    ("context", "context", "d"),
+    ("method", "method", ""),
+    ("attention ms", "attention_ms", ".3f"),
+    ("step ms", "step_ms", ".2f"),
+    ("tokens/s", "tokens_per_second", ".1f"),
+    ("MB read", "bytes", ".0f"),
+    ("share of bandwidth", "bandwidth_share", ".0%"),
+    ("peak GB", "peak_memory", ".2f"),
+)
+_CHECKS = tuple((key, key, "") for key in ("kind", "head_dim", "group", "length", "batch", "dtype", "storage"))
+
+
+def _table(rows: Sequence[Row], columns: Sequence[tuple[str, str, str]]) -> str:
+    """Markdown."""
+    units = {"bytes": 1e6, "peak_memory": 1e9}
+    lines = [[title for title, _, _ in columns], ["---"] * len(columns)]
+    for row in rows:
+        scaled = {key: value / units[key] if key in units else value for key, value in row.items()}
+        lines.append([format(scaled[key], spec) if key in row else "–" for _, key, spec in columns])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _report(result: Row) -> str:
+    head = f"{result['device']}, {result['backend']}, MLX {result['mlx']}, copies at {result['bandwidth'] / 1e9:.0f} GB/s"
+    if "rows" in result:
+        return f"{result['shape']}, {result['live']} live tokens; {head}\n\n{_table(result['rows'], _DECODE)}"
+    checks = result["checks"]
+    wrong = [row for row in checks if not row["ok"]]
+    speed = [{"what": what, "ms": ms} for what, ms in result["ms_for_28_layers"].items()]
+    parts = [
+        f"{head}\n\n{len(checks) - len(wrong)} of {len(checks)} kernels right, "
+        f"largest error {max(row['error'] for row in checks):.1e}",
+        _table(wrong, (*_CHECKS, ("error", "error", ".1e"))) if wrong else "",
+        "Attention of one decode step of Qwen3-1.7B's 28 layers:",
+        _table(speed, (("", "what", ""), ("ms", "ms", ".3f"))),
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _plot(result: Row, path: str) -> None:
+    try:
+        import matplotlib
+    except ImportError:
+        raise NectarError("--plot needs matplotlib: pip install 'nectar-mlx[plot]'") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    key, label = ("tokens_per_second", "tokens/s") if "step_ms" in result["rows"][-1] else ("attention_ms", "attention, ms")
+    figure, axes = pyplot.subplots(figsize=(7, 4))
+    for method in dict.fromkeys(row["method"] for row in result["rows"]):
+        points = [(row["context"], row[key]) for row in result["rows"] if row["method"] == method and key in row]
+        if points:
+            axes.plot(*zip(*points, strict=True), marker="o", label=method)
+    axes.set(xscale="log", xlabel="context, tokens", ylabel=label, title=f"{result['shape']} on {result['device']}")
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path)
+    pyplot.close(figure)
+
+
+def _tokens(text: str) -> list[int]:
+    """"1k,8k,1m" -> [1024, 8192, 1048576]."""
+    units = {"k": 1 << 10, "m": 1 << 20}
+    try:
+        return [int(float(t.rstrip("km")) * units.get(t[-1:], 1)) for t in text.lower().split(",")]
+    except ValueError:
+        raise NectarError(f"--contexts {text}: numbers such as 8k,128k,1m, with commas between them") from None
+
+
+def _work(arguments: argparse.Namespace) -> None:
+    if arguments.what == "selftest":
+        result = selftest()
+    else:
+        methods = [m.strip() for m in arguments.methods.split(",")]
+        if unknown := set(methods) - set(KEEPERS):
+            raise NectarError(f"--methods {', '.join(sorted(unknown))}: choose from {', '.join(KEEPERS)}")
+        shape = replace(SHAPES[arguments.shape], batch=arguments.batch)
+        whole = not arguments.attention_only
+        result = decode(shape, _tokens(arguments.contexts), methods, live=arguments.live, whole=whole)
+        if arguments.plot:
+            _plot(result, arguments.plot)
+    print(json.dumps(result) if arguments.json else _report(result))
+    if not all(row["ok"] for row in result.get("checks", ())):
+        raise NectarError("some kernels are wrong on this machine: set NECTAR_KERNEL=ops and report the table above")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = cli.Parser("bench", __doc__)
+    parser.add_argument("what", choices=("decode", "selftest"))
+    parser.add_argument("--shape", choices=SHAPES, default="qwen3-1.7b", help="whose sizes; weights are random")
+    parser.add_argument("--contexts", default=_CONTEXTS, help=f"context lengths (default {_CONTEXTS})")
+    parser.add_argument("--methods", default=",".join(KEEPERS), help=f"default {','.join(KEEPERS)}")
+    parser.add_argument("--live", type=int, default=64, help="tokens after the context (default 64)")
+    parser.add_argument("--batch", type=int, default=1, help="sequences that share the context (default 1)")
+    parser.add_argument("--attention-only", action="store_true", help="do not run the rest of the model")
+    parser.add_argument("--plot", metavar="FILE", help="draw tokens/s over the context length")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    return cli.run(parser, _work, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

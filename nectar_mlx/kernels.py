@@ -56,7 +56,8 @@ def backend() -> str:
 def pack(bank: Bank, *, dtype: mx.Dtype | None = None, bits: int = 16, heads: Any = None) -> Packed:
     """One layer's bank in the form that `decode` reads; see `packing.pack`."""
     here = backend()
-    return _pack(bank, dtype=dtype, bits=bits, heads=heads, blocks=_BLOCKS[here], one_launch=here == "cuda")
+    one_launch = here == "cuda"
+    return _pack(bank, dtype=dtype, bits=bits, heads=heads, blocks=_BLOCKS[here], backend=here, one_launch=one_launch)
 
 
 def supports(packed: Packed, queries: mx.array, keys: mx.array) -> bool:
@@ -84,11 +85,10 @@ def decode(
         inputs.append(activations(packed.deep, attention.group(queries, packed.n_kv_heads)))
     if plan.one_launch:
         inputs.append(packed.tickets[next(_turn) % SLOTS])
-        shapes, dtypes = [plan.partials, queries.shape], [mx.float32, queries.dtype]
-        return launch(plan.first, inputs, plan.grid, shapes, dtypes)[1]
-    (partials,) = launch(plan.first, inputs, plan.grid, [plan.partials], [mx.float32])
+        return launch(plan.first, inputs, plan.grid, plan.shapes, plan.dtypes)[1]
+    (partials,) = launch(plan.first, inputs, plan.grid, plan.shapes[:1], plan.dtypes[:1])
     inputs = [queries, keys, packed.words, partials]
-    return launch(plan.merge, inputs, plan.merge_grid, [queries.shape], [queries.dtype])[0]
+    return launch(plan.merge, inputs, plan.merge_grid, plan.shapes[1:], plan.dtypes[1:])[0]
 
 
 @dataclass(frozen=True)
@@ -99,17 +99,22 @@ class Plan:
     merge: Kernel
     grid: tuple[int, int, int]
     merge_grid: tuple[int, int, int]
-    partials: tuple[int, ...]
+    shapes: list[tuple[int, ...]]  # of the partial results and of the output
+    dtypes: list[mx.Dtype]
     one_launch: bool
 
 
 def _plan(packed: Packed, queries: mx.array, keys: mx.array, padded: bool) -> Plan | None:
     shape, live = queries.shape, keys.shape
     slices = min(-(-live[2] // LIVE_SLICE), MAX_SLICES)
-    key = (shape, live[1], slices, shape[2] <= live[2], queries.dtype, keys.dtype, padded, backend())
-    if key not in packed.plans:
-        packed.plans[key] = _make_plan(packed.form, *key)
-    return packed.plans[key]
+    key = (shape, live[1], slices, shape[2] <= live[2], queries.dtype, keys.dtype, padded)
+    plan: Plan | None = packed.plans.get(key, _UNKNOWN)
+    if plan is _UNKNOWN:
+        plan = packed.plans[key] = _make_plan(packed.form, *key)
+    return plan
+
+
+_UNKNOWN: Any = object()
 
 
 def _make_plan(
@@ -121,23 +126,23 @@ def _make_plan(
     dtype: mx.Dtype,
     live_dtype: mx.Dtype,
     padded: bool,
-    where: str,
 ) -> Plan | None:
     (B, H, T, D), K = shape, form.n_kv_heads
     fits = ends and form.head_dim == D and D in HEAD_DIMS and n_kv_heads == K and H % K == 0 and 0 < T <= MAX_LENGTH
-    if where == "ops" or not fits or dtype != live_dtype or dtype not in _NAMES:
+    if form.backend == "ops" or not fits or dtype != live_dtype or dtype not in _NAMES:
         return None
     rows = B * (H // K) * T
     tile = tile_of(rows)
     one_launch = form.slots > 0
-    variant = Variant(where, _NAMES[dtype], form.storage, form.kind, D, form.scale, tile, padded)
+    variant = Variant(form.backend, _NAMES[dtype], form.storage, form.kind, D, form.scale, tile, padded)
     threads = 32 * SIMDGROUPS
     return Plan(
         first=_build(variant, "fused" if one_launch else "partial"),
         merge=_build(variant, "merge"),
         grid=(threads * (form.blocks + B * K * slices), -(-rows // (_tiles(rows, tile) * tile)), 1),
         merge_grid=(threads * -(-rows // max(1, min(SIMDGROUPS, 1 << (rows - 1).bit_length()))), K, 1),
-        partials=((form.blocks + K * slices) * rows * (D + 2),),
+        shapes=[((form.blocks + K * slices) * rows * (D + 2),), shape],
+        dtypes=[mx.float32, dtype],
         one_launch=one_launch,
     )
 

@@ -42,6 +42,7 @@ class Form:
     scale: float
     blocks: int
     slots: int
+    backend: str
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -107,13 +108,15 @@ def pack(
     bits: int = 16,
     heads: Sequence[Stored] | None = None,
     blocks: int = 128,
+    backend: str = "metal",
     one_launch: bool = False,
 ) -> Packed:
     """Lay out one layer's bank (M = n_kv_heads heads of kind quadrature, mlp or corrected, ragged sizes).
 
     dtype: of the matrices with bits = 16 (which then means "not quantised"; default the parameters' own). bits 8 and 4 quantise
     as `quantize` does. heads: the heads' parameters, unpadded, instead of the bank's own; matrices may be `Quantized` already.
-    blocks: threadgroups to cut a layer into, about. one_launch: keep the counters that merging in one launch needs.
+    blocks: threadgroups to cut a layer into, about. backend: where it will be read. one_launch: keep the
+    counters that merging in one launch needs.
     Raises NectarError for a kind or head_dim that the kernel does not know.
     """
     heads = bank.unstack() if heads is None else heads
@@ -137,6 +140,7 @@ def pack(
         scale=bank.scale,
         blocks=n,
         slots=len(tickets),
+        backend=backend,
     )
     return Packed(words=placed, form=form, deep=deep, tickets=tickets)
 

@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent / "metal"))
 import harness
 from harness import KernelError, Simulator
 
+BACKEND = "cuda" if mx.cuda.is_available() else "metal"
 MODE = next((m for m in ("asan", "plain") if m in harness.modes()), None)
 pytestmark = pytest.mark.skipif(MODE is None, reason="neither clang nor ziglang is installed")
 TOLERANCE = {"float32": 2e-5, "float16": 1.5e-3, "bfloat16": 1e-2}
@@ -104,7 +105,7 @@ class Case:
         bank = BANKS[kind].stack(self.heads, scale=self.scale)
         bits = int(storage[3:]) if storage.startswith("int") else 16
         dtype = mx.float16 if bits < 16 else DTYPES[storage]
-        self.packed = pack(bank, dtype=dtype, bits=bits, heads=stored, blocks=blocks, one_launch=fused)
+        self.packed = pack(bank, dtype=dtype, bits=bits, heads=stored, blocks=blocks, backend=BACKEND, one_launch=fused)
         K = len(sizes)
         self.queries = normal(batch, length, K * group, head_dim).swapaxes(1, 2) * spread
         self.keys = normal(batch, K, live + 7, head_dim)[:, :, 2 : live + 2]

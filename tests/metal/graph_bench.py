@@ -11,7 +11,7 @@ import numpy as np
 
 import nectar_mlx  # noqa: F401  (before mlx)
 from nectar_mlx import kernels, packing
-from nectar_mlx.bench import Shape, random_bank
+from nectar_mlx.measure import SHAPES, random_bank
 
 import mlx.core as mx  # isort: skip
 
@@ -94,17 +94,19 @@ def graph_us(calls, repeats=30):
     return statistics.median(times)
 
 
-def measure(shape, nodes, units, storage, live=64, layers=28, blocks=124):
+def measure(shape, nodes, units, storage, live=64, layers=28, blocks=124, parts=True):
     bank = random_bank(shape, nodes, units)
     bits = {"int8": 8, "int4": 4}.get(storage, 16)
-    packed = packing.pack(bank, dtype=mx.bfloat16, bits=bits, blocks=blocks)
+    packed = packing.pack(bank, dtype=mx.bfloat16, bits=bits, blocks=blocks, backend="cuda")
     rows = shape.batch * shape.n_heads // shape.n_kv_heads
     tile = kernels.tile_of(rows)
     variant = kernels.Variant("cuda", "bfloat16", packed.form.storage, packed.form.kind, shape.head_dim, packed.form.scale, tile, False)
     data = [Layer(packed, shape, mx.bfloat16, live) for _ in range(layers)]
     threads = 32 * kernels.SIMDGROUPS
     rounds = -(-rows // (kernels._tiles(rows, tile) * tile))
-    fused, partial, merge = (module(variant, s) for s in ("fused", "partial", "merge"))
+    fused = module(variant, "fused")
+    if parts:
+        partial, merge = module(variant, "partial"), module(variant, "merge")
 
     def one():
         for x in data:
@@ -128,7 +130,8 @@ def measure(shape, nodes, units, storage, live=64, layers=28, blocks=124):
         for x in data:
             read((528,), (256,), (x.words, np.int64(x.words.size // 4), sink))
 
-    us = {name: graph_us(f) / layers for name, f in (("one", one), ("two", two), ("partial", first), ("read", plain))}
+    works = {"one": one, "read": plain} | ({"two": two, "partial": first} if parts else {})
+    us = {name: graph_us(work) / layers for name, work in works.items()}
     print(
         f"{nodes:5} nodes {units:4} units {storage:8} B={shape.batch} {packed.form.blocks:4} blocks "
         f"{packed.words.nbytes / 1e6:6.2f} MB  "
@@ -139,7 +142,7 @@ def measure(shape, nodes, units, storage, live=64, layers=28, blocks=124):
 
 
 def main():
-    shape = Shape.of("qwen3-1.7b")
+    shape = SHAPES["qwen3-1.7b"]
     cases = [(n, u, s, b) for n, u in ((660, 64), (1310, 0), (1310, 256)) for s in ("bfloat16", "int8") for b in (1, 4)]
     for nodes, units, storage, batch in [*cases, (1310, 256, "int4", 1)]:
         measure(replace(shape, batch=batch), nodes, units, storage)
