@@ -141,6 +141,11 @@ class WindowCache(RotatingKVCache):
             self.values = mx.repeat(self.values, keys.shape[0], axis=0)
         return super().update_and_fetch(keys, values)  # type: ignore[no-untyped-call, no-any-return]
 
+    @property
+    def to_quantized(self) -> Any:
+        """Absent: a ring cannot be quantised, and mlx-lm's --kv-bits leaves what lacks the method alone."""
+        raise AttributeError("to_quantized")
+
     def filter(self, rows: mx.array) -> None:
         """Keeps some sequences of a batch that advances in step."""
         self.keys, self.values = self.keys[rows], self.values[rows]
@@ -164,8 +169,8 @@ def make_caches(
 ) -> list[Any]:
     """Fresh caches, one a layer, that start behind a context of so many tokens.
 
-    windows: the sliding-window layers, by index; banks: the others, in order. kv_bits: 4 or 8 quantises the live keys and
-    values in the layers that have a bank.
+    windows: the sliding-window layers, by index; banks: the others, in order. kv_bits: 4 or 8 quantises the keys and
+    values of live tokens in the layers that have a bank.
     """
     remaining = iter(banks)
     caches: list[Any] = []

@@ -81,3 +81,35 @@ def load(path: str, model_name: str | None = None) -> "tuple[nn.Module, Any, Nec
     file = hub.nectar_file(path)
     model, tokenizer = models.load(model_name or store.read_metadata(file)["model"], log=say)
     return model, tokenizer, Nectar.load(file, model, tokenizer)
+
+
+def add_generation(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `generate`."""
+    parser.add_argument("--max-tokens", type=_positive, default=512, metavar="N", help="of an answer (512)")
+    parser.add_argument("--temp", type=float, default=0.0, help="sampling temperature (0: the likeliest token)")
+    parser.add_argument("--top-p", type=float, default=1.0, help="sample from the likeliest tokens of this mass (1)")
+    parser.add_argument("--seed", type=int, default=0, help="of the sampling (0)")
+    parser.add_argument("--think", action="store_true", help="let a model that can think do so before it answers")
+    parser.add_argument("--kv-bits", type=int, choices=(4, 8), help="quantise the conversation's own cache")
+
+
+def generate(
+    model: "nn.Module", tokenizer: Any, prompt: Sequence[int], cache: Sequence[Any], args: argparse.Namespace
+) -> Iterator[Any]:
+    """mlx-lm's responses to a prompt behind a cache, under the options of `add_generation`."""
+    import mlx.core as mx
+    from mlx_lm import stream_generate
+    from mlx_lm.sample_utils import make_sampler
+
+    mx.random.seed(args.seed)
+    sampler = make_sampler(args.temp, top_p=args.top_p)
+    yield from stream_generate(
+        model, tokenizer, list(prompt), max_tokens=args.max_tokens, sampler=sampler, prompt_cache=list(cache)
+    )
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return number

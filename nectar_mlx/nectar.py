@@ -23,8 +23,9 @@ from .store import Layout
 class Nectar:
     """A long context, fitted: per layer and KV head a function of the query that stands for it.
 
-    Attributes: `prefix`, the token ids it stands for (positions 0 … n-1); `banks`, one bank of head functions a layer; `report`,
-    what was measured while fitting; `metadata`, where it came from.
+    Attributes: `prefix`, the token ids it stands for (positions 0 … n-1); `banks`, head functions, a bank for each
+    layer with full attention; `windows`, what the other layers keep; `report`, what was measured while fitting; `metadata`,
+    where it came from.
     """
 
     def __init__(self, tensors: store.Tensors, metadata: dict[str, Any]):
@@ -40,7 +41,7 @@ class Nectar:
 
     @classmethod
     def fit(cls, model: nn.Module, tokenizer: Any, text: str, *, budget: float = 0.02, **options: Any) -> "Nectar":
-        """Fits a text: see `nectar_mlx.fitting.FitConfig` for the options. budget: bytes kept / bytes of the bf16 KV cache."""
+        """Fits a text; budget: bytes kept / bytes of the bf16 KV cache. Options: see `nectar_mlx.fitting.FitConfig`."""
         from .fitting import FitConfig, fit
 
         return fit(model, tokenizer, text, config=FitConfig(budget=budget, **options))
@@ -51,15 +52,8 @@ class Nectar:
 
         NectarError unless it is whole and was fitted on this very model (and tokenizer, if one is given).
         """
-        tensors, strings = store.read(hub.nectar_file(path))
-        try:
-            metadata = {k: v if k in store_strings else json.loads(v) for k, v in strings.items()}
-            prefix = np.array(tensors["prefix"])
-            if _prefix_digest(prefix) != metadata["prefix_sha256"]:
-                raise NectarError(f"{path} is damaged: its prefix does not match its checksum")
-            nectar = cls(tensors, metadata)
-        except (KeyError, TypeError, ValueError) as error:
-            raise NectarError(f"{path} is damaged: {error}") from None
+        nectar = cls.read(path)
+        metadata = nectar.metadata
         geometry = adapter.route(model)
         if geometry != nectar.geometry or models.fingerprint(model) != metadata["model_sha256"]:
             raise NectarError(f"{path} was fitted on {metadata['model']}, which is not the model given")
@@ -72,15 +66,27 @@ class Nectar:
         mx.eval([w[:2] for w in nectar.windows.values()])  # in this thread: MLX's streams are a thread's own
         return nectar
 
+    @classmethod
+    def read(cls, path: str | Path) -> Self:
+        """The same without a model to check it against: to look at, not to answer from."""
+        tensors, strings = store.read(hub.nectar_file(path))
+        try:
+            metadata = {k: v if k in store_strings else json.loads(v) for k, v in strings.items()}
+            if _prefix_digest(np.array(tensors["prefix"])) != metadata["prefix_sha256"]:
+                raise NectarError(f"{path} is damaged: its prefix does not match its checksum")
+            return cls(tensors, metadata)
+        except (KeyError, TypeError, ValueError) as error:
+            raise NectarError(f"{path} is damaged: {error}") from None
+
     def save(self, path: str | Path) -> None:
-        """Writes a .nectar in one step; NectarError if the path holds something that is not a .nectar, or cannot be written."""
+        """Writes a .nectar in one step; NectarError if the path holds something else, or cannot be written."""
         path = Path(path)
         if path.exists() and not store.is_nectar(path):
             raise NectarError(f"{path} exists and is not a .nectar: choose another --output")
         store.write(path, self._tensors, self.metadata)
 
     def make_cache(self, *, kv_bits: int | None = None) -> list[Any]:
-        """Fresh caches, one a layer, that start behind the context. kv_bits: 4 or 8 quantises the live tokens' cache."""
+        """Fresh caches, one a layer, that start behind the context. kv_bits: 4 or 8 quantises what comes after it."""
         return make_caches(self.banks, self.windows, len(self.prefix), kv_bits=kv_bits)
 
     def prompt(self, tokenizer: Any, messages: str | Sequence[prompts.Message], **template: Any) -> list[int]:

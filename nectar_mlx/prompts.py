@@ -1,7 +1,7 @@
 """What the fitted prefix is, and what follows it.
 
-The prefix is the chat template's head with the document inside a user turn that is still open; every prompt continues that turn.
-Whatever the template puts first (BOS, a system turn) is in the prefix, and is cut from each prompt.
+The prefix is the chat template's head with the document inside a user turn that is still open; every prompt continues
+that turn. Whatever the template puts first (BOS, a system turn) is in the prefix, and is cut from each prompt.
 """
 
 from collections.abc import Sequence
@@ -33,9 +33,14 @@ def head(tokenizer: Any) -> list[int]:
 def prompt(tokenizer: Any, messages: str | Sequence[Message], **template: Any) -> list[int]:
     """The token ids that follow the prefix, up to where the answer starts.
 
-    messages: a question, or a conversation whose first user message continues the prefix; a system message is put before
-    that message's text. `template` goes to the chat template (enable_thinking=False, for one).
+    messages: a question, or a conversation whose first user message continues the prefix; a system message goes before
+    that message's text. `template` goes to the chat template; thinking is off unless it says enable_thinking=True.
+    Raises NectarError for a conversation that cannot continue the prefix.
     """
+    if template.pop("tools", None):
+        raise NectarError(
+            "tools are not supported: a template describes them before the document, which is already read"
+        )
     if isinstance(messages, str):
         messages = [{"role": "user", "content": messages}]
     system = "\n\n".join(m["content"] for m in messages if m["role"] == "system")
@@ -44,12 +49,12 @@ def prompt(tokenizer: Any, messages: str | Sequence[Message], **template: Any) -
         raise NectarError("a conversation must begin with a user message")
     question = turns[0]["content"]
     turns[0]["content"] = f"{_MARK}\n\n" + (f"{system}\n\n{question}" if system else question)
-    _, tail = _render(tokenizer, turns, **template)
+    _, tail = _render(tokenizer, turns, **{"enable_thinking": False, **template})
     return encode(tokenizer, tail)
 
 
 def encode(tokenizer: Any, text: str, *, specials: bool = True) -> list[int]:
-    """Token ids without added BOS or EOS. specials=False: the text of a special token stays text (documents are not trusted)."""
+    """Token ids without added BOS or EOS. specials=False: a special token's text stays text, as in a document."""
     return list(tokenizer.encode(text, add_special_tokens=False, split_special_tokens=not specials))
 
 
@@ -58,7 +63,8 @@ def _render(tokenizer: Any, turns: Sequence[Message], **template: Any) -> tuple[
     if not getattr(tokenizer, "chat_template", None):
         text = (tokenizer.bos_token or "") + "\n\n".join(m["content"] for m in turns) + "\n\nAnswer:"
     else:
-        text = tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=True, **template)
+        options = {"add_generation_prompt": True, **template, "tokenize": False}
+        text = tokenizer.apply_chat_template(list(turns), **options)
     head, mark, tail = text.partition(_MARK)
     if not mark:
         raise NectarError("the model's chat template drops the user's message; the document has no place in it")

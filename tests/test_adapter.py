@@ -1,13 +1,13 @@
-"""Every supported architecture behind a context equals the stock model that reads it; every other is refused by name."""
+"""Every supported architecture behind a context equals the stock model that reads it; others are refused by name."""
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+import toys
 from mlx_lm.models.cache import make_prompt_cache
 
 from nectar_mlx import Nectar, NectarError, adapter
-import toys
 
 PREFIX = toys.random_tokens(70)
 TURN = toys.random_tokens(37, seed=1)

@@ -1,11 +1,10 @@
-"""Toys that tests share: a random model of every supported architecture, a tokenizer, and Nectars that need no fitting."""
+"""Toys that tests share: a random model of every architecture, a tokenizer, and Nectars that need no fitting."""
 
 import importlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import nectar_mlx  # isort: skip  (the BLAS comes before mlx.core)
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -105,7 +104,7 @@ def random_tokens(n: int, *, seed: int = 0) -> list[int]:
     return np.random.default_rng(seed).integers(8, VOCABULARY, n).tolist()
 
 
-def exact(model: nn.Module, prefix: Sequence[int], tokenizer: Any = None) -> Nectar:
+def exact(model: nn.Module, prefix: Sequence[int], tokenizer: Any = None, *, name: str = "toy") -> Nectar:
     """A Nectar that keeps the context's own keys and values."""
     geometry = adapter.route(model)
     context = queries.read(model, prefix, geometry)
@@ -115,7 +114,7 @@ def exact(model: nn.Module, prefix: Sequence[int], tokenizer: Any = None) -> Nec
         heads,
         prefix=prefix,
         geometry=geometry,
-        provenance=provenance(model, tokenizer),
+        provenance=provenance(model, tokenizer, name),
         report={},
         windows=context.windows,
     )
@@ -175,16 +174,20 @@ CHAT = (
 )
 
 
-def tokenizer(template: str | None = CHAT, *, bos: str | None = None) -> TokenizerWrapper:
-    """A byte-level tokenizer of VOCABULARY tokens with ChatML's special tokens."""
-    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>", "<bos>"]
+CHATML = ("<|im_start|>", "<|im_end|>", "<think>", "</think>", "<bos>")
+
+
+def tokenizer(
+    template: str | None = CHAT, *, bos: str | None = None, specials: Sequence[str] = CHATML
+) -> TokenizerWrapper:
+    """A byte-level tokenizer of VOCABULARY tokens."""
     backend = Tokenizer(tokenizer_models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        special_tokens=specials,
+        special_tokens=list(specials),
         show_progress=False,
     )
     backend.train_from_iterator(
@@ -207,3 +210,25 @@ def save_model(model: nn.Module, folder: Path, tokenizer: TokenizerWrapper) -> P
     (folder / "config.json").write_text(json.dumps(dataclasses.asdict(model.args)))
     tokenizer._tokenizer.save_pretrained(folder)
     return folder
+
+
+CONTEXT = 60
+
+
+class Book(NamedTuple):
+    """A toy model's folder and a .nectar that names it."""
+
+    folder: Path
+    path: Path
+
+
+def book(folder: Path, architecture: str = "llama", *, name: str = "book", seed: int = 0) -> Book:
+    """Writes both; `seed` chooses the context, not the model."""
+    words = tokenizer()
+    model_folder = folder / "model"
+    model = toy(architecture)
+    if not model_folder.exists():
+        save_model(model, model_folder, words)
+    nectar = exact(model, random_tokens(CONTEXT, seed=seed), words, name=str(model_folder))
+    nectar.save(folder / f"{name}.nectar")
+    return Book(model_folder, folder / f"{name}.nectar")

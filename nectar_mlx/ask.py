@@ -1,0 +1,60 @@
+"""`python -m nectar_mlx.ask book.nectar "Who is Filby?"`: an answer from the file, the text never read again."""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+
+from . import cli
+from .errors import NectarError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return cli.run(_parser(), _work, argv)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = cli.Parser("ask", "Answers a question about what a .nectar holds.")
+    cli.add_nectar(parser)
+    parser.add_argument("question", help="the question, or - to read it from stdin")
+    cli.add_generation(parser)
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the answer's text")
+    return parser
+
+
+def _work(args: argparse.Namespace) -> None:
+    question = sys.stdin.read() if args.question == "-" else args.question
+    if not question.strip():
+        raise NectarError("the question is empty")
+    start = time.perf_counter()
+    model, tokenizer, nectar = cli.load(args.nectar, args.model)
+    loaded = time.perf_counter()
+    prompt = nectar.prompt(tokenizer, question.strip(), enable_thinking=args.think)
+    pieces, last, first = [], None, 0.0
+    for last in cli.generate(model, tokenizer, prompt, nectar.make_cache(kv_bits=args.kv_bits), args):
+        first = first or time.perf_counter()
+        pieces.append(last.text)
+        if not args.json:
+            print(last.text, end="", flush=True)
+    if args.json:
+        answer = {
+            "question": question.strip(),
+            "answer": "".join(pieces),
+            "finish_reason": last.finish_reason if last else None,
+            "model": nectar.metadata["model"],
+            "context_tokens": len(nectar.prefix),
+            "prompt_tokens": len(prompt),
+            "answer_tokens": last.generation_tokens if last else 0,
+            "seconds_to_load": round(loaded - start, 3),
+            "seconds_to_first_token": round(first - loaded, 3),
+            "tokens_per_second": round(last.generation_tps, 2) if last else 0.0,
+            "peak_memory_bytes": round(last.peak_memory * 1e9) if last else 0,
+        }
+        print(json.dumps(answer))
+    else:
+        print()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,128 @@
+"""`nectar chat book.nectar`: a conversation about what a .nectar holds, at a terminal or over a pipe."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
+
+from . import cli
+from .errors import NectarError
+from .nectar import Nectar
+from .prompts import Message
+
+_COMMANDS = "/reset forgets the conversation, /history shows it, /quit ends"
+
+
+class Conversation:
+    """The turns so far and the caches that hold them. Of a new prompt only what the caches do not hold is read."""
+
+    def __init__(self, model: nn.Module, tokenizer: Any, nectar: Nectar, args: argparse.Namespace):
+        self._model, self._tokenizer, self._nectar, self._args = model, tokenizer, nectar, args
+        self.reset()
+
+    def reset(self) -> None:
+        self.messages: list[Message] = []
+        self._cache = self._nectar.make_cache(kv_bits=self._args.kv_bits)
+        self._read: list[int] = []
+
+    def answer(self, question: str) -> Any:
+        """Yields mlx-lm's responses for the next turn, and keeps the turn once it is complete (or was interrupted)."""
+        messages: list[Message] = [*self.messages, {"role": "user", "content": question}]
+        prompt = self._nectar.prompt(self._tokenizer, messages, enable_thinking=self._args.think)
+        pieces: list[str] = []
+        rest = prompt[self._resume(prompt) :]
+        self._read = list(prompt)
+        try:
+            for response in cli.generate(self._model, self._tokenizer, rest, self._cache, self._args):
+                self._read.append(response.token)
+                pieces.append(response.text)
+                yield response
+        finally:
+            self.messages = [*messages, {"role": "assistant", "content": "".join(pieces).strip()}]
+
+    def _resume(self, prompt: Sequence[int]) -> int:
+        """How many tokens of the prompt the caches hold, once what differs is trimmed; one at least is left."""
+        held = self._cache[self._nectar.geometry.fitted[0]].size() if self._read else 0
+        limit = min(held, len(prompt) - 1, len(self._read))
+        common = next((i for i in range(limit) if prompt[i] != self._read[i]), limit)
+        if held > common:
+            if not can_trim_prompt_cache(self._cache):
+                self._cache = self._nectar.make_cache(kv_bits=self._args.kv_bits)
+                return 0
+            trim_prompt_cache(self._cache, held - common)
+        return common
+
+    @property
+    def nbytes(self) -> int:
+        return sum(cache.nbytes for cache in self._cache)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return cli.run(_parser(), _work, argv)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = cli.Parser("chat", f"Talks about what a .nectar holds. {_COMMANDS}.")
+    cli.add_nectar(parser)
+    cli.add_generation(parser)
+    return parser
+
+
+def _work(args: argparse.Namespace) -> None:
+    model, tokenizer, nectar = cli.load(args.nectar, args.model)
+    conversation = Conversation(model, tokenizer, nectar, args)
+    at_terminal = sys.stdin.isatty()
+    if at_terminal:
+        import readline  # noqa: F401  (line editing and history)
+
+        cli.say(f"{len(nectar.prefix):,} tokens are read. {_COMMANDS}.")
+    while (line := _next_line(at_terminal)) is not None:
+        command = line.strip()
+        if command in ("/quit", "/exit"):
+            break
+        elif command == "/reset":
+            conversation.reset()
+            cli.say("the conversation is forgotten, the text is not")
+        elif command == "/history":
+            for message in conversation.messages:
+                print(f"{message['role']}: {message['content']}", flush=True)
+        elif command.startswith("/"):
+            cli.say(f"there is no {command.split()[0]}: {_COMMANDS}")
+        elif command:
+            _turn(conversation, command, at_terminal)
+
+
+def _next_line(at_terminal: bool) -> str | None:
+    if not at_terminal:
+        return sys.stdin.readline() or None
+    try:
+        return input("> ")
+    except EOFError:
+        print()
+        return None
+
+
+def _turn(conversation: Conversation, question: str, at_terminal: bool) -> None:
+    """Streams one answer to stdout, then its figures to stderr. At a terminal Ctrl-C ends the answer, not the chat."""
+    last = None
+    try:
+        for last in conversation.answer(question):
+            print(last.text, end="", flush=True)
+    except KeyboardInterrupt:
+        if not at_terminal:
+            raise
+    except NectarError as error:
+        cli.say(str(error))
+    print(flush=True)
+    if last is not None:
+        live, peak = conversation.nbytes / 2**20, mx.get_peak_memory() / 2**30
+        speed = f"{last.generation_tokens} tokens, {last.generation_tps:.1f} tokens/s"
+        cli.say(f"[{speed}, conversation {live:.1f} MiB, peak {peak:.2f} GiB]")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

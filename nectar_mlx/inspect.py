@@ -1,0 +1,74 @@
+"""`nectar inspect book.nectar`: what is in a .nectar, without its model."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from . import cli, hub
+from .nectar import Nectar
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return cli.run(_parser(), _work, argv)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = cli.Parser("inspect", "Shows what is in a .nectar, after checking that it is whole.")
+    parser.add_argument("nectar", help="a .nectar file, or the id of one on the hub (user/name)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    return parser
+
+
+def _work(args: argparse.Namespace) -> None:
+    facts = describe(hub.nectar_file(args.nectar))
+    if args.json:
+        print(json.dumps(facts))
+        return
+    for name, value in facts.items():
+        if name != "report":
+            print(f"{name.replace('_', ' '):<20}{_readable(name, value)}")
+    for name, value in facts["report"].items():
+        if not isinstance(value, list):  # per head: for --json
+            print(f"{name.replace('_', ' '):<20}{_readable(name, value)}")
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """The facts of a .nectar, as `--json` prints them; NectarError if it is not a whole one."""
+    nectar = Nectar.read(path)
+    geometry, layout, metadata = nectar.geometry, nectar.layout, nectar.metadata
+    return {
+        "file": str(path),
+        "file_bytes": path.stat().st_size,
+        "model": metadata["model"],
+        "source": metadata.get("source", ""),
+        "context_tokens": len(nectar.prefix),
+        "kind": layout.kind,
+        "bits": layout.bits,
+        "layers": geometry.n_layers,
+        "window_layers": len(nectar.windows),
+        "kv_heads": geometry.n_kv_heads,
+        "head_dim": geometry.head_dim,
+        "parameter_bytes": nectar.nbytes,
+        "kv_cache_bytes": nectar.cache_nbytes,
+        "share_of_kv_cache": round(nectar.nbytes / nectar.cache_nbytes, 5),
+        "model_sha256": metadata["model_sha256"],
+        "tokenizer_sha256": metadata["tokenizer_sha256"],
+        "nectar_mlx": metadata["nectar_mlx"],
+        "config": metadata.get("config", {}),
+        "report": nectar.report,
+    }
+
+
+def _readable(name: str, value: Any) -> str:
+    if name.endswith("_bytes"):
+        return f"{value / 2**20:.2f} MiB ({value:,} bytes)"
+    if isinstance(value, dict):
+        return ", ".join(f"{k}={v}" for k, v in value.items() if v is not None)
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

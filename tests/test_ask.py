@@ -1,0 +1,163 @@
+"""`nectar ask`: the answer, the JSON, and every way its input can be wrong."""
+
+import json
+import subprocess
+import sys
+
+import mlx_lm
+import pytest
+import toys
+
+from nectar_mlx import Nectar, __main__, ask, cli, store
+
+QUESTION = "who is the fox?"
+
+
+@pytest.fixture(scope="module")
+def book(tmp_path_factory):
+    """A toy model's folder and a .nectar on it."""
+    return toys.book(tmp_path_factory.mktemp("book"))
+
+
+def test_the_answer_is_that_of_the_library(book, capsys):
+    model, tokenizer = mlx_lm.load(str(book.folder))
+    nectar = Nectar.load(book.path, model, tokenizer)
+    expected = mlx_lm.generate(
+        model, tokenizer, nectar.prompt(tokenizer, QUESTION), max_tokens=12, prompt_cache=nectar.make_cache()
+    )
+    assert ask.main([str(book.path), QUESTION, "--max-tokens", "12"]) == 0
+    out, err = capsys.readouterr()
+    assert out == expected + "\n"
+    assert str(book.folder) in err
+
+
+def test_json(book, capsys):
+    assert ask.main([str(book.path), QUESTION, "--json", "--max-tokens", "5"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["question"] == QUESTION
+    assert answer["context_tokens"] == toys.CONTEXT
+    assert 1 <= answer["answer_tokens"] <= 5
+    assert answer["finish_reason"] in ("length", "stop")
+    assert answer["tokens_per_second"] > 0 and answer["seconds_to_first_token"] > 0
+
+
+def test_question_from_stdin(book):
+    command = [sys.executable, "-m", "nectar_mlx.ask", str(book.path), "-", "--max-tokens", "4"]
+    done = subprocess.run(command, input=QUESTION, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+
+
+def test_quantised_conversation_cache(book, capsys):
+    assert ask.main([str(book.path), QUESTION, "--max-tokens", "4", "--kv-bits", "8"]) == 2
+    assert "cannot be quantised" in capsys.readouterr().err  # the toy's heads are too narrow
+
+
+def cut(path, folder):
+    (folder / "cut.nectar").write_bytes(path.read_bytes()[:-100])
+    return folder / "cut.nectar"
+
+
+def altered(path, folder):
+    content = bytearray(path.read_bytes())
+    content[-7] ^= 1
+    (folder / "altered.nectar").write_bytes(content)
+    return folder / "altered.nectar"
+
+
+def text(path, folder):
+    (folder / "text.nectar").write_text("no safetensors at all")
+    return folder / "text.nectar"
+
+
+def missing(path, folder):
+    return folder / "missing.nectar"
+
+
+def a_folder(path, folder):
+    return folder
+
+
+@pytest.mark.parametrize(
+    "make, complaint",
+    [
+        (cut, "cut short"),
+        (altered, "does not match|do not match"),
+        (text, "not a .nectar"),
+        (missing, "no such file"),
+        (a_folder, "no such file"),
+    ],
+)
+def test_bad_files(book, make, complaint, tmp_path, capsys):
+    assert ask.main([str(make(book.path, tmp_path)), QUESTION]) == cli.FAULT
+    assert_one_line(capsys, complaint)
+
+
+def test_another_model(book, tmp_path, capsys):
+    other = toys.save_model(toys.toy("llama", seed=5), tmp_path / "other", toys.tokenizer())
+    assert ask.main([str(book.path), QUESTION, "--model", str(other)]) == cli.FAULT
+    assert_one_line(capsys, "fitted on .* which is not the model given")
+
+
+def test_another_tokenizer(book, tmp_path, capsys):
+    other = toys.save_model(toys.toy("llama"), tmp_path / "other", toys.tokenizer(toys.CHAT + " "))
+    assert ask.main([str(book.path), QUESTION, "--model", str(other)]) == cli.FAULT
+    assert_one_line(capsys, "another tokenizer or chat template")
+
+
+def test_a_model_that_is_not_there(book, tmp_path, capsys):
+    assert ask.main([str(book.path), QUESTION, "--model", str(tmp_path / "nothing")]) == cli.FAULT
+    assert_one_line(capsys, "nothing")
+
+
+def test_an_empty_question(book, capsys):
+    assert ask.main([str(book.path), "  "]) == cli.FAULT
+    assert_one_line(capsys, "empty")
+
+
+@pytest.mark.parametrize("argv", [[], ["book.nectar"], ["b", "q", "--max-tokens", "0"], ["b", "q", "--maxtokens", "3"]])
+def test_bad_arguments(argv, capsys):
+    assert ask.main(argv) == cli.FAULT
+    assert_one_line(capsys, "nectar ask")
+
+
+def test_an_interrupt(book, monkeypatch, capsys):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "load", interrupted)
+    assert ask.main([str(book.path), QUESTION]) == cli.INTERRUPTED
+    assert_one_line(capsys, "interrupted")
+
+
+def test_a_reader_that_leaves(book):
+    command = f"{sys.executable} -m nectar_mlx.ask {book.path} fox --max-tokens 4 | true; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert done.stdout == "0\n"
+    assert "Traceback" not in done.stderr and "Exception" not in done.stderr
+
+
+def test_the_nectar_command(book, capsys):
+    assert __main__.main(["--help"]) == 0
+    usage = capsys.readouterr().out
+    assert all(name in usage for name in __main__.COMMANDS)
+    assert __main__.main(["--version"]) == 0
+    assert __main__.main(["ask", str(book.path), QUESTION, "--max-tokens", "2"]) == 0
+    capsys.readouterr()
+    assert __main__.main(["asj"]) == 2
+    assert_one_line(capsys, "no command 'asj'")
+
+
+def test_metadata_is_read_without_the_tensors(book):
+    assert store.read_metadata(book.path)["model"] == str(book.folder)
+
+
+def assert_one_line(capsys, complaint: str) -> None:
+    import re
+
+    out, err = capsys.readouterr()
+    assert out == ""
+    last = err.strip().splitlines()[-1]
+    assert re.search(complaint, last), err
+    assert "Traceback" not in err
+    assert sum(line.startswith("nectar") for line in err.splitlines()) == 1

@@ -1,0 +1,41 @@
+"""`nectar inspect` tells what a file holds without its model."""
+
+import json
+
+import pytest
+import toys
+
+from nectar_mlx import cli, inspect
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    path = tmp_path_factory.mktemp("inspect") / "toy.nectar"
+    model = toys.toy("gemma3_text")
+    toys.picked(model, toys.random_tokens(50), 10).save(path)
+    return path
+
+
+def test_json(path, capsys):
+    assert inspect.main([str(path), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["context_tokens"] == 50
+    assert (facts["kind"], facts["bits"], facts["layers"], facts["window_layers"]) == ("quadrature", 8, 3, 2)
+    assert facts["file_bytes"] == path.stat().st_size
+    window = 2 * 2 * 2 * 24 * 16 * 4  # two layers' keys and values of 2 heads, 24 tokens of 16 float32
+    assert window < facts["parameter_bytes"] < facts["file_bytes"]
+    assert facts["kv_cache_bytes"] == 2 * 2 * 2 * 16 * (24 + 24 + 50)
+    assert facts["share_of_kv_cache"] == pytest.approx(facts["parameter_bytes"] / facts["kv_cache_bytes"], abs=1e-5)
+    assert facts["report"]["kl"] == 0.5
+
+
+def test_text(path, capsys):
+    assert inspect.main([str(path)]) == 0
+    out = capsys.readouterr().out
+    assert "toy" in out and "quadrature" in out and "MiB" in out and "0.5" in out
+
+
+def test_a_damaged_file(path, tmp_path, capsys):
+    (tmp_path / "cut.nectar").write_bytes(path.read_bytes()[:200])
+    assert inspect.main([str(tmp_path / "cut.nectar")]) == cli.FAULT
+    assert "cut short" in capsys.readouterr().err
