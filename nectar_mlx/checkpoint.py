@@ -5,6 +5,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -44,20 +45,23 @@ class Checkpoint:
         self._temporary = self._temporary or tempfile.TemporaryDirectory(prefix="nectar-")
         return Path(self._temporary.name)
 
-    def save_study(self, name: str, study: Study, conversations: Sequence[Conversation]) -> None:
+    def save_studies(self, studies: dict[str, Study], conversations: Sequence[Conversation]) -> None:
         if self.folder is None:
             return
-        study.save(self.folder / name)
-        told = {"rows": study.rows, "conversations": [[c.prompt, c.answer] for c in conversations]}
-        (self.folder / f"{name}.json").write_text(json.dumps(told))
+        for name, study in studies.items():
+            study.save(self.folder / name)
+        rows = {name: study.rows for name, study in studies.items()}
+        told = {"rows": rows, "conversations": [asdict(c) for c in conversations]}
+        (self.folder / "studies.json").write_text(json.dumps(told))
 
-    def load_study(self, name: str, study: Study) -> list[Conversation]:
-        """Fills a fresh study with the rows that were kept; the conversations that they came from."""
-        if self.folder is None or not (self.folder / f"{name}.json").exists():
+    def load_studies(self, studies: dict[str, Study]) -> list[Conversation]:
+        """Fills fresh studies with the rows that were kept; the conversations that they came from."""
+        if self.folder is None or not (self.folder / "studies.json").exists():
             return []
-        told = json.loads((self.folder / f"{name}.json").read_text())
-        study.load(self.folder / name, told["rows"])
-        return [Conversation(p, a) for p, a in told["conversations"]]
+        told = json.loads((self.folder / "studies.json").read_text())
+        for name, study in studies.items():
+            study.load(self.folder / name, told["rows"][name])
+        return [Conversation(**c) for c in told["conversations"]]
 
     def keep_heads(self, heads: dict[int, HeadArrays]) -> None:
         if self.folder is not None:

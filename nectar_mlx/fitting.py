@@ -111,7 +111,15 @@ def fit(
         "config": asdict(config),
         "source": source,
     }
-    fitted = nectar.build(layout, heads, prefix=prefix, geometry=geometry, provenance=provenance, report=report)
+    fitted = nectar.build(
+        layout,
+        heads,
+        prefix=prefix,
+        geometry=geometry,
+        provenance=provenance,
+        report=report,
+        windows=context.windows,
+    )
     if config.kind != "exact":
         report |= fitter.fidelity(fitted)
         clock.lap("check")
@@ -158,7 +166,8 @@ class _Fitter:
     ):
         self.model, self.tokenizer, self.context, self.geometry = model, tokenizer, context, geometry
         self.config, self.progress, self.checkpoint = config, progress, checkpoint
-        self.n_heads = geometry.n_layers * geometry.n_kv_heads
+        self.n_layers = len(context.banks)  # sliding-window layers are kept as they are
+        self.n_heads = self.n_layers * geometry.n_kv_heads
         self.steps = config.steps or (400 if SLOW_EXP else 1500)
         checkpoint.claim(asdict(config), context.prefix)
 
@@ -166,7 +175,7 @@ class _Fitter:
         g = self.geometry
         return Layout(
             kind=kind,
-            n_layers=g.n_layers,
+            n_layers=self.n_layers,
             n_kv_heads=g.n_kv_heads,
             head_dim=g.head_dim,
             scale=g.scale,
@@ -175,7 +184,7 @@ class _Fitter:
 
     def fit(self, layout: Layout, clock: _Clock) -> tuple[list[HeadArrays], dict[str, Any]]:
         nodes = self._affordable_nodes(layout)
-        self.study, self.held_out, self.conversations = self._study()
+        self._converse()
         clock.lap("study")
         rng = np.random.default_rng(self.config.seed)
         self.rows = rng.permutation(self.study.rows)
@@ -200,46 +209,49 @@ class _Fitter:
             )
         return nodes
 
-    def _study(self) -> tuple[Study, Study, list[Conversation]]:
-        """Training rows and held-out rows, and the held-out conversations."""
+    def _converse(self) -> None:
+        """Fills `study` and `held_out` with what attention sees in conversations, and keeps the held-out ones."""
         config, g = self.config, self.geometry
-        need = Study.nbytes(self.n_heads, config.queries + config.queries // 10, g.head_dim)
-        folder = self.checkpoint.spill() if need > (config.memory or _free_memory() // 2) else None
-        train = self._converse("study", config.queries, config.seed, folder)
-        held = self._converse("held-out", max(config.queries // 10, 64), config.seed + 1_000_003, folder)
-        return train[0], held[0], held[1]
-
-    def _converse(self, what: str, rows: int, seed: int, folder: Path | None) -> tuple[Study, list[Conversation]]:
-        config, g = self.config, self.geometry
-        study = Study(self.n_heads, rows, g.head_dim, folder=folder and folder / f"{what}.rows")
-        conversations = self.checkpoint.load_study(what, study)
-        with self.progress(f"conversing ({what})", rows) as done:
-            while not study.full:
-                count = min(config.conversations, max(2, rows // 400))
-                number = len(conversations) // count
-                asked = instructions.training(self._passage, seed=seed + number)
-                batch = [Conversation(self._prompt(q)) for q in itertools.islice(asked, count)]
-                batch.sort(key=lambda c: len(c.prompt))
-                before = study.rows
+        spare = max(config.queries // 10, 64)
+        spill = Study.nbytes(self.n_heads, config.queries + spare, g.head_dim) > (config.memory or _free_memory() // 2)
+        folder = self.checkpoint.spill() if spill else None
+        self.study = Study(self.n_heads, config.queries, g.head_dim, folder=folder and folder / "study.rows")
+        self.held_out = Study(self.n_heads, spare, g.head_dim, folder=folder and folder / "held_out.rows")
+        studies = {"study": self.study, "held_out": self.held_out}
+        self.conversations = self.checkpoint.load_studies(studies)
+        with self.progress("conversing about it", config.queries) as done:
+            while not (self.study.full and self.held_out.full):
+                before = [s.rows for s in studies.values()]
                 try:
-                    queries.converse(
-                        self.model,
-                        self.context,
-                        batch,
-                        stop=set(self.tokenizer.eos_token_ids),
-                        max_tokens=config.answer_tokens,
-                        temperature=config.temperature,
-                        key=mx.random.key(seed + number),
-                        study=study,
-                        progress=done,
-                    )
+                    self.conversations += self._ask_batch(done)
                 except KeyboardInterrupt:
-                    study.rows = before  # the batch is asked again
-                    self.checkpoint.save_study(what, study, conversations)
+                    for study, rows in zip(studies.values(), before, strict=True):
+                        study.rows = rows  # the batch is asked again
+                    self.checkpoint.save_studies(studies, self.conversations)
                     raise
-                conversations += batch
-        self.checkpoint.save_study(what, study, conversations)
-        return study, conversations
+        self.checkpoint.save_studies(studies, self.conversations)
+
+    def _ask_batch(self, done: Callable[[int], None]) -> list[Conversation]:
+        config = self.config
+        number = len(self.conversations) // config.conversations
+        asked = instructions.training(self._passage, seed=config.seed + number)
+        batch = [Conversation(self._prompt(q)) for q in itertools.islice(asked, config.conversations)]
+        for conversation in batch[:: 10]:
+            conversation.held_out = True
+        batch.sort(key=lambda c: len(c.prompt))
+        queries.converse(
+            self.model,
+            self.context,
+            batch,
+            stop=set(self.tokenizer.eos_token_ids),
+            max_tokens=config.answer_tokens,
+            temperature=config.temperature,
+            key=mx.random.key(config.seed + number),
+            study=self.study,
+            held_out=self.held_out,
+            progress=done,
+        )
+        return batch
 
     def _prompt(self, question: str) -> list[int]:
         return prompts.prompt(self.tokenizer, question, enable_thinking=False)
@@ -261,8 +273,8 @@ class _Fitter:
         """Per head, the root-mean-square attention of every key of the context, [n]."""
         found: list[mx.array] = []
         K = self.geometry.n_kv_heads
-        with self.progress("weighing keys", self.geometry.n_layers) as done:
-            for layer in range(self.geometry.n_layers):
+        with self.progress("weighing keys", self.n_layers) as done:
+            for layer in range(self.n_layers):
                 rows = self._samples(range(layer * K, layer * K + K))
                 found += list(matching.importance(rows, self._layer(layer)[0], scale=self.geometry.scale))
                 done(layer + 1)
@@ -335,7 +347,7 @@ class _Fitter:
 
     def fidelity(self, fitted: Nectar) -> dict[str, Any]:
         """KL and agreement with the full cache on the held-out conversations."""
-        conversations = [c for c in self.conversations if c.answer][:8]
+        conversations = [c for c in self.conversations if c.held_out and c.answer][:8]
         with self.progress("checking", len(conversations)) as done:
             found = fidelity.compare(
                 self.model, self.context.make_cache, {"nectar": fitted.make_cache}, conversations, progress=done

@@ -182,18 +182,15 @@ class _StudyCache(NectarCache):
         )
         return attention.merge(context, live).output.astype(queries.dtype)
 
-    def take(self, valid: np.ndarray) -> Captured:
-        """What was seen since the last call at the valid places [B, T], grouped by KV head: [K, rows, ...]."""
+    def take(self, places: Sequence[np.ndarray]) -> list[Captured]:
+        """What was seen since the last call at each set of places [B, T], grouped by KV head: [K, rows, ...]."""
         wide = [np.concatenate([np.array(x) for x in xs], axis=2) for xs in zip(*self.seen, strict=True)]
         self.seen = []
         K = len(self.bank.sizes)
         B, H, T = wide[0].shape[:3]
-        rows = []
-        for x in wide:
-            x = x.reshape(B, K, H // K, T, *x.shape[3:])
-            x = np.moveaxis(x, 1, 0).swapaxes(2, 3)  # [K, B, T, G, ...]
-            rows.append(x[:, valid].reshape(K, -1, *x.shape[4:]))
-        return Captured(*rows)
+        split = (x.reshape(B, K, H // K, T, *x.shape[3:]) for x in wide)
+        grouped = [np.moveaxis(x, 1, 0).swapaxes(2, 3) for x in split]  # [K, B, T, G, ...]
+        return [Captured(*(x[:, valid].reshape(K, -1, *x.shape[4:]) for x in grouped)) for valid in places]
 
     def filter(self, rows: mx.array) -> None:
         self.live.keys, self.live.values = self.live.keys[rows], self.live.values[rows]
@@ -205,6 +202,7 @@ class Conversation:
 
     prompt: list[int]
     answer: list[int] = field(default_factory=list)
+    held_out: bool = False  # kept from training
 
 
 def converse(
@@ -217,9 +215,12 @@ def converse(
     temperature: float,
     key: mx.array,
     study: Study | None = None,
+    held_out: Study | None = None,
     progress: Callable[[int], None] = lambda rows: None,
 ) -> None:
-    """Samples the answers of a batch with the full cache, all rows in step; writes what attention saw into `study`.
+    """Samples the answers of a batch with the full cache, all rows in step.
+
+    What attention saw goes into `study`, and into `held_out` for the conversations that say so.
 
     Every row starts at the same position: the longer prompts are still being read while the shorter ones are answered, so no
     row is padded and positions are exact.
@@ -236,7 +237,8 @@ def converse(
         mx.eval(sampled, [c.seen[-1] for c in studied])
         done = [_extend(row, token, at, stop, max_tokens) for row, token in zip(rows, sampled.tolist(), strict=True)]
         if len(valid) % _FLUSH == 0 or all(done):
-            _flush(studied, np.concatenate(valid, axis=1), study)
+            places, mine = np.concatenate(valid, axis=1), np.array([r.held_out for r in rows])[:, None]
+            _flush(studied, [(study, places & ~mine), (held_out, places & mine)])
             progress(study.rows if study is not None else at)
             valid = []
             if all(done):
@@ -271,14 +273,16 @@ def _extend(row: Conversation, token: int, at: int, stop: set[int], max_tokens: 
     return token in stop or len(row.answer) >= max_tokens
 
 
-def _flush(caches: Sequence[_StudyCache], valid: np.ndarray, study: Study | None) -> None:
-    written = 0
+def _flush(caches: Sequence[_StudyCache], wanted: Sequence[tuple[Study | None, np.ndarray]]) -> None:
+    """Writes what the caches saw into each study, from its places [B, T]."""
+    chosen = [(study, places) for study, places in wanted if study is not None and not study.full]
+    taken: list[Captured] = []
     for layer, cache in enumerate(caches):
-        if study is None or study.full:
+        if not chosen:
             cache.seen = []
             continue
-        rows = cache.take(valid)
-        written = rows.queries.shape[1]
-        study.add(layer * rows.queries.shape[0], rows)
-    if study is not None:
-        study.advance(written)
+        taken = cache.take([places for _, places in chosen])
+        for (study, _), rows in zip(chosen, taken, strict=True):
+            study.add(layer * rows.queries.shape[0], rows)
+    for (study, _), rows in zip(chosen, taken, strict=True):
+        study.advance(rows.queries.shape[1])
