@@ -6,8 +6,9 @@
 
 Every model gets the same initial weights, the same batches and the same number of steps; only the keys that a query
 sees differ. The recipe is that of Sparse Transformers (Child et al., arXiv 1904.10509): pre-activation residual blocks
-whose last layers start smaller the deeper the network (section 5.2), learned embeddings of a position's row and column
-(section 5.3), attention recomputed in the reverse pass (section 5.4), AdamW with warm-up, cosine decay and clipping.
+whose last layers start smaller the deeper the network (section 5.2), attention recomputed in the reverse pass (section
+5.4), AdamW with warm-up, cosine decay and clipping. Positions are rotary, not learned per row and column: a run of a
+few minutes is too short to learn them.
 """
 
 import argparse
@@ -75,6 +76,7 @@ class Block(nn.Module):
         super().__init__()
         self.heads, self.pattern = heads, pattern
         self.attention_norm, self.mlp_norm = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.rope = nn.RoPE(width // heads)
         self.qkv = nn.Linear(width, 3 * width)
         self.attention_out = nn.Linear(width, width)
         self.mlp_in = nn.Linear(width, 4 * width)
@@ -86,7 +88,8 @@ class Block(nn.Module):
         """x [B, T, width], past = keys and values [B, H, S - T, D] -> the same shape, and those of all S positions."""
         B, T, width = x.shape
         qkv = self.qkv(self.attention_norm(x)).reshape(B, T, 3, self.heads, -1).transpose(2, 0, 3, 1, 4)
-        queries, keys, values = qkv[0], qkv[1], qkv[2]
+        start = past[0].shape[2] if past else 0
+        queries, keys, values = self.rope(qkv[0], offset=start), self.rope(qkv[1], offset=start), qkv[2]
         if past is not None:
             keys, values = (mx.concatenate(pair, axis=2) for pair in zip(past, (keys, values), strict=True))
         heads = attend(queries, keys, values, self.pattern)
@@ -101,10 +104,7 @@ class ByteTransformer(nn.Module):
     def __init__(self, settings: Settings, kind: str) -> None:
         super().__init__()
         width = settings.width
-        self.stride = settings.stride
         self.bytes = nn.Embedding(256, width)
-        self.rows = nn.Embedding(-(-settings.context // settings.stride), width)
-        self.columns = nn.Embedding(settings.stride, width)
         pattern = settings.pattern(kind)
         self.blocks = [Block(width, settings.heads, pattern.at(layer)) for layer in range(settings.layers)]
         self.norm = nn.LayerNorm(width)
@@ -114,12 +114,11 @@ class ByteTransformer(nn.Module):
     def _initialise(self, seed: int) -> None:
         """Normal weights of deviation 1/√inputs, by a further 1/√(2N) where one of the N blocks adds to its residual.
 
-        Then the sum over the 2N residual branches has the same size at any depth. Bytes start ten times as large as
-        positions (as large, they drown in them and a short run learns little more than how often each byte comes);
-        biases and logits start at zero.
+        Then the sum over the 2N residual branches has the same size at any depth. Embeddings have deviation 1; biases
+        and logits start at zero.
         """
         key = mx.random.key(seed)
-        fixed = {"bytes.weight": 1.0, "rows.weight": 0.1, "columns.weight": 0.1, "logits.weight": 0.0}
+        fixed = {"bytes.weight": 1.0, "logits.weight": 0.0}
         residual = 1 / math.sqrt(2 * len(self.blocks))
         weights = [(name, x) for name, x in tree_flatten(self.parameters()) if name.endswith("weight") and x.ndim == 2]
         for name, weight in sorted(weights):
@@ -130,9 +129,7 @@ class ByteTransformer(nn.Module):
         self.update(tree_unflatten(biases))
 
     def __call__(self, tokens: mx.array, past: Cache | None = None) -> tuple[mx.array, Cache]:
-        start = past[0][0].shape[2] if past else 0
-        positions = mx.arange(start, start + tokens.shape[1])
-        x = self.bytes(tokens) + self.rows(positions // self.stride) + self.columns(positions % self.stride)
+        x = self.bytes(tokens)
         cache: Cache = []
         for n, block in enumerate(self.blocks):
             x, kept = block(x, past[n] if past else None)
@@ -312,9 +309,9 @@ def parser() -> argparse.ArgumentParser:
     number("--layers", default=2, help="(default: %(default)s)")
     number("--width", default=128, help="(default: %(default)s)")
     number("--heads", default=2, help="(default: %(default)s)")
-    number("--batch", default=2, help="windows a step (default: %(default)s)")
-    number("--steps", default=150, help="(default: %(default)s)")
-    p.add_argument("--learning-rate", type=float, default=3e-3, help="(default: %(default)s)")
+    number("--batch", default=1, help="windows a step (default: %(default)s)")
+    number("--steps", default=300, help="(default: %(default)s)")
+    p.add_argument("--learning-rate", type=float, default=5e-3, help="(default: %(default)s)")
     number("--seed", default=0, help="of weights, batches and samples (default: %(default)s)")
     number("--save-every", default=50, help="steps between checkpoints (default: %(default)s)")
     number("--sample-bytes", default=300, help="(default: %(default)s)")
