@@ -62,9 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("nectar", nargs="+", help="a .nectar file; several of one text make a curve")
     parser.add_argument("--model", help="the model to use (default: the name of the one it was fitted on)")
     parser.add_argument("--questions", metavar="FILE", help="your own, one a line, or JSON lines")
-    parser.add_argument(
-        "--baselines", default="all", metavar="NAMES", help=f"all, none, or some of: {', '.join(baselines.BASELINES)}"
-    )
+    names = ", ".join(b.slug for b in baselines.BASELINES.values())
+    parser.add_argument("--baselines", default="all", metavar="NAMES", help=f"all, none, or some of: {names}")
     parser.add_argument(
         "--count", type=int, default=8, metavar="N", help="held-out questions about the text (default 8)"
     )
@@ -105,7 +104,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """Everything that the report shows, as one JSON object. files: Nectars of one text by name. own: a file of
     questions."""
-    chosen = [] if options.baselines == "none" else baselines.choose(options.baselines, slow=options.slow)
+    chosen = baselines.choose(options.baselines, slow=options.slow)
     first = next(iter(files.values()))
     if any(n.prefix != first.prefix for n in files.values()):
         raise NectarError("the files are of different texts: evaluate them one by one")

@@ -5,8 +5,19 @@ as the fitted heads are; its bytes are what it then takes.
 """
 
 from ..errors import NectarError
-from . import attention_matching, most_attended, nothing, quantized_cache, sinks_window
-from .base import Baseline, Task, View
+from . import (
+    attention_matching,
+    cartridge,
+    expected_attention,
+    most_attended,
+    nothing,
+    passages,
+    quantized_cache,
+    sinks_window,
+    snap,
+    summary,
+)
+from .base import Baseline, Task, View, slug
 
 BASELINES = {
     b.name: b
@@ -14,8 +25,13 @@ BASELINES = {
         *nothing.BASELINES,
         *sinks_window.BASELINES,
         *most_attended.BASELINES,
+        *snap.BASELINES,
+        *expected_attention.BASELINES,
         *attention_matching.BASELINES,
+        *cartridge.BASELINES,
         *quantized_cache.BASELINES,
+        *summary.BASELINES,
+        *passages.BASELINES,
     )
 }
 NO_CONTEXT = "no context"
@@ -25,11 +41,11 @@ def choose(names: str, *, slow: bool) -> list[Baseline]:
     """ "all" or names with commas between. slow: whether `all` includes those that take minutes."""
     if names == "all":
         return [b for b in BASELINES.values() if slow or not b.slow]
-    wanted = [name.strip().replace("-", " ") for name in names.split(",") if name.strip()]
-    by_name = {name.replace("-", " "): b for name, b in BASELINES.items()}
-    if unknown := [name for name in wanted if name not in by_name]:
-        raise NectarError(f"there is no baseline {unknown[0]!r}; there are: all, {', '.join(BASELINES)}")
-    return [by_name[name] for name in wanted]
+    by_slug = {b.slug: b for b in BASELINES.values()}
+    wanted = [slug(name) for name in names.split(",")]
+    if unknown := [name for name in wanted if name not in by_slug]:
+        raise NectarError(f"there is no baseline {unknown[0]!r}; there are: all, none, {', '.join(by_slug)}")
+    return [by_slug[name] for name in wanted]
 
 
 __all__ = ["BASELINES", "NO_CONTEXT", "Baseline", "Task", "View", "choose"]

@@ -57,5 +57,5 @@ def _matched(task: Task, sizes: Sequence[int], detail: str) -> View:
 
 BASELINES = (
     Baseline(name="Attention Matching", build=uniform),
-    Baseline(name="Attention Matching, budgets", build=budgets),
+    Baseline(name="Attention Matching + budgets", build=budgets),
 )

@@ -1,6 +1,7 @@
 """What every baseline is given, and what it returns."""
 
 import random
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -198,12 +199,12 @@ class Task:
         options.setdefault("detail", f"{count} keys a head")
         return self.keep(lambda layer: mx.sort(mx.argsort(-scores(layer), axis=1)[:, :count], axis=1), **options)
 
-    def text(self, ids: Sequence[int]) -> View:
+    def text(self, ids: Sequence[int], **options: Any) -> View:
         """Other tokens behind the template's head instead of the document, their keys and values in int8."""
         prefix = self.head + list(ids)
         read = queries.read(self.model, prefix, self.geometry)
         heads = [head for bank in read.banks for head in bank.unstack()]
-        return self.stored("exact", heads, start=len(prefix), windows=read.windows)
+        return self.stored("exact", heads, start=len(prefix), windows=read.windows, **options)
 
     @property
     def text_bytes(self) -> float:
@@ -225,6 +226,14 @@ class Baseline:
     build: Method
     sized: bool = True
     slow: bool = False
+
+    @property
+    def slug(self) -> str:
+        return slug(self.name)
+
+
+def slug(name: str) -> str:
+    return "-".join(re.findall(r"[a-z0-9]+", name.lower()))
 
 
 def exact_bank(keys: mx.array, values: mx.array, *, scale: float) -> Exact:

@@ -1,0 +1,101 @@
+"""Cartridges (arXiv 2506.06266): keys and values trained end to end to give the full cache's distributions.
+
+Started from the context's first tokens, the sink frozen, Adam with a linear decay, on self-study conversations. It
+takes minutes of forward and backward passes through the whole model: left out on a CPU unless asked for by name.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+from mlx_lm.models.cache import KVCache
+
+from .. import fidelity
+from ..cache import NectarCache
+from ..heads import HeadArrays
+from ..queries import Conversation
+from .base import Baseline, Task, View
+
+_RATE, _STEPS, _BATCH = 2e-2, 300, 8
+
+
+class _TrainedCache(KVCache):
+    """Ordinary attention over trained keys and values [K, p, D] and the live tokens behind them."""
+
+    def __init__(self, trained: Sequence[mx.array], context: int):
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.trained, self.offset = trained, context
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        B = keys.shape[0]
+        pair = zip(self.trained, (keys, values), strict=True)
+        full = [mx.concatenate([mx.broadcast_to(t[None], (B, *t.shape)), x], axis=2) for t, x in pair]
+        return full[0], full[1]
+
+    def make_mask(self, N: int, **kwargs: Any) -> mx.array:
+        """[N, p + N]: everything trained, and the live tokens causally."""
+        seen = mx.ones((N, self.trained[0].shape[1]), dtype=mx.bool_)
+        return mx.concatenate([seen, mx.tril(mx.ones((N, N), dtype=mx.bool_))], axis=1)
+
+
+def cartridge(task: Task, nbytes: int, *, steps: int = _STEPS) -> View:
+    count = task.affordable_each(nbytes, "exact")
+    conversations = [c for c in task.studied[1] if c.answer]
+    truth = [x.astype(mx.float16) for x in _reference(task, conversations)]
+    start = [[x[:, :count].astype(mx.float32) for x in task.layer(layer)] for layer in range(task.n_layers)]
+    sinks: Any = [[x[:, :1] for x in pair] for pair in start]
+    trained: Any = [[x[:, 1:] for x in pair] for pair in start]
+
+    def whole(free: Any) -> list[list[mx.array]]:
+        layers = zip(sinks, free, strict=True)
+        return [[mx.concatenate([s, t], axis=1) for s, t in zip(*layer, strict=True)] for layer in layers]
+
+    def loss(free: Any, batch: list[int]) -> mx.array:
+        logits = _answers(task, whole(free), [conversations[i] for i in batch])
+        total = mx.array(0.0)
+        for i, ours in zip(batch, logits, strict=True):
+            p = truth[i].astype(mx.float32)
+            total = total + (mx.exp(p) * (p - nn.log_softmax(ours.astype(mx.float32), axis=-1))).sum()
+        return total / sum(len(conversations[i].answer) for i in batch)
+
+    optimizer = optim.Adam(learning_rate=optim.linear_schedule(_RATE, 0.02 * _RATE, steps))
+    step = mx.value_and_grad(loss)
+    size = min(_BATCH, len(conversations))
+    for i in range(steps if trained[0][0].shape[1] else 0):
+        batch = [(i * size + j) % len(conversations) for j in range(size)]
+        _, gradients = step(trained, batch)
+        trained = optimizer.apply_gradients({"layers": gradients}, {"layers": trained})["layers"]
+        mx.eval(trained, optimizer.state)
+    heads: list[HeadArrays] = []
+    for keys, values in whole(trained):
+        heads += [{"keys": k, "values": v} for k, v in zip(keys, values, strict=True)]
+    return task.stored("exact", heads, detail=f"{count} keys a head, {steps} steps of {size} conversations")
+
+
+def _reference(task: Task, conversations: list[Conversation]) -> list[mx.array]:
+    """log-probabilities of the full cache, [answer, vocabulary] a conversation."""
+    found = []
+    for i in range(0, len(conversations), 4):
+        part = fidelity.answer_logits(task.model, task.context.make_cache(), conversations[i : i + 4])
+        found += [fidelity.log_probabilities(x) for x in part]
+        mx.eval(found)
+    return found
+
+
+def _answers(task: Task, pairs: Any, conversations: list[Conversation]) -> list[mx.array]:
+    """Teacher-forced logits of the answers behind trained keys and values, in one differentiable pass."""
+    remaining = iter(pairs)
+    caches = [
+        _TrainedCache(next(remaining), task.length) if isinstance(c, NectarCache) else c
+        for c in task.context.make_cache()
+    ]
+    sequences = [c.prompt + c.answer for c in conversations]
+    longest = max(len(s) for s in sequences)
+    logits = task.model(mx.array([s + [0] * (longest - len(s)) for s in sequences]), cache=caches)
+    rows = zip(logits, conversations, strict=True)
+    return [x[len(c.prompt) - 1 : len(c.prompt) + len(c.answer) - 1] for x, c in rows]
+
+
+BASELINES = (Baseline(name="Cartridge", build=cartridge, slow=True),)
