@@ -1,212 +1,27 @@
-"""Sparse Transformers: exact causal attention over about √n keys a query (Child et al., arXiv 1904.10509, section 4).
+"""Attention under the patterns of Sparse Transformers, at a cost of n·√n (Child et al., arXiv 1904.10509, section 4).
 
-Write positions 0, 1, 2, … row by row into a grid of `stride` columns. A query sees two sets of keys:
-
-              near                                far
-    Strided   the last `stride` positions         its own column in earlier rows
-    Fixed     its own row, up to itself           `summary` columns of every earlier row
-
-With a stride of about √n either set has about √n keys, and two such steps connect every pair of positions. Strided
-suits data with a period (images), Fixed suits text: what the summary columns hold, every later token can read.
-
-The sets are disjoint, so the two parts merge exactly (attention.py). Both are dense in the grid: near is attention
-inside rows, far is attention between rows. No key is gathered singly, no array of size [n, n] exists in either pass.
+A pattern (patterns.py) shows each query two disjoint sets of keys; they merge exactly (attention.py). Both are dense
+in a grid of `stride` columns: near is attention inside rows, far is attention between rows. No key is gathered singly,
+and no array of size [n, n] exists in either pass.
 
 Shapes as in attention.py; h = the heads computed together, R = rows with queries, M = all rows, l = stride.
 """
 
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal, Self
 
 import mlx.core as mx
 
 from .attention import Partial, merge
 from .blockwise import Chunk, blockwise, join, room
-from .errors import NectarError
+from .patterns import Combine, Fixed, Pattern, Strided
 
-Combine = Literal["merged", "interleaved", "heads"]
+__all__ = ["Combine", "Fixed", "Pattern", "Strided", "benchmark", "sparse_attention"]
 
-_FUSED_ROOM = (
-    1 << 29
-)  # scores of one call of the fused kernel, which holds few of them; bounds the keys gathered for it
+# The fused kernel holds few scores at a time: this bounds the keys that are gathered for one call.
+_FUSED_ROOM = 1 << 29
 _HIDDEN = -6e4  # added to the scores of hidden keys; the most that float16 holds
-
-
-@dataclass(frozen=True)
-class Pattern(ABC):
-    """Which keys a query sees. `combine` says how a network takes the two steps near and far (section 4.3):
-
-    merged       every head attends to the union of both
-    interleaved  layers alternate: near in even layers, far in odd ones; `at(layer)` is the pattern of one layer
-    heads        heads alternate: near in even heads, far in odd ones
-
-    Whatever the step, a query sees itself.
-    """
-
-    stride: int
-    combine: Combine = "merged"
-    layer: int = 0
-
-    def __post_init__(self) -> None:
-        if self.stride < 1:
-            raise NectarError(f"stride is {self.stride}: it must be at least 1")
-        if self.combine not in ("merged", "interleaved", "heads"):
-            raise NectarError(f"combine is {self.combine!r}: choose merged, interleaved or heads")
-
-    def at(self, layer: int) -> Self:
-        """The same pattern as seen by one layer."""
-        return replace(self, layer=layer)
-
-    def steps(self, head: int) -> tuple[bool, bool]:
-        """Whether this head takes the near and the far step."""
-        if self.combine == "merged":
-            return True, True
-        odd = (self.layer if self.combine == "interleaved" else head) % 2 == 1
-        return not odd, odd
-
-    def mask(self, length: int, keys_length: int, *, heads: int = 1) -> mx.array:
-        """What the last T = `length` of S = `keys_length` positions see: bool [heads, T, S].
-
-        This is the definition; `sparse_attention` never builds it for a long sequence.
-        """
-        i = mx.arange(keys_length - length, keys_length)[:, None]
-        return mx.stack([self._visible(i, mx.arange(keys_length)[None], head) for head in range(heads)])
-
-    def _visible(self, i: mx.array, j: mx.array, head: int) -> mx.array:
-        near, far = self.steps(head)
-        seen = i == j
-        if near:
-            seen = seen | self._near(i, j)
-        if far:
-            seen = seen | self._far(i, j, head)
-        return seen & (j <= i)
-
-    def _near_mask(self, heads: list[int]) -> mx.array:
-        """What a row's queries see of the `_near_rows` rows that end with it: bool [1 or h, 1, l, l · _near_rows]."""
-        end = self.stride * self._near_rows
-        i, j = mx.arange(end - self.stride, end)[:, None], mx.arange(end)[None]
-        alike = all(self.steps(head) == (True, False) for head in heads) or self.combine == "merged"
-        seen = [self._visible(i, j, head) & self._near(i, j) for head in (heads[:1] if alike else heads)]
-        return mx.stack(seen)[:, None]
-
-    @property
-    @abstractmethod
-    def _near_rows(self) -> int:
-        """How many rows the near keys of one row's queries lie in."""
-
-    @abstractmethod
-    def _near(self, i: mx.array, j: mx.array) -> mx.array:
-        """Is key j ≤ i in the near set of query i?"""
-
-    @abstractmethod
-    def _far(self, i: mx.array, j: mx.array, head: int) -> mx.array:
-        """Is key j ≤ i in the far set of query i?"""
-
-    @abstractmethod
-    def _near_keys(self, keys: mx.array) -> mx.array:
-        """[B, h, M, l, D] -> [B, h, M, l · _near_rows, D]: the rows that each row's queries see, zeros for row -1."""
-
-    @abstractmethod
-    def _far_queries(self, queries: mx.array) -> mx.array:
-        """[B, h, R, l, D] -> [B, h, lanes, R · queries per row, D]: queries of one lane share their far keys."""
-
-    @abstractmethod
-    def _far_keys(self, keys: mx.array, heads: list[int]) -> mx.array:
-        """[B, h, M, l, D] -> [B, h, lanes, M · keys per row, D]."""
-
-    @abstractmethod
-    def _far_result(self, x: mx.array) -> mx.array:
-        """[B, h, lanes, R · queries per row, ...] -> [B, h, R, l, ...], the inverse of `_far_queries`."""
-
-
-@dataclass(frozen=True)
-class Strided(Pattern):
-    """The last `stride` positions, and every `stride`-th before them (section 4.3, figure 3b)."""
-
-    @classmethod
-    def balanced(cls, length: int) -> Self:
-        """The stride at which both parts cost the same: the power of two below √length."""
-        return cls(_power_of_two(length**0.5))
-
-    @property
-    def _near_rows(self) -> int:
-        return 2
-
-    def _near(self, i: mx.array, j: mx.array) -> mx.array:
-        return i - j < self.stride
-
-    def _far(self, i: mx.array, j: mx.array, head: int) -> mx.array:
-        return (i - j) % self.stride == 0
-
-    def _near_keys(self, keys: mx.array) -> mx.array:
-        before = mx.pad(keys[:, :, :-1], [(0, 0), (0, 0), (1, 0), (0, 0), (0, 0)])
-        return mx.concatenate([before, keys], axis=3)
-
-    def _far_queries(self, queries: mx.array) -> mx.array:
-        return queries.swapaxes(2, 3)
-
-    def _far_keys(self, keys: mx.array, heads: list[int]) -> mx.array:
-        return keys.swapaxes(2, 3)
-
-    def _far_result(self, x: mx.array) -> mx.array:
-        return x.swapaxes(2, 3)
-
-
-@dataclass(frozen=True)
-class Fixed(Pattern):
-    """The query's own block of `stride` positions, and `summary` columns of every earlier one (section 4.3, figure 3c).
-
-    Different heads read different columns, as the paper advises: the last `summary` of a block, those before them, ….
-    With a stride of the whole length it is dense causal attention.
-    """
-
-    summary: int = 8
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 1 <= self.summary <= self.stride:
-            raise NectarError(f"summary is {self.summary}: it must lie between 1 and the stride, {self.stride}")
-
-    @classmethod
-    def balanced(cls, length: int, *, summary: int = 8) -> Self:
-        """The stride at which both parts cost the same: the power of two below √(summary · length / 2)."""
-        return cls(max(summary, _power_of_two((summary * length / 2) ** 0.5)), summary=summary)
-
-    @property
-    def _near_rows(self) -> int:
-        return 1
-
-    def _near(self, i: mx.array, j: mx.array) -> mx.array:
-        return i // self.stride == j // self.stride
-
-    def _far(self, i: mx.array, j: mx.array, head: int) -> mx.array:
-        end = self.stride - self.summary * self._columns(head)
-        column = j % self.stride
-        return (column >= end - self.summary) & (column < end)
-
-    def _columns(self, head: int) -> int:
-        """Which `summary` columns a head reads, counted from the end of the block."""
-        return (head // 2 if self.combine == "heads" else head) % (self.stride // self.summary)
-
-    def _near_keys(self, keys: mx.array) -> mx.array:
-        return keys
-
-    def _far_queries(self, queries: mx.array) -> mx.array:
-        return queries.flatten(2, 3)[:, :, None]
-
-    def _far_keys(self, keys: mx.array, heads: list[int]) -> mx.array:
-        choices = self.stride // self.summary
-        columns = mx.unflatten(keys[:, :, :, self.stride - choices * self.summary :], 3, (choices, self.summary))
-        columns = columns.transpose(0, 1, 3, 2, 4, 5).flatten(1, 2)
-        choice = [(n + 1) * choices - 1 - self._columns(head) for n, head in enumerate(heads)]
-        return columns[:, mx.array(choice)].flatten(2, 3)[:, :, None]
-
-    def _far_result(self, x: mx.array) -> mx.array:
-        return mx.unflatten(x[:, :, 0], 2, (-1, self.stride))
 
 
 def sparse_attention(queries: mx.array, keys: mx.array, values: mx.array, *, pattern: Pattern, scale: float) -> Partial:
@@ -217,9 +32,13 @@ def sparse_attention(queries: mx.array, keys: mx.array, values: mx.array, *, pat
 
     On a GPU in half precision the output of the fixed pattern comes from MLX's fused kernel, many times faster. That
     returns no log-normaliser: it is a separate pass, and like all of MLX not run unless something needs it.
+
+    Raises ValueError if T is 0 or exceeds S, or if H is not a multiple of K.
     """
     B, H, T, _ = queries.shape
     K, S = keys.shape[1], keys.shape[2]
+    if not 0 < T <= S or H % K:
+        raise ValueError(f"queries {queries.shape} do not fit keys {keys.shape}")
     if mx.default_device() == mx.cpu:  # the CPU multiplies half precision element by element
         queries, keys, values = (x.astype(mx.float32) for x in (queries, keys, values))
     keys, values = (_take_heads(x, [head * K // H for head in range(H)]) for x in (keys, values))
@@ -373,11 +192,6 @@ def _rows(x: mx.array, before: int, stride: int) -> mx.array:
 def _take_heads(x: mx.array, heads: list[int]) -> mx.array:
     """Those heads of [B, K, ...], one after another; a head may come more than once."""
     return x if heads == list(range(x.shape[1])) else x[:, mx.array(heads)]
-
-
-def _power_of_two(x: float) -> int:
-    """The largest power of two that is at most x, and at least 1."""
-    return 1 << max(0, int(x).bit_length() - 1)
 
 
 def benchmark(

@@ -106,6 +106,13 @@ def test_impossible_patterns(make) -> None:  # type: ignore[no-untyped-def]
         make()
 
 
+@pytest.mark.parametrize(("length", "keys_length", "heads"), [(9, 8, 2), (0, 8, 2), (8, 8, 3)])
+def test_shapes_that_do_not_fit(length: int, keys_length: int, heads: int) -> None:
+    queries, keys = mx.zeros((1, heads, length, 8)), mx.zeros((1, 2, keys_length, 8))
+    with pytest.raises(ValueError, match="do not fit"):
+        sparse_attention(queries, keys, keys, pattern=Strided(4), scale=1.0)
+
+
 # --- the same numbers as dense attention under the mask --------------------------------------------------------
 
 
