@@ -222,11 +222,11 @@ class Book(NamedTuple):
     path: Path
 
 
-def book(folder: Path, architecture: str = "llama", *, name: str = "book", seed: int = 0) -> Book:
+def book(folder: Path, architecture: str = "llama", *, name: str = "book", seed: int = 0, **arguments: Any) -> Book:
     """Writes both; `seed` chooses the context, not the model."""
     words = tokenizer()
     model_folder = folder / "model"
-    model = toy(architecture)
+    model = toy(architecture, **arguments)
     if not model_folder.exists():
         save_model(model, model_folder, words)
     nectar = exact(model, random_tokens(CONTEXT, seed=seed), words, name=str(model_folder))
