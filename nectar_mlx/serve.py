@@ -336,8 +336,7 @@ def _work(args: argparse.Namespace) -> None:
 
 def _end(generator: server.ResponseGenerator) -> None:
     generator.stop_and_join()
-    # Joined, the thread still has to free what MLX keeps per thread, and needs the interpreter for it: Python aborts when
-    # it finds the interpreter gone.
+    # Joined, the thread still frees what MLX keeps for it, and needs the interpreter to do so: without one it aborts.
     time.sleep(_LAST_BREATH)
 
 

@@ -1,4 +1,4 @@
-"""The server, with the client that people use: every answer is the single request's, and nothing a client does ends it."""
+"""The server, with the client that people use: answers are those of single requests, and no client can end it."""
 
 import argparse
 import http.client
