@@ -10,19 +10,19 @@ import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
-from . import adapter, baselines, cli, fidelity, questions
+from . import adapter, answers, baselines, cli, fidelity, questions, regression, report
 from .baselines import NO_CONTEXT, Task, View
 from .errors import NectarError
 from .fidelity import Bootstrap, Divergence, Estimate
 from .nectar import Nectar
-from .queries import read
+from .queries import Study, read
 from .questions import ON, Asked
 
 FILE = "nectar"
@@ -40,6 +40,7 @@ class Options:
     rows: int = 4096
     seed: int = 2024
     slow: bool = False
+    answers: bool = True
 
 
 @dataclass(kw_only=True)
@@ -72,6 +73,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--rows", type=int, default=4096, metavar="N", help="queries a head for baselines (default 4096)"
     )
     parser.add_argument("--seed", type=int, default=2024, help="of questions and answers")
+    parser.add_argument("--no-answers", action="store_true", help="do not write answers to compare their meaning")
+    parser.add_argument("--report", metavar="FILE.html", help="write a page to look at")
+    parser.add_argument("--plot", metavar="FILE.png", help="draw divergence against bytes (needs nectar-mlx[plot])")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return cli.run(parser, _work, argv)
 
@@ -87,7 +91,11 @@ def _work(arguments: argparse.Namespace) -> None:
         rows=arguments.rows,
         seed=arguments.seed,
         slow=mx.default_device() != mx.cpu,
+        answers=not arguments.no_answers,
     )
+    for path in (arguments.report, arguments.plot):
+        if path and not Path(path).resolve().parent.is_dir():
+            raise NectarError(f"{path}: there is no such folder")
     started = time.perf_counter()
     model, tokenizer, first = cli.load(arguments.nectar[0], arguments.model)
     loaded = time.perf_counter() - started
@@ -96,6 +104,10 @@ def _work(arguments: argparse.Namespace) -> None:
     own = Path(arguments.questions) if arguments.questions else None
     result = evaluate(model, tokenizer, files, options=options, own=own)
     result["seconds"]["load"] = round(loaded, 2)
+    if arguments.report:
+        report.write(result, Path(arguments.report))
+    if arguments.plot:
+        report.plot(result, Path(arguments.plot))
     print(json.dumps(result) if arguments.json else table(result))
 
 
@@ -125,23 +137,68 @@ def evaluate(
     asked = (
         questions.from_file(own, task) if own else questions.held_out(task, count=options.questions, seed=options.seed)
     )
-    questions.sample_answers(task, asked, seed=options.seed)
+    study = Study(task.n_heads, min(options.rows, 4096), geometry.head_dim, folder=None)
+    questions.sample_answers(task, asked, seed=options.seed, study=study)
     asked = [a for a in asked if a.conversation.answer]
     clock.lap("answer")
     methods = build(task, files, chosen)
     clock.lap("build")
     measure(task, methods, asked)
     clock.lap("compare")
-    return {
+    errors = {m.label: head_errors(task, m.view, study) for m in methods}
+    clock.lap("errors")
+    told = summaries(methods, asked, errors)
+    result = {
         "files": {name: _described(nectar) for name, nectar in files.items()},
         "model": first.metadata.get("model", ""),
         "context_tokens": len(first.prefix),
         "cache_bytes": geometry.cache_bytes(len(first.prefix)),
         "geometry": geometry.to_dict(),
         "questions": [{"question": a.question, "kind": a.kind, "tokens": len(a.conversation.answer)} for a in asked],
-        "methods": summaries(methods, asked),
+        "methods": told,
+        "heads": errors[methods[0].label],
+        "correlation": correlations(told),
+        "answers": {},
+        "examples": [],
+        "facts": answers.facts(task, asked, _views(task, methods), seed=options.seed),
         "seconds": clock.laps,
     }
+    if options.answers and any(a.kind == ON for a in asked):
+        nothing = next(m.view for m in methods if m.name == NO_CONTEXT)
+        sampled = answers.sample(task, asked, methods[0].view, nothing, seed=options.seed + 1)
+        result["answers"] = answers.meaning(task, sampled, log=cli.say)
+        result["examples"] = [asdict(s) for s in sampled]
+        clock.lap("answers")
+    result["peak_bytes"] = int(mx.get_peak_memory())
+    return result
+
+
+def _views(task: Task, methods: Sequence[Method]) -> dict[str, View]:
+    full = View(banks=task.context.banks, windows=task.context.windows, start=task.length, nbytes=0)
+    return {"full cache": full} | {m.label if m.view.nbytes else m.name: m.view for m in methods}
+
+
+def head_errors(task: Task, view: View, rows: Study) -> list[float]:
+    """The merged error of every head (layer by layer) over what the evaluation's answers asked; none for views that
+    read another text than the context."""
+    if view.start != task.length:
+        return []
+    K, found = task.geometry.n_kv_heads, list[float]()
+    for layer, bank in enumerate(view.banks):
+        found += np.array(regression.errors(bank, rows.heads(range(layer * K, layer * K + K)))).tolist()
+    return [_rounded(x) for x in found]
+
+
+def correlations(methods: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+    """Rank correlations over all methods and files: does the heads' error, does the divergence, tell what is lost?"""
+    fitted = [m for m in methods if m["error"] is not None]
+    pairs = {
+        "error, accuracy gap": ("error", "accuracy_gap"),
+        "error, KL": ("error", "kl"),
+        "KL, accuracy gap": ("kl", "accuracy_gap"),
+    }
+    found = {n: answers.rank_correlation([m[a] for m in fitted], [m[b] for m in fitted]) for n, (a, b) in pairs.items()}
+    return {name: None if rho is None else round(rho, 3) for name, rho in found.items()}
 
 
 class _Clock:
@@ -207,7 +264,9 @@ def measure(task: Task, methods: Sequence[Method], asked: Sequence[Asked]) -> No
         method.divergence = found[method.label]
 
 
-def summaries(methods: Sequence[Method], asked: Sequence[Asked]) -> list[dict[str, Any]]:
+def summaries(
+    methods: Sequence[Method], asked: Sequence[Asked], errors: Mapping[str, Sequence[float]]
+) -> list[dict[str, Any]]:
     """One object a method. Its own figures are those of questions about the text (of all, if there are none)."""
     kinds = {k: [i for i, a in enumerate(asked) if a.kind == k] for k in dict.fromkeys(a.kind for a in asked)}
     nothing = next(m for m in methods if m.name == NO_CONTEXT)
@@ -221,6 +280,7 @@ def summaries(methods: Sequence[Method], asked: Sequence[Asked]) -> list[dict[st
                 "bytes": method.view.nbytes,
                 **by_kind.get(ON, next(iter(by_kind.values()))),
                 "kinds": by_kind,
+                "error": _rounded(float(np.mean(errors[method.label]))) if errors[method.label] else None,
                 "seconds": round(method.seconds, 2),
                 "detail": method.view.detail,
             }
@@ -270,6 +330,11 @@ def table(result: Mapping[str, Any]) -> str:
             f"{m['agree']:>8.1%}{m['gap_closed']:>12.1%}"
             + "".join(f"{m['kinds'][k]['kl']:>18.4f}" for k in kinds if k != ON)
         )
+    if told := result["answers"]:
+        lines += ["", f"similarity to the full cache's answers, by {told['by']}: the file {told['file']:.3f}, "]
+        lines[-1] += f"a second full-cache sample {told['again']:.3f}, no context {told['nothing']:.3f}"
+    if result["facts"]:
+        lines += ["", "facts found: " + ", ".join(f"{f['method']} {f['found']:.0%}" for f in result["facts"])]
     return "\n".join(lines)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from . import instructions, prompts
 from .baselines import Task
 from .errors import NectarError
-from .queries import Conversation
+from .queries import Conversation, Study
 
 ON, OFF, REREAD, CONTINUE = "on-context", "off-context", "re-reading", "continuation"
 TEMPERATURE = 0.7
@@ -104,9 +104,10 @@ def _question(line: str, task: Task, place: str) -> Asked:
     )
 
 
-def sample_answers(task: Task, asked: Sequence[Asked], *, seed: int, batch: int = 16) -> None:
-    """Fills in the answers that are missing, sampled with the full cache."""
+def sample_answers(task: Task, asked: Sequence[Asked], *, seed: int, study: Study, batch: int = 16) -> None:
+    """Fills in the answers that are missing, sampled with the full cache; what attention saw goes into `study`."""
     missing = [a.conversation for a in asked if not a.conversation.answer]
     missing.sort(key=lambda c: len(c.prompt))
     for start in range(0, len(missing), batch):
-        task.converse(task.context, missing[start : start + batch], seed=seed + start, temperature=TEMPERATURE)
+        part = missing[start : start + batch]
+        task.converse(task.context, part, seed=seed + start, temperature=TEMPERATURE, study=study)

@@ -95,7 +95,7 @@ class Task:
         asked = instructions.training(self.passage, seed=self.seed)
         conversations: list[Conversation] = []
         while not study.full:
-            size = min(32, max(2, self.rows // 400))
+            size = min(32, max(8, self.rows // 400))
             batch = [Conversation(self.ask(next(asked))) for _ in range(size)]
             self.converse(self.context, batch, seed=self.seed + len(conversations), study=study, temperature=0.9)
             conversations += batch

@@ -1,0 +1,190 @@
+"""The report's drawings as SVG text, coloured by the page's style: `--c0` … `--c7`, `--accent` for the file."""
+
+import html
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+FILE = "nectar"
+_HUES = 8
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A logarithmic axis from `low` to `high` over pixels `start` to `end`."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+
+    @classmethod
+    def around(cls, values: Sequence[float], start: float, end: float) -> "Axis":
+        """With a little room on both sides of positive values."""
+        low, high = min(values) / 1.25, max(values) * 1.25
+        return cls(low, high, start, end)
+
+    def __call__(self, value: float) -> float:
+        share = math.log(value / self.low) / math.log(self.high / self.low)
+        return self.start + share * (self.end - self.start)
+
+    def ticks(self) -> list[float]:
+        """1, 2 and 5 times the powers of ten inside; the powers alone where those are enough."""
+        powers = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
+        for steps in ((1,), (1, 3), (1, 2, 5)):
+            found = [s * 10.0**p for p in powers for s in steps if self.low <= s * 10.0**p <= self.high]
+            if len(found) >= 4:
+                break
+        return found
+
+
+def curve(methods: Sequence[Mapping[str, Any]], full: int) -> str:
+    """Divergence against bytes of every method, log axes; a method with several sizes is a line."""
+    placed = [m for m in methods if m["bytes"] > 0 and m["kl"] > 0]
+    floor = [m["kl"] for m in methods if m["method"] == "no context"]
+    names = list(dict.fromkeys(m["method"] for m in placed))
+    width, height, left, right, top, bottom = 944, 470, 64, 720, 14, 418
+    x = Axis.around([*(m["bytes"] for m in placed), full], left, right)
+    y = Axis.around([*(m["kl"] for m in placed), *floor], bottom, top)
+    parts = [
+        _grid(x, y, right, bottom),
+        _line("floor", x(full), top, x(full), bottom),
+    ]
+    parts.append(_text(x(full) - 6, bottom - 8, f"full cache {size(full)}", "note", "end"))
+    for kl in floor:
+        parts.append(_line("floor", left, y(kl), right, y(kl)))
+        parts.append(_text(left + 6, y(kl) - 6, f"no context {kl:.3f}", "note"))
+    labels = []
+    for name in names:
+        points = sorted((m for m in placed if m["method"] == name), key=lambda m: float(m["bytes"]))
+        places = [(x(m["bytes"]), y(m["kl"])) for m in points]
+        path = " ".join(f"{a:.1f},{b:.1f}" for a, b in places)
+        parts.append(f'<polyline class=curve points="{path}" {_style(name, names)}/>')
+        for m, (a, b) in zip(points, places, strict=True):
+            low, high = (y(min(max(v, y.low), y.high)) for v in m["kl_interval"])
+            parts.append(_line("bar", a, high, a, low, _style(name, names)))
+            note = f"{name}: {size(m['bytes'])}, KL {m['kl']:.4f}, agree {m['agree']:.1%}"
+            parts.append(_mark(a, b, name, names, note))
+        labels.append((places[-1][1], places[-1][0], name))
+    parts += _labels(labels, names, right + 14, top, bottom)
+    parts.append(_text((left + right) / 2, height - 8, "bytes kept", "axis", "middle"))
+    up = f'transform="rotate(-90 14 {(top + bottom) / 2})"'
+    parts.append(_text(14, (top + bottom) / 2, "KL from the full cache, nats a token", "axis", "middle", up))
+    return svg(width, height, parts, "Divergence from the full cache against bytes kept, for every method")
+
+
+def _grid(x: Axis, y: Axis, right: float, bottom: float) -> str:
+    lines = []
+    for value in x.ticks():
+        at = x(value)
+        lines.append(_line("grid", at, y.end, at, bottom))
+        lines.append(_text(at, bottom + 18, size(value), "tick", "middle"))
+    for value in y.ticks():
+        at = y(value)
+        lines.append(_line("grid", x.start, at, right, at))
+        lines.append(_text(x.start - 8, at + 4, f"{value:g}", "tick", "end"))
+    return "".join(lines)
+
+
+def _style(name: str, names: Sequence[str]) -> str:
+    others = [n for n in names if n != FILE]
+    colour = "--accent" if name == FILE else f"--c{others.index(name) % _HUES}"
+    return f'style="--c:var({colour})"'
+
+
+def _mark(x: float, y: float, name: str, names: Sequence[str], note: str) -> str:
+    """A dot; the browser shows the note when the pointer rests on it."""
+    shape = 'class=own r="7"' if name == FILE else 'class=mark r="5"'
+    place = f'cx="{x:.1f}" cy="{y:.1f}" {_style(name, names)}'
+    return f"<circle {shape} {place}><title>{html.escape(note)}</title></circle>"
+
+
+def _line(kind: str, x1: float, y1: float, x2: float, y2: float, style: str = "") -> str:
+    return f'<line class={kind} x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" {style}/>'
+
+
+def _text(x: float, y: float, text: str, kind: str, anchor: str = "start", more: str = "") -> str:
+    return f'<text class={kind} x="{x:.1f}" y="{y:.1f}" text-anchor={anchor} {more}>{html.escape(text)}</text>'
+
+
+def _labels(
+    labels: Sequence[tuple[float, float, str]], names: Sequence[str], x: float, top: float, bottom: float
+) -> list[str]:
+    """Names at the right, moved apart where they would overlap, each with a line to its last mark at (y, x)."""
+    ordered, gap = sorted(labels), 19.0
+    heights = [max(top + 6, y) for y, *_ in ordered]
+    for i in range(1, len(heights)):
+        heights[i] = max(heights[i], heights[i - 1] + gap)
+    for i in reversed(range(len(heights))):
+        heights[i] = min(heights[i], bottom - gap * (len(heights) - 1 - i))
+    parts = []
+    for at, (my, mx, name) in zip(heights, ordered, strict=True):
+        path = f"{mx + 8:.1f},{my:.1f} {x - 10:.1f},{at:.1f} {x - 2:.1f},{at:.1f}"
+        parts.append(f'<polyline class=lead points="{path}" {_style(name, names)}/>')
+        own = name == FILE
+        shown, kind = ("this file", "label-own") if own else (name, "label")
+        parts.append(_text(x + 2, at + 4, shown, kind, more=_style(name, names)))
+    return parts
+
+
+def scatter(points: Sequence[Mapping[str, Any]]) -> str:
+    """Next-token accuracy lost against the mean error of the heads (log axis), a mark a method."""
+    width, height, left, bottom = 560, 320, 64, 272
+    x = Axis.around([m["error"] for m in points], left, width - 20)
+    gaps = [100 * m["accuracy_gap"] for m in points]
+    low, high = min(0.0, *gaps) - 1, max(1.0, *gaps) + 1
+
+    def y(value: float) -> float:
+        return bottom - (value - low) / (high - low) * (bottom - 16)
+
+    names, parts = list(dict.fromkeys(m["method"] for m in points)), list[str]()
+    for value in x.ticks():
+        parts.append(_line("grid", x(value), 16, x(value), bottom))
+        parts.append(_text(x(value), bottom + 18, f"{value:g}", "tick", "middle"))
+    for step in range(math.ceil(low), math.floor(high) + 1, max(1, round((high - low) / 5))):
+        parts.append(_line("grid", left, y(step), width - 20, y(step)))
+        parts.append(_text(left - 8, y(step) + 4, f"{step}%", "tick", "end"))
+    for m, gap in zip(points, gaps, strict=True):
+        note = f"{m['method']}: error {m['error']:.3g}, accuracy lost {gap:.1f}%"
+        parts.append(_mark(x(m["error"]), y(gap), m["method"], names, note))
+    parts.append(_text((left + width - 20) / 2, height - 8, "mean error of the heads", "axis", "middle"))
+    return svg(width, height, parts, "Next-token accuracy lost against the heads' error")
+
+
+def heat(values: Sequence[float], n_kv_heads: int, *, unit: Callable[[float], str], title: str) -> str:
+    """Layers from left to right, heads from top to bottom, darker for more (log scale)."""
+    columns = len(values) // n_kv_heads
+    cell = max(9, min(26, 860 // max(columns, 1)))
+    positive = [v for v in values if v > 0] or [1.0]
+    low, high = math.log(min(positive)), math.log(max(positive))
+    left, parts = 46, list[str]()
+    for i, value in enumerate(values):
+        layer, head = divmod(i, n_kv_heads)
+        share = (math.log(max(value, min(positive))) - low) / (high - low) if high > low else 1.0
+        parts.append(
+            f'<rect x="{left + layer * cell}" y="{head * cell}" width="{cell - 1}" height="{cell - 1}" rx=2 '
+            f'style="fill:color-mix(in oklab, var(--accent) {8 + 92 * share:.0f}%, var(--paper))">'
+            f"<title>layer {layer}, head {head}: {unit(value)}</title></rect>"
+        )
+    for head in range(n_kv_heads):
+        parts.append(_text(left - 8, head * cell + cell / 2 + 4, f"h{head}", "tick", "end"))
+    bottom = n_kv_heads * cell + 14
+    for layer in range(0, columns, 5 if columns > 12 else 1):
+        parts.append(_text(left + layer * cell + cell / 2, bottom, str(layer), "tick", "middle"))
+    scale = f"from {unit(min(positive))} (light) to {unit(max(positive))} (dark), logarithmic"
+    drawing = svg(left + columns * cell + 4, bottom + 6, parts, title)
+    return f"<figure>{drawing}<figcaption><b>{title}</b>, {scale}</figcaption></figure>"
+
+
+def svg(width: float, height: float, parts: Sequence[str], title: str) -> str:
+    shape = f'viewBox="0 0 {width:g} {height:g}" width="{width:g}"'
+    return f'<svg {shape} role=img aria-label="{html.escape(title, quote=True)}">{"".join(parts)}</svg>'
+
+
+def size(nbytes: float) -> str:
+    """Bytes for a person: 480 KB, 4.4 MB (powers of ten)."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
+        if nbytes >= scale:
+            return f"{nbytes / scale:.3g} {unit}"
+    return f"{nbytes:.0f} B"
