@@ -1,0 +1,79 @@
+"""`nectar push book.nectar user/name`: shares a .nectar on the Hugging Face hub, with a card that says what it is."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from . import cli, hub
+from .inspect import describe
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return cli.run(_parser(), _work, argv)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = cli.Parser("push", "Shares a .nectar on the Hugging Face hub; every command then takes user/name for it.")
+    parser.add_argument("nectar", type=Path, help="the .nectar file")
+    parser.add_argument("repository", help="user/name")
+    parser.add_argument("--private", action="store_true", help="if the repository is new, only you can see it")
+    return parser
+
+
+def _work(args: argparse.Namespace) -> None:
+    files: dict[str, bytes | Path] = {
+        args.nectar.name: args.nectar,
+        "README.md": card(describe(args.nectar), args.repository).encode(),
+    }
+    cli.say(f"uploading {args.nectar} ({args.nectar.stat().st_size / 2**20:.1f} MiB) to {args.repository}")
+    print(hub.upload(args.repository, files, private=args.private))
+
+
+def card(facts: dict[str, Any], repository: str) -> str:
+    """The repository's README.md: what was fitted, on what, and how faithful it is. facts: of `inspect.describe`."""
+    name = Path(facts["file"]).name
+    rows = {
+        "model": f"`{facts['model']}` (fingerprint `{facts['model_sha256'][:16]}`)",
+        "context": f"{facts['context_tokens']:,} tokens of {facts['source'] or 'an unnamed text'}",
+        "kind": f"{facts['kind']}, {facts['bits']} bits",
+        "size": f"{facts['parameter_bytes'] / 2**20:.2f} MiB, {facts['share_of_kv_cache']:.2%} of the KV cache in bf16",
+        **_fidelity(facts["report"]),
+    }
+    table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
+    base = f"base_model: {facts['model']}\n" if facts["model"].count("/") == 1 and facts["model"][0] != "/" else ""
+    return f"""---
+library_name: nectar_mlx
+tags: [mlx, nectar]
+{base}---
+# {name.removesuffix(".nectar")}
+
+A long context, read once and kept as small functions of the query that stand for its keys and values (a
+[Nectar](https://arxiv.org/abs/2605.09778)). The model named below answers about the text from this file.
+
+| | |
+|---|---|
+{table}
+
+    nectar ask {repository} "..."
+    nectar chat {repository}
+
+From Python: `Nectar.load("{repository}", model)`. The file holds the text's token ids, and what
+is needed to answer about it: share it only where you may share the text.
+"""
+
+
+def _fidelity(report: dict[str, Any]) -> dict[str, str]:
+    """What the fit measured on answers that it was not fitted on."""
+    named = {
+        "kl": "divergence from full attention, held out (nats a token)",
+        "agree": "same most likely token as full attention, held out",
+        "gap_closed": "share of the gap between no context and full attention that it closes",
+    }
+    found = {text: report[key] for key, text in named.items() if isinstance(report.get(key), int | float)}
+    return {text: f"{value:.3g}" for text, value in found.items()} or {"fidelity": "not measured"}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,172 @@
+"""Sharing: a .nectar goes up to a small hub on loopback with its card, and every command takes its id."""
+
+import base64
+import json
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from urllib.parse import unquote
+
+import pytest
+import toys
+from test_hub import Handler, Hub
+
+from nectar_mlx import push
+
+
+class Upload(Handler):
+    """The part of the hub's HTTP interface that uploads use."""
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        path = unquote(self.path.partition("?")[0]).strip("/")
+        self.server.requests.append(path)
+        if self.headers.get("Authorization") != "Bearer hf_token":
+            return self.answer_post({"error": "no token"}, 401)
+        if path == "api/repos/create":
+            name = "/".join(filter(None, [json.loads(body).get("organization"), json.loads(body)["name"]]))
+            self.server.repositories.setdefault(name, {})
+            return self.answer_post({"url": f"{self.server.url}/{name}"})
+        if path == "api/validate-yaml":
+            return self.answer_post({"errors": [], "warnings": []})
+        if path.endswith("/preupload/main"):
+            files = [
+                {**f, "uploadMode": "lfs" if f["path"].endswith(".nectar") else "regular", "shouldIgnore": False}
+                for f in json.loads(body)["files"]
+            ]
+            return self.answer_post({"files": files})
+        if path.endswith("/info/lfs/objects/batch"):
+            objects = [
+                {**o, "actions": {"upload": {"href": f"{self.server.url}/lfs/{o['oid']}"}}}
+                for o in json.loads(body)["objects"]
+            ]
+            return self.answer_post({"transfer": "basic", "objects": objects})
+        if path.endswith("/commit/main"):
+            return self.commit(path.removeprefix("api/models/").removesuffix("/commit/main"), body)
+        self.answer_post({"error": path}, 404)
+
+    def do_PUT(self) -> None:
+        oid = self.path.rsplit("/", 1)[1]
+        self.server.repositories.setdefault("lfs", {})[oid] = self.rfile.read(int(self.headers["Content-Length"]))
+        self.answer_post({})
+
+    def commit(self, name: str, body: bytes) -> None:
+        for line in map(json.loads, body.splitlines()):
+            value = line["value"]
+            if line["key"] == "file":
+                self.server.repositories[name][value["path"]] = base64.b64decode(value["content"])
+            elif line["key"] == "lfsFile":
+                self.server.repositories[name][value["path"]] = self.server.repositories["lfs"][value["oid"]]
+        self.answer_post({"success": True, "commitOid": "1" * 40, "commitUrl": f"{self.server.url}/{name}/commit/1"})
+
+    def answer_post(self, body: object, status: int = 200) -> None:
+        content = json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+
+@pytest.fixture
+def hub():
+    server = Hub()
+    server.RequestHandlerClass = Upload
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+@pytest.fixture(scope="module")
+def book(tmp_path_factory):
+    return toys.book(tmp_path_factory.mktemp("book"))
+
+
+def nectar(hub: Hub, cache: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    variables = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(cache), "HF_TOKEN": "hf_token"}
+    quiet = {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    return subprocess.run(
+        [sys.executable, "-m", "nectar_mlx", *arguments],
+        env={**os.environ, **variables, **quiet, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_up_and_down_again(hub, book, tmp_path):
+    pushed = nectar(hub, tmp_path, "push", str(book.path), "someone/book")
+    assert pushed.returncode == 0, pushed.stderr
+    assert pushed.stdout == f"{hub.url}/someone/book\n"
+    files = hub.repositories["someone/book"]
+    assert files["book.nectar"] == book.path.read_bytes()
+    card = files["README.md"].decode()
+    assert "library_name: nectar_mlx" in card and f"{toys.CONTEXT} tokens" in card and "nectar ask someone/book" in card
+
+    here = nectar(hub, tmp_path, "ask", str(book.path), "who is the fox?", "--max-tokens", "6")
+    there = nectar(hub, tmp_path, "ask", "someone/book", "who is the fox?", "--max-tokens", "6")
+    assert (there.returncode, there.stdout) == (0, here.stdout), there.stderr
+    facts = nectar(hub, tmp_path, "inspect", "someone/book", "--json")
+    assert json.loads(facts.stdout)["context_tokens"] == toys.CONTEXT
+    asked = len(hub.requests)
+    offline = nectar(hub, tmp_path, "inspect", "someone/book", "--json", HF_HUB_OFFLINE="1")
+    assert offline.stdout == facts.stdout and len(hub.requests) == asked
+
+
+@pytest.mark.parametrize(
+    "arguments, complaint",
+    [
+        (("push", "{missing}", "someone/book"), "no such file"),
+        (("push", "{text}", "someone/book"), "not a .nectar"),
+        (("push", "{book}", "not a name"), "not a repository's name"),
+        (("inspect", "someone/absent"), "no such repository"),
+        (("inspect", "someone/two"), "holds a.nectar, b.nectar; it must hold exactly one"),
+        (("inspect", "someone/none"), "holds no .nectar"),
+    ],
+)
+def test_what_cannot_be_shared(hub, book, tmp_path, arguments, complaint):
+    hub.repositories |= {"someone/two": {"a.nectar": b"1", "b.nectar": b"2"}, "someone/none": {"README.md": b""}}
+    (tmp_path / "text.nectar").write_text("text")
+    named = {"missing": tmp_path / "missing.nectar", "text": tmp_path / "text.nectar", "book": book.path}
+    done = nectar(hub, tmp_path, *(a.format(**named) for a in arguments))
+    assert done.returncode == 2
+    assert complaint in done.stderr.splitlines()[-1], done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_no_token(hub, book, tmp_path):
+    done = nectar(hub, tmp_path, "push", str(book.path), "someone/book", HF_TOKEN="hf_wrong")
+    assert done.returncode == 2
+    assert "hf auth login" in done.stderr.splitlines()[-1]
+
+
+def test_a_hub_that_is_away(book, tmp_path):
+    server = Hub()
+    server.server_close()
+    done = nectar(server, tmp_path, "inspect", "someone/book")
+    assert done.returncode == 2
+    assert "gives no answer" in done.stderr.splitlines()[-1], done.stderr
+
+
+def test_card_says_how_faithful_it_is():
+    facts = {
+        "file": "a/book.nectar",
+        "model": "Qwen/Qwen3-1.7B",
+        "model_sha256": "ab" * 32,
+        "context_tokens": 6000,
+        "source": "time_machine.txt",
+        "kind": "quadrature",
+        "bits": 8,
+        "parameter_bytes": 1 << 20,
+        "share_of_kv_cache": 0.02,
+        "report": {"kl": 0.0123, "agree": 0.97, "error": [1, 2]},
+    }
+    card = push.card(facts, "someone/book")
+    for said in ("base_model: Qwen/Qwen3-1.7B", "6,000 tokens of time_machine.txt", "2.00%", "0.0123", "0.97"):
+        assert said in card
+    assert "not measured" in push.card({**facts, "report": {}}, "someone/book")
