@@ -1,13 +1,14 @@
-"""The fused decode step: head functions, exact causal attention over the live tokens and their merge, in one or two launches.
+"""The fused decode step: head functions, exact causal attention over the live tokens and their merge, in one or two
+launches.
 
-metal/ holds the kernel text. On Apple silicon it goes to `mx.fast.metal_kernel`, two launches a layer: partial results, then
-their merge. On NVIDIA the same text goes to `mx.fast.cuda_kernel` behind metal/cuda.h, one launch a layer: the threadgroup that
-finishes last at a KV head merges, which needs a memory fence between threadgroups that Metal does not offer everywhere.
-Everywhere else, and for shapes that `supports` refuses, callers take `attention.merge`, the oracle that the kernel is tested
-against, or `compose`, the best that stock operations do.
+metal/ holds the kernel text. On Apple silicon it goes to `mx.fast.metal_kernel`, two launches a layer: partial results,
+then their merge. On NVIDIA the same text goes to `mx.fast.cuda_kernel` behind metal/cuda.h, one launch a layer: the
+threadgroup that finishes last at a KV head merges, which needs a memory fence between threadgroups that Metal does not
+offer everywhere. Everywhere else, and for shapes that `supports` refuses, callers take `compose`, which is made of the
+plain operations that the kernel is tested against.
 
-Calling a kernel through MLX costs host time that grows with the length of its text and the number of its inputs, so constants
-are baked into the text, a layer's parameters are one buffer, and every text is built once.
+Calling a kernel through MLX costs host time that grows with the length of its text and the number of its inputs, so
+constants are baked into the text, a layer's parameters are one buffer, and every text is built once.
 """
 
 import functools
@@ -33,10 +34,10 @@ from .quantize import group_size
 HEAD_DIMS = (64, 80, 96, 128, 256)
 MAX_LENGTH = 8  # query tokens; more go through matmuls
 SIMDGROUPS = 8
-LIVE_SLICE, MAX_SLICES = 64, 32  # live tokens a threadgroup, at most so many threadgroups for one KV head of one sequence
+LIVE_SLICE, MAX_SLICES = 64, 32  # live tokens a threadgroup; threadgroups for the live tokens of one KV head, at most
 # Rows that a lane has asked for before it uses the first, by bits: CUDA has twice Apple's registers a thread.
 FLIGHT = {"metal": {32: 2, 16: 4, 8: 8, 4: 8}, "cuda": {32: 4, 16: 4, 8: 4, 4: 8}}
-_BLOCKS = {"metal": 96, "cuda": 124, "ops": 96}  # threadgroups a layer's parameters are cut into
+BLOCKS = {"metal": 96, "cuda": 124, "ops": 96}  # threadgroups a layer's parameters are cut into
 
 Kernel = Callable[..., list[mx.array]]
 
@@ -45,7 +46,7 @@ def backend() -> str:
     """What evaluates a decode step here: "metal", "cuda" or "ops". NECTAR_KERNEL overrides it."""
     chosen = os.environ.get("NECTAR_KERNEL", "")
     if chosen:
-        if chosen not in _BLOCKS:
+        if chosen not in BLOCKS:
             raise NectarError(f"NECTAR_KERNEL={chosen}: use metal, cuda or ops")
         return chosen
     if mx.default_device() == mx.cpu:
@@ -57,7 +58,7 @@ def pack(bank: Bank, *, dtype: mx.Dtype | None = None, bits: int = 16, heads: An
     """One layer's bank in the form that `decode` reads; see `packing.pack`."""
     here = backend()
     one_launch = here == "cuda"
-    return _pack(bank, dtype=dtype, bits=bits, heads=heads, blocks=_BLOCKS[here], backend=here, one_launch=one_launch)
+    return _pack(bank, dtype=dtype, bits=bits, heads=heads, blocks=BLOCKS[here], backend=here, one_launch=one_launch)
 
 
 def supports(packed: Packed, queries: mx.array, keys: mx.array) -> bool:
@@ -128,7 +129,7 @@ def _make_plan(
     padded: bool,
 ) -> Plan | None:
     (B, H, T, D), K = shape, form.n_kv_heads
-    fits = ends and form.head_dim == D and D in HEAD_DIMS and n_kv_heads == K and H % K == 0 and 0 < T <= MAX_LENGTH
+    fits = form.head_dim == D and D in HEAD_DIMS and n_kv_heads == K and H % K == 0 and ends and 0 < T <= MAX_LENGTH
     if form.backend == "ops" or not fits or dtype != live_dtype or dtype not in _NAMES:
         return None
     rows = B * (H // K) * T
@@ -150,24 +151,27 @@ def _make_plan(
 def compose(
     bank: Bank, queries: mx.array, keys: mx.array, values: mx.array, *, mask: mx.array | str | None = "causal"
 ) -> mx.array:
-    """The same by stock operations, for prompts and for GPUs without a kernel; arguments as `decode` and `attention.causal`."""
+    """`decode` by stock operations, for prompts and where no kernel is; arguments as `attention.causal` has them."""
     B, _, T, _ = queries.shape
     far = bank(attention.group(queries, keys.shape[1]))
     far = attention.Partial(*(attention.ungroup(x, B, T) for x in far))
-    return attention.merge(far, attention.causal(queries, keys, values, scale=bank.scale, mask=mask)).output.astype(queries.dtype)
+    live = attention.causal(queries, keys, values, scale=bank.scale, mask=mask)
+    return attention.merge(far, live).output.astype(queries.dtype)
 
 
-def compose_nodes(bank: Quadrature, keys: mx.array, values: mx.array, dtype: mx.Dtype) -> tuple[mx.array, mx.array, mx.array]:
-    """[nodes, live] keys and values [B, K, m + S, D] and the additive mask [1, K, 1, m + S] that make stock attention a
-    quadrature: `mx.fast.scaled_dot_product_attention` over them is the fastest stock form for one query token, as exact as
-    biases rounded to `dtype` allow."""
+def compose_nodes(
+    bank: Quadrature, keys: mx.array, values: mx.array, dtype: mx.Dtype
+) -> tuple[mx.array, mx.array, mx.array]:
+    """Keys and values [B, K, m + S, D] of nodes and live tokens together, and the additive mask [1, K, 1, m + S].
+
+    With them `mx.fast.scaled_dot_product_attention` is a quadrature and exact attention merged: the fastest stock form
+    for one query token, as exact as biases rounded to `dtype` allow.
+    """
     batch = keys.shape[0]
     p = {n: a.astype(dtype) for n, a in bank.parameters.items()}
-    both = [
-        mx.concatenate([mx.repeat(p[n][None], batch, axis=0), x], axis=2) for n, x in (("keys", keys), ("values", values))
-    ]
-    mask = mx.pad(p["bias"], [(0, 0), (0, keys.shape[2])])[None, :, None]
-    return both[0], both[1], mask
+    nodes = (mx.repeat(p[n][None], batch, axis=0) for n in ("keys", "values"))
+    both = [mx.concatenate(list(pair), axis=2) for pair in zip(nodes, (keys, values), strict=True)]
+    return both[0], both[1], mx.pad(p["bias"], [(0, 0), (0, keys.shape[2])])[None, :, None]
 
 
 def launch(
@@ -222,7 +226,7 @@ class Variant:
         quantised = self.storage.startswith("int")
         bits = int(re.sub(r"\D", "", self.storage))
         lanes = 1 << (self.head_dim // 8 - 1).bit_length()
-        narrow = self.tile <= 2
+        halved = 2 if self.tile > 2 and self.backend == "metal" else 1  # four queries a lane leave fewer registers
         numbers = {
             "HEAD_DIM": self.head_dim,
             "PARTS": self.head_dim // 8,
@@ -234,8 +238,8 @@ class Variant:
             "TILE": self.tile,
             "ROUND": max(1, min(self.tile, 4096 // (SIMDGROUPS * self.head_dim))),
             "SIMDGROUPS": SIMDGROUPS,
-            "FLIGHT": FLIGHT[self.backend][bits] // (1 if narrow or self.backend == "cuda" else 2),
-            "LIVE_FLIGHT": 2 if self.element == "float32" else FLIGHT[self.backend][16] // (1 if narrow or self.backend == "cuda" else 2),
+            "FLIGHT": FLIGHT[self.backend][bits] // halved,
+            "LIVE_FLIGHT": 2 if self.element == "float32" else FLIGHT[self.backend][16] // halved,
             "AHEAD": 8,
             "LIVE_SLICE": LIVE_SLICE,
             "MAX_SLICES": MAX_SLICES,
@@ -285,13 +289,14 @@ def _build(variant: Variant, stage: str) -> Kernel:
         inputs += ["tickets"] * (stage == "fused")
     name = "_".join(str(x) for x in ("nectar", stage, *vars(variant).values())).replace(".", "p").replace("-", "m")
     header, body = variant.text(stage)
-    make = mx.fast.metal_kernel
+    make: Any = mx.fast.metal_kernel
     if variant.backend == "cuda":
         make = mx.fast.cuda_kernel
         header, body = _cuda(header, body)
-    return make(
+    kernel: Kernel = make(
         name=name, input_names=inputs, output_names=outputs, header=header, source=body, ensure_row_contiguous=False
     )
+    return kernel
 
 
 def _folder() -> Path:

@@ -1,16 +1,16 @@
 """A layer's head functions as one buffer, laid out in the order in which the decode kernel reads it.
 
-The work of every KV head is cut into blocks of about equal bytes, a block being some rows of one kind of work: nodes, hidden
-units or rows of a linear path. Each block is one contiguous span (its matrices, then its scalars) that one threadgroup streams.
-All offsets are in 32-bit words, every span starts at a multiple of 16 bytes:
+The work of every KV head is cut into blocks of about equal bytes, a block being some rows of one kind of work: nodes,
+hidden units or rows of a linear path. Each block is one contiguous span (its matrices, then its scalars) that one
+threadgroup streams. All offsets are in 32-bit words, every span starts at a multiple of 16 bytes:
 
     heads   n_kv_heads x (first block, end of its node blocks, end of its blocks, offset of its constants)
     plan    blocks x (KV head, kind, rows, offset)
     spans   one a block
     constants of each head: b_out [D], b_score, 0, 0, 0 (float32)
 
-metal/decode.metal gives the meaning of the kinds. A matrix is rows of `HEAD_DIM` values in the storage type and, where it is
-quantised, the rows' float16 scales behind it.
+metal/decode.metal gives the meaning of the kinds. A matrix is rows of `HEAD_DIM` values in the storage type and, where
+it is quantised, the rows' float16 scales behind it.
 """
 
 from collections.abc import Sequence
@@ -113,13 +113,14 @@ def pack(
 ) -> Packed:
     """Lay out one layer's bank (M = n_kv_heads heads of kind quadrature, mlp or corrected, ragged sizes).
 
-    dtype: of the matrices with bits = 16 (which then means "not quantised"; default the parameters' own). bits 8 and 4 quantise
-    as `quantize` does. heads: the heads' parameters, unpadded, instead of the bank's own; matrices may be `Quantized` already.
+    dtype: of the matrices with bits = 16, which means "not quantised"; by default the parameters' own. bits 8 and 4
+    quantise as `quantize` does. heads: the heads' parameters, unpadded, instead of the bank's own; matrices may be
+    `Quantized` already.
     blocks: threadgroups to cut a layer into, about. backend: where it will be read. one_launch: keep the
     counters that merging in one launch needs.
     Raises NectarError for a kind or head_dim that the kernel does not know.
     """
-    heads = bank.unstack() if heads is None else heads
+    heads = heads or [dict(head) for head in bank.unstack()]
     if bank.kind not in _WORK:
         raise NectarError(f"no kernel evaluates heads of kind {bank.kind!r}: use one of {', '.join(_WORK)}")
     storage = f"int{bits}" if bits < 16 else _name(dtype or next(iter(bank.parameters.values())).dtype)
@@ -226,7 +227,9 @@ def _layout(work: Sequence[Sequence[_Work]], constants: Sequence[Any], blocks: i
     """All heads' work -> the buffer and the number of blocks."""
     total = sum(w.row_bytes * len(w.scalars) for head in work for w in head)
     share = max(total / blocks, 1)
-    heads, plan, spans = [], [], []
+    heads: list[tuple[int, ...]] = []
+    plan: list[tuple[int, ...]] = []
+    spans: list[Words] = []
     at = 0  # words after the tables
 
     def place(parts: list[Words]) -> int:
@@ -260,7 +263,7 @@ def _words(x: Any) -> Words:
 
 
 def activations(deep: HeadArrays, queries: mx.array) -> mx.array:
-    """The last hidden layers of both networks of every head, [K, N, target units + score units] float32, of queries [K, N, D]."""
+    """Both networks' last hidden layers, [K, N, target units + score units] float32, for queries [K, N, D]."""
     parts = []
     for name in ("target", "score"):
         p = {n.removeprefix(f"{name}."): a for n, a in deep.items() if n.startswith(f"{name}.")}

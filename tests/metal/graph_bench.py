@@ -1,4 +1,4 @@
-"""What the kernel costs on an NVIDIA GPU without the host: a model's layers in one CUDA graph, next to a plain read of their bytes.
+"""The kernel on an NVIDIA GPU without the host: a model's layers in one CUDA graph, beside a plain read of their bytes.
 
     python tests/metal/graph_bench.py            needs CuPy and MLX for CUDA
 """
@@ -100,7 +100,8 @@ def measure(shape, nodes, units, storage, live=64, layers=28, blocks=124, parts=
     packed = packing.pack(bank, dtype=mx.bfloat16, bits=bits, blocks=blocks, backend="cuda")
     rows = shape.batch * shape.n_heads // shape.n_kv_heads
     tile = kernels.tile_of(rows)
-    variant = kernels.Variant("cuda", "bfloat16", packed.form.storage, packed.form.kind, shape.head_dim, packed.form.scale, tile, False)
+    form = packed.form
+    variant = kernels.Variant("cuda", "bfloat16", form.storage, form.kind, shape.head_dim, form.scale, tile, False)
     data = [Layer(packed, shape, mx.bfloat16, live) for _ in range(layers)]
     threads = 32 * kernels.SIMDGROUPS
     rounds = -(-rows // (kernels._tiles(rows, tile) * tile))
