@@ -1,7 +1,7 @@
 """The exponential, at a usable speed on every device.
 
-MLX's CPU build for Linux evaluates `exp` one element at a time (about 22 ns each on a 2.5 GHz Xeon), numpy's loop is vectorised
-(1.2 ns). Attention over a long context is mostly exponentials, so on that build we go through numpy.
+MLX's CPU build for Linux evaluates `exp` one element at a time (about 22 ns each on a 2.5 GHz Xeon), numpy's loop is
+vectorised (1.2 ns). Attention over a long context is mostly exponentials, so on that build we go through numpy.
 """
 
 import sys

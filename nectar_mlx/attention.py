@@ -1,14 +1,15 @@
 """Partial attention: the algebra the whole library stands on.
 
-Softmax attention of a query over a set of tokens is a pair (o, L): the output o = Σ softmax(s)_j v_j and the log-normaliser
-L = log Σ e^{s_j}, s_j = scale · q·k_j + b_j. Two disjoint sets merge exactly:
+Softmax attention of a query over a set of tokens is a pair (o, L): the output o = Σ softmax(s)_j v_j and the log-
+normaliser L = log Σ e^{s_j}, s_j = scale · q·k_j + b_j. Two disjoint sets merge exactly:
 
     L = logaddexp(L1, L2),   o = e^{L1-L} o1 + e^{L2-L} o2
 
-so anything that maps queries to such pairs can stand for a part of the context. Everything here is plain `mx`, accumulates in
-float32 and is the oracle that faster paths are tested against.
+so anything that maps queries to such pairs can stand for a part of the context. Everything here is plain `mx`,
+accumulates in float32 and is the oracle that faster paths are tested against.
 
-Shapes: B sequences, H query heads, K = n_kv_heads, G = H / K query heads per KV head, T query tokens, S keys, D head_dim.
+Shapes: B sequences, H query heads, K = n_kv_heads, G = H / K query heads per KV head, T query tokens, S keys, D
+head_dim.
 """
 
 from typing import NamedTuple
@@ -101,10 +102,12 @@ def exact(queries: mx.array, keys: mx.array, values: mx.array, *, scale: float) 
 def causal(
     queries: mx.array, keys: mx.array, values: mx.array, *, scale: float, mask: mx.array | str | None = "causal"
 ) -> Partial:
-    """Attention of queries [B, H, T, D] over live keys and values [B, K, S, D], the last T of which are the queries' own.
+    """Attention of queries [B, H, T, D] over live keys and values [B, K, S, D], the last T of which are the queries'
+    own.
 
-    mask: None (all visible), "causal", or an array that broadcasts to [B, H, T, S]: bool (True = visible) or additive. A row
-    that sees nothing gets the log-normaliser -inf in effect (about -1e30) and an output of finite, meaningless values.
+    mask: None (all visible), "causal", or an array that broadcasts to [B, H, T, S]: bool (True = visible) or
+    additive. A row that sees nothing gets the log-normaliser -inf in effect (about -1e30) and an output of finite,
+    meaningless values.
     """
     B, H, T, D = queries.shape
     K, S = keys.shape[1], keys.shape[2]

@@ -13,12 +13,14 @@ import mlx.core as mx
 import numpy as np
 
 from .errors import NectarError
-from .heads import HeadArrays
+from .heads import HeadArrays, Size
 from .queries import Conversation, Study
 
 
 class Checkpoint:
-    """The folder of one fit. With folder=None nothing is kept, and what does not fit in memory goes to a temporary folder."""
+    """The folder of one fit. With folder=None nothing is kept, and what does not fit in memory goes to a temporary
+    folder.
+    """
 
     def __init__(self, folder: Path | None):
         self.folder = folder
@@ -63,16 +65,29 @@ class Checkpoint:
             study.load(self.folder / name, told["rows"][name])
         return [Conversation(**c) for c in told["conversations"]]
 
-    def keep_heads(self, heads: dict[int, HeadArrays]) -> None:
+    def save_sizes(self, sizes: Sequence[Size]) -> None:
+        if self.folder is not None:
+            (self.folder / "sizes.json").write_text(json.dumps(sizes))
+
+    def load_sizes(self) -> list[Size] | None:
+        if self.folder is None or not (self.folder / "sizes.json").exists():
+            return None
+        return [tuple(size) for size in json.loads((self.folder / "sizes.json").read_text())]
+
+    def save_heads(self, heads: dict[int, HeadArrays]) -> None:
+        """Keeps a group of fitted heads, by their numbers."""
         if self.folder is not None:
             flat = {f"{i}.{name}": array for i, head in heads.items() for name, array in head.items()}
-            mx.save_safetensors(str(self.folder / "heads.new.safetensors"), flat)
-            (self.folder / "heads.new.safetensors").replace(self.folder / "heads.safetensors")
+            temporary = self.folder / "group.safetensors"
+            mx.save_safetensors(str(temporary), flat)
+            temporary.replace(self.folder / f"heads-{min(heads)}.safetensors")
 
     def load_heads(self) -> dict[int, HeadArrays]:
         heads: dict[int, HeadArrays] = {}
-        if self.folder is not None and (self.folder / "heads.safetensors").exists():
-            for key, array in mx.load(str(self.folder / "heads.safetensors")).items():  # type: ignore[union-attr]
+        for path in self.folder.glob("heads-*.safetensors") if self.folder is not None else ():
+            arrays = mx.load(str(path))
+            assert isinstance(arrays, dict)
+            for key, array in arrays.items():
                 index, name = key.split(".", 1)
                 heads.setdefault(int(index), {})[name] = array
         return heads

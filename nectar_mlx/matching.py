@@ -1,8 +1,8 @@
 """Attention Matching in closed form (arXiv 2602.16284): the context's own keys, reweighted, with values solved for.
 
-Per head: keep the m keys with the largest root-mean-square attention over the queries; biases by non-negative least squares, so
-that the kept keys carry the context's whole mass; values by least squares, so that they give its output. A baseline, and the
-start of every quadrature.
+Per head: keep the m keys with the largest root-mean-square attention over the queries; biases by non-negative least
+squares, so that the kept keys carry the context's whole mass; values by least squares, so that they give its output.
+A baseline, and the start of every quadrature.
 """
 
 from collections.abc import Sequence
@@ -63,7 +63,9 @@ def match(rows: Captured, keys: Sequence[mx.array], values: Sequence[mx.array], 
 
 
 def _nonnegative(weights: mx.array) -> mx.array:
-    """argmin over w >= 0 of |weights · w - 1|², by accelerated projected gradient: [M, N, m] -> [M, m], kept above 1e-4."""
+    """argmin over w >= 0 of |weights · w - 1|², by accelerated projected gradient: [M, N, m] -> [M, m], kept above
+    1e-4.
+    """
     gram = weights.swapaxes(1, 2) @ weights
     ones = weights.sum(1)[..., None]
     step = 1 / _largest_eigenvalue(gram)
@@ -79,7 +81,7 @@ def _nonnegative(weights: mx.array) -> mx.array:
 
 
 def _largest_eigenvalue(gram: mx.array) -> mx.array:
-    """An upper estimate by power iteration, [M, m, m] -> [M, 1, 1]; the entries are not negative, so the start is near."""
+    """An upper estimate by power iteration, [M, m, m] -> [M, 1, 1]; no entry is negative, so the start is near."""
     v = mx.ones((*gram.shape[:2], 1))
     for _ in range(20):
         v = gram @ v
@@ -88,7 +90,9 @@ def _largest_eigenvalue(gram: mx.array) -> mx.array:
 
 
 def _ridge(gram: np.ndarray, right: np.ndarray, *, towards: np.ndarray) -> np.ndarray:
-    """The V that minimises |shares · V - outputs|² + ridge · |V - towards|², from shares' Gram [m, m] and right side [m, D]."""
+    """The V that minimises |shares · V - outputs|² + ridge · |V - towards|², from shares' Gram [m, m] and right side
+    [m, D].
+    """
     gram, right = gram.astype(np.float64), right.astype(np.float64)
     ridge = _RIDGE * np.diag(gram).mean()
     left = gram + ridge * np.eye(len(gram))

@@ -1,4 +1,5 @@
-"""Adam, and Muon for stacks of matrices, as pure functions over flat dictionaries (so that a whole step can be compiled).
+"""Adam, and Muon for stacks of matrices, as pure functions over flat dictionaries (so that a whole step can be
+compiled).
 
 MLX's own Muon flattens a stack [M, rows, columns] into one matrix; here each of the M heads is a problem of its own.
 """
@@ -51,7 +52,9 @@ def update(
 
 
 def orthogonal(matrices: mx.array, steps: int = 5) -> mx.array:
-    """Each of [M, rows, columns] moved towards the nearest orthogonal matrix by the quintic Newton-Schulz iteration of Muon."""
+    """Each of [M, rows, columns] moved towards the nearest orthogonal matrix by the quintic Newton-Schulz iteration of
+    Muon.
+    """
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.swapaxes(-1, -2) if tall else matrices
     x = x / (mx.sqrt(mx.square(x).sum((-2, -1), keepdims=True)) + 1e-7)

@@ -1,7 +1,8 @@
-"""How parameters are kept: 8- or 4-bit integers in groups along the last axis, one float16 scale a group; value = q · scale.
+"""How parameters are kept: 8- or 4-bit integers in groups along the last axis, one float16 scale a group; value = q ·
+scale.
 
-Symmetric, so a group costs 2 bytes of scale and zero stays zero. Vectors (biases) stay float16. int4 packs two values in a byte, the even
-one in the low nibble, stored as q + 8.
+Symmetric, so a group costs 2 bytes of scale and zero stays zero. Vectors (biases) stay float16. int4 packs two values
+in a byte, the even one in the low nibble, stored as q + 8.
 """
 
 from typing import NamedTuple

@@ -1,8 +1,9 @@
-"""Which queries a fit sees: conversations about the context, sampled with the full cache in view, captured as they happen.
+"""Which queries a fit sees: conversations about the context, sampled with the full cache in view, captured as they
+happen.
 
-The queries that matter are those of real answers; re-reading the text alone gives three times the divergence (docs/log.md).
-While the model answers, every attention call records its post-RoPE queries, the exact (o, L) of the context and the (o, L)
-of the live tokens: the three things the regression needs.
+The queries that matter are those of real answers; re-reading the text alone gives three times the divergence
+(docs/log.md). While the model answers, every attention call records its post-RoPE queries, the exact (o, L) of the
+context and the (o, L) of the live tokens: the three things the regression needs.
 """
 
 from collections.abc import Callable, Sequence
@@ -92,7 +93,7 @@ class Captured(NamedTuple):
 
 
 class Study:
-    """Captured rows of all heads (layer by layer, M = layers · K), float16 and float32, in memory or in a mapped file."""
+    """Captured rows of all heads, layer by layer, float16 and float32, in memory or in a mapped file."""
 
     def __init__(self, heads: int, rows: int, head_dim: int, *, folder: Path | None):
         self.rows = 0
@@ -222,8 +223,8 @@ def converse(
 
     What attention saw goes into `study`, and into `held_out` for the conversations that say so.
 
-    Every row starts at the same position: the longer prompts are still being read while the shorter ones are answered, so no
-    row is padded and positions are exact.
+    Every row starts at the same position: the longer prompts are still being read while the shorter ones are
+    answered, so no row is padded and positions are exact.
     """
     caches = [_StudyCache(c.bank, c.context) if isinstance(c, NectarCache) else c for c in context.make_cache()]
     studied = [c for c in caches if isinstance(c, _StudyCache)]
@@ -265,7 +266,7 @@ def sample(logits: mx.array, *, temperature: float, key: mx.array) -> mx.array:
 
 
 def _extend(row: Conversation, token: int, at: int, stop: set[int], max_tokens: int) -> bool:
-    """Adds the sampled token if the row's prompt is read; True if the row has ended (its stop token is kept, not fed)."""
+    """Adds the sampled token if the row's prompt is read; True if the row has ended (a stop token is not fed)."""
     ended = bool(row.answer) and (row.answer[-1] in stop or len(row.answer) >= max_tokens)
     if ended or at < len(row.prompt):
         return ended

@@ -17,6 +17,7 @@ from ._exp import SLOW_EXP, sigmoid
 from .attention import Partial
 from .heads import Bank, HeadArrays
 from .queries import Captured
+from .starts import Start
 
 _PLAIN = 0.1
 
@@ -48,23 +49,22 @@ def plain_error(part: Partial, rows: Captured, scale: Scales) -> mx.array:
 
 
 def train(
-    bank: Bank,
+    start: Start,
     rows: Captured,
     *,
     steps: int,
     batch: int,
     rate: float,
-    muon_rate: float = 0.0,
-    muon: frozenset[str] = frozenset(),
+    muon_rate: float = 0.02,
     progress: Callable[[int], None] = lambda step: None,
 ) -> Bank:
-    """Fits the bank's parameters to rows of its M heads (shuffled once; batches are consecutive slices)."""
-    norm = scales(rows)
+    """The trained bank. rows: of its M heads, shuffled; batches are consecutive slices."""
+    bank, norm = start.bank, scales(rows)
     count = rows.queries.shape[1]
     batch = min(batch, count)
 
     def loss(parameters: HeadArrays, part: Captured) -> mx.array:
-        estimate = bank.apply(parameters, part.queries)
+        estimate = bank.apply(start.fold(parameters), part.queries)
         return (merged_error(estimate, part, norm) + _PLAIN * plain_error(estimate, part, norm)).sum()
 
     def step(
@@ -72,24 +72,24 @@ def train(
     ) -> tuple[HeadArrays, optimizers.State]:
         gradients = mx.grad(loss)(parameters, part)
         return optimizers.update(
-            parameters, gradients, state, rate=rate * factor, muon_rate=muon_rate * factor, muon=muon
+            parameters, gradients, state, rate=rate * factor, muon_rate=muon_rate * factor, muon=start.muon
         )
 
     run = step if SLOW_EXP else mx.compile(step)
-    parameters, state = dict(bank.parameters), optimizers.start(bank.parameters)
-    starts = list(range(0, count - batch + 1, batch))
+    parameters, state = start.parameters, optimizers.start(start.parameters)
+    starts = range(0, count - batch + 1, batch)
     for i in range(steps):
         at = starts[i % len(starts)]
         part = Captured(*(mx.contiguous(x[:, at : at + batch]) for x in rows))
         parameters, state = run(parameters, state, part, mx.array(optimizers.schedule(i, steps)))
         mx.eval(parameters, state)
         progress(i + 1)
-    return type(bank)(parameters=parameters, sizes=bank.sizes, scale=bank.scale)
+    return type(bank)(parameters=start.fold(parameters), sizes=bank.sizes, scale=bank.scale)
 
 
 def errors(bank: Bank, rows: Captured, *, chunk: int = 4096) -> mx.array:
     """The merged error of each head over all rows, [M]."""
-    norm, count = scales(rows), rows.queries.shape[1]
+    norm, count = scales(rows), int(rows.queries.shape[1])
     total = mx.zeros(len(bank.sizes))
     for start in range(0, count, chunk):
         part = Captured(*(x[:, start : start + chunk] for x in rows))

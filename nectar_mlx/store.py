@@ -1,8 +1,9 @@
 """The .nectar file: one safetensors file that holds everything a model needs to answer about a context.
 
-Metadata are strings; `digest` covers every tensor. All heads of a kind share a few tensors: each parameter's values of all
-layers and heads end to end (`heads.keys`), cut by the sizes in `sizes` [layers · n_kv_heads, numbers a head]. Matrices are stored
-quantised in groups (`heads.keys` [groups, group] and `heads.keys.scales` [groups]), vectors as float16.
+Metadata are strings; `digest` covers every tensor. All heads of a kind share a few tensors: each parameter's values
+of all layers and heads end to end (`heads.keys`), cut by the sizes in `sizes` [layers · n_kv_heads, numbers a head].
+Matrices are stored quantised in groups (`heads.keys` [groups, group] and `heads.keys.scales` [groups]), vectors as
+float16.
 """
 
 import hashlib
@@ -30,7 +31,9 @@ Tensors = dict[str, mx.array]
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """How heads lie in tensors: their kind, how many and how wide, and the bits a matrix entry takes (8, 4, or 16 = float)."""
+    """How heads lie in tensors: their kind, how many and how wide, and the bits a matrix entry takes (8, 4, or 16 =
+    float).
+    """
 
     kind: str
     n_layers: int
@@ -38,6 +41,10 @@ class Layout:
     head_dim: int
     scale: float
     bits: int
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS or self.bits not in (4, 8, 16) or self.head_dim < 1:
+            raise ValueError(f"unknown layout: {self}")
 
     @property
     def bank(self) -> type[Bank]:

@@ -27,7 +27,9 @@ def budgets(task: Task, nbytes: int) -> View:
     first = uniform(task, nbytes)
     errors = [e for layer, bank in enumerate(first.banks) for e in _errors(bank, task.captured(layer))]
     sizes = {
-        power: budget.allocate(errors, nodes=nodes, power=power, least=4, most=max(task.length // 2, 4))
+        power: [
+            int(x) for x in budget.allocate(errors, total=nodes, power=power, least=4, most=max(task.length // 2, 4))
+        ]
         for power in _POWERS
     }
     views = {power: _matched(task, size, f"nodes in proportion to error^{power}") for power, size in sizes.items()}

@@ -3,7 +3,7 @@
 Each file is one kind. Heads of the same kind and size class are evaluated together as a `Bank`.
 """
 
-from .base import Bank, HeadArrays
+from .base import Bank, HeadArrays, Size
 from .corrected import Corrected
 from .exact import Exact
 from .mlp import TargetScore
@@ -11,4 +11,4 @@ from .quadrature import Quadrature
 
 KINDS: dict[str, type[Bank]] = {bank.kind: bank for bank in (Quadrature, TargetScore, Corrected, Exact)}
 
-__all__ = ["KINDS", "Bank", "Corrected", "Exact", "HeadArrays", "Quadrature", "TargetScore"]
+__all__ = ["KINDS", "Bank", "Corrected", "Exact", "HeadArrays", "Quadrature", "Size", "TargetScore"]

@@ -17,8 +17,8 @@ class Bank:
     """M head functions of one kind, evaluated together.
 
     `bank(queries)` maps post-RoPE, unscaled queries [M, N, D] to `Partial(output [M, N, D], log_normalizer [M, N])`.
-    `parameters` holds each array of `shapes` stacked to [M, ...]. Heads may differ in `sizes`; smaller ones are padded with
-    parts that contribute exactly nothing. `scale` is the model's attention scale.
+    `parameters` holds each array of `shapes` stacked to [M, ...]. Heads may differ in `sizes`; smaller ones are
+    padded with parts that contribute exactly nothing. `scale` is the model's attention scale.
     """
 
     parameters: HeadArrays

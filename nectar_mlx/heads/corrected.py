@@ -3,6 +3,8 @@
 h = silu(W_gate q + b_gate) ⊙ (W_up q + b_up),    o = o_nodes + W_outᵀ h + b_out,    L = L_nodes + w_score·h + b_score
 """
 
+from typing import ClassVar
+
 import mlx.core as mx
 
 from ..attention import Partial, weighted
@@ -15,7 +17,7 @@ class Corrected(Bank):
     """A head's nodes as in `Quadrature`, and h hidden units, the rows of w_gate, w_up, w_out [h, D]; size = (m, h)."""
 
     kind = "corrected"
-    padding = Quadrature.padding
+    padding: ClassVar = Quadrature.padding
 
     def apply(self, parameters: HeadArrays, queries: mx.array) -> Partial:
         p = parameters

@@ -3,6 +3,8 @@
 o(q) = Σ softmax(scale · q·k_j + b_j) v_j,    L(q) = log Σ exp(scale · q·k_j + b_j)
 """
 
+from typing import ClassVar
+
 import mlx.core as mx
 
 from ..attention import Partial, weighted
@@ -13,7 +15,7 @@ class Quadrature(Bank):
     """keys, values [m, D] and bias [m] a head; size = (m,). Padding nodes have weight zero."""
 
     kind = "quadrature"
-    padding = {"bias": -1e30}
+    padding: ClassVar = {"bias": -1e30}
 
     def apply(self, parameters: HeadArrays, queries: mx.array) -> Partial:
         keys, values, bias = (parameters[n] for n in ("keys", "values", "bias"))

@@ -1,0 +1,241 @@
+"""One fit in progress: from captured rows to trained heads."""
+
+import itertools
+import random
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from . import budget, fidelity, instructions, matching, prompts, queries, regression, starts, store
+from ._exp import SLOW_EXP
+from .adapter import Geometry
+from .checkpoint import Checkpoint
+from .errors import NectarError
+from .heads import Bank, HeadArrays, Size
+from .queries import Captured, Context, Conversation, Study
+from .store import Layout
+
+if TYPE_CHECKING:
+    from .fitting import FitConfig
+    from .nectar import Nectar
+
+Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
+
+
+def silent(description: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
+    return nullcontext(lambda done: None)
+
+
+class Fitter:
+    """The model, the context it has read, what was captured of it, and the heads fitted so far.
+
+    Heads are numbered layer by layer, the sliding-window layers left out.
+    """
+
+    study: Study
+    held_out: Study
+    conversations: list[Conversation]
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        context: Context,
+        geometry: Geometry,
+        config: "FitConfig",
+        *,
+        progress: Progress = silent,
+        checkpoint: Checkpoint | None = None,
+    ):
+        self.model, self.tokenizer, self.context, self.geometry = model, tokenizer, context, geometry
+        self.config, self.progress, self.checkpoint = config, progress, checkpoint or Checkpoint(None)
+        self.n_layers = len(context.banks)
+        self.n_heads = self.n_layers * geometry.n_kv_heads
+        self.steps = config.steps or (400 if SLOW_EXP else 1500)
+        kind = "quadrature" if config.kind == "auto" else config.kind
+        self.layout = Layout(
+            kind=kind,
+            n_layers=self.n_layers,
+            n_kv_heads=geometry.n_kv_heads,
+            head_dim=geometry.head_dim,
+            scale=geometry.scale,
+            bits=16 if kind == "exact" else config.bits,
+        )
+        self.checkpoint.claim(asdict(config), context.prefix)
+
+    def affordable_bytes(self) -> float:
+        """What the budget leaves for heads; what else the file holds is set aside where that matters."""
+        n = len(self.context.prefix)
+        whole = self.geometry.cache_bytes(n)
+        windows = sum(w.keys.nbytes + w.values.nbytes for w in self.context.windows.values())
+        kept = self.config.budget * whole
+        besides = windows + 4 * n + 24 * self.n_heads + 6000
+        available = kept - min(besides, kept / 10)
+        needed = self.n_heads * starts.smallest_bytes(self.layout)
+        if available < needed:
+            raise NectarError(
+                f"a budget of {self.config.budget:g} is too small for {n:,} tokens: "
+                f"it takes at least {needed / 0.9 / whole:.2g}, or a longer text"
+            )
+        return available
+
+    def converse(self) -> None:
+        """Fills `study` and `held_out` with what attention sees in conversations, and keeps the held-out ones."""
+        config, g = self.config, self.geometry
+        spare = max(config.queries // 10, 64)
+        spill = Study.nbytes(self.n_heads, config.queries + spare, g.head_dim) > (config.memory or _free_memory() // 2)
+        folder = self.checkpoint.spill() if spill else None
+        self.study = Study(self.n_heads, config.queries, g.head_dim, folder=folder and folder / "study.rows")
+        self.held_out = Study(self.n_heads, spare, g.head_dim, folder=folder and folder / "held_out.rows")
+        studies = {"study": self.study, "held_out": self.held_out}
+        self.conversations = self.checkpoint.load_studies(studies)
+        with self.progress("conversing about it", config.queries) as done:
+            while not (self.study.full and self.held_out.full):
+                before = [s.rows for s in studies.values()]
+                try:
+                    self.conversations += self._ask_batch(done)
+                except KeyboardInterrupt:
+                    for study, rows in zip(studies.values(), before, strict=True):
+                        study.rows = rows  # the batch is asked again
+                    self.checkpoint.save_studies(studies, self.conversations)
+                    raise
+        self.checkpoint.save_studies(studies, self.conversations)
+
+    def _ask_batch(self, done: Callable[[int], None]) -> list[Conversation]:
+        config = self.config
+        number = len(self.conversations) // config.conversations
+        asked = instructions.training(self._passage, seed=config.seed + number)
+        batch = [Conversation(self._prompt(q)) for q in itertools.islice(asked, config.conversations)]
+        for conversation in batch[::10]:
+            conversation.held_out = True
+        batch.sort(key=lambda c: len(c.prompt))
+        queries.converse(
+            self.model,
+            self.context,
+            batch,
+            stop=set(self.tokenizer.eos_token_ids),
+            max_tokens=config.answer_tokens,
+            temperature=config.temperature,
+            key=mx.random.key(config.seed + number),
+            study=self.study,
+            held_out=self.held_out,
+            progress=done,
+        )
+        return batch
+
+    def _prompt(self, question: str) -> list[int]:
+        return prompts.prompt(self.tokenizer, question, enable_thinking=False)
+
+    def _passage(self, rng: random.Random) -> str:
+        ids = self.context.prefix
+        length = rng.randrange(20, 60)
+        start = rng.randrange(0, max(1, len(ids) - length))
+        return str(self.tokenizer.decode(ids[start : start + length], skip_special_tokens=True)).strip()
+
+    def prepare(self) -> None:
+        """Shuffles the rows and weighs the context's keys."""
+        self.rows = np.random.default_rng(self.config.seed).permutation(self.study.rows)
+        self.importance: list[mx.array] = []  # per head, the rms attention of every key of the context, [n]
+        K = self.geometry.n_kv_heads
+        with self.progress("weighing keys", self.n_layers) as done:
+            for layer in range(self.n_layers):
+                rows = self._samples(range(layer * K, layer * K + K))
+                keys = self.context.banks[layer].parameters["keys"]
+                self.importance += list(matching.importance(rows, keys, scale=self.geometry.scale))
+                done(layer + 1)
+
+    def _samples(self, heads: Sequence[int]) -> Captured:
+        return self.study.heads(heads, np.sort(self.rows[: self.config.samples]))
+
+    def matched(self, indices: Sequence[int], counts: Sequence[int]) -> list[HeadArrays]:
+        """Attention Matching for some heads, each with its own count of nodes."""
+        keys, values = [], []
+        for index, count in zip(indices, counts, strict=True):
+            layer, k = divmod(index, self.geometry.n_kv_heads)
+            parameters = self.context.banks[layer].parameters
+            chosen = matching.most_important(self.importance[index], count)
+            keys.append(parameters["keys"][k][chosen])
+            values.append(parameters["values"][k][chosen])
+        return matching.match(self._samples(indices), keys, values, scale=self.geometry.scale)
+
+    def sizes(self, nbytes: float) -> list[Size]:
+        """Every head's size, from the errors of a short uniform fit."""
+        kept = self.checkpoint.load_sizes()
+        if kept is not None:
+            return kept
+        n = len(self.context.prefix)
+        mean = nbytes / self.n_heads
+        same = starts.size_for(self.layout, mean, most=n)
+        errors = np.zeros(self.n_heads)
+        groups = self._groups([same] * self.n_heads)
+        with self.progress("deciding budgets", len(groups)) as done:
+            for number, group in enumerate(groups):
+                rows = self.study.heads(group, self.rows)
+                bank = self._train(group, [same] * len(group), rows, self.config.scout_steps)
+                errors[group] = np.array(regression.errors(bank, rows))
+                done(number + 1)
+        least = starts.smallest_bytes(self.layout)
+        most = max(store.head_bytes(self.layout, starts.size_for(self.layout, float("inf"), most=n // 4)), 2 * mean)
+        share = budget.allocate(errors.tolist(), total=nbytes, power=self.config.power, least=least, most=most)
+        sizes = [starts.size_for(self.layout, b, most=n) for b in share]
+        self.checkpoint.save_sizes(sizes)
+        return sizes
+
+    def _groups(self, sizes: Sequence[Size]) -> list[list[int]]:
+        """Heads that are trained together: similar sizes, as many as the device takes at a time."""
+        room = 1 << 19 if SLOW_EXP else 1 << 28  # scores of a batch
+        order = sorted(range(self.n_heads), key=lambda i: -sizes[i][0])
+        groups: list[list[int]] = []
+        for index in order:
+            if groups and (len(groups[-1]) + 1) * sizes[groups[-1][0]][0] * self.config.batch <= room:
+                groups[-1].append(index)
+            else:
+                groups.append([index])
+        return groups
+
+    def _train(self, group: Sequence[int], sizes: Sequence[Size], rows: Captured, steps: int) -> Bank:
+        nodes = self.matched(group, [s[0] for s in sizes]) if self.layout.kind != "mlp" else []
+        start = starts.start(self.layout, nodes, sizes, rows, seed=self.config.seed)
+        return regression.train(start, rows, steps=steps, batch=self.config.batch, rate=self.config.rate)
+
+    def regress(self, sizes: Sequence[Size]) -> list[HeadArrays]:
+        """All heads, trained at their own sizes."""
+        heads = self.checkpoint.load_heads()
+        with self.progress("fitting heads", self.n_heads) as done:
+            for group in self._groups(sizes):
+                if not set(group) <= heads.keys():
+                    rows = self.study.heads(group, self.rows)
+                    bank = self._train(group, [sizes[i] for i in group], rows, self.steps)
+                    fitted = dict(zip(group, bank.unstack(), strict=True))
+                    self.checkpoint.save_heads(fitted)
+                    heads |= fitted
+                done(len(heads))
+        return [heads[i] for i in range(self.n_heads)]
+
+    def errors(self, banks: Sequence[Bank]) -> list[float]:
+        """Merged error of every head on the held-out rows, one bank a layer."""
+        K, found = self.geometry.n_kv_heads, np.zeros(self.n_heads)
+        for layer, bank in enumerate(banks):
+            heads = range(layer * K, layer * K + K)
+            found[heads] = np.array(regression.errors(bank, self.held_out.heads(heads)))
+        return [float(f"{x:.3g}") for x in found]
+
+    def fidelity(self, fitted: "Nectar") -> dict[str, Any]:
+        """KL and agreement with the full cache on held-out conversations."""
+        conversations = [c for c in self.conversations if c.held_out and c.answer][:8]
+        with self.progress("checking", len(conversations)) as done:
+            found = fidelity.compare(
+                self.model, self.context.make_cache, {"nectar": fitted.make_cache}, conversations, progress=done
+            )["nectar"]
+        return {"kl": round(float(found.kl.mean()), 5), "agree": round(float(found.agree.mean()), 4)}
+
+
+def _free_memory() -> int:
+    import psutil
+
+    return int(psutil.virtual_memory().available)
