@@ -1,5 +1,7 @@
 """Every supported architecture behind a context equals the stock model that reads it; others are refused by name."""
 
+import time
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -141,3 +143,50 @@ def test_compute_type_of_a_quantised_model():
     model.set_dtype(mx.bfloat16)
     nn.quantize(model, group_size=32, bits=4)
     assert adapter.compute_type(model) == mx.bfloat16
+
+
+@pytest.mark.parametrize("architecture", adapter.SUPPORTED)
+def test_fitting(architecture):
+    """A fit runs on every architecture, and knows more of the text than a model that never saw it."""
+    model, tokenizer = toys.toy(architecture), toys.tokenizer()
+    text = "the quick brown fox jumps over the lazy dog; who is he? the answer is here. " * 12
+    nectar = Nectar.fit(model, tokenizer, text, budget=0.6, queries=150, steps=8)
+    assert nectar.layout.n_layers == len(nectar.geometry.fitted)
+    prompt = mx.array([nectar.prompt(tokenizer, "who is the fox?")])
+    truth = toys.exact(model, nectar.prefix)
+    logits = [
+        model(prompt, cache=cache) for cache in (truth.make_cache(), nectar.make_cache(), make_prompt_cache(model))
+    ]
+    fitted, without = (float(mx.abs(x - logits[0]).mean()) for x in logits[1:])
+    assert fitted < 0.5 * without
+
+
+def test_routing_costs_a_model_without_a_context_next_to_nothing(monkeypatch):
+    """At most 2% of a decode step, even of a toy's: the wrapper's own time against the step's, in one run."""
+    model = toys.toy("llama")
+    adapter.route(model)
+    cache = make_prompt_cache(model)
+    model(mx.array([PREFIX]), cache=cache)
+
+    def seconds(call, repeats):
+        start = time.perf_counter()
+        for _ in range(repeats):
+            call()
+        return (time.perf_counter() - start) / repeats
+
+    def step():
+        mx.eval(model(mx.array([[5]]), cache=cache))
+
+    x = mx.zeros((1, 4, 1, 16))
+
+    def stock(queries, keys, values, cache, scale, mask=None, sinks=None):
+        return queries
+
+    monkeypatch.setattr(adapter, "_stock_attention", stock)
+    wrapped = min(
+        seconds(lambda: adapter._attention(x, x, x, cache=cache[0], scale=1.0, mask=None), 2000) for _ in range(5)
+    )
+    direct = min(seconds(lambda: stock(x, x, x, cache=cache[0], scale=1.0, mask=None), 2000) for _ in range(5))
+    monkeypatch.undo()
+    whole = min(seconds(step, 20) for _ in range(5))
+    assert toys.LAYERS * (wrapped - direct) < 0.02 * whole
