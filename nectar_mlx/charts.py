@@ -21,9 +21,9 @@ class Axis:
 
     @classmethod
     def around(cls, values: Sequence[float], start: float, end: float) -> "Axis":
-        """With a little room on both sides of positive values."""
-        low, high = min(values) / 1.25, max(values) * 1.25
-        return cls(low, high, start, end)
+        """With a little room on both sides of the positive values; 0.1 … 1 if there are none."""
+        positive = [v for v in values if v > 0] or [0.1, 1.0]
+        return cls(min(positive) / 1.25, max(positive) * 1.25, start, end)
 
     def __call__(self, value: float) -> float:
         share = math.log(value / self.low) / math.log(self.high / self.low)
@@ -42,7 +42,7 @@ class Axis:
 def curve(methods: Sequence[Mapping[str, Any]], full: int) -> str:
     """Divergence against bytes of every method, log axes; a method with several sizes is a line."""
     placed = [m for m in methods if m["bytes"] > 0 and m["kl"] > 0]
-    floor = [m["kl"] for m in methods if m["method"] == "no context"]
+    floor = [m["kl"] for m in methods if m["method"] == "no context" and m["kl"] > 0]
     names = list(dict.fromkeys(m["method"] for m in placed))
     width, height, left, right, top, bottom = 944, 470, 64, 720, 14, 418
     x = Axis.around([*(m["bytes"] for m in placed), full], left, right)

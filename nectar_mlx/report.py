@@ -131,7 +131,7 @@ def _kinds(methods: Sequence[Mapping[str, Any]]) -> str:
 
 def _correlation(result: Mapping[str, Any]) -> str:
     points = [m for m in result["methods"] if m["error"]]
-    if result["correlation"].get("error, accuracy gap") is None:
+    if len(points) < 3 or result["correlation"].get("error, accuracy gap") is None:
         return ""
     told = result["correlation"].items()
     others = "".join(f"<li>{html.escape(n)}: <b>{v:.2f}</b>" for n, v in told if v is not None)

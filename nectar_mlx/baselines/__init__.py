@@ -38,7 +38,9 @@ NO_CONTEXT = "no context"
 
 
 def choose(names: str, *, slow: bool) -> list[Baseline]:
-    """ "all" or names with commas between. slow: whether `all` includes those that take minutes."""
+    """`all`, `none`, or names with commas between. slow: whether `all` includes those that take minutes."""
+    if names == "none":
+        return []
     if names == "all":
         return [b for b in BASELINES.values() if slow or not b.slow]
     by_slug = {b.slug: b for b in BASELINES.values()}

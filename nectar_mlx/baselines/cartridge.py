@@ -61,7 +61,7 @@ def cartridge(task: Task, nbytes: int, *, steps: int = _STEPS) -> View:
             total = total + (mx.exp(p) * (p - nn.log_softmax(ours.astype(mx.float32), axis=-1))).sum()
         return total / sum(len(conversations[i].answer) for i in batch)
 
-    optimizer = optim.Adam(learning_rate=optim.linear_schedule(_RATE, 0.02 * _RATE, steps))
+    optimizer = optim.Adam(learning_rate=optim.linear_schedule(_RATE, 0.02 * _RATE, max(1, steps)))
     step = mx.value_and_grad(loss)
     size = min(_BATCH, len(conversations))
     for i in range(steps if trained[0][0].shape[1] else 0):

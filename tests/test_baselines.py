@@ -1,0 +1,176 @@
+"""Every baseline on a toy: at most the bytes it was given, deterministic, exact where it keeps everything."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import toys
+
+from nectar_mlx import adapter, fidelity, prompts, queries
+from nectar_mlx.baselines import BASELINES, NO_CONTEXT, Task, cartridge, choose, passages, snap
+from nectar_mlx.errors import NectarError
+from nectar_mlx.queries import Conversation
+
+TEXT = "The brig left Ostend on 4 May. Her master was Anna Velde, and she carried 299 casks of amber. " * 4
+TOKENIZER = toys.tokenizer()
+SIZED = [b for b in BASELINES.values() if b.sized]
+
+
+def make_task(architecture="llama", **arguments):
+    model = toys.toy(architecture, **arguments)
+    geometry = adapter.route(model)
+    context = queries.read(model, prompts.prefix(TOKENIZER, TEXT), geometry)
+    return Task(model=model, tokenizer=TOKENIZER, geometry=geometry, context=context, rows=400, answer_tokens=6, seed=1)
+
+
+@pytest.fixture(scope="module")
+def task():
+    return make_task()
+
+
+@pytest.fixture(scope="module")
+def windowed():
+    return make_task("gemma3_text")
+
+
+def divergence(task, view):
+    asked = [Conversation(task.ask("Who was her master?"), toys.random_tokens(9, seed=3))]
+    asked += [Conversation(task.ask("How many casks?"), toys.random_tokens(4, seed=4))]
+    found = fidelity.compare(
+        task.model, task.context.make_cache, {"it": view.make_cache}, asked, prompts={"it": view.prompt}
+    )
+    return float(found["it"].kl.mean())
+
+
+@pytest.fixture(scope="module")
+def floor(task):
+    return divergence(task, BASELINES[NO_CONTEXT].build(task, 0))
+
+
+@pytest.mark.parametrize("name", [b.name for b in SIZED if not b.slow])
+@pytest.mark.parametrize("share", [0.1, 0.3])
+def test_a_sized_method_stays_within_its_bytes(task, name, share):
+    nbytes = int(share * task.geometry.cache_bytes(task.length))
+    view = BASELINES[name].build(task, nbytes)
+    assert 0.6 * nbytes < view.nbytes <= nbytes
+    assert np.isfinite(divergence(task, view))
+
+
+@pytest.mark.parametrize("name", [b.name for b in SIZED if not b.slow])
+def test_a_sized_method_refuses_what_cannot_be_kept(task, name):
+    with pytest.raises(NectarError):
+        BASELINES[name].build(task, 40)
+
+
+@pytest.mark.parametrize("name", ["sinks + window", "keep most attended", "SnapKV", "expected attention"])
+def test_a_method_that_keeps_every_key_is_exact_to_rounding(task, name, floor):
+    view = BASELINES[name].build(task, 10 * task.geometry.cache_bytes(task.length))
+    assert view.banks[0].sizes[0] == (task.length,)
+    assert divergence(task, view) < 0.01 * floor
+
+
+@pytest.mark.parametrize("name", ["keep most attended", "SnapKV", "Attention Matching"])
+def test_sliding_windows_are_kept_and_counted(windowed, name):
+    nbytes = int(0.5 * windowed.geometry.cache_bytes(windowed.length))
+    view = BASELINES[name].build(windowed, nbytes)
+    assert windowed.window_bytes < view.nbytes <= nbytes
+    assert view.windows.keys() == windowed.context.windows.keys()
+
+
+def test_more_bytes_bring_attention_matching_closer(task, floor):
+    full = task.geometry.cache_bytes(task.length)
+    few, many = (divergence(task, BASELINES["Attention Matching"].build(task, int(s * full))) for s in (0.05, 0.3))
+    assert many < few < floor
+
+
+def test_no_context_is_an_ordinary_chat_about_the_question(task):
+    view = BASELINES[NO_CONTEXT].build(task, 0)
+    prompt = task.ask("Who?")
+    stock = task.model(mx.array([task.head + prompt]))[0, -1]
+    ours = task.model(mx.array([prompt]), cache=view.make_cache())[0, -1]
+    np.testing.assert_allclose(np.array(ours), np.array(stock), atol=1e-4)
+    assert TOKENIZER.decode(task.head) == "<|im_start|>user\n"
+    assert task.document == TEXT.strip()
+
+
+def test_nothing_sees_only_the_live_tokens(task):
+    view, prompt = BASELINES["nothing"].build(task, 0), task.ask("Who?")
+    ours = task.model(mx.array([prompt]), cache=view.make_cache())[0, -1]
+    stock = task.model(mx.array([prompt]))[0, -1]  # RoPE is relative: alone, positions do not matter
+    np.testing.assert_allclose(np.array(ours), np.array(stock), atol=2e-3)
+
+
+@pytest.mark.parametrize(("bits", "share"), [(8, 0.53125), (4, 0.28125)])
+def test_the_quantised_cache_costs_what_mlx_lm_stores(bits, share):
+    task = make_task(hidden_size=256)  # heads of 64
+    view = BASELINES[f"{bits}-bit KV cache"].build(task, 0)
+    full = task.geometry.cache_bytes(task.length)
+    assert view.nbytes == int(share * full)
+    from mlx_lm.models.cache import QuantizedKVCache
+
+    stock, (keys, values) = QuantizedKVCache(64, bits), task.layer(0)
+    stock.update_and_fetch(keys[None].astype(mx.bfloat16), values[None].astype(mx.bfloat16))
+    n = stock.offset
+    stored = sum(x[..., :n, :].nbytes for part in (stock.keys, stock.values) for x in part)
+    assert stored * task.n_layers == view.nbytes
+    form = {"group_size": 64, "bits": bits}
+    expected = mx.dequantize(*mx.quantize(keys, **form), **form)
+    assert mx.array_equal(view.banks[0].parameters["keys"], expected)
+
+
+def test_heads_that_mlx_lm_cannot_quantise_are_refused(task):
+    with pytest.raises(NectarError, match="16"):
+        BASELINES["4-bit KV cache"].build(task, 0)
+
+
+def test_most_attended_keeps_the_keys_that_matter(task):
+    nbytes = int(0.1 * task.geometry.cache_bytes(task.length))
+    view = BASELINES["keep most attended"].build(task, nbytes)
+    (count,) = view.banks[1].sizes[0]
+    best = np.sort(np.argsort(-np.array(task.importance[1][0]))[:count])
+    keys = np.array(task.layer(1)[0][0])[best]
+    error = np.abs(np.array(view.banks[1].parameters["keys"][0]) - keys).max()
+    assert error <= np.abs(keys).max() / 127  # int8 with a scale a group
+
+
+def test_snap_pools_over_neighbours():
+    weights = mx.zeros((1, 30)).at[0, 10].add(1.0)
+    kept = np.flatnonzero(np.array(snap._pooled(weights))[0])
+    assert kept.tolist() == list(range(7, 14))
+
+
+def test_bm25_finds_the_passage_with_the_rare_word():
+    words = ["the ship sailed", "the master was anna velde", "the casks of amber", "the wind and the sea"]
+    index = passages.Index([[i] for i in range(4)], [passages.Counter(w.split()) for w in words])
+    assert index.best("Who is Anna Velde, the master?", 1) == [1]
+    assert index.best("the amber and the sea", 2) == [2, 3]
+    assert index.scores("zebra") == [0.0] * 4
+
+
+def test_passages_are_put_in_front_of_the_question(task):
+    view = BASELINES["BM25 passages"].build(task, int(0.5 * task.geometry.cache_bytes(task.length)))
+    asked = Conversation(task.ask("Who was Anna Velde?"))
+    assert view.prompt is not None
+    shown = TOKENIZER.decode(view.prompt(asked))
+    assert shown.startswith(prompts.INTRODUCTION) and "Velde" in shown.split("Who was")[0]
+    assert view.prompt(asked)[-len(asked.prompt) :] == asked.prompt
+
+
+def test_training_a_cartridge_lowers_the_loss(task):
+    nbytes = int(0.1 * task.geometry.cache_bytes(task.length))
+    start, trained = (cartridge.cartridge(task, nbytes, steps=steps) for steps in (0, 12))
+    assert trained.nbytes <= nbytes
+    studied = [c for c in task.studied[1] if c.answer][:8]
+    views = {"start": start.make_cache, "trained": trained.make_cache}
+    found = fidelity.compare(task.model, task.context.make_cache, views, studied)
+    assert found["trained"].kl.mean() < 0.8 * found["start"].kl.mean()
+
+
+def test_names_are_chosen_as_they_are_typed():
+    assert [b.name for b in choose("Attention-Matching-Budgets, no context", slow=False)] == [
+        "Attention Matching + budgets",
+        "no context",
+    ]
+    assert choose("none", slow=True) == []
+    assert {b.name for b in choose("all", slow=True)} - {b.name for b in choose("all", slow=False)} == {"Cartridge"}
+    with pytest.raises(NectarError, match="there is no baseline 'magic'"):
+        choose("magic", slow=False)

@@ -1,0 +1,226 @@
+"""The command end to end on a toy: the JSON object, the table, questions of one's own, and bad input."""
+
+import json
+import math
+
+import pytest
+import toys
+
+from nectar_mlx import NectarError, adapter, answers, evaluate, prompts, queries, questions, similarity
+from nectar_mlx.baselines import Task
+from nectar_mlx.evaluate import Options
+from nectar_mlx.queries import Conversation
+
+TEXT = "The brig left Ostend on 4 May 1847. Her master was Anna Velde, and she carried 299 casks of amber. " * 4
+TOKENIZER = toys.tokenizer()
+FAST = Options(questions=4, answer_tokens=8, rows=300, baselines="none", answers=False)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return toys.toy("llama")
+
+
+@pytest.fixture(scope="module")
+def prefix():
+    return prompts.prefix(TOKENIZER, TEXT)
+
+
+@pytest.fixture(scope="module")
+def result(model, prefix):
+    files = {"large": toys.picked(model, prefix, 60, TOKENIZER), "small": toys.picked(model, prefix, 12, TOKENIZER)}
+    return evaluate.evaluate(
+        model,
+        TOKENIZER,
+        files,
+        options=Options(questions=4, answer_tokens=8, rows=300, baselines="attention-matching,sinks-window"),
+    )
+
+
+@pytest.fixture(autouse=True, scope="module")
+def own_states():
+    """Nothing is fetched: answers are compared by the toy's own states."""
+
+    def refuse(log):
+        raise NectarError("no network in this test")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(similarity, "_fetched", refuse)
+        yield
+
+
+def test_every_method_is_measured_on_every_kind(result):
+    names = [(m["method"], m["file"]) for m in result["methods"]]
+    assert names[:3] == [("nectar", "large"), ("nectar", "small"), ("no context", "large")]
+    assert names.count(("Attention Matching", "small")) == 1 and len(names) == 7
+    for m in result["methods"]:
+        assert m["kinds"].keys() == {"on-context", "off-context", "re-reading", "continuation"}
+        assert m["kl"] == m["kinds"]["on-context"]["kl"]
+        for figures in m["kinds"].values():
+            low, high = figures["kl_interval"]
+            assert 0 <= low <= figures["kl"] <= high and 0 <= figures["agree"] <= 1
+
+
+def test_the_gap_is_that_to_no_context(result):
+    floor = next(m for m in result["methods"] if m["method"] == "no context")
+    assert floor["gap_closed"] == 0 and floor["bytes"] == 0
+    for m in result["methods"]:
+        assert m["gap_closed"] == pytest.approx(1 - m["kl"] / floor["kl"], abs=1e-3)
+
+
+def test_baselines_get_at_most_the_bytes_of_the_file(result):
+    allowed = {m["file"]: m["bytes"] for m in result["methods"] if m["method"] == "nectar"}
+    assert all(m["bytes"] <= allowed[m["file"]] for m in result["methods"])
+
+
+def test_the_result_is_json_and_repeatable(result, model, prefix):
+    assert json.loads(json.dumps(result))["methods"] == result["methods"]
+    files = {"it": toys.picked(model, prefix, 20, TOKENIZER)}
+    first, second = (evaluate.evaluate(model, TOKENIZER, files, options=FAST) for _ in range(2))
+    assert first["methods"][0]["kl"] == second["methods"][0]["kl"]
+
+
+def test_an_exact_file_closes_the_whole_gap(model, prefix):
+    found = evaluate.evaluate(model, TOKENIZER, {"exact": toys.exact(model, prefix, TOKENIZER)}, options=FAST)
+    exact = found["methods"][0]
+    assert exact["gap_closed"] > 0.999 and exact["agree"] == 1 and max(found["heads"]) < 1e-4
+
+
+def test_correlations_are_over_the_methods_with_heads(result):
+    assert set(result["correlation"]) == {"error, accuracy gap", "error, KL", "KL, accuracy gap"}
+    fitted = [m for m in result["methods"] if m["error"] is not None]
+    assert len(fitted) == 6, "no context reads another text: its heads have no error"
+    assert result["correlation"]["error, KL"] > 0.5
+
+
+def test_answers_are_compared_with_a_second_sample_of_the_full_cache(result):
+    told = result["answers"]
+    assert told["answers"] == 4 and "hidden states" in told["by"]
+    for name in ("again", "file", "nothing"):
+        assert -1 <= told[f"{name}_interval"][0] <= told[name] <= told[f"{name}_interval"][1] <= 1.0001
+    assert {"question", "full", "again", "file", "nothing"} == set(result["examples"][0])
+
+
+def test_the_table_names_every_method(result):
+    table = evaluate.table(result)
+    for m in result["methods"]:
+        assert m["method"] in table and f"{m['bytes']:,}" in table
+
+
+def test_files_of_different_texts_are_refused(model, prefix):
+    files = {"a": toys.picked(model, prefix, 9), "b": toys.picked(model, prefix[:-4], 9)}
+    with pytest.raises(NectarError, match="different texts"):
+        evaluate.evaluate(model, TOKENIZER, files, options=FAST)
+
+
+def make_task(model, prefix):
+    geometry = adapter.route(model)
+    return Task(
+        model=model,
+        tokenizer=TOKENIZER,
+        geometry=geometry,
+        context=queries.read(model, prefix, geometry),
+        answer_tokens=8,
+    )
+
+
+def test_questions_from_a_file(model, prefix, tmp_path):
+    own = tmp_path / "questions.txt"
+    own.write_text('Who was master?\n\n{"question": "Which year?", "answer": 1847, "depth": 0.1}\n')
+    found = questions.from_file(own, make_task(model, prefix))
+    assert [(a.question, a.expected, a.depth) for a in found] == [
+        ("Who was master?", None, None),
+        ("Which year?", "1847", 0.1),
+    ]
+    told = evaluate.evaluate(model, TOKENIZER, {"it": toys.exact(model, prefix, TOKENIZER)}, options=FAST, own=own)
+    full, file, nothing = told["facts"]
+    assert (full["method"], nothing["method"]) == ("full cache", "no context")
+    assert file["right"] == full["right"] == [[0.1, full["right"][0][1]]]
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [("", "no question"), ("\n \n", "no question"), ('{"question": ', "not JSON"), ('{"answer": "x"}', "missing"),
+     ('{"question": "Who?", "answer": ["x"]}', "must be text"), ('{"question": "Who?", "depth": "deep"}', "number")],
+)  # fmt: skip
+def test_broken_question_files_are_refused(model, prefix, tmp_path, content, complaint):
+    path = tmp_path / "broken.jsonl"
+    path.write_text(content)
+    with pytest.raises(NectarError, match=complaint):
+        questions.from_file(path, make_task(model, prefix))
+    with pytest.raises(NectarError, match="cannot read"):
+        questions.from_file(tmp_path / "none", make_task(model, prefix))
+
+
+def test_held_out_questions_are_not_the_ones_of_a_fit(model, prefix):
+    from nectar_mlx import instructions
+
+    task = make_task(model, prefix)
+    asked = questions.held_out(task, count=8, seed=1)
+    kinds = [a.kind for a in asked]
+    assert [kinds.count(k) for k in ("on-context", "off-context", "re-reading", "continuation")] == [8, 4, 2, 2]
+    trained = {t.split("{")[0] for t in instructions.GENERIC + instructions.ABOUT + instructions.UNRELATED}
+    assert not any(a.question.startswith(t) for a in asked for t in trained if t)
+    again = next(a for a in asked if a.kind == "re-reading").conversation
+    shown = again.prompt[-4:] + again.answer
+    assert any(prefix[i : i + len(shown)] == shown for i in range(len(prefix)))
+
+
+def test_generation_keeps_the_order_of_questions(model, prefix):
+    task = make_task(model, prefix)
+    asked = [
+        questions.Asked(question=q, kind="on-context", conversation=Conversation(task.ask(q)))
+        for q in ("A rather long question about the casks of amber?", "Who?", "Which year was it?")
+    ]
+    exact = toys.exact(model, prefix, TOKENIZER)
+    view = answers.View(banks=exact.banks, start=len(prefix), nbytes=0)
+    together = answers.generate(task, view, asked, seed=0, temperature=1e-6, max_tokens=4)
+    alone = [answers.generate(task, view, [a], seed=0, temperature=1e-6, max_tokens=4)[0] for a in asked]
+    assert together == alone
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected", "found"),
+    [("It was in 1847.", "1847", True), ("It was in 1847.", "18", False), ("anna velde, I think", "Anna Velde", True),
+     ("1,847 casks", "1847", True), ("On 4 May, 1847", "4 May 1847", True), ("", "x", False)],
+)  # fmt: skip
+def test_an_answer_holds_the_fact(answer, expected, found):
+    assert answers.contains(answer, expected) is found
+
+
+def test_rank_correlation():
+    assert answers.rank_correlation([1, 2, 3, 4], [10, 100, 1000, 1e4]) == pytest.approx(1)
+    assert answers.rank_correlation([1, 2, 3], [3, 2, 1]) == pytest.approx(-1)
+    ties = answers.rank_correlation([1, 2, 2, 4], [1, 3, 2, 4])
+    assert ties == pytest.approx(0.9487, abs=1e-4)
+    assert answers.rank_correlation([1, 2], [1, 2]) is None and answers.rank_correlation([1, 1, 1], [1, 2, 3]) is None
+
+
+def test_the_command(model, prefix, tmp_path, capsys):
+    folder = toys.save_model(model, tmp_path / "model", TOKENIZER)
+    file = tmp_path / "it.nectar"
+    toys.picked(model, prefix, 20, TOKENIZER).save(file)
+    page = tmp_path / "page.html"
+    common = [str(file), "--model", str(folder), "--count", "2", "--answer-tokens", "6", "--rows", "200"]
+    code = evaluate.main([*common, "--baselines", "sinks-window", "--json", "--report", str(page)])
+    out, err = capsys.readouterr()
+    assert code == 0, err
+    told = json.loads(out)
+    assert [m["method"] for m in told["methods"]] == ["nectar", "no context", "sinks + window"]
+    assert math.isfinite(told["methods"][0]["kl"]) and page.read_text().startswith("<!doctype html>")
+    assert evaluate.main([*common, "--baselines", "none", "--no-answers"]) == 0
+    assert "nectar" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--baselines", "magic"], ["--count", "0"], ["--report", "/no/such/folder/page.html"], ["--questions", "/none"]],
+    ids=" ".join,
+)
+def test_mistakes_are_one_line_and_exit_code_2(model, prefix, tmp_path, capsys, arguments):
+    folder = toys.save_model(model, tmp_path / "model", TOKENIZER)
+    file = tmp_path / "it.nectar"
+    toys.picked(model, prefix, 20, TOKENIZER).save(file)
+    assert evaluate.main([str(file), "--model", str(folder), *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.splitlines()[-1].startswith("nectar evaluate: ")

@@ -1,0 +1,97 @@
+"""Divergences against plain numpy, and intervals that cover what they should."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import toys
+
+from nectar_mlx import adapter, fidelity, queries
+from nectar_mlx.fidelity import Bootstrap
+from nectar_mlx.queries import Conversation
+
+PREFIX = toys.random_tokens(60)
+
+
+def conversations(count=5):
+    rng = np.random.default_rng(5)
+    lengths = [(int(rng.integers(1, 20)), int(rng.integers(1, 15))) for _ in range(count)]
+    return [
+        Conversation(toys.random_tokens(p, seed=i), toys.random_tokens(a, seed=100 + i))
+        for i, (p, a) in enumerate(lengths)
+    ]
+
+
+def plain(model, prefix, conversation):
+    """log softmax of the answer tokens in float64, one conversation alone, without any cache."""
+    tokens = [*prefix, *conversation.prompt, *conversation.answer]
+    logits = np.array(model(mx.array([tokens]))[0], dtype=np.float64)
+    first = len(prefix) + len(conversation.prompt) - 1
+    rows = logits[first : first + len(conversation.answer)]
+    rows = rows - rows.max(-1, keepdims=True)
+    return rows - np.log(np.exp(rows).sum(-1, keepdims=True))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("room", [400, 1 << 24])
+def test_divergence_equals_the_one_written_out(architecture, batch, room, monkeypatch):
+    monkeypatch.setattr(fidelity, "_ROOM", room)
+    model = toys.toy(architecture)
+    full, part = (queries.read(model, p, adapter.route(model)) for p in (PREFIX, PREFIX[:5]))
+    asked = conversations()
+    found = fidelity.compare(model, full.make_cache, {"part": part.make_cache}, asked, batch=batch)["part"]
+    for i, c in enumerate(asked):
+        p, q = plain(model, PREFIX, c), plain(model, PREFIX[:5], c)
+        mine = found.of([i])
+        np.testing.assert_allclose(mine.kl, (np.exp(p) * (p - q)).sum(-1), atol=2e-4, rtol=2e-3)
+        np.testing.assert_array_equal(mine.agree, p.argmax(-1) == q.argmax(-1))
+        np.testing.assert_array_equal(mine.correct, q.argmax(-1) == np.array(c.answer))
+        np.testing.assert_array_equal(mine.reference_correct, p.argmax(-1) == np.array(c.answer))
+    assert found.kl.mean() > 0.01, "the two contexts must differ, or this test proves nothing"
+
+
+def test_a_view_does_not_diverge_from_itself():
+    model = toys.toy("llama")
+    context = queries.read(model, PREFIX, adapter.route(model))
+    found = fidelity.compare(model, context.make_cache, {"same": context.make_cache}, conversations())["same"]
+    assert np.abs(found.kl).max() < 1e-5 and found.agree.all()
+
+
+def test_a_view_may_read_another_prompt():
+    model = toys.toy("llama")
+    geometry = adapter.route(model)
+    full, head = (queries.read(model, p, geometry) for p in (PREFIX, PREFIX[:7]))
+    prompts = {"whole": lambda c: PREFIX[7:] + c.prompt, "head": None}
+    views = {"whole": head.make_cache, "head": head.make_cache}
+    found = fidelity.compare(model, full.make_cache, views, conversations(), prompts=prompts)
+    assert found["whole"].kl.max() < 1e-3 < found["head"].kl.mean()
+
+
+def test_log_probabilities_of_extreme_logits():
+    logits = mx.array([[1e4, 0.0, -1e4], [0.0, 0.0, 0.0]])
+    np.testing.assert_allclose(
+        np.array(fidelity.log_probabilities(logits)), [[0, -1e4, -2e4], [-np.log(3)] * 3], rtol=1e-5, atol=1e-6
+    )
+
+
+def test_the_interval_resamples_conversations_not_tokens():
+    # 20 conversations of 50 identical tokens: the mean is as uncertain as 20 numbers, not as 1,000.
+    values = np.repeat(np.random.default_rng(0).normal(size=20), 50)
+    conversation = np.repeat(np.arange(20), 50)
+    found = Bootstrap(range(20)).mean(values, conversation)
+    assert found.value == pytest.approx(values.mean())
+    width = 2 * 1.96 * values.std() / np.sqrt(20)
+    assert found.low < found.value < found.high and found.high - found.low == pytest.approx(width, rel=0.2)
+
+
+def test_intervals_are_repeatable_and_paired():
+    values, conversation = np.arange(30.0), np.repeat(np.arange(6), 5)
+    first, second = Bootstrap(range(6)), Bootstrap(range(6))
+    assert first.mean(values, conversation) == second.mean(values, conversation)
+    ratio = fidelity.interval(first.means(2 * values, conversation) / first.means(values, conversation))
+    assert ratio == pytest.approx((2, 2, 2))
+
+
+def test_one_conversation_has_an_interval_of_no_width():
+    found = Bootstrap([4]).mean(np.array([1.0, 3.0]), np.array([4, 4]))
+    assert found == (2.0, 2.0, 2.0)

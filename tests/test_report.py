@@ -1,0 +1,171 @@
+"""The page: whole, self-contained, safe with hostile text, and drawn by a real browser where there is one."""
+
+import itertools
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from nectar_mlx import NectarError, charts, report
+
+FIGURES = {"tokens": 400, "accuracy_gap": 0.01, "accuracy_gap_interval": [0.0, 0.02]}
+
+
+def method(name, nbytes, kl, file="book.nectar", error=0.1):
+    figures = {
+        **FIGURES,
+        "kl": kl,
+        "kl_interval": [0.8 * kl, 1.2 * kl],
+        "agree": 0.9,
+        "agree_interval": [0.88, 0.92],
+        "gap_closed": 1 - kl / 0.3,
+        "gap_closed_interval": [0.9 - kl, 1 - kl],
+    }
+    kinds = {"on-context": figures, "off-context": {**figures, "kl": kl / 2}}
+    return {
+        "method": name, "file": file, "bytes": nbytes, **figures, "kinds": kinds, "error": error, "seconds": 1.5,
+        "detail": "64 keys a head",
+    }  # fmt: skip
+
+
+def make(**changes):
+    result = {
+        "files": {"book.nectar": {"bytes": 480_000, "source": "book.txt", "layout": {"kind": "quadrature", "bits": 8},
+                                  "config": {"budget": 0.02, "seed": 0}, "nectar_mlx": "0.1.0",
+                                  "report": {"nodes": [3, 9, 27, 81, 5, 6], "seconds": {"read": 1.0}, "queries": 900}}},
+        "model": "SmolLM2-135M-Instruct", "context_tokens": 6030, "cache_bytes": 138_931_200,
+        "geometry": {"n_kv_heads": 3},
+        "questions": [{"question": "Who?", "kind": "on-context", "tokens": 30}] * 4,
+        "methods": [method("nectar", 480_000, 0.01), method("nectar", 120_000, 0.03, "small.nectar"),
+                    method("no context", 0, 0.3, error=None), method("sinks + window", 470_000, 0.1),
+                    method("Attention Matching", 479_000, 0.02), method("8-bit KV cache", 73_800_000, 1e-5)],
+        "heads": [0.1, 0.02, 0.3, 0.004, 0.05, 0.0], "correlation": {"error, accuracy gap": 0.8, "error, KL": None},
+        "answers": {"by": "all-MiniLM-L6-v2", "answers": 4, "file": 0.81, "file_interval": [0.7, 0.9], "again": 0.8,
+                    "again_interval": [0.7, 0.9], "nothing": 0.4, "nothing_interval": [0.3, 0.5]},
+        "examples": [{"question": "Who is <Filby>?", "full": "A man with red hair.", "again": "He argues.",
+                      "file": "A red-haired man & guest.", "nothing": "I do not know."}],
+        "facts": [{"method": "full cache", "found": 0.5, "found_interval": [0, 1],
+                   "right": [[0.2, True], [None, False]]}],
+        "seconds": {"read": 2.0, "answer": 9.0}, "peak_bytes": 900_000_000,
+    }  # fmt: skip
+    return {**result, **changes}
+
+
+class Outline(HTMLParser):
+    """Every tag and attribute; unclosed paragraphs and cells are HTML's own business."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.tags, self.values = [], []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.values += [f"{k}={v}" for k, v in attrs]
+
+
+def test_the_page_is_whole_and_self_contained():
+    page = report.page(make())
+    outline = Outline(page)
+    assert outline.tags.count("svg") >= 4 and outline.tags.count("article") == 1
+    assert not {"script", "link", "img", "iframe"} & set(outline.tags)
+    assert not re.search(r"https?://|url\(|@import|\$", page)
+    assert "96.7%" in page and "480 KB" in page and "prefers-color-scheme: dark" in page and "@media print" in page
+
+
+def test_text_cannot_become_markup():
+    hostile = "<script>alert(1)</script>"
+    result = make(examples=[dict.fromkeys(("question", "full", "again", "file", "nothing"), hostile)])
+    result["methods"][3]["detail"] = hostile
+    result["files"]["book.nectar"]["source"] = hostile
+    assert "script" not in Outline(report.page(result)).tags
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"examples": [], "answers": {}, "facts": []},
+        {"heads": [], "correlation": {"error, accuracy gap": None}},
+        {"methods": [method("nectar", 480_000, 0.01), method("no context", 0, 0.3, error=None)]},
+        {"methods": [method("nectar", 480_000, 0.0, error=0.0), method("no context", 0, 0.0, error=None)]},
+    ],
+    ids=["no answers", "no heads", "no baselines", "exact"],
+)
+def test_what_is_missing_is_left_out(changes):
+    assert report.page(make(**changes)).rstrip().endswith("</html>")
+
+
+def test_the_curve_has_a_mark_a_method_and_size():
+    drawing = charts.curve(make()["methods"], 138_931_200)
+    assert drawing.count("<circle") == 5 and drawing.count("no context") == 1
+    for value in re.findall(r'c[xy]="([\d.-]+)"', drawing):
+        assert 0 <= float(value) <= 944
+
+
+def test_labels_do_not_overlap():
+    methods = [method(f"method {i}", 1000 + i, 0.1) for i in range(14)]
+    drawing = charts.curve(methods, 100_000)
+    heights = sorted(float(y) for y in re.findall(r'class=label x="[\d.]+" y="([\d.]+)"', drawing))
+    assert len(heights) == 14 and all(b - a > 15 for a, b in itertools.pairwise(heights))
+
+
+def test_an_axis_spans_its_values():
+    axis = charts.Axis.around([10, 1000], 0, 300)
+    assert 0 < axis(10) < axis(100) < axis(1000) < 300 and axis(100) == pytest.approx(150)
+    assert axis.ticks()[0] >= axis.low and axis.ticks()[-1] <= axis.high
+
+
+def test_sizes_for_a_person():
+    sizes = [charts.size(n) for n in (12, 4_800, 480_000, 138_931_200, 2.5e9)]
+    assert sizes == ["12 B", "4.8 KB", "480 KB", "139 MB", "2.5 GB"]
+
+
+def test_a_page_that_cannot_be_written(tmp_path):
+    with pytest.raises(NectarError, match="cannot write"):
+        report.write(make(), tmp_path / "no" / "page.html")
+
+
+def test_the_plot(tmp_path):
+    pytest.importorskip("matplotlib")
+    report.plot(make(), tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+FLAGS = (
+    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+@pytest.mark.parametrize("width", [1100, 480])
+def test_a_browser_lays_it_out_inside_the_window(tmp_path, width):
+    # A probe, for this test alone, writes what the browser measured into the page.
+    probe = """<script>addEventListener("load", () => {
+        const wide = [...document.querySelectorAll("body *")].filter(
+            e => !e.closest(".wide") && !e.closest("svg") && e.getBoundingClientRect().right > innerWidth + 1);
+        const marks = [...document.querySelectorAll("circle")].filter(e => e.getBoundingClientRect().width > 3);
+        document.body.innerHTML = JSON.stringify({wide: wide.map(e => e.className || e.tagName), marks: marks.length,
+            page: document.documentElement.scrollWidth, window: innerWidth});
+    });</script>"""
+    path = tmp_path / "page.html"
+    path.write_text(report.page(make()) + probe)
+    command = [CHROMIUM, *FLAGS, f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},900", "--dump-dom"]
+    done = subprocess.run([*command, path.as_uri()], capture_output=True, text=True, timeout=120)
+    measured = json.loads(re.search(r"<body>(\{.*?\})</body>", done.stdout, re.S).group(1))
+    assert measured["wide"] == [] and measured["page"] <= measured["window"]
+    assert measured["marks"] >= 10
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+def test_a_browser_draws_it(tmp_path):
+    path, shot = tmp_path / "page.html", tmp_path / "page.png"
+    report.write(make(), path)
+    command = [CHROMIUM, *FLAGS, f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1000,1600"]
+    subprocess.run([*command, f"--screenshot={shot}", Path(path).as_uri()], capture_output=True, timeout=120)
+    assert shot.stat().st_size > 40_000, "a blank page is far smaller"
