@@ -136,7 +136,7 @@ def scatter(points: Sequence[Mapping[str, Any]]) -> str:
     low, high = min(0.0, *gaps) - 1, max(1.0, *gaps) + 1
 
     def y(value: float) -> float:
-        return bottom - (value - low) / (high - low) * (bottom - 16)
+        return float(bottom - (value - low) / (high - low) * (bottom - 16))
 
     names, parts = list(dict.fromkeys(m["method"] for m in points)), list[str]()
     for value in x.ticks():

@@ -206,9 +206,9 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
     placed = [m for m in result["methods"] if m["bytes"] > 0]
     for name in dict.fromkeys(m["method"] for m in placed):
         points = sorted((m for m in placed if m["method"] == name), key=lambda m: m["bytes"])
-        own = {"linewidth": 2.5, "zorder": 5} if name == FILE else {"linewidth": 1, "alpha": 0.85}
-        label = "this file" if name == FILE else name
-        axes.plot([m["bytes"] for m in points], [m["kl"] for m in points], marker="o", label=label, **own)
+        own, label = name == FILE, "this file" if name == FILE else name
+        place = [m["bytes"] for m in points], [m["kl"] for m in points]
+        axes.plot(*place, marker="o", label=label, linewidth=2.5 if own else 1, zorder=5 if own else 2)
     axes.axvline(result["cache_bytes"], color="grey", linestyle=":", label="full cache")
     axes.set(xscale="log", yscale="log", xlabel="bytes kept", ylabel="KL from the full cache, nats a token")
     axes.grid(alpha=0.25)

@@ -33,8 +33,10 @@ _FILL = (
     "The mate complained of the biscuit again, and he was right to do so.",
     "Nothing was sighted until dusk, when a school of porpoises kept us company on the {side} side.",
 )
-MODULES = ("argparse", "asyncio", "collections", "csv", "datetime", "decimal", "email", "fractions", "heapq", "json")
-MODULES += ("logging", "pathlib", "random", "sqlite3", "statistics", "string", "subprocess", "tarfile", "threading")
+MODULES: tuple[str, ...] = (
+    *("argparse", "asyncio", "collections", "csv", "datetime", "decimal", "email", "fractions", "heapq", "json"),
+    *("logging", "pathlib", "random", "sqlite3", "statistics", "string", "subprocess", "tarfile", "threading"),
+)
 
 
 @dataclass(frozen=True)

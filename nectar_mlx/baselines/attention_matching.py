@@ -21,15 +21,12 @@ def uniform(task: Task, nbytes: int) -> View:
 
 
 def budgets(task: Task, nbytes: int) -> View:
-    """Nodes in proportion to a power of the uniform solution's merged error; of a few powers the one that diverges
-    least."""
-    nodes = task.affordable(nbytes, "quadrature")
+    """Nodes in proportion to a power of the uniform solution's merged error; the power is the best of a few."""
+    nodes, most = task.affordable(nbytes, "quadrature"), max(task.length // 2, 4)
     first = uniform(task, nbytes)
     errors = [e for layer, bank in enumerate(first.banks) for e in _errors(bank, task.captured(layer))]
     sizes = {
-        power: [
-            int(x) for x in budget.allocate(errors, total=nodes, power=power, least=4, most=max(task.length // 2, 4))
-        ]
+        power: [int(x) for x in budget.allocate(errors, total=nodes, power=power, least=4, most=most)]
         for power in _POWERS
     }
     views = {power: _matched(task, size, f"nodes in proportion to error^{power}") for power, size in sizes.items()}

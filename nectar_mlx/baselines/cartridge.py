@@ -15,6 +15,7 @@ from mlx_lm.models.cache import KVCache
 from .. import fidelity
 from .._exp import SLOW_EXP
 from ..cache import NectarCache
+from ..errors import NectarError
 from ..heads import HeadArrays
 from ..queries import Conversation
 from .base import Baseline, Task, View
@@ -32,7 +33,7 @@ class _TrainedCache(KVCache):
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         B = keys.shape[0]
         pair = zip(self.trained, (keys, values), strict=True)
-        full = [mx.concatenate([mx.broadcast_to(t[None], (B, *t.shape)), x], axis=2) for t, x in pair]
+        full = [mx.concatenate([mx.broadcast_to(t[None].astype(x.dtype), (B, *t.shape)), x], axis=2) for t, x in pair]
         return full[0], full[1]
 
     def make_mask(self, N: int, **kwargs: Any) -> mx.array:
@@ -42,6 +43,8 @@ class _TrainedCache(KVCache):
 
 
 def cartridge(task: Task, nbytes: int, *, steps: int = _STEPS) -> View:
+    if task.context.windows:
+        raise NectarError("models with sliding windows are not trained")
     count = task.affordable_each(nbytes, "exact")
     conversations = [c for c in task.studied[1] if c.answer]
     truth = [x.astype(mx.float16) for x in _reference(task, conversations)]
