@@ -1,4 +1,4 @@
-"""`decode`: the speed of a decode step beside other ways to keep a context; `selftest`: is each kernel right, how fast."""
+"""`decode`: a decode step beside other ways to keep a context; `selftest`: is each kernel right, and how fast."""
 
 import argparse
 import json
@@ -194,9 +194,12 @@ def _tokens(text: str) -> list[int]:
     """ "1k,8k,1m" -> [1024, 8192, 1048576]."""
     units = {"k": 1 << 10, "m": 1 << 20}
     try:
-        return [int(float(t.rstrip("km")) * units.get(t[-1:], 1)) for t in text.lower().split(",")]
-    except ValueError:
-        raise NectarError(f"--contexts {text}: numbers such as 8k,128k,1m, with commas between them") from None
+        counts = [int(float(t.rstrip("km")) * units.get(t[-1:], 1)) for t in text.lower().split(",")]
+    except (ValueError, OverflowError):
+        counts = []
+    if not counts or min(counts) < 1:
+        raise NectarError(f"--contexts {text}: numbers such as 8k,128k,1m, with commas between them")
+    return counts
 
 
 def _work(arguments: argparse.Namespace) -> None:
@@ -206,6 +209,11 @@ def _work(arguments: argparse.Namespace) -> None:
         methods = [m.strip() for m in arguments.methods.split(",")]
         if unknown := set(methods) - set(KEEPERS):
             raise NectarError(f"--methods {', '.join(sorted(unknown))}: choose from {', '.join(KEEPERS)}")
+        for name in ("live", "batch"):
+            if getattr(arguments, name) < 1:
+                raise NectarError(f"--{name} {getattr(arguments, name)}: at least 1")
+        if arguments.live >= measure.ROOM:
+            raise NectarError(f"--live {arguments.live}: at most {measure.ROOM - 1}")
         shape = replace(SHAPES[arguments.shape], batch=arguments.batch)
         whole = not arguments.attention_only
         result = decode(shape, _tokens(arguments.contexts), methods, live=arguments.live, whole=whole)

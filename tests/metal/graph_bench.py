@@ -1,6 +1,6 @@
 """The kernel on an NVIDIA GPU without the host: a model's layers in one CUDA graph, beside a plain read of their bytes.
 
-    python tests/metal/graph_bench.py            needs CuPy and MLX for CUDA
+python tests/metal/graph_bench.py            needs CuPy and MLX for CUDA
 """
 
 import statistics
