@@ -55,7 +55,9 @@ def prompt(tokenizer: Any, messages: str | Sequence[Message], **template: Any) -
 
 def encode(tokenizer: Any, text: str, *, specials: bool = True) -> list[int]:
     """Token ids without added BOS or EOS. specials=False: a special token's text stays text, as in a document."""
-    return list(tokenizer.encode(text, add_special_tokens=False, split_special_tokens=not specials))
+    split = not specials
+    # verbose=False: the tokenizer would warn that a document is longer than the window, which the fit checks itself.
+    return list(tokenizer.encode(text, add_special_tokens=False, split_special_tokens=split, verbose=False))
 
 
 def _render(tokenizer: Any, turns: Sequence[Message], **template: Any) -> tuple[str, str]:
