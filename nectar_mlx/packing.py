@@ -271,7 +271,9 @@ def activations(deep: HeadArrays, queries: mx.array) -> mx.array:
         for layer in range(1, len(p) // 2):
             hidden = hidden + _silu(_affine(hidden, p[f"w_{layer}"], p[f"b_{layer}"]))
         parts.append(hidden)
-    return mx.concatenate(parts, axis=-1)
+    both = mx.concatenate(parts, axis=-1)
+    missing = max(0, 8 - both.size)  # Metal: fewer than eight values would lie in another address space
+    return mx.pad(both, [(0, 0), (0, 0), (0, missing)])
 
 
 def _affine(x: mx.array, w: mx.array, b: mx.array) -> mx.array:

@@ -338,6 +338,15 @@ def test_address_spaces_that_are_wrong(simulate, good, bad):
             harness.check_address_spaces(text)
 
 
+@pytest.mark.skipif("asan" not in harness.modes(), reason="needs clang")
+def test_small_inputs_keep_their_address_space(simulate):
+    """MLX passes fewer than eight values as `constant`: a network of three units must still compile, and be right."""
+    options = dict(kind="deep", sizes=((2, 2, 1, 2),), group=1, batch=1, padding=[0])
+    for text in texts(simulate, **options):
+        harness.check_address_spaces(text)
+    check(Case(**options), simulate)
+
+
 def test_metal_limits(simulate):
     """At most 31 buffers, ASCII, and no shape or stride that MLX takes from a longer word."""
     for text in texts(simulate, kind="deep", sizes=SIZES["deep"], padding=[1]):
