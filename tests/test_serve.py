@@ -305,6 +305,17 @@ def test_a_quantised_conversation_cache(tmp_path):
         server.close()
 
 
+def test_a_draft_model(books, answers):
+    """It does not see the context: its proposals may fail, the answers stay."""
+    server = Running(arguments(books, "--draft-model", str(books[0].folder)))
+    try:
+        for book in ("red", "blue"):
+            found = ask(server.client(), book, QUESTIONS[0]).choices[0].message.content
+            assert found == answers[book, QUESTIONS[0]]
+    finally:
+        server.close()
+
+
 @pytest.mark.parametrize(
     "extra, complaint",
     [
