@@ -22,7 +22,7 @@ import numpy as np
 
 from .errors import NectarError
 from .heads import Bank, Corrected, HeadArrays, Quadrature, TargetScore
-from .quantize import Quantized, group_size, quantize
+from .quantize import Quantized, dequantize, group_size, quantize
 
 NODES, GATED, PLAIN, SCORE, LINEAR, GIVEN, GIVEN_SCORE = range(7)
 SLOTS = 64
@@ -79,7 +79,7 @@ class _Work:
 
     @property
     def row_bytes(self) -> int:
-        return sum(m.row_bytes for m in self.matrices) + 4 * self.scalars.shape[1]
+        return sum(m.row_bytes for m in self.matrices) + 4 * int(self.scalars.shape[1])
 
     def span(self, start: int, stop: int) -> list[Words]:
         return [*(m.words(start, stop) for m in self.matrices), _words(self.scalars[start:stop])]
@@ -94,7 +94,7 @@ class _Matrix:
 
     @property
     def row_bytes(self) -> int:
-        return int(self.data[:1].nbytes + (0 if self.scales is None else self.scales[:1].nbytes))
+        return int(self.data[:1].nbytes) + (0 if self.scales is None else int(self.scales[:1].nbytes))
 
     def words(self, start: int, stop: int) -> Words:
         data = self.data[start:stop].tobytes()
@@ -114,10 +114,9 @@ def pack(
     """Lay out one layer's bank (M = n_kv_heads heads of kind quadrature, mlp or corrected, ragged sizes).
 
     dtype: of the matrices with bits = 16, which means "not quantised"; by default the parameters' own. bits 8 and 4
-    quantise as `quantize` does. heads: the heads' parameters, unpadded, instead of the bank's own; matrices may be
-    `Quantized` already.
-    blocks: threadgroups to cut a layer into, about. backend: where it will be read. one_launch: keep the
-    counters that merging in one launch needs.
+    quantise as `quantize` does, and reproduce what had those bits before. heads: the heads' parameters, unpadded,
+    instead of the bank's own; matrices may be `Quantized` already. blocks: threadgroups to cut a layer into, about.
+    backend: where it will be read. one_launch: keep the counters that merging in one launch needs.
     Raises NectarError for a kind or head_dim that the kernel does not know.
     """
     heads = heads or [dict(head) for head in bank.unstack()]
@@ -166,7 +165,7 @@ class _Reader:
 
     def _matrix(self, x: mx.array | Quantized) -> _Matrix:
         if self.storage.startswith("int"):
-            q = x if isinstance(x, Quantized) else quantize(x, bits=int(self.storage[3:]))
+            q = x if isinstance(x, Quantized) else requantize(x, bits=int(self.storage[3:]))
             return _Matrix(np.array(q.data), np.array(q.scales))
         if isinstance(x, Quantized):
             raise NectarError(f"quantised parameters cannot be packed as {self.storage}: pass their number of bits")
@@ -260,6 +259,29 @@ def _words(x: Any) -> Words:
     """Bytes or an array -> 32-bit words, filled up with zeros to a multiple of 16 bytes."""
     data = x if isinstance(x, bytes) else np.ascontiguousarray(x).tobytes()
     return np.frombuffer(data + bytes(-len(data) % 16), np.uint32)
+
+
+def requantize(x: mx.array, *, bits: int) -> Quantized:
+    """`quantize`, but exact for float32 values that had that many bits before, as a file hands them out."""
+    fresh = quantize(x, bits=bits)
+    values = dequantize(fresh, bits=bits)
+    if bool((values == x).all()):
+        return fresh
+    groups = x.astype(mx.float32).reshape(*fresh.scales.shape, -1)
+    top = mx.abs(groups).max(-1, keepdims=True)
+    values, scales = values.reshape(groups.shape), fresh.scales[..., None]
+    limit = 2 ** (bits - 1)
+    for largest in range(limit, 0, -1):  # the integer of the group's largest value
+        scale = (top / largest).astype(mx.float16)
+        tried = mx.clip(mx.round(groups / mx.maximum(scale, 6e-8)), -limit, limit - 1) * scale.astype(mx.float32)
+        same = (tried == groups).all(-1, keepdims=True) & (scale > 0)
+        values, scales = mx.where(same, tried, values), mx.where(same, scale, scales)
+        mx.eval(values, scales)
+    integers = mx.round(values / mx.maximum(scales.astype(mx.float32), 6e-8)).reshape(x.shape)
+    if bits == 8:
+        return Quantized(integers.astype(mx.int8), scales[..., 0])
+    nibbles = (integers + 8).astype(mx.uint8)
+    return Quantized(nibbles[..., 0::2] | (nibbles[..., 1::2] << 4), scales[..., 0])
 
 
 def activations(deep: HeadArrays, queries: mx.array) -> mx.array:
