@@ -24,8 +24,8 @@ class Nectar:
     """A long context, fitted: per layer and KV head a function of the query that stands for it.
 
     Attributes: `prefix`, the token ids it stands for (positions 0 … n-1); `banks`, head functions, a bank for each
-    layer with full attention; `windows`, what the other layers keep; `report`, what was measured while fitting; `metadata`,
-    where it came from.
+    layer with full attention; `windows`, what the other layers keep; `report`, what was measured while fitting;
+    `metadata`, where it came from.
     """
 
     def __init__(self, tensors: store.Tensors, metadata: dict[str, Any]):
