@@ -56,6 +56,8 @@ def modes() -> tuple[str, ...]:
     """The builds that this machine can make and run."""
     if compiler() is None:
         return ()
+    if "ziglang" in compiler():  # it takes the flags and has no sanitizer
+        return ("plain",)
     return tuple(mode for mode in _SANITIZERS if mode == "plain" or _works(mode))
 
 

@@ -72,7 +72,7 @@ template <typename To, typename From>
 METAL_FUNC To as_type(From x) {
   static_assert(sizeof(To) == sizeof(From), "as_type");
   To y;
-  __builtin_memcpy(&y, &x, sizeof(To));
+  __builtin_memcpy(static_cast<void*>(&y), &x, sizeof(To));
   return y;
 }
 
@@ -94,7 +94,7 @@ METAL_FUNC void simdgroup_barrier(mem_flags, HERE) { simulator::simdgroup_barrie
 template <typename T>
 UNSEEN inline T value_of(const unsigned char* table, unsigned lane) {
   T x;
-  __builtin_memcpy(&x, table + lane * simulator::kSlotBytes, sizeof(T));
+  __builtin_memcpy(static_cast<void*>(&x), table + lane * simulator::kSlotBytes, sizeof(T));
   return x;
 }
 template <typename T>
