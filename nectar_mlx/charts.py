@@ -51,7 +51,7 @@ def curve(methods: Sequence[Mapping[str, Any]], full: int) -> str:
         _grid(x, y, right, bottom),
         _line("floor", x(full), top, x(full), bottom),
     ]
-    parts.append(_text(x(full) - 6, bottom - 8, f"full cache {size(full)}", "note", "end"))
+    parts.append(_text(x(full), bottom + 34, f"full cache {size(full)}", "note", "middle"))
     for kl in floor:
         parts.append(_line("floor", left, y(kl), right, y(kl)))
         parts.append(_text(left + 6, y(kl) - 6, f"no context {kl:.3f}", "note"))

@@ -113,13 +113,12 @@ def _heads(result: Mapping[str, Any], nectar: Mapping[str, Any]) -> str:
 
 
 def _kinds(methods: Sequence[Mapping[str, Any]]) -> str:
-    """Divergence by kind of question, a bar each, for the methods of about the file's size."""
+    """Divergence by kind of question, a bar each, for the methods that were given the first file's bytes."""
     shown = [m for m in methods if m["file"] == methods[0]["file"]]
     kinds = list(methods[0]["kinds"])
-    top = max(m["kinds"][k]["kl"] for m in shown for k in kinds) or 1.0
     parts = []
     for kind in kinds:
-        rows = []
+        rows, top = [], max(m["kinds"][kind]["kl"] for m in shown) or 1.0
         for m in sorted(shown, key=lambda m: float(m["kinds"][kind]["kl"])):
             own = m["method"] == FILE
             kl, name = m["kinds"][kind]["kl"], "this file" if own else html.escape(m["method"])

@@ -76,7 +76,7 @@ def passages(task: Task, nbytes: int) -> View:
         windows=head.windows,
         start=head.start,
         nbytes=int((len(task.head) + len(introduction) + count * size) * task.text_bytes) + task.window_bytes,
-        detail=f"{count} passages of {size} tokens",
+        detail=f"{count} passage{'s' if count > 1 else ''} of {size} tokens",
         prompt=prompt,
         kv_bits=8 if task.geometry.head_dim % 32 == 0 else None,
     )
