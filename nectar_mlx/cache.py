@@ -11,19 +11,21 @@ from typing import Any, NamedTuple, Self
 import mlx.core as mx
 from mlx_lm.models.cache import BatchKVCache, KVCache, QuantizedKVCache, RotatingKVCache, _BaseCache
 
-from . import attention
+from . import attention, kernels
 from .errors import NectarError
 from .heads import Bank
+from .packing import Packed
 
 
 class NectarCache(_BaseCache):
     """The cache of one layer. `bank` answers for `context` tokens, `live` holds the keys and values that follow.
 
-    live: mlx-lm's KVCache (default), QuantizedKVCache, or BatchKVCache inside `BatchNectarCache`.
+    live: mlx-lm's KVCache (default), QuantizedKVCache, or BatchKVCache inside `BatchNectarCache`. packed: the bank
+    in the form that the decode kernel reads, where there is one.
     """
 
-    def __init__(self, bank: Bank, context: int, live: Any = None):
-        self.bank, self.context = bank, context
+    def __init__(self, bank: Bank, context: int, live: Any = None, packed: Packed | None = None):
+        self.bank, self.context, self.packed = bank, context, packed
         self.live = KVCache() if live is None else live
 
     @property
@@ -50,11 +52,20 @@ class NectarCache(_BaseCache):
 
         sinks [H]: per head, the score of one more token whose value is zero (gpt-oss).
         """
+        if self.packed is not None and sinks is None:
+            out = kernels.decode(self.packed, queries, keys, values, left_padding=self.left_padding)
+            if out is not None:
+                return out
         live = attention.causal(queries, keys, values, scale=scale, mask=mask)
         merged = attention.merge(self.over_context(queries), live)
         if sinks is not None:
             merged = with_sinks(merged, sinks)
         return merged.output.astype(queries.dtype)
+
+    @property
+    def left_padding(self) -> mx.array | None:
+        """Of a batch [B]: each sequence's first live position with a token; beside it every mask is causal."""
+        return None
 
     def over_context(self, queries: mx.array) -> attention.Partial:
         """The context's share, [B, H, T, D] -> Partial of [B, H, T, ...]."""
@@ -91,7 +102,7 @@ class NectarCache(_BaseCache):
         return int(self.live.trim(n))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        return type(self)(self.bank, self.context, copy.deepcopy(self.live, memo))
+        return type(self)(self.bank, self.context, copy.deepcopy(self.live, memo), self.packed)
 
     @classmethod
     def merge(cls, caches: Sequence["NectarCache"]) -> "BatchNectarCache":
@@ -101,13 +112,18 @@ class NectarCache(_BaseCache):
             _check_same_context(first, cache)
             if isinstance(cache.live, QuantizedKVCache):
                 raise NectarError("sequences with a quantised cache cannot share a batch: run them one at a time")
-        return BatchNectarCache(first.bank, first.context, BatchKVCache.merge([c.live for c in caches]))
+        live = BatchKVCache.merge([c.live for c in caches])
+        return BatchNectarCache(first.bank, first.context, live, first.packed)
 
 
 class BatchNectarCache(NectarCache):
     """Several sequences behind one context, left-padded as in mlx-lm's BatchKVCache; `offset` is an array [B]."""
 
     live: BatchKVCache
+
+    @property
+    def left_padding(self) -> mx.array:
+        return self.live.left_padding
 
     def size(self) -> int:
         return int(self.live.size())
@@ -126,7 +142,7 @@ class BatchNectarCache(NectarCache):
         self.live.extend(other.live)
 
     def extract(self, idx: int) -> NectarCache:
-        return NectarCache(self.bank, self.context, self.live.extract(idx))
+        return NectarCache(self.bank, self.context, self.live.extract(idx), self.packed)
 
 
 class WindowCache(RotatingKVCache):
@@ -165,22 +181,28 @@ class Window(NamedTuple):
 
 
 def make_caches(
-    banks: Sequence[Bank], windows: Mapping[int, Window], context: int, *, kv_bits: int | None = None
+    banks: Sequence[Bank],
+    windows: Mapping[int, Window],
+    context: int,
+    *,
+    kv_bits: int | None = None,
+    packed: Sequence[Packed] | None = None,
 ) -> list[Any]:
     """Fresh caches, one a layer, that start behind a context of so many tokens.
 
     windows: the sliding-window layers, by index; banks: the others, in order. kv_bits: 4 or 8 quantises the keys and
-    values of live tokens in the layers that have a bank.
+    values of live tokens in the layers that have a bank. packed: the banks as the decode kernel reads them.
     """
-    remaining = iter(banks)
+    forms: Sequence[Packed | None] = packed or [None] * len(banks)
+    remaining = zip(banks, forms, strict=True)
     caches: list[Any] = []
     for layer in range(len(banks) + len(windows)):
         if layer in windows:
             caches.append(windows[layer].make_cache(context))
         else:
-            bank = next(remaining)
+            bank, form = next(remaining)
             live = KVCache() if kv_bits is None else QuantizedKVCache(_quantization_group(bank), kv_bits)
-            caches.append(NectarCache(bank, context, live))
+            caches.append(NectarCache(bank, context, live, form))
     return caches
 
 

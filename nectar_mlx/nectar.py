@@ -2,9 +2,11 @@
 
 import hashlib
 import json
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -12,11 +14,12 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from . import __version__, adapter, hub, models, prompts, store
+from . import __version__, adapter, hub, kernels, models, prompts, store
 from .adapter import Geometry
-from .cache import Window, make_caches
+from .cache import NectarCache, Window, make_caches
 from .errors import NectarError
 from .heads import Bank
+from .packing import Packed
 from .store import Layout
 
 
@@ -87,7 +90,35 @@ class Nectar:
 
     def make_cache(self, *, kv_bits: int | None = None) -> list[Any]:
         """Fresh caches, one a layer, that start behind the context. kv_bits: 4 or 8 quantises what comes after it."""
-        return make_caches(self.banks, self.windows, len(self.prefix), kv_bits=kv_bits)
+        return make_caches(self.banks, self.windows, len(self.prefix), kv_bits=kv_bits, packed=self._packed)
+
+    @cached_property
+    def _packed(self) -> list[Packed] | None:
+        """The banks in the form of the decode kernel, where there is one for them."""
+        if kernels.backend() == "ops" or self.layout.kind == "exact":
+            return None
+        # Of 8 bits the kernel finds the stored integers again; 4 bits would be rounded a second time.
+        bits = 8 if self.layout.bits == 8 else 16
+        try:
+            packed = [kernels.pack(bank, dtype=mx.float16, bits=bits) for bank in self.banks]
+            mx.eval([p.words for p in packed])
+            if self._agrees(packed[0]):
+                return packed
+            reason = "its results differ from those of plain operations"
+        except (NectarError, RuntimeError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+        warnings.warn(f"decoding without the fused kernel: {reason}", stacklevel=2)
+        return None
+
+    def _agrees(self, packed: Packed) -> bool:
+        """Whether the kernel computes on this machine what the first bank and one live token say to random queries."""
+        g, bank = self.geometry, self.banks[0]
+        shapes = [(1, g.n_heads, 1, g.head_dim), *[(1, g.n_kv_heads, 1, g.head_dim)] * 2]
+        keys = mx.random.split(mx.random.key(0), 3)
+        inputs = [mx.random.normal(s, key=k).astype(mx.float16) for s, k in zip(shapes, keys, strict=True)]
+        found = kernels.decode(packed, *inputs)
+        wanted = NectarCache(bank, 0).attend(*inputs, scale=bank.scale, mask=None)
+        return found is None or bool(mx.abs(found - wanted).max() < 0.02 * mx.abs(wanted).max())
 
     def prompt(self, tokenizer: Any, messages: str | Sequence[prompts.Message], **template: Any) -> list[int]:
         """The tokens that follow the prefix for a question or a conversation, up to where the answer starts."""

@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+from types import SimpleNamespace
 
 import mlx.core as mx
 import mlx_lm
@@ -18,8 +19,9 @@ from mlx_lm.models.cache import (
     trim_prompt_cache,
 )
 
-from nectar_mlx import NectarError, attention
+from nectar_mlx import NectarError, attention, kernels
 from nectar_mlx.cache import BatchNectarCache, NectarCache
+from nectar_mlx.quantize import dequantize, quantize
 
 CONTEXT = toys.random_tokens(70)
 PROMPTS = [toys.random_tokens(n, seed=n) for n in (9, 1, 23, 4, 14, 2, 30, 11)]
@@ -303,3 +305,83 @@ def test_attend_against_the_algebra_in_float64():
         weights = np.exp(0.3 * keys @ q[b, h, t])
         np.testing.assert_allclose(np.array(found[b, h, t]), weights @ values / weights.sum(), atol=1e-5)
     assert isinstance(cache.over_context(f32(q)), attention.Partial)
+
+
+@pytest.fixture
+def kernel(monkeypatch):
+    """A stand-in for the decode kernel with its contract; returns the shapes [B, H, T, D] it was called with."""
+    called = []
+
+    def decode(bank, queries, keys, values, *, left_padding=None):
+        if queries.shape[2] > kernels.MAX_LENGTH:
+            return None
+        called.append(queries.shape)
+        T, S = queries.shape[2], keys.shape[2]
+        mask = (mx.arange(S - T, S)[:, None] >= mx.arange(S))[None, None]
+        if left_padding is not None:
+            mask = mask & (mx.arange(S) >= left_padding[:, None, None, None])
+        live = attention.causal(queries, keys, values, scale=bank.scale, mask=mask)
+        return attention.merge(NectarCache(bank, 0).over_context(queries), live).output
+
+    monkeypatch.setattr(kernels, "backend", lambda: "metal")
+    monkeypatch.setattr(kernels, "pack", lambda bank, **options: bank)
+    monkeypatch.setattr(kernels, "decode", decode)
+    monkeypatch.setattr("nectar_mlx.nectar.Nectar._packed", property(lambda self: list(self.banks)))
+    return called
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3_text"])
+def test_the_decode_kernel_takes_the_short_steps_of_every_path(architecture, kernel, monkeypatch):
+    model, nectar = setup(architecture, "picked")
+    with nectar.attach(model):
+        found = batch(model, PROMPTS, prefill_step_size=4)
+        alone = steps(model, PROMPTS[0])
+    assert {shape[0] for shape in kernel} > {1, len(PROMPTS)}
+    assert {shape[2] for shape in kernel} >= {1, 4}
+    assert copy.deepcopy(nectar.make_cache()[-1]).packed is nectar.banks[-1]
+    monkeypatch.setattr("nectar_mlx.nectar.Nectar._packed", None)
+    expected = [greedy(model, nectar.make_cache(), p) for p in PROMPTS]
+    assert found == expected and alone == expected[0]
+
+
+def test_the_kernel_finds_the_stored_integers_again():
+    """An 8-bit file is packed from its dequantised values: nothing may be rounded twice."""
+    _, nectar = setup("llama", "picked")
+    for bank in nectar.banks:
+        for name in ("keys", "values"):
+            x = bank.parameters[name]
+            assert mx.array_equal(dequantize(quantize(x, bits=8), bits=8), x)
+
+
+@pytest.mark.parametrize(
+    "pack, decode, said",
+    [
+        (NectarError("no kernel for this"), None, "no kernel for this"),
+        (None, RuntimeError("it does not compile\nline 3"), "it does not compile$"),
+        (None, lambda packed, q, k, v: mx.zeros_like(q), "results differ"),
+    ],
+)
+def test_a_kernel_that_fails_here_is_not_used(monkeypatch, pack, decode, said):
+    def give(answer):
+        def call(*args, **options):
+            if isinstance(answer, Exception):
+                raise answer
+            return answer(*args, **options) if callable(answer) else SimpleNamespace(words=mx.zeros(1))
+
+        return call
+
+    model, nectar = setup("llama", "picked")
+    expected = greedy(model, nectar.make_cache(), PROMPTS[0])
+    del nectar._packed
+    monkeypatch.setattr(kernels, "backend", lambda: "metal")
+    monkeypatch.setattr(kernels, "pack", give(pack))
+    monkeypatch.setattr(kernels, "decode", give(decode))
+    with pytest.warns(UserWarning, match=said):
+        assert nectar._packed is None
+    assert greedy(model, nectar.make_cache(), PROMPTS[0]) == expected
+
+
+def test_sinks_are_no_work_for_the_kernel(kernel):
+    model, nectar = setup("gpt_oss", "picked")
+    greedy(model, nectar.make_cache(), PROMPTS[0])
+    assert not kernel
