@@ -48,7 +48,7 @@ class Task:
     """A context to be kept in few bytes, and what may be used for it.
 
     rows: how many captured rows a head the methods that need queries get. seed: of their conversations; another one
-    than the evaluation's. progress is told what is going on.
+    than the evaluation's.
     """
 
     model: nn.Module
@@ -58,7 +58,6 @@ class Task:
     rows: int = 4096
     seed: int = 77
     answer_tokens: int = 96
-    say: Callable[[str], None] = lambda line: None
 
     @property
     def n_layers(self) -> int:

@@ -16,7 +16,7 @@ from .base import Baseline, Task, View
 from .nothing import no_context
 
 _K1, _B = 1.2, 0.75
-_PASSAGE = 64  # tokens
+_PASSAGE = 64  # tokens, about: as many as fill the bytes evenly
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,8 @@ def passages(task: Task, nbytes: int) -> View:
     room = tokens - len(introduction)
     if room < 8:
         raise NectarError(f"{nbytes:,} bytes do not hold a passage")
-    size = min(_PASSAGE, room)
-    count = room // size
+    count = max(1, round(room / _PASSAGE))
+    size = room // count
     searched = index(task, size)
 
     def prompt(conversation: Conversation) -> list[int]:
