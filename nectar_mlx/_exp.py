@@ -5,6 +5,7 @@ vectorised (1.2 ns). Attention over a long context is mostly exponentials, so on
 """
 
 import sys
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -25,7 +26,9 @@ def exp(x: mx.array) -> mx.array:
 
 def sigmoid(x: mx.array) -> mx.array:
     """1 / (1 + e^-x), differentiable through its own value."""
-    return _sigmoid(x)[0]
+    values: Any = _sigmoid(x)
+    found: mx.array = values[0]
+    return found
 
 
 @mx.custom_function

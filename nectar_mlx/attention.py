@@ -12,7 +12,7 @@ Shapes: B sequences, H query heads, K = n_kv_heads, G = H / K query heads per KV
 head_dim.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
@@ -60,8 +60,8 @@ def weighted(
     if bias is None:
         bias = mx.zeros(keys.shape[:2])
     queries, keys, values = (x.astype(mx.float32) for x in (queries, keys, values))
-    output, log_normalizer, _ = _weighted(queries * scale, keys, values, bias.astype(mx.float32))
-    return Partial(output, log_normalizer)
+    found: Any = _weighted(queries * scale, keys, values, bias.astype(mx.float32))
+    return Partial(*found[:2])
 
 
 @mx.custom_function
@@ -96,7 +96,7 @@ def exact(queries: mx.array, keys: mx.array, values: mx.array, *, scale: float) 
     for start in range(0, queries.shape[1], step):
         parts.append(weighted(queries[:, start : start + step], keys, values, scale=scale))
         mx.eval(parts[-1])
-    return Partial(*(mx.concatenate(xs, axis=1) for xs in zip(*parts, strict=True)))
+    return Partial(*(mx.concatenate(list(xs), axis=1) for xs in zip(*parts, strict=True)))
 
 
 def causal(
@@ -126,7 +126,7 @@ def causal(
         if step < T:
             mx.eval(parts[-1])
     output, log_normalizer = (
-        mx.concatenate(xs, axis=3) if len(parts) > 1 else xs[0] for xs in zip(*parts, strict=True)
+        mx.concatenate(list(xs), axis=3) if len(parts) > 1 else xs[0] for xs in zip(*parts, strict=True)
     )
     return Partial(output.reshape(B, H, T, D), log_normalizer.reshape(B, H, T))
 

@@ -118,9 +118,9 @@ def _answer(
     def greedy(cache: Any) -> tuple[list[int], float]:
         started, tokens = time.perf_counter(), []
         for token, _ in generate_step(mx.array(prompt), model, max_tokens=max_tokens, prompt_cache=cache):
-            if int(token) in tokenizer.eos_token_ids:
-                break
             tokens.append(int(token))
+            if tokens[-1] in tokenizer.eos_token_ids:
+                break
         return tokens, round(time.perf_counter() - started, 2)
 
     full, full_seconds = greedy(context.make_cache())
@@ -128,8 +128,8 @@ def _answer(
     forced = fidelity.compare(model, context.make_cache, {"nectar": nectar.make_cache}, [Conversation(prompt, full)])[
         "nectar"
     ]
-    texts = (str(tokenizer.decode(tokens)).strip() for tokens in (full, ours))
-    return Answer(question, *texts, full_seconds, seconds, round(float(forced.agree.mean()), 3))
+    words = [str(tokenizer.decode(tokens, skip_special_tokens=True)).strip() for tokens in (full, ours)]
+    return Answer(question, words[0], words[1], full_seconds, seconds, round(float(forced.agree.mean()), 3))
 
 
 def _show(told: dict[str, Any], answers: Sequence[Answer]) -> None:

@@ -132,7 +132,7 @@ def _checked_prefix(model: nn.Module, tokenizer: Any, text: str, config: FitConf
     if not text.strip():
         raise NectarError("the text is empty")
     prefix = prompts.prefix(tokenizer, text, max_tokens=config.context_tokens)
-    window = getattr(getattr(model, "args", None), "max_position_embeddings", None)
+    window = _window(model)
     room = (window or 1 << 62) - 1024  # questions and answers need positions too
     if config.kind != "exact" and len(prefix) > room:
         raise NectarError(
@@ -140,3 +140,12 @@ def _checked_prefix(model: nn.Module, tokenizer: Any, text: str, config: FitConf
             f"cut it with --context-tokens {max(0, room - 64)}"
         )
     return prefix
+
+
+def _window(model: nn.Module) -> int | None:
+    """Positions the model was made for, where its configuration (or its text part's) says."""
+    arguments = getattr(model, "args", None)
+    told = getattr(arguments, "max_position_embeddings", None)
+    if told is None:
+        told = (getattr(arguments, "text_config", None) or {}).get("max_position_embeddings")
+    return told

@@ -38,7 +38,7 @@ class Context:
         return make_caches(self.banks, self.windows, len(self.prefix))
 
 
-class _ReadingCache(KVCache):  # type: ignore[misc]
+class _ReadingCache(KVCache):
     """A plain KV cache; where MLX's exponential is slow, attention takes our own path (3 × faster prefill there)."""
 
     if SLOW_EXP:
@@ -61,8 +61,9 @@ def read(
     model: nn.Module, prefix: Sequence[int], geometry: Geometry, *, progress: Callable[[int], None] = lambda n: None
 ) -> Context:
     """Prefills the prefix in chunks. progress is told how many tokens are done."""
-    caches: list[Any] = [RotatingKVCache(w) if w else _ReadingCache() for w in geometry.windows]
-    tokens, chunk = mx.array(prefix)[None], 512
+    reading: Any = _ReadingCache
+    caches: list[Any] = [RotatingKVCache(w) if w else reading() for w in geometry.windows]
+    tokens, chunk = mx.array(list(prefix))[None], 512
     for start in range(0, len(prefix), chunk):
         model(tokens[:, start : start + chunk], cache=caches)
         mx.eval([c.state for c in caches])
@@ -194,7 +195,8 @@ class _StudyCache(NectarCache):
         return [Captured(*(x[:, valid].reshape(K, -1, *x.shape[4:]) for x in grouped)) for valid in places]
 
     def filter(self, rows: mx.array) -> None:
-        self.live.keys, self.live.values = self.live.keys[rows], self.live.values[rows]
+        live: Any = self.live
+        live.keys, live.values = live.keys[rows], live.values[rows]
 
 
 @dataclass
@@ -236,7 +238,8 @@ def converse(
         key, now = mx.random.split(key)
         sampled = sample(logits, temperature=temperature, key=now)
         mx.eval(sampled, [c.seen[-1] for c in studied])
-        done = [_extend(row, token, at, stop, max_tokens) for row, token in zip(rows, sampled.tolist(), strict=True)]
+        drawn: Any = sampled.tolist()
+        done = [_extend(row, token, at, stop, max_tokens) for row, token in zip(rows, drawn, strict=True)]
         if len(valid) % _FLUSH == 0 or all(done):
             places, mine = np.concatenate(valid, axis=1), np.array([r.held_out for r in rows])[:, None]
             _flush(studied, [(study, places & ~mine), (held_out, places & mine)])

@@ -81,7 +81,8 @@ def pack(layout: Layout, heads: Sequence[HeadArrays]) -> Tensors:
 
 def unpack(layout: Layout, tensors: Tensors) -> list[Bank]:
     """The tensors of the file -> one bank a layer. NectarError if they do not fit each other."""
-    sizes = [tuple(row) for row in tensors["sizes"].tolist()]
+    rows: Any = tensors["sizes"].tolist()
+    sizes = [tuple(row) for row in rows]
     if len(sizes) != layout.n_layers * layout.n_kv_heads:
         raise NectarError("the file is damaged: its heads are not those of its model")
     shapes = [layout.bank.shapes(size, layout.head_dim) for size in sizes]
