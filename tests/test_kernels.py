@@ -142,8 +142,8 @@ def simulate(monkeypatch):
 def check(case, simulate, **options):
     simulate(**options)
     error = case.error()
-    rounded = case.kind == "deep" and case.packed.form.storage != "float32"
-    assert error < max(TOLERANCE[case.element], 2e-3 * rounded), error
+    hidden = {"float32": 0, "bfloat16": 2e-2}.get(case.packed.form.storage, 2e-3) if case.kind == "deep" else 0
+    assert error < max(TOLERANCE[case.element], hidden), error
 
 
 SIZES = {
