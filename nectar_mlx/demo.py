@@ -69,12 +69,12 @@ def _work(arguments: argparse.Namespace) -> None:
 
 
 def _demonstrate(arguments: argparse.Namespace, path: Path) -> None:
-    from . import adapter, fitting, models, queries
+    from . import adapter, fitter, fitting, models, queries
     from .nectar import Nectar
 
     model, tokenizer = models.load(arguments.model, log=cli.say)
     names = ("budget", "queries", "steps", "context_tokens")
-    config = fitting.FitConfig(**{name: getattr(arguments, name) for name in names})
+    config = fitter.FitConfig(**{name: getattr(arguments, name) for name in names})
     cli.say(f"Reading {config.context_tokens:,} tokens of the Python manual, once, and fitting it.")
     fitting.fit(
         model, tokenizer, manual(), config=config, name=arguments.model, source="Python manual", progress=cli.progress

@@ -41,11 +41,11 @@ def _work(arguments: argparse.Namespace) -> None:
     from . import documents
 
     text = documents.read(arguments.context)
-    from . import fitting, models
+    from . import fitter, fitting, models
     from .checkpoint import Checkpoint
 
     names = ("budget", "kind", "bits", "queries", "steps", "seed", "context_tokens", "memory")
-    config = fitting.FitConfig(**{name: getattr(arguments, name) for name in names})
+    config = fitter.FitConfig(**{name: getattr(arguments, name) for name in names})
     model, tokenizer = models.load(arguments.model, log=cli.say)
     folder = output.with_name(output.name + ".partial")
     if not arguments.resume:

@@ -4,7 +4,7 @@ import itertools
 import random
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
@@ -21,7 +21,6 @@ from .queries import Captured, Context, Conversation, Study
 from .store import Layout
 
 if TYPE_CHECKING:
-    from .fitting import FitConfig
     from .nectar import Nectar
 
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
@@ -29,6 +28,46 @@ Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 
 def silent(description: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
     return nullcontext(lambda done: None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitConfig:
+    """What can be chosen when fitting.
+
+    budget: bytes kept / bytes of the bf16 KV cache. kind: auto, quadrature, mlp, corrected or exact. bits: of a
+    stored matrix entry (16, 8 or 4). queries: captured rows a head. steps: of the regression (default: 1,500 on a
+    GPU, 400 on a CPU). context_tokens: cut the text after so many tokens. memory: bytes that captured rows may take
+    before they go to disk (default: half of what is free).
+    """
+
+    budget: float = 0.02
+    kind: str = "auto"
+    bits: int = 8
+    queries: int = 20_000
+    steps: int | None = None
+    seed: int = 0
+    context_tokens: int | None = None
+    memory: int | None = None
+    answer_tokens: int = 96
+    temperature: float = 0.9
+    conversations: int = 32 if SLOW_EXP else 64  # sampled side by side
+    power: float = 0.75
+    scout_steps: int = 100
+    rate: float = 6e-3
+    batch: int = 1024 if SLOW_EXP else 4096
+    samples: int = 4096  # rows that Attention Matching solves on
+
+    def __post_init__(self) -> None:
+        if not 0 < self.budget <= 1:
+            raise NectarError(f"a budget of {self.budget:g} is not in (0, 1]: it is the share of the KV cache to keep")
+        if self.bits not in (4, 8, 16):
+            raise NectarError(f"{self.bits} bits are not supported: choose 4, 8 or 16")
+        if self.kind not in ("auto", "quadrature", "mlp", "corrected", "exact"):
+            raise NectarError(f"unknown kind {self.kind!r}: choose auto, quadrature, mlp, corrected or exact")
+        for name in ("queries", "seed", "steps", "context_tokens", "memory"):
+            value = getattr(self, name)
+            if value is not None and value < (0 if name == "seed" else 1):
+                raise NectarError(f"{name} must be positive, not {value}")
 
 
 class Fitter:
@@ -47,7 +86,7 @@ class Fitter:
         tokenizer: Any,
         context: Context,
         geometry: Geometry,
-        config: "FitConfig",
+        config: FitConfig,
         *,
         progress: Progress = silent,
         checkpoint: Checkpoint | None = None,

@@ -44,8 +44,9 @@ class Nectar:
 
     @classmethod
     def fit(cls, model: nn.Module, tokenizer: Any, text: str, *, budget: float = 0.02, **options: Any) -> "Nectar":
-        """Fits a text; budget: bytes kept / bytes of the bf16 KV cache. Options: see `nectar_mlx.fitting.FitConfig`."""
-        from .fitting import FitConfig, fit
+        """Fits a text; budget: bytes kept / bytes of the bf16 KV cache. Options: see `nectar_mlx.fitter.FitConfig`."""
+        from .fitter import FitConfig
+        from .fitting import fit
 
         return fit(model, tokenizer, text, config=FitConfig(budget=budget, **options))
 

@@ -12,7 +12,7 @@ import pytest
 import toys
 
 from nectar_mlx import Nectar, NectarError, adapter, checkpoint, fit, fitting, prompts, queries, store
-from nectar_mlx.fitting import FitConfig
+from nectar_mlx.fitter import FitConfig
 from nectar_mlx.queries import Conversation
 
 TEXT = " ".join(f"The {a} dog sees fox number {i}, and the {b} fox runs." for i, (a, b) in enumerate(
