@@ -38,7 +38,7 @@ class Shape:
 
     @property
     def scale(self) -> float:
-        return self.head_dim**-0.5
+        return float(self.head_dim**-0.5)
 
     def cache_bytes(self, tokens: int) -> int:
         """Of 16-bit keys and values, all layers and sequences."""
@@ -135,7 +135,7 @@ class Full(Keeper):
         cache.offset = context + self.live
         return cache
 
-    def attend(self, cache: KVCache, queries: mx.array) -> mx.array:
+    def attend(self, cache: Any, queries: mx.array) -> mx.array:
         keys, values = cache.keys[..., : cache.offset, :], cache.values[..., : cache.offset, :]
         return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=self.shape.scale)
 
@@ -148,15 +148,15 @@ class Quantised4(Keeper):
 
     bits = 4
 
-    def cache(self, context: int) -> QuantizedKVCache:
-        cache = QuantizedKVCache(group_size=64, bits=self.bits)
+    def cache(self, context: int) -> Any:
+        cache: Any = QuantizedKVCache(group_size=64, bits=self.bits)
         tokens = -(-(context + self.live + 1) // ROOM) * ROOM
         cache.keys, cache.values = (mx.quantize(self.random(tokens), group_size=64, bits=self.bits) for _ in range(2))
         cache.offset = context + self.live
         return cache
 
-    def attend(self, cache: QuantizedKVCache, queries: mx.array) -> mx.array:
-        keys, values = ([x[..., : cache.offset, :] for x in part] for part in (cache.keys, cache.values))
+    def attend(self, cache: Any, queries: mx.array) -> mx.array:
+        keys, values = (tuple(x[..., : cache.offset, :] for x in part) for part in (cache.keys, cache.values))
         return quantized_scaled_dot_product_attention(
             queries, keys, values, scale=self.shape.scale, mask=None, group_size=64, bits=self.bits
         )
@@ -180,12 +180,13 @@ class Fused(Keeper):
         cache.offset = self.live
         return cache
 
-    def attend(self, cache: "FittedCache", queries: mx.array) -> mx.array:
+    def attend(self, cache: Any, queries: mx.array) -> mx.array:
         keys, values = cache.keys[..., : cache.offset, :], cache.values[..., : cache.offset, :]
-        return cache.attend(queries, keys, values, scale=self.shape.scale, mask=None)
+        out: mx.array = cache.attend(queries, keys, values, scale=self.shape.scale, mask=None)
+        return out
 
     def nbytes(self) -> int:
-        return sum(c.packed.nbytes for c in self.caches) + self.shape.cache_bytes(self.live)
+        return int(sum(c.packed.nbytes for c in self.caches)) + self.shape.cache_bytes(self.live)
 
 
 class Fused8(Fused):
@@ -194,11 +195,11 @@ class Fused8(Fused):
     bits = 8
 
 
-class FittedCache(KVCache):  # type: ignore[misc]
+class FittedCache(KVCache):
     """Live keys and values; attention comes from the kernel, or from stock operations where there is none."""
 
     def __init__(self, bank: Bank, bits: int):
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.bank = bank
         self.packed = kernels.pack(bank, dtype=DTYPE, bits=bits)
 
@@ -221,29 +222,31 @@ class Composed(Keeper):
     def cache(self, context: int) -> "ComposedCache":
         return ComposedCache(self.bank, self.random(self.live), self.random(self.live), self.shape.n_heads)
 
-    def attend(self, cache: "ComposedCache", queries: mx.array) -> mx.array:
-        return cache.attend(queries, None, None, scale=self.shape.scale)
+    def attend(self, cache: Any, queries: mx.array) -> mx.array:
+        out: mx.array = cache.attend(queries, None, None, scale=self.shape.scale)
+        return out
 
     def nbytes(self) -> int:
         return self.shape.cache_bytes(self.caches[0].keys.shape[2])
 
 
-class ComposedCache(KVCache):  # type: ignore[misc]
+class ComposedCache(KVCache):
     """Nodes and live tokens side by side, made once: what a cache that keeps them so would hand to stock attention."""
 
     def __init__(self, bank: Bank, keys: mx.array, values: mx.array, n_heads: int):
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         assert isinstance(bank, Quadrature)
-        self.keys, self.values, mask = kernels.compose_nodes(bank, keys, values, DTYPE)
+        self.both = kernels.compose_nodes(bank, keys, values, DTYPE)
+        self.keys, self.values, mask = self.both
         self.mask = mx.contiguous(mx.repeat(mask, n_heads // mask.shape[1], axis=1))
         mx.eval(self.mask)
         self.offset = self.keys.shape[2]
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        return self.keys, self.values
+        return self.both[:2]
 
     def attend(self, queries: mx.array, keys: Any, values: Any, *, scale: float, mask: Any = None) -> mx.array:
-        return mx.fast.scaled_dot_product_attention(queries, self.keys, self.values, scale=scale, mask=self.mask)
+        return mx.fast.scaled_dot_product_attention(queries, *self.both[:2], scale=scale, mask=self.mask)
 
 
 KEEPERS: dict[str, type[Keeper]] = {
