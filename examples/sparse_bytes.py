@@ -261,10 +261,10 @@ def read_text(path: Path | None) -> np.ndarray:
 
 def check_plot(path: Path) -> None:
     """Before the training rather than after it."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise NectarError("--plot needs matplotlib: pip install 'nectar-mlx[plot]'")
     if path.suffix not in (".png", ".svg", ".pdf"):
         raise NectarError(f"--plot {path}: end its name with .png, .svg or .pdf")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise NectarError("--plot needs matplotlib: pip install 'nectar-mlx[plot]'")
 
 
 def plot(runs: Sequence[Run], path: Path) -> None:
