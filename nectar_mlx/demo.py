@@ -48,9 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", default="SmolLM2-135M-Instruct", help="a name, a folder, a .gguf file or a hub id")
     parser.add_argument("--context-tokens", type=int, default=2000, metavar="N", help="of the manual (2000)")
     parser.add_argument("--budget", type=float, default=0.04, help="bytes to keep / bytes of the bf16 KV cache (0.04)")
-    parser.add_argument("--queries", type=int, default=10_000, metavar="N", help="captured queries a head (10000)")
-    parser.add_argument("--steps", type=int, default=200, metavar="N", help="of the regression (200)")
-    parser.add_argument("--max-tokens", type=int, default=60, metavar="N", help="of an answer (60)")
+    parser.add_argument("--queries", type=int, default=6_000, metavar="N", help="captured queries a head (6000)")
+    parser.add_argument("--steps", type=int, default=100, metavar="N", help="of the regression (100)")
+    parser.add_argument("--max-tokens", type=int, default=40, metavar="N", help="of an answer (40)")
     parser.add_argument("--output", type=Path, help="keep the file here")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return cli.run(parser, _work, argv)
@@ -74,7 +74,7 @@ def _demonstrate(arguments: argparse.Namespace, path: Path) -> None:
 
     model, tokenizer = models.load(arguments.model, log=cli.say)
     names = ("budget", "queries", "steps", "context_tokens")
-    config = fitter.FitConfig(**{name: getattr(arguments, name) for name in names})
+    config = fitter.FitConfig(**{name: getattr(arguments, name) for name in names}, scout_steps=40)
     cli.say(f"Reading {config.context_tokens:,} tokens of the Python manual, once, and fitting it.")
     fitting.fit(
         model, tokenizer, manual(), config=config, name=arguments.model, source="Python manual", progress=cli.progress
