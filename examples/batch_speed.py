@@ -1,6 +1,6 @@
 """Tokens a second behind a context, one question at a time and eight in a batch.
 
-    python examples/batch_speed.py book.nectar --questions 8 --tokens 128
+python examples/batch_speed.py book.nectar --questions 8 --tokens 128
 """
 
 import argparse
