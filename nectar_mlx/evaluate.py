@@ -19,6 +19,7 @@ import numpy as np
 
 from . import adapter, answers, baselines, cli, fidelity, questions, regression, report
 from .baselines import NO_CONTEXT, Task, View
+from .clock import Clock
 from .errors import NectarError
 from .fidelity import Bootstrap, Divergence, Estimate
 from .nectar import Nectar
@@ -120,7 +121,7 @@ def evaluate(
     first = next(iter(files.values()))
     if any(n.prefix != first.prefix for n in files.values()):
         raise NectarError("the files are of different texts: evaluate them one by one")
-    clock = _Clock()
+    clock = Clock()
     geometry = adapter.route(model)
     with cli.progress("reading the context", len(first.prefix)) as done:
         context = read(model, first.prefix, geometry, progress=done)
@@ -199,16 +200,6 @@ def correlations(methods: Sequence[Mapping[str, Any]]) -> dict[str, float | None
     }
     found = {n: answers.rank_correlation([m[a] for m in fitted], [m[b] for m in fitted]) for n, (a, b) in pairs.items()}
     return {name: None if rho is None else round(rho, 3) for name, rho in found.items()}
-
-
-class _Clock:
-    def __init__(self) -> None:
-        self.laps: dict[str, float] = {}
-        self._last = time.perf_counter()
-
-    def lap(self, name: str) -> None:
-        now = time.perf_counter()
-        self.laps[name], self._last = round(now - self._last, 2), now
 
 
 def _described(nectar: Nectar) -> dict[str, Any]:

@@ -4,7 +4,6 @@ read the text once -> converse about it, capturing queries and exact attention -
 -> start every head from Attention Matching at its own budget -> regress -> quantise -> report
 """
 
-import time
 from dataclasses import asdict
 from typing import Any
 
@@ -12,6 +11,7 @@ import mlx.nn as nn
 
 from . import adapter, models, nectar, prompts, queries
 from .checkpoint import Checkpoint
+from .clock import Clock
 from .errors import NectarError
 from .fitter import FitConfig, Fitter, Progress, silent
 from .nectar import Nectar
@@ -33,7 +33,7 @@ def fit(
     checkpoint: where an interrupted fit leaves its work, and a resumed one finds it. NectarError for a text, budget
     or model that cannot be fitted.
     """
-    clock = _Clock()
+    clock = Clock()
     geometry = adapter.route(model)
     prefix = _checked_prefix(model, tokenizer, text, config)
     with progress("reading", len(prefix)) as done:
@@ -75,16 +75,6 @@ def fit(
         clock.lap("check")
     report["seconds"] = clock.laps
     return fitted
-
-
-class _Clock:
-    def __init__(self) -> None:
-        self.laps: dict[str, float] = {}
-        self._last = time.perf_counter()
-
-    def lap(self, name: str) -> None:
-        now = time.perf_counter()
-        self.laps[name], self._last = round(now - self._last, 2), now
 
 
 def _checked_prefix(model: nn.Module, tokenizer: Any, text: str, config: FitConfig) -> list[int]:
