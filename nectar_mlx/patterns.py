@@ -57,13 +57,14 @@ class Pattern(ABC):
         odd = (self.layer if self.combine == "interleaved" else head) % 2 == 1
         return not odd, odd
 
-    def mask(self, length: int, keys_length: int, *, heads: int = 1) -> mx.array:
-        """What the last T = `length` of S = `keys_length` positions see: bool [heads, T, S].
+    def mask(self, length: int, keys_length: int, *, heads: int = 1, first: int | None = None) -> mx.array:
+        """What the last T = `length` of S = `keys_length` positions see: bool [heads, T, S], or of the `first` keys.
 
         This is the definition; `sparse_attention` never builds it for a long sequence.
         """
         i = mx.arange(keys_length - length, keys_length)[:, None]
-        return mx.stack([self._visible(i, mx.arange(keys_length)[None], head) for head in range(heads)])
+        j = mx.arange(keys_length if first is None else first)[None]
+        return mx.stack([self._visible(i, j, head) for head in range(heads)])
 
     def _visible(self, i: mx.array, j: mx.array, head: int) -> mx.array:
         near, far = self.steps(head)
@@ -86,6 +87,11 @@ class Pattern(ABC):
     @abstractmethod
     def _near_rows(self) -> int:
         """How many rows the near keys of one row's queries lie in."""
+
+    @property
+    def _gap(self) -> int:
+        """How many rows before its own no query's far keys lie in."""
+        return 0
 
     @abstractmethod
     def _near(self, i: mx.array, j: mx.array) -> mx.array:
@@ -132,8 +138,7 @@ class Strided(Pattern):
         return (i - j) % self.stride == 0
 
     def _near_keys(self, keys: mx.array) -> mx.array:
-        before = mx.pad(keys[:, :, :-1], [(0, 0), (0, 0), (1, 0), (0, 0), (0, 0)])
-        return mx.concatenate([before, keys], axis=3)
+        return _with_row_before(keys)
 
     def _far_queries(self, queries: mx.array) -> mx.array:
         return queries.swapaxes(2, 3)
@@ -151,9 +156,13 @@ class Fixed(Pattern):
 
     Different heads read different columns, as the paper advises: the last `summary` of a block, those before them, ….
     With a stride of the whole length it is dense causal attention.
+
+    overlap: whether a query also sees the whole block before its own. Not in the paper, whose networks are trained
+    with the pattern: one trained with dense attention needs the tokens just before a block's edge.
     """
 
     summary: int = 8
+    overlap: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -161,16 +170,20 @@ class Fixed(Pattern):
             raise NectarError(f"summary is {self.summary}: it must lie between 1 and the stride, {self.stride}")
 
     @classmethod
-    def balanced(cls, length: int, *, summary: int = 8) -> Self:
+    def balanced(cls, length: int, *, summary: int = 8, overlap: bool = False) -> Self:
         """The stride at which both parts cost the same: the power of two below √(summary · length / 2)."""
-        return cls(max(summary, _power_of_two((summary * length / 2) ** 0.5)), summary=summary)
+        return cls(max(summary, _power_of_two((summary * length / 2) ** 0.5)), summary=summary, overlap=overlap)
 
     @property
     def _near_rows(self) -> int:
-        return 1
+        return 1 + self._gap
+
+    @property
+    def _gap(self) -> int:
+        return int(self.overlap)
 
     def _near(self, i: mx.array, j: mx.array) -> mx.array:
-        return i // self.stride == j // self.stride
+        return i // self.stride - j // self.stride <= self._gap
 
     def _far(self, i: mx.array, j: mx.array, head: int) -> mx.array:
         end = self.stride - self.summary * self._columns(head)
@@ -182,7 +195,7 @@ class Fixed(Pattern):
         return (head // 2 if self.combine == "heads" else head) % (self.stride // self.summary)
 
     def _near_keys(self, keys: mx.array) -> mx.array:
-        return keys
+        return _with_row_before(keys) if self.overlap else keys
 
     def _far_queries(self, queries: mx.array) -> mx.array:
         return queries.flatten(2, 3)[:, :, None]
@@ -196,6 +209,12 @@ class Fixed(Pattern):
 
     def _far_result(self, x: mx.array) -> mx.array:
         return mx.unflatten(x[:, :, 0], 2, (-1, self.stride))
+
+
+def _with_row_before(keys: mx.array) -> mx.array:
+    """[B, h, M, l, D] -> [B, h, M, 2 l, D]: each row behind the one before it, zeros before the first."""
+    before = mx.pad(keys[:, :, :-1], [(0, 0), (0, 0), (1, 0), (0, 0), (0, 0)])
+    return mx.concatenate([before, keys], axis=3)
 
 
 def _power_of_two(x: float) -> int:

@@ -86,7 +86,7 @@ def _near_part(
     mask = pattern._near_mask(heads)
     chunks = []
     if first == 0:  # before row 0 there is only padding
-        own = mask & (mx.arange(k.shape[3]) >= k.shape[3] - stride)
+        own = mask & _exists(k.shape[3], stride)
         chunks.append(Chunk(slice(1), slice(1), lambda: own))
     step = max(1, room() // (B * h * stride * k.shape[3]))
     for start in range(len(chunks), R, step):
@@ -98,9 +98,9 @@ def _near_part(
 def _far_part(
     queries: mx.array, keys: mx.array, values: mx.array, *, pattern: Pattern, scale: float, heads: list[int]
 ) -> Partial:
-    """Attention to earlier rows; shapes as in `_near_part`. Queries of row 0 get a log-normaliser of about -1e30."""
+    """Attention to earlier rows; shapes as in `_near_part`. Queries of the first get a log-normaliser of about -1e30."""
     B, h, R, stride, _ = queries.shape
-    M = keys.shape[2]
+    M, gap = keys.shape[2], pattern._gap
     q, k, v = pattern._far_queries(queries), pattern._far_keys(keys, heads), pattern._far_keys(values, heads)
     per_query_row, per_key_row = q.shape[3] // R, k.shape[3] // M
     chunks, start = [], M - R
@@ -109,8 +109,9 @@ def _far_part(
         while stop < M and B * h * stride * (stop + 1 - start) * stop * per_key_row <= room():
             stop += 1
         rows = slice((start - M + R) * per_query_row, (stop - M + R) * per_query_row)
-        mask = partial(_earlier_rows, start, stop, per_query_row, per_key_row)
-        chunks.append(Chunk(rows, slice(max(1, stop - 1) * per_key_row), mask))
+        seen = max(1, stop - 1 - gap)
+        mask = partial(_earlier_rows, start - gap, stop - gap, seen, per_query_row, per_key_row)
+        chunks.append(Chunk(rows, slice(seen * per_key_row), mask))
         start = stop
     return Partial(*(pattern._far_result(x) for x in blockwise(q, k, v, scale=scale, axis=3, chunks=chunks)))
 
@@ -125,14 +126,15 @@ def _fused_output(
     B, h, R, stride, _ = queries.shape
     M = keys.shape[2]
     columns = [pattern._far_keys(x, heads)[:, :, 0] for x in (keys, values)]
+    keys, values = (pattern._near_keys(x) for x in (keys, values))
     per_row = pattern.summary if pattern.steps(heads[0])[1] else 0
-    step = max(1, min(-(-R // 8), _FUSED_ROOM // (B * h * stride * (M * per_row + stride))))
+    step = max(1, min(-(-R // 8), _FUSED_ROOM // (B * h * stride * (M * per_row + keys.shape[3]))))
     outputs = []
     for start in range(M - R, M, step):
         stop = min(M, start + step)
         own = [x[:, :, start - M : stop - M or None] for x in (queries, keys, values)]
-        seen = [x[:, :, : (stop - 1) * per_row] for x in columns]
-        attend = mx.checkpoint(partial(_fused_rows, start=start, summary=per_row, scale=scale))
+        seen = [x[:, :, : max(0, stop - 1 - pattern._gap) * per_row] for x in columns]
+        attend = mx.checkpoint(partial(_fused_rows, start=start, gap=pattern._gap, summary=per_row, scale=scale))
         outputs.append(attend(*own, *seen))
     return mx.concatenate(outputs, axis=2).astype(mx.float32)
 
@@ -145,12 +147,15 @@ def _fused_rows(
     far_values: mx.array,
     *,
     start: int,
+    gap: int,
     summary: int,
     scale: float,
 ) -> mx.array:
-    """Rows [B, h, R, l, D] from row `start` on, and the summary columns [B, h, N, D] before the last of them."""
+    """Rows [B, h, R, l, D] from row `start` on, their near keys [B, h, R, l · (1 + gap), D], and the summary columns
+    [B, h, N, D] of the rows before those.
+    """
     B, h, R, stride, D = queries.shape
-    N = far_keys.shape[2]
+    N, near = far_keys.shape[2], keys.shape[3]
 
     def by_row(x: mx.array) -> mx.array:
         return x.swapaxes(1, 2).flatten(0, 1)
@@ -161,9 +166,11 @@ def _fused_rows(
         )
 
     mask: mx.array | str = "causal"
-    if N:
-        later = mx.arange(start, start + R)[:, None, None] <= mx.arange(N) // summary
-        own = mx.arange(stride)[:, None] < mx.arange(stride)
+    if N or gap:
+        rows = mx.arange(start, start + R)[:, None, None]
+        later = rows - gap <= mx.arange(N) // max(1, summary)
+        padding = (rows < gap) & ~_exists(near, stride)
+        own = (mx.arange(near - stride, near)[:, None] < mx.arange(near)) | padding
         hidden = [mx.broadcast_to(x, (R, stride, x.shape[-1])) for x in (later, own)]
         bias = mx.where(mx.concatenate(hidden, axis=2), _HIDDEN, 0).astype(queries.dtype)
         mask = mx.tile(bias[:, None], (B, 1, 1, 1))
@@ -173,12 +180,17 @@ def _fused_rows(
     return mx.unflatten(output, 0, (B, R)).swapaxes(1, 2)
 
 
-def _earlier_rows(start: int, stop: int, per_query_row: int, per_key_row: int) -> mx.array | None:
-    """Which keys of rows 0 … stop - 2 lie in earlier rows than the queries of rows start … stop - 1; None if all do."""
+def _earlier_rows(start: int, stop: int, seen: int, per_query_row: int, per_key_row: int) -> mx.array | None:
+    """Which keys of rows 0 … seen - 1 lie before the queries' rows start … stop - 1; None if all do."""
     if stop - start == 1 and start > 0:
         return None
-    query_rows = mx.arange(start * per_query_row, stop * per_query_row) // per_query_row
-    return query_rows[:, None] > mx.arange(max(1, stop - 1) * per_key_row) // per_key_row
+    query_rows = start + mx.arange((stop - start) * per_query_row) // per_query_row
+    return query_rows[:, None] > mx.arange(seen * per_key_row) // per_key_row
+
+
+def _exists(keys: int, stride: int) -> mx.array:
+    """Which of the near keys of row 0 are not padding before it."""
+    return mx.arange(keys) >= keys - stride
 
 
 def _rows(x: mx.array, before: int, stride: int) -> mx.array:

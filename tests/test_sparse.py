@@ -40,7 +40,7 @@ def some_pattern(rng: random.Random) -> Pattern:
     stride, combine, layer = rng.choice([1, 2, 3, 8, 13, 16, 40, 500]), rng.choice(COMBINE), rng.randrange(2)
     if rng.random() < 0.5:
         return Strided(stride, combine, layer)
-    return Fixed(stride, combine, layer, summary=rng.randint(1, stride))
+    return Fixed(stride, combine, layer, summary=rng.randint(1, stride), overlap=rng.random() < 0.5)
 
 
 # --- which keys a query sees -------------------------------------------------------------------------------------
@@ -63,7 +63,8 @@ def naive_mask(pattern: Pattern, length: int, head: int) -> np.ndarray:
         else:
             order = (head // 2 if pattern.combine == "heads" else head) % (stride // pattern.summary)
             end = stride - order * pattern.summary
-            sets = i // stride == j // stride, end - pattern.summary <= j % stride < end
+            own = i // stride - pattern.overlap <= j // stride
+            sets = own, end - pattern.summary <= j % stride < end
         seen[i, j] = i == j or (near and sets[0]) or (far and sets[1])
     return seen
 
@@ -76,6 +77,7 @@ def test_mask_is_the_papers(seed: int) -> None:
     for head in range(5):
         assert (mask[head] == naive_mask(pattern, 50, head)).all()
     assert (np.array(pattern.mask(7, 50, heads=5)) == mask[:, -7:]).all()
+    assert (np.array(pattern.mask(7, 50, heads=5, first=9)) == mask[:, -7:, :9]).all()
 
 
 def test_heads_read_different_summary_columns() -> None:
@@ -134,7 +136,15 @@ def test_equals_dense(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("length", range(1, 41))
 @pytest.mark.parametrize(
-    "pattern", [Strided(5), Fixed(5, summary=2), Strided(6, "heads"), Fixed(6, "heads", summary=4)]
+    "pattern",
+    [
+        Strided(5),
+        Fixed(5, summary=2),
+        Strided(6, "heads"),
+        Fixed(6, "heads", summary=4),
+        Fixed(5, summary=2, overlap=True),
+        Fixed(6, "heads", summary=2, overlap=True),
+    ],
 )
 def test_every_short_length(length: int, pattern: Pattern, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blockwise, "_ROOM", 1)  # every row a chunk of its own, and never the masked path
@@ -232,7 +242,15 @@ def fused(queries: mx.array, keys: mx.array, values: mx.array, pattern: Fixed, s
 
 
 @pytest.mark.parametrize(
-    "pattern", [Fixed(16, summary=3), Fixed(8, summary=8), Fixed(7, "interleaved", summary=2), Fixed(128)]
+    "pattern",
+    [
+        Fixed(16, summary=3),
+        Fixed(8, summary=8),
+        Fixed(7, "interleaved", summary=2),
+        Fixed(128),
+        Fixed(16, summary=3, overlap=True),
+        Fixed(128, overlap=True),
+    ],
 )
 @pytest.mark.parametrize(("length", "keys_length"), [(1, 1), (16, 16), (101, 101), (30, 101), (1, 33)])
 @pytest.mark.parametrize("room", [1, 1 << 20])
