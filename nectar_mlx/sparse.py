@@ -98,7 +98,7 @@ def _near_part(
 def _far_part(
     queries: mx.array, keys: mx.array, values: mx.array, *, pattern: Pattern, scale: float, heads: list[int]
 ) -> Partial:
-    """Attention to earlier rows; shapes as in `_near_part`. Queries of the first get a log-normaliser of about -1e30."""
+    """Attention to earlier rows; shapes as in `_near_part`. Where there are none the log-normaliser is about -1e30."""
     B, h, R, stride, _ = queries.shape
     M, gap = keys.shape[2], pattern._gap
     q, k, v = pattern._far_queries(queries), pattern._far_keys(keys, heads), pattern._far_keys(values, heads)
