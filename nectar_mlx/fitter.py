@@ -4,7 +4,7 @@ import itertools
 import random
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
@@ -17,6 +17,7 @@ from .adapter import Geometry
 from .checkpoint import Checkpoint
 from .errors import NectarError
 from .heads import Bank, HeadArrays, Size
+from .prefill import Prefill
 from .queries import Captured, Context, Conversation, Study
 from .store import Layout
 
@@ -36,8 +37,10 @@ class FitConfig:
 
     budget: bytes kept / bytes of the bf16 KV cache. kind: auto, quadrature, mlp, corrected or exact. bits: of a
     stored matrix entry (16, 8 or 4). queries: captured rows a head. steps: of the regression (default: 1,500 on a
-    GPU, 400 on a CPU). context_tokens: cut the text after so many tokens. memory: bytes that captured rows may take
-    before they go to disk (default: half of what is free).
+    GPU, 400 on a CPU). context_tokens: cut the text after so many tokens. memory: bytes that the context's KV cache
+    may take before the fit goes layer by layer, and captured rows before they go to disk (default: half of what is
+    free). layerwise: whether it goes layer by layer whatever the memory. prefill: how the text is read, dense, or fixed
+    (sparsely, for texts whose dense prefill takes too long).
     """
 
     budget: float = 0.02
@@ -48,6 +51,8 @@ class FitConfig:
     seed: int = 0
     context_tokens: int | None = None
     memory: int | None = None
+    layerwise: bool | None = None
+    prefill: Prefill = "dense"
     answer_tokens: int = 96
     temperature: float = 0.9
     conversations: int = 32 if SLOW_EXP else 64  # sampled side by side
@@ -64,6 +69,8 @@ class FitConfig:
             raise NectarError(f"{self.bits} bits are not supported: choose 4, 8 or 16")
         if self.kind not in ("auto", "quadrature", "mlp", "corrected", "exact"):
             raise NectarError(f"unknown kind {self.kind!r}: choose auto, quadrature, mlp, corrected or exact")
+        if self.prefill not in ("dense", "fixed"):
+            raise NectarError(f"unknown prefill {self.prefill!r}: choose dense or fixed")
         for name in ("queries", "seed", "steps", "context_tokens", "memory"):
             value = getattr(self, name)
             if value is not None and value < (0 if name == "seed" else 1):
@@ -95,33 +102,10 @@ class Fitter:
         self.config, self.progress, self.checkpoint = config, progress, checkpoint or Checkpoint(None)
         self.n_layers = len(context.banks)
         self.n_heads = self.n_layers * geometry.n_kv_heads
+        self.length = len(context.prefix)
         self.steps = config.steps or (400 if SLOW_EXP else 1500)
-        kind = "quadrature" if config.kind == "auto" else config.kind
-        self.layout = Layout(
-            kind=kind,
-            n_layers=self.n_layers,
-            n_kv_heads=geometry.n_kv_heads,
-            head_dim=geometry.head_dim,
-            scale=geometry.scale,
-            bits=16 if kind == "exact" else config.bits,
-        )
+        self.layout = layout_for(config, geometry, n_layers=self.n_layers)
         self.checkpoint.claim(asdict(config), context.prefix)
-
-    def affordable_bytes(self) -> float:
-        """What the budget leaves for heads; what else the file holds is set aside where that matters."""
-        n = len(self.context.prefix)
-        whole = self.geometry.cache_bytes(n)
-        windows = sum(w.keys.nbytes + w.values.nbytes for w in self.context.windows.values())
-        kept = self.config.budget * whole
-        besides = windows + 4 * n + 24 * self.n_heads + 6000
-        available = kept - min(besides, kept / 10)
-        needed = self.n_heads * starts.smallest_bytes(self.layout)
-        if available < needed:
-            raise NectarError(
-                f"a budget of {self.config.budget:g} is too small for {n:,} tokens: "
-                f"it takes at least {needed / 0.9 / whole:.2g}, or a longer text"
-            )
-        return available
 
     def converse(self) -> None:
         """Fills `study` and `held_out` with what attention sees in conversations, and keeps the held-out ones."""
@@ -204,12 +188,15 @@ class Fitter:
 
     def sizes(self, nbytes: float) -> list[Size]:
         """Every head's size, from the errors of a short uniform fit."""
-        kept = self.checkpoint.load_sizes()
-        if kept is not None:
-            return kept
-        n = len(self.context.prefix)
-        mean = nbytes / self.n_heads
-        same = starts.size_for(self.layout, mean, most=n)
+        sizes = self.checkpoint.load_sizes()
+        if sizes is None:
+            sizes = allocate(self.scout(nbytes), nbytes, layout=self.layout, config=self.config, n=self.length)
+            self.checkpoint.save_sizes(sizes)
+        return sizes
+
+    def scout(self, nbytes: float) -> np.ndarray:
+        """Every head's error [n_heads] after a short fit in which all heads have the same size."""
+        same = starts.size_for(self.layout, nbytes / self.n_heads, most=self.length)
         errors = np.zeros(self.n_heads)
         groups = self._groups([same] * self.n_heads)
         with self.progress("deciding budgets", len(groups)) as done:
@@ -218,12 +205,7 @@ class Fitter:
                 bank = self._train(group, [same] * len(group), rows, self.config.scout_steps)
                 errors[group] = np.array(regression.errors(bank, rows))
                 done(number + 1)
-        least = starts.smallest_bytes(self.layout)
-        most = max(store.head_bytes(self.layout, starts.size_for(self.layout, float("inf"), most=n // 4)), 2 * mean)
-        share = budget.allocate(errors.tolist(), total=nbytes, power=self.config.power, least=least, most=most)
-        sizes = [starts.size_for(self.layout, b, most=n) for b in share]
-        self.checkpoint.save_sizes(sizes)
-        return sizes
+        return errors
 
     def _groups(self, sizes: Sequence[Size]) -> list[list[int]]:
         """Heads that are trained together: similar sizes, as many as the device takes at a time."""
@@ -272,6 +254,43 @@ class Fitter:
                 self.model, self.context.make_cache, {"nectar": fitted.make_cache}, conversations, progress=done
             )["nectar"]
         return {"kl": round(float(found.kl.mean()), 5), "agree": round(float(found.agree.mean()), 4)}
+
+
+def layout_for(config: FitConfig, geometry: Geometry, *, n_layers: int) -> Layout:
+    kind = "quadrature" if config.kind == "auto" else config.kind
+    return Layout(
+        kind=kind,
+        n_layers=n_layers,
+        n_kv_heads=geometry.n_kv_heads,
+        head_dim=geometry.head_dim,
+        scale=geometry.scale,
+        bits=16 if kind == "exact" else config.bits,
+    )
+
+
+def affordable_bytes(config: FitConfig, geometry: Geometry, layout: Layout, *, n: int) -> float:
+    """What the budget leaves for the heads of n tokens; what else the file holds is set aside where that matters."""
+    n_heads = layout.n_layers * layout.n_kv_heads
+    whole = geometry.cache_bytes(n)
+    windows = whole - replace(geometry, windows=(0,) * layout.n_layers).cache_bytes(n)
+    kept = config.budget * whole
+    besides = windows + 4 * n + 24 * n_heads + 6000
+    available = kept - min(besides, kept / 10)
+    needed = n_heads * starts.smallest_bytes(layout)
+    if available < needed:
+        raise NectarError(
+            f"a budget of {config.budget:g} is too small for {n:,} tokens: "
+            f"it takes at least {needed / 0.9 / whole:.2g}, or a longer text"
+        )
+    return available
+
+
+def allocate(errors: np.ndarray, nbytes: float, *, layout: Layout, config: FitConfig, n: int) -> list[Size]:
+    """Every head's size for n tokens, by the errors [n_heads] that it made among equals."""
+    mean, largest = nbytes / len(errors), starts.size_for(layout, float("inf"), most=n // 4)
+    least, most = starts.smallest_bytes(layout), max(store.head_bytes(layout, largest), 2 * mean)
+    share = budget.allocate(errors.tolist(), total=nbytes, power=config.power, least=least, most=most)
+    return [starts.size_for(layout, b, most=n) for b in share]
 
 
 def _free_memory() -> int:

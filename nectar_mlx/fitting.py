@@ -13,7 +13,7 @@ from . import adapter, models, nectar, prompts, queries
 from .checkpoint import Checkpoint
 from .clock import Clock
 from .errors import NectarError
-from .fitter import FitConfig, Fitter, Progress, silent
+from .fitter import FitConfig, Fitter, Progress, affordable_bytes, silent
 from .nectar import Nectar
 
 
@@ -44,7 +44,7 @@ def fit(
     if config.kind == "exact":
         heads = [head for bank in context.banks for head in bank.unstack()]
     else:
-        nbytes = fitter.affordable_bytes()
+        nbytes = affordable_bytes(config, geometry, fitter.layout, n=len(prefix))
         fitter.converse()
         clock.lap("study")
         fitter.prepare()
