@@ -64,6 +64,16 @@ def weighted(
     return Partial(*found[:2])
 
 
+def from_scores(scores: mx.array, values: mx.array) -> Partial:
+    """Attention by given scores [M, N, S] over values [M, S, D], or over each query's own, [M, N, S, D]."""
+    top = mx.stop_gradient(scores.max(-1, keepdims=True))
+    weights = exp(scores - top)
+    total = weights.sum(-1, keepdims=True)
+    values = values.astype(mx.float32)
+    output = weights @ values if values.ndim == scores.ndim else (weights[..., None, :] @ values)[..., 0, :]
+    return Partial(output / total, (top + mx.log(total))[..., 0])
+
+
 @mx.custom_function
 def _weighted(
     queries: mx.array, keys: mx.array, values: mx.array, bias: mx.array

@@ -4,11 +4,28 @@ Each file is one kind. Heads of the same kind and size class are evaluated toget
 """
 
 from .base import Bank, HeadArrays, Size
+from .completion import Completion
 from .corrected import Corrected
 from .exact import Exact
 from .mlp import TargetScore
 from .quadrature import Quadrature
+from .remainder import Remainder
+from .residual import Residual, Retrieval
 
-KINDS: dict[str, type[Bank]] = {bank.kind: bank for bank in (Quadrature, TargetScore, Corrected, Exact)}
+_ALL: tuple[type[Bank], ...] = (Quadrature, TargetScore, Corrected, Exact, Retrieval, Completion, Remainder)
+KINDS: dict[str, type[Bank]] = {bank.kind: bank for bank in _ALL}
 
-__all__ = ["KINDS", "Bank", "Corrected", "Exact", "HeadArrays", "Quadrature", "Size", "TargetScore"]
+__all__ = [
+    "KINDS",
+    "Bank",
+    "Completion",
+    "Corrected",
+    "Exact",
+    "HeadArrays",
+    "Quadrature",
+    "Remainder",
+    "Residual",
+    "Retrieval",
+    "Size",
+    "TargetScore",
+]

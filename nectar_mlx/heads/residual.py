@@ -1,0 +1,91 @@
+"""Heads that share the work with retrieval: some keys of the context are read exactly, the head answers for the rest.
+
+The first and last tokens of the context, the anchors, are kept in the head and always exact. Of the middle, a query's
+top keys may be read from the file beside the .nectar; `rest` stands for what was not read. Every part is an (o, L), so
+that merging them is the one normalisation of arXiv 2604.05438.
+"""
+
+from typing import NamedTuple
+
+import mlx.core as mx
+
+from ..attention import Partial, from_scores, merge, weighted
+from .base import Bank, HeadArrays, Size
+
+SINKS, TAIL = 4, 8
+ANCHORS = SINKS + TAIL
+NOTHING = -1e30  # the log-normaliser of an empty set
+EVERYTHING = 1e9  # a threshold that no score reaches
+
+
+class Retrieved(NamedTuple):
+    """What was read for each of N queries of M heads.
+
+    keys, values: [M, N, k, D]. scores: [M, N, k], scale · q·k. threshold: [M, N], what the scores of the query's keys
+    that were not read stay below, as far as the selection knows.
+    """
+
+    keys: mx.array
+    values: mx.array
+    scores: mx.array
+    threshold: mx.array
+
+
+class Residual(Bank):
+    """Anchors `anchor_keys`, `anchor_values` [ANCHORS, D] a head, and `rest` for the middle of the context.
+
+    Called without retrieval it stands for the whole context alone.
+    """
+
+    def apply(self, parameters: HeadArrays, queries: mx.array) -> Partial:
+        return merge(self.anchors(parameters, queries), self.rest(parameters, queries, None))
+
+    def complete(self, queries: mx.array, retrieved: Retrieved) -> Partial:
+        """The whole context for queries [M, N, D], the retrieved keys exact."""
+        exact = from_scores(self.used(retrieved), retrieved.values)
+        return merge(merge(self.anchors(self.parameters, queries), exact), self.rest(self.parameters, queries, retrieved))
+
+    def rest(self, parameters: HeadArrays, queries: mx.array, retrieved: Retrieved | None) -> Partial:
+        """The keys of the middle that were not retrieved, all of them if nothing was."""
+        raise NotImplementedError
+
+    def used(self, retrieved: Retrieved) -> mx.array:
+        """The scores [M, N, k] of the retrieved keys, NOTHING for those that `rest` answers for."""
+        return retrieved.scores
+
+    def anchors(self, parameters: HeadArrays, queries: mx.array) -> Partial:
+        return weighted(queries, parameters["anchor_keys"], parameters["anchor_values"], scale=self.scale)
+
+    @classmethod
+    def shapes(cls, size: Size, head_dim: int) -> dict[str, tuple[int, ...]]:
+        return {"anchor_keys": (ANCHORS, head_dim), "anchor_values": (ANCHORS, head_dim)}
+
+    @property
+    def head_dim(self) -> int:
+        return self.parameters["anchor_keys"].shape[-1]
+
+
+class Retrieval(Residual):
+    """Selection only, the baseline of arXiv 2604.05438: what is not read is nothing. size = ()."""
+
+    kind = "retrieval"
+
+    def rest(self, parameters: HeadArrays, queries: mx.array, retrieved: Retrieved | None) -> Partial:
+        return Partial(mx.zeros(queries.shape), mx.full(queries.shape[:2], NOTHING))
+
+    @classmethod
+    def size_of(cls, head: HeadArrays) -> Size:
+        return (0,)
+
+
+def anchor_positions(tokens: int) -> list[int]:
+    """The positions of the anchors in a context of so many tokens."""
+    return [*range(SINKS), *range(tokens - TAIL, tokens)]
+
+
+def middle(tokens: int) -> slice:
+    """The positions that a head's `rest` stands for."""
+    return slice(SINKS, tokens - TAIL)
+
+
+__all__ = ["ANCHORS", "EVERYTHING", "NOTHING", "SINKS", "TAIL", "Residual", "Retrieval", "Retrieved"]
