@@ -60,6 +60,7 @@ class NectarCache(_BaseCache):
         merged = attention.merge(self.over_context(queries), live)
         if sinks is not None:
             merged = with_sinks(merged, sinks)
+        self.observe(merged.log_normalizer)
         return merged.output.astype(queries.dtype)
 
     @property
@@ -69,9 +70,10 @@ class NectarCache(_BaseCache):
 
     def over_context(self, queries: mx.array) -> attention.Partial:
         """The context's share, [B, H, T, D] -> Partial of [B, H, T, ...]."""
-        B, _, T, _ = queries.shape
-        part = self.bank(attention.group(queries, len(self.bank.sizes)))
-        return attention.Partial(*(attention.ungroup(x, B, T) for x in part))
+        return self.bank.over(queries)
+
+    def observe(self, log_normalizer: mx.array) -> None:
+        """Told after every call what the whole attention's log-normaliser [B, H, T] was."""
 
     def make_mask(self, *args: Any, **kwargs: Any) -> Any:
         return self.live.make_mask(*args, **kwargs)

@@ -6,7 +6,7 @@ from typing import ClassVar, Self
 
 import mlx.core as mx
 
-from ..attention import Partial
+from ..attention import Partial, group, ungroup
 
 HeadArrays = dict[str, mx.array]  # the parameters of one head, unpadded, as they are stored; or of a bank, stacked
 Size = tuple[int, ...]
@@ -30,6 +30,11 @@ class Bank:
 
     def __call__(self, queries: mx.array) -> Partial:
         return self.apply(self.parameters, queries)
+
+    def over(self, queries: mx.array) -> Partial:
+        """The same for the queries [B, H, T, D] of a layer whose KV heads these are -> [B, H, T, ...]."""
+        part = self(group(queries, len(self.sizes)))
+        return Partial(*(ungroup(x, queries.shape[0], queries.shape[2]) for x in part))
 
     def apply(self, parameters: HeadArrays, queries: mx.array) -> Partial:
         """The functions with other parameters of the same shapes: pure, and differentiable in `parameters`."""

@@ -29,9 +29,11 @@ class Completion(Residual):
     kind = "completion"
     padding: ClassVar = {"b_query": NOTHING, "b_key": NOTHING}
 
-    def rest(self, parameters: HeadArrays, queries: mx.array, retrieved: Retrieved | None) -> Partial:
-        if retrieved is None:
-            return self._summary(parameters, queries)
+    def nodes(self, parameters: HeadArrays) -> HeadArrays:
+        p = parameters
+        return {"keys": p["w_query"] / self.scale, "values": p["means"], "bias": p["b_query"] + p["log_count"]}
+
+    def rest(self, parameters: HeadArrays, queries: mx.array, retrieved: Retrieved) -> Partial:
         step = max(1, _ROOM // (retrieved.scores.shape[0] * retrieved.scores.shape[2] * parameters["b_key"].shape[1]))
         parts = []
         for start in range(0, queries.shape[1], step):
@@ -39,9 +41,6 @@ class Completion(Residual):
             parts.append(self._without(parameters, queries[:, start : start + step], part))
             mx.eval(parts[-1])
         return Partial(*(mx.concatenate(list(xs), axis=1) for xs in zip(*parts, strict=True)))
-
-    def _summary(self, p: HeadArrays, queries: mx.array) -> Partial:
-        return from_scores(query_features(p, queries) + p["log_count"][:, None], p["means"])
 
     def _without(self, p: HeadArrays, queries: mx.array, retrieved: Retrieved) -> Partial:
         """queries [M, N, D]; every retrieved key's share of each feature is taken out of the summary."""

@@ -17,7 +17,7 @@ import mlx.core as mx
 from .._exp import sigmoid
 from ..attention import Partial, from_scores
 from .base import HeadArrays, Size
-from .residual import EVERYTHING, NOTHING, Residual, Retrieved
+from .residual import NOTHING, Residual, Retrieved
 
 
 class Remainder(Residual):
@@ -26,9 +26,11 @@ class Remainder(Residual):
     kind = "retrieval+nectar"
     padding: ClassVar = {"bias": NOTHING}
 
-    def rest(self, parameters: HeadArrays, queries: mx.array, retrieved: Retrieved | None) -> Partial:
-        threshold = mx.full(queries.shape[:2], EVERYTHING) if retrieved is None else retrieved.threshold
-        return self.below(parameters, queries, threshold)
+    def nodes(self, parameters: HeadArrays) -> HeadArrays:
+        return {n: parameters[n] for n in ("keys", "values", "bias")}
+
+    def rest(self, parameters: HeadArrays, queries: mx.array, retrieved: Retrieved) -> Partial:
+        return self.below(parameters, queries, retrieved.threshold)
 
     def below(self, parameters: HeadArrays, queries: mx.array, threshold: mx.array) -> Partial:
         """Attention of queries [M, N, D] over the keys of the middle that score below threshold [M, N]."""

@@ -11,11 +11,12 @@ import mlx.core as mx
 
 from ..attention import Partial, from_scores, merge, weighted
 from .base import Bank, HeadArrays, Size
+from .quadrature import Quadrature
 
 SINKS, TAIL = 4, 8
 ANCHORS = SINKS + TAIL
 NOTHING = -1e30  # the log-normaliser of an empty set
-EVERYTHING = 1e9  # a threshold that no score reaches
+EVERYTHING = 1e9  # a threshold that every score stays below
 
 
 class Retrieved(NamedTuple):
@@ -34,19 +35,35 @@ class Retrieved(NamedTuple):
 class Residual(Bank):
     """Anchors `anchor_keys`, `anchor_values` [ANCHORS, D] a head, and `rest` for the middle of the context.
 
-    Called without retrieval it stands for the whole context alone.
+    With nothing retrieved a head is a quadrature of the whole context: its anchors and its `nodes`.
     """
 
     def apply(self, parameters: HeadArrays, queries: mx.array) -> Partial:
-        return merge(self.anchors(parameters, queries), self.rest(parameters, queries, None))
+        nodes = self._whole(parameters)
+        return weighted(queries, nodes["keys"], nodes["values"], bias=nodes["bias"], scale=self.scale)
+
+    def alone(self) -> Quadrature:
+        """The heads as they answer without retrieval."""
+        sizes = tuple((ANCHORS + size[0],) for size in self.sizes)
+        return Quadrature(parameters=self._whole(self.parameters), sizes=sizes, scale=self.scale)
+
+    def _whole(self, parameters: HeadArrays) -> HeadArrays:
+        nodes, M = self.nodes(parameters), len(self.sizes)
+        anchors = {n: parameters[f"anchor_{n}"] for n in ("keys", "values")} | {"bias": mx.zeros((M, ANCHORS))}
+        return {n: mx.concatenate([anchors[n], nodes[n]], axis=1) for n in anchors}
 
     def complete(self, queries: mx.array, retrieved: Retrieved) -> Partial:
         """The whole context for queries [M, N, D], the retrieved keys exact."""
         exact = from_scores(self.used(retrieved), retrieved.values)
-        return merge(merge(self.anchors(self.parameters, queries), exact), self.rest(self.parameters, queries, retrieved))
+        rest = self.rest(self.parameters, queries, retrieved)
+        return merge(merge(self.anchors(self.parameters, queries), exact), rest)
 
-    def rest(self, parameters: HeadArrays, queries: mx.array, retrieved: Retrieved | None) -> Partial:
-        """The keys of the middle that were not retrieved, all of them if nothing was."""
+    def nodes(self, parameters: HeadArrays) -> HeadArrays:
+        """What stands for the middle while nothing is retrieved: keys, values [M, m, D] and bias [M, m]."""
+        raise NotImplementedError
+
+    def rest(self, parameters: HeadArrays, queries: mx.array, retrieved: Retrieved) -> Partial:
+        """The keys of the middle that were not retrieved, for queries [M, N, D]."""
         raise NotImplementedError
 
     def used(self, retrieved: Retrieved) -> mx.array:
@@ -66,11 +83,15 @@ class Residual(Bank):
 
 
 class Retrieval(Residual):
-    """Selection only, the baseline of arXiv 2604.05438: what is not read is nothing. size = ()."""
+    """Selection only, the baseline of arXiv 2604.05438: what is not read is nothing. size = (0,)."""
 
     kind = "retrieval"
 
-    def rest(self, parameters: HeadArrays, queries: mx.array, retrieved: Retrieved | None) -> Partial:
+    def nodes(self, parameters: HeadArrays) -> HeadArrays:
+        M = len(self.sizes)
+        return {n: mx.zeros((M, 0, self.head_dim)) for n in ("keys", "values")} | {"bias": mx.zeros((M, 0))}
+
+    def rest(self, parameters: HeadArrays, queries: mx.array, retrieved: Retrieved) -> Partial:
         return Partial(mx.zeros(queries.shape), mx.full(queries.shape[:2], NOTHING))
 
     @classmethod

@@ -1,0 +1,104 @@
+"""The context of one layer: some keys read exactly for every query, a head function for the rest."""
+
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import mlx.core as mx
+import numpy as np
+
+from ..attention import Partial
+from ..heads import Bank
+from ..heads.residual import SINKS, Residual, Retrieved
+from .keys import Keys
+from .selection import Selector, choose
+
+_ROOM = 1 << 23  # numbers of retrieved keys, or scores, held at a time
+
+
+class Reading(NamedTuple):
+    """What one call found. part: [B, H, T, ...]. positions: [B, K, T, k] in the context. scores: [B, H, T, k]."""
+
+    part: Partial
+    positions: mx.array
+    scores: mx.array
+
+
+@dataclass(kw_only=True)
+class Retrieving(Bank):
+    """`summary` with `count` keys a KV head and step read exactly from `keys`, chosen by `selector`.
+
+    The query heads of a KV head share what is read, so that count bounds the keys read for one token.
+    """
+
+    summary: Residual
+    keys: Keys
+    layer: int
+    selector: Selector
+    count: int
+
+    kind: ClassVar[str] = "retrieving"
+
+    @classmethod
+    def over_summary(cls, summary: Residual, keys: Keys, layer: int, selector: Selector, *, count: int) -> "Retrieving":
+        return cls(
+            parameters=summary.parameters,
+            sizes=summary.sizes,
+            scale=summary.scale,
+            summary=summary,
+            keys=keys,
+            layer=layer,
+            selector=selector,
+            count=count,
+        )
+
+    def apply(self, parameters: dict[str, mx.array], queries: mx.array) -> Partial:
+        """queries [K, N, D], each its own group."""
+        assert parameters is self.parameters, "what is retrieved cannot be differentiated"
+        found = self.over(queries.swapaxes(0, 1)[:, :, None])
+        return Partial(found.output[:, :, 0].swapaxes(0, 1), found.log_normalizer[:, :, 0].swapaxes(0, 1))
+
+    def over(self, queries: mx.array) -> Partial:
+        return self.read(queries).part
+
+    def read(self, queries: mx.array) -> Reading:
+        """queries [B, H, T, D]."""
+        B, H, T, D = queries.shape
+        K = len(self.sizes)
+        G = H // K
+        rows = queries.reshape(B, K, G, T, D).transpose(1, 0, 3, 2, 4).reshape(K, B * T, G, D)
+        step = max(1, _ROOM // (K * G * max(self.count * D, self.keys.tokens)))
+        parts = []
+        for start in range(0, B * T, step):
+            parts.append(self._read(rows[:, start : start + step]))
+            mx.eval(parts[-1])
+        output, total, positions, scores = (mx.concatenate(list(xs), axis=1) for xs in zip(*parts, strict=True))
+
+        def ungroup(x: mx.array) -> mx.array:
+            """[K, B·T, G, ...] -> [B, H, T, ...]"""
+            x = x.reshape(K, B, T, *x.shape[2:])
+            return x.transpose(1, 0, 3, 2, *range(4, x.ndim)).reshape(B, H, T, *x.shape[4:])
+
+        positions = positions.reshape(K, B, T, -1).transpose(1, 0, 2, 3)
+        return Reading(Partial(ungroup(output), ungroup(total)), positions, ungroup(scores))
+
+    def _read(self, queries: mx.array) -> tuple[mx.array, mx.array, mx.array, mx.array]:
+        """queries [K, N, G, D] -> output [K, N, G, D], log-normaliser [K, N, G], positions [K, N, k], scores
+        [K, N, G, k]."""
+        K, N, G, D = queries.shape
+        flat = queries.reshape(K, N * G, D).astype(mx.float32)
+        anchors = self.summary.anchors(self.parameters, flat).log_normalizer.reshape(K, N, G)
+        chosen = choose(self.selector.scores(flat).reshape(K, N, G, -1), anchors, count=self.count)
+        positions = chosen.positions + SINKS
+        keys, values = self.keys.read(self.layer, np.array(positions))
+        scores = (queries.astype(mx.float32) * self.scale) @ keys.swapaxes(-1, -2)
+
+        def per_head(x: mx.array) -> mx.array:
+            """[K, N, k, D], the same for the G heads of a group -> [K, N·G, k, D]"""
+            return mx.broadcast_to(x[:, :, None], (K, N, G, *x.shape[2:])).reshape(K, N * G, *x.shape[2:])
+
+        retrieved = Retrieved(
+            per_head(keys), per_head(values), scores.reshape(K, N * G, -1), chosen.threshold.reshape(K, N * G)
+        )
+        part = self.summary.complete(flat, retrieved)
+        used = self.summary.used(retrieved).reshape(scores.shape)
+        return part.output.reshape(K, N, G, D), part.log_normalizer.reshape(K, N, G), positions, used
