@@ -17,11 +17,24 @@ def exp(x: mx.array) -> mx.array:
     """e^x, elementwise, in float32. Inside `mx.compile` (where nothing can be evaluated) it is `mx.exp`."""
     if not SLOW_EXP:
         return mx.exp(x)
+    values: Any = _exp(x)
+    found: mx.array = values[0]
+    return found
+
+
+@mx.custom_function
+def _exp(x: mx.array) -> tuple[mx.array]:
     try:
         mx.eval(x)
     except ValueError:  # traced by mx.compile
-        return mx.exp(x)
-    return mx.array(np.exp(np.array(x, copy=False)))
+        return (mx.exp(x),)
+    return (mx.array(np.exp(np.array(x, copy=False))),)
+
+
+@_exp.vjp
+def _exp_vjp(primals, cotangents, outputs):  # type: ignore[no-untyped-def]
+    (y,), (dy,) = outputs, cotangents
+    return dy * y
 
 
 def sigmoid(x: mx.array) -> mx.array:

@@ -2,9 +2,10 @@
 
 Loss of a head, with g = σ(L - L_live) the share of the context in the merged output:
 
-    |merged(o, L) - merged(exact)|² / Var o  +  0.1 · (|o - o_exact|² / Var o + (L - L_exact)² / Var L)
+    ‖merged(o, L) - merged(exact)‖²  +  0.1 · (|o - o_exact|² / Var o + (L - L_exact)² / Var L)
 
-The merged term is what the model notices; the plain terms keep o and L apart from each other well scaled.
+The merged term is what the model notices, in the metric of what it notices (sensitivity.py); the plain terms keep o
+and L apart from each other well scaled.
 """
 
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from . import optimizers
 from ._exp import SLOW_EXP, sigmoid
 from .attention import Partial
 from .heads import Bank, HeadArrays
+from .quantize import dequantize, quantize
 from .queries import Captured
 from .starts import Start
 
@@ -34,13 +36,18 @@ def scales(rows: Captured) -> Scales:
     return Scales(output.var(1).mean(-1) + 1e-8, rows.log_normalizer.var(1) + 1e-6)
 
 
-def merged_error(part: Partial, rows: Captured, scale: Scales) -> mx.array:
-    """Mean squared error of the merged output over its variance, [M]."""
+def merged_error(part: Partial, rows: Captured, metric: mx.array) -> mx.array:
+    """Mean of |Δ · metric|² over the rows, Δ the error of the merged output [M, N, D], metric [M, D, D] -> [M]."""
     gate = sigmoid(part.log_normalizer - rows.live_log_normalizer)[..., None]
     exact = sigmoid(rows.log_normalizer - rows.live_log_normalizer)[..., None]
     live = rows.live_output.astype(mx.float32)
     error = gate * (part.output - live) - exact * (rows.output.astype(mx.float32) - live)
-    return mx.square(error).mean((1, 2)) / scale.output
+    return mx.square(error @ metric).sum(-1).mean(1)
+
+
+def relative(scale: Scales, head_dim: int) -> mx.array:
+    """The metric in which the error of an output is its share of the output's variance, [M, D, D]."""
+    return mx.eye(head_dim) / mx.sqrt(head_dim * scale.output)[:, None, None]
 
 
 def plain_error(part: Partial, rows: Captured, scale: Scales) -> mx.array:
@@ -55,17 +62,24 @@ def train(
     steps: int,
     batch: int,
     rate: float,
+    metric: mx.array | None = None,
+    bits: int = 16,
     muon_rate: float = 0.02,
     progress: Callable[[int], None] = lambda step: None,
 ) -> Bank:
-    """The trained bank. rows: of its M heads, shuffled; batches are consecutive slices."""
+    """The trained bank. rows: of its M heads, shuffled; batches are consecutive slices.
+
+    metric [M, D, D]: of the merged error, default `relative`. bits: what the matrices will be stored in; the loss is
+    that of the rounded ones (the gradient passes through the rounding).
+    """
     bank, norm = start.bank, scales(rows)
+    measure = relative(norm, bank.head_dim) if metric is None else metric
     count = rows.queries.shape[1]
     batch = min(batch, count)
 
     def loss(parameters: HeadArrays, part: Captured) -> mx.array:
-        estimate = bank.apply(start.fold(parameters), part.queries)
-        return (merged_error(estimate, part, norm) + _PLAIN * plain_error(estimate, part, norm)).sum()
+        estimate = bank.apply(as_stored(start.fold(parameters), bits), part.queries)
+        return (merged_error(estimate, part, measure) + _PLAIN * plain_error(estimate, part, norm)).sum()
 
     def step(
         parameters: HeadArrays, state: optimizers.State, part: Captured, factor: mx.array
@@ -87,12 +101,20 @@ def train(
     return type(bank)(parameters=start.fold(parameters), sizes=bank.sizes, scale=bank.scale)
 
 
-def errors(bank: Bank, rows: Captured, *, chunk: int = 4096) -> mx.array:
-    """The merged error of each head over all rows, [M]."""
-    norm, count = scales(rows), int(rows.queries.shape[1])
+def as_stored(parameters: HeadArrays, bits: int) -> HeadArrays:
+    """Matrices [M, rows, columns] rounded to `bits`, with the gradient of the unrounded ones."""
+    if bits == 16:
+        return parameters
+    rounded = {n: dequantize(quantize(p, bits=bits), bits=bits) for n, p in parameters.items() if p.ndim == 3}
+    return parameters | {n: parameters[n] + mx.stop_gradient(r - parameters[n]) for n, r in rounded.items()}
+
+
+def errors(bank: Bank, rows: Captured, *, metric: mx.array | None = None, chunk: int = 4096) -> mx.array:
+    """The merged error of each head over all rows, [M]; metric as for `train`."""
+    measure, count = relative(scales(rows), bank.head_dim) if metric is None else metric, int(rows.queries.shape[1])
     total = mx.zeros(len(bank.sizes))
     for start in range(0, count, chunk):
         part = Captured(*(x[:, start : start + chunk] for x in rows))
-        total = total + merged_error(bank(part.queries), part, norm) * part.queries.shape[1]
+        total = total + merged_error(bank(part.queries), part, measure) * part.queries.shape[1]
         mx.eval(total)
     return total / count
