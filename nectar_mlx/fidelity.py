@@ -86,12 +86,12 @@ def compare(
         for name, make_cache in others.items():
             ours = answer_logits(model, make_cache(), part, (prompts or {}).get(name))
             for i, conversation in enumerate(part):
-                found[name].append(_divergence(truth[i], ours[i], conversation.answer, start + i))
+                found[name].append(divergence(truth[i], ours[i], conversation.answer, start + i))
         progress(start + len(part))
     return {n: Divergence(*(np.concatenate(x) for x in zip(*parts, strict=True))) for n, parts in found.items()}
 
 
-def _divergence(reference: mx.array, other: mx.array, answer: Sequence[int], conversation: int) -> Divergence:
+def divergence(reference: mx.array, other: mx.array, answer: Sequence[int], conversation: int) -> Divergence:
     """reference, other: logits [answer, vocabulary] of the same answer tokens."""
     parts = []
     step = max(1, _ROOM // reference.shape[1])

@@ -28,7 +28,22 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--bits", type=int, default=8, help="of a stored matrix entry: 16, 8 or 4 (8)")
     parser.add_argument("--queries", type=int, default=20_000, metavar="N", help="captured queries a head (20000)")
     parser.add_argument("--steps", type=int, metavar="N", help="of the regression (1500 on a GPU, 400 on a CPU)")
-    parser.add_argument("--memory", type=_bytes, metavar="SIZE", help="for captured queries, e.g. 4G; above it: disk")
+    parser.add_argument(
+        "--memory",
+        type=_bytes,
+        metavar="SIZE",
+        help="e.g. 4G (half of what is free): above it the fit goes layer by layer, captured queries to disk",
+    )
+    parser.add_argument(
+        "--layerwise",
+        action=argparse.BooleanOptionalAction,
+        help="fit layer by layer, whatever the memory: only one layer's keys and values exist at a time",
+    )
+    parser.add_argument(
+        "--prefill",
+        default="dense",
+        help="how the text is read: dense, or fixed (sparse attention, for texts too long for dense)",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", action="store_true", help="continue where an interrupted fit stopped")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
@@ -44,7 +59,7 @@ def _work(arguments: argparse.Namespace) -> None:
     from . import fitter, fitting, models
     from .checkpoint import Checkpoint
 
-    names = ("budget", "kind", "bits", "queries", "steps", "seed", "context_tokens", "memory")
+    names = ("budget", "kind", "bits", "queries", "steps", "seed", "context_tokens", "memory", "layerwise", "prefill")
     config = fitter.FitConfig(**{name: getattr(arguments, name) for name in names})
     model, tokenizer = models.load(arguments.model, log=cli.say)
     folder = output.with_name(output.name + ".partial")

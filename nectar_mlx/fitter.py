@@ -11,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from . import budget, fidelity, instructions, matching, prompts, queries, regression, starts, store
+from . import budget, fidelity, grouping, instructions, matching, prompts, queries, regression, starts, store
 from ._exp import SLOW_EXP
 from .adapter import Geometry
 from .checkpoint import Checkpoint
@@ -111,7 +111,7 @@ class Fitter:
         """Fills `study` and `held_out` with what attention sees in conversations, and keeps the held-out ones."""
         config, g = self.config, self.geometry
         spare = max(config.queries // 10, 64)
-        spill = Study.nbytes(self.n_heads, config.queries + spare, g.head_dim) > (config.memory or _free_memory() // 2)
+        spill = Study.nbytes(self.n_heads, config.queries + spare, g.head_dim) > (config.memory or free_memory() // 2)
         folder = self.checkpoint.spill() if spill else None
         self.study = Study(self.n_heads, config.queries, g.head_dim, folder=folder and folder / "study.rows")
         self.held_out = Study(self.n_heads, spare, g.head_dim, folder=folder and folder / "held_out.rows")
@@ -208,16 +208,9 @@ class Fitter:
         return errors
 
     def _groups(self, sizes: Sequence[Size]) -> list[list[int]]:
-        """Heads that are trained together: similar sizes, as many as the device takes at a time."""
-        room = 1 << 19 if SLOW_EXP else 1 << 28  # scores of a batch
-        order = sorted(range(self.n_heads), key=lambda i: -sizes[i][0])
-        groups: list[list[int]] = []
-        for index in order:
-            if groups and (len(groups[-1]) + 1) * sizes[groups[-1][0]][0] * self.config.batch <= room:
-                groups[-1].append(index)
-            else:
-                groups.append([index])
-        return groups
+        """Heads that are trained together; what one costs a step is the scores of its batch."""
+        room, launch = (1 << 19, 1 << 14) if SLOW_EXP else (1 << 28, 1 << 24)
+        return grouping.groups([s[0] * self.config.batch for s in sizes], room=room, launch=launch)
 
     def _train(self, group: Sequence[int], sizes: Sequence[Size], rows: Captured, steps: int) -> Bank:
         nodes = self.matched(group, [s[0] for s in sizes]) if self.layout.kind != "mlp" else []
@@ -293,7 +286,7 @@ def allocate(errors: np.ndarray, nbytes: float, *, layout: Layout, config: FitCo
     return [starts.size_for(layout, b, most=n) for b in share]
 
 
-def _free_memory() -> int:
+def free_memory() -> int:
     import psutil
 
     return int(psutil.virtual_memory().available)

@@ -10,10 +10,12 @@ from typing import Any
 import mlx.nn as nn
 
 from . import adapter, models, nectar, prompts, queries
+from .adapter import Geometry
 from .checkpoint import Checkpoint
 from .clock import Clock
 from .errors import NectarError
-from .fitter import FitConfig, Fitter, Progress, affordable_bytes, silent
+from .fitter import FitConfig, Fitter, Progress, affordable_bytes, free_memory, silent
+from .layerwise import LayerwiseFitter
 from .nectar import Nectar
 
 
@@ -36,8 +38,20 @@ def fit(
     clock = Clock()
     geometry = adapter.route(model)
     prefix = _checked_prefix(model, tokenizer, text, config)
+    provenance = {
+        "model": name or getattr(tokenizer, "name_or_path", ""),
+        "model_sha256": models.fingerprint(model),
+        "tokenizer_sha256": models.tokenizer_fingerprint(tokenizer),
+        "config": asdict(config),
+        "source": source,
+    }
+    if _needs_layers(model, geometry, config, len(prefix)):
+        by_layers = LayerwiseFitter(
+            model, tokenizer, prefix, geometry, config, progress=progress, checkpoint=checkpoint or Checkpoint(None)
+        )
+        return _fit_layers(by_layers, provenance, clock)
     with progress("reading", len(prefix)) as done:
-        context = queries.read(model, prefix, geometry, progress=done)
+        context = queries.read(model, prefix, geometry, prefill=config.prefill, progress=done)
     clock.lap("read")
     fitter = Fitter(model, tokenizer, context, geometry, config, progress=progress, checkpoint=checkpoint)
     report: dict[str, Any] = {}
@@ -53,13 +67,6 @@ def fit(
         heads = fitter.regress(sizes)
         clock.lap("regression")
         report |= {"sizes": sizes, "queries": fitter.study.rows}
-    provenance = {
-        "model": name or getattr(tokenizer, "name_or_path", ""),
-        "model_sha256": models.fingerprint(model),
-        "tokenizer_sha256": models.tokenizer_fingerprint(tokenizer),
-        "config": asdict(config),
-        "source": source,
-    }
     fitted = nectar.build(
         fitter.layout,
         heads,
@@ -73,6 +80,38 @@ def fit(
         report["error"] = fitter.errors(fitted.banks)
         report |= fitter.fidelity(fitted)
         clock.lap("check")
+    report["seconds"] = clock.laps
+    return fitted
+
+
+def _needs_layers(model: nn.Module, geometry: Geometry, config: FitConfig, n: int) -> bool:
+    """Whether the fit goes layer by layer: when it is told to, or when the KV cache would not fit the memory."""
+    if config.layerwise is not None or config.kind == "exact":
+        return bool(config.layerwise) and config.kind != "exact"
+    return geometry.cache_bytes(n) * adapter.compute_type(model).size // 2 > (config.memory or free_memory() // 2)
+
+
+def _fit_layers(fitter: LayerwiseFitter, provenance: dict[str, Any], clock: Clock) -> Nectar:
+    config, geometry = fitter.config, fitter.geometry
+    nbytes = affordable_bytes(config, geometry, fitter.layout, n=len(fitter.prefix))
+    sizes = fitter.sizes(nbytes)
+    clock.lap("budgets")
+    fitter.converse()
+    clock.lap("study")
+    heads, errors = fitter.regress(sizes)
+    clock.lap("regression")
+    report: dict[str, Any] = {"sizes": sizes, "queries": fitter.rows, "error": errors, "layerwise": True}
+    fitted = nectar.build(
+        fitter.layout,
+        heads,
+        prefix=fitter.prefix,
+        geometry=geometry,
+        provenance=provenance,
+        report=report,
+        windows=fitter.windows,
+    )
+    report |= fitter.fidelity(fitted.make_cache)
+    clock.lap("check")
     report["seconds"] = clock.laps
     return fitted
 

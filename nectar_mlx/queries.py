@@ -14,14 +14,16 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx_lm.models.cache import KVCache, RotatingKVCache
+from mlx_lm.models.cache import RotatingKVCache
 
 from . import attention
-from ._exp import SLOW_EXP, exp
+from ._exp import exp
 from .adapter import Geometry
 from .cache import NectarCache, Window, make_caches, with_sinks
 from .heads import Bank, Exact
+from .prefill import Prefill, ReadingCache
 
+READ = 512  # tokens of a text that are read at a time
 _FLUSH = 16  # decode steps between writes of what was captured
 
 
@@ -38,49 +40,49 @@ class Context:
         return make_caches(self.banks, self.windows, len(self.prefix))
 
 
-class _ReadingCache(KVCache):
-    """A plain KV cache; where MLX's exponential is slow, attention takes our own path (3 × faster prefill there)."""
-
-    if SLOW_EXP:
-
-        def attend(
-            self,
-            queries: mx.array,
-            keys: mx.array,
-            values: mx.array,
-            *,
-            scale: float,
-            mask: mx.array | str | None,
-            sinks: mx.array | None = None,
-        ) -> mx.array:
-            part = attention.causal(queries, keys, values, scale=scale, mask=mask)
-            return (part if sinks is None else with_sinks(part, sinks)).output.astype(queries.dtype)
-
-
 def read(
-    model: nn.Module, prefix: Sequence[int], geometry: Geometry, *, progress: Callable[[int], None] = lambda n: None
+    model: nn.Module,
+    prefix: Sequence[int],
+    geometry: Geometry,
+    *,
+    prefill: Prefill = "dense",
+    progress: Callable[[int], None] = lambda n: None,
 ) -> Context:
     """Prefills the prefix in chunks. progress is told how many tokens are done."""
-    reading: Any = _ReadingCache
-    caches: list[Any] = [RotatingKVCache(w) if w else reading() for w in geometry.windows]
-    tokens, chunk = mx.array(list(prefix))[None], 512
-    for start in range(0, len(prefix), chunk):
-        model(tokens[:, start : start + chunk], cache=caches)
+    caches: list[Any] = [reading_cache(len(prefix), window, prefill=prefill) for window in geometry.windows]
+    tokens = mx.array(list(prefix))[None]
+    for start in range(0, len(prefix), READ):
+        model(tokens[:, start : start + READ], cache=caches)
         mx.eval([c.state for c in caches])
         mx.clear_cache()
-        progress(min(start + chunk, len(prefix)))
+        progress(min(start + READ, len(prefix)))
     context = Context(list(prefix), [])
-    for layer, (cache, window) in enumerate(zip(caches, geometry.windows, strict=True)):
-        pair = [cache._temporal_order(x) for x in cache.state[:2]] if window else cache.keys_and_values()
-        keys, values = (mx.contiguous(x[0, :, -window:]) for x in pair)  # read in chunks, a ring outgrows its window
-        cache.keys = cache.values = None
-        mx.eval(keys, values)
-        if window:
-            context.windows[layer] = Window(keys, values, window)
+    for layer, cache in enumerate(caches):
+        part = what_was_read(cache, scale=geometry.scale)
+        if isinstance(part, Window):
+            context.windows[layer] = part
         else:
-            heads = [{"keys": k, "values": v} for k, v in zip(keys, values, strict=True)]
-            context.banks.append(Exact.stack(heads, scale=geometry.scale))
+            context.banks.append(part)
     return context
+
+
+def reading_cache(length: int, window: int, *, prefill: Prefill = "dense") -> Any:
+    """For one layer and a text of `length` tokens. window: the layer's sliding window, 0 for full attention."""
+    return RotatingKVCache(window) if window else ReadingCache(length, prefill=prefill)
+
+
+def what_was_read(cache: Any, *, scale: float) -> Exact | Window:
+    """Takes the keys and values of a whole text out of a `reading_cache`."""
+    ring = isinstance(cache, RotatingKVCache)
+    pair = [cache._temporal_order(x) for x in cache.state[:2]] if ring else cache.keys_and_values()
+    window = cache.max_size if ring else 0
+    keys, values = (mx.contiguous(x[0, :, -window:]) for x in pair)  # read in chunks, a ring outgrows its window
+    cache.keys = cache.values = None
+    mx.eval(keys, values)
+    if ring:
+        return Window(keys, values, window)
+    sizes = ((keys.shape[1],),) * keys.shape[0]
+    return Exact(parameters={"keys": keys, "values": values}, sizes=sizes, scale=scale)
 
 
 class Captured(NamedTuple):
@@ -133,7 +135,7 @@ class Study:
         """Writes rows [K, n, ...] of one layer at the current end; call `advance` once all layers are in."""
         K, n = rows.queries.shape[0], min(rows.queries.shape[1], self.capacity - self.rows)
         for kept, new in zip(self._data, rows, strict=True):
-            kept[first_head : first_head + K, self.rows : self.rows + n] = new[:, :n]
+            kept[first_head : first_head + K, self.rows : self.rows + n] = np.array(new)[:, :n]
 
     def advance(self, rows: int) -> None:
         self.rows = min(self.capacity, self.rows + rows)
@@ -152,12 +154,13 @@ class Study:
         return heads * rows * (3 * 2 * head_dim + 2 * 4)
 
 
-class _StudyCache(NectarCache):
-    """Attends exactly and keeps what it saw."""
+class StudyCache(NectarCache):
+    """Attends exactly and, unless told not to, keeps what it saw."""
 
-    def __init__(self, bank: Bank, context: int):
+    def __init__(self, bank: Bank, context: int, *, keep: bool = True):
         super().__init__(bank, context)
         self.seen: list[Captured] = []
+        self._keep = keep
 
     def attend(
         self,
@@ -173,26 +176,21 @@ class _StudyCache(NectarCache):
         if sinks is not None:
             live = with_sinks(live, sinks)
         context = self.over_context(queries)
-        self.seen.append(
-            Captured(
-                queries.astype(mx.float16),
-                context.output.astype(mx.float16),
-                live.output.astype(mx.float16),
-                context.log_normalizer,
-                live.log_normalizer,
-            )
-        )
+        if self._keep:
+            q, o, live_o = (x.astype(mx.float16) for x in (queries, context.output, live.output))
+            self.seen.append(Captured(q, o, live_o, context.log_normalizer, live.log_normalizer))
         return attention.merge(context, live).output.astype(queries.dtype)
 
     def take(self, places: Sequence[np.ndarray]) -> list[Captured]:
         """What was seen since the last call at each set of places [B, T], grouped by KV head: [K, rows, ...]."""
-        wide = [np.concatenate([np.array(x) for x in xs], axis=2) for xs in zip(*self.seen, strict=True)]
+        wide = [mx.concatenate(list(xs), axis=2) for xs in zip(*self.seen, strict=True)]
         self.seen = []
         K = len(self.bank.sizes)
         B, H, T = wide[0].shape[:3]
         split = (x.reshape(B, K, H // K, T, *x.shape[3:]) for x in wide)
-        grouped = [np.moveaxis(x, 1, 0).swapaxes(2, 3) for x in split]  # [K, B, T, G, ...]
-        return [Captured(*(x[:, valid].reshape(K, -1, *x.shape[4:]) for x in grouped)) for valid in places]
+        grouped = [x.swapaxes(0, 1).swapaxes(2, 3).reshape(K, B * T, H // K, *x.shape[4:]) for x in split]
+        rows = [mx.array(np.flatnonzero(valid)) for valid in places]
+        return [Captured(*(mx.take(x, r, axis=1).reshape(K, -1, *x.shape[3:]) for x in grouped)) for r in rows]
 
     def filter(self, rows: mx.array) -> None:
         live: Any = self.live
@@ -219,25 +217,34 @@ def converse(
     key: mx.array,
     study: Study | None = None,
     held_out: Study | None = None,
+    thin: int = 1,
     progress: Callable[[int], None] = lambda rows: None,
 ) -> None:
     """Samples the answers of a batch with the full cache, all rows in step.
 
-    What attention saw goes into `study`, and into `held_out` for the conversations that say so.
+    What attention saw goes into `study`, and into `held_out` for the conversations that say so: of every token of an
+    answer, and of one in `thin` of a prompt.
 
     Every row starts at the same position: the longer prompts are still being read while the shorter ones are
     answered, so no row is padded and positions are exact.
     """
-    caches = [_StudyCache(c.bank, c.context) if isinstance(c, NectarCache) else c for c in context.make_cache()]
-    studied = [c for c in caches if isinstance(c, _StudyCache)]
+    keep = study is not None or held_out is not None
+    caches = [
+        StudyCache(c.bank, c.context, keep=keep) if isinstance(c, NectarCache) else c for c in context.make_cache()
+    ]
+    studied = [c for c in caches if isinstance(c, StudyCache)]
     rows = list(batch)
     tokens = mx.array([r.prompt[: min(len(r.prompt) for r in rows)] for r in rows])
-    at, valid = tokens.shape[1], [np.ones(tokens.shape, bool)]
+    at, valid = tokens.shape[1], [np.broadcast_to(np.arange(tokens.shape[1]) % thin == 0, tokens.shape)]
+    if at > 1:  # nobody asks for the logits of these places, so the vocabulary-wide product is never computed
+        model(tokens[:, :-1], cache=caches)
+        mx.eval([c.state for c in caches], [c.seen for c in studied])
+        tokens = tokens[:, -1:]
     while True:
         logits = model(tokens, cache=caches)[:, -1]
         key, now = mx.random.split(key)
         sampled = sample(logits, temperature=temperature, key=now)
-        mx.eval(sampled, [c.seen[-1] for c in studied])
+        mx.eval(sampled, [c.seen for c in studied])
         drawn: Any = sampled.tolist()
         done = [_extend(row, token, at, stop, max_tokens) for row, token in zip(rows, drawn, strict=True)]
         if len(valid) % _FLUSH == 0 or all(done):
@@ -247,13 +254,14 @@ def converse(
             valid = []
             if all(done):
                 return
-            keep = [i for i, d in enumerate(done) if not d]
-            rows = [rows[i] for i in keep]
+            going = [i for i, d in enumerate(done) if not d]
+            rows = [rows[i] for i in going]
             done = [False] * len(rows)
             for cache in caches:
-                cache.filter(mx.array(keep))
+                cache.filter(mx.array(going))
         tokens = mx.array([[(r.prompt + r.answer)[at] if not d else 0] for r, d in zip(rows, done, strict=True)])
-        valid.append(~np.array(done)[:, None])
+        asked = np.array([at < len(r.prompt) for r in rows])
+        valid.append((~np.array(done) & (~asked | (at % thin == 0)))[:, None])
         at += 1
 
 
@@ -277,16 +285,17 @@ def _extend(row: Conversation, token: int, at: int, stop: set[int], max_tokens: 
     return token in stop or len(row.answer) >= max_tokens
 
 
-def _flush(caches: Sequence[_StudyCache], wanted: Sequence[tuple[Study | None, np.ndarray]]) -> None:
+def _flush(caches: Sequence[StudyCache], wanted: Sequence[tuple[Study | None, np.ndarray]]) -> None:
     """Writes what the caches saw into each study, from its places [B, T]."""
     chosen = [(study, places) for study, places in wanted if study is not None and not study.full]
-    taken: list[Captured] = []
-    for layer, cache in enumerate(caches):
-        if not chosen:
-            cache.seen = []
-            continue
-        taken = cache.take([places for _, places in chosen])
-        for (study, _), rows in zip(chosen, taken, strict=True):
+    taken: list[list[Captured]] = []
+    for cache in caches:
+        if chosen:
+            taken.append(cache.take([places for _, places in chosen]))
+        cache.seen = []
+    mx.eval(taken)
+    for layer, parts in enumerate(taken):
+        for (study, _), rows in zip(chosen, parts, strict=True):
             study.add(layer * rows.queries.shape[0], rows)
-    for (study, _), rows in zip(chosen, taken, strict=True):
+    for (study, _), rows in zip(chosen, taken[-1] if taken else [], strict=True):
         study.advance(rows.queries.shape[1])

@@ -1,0 +1,232 @@
+"""Fitting layer by layer against the ordinary way: the same attention, the same answers, far less memory."""
+
+import json
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import toys
+from test_fit import FAST, TEXT
+
+from nectar_mlx import NectarError, adapter, fit, fitting, layerwise, prompts, queries, store, walk
+from nectar_mlx.checkpoint import Checkpoint
+from nectar_mlx.fitter import FitConfig, Fitter, silent
+from nectar_mlx.layerwise import LayerwiseFitter
+from nectar_mlx.queries import Conversation
+from nectar_mlx.walk import Walk
+
+EVERY = sorted(toys.ARCHITECTURES)
+SMALL = FAST | {"budget": 0.5, "context_tokens": 300}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return toys.tokenizer()
+
+
+def fitter(model, tokenizer, **options):
+    config = FitConfig(**SMALL | options)
+    geometry = adapter.route(model)
+    prefix = prompts.prefix(tokenizer, TEXT, max_tokens=config.context_tokens)
+    return LayerwiseFitter(model, tokenizer, prefix, geometry, config, progress=silent, checkpoint=Checkpoint(None))
+
+
+@pytest.mark.parametrize("architecture", EVERY)
+def test_layers_one_by_one_are_the_model(architecture):
+    model = toys.toy(architecture)
+    by_layer = Walk(model, adapter.route(model))
+    tokens = mx.array([toys.random_tokens(40), toys.random_tokens(40, seed=1)])
+    hidden = by_layer.embed(tokens)
+    for layer in range(len(model.layers)):
+        hidden = by_layer.layer(layer, hidden, None)
+    np.testing.assert_allclose(by_layer.logits(hidden), model(tokens), atol=1e-5)
+
+
+def test_a_model_that_does_more_than_call_its_layers_is_named(monkeypatch):
+    model = toys.toy("llama")
+    geometry = adapter.route(model)
+    plain = type(model.model).__call__
+    monkeypatch.setattr(type(model.model), "__call__", lambda self, *a, **k: 2 * plain(self, *a, **k) + 1)
+    Walk(model, geometry)  # what follows the layers is the model's own
+    layer = type(model.layers[0])
+    inside, calls = layer.__call__, []
+
+    def counting(self, x, *others, **named):
+        calls.append(1)
+        return inside(self, x, *others, **named) + len(calls)
+
+    monkeypatch.setattr(layer, "__call__", counting)
+    with pytest.raises(NectarError, match="llama models cannot be fitted layer by layer"):
+        Walk(model, geometry)
+
+
+@pytest.mark.parametrize("architecture", EVERY)
+def test_what_a_layer_hears_is_what_the_full_cache_would_see(tokenizer, architecture):
+    """Teacher-forced layer by layer: the captured rows equal those of the whole model behind the whole text."""
+    model = toys.toy(architecture)
+    ours = fitter(model, tokenizer, queries=4000)
+    ours.conversations = [
+        Conversation(toys.random_tokens(6 + i % 3, seed=i), toys.random_tokens(5 + i, seed=90 + i), held_out=i == 4)
+        for i in range(layerwise._TOGETHER + 3)
+    ]
+    context = queries.read(model, ours.prefix, ours.geometry)
+    K, G = ours.geometry.n_kv_heads, ours.geometry.n_heads // ours.geometry.n_kv_heads
+    expected = heard(model, context, ours.conversations)
+    seen = 0
+    for layer, one in enumerate(ours.layers()):
+        bank = context.banks[layer]
+        for name in ("keys", "values"):
+            np.testing.assert_allclose(one.context.banks[0].parameters[name], bank.parameters[name], atol=2e-4)
+        for study, held_out in ((one.study, False), (one.held_out, True)):
+            tokens = sum(len(c.prompt) + len(c.answer) - 1 for c in ours.conversations if c.held_out == held_out)
+            assert study.rows == tokens * G
+            rows = study.heads(range(K))
+            order = [np.lexsort(np.array(x, dtype=np.float32)[0].T) for x in (rows.queries, expected[layer][held_out])]
+            np.testing.assert_allclose(
+                np.array(rows.queries, dtype=np.float32)[0][order[0]],
+                np.array(expected[layer][held_out], dtype=np.float32)[0][order[1]],
+                atol=2e-2,
+            )
+        seen += 1
+    assert seen == len(context.banks) and ours.windows.keys() == context.windows.keys()
+    for layer, window in context.windows.items():
+        np.testing.assert_allclose(ours.windows[layer].keys, window.keys, atol=2e-4)
+
+
+def heard(model, context, conversations):
+    """Per layer, the queries [K, rows, D] of conversations (trained on, held out), each conversation on its own."""
+    found = [([], []) for _ in context.banks]
+    for conversation in conversations:
+        caches = [
+            queries.StudyCache(c.bank, c.context) if isinstance(c, queries.NectarCache) else c
+            for c in context.make_cache()
+        ]
+        fed = (conversation.prompt + conversation.answer)[:-1]
+        mx.eval(model(mx.array([fed]), cache=caches))
+        studied = [c for c in caches if isinstance(c, queries.StudyCache)]
+        for layer, cache in enumerate(studied):
+            found[layer][conversation.held_out].append(cache.take([np.ones((1, len(fed)), bool)])[0].queries)
+    return [tuple(mx.concatenate(x, axis=1) for x in pair) for pair in found]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3", "gpt_oss", "qwen3_moe"])
+def test_it_fits_about_as_well_as_the_ordinary_way(tokenizer, architecture):
+    model = toys.toy(architecture)
+    options = SMALL | {"steps": 100, "context_tokens": 700}
+    ordinary, ours = (
+        fitting.fit(model, tokenizer, TEXT, config=FitConfig(**options, layerwise=choice)) for choice in (False, True)
+    )
+    assert ours.report["layerwise"] and "layerwise" not in ordinary.report
+    assert ours.nbytes <= 1.02 * ordinary.nbytes
+    tokens = ours.prompt(tokenizer, "Who runs?")
+    full = model(mx.array([ours.prefix + tokens]))[:, len(ours.prefix) :]
+    caches = [None, ordinary.make_cache(), ours.make_cache()]
+    none, one, two = (float(mx.abs(model(mx.array([tokens]), cache=c) - full).mean()) for c in caches)
+    assert two < max(2 * one, 0.5 * none)
+    assert np.isfinite([ours.report["kl"], *ours.report["error"]]).all()
+
+
+def test_what_is_reported_is_the_divergence_from_the_full_cache(tokenizer):
+    from nectar_mlx import fidelity
+
+    model = toys.toy("llama")
+    ours = fitter(model, tokenizer)
+    ours.converse()
+    for _ in ours.layers():
+        pass
+    full = queries.read(model, ours.prefix, ours.geometry)
+    assert ours.fidelity(full.make_cache) == {"kl": 0.0, "agree": 1.0}
+    head = queries.read(model, ours.prefix[:20], ours.geometry)
+    held_out = [c for c in ours.conversations if c.held_out and c.answer][: layerwise._CHECKED]
+    other = fidelity.compare(model, full.make_cache, {"head": head.make_cache}, held_out)["head"]
+    assert ours.fidelity(head.make_cache)["kl"] == pytest.approx(other.kl.mean(), abs=2e-5)
+
+
+def test_passages_cover_the_text_evenly(tokenizer):
+    ours = fitter(toys.toy("llama"), tokenizer, context_tokens=None)
+    ours.prefix = ours.prefix[:30] + list(range(100_000))
+    starts = np.sort([ours._passage(number)[60] for number in range(50)])
+    assert np.diff(starts).max() < 2.5 * 100_000 / 50
+    assert all(len(ours._passage(n)) <= layerwise._PASSAGE + 60 for n in range(50))
+
+
+def test_only_one_layer_of_keys_and_values_exists(tokenizer):
+    """Peak memory above the model, with eight layers: the ordinary way holds all of them."""
+    model = toys.toy("llama", num_hidden_layers=8)
+    options = SMALL | {"context_tokens": None, "queries": 200, "samples": 100, "steps": 2, "budget": 0.05}
+    text = TEXT * 12
+
+    def peak(choice):
+        mx.clear_cache()
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        nectar = fitting.fit(model, tokenizer, text, config=FitConfig(**options, layerwise=choice))
+        return mx.get_peak_memory() - before, nectar
+
+    model.args.max_position_embeddings = 1 << 20
+    (ordinary, nectar), (ours, _) = peak(False), peak(True)
+    geometry, n = nectar.geometry, len(nectar.prefix)
+    layer = 2 * 4 * geometry.n_kv_heads * geometry.head_dim * n
+    hidden = 4 * model.args.hidden_size * n
+    rows = queries.Study.nbytes(geometry.n_kv_heads, 220, geometry.head_dim)
+    work = 24 << 20  # the library's chunks of scores, whatever the text
+    assert ours < ordinary
+    assert ours - work < 1.5 * layer + 3 * hidden + rows, (ours, ordinary, layer, hidden)
+
+
+def test_an_interrupted_fit_goes_on(tokenizer, tmp_path, monkeypatch):
+    model = toys.toy("llama")
+    config = FitConfig(**SMALL, layerwise=True)
+    whole = fitting.fit(model, tokenizer, TEXT, config=config)
+    regress, calls = Fitter.regress, []
+
+    def interrupted(self, sizes):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return regress(self, sizes)
+
+    monkeypatch.setattr(Fitter, "regress", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        fitting.fit(model, tokenizer, TEXT, config=config, checkpoint=Checkpoint(tmp_path / "part"))
+    monkeypatch.setattr(Fitter, "regress", regress)
+    monkeypatch.setattr(LayerwiseFitter, "_ask_about", lambda *a: pytest.fail("asked again"))
+    trained = []
+    train = fitting.Fitter._train
+    monkeypatch.setattr(Fitter, "_train", lambda self, *a: trained.append(1) or train(self, *a))
+    resumed = fitting.fit(model, tokenizer, TEXT, config=config, checkpoint=Checkpoint(tmp_path / "part"))
+    assert store.digest(resumed._tensors) == store.digest(whole._tensors)
+    assert len(trained) == model.args.num_hidden_layers - 2
+
+
+def test_it_is_chosen_where_the_cache_would_not_fit(tokenizer, monkeypatch):
+    model = toys.toy("llama")
+    geometry = adapter.route(model)
+    needs = fitting._needs_layers
+    bytes_of = 2 * geometry.cache_bytes(1000)  # float32
+    assert needs(model, geometry, FitConfig(memory=bytes_of - 1), 1000)
+    assert not needs(model, geometry, FitConfig(memory=bytes_of), 1000)
+    assert not needs(model, geometry, FitConfig(memory=1, layerwise=False), 1000)
+    assert not needs(model, geometry, FitConfig(memory=1, kind="exact"), 1000)
+    monkeypatch.setattr(fitting, "free_memory", lambda: bytes_of)
+    assert needs(model, geometry, FitConfig(), 1000) and not needs(model, geometry, FitConfig(), 400)
+
+
+def test_the_command(tokenizer, tmp_path, capsys):
+    toys.save_model(toys.toy("llama"), tmp_path / "model", tokenizer)
+    (tmp_path / "book.txt").write_text(TEXT)
+    arguments = ["--model", str(tmp_path / "model"), "--context", str(tmp_path / "book.txt"), "--budget", "0.5"]
+    small = ["--queries", "300", "--steps", "5", "--context-tokens", "200", "--layerwise", "--json"]
+    assert fit.main([*arguments, *small, "--output", str(tmp_path / "out.nectar")]) == 0
+    assert json.loads(capsys.readouterr().out)["layerwise"]
+    assert fit.main([*arguments, "--prefill", "some", "--output", str(tmp_path / "no.nectar")]) == 2
+    assert "dense or fixed" in capsys.readouterr().err
+
+
+def test_walking_leaves_the_model_as_it_was():
+    model = toys.toy("qwen2")
+    before = type(model.layers[0]).__call__
+    walked = Walk(model, adapter.route(model))
+    with pytest.raises(RuntimeError), walked._standing_in(lambda *a, **k: None):
+        raise RuntimeError
+    assert type(model.layers[0]).__call__ is before and walk.Walk is Walk
