@@ -40,6 +40,10 @@ class Checkpoint:
         self.folder.mkdir(parents=True, exist_ok=True)
         told.write_text(mine)
 
+    def part(self, name: str) -> "Checkpoint":
+        """That of a part of the fit, within this one."""
+        return Checkpoint(self.folder and self.folder / name)
+
     def spill(self) -> Path:
         """A folder for arrays that do not fit in memory."""
         if self.folder is not None:

@@ -4,7 +4,7 @@ import time
 
 
 class Clock:
-    """`laps`: seconds from one lap to the next, by name."""
+    """`laps`: seconds from one lap to the next, by name; laps of one name add up."""
 
     def __init__(self) -> None:
         self.laps: dict[str, float] = {}
@@ -12,4 +12,5 @@ class Clock:
 
     def lap(self, name: str) -> None:
         now = time.perf_counter()
-        self.laps[name], self._last = round(now - self._last, 2), now
+        self.laps[name] = round(self.laps.get(name, 0.0) + now - self._last, 2)
+        self._last = now

@@ -4,19 +4,21 @@ read the text once -> converse about it, capturing queries and exact attention -
 -> start every head from Attention Matching at its own budget -> regress -> quantise -> report
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 import mlx.nn as nn
 
-from . import adapter, models, nectar, prompts, queries
+from . import adapter, chunks, models, nectar, prompts, queries
 from .adapter import Geometry
 from .checkpoint import Checkpoint
 from .clock import Clock
 from .errors import NectarError
 from .fitter import FitConfig, Fitter, Progress, affordable_bytes, free_memory, silent
-from .layerwise import LayerwiseFitter
+from .heads import KINDS, Quadrature, Residual
 from .nectar import Nectar
+from .retrieval.fitter import RetrievalFitter
 
 
 def fit(
@@ -37,7 +39,7 @@ def fit(
     """
     clock = Clock()
     geometry = adapter.route(model)
-    prefix = _checked_prefix(model, tokenizer, text, config)
+    prefix = _checked_prefix(tokenizer, text, config)
     provenance = {
         "model": name or getattr(tokenizer, "name_or_path", ""),
         "model_sha256": models.fingerprint(model),
@@ -45,15 +47,26 @@ def fit(
         "config": asdict(config),
         "source": source,
     }
-    if _needs_layers(model, geometry, config, len(prefix)):
-        by_layers = LayerwiseFitter(
-            model, tokenizer, prefix, geometry, config, progress=progress, checkpoint=checkpoint or Checkpoint(None)
+    lengths = _chunks(model, tokenizer, prefix, config)
+    if len(lengths) > 1 or _needs_layers(model, geometry, config, len(prefix)):
+        return chunks.fit(
+            model,
+            tokenizer,
+            prefix,
+            geometry,
+            chunks=lengths,
+            config=config,
+            provenance=provenance,
+            progress=progress,
+            checkpoint=checkpoint or Checkpoint(None),
+            clock=clock,
         )
-        return _fit_layers(by_layers, provenance, clock)
     with progress("reading", len(prefix)) as done:
         context = queries.read(model, prefix, geometry, prefill=config.prefill, progress=done)
     clock.lap("read")
-    fitter = Fitter(model, tokenizer, context, geometry, config, progress=progress, checkpoint=checkpoint)
+    retrieves = issubclass(KINDS.get(config.kind, Quadrature), Residual)
+    make = RetrievalFitter if retrieves else Fitter
+    fitter = make(model, tokenizer, context, geometry, config, progress=progress, checkpoint=checkpoint)
     report: dict[str, Any] = {}
     if config.kind == "exact":
         heads = [head for bank in context.banks for head in bank.unstack()]
@@ -76,8 +89,11 @@ def fit(
         report=report,
         windows=context.windows,
     )
+    if isinstance(fitter, RetrievalFitter):
+        fitted.keys = fitter.keys(text, nectar=fitted.digest)
+        clock.lap("keys")
     if config.kind != "exact":
-        report["error"] = fitter.errors(fitted.banks)
+        report["error"] = fitter.errors(fitted.retrieving() or fitted.banks)
         report |= fitter.fidelity(fitted)
         clock.lap("check")
     report["seconds"] = clock.laps
@@ -86,48 +102,31 @@ def fit(
 
 def _needs_layers(model: nn.Module, geometry: Geometry, config: FitConfig, n: int) -> bool:
     """Whether the fit goes layer by layer: when it is told to, or when the KV cache would not fit the memory."""
-    if config.layerwise is not None or config.kind == "exact":
-        return bool(config.layerwise) and config.kind != "exact"
+    keeps_keys = config.kind == "exact" or issubclass(KINDS.get(config.kind, Quadrature), Residual)
+    if config.layerwise is not None or keeps_keys:
+        return bool(config.layerwise) and not keeps_keys
     return geometry.cache_bytes(n) * adapter.compute_type(model).size // 2 > (config.memory or free_memory() // 2)
 
 
-def _fit_layers(fitter: LayerwiseFitter, provenance: dict[str, Any], clock: Clock) -> Nectar:
-    config, geometry = fitter.config, fitter.geometry
-    nbytes = affordable_bytes(config, geometry, fitter.layout, n=len(fitter.prefix))
-    sizes = fitter.sizes(nbytes)
-    clock.lap("budgets")
-    fitter.converse()
-    clock.lap("study")
-    heads, errors = fitter.regress(sizes)
-    clock.lap("regression")
-    report: dict[str, Any] = {"sizes": sizes, "queries": fitter.rows, "error": errors, "layerwise": True}
-    fitted = nectar.build(
-        fitter.layout,
-        heads,
-        prefix=fitter.prefix,
-        geometry=geometry,
-        provenance=provenance,
-        report=report,
-        windows=fitter.windows,
-    )
-    report |= fitter.fidelity(fitted.make_cache)
-    clock.lap("check")
-    report["seconds"] = clock.laps
-    return fitted
-
-
-def _checked_prefix(model: nn.Module, tokenizer: Any, text: str, config: FitConfig) -> list[int]:
+def _checked_prefix(tokenizer: Any, text: str, config: FitConfig) -> list[int]:
     if not text.strip():
         raise NectarError("the text is empty")
-    prefix = prompts.prefix(tokenizer, text, max_tokens=config.context_tokens)
-    window = _window(model)
-    room = (window or 1 << 62) - 1024  # questions and answers need positions too
-    if config.kind != "exact" and len(prefix) > room:
+    return prompts.prefix(tokenizer, text, max_tokens=config.context_tokens)
+
+
+def _chunks(model: nn.Module, tokenizer: Any, prefix: Sequence[int], config: FitConfig) -> list[int]:
+    """The lengths of the pieces in which the document fits the model's window; one, wherever it can be."""
+    opening, window = prompts.opening(tokenizer), _window(model)
+    room = (window or 1 << 62) - opening - 1024  # questions and answers need positions too
+    tokens = len(prefix) - opening
+    if config.kind == "exact" or tokens <= room:
+        return [tokens]
+    if room < 64 or config.kind not in ("auto", "quadrature"):
         raise NectarError(
             f"the text has {len(prefix):,} tokens; the model's window of {window:,} leaves room for {max(0, room):,}: "
-            f"cut it with --context-tokens {max(0, room - 64)}"
+            f"cut it with --context-tokens {max(0, room)}, or fit it chunk by chunk with --kind quadrature"
         )
-    return prefix
+    return chunks.split(tokens, room)
 
 
 def _window(model: nn.Module) -> int | None:

@@ -10,8 +10,9 @@ context's own: the divergence is about a quarter larger than when answers are sa
 
 import itertools
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -35,7 +36,10 @@ _GOLDEN = 0.6180339887  # multiples of it, modulo 1, fill the unit interval even
 
 
 class LayerwiseFitter:
-    """The model, the text, and what was said about it. Heads are numbered as in `Fitter`."""
+    """The model, the text, and what was said about it. Heads are numbered as in `Fitter`.
+
+    skip: how many tokens at the start of the prefix the heads do not stand for, though the rest is read behind them.
+    """
 
     conversations: list[Conversation]
 
@@ -49,13 +53,14 @@ class LayerwiseFitter:
         *,
         progress: Progress,
         checkpoint: Checkpoint,
+        skip: int = 0,
     ):
         self.model, self.tokenizer, self.prefix, self.geometry = model, tokenizer, list(prefix), geometry
-        self.config, self.progress, self.checkpoint = config, progress, checkpoint
+        self.config, self.progress, self.checkpoint, self.skip = config, progress, checkpoint, skip
         self.layout = layout_for(config, geometry, n_layers=len(geometry.fitted))
         self.windows: dict[int, Window] = {}
         self._walk = Walk(model, geometry)
-        self._heard: list[mx.array] = []  # the conversations' hidden states [B, T, E] behind the last layer
+        self._answers: list[tuple[Conversation, mx.array]] = []  # held out, and what follows the last layer [A, E]
         self._study, self._held_out = (
             Study(geometry.n_kv_heads, rows, geometry.head_dim, folder=None)
             for rows in (config.queries, max(config.queries // 10, 64))
@@ -82,9 +87,7 @@ class LayerwiseFitter:
         return group * sum(len(c.prompt) + len(c.answer) - 1 for c in self.conversations if c.held_out == held_out)
 
     def _passage(self, number: int) -> list[int]:
-        opening = len(prompts.head(self.tokenizer)) + len(
-            prompts.encode(self.tokenizer, prompts.INTRODUCTION, specials=False)
-        )
+        opening = prompts.opening(self.tokenizer)
         last = max(opening, len(self.prefix) - _PASSAGE)
         start = opening + int((number * _GOLDEN + 0.5) % 1 * (last - opening + 1))
         return self.prefix[:opening] + self.prefix[start : start + _PASSAGE]
@@ -122,13 +125,13 @@ class LayerwiseFitter:
         """
         sizes = self.checkpoint.load_sizes()
         if sizes is None:
-            n = len(self.prefix)
+            n = len(self.prefix) - prompts.opening(self.tokenizer)
             excerpt = queries.read(self.model, self.prefix[:_EXCERPT], self.geometry)
             config = replace(self.config, queries=min(self.config.queries, _EXCERPT_QUERIES), conversations=_TOGETHER)
             scout = Fitter(self.model, self.tokenizer, excerpt, self.geometry, config, progress=self.progress)
             scout.converse()
             scout.prepare()
-            errors = scout.scout(nbytes * len(excerpt.prefix) / n)
+            errors = scout.scout(nbytes * len(excerpt.prefix) / len(self.prefix))
             sizes = allocate(errors, nbytes, layout=self.layout, config=self.config, n=n)
             self.checkpoint.save_sizes(sizes)
         return sizes
@@ -156,21 +159,25 @@ class LayerwiseFitter:
         mx.eval(text, heard)
         for layer in range(self.geometry.n_layers):
             part = self._read(layer, text)
-            self._study.rows = self._held_out.rows = 0
-            self._hear(layer, part, heard)
             if isinstance(part, Window):
                 self.windows[layer] = part
-                continue
-            folder = self.checkpoint.folder and self.checkpoint.folder / f"layer-{layer}"
-            context = Context(self.prefix, [part])
-            fitter = Fitter(
-                self.model, self.tokenizer, context, self.geometry, self.config, checkpoint=Checkpoint(folder)
-            )
-            fitter.study, fitter.held_out = self._study, self._held_out
-            yield fitter
-            del fitter, context, part
+                self._hear(layer, partial(part.make_cache, len(self.prefix)), heard)
+            else:
+                part, beside = _cut(part, self.skip)
+                self._study.rows = self._held_out.rows = 0
+                self._hear(layer, partial(StudyCache, part, len(self.prefix), beside=beside), heard)
+                yield self._fitter(layer, part)
+            del part
             mx.clear_cache()
-        self._heard = heard
+        self._answers = list(self._checked(heard))
+
+    def _fitter(self, layer: int, bank: Exact) -> Fitter:
+        """One layer's, with the rows that were just captured."""
+        context = Context(self.prefix[self.skip :], [bank])
+        checkpoint = self.checkpoint.part(f"layer-{layer}")
+        fitter = Fitter(self.model, self.tokenizer, context, self.geometry, self.config, checkpoint=checkpoint)
+        fitter.study, fitter.held_out = self._study, self._held_out
+        return fitter
 
     def _read(self, layer: int, text: list[mx.array]) -> Exact | Window:
         """The text through one layer, its hidden states [1, READ, E] replaced piece by piece."""
@@ -184,11 +191,10 @@ class LayerwiseFitter:
             mx.clear_cache()
         return queries.what_was_read(cache, scale=self.geometry.scale)
 
-    def _hear(self, layer: int, part: Exact | Window, heard: list[mx.array]) -> None:
+    def _hear(self, layer: int, make_cache: Callable[[], Any], heard: list[mx.array]) -> None:
         """The conversations through one layer behind the whole text; what its attention saw goes to the studies."""
-        n = len(self.prefix)
         for i, (_, places) in enumerate(self._batches()):
-            cache: Any = part.make_cache(n) if isinstance(part, Window) else StudyCache(part, n)
+            cache = make_cache()
             heard[i] = self._walk.layer(layer, heard[i], cache)
             mx.eval(heard[i], cache.state)
             if isinstance(cache, StudyCache):
@@ -216,15 +222,33 @@ class LayerwiseFitter:
     def rows(self) -> int:
         return self._study.rows
 
-    def fidelity(self, make_cache: fidelity.MakeCache) -> dict[str, Any]:
-        """KL and agreement with the full context on held-out conversations."""
-        held_out = [(i, c) for i, c in enumerate(self.conversations) if c.held_out and c.answer][:_CHECKED]
-        found = []
-        for number, (i, conversation) in enumerate(held_out):
+    def _checked(self, heard: Sequence[mx.array]) -> Iterator[tuple[Conversation, mx.array]]:
+        held_out = [(i, c) for i, c in enumerate(self.conversations) if c.held_out and c.answer]
+        for i, conversation in held_out[:_CHECKED]:
             first = len(conversation.prompt) - 1
-            hidden = self._heard[i // _TOGETHER][i % _TOGETHER, first : first + len(conversation.answer)]
-            truth = self._walk.logits(hidden[None])[0]
+            hidden = mx.contiguous(heard[i // _TOGETHER][i % _TOGETHER, first : first + len(conversation.answer)])
+            mx.eval(hidden)
+            yield conversation, hidden
+
+    def fidelity(self, make_cache: fidelity.MakeCache) -> dict[str, float]:
+        """KL and agreement with the full context on held-out conversations."""
+        found = []
+        for number, (conversation, hidden) in enumerate(self._answers):
             (ours,) = fidelity.answer_logits(self.model, make_cache(), [conversation])
+            truth = self._walk.logits(hidden[None])[0]
             found.append(fidelity.divergence(truth, ours, conversation.answer, number))
         kl, agree = (np.concatenate(x) for x in zip(*((d.kl, d.agree) for d in found), strict=True))
         return {"kl": round(float(kl.mean()), 5), "agree": round(float(agree.mean()), 4)}
+
+
+def _cut(bank: Exact, tokens: int) -> tuple[Exact, Exact | None]:
+    """What comes behind the first tokens, and those, if there are any."""
+    if not tokens:
+        return bank, None
+    pieces = []
+    for part in (slice(tokens, None), slice(tokens)):
+        parameters = {name: mx.contiguous(x[:, part]) for name, x in bank.parameters.items()}
+        mx.eval(parameters)
+        sizes = ((parameters["keys"].shape[1],),) * len(bank.sizes)
+        pieces.append(Exact(parameters=parameters, sizes=sizes, scale=bank.scale))
+    return pieces[0], pieces[1]

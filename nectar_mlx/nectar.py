@@ -27,8 +27,8 @@ class Nectar:
     """A long context, fitted: per layer and KV head a function of the query that stands for it.
 
     Attributes: `prefix`, the token ids it stands for (positions 0 … n-1); `banks`, head functions, a bank for each
-    layer with full attention; `windows`, what the other layers keep; `report`, what was measured while fitting;
-    `metadata`, where it came from.
+    layer with full attention; `windows`, what the other layers keep; `chunks`, the lengths of the prefix's pieces where
+    each was read on its own (chunks.py); `report`, what was measured while fitting; `metadata`, where it came from.
     """
 
     def __init__(self, tensors: store.Tensors, metadata: dict[str, Any]):
@@ -38,7 +38,8 @@ class Nectar:
         self.prefix: list[int] = np.array(tensors["prefix"]).tolist()
         self.report: dict[str, Any] = metadata["report"]
         self.banks: list[Bank] = store.unpack(self.layout, tensors)
-        self.windows = _windows(tensors, self.geometry, len(self.prefix))
+        self.chunks = _chunks(metadata.get("chunks", []), len(self.prefix))
+        self.windows = _windows(tensors, self.geometry, self.start)
         if len(self.banks) != len(self.geometry.fitted):
             raise NectarError("the file is damaged: its heads are not those of its model")
 
@@ -91,7 +92,7 @@ class Nectar:
 
     def make_cache(self, *, kv_bits: int | None = None) -> list[Any]:
         """Fresh caches, one a layer, that start behind the context. kv_bits: 4 or 8 quantises what comes after it."""
-        return make_caches(self.banks, self.windows, len(self.prefix), kv_bits=kv_bits, packed=self._packed)
+        return make_caches(self.banks, self.windows, self.start, kv_bits=kv_bits, packed=self._packed)
 
     @cached_property
     def _packed(self) -> list[Packed] | None:
@@ -139,6 +140,11 @@ class Nectar:
                 model.make_cache = before
 
     @property
+    def start(self) -> int:
+        """The position of the token that follows: behind the prefix, or behind its longest chunk."""
+        return len(self.prefix) - sum(self.chunks) + max(self.chunks, default=0)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the fitted parameters, as kept."""
         return sum(t.nbytes for name, t in self._tensors.items() if name != "prefix")
@@ -170,10 +176,12 @@ def build(
     provenance: dict[str, Any],
     report: dict[str, Any],
     windows: Mapping[int, Window] | None = None,
+    chunks: Sequence[int] = (),
 ) -> Nectar:
     """A Nectar from fitted heads (layer by layer), quantised as it will be stored: saving it loses nothing more.
 
-    windows: what the sliding-window layers keep, by layer.
+    windows: what the sliding-window layers keep, by layer. chunks: lengths of the last pieces of the prefix, where
+    each was read on its own.
     """
     ids = mx.array(list(prefix), dtype=mx.int32)
     tensors = {"prefix": ids} | store.pack(layout, heads)
@@ -185,12 +193,20 @@ def build(
         "geometry": geometry.to_dict(),
         "layout": asdict(layout),
         "report": report,
+        "chunks": list(chunks) if len(chunks) > 1 else [],
     }
     return Nectar(tensors, metadata | provenance)
 
 
 def _prefix_digest(ids: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(ids, dtype="<i4").data).hexdigest()
+
+
+def _chunks(told: Any, tokens: int) -> list[int]:
+    lengths = [int(length) for length in told]
+    if any(length < 1 for length in lengths) or sum(lengths) > tokens:
+        raise NectarError("the file is damaged: its chunks are not those of its prefix")
+    return lengths
 
 
 def _windows(tensors: store.Tensors, geometry: Geometry, context: int) -> dict[int, Window]:

@@ -24,6 +24,11 @@ def prefix(tokenizer: Any, text: str, *, max_tokens: int | None = None) -> list[
     return head(tokenizer) + document
 
 
+def opening(tokenizer: Any) -> int:
+    """How many tokens of a prefix come before the document."""
+    return len(head(tokenizer)) + len(encode(tokenizer, INTRODUCTION, specials=False))
+
+
 def head(tokenizer: Any) -> list[int]:
     """The token ids that the chat template puts in front of the user's first message."""
     text, _ = _render(tokenizer, [{"role": "user", "content": _MARK}])

@@ -155,12 +155,16 @@ class Study:
 
 
 class StudyCache(NectarCache):
-    """Attends exactly and, unless told not to, keeps what it saw."""
+    """Attends exactly and, unless told not to, keeps what it saw.
 
-    def __init__(self, bank: Bank, context: int, *, keep: bool = True):
+    beside: a part of the context that is counted to the live tokens, for other heads will stand for it.
+    """
+
+    def __init__(self, bank: Bank, context: int, *, beside: Bank | None = None, keep: bool = True):
         super().__init__(bank, context)
         self.seen: list[Captured] = []
         self._keep = keep
+        self._beside = None if beside is None else NectarCache(beside, 0)
 
     def attend(
         self,
@@ -175,6 +179,8 @@ class StudyCache(NectarCache):
         live = attention.causal(queries, keys, values, scale=scale, mask=mask)
         if sinks is not None:
             live = with_sinks(live, sinks)
+        if self._beside is not None:
+            live = attention.merge(self._beside.over_context(queries), live)
         context = self.over_context(queries)
         if self._keep:
             q, o, live_o = (x.astype(mx.float16) for x in (queries, context.output, live.output))

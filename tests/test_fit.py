@@ -273,7 +273,8 @@ def test_a_bad_choice_is_one_line(folder, capsys, arguments, words):
 
 def test_a_text_longer_than_the_window_says_how_many_tokens_fit(folder, capsys):
     (folder / "long.txt").write_text(TEXT * 12)
-    fault(capsys, command(folder, "--budget", "0.1", context=folder / "long.txt"), "4,096", "--context-tokens")
+    long = command(folder, "--budget", "0.1", "--kind", "mlp", context=folder / "long.txt")
+    fault(capsys, long, "4,096", "--context-tokens")
 
 
 def test_a_file_that_is_not_ours_is_not_overwritten(folder, capsys):

@@ -1,0 +1,160 @@
+"""Texts beyond the model's window: each chunk at its own positions, all of them in one softmax."""
+
+import json
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import toys
+from mlx_lm.models.cache import KVCache, make_prompt_cache
+from test_fit import FAST, TEXT
+
+from nectar_mlx import Nectar, NectarError, adapter, chunks, fit, fitting, nectar, prompts, store
+from nectar_mlx.checkpoint import Checkpoint
+from nectar_mlx.fitter import FitConfig, layout_for, silent
+from nectar_mlx.layerwise import LayerwiseFitter
+from nectar_mlx.queries import Conversation
+
+SMALL = FAST | {"budget": 0.5, "queries": 300}
+WINDOW = 1024 + 200
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return toys.tokenizer()
+
+
+def small_window(architecture="llama"):
+    model = toys.toy(architecture)
+    model.args.max_position_embeddings = WINDOW
+    return model
+
+
+@pytest.mark.parametrize("tokens, room", [(1, 1), (10, 3), (11, 3), (9, 3), (100_000, 7_133), (7, 100)])
+def test_chunks_are_equal_but_for_a_token(tokens, room):
+    lengths = chunks.split(tokens, room)
+    assert sum(lengths) == tokens and max(lengths) <= room
+    assert max(lengths) - min(lengths) <= 1 and lengths[-1] == max(lengths)
+    assert len(lengths) == -(-tokens // room)
+
+
+class SideBySide(KVCache):
+    """The oracle's cache: the keys of all chunks, then the live ones, in one stock attention call."""
+
+    def __init__(self, keys, values, start):
+        super().__init__()
+        self.before, self.start = (keys, values), start
+
+    @property
+    def offset(self):
+        return self.start + self.length
+
+    @offset.setter
+    def offset(self, value):
+        self.length = value - getattr(self, "start", 0)
+
+    def update_and_fetch(self, keys, values):
+        self.before = tuple(mx.concatenate(pair, axis=2) for pair in zip(self.before, (keys, values), strict=True))
+        self.length += keys.shape[2]
+        return self.before
+
+    def make_mask(self, n, **others):
+        seen = self.before[0].shape[2]
+        return mx.arange(seen + n)[None] <= mx.arange(seen, seen + n)[:, None]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "granite"])
+def test_chunks_are_one_attention_over_all_their_keys(tokenizer, architecture):
+    model = toys.toy(architecture)
+    geometry = adapter.route(model)
+    opening = prompts.opening(tokenizer)
+    prefix = prompts.prefix(tokenizer, TEXT, max_tokens=150)
+    lengths = chunks.split(len(prefix) - opening, 60)
+    parts, stock = [], [[] for _ in range(geometry.n_layers)]
+    for number, text in enumerate(chunks._texts(prefix, lengths)):
+        skip = opening if number else 0
+        whole = make_prompt_cache(model)
+        mx.eval(model(mx.array([text]), cache=whole))
+        for layer, cache in enumerate(whole):
+            stock[layer].append([x[:, :, skip : len(text)] for x in (cache.keys, cache.values)])
+        config, checkpoint = FitConfig(**SMALL), Checkpoint(None)
+        fitter = LayerwiseFitter(
+            model, tokenizer, text, geometry, config, progress=silent, checkpoint=checkpoint, skip=skip
+        )
+        fitter.conversations = [Conversation(toys.random_tokens(5), toys.random_tokens(5))]
+        parts.append([head for one in fitter.layers() for head in one.context.banks[0].unstack()])
+    built = nectar.build(
+        layout_for(FitConfig(kind="exact"), geometry, n_layers=geometry.n_layers),
+        [chunks._joined(heads) for heads in zip(*parts, strict=True)],
+        prefix=prefix,
+        geometry=geometry,
+        provenance=toys.provenance(model, tokenizer),
+        report={},
+        chunks=lengths,
+    )
+    assert built.start == opening + max(lengths)
+    oracle = [SideBySide(*(mx.concatenate(x, axis=2) for x in zip(*of, strict=True)), built.start) for of in stock]
+    ours = built.make_cache()
+    for tokens in (toys.random_tokens(7), toys.random_tokens(1), toys.random_tokens(3, seed=1)):
+        expected = model(mx.array([tokens]), cache=oracle)
+        np.testing.assert_allclose(model(mx.array([tokens]), cache=ours), expected, atol=1e-3)
+
+
+def test_every_chunk_is_answered_about(tokenizer, monkeypatch, tmp_path):
+    model = small_window()
+    kept, fidelity = [], chunks._fidelity
+    monkeypatch.setattr(chunks, "_fidelity", lambda fitters, fitted: kept.extend(fitters) or fidelity(fitters, fitted))
+    config = FitConfig(**SMALL | {"steps": 60, "queries": 800, "budget": 0.8})
+    fitted = fitting.fit(model, tokenizer, TEXT, config=config)
+    assert len(fitted.chunks) >= 3 and fitted.start <= 200
+    assert len(fitted.report["chunks"]) == len(fitted.chunks)
+    for fitter, told in zip(kept, fitted.report["chunks"], strict=True):
+        assert told["kl"] < fitter.fidelity(lambda: make_prompt_cache(model))["kl"]
+    fitted.save(tmp_path / "book.nectar")
+    again = Nectar.load(tmp_path / "book.nectar", model, tokenizer)
+    assert again.chunks == fitted.chunks and again.start == fitted.start
+    tokens = mx.array([toys.random_tokens(6)])
+    assert mx.array_equal(model(tokens, cache=again.make_cache()), model(tokens, cache=fitted.make_cache()))
+
+
+def test_sliding_windows_keep_the_end_of_the_last_chunk(tokenizer):
+    model = small_window("gemma3_text")
+    fitted = fitting.fit(model, tokenizer, TEXT, config=FitConfig(**SMALL))
+    assert len(fitted.chunks) > 1
+    assert {w.keys.shape[1] for w in fitted.windows.values()} == {model.args.sliding_window}
+    assert mx.isfinite(model(mx.array([toys.random_tokens(9)]), cache=fitted.make_cache())).all()
+
+
+def test_memory_does_not_grow_with_the_text(tokenizer):
+    def peak(repeats):
+        model = small_window()
+        mx.clear_cache()
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        config = FitConfig(**SMALL | {"steps": 2, "scout_steps": 1, "samples": 100, "budget": 0.1})
+        fitted = fitting.fit(model, tokenizer, TEXT * repeats, config=config)
+        return mx.get_peak_memory() - before, len(fitted.chunks)
+
+    (short, few), (long, many) = peak(1), peak(4)
+    assert many >= 3 * few
+    assert long < 1.2 * short
+
+
+@pytest.mark.parametrize("told", ["[0, 5]", "[100000]", '"many"', "[[1]]", "3"])
+def test_chunks_that_cannot_be(tokenizer, tmp_path, told):
+    model = toys.toy("llama")
+    exact = toys.exact(model, toys.random_tokens(40), tokenizer)
+    exact.metadata["chunks"] = json.loads(told)
+    store.write(tmp_path / "bad.nectar", exact._tensors, exact.metadata)
+    with pytest.raises(NectarError, match="damaged"):
+        Nectar.read(tmp_path / "bad.nectar")
+
+
+def test_what_cannot_be_joined_is_refused_with_what_fits(tokenizer, tmp_path, capsys):
+    toys.save_model(small_window(), tmp_path / "model", tokenizer)
+    (tmp_path / "book.txt").write_text(TEXT)
+    arguments = ["--model", tmp_path / "model", "--context", tmp_path / "book.txt", "--output", tmp_path / "o.nectar"]
+    assert fit.main([*map(str, arguments), "--kind", "mlp", "--budget", "0.5"]) == 2
+    told = capsys.readouterr().err
+    room = WINDOW - 1024 - prompts.opening(tokenizer)
+    assert f"--context-tokens {room}" in told and f"{WINDOW:,}" in told and "quadrature" in told
