@@ -5,7 +5,7 @@ tokens alone. There is deliberately no `bits` and no `to_quantized`: mlx-lm woul
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Self
 
 import mlx.core as mx
@@ -189,11 +189,13 @@ def make_caches(
     *,
     kv_bits: int | None = None,
     packed: Sequence[Packed] | None = None,
+    make: Callable[..., NectarCache] = NectarCache,
 ) -> list[Any]:
     """Fresh caches, one a layer, that start behind a context of so many tokens.
 
     windows: the sliding-window layers, by index; banks: the others, in order. kv_bits: 4 or 8 quantises the keys and
-    values of live tokens in the layers that have a bank. packed: the banks as the decode kernel reads them.
+    values of live tokens in the layers that have a bank. packed: the banks as the decode kernel reads them. make: what
+    makes a layer's cache from the arguments of `NectarCache`.
     """
     forms: Sequence[Packed | None] = packed or [None] * len(banks)
     remaining = zip(banks, forms, strict=True)
@@ -204,7 +206,7 @@ def make_caches(
         else:
             bank, form = next(remaining)
             live = KVCache() if kv_bits is None else QuantizedKVCache(_quantization_group(bank), kv_bits)
-            caches.append(NectarCache(bank, context, live, form))
+            caches.append(make(bank, context, live, form))
     return caches
 
 

@@ -16,7 +16,7 @@ from ._exp import SLOW_EXP
 from .adapter import Geometry
 from .checkpoint import Checkpoint
 from .errors import NectarError
-from .heads import Bank, HeadArrays, Size
+from .heads import KINDS, Bank, HeadArrays, Size
 from .prefill import Prefill
 from .queries import Captured, Context, Conversation, Study
 from .store import Layout
@@ -67,8 +67,8 @@ class FitConfig:
             raise NectarError(f"a budget of {self.budget:g} is not in (0, 1]: it is the share of the KV cache to keep")
         if self.bits not in (4, 8, 16):
             raise NectarError(f"{self.bits} bits are not supported: choose 4, 8 or 16")
-        if self.kind not in ("auto", "quadrature", "mlp", "corrected", "exact"):
-            raise NectarError(f"unknown kind {self.kind!r}: choose auto, quadrature, mlp, corrected or exact")
+        if self.kind not in ("auto", *KINDS):
+            raise NectarError(f"unknown kind {self.kind!r}: choose one of auto, {', '.join(KINDS)}")
         if self.prefill not in ("dense", "fixed"):
             raise NectarError(f"unknown prefill {self.prefill!r}: choose dense or fixed")
         for name in ("queries", "seed", "steps", "context_tokens", "memory"):
@@ -175,6 +175,10 @@ class Fitter:
     def _samples(self, heads: Sequence[int]) -> Captured:
         return self.study.heads(heads, np.sort(self.rows[: self.config.samples]))
 
+    def training_rows(self, heads: Sequence[int]) -> Captured:
+        """What some heads are fitted to, shuffled."""
+        return self.study.heads(heads, self.rows)
+
     def matched(self, indices: Sequence[int], counts: Sequence[int]) -> list[HeadArrays]:
         """Attention Matching for some heads, each with its own count of nodes."""
         keys, values = [], []
@@ -201,7 +205,7 @@ class Fitter:
         groups = self._groups([same] * self.n_heads)
         with self.progress("deciding budgets", len(groups)) as done:
             for number, group in enumerate(groups):
-                rows = self.study.heads(group, self.rows)
+                rows = self.training_rows(group)
                 bank = self._train(group, [same] * len(group), rows, self.config.scout_steps)
                 errors[group] = np.array(regression.errors(bank, rows))
                 done(number + 1)
@@ -223,7 +227,7 @@ class Fitter:
         with self.progress("fitting heads", self.n_heads) as done:
             for group in self._groups(sizes):
                 if not set(group) <= heads.keys():
-                    rows = self.study.heads(group, self.rows)
+                    rows = self.training_rows(group)
                     bank = self._train(group, [sizes[i] for i in group], rows, self.steps)
                     fitted = dict(zip(group, bank.unstack(), strict=True))
                     self.checkpoint.save_heads(fitted)

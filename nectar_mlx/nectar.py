@@ -18,8 +18,10 @@ from . import __version__, adapter, hub, kernels, models, prompts, store
 from .adapter import Geometry
 from .cache import NectarCache, Window, make_caches
 from .errors import NectarError
-from .heads import Bank
+from .heads import Bank, Residual
 from .packing import Packed
+from .retrieval import EXACT, Keys, Record, beside, recording, retrieving, sketch
+from .retrieval.sketch import Sketch
 from .store import Layout
 
 
@@ -27,9 +29,11 @@ class Nectar:
     """A long context, fitted: per layer and KV head a function of the query that stands for it.
 
     Attributes: `prefix`, the token ids it stands for (positions 0 … n-1); `banks`, head functions, a bank for each
-    layer with full attention; `windows`, what the other layers keep; `chunks`, the lengths of the prefix's pieces where
-    each was read on its own (chunks.py); `report`, what was measured while fitting; `metadata`, where it came from.
+    layer with full attention; `windows`, what the other layers keep; `keys`, the file of exact keys and values beside
+    it, where there is one; `report`, what was measured while fitting; `metadata`, where it came from.
     """
+
+    keys: Keys | None = None
 
     def __init__(self, tensors: store.Tensors, metadata: dict[str, Any]):
         self._tensors, self.metadata = tensors, metadata
@@ -38,6 +42,7 @@ class Nectar:
         self.prefix: list[int] = np.array(tensors["prefix"]).tolist()
         self.report: dict[str, Any] = metadata["report"]
         self.banks: list[Bank] = store.unpack(self.layout, tensors)
+        self._retrieving: dict[float, Sequence[Bank]] = {}
         self.chunks = _chunks(metadata.get("chunks", []), len(self.prefix))
         self.windows = _windows(tensors, self.geometry, self.start)
         if len(self.banks) != len(self.geometry.fitted):
@@ -69,6 +74,8 @@ class Nectar:
             i: Window(w.keys.astype(dtype), w.values.astype(dtype), w.size) for i, w in nectar.windows.items()
         }
         mx.eval([w[:2] for w in nectar.windows.values()])  # in this thread: MLX's streams are a thread's own
+        if nectar.retrieves:
+            nectar._open_keys(beside(hub.nectar_file(path)))
         return nectar
 
     @classmethod
@@ -83,16 +90,73 @@ class Nectar:
         except (KeyError, TypeError, ValueError) as error:
             raise NectarError(f"{path} is damaged: {error}") from None
 
+    def _open_keys(self, path: Path) -> None:
+        """Answers come from the summary alone, with a warning, where the keys cannot be used."""
+        shape = (len(self.banks), self.geometry.n_kv_heads, len(self.prefix))
+        try:
+            self.keys = Keys.open(path, nectar=self.digest, shape=shape)
+        except NectarError as error:
+            warnings.warn(f"{error}: answering from the .nectar alone, no key is read exactly", stacklevel=3)
+
     def save(self, path: str | Path) -> None:
-        """Writes a .nectar in one step; NectarError if the path holds something else, or cannot be written."""
+        """Writes a .nectar, and its keys beside it, in one step each; NectarError if the path holds something else,
+        or cannot be written."""
         path = Path(path)
         if path.exists() and not store.is_nectar(path):
             raise NectarError(f"{path} exists and is not a .nectar: choose another --output")
+        if self.keys is not None:
+            self.keys.write(beside(path))
         store.write(path, self._tensors, self.metadata)
 
-    def make_cache(self, *, kv_bits: int | None = None) -> list[Any]:
-        """Fresh caches, one a layer, that start behind the context. kv_bits: 4 or 8 quantises what comes after it."""
-        return make_caches(self.banks, self.windows, self.start, kv_bits=kv_bits, packed=self._packed)
+    def make_cache(self, *, kv_bits: int | None = None, exact: float | None = None) -> list[Any]:
+        """Fresh caches, one a layer, that start behind the context.
+
+        kv_bits: 4 or 8 quantises what comes after it. exact: the share of the context's keys that a step reads
+        exactly, at most (default: 0.01 where there is a file of keys, else 0). NectarError if there is none.
+        """
+        context = self.start
+        if banks := self.retrieving(exact):
+            record = Record(context, len(banks))
+            return make_caches(banks, self.windows, context, kv_bits=kv_bits, make=recording(record))
+        return make_caches(self._alone, self.windows, context, kv_bits=kv_bits, packed=self._packed)
+
+    def retrieving(self, exact: float | None = None) -> Sequence[Bank]:
+        """The banks that read a share of the keys exactly; none if that is not one key a head."""
+        if exact is not None and not 0 <= exact <= 1:
+            raise NectarError(f"exact = {exact:g} is not in [0, 1]: it is the share of the keys to read at each step")
+        if self.keys is None:
+            if exact:
+                raise NectarError("there are no exact keys beside this file: fit it with --kind retrieval+nectar")
+            return []
+        share = EXACT if exact is None else exact
+        if share not in self._retrieving:
+            keys, selectors = self.keys, self._selectors
+            self._retrieving[share] = retrieving(self.banks, keys, selectors, exact=share, nbytes=self.nbytes)
+        return self._retrieving[share]
+
+    @cached_property
+    def _selectors(self) -> list[Sketch]:
+        assert self.keys is not None
+        heads = range(self.geometry.n_kv_heads)
+        return [
+            sketch.load(self.keys.small, [(layer, head) for head in heads], scale=self.geometry.scale)
+            for layer in range(len(self.banks))
+        ]
+
+    @property
+    def retrieves(self) -> bool:
+        """Whether its heads are made to stand beside exact keys."""
+        return issubclass(self.layout.bank, Residual)
+
+    @cached_property
+    def digest(self) -> str:
+        """What ties a file of keys to this one."""
+        return store.digest(self._tensors)
+
+    @cached_property
+    def _alone(self) -> list[Bank]:
+        """The banks as they answer without retrieval."""
+        return [bank.alone() if isinstance(bank, Residual) else bank for bank in self.banks]
 
     @cached_property
     def _packed(self) -> list[Packed] | None:
@@ -100,9 +164,9 @@ class Nectar:
         if kernels.backend() == "ops" or self.layout.kind == "exact":
             return None
         # Of 8 bits the kernel finds the stored integers again; 4 bits would be rounded a second time.
-        bits = 8 if self.layout.bits == 8 else 16
+        bits = 8 if self.layout.bits == 8 and self.layout.kind != "completion" else 16
         try:
-            packed = [kernels.pack(bank, dtype=mx.float16, bits=bits) for bank in self.banks]
+            packed = [kernels.pack(bank, dtype=mx.float16, bits=bits) for bank in self._alone]
             mx.eval([p.words for p in packed])
             if self._agrees(packed[0]):
                 return packed
@@ -114,7 +178,7 @@ class Nectar:
 
     def _agrees(self, packed: Packed) -> bool:
         """Whether the kernel computes on this machine what the first bank and one live token say to random queries."""
-        g, bank = self.geometry, self.banks[0]
+        g, bank = self.geometry, self._alone[0]
         shapes = [(1, g.n_heads, 1, g.head_dim), *[(1, g.n_kv_heads, 1, g.head_dim)] * 2]
         keys = mx.random.split(mx.random.key(0), 3)
         inputs = [mx.random.normal(s, key=k).astype(mx.float16) for s, k in zip(shapes, keys, strict=True)]

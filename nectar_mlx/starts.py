@@ -55,6 +55,9 @@ def _round_up(units: int, multiple: int) -> int:
 # One number u -> a size. Hidden units come in multiples that fill the groups of the quantised form.
 _FAMILIES: dict[str, Callable[[int], Size]] = {
     "quadrature": lambda u: (u,),
+    "retrieval": lambda u: (0,),
+    "completion": lambda u: (u,),
+    "retrieval+nectar": lambda u: (u,),
     "corrected": lambda u: (u, max(4, u // 6)),
     "mlp": lambda u: (_round_up(u, 8), 2, _round_up(max(1, u // 4), 32), 2),
 }

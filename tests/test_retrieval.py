@@ -34,7 +34,7 @@ class Context:
         return kind(parameters=parameters, sizes=sizes, scale=SCALE)
 
     def retrieving(self, summary, count):
-        return Retrieving.over_summary(summary, self.file, 0, Oracle(self.middle[0], scale=SCALE), count=count)
+        return Retrieving(summary, self.file, 0, Oracle(self.middle[0], scale=SCALE), count=count)
 
     def queries(self, *shape):
         return mx.array(2 * self.random.normal(size=(*shape, D)).astype(np.float32))
@@ -203,13 +203,10 @@ def test_alone_a_head_is_a_quadrature_and_survives_padding(kind):
     assert ragged.sizes == ((3,), (6,))
     alone = [kind.stack([head], scale=SCALE)(queries[i : i + 1]) for i, head in enumerate(heads)]
     close(ragged(queries), [np.concatenate([np.array(part[i]) for part in alone]) for i in range(2)])
-    retrieved = Retrieved(
-        context.queries(K, 4, 5), context.queries(K, 4, 5), context.queries(K, 4)[..., :5], mx.zeros((K, 4))
-    )
+    scores = context.queries(K, 4)[..., :5]
+    retrieved = Retrieved(context.queries(K, 4, 5), context.queries(K, 4, 5), scores, scores, mx.zeros((K, 4)))
     alone = [
-        kind.stack([head], scale=SCALE).complete(
-            queries[i : i + 1], Retrieved(*(x[i : i + 1] for x in retrieved))
-        )
+        kind.stack([head], scale=SCALE).complete(queries[i : i + 1], Retrieved(*(x[i : i + 1] for x in retrieved)))
         for i, head in enumerate(heads)
     ]
     close(ragged.complete(queries, retrieved), [np.concatenate([np.array(p[i]) for p in alone]) for i in range(2)])
@@ -222,4 +219,4 @@ def test_rows_of_queries_are_groups_of_their_own():
     found = bank(queries)
     expected = oracle.attention(queries, context.keys, context.values, scale=SCALE)
     close(found, expected, 1e-4)
-    assert NOTHING < float(found.log_normalizer.min())
+    assert float(found.log_normalizer.min()) > NOTHING

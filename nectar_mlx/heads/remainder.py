@@ -41,7 +41,7 @@ class Remainder(Residual):
         return from_scores(scores + p["bias"][:, None] + kept, p["values"])
 
     def used(self, retrieved: Retrieved) -> mx.array:
-        return mx.where(retrieved.scores >= retrieved.threshold[..., None], retrieved.scores, NOTHING)
+        return mx.where(retrieved.routed >= retrieved.threshold[..., None], retrieved.scores, NOTHING)
 
     @classmethod
     def shapes(cls, size: Size, head_dim: int) -> dict[str, tuple[int, ...]]:

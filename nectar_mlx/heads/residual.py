@@ -22,13 +22,14 @@ EVERYTHING = 1e9  # a threshold that every score stays below
 class Retrieved(NamedTuple):
     """What was read for each of N queries of M heads.
 
-    keys, values: [M, N, k, D]. scores: [M, N, k], scale · q·k. threshold: [M, N], what the scores of the query's keys
-    that were not read stay below, as far as the selection knows.
+    keys, values: [M, N, k, D]. scores: [M, N, k], scale · q·k. routed: [M, N, k], what the selector took them for.
+    threshold: [M, N], what the selector took the scores of all keys for that were not read stays below it.
     """
 
     keys: mx.array
     values: mx.array
     scores: mx.array
+    routed: mx.array
     threshold: mx.array
 
 
@@ -107,6 +108,3 @@ def anchor_positions(tokens: int) -> list[int]:
 def middle(tokens: int) -> slice:
     """The positions that a head's `rest` stands for."""
     return slice(SINKS, tokens - TAIL)
-
-
-__all__ = ["ANCHORS", "EVERYTHING", "NOTHING", "SINKS", "TAIL", "Residual", "Retrieval", "Retrieved"]

@@ -1,0 +1,13 @@
+"""Reading some keys of a context exactly, for every query anew, and completing them by a head function of the rest.
+
+`keys` is the file beside a .nectar, `sketch` the router, `selection` what a query should read, `bank` the context of a
+layer as a cache sees it, `sources` what an answer rests on; `training`, `distillation` and `fitter` make the heads.
+"""
+
+from .bank import Retrieving, retrieving
+from .cache import Record, recording
+from .keys import Keys, beside
+
+EXACT = 0.01  # of the keys, read at a step unless a request says otherwise
+
+__all__ = ["EXACT", "Keys", "Record", "Retrieving", "beside", "recording", "retrieving"]

@@ -1,14 +1,14 @@
 """The context of one layer: some keys read exactly for every query, a head function for the rest."""
 
-from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
 from ..attention import Partial
 from ..heads import Bank
-from ..heads.residual import SINKS, Residual, Retrieved
+from ..heads.residual import ANCHORS, SINKS, Residual, Retrieved
 from .keys import Keys
 from .selection import Selector, choose
 
@@ -23,33 +23,31 @@ class Reading(NamedTuple):
     scores: mx.array
 
 
-@dataclass(kw_only=True)
 class Retrieving(Bank):
     """`summary` with `count` keys a KV head and step read exactly from `keys`, chosen by `selector`.
 
-    The query heads of a KV head share what is read, so that count bounds the keys read for one token.
+    The query heads of a KV head share what is read, so that count bounds the keys read for one token. summary_bytes:
+    of the layer's summary, as stored.
     """
 
-    summary: Residual
-    keys: Keys
-    layer: int
-    selector: Selector
-    count: int
+    kind = "retrieving"
 
-    kind: ClassVar[str] = "retrieving"
+    def __init__(
+        self, summary: Residual, keys: Keys, layer: int, selector: Selector, *, count: int, summary_bytes: int = 0
+    ):
+        super().__init__(parameters=summary.parameters, sizes=summary.sizes, scale=summary.scale)
+        self.summary, self.keys, self.layer, self.selector = summary, keys, layer, selector
+        self.count, self.summary_bytes = count, summary_bytes
 
-    @classmethod
-    def over_summary(cls, summary: Residual, keys: Keys, layer: int, selector: Selector, *, count: int) -> "Retrieving":
-        return cls(
-            parameters=summary.parameters,
-            sizes=summary.sizes,
-            scale=summary.scale,
-            summary=summary,
-            keys=keys,
-            layer=layer,
-            selector=selector,
-            count=count,
-        )
+    @property
+    def head_dim(self) -> int:
+        return self.summary.head_dim
+
+    @property
+    def step_bytes(self) -> int:
+        """Bytes read for one token: keys and values, what the selector scans, and the summary."""
+        rows = len(self.sizes) * self.count * self.keys.format.nbytes
+        return rows + self.selector.nbytes + self.summary_bytes
 
     def apply(self, parameters: dict[str, mx.array], queries: mx.array) -> Partial:
         """queries [K, N, D], each its own group."""
@@ -87,7 +85,8 @@ class Retrieving(Bank):
         K, N, G, D = queries.shape
         flat = queries.reshape(K, N * G, D).astype(mx.float32)
         anchors = self.summary.anchors(self.parameters, flat).log_normalizer.reshape(K, N, G)
-        chosen = choose(self.selector.scores(flat).reshape(K, N, G, -1), anchors, count=self.count)
+        routed = self.selector.scores(flat).reshape(K, N, G, -1)
+        chosen = choose(routed, anchors, count=self.count)
         positions = chosen.positions + SINKS
         keys, values = self.keys.read(self.layer, np.array(positions))
         scores = (queries.astype(mx.float32) * self.scale) @ keys.swapaxes(-1, -2)
@@ -97,8 +96,29 @@ class Retrieving(Bank):
             return mx.broadcast_to(x[:, :, None], (K, N, G, *x.shape[2:])).reshape(K, N * G, *x.shape[2:])
 
         retrieved = Retrieved(
-            per_head(keys), per_head(values), scores.reshape(K, N * G, -1), chosen.threshold.reshape(K, N * G)
+            per_head(keys),
+            per_head(values),
+            scores.reshape(K, N * G, -1),
+            mx.take_along_axis(routed, chosen.positions[:, :, None], axis=-1).reshape(K, N * G, -1),
+            chosen.threshold.reshape(K, N * G),
         )
         part = self.summary.complete(flat, retrieved)
         used = self.summary.used(retrieved).reshape(scores.shape)
         return part.output.reshape(K, N, G, D), part.log_normalizer.reshape(K, N, G), positions, used
+
+
+def retrieving(
+    banks: Sequence[Bank], keys: Keys, selectors: Sequence[Selector], *, exact: float, nbytes: int = 0
+) -> list[Retrieving]:
+    """The banks of all layers, reading at most a share `exact` of the context's keys at a step, anchors included.
+
+    None if that leaves nothing to read. nbytes: of all banks, as stored.
+    """
+    count = int(exact * keys.tokens + 1e-9) - ANCHORS
+    if count < 1:
+        return []
+    found = []
+    for layer, (bank, selector) in enumerate(zip(banks, selectors, strict=True)):
+        assert isinstance(bank, Residual), bank.kind
+        found.append(Retrieving(bank, keys, layer, selector, count=count, summary_bytes=nbytes // len(banks)))
+    return found

@@ -11,7 +11,7 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +26,7 @@ FORMAT = "nectar-kv-1"
 BITS = 8
 Rows = np.ndarray[Any, np.dtype[np.uint8]]
 Arrays = dict[str, np.ndarray[Any, Any]]
-_TYPES = {"uint8": "U8", "uint16": "U16", "int32": "I32", "float16": "F16", "float32": "F32"}
+_TYPES = {"uint8": "U8", "int8": "I8", "uint16": "U16", "int32": "I32", "float16": "F16", "float32": "F32"}
 
 
 class RowFormat(NamedTuple):
@@ -76,20 +76,21 @@ class Keys:
     the .nectar that this belongs to.
     """
 
-    rows: Rows
+    rows: Rows = field(repr=False)
     format: RowFormat
-    small: Arrays
+    small: Arrays = field(repr=False)
     nectar: str
 
     @classmethod
-    def of(
-        cls, layers: Sequence[tuple[mx.array, mx.array]], *, small: Arrays, nectar: str, bits: int = BITS
-    ) -> "Keys":
+    def of(cls, layers: Sequence[tuple[mx.array, mx.array]], *, small: Arrays, nectar: str, bits: int = BITS) -> "Keys":
         """layers: keys and values [K, n, D] of each layer with full attention."""
-        form = RowFormat(layers[0][0].shape[-1], bits)
-        packed = np.stack([form.pack(keys, values) for keys, values in layers])
-        marks = _marks(packed, _seeds(nectar, packed.shape[:-1]))
-        rows = np.concatenate([packed, marks[..., None].view(np.uint8)], axis=-1)
+        K, n, D = layers[0][0].shape
+        form = RowFormat(D, bits)
+        rows = np.empty((len(layers), K, n, form.nbytes), np.uint8)
+        for layer, (keys, values) in enumerate(layers):
+            rows[layer, ..., : form.payload] = payload = form.pack(keys, values)
+            at = np.arange(layer * K * n, (layer + 1) * K * n).reshape(K, n)
+            rows[layer, ..., form.payload :] = _marks(payload, _seed(nectar, at))[..., None].view(np.uint8)
         return cls(rows=rows, format=form, small=small, nectar=nectar)
 
     @property
@@ -143,7 +144,7 @@ class Keys:
 
     @classmethod
     def open(cls, path: Path, *, nectar: str, shape: tuple[int, int, int]) -> "Keys":
-        """Maps the file; shape: its layers, KV heads and tokens. NectarError unless it is whole and the .nectar's own."""
+        """Maps the file; shape: its layers, KV heads, tokens. NectarError unless it is whole and the .nectar's own."""
         if not path.is_file():
             raise NectarError(f"{path} is missing")
         try:
@@ -198,10 +199,6 @@ def _digest(arrays: Arrays) -> str:
     return sha.hexdigest()
 
 
-def _seeds(nectar: str, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
-    return _seed(nectar, np.arange(int(np.prod(shape))).reshape(shape))
-
-
 def _seed(nectar: str, rows: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """A number that tells each row of each file from the others, uint32."""
     return rows.astype(np.uint32) * np.uint32(2654435761) + np.uint32(int(nectar[:8], 16))
@@ -211,4 +208,4 @@ def _marks(payload: Rows, seeds: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """Checksums of rows [..., payload], uint32: a weighted sum of their words, which any one wrong byte changes."""
     words = np.ascontiguousarray(payload).view(np.uint32)
     weights = 2 * np.arange(1, words.shape[-1] + 1, dtype=np.uint32) + 1
-    return (words * weights).sum(-1, dtype=np.uint32) + seeds
+    return np.asarray((words * weights).sum(-1, dtype=np.uint32) + seeds)

@@ -1,0 +1,94 @@
+"""Learning a completion's feature map: from clusters of the keys, by regression on what attention saw."""
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+import numpy as np
+
+from .._exp import exp
+from ..attention import Partial
+from ..heads import Completion, HeadArrays
+from ..heads.completion import key_features, query_features
+from ..quantize import dequantize, quantize
+
+_ITERATIONS = 10
+
+
+class Distilled(Completion):
+    """As it is trained: `rest` alone, of queries [M, N, D + 1] whose last number is the threshold.
+
+    keys, values: [M, n, D] of the middle, kept beside the parameters. Every key below the threshold is weighed by the
+    feature map one by one, which is what the summary less the keys above it comes to.
+    """
+
+    keys: mx.array
+    values: mx.array
+
+    @classmethod
+    def start(cls, maps: Sequence[HeadArrays], keys: mx.array, values: mx.array, *, scale: float) -> "Distilled":
+        """Heads with their maps; what the summary would hold is made when they are trained."""
+        unused = ({"means": mx.zeros_like(m["w_key"]), "log_count": mx.zeros_like(m["b_key"])} for m in maps)
+        bank = cls.stack([m | zeros for m, zeros in zip(maps, unused, strict=True)], scale=scale)
+        bank.keys, bank.values = keys, values
+        return bank
+
+    def apply(self, parameters: HeadArrays, queries: mx.array) -> Partial:
+        queries, threshold = queries[..., :-1], queries[..., -1:]
+        below = (queries * self.scale) @ self.keys.swapaxes(1, 2) < threshold
+        logs = query_features(parameters, queries)
+        top = mx.stop_gradient(logs.max(-1, keepdims=True))
+        weights = exp(logs - top) @ key_features(parameters, self.keys).swapaxes(1, 2)
+        weights = mx.where(below, weights, 0.0)
+        total = mx.maximum(weights.sum(-1, keepdims=True), 1e-30)
+        return Partial((weights @ self.values) / total, (top + mx.log(total))[..., 0])
+
+
+def clusters(keys: np.ndarray, queries: np.ndarray, count: int, *, scale: float, seed: int) -> HeadArrays:
+    """One head's map to start from: a feature for each of `count` clusters of keys [n, D], close as queries [N, D] see
+    it."""
+    asked, keys = queries.astype(np.float64), keys.astype(np.float64)
+    metric = asked.T @ asked / len(asked)
+    metric += 1e-3 * np.trace(metric) / len(metric) * np.eye(len(metric))
+    root = np.linalg.cholesky(metric)
+    centres, spread = _kmeans(keys @ root, count, seed=seed)
+    plain = np.linalg.solve(root.T, centres.T).T
+    arrays = {
+        "w_query": scale * plain,
+        "b_query": np.zeros(count),
+        "w_key": centres @ root.T / spread,
+        "b_key": -np.square(centres).sum(1) / (2 * spread),
+    }
+    return {name: mx.array(x.astype(np.float32)) for name, x in arrays.items()}
+
+
+def _kmeans(points: np.ndarray, count: int, *, seed: int) -> tuple[np.ndarray, float]:
+    """Lloyd's: centres [count, D], and the points' variance around them, per dimension."""
+    random = np.random.default_rng(seed)
+    centres = points[random.choice(len(points), count, replace=len(points) < count)]
+    for _ in range(_ITERATIONS):
+        nearest = (np.square(centres).sum(1) / 2 - points @ centres.T).argmin(1)
+        sums = np.zeros_like(centres)
+        np.add.at(sums, nearest, points)
+        members = np.bincount(nearest, minlength=count)[:, None]
+        centres = np.where(members > 0, sums / np.maximum(members, 1), centres)
+    return centres, float(np.square(points - centres[nearest]).mean()) + 1e-6
+
+
+def summarise(head: HeadArrays, keys: mx.array, values: mx.array, *, bits: int) -> HeadArrays:
+    """Adds S / u and log u of keys and values [n, D] to a head's learned map.
+
+    The map is rounded first to what the file will hold: shares that are subtracted later are those summed here.
+    """
+    stored = head | {n: _as_stored(head[n], bits) for n in ("w_query", "b_query", "w_key", "b_key")}
+    shares = key_features({n: stored[n][None] for n in ("w_key", "b_key")}, keys[None])[0]
+    count = mx.maximum(shares.sum(0), 1e-6)
+    means = shares.swapaxes(0, 1) @ values.astype(mx.float32) / count[:, None]
+    stored |= {"means": means, "log_count": mx.log(count)}
+    mx.eval(stored)
+    return stored
+
+
+def _as_stored(x: mx.array, bits: int) -> mx.array:
+    if x.ndim == 1:
+        return x.astype(mx.float16).astype(mx.float32)
+    return x if bits == 16 else dequantize(quantize(x, bits=bits), bits=bits)

@@ -1,0 +1,126 @@
+"""Fitting heads that stand for what is not read: the fit as for any kind, on the rows that `training.split` makes."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from .. import regression
+from ..errors import NectarError
+from ..fitter import Fitter
+from ..heads import Bank, HeadArrays, Size
+from ..heads.remainder import AtThreshold
+from ..heads.residual import ANCHORS, anchor_positions, middle
+from ..queries import Captured
+from ..starts import Start
+from . import distillation, sketch, sources, training
+from .keys import Arrays, Keys
+
+_SKETCHED = 2048  # captured queries that the router is made from
+_LEAST = 4 * ANCHORS
+
+
+class RetrievalFitter(Fitter):
+    """The kinds retrieval, completion and retrieval+nectar, and the keys that go beside them."""
+
+    def __init__(self, model: Any, tokenizer: Any, context: Any, geometry: Any, config: Any, **options: Any):
+        if len(context.prefix) < _LEAST:
+            raise NectarError(f"kind {config.kind} needs a text of at least {_LEAST} tokens: use quadrature")
+        if config.kind == "retrieval":  # nothing is regressed
+            config = replace(config, queries=min(config.queries, _SKETCHED))
+        super().__init__(model, tokenizer, context, geometry, config, **options)
+
+    def prepare(self) -> None:
+        self._sketch = self._sketched()
+        if self.layout.kind == "retrieval+nectar":
+            super().prepare()
+            inside = np.zeros(self.length, np.float32)
+            inside[middle(self.length)] = 1
+            self.importance = [weights * mx.array(inside) for weights in self.importance]
+        else:  # no node is chosen
+            self.rows = np.random.default_rng(self.config.seed).permutation(self.study.rows)
+
+    def sizes(self, nbytes: float) -> list[Size]:
+        return [(0,)] * self.n_heads if self.layout.kind == "retrieval" else super().sizes(nbytes)
+
+    def regress(self, sizes: Sequence[Size]) -> list[HeadArrays]:
+        if self.layout.kind == "retrieval":
+            return [self._anchors(head) for head in range(self.n_heads)]
+        heads = super().regress(sizes)
+        return (
+            [self._summarised(i, head) for i, head in enumerate(heads)] if self.layout.kind == "completion" else heads
+        )
+
+    def training_rows(self, heads: Sequence[int]) -> Captured:
+        return self._split(super().training_rows(heads), heads, training.UNREAD)
+
+    def _samples(self, heads: Sequence[int]) -> Captured:
+        """Rows of the whole middle, for Attention Matching."""
+        rows = self._split(super()._samples(heads), heads, unread=1.0)
+        return rows._replace(queries=rows.queries[..., :-1])
+
+    def _split(self, rows: Captured, heads: Sequence[int], unread: float) -> Captured:
+        keys, values = self._context(heads)
+        scale, seed = self.geometry.scale, self.config.seed
+        selector = sketch.load(self._sketch, [divmod(h, self.geometry.n_kv_heads) for h in heads], scale=scale)
+        return training.split(rows, keys, values, selector, scale=scale, seed=seed, unread=unread)
+
+    def _context(self, heads: Sequence[int]) -> tuple[mx.array, mx.array]:
+        """Exact keys and values [M, n, D] of some heads."""
+        at = [divmod(head, self.geometry.n_kv_heads) for head in heads]
+        parameters = [(self.context.banks[layer].parameters, k) for layer, k in at]
+        keys, values = (mx.stack([p[name][k] for p, k in parameters]) for name in ("keys", "values"))
+        return keys, values
+
+    def _anchors(self, head: int) -> HeadArrays:
+        at = mx.array(anchor_positions(self.length))
+        keys, values = self._context([head])
+        return {"anchor_keys": keys[0, at].astype(mx.float32), "anchor_values": values[0, at].astype(mx.float32)}
+
+    def _train(self, group: Sequence[int], sizes: Sequence[Size], rows: Captured, steps: int) -> Bank:
+        counts = [size[0] for size in sizes]
+        make = self._remainder if self.layout.kind == "retrieval+nectar" else self._completion
+        bank = make(group, counts, rows)
+        start = Start(bank=bank, parameters=dict(bank.parameters), fold=lambda parameters: parameters)
+        trained = regression.train(start, rows, steps=steps, batch=self.config.batch, rate=self.config.rate)
+        bank.parameters = trained.parameters
+        return bank
+
+    def _remainder(self, group: Sequence[int], counts: Sequence[int], rows: Captured) -> Bank:
+        """Nodes of the whole middle; where to cut is learned from there."""
+        heads = [
+            nodes | {name: mx.zeros(nodes["bias"].shape) for name in ("cut", "sharpness")} | self._anchors(index)
+            for index, nodes in zip(group, self.matched(group, counts), strict=True)
+        ]
+        return AtThreshold.stack(heads, scale=self.layout.scale)
+
+    def _completion(self, group: Sequence[int], counts: Sequence[int], rows: Captured) -> Bank:
+        inside = middle(self.length)
+        keys, values = (x[:, inside].astype(mx.float32) for x in self._context(group))
+        asked = np.array(rows.queries[..., :-1].astype(mx.float32))
+        heads = [
+            distillation.clusters(np.array(keys[i]), asked[i], count, scale=self.layout.scale, seed=self.config.seed)
+            | self._anchors(index)
+            for i, (index, count) in enumerate(zip(group, counts, strict=True))
+        ]
+        return distillation.Distilled.start(heads, keys, values, scale=self.layout.scale)
+
+    def _summarised(self, index: int, head: HeadArrays) -> HeadArrays:
+        keys, values = (x[0, middle(self.length)] for x in self._context([index]))
+        return distillation.summarise(head, keys, values, bits=self.layout.bits)
+
+    def _sketched(self) -> Arrays:
+        K, rows = self.geometry.n_kv_heads, np.arange(0, self.study.rows, max(1, self.study.rows // _SKETCHED))
+        queries = [
+            np.array(self.study.heads(range(i * K, i * K + K), rows).queries.astype(mx.float32))
+            for i in range(self.n_layers)
+        ]
+        return sketch.build([bank.parameters["keys"] for bank in self.context.banks], queries)
+
+    def keys(self, text: str, *, nectar: str) -> Keys:
+        """The file beside the .nectar of this digest."""
+        layers = [(bank.parameters["keys"], bank.parameters["values"]) for bank in self.context.banks]
+        small = self._sketch | sources.arrays(self.tokenizer, text, self.context.prefix)
+        return Keys.of(layers, small=small, nectar=nectar)

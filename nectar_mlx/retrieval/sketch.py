@@ -1,0 +1,78 @@
+"""The router: a few int8 numbers a key, from which its score is nearly known without reading it.
+
+Scores are products of queries and keys, so the directions that matter are those in which real queries are large and
+keys differ. With C the queries' second moment, keys are whitened by C^½, their `rank` principal directions are kept,
+and stored as int8 with a scale a key: at 16 of 64 dimensions 18 bytes instead of 256, and one matrix product to score
+all keys. (Product quantisation of as many bytes finds as much and takes a gather for every number; log-sum-exps of
+chunks find far less: docs/log.md.)
+"""
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+import numpy as np
+
+from ..heads.residual import middle
+from .keys import Arrays
+
+
+class Sketch:
+    """One layer's: codes int8 [K, n, rank], scales [K, n], projection [K, D, rank] and mean [K, D] of the keys."""
+
+    def __init__(self, codes: mx.array, scales: mx.array, projection: mx.array, mean: mx.array, *, scale: float):
+        self._codes, self._scales, self._scale = codes, scales, scale
+        self._projection, self._mean = projection.astype(mx.float32), mean.astype(mx.float32)
+        mx.eval(self._projection, self._mean)  # in this thread: MLX's streams are a thread's own
+
+    @property
+    def nbytes(self) -> int:
+        return self._codes.nbytes + self._scales.nbytes + 2 * (self._projection.size + self._mean.size)
+
+    def scores(self, queries: mx.array) -> mx.array:
+        """scale · q·k of the middle's keys, nearly: queries [K, N, D] -> [K, N, n]."""
+        queries = queries.astype(mx.float32) * self._scale
+        found = (queries @ self._projection) @ self._codes.astype(mx.float32).swapaxes(1, 2)
+        return found * self._scales.astype(mx.float32)[:, None] + queries @ self._mean[..., None]
+
+
+def build(keys: Sequence[mx.array], queries: Sequence[np.ndarray], *, rank: int | None = None) -> Arrays:
+    """The arrays of all layers' sketches.
+
+    keys: [K, n, D] a layer, the whole context's. queries: captured ones [K, N, D] a layer. rank: default D / 4.
+    """
+    D = keys[0].shape[-1]
+    heads = [
+        _head(np.array(layer[head].astype(mx.float32)), asked[head], rank or max(1, D // 4))
+        for layer, asked in zip(keys, queries, strict=True)
+        for head in range(layer.shape[0])
+    ]
+    shape = (len(keys), keys[0].shape[0])
+    stacked = {name: np.stack([head[name] for head in heads]) for name in heads[0]}
+    return {f"sketch.{name}": x.reshape(*shape, *x.shape[1:]) for name, x in stacked.items()}
+
+
+def load(small: Arrays, heads: Sequence[tuple[int, int]], *, scale: float) -> Sketch:
+    """The sketch of some heads, (layer, KV head) each."""
+    layers, which = (list(x) for x in zip(*heads, strict=True))
+    names = ("codes", "scales", "projection", "mean")
+    return Sketch(*(mx.array(small[f"sketch.{name}"][layers, which]) for name in names), scale=scale)
+
+
+def _head(keys: np.ndarray, queries: np.ndarray, rank: int) -> Arrays:
+    """keys [n, D] of the whole context, queries [N, D]."""
+    inside = keys[middle(len(keys))].astype(np.float64)
+    mean = inside.mean(0)
+    asked = queries.astype(np.float64)
+    size, directions = np.linalg.eigh(asked.T @ asked / len(asked))
+    spread = np.sqrt(np.maximum(size, 1e-3 * size.max()))  # what was never asked may still be
+    whitened = (inside - mean) @ (directions * spread)
+    _, axes = np.linalg.eigh(whitened.T @ whitened)
+    kept = axes[:, ::-1][:, :rank]
+    codes = whitened @ kept
+    scales = np.maximum(np.abs(codes).max(1), 1e-6) / 127
+    return {
+        "codes": np.round(codes / scales[:, None]).astype(np.int8),
+        "scales": scales.astype(np.float16),
+        "projection": ((directions / spread) @ kept).astype(np.float16),
+        "mean": mean.astype(np.float16),
+    }

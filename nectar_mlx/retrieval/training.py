@@ -1,0 +1,88 @@
+"""What the heads of a context are trained on when some of its keys will be read exactly.
+
+Of every captured query the keys of the middle split at a threshold on the selector's scores: those above it will be
+read, those below are the rest that a head is to stand for, the selector's mistakes included. Thresholds are drawn at
+the ranks that budgets from 0.1 to 5% reach, and for a quarter of the queries nothing is read, so that one head serves
+every budget and the .nectar alone.
+"""
+
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from .._exp import SLOW_EXP, exp
+from ..attention import Partial, merge
+from ..heads.residual import EVERYTHING, NOTHING, SINKS, TAIL
+from ..queries import Captured
+from .selection import Selector
+
+_RANKS = (0.001, 0.05)  # of a threshold among the middle's scores, as shares of the keys
+UNREAD = 0.25
+_SAMPLE = 8  # every so-many-th key tells the ranks
+_ROOM = 1 << 23 if SLOW_EXP else 1 << 28  # scores at a time
+
+
+def split(
+    rows: Captured, keys: mx.array, values: mx.array, selector: Selector, *, scale: float, seed: int, unread: float
+) -> Captured:
+    """Rows [M, N, ...] of the whole context -> rows of the rest, as `regression` takes them.
+
+    keys, values: [M, n, D] of the whole context. selector: of the same M heads. unread: the share of rows of which
+    nothing is read. queries get the threshold as one more number, [M, N, D + 1]; output and log_normalizer are those
+    of the rest; the live ones take in the anchors and what is read.
+    """
+    M, N = rows.queries.shape[:2]
+    random = np.random.default_rng(seed)
+    ranks = _ranks(random, N, unread)
+    step = max(1, _ROOM // (M * keys.shape[1]))
+    parts = []
+    for start in range(0, N, step):
+        part = Captured(*(x[:, start : start + step] for x in rows))
+        parts.append(_split(part, keys, values, selector, scale=scale, ranks=ranks[start : start + step]))
+        mx.eval(parts[-1])
+    return Captured(*(mx.concatenate(list(xs), axis=1) for xs in zip(*parts, strict=True)))
+
+
+def _ranks(random: np.random.Generator, count: int, unread: float) -> np.ndarray[Any, Any]:
+    """Shares of the keys to read, [count]; 0 for the rows without retrieval."""
+    low, high = np.log(_RANKS)
+    return np.where(random.random(count) < unread, 0.0, np.exp(random.uniform(low, high, count)))
+
+
+def _split(
+    rows: Captured,
+    keys: mx.array,
+    values: mx.array,
+    selector: Selector,
+    *,
+    scale: float,
+    ranks: np.ndarray[Any, Any],
+) -> Captured:
+    queries = rows.queries.astype(mx.float32)
+    scores = (queries * scale) @ keys.astype(mx.float32).swapaxes(1, 2)
+    routed = selector.scores(queries)
+    threshold = _thresholds(routed, ranks)
+    below = mx.pad(routed < threshold[..., None], [(0, 0), (0, 0), (SINKS, TAIL)])
+    top = scores.max(-1, keepdims=True)
+    weights = exp(scores - top)
+    rest = _part(mx.where(below, weights, 0.0), top, values)
+    read = _part(mx.where(below, 0.0, weights), top, values)
+    live = merge(read, Partial(rows.live_output.astype(mx.float32), rows.live_log_normalizer))
+    asked = mx.concatenate([queries, threshold[..., None]], axis=-1)
+    return Captured(asked, rest.output, live.output, rest.log_normalizer, live.log_normalizer)
+
+
+def _thresholds(scores: mx.array, ranks: np.ndarray[Any, Any]) -> mx.array:
+    """scores [M, N, n], ranks [N] -> [M, N]: the score that a share `rank` of a sample of the keys exceeds."""
+    sample = mx.sort(scores[..., ::_SAMPLE], axis=-1)
+    count = sample.shape[-1]
+    at = np.clip(count - 1 - np.floor(ranks * count).astype(int), 0, count - 1)
+    found = mx.take_along_axis(sample, mx.array(np.broadcast_to(at[None, :, None], (*sample.shape[:2], 1))), axis=-1)
+    return mx.where(mx.array(ranks) > 0, found[..., 0], EVERYTHING)
+
+
+def _part(weights: mx.array, top: mx.array, values: mx.array) -> Partial:
+    total = weights.sum(-1, keepdims=True)
+    log = mx.where(total > 0, top + mx.log(mx.maximum(total, 1e-30)), NOTHING)
+    return Partial((weights @ values.astype(mx.float32)) / mx.maximum(total, 1e-30), log[..., 0])
