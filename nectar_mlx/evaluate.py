@@ -121,6 +121,10 @@ def evaluate(
     first = next(iter(files.values()))
     if any(n.prefix != first.prefix for n in files.values()):
         raise NectarError("the files are of different texts: evaluate them one by one")
+    if first.chunks:
+        raise NectarError("a text of several chunks has no full cache to compare with: see the file's report (inspect)")
+    if first.metadata.get("config", {}).get("prefill") == "fixed":  # what that way of reading costs on its own
+        chosen = list({b.name: b for b in (*chosen, *baselines.choose("sparse-prefill", slow=True))}.values())
     clock = Clock()
     geometry = adapter.route(model)
     with cli.progress("reading the context", len(first.prefix)) as done:

@@ -6,7 +6,7 @@ import pytest
 import toys
 
 from nectar_mlx import adapter, fidelity, prompts, queries
-from nectar_mlx.baselines import BASELINES, NO_CONTEXT, Task, cartridge, choose, passages, snap
+from nectar_mlx.baselines import BASELINES, NO_CONTEXT, Task, cartridge, choose, fixed_pattern, passages, snap
 from nectar_mlx.errors import NectarError
 from nectar_mlx.queries import Conversation
 
@@ -61,7 +61,9 @@ def test_a_sized_method_refuses_what_cannot_be_kept(task, name):
         BASELINES[name].build(task, 40)
 
 
-@pytest.mark.parametrize("name", ["sinks + window", "keep most attended", "SnapKV", "expected attention"])
+@pytest.mark.parametrize(
+    "name", ["sinks + window", "fixed pattern", "keep most attended", "SnapKV", "expected attention"]
+)
 def test_a_method_that_keeps_every_key_is_exact_to_rounding(task, name, floor):
     view = BASELINES[name].build(task, 10 * task.geometry.cache_bytes(task.length))
     assert view.banks[0].sizes[0] == (task.length,)
@@ -138,6 +140,24 @@ def test_snap_pools_over_neighbours():
     assert kept.tolist() == list(range(7, 14))
 
 
+@pytest.mark.parametrize("length, count", [(50, 3), (50, 50), (51, 20), (5000, 400), (300, 299), (7, 5)])
+def test_the_fixed_pattern_keeps_different_places_evenly(length, count):
+    places, _ = fixed_pattern.support(length, count)
+    assert places == sorted(set(places)) and len(places) == min(count, length)
+    assert places[0] == 0 and places[-1] in (length - 1, min(count, 4) - 1)
+    gaps = np.diff(places)
+    assert gaps.max(initial=1) <= max(length // 2, 2 * 8 * length // count)
+
+
+def test_sparse_prefill_is_all_keys_of_the_sparse_way_of_reading(task):
+    view = BASELINES["sparse prefill"].build(task, 0)
+    read = queries.read(task.model, task.context.prefix, task.geometry, prefill="fixed")
+    assert view.nbytes == task.geometry.cache_bytes(task.length)
+    for ours, expected in zip(view.banks, read.banks, strict=True):
+        assert mx.array_equal(ours.parameters["keys"], expected.parameters["keys"])
+    assert not mx.allclose(view.banks[-1].parameters["keys"], task.layer(task.n_layers - 1)[0], atol=1e-3)
+
+
 def test_bm25_finds_the_passage_with_the_rare_word():
     words = ["the ship sailed", "the master was anna velde", "the casks of amber", "the wind and the sea"]
     index = passages.Index([[i] for i in range(4)], [passages.Counter(w.split()) for w in words])
@@ -171,6 +191,9 @@ def test_names_are_chosen_as_they_are_typed():
         "no context",
     ]
     assert choose("none", slow=True) == []
-    assert {b.name for b in choose("all", slow=True)} - {b.name for b in choose("all", slow=False)} == {"Cartridge"}
+    assert {b.name for b in choose("all", slow=True)} - {b.name for b in choose("all", slow=False)} == {
+        "Cartridge",
+        "sparse prefill",
+    }
     with pytest.raises(NectarError, match="there is no baseline 'magic'"):
         choose("magic", slow=False)

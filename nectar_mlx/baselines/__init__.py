@@ -9,6 +9,7 @@ from . import (
     attention_matching,
     cartridge,
     expected_attention,
+    fixed_pattern,
     most_attended,
     nothing,
     passages,
@@ -24,6 +25,7 @@ BASELINES = {
     for b in (
         *nothing.BASELINES,
         *sinks_window.BASELINES,
+        *fixed_pattern.BASELINES,
         *most_attended.BASELINES,
         *snap.BASELINES,
         *expected_attention.BASELINES,
