@@ -21,6 +21,7 @@ __all__ = ["Combine", "Fixed", "Pattern", "Strided", "benchmark", "sparse_attent
 
 # The fused kernel holds few scores at a time: this bounds the keys that are gathered for one call.
 _FUSED_ROOM = 1 << 29
+_MARKS = 8  # marked keys of a row: cuDNN wants values whose width is a multiple of this
 _HIDDEN = -6e4  # added to the scores of hidden keys; the most that float16 holds
 
 
@@ -30,8 +31,9 @@ def sparse_attention(queries: mx.array, keys: mx.array, values: mx.array, *, pat
     The queries are the last T of the S positions. Exact: equal to dense attention under `pattern.mask(T, S, heads=H)`.
     About T · √S scores, a bounded number of them at a time. Differentiable; the reverse pass computes the scores again.
 
-    On a GPU in half precision the output of the fixed pattern comes from MLX's fused kernel, many times faster. That
-    returns no log-normaliser: it is a separate pass, and like all of MLX not run unless something needs it.
+    On a GPU in half precision the output of the fixed pattern comes from MLX's fused kernel, many times faster, and in
+    bfloat16 the log-normaliser too, to the precision of that type (about 0.005). In float16 it is a pass of its own,
+    and like all of MLX not run unless something needs it.
 
     Raises ValueError if T is 0 or exceeds S, or if H is not a multiple of K.
     """
@@ -65,11 +67,14 @@ def _on_grid(
     first = (S - T) // stride  # the row of the first query
     skipped = S - T - first * stride  # places in it before that query
     q, k, v = _rows(queries, skipped, stride), _rows(keys, 0, stride), _rows(values, 0, stride)
-    part = _near_part(q, k, v, pattern=pattern, scale=scale, heads=heads)
-    if pattern.steps(heads[0])[1] and stride < S:
-        part = merge(part, _far_part(q, k, v, pattern=pattern, scale=scale, heads=heads))
+    part = None
     if isinstance(pattern, Fixed) and pattern.steps(heads[0])[0] and queries.dtype != mx.float32:
-        part = part._replace(output=_fused_output(q, k, v, pattern=pattern, scale=scale, heads=heads))
+        part = _fused(q, k, v, pattern=pattern, scale=scale, heads=heads)
+    if part is None or queries.dtype == mx.float16:  # which cannot hold the weights that `_fused` takes logarithms of
+        exact = _near_part(q, k, v, pattern=pattern, scale=scale, heads=heads)
+        if pattern.steps(heads[0])[1] and stride < S:
+            exact = merge(exact, _far_part(q, k, v, pattern=pattern, scale=scale, heads=heads))
+        part = exact if part is None else exact._replace(output=part.output)
     return Partial(*(x.flatten(2, 3)[:, :, skipped : skipped + T] for x in part))
 
 
@@ -116,12 +121,13 @@ def _far_part(
     return Partial(*(pattern._far_result(x) for x in blockwise(q, k, v, scale=scale, axis=3, chunks=chunks)))
 
 
-def _fused_output(
+def _fused(
     queries: mx.array, keys: mx.array, values: mx.array, *, pattern: Fixed, scale: float, heads: list[int]
-) -> mx.array:
-    """The output alone, by MLX's fused attention; shapes as in `_near_part`, for heads that take the near step.
+) -> Partial:
+    """Both by MLX's fused attention, for heads that take the near step; shapes as in `_near_part`.
 
-    Rows are the batch: each sees the summary columns before it and itself, under a mask that hides later columns.
+    Rows are the batch: each sees the summary columns before it and its near keys, under a mask that hides later ones.
+    The log-normaliser comes from the weights w of a few marked keys of a row: w = e^(score - L).
     """
     B, h, R, stride, _ = queries.shape
     M = keys.shape[2]
@@ -129,14 +135,25 @@ def _fused_output(
     keys, values = (pattern._near_keys(x) for x in (keys, values))
     per_row = pattern.summary if pattern.steps(heads[0])[1] else 0
     step = max(1, min(-(-R // 8), _FUSED_ROOM // (B * h * stride * (M * per_row + keys.shape[3]))))
-    outputs = []
+    outputs, marked = list[mx.array](), list[mx.array]()
     for start in range(M - R, M, step):
         stop = min(M, start + step)
         own = [x[:, :, start - M : stop - M or None] for x in (queries, keys, values)]
         seen = [x[:, :, : max(0, stop - 1 - pattern._gap) * per_row] for x in columns]
         attend = mx.checkpoint(partial(_fused_rows, start=start, gap=pattern._gap, summary=per_row, scale=scale))
-        outputs.append(attend(*own, *seen))
-    return mx.concatenate(outputs, axis=2).astype(mx.float32)
+        for found, some in zip((outputs, marked), attend(*own, *seen), strict=True):
+            found.append(some)
+    weights = mx.concatenate(marked, axis=2).astype(mx.float32)
+    places = keys.shape[3] - stride + _marks(stride)
+    scores = (queries.astype(mx.float32) * scale) @ keys[:, :, M - R :, places].astype(mx.float32).swapaxes(-1, -2)
+    best = mx.stop_gradient(weights.argmax(-1, keepdims=True))  # hidden keys have no weight
+    score, weight = (mx.take_along_axis(x, best, axis=-1)[..., 0] for x in (scores, weights))
+    return Partial(mx.concatenate(outputs, axis=2).astype(mx.float32), score - mx.log(weight))
+
+
+def _marks(stride: int) -> mx.array:
+    """The places of marked keys in a row: the first, which the whole row sees, and others at even distances."""
+    return mx.arange(_MARKS) * stride // _MARKS
 
 
 def _fused_rows(
@@ -150,20 +167,19 @@ def _fused_rows(
     gap: int,
     summary: int,
     scale: float,
-) -> mx.array:
-    """Rows [B, h, R, l, D] from row `start` on, their near keys [B, h, R, l · (1 + gap), D], and the summary columns
-    [B, h, N, D] of the rows before those.
+) -> tuple[mx.array, mx.array]:
+    """The output [B, h, R, l, D] and the weights of the marked keys [B, h, R, l, _MARKS] of rows from `start` on.
+
+    queries [B, h, R, l, D], their near keys [B, h, R, l · (1 + gap), D], and the summary columns [B, h, N, D] of the
+    rows before those.
     """
     B, h, R, stride, D = queries.shape
     N, near = far_keys.shape[2], keys.shape[3]
 
-    def by_row(x: mx.array) -> mx.array:
+    def by_row(x: mx.array, far: mx.array) -> mx.array:
+        if N:
+            x = mx.concatenate([mx.broadcast_to(far[:, :, None], (B, h, R, N, far.shape[-1])), x], axis=3)
         return x.swapaxes(1, 2).flatten(0, 1)
-
-    def with_far(x: mx.array, far: mx.array) -> mx.array:
-        return (
-            by_row(mx.concatenate([mx.broadcast_to(far[:, :, None], (B, h, R, N, D)), x], axis=3)) if N else by_row(x)
-        )
 
     mask: mx.array | str = "causal"
     if N or gap:
@@ -174,10 +190,30 @@ def _fused_rows(
         hidden = [mx.broadcast_to(x, (R, stride, x.shape[-1])) for x in (later, own)]
         bias = mx.where(mx.concatenate(hidden, axis=2), _HIDDEN, 0).astype(queries.dtype)
         mask = mx.tile(bias[:, None], (B, 1, 1, 1))
-    output = mx.fast.scaled_dot_product_attention(
-        by_row(queries), with_far(keys, far_keys), with_far(values, far_values), scale=scale, mask=mask
+
+    attend = partial(
+        mx.fast.scaled_dot_product_attention,
+        queries.swapaxes(1, 2).flatten(0, 1),
+        by_row(keys, far_keys),
+        scale=scale,
+        mask=mask,
     )
-    return mx.unflatten(output, 0, (B, R)).swapaxes(1, 2)
+    marks = (mx.arange(near)[:, None] == near - stride + _marks(stride)).astype(values.dtype)
+    marks = mx.broadcast_to(marks, (B, h, R, near, _MARKS))
+    if _wide_values():
+        values = mx.concatenate([values, marks], axis=-1)
+        both = attend(by_row(values, mx.pad(far_values, [(0, 0), (0, 0), (0, 0), (0, _MARKS)])))
+        parts = both[..., :D], both[..., D:]
+    else:  # a call of its own, which is not run unless the log-normaliser is needed
+        marks = mx.pad(marks, [(0, 0)] * 4 + [(0, D - _MARKS)])
+        parts = attend(by_row(values, far_values)), attend(by_row(marks, mx.zeros_like(far_values)))[..., :_MARKS]
+    output, weights = (mx.unflatten(x, 0, (B, R)).swapaxes(1, 2) for x in parts)
+    return output, weights
+
+
+def _wide_values() -> bool:
+    """Whether MLX's fused attention takes values that are wider than keys: cuDNN does, Metal's kernels do not."""
+    return bool(mx.cuda.is_available())
 
 
 def _earlier_rows(start: int, stop: int, seen: int, per_query_row: int, per_key_row: int) -> mx.array | None:

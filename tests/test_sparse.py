@@ -232,13 +232,13 @@ def test_gradients_equal_denses(seed: int, monkeypatch: pytest.MonkeyPatch) -> N
         assert mx.abs(one - two).max().item() < 1e-4
 
 
-def fused(queries: mx.array, keys: mx.array, values: mx.array, pattern: Fixed, scale: float) -> mx.array:
+def fused(queries: mx.array, keys: mx.array, values: mx.array, pattern: Fixed, scale: float) -> Partial:
     """What a GPU does in half precision, here in float32 on any device."""
     length, stride = queries.shape[2], pattern.stride
     skipped = (keys.shape[2] - length) % stride
     rows = sparse._rows(queries, skipped, stride), sparse._rows(keys, 0, stride), sparse._rows(values, 0, stride)
-    output = sparse._fused_output(*rows, pattern=pattern, scale=scale, heads=list(range(queries.shape[1])))
-    return output.flatten(2, 3)[:, :, skipped : skipped + length]
+    part = sparse._fused(*rows, pattern=pattern, scale=scale, heads=list(range(queries.shape[1])))
+    return Partial(*(x.flatten(2, 3)[:, :, skipped : skipped + length] for x in part))
 
 
 @pytest.mark.parametrize(
@@ -254,16 +254,21 @@ def fused(queries: mx.array, keys: mx.array, values: mx.array, pattern: Fixed, s
 )
 @pytest.mark.parametrize(("length", "keys_length"), [(1, 1), (16, 16), (101, 101), (30, 101), (1, 33)])
 @pytest.mark.parametrize("room", [1, 1 << 20])
-def test_fused_output_equals_dense(
-    pattern: Fixed, length: int, keys_length: int, room: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("wide", [False, True])
+def test_fused_equals_dense(
+    pattern: Fixed, length: int, keys_length: int, room: int, wide: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sparse, "_FUSED_ROOM", room)
+    monkeypatch.setattr(sparse, "_wide_values", lambda: wide)
     inputs = arrays(length, keys_length, batch=2)
-    by = mx.random.normal(inputs[0].shape)
-    oracle = dense(*inputs, pattern, 0.5).output
-    assert mx.abs(fused(*inputs, pattern, 0.5) - oracle).max().item() < 1e-5
-    ours = mx.grad(lambda *x: (fused(*x, pattern, 0.5) * by).sum(), argnums=(0, 1, 2))(*inputs)
-    theirs = mx.grad(lambda *x: (dense(*x, pattern, 0.5).output * by).sum(), argnums=(0, 1, 2))(*inputs)
+    by, by_log = mx.random.normal(inputs[0].shape), mx.random.normal(inputs[0].shape[:3])
+
+    def loss(part: Partial) -> mx.array:
+        return (part.output * by).sum() + (part.log_normalizer * by_log).sum()
+
+    assert difference(fused(*inputs, pattern, 0.5), dense(*inputs, pattern, 0.5)) < 1e-5
+    ours = mx.grad(lambda *x: loss(fused(*x, pattern, 0.5)), argnums=(0, 1, 2))(*inputs)
+    theirs = mx.grad(lambda *x: loss(dense(*x, pattern, 0.5)), argnums=(0, 1, 2))(*inputs)
     for one, two in zip(ours, theirs, strict=True):
         assert mx.abs(one - two).max().item() < 1e-4
 
