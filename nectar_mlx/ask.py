@@ -19,6 +19,8 @@ def _parser() -> argparse.ArgumentParser:
     cli.add_nectar(parser)
     parser.add_argument("question", help="the question, or - to read it from stdin")
     cli.add_generation(parser)
+    cli.add_retrieval(parser)
+    parser.add_argument("--sources", action="store_true", help="tell the passages that the answer rests on")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the answer's text")
     return parser
 
@@ -29,10 +31,13 @@ def _work(args: argparse.Namespace) -> None:
         raise NectarError("the question is empty")
     start = time.perf_counter()
     model, tokenizer, nectar = cli.load(args.nectar, args.model)
+    if args.sources and not nectar.retrieving(args.exact):
+        raise NectarError("only exact keys tell sources: fit with --kind retrieval+nectar, and leave --exact above 0")
     loaded = time.perf_counter()
     prompt = nectar.prompt(tokenizer, question.strip(), enable_thinking=args.think)
     pieces, last, first = [], None, 0.0
-    for last in cli.generate(model, tokenizer, prompt, nectar.make_cache(kv_bits=args.kv_bits), args):
+    cache = nectar.make_cache(kv_bits=args.kv_bits, exact=args.exact)
+    for last in cli.generate(model, tokenizer, prompt, cache, args):
         first = first or time.perf_counter()
         pieces.append(last.text)
         if not args.json:
@@ -51,9 +56,12 @@ def _work(args: argparse.Namespace) -> None:
             "tokens_per_second": round(last.generation_tps, 2) if last else 0.0,
             "peak_memory_bytes": round(last.peak_memory * 1e9) if last else 0,
         }
-        print(json.dumps(answer))
+        print(json.dumps(answer | nectar.reading(cache)))
     else:
         print()
+        if args.sources:
+            for source in nectar.sources(cache):
+                cli.say(source.quoted())
 
 
 if __name__ == "__main__":

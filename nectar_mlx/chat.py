@@ -26,8 +26,11 @@ class Conversation:
 
     def reset(self) -> None:
         self.messages: list[Message] = []
-        self._cache = self._nectar.make_cache(kv_bits=self._args.kv_bits)
+        self.cache = self._fresh()
         self._read: list[int] = []
+
+    def _fresh(self) -> list[Any]:
+        return self._nectar.make_cache(kv_bits=self._args.kv_bits, exact=self._args.exact)
 
     def answer(self, question: str) -> Any:
         """Yields mlx-lm's responses for the next turn, and keeps the turn once it is complete (or was interrupted)."""
@@ -36,8 +39,9 @@ class Conversation:
         pieces: list[str] = []
         rest = prompt[self._resume(prompt) :]
         self._read = list(prompt)
+        self._nectar.forget_reading(self.cache)
         try:
-            for response in cli.generate(self._model, self._tokenizer, rest, self._cache, self._args):
+            for response in cli.generate(self._model, self._tokenizer, rest, self.cache, self._args):
                 self._read.append(response.token)
                 pieces.append(response.text)
                 yield response
@@ -46,19 +50,19 @@ class Conversation:
 
     def _resume(self, prompt: Sequence[int]) -> int:
         """How many tokens of the prompt the caches hold, once what differs is trimmed; one at least is left."""
-        held = self._cache[self._nectar.geometry.fitted[0]].size() if self._read else 0
+        held = self.cache[self._nectar.geometry.fitted[0]].size() if self._read else 0
         limit = min(held, len(prompt) - 1, len(self._read))
         common = next((i for i in range(limit) if prompt[i] != self._read[i]), limit)
         if held > common:
-            if not can_trim_prompt_cache(self._cache):
-                self._cache = self._nectar.make_cache(kv_bits=self._args.kv_bits)
+            if not can_trim_prompt_cache(self.cache):
+                self.cache = self._fresh()
                 return 0
-            trim_prompt_cache(self._cache, held - common)
+            trim_prompt_cache(self.cache, held - common)
         return common
 
     @property
     def nbytes(self) -> int:
-        return sum(cache.nbytes for cache in self._cache)
+        return sum(cache.nbytes for cache in self.cache)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -69,6 +73,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = cli.Parser("chat", f"Talks about what a .nectar holds. {_COMMANDS}.")
     cli.add_nectar(parser)
     cli.add_generation(parser)
+    cli.add_retrieval(parser)
+    parser.add_argument("--sources", action="store_true", help="after each answer the passages that it rests on")
     return parser
 
 
@@ -94,6 +100,8 @@ def _work(args: argparse.Namespace) -> None:
             cli.say(f"there is no {command.split()[0]}: {_COMMANDS}")
         elif command:
             _turn(conversation, command, at_terminal)
+            for source in nectar.sources(conversation.cache) if args.sources else ():
+                cli.say(source.quoted())
 
 
 def _next_line(at_terminal: bool) -> str | None:

@@ -7,6 +7,7 @@ line says what is wrong and what to do), 130 interrupted.
 import argparse
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -14,6 +15,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from .errors import NectarError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import mlx.nn as nn
 
     from .nectar import Nectar
@@ -76,11 +79,22 @@ def add_nectar(parser: argparse.ArgumentParser) -> None:
 def load(path: str, model_name: str | None = None) -> "tuple[nn.Module, Any, Nectar]":
     """A .nectar with its model and tokenizer; NectarError if it is damaged or was fitted on another model."""
     from . import hub, models, store
-    from .nectar import Nectar
 
     file = hub.nectar_file(path)
     model, tokenizer = models.load(model_name or store.read_metadata(file)["model"], log=say)
-    return model, tokenizer, Nectar.load(file, model, tokenizer)
+    return model, tokenizer, load_nectar(file, model, tokenizer)
+
+
+def load_nectar(file: "Path", model: "nn.Module", tokenizer: Any) -> "Nectar":
+    """`Nectar.load`, its warnings as lines for a person."""
+    from .nectar import Nectar
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        nectar = Nectar.load(file, model, tokenizer)
+    for warning in caught:
+        say(str(warning.message))
+    return nectar
 
 
 def add_generation(parser: argparse.ArgumentParser) -> None:
@@ -91,6 +105,24 @@ def add_generation(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the sampling (0)")
     parser.add_argument("--think", action="store_true", help="let a model that can think do so before it answers")
     parser.add_argument("--kv-bits", type=int, choices=(4, 8), help="quantise the conversation's own cache")
+
+
+def add_retrieval(parser: argparse.ArgumentParser) -> None:
+    """The options of answers from a .nectar with exact keys beside it."""
+    parser.add_argument(
+        "--exact",
+        type=share,
+        metavar="SHARE",
+        help="of the text's keys to read exactly at each step, at most (0.01 if there is a .kv file, else 0)",
+    )
+
+
+def share(text: str) -> float:
+    """A number from 0 to 1."""
+    number = float(text)
+    if not 0 <= number <= 1:
+        raise argparse.ArgumentTypeError("must be from 0 to 1")
+    return number
 
 
 def generate(

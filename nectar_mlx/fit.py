@@ -24,7 +24,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", type=Path, help="the file to write (default: the context's name with .nectar)")
     parser.add_argument("--context-tokens", type=int, metavar="N", help="read the first N tokens only")
     parser.add_argument("--budget", type=float, default=0.02, help="bytes to keep / bytes of the bf16 KV cache (0.02)")
-    parser.add_argument("--kind", default="auto", help="auto, quadrature, mlp, corrected or exact")
+    parser.add_argument("--kind", default="auto", help="auto, quadrature, mlp, corrected, exact, or with exact keys beside: retrieval+nectar, completion, retrieval")
     parser.add_argument("--bits", type=int, default=8, help="of a stored matrix entry: 16, 8 or 4 (8)")
     parser.add_argument("--queries", type=int, default=20_000, metavar="N", help="captured queries a head (20000)")
     parser.add_argument("--steps", type=int, metavar="N", help="of the regression (1500 on a GPU, 400 on a CPU)")

@@ -20,8 +20,9 @@ from .cache import NectarCache, Window, make_caches
 from .errors import NectarError
 from .heads import Bank, Residual
 from .packing import Packed
-from .retrieval import EXACT, Keys, Record, beside, recording, retrieving, sketch
+from .retrieval import EXACT, Keys, Record, beside, recorded, recording, retrieving, sketch
 from .retrieval.sketch import Sketch
+from .retrieval.sources import Source, passages
 from .store import Layout
 
 
@@ -120,6 +121,25 @@ class Nectar:
             return make_caches(banks, self.windows, context, kv_bits=kv_bits, make=recording(record))
         return make_caches(self._alone, self.windows, context, kv_bits=kv_bits, packed=self._packed)
 
+    def sources(self, caches: Sequence[Any], *, count: int = 3) -> list[Source]:
+        """The passages whose keys took the most exact attention since `forget_reading`, while tokens were written one
+        by one with these caches; none without a file of keys, or in a batch."""
+        record = recorded(caches)
+        return [] if record is None or self.keys is None else passages(self.keys.small, record.mass, count=count)
+
+    def reading(self, caches: Sequence[Any]) -> dict[str, Any]:
+        """The sources, and the bytes that were read for a token: keys and values, router, summary. For JSON."""
+        record = recorded(caches)
+        if record is None:
+            return {}
+        told = [asdict(source) for source in self.sources(caches)]
+        return {"sources": told, "bytes_read_per_token": record.bytes_per_token}
+
+    def forget_reading(self, caches: Sequence[Any]) -> None:
+        """Before an answer of its own in a conversation that goes on."""
+        if (record := recorded(caches)) is not None:
+            record.clear()
+
     def retrieving(self, exact: float | None = None) -> Sequence[Bank]:
         """The banks that read a share of the keys exactly; none if that is not one key a head."""
         if exact is not None and not 0 <= exact <= 1:
@@ -130,8 +150,14 @@ class Nectar:
             return []
         share = EXACT if exact is None else exact
         if share not in self._retrieving:
-            keys, selectors = self.keys, self._selectors
-            self._retrieving[share] = retrieving(self.banks, keys, selectors, exact=share, nbytes=self.nbytes)
+            self._retrieving[share] = retrieving(
+                self.banks,
+                self.keys,
+                self._selectors,
+                exact=share,
+                nbytes=self.nbytes,
+                group=self.geometry.n_heads // self.geometry.n_kv_heads,
+            )
         return self._retrieving[share]
 
     @cached_property

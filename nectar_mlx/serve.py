@@ -35,6 +35,7 @@ from .errors import NectarError
 from .nectar import Nectar
 
 _FOREIGN = ("adapter_path", "chat_template", "use_default_chat_template", "trust_remote_code", "pipeline")
+_AT = "@exact="  # a model's id and a request's share of exact keys make the id that is loaded
 _GRACE = 5.0  # seconds that open requests get to finish when the server is stopped
 _LAST_BREATH = 0.3
 _IDLE = 60.0  # seconds that a connection may be silent
@@ -66,6 +67,8 @@ class Provider(server.ModelProvider):
     tokenizer: Any
     draft_model: Any
     model_key: Any
+    serving: Nectar
+    reading: list[Any]  # the caches of the request that is served alone
 
     def __init__(self, args: argparse.Namespace, files: dict[str, Path]):
         super().__init__(args)
@@ -73,6 +76,7 @@ class Provider(server.ModelProvider):
         self._model_map["default_model"] = next(iter(files))
         self._base: tuple[str, Any, Any] | None = None
         self._nectars: dict[str, Nectar] = {}
+        self.reading = []
         self.ready = threading.Event()
         self.failure: Exception | None = None
 
@@ -86,14 +90,22 @@ class Provider(server.ModelProvider):
         self.ready.set()
 
     def _load(self, model_path: str, adapter_path: str | None = None, draft_model_path: str | None = None) -> None:
-        if model_path not in self.files:
-            raise NectarError(f"there is no model {model_path!r}; there are: {', '.join(self.files)}")
-        nectar, model, tokenizer = self._nectar(model_path)
-        model.make_cache = partial(nectar.make_cache, kv_bits=self.cli_args.kv_bits)
+        name, exact = _parted(model_path, self.cli_args.exact)
+        if name not in self.files:
+            raise NectarError(f"there is no model {name!r}; there are: {', '.join(self.files)}")
+        nectar, model, tokenizer = self._nectar(name)
+        retrieves = bool(nectar.retrieving(exact))
+
+        def make_cache() -> list[Any]:
+            self.reading = nectar.make_cache(kv_bits=self.cli_args.kv_bits, exact=exact)
+            return self.reading
+
+        model.make_cache = make_cache
         if draft_model_path is not None and self.draft_model is None:
             self.draft_model, _ = models.load(draft_model_path, log=cli.say)
         self.model, self.tokenizer = model, ContextTokenizer(tokenizer)
-        self.is_batchable = self.draft_model is None
+        self.is_batchable = self.draft_model is None and not retrieves  # what an answer read is known of one alone
+        self.serving = nectar
         self.model_key = (model_path, adapter_path, draft_model_path)
 
     def _nectar(self, name: str) -> tuple[Nectar, Any, Any]:
@@ -106,15 +118,22 @@ class Provider(server.ModelProvider):
             self._base = (wanted, *models.load(wanted, log=cli.say))
         _, model, tokenizer = self._base
         if name not in self._nectars:
-            self._nectars[name] = Nectar.load(file, model, tokenizer)
+            self._nectars[name] = cli.load_nectar(file, model, tokenizer)
         return self._nectars[name], model, tokenizer
 
 
 class PromptCache(LRUPromptCache):
     """mlx-lm's, which may hold the whole of a prompt; its batches need at least one token that is still to be read."""
 
+    def __init__(self, max_size: int, provider: Provider | None = None):
+        super().__init__(max_size)
+        self._provider = provider
+
     def fetch_nearest_cache(self, model: Any, tokens: list[int]) -> tuple[Any, list[int]]:
         cache, rest = super().fetch_nearest_cache(model, tokens)
+        if cache is not None and self._provider is not None:
+            self._provider.reading = cache
+            self._provider.serving.forget_reading(cache)
         if rest:
             return cache, rest
         if all(layer.is_trimmable() for layer in cache):
@@ -124,15 +143,54 @@ class PromptCache(LRUPromptCache):
         return None, tokens
 
 
+class Generator(server.ResponseGenerator):
+    """mlx-lm's; what an answer that was served alone has read of its context becomes a field of the request's."""
+
+    model_provider: Provider
+
+    def _serve_single(self, request: Any, stream: Any) -> None:
+        queue, *others = request
+        super()._serve_single((_Told(queue, self.model_provider), *others), stream)  # type: ignore[no-untyped-call]
+
+
+class _Told:
+    """A request's queue: the first item is its `GenerationContext`, the last is None."""
+
+    def __init__(self, queue: Any, provider: Provider):
+        self._queue, self._provider, self._context = queue, provider, None
+
+    def put(self, item: Any) -> None:
+        if self._context is None:
+            self._context = item
+        elif item is None:
+            self._context.reading = self._provider.serving.reading(self._provider.reading)
+        self._queue.put(item)
+
+
+class _Kept:
+    """A generator for one request that keeps its `GenerationContext`."""
+
+    def __init__(self, generator: Any):
+        self._generator, self.context = generator, None
+
+    def generate(self, *args: Any, **options: Any) -> Any:
+        found = self._generator.generate(*args, **options)
+        self.context = found[0]
+        return found
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._generator, name)
+
+
 class Handler(server.APIHandler):
     """mlx-lm's requests, admitted and checked: what would end its generation thread must not reach it."""
 
     timeout = _IDLE
-    response_generator: server.ResponseGenerator
+    response_generator: Any  # a ResponseGenerator, or one that is kept for a request
 
     @property
     def _provider(self) -> Provider:
-        return self.response_generator.model_provider  # type: ignore[return-value]
+        return self.response_generator.model_provider  # type: ignore[no-any-return]
 
     def do_POST(self) -> None:
         if not self._has_key():
@@ -202,7 +260,18 @@ class Handler(server.APIHandler):
             return self._refuse(404, f"there is no model {self.requested_model!r}")
         if problem := self._problem(stop_words):
             return self._refuse(400, problem)
+        self._asked, self.response_generator = self.requested_model, _Kept(self.response_generator)
+        if (exact := self.body.get("exact")) is not None:
+            known = self._provider.files
+            self.requested_model = f"{self._asked if self._asked in known else next(iter(known))}{_AT}{exact}"
         super().handle_completion(request, stop_words)
+
+    def generate_response(self, text: str, finish_reason: Any, *args: Any, **options: Any) -> dict[str, Any]:
+        response: dict[str, Any] = super().generate_response(text, finish_reason, *args, **options)
+        response["model"] = self._asked
+        if finish_reason is not None:
+            response |= getattr(self.response_generator.context, "reading", {})
+        return response
 
     def _problem(self, stop_words: Any) -> str | None:
         """What mlx-lm does not check before the request is in its generation thread."""
@@ -215,6 +284,9 @@ class Handler(server.APIHandler):
             return f"top_k and logit_bias must stay within the vocabulary of {size} tokens"
         if self.stream_options is not None and "include_usage" not in self.stream_options:
             self.stream_options = None
+        exact = self.body.get("exact")
+        if exact is not None and (isinstance(exact, bool) or not isinstance(exact, int | float) or not 0 <= exact <= 1):
+            return "exact must be a number from 0 to 1: the share of the text's keys to read at each step"
         return None
 
 
@@ -281,7 +353,7 @@ def start(args: argparse.Namespace) -> Server:
     for file in files.values():
         store.read_metadata(file)
     provider = Provider(args, files)
-    generator = server.ResponseGenerator(provider, PromptCache(args.prompt_cache_size))
+    generator = Generator(provider, PromptCache(args.prompt_cache_size, provider))
     try:
         provider.ready.wait()
         if provider.failure is not None:
@@ -306,6 +378,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     parser = cli.Parser("serve", "Serves .nectar files over HTTP, OpenAI-compatible; each file's name is a model's id.")
     parser.add_argument("nectars", nargs="+", metavar="nectar", help="a .nectar file, or the id of one on the hub")
+    cli.add_retrieval(parser)
     parser.add_argument("--api-key", default=os.environ.get("NECTAR_API_KEY"), help="(default: NECTAR_API_KEY)")
     parser.add_argument("--max-body", type=int, default=8 << 20, metavar="BYTES", help="largest request (8 MiB)")
     parser.add_argument("--max-requests", type=int, default=128, metavar="N", help="open at a time (128)")
@@ -332,6 +405,12 @@ def _work(args: argparse.Namespace) -> None:
         cli.say("stopping")
     finally:
         httpd.stop()
+
+
+def _parted(model_path: str, exact: float | None) -> tuple[str, float | None]:
+    """A file's id and the share of keys to read exactly, the server's own unless the request said so."""
+    name, at, told = model_path.partition(_AT)
+    return name, float(told) if at else exact
 
 
 def _end(generator: server.ResponseGenerator) -> None:

@@ -21,7 +21,16 @@ def book(tmp_path_factory):
 
 def options(**changed):
     return argparse.Namespace(
-        **{"max_tokens": 9, "temp": 0.0, "top_p": 1.0, "seed": 0, "think": False, "kv_bits": None, **changed}
+        **{
+            "max_tokens": 9,
+            "temp": 0.0,
+            "top_p": 1.0,
+            "seed": 0,
+            "think": False,
+            "kv_bits": None,
+            "exact": None,
+            **changed,
+        }
     )
 
 

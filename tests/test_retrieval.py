@@ -34,7 +34,7 @@ class Context:
         return kind(parameters=parameters, sizes=sizes, scale=SCALE)
 
     def retrieving(self, summary, count):
-        return Retrieving(summary, self.file, 0, Oracle(self.middle[0], scale=SCALE), count=count)
+        return Retrieving(summary, self.file, 0, Oracle(self.middle[0], scale=SCALE), count=count, group=G)
 
     def queries(self, *shape):
         return mx.array(2 * self.random.normal(size=(*shape, D)).astype(np.float32))
@@ -212,11 +212,17 @@ def test_alone_a_head_is_a_quadrature_and_survives_padding(kind):
     close(ragged.complete(queries, retrieved), [np.concatenate([np.array(p[i]) for p in alone]) for i in range(2)])
 
 
-def test_rows_of_queries_are_groups_of_their_own():
+def test_rows_of_captured_queries_are_read_for_by_token():
+    """[K, N, D] with a token's G heads side by side is what [B, H, T, D] gives; rows left over are read for alone."""
     context = Context()
-    bank = context.retrieving(perfect(context, Remainder), 6)
-    queries = context.queries(K, 4)
-    found = bank(queries)
-    expected = oracle.attention(queries, context.keys, context.values, scale=SCALE)
-    close(found, expected, 1e-4)
-    assert float(found.log_normalizer.min()) > NOTHING
+    bank = context.retrieving(context.random_bank(Retrieval), 6)
+    queries = context.queries(1, K * G, 4)
+    rows = queries.reshape(K, G, 4, D).swapaxes(1, 2).reshape(K, 4 * G, D)
+    whole = bank.over(queries)
+    expected = [
+        np.array(x.reshape(K, G, 4, *x.shape[3:]).swapaxes(1, 2).reshape(K, 4 * G, *x.shape[3:])) for x in whole
+    ]
+    close(bank(rows), expected)
+    alone = context.retrieving(perfect(context, Remainder), 6)(rows[:, : 2 * G + 1])
+    close(alone, oracle.attention(rows[:, : 2 * G + 1], context.keys, context.values, scale=SCALE), 1e-4)
+    assert float(alone.log_normalizer.min()) > NOTHING

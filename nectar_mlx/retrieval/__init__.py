@@ -5,9 +5,9 @@ layer as a cache sees it, `sources` what an answer rests on; `training`, `distil
 """
 
 from .bank import Retrieving, retrieving
-from .cache import Record, recording
+from .cache import Record, recorded, recording
 from .keys import Keys, beside
 
 EXACT = 0.01  # of the keys, read at a step unless a request says otherwise
 
-__all__ = ["EXACT", "Keys", "Record", "Retrieving", "beside", "recording", "retrieving"]
+__all__ = ["EXACT", "Keys", "Record", "Retrieving", "beside", "recorded", "recording", "retrieving"]

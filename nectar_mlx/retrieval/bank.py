@@ -27,17 +27,25 @@ class Retrieving(Bank):
     """`summary` with `count` keys a KV head and step read exactly from `keys`, chosen by `selector`.
 
     The query heads of a KV head share what is read, so that count bounds the keys read for one token. summary_bytes:
-    of the layer's summary, as stored.
+    of the layer's summary, as stored. group: query heads a KV head, in whose order rows of queries come (`Study`).
     """
 
     kind = "retrieving"
 
     def __init__(
-        self, summary: Residual, keys: Keys, layer: int, selector: Selector, *, count: int, summary_bytes: int = 0
+        self,
+        summary: Residual,
+        keys: Keys,
+        layer: int,
+        selector: Selector,
+        *,
+        count: int,
+        summary_bytes: int = 0,
+        group: int = 1,
     ):
         super().__init__(parameters=summary.parameters, sizes=summary.sizes, scale=summary.scale)
         self.summary, self.keys, self.layer, self.selector = summary, keys, layer, selector
-        self.count, self.summary_bytes = count, summary_bytes
+        self.count, self.summary_bytes, self.group = count, summary_bytes, group
 
     @property
     def head_dim(self) -> int:
@@ -50,10 +58,23 @@ class Retrieving(Bank):
         return rows + self.selector.nbytes + self.summary_bytes
 
     def apply(self, parameters: dict[str, mx.array], queries: mx.array) -> Partial:
-        """queries [K, N, D], each its own group."""
+        """queries [K, N, D], those of one token's heads side by side; what is left over is read for alone."""
         assert parameters is self.parameters, "what is retrieved cannot be differentiated"
-        found = self.over(queries.swapaxes(0, 1)[:, :, None])
-        return Partial(found.output[:, :, 0].swapaxes(0, 1), found.log_normalizer[:, :, 0].swapaxes(0, 1))
+        whole = queries.shape[1] // self.group * self.group
+        parts = []
+        for rows, group in ((queries[:, :whole], self.group), (queries[:, whole:], 1)):
+            if not rows.shape[1]:
+                continue
+            K, N, D = rows.shape
+            heads = rows.reshape(K, N // group, group, D).swapaxes(1, 2).reshape(1, K * group, N // group, D)
+            found = self.over(heads)
+            parts.append(
+                [
+                    x.reshape(K, group, N // group, *x.shape[3:]).swapaxes(1, 2).reshape(K, N, *x.shape[3:])
+                    for x in found
+                ]
+            )
+        return Partial(*(mx.concatenate(xs, axis=1) for xs in zip(*parts, strict=True)))
 
     def over(self, queries: mx.array) -> Partial:
         return self.read(queries).part
@@ -108,17 +129,23 @@ class Retrieving(Bank):
 
 
 def retrieving(
-    banks: Sequence[Bank], keys: Keys, selectors: Sequence[Selector], *, exact: float, nbytes: int = 0
+    banks: Sequence[Bank],
+    keys: Keys,
+    selectors: Sequence[Selector],
+    *,
+    exact: float,
+    nbytes: int = 0,
+    group: int = 1,
 ) -> list[Retrieving]:
     """The banks of all layers, reading at most a share `exact` of the context's keys at a step, anchors included.
 
-    None if that leaves nothing to read. nbytes: of all banks, as stored.
+    None if that leaves nothing to read. nbytes: of all banks, as stored. group: query heads a KV head.
     """
     count = int(exact * keys.tokens + 1e-9) - ANCHORS
     if count < 1:
         return []
-    found = []
+    share, found = nbytes // len(banks), []
     for layer, (bank, selector) in enumerate(zip(banks, selectors, strict=True)):
         assert isinstance(bank, Residual), bank.kind
-        found.append(Retrieving(bank, keys, layer, selector, count=count, summary_bytes=nbytes // len(banks)))
+        found.append(Retrieving(bank, keys, layer, selector, count=count, summary_bytes=share, group=group))
     return found

@@ -1,7 +1,7 @@
 """The cache of one layer whose context is partly retrieved, and what an answer is remembered to have read."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Self
 
@@ -73,3 +73,8 @@ class RetrievalCache(NectarCache):
 def recording(record: Record) -> Callable[..., NectarCache]:
     """What makes a layer's cache, for `make_caches`: the layers of one conversation share a record."""
     return partial(RetrievalCache, record=record)
+
+
+def recorded(caches: Sequence[Any]) -> Record | None:
+    """The record of a conversation's caches, where they have one."""
+    return next((cache.record for cache in caches if isinstance(cache, RetrievalCache)), None)

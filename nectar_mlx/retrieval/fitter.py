@@ -49,9 +49,9 @@ class RetrievalFitter(Fitter):
         if self.layout.kind == "retrieval":
             return [self._anchors(head) for head in range(self.n_heads)]
         heads = super().regress(sizes)
-        return (
-            [self._summarised(i, head) for i, head in enumerate(heads)] if self.layout.kind == "completion" else heads
-        )
+        if self.layout.kind != "completion":
+            return heads
+        return [self._summarised(index, head) for index, head in enumerate(heads)]
 
     def training_rows(self, heads: Sequence[int]) -> Captured:
         return self._split(super().training_rows(heads), heads, training.UNREAD)
@@ -79,12 +79,21 @@ class RetrievalFitter(Fitter):
         keys, values = self._context([head])
         return {"anchor_keys": keys[0, at].astype(mx.float32), "anchor_values": values[0, at].astype(mx.float32)}
 
+    @property
+    def _batch(self) -> int:
+        """A completion weighs every key for every row of a batch."""
+        return max(32, self.config.batch // 8) if self.layout.kind == "completion" else self.config.batch
+
+    def _groups(self, sizes: Sequence[Size]) -> list[list[int]]:
+        wide = [(self.length // 8,)] * self.n_heads if self.layout.kind == "completion" else sizes
+        return super()._groups(wide)
+
     def _train(self, group: Sequence[int], sizes: Sequence[Size], rows: Captured, steps: int) -> Bank:
         counts = [size[0] for size in sizes]
         make = self._remainder if self.layout.kind == "retrieval+nectar" else self._completion
         bank = make(group, counts, rows)
         start = Start(bank=bank, parameters=dict(bank.parameters), fold=lambda parameters: parameters)
-        trained = regression.train(start, rows, steps=steps, batch=self.config.batch, rate=self.config.rate)
+        trained = regression.train(start, rows, steps=steps, batch=self._batch, rate=self.config.rate)
         bank.parameters = trained.parameters
         return bank
 

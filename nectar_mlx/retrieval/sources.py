@@ -23,6 +23,11 @@ class Source:
     share: float
     text: str
 
+    def quoted(self) -> str:
+        """One line for a person."""
+        words = " ".join(self.text.split())
+        return f"[{self.start:,}–{self.end:,}, {self.share:.0%}] {words}"
+
 
 def arrays(tokenizer: Any, text: str, prefix: list[int]) -> Arrays:
     """The text, and for each token of the prefix the characters [start, end) that it stands for, -1 for the template's
