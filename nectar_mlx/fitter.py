@@ -103,6 +103,7 @@ class Fitter:
         self.n_layers = len(context.banks)
         self.n_heads = self.n_layers * geometry.n_kv_heads
         self.length = len(context.prefix)
+        self.room = 1 << 19 if SLOW_EXP else 1 << 28  # scores of a batch, of all heads that are trained together
         self.steps = config.steps or (400 if SLOW_EXP else 1500)
         self.layout = layout_for(config, geometry, n_layers=self.n_layers)
         self.checkpoint.claim(asdict(config), context.prefix)
@@ -213,8 +214,8 @@ class Fitter:
 
     def _groups(self, sizes: Sequence[Size]) -> list[list[int]]:
         """Heads that are trained together; what one costs a step is the scores of its batch."""
-        room, launch = (1 << 19, 1 << 14) if SLOW_EXP else (1 << 28, 1 << 24)
-        return grouping.groups([s[0] * self.config.batch for s in sizes], room=room, launch=launch)
+        launch = 1 << 14 if SLOW_EXP else 1 << 24
+        return grouping.groups([s[0] * self.config.batch for s in sizes], room=self.room, launch=launch)
 
     def _train(self, group: Sequence[int], sizes: Sequence[Size], rows: Captured, steps: int) -> Bank:
         nodes = self.matched(group, [s[0] for s in sizes]) if self.layout.kind != "mlp" else []

@@ -129,6 +129,7 @@ class LayerwiseFitter:
             excerpt = queries.read(self.model, self.prefix[:_EXCERPT], self.geometry)
             config = replace(self.config, queries=min(self.config.queries, _EXCERPT_QUERIES), conversations=_TOGETHER)
             scout = Fitter(self.model, self.tokenizer, excerpt, self.geometry, config, progress=self.progress)
+            scout.room = self._room
             scout.converse()
             scout.prepare()
             errors = scout.scout(nbytes * len(excerpt.prefix) / len(self.prefix))
@@ -176,8 +177,14 @@ class LayerwiseFitter:
         context = Context(self.prefix[self.skip :], [bank])
         checkpoint = self.checkpoint.part(f"layer-{layer}")
         fitter = Fitter(self.model, self.tokenizer, context, self.geometry, self.config, checkpoint=checkpoint)
-        fitter.study, fitter.held_out = self._study, self._held_out
+        fitter.study, fitter.held_out, fitter.room = self._study, self._held_out, self._room
         return fitter
+
+    @property
+    def _room(self) -> int:
+        """Scores of a training batch whose training takes about as much memory as a layer's keys and values."""
+        one_layer = self.geometry.cache_bytes(len(self.prefix)) // self.geometry.n_layers
+        return max(1 << 19, one_layer // 32)
 
     def _read(self, layer: int, text: list[mx.array]) -> Exact | Window:
         """The text through one layer, its hidden states [1, READ, E] replaced piece by piece."""
