@@ -74,7 +74,7 @@ class Retrieving(Bank):
                     for x in found
                 ]
             )
-        return Partial(*(mx.concatenate(xs, axis=1) for xs in zip(*parts, strict=True)))
+        return Partial(*(mx.concatenate(list(xs), axis=1) for xs in zip(*parts, strict=True)))
 
     def over(self, queries: mx.array) -> Partial:
         return self.read(queries).part
