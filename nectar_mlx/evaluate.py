@@ -17,7 +17,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from . import adapter, answers, baselines, cli, fidelity, questions, regression, report
+from . import adapter, answers, baselines, cli, fidelity, matching, questions, regression, report
 from .baselines import NO_CONTEXT, Task, View
 from .clock import Clock
 from .errors import NectarError
@@ -31,9 +31,9 @@ FILE = "nectar"
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What can be chosen: names of baselines, how many questions about the text, how long their answers get, how
-    many rows a
-    head the baselines may learn from, and the seed of questions and answers."""
+    """What can be chosen: names of baselines, how many questions about the text, how long their answers get, how many
+    rows a head the baselines may learn from, the seed of questions and answers, and the shares of keys that files with
+    keys beside them are to read exactly."""
 
     baselines: str = "all"
     questions: int = 8
@@ -42,6 +42,7 @@ class Options:
     seed: int = 2024
     slow: bool = False
     answers: bool = True
+    exact: tuple[float, ...] = (0.0, 0.005, 0.01, 0.02, 0.04)
 
 
 @dataclass(kw_only=True)
@@ -74,6 +75,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--rows", type=int, default=4096, metavar="N", help="queries a head for baselines (default 4096)"
     )
     parser.add_argument("--seed", type=int, default=2024, help="of questions and answers")
+    parser.add_argument(
+        "--exact",
+        type=_shares,
+        default=Options.exact,
+        metavar="SHARES",
+        help="of the keys to read, for files with keys beside them (0,0.005,0.01,0.02,0.04)",
+    )
     parser.add_argument("--no-answers", action="store_true", help="do not write answers to compare their meaning")
     parser.add_argument("--report", metavar="FILE.html", help="write a page to look at")
     parser.add_argument("--plot", metavar="FILE.png", help="draw divergence against bytes (needs nectar-mlx[plot])")
@@ -93,6 +101,7 @@ def _work(arguments: argparse.Namespace) -> None:
         seed=arguments.seed,
         slow=mx.default_device() != mx.cpu,
         answers=not arguments.no_answers,
+        exact=arguments.exact,
     )
     for path in (arguments.report, arguments.plot):
         if path and not Path(path).resolve().parent.is_dir():
@@ -101,7 +110,7 @@ def _work(arguments: argparse.Namespace) -> None:
     model, tokenizer, first = cli.load(arguments.nectar[0], arguments.model)
     loaded = time.perf_counter() - started
     files = {arguments.nectar[0]: first}
-    files |= {path: Nectar.load(path, model, tokenizer) for path in arguments.nectar[1:]}
+    files |= {p: cli.load_nectar(Path(p), model, tokenizer) for p in arguments.nectar[1:]}
     own = Path(arguments.questions) if arguments.questions else None
     result = evaluate(model, tokenizer, files, options=options, own=own)
     result["seconds"]["load"] = round(loaded, 2)
@@ -146,7 +155,7 @@ def evaluate(
     questions.sample_answers(task, asked, seed=options.seed, study=study)
     asked = [a for a in asked if a.conversation.answer]
     clock.lap("answer")
-    methods = build(task, files, chosen)
+    methods = build(task, files, chosen, exact=options.exact)
     clock.lap("build")
     measure(task, methods, asked)
     clock.lap("compare")
@@ -162,6 +171,7 @@ def evaluate(
         "questions": [{"question": a.question, "kind": a.kind, "tokens": len(a.conversation.answer)} for a in asked],
         "methods": told,
         "heads": errors[methods[0].label],
+        "entropy": by_entropy(entropies(task, study), errors),
         "correlation": correlations(told),
         "answers": {},
         "examples": [],
@@ -194,6 +204,27 @@ def head_errors(task: Task, view: View, rows: Study) -> list[float]:
     return [_rounded(x) for x in found]
 
 
+def entropies(task: Task, rows: Study) -> np.ndarray:
+    """The mean entropy of every head's exact attention to the context, in nats, [n_heads]."""
+    K, found = task.geometry.n_kv_heads, list[float]()
+    for layer in range(task.n_layers):
+        captured = rows.heads(range(layer * K, layer * K + K), np.arange(0, rows.rows, max(1, rows.rows // 256)))
+        weights = matching.attention_weights(captured, task.layer(layer)[0], scale=task.geometry.scale)
+        found += np.array(-(weights * mx.log(mx.maximum(weights, 1e-30))).sum(-1).mean(1)).tolist()
+    return np.array(found)
+
+
+def by_entropy(entropy: np.ndarray, errors: Mapping[str, Sequence[float]]) -> list[dict[str, Any]]:
+    """The mean merged error of each method over the quarters of the heads from the most peaked to the most diffuse."""
+    return [
+        {
+            "entropy": _rounded(float(entropy[part].mean())),
+            "errors": {label: _rounded(float(np.take(found, part).mean())) for label, found in errors.items() if found},
+        }
+        for part in np.array_split(np.argsort(entropy), min(4, len(entropy)))
+    ]
+
+
 def correlations(methods: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
     """Rank correlations over all methods and files: does the heads' error, does the divergence, tell what is lost?"""
     fitted = [m for m in methods if m["error"] is not None]
@@ -211,19 +242,13 @@ def _described(nectar: Nectar) -> dict[str, Any]:
     return {**told, "bytes": nectar.nbytes, "report": nectar.report}
 
 
-def build(task: Task, files: Mapping[str, Nectar], chosen: Sequence[baselines.Baseline]) -> list[Method]:
+def build(
+    task: Task, files: Mapping[str, Nectar], chosen: Sequence[baselines.Baseline], *, exact: Sequence[float] = ()
+) -> list[Method]:
     """The files themselves; no context, which every gap is measured against; the baselines, those that have a size
     at the
     size of each file."""
-    methods = [
-        Method(
-            name=FILE,
-            file=name,
-            view=View(banks=n.banks, windows=n.windows, start=len(n.prefix), nbytes=n.nbytes),
-            seconds=float(sum(n.report.get("seconds", {}).values())),
-        )
-        for name, n in files.items()
-    ]
+    methods = [method for name, nectar in files.items() for method in of_file(name, nectar, exact)]
     wanted = {b.name: b for b in (baselines.BASELINES[NO_CONTEXT], *chosen)}
     with cli.progress("building baselines", len(wanted) * len(files)) as done:
         if any(b.sized for b in wanted.values()):
@@ -241,6 +266,24 @@ def build(task: Task, files: Mapping[str, Nectar], chosen: Sequence[baselines.Ba
                 methods.append(Method(name=baseline.name, file=name, view=view, seconds=seconds))
             done((number + 1) * len(files))
     return methods
+
+
+def of_file(name: str, nectar: Nectar, exact: Sequence[float]) -> list[Method]:
+    """The file as it answers by itself, and at each share of its keys, if there are any beside it."""
+    seconds = float(sum(nectar.report.get("seconds", {}).values()))
+    start, windows = len(nectar.prefix), nectar.windows
+
+    def method(called: str, share: float | None) -> Method:
+        banks = nectar.retrieving(share)
+        router, read = (sum(b.selector.nbytes for b in banks), sum(b.step_bytes for b in banks)) if banks else (0, 0)
+        detail = f"{read:,} bytes read a token" if banks else ""
+        view = View(
+            banks=banks or nectar.banks, windows=windows, start=start, nbytes=nectar.nbytes + router, detail=detail
+        )
+        return Method(name=called, file=name, view=view, seconds=seconds)
+
+    shares = exact if nectar.keys is not None else ()
+    return [method(FILE, None), *(method(f"{FILE}, {share:.1%} read", share) for share in shares)]
 
 
 def measure(task: Task, methods: Sequence[Method], asked: Sequence[Asked]) -> None:
@@ -301,6 +344,10 @@ def _figures(ours: Divergence | None, nothing: Divergence | None, conversations:
         figures[name] = _rounded(estimate.value)
         figures[f"{name}_interval"] = [_rounded(estimate.low), _rounded(estimate.high)]
     return figures
+
+
+def _shares(text: str) -> tuple[float, ...]:
+    return tuple(cli.share(part) for part in text.split(","))
 
 
 def _rounded(x: float) -> float:

@@ -20,7 +20,7 @@ from .cache import NectarCache, Window, make_caches
 from .errors import NectarError
 from .heads import Bank, Residual
 from .packing import Packed
-from .retrieval import EXACT, Keys, Record, beside, recorded, recording, retrieving, sketch
+from .retrieval import EXACT, Keys, Record, Retrieving, beside, recorded, recording, retrieving, sketch
 from .retrieval.sketch import Sketch
 from .retrieval.sources import Source, passages
 from .store import Layout
@@ -43,7 +43,7 @@ class Nectar:
         self.prefix: list[int] = np.array(tensors["prefix"]).tolist()
         self.report: dict[str, Any] = metadata["report"]
         self.banks: list[Bank] = store.unpack(self.layout, tensors)
-        self._retrieving: dict[float, Sequence[Bank]] = {}
+        self._retrieving: dict[float, Sequence[Retrieving]] = {}
         self.chunks = _chunks(metadata.get("chunks", []), len(self.prefix))
         self.windows = _windows(tensors, self.geometry, self.start)
         if len(self.banks) != len(self.geometry.fitted):
@@ -140,7 +140,7 @@ class Nectar:
         if (record := recorded(caches)) is not None:
             record.clear()
 
-    def retrieving(self, exact: float | None = None) -> Sequence[Bank]:
+    def retrieving(self, exact: float | None = None) -> Sequence[Retrieving]:
         """The banks that read a share of the keys exactly; none if that is not one key a head."""
         if exact is not None and not 0 <= exact <= 1:
             raise NectarError(f"exact = {exact:g} is not in [0, 1]: it is the share of the keys to read at each step")

@@ -2,6 +2,7 @@
 
 import json
 import threading
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -63,7 +64,7 @@ def test_passages_are_whole_sentences_where_the_attention_is(tokenizer):
         assert text[source.start : source.end] == source.text
         assert source.text.startswith("This is") and source.text.endswith(".")
     spans = sorted((s.start, s.end) for s in (first, second, *others))
-    assert all(a[1] <= b[0] for a, b in zip(spans, spans[1:], strict=False))
+    assert all(a[1] <= b[0] for a, b in pairwise(spans))
 
 
 def test_no_attention_no_source(tokenizer):

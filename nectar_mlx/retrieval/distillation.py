@@ -10,6 +10,7 @@ from ..attention import Partial
 from ..heads import Completion, HeadArrays
 from ..heads.completion import key_features, query_features
 from ..quantize import dequantize, quantize
+from .selection import Selector
 
 _ITERATIONS = 10
 
@@ -17,28 +18,40 @@ _ITERATIONS = 10
 class Distilled(Completion):
     """As it is trained: `rest` alone, of queries [M, N, D + 1] whose last number is the threshold.
 
-    keys, values: [M, n, D] of the middle, kept beside the parameters. Every key below the threshold is weighed by the
-    feature map one by one, which is what the summary less the keys above it comes to.
+    keys, values: [M, n, D] of the middle, or `repeat` times fewer, and what selects among them, kept beside the
+    parameters. Every key below the threshold is weighed by the feature map one by one, which is what the summary less
+    the keys above it comes to.
     """
 
     keys: mx.array
     values: mx.array
+    selector: Selector
+    repeat: float
 
     @classmethod
-    def start(cls, maps: Sequence[HeadArrays], keys: mx.array, values: mx.array, *, scale: float) -> "Distilled":
+    def start(
+        cls,
+        maps: Sequence[HeadArrays],
+        keys: mx.array,
+        values: mx.array,
+        selector: Selector,
+        *,
+        scale: float,
+        repeat: float,
+    ) -> "Distilled":
         """Heads with their maps; what the summary would hold is made when they are trained."""
         unused = ({"means": mx.zeros_like(m["w_key"]), "log_count": mx.zeros_like(m["b_key"])} for m in maps)
         bank = cls.stack([m | zeros for m, zeros in zip(maps, unused, strict=True)], scale=scale)
-        bank.keys, bank.values = keys, values
+        bank.keys, bank.values, bank.selector, bank.repeat = keys, values, selector, repeat
         return bank
 
     def apply(self, parameters: HeadArrays, queries: mx.array) -> Partial:
         queries, threshold = queries[..., :-1], queries[..., -1:]
-        below = (queries * self.scale) @ self.keys.swapaxes(1, 2) < threshold
+        below = self.selector.scores(queries) < threshold
         logs = query_features(parameters, queries)
         top = mx.stop_gradient(logs.max(-1, keepdims=True))
         weights = exp(logs - top) @ key_features(parameters, self.keys).swapaxes(1, 2)
-        weights = mx.where(below, weights, 0.0)
+        weights = mx.where(below, self.repeat * weights, 0.0)
         total = mx.maximum(weights.sum(-1, keepdims=True), 1e-30)
         return Partial((weights @ self.values) / total, (top + mx.log(total))[..., 0])
 

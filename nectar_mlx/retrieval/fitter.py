@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import mlx.core as mx
@@ -12,7 +13,7 @@ from ..errors import NectarError
 from ..fitter import Fitter
 from ..heads import Bank, HeadArrays, Size
 from ..heads.remainder import AtThreshold
-from ..heads.residual import ANCHORS, anchor_positions, middle
+from ..heads.residual import ANCHORS, SINKS, anchor_positions, middle
 from ..queries import Captured
 from ..starts import Start
 from . import distillation, sketch, sources, training
@@ -20,6 +21,7 @@ from .keys import Arrays, Keys
 
 _SKETCHED = 2048  # captured queries that the router is made from
 _LEAST = 4 * ANCHORS
+_WEIGHED = 1024  # keys
 
 
 class RetrievalFitter(Fitter):
@@ -62,10 +64,35 @@ class RetrievalFitter(Fitter):
         return rows._replace(queries=rows.queries[..., :-1])
 
     def _split(self, rows: Captured, heads: Sequence[int], unread: float) -> Captured:
-        keys, values = self._context(heads)
-        scale, seed = self.geometry.scale, self.config.seed
-        selector = sketch.load(self._sketch, [divmod(h, self.geometry.n_kv_heads) for h in heads], scale=scale)
-        return training.split(rows, keys, values, selector, scale=scale, seed=seed, unread=unread)
+        keys, values = (x[:, self._seen] for x in self._context(heads))
+        return training.split(
+            rows,
+            keys,
+            values,
+            self._selector(heads),
+            scale=self.geometry.scale,
+            seed=self.config.seed,
+            unread=unread,
+            repeat=self._repeat,
+        )
+
+    @cached_property
+    def _seen(self) -> mx.array:
+        """The positions that training looks at: all, but for a completion, which weighs every key for every row."""
+        inside = np.arange(self.length)[middle(self.length)]
+        if self.layout.kind == "completion" and len(inside) > _WEIGHED:
+            inside = np.sort(np.random.default_rng(self.config.seed).choice(inside, _WEIGHED, replace=False))
+        first, last = np.split(anchor_positions(self.length), [SINKS])
+        return mx.array(np.concatenate([first, inside, last]))
+
+    @property
+    def _repeat(self) -> float:
+        return (self.length - ANCHORS) / (self._seen.size - ANCHORS)
+
+    def _selector(self, heads: Sequence[int]) -> sketch.Sketch:
+        inside = np.array(self._seen)[middle(self._seen.size)] - SINKS
+        at = [divmod(head, self.geometry.n_kv_heads) for head in heads]
+        return sketch.load(self._sketch, at, scale=self.geometry.scale, keys=inside)
 
     def _context(self, heads: Sequence[int]) -> tuple[mx.array, mx.array]:
         """Exact keys and values [M, n, D] of some heads."""
@@ -82,10 +109,10 @@ class RetrievalFitter(Fitter):
     @property
     def _batch(self) -> int:
         """A completion weighs every key for every row of a batch."""
-        return max(32, self.config.batch // 8) if self.layout.kind == "completion" else self.config.batch
+        return max(32, self.config.batch // 4) if self.layout.kind == "completion" else self.config.batch
 
     def _groups(self, sizes: Sequence[Size]) -> list[list[int]]:
-        wide = [(self.length // 8,)] * self.n_heads if self.layout.kind == "completion" else sizes
+        wide = [(self._seen.size // 4,)] * self.n_heads if self.layout.kind == "completion" else sizes
         return super()._groups(wide)
 
     def _train(self, group: Sequence[int], sizes: Sequence[Size], rows: Captured, steps: int) -> Bank:
@@ -106,15 +133,16 @@ class RetrievalFitter(Fitter):
         return AtThreshold.stack(heads, scale=self.layout.scale)
 
     def _completion(self, group: Sequence[int], counts: Sequence[int], rows: Captured) -> Bank:
-        inside = middle(self.length)
-        keys, values = (x[:, inside].astype(mx.float32) for x in self._context(group))
+        keys, values = (x[:, self._seen][:, middle(self._seen.size)].astype(mx.float32) for x in self._context(group))
         asked = np.array(rows.queries[..., :-1].astype(mx.float32))
         heads = [
             distillation.clusters(np.array(keys[i]), asked[i], count, scale=self.layout.scale, seed=self.config.seed)
             | self._anchors(index)
             for i, (index, count) in enumerate(zip(group, counts, strict=True))
         ]
-        return distillation.Distilled.start(heads, keys, values, scale=self.layout.scale)
+        return distillation.Distilled.start(
+            heads, keys, values, self._selector(group), scale=self.layout.scale, repeat=self._repeat
+        )
 
     def _summarised(self, index: int, head: HeadArrays) -> HeadArrays:
         keys, values = (x[0, middle(self.length)] for x in self._context([index]))

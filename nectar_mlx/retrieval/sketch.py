@@ -51,11 +51,15 @@ def build(keys: Sequence[mx.array], queries: Sequence[np.ndarray], *, rank: int 
     return {f"sketch.{name}": x.reshape(*shape, *x.shape[1:]) for name, x in stacked.items()}
 
 
-def load(small: Arrays, heads: Sequence[tuple[int, int]], *, scale: float) -> Sketch:
-    """The sketch of some heads, (layer, KV head) each."""
+def load(
+    small: Arrays, heads: Sequence[tuple[int, int]], *, scale: float, keys: np.ndarray | slice = slice(None)
+) -> Sketch:
+    """The sketch of some heads, (layer, KV head) each. keys: those of the middle that are to be scored."""
     layers, which = (list(x) for x in zip(*heads, strict=True))
-    names = ("codes", "scales", "projection", "mean")
-    return Sketch(*(mx.array(small[f"sketch.{name}"][layers, which]) for name in names), scale=scale)
+    codes, scales, projection, mean = (
+        small[f"sketch.{name}"][layers, which] for name in ("codes", "scales", "projection", "mean")
+    )
+    return Sketch(*(mx.array(x) for x in (codes[:, keys], scales[:, keys], projection, mean)), scale=scale)
 
 
 def _head(keys: np.ndarray, queries: np.ndarray, rank: int) -> Arrays:

@@ -24,13 +24,22 @@ _ROOM = 1 << 23 if SLOW_EXP else 1 << 28  # scores at a time
 
 
 def split(
-    rows: Captured, keys: mx.array, values: mx.array, selector: Selector, *, scale: float, seed: int, unread: float
+    rows: Captured,
+    keys: mx.array,
+    values: mx.array,
+    selector: Selector,
+    *,
+    scale: float,
+    seed: int,
+    unread: float,
+    repeat: float = 1.0,
 ) -> Captured:
     """Rows [M, N, ...] of the whole context -> rows of the rest, as `regression` takes them.
 
     keys, values: [M, n, D] of the whole context. selector: of the same M heads. unread: the share of rows of which
-    nothing is read. queries get the threshold as one more number, [M, N, D + 1]; output and log_normalizer are those
-    of the rest; the live ones take in the anchors and what is read.
+    nothing is read. repeat: how many keys each key of the middle stands for. queries get the threshold as one more
+    number, [M, N, D + 1]; output and log_normalizer are those of the rest; the live ones take in the anchors and what
+    is read.
     """
     M, N = rows.queries.shape[:2]
     random = np.random.default_rng(seed)
@@ -39,7 +48,9 @@ def split(
     parts = []
     for start in range(0, N, step):
         part = Captured(*(x[:, start : start + step] for x in rows))
-        parts.append(_split(part, keys, values, selector, scale=scale, ranks=ranks[start : start + step]))
+        parts.append(
+            _split(part, keys, values, selector, scale=scale, ranks=ranks[start : start + step], repeat=repeat)
+        )
         mx.eval(parts[-1])
     return Captured(*(mx.concatenate(list(xs), axis=1) for xs in zip(*parts, strict=True)))
 
@@ -58,6 +69,7 @@ def _split(
     *,
     scale: float,
     ranks: np.ndarray[Any, Any],
+    repeat: float,
 ) -> Captured:
     queries = rows.queries.astype(mx.float32)
     scores = (queries * scale) @ keys.astype(mx.float32).swapaxes(1, 2)
@@ -65,7 +77,8 @@ def _split(
     threshold = _thresholds(routed, ranks)
     below = mx.pad(routed < threshold[..., None], [(0, 0), (0, 0), (SINKS, TAIL)])
     top = scores.max(-1, keepdims=True)
-    weights = exp(scores - top)
+    times = mx.pad(mx.full((routed.shape[-1],), repeat), [(SINKS, TAIL)], constant_values=1.0)
+    weights = exp(scores - top) * times
     rest = _part(mx.where(below, weights, 0.0), top, values)
     read = _part(mx.where(below, 0.0, weights), top, values)
     live = merge(read, Partial(rows.live_output.astype(mx.float32), rows.live_log_normalizer))
