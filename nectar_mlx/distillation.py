@@ -14,7 +14,7 @@ import mlx.nn as nn
 import numpy as np
 
 from . import fidelity, optimizers, regression
-from ._exp import SLOW_EXP, exp
+from ._exp import COMPILE, exp
 from .cache import NectarCache, make_caches
 from .heads import Bank, HeadArrays
 from .queries import Context, Conversation
@@ -104,7 +104,7 @@ def distill(
             flat, gradients, state, rate=rate * factor, muon_rate=factor, muon=frozenset()
         )
 
-    run = step if SLOW_EXP else mx.compile(step)
+    run = mx.compile(step) if COMPILE else step
     state = optimizers.start(parameters)
     order = np.random.default_rng(0).permuted(np.arange(steps) % len(course))
     for i in range(steps):

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from . import optimizers
-from ._exp import SLOW_EXP, sigmoid
+from ._exp import COMPILE, sigmoid
 from .attention import Partial
 from .heads import Bank, HeadArrays
 from .quantize import dequantize, quantize
@@ -89,7 +89,7 @@ def train(
             parameters, gradients, state, rate=rate * factor, muon_rate=muon_rate * factor, muon=start.muon
         )
 
-    run = step if SLOW_EXP else mx.compile(step)
+    run = mx.compile(step) if COMPILE else step
     parameters, state = start.parameters, optimizers.start(start.parameters)
     starts = range(0, count - batch + 1, batch)
     for i in range(steps):
