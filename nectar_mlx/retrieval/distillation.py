@@ -13,6 +13,7 @@ from ..quantize import dequantize, quantize
 from .selection import Selector
 
 _ITERATIONS = 10
+_SHARPEST = 0.02  # variance within clusters over that of all keys: half-precision biases tell no less apart
 
 
 class Distilled(Completion):
@@ -75,16 +76,22 @@ def clusters(keys: np.ndarray, queries: np.ndarray, count: int, *, scale: float,
 
 
 def _kmeans(points: np.ndarray, count: int, *, seed: int) -> tuple[np.ndarray, float]:
-    """Lloyd's: centres [count, D], and the points' variance around them, per dimension."""
+    """k-means++ and Lloyd's: centres [count, D], and the points' variance around them, per dimension."""
     random = np.random.default_rng(seed)
-    centres = points[random.choice(len(points), count, replace=len(points) < count)]
+    centres = points[random.integers(len(points), size=1)]
+    distance = np.full(len(points), np.inf)
+    while len(centres) < count:
+        distance = np.minimum(distance, np.square(points - centres[-1]).sum(1))
+        chosen = random.choice(len(points), p=(distance + 1e-12) / (distance + 1e-12).sum())
+        centres = np.concatenate([centres, points[chosen : chosen + 1]])
     for _ in range(_ITERATIONS):
         nearest = (np.square(centres).sum(1) / 2 - points @ centres.T).argmin(1)
         sums = np.zeros_like(centres)
         np.add.at(sums, nearest, points)
         members = np.bincount(nearest, minlength=count)[:, None]
         centres = np.where(members > 0, sums / np.maximum(members, 1), centres)
-    return centres, float(np.square(points - centres[nearest]).mean()) + 1e-6
+    within, whole = np.square(points - centres[nearest]).mean(), points.var(0).mean()
+    return centres, float(max(within, _SHARPEST * whole)) + 1e-6
 
 
 def summarise(head: HeadArrays, keys: mx.array, values: mx.array, *, bits: int) -> HeadArrays:

@@ -90,9 +90,10 @@ def _thresholds(scores: mx.array, ranks: np.ndarray[Any, Any]) -> mx.array:
     """scores [M, N, n], ranks [N] -> [M, N]: the score that a share `rank` of a sample of the keys exceeds."""
     sample = mx.sort(scores[..., ::_SAMPLE], axis=-1)
     count = sample.shape[-1]
-    at = np.clip(count - 1 - np.floor(ranks * count).astype(int), 0, count - 1)
-    found = mx.take_along_axis(sample, mx.array(np.broadcast_to(at[None, :, None], (*sample.shape[:2], 1))), axis=-1)
-    return mx.where(mx.array(ranks) > 0, found[..., 0], EVERYTHING)
+    at = np.clip(count - 1 - np.floor(ranks * count).astype(int), 1, count - 1)
+    ends = np.stack([at - 1, at], axis=-1)
+    found = mx.take_along_axis(sample, mx.array(np.broadcast_to(ends, (*sample.shape[:2], 2))), axis=-1)
+    return mx.where(mx.array(ranks) > 0, found.mean(-1), EVERYTHING)
 
 
 def _part(weights: mx.array, top: mx.array, values: mx.array) -> Partial:
