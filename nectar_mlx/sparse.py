@@ -21,7 +21,7 @@ __all__ = ["Combine", "Fixed", "Pattern", "Strided", "benchmark", "sparse_attent
 
 # The fused kernel holds few scores at a time: this bounds the keys that are gathered for one call.
 _FUSED_ROOM = 1 << 29
-_MARKS = 8  # marked keys of a row: cuDNN wants values whose width is a multiple of this
+_MARKS = 8  # marked keys of a row: fewer than head_dim
 _HIDDEN = -6e4  # added to the scores of hidden keys; the most that float16 holds
 
 
@@ -31,9 +31,9 @@ def sparse_attention(queries: mx.array, keys: mx.array, values: mx.array, *, pat
     The queries are the last T of the S positions. Exact: equal to dense attention under `pattern.mask(T, S, heads=H)`.
     About T · √S scores, a bounded number of them at a time. Differentiable; the reverse pass computes the scores again.
 
-    On a GPU in half precision the output of the fixed pattern comes from MLX's fused kernel, many times faster, and in
-    bfloat16 the log-normaliser too, to the precision of that type (about 0.005). In float16 it is a pass of its own,
-    and like all of MLX not run unless something needs it.
+    On a GPU in half precision the output of the fixed pattern comes from MLX's fused kernel, many times faster. That
+    returns no log-normaliser: it is a pass of its own, and like all of MLX not run unless something needs it; in
+    bfloat16 a second call of the kernel, to the precision of that type (about 0.005).
 
     Raises ValueError if T is 0 or exceeds S, or if H is not a multiple of K.
     """
@@ -129,22 +129,24 @@ def _fused(
     Rows are the batch: each sees the summary columns before it and its near keys, under a mask that hides later ones.
     The log-normaliser comes from the weights w of a few marked keys of a row: w = e^(score - L).
     """
-    B, h, R, stride, _ = queries.shape
+    B, h, R, stride, D = queries.shape
     M = keys.shape[2]
     columns = [pattern._far_keys(x, heads)[:, :, 0] for x in (keys, values)]
     keys, values = (pattern._near_keys(x) for x in (keys, values))
     per_row = pattern.summary if pattern.steps(heads[0])[1] else 0
     step = max(1, min(-(-R // 8), _FUSED_ROOM // (B * h * stride * (M * per_row + keys.shape[3]))))
+    places = _marks(stride) + keys.shape[3] - stride
+    marks = (mx.arange(keys.shape[3])[:, None] == places).astype(values.dtype)
+    marks = mx.broadcast_to(mx.pad(marks, [(0, 0), (0, D - _MARKS)]), values.shape)
     outputs, marked = list[mx.array](), list[mx.array]()
     for start in range(M - R, M, step):
         stop = min(M, start + step)
-        own = [x[:, :, start - M : stop - M or None] for x in (queries, keys, values)]
-        seen = [x[:, :, : max(0, stop - 1 - pattern._gap) * per_row] for x in columns]
+        q, k, v, own_marks = (x[:, :, start - M : stop - M or None] for x in (queries, keys, values, marks))
+        far_k, far_v = (x[:, :, : max(0, stop - 1 - pattern._gap) * per_row] for x in columns)
         attend = mx.checkpoint(partial(_fused_rows, start=start, gap=pattern._gap, summary=per_row, scale=scale))
-        for found, some in zip((outputs, marked), attend(*own, *seen), strict=True):
-            found.append(some)
+        outputs.append(attend(q, k, v, far_k, far_v))
+        marked.append(attend(q, k, own_marks, far_k, mx.zeros_like(far_v))[..., :_MARKS])
     weights = mx.concatenate(marked, axis=2).astype(mx.float32)
-    places = keys.shape[3] - stride + _marks(stride)
     scores = (queries.astype(mx.float32) * scale) @ keys[:, :, M - R :, places].astype(mx.float32).swapaxes(-1, -2)
     best = mx.stop_gradient(weights.argmax(-1, keepdims=True))  # hidden keys have no weight
     score, weight = (mx.take_along_axis(x, best, axis=-1)[..., 0] for x in (scores, weights))
@@ -167,19 +169,18 @@ def _fused_rows(
     gap: int,
     summary: int,
     scale: float,
-) -> tuple[mx.array, mx.array]:
-    """The output [B, h, R, l, D] and the weights of the marked keys [B, h, R, l, _MARKS] of rows from `start` on.
-
-    queries [B, h, R, l, D], their near keys [B, h, R, l · (1 + gap), D], and the summary columns [B, h, N, D] of the
-    rows before those.
+) -> mx.array:
+    """Rows [B, h, R, l, D] from row `start` on, their near keys [B, h, R, l · (1 + gap), D], and the summary columns
+    [B, h, N, D] of the rows before those.
     """
     B, h, R, stride, D = queries.shape
     N, near = far_keys.shape[2], keys.shape[3]
 
-    def by_row(x: mx.array, far: mx.array) -> mx.array:
-        if N:
-            x = mx.concatenate([mx.broadcast_to(far[:, :, None], (B, h, R, N, far.shape[-1])), x], axis=3)
+    def by_row(x: mx.array) -> mx.array:
         return x.swapaxes(1, 2).flatten(0, 1)
+
+    def with_far(x: mx.array, far: mx.array) -> mx.array:
+        return mx.concatenate([mx.broadcast_to(far[:, :, None], (B, h, R, N, D)), x], axis=3) if N else x
 
     mask: mx.array | str = "causal"
     if N or gap:
@@ -191,29 +192,10 @@ def _fused_rows(
         bias = mx.where(mx.concatenate(hidden, axis=2), _HIDDEN, 0).astype(queries.dtype)
         mask = mx.tile(bias[:, None], (B, 1, 1, 1))
 
-    attend = partial(
-        mx.fast.scaled_dot_product_attention,
-        queries.swapaxes(1, 2).flatten(0, 1),
-        by_row(keys, far_keys),
-        scale=scale,
-        mask=mask,
+    output = mx.fast.scaled_dot_product_attention(
+        by_row(queries), by_row(with_far(keys, far_keys)), by_row(with_far(values, far_values)), scale=scale, mask=mask
     )
-    marks = (mx.arange(near)[:, None] == near - stride + _marks(stride)).astype(values.dtype)
-    marks = mx.broadcast_to(marks, (B, h, R, near, _MARKS))
-    if _wide_values():
-        values = mx.concatenate([values, marks], axis=-1)
-        both = attend(by_row(values, mx.pad(far_values, [(0, 0), (0, 0), (0, 0), (0, _MARKS)])))
-        parts = both[..., :D], both[..., D:]
-    else:  # a call of its own, which is not run unless the log-normaliser is needed
-        marks = mx.pad(marks, [(0, 0)] * 4 + [(0, D - _MARKS)])
-        parts = attend(by_row(values, far_values)), attend(by_row(marks, mx.zeros_like(far_values)))[..., :_MARKS]
-    output, weights = (mx.unflatten(x, 0, (B, R)).swapaxes(1, 2) for x in parts)
-    return output, weights
-
-
-def _wide_values() -> bool:
-    """Whether MLX's fused attention takes values that are wider than keys: cuDNN does, Metal's kernels do not."""
-    return bool(mx.cuda.is_available())
+    return mx.unflatten(output, 0, (B, R)).swapaxes(1, 2)
 
 
 def _earlier_rows(start: int, stop: int, seen: int, per_query_row: int, per_key_row: int) -> mx.array | None:

@@ -254,12 +254,10 @@ def fused(queries: mx.array, keys: mx.array, values: mx.array, pattern: Fixed, s
 )
 @pytest.mark.parametrize(("length", "keys_length"), [(1, 1), (16, 16), (101, 101), (30, 101), (1, 33)])
 @pytest.mark.parametrize("room", [1, 1 << 20])
-@pytest.mark.parametrize("wide", [False, True])
 def test_fused_equals_dense(
-    pattern: Fixed, length: int, keys_length: int, room: int, wide: bool, monkeypatch: pytest.MonkeyPatch
+    pattern: Fixed, length: int, keys_length: int, room: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sparse, "_FUSED_ROOM", room)
-    monkeypatch.setattr(sparse, "_wide_values", lambda: wide)
     inputs = arrays(length, keys_length, batch=2)
     by, by_log = mx.random.normal(inputs[0].shape), mx.random.normal(inputs[0].shape[:3])
 
