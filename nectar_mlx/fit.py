@@ -24,9 +24,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", type=Path, help="the file to write (default: the context's name with .nectar)")
     parser.add_argument("--context-tokens", type=int, metavar="N", help="read the first N tokens only")
     parser.add_argument("--budget", type=float, default=0.02, help="bytes to keep / bytes of the bf16 KV cache (0.02)")
-    parser.add_argument("--kind", default="auto", help="auto, quadrature, mlp, corrected, exact, or with exact keys beside: retrieval+nectar, completion, retrieval")
+    parser.add_argument(
+        "--kind",
+        default="auto",
+        help="auto, quadrature, mlp, corrected, exact, or with exact keys beside: retrieval+nectar, completion, retrieval",
+    )
     parser.add_argument("--bits", type=int, default=8, help="of a stored matrix entry: 16, 8 or 4 (8)")
-    parser.add_argument("--queries", type=int, default=20_000, metavar="N", help="captured queries a head (20000)")
+    parser.add_argument("--queries", type=int, metavar="N", help="captured a head (60000 on a GPU, 20000 on a CPU)")
     parser.add_argument("--steps", type=int, metavar="N", help="of the regression (1500 on a GPU, 400 on a CPU)")
     parser.add_argument(
         "--memory",
@@ -60,7 +64,8 @@ def _work(arguments: argparse.Namespace) -> None:
     from .checkpoint import Checkpoint
 
     names = ("budget", "kind", "bits", "queries", "steps", "seed", "context_tokens", "memory", "layerwise", "prefill")
-    config = fitter.FitConfig(**{name: getattr(arguments, name) for name in names})
+    told = {name: getattr(arguments, name) for name in names}
+    config = fitter.FitConfig(**{name: value for name, value in told.items() if value is not None})
     model, tokenizer = models.load(arguments.model, log=cli.say)
     folder = output.with_name(output.name + ".partial")
     if not arguments.resume:

@@ -1,6 +1,7 @@
 """One fit in progress: from captured rows to trained heads."""
 
 import itertools
+import math
 import random
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -24,6 +25,8 @@ from .store import Layout
 if TYPE_CHECKING:
     from .nectar import Nectar
 
+_ENOUGH = 0.9  # of the rows asked for: not another batch for the last few
+
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 
 
@@ -36,17 +39,17 @@ class FitConfig:
     """What can be chosen when fitting.
 
     budget: bytes kept / bytes of the bf16 KV cache. kind: auto, quadrature, mlp, corrected or exact. bits: of a
-    stored matrix entry (16, 8 or 4). queries: captured rows a head. steps: of the regression (default: 1,500 on a
-    GPU, 400 on a CPU). context_tokens: cut the text after so many tokens. memory: bytes that the context's KV cache
-    may take before the fit goes layer by layer, and captured rows before they go to disk (default: half of what is
-    free). layerwise: whether it goes layer by layer whatever the memory. prefill: how the text is read, dense, or fixed
-    (sparsely, for texts whose dense prefill takes too long).
+    stored matrix entry (16, 8 or 4). queries: captured rows a head (60,000 on a GPU, 20,000 on a CPU). steps: of the
+    regression (default: 1,500 on a GPU, 400 on a CPU). context_tokens: cut the text after so many tokens. memory:
+    bytes that the context's KV cache may take before the fit goes layer by layer, and captured rows before they go to
+    disk (default: half of what is free). layerwise: whether it goes layer by layer whatever the memory. prefill: how
+    the text is read, dense, or fixed (sparsely, for texts whose dense prefill takes too long).
     """
 
     budget: float = 0.02
     kind: str = "auto"
     bits: int = 8
-    queries: int = 20_000
+    queries: int = 20_000 if SLOW_EXP else 60_000
     steps: int | None = None
     seed: int = 0
     context_tokens: int | None = None
@@ -119,7 +122,7 @@ class Fitter:
         studies = {"study": self.study, "held_out": self.held_out}
         self.conversations = self.checkpoint.load_studies(studies)
         with self.progress("conversing about it", config.queries) as done:
-            while not (self.study.full and self.held_out.full):
+            while self.study.rows < _ENOUGH * config.queries or not self.held_out.rows:
                 before = [s.rows for s in studies.values()]
                 try:
                     self.conversations += self._ask_batch(done)
@@ -138,6 +141,9 @@ class Fitter:
         for conversation in batch[::10]:
             conversation.held_out = True
         batch.sort(key=lambda c: len(c.prompt))
+        missing = config.queries - self.study.rows
+        group = self.geometry.n_heads // self.geometry.n_kv_heads
+        rows = group * sum(len(c.prompt) + config.answer_tokens for c in batch if not c.held_out)
         queries.converse(
             self.model,
             self.context,
@@ -148,6 +154,8 @@ class Fitter:
             key=mx.random.key(config.seed + number),
             study=self.study,
             held_out=self.held_out,
+            # A part of every conversation instead of the first ones whole, or the last batch would give prompts alone.
+            share=min(1.0, missing / rows / math.ceil(missing / rows)),
             progress=done,
         )
         return batch

@@ -223,13 +223,13 @@ def converse(
     key: mx.array,
     study: Study | None = None,
     held_out: Study | None = None,
-    thin: int = 1,
+    share: float = 1.0,
     progress: Callable[[int], None] = lambda rows: None,
 ) -> None:
     """Samples the answers of a batch with the full cache, all rows in step.
 
-    What attention saw goes into `study`, and into `held_out` for the conversations that say so: of every token of an
-    answer, and of one in `thin` of a prompt.
+    What attention saw goes into `study`, and into `held_out` for the conversations that say so; share: of the tokens,
+    drawn at random.
 
     Every row starts at the same position: the longer prompts are still being read while the shorter ones are
     answered, so no row is padded and positions are exact.
@@ -241,7 +241,8 @@ def converse(
     studied = [c for c in caches if isinstance(c, StudyCache)]
     rows = list(batch)
     tokens = mx.array([r.prompt[: min(len(r.prompt) for r in rows)] for r in rows])
-    at, valid = tokens.shape[1], [np.broadcast_to(np.arange(tokens.shape[1]) % thin == 0, tokens.shape)]
+    chance = np.random.default_rng(0)
+    at, valid = tokens.shape[1], [chance.random(tokens.shape) < share]
     if at > 1:  # nobody asks for the logits of these places, so the vocabulary-wide product is never computed
         model(tokens[:, :-1], cache=caches)
         mx.eval([c.state for c in caches], [c.seen for c in studied])
@@ -266,8 +267,7 @@ def converse(
             for cache in caches:
                 cache.filter(mx.array(going))
         tokens = mx.array([[(r.prompt + r.answer)[at] if not d else 0] for r, d in zip(rows, done, strict=True)])
-        asked = np.array([at < len(r.prompt) for r in rows])
-        valid.append((~np.array(done) & (~asked | (at % thin == 0)))[:, None])
+        valid.append((~np.array(done) & (chance.random(len(rows)) < share))[:, None])
         at += 1
 
 
