@@ -4,6 +4,7 @@ from typing import NamedTuple, Protocol
 
 import mlx.core as mx
 
+from .._exp import exp
 from ..heads.residual import EVERYTHING
 
 
@@ -48,7 +49,8 @@ def choose(scores: mx.array, anchors: mx.array, *, count: int) -> Choice:
     if count >= scores.shape[-1]:
         every = mx.broadcast_to(mx.arange(scores.shape[-1]), (*scores.shape[:2], scores.shape[-1]))
         return Choice(every, mx.full(scores.shape[:3], -EVERYTHING))
-    total = mx.logaddexp(mx.logsumexp(scores, axis=-1), anchors)
+    top = scores.max(-1, keepdims=True)
+    total = mx.logaddexp(top[..., 0] + mx.log(exp(scores - top).sum(-1)), anchors)
     shares = (scores - total[..., None]).max(2)
     order = mx.argpartition(-shares, count, axis=-1)
     ends = [mx.take_along_axis(shares, x, axis=-1).min(-1) for x in (order[..., :count], order[..., count : count + 1])]
