@@ -12,7 +12,19 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from . import budget, fidelity, grouping, instructions, matching, prompts, queries, regression, starts, store
+from . import (
+    budget,
+    fidelity,
+    grouping,
+    instructions,
+    matching,
+    prompts,
+    queries,
+    regression,
+    sensitivity,
+    starts,
+    store,
+)
 from ._exp import SLOW_EXP
 from .adapter import Geometry
 from .checkpoint import Checkpoint
@@ -25,6 +37,7 @@ from .store import Layout
 if TYPE_CHECKING:
     from .nectar import Nectar
 
+_JUDGES = 8  # conversations by which the errors of heads are weighed
 _ENOUGH = 0.9  # of the rows asked for: not another batch for the last few
 
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
@@ -58,8 +71,8 @@ class FitConfig:
     prefill: Prefill = "dense"
     answer_tokens: int = 96
     temperature: float = 0.9
-    conversations: int = 32 if SLOW_EXP else 64  # sampled side by side
-    power: float = 0.75
+    conversations: int = 28 if SLOW_EXP else 64  # sampled side by side
+    power: float = 0.65
     scout_steps: int = 100
     rate: float = 6e-3
     batch: int = 1024 if SLOW_EXP else 4096
@@ -208,15 +221,21 @@ class Fitter:
         return sizes
 
     def scout(self, nbytes: float) -> np.ndarray:
-        """Every head's error [n_heads] after a short fit in which all heads have the same size."""
+        """Every head's error [n_heads], in nats, after a short fit in which all heads have the same size."""
         same = starts.size_for(self.layout, nbytes / self.n_heads, most=self.length)
         errors = np.zeros(self.n_heads)
         groups = self._groups([same] * self.n_heads)
+        with self.progress("weighing errors", _JUDGES) as done:
+            told = [c for c in self.conversations if c.answer and not c.held_out][:_JUDGES]
+            information = sensitivity.fisher(
+                self.model, self.context, told, n_heads=self.geometry.n_heads, progress=done
+            )
+            metric = sensitivity.metric(information)
         with self.progress("deciding budgets", len(groups)) as done:
             for number, group in enumerate(groups):
                 rows = self.training_rows(group)
                 bank = self._train(group, [same] * len(group), rows, self.config.scout_steps)
-                errors[group] = np.array(regression.errors(bank, rows))
+                errors[group] = np.array(regression.errors(bank, rows, metric=metric[mx.array(group)]))
                 done(number + 1)
         return errors
 

@@ -2,10 +2,9 @@
 
 Loss of a head, with g = σ(L - L_live) the share of the context in the merged output:
 
-    ‖merged(o, L) - merged(exact)‖²  +  0.1 · (|o - o_exact|² / Var o + (L - L_exact)² / Var L)
+    |merged(o, L) - merged(exact)|² / Var o  +  0.1 · (|o - o_exact|² / Var o + (L - L_exact)² / Var L)
 
-The merged term is what the model notices, in the metric of what it notices (sensitivity.py); the plain terms keep o
-and L apart from each other well scaled.
+The merged term is what the model notices; the plain terms keep o and L apart from each other well scaled.
 """
 
 from collections.abc import Callable
@@ -17,7 +16,6 @@ from . import optimizers
 from ._exp import COMPILE, sigmoid
 from .attention import Partial
 from .heads import Bank, HeadArrays
-from .quantize import dequantize, quantize
 from .queries import Captured
 from .starts import Start
 
@@ -62,24 +60,18 @@ def train(
     steps: int,
     batch: int,
     rate: float,
-    metric: mx.array | None = None,
-    bits: int = 16,
     muon_rate: float = 0.02,
     progress: Callable[[int], None] = lambda step: None,
 ) -> Bank:
-    """The trained bank. rows: of its M heads, shuffled; batches are consecutive slices.
-
-    metric [M, D, D]: of the merged error, default `relative`. bits: what the matrices will be stored in; the loss is
-    that of the rounded ones (the gradient passes through the rounding).
-    """
+    """The trained bank. rows: of its M heads, shuffled; batches are consecutive slices."""
     bank, norm = start.bank, scales(rows)
-    measure = relative(norm, bank.head_dim) if metric is None else metric
+    metric = relative(norm, bank.head_dim)
     count = rows.queries.shape[1]
     batch = min(batch, count)
 
     def loss(parameters: HeadArrays, part: Captured) -> mx.array:
-        estimate = bank.apply(as_stored(start.fold(parameters), bits), part.queries)
-        return (merged_error(estimate, part, measure) + _PLAIN * plain_error(estimate, part, norm)).sum()
+        estimate = bank.apply(start.fold(parameters), part.queries)
+        return (merged_error(estimate, part, metric) + _PLAIN * plain_error(estimate, part, norm)).sum()
 
     def step(
         parameters: HeadArrays, state: optimizers.State, part: Captured, factor: mx.array
@@ -101,16 +93,8 @@ def train(
     return type(bank)(parameters=start.fold(parameters), sizes=bank.sizes, scale=bank.scale)
 
 
-def as_stored(parameters: HeadArrays, bits: int) -> HeadArrays:
-    """Matrices [M, rows, columns] rounded to `bits`, with the gradient of the unrounded ones."""
-    if bits == 16:
-        return parameters
-    rounded = {n: dequantize(quantize(p, bits=bits), bits=bits) for n, p in parameters.items() if p.ndim == 3}
-    return parameters | {n: parameters[n] + mx.stop_gradient(r - parameters[n]) for n, r in rounded.items()}
-
-
 def errors(bank: Bank, rows: Captured, *, metric: mx.array | None = None, chunk: int = 4096) -> mx.array:
-    """The merged error of each head over all rows, [M]; metric as for `train`."""
+    """The merged error of each head over all rows, [M]; metric [M, D, D]: as for `merged_error`, default `relative`."""
     measure, count = relative(scales(rows), bank.head_dim) if metric is None else metric, int(rows.queries.shape[1])
     total = mx.zeros(len(bank.sizes))
     for start in range(0, count, chunk):

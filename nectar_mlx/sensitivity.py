@@ -2,8 +2,7 @@
 
 An error δ in what a head gives to the model moves the next-token distributions by about ½ δᵀFδ nats, where
 F = E[g gᵀ] is the Fisher information and g the gradient of log p(answer) by the head's output, for answers that the
-model drew itself. So F says which directions of an output are worth fitting, and its product with a head's error how
-many nats that head costs: the common currency in which heads are given their bytes.
+model drew itself. With it the errors of all heads are counted in one currency, nats, and bytes go where they buy most.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,11 +10,15 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from . import attention
+from ._exp import SLOW_EXP
 from .cache import NectarCache, with_sinks
 from .fidelity import log_probabilities
 from .queries import Context, Conversation
+
+_ROOM = 1 << 24 if SLOW_EXP else 1 << 28  # scores of one layer
 
 
 class _ProbedCache(NectarCache):
@@ -34,10 +37,19 @@ class _ProbedCache(NectarCache):
         sinks: mx.array | None = None,
     ) -> mx.array:
         live = attention.causal(queries, keys, values, scale=scale, mask=mask)
-        merged = attention.merge(self.over_context(queries), live)
+        # Recomputed in the reverse pass: of all layers at once, the weights of a long context would fill the memory.
+        context = mx.checkpoint(lambda q: tuple(self.over_context(q)))(queries)
+        merged = attention.merge(attention.Partial(*context), live)
         if sinks is not None:
             merged = with_sinks(merged, sinks)
         return (merged.output + self.probe).astype(queries.dtype)
+
+
+def metric(information: mx.array) -> mx.array:
+    """What turns an output's error Δ [N, D] into nats, |Δ · metric|² = ½ ΔᵀFΔ: half of F [M, D, D], its root."""
+    values, vectors = np.linalg.eigh(np.array(information, dtype=np.float64) / 2)
+    roots = np.sqrt(np.maximum(values, 0))[:, None]
+    return mx.array(((vectors * roots) @ vectors.swapaxes(1, 2)).astype(np.float32))
 
 
 def fisher(
@@ -46,13 +58,14 @@ def fisher(
     conversations: Sequence[Conversation],
     *,
     n_heads: int,
-    batch: int,
     progress: Callable[[int], None] = lambda done: None,
 ) -> mx.array:
     """E[g gᵀ] per fitted layer and KV head, [M, D, D], in nats: over the tokens of the conversations and the query
     heads of the group. n_heads: of queries. progress is told how many conversations are done.
     """
     K, D = len(context.banks[0].sizes), context.banks[0].head_dim
+    longest = max(len(c.prompt) + len(c.answer) for c in conversations)
+    batch = max(1, _ROOM // (n_heads * longest * len(context.prefix)))
     total = mx.zeros((len(context.banks), K, D, D))
     count = 0
     for start in range(0, len(conversations), batch):

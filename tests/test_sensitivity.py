@@ -16,16 +16,14 @@ def studied():
     context = queries.read(model, prompts.prefix(tokenizer, "one two three four five six seven " * 4), geometry)
     conversations = [Conversation(prompts.prompt(tokenizer, f"tell me {i} " + "more " * (i % 3))) for i in range(96)]
     conversations.sort(key=lambda c: len(c.prompt))
-    queries.converse(
-        model, context, conversations, stop=set(), max_tokens=12, temperature=1.0, key=mx.random.key(0)
-    )
+    queries.converse(model, context, conversations, stop=set(), max_tokens=12, temperature=1.0, key=mx.random.key(0))
     return model, geometry, context, conversations
 
 
 @pytest.mark.parametrize("layer", [0, 2])
 def test_a_small_error_costs_what_the_information_says(studied, layer):
     model, geometry, context, conversations = studied
-    found = sensitivity.fisher(model, context, conversations, n_heads=geometry.n_heads, batch=32)
+    found = sensitivity.fisher(model, context, conversations, n_heads=geometry.n_heads)
     K, D, G = geometry.n_kv_heads, geometry.head_dim, geometry.n_heads // geometry.n_kv_heads
     assert found.shape == (len(context.banks) * K, D, D)
     head = 1
@@ -46,6 +44,14 @@ def test_a_small_error_costs_what_the_information_says(studied, layer):
     tokens = sum(len(c.prompt) + len(c.answer) - 1 for c in conversations) * G * 4
     predicted = 0.5 * size**2 * float(mx.diagonal(found[layer * K + head]).sum()) * tokens
     assert measured == pytest.approx(predicted, rel=0.25)
+
+
+def test_the_metric_squares_to_half_the_information():
+    root = np.random.default_rng(0).standard_normal((3, 5, 4)).astype(np.float32)
+    information = root.swapaxes(1, 2) @ root
+    delta = np.random.default_rng(1).standard_normal((3, 7, 4)).astype(np.float32)
+    found = np.square(delta @ np.array(sensitivity.metric(mx.array(information)))).sum(-1)
+    np.testing.assert_allclose(found, 0.5 * np.einsum("mnd,mde,mne->mn", delta, information, delta), rtol=1e-4)
 
 
 def _in_pieces(cache):
