@@ -9,6 +9,7 @@ from typing import Any
 
 from . import cli, hub
 from .nectar import Nectar
+from .retrieval import beside
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,6 +54,7 @@ def describe(path: Path) -> dict[str, Any]:
         "head_dim": geometry.head_dim,
         "parameter_bytes": nectar.nbytes,
         "kv_cache_bytes": nectar.cache_nbytes,
+        "keys_file_bytes": beside(path).stat().st_size if beside(path).is_file() else 0,
         "share_of_kv_cache": round(nectar.nbytes / nectar.cache_nbytes, 5),
         "model_sha256": metadata["model_sha256"],
         "tokenizer_sha256": metadata["tokenizer_sha256"],
