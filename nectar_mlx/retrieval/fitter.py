@@ -21,6 +21,7 @@ from .keys import Arrays, Keys
 
 _SKETCHED = 2048  # captured queries that the router is made from
 _LEAST = 4 * ANCHORS
+_SHARPNESS = 1.0  # its logarithm, to start from
 _WEIGHED = 1024  # keys
 
 
@@ -127,7 +128,9 @@ class RetrievalFitter(Fitter):
     def _remainder(self, group: Sequence[int], counts: Sequence[int], rows: Captured) -> Bank:
         """Nodes of the whole middle; where to cut is learned from there."""
         heads = [
-            nodes | {name: mx.zeros(nodes["bias"].shape) for name in ("cut", "sharpness")} | self._anchors(index)
+            nodes
+            | {"cut": mx.zeros(nodes["bias"].shape), "sharpness": mx.full(nodes["bias"].shape, _SHARPNESS)}
+            | self._anchors(index)
             for index, nodes in zip(group, self.matched(group, counts), strict=True)
         ]
         return AtThreshold.stack(heads, scale=self.layout.scale)

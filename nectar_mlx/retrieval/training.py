@@ -2,7 +2,7 @@
 
 Of every captured query the keys of the middle split at a threshold on the selector's scores: those above it will be
 read, those below are the rest that a head is to stand for, the selector's mistakes included. Thresholds are drawn at
-the ranks that budgets from 0.1 to 5% reach, and for a quarter of the queries nothing is read, so that one head serves
+the ranks that budgets from 0.1 to 20% reach, and for a quarter of the queries nothing is read, so that one head serves
 every budget and the .nectar alone.
 """
 
@@ -17,7 +17,7 @@ from ..heads.residual import EVERYTHING, NOTHING, SINKS, TAIL
 from ..queries import Captured
 from .selection import Selector
 
-_RANKS = (0.001, 0.05)  # of a threshold among the middle's scores, as shares of the keys
+_RANKS = (0.001, 0.2)  # of a threshold among the middle's scores, as shares of the keys
 UNREAD = 0.25
 _SAMPLE = 8  # every so-many-th key tells the ranks
 _ROOM = 1 << 23 if SLOW_EXP else 1 << 28  # scores at a time
