@@ -34,7 +34,7 @@ def sample(task: Task, asked: Sequence[Asked], file: View, nothing: View, *, see
     """Answers to the questions about the text, all at the same temperature; the first is the one that was
     compared."""
     chosen = [a for a in asked if a.kind == ON]
-    full = View(banks=task.context.banks, windows=task.context.windows, start=task.length, nbytes=0)
+    full = View(banks=task.context.banks, windows=task.context.windows, start=task.context.start, nbytes=0)
     others = [
         generate(task, view, chosen, seed=seed + i, temperature=TEMPERATURE)
         for i, view in enumerate((full, file, nothing))

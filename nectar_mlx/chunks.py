@@ -9,7 +9,7 @@ template's head as well, so that it counts once.
 A chunk is read without those before it: what it says about them is not understood, and their order is not known.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -17,14 +17,16 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from . import nectar
+from . import nectar, queries
 from .adapter import Geometry
 from .checkpoint import Checkpoint
 from .clock import Clock
 from .fitter import FitConfig, Progress, affordable_bytes, layout_for
-from .heads import HeadArrays, Size
-from .layerwise import LayerwiseFitter
+from .heads import Exact, HeadArrays, Size
+from .layerwise import LayerwiseFitter, cut
 from .nectar import Nectar
+from .prefill import Prefill
+from .queries import Context
 
 
 def split(tokens: int, room: int) -> list[int]:
@@ -90,6 +92,33 @@ def fit(
     clock.lap("check")
     report["seconds"] = clock.laps
     return result
+
+
+def read(
+    model: nn.Module,
+    prefix: Sequence[int],
+    geometry: Geometry,
+    *,
+    chunks: Sequence[int],
+    prefill: Prefill = "dense",
+    progress: Callable[[int], None] = lambda n: None,
+) -> Context:
+    """The exact keys and values of a prefix that ends with these chunks, or of one that has none."""
+    parts, done = list[Context](), 0
+    for text in _texts(prefix, chunks or [len(prefix)]):
+        parts.append(queries.read(model, text, geometry, prefill=prefill, progress=partial(_after, progress, done)))
+        done += len(text)
+    if len(parts) == 1:
+        return parts[0]
+    opening = len(prefix) - sum(chunks)
+    kept = [[cut(bank, opening if i else 0)[0] for bank in part.banks] for i, part in enumerate(parts)]
+    heads = [[_joined(of) for of in zip(*(b.unstack() for b in of), strict=True)] for of in zip(*kept, strict=True)]
+    banks = [Exact.stack(of, scale=geometry.scale) for of in heads]
+    return Context(list(prefix), banks, parts[-1].windows, chunks)
+
+
+def _after(progress: Callable[[int], None], done: int, more: int) -> None:
+    progress(done + more)
 
 
 def _texts(prefix: Sequence[int], chunks: Sequence[int]) -> Iterator[list[int]]:

@@ -17,13 +17,13 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from . import adapter, answers, baselines, cli, fidelity, matching, questions, regression, report
+from . import adapter, answers, baselines, chunks, cli, fidelity, matching, questions, regression, report
 from .baselines import NO_CONTEXT, Task, View
 from .clock import Clock
 from .errors import NectarError
 from .fidelity import Bootstrap, Divergence, Estimate
 from .nectar import Nectar
-from .queries import Study, read
+from .queries import Study
 from .questions import ON, Asked
 
 FILE = "nectar"
@@ -128,16 +128,14 @@ def evaluate(
     questions."""
     chosen = baselines.choose(options.baselines, slow=options.slow)
     first = next(iter(files.values()))
-    if any(n.prefix != first.prefix for n in files.values()):
+    if any((n.prefix, n.chunks) != (first.prefix, first.chunks) for n in files.values()):
         raise NectarError("the files are of different texts: evaluate them one by one")
-    if first.chunks:
-        raise NectarError("a text of several chunks has no full cache to compare with: see the file's report (inspect)")
     if first.metadata.get("config", {}).get("prefill") == "fixed":  # what that way of reading costs on its own
         chosen = list({b.name: b for b in (*chosen, *baselines.choose("sparse-prefill", slow=True))}.values())
     clock = Clock()
     geometry = adapter.route(model)
     with cli.progress("reading the context", len(first.prefix)) as done:
-        context = read(model, first.prefix, geometry, progress=done)
+        context = chunks.read(model, first.prefix, geometry, chunks=first.chunks, progress=done)
     clock.lap("read")
     task = Task(
         model=model,
@@ -189,14 +187,14 @@ def evaluate(
 
 
 def _views(task: Task, methods: Sequence[Method]) -> dict[str, View]:
-    full = View(banks=task.context.banks, windows=task.context.windows, start=task.length, nbytes=0)
+    full = View(banks=task.context.banks, windows=task.context.windows, start=task.context.start, nbytes=0)
     return {"full cache": full} | {m.label if m.view.nbytes else m.name: m.view for m in methods}
 
 
 def head_errors(task: Task, view: View, rows: Study) -> list[float]:
     """The merged error of every head (layer by layer) over what the evaluation's answers asked; none for views that
     read another text than the context."""
-    if view.start != task.length:
+    if view.start != task.context.start:
         return []
     K, found = task.geometry.n_kv_heads, list[float]()
     for layer, bank in enumerate(view.banks):
@@ -271,7 +269,7 @@ def build(
 def of_file(name: str, nectar: Nectar, exact: Sequence[float]) -> list[Method]:
     """The file as it answers by itself, and at each share of its keys, if there are any beside it."""
     seconds = float(sum(nectar.report.get("seconds", {}).values()))
-    start, windows = len(nectar.prefix), nectar.windows
+    start, windows = nectar.start, nectar.windows
 
     def method(called: str, share: float | None) -> Method:
         banks = nectar.retrieving(share)

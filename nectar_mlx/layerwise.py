@@ -164,7 +164,7 @@ class LayerwiseFitter:
                 self.windows[layer] = part
                 self._hear(layer, partial(part.make_cache, len(self.prefix)), heard)
             else:
-                part, beside = _cut(part, self.skip)
+                part, beside = cut(part, self.skip)
                 self._study.rows = self._held_out.rows = 0
                 self._hear(layer, partial(StudyCache, part, len(self.prefix), beside=beside), heard)
                 yield self._fitter(layer, part)
@@ -248,7 +248,7 @@ class LayerwiseFitter:
         return {"kl": round(float(kl.mean()), 5), "agree": round(float(agree.mean()), 4)}
 
 
-def _cut(bank: Exact, tokens: int) -> tuple[Exact, Exact | None]:
+def cut(bank: Exact, tokens: int) -> tuple[Exact, Exact | None]:
     """What comes behind the first tokens, and those, if there are any."""
     if not tokens:
         return bank, None

@@ -30,14 +30,21 @@ _FLUSH = 16  # decode steps between writes of what was captured
 @dataclass(frozen=True)
 class Context:
     """A prefix and its exact keys and values: one `Exact` bank a layer with full attention ([K, n, D] each, positions
-    0 … n-1), and the last window of each other layer, by its index."""
+    0 … n-1), and the last window of each other layer, by its index. chunks: lengths of the prefix's last pieces, where
+    each was read on its own (chunks.py)."""
 
     prefix: list[int]
     banks: list[Exact]
     windows: dict[int, Window] = field(default_factory=dict)
+    chunks: Sequence[int] = ()
+
+    @property
+    def start(self) -> int:
+        """The position of the token that follows."""
+        return len(self.prefix) - sum(self.chunks) + max(self.chunks, default=0)
 
     def make_cache(self) -> list[Any]:
-        return make_caches(self.banks, self.windows, len(self.prefix))
+        return make_caches(self.banks, self.windows, self.start)
 
 
 def read(

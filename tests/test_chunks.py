@@ -9,7 +9,7 @@ import toys
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 from test_fit import FAST, TEXT
 
-from nectar_mlx import Nectar, NectarError, adapter, chunks, fit, fitting, nectar, prompts, store
+from nectar_mlx import Nectar, NectarError, adapter, chunks, evaluate, fit, fitting, nectar, prompts, store
 from nectar_mlx.checkpoint import Checkpoint
 from nectar_mlx.fitter import FitConfig, layout_for, silent
 from nectar_mlx.layerwise import LayerwiseFitter
@@ -93,6 +93,10 @@ def test_chunks_are_one_attention_over_all_their_keys(tokenizer, architecture):
         chunks=lengths,
     )
     assert built.start == opening + max(lengths)
+    context = chunks.read(model, prefix, geometry, chunks=lengths)
+    assert context.start == built.start
+    for bank, kept in zip(context.banks, built.banks, strict=True):
+        np.testing.assert_allclose(bank.parameters["keys"], kept.parameters["keys"], atol=1e-3)
     oracle = [SideBySide(*(mx.concatenate(x, axis=2) for x in zip(*of, strict=True)), built.start) for of in stock]
     ours = built.make_cache()
     for tokens in (toys.random_tokens(7), toys.random_tokens(1), toys.random_tokens(3, seed=1)):
@@ -113,8 +117,18 @@ def test_every_chunk_is_answered_about(tokenizer, monkeypatch, tmp_path):
     fitted.save(tmp_path / "book.nectar")
     again = Nectar.load(tmp_path / "book.nectar", model, tokenizer)
     assert again.chunks == fitted.chunks and again.start == fitted.start
+    check_evaluation(model, tokenizer, fitted)
     tokens = mx.array([toys.random_tokens(6)])
     assert mx.array_equal(model(tokens, cache=again.make_cache()), model(tokens, cache=fitted.make_cache()))
+
+
+def check_evaluation(model, tokenizer, fitted):
+    """Against the exact keys of all chunks, side by side; what must read the text again is left out."""
+    options = evaluate.Options(questions=4, answer_tokens=6, rows=200, baselines="snapkv,sinks-window", answers=False)
+    told = {m["method"]: m for m in evaluate.evaluate(model, tokenizer, {"it": fitted}, options=options)["methods"]}
+    assert told.keys() == {"nectar", "no context", "sinks + window"}
+    assert told["nectar"]["kl"] < 0.5 * told["no context"]["kl"]
+    assert told["nectar"]["error"] is not None
 
 
 def test_sliding_windows_keep_the_end_of_the_last_chunk(tokenizer):

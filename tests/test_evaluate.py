@@ -115,13 +115,6 @@ def test_a_sparsely_read_file_is_told_what_that_costs(model, prefix):
     assert sparse["bytes"] == nectar.cache_nbytes and 0 <= sparse["kl"] < told[1]["kl"]
 
 
-def test_a_file_of_several_chunks_is_refused(model, prefix):
-    nectar = toys.picked(model, prefix, 20, TOKENIZER)
-    nectar.chunks = [10, 10]
-    with pytest.raises(NectarError, match="chunks"):
-        evaluate.evaluate(model, TOKENIZER, {"it": nectar}, options=FAST)
-
-
 def test_files_of_different_texts_are_refused(model, prefix):
     files = {"a": toys.picked(model, prefix, 9), "b": toys.picked(model, prefix[:-4], 9)}
     with pytest.raises(NectarError, match="different texts"):

@@ -121,7 +121,7 @@ class Task:
         max_tokens: int | None = None,
     ) -> None:
         """Samples the answers of a batch with some view of the context."""
-        start = context.start if isinstance(context, View) else len(context.prefix)
+        start = context.start
         queries.converse(
             self.model,
             Context(self.context.prefix[:start], list(context.banks), dict(context.windows)),  # type: ignore[arg-type]
@@ -176,7 +176,7 @@ class Task:
         tensors = store.pack(layout, heads)
         view = View(
             banks=store.unpack(layout, tensors),
-            start=self.length,
+            start=self.context.start,
             nbytes=sum(t.nbytes for t in tensors.values()) + self.window_bytes,
             windows=self.context.windows,
         )

@@ -92,7 +92,7 @@ def _answers(task: Task, pairs: Any, conversations: list[Conversation]) -> list[
     """Teacher-forced logits of the answers behind trained keys and values, in one differentiable pass."""
     remaining = iter(pairs)
     caches = [
-        _TrainedCache(next(remaining), task.length) if isinstance(c, NectarCache) else c
+        _TrainedCache(next(remaining), task.context.start) if isinstance(c, NectarCache) else c
         for c in task.context.make_cache()
     ]
     sequences = [c.prompt + c.answer for c in conversations]

@@ -7,7 +7,7 @@ its divergence is what that way of reading costs.
 
 import mlx.core as mx
 
-from .. import queries
+from .. import chunks
 from .base import Baseline, Task, View
 
 _SINKS, _SUMMARY = 4, 8
@@ -34,11 +34,12 @@ def support(length: int, count: int) -> tuple[list[int], str]:
 
 
 def sparse_prefill(task: Task, nbytes: int) -> View:
-    read = queries.read(task.model, task.context.prefix, task.geometry, prefill="fixed")
+    context = task.context
+    read = chunks.read(task.model, context.prefix, task.geometry, chunks=context.chunks, prefill="fixed")
     return View(
         banks=read.banks,
         windows=read.windows,
-        start=task.length,
+        start=read.start,
         nbytes=task.geometry.cache_bytes(task.length),
         detail="all keys and values, as read with --prefill fixed",
     )

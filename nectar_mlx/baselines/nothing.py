@@ -20,7 +20,9 @@ def nothing(task: Task, nbytes: int) -> View:
     empty = {"keys": mx.zeros((1, g.head_dim)), "values": mx.zeros((1, g.head_dim)), "bias": mx.full((1,), -1e30)}
     banks: list[Bank] = [Quadrature.stack([empty] * g.n_kv_heads, scale=g.scale)] * task.n_layers
     detail = "the context cut out, positions kept"
-    return View(banks=banks, windows=task.context.windows, start=task.length, nbytes=task.window_bytes, detail=detail)
+    return View(
+        banks=banks, windows=task.context.windows, start=task.context.start, nbytes=task.window_bytes, detail=detail
+    )
 
 
 BASELINES = (

@@ -26,7 +26,7 @@ def quantized(task: Task, nbytes: int, *, bits: int) -> View:
     return View(
         banks=banks,
         windows=task.context.windows,
-        start=task.length,
+        start=task.context.start,
         nbytes=int(2 * task.n_heads * task.length * per_row) + task.window_bytes,
         detail=f"groups of {group}",
     )

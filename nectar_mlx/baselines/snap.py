@@ -10,6 +10,7 @@ import mlx.core as mx
 
 from .. import attention
 from ..cache import NectarCache
+from ..errors import NectarError
 from .base import Baseline, Task, View, exact_bank
 
 _WINDOW, _POOL = 32, 7
@@ -17,6 +18,8 @@ _WINDOW, _POOL = 32, 7
 
 def snap(task: Task, nbytes: int) -> View:
     count = task.affordable_each(nbytes, "exact")
+    if task.context.chunks:
+        raise NectarError("it reads the end of a text once more, and here there are several")
     window = max(1, min(_WINDOW, count // 2, task.length - 1))
     seen = _observed(task, window)
     early = task.length - window
