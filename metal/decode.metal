@@ -15,38 +15,15 @@ constant constexpr int GIVEN = 5;        // out; the index of the activation
 constant constexpr int GIVEN_SCORE = 6;  // none; (index of the activation, w_score)
 constant constexpr int LIVE = 7;
 
-struct Problem {
-  int batch;
-  int n_kv_heads;
-  int group;   // query heads of a KV head
-  int length;  // query tokens
-  int live;    // live tokens
-  int slices;  // of the live tokens
-};
+constant constexpr int SEQUENCE_ROWS = QUERY_HEADS * LENGTH;  // query rows of a KV head and sequence
 
-METAL_FUNC Problem problem(int batch, int n_heads, int length, int n_kv_heads, int live) {
-  Problem p;
-  p.batch = batch;
-  p.n_kv_heads = n_kv_heads;
-  p.group = n_heads / n_kv_heads;
-  p.length = length;
-  p.live = live;
-  p.slices = metal::min((live + LIVE_SLICE - 1) / LIVE_SLICE, MAX_SLICES);
-  return p;
+// TILES simdgroups side by side hold different query rows and read the same weights; of one sequence, LIVE_TILES.
+METAL_FUNC int rounds_of(int rows, int tiles) {
+  return (rows + tiles * TILE - 1) / (tiles * TILE);
 }
 
-// Simdgroups side by side that hold different query rows and read the same weights: a power of two.
-METAL_FUNC int tiles_of(int rows) {
-  int tiles = 1;
-  while (tiles < SIMDGROUPS && tiles * TILE < rows) {
-    tiles *= 2;
-  }
-  return tiles;
-}
-
-METAL_FUNC int rounds_of(int rows) {
-  const int at_once = tiles_of(rows) * TILE;
-  return (rows + at_once - 1) / at_once;
+METAL_FUNC int slices_of(int live) {
+  return metal::min((live + LIVE_SLICE - 1) / LIVE_SLICE, MAX_SLICES);
 }
 
 #ifdef READS
@@ -307,8 +284,8 @@ METAL_FUNC void merge_lane_groups(thread Tile& tile) {
 
 // A partial result is HEAD_DIM / 4 vectors and two numbers (largest score, sum). Vector v of a row holds columns
 // 8 * (v % PARTS) + 4 * (v / PARTS) and the next three: so lanes write side by side.
-METAL_FUNC size_t partial_slots(Problem p, int n_static) {
-  return static_cast<size_t>(n_static + p.n_kv_heads * p.slices) * static_cast<size_t>(p.batch * p.group * p.length);
+METAL_FUNC size_t partial_slots(int rows, int slices, int n_static) {
+  return static_cast<size_t>(n_static + N_KV_HEADS * slices) * static_cast<size_t>(rows);
 }
 
 METAL_FUNC int column_of(int v) {
@@ -333,41 +310,30 @@ METAL_FUNC float4 zero4() {
   return z;
 }
 
-// Simdgroups that share the merge of one row: a power of two.
-METAL_FUNC int parts_of(int rows) {
-  int parts = 1;
-  while (2 * parts * rows <= SIMDGROUPS) {
-    parts *= 2;
-  }
-  return parts;
-}
-
 #ifdef MERGES
-// One threadgroup merges the partial results of query rows [start, stop) of a head.
+// One threadgroup merges the partial results of query rows [start, stop) of a head, SHARES simdgroups a row.
 // mine: the head's (first block, end of its node blocks, end of its blocks, word of its constants).
-METAL_FUNC void merge_rows(Problem p, uint4 mine, int n_static, const device uint* parameters, const device float* partials, device Element* output, threadgroup float4* sums, int head, int start, int stop, int thread_index) {
+METAL_FUNC void merge_rows(int rows, int slices, uint4 mine, int n_static, const device uint* parameters, const device float* partials, device Element* output, threadgroup float4* sums, int head, int start, int stop, int thread_index) {
   const int lane = thread_index % 32;
   const int simdgroup = thread_index / 32;
-  const int rows = p.batch * p.group * p.length;
-  const int parts = parts_of(rows);
-  const int part = simdgroup % parts;
+  const int part = simdgroup % SHARES;
   const int first = static_cast<int>(mine.x);
   const int n_nodes = static_cast<int>(mine.y) - first;
   const int n_far = static_cast<int>(mine.z) - first;
-  const int n_all = n_far + p.slices;
-  const int first_live = n_static + head * p.slices - n_far;
+  const int n_all = n_far + slices;
+  const int first_live = n_static + head * slices - n_far;
   const device float4* vectors = reinterpret_cast<const device float4*>(partials);
-  const device float* numbers = partials + partial_slots(p, n_static) * HEAD_DIM;
+  const device float* numbers = partials + partial_slots(rows, slices, n_static) * HEAD_DIM;
   const device float* constants = reinterpret_cast<const device float*>(parameters + mine.w);
   const float b_score = HAS_UNITS ? constants[HEAD_DIM] : 0.0f;
 
-  for (; start < stop; start += SIMDGROUPS / parts) {
-    const int row = metal::min(start + simdgroup / parts, stop - 1);
+  for (; start < stop; start += SIMDGROUPS / SHARES) {
+    const int row = metal::min(start + simdgroup / SHARES, stop - 1);
     // The first vectors and statistics are asked for together.
     float4 ahead[AHEAD];
     #pragma unroll
     for (int i = 0; i < AHEAD; ++i) {
-      const int j = metal::min(part + parts * i, n_all - 1);
+      const int j = metal::min(part + SHARES * i, n_all - 1);
       const int slot = ((j < n_far ? first : first_live) + j) * rows + row;
       ahead[i] = vectors[slot * VECTORS + metal::min(lane, VECTORS - 1)];
     }
@@ -376,46 +342,59 @@ METAL_FUNC void merge_rows(Problem p, uint4 mine, int n_static, const device uin
     const float own_top = numbers[own_slot * 2];
     const float own_sum = numbers[own_slot * 2 + 1];
 
-    float node_top = lane < n_nodes ? own_top : NEVER;
-    float live_top = lane >= n_far && lane < n_all ? own_top : NEVER;
+    // Of this lane's slots: the largest scores of nodes and of live tokens, what the units add to L; then the sums under
+    // those scores. Reductions go side by side: each alone is a chain of waits.
+    float found[3];
+    found[0] = lane < n_nodes ? own_top : NEVER;
+    found[1] = lane >= n_far && lane < n_all ? own_top : NEVER;
+    found[2] = lane >= n_nodes && lane < n_far ? own_sum : 0.0f;
     for (int j = lane + 32; j < n_all; j += 32) {
       const int slot = ((j < n_far ? first : first_live) + j) * rows + row;
-      node_top = j < n_nodes ? metal::max(node_top, numbers[slot * 2]) : node_top;
-      live_top = j < n_far ? live_top : metal::max(live_top, numbers[slot * 2]);
+      const float top = numbers[slot * 2];
+      found[0] = j < n_nodes ? metal::max(found[0], top) : found[0];
+      found[1] = j < n_far ? found[1] : metal::max(found[1], top);
+      found[2] += j >= n_nodes && j < n_far ? numbers[slot * 2 + 1] : 0.0f;
     }
-    node_top = simd_max(node_top);
-    live_top = simd_max(live_top);
-    float node_sum = lane < n_nodes ? own_sum * metal::fast::exp(own_top - node_top) : 0.0f;
-    float correction = lane >= n_nodes && lane < n_far ? own_sum : 0.0f;
-    float live_sum = lane >= n_far && lane < n_all ? own_sum * metal::fast::exp(own_top - live_top) : 0.0f;
+    #pragma unroll
+    for (int step = 16; step > 0; step /= 2) {
+      found[0] = metal::max(found[0], simd_shuffle_xor(found[0], static_cast<ushort>(step)));
+      found[1] = metal::max(found[1], simd_shuffle_xor(found[1], static_cast<ushort>(step)));
+      if (HAS_UNITS) {
+        found[2] += simd_shuffle_xor(found[2], static_cast<ushort>(step));
+      }
+    }
+    const float node_top = found[0];
+    const float live_top = found[1];
+    float mass[2];
+    mass[0] = lane < n_nodes ? own_sum * metal::fast::exp(own_top - node_top) : 0.0f;
+    mass[1] = lane >= n_far && lane < n_all ? own_sum * metal::fast::exp(own_top - live_top) : 0.0f;
     for (int j = lane + 32; j < n_all; j += 32) {
       const int slot = ((j < n_far ? first : first_live) + j) * rows + row;
       const float top = numbers[slot * 2];
       const float sum = numbers[slot * 2 + 1];
       if (j < n_nodes) {
-        node_sum = metal::fma(sum, metal::fast::exp(top - node_top), node_sum);
-      } else if (j < n_far) {
-        correction += sum;
-      } else {
-        live_sum = metal::fma(sum, metal::fast::exp(top - live_top), live_sum);
+        mass[0] = metal::fma(sum, metal::fast::exp(top - node_top), mass[0]);
+      } else if (j >= n_far) {
+        mass[1] = metal::fma(sum, metal::fast::exp(top - live_top), mass[1]);
       }
     }
-    node_sum = simd_sum(node_sum);
-    live_sum = simd_sum(live_sum);
-    if (HAS_UNITS) {
-      correction = simd_sum(correction);
+    #pragma unroll
+    for (int step = 16; step > 0; step /= 2) {
+      mass[0] += simd_shuffle_xor(mass[0], static_cast<ushort>(step));
+      mass[1] += simd_shuffle_xor(mass[1], static_cast<ushort>(step));
     }
 
-    const float node_log = n_nodes > 0 ? node_top + metal::log(node_sum) : (HAS_NODES ? NEVER : 0.0f);
-    const float far_log = node_log + correction + b_score;
-    const bool any_live = live_sum > 0.0f;  // a row of padding sees nothing
-    const float live_log = any_live ? live_top + metal::log(live_sum) : NEVER;
-    const float top = metal::max(far_log, live_log);
-    const float far_weight = metal::fast::exp(far_log - top);
-    const float live_weight = any_live ? metal::fast::exp(live_log - top) : 0.0f;
-    const float far_share = far_weight / (far_weight + live_weight);
-    const float node_share = n_nodes > 0 ? far_share / node_sum : 0.0f;
-    const float live_share = any_live ? live_weight / ((far_weight + live_weight) * live_sum) : 0.0f;
+    // Without nodes a network's own log-normaliser is all there is: as if one node had score 0.
+    const float far_top = (HAS_NODES ? node_top : 0.0f) + found[2] + b_score;
+    const float top = metal::max(far_top, live_top);
+    const float far_scale = metal::fast::exp(far_top - top);
+    const float live_scale = metal::fast::exp(live_top - top);
+    const float far_mass = far_scale * (HAS_NODES ? mass[0] : 1.0f);
+    const float all_mass = metal::fma(live_scale, mass[1], far_mass);
+    const float share = all_mass > 0.0f ? 1.0f / all_mass : 0.0f;  // a row of padding may see nothing
+    const float far_share = far_mass * share;
+    const float node_share = far_scale * share;
+    const float live_share = live_scale * share;
 
     for (int base = 0; base < VECTORS; base += 32) {
       const int v = metal::min(base + lane, VECTORS - 1);
@@ -430,18 +409,18 @@ METAL_FUNC void merge_rows(Problem p, uint4 mine, int n_static, const device uin
         weight = j < n_far ? far_share : weight;
         weight = j < n_nodes ? node_share * metal::fast::exp(top_of_j - node_top) : weight;
         const int end = metal::min(32, n_all - from);
-        for (int k = part; k < end; k += parts * AHEAD) {
+        for (int k = part; k < end; k += SHARES * AHEAD) {
           if (from + k > part || base > 0) {
             #pragma unroll
             for (int i = 0; i < AHEAD; ++i) {
-              const int other = metal::min(from + k + parts * i, n_all - 1);
+              const int other = metal::min(from + k + SHARES * i, n_all - 1);
               ahead[i] = vectors[(((other < n_far ? first : first_live) + other) * rows + row) * VECTORS + v];
             }
           }
           #pragma unroll
           for (int i = 0; i < AHEAD; ++i) {
-            const float w = simd_shuffle(weight, static_cast<ushort>(metal::min(k + parts * i, 31)));
-            sum = scaled_sum(k + parts * i < end ? w : 0.0f, ahead[i], sum);
+            const float w = simd_shuffle(weight, static_cast<ushort>(metal::min(k + SHARES * i, 31)));
+            sum = scaled_sum(k + SHARES * i < end ? w : 0.0f, ahead[i], sum);
           }
         }
       }
@@ -450,16 +429,17 @@ METAL_FUNC void merge_rows(Problem p, uint4 mine, int n_static, const device uin
       }
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    const int within = metal::min(SIMDGROUPS / parts, stop - start);
+    const int within = metal::min(SIMDGROUPS / SHARES, stop - start);
     for (int at = thread_index; at < within * VECTORS; at += 32 * SIMDGROUPS) {
       const int v = at % VECTORS;
       const int r = at / VECTORS;
-      float4 sum = sums[r * parts * VECTORS + v];
-      for (int s = 1; s < parts; ++s) {
-        sum = scaled_sum(1.0f, sums[(r * parts + s) * VECTORS + v], sum);
+      float4 sum = sums[r * SHARES * VECTORS + v];
+      #pragma unroll
+      for (int s = 1; s < SHARES; ++s) {
+        sum = scaled_sum(1.0f, sums[(r * SHARES + s) * VECTORS + v], sum);
       }
-      const int each = p.group * p.length;
-      const int of = ((start + r) / each * p.n_kv_heads + head) * each + (start + r) % each;
+      const int sequence = (start + r) / SEQUENCE_ROWS;
+      const int of = (sequence * N_KV_HEADS + head) * SEQUENCE_ROWS + (start + r) % SEQUENCE_ROWS;
       device Element* to = output + static_cast<size_t>(of) * HEAD_DIM + static_cast<size_t>(column_of(v));
       to[0] = static_cast<Element>(sum.x);
       to[1] = static_cast<Element>(sum.y);

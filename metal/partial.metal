@@ -1,64 +1,41 @@
   // grid = (32 * SIMDGROUPS * blocks, rounds, 1), threadgroup = (32 * SIMDGROUPS, 1, 1). Blocks: batch * n_kv_heads * slices of
   // live tokens, then those of the plan.
   using namespace nectar;
-  const Problem p = problem(queries_shape[0], queries_shape[1], queries_shape[2], keys_shape[1], keys_shape[2]);
-  const int thread_index = static_cast<int>(thread_index_in_threadgroup);
-  const int lane_index = static_cast<int>(thread_index_in_simdgroup);
-  const int simdgroup = static_cast<int>(simdgroup_index_in_threadgroup);
-  const int live_blocks = p.batch * p.n_kv_heads * p.slices;
+  const int batch = static_cast<int>(queries_shape[0]);
+  const int live = static_cast<int>(keys_shape[2]);
+  const int slices = slices_of(live);
+  const int live_blocks = batch * N_KV_HEADS * slices;
   const int block = static_cast<int>(threadgroup_position_in_grid.x) - live_blocks;
   const int round = static_cast<int>(threadgroup_position_in_grid.y);
   const int n_static = static_cast<int>(threadgroups_per_grid.x) - live_blocks;
-  const int sequence_rows = p.group * p.length;
-  const int all_rows = p.batch * sequence_rows;
+  // Asked for first, since all else waits for it; what does not wait is computed meanwhile.
+  const device uint4* line = reinterpret_cast<const device uint4*>(parameters + (N_KV_HEADS + metal::max(block, 0)) * 4);
+#ifdef HINTS
+  const uint4 entry = load_kept(line);
+#endif
+#ifdef NO_HINTS
+  const uint4 entry = *line;
+#endif
+  const int thread_index = static_cast<int>(thread_index_in_threadgroup);
+  const int lane_index = static_cast<int>(thread_index_in_simdgroup);
+  const int simdgroup = static_cast<int>(simdgroup_index_in_threadgroup);
 
-#ifdef PREFETCH
+#ifdef HINTS
   // Every threadgroup asks for its share of the parameters, about, before it knows which are its own.
   if (block >= 0) {
-    const size_t words = static_cast<size_t>(parameters_shape[0]);
-    const size_t stop = words * static_cast<size_t>(block + 1) / static_cast<size_t>(n_static);
-    for (size_t at = words * static_cast<size_t>(block) / static_cast<size_t>(n_static) + static_cast<size_t>(thread_index) * 32; at < stop; at += 32 * 32 * SIMDGROUPS) {
-      prefetch(parameters + at);
-    }
+    const uint quads = static_cast<uint>(parameters_shape[0]) / 4u;
+    const uint each = quads / static_cast<uint>(n_static) + 1u;
+    const uint from = metal::min(each * static_cast<uint>(block), quads);
+    prefetch(parameters + static_cast<size_t>(from) * 4, (metal::min(from + each, quads) - from) * 16u, thread_index, 32 * SIMDGROUPS);
   }
 #endif
 
-  int head;
-  int kind = LIVE;
-  int unit;
-  int begin = 0;
-  int end;
-  int first_row = 0;
-  int rows = all_rows;
-  int sequence = 0;
-  int word = 0;
-  if (block >= 0) {
-    const uint4 entry = *reinterpret_cast<const device uint4*>(parameters + (p.n_kv_heads + block) * 4);
-    head = static_cast<int>(entry.x);
-    kind = static_cast<int>(entry.y);
-    end = static_cast<int>(entry.z);
-    word = static_cast<int>(entry.w);
-    unit = block;
-  } else {
-    const int at = block + live_blocks;
-    const int slice = at % p.slices;
-    head = at / p.slices % p.n_kv_heads;
-    sequence = at / p.slices / p.n_kv_heads;
-    const int each = (p.live + p.slices - 1) / p.slices;
-    begin = metal::min(p.live, slice * each);
-    end = metal::min(p.live, begin + each);
-    first_row = sequence * sequence_rows;
-    rows = sequence_rows;
-    unit = n_static + head * p.slices + slice;
-  }
-#ifdef ONE_LAUNCH
-  const uint4 mine = *reinterpret_cast<const device uint4*>(parameters + head * 4);
-#endif
-  const int tiles = tiles_of(rows);
-  if (round >= rounds_of(rows)) {
+  const int all_rows = batch * SEQUENCE_ROWS;
+  const int rows = block < 0 ? SEQUENCE_ROWS : all_rows;
+  const int tiles = block < 0 ? LIVE_TILES : TILES;
+  if (round >= rounds_of(rows, tiles)) {
     return;
   }
-
   Lane lane;
   const int tile_index = simdgroup % tiles;
   lane.part = metal::min(lane_index % LANES, PARTS - 1);
@@ -67,28 +44,56 @@
   const int tile_row = (round * tiles + tile_index) * TILE;
 
   Tile tile;
+  size_t at[TILE];  // of the query of the first KV head and sequence
   #pragma unroll
   for (int n = 0; n < TILE; ++n) {
-    const bool valid = tile_row + n < rows && lane_index % LANES < PARTS;
-    const int row = first_row + metal::min(tile_row + n, rows - 1);
-    const int within = row % sequence_rows;
-    const int token = within % p.length;
-    const size_t at = static_cast<size_t>(row / sequence_rows) * static_cast<size_t>(queries_strides[0])
-        + static_cast<size_t>(head * p.group + within / p.length) * static_cast<size_t>(queries_strides[1])
+    const int row = metal::min(tile_row + n, rows - 1);
+    const int token = row % LENGTH;
+    at[n] = static_cast<size_t>(row / SEQUENCE_ROWS) * static_cast<size_t>(queries_strides[0])
+        + static_cast<size_t>(row % SEQUENCE_ROWS / LENGTH) * static_cast<size_t>(queries_strides[1])
         + static_cast<size_t>(token) * static_cast<size_t>(queries_strides[2]);
-    Matrix query;
-    query.words = reinterpret_cast<const device uint*>(queries + at);
-    query.stride = 0;
-    query.scales = reinterpret_cast<const device half*>(parameters);
-    tile.raw[n] = Row<Element>::fetch(query, 0, lane.part);
-    tile.factor[n] = !valid ? 0.0f : (kind == NODES || kind == LIVE ? SCALE : 1.0f);
+    tile.end[n] = live - LENGTH + token + 1;
+    tile.sum[n] = 0.0f;
     #pragma unroll
     for (int i = 0; i < 8; ++i) {
       tile.out[n * 8 + i] = 0.0f;
     }
-    tile.top[n] = kind == NODES || kind == LIVE ? NEVER : 0.0f;
-    tile.sum[n] = 0.0f;
-    tile.end[n] = kind == LIVE ? metal::min(end, p.live - p.length + token + 1) : end;
+  }
+
+  int sequence = 0;
+  int begin = 0;
+  int end = static_cast<int>(entry.z);
+  int unit = block;
+  int head = static_cast<int>(entry.x);
+  if (block < 0) {
+    const int of = block + live_blocks;
+    const int slice = of % slices;
+    head = of / slices % N_KV_HEADS;
+    sequence = of / slices / N_KV_HEADS;
+    const int each = (live + slices - 1) / slices;
+    begin = metal::min(live, slice * each);
+    end = metal::min(live, begin + each);
+    unit = n_static + head * slices + slice;
+  }
+  const int kind = block < 0 ? LIVE : static_cast<int>(entry.y);
+  const int first_row = sequence * SEQUENCE_ROWS;
+#ifdef ONE_LAUNCH
+  const uint4 mine = *reinterpret_cast<const device uint4*>(parameters + head * 4);
+#endif
+  const bool scored = kind == NODES || kind == LIVE;
+  const device Element* of_head = queries + static_cast<size_t>(sequence) * static_cast<size_t>(queries_strides[0])
+      + static_cast<size_t>(head * QUERY_HEADS) * static_cast<size_t>(queries_strides[1]);
+  #pragma unroll
+  for (int n = 0; n < TILE; ++n) {
+    Matrix query;
+    query.words = reinterpret_cast<const device uint*>(of_head + at[n]);
+    query.stride = 0;
+    query.scales = reinterpret_cast<const device half*>(parameters);
+    tile.raw[n] = Row<Element>::fetch(query, 0, lane.part);
+    const bool valid = tile_row + n < rows && lane_index % LANES < PARTS;
+    tile.factor[n] = !valid ? 0.0f : (scored ? SCALE : 1.0f);
+    tile.top[n] = scored ? NEVER : 0.0f;
+    tile.end[n] = kind == LIVE ? metal::min(end, tile.end[n]) : end;
   }
 
   if (kind == LIVE) {
@@ -105,7 +110,7 @@
 #endif
     attend<Element, LIVE_FLIGHT>(tile, lane, key, value, reinterpret_cast<const device float*>(parameters), false, begin, end);
   }
-  const device uint* words = parameters + word;
+  const device uint* words = parameters + static_cast<size_t>(entry.w);
   if (HAS_NODES && kind == NODES) {
     const int each = matrix_words(end);
     attend<Weight, FLIGHT>(tile, lane, matrix_at(words, end), matrix_at(words + each, end), reinterpret_cast<const device float*>(words + 2 * each), true, 0, end);
@@ -145,7 +150,7 @@
   threadgroup float tile_top[SIMDGROUPS * TILE];
   threadgroup float tile_sum[SIMDGROUPS * TILE];
   device float4* vectors = reinterpret_cast<device float4*>(partials);
-  device float* numbers = partials + partial_slots(p, n_static) * HEAD_DIM;
+  device float* numbers = partials + partial_slots(all_rows, slices, n_static) * HEAD_DIM;
   #pragma unroll
   for (int start = 0; start < TILE; start += ROUND) {
     if (start > 0) {
@@ -174,22 +179,28 @@
       }
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    for (int at = thread_index; at < tiles * ROUND * VECTORS; at += 32 * SIMDGROUPS) {
-      const int v = at % VECTORS;
-      const int j = at / VECTORS % ROUND;
-      const int of = at / VECTORS / ROUND;
+    for (int item = thread_index; item < tiles * ROUND * VECTORS; item += 32 * SIMDGROUPS) {
+      const int v = item % VECTORS;
+      const int j = item / VECTORS % ROUND;
+      const int of = item / VECTORS / ROUND;
       const int row = (round * tiles + of) * TILE + start + j;
       if (start + j < TILE && row < rows) {
         float top = NEVER;
-        for (int s = of; s < SIMDGROUPS; s += tiles) {
-          top = metal::max(top, tile_top[s * TILE + start + j]);
+        #pragma unroll
+        for (int i = 0; i < SIMDGROUPS / LIVE_TILES; ++i) {
+          const int s = of + i * tiles;
+          top = s < SIMDGROUPS ? metal::max(top, tile_top[metal::min(s, SIMDGROUPS - 1) * TILE + start + j]) : top;
         }
         float sum = 0.0f;
         float4 out = zero4();
-        for (int s = of; s < SIMDGROUPS; s += tiles) {
-          const float weight = metal::fast::exp(tile_top[s * TILE + start + j] - top);
-          sum = metal::fma(weight, tile_sum[s * TILE + start + j], sum);
-          out = scaled_sum(weight, tile_out[(s * ROUND + j) * VECTORS + v], out);
+        #pragma unroll
+        for (int i = 0; i < SIMDGROUPS / LIVE_TILES; ++i) {
+          const int s = of + i * tiles;
+          if (s < SIMDGROUPS) {
+            const float weight = metal::fast::exp(tile_top[s * TILE + start + j] - top);
+            sum = metal::fma(weight, tile_sum[s * TILE + start + j], sum);
+            out = scaled_sum(weight, tile_out[(s * ROUND + j) * VECTORS + v], out);
+          }
         }
         const size_t slot = static_cast<size_t>(unit) * static_cast<size_t>(all_rows) + static_cast<size_t>(first_row + row);
         vectors[slot * VECTORS + static_cast<size_t>(v)] = out;
@@ -204,8 +215,8 @@
 #ifdef ONE_LAUNCH
   // The threadgroup that arrives last at a KV head merges its rows. Needs a memory fence between threadgroups, which CUDA has.
   threadgroup int is_last[1];
-  const int arrivals = static_cast<int>(mine.z - mine.x) * rounds_of(all_rows) + p.batch * p.slices * rounds_of(sequence_rows);
+  const int arrivals = static_cast<int>(mine.z - mine.x) * rounds_of(all_rows, TILES) + batch * slices * rounds_of(SEQUENCE_ROWS, LIVE_TILES);
   if (arrives_last(tickets + head, arrivals, thread_index, is_last)) {
-    merge_rows(p, mine, n_static, parameters, partials, output, tile_out, head, 0, all_rows, thread_index);
+    merge_rows(all_rows, slices, mine, n_static, parameters, partials, output, tile_out, head, 0, all_rows, thread_index);
   }
 #endif

@@ -84,25 +84,20 @@ def decode(
         inputs.append(left_padding)
     if packed.deep:
         inputs.append(activations(packed.deep, attention.group(queries, packed.n_kv_heads)))
-    if plan.one_launch:
+    if plan.merge is None:
         inputs.append(packed.tickets[next(_turn) % SLOTS])
-        return launch(plan.first, inputs, plan.grid, plan.shapes, plan.dtypes)[1]
-    (partials,) = launch(plan.first, inputs, plan.grid, plan.shapes[:1], plan.dtypes[:1])
-    inputs = [queries, keys, packed.words, partials]
-    return launch(plan.merge, inputs, plan.merge_grid, plan.shapes[1:], plan.dtypes[1:])[0]
+        return plan.first(inputs=inputs)[1]
+    (partials,) = plan.first(inputs=inputs)
+    return plan.merge(inputs=[queries, keys, packed.words, partials])[0]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a decode step of some shapes launches."""
+    """What a decode step of some shapes launches: one kernel, or one that leaves partial results and one that merges
+    them."""
 
     first: Kernel
-    merge: Kernel
-    grid: tuple[int, int, int]
-    merge_grid: tuple[int, int, int]
-    shapes: list[tuple[int, ...]]  # of the partial results and of the output
-    dtypes: list[mx.Dtype]
-    one_launch: bool
+    merge: Kernel | None
 
 
 def _plan(packed: Packed, queries: mx.array, keys: mx.array, padded: bool) -> Plan | None:
@@ -133,18 +128,17 @@ def _make_plan(
     if form.backend == "ops" or not fits or dtype != live_dtype or dtype not in _NAMES:
         return None
     rows = B * (H // K) * T
-    tile = tile_of(rows)
-    one_launch = form.slots > 0
-    variant = Variant(form.backend, _NAMES[dtype], form.storage, form.kind, D, form.scale, tile, padded)
+    variant = variant_for(form, rows, H // K, T, _NAMES[dtype], padded)
     threads = 32 * SIMDGROUPS
+    grid = (threads * (form.blocks + B * K * slices), -(-rows // (variant.tiles * variant.tile)), 1)
+    shapes = [((form.blocks + K * slices) * rows * (D + 2),), shape]  # of the partial results and of the output
+    dtypes = [mx.float32, dtype]
+    if form.slots:
+        return Plan(launcher(_build(variant, "fused"), grid, shapes, dtypes), None)
+    merge_grid = (threads * -(-rows // (SIMDGROUPS // variant.shares)), K, 1)
     return Plan(
-        first=_build(variant, "fused" if one_launch else "partial"),
-        merge=_build(variant, "merge"),
-        grid=(threads * (form.blocks + B * K * slices), -(-rows // (_tiles(rows, tile) * tile)), 1),
-        merge_grid=(threads * -(-rows // max(1, min(SIMDGROUPS, 1 << (rows - 1).bit_length()))), K, 1),
-        shapes=[((form.blocks + K * slices) * rows * (D + 2),), shape],
-        dtypes=[mx.float32, dtype],
-        one_launch=one_launch,
+        launcher(_build(variant, "partial"), grid, shapes[:1], dtypes[:1]),
+        launcher(_build(variant, "merge"), merge_grid, shapes[1:], dtypes[1:]),
     )
 
 
@@ -174,16 +168,12 @@ def compose_nodes(
     return both[0], both[1], mx.pad(p["bias"], [(0, 0), (0, keys.shape[2])])[None, :, None]
 
 
-def launch(
-    kernel: Kernel,
-    inputs: list[mx.array],
-    grid: tuple[int, int, int],
-    output_shapes: list[tuple[int, ...]],
-    output_dtypes: list[mx.Dtype],
-) -> list[mx.array]:
-    """One launch; the tests put a simulator here."""
-    return kernel(
-        inputs=inputs,
+def launcher(
+    kernel: Kernel, grid: tuple[int, int, int], output_shapes: list[tuple[int, ...]], output_dtypes: list[mx.Dtype]
+) -> Kernel:
+    """The kernel with all but its inputs given; the tests put a simulator here."""
+    return functools.partial(
+        kernel,
         grid=grid,
         threadgroup=(32 * SIMDGROUPS, 1, 1),
         output_shapes=output_shapes,
@@ -195,13 +185,28 @@ _turn = count()
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-def tile_of(rows: int) -> int:
-    """Query rows that one simdgroup holds: at most four, as even as the simdgroups side by side allow."""
-    return -(-rows // _tiles(rows, 4)) if rows < 4 * SIMDGROUPS else 4
+def variant_for(form: Form, rows: int, group: int, length: int, element: str, padded: bool) -> "Variant":
+    """The text for so many query rows of a KV head in all sequences. A simdgroup holds at most four, as even as the
+    simdgroups side by side allow."""
+    tile = -(-rows // _tiles(rows, 4)) if rows < 4 * SIMDGROUPS else 4
+    return Variant(
+        backend=form.backend,
+        element=element,
+        storage=form.storage,
+        kind=form.kind,
+        head_dim=form.head_dim,
+        scale=form.scale,
+        n_kv_heads=form.n_kv_heads,
+        group=group,
+        length=length,
+        tile=tile,
+        tiles=_tiles(rows, tile),
+        padded=padded,
+    )
 
 
 def _tiles(rows: int, tile: int) -> int:
-    """`tiles_of` in metal/decode.metal."""
+    """Simdgroups side by side that hold different query rows: a power of two."""
     tiles = 1
     while tiles < SIMDGROUPS and tiles * tile < rows:
         tiles *= 2
@@ -218,8 +223,17 @@ class Variant:
     kind: str
     head_dim: int
     scale: float
+    n_kv_heads: int
+    group: int  # query heads of a KV head
+    length: int  # query tokens
     tile: int  # query rows a simdgroup holds
+    tiles: int  # simdgroups that hold different rows
     padded: bool
+
+    @property
+    def shares(self) -> int:
+        """Simdgroups that share the merge of a row: a power of two."""
+        return SIMDGROUPS // _tiles(self.tile, 1) if self.tiles == 1 else 1
 
     def text(self, stage: str) -> tuple[str, str]:
         """The kernel's header and body in Metal. stage: "partial" and "merge", or "fused", which is both."""
@@ -235,7 +249,13 @@ class Variant:
             "ROW_WORDS": self.head_dim * bits // 32,
             "GROUP": group_size(self.head_dim),
             "ROW_SCALES": self.head_dim // group_size(self.head_dim) if quantised else 0,
+            "N_KV_HEADS": self.n_kv_heads,
+            "QUERY_HEADS": self.group,
+            "LENGTH": self.length,
             "TILE": self.tile,
+            "TILES": self.tiles,
+            "LIVE_TILES": _tiles(self.group * self.length, self.tile),
+            "SHARES": self.shares,
             "ROUND": max(1, min(self.tile, 4096 // (SIMDGROUPS * self.head_dim))),
             "SIMDGROUPS": SIMDGROUPS,
             "FLIGHT": FLIGHT[self.backend][bits] // halved,
@@ -250,7 +270,8 @@ class Variant:
             "READS": stage != "merge",
             "MERGES": stage != "partial",
             "ONE_LAUNCH": stage == "fused",
-            "PREFETCH": self.backend == "cuda" and stage != "merge",
+            "HINTS": self.backend == "cuda",  # for the cache
+            "NO_HINTS": self.backend != "cuda",
             "UNITS": self.kind != "quadrature",
             "GATED_UNITS": self.kind == "corrected",
             "NETWORKS": self.kind == "mlp",
@@ -287,8 +308,8 @@ def _build(variant: Variant, stage: str) -> Kernel:
         inputs = ["queries", "keys", "values", "parameters"]
         inputs += ["left_padding"] * variant.padded + ["activations"] * (variant.kind == "deep")
         inputs += ["tickets"] * (stage == "fused")
-    name = "_".join(str(x) for x in ("nectar", stage, *vars(variant).values())).replace(".", "p").replace("-", "m")
     header, body = variant.text(stage)
+    name = f"nectar_{stage}_{hashlib.sha256((header + body).encode()).hexdigest()[:12]}"
     make: Any = mx.fast.metal_kernel
     if variant.backend == "cuda":
         make = mx.fast.cuda_kernel

@@ -14,7 +14,7 @@ it is quantised, the rows' float16 scales behind it.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import mlx.core as mx
@@ -63,6 +63,12 @@ class Packed:
     @property
     def n_kv_heads(self) -> int:
         return self.form.n_kv_heads
+
+    def copy(self) -> "Packed":
+        """The same in memory of its own."""
+        words, tickets = self.words + mx.array(0, mx.uint32), [t + mx.array(0, mx.int32) for t in self.tickets]
+        mx.eval(words, tickets, self.deep)
+        return replace(self, words=words, tickets=tickets, plans={})
 
     @property
     def nbytes(self) -> int:
@@ -115,7 +121,7 @@ def pack(
 
     dtype: of the matrices with bits = 16, which means "not quantised"; by default the parameters' own. bits 8 and 4
     quantise as `quantize` does, and reproduce what had those bits before. heads: the heads' parameters, unpadded,
-    instead of the bank's own; matrices may be `Quantized` already. blocks: threadgroups to cut a layer into, about.
+    instead of the bank's own; matrices may be `Quantized` already. blocks: threadgroups to cut a layer into.
     backend: where it will be read. one_launch: keep the counters that merging in one launch needs.
     Raises NectarError for a kind or head_dim that the kernel does not know.
     """
@@ -127,11 +133,7 @@ def pack(
     offset = deep["target.b_in"].shape[1] if deep else 0
     work = [_WORK[bank.kind](_Reader(head, storage, offset)) for head in heads]
     words, n = _layout([w for w, _ in work], [c for _, c in work], blocks)
-    host = mx.array(words)
-    counters = [mx.array(np.zeros(len(heads), np.int32)) for _ in range(SLOTS * one_launch)]
-    # Results of a computation lie in the device's memory; on CUDA what numpy hands over does not.
-    placed, tickets = host + mx.array(0, mx.uint32), [c + mx.array(0, mx.int32) for c in counters]
-    mx.eval(placed, tickets, deep)
+    tickets = [mx.array(np.zeros(len(heads), np.int32)) for _ in range(SLOTS * one_launch)]
     form = Form(
         kind="deep" if deep else bank.kind,
         storage=storage,
@@ -142,7 +144,8 @@ def pack(
         slots=len(tickets),
         backend=backend,
     )
-    return Packed(words=placed, form=form, deep=deep, tickets=tickets)
+    # Results of a computation lie in the device's memory; on CUDA what numpy hands over does not.
+    return Packed(words=mx.array(words), form=form, deep=deep, tickets=tickets).copy()
 
 
 def _name(dtype: mx.Dtype) -> str:
@@ -224,8 +227,7 @@ def _deep(bank: TargetScore, dtype: mx.Dtype) -> HeadArrays:
 
 def _layout(work: Sequence[Sequence[_Work]], constants: Sequence[Any], blocks: int) -> tuple[Words, int]:
     """All heads' work -> the buffer and the number of blocks."""
-    total = sum(w.row_bytes * len(w.scalars) for head in work for w in head)
-    share = max(total / blocks, 1)
+    flat = [w for head in work for w in head]
     heads: list[tuple[int, ...]] = []
     plan: list[tuple[int, ...]] = []
     spans: list[Words] = []
@@ -238,13 +240,13 @@ def _layout(work: Sequence[Sequence[_Work]], constants: Sequence[Any], blocks: i
         at += sum(len(p) for p in parts)
         return start
 
+    pieces = iter(_pieces([w.row_bytes * len(w.scalars) for w in flat], [len(w.scalars) for w in flat], blocks))
     for k, head in enumerate(work):
         first = nodes = len(plan)
         for w in head:
-            rows = len(w.scalars)
-            pieces = max(round(w.row_bytes * rows / share), 1) if rows else 0
-            for i in range(min(pieces, rows)):
-                start, stop = rows * i // min(pieces, rows), rows * (i + 1) // min(pieces, rows)
+            rows, cut = len(w.scalars), next(pieces)
+            for i in range(cut):
+                start, stop = rows * i // cut, rows * (i + 1) // cut
                 plan.append((k, w.kind, stop - start, place(w.span(start, stop))))
             nodes = len(plan) if w.kind == NODES else nodes
         heads.append((first, nodes, len(plan), place([_words(constants[k])])))
@@ -253,6 +255,16 @@ def _layout(work: Sequence[Sequence[_Work]], constants: Sequence[Any], blocks: i
     table[:, 3] += base
     padding = np.zeros(4, np.uint32)  # Metal: a buffer of at least eight values stays in the device address space
     return np.concatenate([table.reshape(-1), *spans, padding]), len(plan)
+
+
+def _pieces(nbytes: Sequence[int], rows: Sequence[int], blocks: int) -> list[int]:
+    """How many blocks each piece of work is cut into: `blocks` in all where there are rows enough, the largest block
+    as small as can be."""
+    pieces = [min(1, n) for n in rows]
+    for _ in range(blocks - sum(pieces)):
+        largest = max(range(len(rows)), key=lambda i: nbytes[i] / pieces[i] if pieces[i] < rows[i] else 0)
+        pieces[largest] += pieces[largest] < rows[largest]
+    return pieces
 
 
 def _words(x: Any) -> Words:

@@ -11,7 +11,7 @@ import pytest
 from nectar_mlx import kernels
 from nectar_mlx.errors import NectarError
 from nectar_mlx.heads import Corrected, Exact, Quadrature, TargetScore
-from nectar_mlx.packing import DTYPES, pack, requantize
+from nectar_mlx.packing import DTYPES, Form, pack, requantize
 from nectar_mlx.quantize import dequantize, quantize
 
 sys.path.insert(0, str(Path(__file__).parent / "metal"))
@@ -108,7 +108,8 @@ class Case:
         bank = BANKS[kind].stack(self.heads, scale=self.scale)
         bits = int(storage[3:]) if storage.startswith("int") else 16
         dtype = mx.float16 if bits < 16 else DTYPES[storage]
-        self.packed = pack(bank, dtype=dtype, bits=bits, heads=stored, blocks=blocks, backend=BACKEND, one_launch=fused)
+        backend = "cuda" if fused else BACKEND
+        self.packed = pack(bank, dtype=dtype, bits=bits, heads=stored, blocks=blocks, backend=backend, one_launch=fused)
         K = len(sizes)
         self.queries = normal(batch, length, K * group, head_dim).swapaxes(1, 2) * spread
         self.keys = normal(batch, K, live + 7, head_dim)[:, :, 2 : live + 2]
@@ -116,6 +117,7 @@ class Case:
 
     def run(self):
         padding = None if self.padding is None else mx.array(self.padding, mx.int32)
+        self.packed.plans.clear()  # of another simulator
         return kernels.decode(self.packed, self.queries, self.keys, self.values, left_padding=padding)
 
     def error(self):
@@ -127,12 +129,17 @@ class Case:
 
 @pytest.fixture
 def simulate(monkeypatch):
-    """simulate(...) -> the Simulator that runs every launch from here on."""
+    """simulate(...) -> the Simulator that runs every launch from here on.
+
+    What CUDA would be given is generated as Metal too: the same text, address spaces not yet taken out.
+    """
     monkeypatch.setenv("NECTAR_KERNEL", "metal")
+    monkeypatch.setattr(mx.fast, "cuda_kernel", mx.fast.metal_kernel)
+    monkeypatch.setattr(kernels, "_cuda", lambda header, body: (header, body))
 
     def start(**options):
         simulator = Simulator(**{"mode": MODE, **options})
-        monkeypatch.setattr(kernels, "launch", simulator.launch)
+        monkeypatch.setattr(kernels, "launcher", simulator.launcher)
         kernels._build.cache_clear()
         return simulator
 
@@ -267,17 +274,17 @@ PLANTED = [
     ("rows past the end are read", "min(base + u * lane.step + lane.first, end - 1)", "min(base + u * lane.step + lane.first, end)"),
     ("rows past the end count", "row < tile.end[n] ?|seen ?", "true ?"),
     ("units past the end count", "h = valid ? h : 0.0f;", ""),
-    ("not causal", "p.live - p.length + token + 1", "p.live"),
+    ("not causal", "live - LENGTH + token + 1", "live"),
     ("another KV head", "static_cast<size_t>(head) * static_cast<size_t>(keys_strides[1])", "static_cast<size_t>(0)"),
     ("a row sum lacks a step", "step > 0; step /= 2", "step > 1; step /= 2"),
     ("lane groups are not merged", "for (int step = LANES; step < 32; step *= 2)", "for (int step = LANES; step < 16; step *= 2)"),
     ("columns out of place", "8 * (v % PARTS) + 4 * (v / PARTS)", "4 * v"),
-    ("the correction of L is lost", "node_log + correction + b_score", "node_log + b_score"),
+    ("the correction of L is lost", "+ found[2] + b_score", "+ b_score"),
     ("the bias of another row", "bias[row]", "bias[0]"),
     (
         "a simdgroup barrier that not all reach",
-        "const float top = metal::max(far_log, live_log);",
-        "if (lane == 3) simdgroup_barrier(mem_flags::mem_none); const float top = metal::max(far_log, live_log);",
+        "const float top = metal::max(far_top, live_top);",
+        "if (lane == 3) simdgroup_barrier(mem_flags::mem_none); const float top = metal::max(far_top, live_top);",
     ),
     ("a threadgroup array is too short", "tile_out[SIMDGROUPS * ROUND * VECTORS]", "tile_out[SIMDGROUPS * ROUND * VECTORS - 1]"),
     ("more threadgroup memory than there is", "tile_out[SIMDGROUPS * ROUND * VECTORS]", "tile_out[SIMDGROUPS * ROUND * VECTORS * 4]"),
@@ -303,6 +310,15 @@ def test_planted_bugs_are_caught(simulate, what, good, bad):
 
     assert caught(case, simulate, plant, modes=("asan",)), what
     assert any(found), "the text has changed: plant the bug elsewhere"
+
+
+@pytest.mark.skipif("asan" not in harness.modes(), reason="needs clang with AddressSanitizer")
+def test_prefetching_past_the_parameters_is_caught(simulate):
+    case = Case(sizes=((20,), (5,)), blocks=12, fused=True)
+    check(case, simulate)
+    assert caught(
+        case, simulate, lambda text: text.replace("metal::min(from + each, quads) - from", "each"), modes=("asan",)
+    )
 
 
 def texts(simulate, **options):
@@ -467,7 +483,8 @@ def test_packing_quantises_as_the_file_does():
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("head_dim", [64, 80])
 def test_packing_what_was_quantised_before_changes_nothing(bits, head_dim):
-    x = mx.random.normal((200, head_dim)) * mx.exp(mx.random.normal((200, 1)) * 3)
+    spread = mx.exp(mx.clip(mx.random.normal((200, 1)), -3, 3) * 3)  # beyond it float16 scales end
+    x = mx.random.normal((200, head_dim)) * spread
     x[3] = 0
     x[4, :40] = 0
     once = dequantize(quantize(x, bits=bits), bits=bits)
@@ -504,7 +521,8 @@ def test_cuda_text_has_no_metal_left(monkeypatch, tmp_path, kind):
     made = {}
     monkeypatch.setattr(mx.fast, "cuda_kernel", lambda **options: made.update(options))
     kernels._build.cache_clear()
-    kernels._build(kernels.Variant("cuda", "bfloat16", "int4", kind, 128, 0.1, 2, False), "fused")
+    form = Form(kind=kind, storage="int4", n_kv_heads=8, head_dim=128, scale=0.1, blocks=124, slots=64, backend="cuda")
+    kernels._build(kernels.variant_for(form, 2, 2, 1, "bfloat16", False), "fused")
     kernels._build.cache_clear()
     files = [Path(p) for part in ("header", "source") for p in re.findall(r'#include "(.+)"', made[part])]
     assert len(files) == 2

@@ -99,12 +99,10 @@ def measure(shape, nodes, units, storage, live=64, layers=28, blocks=124, parts=
     bits = {"int8": 8, "int4": 4}.get(storage, 16)
     packed = packing.pack(bank, dtype=mx.bfloat16, bits=bits, blocks=blocks, backend="cuda")
     rows = shape.batch * shape.n_heads // shape.n_kv_heads
-    tile = kernels.tile_of(rows)
-    form = packed.form
-    variant = kernels.Variant("cuda", "bfloat16", form.storage, form.kind, shape.head_dim, form.scale, tile, False)
+    variant = kernels.variant_for(packed.form, rows, rows // shape.batch, 1, "bfloat16", False)
     data = [Layer(packed, shape, mx.bfloat16, live) for _ in range(layers)]
     threads = 32 * kernels.SIMDGROUPS
-    rounds = -(-rows // (kernels._tiles(rows, tile) * tile))
+    rounds = -(-rows // (variant.tiles * variant.tile))
     fused = module(variant, "fused")
     if parts:
         partial, merge = module(variant, "partial"), module(variant, "merge")
@@ -121,7 +119,7 @@ def measure(shape, nodes, units, storage, live=64, layers=28, blocks=124, parts=
     def two():
         for x in data:
             partial((x.blocks, rounds), (threads,), (x.queries, x.keys, x.values, x.words, x.partials, *x.shapes))
-            grid = (-(-x.rows // min(kernels.SIMDGROUPS, 1 << (x.rows - 1).bit_length())), shape.n_kv_heads)
+            grid = (-(-x.rows // (kernels.SIMDGROUPS // variant.shares)), shape.n_kv_heads)
             merge(grid, (threads,), (x.queries, x.keys, x.words, x.partials, x.output, *x.shapes))
 
     read = cupy.RawKernel(_PLAIN_READ, "plain_read")

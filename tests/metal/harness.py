@@ -1,9 +1,9 @@
 """Runs the Metal kernels on a CPU.
 
-`Simulator.launch` takes the place of `kernels.launch`: it has MLX generate the very text that it would hand to Metal
-(recorded through `mx.export_function`, which needs no Metal), compiles that with vocabulary.h for the CPU, runs it with
-every thread as a fiber (simulator.cpp) and returns its outputs. Buffers have exactly their size, gaps between strided
-rows hold NaN.
+`Simulator.launcher` takes the place of `kernels.launcher`: it has MLX generate the very text that it would hand to
+Metal (recorded through `mx.export_function`, which needs no Metal), compiles that with vocabulary.h for the CPU, runs
+it with every thread as a fiber (simulator.cpp) and returns its outputs. Buffers have exactly their size, gaps between
+strided rows hold NaN.
 """
 
 import hashlib
@@ -218,6 +218,9 @@ class Simulator:
 
     def __post_init__(self) -> None:
         self.texts: list[str] = []
+
+    def launcher(self, kernel, *call):  # type: ignore[no-untyped-def]
+        return lambda *, inputs: self.launch(kernel, inputs, *call)
 
     def launch(self, kernel, inputs, grid, output_shapes, output_dtypes):  # type: ignore[no-untyped-def]
         call = {"output_shapes": output_shapes, "output_dtypes": output_dtypes}

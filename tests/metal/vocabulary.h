@@ -83,6 +83,7 @@ METAL_FUNC float max(float a, float b) { return a < b ? b : a; }
 METAL_FUNC float min(float a, float b) { return b < a ? b : a; }
 METAL_FUNC int max(int a, int b) { return a < b ? b : a; }
 METAL_FUNC int min(int a, int b) { return b < a ? b : a; }
+METAL_FUNC uint32_t min(uint32_t a, uint32_t b) { return b < a ? b : a; }
 namespace fast {
 METAL_FUNC float exp(float x) { return __builtin_expf(x); }
 }
@@ -136,6 +137,13 @@ inline bool arrives_last(const int32_t* ticket, int arrivals, int thread_index, 
   }
   simulator::threadgroup_barrier(simulator::Where{where.file, where.line + 100000});
   return is_last[0] != 0;
+}
+
+// What metal/cuda.h adds: hints for the cache. AddressSanitizer watches that the bytes asked for exist.
+inline uint4 load_kept(const uint4* at) { return *at; }
+inline void prefetch(const uint32_t* from, uint32_t bytes, int thread_index, int threads) {
+  const volatile unsigned char* at = reinterpret_cast<const unsigned char*>(from);
+  for (uint32_t i = static_cast<uint32_t>(thread_index); i < bytes; i += static_cast<uint32_t>(threads)) static_cast<void>(at[i]);
 }
 
 // Address spaces mean nothing here (check.h types them). Definitions of threadgroup arrays are rewritten to this by harness.py.
