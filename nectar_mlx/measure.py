@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from mlx_lm.models.base import quantized_scaled_dot_product_attention
 from mlx_lm.models.cache import KVCache, QuantizedKVCache
 
 from . import adapter, attention, kernels
-from .heads import Bank, Corrected, Quadrature
+from .heads import Bank, Corrected, Quadrature, Size, TargetScore
 from .packing import Stored
 from .quantize import Quantized, dequantize, quantize
 
@@ -78,12 +78,21 @@ SHAPES = {
 
 def random_bank(shape: Shape, nodes: int, units: int = 0, *, seed: int = 0) -> Bank:
     """Heads of `nodes` nodes on average (in turn 2/5 and 8/5 of it), and of `units` gated hidden units each."""
-    kind = Corrected if units else Quadrature
+    sizes = [(nodes * (2 if k % 2 else 8) // 5, *[units] * (units > 0)) for k in range(shape.n_kv_heads)]
+    return _random(Corrected if units else Quadrature, sizes, shape, seed)
+
+
+def random_networks(shape: Shape, units: int, layers: int, *, seed: int = 0) -> Bank:
+    """Target networks of `units` hidden units a layer (in turn 2/5 and 8/5 of it), score networks of a third."""
+    each = [units * (2 if k % 2 else 8) // 5 for k in range(shape.n_kv_heads)]
+    return _random(TargetScore, [(n, layers, -(-n // 3), layers) for n in each], shape, seed)
+
+
+def _random(kind: type[Bank], sizes: Sequence[Size], shape: Shape, seed: int) -> Bank:
     rng = np.random.default_rng(seed)
     heads = []
-    for k in range(shape.n_kv_heads):
-        size = (nodes * (2 if k % 2 else 8) // 5, units)
-        shapes = kind.shapes(size if units else size[:1], shape.head_dim)
+    for size in sizes:
+        shapes = kind.shapes(size, shape.head_dim)
         spread = {n: 1.0 if n in ("keys", "values", "bias") else 0.1 for n in shapes}
         heads.append({n: mx.array((rng.standard_normal(s) * spread[n]).astype(np.float32)) for n, s in shapes.items()})
     return kind.stack(heads, scale=shape.scale)
@@ -114,12 +123,12 @@ class Keeper:
         return queries
 
     def model_step(self, model: nn.Module, tokens: mx.array) -> mx.array:
+        """The likeliest next tokens [B, 1]. Every step is the same step: what it adds, the next one overwrites."""
         before = [c.offset for c in self.caches]
         logits: mx.array = model(tokens, cache=self.caches)
-        mx.eval(logits)
         for cache, offset in zip(self.caches, before, strict=True):
-            cache.offset = offset  # every step is the same step
-        return logits
+            cache.offset = offset
+        return logits[:, -1].argmax(-1, keepdims=True).astype(mx.int32)
 
     def random(self, tokens: int) -> mx.array:
         shape = (self.shape.batch, self.shape.n_kv_heads, tokens, self.shape.head_dim)
@@ -172,10 +181,11 @@ class Fused(Keeper):
 
     def __init__(self, shape: Shape, context: int, live: int):
         self.bank = random_bank(shape, self.nodes)
+        self.packed = kernels.pack(self.bank, dtype=DTYPE, bits=self.bits)
         super().__init__(shape, context, live)
 
     def cache(self, context: int) -> "FittedCache":
-        cache = FittedCache(self.bank, self.bits)
+        cache = FittedCache(self.bank, self.packed.copy())  # every layer reads memory of its own
         cache.keys, cache.values = self.random(ROOM), self.random(ROOM)
         cache.offset = self.live
         return cache
@@ -198,10 +208,9 @@ class Fused8(Fused):
 class FittedCache(KVCache):
     """Live keys and values; attention comes from the kernel, or from stock operations where there is none."""
 
-    def __init__(self, bank: Bank, bits: int):
+    def __init__(self, bank: Bank, packed: kernels.Packed):
         super().__init__()  # type: ignore[no-untyped-call]
-        self.bank = bank
-        self.packed = kernels.pack(bank, dtype=DTYPE, bits=bits)
+        self.bank, self.packed = bank, packed
 
     def attend(
         self, queries: mx.array, keys: mx.array, values: mx.array, *, scale: float, mask: Any = None
@@ -270,6 +279,25 @@ def timed(work: Callable[[], mx.array | list[mx.array]], *, repeats: int = 20, w
     return statistics.median(seconds)
 
 
+def queued(step: Callable[[mx.array], mx.array], given: mx.array, *, repeats: int = 20, warm: int = 3) -> float:
+    """Median seconds a step when the next one is queued before this one is waited for, as mlx-lm's loop does.
+
+    A step takes what the one before it returns, the first one `given`.
+    """
+    now = step(given)
+    mx.async_eval(now)
+    seconds = []
+    for _ in range(warm + repeats):
+        start = time.perf_counter()
+        following = step(now)
+        mx.async_eval(following)
+        mx.eval(now)
+        now = following
+        seconds.append(time.perf_counter() - start)
+    mx.eval(now)
+    return statistics.median(seconds[warm:])
+
+
 def bandwidth() -> float:
     """Bytes a second of a large copy, read and written."""
     on_cpu = mx.default_device() == mx.cpu
@@ -296,14 +324,17 @@ def oracle(bank: Bank, queries: mx.array, keys: mx.array, values: mx.array) -> m
 
 
 def stored(bank: Bank, dtype: mx.Dtype, bits: int) -> tuple[Bank, list[Stored]]:
-    """(the bank with the values that `dtype`, or `bits` < 16, keeps; its heads as they are kept)."""
+    """(the bank with the values that `dtype`, or `bits` < 16, keeps; its heads as they are kept).
+
+    Quantised are the matrices whose rows are as wide as a query: what the kernel reads.
+    """
     heads: list[Stored] = []
     values = []
     for head in bank.unstack():
         kept: Stored = {}
         for name, x in head.items():
-            matrix = x.ndim == 2
-            kept[name] = quantize(x, bits=bits) if matrix and bits < 16 else x.astype(dtype if matrix else mx.float32)
+            quantised = bits < 16 and x.ndim == 2 and x.shape[1] == bank.head_dim
+            kept[name] = quantize(x, bits=bits) if quantised else x.astype(dtype if x.ndim == 2 else mx.float32)
         heads.append(kept)
         values.append({n: dequantize(x, bits=bits) if isinstance(x, Quantized) else x for n, x in kept.items()})
     return type(bank).stack(values, scale=bank.scale), heads

@@ -1,11 +1,12 @@
 """The commands of `bench` on a toy shape, and the arithmetic of the roofline."""
 
 import json
+from dataclasses import replace
 
 import mlx.core as mx
 import pytest
 
-from nectar_mlx import bench, kernels, measure, roofline
+from nectar_mlx import bench, kernels, measure, measure_fit, roofline
 
 TOY = ["decode", "--shape", "toy", "--contexts", "1k,2k"]
 
@@ -53,6 +54,45 @@ def test_decode_plots(tmp_path):
     assert (tmp_path / "a.png").stat().st_size > 1000
 
 
+FIT = ["fit", "--shape", "toy", "--layers", "1", "--contexts", "200,300", "--queries", "300", "--steps", "3"]
+
+
+def test_fit_reports_every_stage_at_every_context(capsys, monkeypatch):
+    real = measure_fit.measured
+    monkeypatch.setattr(measure_fit, "measured", lambda m, s, n, config: real(m, s, n, replace(config, **SHORT)))
+    assert bench.main([*FIT, "--budget", "0.2", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    rows = result["rows"]
+    assert [(row["context"], row["stage"]) for row in rows] == [(n, s) for n in (200, 300) for s in measure_fit.STAGES]
+    for context in (200, 300):
+        assert sum(row["share"] for row in rows if row["context"] == context) == pytest.approx(1)
+    assert all(row["seconds"] > 0 for row in rows if row["stage"] != "capture")
+    assert all(
+        row["peak_memory"] > measure.SHAPES["toy"].vocabulary * 128 * 2 for row in rows
+    )  # the embedding at least
+    assert (result["layers"], result["queries"], result["steps"]) == (1, 300, 3)
+
+
+SHORT = {"conversations": 2, "answer_tokens": 4, "scout_steps": 2}
+
+
+def test_fit_as_a_table_and_a_plot(capsys, monkeypatch, tmp_path):
+    pytest.importorskip("matplotlib")
+    stages = measure_fit.Stages(dict.fromkeys(measure_fit.STAGES, 2.0), dict.fromkeys(measure_fit.STAGES, 10**9))
+    monkeypatch.setattr(measure_fit, "measured", lambda *_: stages)
+    assert bench.main([*FIT, "--plot", str(tmp_path / "a.png")]) == 0
+    lines = capsys.readouterr().out.strip().splitlines()
+    assert lines[4] == "| 200 | prefill | 2.00 | 25% | 1.00 |"
+    assert len(lines) == 2 + 2 + 2 * len(measure_fit.STAGES)
+    assert (tmp_path / "a.png").stat().st_size > 1000
+
+
+def test_fit_leaves_out_what_does_not_fit(capsys, monkeypatch):
+    monkeypatch.setattr(measure, "memory", lambda: 1 << 10)
+    assert bench.main(FIT) == 2
+    assert "ask for fewer tokens" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -61,6 +101,8 @@ def test_decode_plots(tmp_path):
         (["decode", "--shape", "toy", "--contexts", "0"], "--contexts 0"),
         ([*TOY, "--live", "0"], "--live"),
         ([*TOY, "--batch", "-1"], "--batch"),
+        ([*FIT, "--steps", "0"], "--steps 0: at least 1"),
+        ([*FIT, "--budget", "3"], "budget of 3"),
         (["fly"], "invalid choice"),
     ],
 )
