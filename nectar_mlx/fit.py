@@ -8,9 +8,13 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from . import cli, store
 from .errors import NectarError
+
+if TYPE_CHECKING:
+    from .nectar import Nectar
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,7 +31,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--kind",
         default="auto",
-        help="auto, quadrature, mlp, corrected, exact, or with exact keys beside: retrieval+nectar, completion, retrieval",
+        help="auto, quadrature, mlp, corrected, exact; with exact keys beside: retrieval+nectar, completion, retrieval",
     )
     parser.add_argument("--bits", type=int, default=8, help="of a stored matrix entry: 16, 8 or 4 (8)")
     parser.add_argument("--queries", type=int, metavar="N", help="captured a head (60000 on a GPU, 20000 on a CPU)")
@@ -90,11 +94,17 @@ def _work(arguments: argparse.Namespace) -> None:
     size, whole = output.stat().st_size, nectar.cache_nbytes
     cli.say(
         f"{output}: {size / 1e6:.2f} MB stand for {len(nectar.prefix):,} tokens ({whole / 1e6:.1f} MB of KV cache, "
-        f"{whole / size:.0f} x), {sum(nectar.report['seconds'].values()):.0f} s"
+        f"{whole / size:.0f} x), {sum(nectar.report['seconds'].values()):.0f} s{_way(nectar)}"
     )
     if arguments.json:
         told = {"output": str(output), "bytes": size, "cache_bytes": whole, "tokens": len(nectar.prefix)}
         print(json.dumps(told | nectar.report))
+
+
+def _way(nectar: "Nectar") -> str:
+    """What of the way it was fitted a user may not expect."""
+    told = ", layer by layer" if nectar.report.get("layerwise") else ""
+    return told + (f", in {len(nectar.chunks)} chunks" if nectar.chunks else "")
 
 
 def _default_output(context: Sequence[str]) -> Path:

@@ -2,6 +2,8 @@
 
 read the text once -> converse about it, capturing queries and exact attention -> decide each head's budget
 -> start every head from Attention Matching at its own budget -> regress -> quantise -> report
+
+Where the keys and values of the whole text would not fit, or the text the model's window: chunks.py.
 """
 
 from collections.abc import Sequence

@@ -5,7 +5,8 @@
 
 Memory is then the hidden states of all tokens, one layer's keys and values and its training rows. The conversations
 are not those that the full context would have brought about, but the attention that heads are fitted to is the full
-context's own: the divergence is about a quarter larger than when answers are sampled with everything in view.
+context's own: in a prototype the divergence was a quarter larger than with everything in view, here no larger yet
+(docs/log.md).
 """
 
 import itertools
@@ -67,21 +68,19 @@ class LayerwiseFitter:
         )
         checkpoint.claim(asdict(config), prefix)
 
-    # ---- conversations
-
     def converse(self) -> None:
         """Samples conversations until every head has its rows, about passages spread evenly over the text."""
-        studies = self._study, self._held_out
+        studies = (False, self._study), (True, self._held_out)
         self.conversations = self.checkpoint.load_studies({})
         with self.progress("conversing about it", self.config.queries) as done:
             try:
-                while any(self._rows(kept) < study.capacity for kept, study in enumerate(studies)):
+                while any(self._rows(held_out) < study.capacity for held_out, study in studies):
                     self.conversations += self._ask_about(self._passage(len(self.conversations) // _TOGETHER))
                     done(self._rows(False))
             finally:
                 self.checkpoint.save_studies({}, self.conversations)
 
-    def _rows(self, held_out: bool | int) -> int:
+    def _rows(self, held_out: bool) -> int:
         """Rows a head that the conversations so far, those held out or the others, will give."""
         group = self.geometry.n_heads // self.geometry.n_kv_heads
         return group * sum(len(c.prompt) + len(c.answer) - 1 for c in self.conversations if c.held_out == held_out)
@@ -116,8 +115,6 @@ class LayerwiseFitter:
         mx.clear_cache()
         return batch
 
-    # ---- budgets
-
     def sizes(self, nbytes: float) -> list[Size]:
         """Every head's size, by the errors of a short uniform fit to an excerpt of the text, as long as is quick.
 
@@ -136,8 +133,6 @@ class LayerwiseFitter:
             sizes = allocate(errors, nbytes, layout=self.layout, config=self.config, n=n)
             self.checkpoint.save_sizes(sizes)
         return sizes
-
-    # ---- layers
 
     def regress(self, sizes: Sequence[Size]) -> tuple[list[HeadArrays], list[float]]:
         """All heads, trained at their own sizes, and the error of each on held-out rows."""
@@ -222,8 +217,6 @@ class LayerwiseFitter:
             longest = max(len(row) for row in rows)
             tokens = mx.array([row + [0] * (longest - len(row)) for row in rows])
             yield tokens, np.array([[place < len(row) - 1 for place in range(longest)] for row in rows])
-
-    # ---- report
 
     @property
     def rows(self) -> int:

@@ -209,7 +209,8 @@ def test_the_command(tokenizer, tmp_path, capsys):
     arguments = ["--model", str(tmp_path / "model"), "--context", str(tmp_path / "book.txt"), "--budget", "0.5"]
     small = ["--queries", "300", "--steps", "5", "--context-tokens", "200", "--layerwise", "--json"]
     assert fit.main([*arguments, *small, "--output", str(tmp_path / "out.nectar")]) == 0
-    assert json.loads(capsys.readouterr().out)["layerwise"]
+    told = capsys.readouterr()
+    assert json.loads(told.out)["layerwise"] and told.err.strip().endswith("s, layer by layer")
     assert fit.main([*arguments, "--prefill", "some", "--output", str(tmp_path / "no.nectar")]) == 2
     assert "dense or fixed" in capsys.readouterr().err
 
