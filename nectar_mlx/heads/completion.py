@@ -24,8 +24,7 @@ _ROOM = 1 << 22  # features of retrieved keys at a time
 
 
 class Completion(Residual):
-    """w_query, w_key, means = S / u [F, D], b_query, b_key, log_count = log u [F] a head, and the anchors; size = (F,).
-    """
+    """w_query, w_key, means = S / u [F, D], b_query, b_key, log_count = log u [F] a head, and anchors; size = (F,)."""
 
     kind = "completion"
     padding: ClassVar = {"b_query": NOTHING, "b_key": NOTHING}
