@@ -110,8 +110,8 @@ class Pattern(ABC):
         """[B, h, R, l, D] -> [B, h, lanes, R · queries per row, D]: queries of one lane share their far keys."""
 
     @abstractmethod
-    def _far_keys(self, keys: mx.array, heads: list[int]) -> mx.array:
-        """[B, h, M, l, D] -> [B, h, lanes, M · keys per row, D]."""
+    def _far_keys(self, keys: mx.array, heads: list[int], owners: list[int]) -> mx.array:
+        """[B, K, M, l, D] -> [B, h, lanes, M · keys per row, D]; owners: the KV head of each of `heads`."""
 
     @abstractmethod
     def _far_result(self, x: mx.array) -> mx.array:
@@ -143,8 +143,8 @@ class Strided(Pattern):
     def _far_queries(self, queries: mx.array) -> mx.array:
         return queries.swapaxes(2, 3)
 
-    def _far_keys(self, keys: mx.array, heads: list[int]) -> mx.array:
-        return keys.swapaxes(2, 3)
+    def _far_keys(self, keys: mx.array, heads: list[int], owners: list[int]) -> mx.array:
+        return take_heads(keys.swapaxes(2, 3), owners)
 
     def _far_result(self, x: mx.array) -> mx.array:
         return x.swapaxes(2, 3)
@@ -200,15 +200,20 @@ class Fixed(Pattern):
     def _far_queries(self, queries: mx.array) -> mx.array:
         return queries.flatten(2, 3)[:, :, None]
 
-    def _far_keys(self, keys: mx.array, heads: list[int]) -> mx.array:
+    def _far_keys(self, keys: mx.array, heads: list[int], owners: list[int]) -> mx.array:
         choices = self.stride // self.summary
         columns = mx.unflatten(keys[:, :, :, self.stride - choices * self.summary :], 3, (choices, self.summary))
         columns = columns.transpose(0, 1, 3, 2, 4, 5).flatten(1, 2)
-        choice = [(n + 1) * choices - 1 - self._columns(head) for n, head in enumerate(heads)]
+        choice = [(n + 1) * choices - 1 - self._columns(head) for n, head in zip(owners, heads, strict=True)]
         return columns[:, mx.array(choice)].flatten(2, 3)[:, :, None]
 
     def _far_result(self, x: mx.array) -> mx.array:
         return mx.unflatten(x[:, :, 0], 2, (-1, self.stride))
+
+
+def take_heads(x: mx.array, heads: list[int]) -> mx.array:
+    """Those heads of [B, K, ...], one after another; a head may come more than once."""
+    return x if heads == list(range(x.shape[1])) else x[:, mx.array(heads)]
 
 
 def _with_row_before(keys: mx.array) -> mx.array:

@@ -15,7 +15,7 @@ import mlx.core as mx
 
 from .attention import Partial, merge
 from .blockwise import Chunk, blockwise, join, room
-from .patterns import Combine, Fixed, Pattern, Strided
+from .patterns import Combine, Fixed, Pattern, Strided, take_heads
 
 __all__ = ["Combine", "Fixed", "Pattern", "Strided", "benchmark", "sparse_attention"]
 
@@ -43,51 +43,70 @@ def sparse_attention(queries: mx.array, keys: mx.array, values: mx.array, *, pat
         raise ValueError(f"queries {queries.shape} do not fit keys {keys.shape}")
     if mx.default_device() == mx.cpu:  # the CPU multiplies half precision element by element
         queries, keys, values = (x.astype(mx.float32) for x in (queries, keys, values))
-    keys, values = (_take_heads(x, [head * K // H for head in range(H)]) for x in (keys, values))
+    owners = [head * K // H for head in range(H)]
     scores = B * H * T * S
     if pattern.stride > T and scores <= room():  # decoding: a grid would be padding for the most part
         mask = pattern.mask(T, S, heads=H)
+        keys, values = (take_heads(x, owners) for x in (keys, values))
         return blockwise(queries, keys, values, scale=scale, axis=2, chunks=[Chunk(slice(T), slice(S), lambda: mask)])
     if pattern.combine != "heads":
-        return _on_grid(queries, keys, values, pattern=pattern, scale=scale, heads=list(range(H)))
+        return _on_grid(queries, keys, values, pattern=pattern, scale=scale, heads=list(range(H)), owners=owners)
     groups = [heads for heads in (list(range(0, H, 2)), list(range(1, H, 2))) if heads]
-    parts = [
-        _on_grid(*(_take_heads(x, heads) for x in (queries, keys, values)), pattern=pattern, scale=scale, heads=heads)
-        for heads in groups
-    ]
+    parts = []
+    for heads in groups:
+        of = [owners[head] for head in heads]
+        q = take_heads(queries, heads)
+        parts.append(_on_grid(q, keys, values, pattern=pattern, scale=scale, heads=heads, owners=of))
     order = mx.array([head // 2 + (head % 2) * len(groups[0]) for head in range(H)])
     return Partial(*(x[:, order] for x in join(parts, axis=1)))
 
 
 def _on_grid(
-    queries: mx.array, keys: mx.array, values: mx.array, *, pattern: Pattern, scale: float, heads: list[int]
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    *,
+    pattern: Pattern,
+    scale: float,
+    heads: list[int],
+    owners: list[int],
 ) -> Partial:
-    """`sparse_attention` where `heads` are the only ones, and take the same steps; keys and values [B, h, S, D]."""
+    """`sparse_attention` where `heads` are the only ones, and take the same steps; owners: the KV head of each."""
     T, S, stride = queries.shape[2], keys.shape[2], pattern.stride
     first = (S - T) // stride  # the row of the first query
     skipped = S - T - first * stride  # places in it before that query
     q, k, v = _rows(queries, skipped, stride), _rows(keys, 0, stride), _rows(values, 0, stride)
     part = None
+    near = [_near_keys(x, first, pattern, owners) for x in (k, v)]
+    far = [pattern._far_keys(x, heads, owners) for x in (k, v)]
     if isinstance(pattern, Fixed) and pattern.steps(heads[0])[0] and queries.dtype != mx.float32:
-        part = _fused(q, k, v, pattern=pattern, scale=scale, heads=heads)
+        part = _fused(q, *near, *far, pattern=pattern, scale=scale, heads=heads)
     if part is None or queries.dtype == mx.float16:  # which cannot hold the weights that `_fused` takes logarithms of
-        exact = _near_part(q, k, v, pattern=pattern, scale=scale, heads=heads)
+        exact = _near_part(q, *near, pattern=pattern, scale=scale, heads=heads, first=first)
         if pattern.steps(heads[0])[1] and stride < S:
-            exact = merge(exact, _far_part(q, k, v, pattern=pattern, scale=scale, heads=heads))
+            exact = merge(exact, _far_part(q, *far, pattern=pattern, scale=scale, first=first))
         part = exact if part is None else exact._replace(output=part.output)
     return Partial(*(x.flatten(2, 3)[:, :, skipped : skipped + T] for x in part))
 
 
-def _near_part(
-    queries: mx.array, keys: mx.array, values: mx.array, *, pattern: Pattern, scale: float, heads: list[int]
-) -> Partial:
-    """Attention inside rows: queries [B, h, R, l, D], keys and values [B, h, M, l, D] -> [B, h, R, l, ...].
+def _near_keys(x: mx.array, first: int, pattern: Pattern, owners: list[int]) -> mx.array:
+    """What each row from `first` on sees nearby, [B, K, M, l, D] -> [B, h, R, l or 2 l, D]."""
+    before = min(first, pattern._near_rows - 1)
+    return take_heads(pattern._near_keys(x[:, :, first - before :])[:, :, before:], owners)
 
-    The queries' rows are the last R of the M.
-    """
+
+def _near_part(
+    queries: mx.array,
+    k: mx.array,
+    v: mx.array,
+    *,
+    pattern: Pattern,
+    scale: float,
+    heads: list[int],
+    first: int,
+) -> Partial:
+    """Attention of the rows from `first` on, [B, h, R, l, D], to their near keys -> [B, h, R, l, ...]."""
     B, h, R, stride, _ = queries.shape
-    first = keys.shape[2] - R
-    k, v = (pattern._near_keys(x)[:, :, first:] for x in (keys, values))
     mask = pattern._near_mask(heads)
     chunks = []
     if first == 0:  # before row 0 there is only padding
@@ -100,13 +119,14 @@ def _near_part(
     return blockwise(queries, k, v, scale=scale, axis=2, chunks=chunks)
 
 
-def _far_part(
-    queries: mx.array, keys: mx.array, values: mx.array, *, pattern: Pattern, scale: float, heads: list[int]
-) -> Partial:
-    """Attention to earlier rows; shapes as in `_near_part`. Where there are none the log-normaliser is about -1e30."""
+def _far_part(queries: mx.array, k: mx.array, v: mx.array, *, pattern: Pattern, scale: float, first: int) -> Partial:
+    """Attention of the rows from `first` on to the far keys of earlier ones, as `Pattern._far_keys` lays them out.
+
+    Where there are none the log-normaliser is about -1e30.
+    """
     B, h, R, stride, _ = queries.shape
-    M, gap = keys.shape[2], pattern._gap
-    q, k, v = pattern._far_queries(queries), pattern._far_keys(keys, heads), pattern._far_keys(values, heads)
+    M, gap = first + R, pattern._gap
+    q = pattern._far_queries(queries)
     per_query_row, per_key_row = q.shape[3] // R, k.shape[3] // M
     chunks, start = [], M - R
     while start < M:
@@ -122,17 +142,24 @@ def _far_part(
 
 
 def _fused(
-    queries: mx.array, keys: mx.array, values: mx.array, *, pattern: Fixed, scale: float, heads: list[int]
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    far_keys: mx.array,
+    far_values: mx.array,
+    *,
+    pattern: Fixed,
+    scale: float,
+    heads: list[int],
 ) -> Partial:
-    """Both by MLX's fused attention, for heads that take the near step; shapes as in `_near_part`.
+    """Both by MLX's fused attention, for heads that take the near step; arguments as in `_near_part`, `_far_part`.
 
     Rows are the batch: each sees the summary columns before it and its near keys, under a mask that hides later ones.
     The log-normaliser comes from the weights w of a few marked keys of a row: w = e^(score - L).
     """
     B, h, R, stride, D = queries.shape
-    M = keys.shape[2]
-    columns = [pattern._far_keys(x, heads)[:, :, 0] for x in (keys, values)]
-    keys, values = (pattern._near_keys(x) for x in (keys, values))
+    M = far_keys.shape[3] // pattern.summary
+    columns = far_keys[:, :, 0], far_values[:, :, 0]
     per_row = pattern.summary if pattern.steps(heads[0])[1] else 0
     step = max(1, min(-(-R // 8), _FUSED_ROOM // (B * h * stride * (M * per_row + keys.shape[3]))))
     places = _marks(stride) + keys.shape[3] - stride
@@ -147,7 +174,7 @@ def _fused(
         outputs.append(attend(q, k, v, far_k, far_v))
         marked.append(attend(q, k, own_marks, far_k, mx.zeros_like(far_v))[..., :_MARKS])
     weights = mx.concatenate(marked, axis=2).astype(mx.float32)
-    scores = (queries.astype(mx.float32) * scale) @ keys[:, :, M - R :, places].astype(mx.float32).swapaxes(-1, -2)
+    scores = (queries.astype(mx.float32) * scale) @ keys[:, :, :, places].astype(mx.float32).swapaxes(-1, -2)
     best = mx.stop_gradient(weights.argmax(-1, keepdims=True))  # hidden keys have no weight
     score, weight = (mx.take_along_axis(x, best, axis=-1)[..., 0] for x in (scores, weights))
     return Partial(mx.concatenate(outputs, axis=2).astype(mx.float32), score - mx.log(weight))
@@ -217,11 +244,6 @@ def _rows(x: mx.array, before: int, stride: int) -> mx.array:
     if before or after:
         x = mx.pad(x, [(0, 0), (0, 0), (before, after), (0, 0)])
     return mx.unflatten(x, 2, (-1, stride))
-
-
-def _take_heads(x: mx.array, heads: list[int]) -> mx.array:
-    """Those heads of [B, K, ...], one after another; a head may come more than once."""
-    return x if heads == list(range(x.shape[1])) else x[:, mx.array(heads)]
 
 
 def benchmark(

@@ -236,8 +236,11 @@ def fused(queries: mx.array, keys: mx.array, values: mx.array, pattern: Fixed, s
     """What a GPU does in half precision, here in float32 on any device."""
     length, stride = queries.shape[2], pattern.stride
     skipped = (keys.shape[2] - length) % stride
-    rows = sparse._rows(queries, skipped, stride), sparse._rows(keys, 0, stride), sparse._rows(values, 0, stride)
-    part = sparse._fused(*rows, pattern=pattern, scale=scale, heads=list(range(queries.shape[1])))
+    q, k, v = sparse._rows(queries, skipped, stride), sparse._rows(keys, 0, stride), sparse._rows(values, 0, stride)
+    heads = list(range(queries.shape[1]))
+    near = [sparse._near_keys(x, k.shape[2] - q.shape[2], pattern, heads) for x in (k, v)]
+    far = [pattern._far_keys(x, heads, heads) for x in (k, v)]
+    part = sparse._fused(q, *near, *far, pattern=pattern, scale=scale, heads=heads)
     return Partial(*(x.flatten(2, 3)[:, :, skipped : skipped + length] for x in part))
 
 
