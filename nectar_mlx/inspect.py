@@ -46,6 +46,7 @@ def describe(path: Path) -> dict[str, Any]:
         "model": metadata["model"],
         "source": metadata.get("source", ""),
         "context_tokens": len(nectar.prefix),
+        "chunks": max(1, len(nectar.chunks)),
         "kind": layout.kind,
         "bits": layout.bits,
         "layers": geometry.n_layers,

@@ -19,7 +19,7 @@ def path(tmp_path_factory):
 def test_json(path, capsys):
     assert inspect.main([str(path), "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
-    assert facts["context_tokens"] == 50
+    assert (facts["context_tokens"], facts["chunks"]) == (50, 1)
     assert (facts["kind"], facts["bits"], facts["layers"], facts["window_layers"]) == ("quadrature", 8, 3, 2)
     assert facts["file_bytes"] == path.stat().st_size
     window = 2 * 2 * 2 * 24 * 16 * 4  # two layers' keys and values of 2 heads, 24 tokens of 16 float32
