@@ -199,6 +199,8 @@ def test_it_is_chosen_where_the_cache_would_not_fit(tokenizer, monkeypatch):
     assert not needs(model, geometry, FitConfig(memory=bytes_of), 1000)
     assert not needs(model, geometry, FitConfig(memory=1, layerwise=False), 1000)
     assert not needs(model, geometry, FitConfig(memory=1, kind="exact"), 1000)
+    with pytest.raises(NectarError, match="kind exact keeps"):
+        needs(model, geometry, FitConfig(layerwise=True, kind="exact"), 1000)
     monkeypatch.setattr(fitting, "free_memory", lambda: bytes_of)
     assert needs(model, geometry, FitConfig(), 1000) and not needs(model, geometry, FitConfig(), 400)
 
