@@ -106,7 +106,9 @@ def _needs_layers(model: nn.Module, geometry: Geometry, config: FitConfig, n: in
     """Whether the fit goes layer by layer: when it is told to, or when the KV cache would not fit the memory."""
     keeps_keys = config.kind == "exact" or issubclass(KINDS.get(config.kind, Quadrature), Residual)
     if config.layerwise and keeps_keys:
-        raise NectarError(f"kind {config.kind} keeps the text's keys, and --layerwise forgets them: leave one of them out")
+        raise NectarError(
+            f"kind {config.kind} keeps the text's keys, and --layerwise forgets them: leave one of them out"
+        )
     if config.layerwise is not None or keeps_keys:
         return bool(config.layerwise)
     return geometry.cache_bytes(n) * adapter.compute_type(model).size // 2 > (config.memory or free_memory() // 2)
