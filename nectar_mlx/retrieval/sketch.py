@@ -2,7 +2,7 @@
 
 Scores are products of queries and keys, so the directions that matter are those in which real queries are large and
 keys differ. With C the queries' second moment, keys are whitened by C^½, their `rank` principal directions are kept,
-and stored as int8 with a scale a key: at 16 of 64 dimensions 18 bytes instead of 256, and one matrix product to score
+and stored as int8 with a scale a key: at 32 of 64 dimensions 34 bytes instead of 256, and one matrix product to score
 all keys. (Product quantisation of as many bytes finds as much and takes a gather for every number; log-sum-exps of
 chunks find far less: docs/log.md.)
 """
@@ -38,11 +38,11 @@ class Sketch:
 def build(keys: Sequence[mx.array], queries: Sequence[np.ndarray], *, rank: int | None = None) -> Arrays:
     """The arrays of all layers' sketches.
 
-    keys: [K, n, D] a layer, the whole context's. queries: captured ones [K, N, D] a layer. rank: default D / 4.
+    keys: [K, n, D] a layer, the whole context's. queries: captured ones [K, N, D] a layer. rank: default D / 2.
     """
     D = keys[0].shape[-1]
     heads = [
-        _head(np.array(layer[head].astype(mx.float32)), asked[head], rank or max(1, D // 4))
+        _head(np.array(layer[head].astype(mx.float32)), asked[head], rank or max(1, D // 2))
         for layer, asked in zip(keys, queries, strict=True)
         for head in range(layer.shape[0])
     ]
