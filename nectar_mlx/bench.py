@@ -12,11 +12,12 @@ from typing import Any
 
 import mlx.core as mx
 
-from . import __version__, cli, kernels, measure, measure_fit
+from . import __version__, cli, kernels
+from .benchmarks import measure, measure_fit
+from .benchmarks.measure import KEEPERS, SHAPES, Shape
 from .errors import NectarError
-from .fitter import FitConfig
+from .fitting.fitter import FitConfig
 from .heads import Bank
-from .measure import KEEPERS, SHAPES, Shape
 
 _CONTEXTS = {"decode": "1k,8k,32k,128k,512k,1m", "fit": "8k,32k,128k", "selftest": "1k"}
 Row = dict[str, Any]

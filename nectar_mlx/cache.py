@@ -14,7 +14,7 @@ from mlx_lm.models.cache import BatchKVCache, KVCache, QuantizedKVCache, Rotatin
 from . import attention, kernels
 from .errors import NectarError
 from .heads import Bank
-from .packing import Packed
+from .kernels.packing import Packed
 
 
 class NectarCache(_BaseCache):

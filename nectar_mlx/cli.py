@@ -78,7 +78,8 @@ def add_nectar(parser: argparse.ArgumentParser) -> None:
 
 def load(path: str, model_name: str | None = None) -> "tuple[nn.Module, Any, Nectar]":
     """A .nectar with its model and tokenizer; NectarError if it is damaged or was fitted on another model."""
-    from . import hub, models, store
+    from . import models, store
+    from .models import hub
 
     file = hub.nectar_file(path)
     model, tokenizer = models.load(model_name or store.read_metadata(file)["model"], log=say)

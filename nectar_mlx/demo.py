@@ -20,8 +20,8 @@ from . import cli
 if TYPE_CHECKING:
     import mlx.nn as nn
 
+    from .fitting.queries import Context
     from .nectar import Nectar
-    from .queries import Context
 
 TOPICS = ("with", "try", "raise", "assert", "pass", "del", "return", "break", "continue", "import")
 QUESTIONS = (
@@ -69,14 +69,15 @@ def _work(arguments: argparse.Namespace) -> None:
 
 
 def _demonstrate(arguments: argparse.Namespace, path: Path) -> None:
-    from . import adapter, fitter, fitting, models, queries
+    from . import adapter, models
+    from .fitting import fitter, pipeline, queries
     from .nectar import Nectar
 
     model, tokenizer = models.load(arguments.model, log=cli.say)
     names = ("budget", "queries", "steps", "context_tokens")
     config = fitter.FitConfig(**{name: getattr(arguments, name) for name in names}, scout_steps=40)
     cli.say(f"Reading {config.context_tokens:,} tokens of the Python manual, once, and fitting it.")
-    fitting.fit(
+    pipeline.fit(
         model, tokenizer, manual(), config=config, name=arguments.model, source="Python manual", progress=cli.progress
     ).save(path)
 
@@ -110,8 +111,8 @@ def _answer(
     import mlx.core as mx
     from mlx_lm.generate import generate_step
 
-    from . import fidelity
-    from .queries import Conversation
+    from .evaluation import fidelity
+    from .fitting.queries import Conversation
 
     prompt = nectar.prompt(tokenizer, question, enable_thinking=False)
 

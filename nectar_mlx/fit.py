@@ -64,8 +64,9 @@ def _work(arguments: argparse.Namespace) -> None:
     from . import documents
 
     text = documents.read(arguments.context)
-    from . import fitter, fitting, models
-    from .checkpoint import Checkpoint
+    from . import models
+    from .fitting import fitter, pipeline
+    from .fitting.checkpoint import Checkpoint
 
     names = ("budget", "kind", "bits", "queries", "steps", "seed", "context_tokens", "memory", "layerwise", "prefill")
     told = {name: getattr(arguments, name) for name in names}
@@ -76,7 +77,7 @@ def _work(arguments: argparse.Namespace) -> None:
         shutil.rmtree(folder, ignore_errors=True)
     checkpoint = Checkpoint(folder)
     try:
-        nectar = fitting.fit(
+        nectar = pipeline.fit(
             model,
             tokenizer,
             text,

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from . import cli, hub
+from . import cli
+from .models import hub
 from .nectar import Nectar
 from .retrieval import beside
 

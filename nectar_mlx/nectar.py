@@ -14,12 +14,13 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from . import __version__, adapter, hub, kernels, models, prompts, store
+from . import __version__, adapter, kernels, models, prompts, store
 from .adapter import Geometry
 from .cache import NectarCache, Window, make_caches
 from .errors import NectarError
 from .heads import Bank, Residual
-from .packing import Packed
+from .kernels.packing import Packed
+from .models import hub
 from .retrieval import EXACT, Keys, Record, Retrieving, beside, recorded, recording, retrieving, sketch
 from .retrieval.sketch import Sketch
 from .retrieval.sources import Source, passages
@@ -51,9 +52,9 @@ class Nectar:
 
     @classmethod
     def fit(cls, model: nn.Module, tokenizer: Any, text: str, *, budget: float = 0.02, **options: Any) -> "Nectar":
-        """Fits a text; budget: bytes kept / bytes of the bf16 KV cache. Options: see `nectar_mlx.fitter.FitConfig`."""
-        from .fitter import FitConfig
-        from .fitting import fit
+        """Fits a text; budget: bytes kept / bytes of the bf16 KV cache. Options: see `fitting.fitter.FitConfig`."""
+        from .fitting.fitter import FitConfig
+        from .fitting.pipeline import fit
 
         return fit(model, tokenizer, text, config=FitConfig(budget=budget, **options))
 

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from . import cli, hub
+from . import cli
 from .inspect import describe
+from .models import hub
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -6,12 +6,9 @@ thread; a batch holds requests for one id only, so contexts never mix.
 """
 
 import argparse
-import hmac
 import ipaddress
-import json
 import logging
 import os
-import re
 import signal
 import socket
 import sys
@@ -27,267 +24,15 @@ from typing import Any
 from unittest.mock import patch
 
 from mlx_lm import server
-from mlx_lm.models.cache import LRUPromptCache
-from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from . import cli, hub, models, prompts, store
+from . import cli, store
 from .errors import NectarError
-from .nectar import Nectar
+from .models import hub
+from .serving.handler import FOREIGN, Handler
+from .serving.provider import Generator, PromptCache, Provider
 
-_FOREIGN = ("adapter_path", "chat_template", "use_default_chat_template", "trust_remote_code", "pipeline")
-_AT = "@exact="  # a model's id and a request's share of exact keys make the id that is loaded
 _GRACE = 5.0  # seconds that open requests get to finish when the server is stopped
 _LAST_BREATH = 0.3
-_IDLE = 60.0  # seconds that a connection may be silent
-
-
-class ContextTokenizer(TokenizerWrapper):
-    """The model's tokenizer, except that what it encodes continues a context: no template head, no BOS."""
-
-    has_chat_template = True  # `prompts` has a way for models without one
-
-    def __init__(self, tokenizer: TokenizerWrapper):
-        vars(self).update(vars(tokenizer))
-        self._whole = tokenizer
-
-    def apply_chat_template(self, messages: Any, tokenize: bool = True, **template: Any) -> Any:  # type: ignore[override]
-        tokens = prompts.prompt(self._whole, messages, **template)
-        return tokens if tokenize else self._whole.decode(tokens)
-
-    def encode(self, text: Any, **options: Any) -> list[int]:
-        if not isinstance(text, str) or not text:
-            raise NectarError("the prompt must be one non-empty string")
-        return prompts.encode(self._whole, text)
-
-
-class Provider(server.ModelProvider):
-    """Loads what the server may serve: the given .nectar files, whose shared model is loaded once."""
-
-    model: Any
-    tokenizer: Any
-    draft_model: Any
-    model_key: Any
-    serving: Nectar
-    reading: list[Any]  # the caches of the request that is served alone
-
-    def __init__(self, args: argparse.Namespace, files: dict[str, Path]):
-        super().__init__(args)
-        self.files = files
-        self._model_map["default_model"] = next(iter(files))
-        self._base: tuple[str, Any, Any] | None = None
-        self._nectars: dict[str, Nectar] = {}
-        self.reading = []
-        self.ready = threading.Event()
-        self.failure: Exception | None = None
-
-    def load_default(self) -> None:
-        """Loads every file once, so that what is wrong is known before the first request; the first one stays."""
-        try:
-            for name in reversed(self.files):
-                self.load(name, None, "default_model")  # type: ignore[no-untyped-call]
-        except Exception as error:
-            self.failure = error
-        self.ready.set()
-
-    def _load(self, model_path: str, adapter_path: str | None = None, draft_model_path: str | None = None) -> None:
-        name, exact = _parted(model_path, self.cli_args.exact)
-        if name not in self.files:
-            raise NectarError(f"there is no model {name!r}; there are: {', '.join(self.files)}")
-        nectar, model, tokenizer = self._nectar(name)
-        retrieves = bool(nectar.retrieving(exact))
-
-        def make_cache() -> list[Any]:
-            self.reading = nectar.make_cache(kv_bits=self.cli_args.kv_bits, exact=exact)
-            return self.reading
-
-        model.make_cache = make_cache
-        if draft_model_path is not None and self.draft_model is None:
-            self.draft_model, _ = models.load(draft_model_path, log=cli.say)
-        self.model, self.tokenizer = model, ContextTokenizer(tokenizer)
-        self.is_batchable = self.draft_model is None and not retrieves  # what an answer read is known of one alone
-        self.serving = nectar
-        self.model_key = (model_path, adapter_path, draft_model_path)
-
-    def _nectar(self, name: str) -> tuple[Nectar, Any, Any]:
-        file = self.files[name]
-        wanted = self.cli_args.model or store.read_metadata(file)["model"]
-        if self._base is None or self._base[0] != wanted:
-            self._base = None
-            self._nectars.clear()
-            self.reset()
-            self._base = (wanted, *models.load(wanted, log=cli.say))
-        _, model, tokenizer = self._base
-        if name not in self._nectars:
-            self._nectars[name] = cli.load_nectar(file, model, tokenizer)
-        return self._nectars[name], model, tokenizer
-
-
-class PromptCache(LRUPromptCache):
-    """mlx-lm's, which may hold the whole of a prompt; its batches need at least one token that is still to be read."""
-
-    def __init__(self, max_size: int, provider: Provider | None = None):
-        super().__init__(max_size)
-        self._provider = provider
-
-    def fetch_nearest_cache(self, model: Any, tokens: list[int]) -> tuple[Any, list[int]]:
-        cache, rest = super().fetch_nearest_cache(model, tokens)
-        if cache is not None and self._provider is not None:
-            self._provider.reading = cache
-            self._provider.serving.forget_reading(cache)
-        if rest:
-            return cache, rest
-        if all(layer.is_trimmable() for layer in cache):
-            for layer in cache:
-                layer.trim(1)
-            return cache, tokens[-1:]
-        return None, tokens
-
-
-class Generator(server.ResponseGenerator):
-    """mlx-lm's; what an answer that was served alone has read of its context becomes a field of the request's."""
-
-    model_provider: Provider
-
-    def _serve_single(self, request: Any, stream: Any) -> None:
-        queue, *others = request
-        super()._serve_single((_Told(queue, self.model_provider), *others), stream)  # type: ignore[no-untyped-call]
-
-
-class _Told:
-    """A request's queue: the first item is its `GenerationContext`, the last is None."""
-
-    def __init__(self, queue: Any, provider: Provider):
-        self._queue, self._provider, self._context = queue, provider, None
-
-    def put(self, item: Any) -> None:
-        if self._context is None:
-            self._context = item
-        elif item is None:
-            self._context.reading = self._provider.serving.reading(self._provider.reading)
-        self._queue.put(item)
-
-
-class _Kept:
-    """A generator for one request that keeps its `GenerationContext`."""
-
-    def __init__(self, generator: Any):
-        self._generator, self.context = generator, None
-
-    def generate(self, *args: Any, **options: Any) -> Any:
-        found = self._generator.generate(*args, **options)
-        self.context = found[0]
-        return found
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._generator, name)
-
-
-class Handler(server.APIHandler):
-    """mlx-lm's requests, admitted and checked: what would end its generation thread must not reach it."""
-
-    timeout = _IDLE
-    response_generator: Any  # a ResponseGenerator, or one that is kept for a request
-
-    @property
-    def _provider(self) -> Provider:
-        return self.response_generator.model_provider  # type: ignore[no-any-return]
-
-    def do_POST(self) -> None:
-        if not self._has_key():
-            return self._refuse(401, "a valid key is needed: Authorization: Bearer KEY")
-        length = self.headers.get("Content-Length", "0")
-        limit = self._provider.cli_args.max_body
-        if not re.fullmatch(r"\d{1,15}", length):
-            return self._refuse(400, "the Content-Length is not a number")
-        if int(length) > limit:
-            self._refuse(413, f"the request is larger than {limit:,} bytes")
-            return self._discard(min(int(length), 16 * limit))
-        try:
-            super().do_POST()  # type: ignore[no-untyped-call]
-        except UnicodeDecodeError:
-            self._refuse(400, "the request is not UTF-8")
-
-    def do_GET(self) -> None:
-        if self.path != "/health" and not self._has_key():
-            return self._refuse(401, "a valid key is needed: Authorization: Bearer KEY")
-        super().do_GET()  # type: ignore[no-untyped-call]
-
-    def _has_key(self) -> bool:
-        key = self._provider.cli_args.api_key
-        given = self.headers.get("Authorization", "")
-        return not key or hmac.compare_digest(given.encode(), f"Bearer {key}".encode())
-
-    def _refuse(self, status: int, message: str) -> None:
-        kind = "invalid_request_error" if status < 500 else "server_error"
-        self._answer(status, {"error": {"message": message, "type": kind, "code": None, "param": None}})
-
-    def _answer(self, status: int, body: dict[str, Any]) -> None:
-        content = json.dumps(body).encode()
-        self._set_completion_headers(status)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-        self.wfile.flush()
-
-    def _discard(self, length: int) -> None:
-        """Reads on for a while: a client that is still sending would not see the answer to a closed connection."""
-        while length > 0 and (piece := self.rfile.read(min(length, 1 << 16))):
-            length -= len(piece)
-
-    def handle_models_request(self) -> None:
-        names = list(self._provider.files)
-        entries = [{"id": n, "object": "model", "created": self.created, "owned_by": "nectar"} for n in names]
-        wanted = self.path.partition("?")[0].removeprefix("/v1/models").strip("/")
-        if not wanted:
-            self._answer(200, {"object": "list", "data": entries})
-        elif wanted in names:
-            self._answer(200, entries[names.index(wanted)])
-        else:
-            self._refuse(404, f"there is no model {wanted!r}")
-
-    def handle_chat_completions(self) -> Any:
-        messages = self.body.get("messages")
-        if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
-            raise NectarError("messages must be a list of objects")
-        for message in messages:
-            parts = message.get("content")
-            if isinstance(parts, list) and any(not isinstance(p, dict) or p.get("type") != "text" for p in parts):
-                raise NectarError("only text is supported in messages")
-        return super().handle_chat_completions()
-
-    def handle_completion(self, request: Any, stop_words: Any) -> None:
-        if self.requested_model not in {"default_model", *self._provider.files}:
-            return self._refuse(404, f"there is no model {self.requested_model!r}")
-        if problem := self._problem(stop_words):
-            return self._refuse(400, problem)
-        self._asked, self.response_generator = self.requested_model, _Kept(self.response_generator)
-        if (exact := self.body.get("exact")) is not None:
-            known = self._provider.files
-            self.requested_model = f"{self._asked if self._asked in known else next(iter(known))}{_AT}{exact}"
-        super().handle_completion(request, stop_words)
-
-    def generate_response(self, text: str, finish_reason: Any, *args: Any, **options: Any) -> dict[str, Any]:
-        response: dict[str, Any] = super().generate_response(text, finish_reason, *args, **options)
-        response["model"] = self._asked
-        if finish_reason is not None:
-            response |= getattr(self.response_generator.context, "reading", {})
-        return response
-
-    def _problem(self, stop_words: Any) -> str | None:
-        """What mlx-lm does not check before the request is in its generation thread."""
-        if self.adapter is not None or self.requested_draft_model != "default_model":
-            return "adapters and draft models cannot be chosen by a request"
-        if not isinstance(stop_words, list) or not all(isinstance(w, str) and w for w in stop_words):
-            return "stop must be a non-empty string, or a list of them"
-        size = len(self._provider.tokenizer)
-        if self.top_k >= size or any(not 0 <= token < size for token in self.logit_bias or {}):
-            return f"top_k and logit_bias must stay within the vocabulary of {size} tokens"
-        if self.stream_options is not None and "include_usage" not in self.stream_options:
-            self.stream_options = None
-        exact = self.body.get("exact")
-        if exact is not None and (isinstance(exact, bool) or not isinstance(exact, int | float) or not 0 <= exact <= 1):
-            return "exact must be a number from 0 to 1: the share of the text's keys to read at each step"
-        return None
 
 
 class Server(ThreadingHTTPServer):
@@ -342,7 +87,7 @@ class Server(ThreadingHTTPServer):
 
 def start(args: argparse.Namespace) -> Server:
     """A server that is bound and has loaded its models, for `serve_forever`; NectarError for a user's mistake."""
-    foreign = [f"--{name.replace('_', '-')}" for name in _FOREIGN if getattr(args, name)]
+    foreign = [f"--{name.replace('_', '-')}" for name in FOREIGN if getattr(args, name)]
     if foreign:
         raise NectarError(f"{', '.join(foreign)}: a .nectar belongs to one model, with its own weights and template")
     if not args.api_key and not _is_loopback(args.host):
@@ -405,12 +150,6 @@ def _work(args: argparse.Namespace) -> None:
         cli.say("stopping")
     finally:
         httpd.stop()
-
-
-def _parted(model_path: str, exact: float | None) -> tuple[str, float | None]:
-    """A file's id and the share of keys to read exactly, the server's own unless the request said so."""
-    name, at, told = model_path.partition(_AT)
-    return name, float(told) if at else exact
 
 
 def _end(generator: server.ResponseGenerator) -> None:

@@ -5,10 +5,12 @@ import numpy as np
 import pytest
 import toys
 
-from nectar_mlx import adapter, fidelity, prompts, queries
+from nectar_mlx import adapter, prompts
 from nectar_mlx.baselines import BASELINES, NO_CONTEXT, Task, cartridge, choose, fixed_pattern, passages, snap
 from nectar_mlx.errors import NectarError
-from nectar_mlx.queries import Conversation
+from nectar_mlx.evaluation import fidelity
+from nectar_mlx.fitting import queries
+from nectar_mlx.fitting.queries import Conversation
 
 TEXT = "The brig left Ostend on 4 May. Her master was Anna Velde, and she carried 299 casks of amber. " * 4
 TOKENIZER = toys.tokenizer()

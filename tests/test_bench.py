@@ -6,7 +6,8 @@ from dataclasses import replace
 import mlx.core as mx
 import pytest
 
-from nectar_mlx import bench, kernels, measure, measure_fit, roofline
+from nectar_mlx import bench, kernels
+from nectar_mlx.benchmarks import measure, measure_fit, roofline
 
 TOY = ["decode", "--shape", "toy", "--contexts", "1k,2k"]
 

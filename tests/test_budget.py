@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nectar_mlx import budget
+from nectar_mlx.fitting import budget
 
 
 def test_heads_that_err_more_get_more():

@@ -9,11 +9,12 @@ import toys
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 from test_fit import FAST, TEXT
 
-from nectar_mlx import Nectar, NectarError, adapter, chunks, evaluate, fit, fitting, nectar, prompts, store
-from nectar_mlx.checkpoint import Checkpoint
-from nectar_mlx.fitter import FitConfig, layout_for, silent
-from nectar_mlx.layerwise import LayerwiseFitter
-from nectar_mlx.queries import Conversation
+from nectar_mlx import Nectar, NectarError, adapter, evaluate, fit, nectar, prompts, store
+from nectar_mlx.fitting import chunks, pipeline
+from nectar_mlx.fitting.checkpoint import Checkpoint
+from nectar_mlx.fitting.fitter import FitConfig, layout_for, silent
+from nectar_mlx.fitting.layerwise import LayerwiseFitter
+from nectar_mlx.fitting.queries import Conversation
 
 SMALL = FAST | {"budget": 0.5, "queries": 300}
 WINDOW = 1024 + 200
@@ -109,7 +110,7 @@ def test_every_chunk_is_answered_about(tokenizer, monkeypatch, tmp_path):
     kept, fidelity = [], chunks._fidelity
     monkeypatch.setattr(chunks, "_fidelity", lambda fitters, fitted: kept.extend(fitters) or fidelity(fitters, fitted))
     config = FitConfig(**SMALL | {"steps": 60, "queries": 800, "budget": 0.8})
-    fitted = fitting.fit(model, tokenizer, TEXT, config=config)
+    fitted = pipeline.fit(model, tokenizer, TEXT, config=config)
     assert len(fitted.chunks) >= 3 and fitted.start <= 200
     assert len(fitted.report["chunks"]) == len(fitted.chunks)
     for fitter, told in zip(kept, fitted.report["chunks"], strict=True):
@@ -133,7 +134,7 @@ def check_evaluation(model, tokenizer, fitted):
 
 def test_sliding_windows_keep_the_end_of_the_last_chunk(tokenizer):
     model = small_window("gemma3_text")
-    fitted = fitting.fit(model, tokenizer, TEXT, config=FitConfig(**SMALL))
+    fitted = pipeline.fit(model, tokenizer, TEXT, config=FitConfig(**SMALL))
     assert len(fitted.chunks) > 1
     assert {w.keys.shape[1] for w in fitted.windows.values()} == {model.args.sliding_window}
     assert mx.isfinite(model(mx.array([toys.random_tokens(9)]), cache=fitted.make_cache())).all()
@@ -146,7 +147,7 @@ def test_memory_does_not_grow_with_the_text(tokenizer):
         before = mx.get_active_memory()
         mx.reset_peak_memory()
         config = FitConfig(**SMALL | {"steps": 2, "scout_steps": 1, "samples": 100, "budget": 0.1})
-        fitted = fitting.fit(model, tokenizer, TEXT * repeats, config=config)
+        fitted = pipeline.fit(model, tokenizer, TEXT * repeats, config=config)
         return mx.get_peak_memory() - before, len(fitted.chunks)
 
     (short, few), (long, many) = peak(1), peak(4)

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nectar_mlx import NectarError, documents, markup
+from nectar_mlx import NectarError, documents
+from nectar_mlx.documents import markup
 
 FOX = "The quick brown fox jumps over the lazy dog."
 

@@ -6,10 +6,12 @@ import math
 import pytest
 import toys
 
-from nectar_mlx import NectarError, adapter, answers, evaluate, prompts, queries, questions, similarity
+from nectar_mlx import NectarError, adapter, evaluate, prompts
 from nectar_mlx.baselines import Task
 from nectar_mlx.evaluate import Options
-from nectar_mlx.queries import Conversation
+from nectar_mlx.evaluation import answers, questions, similarity
+from nectar_mlx.fitting import queries
+from nectar_mlx.fitting.queries import Conversation
 
 TEXT = "The brig left Ostend on 4 May 1847. Her master was Anna Velde, and she carried 299 casks of amber. " * 4
 TOKENIZER = toys.tokenizer()
@@ -161,7 +163,7 @@ def test_broken_question_files_are_refused(model, prefix, tmp_path, content, com
 
 
 def test_held_out_questions_are_not_the_ones_of_a_fit(model, prefix):
-    from nectar_mlx import instructions
+    from nectar_mlx.fitting import instructions
 
     task = make_task(model, prefix)
     asked = questions.held_out(task, count=8, seed=1)

@@ -5,9 +5,11 @@ import numpy as np
 import pytest
 import toys
 
-from nectar_mlx import adapter, fidelity, queries
-from nectar_mlx.fidelity import Bootstrap
-from nectar_mlx.queries import Conversation
+from nectar_mlx import adapter
+from nectar_mlx.evaluation import fidelity
+from nectar_mlx.evaluation.fidelity import Bootstrap
+from nectar_mlx.fitting import queries
+from nectar_mlx.fitting.queries import Conversation
 
 PREFIX = toys.random_tokens(60)
 

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import toys
 
-from nectar_mlx import Nectar, NectarError, adapter, checkpoint, fit, fitting, prompts, queries, store
-from nectar_mlx.fitter import FitConfig
-from nectar_mlx.queries import Conversation
+from nectar_mlx import Nectar, NectarError, adapter, fit, prompts, store
+from nectar_mlx.fitting import checkpoint, pipeline, queries
+from nectar_mlx.fitting.fitter import FitConfig
+from nectar_mlx.fitting.queries import Conversation
 
 TEXT = " ".join(f"The {a} dog sees fox number {i}, and the {b} fox runs." for i, (a, b) in enumerate(
     (a, b) for a in ("quick", "lazy", "brown", "old") for b in ("red", "sly", "young", "tired")
@@ -35,7 +36,7 @@ def tokenizer():
 
 
 def fitted(model, tokenizer, **options):
-    return fitting.fit(model, tokenizer, TEXT, config=FitConfig(**FAST | options))
+    return pipeline.fit(model, tokenizer, TEXT, config=FitConfig(**FAST | options))
 
 
 def logits(model, nectar, tokens):
@@ -84,7 +85,7 @@ def test_exact_reproduces_the_stock_model(tokenizer):
 def test_an_interrupted_fit_continues_where_it_stopped(tokenizer, tmp_path, monkeypatch):
     model = toys.toy("llama")
     config = FitConfig(**FAST | {"budget": 0.5, "context_tokens": 150, "queries": 2500})
-    whole = fitting.fit(model, tokenizer, TEXT, config=config)
+    whole = pipeline.fit(model, tokenizer, TEXT, config=config)
     asked = []
     converse = queries.converse
 
@@ -96,25 +97,25 @@ def test_an_interrupted_fit_continues_where_it_stopped(tokenizer, tmp_path, monk
 
     monkeypatch.setattr(queries, "converse", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        fitting.fit(model, tokenizer, TEXT, config=config, checkpoint=checkpoint.Checkpoint(tmp_path / "part"))
+        pipeline.fit(model, tokenizer, TEXT, config=config, checkpoint=checkpoint.Checkpoint(tmp_path / "part"))
     monkeypatch.setattr(queries, "converse", converse)
-    resumed = fitting.fit(model, tokenizer, TEXT, config=config, checkpoint=checkpoint.Checkpoint(tmp_path / "part"))
+    resumed = pipeline.fit(model, tokenizer, TEXT, config=config, checkpoint=checkpoint.Checkpoint(tmp_path / "part"))
     assert store.digest(resumed._tensors) == store.digest(whole._tensors)
 
 
 def test_fitted_heads_are_not_fitted_again(tokenizer, tmp_path, monkeypatch):
     model = toys.toy("llama")
     config = FitConfig(**FAST | {"budget": 0.5, "context_tokens": 150})
-    first = fitting.fit(model, tokenizer, TEXT, config=config, checkpoint=checkpoint.Checkpoint(tmp_path))
-    monkeypatch.setattr("nectar_mlx.regression.train", lambda *a, **k: pytest.fail("trained again"))
+    first = pipeline.fit(model, tokenizer, TEXT, config=config, checkpoint=checkpoint.Checkpoint(tmp_path))
+    monkeypatch.setattr("nectar_mlx.fitting.regression.train", lambda *a, **k: pytest.fail("trained again"))
     monkeypatch.setattr(queries, "converse", lambda *a, **k: pytest.fail("asked again"))
-    second = fitting.fit(model, tokenizer, TEXT, config=config, checkpoint=checkpoint.Checkpoint(tmp_path))
+    second = pipeline.fit(model, tokenizer, TEXT, config=config, checkpoint=checkpoint.Checkpoint(tmp_path))
     assert store.digest(second._tensors) == store.digest(first._tensors)
 
 
 def test_resuming_with_other_settings_is_refused(tokenizer, tmp_path):
     model = toys.toy("llama")
-    fitting.fit(
+    pipeline.fit(
         model,
         tokenizer,
         TEXT,
@@ -122,7 +123,7 @@ def test_resuming_with_other_settings_is_refused(tokenizer, tmp_path):
         checkpoint=checkpoint.Checkpoint(tmp_path),
     )
     with pytest.raises(NectarError, match="other settings"):
-        fitting.fit(
+        pipeline.fit(
             model,
             tokenizer,
             TEXT,
@@ -134,9 +135,13 @@ def test_resuming_with_other_settings_is_refused(tokenizer, tmp_path):
 def test_rows_beyond_the_memory_bound_go_to_disk_and_change_nothing(tokenizer, tmp_path):
     model = toys.toy("llama")
     options = FAST | {"budget": 0.5, "context_tokens": 150}
-    kept = fitting.fit(model, tokenizer, TEXT, config=FitConfig(**options))
-    spilled = fitting.fit(
-        model, tokenizer, TEXT, config=FitConfig(**options, memory=1, layerwise=False), checkpoint=checkpoint.Checkpoint(tmp_path)
+    kept = pipeline.fit(model, tokenizer, TEXT, config=FitConfig(**options))
+    spilled = pipeline.fit(
+        model,
+        tokenizer,
+        TEXT,
+        config=FitConfig(**options, memory=1, layerwise=False),
+        checkpoint=checkpoint.Checkpoint(tmp_path),
     )
     assert list(tmp_path.glob("study.rows/*.npy"))
     assert store.digest(kept._tensors) == store.digest(spilled._tensors)

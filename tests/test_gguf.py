@@ -14,7 +14,7 @@ from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, 
 from tokenizers import models as tokenizer_models
 
 from nectar_mlx import NectarError, models
-from nectar_mlx.gguf import _GPT2_WORDS, _SPLITS
+from nectar_mlx.models.gguf import _GPT2_WORDS, _SPLITS
 
 TEXT = (
     "We'll see 1234 naïve finds, x_1 = [3.14]; they're here.\n\n  Two spaces, a\ttab, 你好 and 🙂.\r\n"
@@ -260,7 +260,7 @@ def test_the_settings_survive(case: str, tmp_path: Path, tokenizer: Tokenizer) -
 def test_large_models_are_written_in_shards(
     tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("nectar_mlx.gguf.SHARD_BYTES", 50_000)
+    monkeypatch.setattr("nectar_mlx.models.gguf.SHARD_BYTES", 50_000)
     model = toy_model("llama", tokenizer.get_vocab_size())
     expected = write_gguf(tmp_path / "toy.gguf", model, tokenizer)
     assert_same_logits(tmp_path / "toy.gguf", model, expected, 1e-5)
@@ -387,7 +387,7 @@ def test_a_broken_file_is_one_line(damage: str, tmp_path: Path, tokenizer: Token
 def test_what_is_not_supported_is_named(
     change: dict[str, Any], said: str, tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from nectar_mlx import gguf as converter
+    from nectar_mlx.models import gguf as converter
 
     write_gguf(tmp_path / "toy.gguf", toy_model("llama", tokenizer.get_vocab_size()), tokenizer)
     read = converter._read

@@ -176,7 +176,7 @@ def test_a_short_name_is_downloaded_then_found_offline(hub: Hub, model_files: di
 def test_the_first_that_fits_memory_is_taken(
     hub: Hub, model_files: dict[str, bytes], tmp_path: Path, monkeypatch
 ) -> None:
-    from nectar_mlx import hub as library
+    from nectar_mlx.models import hub as library
 
     names = ["mlx-community/Toy-bf16", "Qwen/Toy", "mlx-community/Toy-8bit", "mlx-community/Toy-4bit"]
     for name, size in zip(names, (4000, 3000, 2000, 1000), strict=True):

@@ -11,7 +11,7 @@ import pytest
 from nectar_mlx import kernels
 from nectar_mlx.errors import NectarError
 from nectar_mlx.heads import Corrected, Exact, Quadrature, TargetScore
-from nectar_mlx.packing import DTYPES, Form, pack, requantize
+from nectar_mlx.kernels.packing import DTYPES, Form, pack, requantize
 from nectar_mlx.quantize import dequantize, quantize
 
 sys.path.insert(0, str(Path(__file__).parent / "metal"))

@@ -8,12 +8,13 @@ import pytest
 import toys
 from test_fit import FAST, TEXT
 
-from nectar_mlx import NectarError, adapter, fit, fitting, layerwise, prompts, queries, store, walk
-from nectar_mlx.checkpoint import Checkpoint
-from nectar_mlx.fitter import FitConfig, Fitter, silent
-from nectar_mlx.layerwise import LayerwiseFitter
-from nectar_mlx.queries import Conversation
-from nectar_mlx.walk import Walk
+from nectar_mlx import NectarError, adapter, fit, prompts, store
+from nectar_mlx.fitting import layerwise, pipeline, queries, walk
+from nectar_mlx.fitting.checkpoint import Checkpoint
+from nectar_mlx.fitting.fitter import FitConfig, Fitter, silent
+from nectar_mlx.fitting.layerwise import LayerwiseFitter
+from nectar_mlx.fitting.queries import Conversation
+from nectar_mlx.fitting.walk import Walk
 
 EVERY = sorted(toys.ARCHITECTURES)
 SMALL = FAST | {"budget": 0.5, "context_tokens": 300}
@@ -114,7 +115,7 @@ def test_it_fits_about_as_well_as_the_ordinary_way(tokenizer, architecture):
     model = toys.toy(architecture)
     options = SMALL | {"steps": 100, "context_tokens": 700}
     ordinary, ours = (
-        fitting.fit(model, tokenizer, TEXT, config=FitConfig(**options, layerwise=choice)) for choice in (False, True)
+        pipeline.fit(model, tokenizer, TEXT, config=FitConfig(**options, layerwise=choice)) for choice in (False, True)
     )
     assert ours.report["layerwise"] and "layerwise" not in ordinary.report
     assert ours.nbytes <= 1.02 * ordinary.nbytes
@@ -127,7 +128,7 @@ def test_it_fits_about_as_well_as_the_ordinary_way(tokenizer, architecture):
 
 
 def test_what_is_reported_is_the_divergence_from_the_full_cache(tokenizer):
-    from nectar_mlx import fidelity
+    from nectar_mlx.evaluation import fidelity
 
     model = toys.toy("llama")
     ours = fitter(model, tokenizer)
@@ -168,7 +169,7 @@ def test_only_one_layer_of_keys_and_values_exists(tokenizer):
 def test_an_interrupted_fit_goes_on(tokenizer, tmp_path, monkeypatch):
     model = toys.toy("llama")
     config = FitConfig(**SMALL, layerwise=True)
-    whole = fitting.fit(model, tokenizer, TEXT, config=config)
+    whole = pipeline.fit(model, tokenizer, TEXT, config=config)
     regress, calls = Fitter.regress, []
 
     def interrupted(self, sizes):
@@ -179,13 +180,13 @@ def test_an_interrupted_fit_goes_on(tokenizer, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Fitter, "regress", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        fitting.fit(model, tokenizer, TEXT, config=config, checkpoint=Checkpoint(tmp_path / "part"))
+        pipeline.fit(model, tokenizer, TEXT, config=config, checkpoint=Checkpoint(tmp_path / "part"))
     monkeypatch.setattr(Fitter, "regress", regress)
     monkeypatch.setattr(LayerwiseFitter, "_ask_about", lambda *a: pytest.fail("asked again"))
     trained = []
-    train = fitting.Fitter._train
+    train = pipeline.Fitter._train
     monkeypatch.setattr(Fitter, "_train", lambda self, *a: trained.append(1) or train(self, *a))
-    resumed = fitting.fit(model, tokenizer, TEXT, config=config, checkpoint=Checkpoint(tmp_path / "part"))
+    resumed = pipeline.fit(model, tokenizer, TEXT, config=config, checkpoint=Checkpoint(tmp_path / "part"))
     assert store.digest(resumed._tensors) == store.digest(whole._tensors)
     assert len(trained) == model.args.num_hidden_layers - 2
 
@@ -193,7 +194,7 @@ def test_an_interrupted_fit_goes_on(tokenizer, tmp_path, monkeypatch):
 def test_it_is_chosen_where_the_cache_would_not_fit(tokenizer, monkeypatch):
     model = toys.toy("llama")
     geometry = adapter.route(model)
-    needs = fitting._needs_layers
+    needs = pipeline._needs_layers
     bytes_of = 2 * geometry.cache_bytes(1000)  # float32
     assert needs(model, geometry, FitConfig(memory=bytes_of - 1), 1000)
     assert not needs(model, geometry, FitConfig(memory=bytes_of), 1000)
@@ -201,7 +202,7 @@ def test_it_is_chosen_where_the_cache_would_not_fit(tokenizer, monkeypatch):
     assert not needs(model, geometry, FitConfig(memory=1, kind="exact"), 1000)
     with pytest.raises(NectarError, match="kind exact keeps"):
         needs(model, geometry, FitConfig(layerwise=True, kind="exact"), 1000)
-    monkeypatch.setattr(fitting, "free_memory", lambda: bytes_of)
+    monkeypatch.setattr(pipeline, "free_memory", lambda: bytes_of)
     assert needs(model, geometry, FitConfig(), 1000) and not needs(model, geometry, FitConfig(), 400)
 
 

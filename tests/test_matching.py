@@ -3,9 +3,9 @@ import numpy as np
 import pytest
 from oracle import attention as oracle
 
-from nectar_mlx import matching, regression
+from nectar_mlx.fitting import matching, regression
+from nectar_mlx.fitting.queries import Captured
 from nectar_mlx.heads import Quadrature
-from nectar_mlx.queries import Captured
 
 M, N, S, D = 3, 400, 60, 16
 

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 import toys
 
-from nectar_mlx import adapter, attention, prefill, queries
+from nectar_mlx import adapter, attention
+from nectar_mlx.fitting import prefill, queries
 from nectar_mlx.sparse import Fixed
 
 

@@ -3,9 +3,9 @@ import numpy as np
 import pytest
 from oracle import attention as oracle
 
-from nectar_mlx import regression, starts
+from nectar_mlx.fitting import regression, starts
+from nectar_mlx.fitting.queries import Captured
 from nectar_mlx.heads import Quadrature
-from nectar_mlx.queries import Captured
 from nectar_mlx.store import Layout
 
 M, N, S, D = 2, 600, 40, 16

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from nectar_mlx import NectarError, charts, report
+from nectar_mlx import NectarError
+from nectar_mlx.evaluation import charts, report
 
 FIGURES = {"tokens": 400, "accuracy_gap": 0.01, "accuracy_gap_interval": [0.0, 0.02]}
 

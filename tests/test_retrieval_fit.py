@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 import toys
 
-from nectar_mlx import Nectar, NectarError, ask, evaluate, fit, fitting
+from nectar_mlx import Nectar, NectarError, ask, evaluate, fit
 from nectar_mlx.attention import Partial, merge
-from nectar_mlx.fitter import FitConfig
+from nectar_mlx.fitting import pipeline
+from nectar_mlx.fitting.fitter import FitConfig
+from nectar_mlx.fitting.queries import Captured
 from nectar_mlx.heads import Completion, Remainder, Retrieval
 from nectar_mlx.heads.completion import key_features
 from nectar_mlx.heads.residual import ANCHORS, EVERYTHING, SINKS, TAIL, anchor_positions, middle
-from nectar_mlx.queries import Captured
 from nectar_mlx.retrieval import beside, distillation, sketch, training
 from nectar_mlx.retrieval.selection import Oracle
 
@@ -124,7 +125,7 @@ def fitted():
     """Every kind on one toy."""
     tokenizer, model = toys.tokenizer(), toys.toy("llama")
     kinds = ("retrieval", "completion", "retrieval+nectar")
-    return tokenizer, model, {k: fitting.fit(model, tokenizer, TEXT, config=FitConfig(**FAST, kind=k)) for k in kinds}
+    return tokenizer, model, {k: pipeline.fit(model, tokenizer, TEXT, config=FitConfig(**FAST, kind=k)) for k in kinds}
 
 
 def test_kinds(fitted):
@@ -158,7 +159,7 @@ def test_anchors_are_the_first_and_last_keys(fitted):
 def test_architectures(architecture):
     """Sliding windows, sinks in the denominator, normalised queries."""
     tokenizer, model = toys.tokenizer(), toys.toy(architecture)
-    nectar = fitting.fit(model, tokenizer, TEXT, config=FitConfig(**FAST, kind="retrieval", context_tokens=150))
+    nectar = pipeline.fit(model, tokenizer, TEXT, config=FitConfig(**FAST, kind="retrieval", context_tokens=150))
     tokens = nectar.prompt(tokenizer, "Who?")
     full = model(mx.array([nectar.prefix + tokens]))[:, len(nectar.prefix) :]
     found = model(mx.array([tokens]), cache=nectar.make_cache(exact=1))
@@ -167,7 +168,7 @@ def test_architectures(architecture):
 
 def test_a_text_that_is_too_short():
     with pytest.raises(NectarError, match="at least 48 tokens"):
-        fitting.fit(toys.toy("llama"), toys.tokenizer(), "the fox", config=FitConfig(kind="retrieval+nectar"))
+        pipeline.fit(toys.toy("llama"), toys.tokenizer(), "the fox", config=FitConfig(kind="retrieval+nectar"))
 
 
 def test_from_text_to_sources_and_evaluation(tmp_path, capsys, monkeypatch):

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import toys
 
-from nectar_mlx import Nectar, NectarError, adapter, ask, queries
+from nectar_mlx import Nectar, NectarError, adapter, ask
+from nectar_mlx.fitting import queries
 from nectar_mlx.heads.residual import ANCHORS, anchor_positions
 from nectar_mlx.nectar import build
 from nectar_mlx.quantize import dequantize, quantize

@@ -5,8 +5,10 @@ import numpy as np
 import pytest
 import toys
 
-from nectar_mlx import adapter, fidelity, prompts, queries, sensitivity
-from nectar_mlx.queries import Conversation
+from nectar_mlx import adapter, prompts
+from nectar_mlx.evaluation import fidelity
+from nectar_mlx.fitting import queries, sensitivity
+from nectar_mlx.fitting.queries import Conversation
 
 
 @pytest.fixture(scope="module")

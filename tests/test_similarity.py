@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import toys
 
-from nectar_mlx import NectarError, similarity
+from nectar_mlx import NectarError
+from nectar_mlx.evaluation import similarity
 from nectar_mlx.folders import cache_folder
 
 

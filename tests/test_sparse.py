@@ -7,9 +7,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from nectar_mlx import NectarError, blockwise, sparse
+from nectar_mlx import NectarError, sparse
 from nectar_mlx.attention import Partial, causal
-from nectar_mlx.sparse import Fixed, Pattern, Strided, sparse_attention
+from nectar_mlx.sparse import Fixed, Pattern, Strided, blockwise, sparse_attention
 
 COMBINE = ["merged", "interleaved", "heads"]
 

@@ -13,7 +13,8 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers import models as tokenizer_models
 from transformers import PreTrainedTokenizerFast
 
-from nectar_mlx import Nectar, adapter, models, queries
+from nectar_mlx import Nectar, adapter, models
+from nectar_mlx.fitting import queries
 from nectar_mlx.nectar import build
 from nectar_mlx.store import Layout
 

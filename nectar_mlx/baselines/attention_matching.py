@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .. import budget, fidelity, matching, regression
+from ..evaluation import fidelity
+from ..fitting import budget, matching, regression
+from ..fitting.queries import Captured
 from ..heads import HeadArrays, Quadrature
-from ..queries import Captured
 from .base import Baseline, Task, View
 
 _POWERS = (0.25, 0.5, 0.75)

@@ -10,13 +10,14 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from .. import instructions, matching, prompts, queries, store
+from .. import prompts, store
 from ..adapter import Geometry
 from ..cache import Window, make_caches
 from ..errors import NectarError
-from ..fidelity import Prompt
+from ..evaluation.fidelity import Prompt
+from ..fitting import instructions, matching, queries
+from ..fitting.queries import Captured, Context, Conversation, Study
 from ..heads import Bank, Exact, HeadArrays
-from ..queries import Captured, Context, Conversation, Study
 from ..store import Layout
 
 BITS = 8  # of a stored matrix entry: int8 in groups, as in a .nectar, costs no method anything that can be measured

@@ -12,12 +12,12 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx_lm.models.cache import KVCache
 
-from .. import fidelity
 from .._exp import SLOW_EXP
 from ..cache import NectarCache
 from ..errors import NectarError
+from ..evaluation import fidelity
+from ..fitting.queries import Conversation
 from ..heads import HeadArrays
-from ..queries import Conversation
 from .base import Baseline, Task, View
 
 _RATE, _STEPS, _BATCH = 2e-2, 20 if SLOW_EXP else 300, 8

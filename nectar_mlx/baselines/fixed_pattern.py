@@ -7,7 +7,7 @@ its divergence is what that way of reading costs.
 
 import mlx.core as mx
 
-from .. import chunks
+from ..fitting import chunks
 from .base import Baseline, Task, View
 
 _SINKS, _SUMMARY = 4, 8

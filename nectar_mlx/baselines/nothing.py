@@ -2,7 +2,7 @@
 
 import mlx.core as mx
 
-from .. import queries
+from ..fitting import queries
 from ..heads import Bank, Quadrature
 from .base import Baseline, Task, View
 

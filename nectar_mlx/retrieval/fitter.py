@@ -8,14 +8,14 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from .. import regression
 from ..errors import NectarError
-from ..fitter import Fitter
+from ..fitting import regression
+from ..fitting.fitter import Fitter
+from ..fitting.queries import Captured
+from ..fitting.starts import Start
 from ..heads import Bank, HeadArrays, Size
 from ..heads.remainder import AtThreshold
 from ..heads.residual import ANCHORS, SINKS, anchor_positions, middle
-from ..queries import Captured
-from ..starts import Start
 from . import distillation, sketch, sources, training
 from .keys import Arrays, Keys
 

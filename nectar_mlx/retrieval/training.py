@@ -13,8 +13,8 @@ import numpy as np
 
 from .._exp import SLOW_EXP, exp
 from ..attention import Partial, merge
+from ..fitting.queries import Captured
 from ..heads.residual import EVERYTHING, NOTHING, SINKS, TAIL
-from ..queries import Captured
 from .selection import Selector
 
 _RANKS = (0.001, 0.2)  # of a threshold among the middle's scores, as shares of the keys

@@ -10,8 +10,9 @@ import cupy
 import numpy as np
 
 import nectar_mlx  # noqa: F401  (before mlx)
-from nectar_mlx import kernels, packing
-from nectar_mlx.measure import SHAPES, random_bank
+from nectar_mlx import kernels
+from nectar_mlx.benchmarks.measure import SHAPES, random_bank
+from nectar_mlx.kernels import packing
 
 import mlx.core as mx  # isort: skip
 

@@ -1,0 +1,1 @@
+"""What `nectar bench` measures."""

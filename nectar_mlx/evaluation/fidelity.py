@@ -1,0 +1,142 @@
+"""How close two ways of seeing a context are: their next-token distributions on the same answers, and how sure we
+are of it."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from .._exp import exp
+from ..fitting.queries import Conversation
+
+MakeCache = Callable[[], Any]
+Prompt = Callable[[Conversation], list[int]]
+
+_ROOM = 1 << 24  # entries of a vocabulary-wide array at a time: 64 MB, whatever the vocabulary
+
+
+class Divergence(NamedTuple):
+    """One value per answer token, over all conversations, [tokens] each.
+
+    kl: KL(reference ‖ other) in nats. agree: same arg-max. conversation: the index of the conversation that the
+    token belongs to. correct, reference_correct: whether the arg-max is the answer's own token.
+    """
+
+    kl: np.ndarray
+    agree: np.ndarray
+    conversation: np.ndarray
+    correct: np.ndarray
+    reference_correct: np.ndarray
+
+    def of(self, conversations: Sequence[int]) -> "Divergence":
+        """The tokens of some conversations."""
+        chosen = np.isin(self.conversation, conversations)
+        return Divergence(*(x[chosen] for x in self))
+
+
+def log_probabilities(logits: mx.array) -> mx.array:
+    """log softmax over the last axis, float32."""
+    shifted = logits.astype(mx.float32)
+    shifted = shifted - shifted.max(-1, keepdims=True)
+    return shifted - mx.log(exp(shifted).sum(-1, keepdims=True))
+
+
+def answer_logits(
+    model: nn.Module, cache: Any, conversations: Sequence[Conversation], prompt: Prompt | None = None
+) -> list[mx.array]:
+    """Teacher-forced logits of every answer token, one array [answer, vocabulary] a conversation."""
+    prompts = [prompt(c) if prompt else c.prompt for c in conversations]
+    sequences = [p + c.answer for p, c in zip(prompts, conversations, strict=True)]
+    longest, shared = max(len(s) for s in sequences), min(len(p) for p in prompts) - 1
+    # Right padding is harmless: attention is causal and padded places are not read.
+    tokens = mx.array([s + [0] * (longest - len(s)) for s in sequences])
+    if shared:  # nobody asks for the logits of these places, so the vocabulary-wide product is never computed
+        model(tokens[:, :shared], cache=cache)
+        mx.eval([c.state for c in cache])
+    logits = model(tokens[:, shared:], cache=cache)
+    rows = []
+    for i, (p, c) in enumerate(zip(prompts, conversations, strict=True)):
+        first = len(p) - 1 - shared
+        rows.append(logits[i, first : first + len(c.answer)])
+    mx.eval(rows)
+    return rows
+
+
+def compare(
+    model: nn.Module,
+    reference: MakeCache,
+    others: Mapping[str, MakeCache],
+    conversations: Sequence[Conversation],
+    *,
+    prompts: Mapping[str, Prompt | None] | None = None,
+    batch: int = 4,
+    progress: Callable[[int], None] = lambda done: None,
+) -> dict[str, Divergence]:
+    """Every other view of the context against the reference, teacher-forced on the same answers.
+
+    prompts: for a view that reads something else than the conversation's own prompt, what it reads. progress is told
+    how many conversations are done.
+    """
+    found: dict[str, list[Divergence]] = {name: [] for name in others}
+    for start in range(0, len(conversations), batch):
+        part = conversations[start : start + batch]
+        truth = answer_logits(model, reference(), part)
+        for name, make_cache in others.items():
+            ours = answer_logits(model, make_cache(), part, (prompts or {}).get(name))
+            for i, conversation in enumerate(part):
+                found[name].append(divergence(truth[i], ours[i], conversation.answer, start + i))
+        progress(start + len(part))
+    return {n: Divergence(*(np.concatenate(x) for x in zip(*parts, strict=True))) for n, parts in found.items()}
+
+
+def divergence(reference: mx.array, other: mx.array, answer: Sequence[int], conversation: int) -> Divergence:
+    """reference, other: logits [answer, vocabulary] of the same answer tokens."""
+    parts = []
+    step = max(1, _ROOM // reference.shape[1])
+    for at in range(0, len(answer), step):
+        p, q = (log_probabilities(x[at : at + step]) for x in (reference, other))
+        token, top, ours = mx.array(list(answer[at : at + step])), p.argmax(-1), q.argmax(-1)
+        found = (exp(p) * (p - q)).sum(-1), top == ours, mx.full(token.shape, conversation), ours == token, top == token
+        parts.append([np.array(x) for x in found])
+    return Divergence(*(np.concatenate(x) for x in zip(*parts, strict=True)))
+
+
+class Estimate(NamedTuple):
+    """A mean over answer tokens and its 95% interval: the bootstrap over conversations, whose tokens are not
+    independent."""
+
+    value: float
+    low: float
+    high: float
+
+
+class Bootstrap:
+    """Resamples of conversations, the same ones for every statistic, so that ratios and differences are paired.
+
+    conversations: the distinct conversations that the tokens belong to. draws: how many resamples.
+    """
+
+    def __init__(self, conversations: Sequence[int], *, draws: int = 1000, seed: int = 0):
+        self.conversations = np.unique(conversations)
+        count = len(self.conversations)
+        drawn = np.random.default_rng(seed).multinomial(count, [1 / count] * count, size=draws)
+        self._weights = np.concatenate([np.ones((1, count)), drawn])  # the first row is the sample itself
+
+    def means(self, values: np.ndarray, conversation: np.ndarray) -> np.ndarray:
+        """The mean of values [tokens] in the sample itself and in every resample, [1 + draws]."""
+        index = np.searchsorted(self.conversations, conversation)
+        count = len(self.conversations)
+        totals = np.bincount(index, weights=values.astype(np.float64), minlength=count)
+        tokens = np.bincount(index, minlength=count)
+        return np.asarray((self._weights @ totals) / np.maximum(self._weights @ tokens, 1))
+
+    def mean(self, values: np.ndarray, conversation: np.ndarray) -> Estimate:
+        return interval(self.means(values, conversation))
+
+
+def interval(statistic: np.ndarray) -> Estimate:
+    """A statistic of the sample and its resamples, [1 + draws] -> its value and the 95% percentile interval."""
+    low, high = np.quantile(statistic[1:], [0.025, 0.975])
+    return Estimate(float(statistic[0]), float(low), float(high))

@@ -1,0 +1,114 @@
+"""What is asked while evaluating: held-out questions of several kinds, or one's own from a file."""
+
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .. import prompts
+from ..baselines import Task
+from ..errors import NectarError
+from ..fitting import instructions
+from ..fitting.queries import Conversation, Study
+
+ON, OFF, REREAD, CONTINUE = "on-context", "off-context", "re-reading", "continuation"
+TEMPERATURE = 0.7
+_CUE, _REREAD = 16, 64  # tokens of a passage that are shown, and that are to follow
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """One held-out conversation. question: for a person. expected: what a right answer contains; depth: where in the
+    text it
+    stands, 0 … 1."""
+
+    question: str
+    kind: str
+    conversation: Conversation = field(repr=False)
+    expected: str | None = None
+    depth: float | None = None
+
+
+def held_out(task: Task, *, count: int, seed: int) -> list[Asked]:
+    """`count` questions about the text, half as many that have nothing to do with it, and a quarter each of passages
+    to be re-read and of continuations. Other templates and seeds than a fit's; the answers of all but the passages
+    are to be sampled.
+    """
+    rng = random.Random(seed)
+    generic, unrelated = (
+        rng.sample(q, len(q)) for q in (instructions.HELD_OUT_GENERIC, instructions.HELD_OUT_UNRELATED)
+    )
+    about = instructions.HELD_OUT_ABOUT
+    asked = []
+    for i in range(count):  # one generic question for three about passages
+        text = generic[i // 4 % len(generic)] if i % 4 == 3 else about[i % len(about)].format(passage=task.passage(rng))
+        asked.append(Asked(question=text, kind=ON, conversation=Conversation(task.ask(text))))
+    for i in range(max(1, count // 2)):
+        text = unrelated[i % len(unrelated)]
+        asked.append(Asked(question=text, kind=OFF, conversation=Conversation(task.ask(text))))
+    for _ in range(max(1, count // 4)):
+        asked.append(_reread(task, rng))
+        again = Conversation(prompts.encode(task.tokenizer, "\n\n", specials=False))
+        asked.append(Asked(question="(the text goes on)", kind=CONTINUE, conversation=again))
+    return asked
+
+
+def _reread(task: Task, rng: random.Random) -> Asked:
+    """A passage of the text once more: what follows its first words is the text's own."""
+    ids = task.context.prefix[len(task.head) :]
+    cue = max(1, min(_CUE, len(ids) // 4))
+    rest = max(1, min(_REREAD, len(ids) // 2))
+    start = rng.randrange(0, max(1, len(ids) - cue - rest))
+    opening = prompts.encode(task.tokenizer, "\n\n", specials=False) + ids[start : start + cue]
+    conversation = Conversation(opening, ids[start + cue : start + cue + rest])
+    text = str(task.tokenizer.decode(ids[start : start + cue], skip_special_tokens=True)).strip()
+    return Asked(question=f"{text} …", kind=REREAD, conversation=conversation)
+
+
+def from_file(path: Path, task: Task) -> list[Asked]:
+    """One question a line, or JSON lines {"question", "answer"?, "depth"?, "kind"?}; NectarError if the file holds
+    none.
+
+    "answer" is what a right answer contains, a name or a number.
+    """
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise NectarError(f"cannot read questions from {path}: {getattr(error, 'strerror', None) or error}") from None
+    asked = [_question(line, task, f"{path}, line {i}") for i, line in enumerate(lines, 1) if line]
+    if not asked:
+        raise NectarError(f"{path} holds no question: write one a line")
+    return asked
+
+
+def _question(line: str, task: Task, place: str) -> Asked:
+    told: dict[str, Any] = {"question": line}
+    if line.startswith("{"):
+        try:
+            told = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise NectarError(f"{place}: not JSON ({error.msg})") from None
+    question, answer, depth = told.get("question"), told.get("answer"), told.get("depth")
+    if not isinstance(question, str) or not question.strip():
+        raise NectarError(f'{place}: a "question" is missing')
+    if not isinstance(answer, str | int | float | None) or not isinstance(depth, int | float | None):
+        raise NectarError(f'{place}: "answer" must be text and "depth" a number')
+    kind = OFF if told.get("kind") == OFF else ON
+    return Asked(
+        question=question,
+        kind=kind,
+        conversation=Conversation(task.ask(question)),
+        expected=None if answer is None else str(answer),
+        depth=depth,
+    )
+
+
+def sample_answers(task: Task, asked: Sequence[Asked], *, seed: int, study: Study, batch: int = 16) -> None:
+    """Fills in the answers that are missing, sampled with the full cache; what attention saw goes into `study`."""
+    missing = [a.conversation for a in asked if not a.conversation.answer]
+    missing.sort(key=lambda c: len(c.prompt))
+    for start in range(0, len(missing), batch):
+        part = missing[start : start + batch]
+        task.converse(task.context, part, seed=seed + start, temperature=TEMPERATURE, study=study)

@@ -1,0 +1,221 @@
+"""A result of `evaluate` as one page to look at: HTML with its style and drawings inside, no network, no script."""
+
+import html
+import importlib.util
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from ..errors import NectarError
+from . import charts
+from .charts import FILE
+from .questions import OFF, ON
+
+
+def write(result: Mapping[str, Any], path: Path) -> None:
+    """Writes the page; NectarError if it cannot be written."""
+    try:
+        path.write_text(page(result), encoding="utf-8")
+    except OSError as error:
+        raise NectarError(f"cannot write {path}: {error.strerror}") from None
+
+
+def page(result: Mapping[str, Any]) -> str:
+    """The page for what `evaluate` returns (or printed with --json)."""
+    template = Template(resources.files("nectar_mlx.evaluation").joinpath("report.html").read_text(encoding="utf-8"))
+    name, nectar = next(iter(result["files"].items()))
+    best = result["methods"][0]
+    return template.substitute(
+        title=html.escape(Path(name).name),
+        lead=_lead(result, best),
+        tiles=_tiles(result, best),
+        curve=charts.curve(result["methods"], result["cache_bytes"]),
+        table=_table(result),
+        heads=_heads(result, nectar),
+        kinds=_kinds(result["methods"]),
+        scatter=_correlation(result),
+        facts=_facts(result),
+        answers=_answers(result),
+        provenance=_provenance(result, nectar),
+    )
+
+
+def _lead(result: Mapping[str, Any], best: Mapping[str, Any]) -> str:
+    asked = [q for q in result["questions"] if q["kind"] == ON]
+    return (
+        f"{html.escape(Path(result['model']).name)} read {result['context_tokens']:,} tokens once. The file keeps "
+        f"{charts.size(best['bytes'])} in place of a {charts.size(result['cache_bytes'])} KV cache, "
+        f"<b>{result['cache_bytes'] / best['bytes']:.0f}&thinsp;×</b> less. On {len(asked)} held-out questions, "
+        f"answered with the full cache and compared token by token, it closes <b>{best['gap_closed']:.1%}</b> of "
+        "the gap between no context and the full cache."
+    )
+
+
+def _tiles(result: Mapping[str, Any], best: Mapping[str, Any]) -> str:
+    low, high = best["gap_closed_interval"]
+    saved = "what the file saves before every first answer"
+    tiles = [
+        ("Gap closed", f"{best['gap_closed']:.1%}", f"95% interval {low:.1%} to {high:.1%}"),
+        ("Divergence", f"{best['kl']:.4f}", f"nats a token; {best['tokens']:,} answer tokens"),
+        ("Same next token", f"{best['agree']:.1%}", "as the full cache's first choice"),
+        ("Bytes", charts.size(best["bytes"]), f"{best['bytes'] / result['cache_bytes']:.2%} of the bf16 KV cache"),
+        ("Reading the context", f"{result['seconds']['read']:.1f} s", saved),
+    ]
+    if told := result["answers"]:
+        note = f"cosine to full-cache answers; a second full-cache sample has {told['again']:.2f}"
+        tiles.append(("Same meaning", f"{told['file']:.2f}", note))
+    rows = "".join(f"<div class=tile><h3>{a}</h3><p class=big>{b}</p><p>{c}</p></div>" for a, b, c in tiles)
+    return f"<div class=tiles>{rows}</div>"
+
+
+def _table(result: Mapping[str, Any]) -> str:
+    rows = []
+    several = len(result["files"]) > 1
+    for m in sorted(result["methods"], key=lambda m: m["kl"]):
+        name = html.escape(m["method"] if m["method"] != FILE else Path(m["file"]).name)
+        sized = f" <small>{html.escape(m['detail'])}</small>" if m["detail"] else ""
+        off = m["kinds"].get(OFF)
+        cells = [
+            f"{name}{sized}",
+            f"{m['bytes']:,}",
+            f"{m['bytes'] / result['cache_bytes']:.2%}",
+            f"{m['kl']:.4f} <small>{m['kl_interval'][0]:.4f}–{m['kl_interval'][1]:.4f}</small>",
+            f"{m['agree']:.1%}",
+            f"{m['gap_closed']:.1%}",
+            f"{m['accuracy_gap']:.1%}",
+            f"{off['kl']:.4f}" if off else "–",
+            f"{m['seconds']:.1f}",
+        ]
+        own = " class=own" if m["method"] == FILE else ""
+        rows.append(f"<tr{own}>" + "".join(f"<td>{c}</td>" for c in cells) + "</tr>")
+    heads = ["method", "bytes", "of cache", "KL", "agree", "gap closed", "accuracy lost", "KL off-context", "s to make"]
+    note = f"Sized methods were given the bytes of {'each' if several else 'the'} file. "
+    note += "Intervals: 95%, bootstrap over conversations."
+    head, body = "".join(f"<th>{h}</th>" for h in heads), "".join(rows)
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return f"<div class=wide>{table}</div><p class=note>{note}</p>"
+
+
+def _heads(result: Mapping[str, Any], nectar: Mapping[str, Any]) -> str:
+    heads = result["geometry"]["n_kv_heads"]
+    parts = []
+    if result["heads"]:
+        title = "Error of each head's merged output, relative to its variance"
+        parts.append(charts.heat(result["heads"], heads, unit=lambda v: f"{v:.2g}", title=title))
+    if nodes := nectar["report"].get("nodes"):
+        counts = [float(n[0] if isinstance(n, list) else n) for n in nodes]
+        parts.append(
+            charts.heat(counts, heads, unit=lambda v: f"{v:.0f}", title="Nodes or hidden units given to each head")
+        )
+    return "".join(parts) or "<p>The file's heads are exact.</p>"
+
+
+def _kinds(methods: Sequence[Mapping[str, Any]]) -> str:
+    """Divergence by kind of question, a bar each, for the methods that were given the first file's bytes."""
+    shown = [m for m in methods if m["file"] == methods[0]["file"]]
+    kinds = list(methods[0]["kinds"])
+    parts = []
+    for kind in kinds:
+        rows, top = [], max(m["kinds"][kind]["kl"] for m in shown) or 1.0
+        for m in sorted(shown, key=lambda m: float(m["kinds"][kind]["kl"])):
+            own = m["method"] == FILE
+            kl, name = m["kinds"][kind]["kl"], "this file" if own else html.escape(m["method"])
+            bar = f'<i style="width:{100 * kl / top:.1f}%"></i>'
+            rows.append(f"<tr{' class=own' if own else ''}><td>{name}<td class=bars>{bar}<td>{kl:.4f}")
+        parts.append(f"<div><h3>{kind}</h3><table class=mini>{''.join(rows)}</table></div>")
+    return f"<div class=kinds>{''.join(parts)}</div>"
+
+
+def _correlation(result: Mapping[str, Any]) -> str:
+    points = [m for m in result["methods"] if m["error"]]
+    if len(points) < 3 or result["correlation"].get("error, accuracy gap") is None:
+        return ""
+    told = result["correlation"].items()
+    others = "".join(f"<li>{html.escape(n)}: <b>{v:.2f}</b>" for n, v in told if v is not None)
+    return (
+        f"<section><h2>Does the error tell?</h2><div class=pair><figure>{charts.scatter(points)}</figure><div>"
+        "<p>Next-token accuracy lost against the heads' mean merged error, one mark a method and size. "
+        f"Rank correlations over {len(points)} of them:</p><ul>{others}</ul></div></div></section>"
+    )
+
+
+def _facts(result: Mapping[str, Any]) -> str:
+    if not result["facts"]:
+        return ""
+    rows = []
+    for fact in result["facts"]:
+        name = html.escape(str(fact["method"]).split(" @ ")[0])
+        right = sorted(fact["right"], key=lambda r: r[0] or 0)
+        hits = "".join(f"<i class={'hit' if hit else 'miss'}></i>" for _, hit in right)
+        rows.append(f"<tr><td>{name}<td>{fact['found']:.0%}<td class=hits>{hits}")
+    return (
+        "<section><h2>Facts found</h2><p>Questions with one right answer; the text's beginning left, its end right.</p>"
+        f"<table class=mini>{''.join(rows)}</table></section>"
+    )
+
+
+def _answers(result: Mapping[str, Any]) -> str:
+    if not result["examples"]:
+        return ""
+    told, parts = result["answers"], []
+    names = (("full", "full cache"), ("file", "this file"), ("nothing", "no context"))
+    for example in result["examples"][:8]:
+        columns = "".join(f"<div class={k}><h4>{n}</h4><p>{html.escape(example[k])}</p></div>" for k, n in names)
+        parts.append(f"<article><h3>{html.escape(example['question'])}</h3><div class=sides>{columns}</div></article>")
+    meaning = ", ".join(
+        f"{n} <b>{told[k]:.3f}</b> <small>{told[f'{k}_interval'][0]:.3f}–{told[f'{k}_interval'][1]:.3f}</small>"
+        for k, n in (("file", "this file"), ("again", "a second full-cache sample"), ("nothing", "no context"))
+    )
+    return (
+        "<section><h2>Answers side by side</h2><p>Sampled at the same temperature. Mean similarity to the full "
+        f"cache's answer, by {html.escape(told['by'])}: {meaning}.</p>{''.join(parts)}</section>"
+    )
+
+
+def _provenance(result: Mapping[str, Any], nectar: Mapping[str, Any]) -> str:
+    config, layout = nectar.get("config") or {}, nectar.get("layout") or {}
+    fitted = nectar["report"].get("seconds") or {}
+    told = {
+        "model": Path(result["model"]).name,
+        "text": nectar.get("source") or "not told",
+        "kind": f"{layout.get('kind', '?')}, {layout.get('bits', '?')} bits",
+        "fitted": ", ".join(f"{k} {v:g} s" for k, v in fitted.items()) or "not told",
+        "budget": config.get("budget", "not told"),
+        "queries a head": nectar["report"].get("queries", config.get("queries", "not told")),
+        "seeds": f"fit {config.get('seed', '?')}",
+        "evaluation": ", ".join(f"{k} {v:g} s" for k, v in result["seconds"].items()),
+        "peak memory of the evaluation": charts.size(result["peak_bytes"]),
+        "nectar_mlx": nectar.get("nectar_mlx", "?"),
+    }
+    return "<dl>" + "".join(f"<dt>{k}<dd>{html.escape(str(v))}" for k, v in told.items()) + "</dl>"
+
+
+def plot(result: Mapping[str, Any], path: Path) -> None:
+    """Divergence against bytes as a PNG (or what else the name's ending says); NectarError without matplotlib."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise NectarError("--plot needs matplotlib: install nectar-mlx[plot]")
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 5), dpi=150)
+    placed = [m for m in result["methods"] if m["bytes"] > 0]
+    for name in dict.fromkeys(m["method"] for m in placed):
+        points = sorted((m for m in placed if m["method"] == name), key=lambda m: m["bytes"])
+        own, label = name == FILE, "this file" if name == FILE else name
+        place = [m["bytes"] for m in points], [m["kl"] for m in points]
+        axes.plot(*place, marker="o", label=label, linewidth=2.5 if own else 1, zorder=5 if own else 2)
+    axes.axvline(result["cache_bytes"], color="grey", linestyle=":", label="full cache")
+    axes.set(xscale="log", yscale="log", xlabel="bytes kept", ylabel="KL from the full cache, nats a token")
+    axes.grid(alpha=0.25)
+    axes.legend(fontsize=8)
+    figure.tight_layout()
+    try:
+        figure.savefig(path)
+    except (OSError, ValueError) as error:
+        raise NectarError(f"cannot write {path}: {error}") from None
+    finally:
+        pyplot.close(figure)

@@ -1,0 +1,134 @@
+"""What the comparison tells: figures with their intervals, errors by head, rank correlations, a table."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from ..baselines import NO_CONTEXT, Task, View
+from ..fitting import matching, regression
+from ..fitting.queries import Study
+from . import answers, fidelity
+from .fidelity import Bootstrap, Divergence, Estimate
+from .methods import Method
+from .questions import ON, Asked
+
+
+def head_errors(task: Task, view: View, rows: Study) -> list[float]:
+    """The merged error of every head (layer by layer) over what the evaluation's answers asked; none for views that
+    read another text than the context."""
+    if view.start != task.context.start:
+        return []
+    K, found = task.geometry.n_kv_heads, list[float]()
+    for layer, bank in enumerate(view.banks):
+        found += np.array(regression.errors(bank, rows.heads(range(layer * K, layer * K + K)))).tolist()
+    return [_rounded(x) for x in found]
+
+
+def entropies(task: Task, rows: Study) -> np.ndarray:
+    """The mean entropy of every head's exact attention to the context, in nats, [n_heads]."""
+    K, found = task.geometry.n_kv_heads, list[float]()
+    for layer in range(task.n_layers):
+        captured = rows.heads(range(layer * K, layer * K + K), np.arange(0, rows.rows, max(1, rows.rows // 256)))
+        weights = matching.attention_weights(captured, task.layer(layer)[0], scale=task.geometry.scale)
+        found += np.array(-(weights * mx.log(mx.maximum(weights, 1e-30))).sum(-1).mean(1)).tolist()
+    return np.array(found)
+
+
+def by_entropy(entropy: np.ndarray, errors: Mapping[str, Sequence[float]]) -> list[dict[str, Any]]:
+    """The mean merged error of each method over the quarters of the heads from the most peaked to the most diffuse."""
+    return [
+        {
+            "entropy": _rounded(float(entropy[part].mean())),
+            "errors": {label: _rounded(float(np.take(found, part).mean())) for label, found in errors.items() if found},
+        }
+        for part in np.array_split(np.argsort(entropy), min(4, len(entropy)))
+    ]
+
+
+def correlations(methods: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+    """Rank correlations over all methods and files: does the heads' error, does the divergence, tell what is lost?"""
+    fitted = [m for m in methods if m["error"] is not None]
+    pairs = {
+        "error, accuracy gap": ("error", "accuracy_gap"),
+        "error, KL": ("error", "kl"),
+        "KL, accuracy gap": ("kl", "accuracy_gap"),
+    }
+    found = {n: answers.rank_correlation([m[a] for m in fitted], [m[b] for m in fitted]) for n, (a, b) in pairs.items()}
+    return {name: None if rho is None else round(rho, 3) for name, rho in found.items()}
+
+
+def summaries(
+    methods: Sequence[Method], asked: Sequence[Asked], errors: Mapping[str, Sequence[float]]
+) -> list[dict[str, Any]]:
+    """One object a method. Its own figures are those of questions about the text (of all, if there are none)."""
+    kinds = {k: [i for i, a in enumerate(asked) if a.kind == k] for k in dict.fromkeys(a.kind for a in asked)}
+    nothing = next(m for m in methods if m.name == NO_CONTEXT)
+    told = []
+    for method in methods:
+        by_kind = {k: _figures(method.divergence, nothing.divergence, i) for k, i in kinds.items()}
+        told.append(
+            {
+                "method": method.name,
+                "file": method.file,
+                "bytes": method.view.nbytes,
+                **by_kind.get(ON, next(iter(by_kind.values()))),
+                "kinds": by_kind,
+                "error": _rounded(float(np.mean(errors[method.label]))) if errors[method.label] else None,
+                "seconds": round(method.seconds, 2),
+                "detail": method.view.detail,
+            }
+        )
+    return told
+
+
+def _figures(ours: Divergence | None, nothing: Divergence | None, conversations: Sequence[int]) -> dict[str, Any]:
+    """KL, agreement, gap closed and next-token accuracy gap over some conversations, with their intervals."""
+    assert ours is not None and nothing is not None
+    ours, nothing = ours.of(conversations), nothing.of(conversations)
+    draws, at = Bootstrap(conversations), ours.conversation
+    kl, baseline = draws.means(ours.kl, at), draws.means(nothing.kl, at)
+    gap = ours.reference_correct.astype(float) - ours.correct.astype(float)
+    estimates: dict[str, Estimate] = {
+        "kl": fidelity.interval(kl),
+        "agree": draws.mean(ours.agree, at),
+        "gap_closed": fidelity.interval(1 - kl / np.maximum(baseline, 1e-9)),
+        "accuracy_gap": draws.mean(gap, at),
+    }
+    figures: dict[str, Any] = {"tokens": len(at)}
+    for name, estimate in estimates.items():
+        figures[name] = _rounded(estimate.value)
+        figures[f"{name}_interval"] = [_rounded(estimate.low), _rounded(estimate.high)]
+    return figures
+
+
+def _rounded(x: float) -> float:
+    return float(f"{x:.5g}")
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """The result for a terminal."""
+    full = result["cache_bytes"]
+    kinds = list(result["methods"][0]["kinds"])
+    several = len(result["files"]) > 1
+    lines = [f"{result['context_tokens']:,} tokens; their bf16 KV cache takes {full:,} bytes", ""]
+    lines.append(
+        f"{'':26}{'bytes':>12}{'of cache':>10}{'KL':>9}{'':17}{'agree':>8}{'gap closed':>12}"
+        + "".join(f"{'KL ' + k:>18}" for k in kinds if k != ON)
+    )
+    for m in sorted(result["methods"], key=lambda m: m["kl"]):
+        low, high = m["kl_interval"]
+        name = f"{m['method']} {Path(m['file']).name}" if several and m["bytes"] else m["method"]
+        lines.append(
+            f"{name:26}{m['bytes']:>12,}{m['bytes'] / full:>10.2%}{m['kl']:>9.4f}{f' ({low:.4f}–{high:.4f})':17}"
+            f"{m['agree']:>8.1%}{m['gap_closed']:>12.1%}"
+            + "".join(f"{m['kinds'][k]['kl']:>18.4f}" for k in kinds if k != ON)
+        )
+    if told := result["answers"]:
+        lines += ["", f"similarity to the full cache's answers, by {told['by']}: the file {told['file']:.3f}, "]
+        lines[-1] += f"a second full-cache sample {told['again']:.3f}, no context {told['nothing']:.3f}"
+    if result["facts"]:
+        lines += ["", "facts found: " + ", ".join(f"{f['method']} {f['found']:.0%}" for f in result["facts"])]
+    return "\n".join(lines)

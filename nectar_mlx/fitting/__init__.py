@@ -1,0 +1,1 @@
+"""From a text to its heads: what the model is asked, what attention saw, and the regression."""

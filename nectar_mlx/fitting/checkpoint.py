@@ -1,0 +1,104 @@
+"""Where an interrupted fit leaves its work, and a resumed one finds it: a folder beside the output."""
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from ..errors import NectarError
+from ..heads import HeadArrays, Size
+from .queries import Conversation, Study
+
+
+class Checkpoint:
+    """The folder of one fit. With folder=None nothing is kept, and what does not fit in memory goes to a temporary
+    folder.
+    """
+
+    def __init__(self, folder: Path | None):
+        self.folder = folder
+        self._temporary: tempfile.TemporaryDirectory[str] | None = None
+
+    def claim(self, config: dict[str, Any], prefix: Sequence[int]) -> None:
+        """Starts or continues the fit of this text with these settings; NectarError if the folder holds another fit."""
+        if self.folder is None:
+            return
+        ids = hashlib.sha256(np.array(prefix, dtype="<i4").data).hexdigest()
+        mine = json.dumps({"config": config, "prefix": ids}, sort_keys=True)
+        told = self.folder / "fit.json"
+        if told.exists() and told.read_text() != mine:
+            raise NectarError(
+                f"{self.folder} holds a fit with other settings or another text: remove it, or do not --resume"
+            )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        told.write_text(mine)
+
+    def part(self, name: str) -> "Checkpoint":
+        """That of a part of the fit, within this one."""
+        return Checkpoint(self.folder and self.folder / name)
+
+    def spill(self) -> Path:
+        """A folder for arrays that do not fit in memory."""
+        if self.folder is not None:
+            return self.folder
+        self._temporary = self._temporary or tempfile.TemporaryDirectory(prefix="nectar-")
+        return Path(self._temporary.name)
+
+    def save_studies(self, studies: dict[str, Study], conversations: Sequence[Conversation]) -> None:
+        if self.folder is None:
+            return
+        for name, study in studies.items():
+            study.save(self.folder / name)
+        rows = {name: study.rows for name, study in studies.items()}
+        told = {"rows": rows, "conversations": [asdict(c) for c in conversations]}
+        (self.folder / "studies.json").write_text(json.dumps(told))
+
+    def load_studies(self, studies: dict[str, Study]) -> list[Conversation]:
+        """Fills fresh studies with the rows that were kept; the conversations that they came from."""
+        if self.folder is None or not (self.folder / "studies.json").exists():
+            return []
+        told = json.loads((self.folder / "studies.json").read_text())
+        for name, study in studies.items():
+            study.load(self.folder / name, told["rows"][name])
+        return [Conversation(**c) for c in told["conversations"]]
+
+    def save_sizes(self, sizes: Sequence[Size]) -> None:
+        if self.folder is not None:
+            (self.folder / "sizes.json").write_text(json.dumps(sizes))
+
+    def load_sizes(self) -> list[Size] | None:
+        if self.folder is None or not (self.folder / "sizes.json").exists():
+            return None
+        return [tuple(size) for size in json.loads((self.folder / "sizes.json").read_text())]
+
+    def save_heads(self, heads: dict[int, HeadArrays]) -> None:
+        """Keeps a group of fitted heads, by their numbers."""
+        if self.folder is not None:
+            flat = {f"{i}.{name}": array for i, head in heads.items() for name, array in head.items()}
+            temporary = self.folder / "group.safetensors"
+            mx.save_safetensors(str(temporary), flat)
+            temporary.replace(self.folder / f"heads-{min(heads)}.safetensors")
+
+    def load_heads(self) -> dict[int, HeadArrays]:
+        heads: dict[int, HeadArrays] = {}
+        for path in self.folder.glob("heads-*.safetensors") if self.folder is not None else ():
+            arrays = mx.load(str(path))
+            assert isinstance(arrays, dict)
+            for key, array in arrays.items():
+                index, name = key.split(".", 1)
+                heads.setdefault(int(index), {})[name] = array
+        return heads
+
+    def clear(self) -> None:
+        """Removes what was kept: the fit is done."""
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        if self._temporary is not None:
+            self._temporary.cleanup()

@@ -1,0 +1,146 @@
+"""Contexts beyond the model's window, or beyond memory: fitted layer by layer, and if need be chunk by chunk.
+
+Every chunk stands behind the template's head, at the positions that follow it, as if it were the whole text; what is
+asked comes behind the longest one. So no distance is larger than the model was made for, and every chunk is as near to
+the question as the last (parallel context windows, arXiv 2212.10947). What the heads say of their chunks merges exactly
+(attention.py): the nodes of all chunks lie side by side in one softmax. Only the first chunk's heads stand for the
+template's head as well, so that it counts once.
+
+A chunk is read without those before it: what it says about them is not understood, and their order is not known.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .. import nectar
+from ..adapter import Geometry
+from ..clock import Clock
+from ..heads import Exact, HeadArrays, Size
+from ..nectar import Nectar
+from . import queries
+from .checkpoint import Checkpoint
+from .fitter import FitConfig, Progress, affordable_bytes, layout_for
+from .layerwise import LayerwiseFitter, cut
+from .prefill import Prefill
+from .queries import Context
+
+
+def split(tokens: int, room: int) -> list[int]:
+    """The lengths of chunks, at most `room`, equal but for a token; the last, nearest the question, is the longest."""
+    count = -(-tokens // room)
+    return [tokens * (i + 1) // count - tokens * i // count for i in range(count)]
+
+
+def fit(
+    model: nn.Module,
+    tokenizer: Any,
+    prefix: Sequence[int],
+    geometry: Geometry,
+    *,
+    chunks: Sequence[int],
+    config: FitConfig,
+    provenance: dict[str, Any],
+    progress: Progress,
+    checkpoint: Checkpoint,
+    clock: Clock,
+) -> Nectar:
+    """Fits a prefix that ends with these chunks (their lengths in tokens), layer by layer."""
+    if len(chunks) > 1:
+        config = replace(config, kind="quadrature")  # heads made of nodes can be joined
+    layout = layout_for(config, geometry, n_layers=len(geometry.fitted))
+    nbytes = affordable_bytes(config, geometry, layout, n=len(prefix))
+    opening = len(prefix) - sum(chunks)
+    fitters, heads, errors = list[LayerwiseFitter](), list[list[HeadArrays]](), list[float]()
+    sizes: list[Size] = []
+    for number, text in enumerate(_texts(prefix, chunks)):
+        fitter = LayerwiseFitter(
+            model,
+            tokenizer,
+            text,
+            geometry,
+            config,
+            progress=partial(_of, progress, number, len(chunks)),
+            checkpoint=checkpoint.part(f"chunk-{number}"),
+            skip=opening if number else 0,
+        )
+        # Which heads need most is a matter of the model: the first chunk decides for all.
+        sizes = sizes or fitter.sizes(nbytes / len(chunks))
+        clock.lap("budgets")
+        fitter.converse()
+        clock.lap("study")
+        fitted, found = fitter.regress(sizes)
+        clock.lap("regression")
+        fitters.append(fitter)
+        heads.append(fitted)
+        errors += found
+    report = {"layerwise": True, "sizes": sizes, "queries": fitter.rows, "error": errors}
+    result = nectar.build(
+        layout,
+        [_joined(parts) for parts in zip(*heads, strict=True)],
+        prefix=prefix,
+        geometry=geometry,
+        provenance=provenance,
+        report=report,
+        windows=fitter.windows,
+        chunks=chunks,
+    )
+    report |= _fidelity(fitters, result)
+    clock.lap("check")
+    report["seconds"] = clock.laps
+    return result
+
+
+def read(
+    model: nn.Module,
+    prefix: Sequence[int],
+    geometry: Geometry,
+    *,
+    chunks: Sequence[int],
+    prefill: Prefill = "dense",
+    progress: Callable[[int], None] = lambda n: None,
+) -> Context:
+    """The exact keys and values of a prefix that ends with these chunks, or of one that has none."""
+    parts, done = list[Context](), 0
+    for text in _texts(prefix, chunks or [len(prefix)]):
+        parts.append(queries.read(model, text, geometry, prefill=prefill, progress=partial(_after, progress, done)))
+        done += len(text)
+    if len(parts) == 1:
+        return parts[0]
+    opening = len(prefix) - sum(chunks)
+    kept = [[cut(bank, opening if i else 0)[0] for bank in part.banks] for i, part in enumerate(parts)]
+    heads = [[_joined(of) for of in zip(*(b.unstack() for b in of), strict=True)] for of in zip(*kept, strict=True)]
+    banks = [Exact.stack(of, scale=geometry.scale) for of in heads]
+    return Context(list(prefix), banks, parts[-1].windows, chunks)
+
+
+def _after(progress: Callable[[int], None], done: int, more: int) -> None:
+    progress(done + more)
+
+
+def _texts(prefix: Sequence[int], chunks: Sequence[int]) -> Iterator[list[int]]:
+    """Each chunk behind what comes before the first."""
+    start = opening = len(prefix) - sum(chunks)
+    for length in chunks:
+        yield [*prefix[:opening], *prefix[start : start + length]]
+        start += length
+
+
+def _joined(parts: Sequence[HeadArrays]) -> HeadArrays:
+    """One head for the tokens of several: of heads made of nodes, all their nodes."""
+    return {name: mx.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def _fidelity(fitters: Sequence[LayerwiseFitter], fitted: Nectar) -> dict[str, Any]:
+    """The file's divergence from the model that has a conversation's own chunk in view, whole and alone."""
+    found = [fitter.fidelity(fitted.make_cache) for fitter in fitters]
+    means = {name: round(sum(f[name] for f in found) / len(found), 5) for name in ("kl", "agree")}
+    return means if len(found) == 1 else means | {"chunks": found}
+
+
+def _of(progress: Progress, number: int, count: int, description: str, total: int) -> Any:
+    return progress(description if count == 1 else f"chunk {number + 1} of {count}: {description}", total)

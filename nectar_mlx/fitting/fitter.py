@@ -1,0 +1,314 @@
+"""One fit in progress: from captured rows to trained heads."""
+
+import itertools
+import math
+import random
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from .. import prompts, store
+from .._exp import SLOW_EXP
+from ..adapter import Geometry
+from ..errors import NectarError
+from ..evaluation import fidelity
+from ..heads import KINDS, Bank, HeadArrays, Size
+from ..store import Layout
+from . import budget, grouping, instructions, matching, queries, regression, sensitivity, starts
+from .checkpoint import Checkpoint
+from .prefill import Prefill
+from .queries import Captured, Context, Conversation, Study
+
+if TYPE_CHECKING:
+    from ..nectar import Nectar
+
+_JUDGES = 8  # conversations by which the errors of heads are weighed
+_ENOUGH = 0.9  # of the rows asked for: not another batch for the last few
+
+Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
+
+
+def silent(description: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
+    return nullcontext(lambda done: None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitConfig:
+    """What can be chosen when fitting.
+
+    budget: bytes kept / bytes of the bf16 KV cache. kind: auto, quadrature, mlp, corrected or exact. bits: of a
+    stored matrix entry (16, 8 or 4). queries: captured rows a head (60,000 on a GPU, 20,000 on a CPU). steps: of the
+    regression (default: 1,500 on a GPU, 400 on a CPU). context_tokens: cut the text after so many tokens. memory:
+    bytes that the context's KV cache may take before the fit goes layer by layer, and captured rows before they go to
+    disk (default: half of what is free). layerwise: whether it goes layer by layer whatever the memory. prefill: how
+    the text is read, dense, or fixed (sparsely, for texts whose dense prefill takes too long).
+    """
+
+    budget: float = 0.02
+    kind: str = "auto"
+    bits: int = 8
+    queries: int = 20_000 if SLOW_EXP else 60_000
+    steps: int | None = None
+    seed: int = 0
+    context_tokens: int | None = None
+    memory: int | None = None
+    layerwise: bool | None = None
+    prefill: Prefill = "dense"
+    answer_tokens: int = 96
+    temperature: float = 0.9
+    conversations: int = 28 if SLOW_EXP else 64  # sampled side by side
+    power: float = 0.65
+    scout_steps: int = 100
+    rate: float = 6e-3
+    batch: int = 1024 if SLOW_EXP else 4096
+    samples: int = 4096  # rows that Attention Matching solves on
+
+    def __post_init__(self) -> None:
+        if not 0 < self.budget <= 1:
+            raise NectarError(f"a budget of {self.budget:g} is not in (0, 1]: it is the share of the KV cache to keep")
+        if self.bits not in (4, 8, 16):
+            raise NectarError(f"{self.bits} bits are not supported: choose 4, 8 or 16")
+        if self.kind not in ("auto", *KINDS):
+            raise NectarError(f"unknown kind {self.kind!r}: choose one of auto, {', '.join(KINDS)}")
+        if self.prefill not in ("dense", "fixed"):
+            raise NectarError(f"unknown prefill {self.prefill!r}: choose dense or fixed")
+        for name in ("queries", "seed", "steps", "context_tokens", "memory"):
+            value = getattr(self, name)
+            if value is not None and value < (0 if name == "seed" else 1):
+                raise NectarError(f"{name} must be positive, not {value}")
+
+
+class Fitter:
+    """The model, the context it has read, what was captured of it, and the heads fitted so far.
+
+    Heads are numbered layer by layer, the sliding-window layers left out.
+    """
+
+    study: Study
+    held_out: Study
+    conversations: list[Conversation]
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        context: Context,
+        geometry: Geometry,
+        config: FitConfig,
+        *,
+        progress: Progress = silent,
+        checkpoint: Checkpoint | None = None,
+    ):
+        self.model, self.tokenizer, self.context, self.geometry = model, tokenizer, context, geometry
+        self.config, self.progress, self.checkpoint = config, progress, checkpoint or Checkpoint(None)
+        self.n_layers = len(context.banks)
+        self.n_heads = self.n_layers * geometry.n_kv_heads
+        self.length = len(context.prefix)
+        self.room = 1 << 19 if SLOW_EXP else 1 << 28  # scores of a batch, of all heads that are trained together
+        self.steps = config.steps or (400 if SLOW_EXP else 1500)
+        self.layout = layout_for(config, geometry, n_layers=self.n_layers)
+        self.checkpoint.claim(asdict(config), context.prefix)
+
+    def converse(self) -> None:
+        """Fills `study` and `held_out` with what attention sees in conversations, and keeps the held-out ones."""
+        config, g = self.config, self.geometry
+        spare = max(config.queries // 10, 64)
+        spill = Study.nbytes(self.n_heads, config.queries + spare, g.head_dim) > (config.memory or free_memory() // 2)
+        folder = self.checkpoint.spill() if spill else None
+        self.study = Study(self.n_heads, config.queries, g.head_dim, folder=folder and folder / "study.rows")
+        self.held_out = Study(self.n_heads, spare, g.head_dim, folder=folder and folder / "held_out.rows")
+        studies = {"study": self.study, "held_out": self.held_out}
+        self.conversations = self.checkpoint.load_studies(studies)
+        with self.progress("conversing about it", config.queries) as done:
+            while self.study.rows < _ENOUGH * config.queries or not self.held_out.rows:
+                before = [s.rows for s in studies.values()]
+                try:
+                    self.conversations += self._ask_batch(done)
+                except KeyboardInterrupt:
+                    for study, rows in zip(studies.values(), before, strict=True):
+                        study.rows = rows  # the batch is asked again
+                    self.checkpoint.save_studies(studies, self.conversations)
+                    raise
+        self.checkpoint.save_studies(studies, self.conversations)
+
+    def _ask_batch(self, done: Callable[[int], None]) -> list[Conversation]:
+        config = self.config
+        number = len(self.conversations) // config.conversations
+        asked = instructions.training(self._passage, seed=config.seed + number)
+        batch = [Conversation(self._prompt(q)) for q in itertools.islice(asked, config.conversations)]
+        for conversation in batch[::10]:
+            conversation.held_out = True
+        batch.sort(key=lambda c: len(c.prompt))
+        missing = config.queries - self.study.rows
+        group = self.geometry.n_heads // self.geometry.n_kv_heads
+        rows = group * sum(len(c.prompt) + config.answer_tokens for c in batch if not c.held_out)
+        queries.converse(
+            self.model,
+            self.context,
+            batch,
+            stop=set(self.tokenizer.eos_token_ids),
+            max_tokens=config.answer_tokens,
+            temperature=config.temperature,
+            key=mx.random.key(config.seed + number),
+            study=self.study,
+            held_out=self.held_out,
+            # A part of every conversation instead of the first ones whole, or the last batch would give prompts alone.
+            share=min(1.0, missing / rows / math.ceil(missing / rows)),
+            progress=done,
+        )
+        return batch
+
+    def _prompt(self, question: str) -> list[int]:
+        return prompts.prompt(self.tokenizer, question, enable_thinking=False)
+
+    def _passage(self, rng: random.Random) -> str:
+        ids = self.context.prefix
+        length = rng.randrange(20, 60)
+        start = rng.randrange(0, max(1, len(ids) - length))
+        return str(self.tokenizer.decode(ids[start : start + length], skip_special_tokens=True)).strip()
+
+    def prepare(self) -> None:
+        """Shuffles the rows and weighs the context's keys."""
+        self.rows = np.random.default_rng(self.config.seed).permutation(self.study.rows)
+        self.importance: list[mx.array] = []  # per head, the rms attention of every key of the context, [n]
+        K = self.geometry.n_kv_heads
+        with self.progress("weighing keys", self.n_layers) as done:
+            for layer in range(self.n_layers):
+                rows = self._samples(range(layer * K, layer * K + K))
+                keys = self.context.banks[layer].parameters["keys"]
+                self.importance += list(matching.importance(rows, keys, scale=self.geometry.scale))
+                done(layer + 1)
+
+    def _samples(self, heads: Sequence[int]) -> Captured:
+        return self.study.heads(heads, np.sort(self.rows[: self.config.samples]))
+
+    def training_rows(self, heads: Sequence[int]) -> Captured:
+        """What some heads are fitted to, shuffled."""
+        return self.study.heads(heads, self.rows)
+
+    def matched(self, indices: Sequence[int], counts: Sequence[int]) -> list[HeadArrays]:
+        """Attention Matching for some heads, each with its own count of nodes."""
+        keys, values = [], []
+        for index, count in zip(indices, counts, strict=True):
+            layer, k = divmod(index, self.geometry.n_kv_heads)
+            parameters = self.context.banks[layer].parameters
+            chosen = matching.most_important(self.importance[index], count)
+            keys.append(parameters["keys"][k][chosen])
+            values.append(parameters["values"][k][chosen])
+        return matching.match(self._samples(indices), keys, values, scale=self.geometry.scale)
+
+    def sizes(self, nbytes: float) -> list[Size]:
+        """Every head's size, from the errors of a short uniform fit."""
+        sizes = self.checkpoint.load_sizes()
+        if sizes is None:
+            sizes = allocate(self.scout(nbytes), nbytes, layout=self.layout, config=self.config, n=self.length)
+            self.checkpoint.save_sizes(sizes)
+        return sizes
+
+    def scout(self, nbytes: float) -> np.ndarray:
+        """Every head's error [n_heads], in nats, after a short fit in which all heads have the same size."""
+        same = starts.size_for(self.layout, nbytes / self.n_heads, most=self.length)
+        errors = np.zeros(self.n_heads)
+        groups = self._groups([same] * self.n_heads)
+        with self.progress("weighing errors", _JUDGES) as done:
+            told = [c for c in self.conversations if c.answer and not c.held_out][:_JUDGES]
+            information = sensitivity.fisher(
+                self.model, self.context, told, n_heads=self.geometry.n_heads, progress=done
+            )
+            metric = sensitivity.metric(information)
+        with self.progress("deciding budgets", len(groups)) as done:
+            for number, group in enumerate(groups):
+                rows = self.training_rows(group)
+                bank = self._train(group, [same] * len(group), rows, self.config.scout_steps)
+                errors[group] = np.array(regression.errors(bank, rows, metric=metric[mx.array(group)]))
+                done(number + 1)
+        return errors
+
+    def _groups(self, sizes: Sequence[Size]) -> list[list[int]]:
+        """Heads that are trained together; what one costs a step is the scores of its batch."""
+        launch = 1 << 14 if SLOW_EXP else 1 << 24
+        return grouping.groups([s[0] * self.config.batch for s in sizes], room=self.room, launch=launch)
+
+    def _train(self, group: Sequence[int], sizes: Sequence[Size], rows: Captured, steps: int) -> Bank:
+        nodes = self.matched(group, [s[0] for s in sizes]) if self.layout.kind != "mlp" else []
+        start = starts.start(self.layout, nodes, sizes, rows, seed=self.config.seed)
+        return regression.train(start, rows, steps=steps, batch=self.config.batch, rate=self.config.rate)
+
+    def regress(self, sizes: Sequence[Size]) -> list[HeadArrays]:
+        """All heads, trained at their own sizes."""
+        heads = self.checkpoint.load_heads()
+        with self.progress("fitting heads", self.n_heads) as done:
+            for group in self._groups(sizes):
+                if not set(group) <= heads.keys():
+                    rows = self.training_rows(group)
+                    bank = self._train(group, [sizes[i] for i in group], rows, self.steps)
+                    fitted = dict(zip(group, bank.unstack(), strict=True))
+                    self.checkpoint.save_heads(fitted)
+                    heads |= fitted
+                done(len(heads))
+        return [heads[i] for i in range(self.n_heads)]
+
+    def errors(self, banks: Sequence[Bank]) -> list[float]:
+        """Merged error of every head on the held-out rows, one bank a layer."""
+        K, found = self.geometry.n_kv_heads, np.zeros(self.n_heads)
+        for layer, bank in enumerate(banks):
+            heads = range(layer * K, layer * K + K)
+            found[heads] = np.array(regression.errors(bank, self.held_out.heads(heads)))
+        return [float(f"{x:.3g}") for x in found]
+
+    def fidelity(self, fitted: "Nectar") -> dict[str, Any]:
+        """KL and agreement with the full cache on held-out conversations."""
+        conversations = [c for c in self.conversations if c.held_out and c.answer][:8]
+        with self.progress("checking", len(conversations)) as done:
+            found = fidelity.compare(
+                self.model, self.context.make_cache, {"nectar": fitted.make_cache}, conversations, progress=done
+            )["nectar"]
+        return {"kl": round(float(found.kl.mean()), 5), "agree": round(float(found.agree.mean()), 4)}
+
+
+def layout_for(config: FitConfig, geometry: Geometry, *, n_layers: int) -> Layout:
+    kind = "quadrature" if config.kind == "auto" else config.kind
+    return Layout(
+        kind=kind,
+        n_layers=n_layers,
+        n_kv_heads=geometry.n_kv_heads,
+        head_dim=geometry.head_dim,
+        scale=geometry.scale,
+        bits=16 if kind == "exact" else config.bits,
+    )
+
+
+def affordable_bytes(config: FitConfig, geometry: Geometry, layout: Layout, *, n: int) -> float:
+    """What the budget leaves for the heads of n tokens; what else the file holds is set aside where that matters."""
+    n_heads = layout.n_layers * layout.n_kv_heads
+    whole = geometry.cache_bytes(n)
+    windows = whole - replace(geometry, windows=(0,) * layout.n_layers).cache_bytes(n)
+    kept = config.budget * whole
+    besides = windows + 4 * n + 24 * n_heads + 6000
+    available = kept - min(besides, kept / 10)
+    needed = n_heads * starts.smallest_bytes(layout)
+    if available < needed:
+        raise NectarError(
+            f"a budget of {config.budget:g} is too small for {n:,} tokens: "
+            f"it takes at least {needed / 0.9 / whole:.2g}, or a longer text"
+        )
+    return available
+
+
+def allocate(errors: np.ndarray, nbytes: float, *, layout: Layout, config: FitConfig, n: int) -> list[Size]:
+    """Every head's size for n tokens, by the errors [n_heads] that it made among equals."""
+    mean, largest = nbytes / len(errors), starts.size_for(layout, float("inf"), most=n // 4)
+    least, most = starts.smallest_bytes(layout), max(store.head_bytes(layout, largest), 2 * mean)
+    share = budget.allocate(errors.tolist(), total=nbytes, power=config.power, least=least, most=most)
+    return [starts.size_for(layout, b, most=n) for b in share]
+
+
+def free_memory() -> int:
+    import psutil
+
+    return int(psutil.virtual_memory().available)

@@ -1,0 +1,256 @@
+"""Fitting layer by layer: a context is read and fitted while the keys and values of only one layer exist.
+
+    sample conversations, a passage of the text in view -> decide each head's budget on an excerpt
+    -> for each layer: read the text, hear the conversations behind all of it, fit the layer's heads, forget its keys
+
+Memory is then the hidden states of all tokens, one layer's keys and values and its training rows. The conversations
+are not those that the full context would have brought about, but the attention that heads are fitted to is the full
+context's own: the divergence is somewhat larger than where answers are sampled with everything in view, by a quarter in
+a prototype (docs/log.md).
+"""
+
+import itertools
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
+from functools import partial
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from .. import prompts, store
+from ..adapter import Geometry
+from ..cache import Window
+from ..evaluation import fidelity
+from ..heads import Exact, HeadArrays, Size
+from . import instructions, queries
+from .checkpoint import Checkpoint
+from .fitter import FitConfig, Fitter, Progress, allocate, layout_for
+from .queries import READ, Context, Conversation, Study, StudyCache
+from .walk import Walk
+
+_PASSAGE = 900  # tokens in view while a conversation is sampled
+_TOGETHER = 8  # conversations about one passage, sampled side by side
+_EXCERPT, _EXCERPT_QUERIES = 1024, 3000
+_CHECKED = 8  # held-out conversations that the fit is measured on
+_GOLDEN = 0.6180339887  # multiples of it, modulo 1, fill the unit interval evenly at any number
+
+
+class LayerwiseFitter:
+    """The model, the text, and what was said about it. Heads are numbered as in `Fitter`.
+
+    skip: how many tokens at the start of the prefix the heads do not stand for, though the rest is read behind them.
+    """
+
+    conversations: list[Conversation]
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        prefix: Sequence[int],
+        geometry: Geometry,
+        config: FitConfig,
+        *,
+        progress: Progress,
+        checkpoint: Checkpoint,
+        skip: int = 0,
+    ):
+        self.model, self.tokenizer, self.prefix, self.geometry = model, tokenizer, list(prefix), geometry
+        self.config, self.progress, self.checkpoint, self.skip = config, progress, checkpoint, skip
+        self.layout = layout_for(config, geometry, n_layers=len(geometry.fitted))
+        self.windows: dict[int, Window] = {}
+        self._walk = Walk(model, geometry)
+        self._answers: list[tuple[Conversation, mx.array]] = []  # held out, and what follows the last layer [A, E]
+        self._study, self._held_out = (
+            Study(geometry.n_kv_heads, rows, geometry.head_dim, folder=None)
+            for rows in (config.queries, max(config.queries // 10, 64))
+        )
+        checkpoint.claim(asdict(config), prefix)
+
+    def converse(self) -> None:
+        """Samples conversations until every head has its rows, about passages spread evenly over the text."""
+        studies = (False, self._study), (True, self._held_out)
+        self.conversations = self.checkpoint.load_studies({})
+        with self.progress("conversing about it", self.config.queries) as done:
+            try:
+                while any(self._rows(held_out) < study.capacity for held_out, study in studies):
+                    self.conversations += self._ask_about(self._passage(len(self.conversations) // _TOGETHER))
+                    done(self._rows(False))
+            finally:
+                self.checkpoint.save_studies({}, self.conversations)
+
+    def _rows(self, held_out: bool) -> int:
+        """Rows a head that the conversations so far, those held out or the others, will give."""
+        group = self.geometry.n_heads // self.geometry.n_kv_heads
+        return group * sum(len(c.prompt) + len(c.answer) - 1 for c in self.conversations if c.held_out == held_out)
+
+    def _passage(self, number: int) -> list[int]:
+        opening = prompts.opening(self.tokenizer)
+        last = max(opening, len(self.prefix) - _PASSAGE)
+        start = opening + int((number * _GOLDEN + 0.5) % 1 * (last - opening + 1))
+        return self.prefix[:opening] + self.prefix[start : start + _PASSAGE]
+
+    def _ask_about(self, passage: list[int]) -> list[Conversation]:
+        config, number = self.config, len(self.conversations)
+
+        def part(rng: random.Random) -> str:
+            length = rng.randrange(20, 60)
+            start = rng.randrange(0, max(1, len(passage) - length))
+            return str(self.tokenizer.decode(passage[start : start + length], skip_special_tokens=True)).strip()
+
+        asked = itertools.islice(instructions.training(part, seed=config.seed + number), _TOGETHER)
+        batch = [Conversation(prompts.prompt(self.tokenizer, q, enable_thinking=False)) for q in asked]
+        for i, conversation in enumerate(batch):
+            conversation.held_out = (number + i) % 10 == 0
+        queries.converse(
+            self.model,
+            queries.read(self.model, passage, self.geometry),
+            batch,
+            stop=set(self.tokenizer.eos_token_ids),
+            max_tokens=config.answer_tokens,
+            temperature=config.temperature,
+            key=mx.random.key(config.seed + number),
+        )
+        mx.clear_cache()
+        return batch
+
+    def sizes(self, nbytes: float) -> list[Size]:
+        """Every head's size, by the errors of a short uniform fit to an excerpt of the text, as long as is quick.
+
+        Which heads need most is far more a matter of the model than of the text.
+        """
+        sizes = self.checkpoint.load_sizes()
+        if sizes is None:
+            n = len(self.prefix) - prompts.opening(self.tokenizer)
+            excerpt = queries.read(self.model, self.prefix[:_EXCERPT], self.geometry)
+            config = replace(self.config, queries=min(self.config.queries, _EXCERPT_QUERIES), conversations=_TOGETHER)
+            scout = Fitter(self.model, self.tokenizer, excerpt, self.geometry, config, progress=self.progress)
+            scout.room = self._room
+            scout.converse()
+            scout.prepare()
+            errors = scout.scout(nbytes * len(excerpt.prefix) / len(self.prefix))
+            sizes = allocate(errors, nbytes, layout=self.layout, config=self.config, n=n)
+            self.checkpoint.save_sizes(sizes)
+        return sizes
+
+    def regress(self, sizes: Sequence[Size]) -> tuple[list[HeadArrays], list[float]]:
+        """All heads, trained at their own sizes, and the error of each on held-out rows."""
+        K, heads, errors = self.geometry.n_kv_heads, list[HeadArrays](), list[float]()
+        with self.progress("fitting layers", self.layout.n_layers) as done:
+            for fitter in self.layers():
+                fitter.prepare()
+                fitted = fitter.regress(sizes[len(heads) : len(heads) + K])
+                stored = store.unpack(fitter.layout, store.pack(fitter.layout, fitted))
+                errors += fitter.errors(stored)
+                heads += fitted
+                done(len(heads) // K)
+        return heads, errors
+
+    def layers(self) -> Iterator[Fitter]:
+        """For each layer with full attention, a Fitter of that layer alone that has heard the conversations."""
+        starts = range(0, len(self.prefix), READ)
+        text = [self._walk.embed(mx.array([self.prefix[a : a + READ]])) for a in starts]
+        heard = [self._walk.embed(tokens) for tokens, _ in self._batches()]
+        mx.eval(text, heard)
+        for layer in range(self.geometry.n_layers):
+            part = self._read(layer, text)
+            if isinstance(part, Window):
+                self.windows[layer] = part
+                self._hear(layer, partial(part.make_cache, len(self.prefix)), heard)
+            else:
+                part, beside = cut(part, self.skip)
+                self._study.rows = self._held_out.rows = 0
+                self._hear(layer, partial(StudyCache, part, len(self.prefix), beside=beside), heard)
+                yield self._fitter(layer, part)
+            del part
+            mx.clear_cache()
+        self._answers = list(self._checked(heard))
+
+    def _fitter(self, layer: int, bank: Exact) -> Fitter:
+        """One layer's, with the rows that were just captured."""
+        context = Context(self.prefix[self.skip :], [bank])
+        checkpoint = self.checkpoint.part(f"layer-{layer}")
+        fitter = Fitter(self.model, self.tokenizer, context, self.geometry, self.config, checkpoint=checkpoint)
+        fitter.study, fitter.held_out, fitter.room = self._study, self._held_out, self._room
+        return fitter
+
+    @property
+    def _room(self) -> int:
+        """Scores of a training batch whose training takes about as much memory as a layer's keys and values."""
+        one_layer = self.geometry.cache_bytes(len(self.prefix)) // self.geometry.n_layers
+        return max(1 << 19, one_layer // 32)
+
+    def _read(self, layer: int, text: list[mx.array]) -> Exact | Window:
+        """The text through one layer, its hidden states [1, READ, E] replaced piece by piece."""
+        cache = queries.reading_cache(len(self.prefix), self.geometry.windows[layer], prefill=self.config.prefill)
+        for i, piece in enumerate(text):
+            after = self._walk.layer(layer, piece, cache)
+            if layer < self.geometry.n_layers - 1:
+                text[i] = after
+            del after, piece  # behind the last layer nobody needs the text: what is not evaluated costs nothing
+            mx.eval(text[i], cache.state)
+            mx.clear_cache()
+        return queries.what_was_read(cache, scale=self.geometry.scale)
+
+    def _hear(self, layer: int, make_cache: Callable[[], Any], heard: list[mx.array]) -> None:
+        """The conversations through one layer behind the whole text; what its attention saw goes to the studies."""
+        for i, (_, places) in enumerate(self._batches()):
+            cache = make_cache()
+            heard[i] = self._walk.layer(layer, heard[i], cache)
+            mx.eval(heard[i], cache.state)
+            if isinstance(cache, StudyCache):
+                held_out = np.array([c.held_out for c in self._batch(i)])[:, None]
+                wanted = (self._study, places & ~held_out), (self._held_out, places & held_out)
+                chosen = [(study, where) for study, where in wanted if where.any() and not study.full]
+                for (study, _), rows in zip(chosen, cache.take([where for _, where in chosen]), strict=True):
+                    study.add(0, rows)
+                    study.advance(rows.queries.shape[1])
+
+    def _batch(self, number: int) -> list[Conversation]:
+        return self.conversations[number * _TOGETHER : (number + 1) * _TOGETHER]
+
+    def _batches(self) -> Iterator[tuple[mx.array, np.ndarray]]:
+        """Tokens [B, T], right-padded, and which of them a model that answers is fed."""
+        for number in range(-(-len(self.conversations) // _TOGETHER)):
+            rows = [c.prompt + c.answer for c in self._batch(number)]
+            longest = max(len(row) for row in rows)
+            tokens = mx.array([row + [0] * (longest - len(row)) for row in rows])
+            yield tokens, np.array([[place < len(row) - 1 for place in range(longest)] for row in rows])
+
+    @property
+    def rows(self) -> int:
+        return self._study.rows
+
+    def _checked(self, heard: Sequence[mx.array]) -> Iterator[tuple[Conversation, mx.array]]:
+        held_out = [(i, c) for i, c in enumerate(self.conversations) if c.held_out and c.answer]
+        for i, conversation in held_out[:_CHECKED]:
+            first = len(conversation.prompt) - 1
+            hidden = mx.contiguous(heard[i // _TOGETHER][i % _TOGETHER, first : first + len(conversation.answer)])
+            mx.eval(hidden)
+            yield conversation, hidden
+
+    def fidelity(self, make_cache: fidelity.MakeCache) -> dict[str, float]:
+        """KL and agreement with the full context on held-out conversations."""
+        found = []
+        for number, (conversation, hidden) in enumerate(self._answers):
+            (ours,) = fidelity.answer_logits(self.model, make_cache(), [conversation])
+            truth = self._walk.logits(hidden[None])[0]
+            found.append(fidelity.divergence(truth, ours, conversation.answer, number))
+        kl, agree = (np.concatenate(x) for x in zip(*((d.kl, d.agree) for d in found), strict=True))
+        return {"kl": round(float(kl.mean()), 5), "agree": round(float(agree.mean()), 4)}
+
+
+def cut(bank: Exact, tokens: int) -> tuple[Exact, Exact | None]:
+    """What comes behind the first tokens, and those, if there are any."""
+    if not tokens:
+        return bank, None
+    pieces = []
+    for part in (slice(tokens, None), slice(tokens)):
+        parameters = {name: mx.contiguous(x[:, part]) for name, x in bank.parameters.items()}
+        mx.eval(parameters)
+        sizes = ((parameters["keys"].shape[1],),) * len(bank.sizes)
+        pieces.append(Exact(parameters=parameters, sizes=sizes, scale=bank.scale))
+    return pieces[0], pieces[1]

@@ -1,0 +1,99 @@
+"""Attention Matching in closed form (arXiv 2602.16284): the context's own keys, reweighted, with values solved for.
+
+Per head: keep the m keys with the largest root-mean-square attention over the queries; biases by non-negative least
+squares, so that the kept keys carry the context's whole mass; values by least squares, so that they give its output.
+A baseline, and the start of every quadrature.
+"""
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+import numpy as np
+
+from .._exp import exp
+from ..heads import HeadArrays
+from .queries import Captured
+
+_RIDGE = 1e-4  # relative to the mean diagonal: the Gram matrices of peaked heads are close to singular
+_NNLS_STEPS = 300
+
+
+def attention_weights(rows: Captured, keys: mx.array, *, scale: float) -> mx.array:
+    """The exact softmax weights of rows [M, N, D] on keys [M, S, D] -> [M, N, S], float32."""
+    scores = (rows.queries.astype(mx.float32) * scale) @ keys.astype(mx.float32).swapaxes(1, 2)
+    return exp(scores - rows.log_normalizer[..., None])
+
+
+def importance(rows: Captured, keys: mx.array, *, scale: float, chunk: int = 512) -> mx.array:
+    """Root-mean-square attention that each key of [M, n, D] receives from the rows -> [M, n]."""
+    total = mx.zeros(keys.shape[:2])
+    count = rows.queries.shape[1]
+    for start in range(0, count, chunk):
+        part = Captured(*(x[:, start : start + chunk] for x in rows))
+        total = total + mx.square(attention_weights(part, keys, scale=scale)).sum(1)
+        mx.eval(total)
+    return mx.sqrt(total / count)
+
+
+def most_important(weights: mx.array, count: int) -> mx.array:
+    """Indices of the `count` largest of weights [n], in the order of the text."""
+    return mx.sort(mx.argpartition(-weights, count - 1)[:count])
+
+
+def match(rows: Captured, keys: Sequence[mx.array], values: Sequence[mx.array], *, scale: float) -> list[HeadArrays]:
+    """Nodes of M heads from chosen keys of each.
+
+    rows: queries and outputs [M, N, D]; keys and values: M arrays [m_i, D], the chosen ones -> M quadrature heads.
+    """
+    count = max(k.shape[0] for k in keys)
+    padded = mx.stack([mx.pad(k.astype(mx.float32), [(0, count - k.shape[0]), (0, 0)]) for k in keys])
+    alive = mx.stack([mx.arange(count) < k.shape[0] for k in keys])
+    weights = attention_weights(rows, padded, scale=scale) * alive[:, None]
+    mass = _nonnegative(weights)
+    shares = weights * mass[:, None]
+    shares = shares / mx.maximum(shares.sum(-1, keepdims=True), 1e-20)
+    gram = np.array(shares.swapaxes(1, 2) @ shares)
+    right = np.array(shares.swapaxes(1, 2) @ rows.output.astype(mx.float32))
+    heads = []
+    for i, (k, v) in enumerate(zip(keys, values, strict=True)):
+        m = k.shape[0]
+        fitted = _ridge(gram[i, :m, :m], right[i, :m], towards=np.array(v.astype(mx.float32)))
+        heads.append({"keys": padded[i, :m], "values": mx.array(fitted), "bias": mx.log(mass[i, :m])})
+    return heads
+
+
+def _nonnegative(weights: mx.array) -> mx.array:
+    """argmin over w >= 0 of |weights · w - 1|², by accelerated projected gradient: [M, N, m] -> [M, m], kept above
+    1e-4.
+    """
+    gram = weights.swapaxes(1, 2) @ weights
+    ones = weights.sum(1)[..., None]
+    step = 1 / _largest_eigenvalue(gram)
+    w = y = mx.ones_like(ones)
+    t = 1.0
+    for i in range(_NNLS_STEPS):
+        following = mx.maximum(y - step * (gram @ y - ones), 0)
+        t_following = (1 + (1 + 4 * t * t) ** 0.5) / 2
+        y, w, t = following + (t - 1) / t_following * (following - w), following, t_following
+        if i % 50 == 0:
+            mx.eval(w, y)
+    return mx.maximum(w[..., 0], 1e-4)
+
+
+def _largest_eigenvalue(gram: mx.array) -> mx.array:
+    """An upper estimate by power iteration, [M, m, m] -> [M, 1, 1]; no entry is negative, so the start is near."""
+    v = mx.ones((*gram.shape[:2], 1))
+    for _ in range(20):
+        v = gram @ v
+        v = v / mx.linalg.norm(v, axis=1, keepdims=True)
+    return 1.05 * mx.linalg.norm(gram @ v, axis=1, keepdims=True)
+
+
+def _ridge(gram: np.ndarray, right: np.ndarray, *, towards: np.ndarray) -> np.ndarray:
+    """The V that minimises |shares · V - outputs|² + ridge · |V - towards|², from shares' Gram [m, m] and right side
+    [m, D].
+    """
+    gram, right = gram.astype(np.float64), right.astype(np.float64)
+    ridge = _RIDGE * np.diag(gram).mean()
+    left = gram + ridge * np.eye(len(gram))
+    return np.linalg.solve(left, right + ridge * towards).astype(np.float32)

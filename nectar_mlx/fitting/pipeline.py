@@ -1,0 +1,145 @@
+"""Fitting: a text goes in, a Nectar comes out.
+
+read the text once -> converse about it, capturing queries and exact attention -> decide each head's budget
+-> start every head from Attention Matching at its own budget -> regress -> quantise -> report
+
+Where the keys and values of the whole text would not fit, or the text the model's window: chunks.py.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import mlx.nn as nn
+
+from .. import adapter, models, nectar, prompts
+from ..adapter import Geometry
+from ..clock import Clock
+from ..errors import NectarError
+from ..heads import KINDS, Quadrature, Residual
+from ..nectar import Nectar
+from ..retrieval.fitter import RetrievalFitter
+from . import chunks, queries
+from .checkpoint import Checkpoint
+from .fitter import FitConfig, Fitter, Progress, affordable_bytes, free_memory, silent
+
+
+def fit(
+    model: nn.Module,
+    tokenizer: Any,
+    text: str,
+    *,
+    config: FitConfig,
+    name: str = "",
+    source: str = "",
+    progress: Progress = silent,
+    checkpoint: Checkpoint | None = None,
+) -> Nectar:
+    """Fits a text; see the module's first lines. name, source: what the file says of the model and the text.
+
+    checkpoint: where an interrupted fit leaves its work, and a resumed one finds it. NectarError for a text, budget
+    or model that cannot be fitted.
+    """
+    clock = Clock()
+    geometry = adapter.route(model)
+    prefix = _checked_prefix(tokenizer, text, config)
+    provenance = {
+        "model": name or getattr(tokenizer, "name_or_path", ""),
+        "model_sha256": models.fingerprint(model),
+        "tokenizer_sha256": models.tokenizer_fingerprint(tokenizer),
+        "config": asdict(config),
+        "source": source,
+    }
+    lengths = _chunks(model, tokenizer, prefix, config)
+    if len(lengths) > 1 or _needs_layers(model, geometry, config, len(prefix)):
+        return chunks.fit(
+            model,
+            tokenizer,
+            prefix,
+            geometry,
+            chunks=lengths,
+            config=config,
+            provenance=provenance,
+            progress=progress,
+            checkpoint=checkpoint or Checkpoint(None),
+            clock=clock,
+        )
+    with progress("reading", len(prefix)) as done:
+        context = queries.read(model, prefix, geometry, prefill=config.prefill, progress=done)
+    clock.lap("read")
+    retrieves = issubclass(KINDS.get(config.kind, Quadrature), Residual)
+    make = RetrievalFitter if retrieves else Fitter
+    fitter = make(model, tokenizer, context, geometry, config, progress=progress, checkpoint=checkpoint)
+    report: dict[str, Any] = {}
+    if config.kind == "exact":
+        heads = [head for bank in context.banks for head in bank.unstack()]
+    else:
+        nbytes = affordable_bytes(config, geometry, fitter.layout, n=len(prefix))
+        fitter.converse()
+        clock.lap("study")
+        fitter.prepare()
+        sizes = fitter.sizes(nbytes)
+        clock.lap("budgets")
+        heads = fitter.regress(sizes)
+        clock.lap("regression")
+        report |= {"sizes": sizes, "queries": fitter.study.rows}
+    fitted = nectar.build(
+        fitter.layout,
+        heads,
+        prefix=prefix,
+        geometry=geometry,
+        provenance=provenance,
+        report=report,
+        windows=context.windows,
+    )
+    if isinstance(fitter, RetrievalFitter):
+        fitted.keys = fitter.keys(text, nectar=fitted.digest)
+        clock.lap("keys")
+    if config.kind != "exact":
+        report["error"] = fitter.errors(fitted.retrieving() or fitted.banks)
+        report |= fitter.fidelity(fitted)
+        clock.lap("check")
+    report["seconds"] = clock.laps
+    return fitted
+
+
+def _needs_layers(model: nn.Module, geometry: Geometry, config: FitConfig, n: int) -> bool:
+    """Whether the fit goes layer by layer: when it is told to, or when the KV cache would not fit the memory."""
+    keeps_keys = config.kind == "exact" or issubclass(KINDS.get(config.kind, Quadrature), Residual)
+    if config.layerwise and keeps_keys:
+        raise NectarError(
+            f"kind {config.kind} keeps the text's keys, and --layerwise forgets them: leave one of them out"
+        )
+    if config.layerwise is not None or keeps_keys:
+        return bool(config.layerwise)
+    return geometry.cache_bytes(n) * adapter.compute_type(model).size // 2 > (config.memory or free_memory() // 2)
+
+
+def _checked_prefix(tokenizer: Any, text: str, config: FitConfig) -> list[int]:
+    if not text.strip():
+        raise NectarError("the text is empty")
+    return prompts.prefix(tokenizer, text, max_tokens=config.context_tokens)
+
+
+def _chunks(model: nn.Module, tokenizer: Any, prefix: Sequence[int], config: FitConfig) -> list[int]:
+    """The lengths of the pieces in which the document fits the model's window; one, wherever it can be."""
+    opening, window = prompts.opening(tokenizer), _window(model)
+    room = (window or 1 << 62) - opening - 1024  # questions and answers need positions too
+    tokens = len(prefix) - opening
+    if config.kind == "exact" or tokens <= room:
+        return [tokens]
+    if room < 64 or config.kind not in ("auto", "quadrature"):
+        raise NectarError(
+            f"the text has {len(prefix):,} tokens; the model's window of {window:,} leaves room for {max(0, room):,}: "
+            f"cut it with --context-tokens {max(0, room)}, or fit it chunk by chunk with --kind quadrature"
+        )
+    return chunks.split(tokens, room)
+
+
+def _window(model: nn.Module) -> int | None:
+    """Positions the model was made for, where its configuration (or its text part's) says."""
+    arguments = getattr(model, "args", None)
+    told = getattr(arguments, "max_position_embeddings", None)
+    if told is None:
+        told = (getattr(arguments, "text_config", None) or {}).get("max_position_embeddings")
+    return told

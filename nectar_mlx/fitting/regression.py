@@ -1,0 +1,104 @@
+"""The regression: head functions trained on what attention saw.
+
+Loss of a head, with g = σ(L - L_live) the share of the context in the merged output:
+
+    |merged(o, L) - merged(exact)|² / Var o  +  0.1 · (|o - o_exact|² / Var o + (L - L_exact)² / Var L)
+
+The merged term is what the model notices; the plain terms keep o and L apart from each other well scaled.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import mlx.core as mx
+
+from .._exp import COMPILE, sigmoid
+from ..attention import Partial
+from ..heads import Bank, HeadArrays
+from . import optimizers
+from .queries import Captured
+from .starts import Start
+
+_PLAIN = 0.1
+
+
+class Scales(NamedTuple):
+    """Per head [M]: variance of the output's entries and of the log-normaliser over the captured rows."""
+
+    output: mx.array
+    log_normalizer: mx.array
+
+
+def scales(rows: Captured) -> Scales:
+    output = rows.output.astype(mx.float32)
+    return Scales(output.var(1).mean(-1) + 1e-8, rows.log_normalizer.var(1) + 1e-6)
+
+
+def merged_error(part: Partial, rows: Captured, metric: mx.array) -> mx.array:
+    """Mean of |Δ · metric|² over the rows, Δ the error of the merged output [M, N, D], metric [M, D, D] -> [M]."""
+    gate = sigmoid(part.log_normalizer - rows.live_log_normalizer)[..., None]
+    exact = sigmoid(rows.log_normalizer - rows.live_log_normalizer)[..., None]
+    live = rows.live_output.astype(mx.float32)
+    error = gate * (part.output - live) - exact * (rows.output.astype(mx.float32) - live)
+    return mx.square(error @ metric).sum(-1).mean(1)
+
+
+def relative(scale: Scales, head_dim: int) -> mx.array:
+    """The metric in which the error of an output is its share of the output's variance, [M, D, D]."""
+    return mx.eye(head_dim) / mx.sqrt(head_dim * scale.output)[:, None, None]
+
+
+def plain_error(part: Partial, rows: Captured, scale: Scales) -> mx.array:
+    output = mx.square(part.output - rows.output.astype(mx.float32)).mean((1, 2)) / scale.output
+    return output + mx.square(part.log_normalizer - rows.log_normalizer).mean(1) / scale.log_normalizer
+
+
+def train(
+    start: Start,
+    rows: Captured,
+    *,
+    steps: int,
+    batch: int,
+    rate: float,
+    muon_rate: float = 0.02,
+    progress: Callable[[int], None] = lambda step: None,
+) -> Bank:
+    """The trained bank. rows: of its M heads, shuffled; batches are consecutive slices."""
+    bank, norm = start.bank, scales(rows)
+    metric = relative(norm, bank.head_dim)
+    count = rows.queries.shape[1]
+    batch = min(batch, count)
+
+    def loss(parameters: HeadArrays, part: Captured) -> mx.array:
+        estimate = bank.apply(start.fold(parameters), part.queries)
+        return (merged_error(estimate, part, metric) + _PLAIN * plain_error(estimate, part, norm)).sum()
+
+    def step(
+        parameters: HeadArrays, state: optimizers.State, part: Captured, factor: mx.array
+    ) -> tuple[HeadArrays, optimizers.State]:
+        gradients = mx.grad(loss)(parameters, part)
+        return optimizers.update(
+            parameters, gradients, state, rate=rate * factor, muon_rate=muon_rate * factor, muon=start.muon
+        )
+
+    run = mx.compile(step) if COMPILE else step
+    parameters, state = start.parameters, optimizers.start(start.parameters)
+    starts = range(0, count - batch + 1, batch)
+    for i in range(steps):
+        at = starts[i % len(starts)]
+        part = Captured(*(mx.contiguous(x[:, at : at + batch]) for x in rows))
+        parameters, state = run(parameters, state, part, mx.array(optimizers.schedule(i, steps)))
+        mx.eval(parameters, state)
+        progress(i + 1)
+    return type(bank)(parameters=start.fold(parameters), sizes=bank.sizes, scale=bank.scale)
+
+
+def errors(bank: Bank, rows: Captured, *, metric: mx.array | None = None, chunk: int = 4096) -> mx.array:
+    """The merged error of each head over all rows, [M]; metric [M, D, D]: as for `merged_error`, default `relative`."""
+    measure, count = relative(scales(rows), bank.head_dim) if metric is None else metric, int(rows.queries.shape[1])
+    total = mx.zeros(len(bank.sizes))
+    for start in range(0, count, chunk):
+        part = Captured(*(x[:, start : start + chunk] for x in rows))
+        total = total + merged_error(bank(part.queries), part, measure) * part.queries.shape[1]
+        mx.eval(total)
+    return total / count

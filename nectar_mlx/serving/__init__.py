@@ -1,0 +1,1 @@
+"""What makes mlx-lm's server answer behind a context, safely."""

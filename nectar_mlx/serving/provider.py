@@ -1,0 +1,148 @@
+"""What mlx-lm's server loads and generates with: a .nectar for every model's id, prompts that continue its context."""
+
+import argparse
+import threading
+from pathlib import Path
+from typing import Any
+
+from mlx_lm import server
+from mlx_lm.models.cache import LRUPromptCache
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from .. import cli, models, prompts, store
+from ..errors import NectarError
+from ..nectar import Nectar
+
+AT = "@exact="  # a model's id and a request's share of exact keys make the id that is loaded
+
+
+class ContextTokenizer(TokenizerWrapper):
+    """The model's tokenizer, except that what it encodes continues a context: no template head, no BOS."""
+
+    has_chat_template = True  # `prompts` has a way for models without one
+
+    def __init__(self, tokenizer: TokenizerWrapper):
+        vars(self).update(vars(tokenizer))
+        self._whole = tokenizer
+
+    def apply_chat_template(self, messages: Any, tokenize: bool = True, **template: Any) -> Any:  # type: ignore[override]
+        tokens = prompts.prompt(self._whole, messages, **template)
+        return tokens if tokenize else self._whole.decode(tokens)
+
+    def encode(self, text: Any, **options: Any) -> list[int]:
+        if not isinstance(text, str) or not text:
+            raise NectarError("the prompt must be one non-empty string")
+        return prompts.encode(self._whole, text)
+
+
+class Provider(server.ModelProvider):
+    """Loads what the server may serve: the given .nectar files, whose shared model is loaded once."""
+
+    model: Any
+    tokenizer: Any
+    draft_model: Any
+    model_key: Any
+    serving: Nectar
+    reading: list[Any]  # the caches of the request that is served alone
+
+    def __init__(self, args: argparse.Namespace, files: dict[str, Path]):
+        super().__init__(args)
+        self.files = files
+        self._model_map["default_model"] = next(iter(files))
+        self._base: tuple[str, Any, Any] | None = None
+        self._nectars: dict[str, Nectar] = {}
+        self.reading = []
+        self.ready = threading.Event()
+        self.failure: Exception | None = None
+
+    def load_default(self) -> None:
+        """Loads every file once, so that what is wrong is known before the first request; the first one stays."""
+        try:
+            for name in reversed(self.files):
+                self.load(name, None, "default_model")  # type: ignore[no-untyped-call]
+        except Exception as error:
+            self.failure = error
+        self.ready.set()
+
+    def _load(self, model_path: str, adapter_path: str | None = None, draft_model_path: str | None = None) -> None:
+        name, exact = _parted(model_path, self.cli_args.exact)
+        if name not in self.files:
+            raise NectarError(f"there is no model {name!r}; there are: {', '.join(self.files)}")
+        nectar, model, tokenizer = self._nectar(name)
+        retrieves = bool(nectar.retrieving(exact))
+
+        def make_cache() -> list[Any]:
+            self.reading = nectar.make_cache(kv_bits=self.cli_args.kv_bits, exact=exact)
+            return self.reading
+
+        model.make_cache = make_cache
+        if draft_model_path is not None and self.draft_model is None:
+            self.draft_model, _ = models.load(draft_model_path, log=cli.say)
+        self.model, self.tokenizer = model, ContextTokenizer(tokenizer)
+        self.is_batchable = self.draft_model is None and not retrieves  # what an answer read is known of one alone
+        self.serving = nectar
+        self.model_key = (model_path, adapter_path, draft_model_path)
+
+    def _nectar(self, name: str) -> tuple[Nectar, Any, Any]:
+        file = self.files[name]
+        wanted = self.cli_args.model or store.read_metadata(file)["model"]
+        if self._base is None or self._base[0] != wanted:
+            self._base = None
+            self._nectars.clear()
+            self.reset()
+            self._base = (wanted, *models.load(wanted, log=cli.say))
+        _, model, tokenizer = self._base
+        if name not in self._nectars:
+            self._nectars[name] = cli.load_nectar(file, model, tokenizer)
+        return self._nectars[name], model, tokenizer
+
+
+class PromptCache(LRUPromptCache):
+    """mlx-lm's, which may hold the whole of a prompt; its batches need at least one token that is still to be read."""
+
+    def __init__(self, max_size: int, provider: Provider | None = None):
+        super().__init__(max_size)
+        self._provider = provider
+
+    def fetch_nearest_cache(self, model: Any, tokens: list[int]) -> tuple[Any, list[int]]:
+        cache, rest = super().fetch_nearest_cache(model, tokens)
+        if cache is not None and self._provider is not None:
+            self._provider.reading = cache
+            self._provider.serving.forget_reading(cache)
+        if rest:
+            return cache, rest
+        if all(layer.is_trimmable() for layer in cache):
+            for layer in cache:
+                layer.trim(1)
+            return cache, tokens[-1:]
+        return None, tokens
+
+
+class Generator(server.ResponseGenerator):
+    """mlx-lm's; what an answer that was served alone has read of its context becomes a field of the request's."""
+
+    model_provider: Provider
+
+    def _serve_single(self, request: Any, stream: Any) -> None:
+        queue, *others = request
+        super()._serve_single((_Told(queue, self.model_provider), *others), stream)  # type: ignore[no-untyped-call]
+
+
+class _Told:
+    """A request's queue: the first item is its `GenerationContext`, the last is None."""
+
+    def __init__(self, queue: Any, provider: Provider):
+        self._queue, self._provider, self._context = queue, provider, None
+
+    def put(self, item: Any) -> None:
+        if self._context is None:
+            self._context = item
+        elif item is None:
+            self._context.reading = self._provider.serving.reading(self._provider.reading)
+        self._queue.put(item)
+
+
+def _parted(model_path: str, exact: float | None) -> tuple[str, float | None]:
+    """A file's id and the share of keys to read exactly, the server's own unless the request said so."""
+    name, at, told = model_path.partition(AT)
+    return name, float(told) if at else exact
