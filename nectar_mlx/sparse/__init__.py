@@ -14,7 +14,7 @@ from functools import partial
 import mlx.core as mx
 
 from ..attention import Partial, merge
-from .blockwise import Chunk, blockwise, join, room
+from .blocks import Chunk, blockwise, join, room
 from .patterns import Combine, Fixed, Pattern, Strided, take_heads
 
 __all__ = ["Combine", "Fixed", "Pattern", "Strided", "benchmark", "sparse_attention"]
