@@ -14,7 +14,7 @@ import numpy as np
 
 from .. import attention
 from .._exp import SLOW_EXP
-from ..cache import NectarCache, with_sinks
+from ..cache import NectarCache
 from ..evaluation.fidelity import log_probabilities
 from .queries import Context, Conversation
 
@@ -26,23 +26,13 @@ class _ProbedCache(NectarCache):
 
     probe: mx.array
 
-    def attend(
-        self,
-        queries: mx.array,
-        keys: mx.array,
-        values: mx.array,
-        *,
-        scale: float,
-        mask: mx.array | str | None,
-        sinks: mx.array | None = None,
-    ) -> mx.array:
-        live = attention.causal(queries, keys, values, scale=scale, mask=mask)
+    def attend(self, queries: mx.array, *rest: Any, **options: Any) -> mx.array:
+        return super().attend(queries, *rest, **options) + self.probe.astype(queries.dtype)
+
+    def over_context(self, queries: mx.array) -> attention.Partial:
         # Recomputed in the reverse pass: of all layers at once, the weights of a long context would fill the memory.
-        context = mx.checkpoint(lambda q: tuple(self.over_context(q)))(queries)
-        merged = attention.merge(attention.Partial(*context), live)
-        if sinks is not None:
-            merged = with_sinks(merged, sinks)
-        return (merged.output + self.probe).astype(queries.dtype)
+        found: Any = mx.checkpoint(lambda q: tuple(self.bank.over(q)))(queries)
+        return attention.Partial(*found)
 
 
 def metric(information: mx.array) -> mx.array:
