@@ -2,10 +2,10 @@
 
 import itertools
 import math
-import random
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
@@ -139,7 +139,8 @@ class Fitter:
     def _ask_batch(self, done: Callable[[int], None]) -> list[Conversation]:
         config = self.config
         number = len(self.conversations) // config.conversations
-        asked = instructions.training(self._passage, seed=config.seed + number)
+        passage = partial(instructions.passage, self.tokenizer, self.context.prefix)
+        asked = instructions.training(passage, seed=config.seed + number)
         batch = [Conversation(self._prompt(q)) for q in itertools.islice(asked, config.conversations)]
         for conversation in batch[::10]:
             conversation.held_out = True
@@ -165,12 +166,6 @@ class Fitter:
 
     def _prompt(self, question: str) -> list[int]:
         return prompts.prompt(self.tokenizer, question, enable_thinking=False)
-
-    def _passage(self, rng: random.Random) -> str:
-        ids = self.context.prefix
-        length = rng.randrange(20, 60)
-        start = rng.randrange(0, max(1, len(ids) - length))
-        return str(self.tokenizer.decode(ids[start : start + length], skip_special_tokens=True)).strip()
 
     def prepare(self) -> None:
         """Shuffles the rows and weighs the context's keys."""

@@ -1,7 +1,8 @@
 """What is asked while studying, and, from other templates, while evaluating."""
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 GENERIC = (
     "Summarize the text above in a few sentences.",
@@ -69,6 +70,13 @@ HELD_OUT_UNRELATED = (
     "Suggest a name for a small bakery.",
     "What is the boiling point of water in Fahrenheit?",
 )
+
+
+def passage(tokenizer: Any, ids: Sequence[int], rng: random.Random) -> str:
+    """Some 20 to 60 of these tokens, as text."""
+    length = rng.randrange(20, 60)
+    start = rng.randrange(0, max(1, len(ids) - length))
+    return str(tokenizer.decode(ids[start : start + length], skip_special_tokens=True)).strip()
 
 
 def training(passage: Callable[[random.Random], str], *, seed: int) -> Iterator[str]:

@@ -10,7 +10,6 @@ a prototype (docs/log.md).
 """
 
 import itertools
-import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -96,11 +95,7 @@ class LayerwiseFitter:
     def _ask_about(self, passage: list[int]) -> list[Conversation]:
         config, number = self.config, len(self.conversations)
 
-        def part(rng: random.Random) -> str:
-            length = rng.randrange(20, 60)
-            start = rng.randrange(0, max(1, len(passage) - length))
-            return str(self.tokenizer.decode(passage[start : start + length], skip_special_tokens=True)).strip()
-
+        part = partial(instructions.passage, self.tokenizer, passage)
         asked = itertools.islice(instructions.training(part, seed=config.seed + number), _TOGETHER)
         batch = [Conversation(prompts.prompt(self.tokenizer, q, enable_thinking=False)) for q in asked]
         for i, conversation in enumerate(batch):
@@ -203,11 +198,7 @@ class LayerwiseFitter:
             mx.eval(heard[i], cache.state)
             if isinstance(cache, StudyCache):
                 held_out = np.array([c.held_out for c in self._batch(i)])[:, None]
-                wanted = (self._study, places & ~held_out), (self._held_out, places & held_out)
-                chosen = [(study, where) for study, where in wanted if where.any() and not study.full]
-                for (study, _), rows in zip(chosen, cache.take([where for _, where in chosen]), strict=True):
-                    study.add(0, rows)
-                    study.advance(rows.queries.shape[1])
+                queries.flush([cache], [(self._study, places & ~held_out), (self._held_out, places & held_out)])
 
     def _batch(self, number: int) -> list[Conversation]:
         return self.conversations[number * _TOGETHER : (number + 1) * _TOGETHER]

@@ -263,7 +263,7 @@ def converse(
         done = [_extend(row, token, at, stop, max_tokens) for row, token in zip(rows, drawn, strict=True)]
         if len(valid) % _FLUSH == 0 or all(done):
             places, mine = np.concatenate(valid, axis=1), np.array([r.held_out for r in rows])[:, None]
-            _flush(studied, [(study, places & ~mine), (held_out, places & mine)])
+            flush(studied, [(study, places & ~mine), (held_out, places & mine)])
             progress(study.rows if study is not None else at)
             valid = []
             if all(done):
@@ -298,7 +298,7 @@ def _extend(row: Conversation, token: int, at: int, stop: set[int], max_tokens: 
     return token in stop or len(row.answer) >= max_tokens
 
 
-def _flush(caches: Sequence[StudyCache], wanted: Sequence[tuple[Study | None, np.ndarray]]) -> None:
+def flush(caches: Sequence[StudyCache], wanted: Sequence[tuple[Study | None, np.ndarray]]) -> None:
     """Writes what the caches saw into each study, from its places [B, T]."""
     chosen = [(study, places) for study, places in wanted if study is not None and not study.full]
     taken: list[list[Captured]] = []
