@@ -21,8 +21,8 @@ from .errors import NectarError
 from .heads import Bank, Residual
 from .kernels.packing import Packed
 from .models import hub
-from .retrieval import EXACT, Keys, Record, Retrieving, beside, recorded, recording, retrieving, sketch
-from .retrieval.sketch import Sketch
+from .retrieval import EXACT, Keys, Record, Retrieving, beside, recorded, recording, retrieving
+from .retrieval.router import Router
 from .retrieval.sources import Source, passages
 from .store import Layout
 
@@ -162,13 +162,9 @@ class Nectar:
         return self._retrieving[share]
 
     @cached_property
-    def _selectors(self) -> list[Sketch]:
+    def _selectors(self) -> list[Router]:
         assert self.keys is not None
-        heads = range(self.geometry.n_kv_heads)
-        return [
-            sketch.load(self.keys.small, [(layer, head) for head in heads], scale=self.geometry.scale)
-            for layer in range(len(self.banks))
-        ]
+        return [Router(self.keys.small, layer, scale=self.geometry.scale) for layer in range(len(self.banks))]
 
     @property
     def retrieves(self) -> bool:

@@ -9,7 +9,7 @@ from nectar_mlx.heads import Completion, Exact, Quadrature, Remainder, Retrieval
 from nectar_mlx.heads.residual import ANCHORS, EVERYTHING, NOTHING, Retrieved, anchor_positions, middle
 from nectar_mlx.retrieval.bank import Retrieving
 from nectar_mlx.retrieval.keys import Keys
-from nectar_mlx.retrieval.selection import Oracle, choose
+from nectar_mlx.retrieval.selection import Oracle, best
 
 K, G, D, SCALE = 2, 3, 16, 0.3
 
@@ -114,13 +114,15 @@ def test_selection_alone_attends_to_anchors_and_what_was_read():
 def test_the_chosen_keys_are_those_of_the_largest_share_of_any_head():
     random = np.random.default_rng(1)
     scores, anchors = random.normal(size=(K, 4, G, 40)), random.normal(size=(K, 4, G))
-    chosen = choose(mx.array(scores.astype(np.float32)), mx.array(anchors.astype(np.float32)), count=6)
     total = np.log(np.exp(scores).sum(-1) + np.exp(anchors))
+    chosen = best(mx.array(scores.astype(np.float32)), mx.array(total.astype(np.float32)), count=6)
     shares = (scores - total[..., None]).max(2)
-    best = np.sort(np.argsort(-shares, axis=-1)[..., :6], axis=-1)
-    assert np.array_equal(np.sort(np.array(chosen.positions), axis=-1), best)
+    expected = np.sort(np.argsort(-shares, axis=-1)[..., :6], axis=-1)
+    assert np.array_equal(np.sort(np.array(chosen.positions), axis=-1), expected)
+    at = np.array(chosen.positions)[:, :, None]
+    np.testing.assert_allclose(np.array(chosen.scores), np.take_along_axis(scores, at, axis=-1), rtol=1e-5)
     threshold, unread = np.array(chosen.threshold), np.ones((K, 4, 40), bool)
-    np.put_along_axis(unread, best, False, axis=-1)
+    np.put_along_axis(unread, expected, False, axis=-1)
     assert (np.where(unread[:, :, None], scores, -np.inf) <= threshold[..., None] + 1e-5).all()
 
 
@@ -203,8 +205,8 @@ def test_alone_a_head_is_a_quadrature_and_survives_padding(kind):
     assert ragged.sizes == ((3,), (6,))
     alone = [kind.stack([head], scale=SCALE)(queries[i : i + 1]) for i, head in enumerate(heads)]
     close(ragged(queries), [np.concatenate([np.array(part[i]) for part in alone]) for i in range(2)])
-    scores = context.queries(K, 4)[..., :5]
-    retrieved = Retrieved(context.queries(K, 4, 5), context.queries(K, 4, 5), scores, scores, mx.zeros((K, 4)))
+    scores, queries = context.queries(K, 4, G)[..., :5], context.queries(K, 4, G)
+    retrieved = Retrieved(context.queries(K, 4, 5), context.queries(K, 4, 5), scores, scores, mx.zeros((K, 4, G)))
     alone = [
         kind.stack([head], scale=SCALE).complete(queries[i : i + 1], Retrieved(*(x[i : i + 1] for x in retrieved)))
         for i, head in enumerate(heads)

@@ -15,7 +15,7 @@ from nectar_mlx.fitting.queries import Captured
 from nectar_mlx.heads import Completion, Remainder, Retrieval
 from nectar_mlx.heads.completion import key_features
 from nectar_mlx.heads.residual import ANCHORS, EVERYTHING, SINKS, TAIL, anchor_positions, middle
-from nectar_mlx.retrieval import beside, distillation, sketch, training
+from nectar_mlx.retrieval import beside, distillation, training
 from nectar_mlx.retrieval.selection import Oracle
 
 M, N, n, D, SCALE = 2, 40, 90, 16, 0.4
@@ -69,6 +69,20 @@ def test_a_split_adds_up_and_holds_only_what_was_not_read(rows, unread):
     assert read < 0.3, "at most a fifth of the keys, as a sample of ten tells"
 
 
+def test_the_heads_of_a_group_read_the_same_keys(rows):
+    """What lies above the thresholds of a token's rows is, for one of them, above the same share of its attention."""
+    captured, keys, values, weights = rows
+    inside = middle(n)
+    selector = Oracle(keys[:, inside], scale=SCALE)
+    split = training.split(captured, keys, values, selector, scale=SCALE, seed=0, unread=0.3, group=4)
+    threshold = np.array(split.queries[..., -1]).reshape(M, N // 4, 4)
+    unread = threshold == EVERYTHING
+    assert np.array_equal(unread.any(-1), unread.all(-1)) and 0 < unread.mean() < 1
+    shares = (threshold - np.log(weights.sum(-1)).reshape(threshold.shape))[~unread.any(-1)]
+    np.testing.assert_allclose(shares, shares[:, :1].repeat(4, 1), atol=1e-4)
+    assert shares.max() - shares.min() > 0.5, "budgets differ from token to token"
+
+
 def test_fewer_keys_may_stand_for_all(rows):
     """Doubled keys weigh as much as every key twice."""
     captured, keys, values, _ = rows
@@ -102,22 +116,6 @@ def test_clusters_are_a_feature_map_that_knows_its_keys():
     nodes = bank.nodes(bank.parameters)
     found = np.log(np.exp(SCALE * queries @ np.array(nodes["keys"])[0].T + np.array(nodes["bias"])[0]).sum(-1))
     np.testing.assert_allclose(found, exact, atol=0.05)
-
-
-def test_the_router_knows_the_scores_of_queries_like_those_it_saw():
-    rng = np.random.default_rng(0)
-    mixing = rng.normal(size=(D, D)) * np.where(np.arange(D) < 4, 1, 0.05)[:, None]  # queries are nearly 4-dimensional
-    asked = [(rng.normal(size=(2, 500, D)) @ mixing).astype(np.float32)]
-    keys = random(2, n, D)
-    arrays = sketch.build([keys], asked, rank=6)
-    router = sketch.load(arrays, [(0, 0), (0, 1)], scale=SCALE)
-    queries = mx.array((rng.normal(size=(2, 50, D)) @ mixing).astype(np.float32))
-    exact = np.array(Oracle(keys[:, middle(n)], scale=SCALE).scores(queries))
-    found = np.array(router.scores(queries))
-    assert np.square(found - exact).mean() < 0.03 * exact.var()
-    some = sketch.load(arrays, [(0, 1)], scale=SCALE, keys=np.array([3, 7]))
-    np.testing.assert_allclose(np.array(some.scores(queries[1:])), found[1:, :, [3, 7]], rtol=1e-5)
-    assert router.nbytes < keys.nbytes / 2
 
 
 @pytest.fixture(scope="module")

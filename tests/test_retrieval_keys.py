@@ -243,7 +243,7 @@ def test_what_was_read_is_counted(book):
         book.model(mx.array([[token]]), cache=cache)
     record, bank = cache[0].record, nectar.retrieving(0.4)[0]
     assert record.steps == 3
-    router = bank.selector.nbytes
+    router = bank.selector.step_bytes(bank.count)
     rows = 2 * bank.count * nectar.keys.format.nbytes
     assert record.bytes_per_token == 3 * (rows + router + nectar.nbytes // 3)
     assert 0 < record.mass.sum() < 3 * 3 * 4

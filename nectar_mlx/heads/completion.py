@@ -16,11 +16,11 @@ from typing import ClassVar
 import mlx.core as mx
 
 from .._exp import exp
-from ..attention import Partial, from_scores
+from ..attention import Partial
 from .base import HeadArrays, Size
-from .residual import NOTHING, Residual, Retrieved
+from .residual import NOTHING, Residual, Retrieved, shared
 
-_ROOM = 1 << 22  # features of retrieved keys at a time
+_ROOM = 1 << 22  # numbers about the features, a token at a time
 
 
 class Completion(Residual):
@@ -34,7 +34,9 @@ class Completion(Residual):
         return {"keys": p["w_query"] / self.scale, "values": p["means"], "bias": p["b_query"] + p["log_count"]}
 
     def rest(self, parameters: HeadArrays, queries: mx.array, retrieved: Retrieved) -> Partial:
-        step = max(1, _ROOM // (retrieved.scores.shape[0] * retrieved.scores.shape[2] * parameters["b_key"].shape[1]))
+        M, F = parameters["b_key"].shape
+        k, D = retrieved.keys.shape[2:]
+        step = max(1, _ROOM // (M * F * max(k, D)))
         parts = []
         for start in range(0, queries.shape[1], step):
             part = Retrieved(*(x[:, start : start + step] for x in retrieved))
@@ -43,16 +45,17 @@ class Completion(Residual):
         return Partial(*(mx.concatenate(list(xs), axis=1) for xs in zip(*parts, strict=True)))
 
     def _without(self, p: HeadArrays, queries: mx.array, retrieved: Retrieved) -> Partial:
-        """queries [M, N, D]; every retrieved key's share of each feature is taken out of the summary."""
+        """queries [M, N, G, D]; every retrieved key's share of each feature is taken out of the summary."""
         M, N, k, D = retrieved.keys.shape
+        G = queries.shape[2]
         shares = key_features(p, retrieved.keys.reshape(M, N * k, D)).reshape(M, N, k, -1)
-        shares = mx.where(retrieved.scores[..., None] > NOTHING, shares, 0.0)
         count = mx.exp(p["log_count"])[:, None]
         left = count - shares.sum(2)
         alive = left > 1e-3 * count
         sums = (count[..., None] * p["means"][:, None]) - shares.swapaxes(2, 3) @ retrieved.values.astype(mx.float32)
-        logs = mx.where(alive, query_features(p, queries) + mx.log(mx.maximum(left, 1e-9)), NOTHING)
-        return from_scores(logs, sums / mx.maximum(left, 1e-9)[..., None] * alive[..., None])
+        remaining = mx.where(alive, mx.log(mx.maximum(left, 1e-9)), NOTHING)
+        logs = query_features(p, queries.reshape(M, N * G, D)).reshape(M, N, G, -1) + remaining[:, :, None]
+        return shared(logs, sums / mx.maximum(left, 1e-9)[..., None] * alive[..., None])
 
     @classmethod
     def shapes(cls, size: Size, head_dim: int) -> dict[str, tuple[int, ...]]:

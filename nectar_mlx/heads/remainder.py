@@ -30,7 +30,9 @@ class Remainder(Residual):
         return {n: parameters[n] for n in ("keys", "values", "bias")}
 
     def rest(self, parameters: HeadArrays, queries: mx.array, retrieved: Retrieved) -> Partial:
-        return self.below(parameters, queries, retrieved.threshold)
+        M, N, G, D = queries.shape
+        part = self.below(parameters, queries.reshape(M, N * G, D), retrieved.threshold.reshape(M, N * G))
+        return Partial(*(x.reshape(M, N, G, *x.shape[2:]) for x in part))
 
     def below(self, parameters: HeadArrays, queries: mx.array, threshold: mx.array) -> Partial:
         """Attention of queries [M, N, D] over the keys of the middle that score below threshold [M, N]."""

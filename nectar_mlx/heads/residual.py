@@ -20,10 +20,10 @@ EVERYTHING = 1e9  # a threshold that every score stays below
 
 
 class Retrieved(NamedTuple):
-    """What was read for each of N queries of M heads.
+    """What was read for each of N tokens of M heads, the same for the token's G queries.
 
-    keys, values: [M, N, k, D]. scores: [M, N, k], scale · q·k. routed: [M, N, k], what the selector took them for.
-    threshold: [M, N], what the selector took the scores of all keys for that were not read stays below it.
+    keys, values: [M, N, k, D]. scores: [M, N, G, k], scale · q·k. routed: [M, N, G, k], what the selector took them
+    for. threshold: [M, N, G], what the selector took the scores of all keys for that were not read stays below it.
     """
 
     keys: mx.array
@@ -54,8 +54,8 @@ class Residual(Bank):
         return {n: mx.concatenate([anchors[n], nodes[n]], axis=1) for n in anchors}
 
     def complete(self, queries: mx.array, retrieved: Retrieved) -> Partial:
-        """The whole context for queries [M, N, D], the retrieved keys exact."""
-        exact = from_scores(self.used(retrieved), retrieved.values)
+        """The whole context for queries [M, N, G, D], the retrieved keys exact."""
+        exact = shared(self.used(retrieved), retrieved.values)
         rest = self.rest(self.parameters, queries, retrieved)
         return merge(merge(self.anchors(self.parameters, queries), exact), rest)
 
@@ -64,15 +64,19 @@ class Residual(Bank):
         raise NotImplementedError
 
     def rest(self, parameters: HeadArrays, queries: mx.array, retrieved: Retrieved) -> Partial:
-        """The keys of the middle that were not retrieved, for queries [M, N, D]."""
+        """The keys of the middle that were not retrieved, for queries [M, N, G, D]."""
         raise NotImplementedError
 
     def used(self, retrieved: Retrieved) -> mx.array:
-        """The scores [M, N, k] of the retrieved keys, NOTHING for those that `rest` answers for."""
+        """The scores [M, N, G, k] of the retrieved keys, NOTHING for those that `rest` answers for."""
         return retrieved.scores
 
     def anchors(self, parameters: HeadArrays, queries: mx.array) -> Partial:
-        return weighted(queries, parameters["anchor_keys"], parameters["anchor_values"], scale=self.scale)
+        """The anchors alone, for queries [M, N, G, D]."""
+        M, N, G, D = queries.shape
+        keys, values = parameters["anchor_keys"], parameters["anchor_values"]
+        part = weighted(queries.reshape(M, N * G, D), keys, values, scale=self.scale)
+        return Partial(*(x.reshape(M, N, G, *x.shape[2:]) for x in part))
 
     @classmethod
     def shapes(cls, size: Size, head_dim: int) -> dict[str, tuple[int, ...]]:
@@ -93,11 +97,18 @@ class Retrieval(Residual):
         return {n: mx.zeros((M, 0, self.head_dim)) for n in ("keys", "values")} | {"bias": mx.zeros((M, 0))}
 
     def rest(self, parameters: HeadArrays, queries: mx.array, retrieved: Retrieved) -> Partial:
-        return Partial(mx.zeros(queries.shape), mx.full(queries.shape[:2], NOTHING))
+        return Partial(mx.zeros(queries.shape), mx.full(queries.shape[:-1], NOTHING))
 
     @classmethod
     def size_of(cls, head: HeadArrays) -> Size:
         return (0,)
+
+
+def shared(scores: mx.array, values: mx.array) -> Partial:
+    """Attention by scores [M, N, G, S] over values [M, N, S, D] that a token's G queries share -> [M, N, G, ...]."""
+    M, N, G, S = scores.shape
+    part = from_scores(scores.reshape(M * N, G, S), values.reshape(M * N, S, -1))
+    return Partial(*(x.reshape(M, N, G, *x.shape[2:]) for x in part))
 
 
 def anchor_positions(tokens: int) -> list[int]:

@@ -10,7 +10,7 @@ from ..attention import Partial
 from ..heads import Bank
 from ..heads.residual import ANCHORS, SINKS, Residual, Retrieved
 from .keys import Keys
-from .selection import Selector, choose
+from .selection import Selector
 
 _ROOM = 1 << 23  # numbers of retrieved keys, or scores, held at a time
 
@@ -55,7 +55,7 @@ class Retrieving(Bank):
     def step_bytes(self) -> int:
         """Bytes read for one token: keys and values, what the selector scans, and the summary."""
         rows = len(self.sizes) * self.count * self.keys.format.nbytes
-        return rows + self.selector.nbytes + self.summary_bytes
+        return rows + self.selector.step_bytes(self.count) + self.summary_bytes
 
     def apply(self, parameters: dict[str, mx.array], queries: mx.array) -> Partial:
         """queries [K, N, D], those of one token's heads side by side; what is left over is read for alone."""
@@ -85,7 +85,7 @@ class Retrieving(Bank):
         K = len(self.sizes)
         G = H // K
         rows = queries.reshape(B, K, G, T, D).transpose(1, 0, 3, 2, 4).reshape(K, B * T, G, D)
-        step = max(1, _ROOM // (K * G * max(self.count * D, self.keys.tokens)))
+        step = max(1, _ROOM // (K * max(2 * self.count * D, 32 * self.count + 4 * self.keys.tokens)))
         parts = []
         for start in range(0, B * T, step):
             parts.append(self._read(rows[:, start : start + step]))
@@ -103,29 +103,15 @@ class Retrieving(Bank):
     def _read(self, queries: mx.array) -> tuple[mx.array, mx.array, mx.array, mx.array]:
         """queries [K, N, G, D] -> output [K, N, G, D], log-normaliser [K, N, G], positions [K, N, k], scores
         [K, N, G, k]."""
-        K, N, G, D = queries.shape
-        flat = queries.reshape(K, N * G, D).astype(mx.float32)
-        anchors = self.summary.anchors(self.parameters, flat).log_normalizer.reshape(K, N, G)
-        routed = self.selector.scores(flat).reshape(K, N, G, -1)
-        chosen = choose(routed, anchors, count=self.count)
-        positions = chosen.positions + SINKS
+        queries = queries.astype(mx.float32)
+        anchors = self.summary.anchors(self.parameters, queries)
+        choice = self.selector.choose(queries, anchors.log_normalizer, count=self.count)
+        positions = choice.positions + SINKS
         keys, values = self.keys.read(self.layer, np.array(positions))
-        scores = (queries.astype(mx.float32) * self.scale) @ keys.swapaxes(-1, -2)
-
-        def per_head(x: mx.array) -> mx.array:
-            """[K, N, k, D], the same for the G heads of a group -> [K, N·G, k, D]"""
-            return mx.broadcast_to(x[:, :, None], (K, N, G, *x.shape[2:])).reshape(K, N * G, *x.shape[2:])
-
-        retrieved = Retrieved(
-            per_head(keys),
-            per_head(values),
-            scores.reshape(K, N * G, -1),
-            mx.take_along_axis(routed, chosen.positions[:, :, None], axis=-1).reshape(K, N * G, -1),
-            chosen.threshold.reshape(K, N * G),
-        )
-        part = self.summary.complete(flat, retrieved)
-        used = self.summary.used(retrieved).reshape(scores.shape)
-        return part.output.reshape(K, N, G, D), part.log_normalizer.reshape(K, N, G), positions, used
+        scores = (queries * self.scale) @ keys.swapaxes(-1, -2)
+        retrieved = Retrieved(keys, values, scores, choice.scores, choice.threshold)
+        part = self.summary.complete(queries, retrieved)
+        return part.output, part.log_normalizer, positions, self.summary.used(retrieved)
 
 
 def retrieving(

@@ -10,7 +10,7 @@ from ..attention import Partial
 from ..heads import Completion, HeadArrays
 from ..heads.completion import key_features, query_features
 from ..quantize import dequantize, quantize
-from .selection import Selector
+from .sketch import Sketch
 
 _ITERATIONS = 10
 _SHARPEST = 0.02  # variance within clusters over that of all keys: half-precision biases tell no less apart
@@ -26,7 +26,7 @@ class Distilled(Completion):
 
     keys: mx.array
     values: mx.array
-    selector: Selector
+    selector: Sketch
     repeat: float
 
     @classmethod
@@ -35,7 +35,7 @@ class Distilled(Completion):
         maps: Sequence[HeadArrays],
         keys: mx.array,
         values: mx.array,
-        selector: Selector,
+        selector: Sketch,
         *,
         scale: float,
         repeat: float,

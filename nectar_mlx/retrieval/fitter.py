@@ -8,6 +8,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from .._exp import SLOW_EXP
 from ..errors import NectarError
 from ..fitting import regression
 from ..fitting.fitter import Fitter
@@ -22,7 +23,7 @@ from .keys import Arrays, Keys
 _SKETCHED = 2048  # captured queries that the router is made from
 _LEAST = 4 * ANCHORS
 _SHARPNESS = 1.0  # its logarithm, to start from
-_WEIGHED = 1024  # keys
+_WEIGHED = 1024 if SLOW_EXP else 2048  # keys
 
 
 class RetrievalFitter(Fitter):
@@ -42,8 +43,14 @@ class RetrievalFitter(Fitter):
             inside = np.zeros(self.length, np.float32)
             inside[middle(self.length)] = 1
             self.importance = [weights * mx.array(inside) for weights in self.importance]
-        else:  # no node is chosen
-            self.rows = np.random.default_rng(self.config.seed).permutation(self.study.rows)
+        # No node is chosen for the other kinds. Rows are shuffled by token: its heads read the same keys.
+        tokens = np.random.default_rng(self.config.seed).permutation(self.study.rows // self._group)
+        self.rows = (tokens[:, None] * self._group + np.arange(self._group)).reshape(-1)
+
+    @property
+    def _group(self) -> int:
+        """Query heads a KV head, whose rows lie side by side."""
+        return self.geometry.n_heads // self.geometry.n_kv_heads
 
     def sizes(self, nbytes: float) -> list[Size]:
         return [(0,)] * self.n_heads if self.layout.kind == "retrieval" else super().sizes(nbytes)
@@ -57,14 +64,14 @@ class RetrievalFitter(Fitter):
         return [self._summarised(index, head) for index, head in enumerate(heads)]
 
     def training_rows(self, heads: Sequence[int]) -> Captured:
-        return self._split(super().training_rows(heads), heads, training.UNREAD)
+        return self._split(super().training_rows(heads), heads, training.UNREAD, group=self._group)
 
     def _samples(self, heads: Sequence[int]) -> Captured:
         """Rows of the whole middle, for Attention Matching."""
         rows = self._split(super()._samples(heads), heads, unread=1.0)
         return rows._replace(queries=rows.queries[..., :-1])
 
-    def _split(self, rows: Captured, heads: Sequence[int], unread: float) -> Captured:
+    def _split(self, rows: Captured, heads: Sequence[int], unread: float, *, group: int = 1) -> Captured:
         keys, values = (x[:, self._seen] for x in self._context(heads))
         return training.split(
             rows,
@@ -74,6 +81,7 @@ class RetrievalFitter(Fitter):
             scale=self.geometry.scale,
             seed=self.config.seed,
             unread=unread,
+            group=group,
             repeat=self._repeat,
         )
 

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from ..errors import NectarError
 from ..quantize import group_size, quantize
 
-FORMAT = "nectar-kv-1"
+FORMAT = "nectar-kv-2"
 BITS = 8
 Rows = np.ndarray[Any, np.dtype[np.uint8]]
 Arrays = dict[str, np.ndarray[Any, Any]]

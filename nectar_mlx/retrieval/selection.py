@@ -3,20 +3,39 @@
 from typing import NamedTuple, Protocol
 
 import mlx.core as mx
+import numpy as np
 
-from .._exp import exp
+from .._exp import SLOW_EXP, exp
 from ..heads.residual import EVERYTHING
 
 
+class Choice(NamedTuple):
+    """What to read for each of N tokens of K KV heads.
+
+    positions: [K, N, k] in the middle. scores: [K, N, G, k], what the selector took them for. threshold: [K, N, G],
+    what it took the scores of all other keys for stays below it.
+    """
+
+    positions: mx.array
+    scores: mx.array
+    threshold: mx.array
+
+
 class Selector(Protocol):
-    """Scores of keys that need not be exact, for one layer."""
+    """Finds the keys to read, for one layer. nbytes: what it keeps."""
 
     @property
-    def nbytes(self) -> int:
-        """Bytes that one step reads to score all keys of all heads."""
+    def nbytes(self) -> int: ...
 
-    def scores(self, queries: mx.array) -> mx.array:
-        """scale · q·k, exact or nearly so: queries [K, N, D] -> [K, N, n], for the n keys of the middle."""
+    def step_bytes(self, count: int) -> int:
+        """Bytes that it reads to choose `count` keys a KV head for one token."""
+
+    def choose(self, queries: mx.array, anchors: mx.array, *, count: int) -> Choice:
+        """The `count` keys of the largest share in any head's attention.
+
+        queries: [K, N, G, D], of G query heads that share what is read. anchors: the log-normaliser of their exact
+        anchors, [K, N, G].
+        """
 
 
 class Oracle:
@@ -29,29 +48,45 @@ class Oracle:
     def nbytes(self) -> int:
         return self._keys.size * 2
 
+    def step_bytes(self, count: int) -> int:
+        return self.nbytes
+
     def scores(self, queries: mx.array) -> mx.array:
+        """scale · q·k, queries [K, N, D] -> [K, N, n]."""
         return (queries.astype(mx.float32) * self._scale) @ self._keys.swapaxes(1, 2)
 
-
-class Choice(NamedTuple):
-    """positions [K, N, count] in the middle, and each query head's threshold [K, N, G]."""
-
-    positions: mx.array
-    threshold: mx.array
+    def choose(self, queries: mx.array, anchors: mx.array, *, count: int) -> Choice:
+        K, N, G, D = queries.shape
+        scores = self.scores(queries.reshape(K, N * G, D)).reshape(K, N, G, -1)
+        return best(scores, mx.logaddexp(log_sum(scores), anchors), count=count)
 
 
-def choose(scores: mx.array, anchors: mx.array, *, count: int) -> Choice:
-    """The `count` keys of the largest share in any head's attention.
-
-    scores: [K, N, G, n], of G query heads that share what is read. anchors: the log-normaliser of their exact anchors,
-    [K, N, G]. A head's threshold lies between the shares of the last key chosen and the first one not, as a score.
-    """
-    if count >= scores.shape[-1]:
-        every = mx.broadcast_to(mx.arange(scores.shape[-1]), (*scores.shape[:2], scores.shape[-1]))
-        return Choice(every, mx.full(scores.shape[:3], -EVERYTHING))
+def log_sum(scores: mx.array) -> mx.array:
+    """log Σ exp over the last axis."""
     top = scores.max(-1, keepdims=True)
-    total = mx.logaddexp(top[..., 0] + mx.log(exp(scores - top).sum(-1)), anchors)
+    return top[..., 0] + mx.log(exp(scores - top).sum(-1))
+
+
+def best(scores: mx.array, total: mx.array, *, count: int) -> Choice:
+    """The `count` keys of the largest share in any head's attention, among those of given scores [K, N, G, n].
+
+    total: of each head's attention, [K, N, G]; a key's share is exp(score - total). A head's threshold lies between the
+    shares of the last key chosen and the first one not, as a score.
+    """
+    n = scores.shape[-1]
+    if count >= n:
+        every = mx.broadcast_to(mx.arange(n), (*scores.shape[:2], n))
+        return Choice(every, scores, mx.full(scores.shape[:3], -EVERYTHING))
     shares = (scores - total[..., None]).max(2)
-    order = mx.argpartition(-shares, count, axis=-1)
-    ends = [mx.take_along_axis(shares, x, axis=-1).min(-1) for x in (order[..., :count], order[..., count : count + 1])]
-    return Choice(order[..., :count], ((ends[0] + ends[1]) / 2)[..., None] + total)
+    order = largest(shares, count)
+    chosen = order[..., :count]
+    last, first = (mx.take_along_axis(shares, x, axis=-1).min(-1) for x in (chosen, order[..., count : count + 1]))
+    found = mx.take_along_axis(scores, chosen[:, :, None], axis=-1)
+    return Choice(chosen, found, ((last + first) / 2)[..., None] + total)
+
+
+def largest(x: mx.array, count: int) -> mx.array:
+    """Indices along the last axis, the `count` largest first, then the next one, then the others."""
+    if not SLOW_EXP:
+        return mx.argpartition(-x, count, axis=-1)
+    return mx.array(np.argpartition(-np.array(x), count, axis=-1).astype(np.int32))  # MLX sorts them all there

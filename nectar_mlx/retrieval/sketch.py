@@ -1,10 +1,9 @@
-"""The router: a few int8 numbers a key, from which its score is nearly known without reading it.
+"""Sketches of keys: a few int8 numbers each, from which a key's score is nearly known without reading it.
 
 Scores are products of queries and keys, so the directions that matter are those in which real queries are large and
 keys differ. With C the queries' second moment, keys are whitened by C^½, their `rank` principal directions are kept,
-and stored as int8 with a scale a key: at 32 of 64 dimensions 34 bytes instead of 256, and one matrix product to score
-all keys. (Product quantisation of as many bytes finds as much and takes a gather for every number; log-sum-exps of
-chunks find far less: docs/log.md.)
+and stored as int8 with a scale a key: at 32 of 64 dimensions 34 bytes instead of 256. (Product quantisation of as many
+bytes finds as much and takes a gather for every number; log-sum-exps of consecutive keys find far less: docs/log.md.)
 """
 
 from collections.abc import Sequence
@@ -15,28 +14,26 @@ import numpy as np
 from ..heads.residual import middle
 from .keys import Arrays
 
+CLUSTER = 32  # keys that lie close together, by their sketches
+_NAMES = ("codes", "scales", "projection", "mean")
+
 
 class Sketch:
-    """One layer's: codes int8 [K, n, rank], scales [K, n], projection [K, D, rank] and mean [K, D] of the keys."""
+    """Some heads': codes int8 [M, n, rank], scales [M, n], projection [M, D, rank] and mean [M, D] of the keys."""
 
     def __init__(self, codes: mx.array, scales: mx.array, projection: mx.array, mean: mx.array, *, scale: float):
         self._codes, self._scales, self._scale = codes, scales, scale
         self._projection, self._mean = projection.astype(mx.float32), mean.astype(mx.float32)
-        mx.eval(self._projection, self._mean)  # in this thread: MLX's streams are a thread's own
-
-    @property
-    def nbytes(self) -> int:
-        return self._codes.nbytes + self._scales.nbytes + 2 * (self._projection.size + self._mean.size)
 
     def scores(self, queries: mx.array) -> mx.array:
-        """scale · q·k of the middle's keys, nearly: queries [K, N, D] -> [K, N, n]."""
+        """scale · q·k of the middle's keys, nearly: queries [M, N, D] -> [M, N, n]."""
         queries = queries.astype(mx.float32) * self._scale
         found = (queries @ self._projection) @ self._codes.astype(mx.float32).swapaxes(1, 2)
         return found * self._scales.astype(mx.float32)[:, None] + queries @ self._mean[..., None]
 
 
 def build(keys: Sequence[mx.array], queries: Sequence[np.ndarray], *, rank: int | None = None) -> Arrays:
-    """The arrays of all layers' sketches.
+    """The arrays of all layers' sketches, as the file of keys holds them.
 
     keys: [K, n, D] a layer, the whole context's. queries: captured ones [K, N, D] a layer. rank: default D / 2.
     """
@@ -54,12 +51,20 @@ def build(keys: Sequence[mx.array], queries: Sequence[np.ndarray], *, rank: int 
 def load(
     small: Arrays, heads: Sequence[tuple[int, int]], *, scale: float, keys: np.ndarray | slice = slice(None)
 ) -> Sketch:
-    """The sketch of some heads, (layer, KV head) each. keys: those of the middle that are to be scored."""
+    """The sketches of some heads, (layer, KV head) each. keys: those of the middle that are to be scored."""
     layers, which = (list(x) for x in zip(*heads, strict=True))
-    codes, scales, projection, mean = (
-        small[f"sketch.{name}"][layers, which] for name in ("codes", "scales", "projection", "mean")
-    )
+    codes, scales, projection, mean = (small[f"sketch.{name}"][layers, which] for name in _NAMES)
     return Sketch(*(mx.array(x) for x in (codes[:, keys], scales[:, keys], projection, mean)), scale=scale)
+
+
+def encode(numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows [..., rank] as int8 and their scales [...], float16, never zero."""
+    scales = np.maximum(np.abs(numbers).max(-1), 1e-3) / 127
+    return np.round(numbers / scales[..., None]).astype(np.int8), scales.astype(np.float16)
+
+
+def decode(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    return codes.astype(np.float32) * scales.astype(np.float32)[..., None]
 
 
 def _head(keys: np.ndarray, queries: np.ndarray, rank: int) -> Arrays:
@@ -72,11 +77,24 @@ def _head(keys: np.ndarray, queries: np.ndarray, rank: int) -> Arrays:
     whitened = (inside - mean) @ (directions * spread)
     _, axes = np.linalg.eigh(whitened.T @ whitened)
     kept = axes[:, ::-1][:, :rank]
-    codes = whitened @ kept
-    scales = np.maximum(np.abs(codes).max(1), 1e-6) / 127
+    codes, scales = encode(whitened @ kept)
     return {
-        "codes": np.round(codes / scales[:, None]).astype(np.int8),
-        "scales": scales.astype(np.float16),
+        "codes": codes,
+        "scales": scales,
         "projection": ((directions / spread) @ kept).astype(np.float16),
         "mean": mean.astype(np.float16),
+        "order": np.concatenate(_halved(decode(codes, scales), np.arange(len(codes)))).astype(np.int32),
     }
+
+
+def _halved(points: np.ndarray, rows: np.ndarray) -> list[np.ndarray]:
+    """The rows of points [n, rank] in clusters of CLUSTER, the last one of what is left: halved again and again, along
+    the direction in which they differ most."""
+    count = -(-len(rows) // CLUSTER)
+    if count < 2:
+        return [rows]
+    inside = points[rows] - points[rows].mean(0)
+    along = inside @ np.linalg.eigh(inside.T @ inside)[1][:, -1]
+    half = count // 2 * CLUSTER
+    order = np.argpartition(along, half - 1)
+    return _halved(points, rows[order[:half]]) + _halved(points, rows[order[half:]])
