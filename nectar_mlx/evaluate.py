@@ -20,7 +20,8 @@ from . import adapter, baselines, cli
 from .baselines import NO_CONTEXT, Task, View
 from .clock import Clock
 from .errors import NectarError
-from .evaluation import answers, questions, report
+from .evaluation import answers, questions, report, similarity
+from .evaluation.charts import is_file
 from .evaluation.methods import Method, build, measure
 from .evaluation.questions import ON
 from .evaluation.summary import by_entropy, correlations, entropies, head_errors, summaries, table
@@ -31,12 +32,13 @@ from .nectar import Nectar
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What can be chosen: names of baselines, how many questions about the text, how long their answers get, how many
-    rows a head the baselines may learn from, the seed of questions and answers, and the shares of keys that files with
-    keys beside them are to read exactly."""
+    """What can be chosen: names of baselines, how many questions about the text, how many answers to each and how long
+    they get, how many rows a head the baselines may learn from, the seed of questions and answers, and the shares of
+    keys that files with keys beside them are to read exactly."""
 
     baselines: str = "all"
     questions: int = 8
+    samples: int = 1
     answer_tokens: int = 96
     rows: int = 4096
     seed: int = 2024
@@ -55,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--count", type=int, default=8, metavar="N", help="held-out questions about the text (default 8)"
     )
+    parser.add_argument("--samples", type=int, default=1, metavar="N", help="answers to each question (default 1)")
     parser.add_argument("--answer-tokens", type=int, default=96, metavar="N", help="the longest answer (default 96)")
     parser.add_argument(
         "--rows", type=int, default=4096, metavar="N", help="queries a head for baselines (default 4096)"
@@ -75,12 +78,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _work(arguments: argparse.Namespace) -> None:
-    for name in ("count", "answer_tokens", "rows"):
+    for name in ("count", "samples", "answer_tokens", "rows"):
         if getattr(arguments, name) < 1:
             raise NectarError(f"--{name.replace('_', '-')} must be positive")
     options = Options(
         baselines=arguments.baselines,
         questions=arguments.count,
+        samples=arguments.samples,
         answer_tokens=arguments.answer_tokens,
         rows=arguments.rows,
         seed=arguments.seed,
@@ -134,6 +138,7 @@ def evaluate(
     asked = (
         questions.from_file(own, task) if own else questions.held_out(task, count=options.questions, seed=options.seed)
     )
+    asked = questions.numbered(asked, samples=options.samples)
     study = Study(task.n_heads, min(options.rows, 4096), geometry.head_dim, folder=None)
     questions.sample_answers(task, asked, seed=options.seed, study=study)
     asked = [a for a in asked if a.conversation.answer]
@@ -142,7 +147,7 @@ def evaluate(
     clock.lap("build")
     measure(task, methods, asked)
     clock.lap("compare")
-    errors = {m.label: head_errors(task, m.view, study) for m in methods}
+    errors = head_errors(task, methods, study)
     clock.lap("errors")
     told = summaries(methods, asked, errors)
     result = {
@@ -163,8 +168,11 @@ def evaluate(
     }
     if options.answers and any(a.kind == ON for a in asked):
         nothing = next(m.view for m in methods if m.name == NO_CONTEXT)
-        sampled = answers.sample(task, asked, methods[0].view, nothing, seed=options.seed + 1)
-        result["answers"] = answers.meaning(task, sampled, log=cli.say)
+        by_file = {m.file: m.view for m in reversed(methods) if is_file(m.name)}  # without exact keys: the first
+        views = {name: by_file[name] for name in files}
+        sampled = answers.sample(task, asked, views, nothing, seed=options.seed + 1)
+        by, embed = similarity.load(model, tokenizer, log=cli.say)
+        result["answers"] = answers.meaning(sampled, by=by, embed=embed)
         result["examples"] = [asdict(s) for s in sampled]
         clock.lap("answers")
     result["peak_bytes"] = int(mx.get_peak_memory())

@@ -9,9 +9,9 @@ import toys
 from nectar_mlx import NectarError, adapter, evaluate, prompts
 from nectar_mlx.baselines import Task
 from nectar_mlx.evaluate import Options
-from nectar_mlx.evaluation import answers, questions, similarity
+from nectar_mlx.evaluation import answers, methods, questions, similarity, summary
 from nectar_mlx.fitting import queries
-from nectar_mlx.fitting.queries import Conversation
+from nectar_mlx.fitting.queries import Conversation, Study
 
 TEXT = "The brig left Ostend on 4 May 1847. Her master was Anna Velde, and she carried 299 casks of amber. " * 4
 TOKENIZER = toys.tokenizer()
@@ -89,7 +89,9 @@ def test_an_exact_file_closes_the_whole_gap(model, prefix):
 
 
 def test_correlations_are_over_the_methods_with_heads(result):
-    assert set(result["correlation"]) == {"error, accuracy gap", "error, KL", "KL, accuracy gap"}
+    names = {"error, accuracy gap", "error, KL", "KL, accuracy gap"}
+    assert set(result["correlation"]) == names | {f"{name}, files alone" for name in names}
+    assert result["correlation"]["error, KL, files alone"] is None, "two files have no rank correlation"
     fitted = [m for m in result["methods"] if m["error"] is not None]
     assert len(fitted) == 6, "no context reads another text: its heads have no error"
     assert result["correlation"]["error, KL"] > 0.5
@@ -98,9 +100,13 @@ def test_correlations_are_over_the_methods_with_heads(result):
 def test_answers_are_compared_with_a_second_sample_of_the_full_cache(result):
     told = result["answers"]
     assert told["answers"] == 4 and "hidden states" in told["by"]
-    for name in ("again", "file", "nothing"):
-        assert -1 <= told[f"{name}_interval"][0] <= told[name] <= told[f"{name}_interval"][1] <= 1.0001
-    assert {"question", "full", "again", "file", "nothing"} == set(result["examples"][0])
+    assert told["files"].keys() == {"large", "small"}
+    for name, of in [("again", told), ("nothing", told), *(("similarity", file) for file in told["files"].values())]:
+        assert -1 <= of[f"{name}_interval"][0] <= of[name] <= of[f"{name}_interval"][1] <= 1.0001
+    for file in told["files"].values():
+        assert file["less"] == pytest.approx(file["similarity"] - told["again"], abs=2e-4)
+    assert result["examples"][0].keys() == {"question", "full", "again", "nothing", "files"}
+    assert result["examples"][0]["files"].keys() == {"large", "small"}
 
 
 def test_the_table_names_every_method(result):
@@ -144,6 +150,7 @@ def test_questions_from_a_file(model, prefix, tmp_path):
     ]
     told = evaluate.evaluate(model, TOKENIZER, {"it": toys.exact(model, prefix, TOKENIZER)}, options=FAST, own=own)
     full, file, nothing = told["facts"]
+    assert file["quarters"] == [file["found"], None, None, None]
     assert (full["method"], nothing["method"]) == ("full cache", "no context")
     assert file["right"] == full["right"] == [[0.1, full["right"][0][1]]]
 
@@ -174,6 +181,36 @@ def test_held_out_questions_are_not_the_ones_of_a_fit(model, prefix):
     again = next(a for a in asked if a.kind == "re-reading").conversation
     shown = again.prompt[-4:] + again.answer
     assert any(prefix[i : i + len(shown)] == shown for i in range(len(prefix)))
+
+
+def test_several_answers_to_a_question_are_one_resample(model, prefix):
+    task = make_task(model, prefix)
+    asked = questions.numbered(questions.held_out(task, count=2, seed=1), samples=3)
+    assert [a.number for a in asked if a.kind == "on-context"] == [0, 0, 0, 1, 1, 1]
+    assert [a.kind for a in asked].count("re-reading") == 1, "its answer is the text's own"
+    study = Study(task.n_heads, 64, task.geometry.head_dim, folder=None)
+    questions.sample_answers(task, asked, seed=0, study=study)
+    answered = [tuple(a.conversation.answer) for a in asked if a.number == 0]
+    assert all(answered) and len(set(answered)) > 1
+    compared = methods.build(task, {"it": toys.picked(model, prefix, 9, TOKENIZER)}, [])
+    methods.measure(task, compared, asked)
+    told = summary.summaries(compared, asked, {m.label: [] for m in compared})[0]
+    figures = told["kinds"]["off-context"]
+    assert figures["kl_interval"] == [figures["kl"]] * 2, "three answers to one question: nothing to resample"
+    assert figures["tokens"] == sum(len(a.conversation.answer) for a in asked if a.kind == "off-context")
+
+
+def test_files_of_one_size_share_their_baselines(model, prefix):
+    files = {str(n): toys.picked(model, prefix, n, TOKENIZER) for n in (30, 60, 61)}
+    assert methods.different(files) == {"30": files["30"].nbytes, "60": files["60"].nbytes}
+    assert methods.different({n: files[n] for n in ("61", "60")}) == {"61": files["60"].nbytes}
+
+
+def test_files_of_several_kinds_are_told_apart(model, prefix):
+    files = {"a": toys.picked(model, prefix, 30, TOKENIZER), "b": toys.exact(model, prefix, TOKENIZER)}
+    told = evaluate.evaluate(model, TOKENIZER, files, options=FAST)
+    assert [m["method"] for m in told["methods"]] == ["nectar, quadrature", "nectar, exact", "no context"]
+    assert "nectar, exact" in evaluate.table(told)
 
 
 def test_generation_keeps_the_order_of_questions(model, prefix):

@@ -37,7 +37,8 @@ def make(**changes):
     result = {
         "files": {"book.nectar": {"bytes": 480_000, "source": "book.txt", "layout": {"kind": "quadrature", "bits": 8},
                                   "config": {"budget": 0.02, "seed": 0}, "nectar_mlx": "0.1.0",
-                                  "report": {"nodes": [3, 9, 27, 81, 5, 6], "seconds": {"read": 1.0}, "queries": 900}}},
+                                  "report": {"sizes": [[3], [9], [27], [81], [5], [6]], "seconds": {"read": 1.0},
+                                             "queries": 900}}},
         "model": "SmolLM2-135M-Instruct", "context_tokens": 6030, "cache_bytes": 138_931_200,
         "geometry": {"n_kv_heads": 3},
         "questions": [{"question": "Who?", "kind": "on-context", "tokens": 30}] * 4,
@@ -45,10 +46,12 @@ def make(**changes):
                     method("no context", 0, 0.3, error=None), method("sinks + window", 470_000, 0.1),
                     method("Attention Matching", 479_000, 0.02), method("8-bit KV cache", 73_800_000, 1e-5)],
         "heads": [0.1, 0.02, 0.3, 0.004, 0.05, 0.0], "correlation": {"error, accuracy gap": 0.8, "error, KL": None},
-        "answers": {"by": "all-MiniLM-L6-v2", "answers": 4, "file": 0.81, "file_interval": [0.7, 0.9], "again": 0.8,
-                    "again_interval": [0.7, 0.9], "nothing": 0.4, "nothing_interval": [0.3, 0.5]},
+        "answers": {"by": "all-MiniLM-L6-v2", "answers": 4, "again": 0.8,
+                    "again_interval": [0.7, 0.9], "nothing": 0.4, "nothing_interval": [0.3, 0.5],
+                    "files": {"book.nectar": {"similarity": 0.81, "similarity_interval": [0.7, 0.9]},
+                              "small.nectar": {"similarity": 0.79, "similarity_interval": [0.7, 0.9]}}},
         "examples": [{"question": "Who is <Filby>?", "full": "A man with red hair.", "again": "He argues.",
-                      "file": "A red-haired man & guest.", "nothing": "I do not know."}],
+                      "files": {"book.nectar": "A red-haired man & guest."}, "nothing": "I do not know."}],
         "facts": [{"method": "full cache", "found": 0.5, "found_interval": [0, 1],
                    "right": [[0.2, True], [None, False]]}],
         "seconds": {"read": 2.0, "answer": 9.0}, "peak_bytes": 900_000_000,
@@ -80,7 +83,8 @@ def test_the_page_is_whole_and_self_contained():
 
 def test_text_cannot_become_markup():
     hostile = "<script>alert(1)</script>"
-    result = make(examples=[dict.fromkeys(("question", "full", "again", "file", "nothing"), hostile)])
+    told = dict.fromkeys(("question", "full", "again", "nothing"), hostile)
+    result = make(examples=[{**told, "files": {hostile: hostile}}])
     result["methods"][3]["detail"] = hostile
     result["files"]["book.nectar"]["source"] = hostile
     assert "script" not in Outline(report.page(result)).tags

@@ -1,6 +1,5 @@
 """Attention Matching in closed form (arXiv 2602.16284) from self-study queries: with the same number of nodes for
-every head, and
-with budgets that follow the heads' errors."""
+every head, and with budgets that follow what the heads' errors cost the answers, in nats."""
 
 from collections.abc import Sequence
 
@@ -8,8 +7,7 @@ import numpy as np
 
 from ..evaluation import fidelity
 from ..fitting import budget, matching, regression
-from ..fitting.queries import Captured
-from ..heads import HeadArrays, Quadrature
+from ..heads import Bank, HeadArrays
 from .base import Baseline, Task, View
 
 _POWERS = (0.25, 0.5, 0.75)
@@ -22,15 +20,15 @@ def uniform(task: Task, nbytes: int) -> View:
 
 
 def budgets(task: Task, nbytes: int) -> View:
-    """Nodes in proportion to a power of the uniform solution's merged error; the power is the best of a few."""
+    """Nodes in proportion to a power of what the uniform solution's errors cost; the power is the best of a few."""
     nodes, most = task.affordable(nbytes, "quadrature"), max(task.length // 2, 4)
     first = uniform(task, nbytes)
-    errors = [e for layer, bank in enumerate(first.banks) for e in _errors(bank, task.captured(layer))]
+    errors = [e for layer in range(task.n_layers) for e in _errors(task, layer, first.banks[layer])]
     sizes = {
         power: [int(x) for x in budget.allocate(errors, total=nodes, power=power, least=4, most=most)]
         for power in _POWERS
     }
-    views = {power: _matched(task, size, f"nodes in proportion to error^{power}") for power, size in sizes.items()}
+    views = {power: _matched(task, size, f"nodes in proportion to nats^{power}") for power, size in sizes.items()}
     conversations = [c for c in task.studied[1] if c.answer][:_CHECKED]
     found = fidelity.compare(
         task.model, task.context.make_cache, {str(p): v.make_cache for p, v in views.items()}, conversations
@@ -38,9 +36,10 @@ def budgets(task: Task, nbytes: int) -> View:
     return views[min(views, key=lambda power: float(found[str(power)].kl.mean()))]
 
 
-def _errors(bank: object, rows: Captured) -> list[float]:
-    assert isinstance(bank, Quadrature)
-    return [float(e) for e in np.array(regression.errors(bank, rows))]
+def _errors(task: Task, layer: int, bank: Bank) -> list[float]:
+    K = task.geometry.n_kv_heads
+    metric = task.metric[layer * K : layer * K + K]
+    return [float(e) for e in np.array(regression.errors(bank, task.captured(layer), metric=metric))]
 
 
 def _matched(task: Task, sizes: Sequence[int], detail: str) -> View:

@@ -1,5 +1,6 @@
 """What every baseline is given, and what it returns."""
 
+import math
 import random
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -11,15 +12,18 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .. import prompts, store
+from .._exp import SLOW_EXP
 from ..adapter import Geometry
 from ..cache import Window, make_caches
 from ..errors import NectarError
 from ..evaluation.fidelity import Prompt
-from ..fitting import instructions, matching, queries
+from ..fitting import instructions, matching, queries, sensitivity
 from ..fitting.queries import Captured, Context, Conversation, Study
 from ..heads import Bank, Exact, HeadArrays
 from ..store import Layout
 
+_TOGETHER = 16 if SLOW_EXP else 64  # conversations sampled side by side
+_JUDGES = 8  # conversations by which the errors of heads are weighed
 BITS = 8  # of a stored matrix entry: int8 in groups, as in a .nectar, costs no method anything that can be measured
 
 
@@ -48,7 +52,8 @@ class View:
 class Task:
     """A context to be kept in few bytes, and what may be used for it.
 
-    rows: how many captured rows a head the methods that need queries get. seed: of their conversations; another one
+    rows: how many captured rows a head the methods that need queries get. conversations: how many conversations these
+    are from, at least, and how many a method gets that is trained on them. seed: of those conversations; another one
     than the evaluation's.
     """
 
@@ -57,6 +62,7 @@ class Task:
     geometry: Geometry
     context: Context
     rows: int = 4096
+    conversations: int = 8 if SLOW_EXP else 256
     seed: int = 77
     answer_tokens: int = 96
 
@@ -93,23 +99,41 @@ class Task:
         """Captured rows of all heads, and the conversations they are from; training templates, full cache in view."""
         study = Study(self.n_heads, self.rows, self.geometry.head_dim, folder=None)
         asked = instructions.training(self.passage, seed=self.seed)
+        size = min(_TOGETHER, max(8, self.rows // 400))
         conversations: list[Conversation] = []
-        while not study.full:
-            size = min(32, max(8, self.rows // 400))
+        while len(conversations) < self.conversations or study.rows < 0.9 * self.rows:
             batch = [Conversation(self.ask(next(asked))) for _ in range(size)]
-            self.converse(self.context, batch, seed=self.seed + len(conversations), study=study, temperature=0.9)
+            self.converse(
+                self.context,
+                batch,
+                seed=self.seed + len(conversations),
+                study=study,
+                share=self._share(study, batch, done=len(conversations)),
+                temperature=0.9,
+            )
             conversations += batch
         return study, conversations
+
+    def _share(self, study: Study, batch: Sequence[Conversation], *, done: int) -> float:
+        """Of a batch's tokens, so many that the rows come from all conversations in equal parts."""
+        left = max(1, math.ceil((self.conversations - done) / len(batch)))
+        group = self.geometry.n_heads // self.geometry.n_kv_heads
+        rows = group * sum(len(c.prompt) + self.answer_tokens for c in batch)
+        return min(1.0, (study.capacity - study.rows) / left / rows)
+
+    @cached_property
+    def metric(self) -> mx.array:
+        """What counts the errors of the heads in nats, [n_heads, D, D] (fitting/sensitivity.py)."""
+        told = [c for c in self.studied[1] if c.answer][:_JUDGES]
+        information = sensitivity.fisher(self.model, self.context, told, n_heads=self.geometry.n_heads)
+        return sensitivity.metric(information)
 
     def ask(self, question: str) -> list[int]:
         return prompts.prompt(self.tokenizer, question, enable_thinking=False)
 
     def passage(self, rng: random.Random) -> str:
         """Some 20 to 60 tokens of the document."""
-        ids = self.context.prefix[len(self.head) :]
-        length = min(rng.randrange(20, 60), len(ids))
-        start = rng.randrange(0, len(ids) - length + 1)
-        return str(self.tokenizer.decode(ids[start : start + length], skip_special_tokens=True)).strip()
+        return instructions.passage(self.tokenizer, self.context.prefix[len(self.head) :], rng)
 
     def converse(
         self,
@@ -119,9 +143,11 @@ class Task:
         seed: int,
         temperature: float,
         study: Study | None = None,
+        share: float = 1.0,
         max_tokens: int | None = None,
     ) -> None:
-        """Samples the answers of a batch with some view of the context."""
+        """Samples the answers of a batch with some view of the context; what attention saw in a share of the tokens
+        goes into `study`."""
         start = context.start
         queries.converse(
             self.model,
@@ -132,6 +158,7 @@ class Task:
             temperature=temperature,
             key=mx.random.key(seed),
             study=study,
+            share=share,
         )
 
     def layer(self, layer: int) -> tuple[mx.array, mx.array]:

@@ -1,18 +1,19 @@
-"""Answers of the full cache, of a file and of other views, side by side: alike in meaning, and do they find the
+"""Answers of the full cache, of files and of other views, side by side: alike in meaning, and do they find the
 facts?"""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from .. import cli
 from ..baselines import Task, View
 from ..fitting.queries import Conversation
-from . import similarity
-from .fidelity import Bootstrap
-from .questions import ON, TEMPERATURE, Asked
+from .fidelity import Bootstrap, interval
+from .questions import ON, TEMPERATURE, TOGETHER, Asked
+from .similarity import Embed
 
 _GREEDY = 1e-3  # a temperature at which only ties are left to chance
 _FACT_TOKENS = 32
@@ -20,28 +21,35 @@ _FACT_TOKENS = 32
 
 @dataclass(frozen=True, kw_only=True)
 class Sampled:
-    """One question with answers as text: two of the full cache (different seeds), one of the file, one without
-    context."""
+    """One question with answers as text: two of the full cache (different seeds), one without context, and one of each
+    file, by its name."""
 
     question: str
     full: str
     again: str
-    file: str
     nothing: str
+    files: dict[str, str]
 
 
-def sample(task: Task, asked: Sequence[Asked], file: View, nothing: View, *, seed: int) -> list[Sampled]:
-    """Answers to the questions about the text, all at the same temperature; the first is the one that was
-    compared."""
+def sample(task: Task, asked: Sequence[Asked], files: Mapping[str, View], nothing: View, *, seed: int) -> list[Sampled]:
+    """Answers to the questions about the text, all at the same temperature; the full cache's first ones are those that
+    were compared."""
     chosen = [a for a in asked if a.kind == ON]
     full = View(banks=task.context.banks, windows=task.context.windows, start=task.context.start, nbytes=0)
-    others = [
-        generate(task, view, chosen, seed=seed + i, temperature=TEMPERATURE)
-        for i, view in enumerate((full, file, nothing))
-    ]
+    found = []
+    with cli.progress("answering with the files", len(files) + 2) as done:
+        for number, view in enumerate((full, nothing, *files.values())):
+            found.append(generate(task, view, chosen, seed=seed + number, temperature=TEMPERATURE))
+            done(number + 1)
     return [
-        Sampled(question=a.question, full=text(task, a.conversation.answer), again=again, file=ours, nothing=none)
-        for a, again, ours, none in zip(chosen, *others, strict=True)
+        Sampled(
+            question=a.question,
+            full=text(task, a.conversation.answer),
+            again=again,
+            nothing=none,
+            files=dict(zip(files, ours, strict=True)),
+        )
+        for a, again, none, *ours in zip(chosen, *found, strict=True)
     ]
 
 
@@ -53,7 +61,7 @@ def generate(
     seed: int,
     temperature: float,
     max_tokens: int | None = None,
-    batch: int = 16,
+    batch: int = TOGETHER,
 ) -> list[str]:
     """What a view answers, in the order of the questions."""
     conversations = [Conversation(view.prompt(a.conversation) if view.prompt else a.conversation.prompt) for a in asked]
@@ -68,40 +76,56 @@ def text(task: Task, tokens: Sequence[int]) -> str:
     return str(task.tokenizer.decode(list(tokens), skip_special_tokens=True)).strip()
 
 
-def meaning(task: Task, sampled: Sequence[Sampled], *, log: Callable[[str], None]) -> dict[str, Any]:
-    """Mean embedding similarity to the full cache's answers: of its own second sample, of the file, and without
-    context."""
-    by, embed = similarity.load(task.model, task.tokenizer, log=log)
-    names = ("again", "file", "nothing")
-    texts = [getattr(s, n) for n in ("full", *names) for s in sampled]
-    full, *others = embed(texts).reshape(4, len(sampled), -1)
-    draws, each = Bootstrap(range(len(sampled))), np.arange(len(sampled))
-    told: dict[str, Any] = {"by": by, "answers": len(sampled)}
-    for name, vectors in zip(names, others, strict=True):
-        estimate = draws.mean((full * vectors).sum(-1), each)
-        told[name], told[f"{name}_interval"] = round(estimate.value, 4), [round(x, 4) for x in estimate[1:]]
+def meaning(sampled: Sequence[Sampled], *, by: str, embed: Embed) -> dict[str, Any]:
+    """Mean embedding similarity to the full cache's answers: of its own second sample, without context, and of every
+    file, with intervals over questions; and that of each file less that of the second sample. by: what embeds."""
+    names = list(sampled[0].files)
+    texts = [getattr(s, name) for name in ("full", "again", "nothing") for s in sampled]
+    texts += [s.files[name] for name in names for s in sampled]
+    full, *others = embed(texts).reshape(3 + len(names), len(sampled), -1)
+    question = np.unique([s.question for s in sampled], return_inverse=True)[1]
+    draws = Bootstrap(question)
+    again, nothing, *ours = (draws.means((full * vectors).sum(-1), question) for vectors in others)
+    told: dict[str, Any] = {"by": by, "answers": len(sampled), "files": {}}
+    told |= _told("again", again) | _told("nothing", nothing)
+    for name, means in zip(names, ours, strict=True):
+        told["files"][name] = _told("similarity", means) | _told("less", means - again)
     return told
+
+
+def _told(name: str, means: np.ndarray) -> dict[str, Any]:
+    value, *ends = interval(means)
+    return {name: round(value, 4), f"{name}_interval": [round(x, 4) for x in ends]}
 
 
 def facts(task: Task, asked: Sequence[Asked], views: dict[str, View], *, seed: int) -> list[dict[str, Any]]:
     """For the questions that say what a right answer contains: who finds it, answering greedily.
 
-    One object a view: found, the share of right answers with its interval, and `right`, each question's depth and
-    outcome.
+    One object a view: found, the share of right answers with its interval; `quarters`, that share in each quarter of
+    the text; and `right`, each question's depth and outcome.
     """
-    expecting = [a for a in asked if a.expected is not None]
+    expecting = list({a.number: a for a in asked if a.expected is not None}.values())
     if not expecting:
         return []
     told = []
     draws, each = Bootstrap(range(len(expecting))), np.arange(len(expecting))
-    for name, view in views.items():
-        found = generate(task, view, expecting, seed=seed, temperature=_GREEDY, max_tokens=_FACT_TOKENS)
-        right = [contains(answer, a.expected or "") for answer, a in zip(found, expecting, strict=True)]
-        estimate = draws.mean(np.array(right, dtype=float), each)
-        outcomes = [[a.depth, hit] for a, hit in zip(expecting, right, strict=True)]
-        interval = [round(x, 4) for x in estimate[1:]]
-        told.append({"method": name, "found": round(estimate.value, 4), "found_interval": interval, "right": outcomes})
+    with cli.progress("looking for facts", len(views)) as done:
+        for name, view in views.items():
+            found = generate(task, view, expecting, seed=seed, temperature=_GREEDY, max_tokens=_FACT_TOKENS)
+            right = [contains(answer, a.expected or "") for answer, a in zip(found, expecting, strict=True)]
+            outcomes = [[a.depth, hit] for a, hit in zip(expecting, right, strict=True)]
+            means = draws.means(np.array(right, dtype=float), each)
+            told.append({"method": name, **_told("found", means), "quarters": _quarters(outcomes), "right": outcomes})
+            done(len(told))
     return told
+
+
+def _quarters(outcomes: Sequence[Sequence[Any]]) -> list[float | None]:
+    found: list[list[bool]] = [[], [], [], []]
+    for depth, hit in outcomes:
+        if depth is not None:
+            found[min(3, max(0, int(4 * depth)))].append(hit)
+    return [round(sum(part) / len(part), 4) if part else None for part in found]
 
 
 def contains(answer: str, expected: str) -> bool:

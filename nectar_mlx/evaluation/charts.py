@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-FILE = "nectar"
+FILE = "nectar"  # files of several kinds are "nectar, mlp" and so on
 _HUES = 8
 
 
@@ -87,15 +87,22 @@ def _grid(x: Axis, y: Axis, right: float, bottom: float) -> str:
     return "".join(lines)
 
 
+def is_file(name: str) -> bool:
+    """Whether a method's name is that of a file, not of a baseline."""
+    return name.split(",")[0] == FILE
+
+
 def _style(name: str, names: Sequence[str]) -> str:
-    others = [n for n in names if n != FILE]
-    colour = "--accent" if name == FILE else f"--c{others.index(name) % _HUES}"
+    """The first of the files' names has the accent."""
+    first = next((n for n in names if is_file(n)), None)
+    others = [n for n in names if n != first]
+    colour = "--accent" if name == first else f"--c{others.index(name) % _HUES}"
     return f'style="--c:var({colour})"'
 
 
 def _mark(x: float, y: float, name: str, names: Sequence[str], note: str) -> str:
     """A dot; the browser shows the note when the pointer rests on it."""
-    shape = 'class=own r="7"' if name == FILE else 'class=mark r="5"'
+    shape = 'class=own r="7"' if is_file(name) else 'class=mark r="5"'
     place = f'cx="{x:.1f}" cy="{y:.1f}" {_style(name, names)}'
     return f"<circle {shape} {place}><title>{html.escape(note)}</title></circle>"
 
@@ -122,8 +129,8 @@ def _labels(
     for at, (my, mx, name) in zip(heights, ordered, strict=True):
         path = f"{mx + 8:.1f},{my:.1f} {x - 10:.1f},{at:.1f} {x - 2:.1f},{at:.1f}"
         parts.append(f'<polyline class=lead points="{path}" {_style(name, names)}/>')
-        own = name == FILE
-        shown, kind = ("this file", "label-own") if own else (name, "label")
+        shown = "this file" if name == FILE else name
+        kind = "label-own" if is_file(name) else "label"
         parts.append(_text(x + 2, at + 4, shown, kind, more=_style(name, names)))
     return parts
 

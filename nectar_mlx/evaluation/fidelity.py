@@ -8,7 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from .._exp import exp
+from .._exp import SLOW_EXP, exp
 from ..fitting.queries import Conversation
 
 MakeCache = Callable[[], Any]
@@ -71,7 +71,7 @@ def compare(
     conversations: Sequence[Conversation],
     *,
     prompts: Mapping[str, Prompt | None] | None = None,
-    batch: int = 4,
+    batch: int = 4 if SLOW_EXP else 8,
     progress: Callable[[int], None] = lambda done: None,
 ) -> dict[str, Divergence]:
     """Every other view of the context against the reference, teacher-forced on the same answers.
@@ -118,7 +118,7 @@ class Bootstrap:
     conversations: the distinct conversations that the tokens belong to. draws: how many resamples.
     """
 
-    def __init__(self, conversations: Sequence[int], *, draws: int = 1000, seed: int = 0):
+    def __init__(self, conversations: Sequence[int] | np.ndarray, *, draws: int = 1000, seed: int = 0):
         self.conversations = np.unique(conversations)
         count = len(self.conversations)
         drawn = np.random.default_rng(seed).multinomial(count, [1 / count] * count, size=draws)

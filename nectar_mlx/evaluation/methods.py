@@ -5,21 +5,24 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import mlx.core as mx
+import numpy as np
 
 from .. import baselines, cli
 from ..baselines import NO_CONTEXT, Task, View
 from ..errors import NectarError
 from ..nectar import Nectar
 from . import fidelity
+from .charts import FILE
 from .fidelity import Divergence
 from .questions import Asked
 
-FILE = "nectar"
+_SAME = 0.05  # files whose sizes differ by less share the baselines
 
 
 @dataclass(kw_only=True)
 class Method:
-    """A view of the context under test. file: which file's bytes it was given."""
+    """A view of the context under test. file: which file's bytes it was given. divergence: its `conversation` is the
+    number of the question, whose answers are resampled together."""
 
     name: str
     file: str
@@ -36,44 +39,61 @@ def build(
     task: Task, files: Mapping[str, Nectar], chosen: Sequence[baselines.Baseline], *, exact: Sequence[float] = ()
 ) -> list[Method]:
     """The files themselves; no context, which every gap is measured against; the baselines, those that have a size
-    at the
-    size of each file."""
-    methods = [method for name, nectar in files.items() for method in of_file(name, nectar, exact)]
+    at the size of each file."""
+    kinds = {n.layout.kind for n in files.values()}
+    methods = []
+    for name, nectar in files.items():
+        called = FILE if len(kinds) == 1 else f"{FILE}, {nectar.layout.kind}"
+        methods += of_file(name, nectar, exact, called=called)
     wanted = {b.name: b for b in (baselines.BASELINES[NO_CONTEXT], *chosen)}
-    with cli.progress("building baselines", len(wanted) * len(files)) as done:
-        if any(b.sized for b in wanted.values()):
+    sizes = different(files)
+    if any(b.sized for b in wanted.values()):
+        with cli.progress("conversing for the baselines", 1):
             _ = task.studied  # so that its time is not the first method's
+    with cli.progress("building baselines", len(wanted)) as done:
         for number, baseline in enumerate(wanted.values()):
-            for name, nectar in list(files.items())[: None if baseline.sized else 1]:
+            for name, nbytes in list(sizes.items())[: None if baseline.sized else 1]:
                 started = time.perf_counter()
                 try:
-                    view = baseline.build(task, nectar.nbytes)
+                    view = baseline.build(task, nbytes)
                 except NectarError as error:
                     cli.say(f"{baseline.name} is left out: {error}")
                     continue
                 mx.eval([b.parameters for b in view.banks])
                 seconds = time.perf_counter() - started
                 methods.append(Method(name=baseline.name, file=name, view=view, seconds=seconds))
-            done((number + 1) * len(files))
+            done(number + 1)
     return methods
 
 
-def of_file(name: str, nectar: Nectar, exact: Sequence[float]) -> list[Method]:
+def different(files: Mapping[str, Nectar]) -> dict[str, int]:
+    """The sizes in bytes that baselines are built at, by the first file of each: of nearly equal files the least."""
+    found: dict[str, int] = {}
+    for name, nectar in files.items():
+        like = next((n for n, nbytes in found.items() if abs(nectar.nbytes / nbytes - 1) < _SAME), name)
+        found[like] = min(nectar.nbytes, found.get(like, nectar.nbytes))
+    return found
+
+
+def of_file(name: str, nectar: Nectar, exact: Sequence[float], *, called: str = FILE) -> list[Method]:
     """The file as it answers by itself, and at each share of its keys, if there are any beside it."""
     seconds = float(sum(nectar.report.get("seconds", {}).values()))
-    start, windows = nectar.start, nectar.windows
 
-    def method(called: str, share: float | None) -> Method:
+    def method(share: float | None) -> Method:
         banks = nectar.retrieving(share)
         router, read = (sum(b.selector.nbytes for b in banks), sum(b.step_bytes for b in banks)) if banks else (0, 0)
-        detail = f"{read:,} bytes read a token" if banks else ""
         view = View(
-            banks=banks or nectar.banks, windows=windows, start=start, nbytes=nectar.nbytes + router, detail=detail
+            banks=banks or nectar.banks,
+            windows=nectar.windows,
+            start=nectar.start,
+            nbytes=nectar.nbytes + router,
+            detail=f"{read:,} bytes read a token" if banks else "",
         )
-        return Method(name=called, file=name, view=view, seconds=seconds)
+        return Method(
+            name=called if share is None else f"{called}, {share:.1%} read", file=name, view=view, seconds=seconds
+        )
 
-    shares = exact if nectar.keys is not None else ()
-    return [method(FILE, None), *(method(f"{FILE}, {share:.1%} read", share) for share in shares)]
+    return [method(share) for share in (None, *(exact if nectar.keys is not None else ()))]
 
 
 def measure(task: Task, methods: Sequence[Method], asked: Sequence[Asked]) -> None:
@@ -88,5 +108,7 @@ def measure(task: Task, methods: Sequence[Method], asked: Sequence[Asked]) -> No
             prompts={m.label: m.view.prompt for m in methods},
             progress=done,
         )
+    numbers = np.array([a.number for a in asked])
     for method in methods:
-        method.divergence = found[method.label]
+        divergence = found[method.label]
+        method.divergence = divergence._replace(conversation=numbers[divergence.conversation])

@@ -3,11 +3,12 @@
 import json
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from .. import prompts
+from .. import cli, prompts
+from .._exp import SLOW_EXP
 from ..baselines import Task
 from ..errors import NectarError
 from ..fitting import instructions
@@ -15,20 +16,21 @@ from ..fitting.queries import Conversation, Study
 
 ON, OFF, REREAD, CONTINUE = "on-context", "off-context", "re-reading", "continuation"
 TEMPERATURE = 0.7
+TOGETHER = 16 if SLOW_EXP else 64  # conversations that are sampled side by side
 _CUE, _REREAD = 16, 64  # tokens of a passage that are shown, and that are to follow
 
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
     """One held-out conversation. question: for a person. expected: what a right answer contains; depth: where in the
-    text it
-    stands, 0 … 1."""
+    text it stands, 0 … 1. number: of the question, which several answers share."""
 
     question: str
     kind: str
     conversation: Conversation = field(repr=False)
     expected: str | None = None
     depth: float | None = None
+    number: int = 0
 
 
 def held_out(task: Task, *, count: int, seed: int) -> list[Asked]:
@@ -105,10 +107,21 @@ def _question(line: str, task: Task, place: str) -> Asked:
     )
 
 
-def sample_answers(task: Task, asked: Sequence[Asked], *, seed: int, study: Study, batch: int = 16) -> None:
+def numbered(asked: Sequence[Asked], *, samples: int) -> list[Asked]:
+    """Every question with its number, and `samples` times where its answer is still to be sampled."""
+    return [
+        replace(a, number=i, conversation=Conversation(a.conversation.prompt, list(a.conversation.answer)))
+        for i, a in enumerate(asked)
+        for _ in range(1 if a.conversation.answer else samples)
+    ]
+
+
+def sample_answers(task: Task, asked: Sequence[Asked], *, seed: int, study: Study, batch: int = TOGETHER) -> None:
     """Fills in the answers that are missing, sampled with the full cache; what attention saw goes into `study`."""
     missing = [a.conversation for a in asked if not a.conversation.answer]
     missing.sort(key=lambda c: len(c.prompt))
-    for start in range(0, len(missing), batch):
-        part = missing[start : start + batch]
-        task.converse(task.context, part, seed=seed + start, temperature=TEMPERATURE, study=study)
+    with cli.progress("answering with the full cache", len(missing)) as done:
+        for start in range(0, len(missing), batch):
+            part = missing[start : start + batch]
+            task.converse(task.context, part, seed=seed + start, temperature=TEMPERATURE, study=study)
+            done(start + len(part))

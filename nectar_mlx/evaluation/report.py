@@ -10,8 +10,10 @@ from typing import Any
 
 from ..errors import NectarError
 from . import charts
-from .charts import FILE
+from .charts import FILE, is_file
 from .questions import OFF, ON
+
+_SHOWN = 8  # answers side by side
 
 
 def write(result: Mapping[str, Any], path: Path) -> None:
@@ -65,7 +67,8 @@ def _tiles(result: Mapping[str, Any], best: Mapping[str, Any]) -> str:
     ]
     if told := result["answers"]:
         note = f"cosine to full-cache answers; a second full-cache sample has {told['again']:.2f}"
-        tiles.append(("Same meaning", f"{told['file']:.2f}", note))
+        ours = next(iter(told["files"].values()))
+        tiles.append(("Same meaning", f"{ours['similarity']:.2f}", note))
     rows = "".join(f"<div class=tile><h3>{a}</h3><p class=big>{b}</p><p>{c}</p></div>" for a, b, c in tiles)
     return f"<div class=tiles>{rows}</div>"
 
@@ -74,7 +77,7 @@ def _table(result: Mapping[str, Any]) -> str:
     rows = []
     several = len(result["files"]) > 1
     for m in sorted(result["methods"], key=lambda m: m["kl"]):
-        name = html.escape(m["method"] if m["method"] != FILE else Path(m["file"]).name)
+        name = html.escape(m["method"].replace(FILE, Path(m["file"]).name) if is_file(m["method"]) else m["method"])
         sized = f" <small>{html.escape(m['detail'])}</small>" if m["detail"] else ""
         off = m["kinds"].get(OFF)
         cells = [
@@ -88,7 +91,7 @@ def _table(result: Mapping[str, Any]) -> str:
             f"{off['kl']:.4f}" if off else "–",
             f"{m['seconds']:.1f}",
         ]
-        own = " class=own" if m["method"] == FILE else ""
+        own = " class=own" if is_file(m["method"]) else ""
         rows.append(f"<tr{own}>" + "".join(f"<td>{c}</td>" for c in cells) + "</tr>")
     heads = ["method", "bytes", "of cache", "KL", "agree", "gap closed", "accuracy lost", "KL off-context", "s to make"]
     note = f"Sized methods were given the bytes of {'each' if several else 'the'} file. "
@@ -104,8 +107,8 @@ def _heads(result: Mapping[str, Any], nectar: Mapping[str, Any]) -> str:
     if result["heads"]:
         title = "Error of each head's merged output, relative to its variance"
         parts.append(charts.heat(result["heads"], heads, unit=lambda v: f"{v:.2g}", title=title))
-    if nodes := nectar["report"].get("nodes"):
-        counts = [float(n[0] if isinstance(n, list) else n) for n in nodes]
+    if sizes := nectar["report"].get("sizes"):
+        counts = [float(size[0]) for size in sizes]
         parts.append(
             charts.heat(counts, heads, unit=lambda v: f"{v:.0f}", title="Nodes or hidden units given to each head")
         )
@@ -120,8 +123,8 @@ def _kinds(methods: Sequence[Mapping[str, Any]]) -> str:
     for kind in kinds:
         rows, top = [], max(m["kinds"][kind]["kl"] for m in shown) or 1.0
         for m in sorted(shown, key=lambda m: float(m["kinds"][kind]["kl"])):
-            own = m["method"] == FILE
-            kl, name = m["kinds"][kind]["kl"], "this file" if own else html.escape(m["method"])
+            own = is_file(m["method"])
+            kl, name = m["kinds"][kind]["kl"], "this file" if m is methods[0] else html.escape(m["method"])
             bar = f'<i style="width:{100 * kl / top:.1f}%"></i>'
             rows.append(f"<tr{' class=own' if own else ''}><td>{name}<td class=bars>{bar}<td>{kl:.4f}")
         parts.append(f"<div><h3>{kind}</h3><table class=mini>{''.join(rows)}</table></div>")
@@ -161,13 +164,16 @@ def _answers(result: Mapping[str, Any]) -> str:
         return ""
     told, parts = result["answers"], []
     names = (("full", "full cache"), ("file", "this file"), ("nothing", "no context"))
-    for example in result["examples"][:8]:
-        columns = "".join(f"<div class={k}><h4>{n}</h4><p>{html.escape(example[k])}</p></div>" for k, n in names)
+    first = {e["question"]: e for e in reversed(result["examples"])}
+    for example in [first[q] for q in dict.fromkeys(e["question"] for e in result["examples"])][:_SHOWN]:
+        shown = {**example, "file": next(iter(example["files"].values()))}
+        columns = "".join(f"<div class={k}><h4>{n}</h4><p>{html.escape(shown[k])}</p></div>" for k, n in names)
         parts.append(f"<article><h3>{html.escape(example['question'])}</h3><div class=sides>{columns}</div></article>")
-    meaning = ", ".join(
-        f"{n} <b>{told[k]:.3f}</b> <small>{told[f'{k}_interval'][0]:.3f}–{told[f'{k}_interval'][1]:.3f}</small>"
-        for k, n in (("file", "this file"), ("again", "a second full-cache sample"), ("nothing", "no context"))
-    )
+    called = ["this file"] if len(told["files"]) == 1 else [Path(name).name for name in told["files"]]
+    rows = [(n, f["similarity"], f["similarity_interval"]) for n, f in zip(called, told["files"].values(), strict=True)]
+    rows.append(("a second full-cache sample", told["again"], told["again_interval"]))
+    rows.append(("no context", told["nothing"], told["nothing_interval"]))
+    meaning = ", ".join(f"{html.escape(n)} <b>{v:.3f}</b> <small>{a:.3f}–{b:.3f}</small>" for n, v, (a, b) in rows)
     return (
         "<section><h2>Answers side by side</h2><p>Sampled at the same temperature. Mean similarity to the full "
         f"cache's answer, by {html.escape(told['by'])}: {meaning}.</p>{''.join(parts)}</section>"
@@ -205,7 +211,7 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
     placed = [m for m in result["methods"] if m["bytes"] > 0]
     for name in dict.fromkeys(m["method"] for m in placed):
         points = sorted((m for m in placed if m["method"] == name), key=lambda m: m["bytes"])
-        own, label = name == FILE, "this file" if name == FILE else name
+        own, label = is_file(name), "this file" if name == FILE else name
         place = [m["bytes"] for m in points], [m["kl"] for m in points]
         axes.plot(*place, marker="o", label=label, linewidth=2.5 if own else 1, zorder=5 if own else 2)
     axes.axvline(result["cache_bytes"], color="grey", linestyle=":", label="full cache")

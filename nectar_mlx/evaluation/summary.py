@@ -7,24 +7,30 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from ..baselines import NO_CONTEXT, Task, View
+from .. import cli
+from ..baselines import NO_CONTEXT, Task
 from ..fitting import matching, regression
 from ..fitting.queries import Study
 from . import answers, fidelity
+from .charts import is_file
 from .fidelity import Bootstrap, Divergence, Estimate
 from .methods import Method
 from .questions import ON, Asked
 
 
-def head_errors(task: Task, view: View, rows: Study) -> list[float]:
-    """The merged error of every head (layer by layer) over what the evaluation's answers asked; none for views that
-    read another text than the context."""
-    if view.start != task.context.start:
-        return []
-    K, found = task.geometry.n_kv_heads, list[float]()
-    for layer, bank in enumerate(view.banks):
-        found += np.array(regression.errors(bank, rows.heads(range(layer * K, layer * K + K)))).tolist()
-    return [_rounded(x) for x in found]
+def head_errors(task: Task, methods: Sequence[Method], rows: Study) -> dict[str, list[float]]:
+    """The merged error of every head (layer by layer) of every method, by its label, over what the evaluation's answers
+    asked; none for views that read another text than the context."""
+    K, found = task.geometry.n_kv_heads, {m.label: list[float]() for m in methods}
+    with cli.progress("looking at the heads", task.n_layers) as done:
+        for layer in range(task.n_layers):
+            captured = rows.heads(range(layer * K, layer * K + K))
+            for method in methods:
+                if method.view.start == task.context.start:
+                    errors = regression.errors(method.view.banks[layer], captured)
+                    found[method.label] += [_rounded(x) for x in np.array(errors).tolist()]
+            done(layer + 1)
+    return found
 
 
 def entropies(task: Task, rows: Study) -> np.ndarray:
@@ -49,22 +55,27 @@ def by_entropy(entropy: np.ndarray, errors: Mapping[str, Sequence[float]]) -> li
 
 
 def correlations(methods: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
-    """Rank correlations over all methods and files: does the heads' error, does the divergence, tell what is lost?"""
-    fitted = [m for m in methods if m["error"] is not None]
+    """Rank correlations: does the heads' error, does the divergence, tell what is lost? Over all methods that have
+    heads of the context, and over the files alone."""
     pairs = {
         "error, accuracy gap": ("error", "accuracy_gap"),
         "error, KL": ("error", "kl"),
         "KL, accuracy gap": ("kl", "accuracy_gap"),
     }
-    found = {n: answers.rank_correlation([m[a] for m in fitted], [m[b] for m in fitted]) for n, (a, b) in pairs.items()}
-    return {name: None if rho is None else round(rho, 3) for name, rho in found.items()}
+    fitted = [m for m in methods if m["error"] is not None]
+    found = {}
+    for name, (a, b) in pairs.items():
+        for which, among in ((name, fitted), (f"{name}, files alone", [m for m in fitted if is_file(m["method"])])):
+            rho = answers.rank_correlation([m[a] for m in among], [m[b] for m in among])
+            found[which] = None if rho is None else round(rho, 3)
+    return found
 
 
 def summaries(
     methods: Sequence[Method], asked: Sequence[Asked], errors: Mapping[str, Sequence[float]]
 ) -> list[dict[str, Any]]:
     """One object a method. Its own figures are those of questions about the text (of all, if there are none)."""
-    kinds = {k: [i for i, a in enumerate(asked) if a.kind == k] for k in dict.fromkeys(a.kind for a in asked)}
+    kinds = {k: sorted({a.number for a in asked if a.kind == k}) for k in dict.fromkeys(a.kind for a in asked)}
     nothing = next(m for m in methods if m.name == NO_CONTEXT)
     told = []
     for method in methods:
@@ -84,11 +95,11 @@ def summaries(
     return told
 
 
-def _figures(ours: Divergence | None, nothing: Divergence | None, conversations: Sequence[int]) -> dict[str, Any]:
-    """KL, agreement, gap closed and next-token accuracy gap over some conversations, with their intervals."""
+def _figures(ours: Divergence | None, nothing: Divergence | None, questions: Sequence[int]) -> dict[str, Any]:
+    """KL, agreement, gap closed and next-token accuracy gap over some questions, with their intervals."""
     assert ours is not None and nothing is not None
-    ours, nothing = ours.of(conversations), nothing.of(conversations)
-    draws, at = Bootstrap(conversations), ours.conversation
+    ours, nothing = ours.of(questions), nothing.of(questions)
+    draws, at = Bootstrap(questions), ours.conversation
     kl, baseline = draws.means(ours.kl, at), draws.means(nothing.kl, at)
     gap = ours.reference_correct.astype(float) - ours.correct.astype(float)
     estimates: dict[str, Estimate] = {
@@ -127,8 +138,13 @@ def table(result: Mapping[str, Any]) -> str:
             + "".join(f"{m['kinds'][k]['kl']:>18.4f}" for k in kinds if k != ON)
         )
     if told := result["answers"]:
-        lines += ["", f"similarity to the full cache's answers, by {told['by']}: the file {told['file']:.3f}, "]
-        lines[-1] += f"a second full-cache sample {told['again']:.3f}, no context {told['nothing']:.3f}"
+        ours = [(Path(name).name if several else "the file", f["similarity"]) for name, f in told["files"].items()]
+        shown = [*ours, ("a second full-cache sample", told["again"]), ("no context", told["nothing"])]
+        lines += ["", f"similarity to the full cache's answers, by {told['by']}:"]
+        lines[-1] += ", ".join(f" {name} {similarity:.3f}" for name, similarity in shown)
     if result["facts"]:
-        lines += ["", "facts found: " + ", ".join(f"{f['method']} {f['found']:.0%}" for f in result["facts"])]
+        lines += ["", f"{'facts found':42}{'all':>8}   by quarters of the text"]
+        for f in result["facts"]:
+            quarters = "".join("       –" if q is None else f"{q:>8.0%}" for q in f["quarters"])
+            lines.append(f"{f['method']:42}{f['found']:>8.0%}{quarters}")
     return "\n".join(lines)
