@@ -17,11 +17,6 @@ constant constexpr int LIVE = 7;
 
 constant constexpr int SEQUENCE_ROWS = QUERY_HEADS * LENGTH;  // query rows of a KV head and sequence
 
-// TILES simdgroups side by side hold different query rows and read the same weights; of one sequence, LIVE_TILES.
-METAL_FUNC int rounds_of(int rows, int tiles) {
-  return (rows + tiles * TILE - 1) / (tiles * TILE);
-}
-
 METAL_FUNC int slices_of(int live) {
   return metal::min((live + LIVE_SLICE - 1) / LIVE_SLICE, MAX_SLICES);
 }

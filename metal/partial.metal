@@ -1,10 +1,10 @@
-  // grid = (32 * SIMDGROUPS * blocks, rounds, 1), threadgroup = (32 * SIMDGROUPS, 1, 1). Blocks: batch * n_kv_heads * slices of
-  // live tokens, then those of the plan.
+  // grid = (32 * SIMDGROUPS * blocks, rounds, 1), threadgroup = (32 * SIMDGROUPS, 1, 1). Blocks: n_kv_heads * slices of live
+  // tokens, then those of the plan. live_tokens says by its shape how many tokens are live, and is not read.
   using namespace nectar;
-  const int batch = static_cast<int>(queries_shape[0]);
-  const int live = static_cast<int>(keys_shape[2]);
+  const int rows = static_cast<int>(queries_shape[0]) * SEQUENCE_ROWS;
+  const int live = static_cast<int>(live_tokens_shape[0]);
   const int slices = slices_of(live);
-  const int live_blocks = batch * N_KV_HEADS * slices;
+  const int live_blocks = N_KV_HEADS * slices;
   const int block = static_cast<int>(threadgroup_position_in_grid.x) - live_blocks;
   const int round = static_cast<int>(threadgroup_position_in_grid.y);
   const int n_static = static_cast<int>(threadgroups_per_grid.x) - live_blocks;
@@ -30,29 +30,20 @@
   }
 #endif
 
-  const int all_rows = batch * SEQUENCE_ROWS;
-  const int rows = block < 0 ? SEQUENCE_ROWS : all_rows;
-  const int tiles = block < 0 ? LIVE_TILES : TILES;
-  if (round >= rounds_of(rows, tiles)) {
-    return;
-  }
   Lane lane;
-  const int tile_index = simdgroup % tiles;
   lane.part = metal::min(lane_index % LANES, PARTS - 1);
-  lane.step = (SIMDGROUPS / tiles) * (32 / LANES);
-  lane.first = (simdgroup / tiles) * (32 / LANES) + lane_index / LANES;
-  const int tile_row = (round * tiles + tile_index) * TILE;
+  lane.step = (SIMDGROUPS / TILES) * (32 / LANES);
+  lane.first = (simdgroup / TILES) * (32 / LANES) + lane_index / LANES;
+  const int tile_row = (round * TILES + simdgroup % TILES) * TILE;
 
   Tile tile;
-  size_t at[TILE];  // of the query of the first KV head and sequence
+  size_t at[TILE];  // of the query of the first KV head
   #pragma unroll
   for (int n = 0; n < TILE; ++n) {
     const int row = metal::min(tile_row + n, rows - 1);
-    const int token = row % LENGTH;
     at[n] = static_cast<size_t>(row / SEQUENCE_ROWS) * static_cast<size_t>(queries_strides[0])
         + static_cast<size_t>(row % SEQUENCE_ROWS / LENGTH) * static_cast<size_t>(queries_strides[1])
-        + static_cast<size_t>(token) * static_cast<size_t>(queries_strides[2]);
-    tile.end[n] = live - LENGTH + token + 1;
+        + static_cast<size_t>(row % LENGTH) * static_cast<size_t>(queries_strides[2]);
     tile.sum[n] = 0.0f;
     #pragma unroll
     for (int i = 0; i < 8; ++i) {
@@ -60,7 +51,6 @@
     }
   }
 
-  int sequence = 0;
   int begin = 0;
   int end = static_cast<int>(entry.z);
   int unit = block;
@@ -68,21 +58,18 @@
   if (block < 0) {
     const int of = block + live_blocks;
     const int slice = of % slices;
-    head = of / slices % N_KV_HEADS;
-    sequence = of / slices / N_KV_HEADS;
+    head = of / slices;
     const int each = (live + slices - 1) / slices;
     begin = metal::min(live, slice * each);
     end = metal::min(live, begin + each);
     unit = n_static + head * slices + slice;
   }
   const int kind = block < 0 ? LIVE : static_cast<int>(entry.y);
-  const int first_row = sequence * SEQUENCE_ROWS;
 #ifdef ONE_LAUNCH
   const uint4 mine = *reinterpret_cast<const device uint4*>(parameters + head * 4);
 #endif
   const bool scored = kind == NODES || kind == LIVE;
-  const device Element* of_head = queries + static_cast<size_t>(sequence) * static_cast<size_t>(queries_strides[0])
-      + static_cast<size_t>(head * QUERY_HEADS) * static_cast<size_t>(queries_strides[1]);
+  const device Element* of_head = queries + static_cast<size_t>(head * QUERY_HEADS) * static_cast<size_t>(queries_strides[1]);
   #pragma unroll
   for (int n = 0; n < TILE; ++n) {
     Matrix query;
@@ -93,22 +80,32 @@
     const bool valid = tile_row + n < rows && lane_index % LANES < PARTS;
     tile.factor[n] = !valid ? 0.0f : (scored ? SCALE : 1.0f);
     tile.top[n] = scored ? NEVER : 0.0f;
-    tile.end[n] = kind == LIVE ? metal::min(end, tile.end[n]) : end;
+    tile.end[n] = end;
   }
 
   if (kind == LIVE) {
-    Matrix key;
-    Matrix value;
-    key.words = reinterpret_cast<const device uint*>(keys + static_cast<size_t>(sequence) * static_cast<size_t>(keys_strides[0]) + static_cast<size_t>(head) * static_cast<size_t>(keys_strides[1]));
-    value.words = reinterpret_cast<const device uint*>(values + static_cast<size_t>(sequence) * static_cast<size_t>(values_strides[0]) + static_cast<size_t>(head) * static_cast<size_t>(values_strides[1]));
-    key.stride = static_cast<size_t>(keys_strides[2]) * sizeof(Element) / 4;
-    value.stride = static_cast<size_t>(values_strides[2]) * sizeof(Element) / 4;
-    key.scales = reinterpret_cast<const device half*>(parameters);
-    value.scales = key.scales;
+    // A tile may hold rows of several sequences: each sees its own tokens only.
+    const int last_row = metal::min(tile_row + TILE, rows) - 1;
+    for (int sequence = tile_row / SEQUENCE_ROWS; sequence * SEQUENCE_ROWS <= last_row; ++sequence) {
+      Matrix key;
+      Matrix value;
+      key.words = reinterpret_cast<const device uint*>(keys + static_cast<size_t>(sequence) * static_cast<size_t>(keys_strides[0]) + static_cast<size_t>(head) * static_cast<size_t>(keys_strides[1]));
+      value.words = reinterpret_cast<const device uint*>(values + static_cast<size_t>(sequence) * static_cast<size_t>(values_strides[0]) + static_cast<size_t>(head) * static_cast<size_t>(values_strides[1]));
+      key.stride = static_cast<size_t>(keys_strides[2]) * sizeof(Element) / 4;
+      value.stride = static_cast<size_t>(values_strides[2]) * sizeof(Element) / 4;
+      key.scales = reinterpret_cast<const device half*>(parameters);
+      value.scales = key.scales;
+      #pragma unroll
+      for (int n = 0; n < TILE; ++n) {
+        const int row = tile_row + n;
+        tile.end[n] = row / SEQUENCE_ROWS == sequence ? metal::min(end, live - LENGTH + row % LENGTH + 1) : 0;
+      }
+      int start = begin;
 #ifdef PADDED
-    begin = metal::max(begin, left_padding[sequence]);
+      start = metal::max(begin, left_padding[sequence]);
 #endif
-    attend<Element, LIVE_FLIGHT>(tile, lane, key, value, reinterpret_cast<const device float*>(parameters), false, begin, end);
+      attend<Element, LIVE_FLIGHT>(tile, lane, key, value, reinterpret_cast<const device float*>(parameters), false, start, end);
+    }
   }
   const device uint* words = parameters + static_cast<size_t>(entry.w);
   if (HAS_NODES && kind == NODES) {
@@ -130,7 +127,7 @@
 #endif
 #ifdef DEEP_NETWORKS
   const int n_activations = activations_shape[2];
-  const device float* active = activations + static_cast<size_t>(head) * static_cast<size_t>(all_rows) * static_cast<size_t>(n_activations);
+  const device float* active = activations + static_cast<size_t>(head) * static_cast<size_t>(rows) * static_cast<size_t>(n_activations);
   if (kind == GIVEN) {
     units<Weight, GIVEN, FLIGHT>(tile, lane, words, end, active, n_activations, tile_row, rows);
   }
@@ -150,7 +147,7 @@
   threadgroup float tile_top[SIMDGROUPS * TILE];
   threadgroup float tile_sum[SIMDGROUPS * TILE];
   device float4* vectors = reinterpret_cast<device float4*>(partials);
-  device float* numbers = partials + partial_slots(all_rows, slices, n_static) * HEAD_DIM;
+  device float* numbers = partials + partial_slots(rows, slices, n_static) * HEAD_DIM;
   #pragma unroll
   for (int start = 0; start < TILE; start += ROUND) {
     if (start > 0) {
@@ -179,30 +176,27 @@
       }
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    for (int item = thread_index; item < tiles * ROUND * VECTORS; item += 32 * SIMDGROUPS) {
+    for (int item = thread_index; item < TILES * ROUND * VECTORS; item += 32 * SIMDGROUPS) {
       const int v = item % VECTORS;
       const int j = item / VECTORS % ROUND;
       const int of = item / VECTORS / ROUND;
-      const int row = (round * tiles + of) * TILE + start + j;
+      const int row = (round * TILES + of) * TILE + start + j;
       if (start + j < TILE && row < rows) {
         float top = NEVER;
         #pragma unroll
-        for (int i = 0; i < SIMDGROUPS / LIVE_TILES; ++i) {
-          const int s = of + i * tiles;
-          top = s < SIMDGROUPS ? metal::max(top, tile_top[metal::min(s, SIMDGROUPS - 1) * TILE + start + j]) : top;
+        for (int i = 0; i < SIMDGROUPS / TILES; ++i) {
+          top = metal::max(top, tile_top[(of + i * TILES) * TILE + start + j]);
         }
         float sum = 0.0f;
         float4 out = zero4();
         #pragma unroll
-        for (int i = 0; i < SIMDGROUPS / LIVE_TILES; ++i) {
-          const int s = of + i * tiles;
-          if (s < SIMDGROUPS) {
-            const float weight = metal::fast::exp(tile_top[s * TILE + start + j] - top);
-            sum = metal::fma(weight, tile_sum[s * TILE + start + j], sum);
-            out = scaled_sum(weight, tile_out[(s * ROUND + j) * VECTORS + v], out);
-          }
+        for (int i = 0; i < SIMDGROUPS / TILES; ++i) {
+          const int s = of + i * TILES;
+          const float weight = metal::fast::exp(tile_top[s * TILE + start + j] - top);
+          sum = metal::fma(weight, tile_sum[s * TILE + start + j], sum);
+          out = scaled_sum(weight, tile_out[(s * ROUND + j) * VECTORS + v], out);
         }
-        const size_t slot = static_cast<size_t>(unit) * static_cast<size_t>(all_rows) + static_cast<size_t>(first_row + row);
+        const size_t slot = static_cast<size_t>(unit) * static_cast<size_t>(rows) + static_cast<size_t>(row);
         vectors[slot * VECTORS + static_cast<size_t>(v)] = out;
         if (v == 0) {
           numbers[slot * 2] = top;
@@ -215,8 +209,8 @@
 #ifdef ONE_LAUNCH
   // The threadgroup that arrives last at a KV head merges its rows. Needs a memory fence between threadgroups, which CUDA has.
   threadgroup int is_last[1];
-  const int arrivals = static_cast<int>(mine.z - mine.x) * rounds_of(all_rows, TILES) + batch * slices * rounds_of(SEQUENCE_ROWS, LIVE_TILES);
+  const int arrivals = (static_cast<int>(mine.z - mine.x) + slices) * static_cast<int>(threadgroups_per_grid.y);
   if (arrives_last(tickets + head, arrivals, thread_index, is_last)) {
-    merge_rows(all_rows, slices, mine, n_static, parameters, partials, output, tile_out, head, 0, all_rows, thread_index);
+    merge_rows(rows, slices, mine, n_static, parameters, partials, output, tile_out, head, 0, rows, thread_index);
   }
 #endif

@@ -17,16 +17,33 @@ from .heads import Bank
 from .kernels.packing import Packed
 
 
+class _Whole:
+    """A cache that hands out its whole buffers: the kernel needs no slices, and to make them takes longer than to
+    call it."""
+
+    def keys_and_values(self: Any) -> tuple[mx.array, mx.array]:
+        return self.keys, self.values
+
+
+class WholeCache(_Whole, KVCache):
+    pass
+
+
+class WholeBatch(_Whole, BatchKVCache):
+    pass
+
+
 class NectarCache(_BaseCache):
     """The cache of one layer. `bank` answers for `context` tokens, `live` holds the keys and values that follow.
 
     live: mlx-lm's KVCache (default), QuantizedKVCache, or BatchKVCache inside `BatchNectarCache`. packed: the bank
-    in the form that the decode kernel reads, where there is one.
+    in the form that the decode kernel reads, where there is one; keys and values then come in whole buffers.
     """
 
     def __init__(self, bank: Bank, context: int, live: Any = None, packed: Packed | None = None):
         self.bank, self.context, self.packed = bank, context, packed
-        self.live = KVCache() if live is None else live
+        fresh = KVCache if packed is None else WholeCache
+        self.live = fresh() if live is None else live  # type: ignore[no-untyped-call]
 
     @property
     def offset(self) -> Any:
@@ -52,10 +69,13 @@ class NectarCache(_BaseCache):
 
         sinks [H]: per head, the score of one more token whose value is zero (gpt-oss).
         """
+        n = self.size() if isinstance(self.live, _Whole) else keys.shape[2]
         if self.packed is not None and sinks is None:
-            out = kernels.decode(self.packed, queries, keys, values, left_padding=self.left_padding)
+            out = kernels.decode(self.packed, queries, keys, values, live=n, left_padding=self.left_padding)
             if out is not None:
                 return out
+        if n < keys.shape[2]:
+            keys, values = keys[..., :n, :], values[..., :n, :]
         live = attention.causal(queries, keys, values, scale=scale, mask=mask)
         merged = attention.merge(self.over_context(queries), live)
         if sinks is not None:
@@ -114,7 +134,7 @@ class NectarCache(_BaseCache):
             _check_same_context(first, cache)
             if isinstance(cache.live, QuantizedKVCache):
                 raise NectarError("sequences with a quantised cache cannot share a batch: run them one at a time")
-        live = BatchKVCache.merge([c.live for c in caches])
+        live = (BatchKVCache if first.packed is None else WholeBatch).merge([c.live for c in caches])
         return BatchNectarCache(first.bank, first.context, live, first.packed)
 
 
@@ -205,7 +225,7 @@ def make_caches(
             caches.append(windows[layer].make_cache(context))
         else:
             bank, form = next(remaining)
-            live = KVCache() if kv_bits is None else QuantizedKVCache(_quantization_group(bank), kv_bits)
+            live = None if kv_bits is None else QuantizedKVCache(_quantization_group(bank), kv_bits)
             caches.append(make(bank, context, live, form))
     return caches
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from nectar_mlx import kernels
+from nectar_mlx.cache import NectarCache
 from nectar_mlx.errors import NectarError
 from nectar_mlx.heads import Corrected, Exact, Quadrature, TargetScore
 from nectar_mlx.kernels.packing import DTYPES, Form, pack, requantize
@@ -274,7 +275,8 @@ PLANTED = [
     ("rows past the end are read", "min(base + u * lane.step + lane.first, end - 1)", "min(base + u * lane.step + lane.first, end)"),
     ("rows past the end count", "row < tile.end[n] ?|seen ?", "true ?"),
     ("units past the end count", "h = valid ? h : 0.0f;", ""),
-    ("not causal", "live - LENGTH + token + 1", "live"),
+    ("not causal", "live - LENGTH + row % LENGTH + 1", "live"),
+    ("another sequence", "row / SEQUENCE_ROWS == sequence ?", "true ?"),
     ("another KV head", "static_cast<size_t>(head) * static_cast<size_t>(keys_strides[1])", "static_cast<size_t>(0)"),
     ("a row sum lacks a step", "step > 0; step /= 2", "step > 1; step /= 2"),
     ("lane groups are not merged", "for (int step = LANES; step < 32; step *= 2)", "for (int step = LANES; step < 16; step *= 2)"),
@@ -297,9 +299,7 @@ PLANTED = [
 @pytest.mark.skipif("asan" not in harness.modes(), reason="needs clang with AddressSanitizer")
 @pytest.mark.parametrize(("what", "good", "bad"), PLANTED, ids=[what for what, _, _ in PLANTED])
 def test_planted_bugs_are_caught(simulate, what, good, bad):
-    case = Case(
-        kind="corrected", sizes=((40, 13), (25, 30)), group=2, length=2, live=70, element="float32", storage="float16"
-    )
+    case = Case(kind="corrected", sizes=((40, 13), (25, 30)), group=1, length=2, batch=2, live=70, storage="float16")
     found = []
 
     def plant(text):
@@ -430,6 +430,44 @@ def test_refuses_what_it_has_no_kernel_for(simulate, change):
     case = Case(**change)
     assert case.run() is None
     assert not kernels.supports(case.packed, case.queries, case.keys)
+
+
+def test_whole_buffers_and_a_length(simulate):
+    """What lies behind the live tokens is not read, whatever it is."""
+    simulate()
+    case = Case(batch=2, length=2, live=70, padding=[3, 0])
+    rest = mx.full((2, 2, 5, 64), mx.nan)
+    keys, values = (mx.concatenate([x, rest], axis=2) for x in (case.keys, case.values))
+    padding = mx.array(case.padding, mx.int32)
+    got = kernels.decode(case.packed, case.queries, keys, values, live=70, left_padding=padding)
+    assert (got == case.run()).all().item()
+    assert kernels.decode(case.packed, case.queries, keys, values, live=76) is None
+
+
+def test_a_batch_of_caches(simulate):
+    """A prompt by plain operations, then steps by the kernel from whole buffers; one at a time, then together."""
+    simulate()
+    case = Case(element="float32")
+    bank = Quadrature.stack(case.heads, scale=case.scale)
+
+    def steps(packed):
+        caches, found = [NectarCache(bank, 40, packed=packed) for _ in range(2)], []
+        for cache, prompt in zip(caches, (9, 12), strict=True):
+            found += [step(cache, 1, length) for length in (prompt, 2)]
+        batch = NectarCache.merge(caches)
+        found.append(step(batch, 2, 1))
+        batch.filter(mx.array([1]))
+        found.append(step(batch, 1, 1))
+        return found
+
+    def step(cache, batch, length):
+        mx.random.seed(cache.size())
+        q, k, v = (mx.random.normal((batch, heads, length, 64)) for heads in (4, 2, 2))
+        mask = cache.make_mask(length, return_array=True, window_size=None)
+        return cache.attend(q, *cache.update_and_fetch(k, v), scale=case.scale, mask=mask)
+
+    for got, want in zip(steps(case.packed), steps(None), strict=True):
+        assert mx.abs(got - want).max() < 2e-5
 
 
 def test_refuses_other_types_and_heads(simulate):

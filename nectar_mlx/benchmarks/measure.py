@@ -14,6 +14,7 @@ from mlx_lm.models.base import quantized_scaled_dot_product_attention
 from mlx_lm.models.cache import KVCache, QuantizedKVCache
 
 from .. import adapter, attention, kernels
+from ..cache import NectarCache
 from ..heads import Bank, Corrected, Quadrature, Size, TargetScore
 from ..kernels.packing import Stored
 from ..quantize import Quantized, dequantize, quantize
@@ -124,10 +125,9 @@ class Keeper:
 
     def model_step(self, model: nn.Module, tokens: mx.array) -> mx.array:
         """The likeliest next tokens [B, 1]. Every step is the same step: what it adds, the next one overwrites."""
-        before = [c.offset for c in self.caches]
         logits: mx.array = model(tokens, cache=self.caches)
-        for cache, offset in zip(self.caches, before, strict=True):
-            cache.offset = offset
+        for cache in self.caches:
+            cache.trim(1)
         return logits[:, -1].argmax(-1, keepdims=True).astype(mx.int32)
 
     def random(self, tokens: int) -> mx.array:
@@ -184,15 +184,13 @@ class Fused(Keeper):
         self.packed = kernels.pack(self.bank, dtype=DTYPE, bits=self.bits)
         super().__init__(shape, context, live)
 
-    def cache(self, context: int) -> "FittedCache":
-        cache = FittedCache(self.bank, self.packed.copy())  # every layer reads memory of its own
-        cache.keys, cache.values = self.random(ROOM), self.random(ROOM)
-        cache.offset = self.live
+    def cache(self, context: int) -> NectarCache:
+        cache = NectarCache(self.bank, context, packed=self.packed.copy())  # every layer reads memory of its own
+        cache.state = self.random(ROOM), self.random(ROOM), self.live
         return cache
 
     def attend(self, cache: Any, queries: mx.array) -> mx.array:
-        keys, values = cache.keys[..., : cache.offset, :], cache.values[..., : cache.offset, :]
-        out: mx.array = cache.attend(queries, keys, values, scale=self.shape.scale, mask=None)
+        out: mx.array = cache.attend(queries, *cache.live.keys_and_values(), scale=self.shape.scale, mask=None)
         return out
 
     def nbytes(self) -> int:
@@ -203,20 +201,6 @@ class Fused8(Fused):
     """The same with 8-bit parameters."""
 
     bits = 8
-
-
-class FittedCache(KVCache):
-    """Live keys and values; attention comes from the kernel, or from stock operations where there is none."""
-
-    def __init__(self, bank: Bank, packed: kernels.Packed):
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.bank, self.packed = bank, packed
-
-    def attend(
-        self, queries: mx.array, keys: mx.array, values: mx.array, *, scale: float, mask: Any = None
-    ) -> mx.array:
-        out = kernels.decode(self.packed, queries, keys, values)
-        return kernels.compose(self.bank, queries, keys, values, mask=mask) if out is None else out
 
 
 class Composed(Keeper):
@@ -252,6 +236,7 @@ class ComposedCache(KVCache):
         self.offset = self.keys.shape[2]
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        self.offset += keys.shape[2]
         return self.both[:2]
 
     def attend(self, queries: mx.array, keys: Any, values: Any, *, scale: float, mask: Any = None) -> mx.array:

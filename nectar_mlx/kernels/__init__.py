@@ -63,23 +63,32 @@ def pack(bank: Bank, *, dtype: mx.Dtype | None = None, bits: int = 16, heads: An
 
 def supports(packed: Packed, queries: mx.array, keys: mx.array) -> bool:
     """Whether `decode` has a kernel for queries [B, H, T, D] and live keys [B, K, S, D]."""
-    return _plan(packed, queries, keys, False) is not None
+    return _plan(packed, queries, keys, keys.shape[2], False) is not None
 
 
 def decode(
-    packed: Packed, queries: mx.array, keys: mx.array, values: mx.array, *, left_padding: mx.array | None = None
+    packed: Packed,
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    *,
+    live: int | None = None,
+    left_padding: mx.array | None = None,
 ) -> mx.array | None:
     """Attention of queries [B, H, T, D], T <= 8, over the packed context and the live keys and values [B, K, S, D].
 
-    Queries are rotated and unscaled, as a cache sees them; they are the last T of the S live tokens, and causal among
-    them. All may be slices of longer buffers; their last axis must be contiguous. left_padding [B] int32: the first
-    live position of each sequence that holds a token. Returns [B, H, T, D] in the queries' type, or None where
-    `supports` says no.
+    live: how many of the S are live tokens, the first ones (default S); so a cache can hand over its whole buffers,
+    which costs less than to slice them. Queries are rotated and unscaled, as a cache sees them; they are the last T
+    live tokens, and causal among them. All may be slices of longer buffers; their last axis must be contiguous.
+    left_padding [B] int32: the first live position of each sequence that holds a token. Returns [B, H, T, D] in the
+    queries' type, or None where `supports` says no.
     """
-    plan = _plan(packed, queries, keys, left_padding is not None)
+    live = keys.shape[2] if live is None else live
+    plan = _plan(packed, queries, keys, live, left_padding is not None)
     if plan is None:
         return None
-    inputs = [queries, keys, values, packed.words]
+    live_tokens = _counts(live // 64)[live % 64]
+    inputs = [queries, keys, values, packed.words, live_tokens]
     if left_padding is not None:
         inputs.append(left_padding)
     if packed.deep:
@@ -88,7 +97,20 @@ def decode(
         inputs.append(packed.tickets[next(_turn) % SLOTS])
         return plan.first(inputs=inputs)[1]
     (partials,) = plan.first(inputs=inputs)
-    return plan.merge(inputs=[queries, keys, packed.words, partials])[0]
+    return plan.merge(inputs=[queries, packed.words, live_tokens, partials])[0]
+
+
+@functools.lru_cache(maxsize=1024)
+def _counts(chunk: int) -> list[mx.array]:
+    """Arrays whose shapes say 64 * chunk, 64 * chunk + 1, … to a kernel, which never reads them.
+
+    A shape travels with the launch, a value would have to reach the device first. They are evaluated on the CPU, so as
+    not to wait for what is queued on the GPU.
+    """
+    row = mx.array([0] * 8)
+    counts = [mx.broadcast_to(row, (64 * chunk + i, 8), stream=mx.cpu) for i in range(64)]
+    mx.eval(counts)
+    return counts
 
 
 @dataclass(frozen=True)
@@ -100,10 +122,10 @@ class Plan:
     merge: Kernel | None
 
 
-def _plan(packed: Packed, queries: mx.array, keys: mx.array, padded: bool) -> Plan | None:
-    shape, live = queries.shape, keys.shape
-    slices = min(-(-live[2] // LIVE_SLICE), MAX_SLICES)
-    key = (shape, live[1], slices, shape[2] <= live[2], queries.dtype, keys.dtype, padded)
+def _plan(packed: Packed, queries: mx.array, keys: mx.array, live: int, padded: bool) -> Plan | None:
+    shape, (_, K, S, _) = queries.shape, keys.shape
+    slices = min(-(-live // LIVE_SLICE), MAX_SLICES)
+    key = (shape, K, slices, shape[2] <= live <= S, queries.dtype, keys.dtype, padded)
     plan: Plan | None = packed.plans.get(key, _UNKNOWN)
     if plan is _UNKNOWN:
         plan = packed.plans[key] = _make_plan(packed.form, *key)
@@ -130,7 +152,7 @@ def _make_plan(
     rows = B * (H // K) * T
     variant = variant_for(form, rows, H // K, T, _NAMES[dtype], padded)
     threads = 32 * SIMDGROUPS
-    grid = (threads * (form.blocks + B * K * slices), -(-rows // (variant.tiles * variant.tile)), 1)
+    grid = (threads * (form.blocks + K * slices), -(-rows // (variant.tiles * variant.tile)), 1)
     shapes = [((form.blocks + K * slices) * rows * (D + 2),), shape]  # of the partial results and of the output
     dtypes = [mx.float32, dtype]
     if form.slots:
@@ -254,7 +276,6 @@ class Variant:
             "LENGTH": self.length,
             "TILE": self.tile,
             "TILES": self.tiles,
-            "LIVE_TILES": _tiles(self.group * self.length, self.tile),
             "SHARES": self.shares,
             "ROUND": max(1, min(self.tile, 4096 // (SIMDGROUPS * self.head_dim))),
             "SIMDGROUPS": SIMDGROUPS,
@@ -303,9 +324,9 @@ class Variant:
 def _build(variant: Variant, stage: str) -> Kernel:
     outputs = {"fused": ["partials", "output"], "partial": ["partials"], "merge": ["output"]}[stage]
     if stage == "merge":
-        inputs = ["queries", "keys", "parameters", "partials"]
+        inputs = ["queries", "parameters", "live_tokens", "partials"]
     else:
-        inputs = ["queries", "keys", "values", "parameters"]
+        inputs = ["queries", "keys", "values", "parameters", "live_tokens"]
         inputs += ["left_padding"] * variant.padded + ["activations"] * (variant.kind == "deep")
         inputs += ["tickets"] * (stage == "fused")
     header, body = variant.text(stage)

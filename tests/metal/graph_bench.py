@@ -28,8 +28,19 @@ extern "C" __global__ void plain_read(const uint4* p, long long n, unsigned* sin
 """
 
 
-def module(variant, stage):
-    """The text that MLX's cuda_kernel gets, with shapes and strides as arguments by value."""
+# Every kernel gets the same shapes and strides, four numbers each, whatever it reads of them.
+_PASSED = (
+    "queries_shape",
+    "queries_strides",
+    "keys_strides",
+    "values_strides",
+    "parameters_shape",
+    "live_tokens_shape",
+)
+
+
+def source(variant, stage):
+    """(the text that MLX's cuda_kernel gets, with shapes and strides as arguments by value; the arrays it takes)."""
     made = {}
     real = mx.fast.cuda_kernel
     mx.fast.cuda_kernel = lambda **options: made.update(options)
@@ -39,40 +50,54 @@ def module(variant, stage):
     finally:
         mx.fast.cuda_kernel = real
     element = {"bfloat16": "__nv_bfloat16", "float16": "__half", "float32": "float"}[variant.element]
-    kinds = {"queries": element, "keys": element, "values": element, "parameters": "unsigned", "tickets": "int"}
-    arguments = [f"const {kinds.get(n, 'float')}* {n}" for n in made["input_names"]]
-    arguments += [f"{'float' if n == 'partials' else element}* {n}" for n in made["output_names"]]
-    arrays = ["queries_shape", "queries_strides", "keys_shape", "keys_strides", "values_strides", "parameters_shape"]
-    arguments += [f"long long {a}_{i}" for a in arrays for i in range(4)]
-    locals_ = "".join(f"const long long {a}[4] = {{{', '.join(f'{a}_{i}' for i in range(4))}}};\n" for a in arrays)
-    source = (
+    kinds = {"parameters": "unsigned", "tickets": "int"} | dict.fromkeys(
+        ("queries", "keys", "values", "output"), element
+    )
+    names = made["input_names"] + made["output_names"]
+    arguments = [f"{'const ' * (n in made['input_names'])}{kinds.get(n, 'float')}* {n}" for n in names]
+    arguments += [f"long long {a}_{i}" for a in _PASSED for i in range(4)]
+    locals_ = "".join(f"const long long {a}[4] = {{{', '.join(f'{a}_{i}' for i in range(4))}}};\n" for a in _PASSED)
+    text = (
         "#include <cuda_fp16.h>\n#include <cuda_bf16.h>\n"
         + made["header"]
         + f'extern "C" __global__ void kernel({", ".join(arguments)}) {{\n{locals_}{made["source"]}\n}}\n'
     )
-    return cupy.RawModule(code=source, options=("-std=c++17",), backend="nvrtc").get_function("kernel")
+    return text, names
+
+
+def compiled(text):
+    return cupy.RawModule(code=text, options=("-std=c++17",), backend="nvrtc").get_function("kernel")
 
 
 class Layer:
-    """One layer's buffers on the device."""
+    """One layer's buffers on the device, by the names that the kernels have for them."""
 
-    def __init__(self, packed, shape, element, live):
-        B, H, K, T, D = shape.batch, shape.n_heads, shape.n_kv_heads, 1, shape.head_dim
-        rng = np.random.default_rng(0)
+    def __init__(self, packed, shape, live, seed):
+        B, H, K, D = shape.batch, shape.n_heads, shape.n_kv_heads, shape.head_dim
+        rng = np.random.default_rng(seed)
+        slots = packed.form.blocks + K * min(-(-live // kernels.LIVE_SLICE), kernels.MAX_SLICES)
         normal = lambda *s: cupy.array(  # noqa: E731
-            np.array(mx.array(rng.standard_normal(s).astype(np.float32)).astype(element).view(mx.uint16))
+            np.array(mx.array(rng.standard_normal(s).astype(np.float32)).astype(mx.bfloat16).view(mx.uint16))
         )
-        self.words = cupy.array(np.array(packed.words))
-        self.queries, self.keys, self.values = normal(B, H, T, D), normal(B, K, live, D), normal(B, K, live, D)
-        slices = min(-(-live // kernels.LIVE_SLICE), kernels.MAX_SLICES)
-        self.rows = B * (H // K) * T
-        self.partials = cupy.zeros((packed.form.blocks + K * slices) * self.rows * (D + 2), cupy.float32)
-        self.output = cupy.zeros((B, H, T, D), cupy.uint16)
-        self.tickets = cupy.zeros(K, cupy.int32)
-        self.blocks = packed.form.blocks + B * K * slices
-        q, k = (B, H, T, D), (B, K, live, D)
-        steps = lambda s: [int(np.prod(s[i + 1 :])) for i in range(4)]  # noqa: E731
-        self.shapes = [np.int64(n) for n in (*q, *steps(q), *k, *steps(k), *steps(k), self.words.size, 0, 0, 0)]
+        self.arrays = {
+            "queries": normal(B, H, 1, D),
+            "keys": normal(B, K, live, D),
+            "values": normal(B, K, live, D),
+            "parameters": cupy.array(np.array(packed.words)),
+            "live_tokens": cupy.broadcast_to(cupy.zeros(8, cupy.float32), (live, 8)),
+            "tickets": cupy.zeros(K, cupy.int32),
+            "partials": cupy.zeros(slots * B * (H // K) * (D + 2), cupy.float32),
+            "output": cupy.zeros((B, H, 1, D), cupy.uint16),
+        }
+        self.numbers = []
+        for name in _PASSED:
+            of, _, what = name.rpartition("_")
+            x = self.arrays[of]
+            values = x.shape if what == "shape" else [n // x.itemsize for n in x.strides]
+            self.numbers += [np.int64(n) for n in (*values, 0, 0, 0)[:4]]
+
+    def arguments(self, names):
+        return (*(self.arrays[n] for n in names), *self.numbers)
 
 
 def graph_us(calls, repeats=30):
@@ -95,48 +120,52 @@ def graph_us(calls, repeats=30):
     return statistics.median(times)
 
 
-def measure(shape, nodes, units, storage, live=64, layers=28, blocks=124, parts=True):
+def measure(shape, nodes, units, storage, live=64, layers=28, blocks=124):
     bank = random_bank(shape, nodes, units)
     bits = {"int8": 8, "int4": 4}.get(storage, 16)
     packed = packing.pack(bank, dtype=mx.bfloat16, bits=bits, blocks=blocks, backend="cuda")
     rows = shape.batch * shape.n_heads // shape.n_kv_heads
     variant = kernels.variant_for(packed.form, rows, rows // shape.batch, 1, "bfloat16", False)
-    data = [Layer(packed, shape, mx.bfloat16, live) for _ in range(layers)]
-    threads = 32 * kernels.SIMDGROUPS
+    data = [Layer(packed, shape, live, seed) for seed in range(layers)]
     rounds = -(-rows // (variant.tiles * variant.tile))
-    fused = module(variant, "fused")
-    if parts:
-        partial, merge = module(variant, "partial"), module(variant, "merge")
+    slices = min(-(-live // kernels.LIVE_SLICE), kernels.MAX_SLICES)
+    grids = {
+        "fused": (packed.form.blocks + shape.n_kv_heads * slices, rounds),
+        "merge": (-(-rows // (kernels.SIMDGROUPS // variant.shares)), shape.n_kv_heads),
+    }
+    grids["partial"] = grids["fused"]
+    texts = {stage: source(variant, stage) for stage in grids}
+    functions = {stage: (compiled(text), names) for stage, (text, names) in texts.items()}
 
-    def one():
-        for x in data:
-            inputs = (x.queries, x.keys, x.values, x.words, x.tickets, x.partials, x.output)
-            fused((x.blocks, rounds), (threads,), (*inputs, *x.shapes))
+    def launches(*stages):
+        def all_layers():
+            for layer in data:
+                for stage in stages:
+                    function, names = functions[stage]
+                    function(grids[stage], (32 * kernels.SIMDGROUPS,), layer.arguments(names))
 
-    def first():
-        for x in data:
-            partial((x.blocks, rounds), (threads,), (x.queries, x.keys, x.values, x.words, x.partials, *x.shapes))
-
-    def two():
-        for x in data:
-            partial((x.blocks, rounds), (threads,), (x.queries, x.keys, x.values, x.words, x.partials, *x.shapes))
-            grid = (-(-x.rows // (kernels.SIMDGROUPS // variant.shares)), shape.n_kv_heads)
-            merge(grid, (threads,), (x.queries, x.keys, x.words, x.partials, x.output, *x.shapes))
+        return all_layers
 
     read = cupy.RawKernel(_PLAIN_READ, "plain_read")
     sink = cupy.zeros(1, cupy.uint32)
 
     def plain():
-        for x in data:
-            read((528,), (256,), (x.words, np.int64(x.words.size // 4), sink))
+        for layer in data:
+            words = layer.arrays["parameters"]
+            read((528,), (256,), (words, np.int64(words.size // 4), sink))
 
-    works = {"one": one, "read": plain} | ({"two": two, "partial": first} if parts else {})
+    works = {
+        "one": launches("fused"),
+        "two": launches("partial", "merge"),
+        "partial": launches("partial"),
+        "read": plain,
+    }
     us = {name: graph_us(work) / layers for name, work in works.items()}
     print(
         f"{nodes:5} nodes {units:4} units {storage:8} B={shape.batch} {packed.form.blocks:4} blocks "
         f"{packed.words.nbytes / 1e6:6.2f} MB  "
         + "  ".join(f"{n} {t:6.2f}" for n, t in us.items())
-        + f"  us a layer; one / read = {us['one'] / us['read']:.2f}; {fused.num_regs} registers",
+        + f"  us a layer; one / read = {us['one'] / us['read']:.2f}; {functions['fused'][0].num_regs} registers",
         flush=True,
     )
 
