@@ -189,6 +189,29 @@ def test_remainder_below_a_threshold():
     assert (nothing.log_normalizer < plain.log_normalizer - 50).all()
 
 
+def test_the_gradient_of_a_remainder_is_that_of_its_formula():
+    context = Context()
+    bank, queries, threshold = context.random_bank(Remainder), context.queries(K, 30), context.queries(K, 30)[..., 0]
+    threshold = mx.where(threshold > 1, EVERYTHING, threshold)
+    weights = context.queries(K, 30), context.queries(K, 30)[..., 0]
+
+    def ours(parameters, queries):
+        part = bank.below(parameters, queries, threshold)
+        return sum((x * w).sum() for x, w in zip(part, weights, strict=True))
+
+    def formula(p, queries):
+        scores = SCALE * queries @ p["keys"].swapaxes(1, 2)
+        margin = mx.exp(p["sharpness"])[:, None] * (threshold[..., None] - scores - p["cut"][:, None])
+        logs = scores + p["bias"][:, None] - mx.logaddexp(0, -margin)
+        total = mx.logsumexp(logs, axis=-1)
+        return ((mx.exp(logs - total[..., None]) @ p["values"]) * weights[0]).sum() + (total * weights[1]).sum()
+
+    found, expected = (mx.grad(f, argnums=(0, 1))(bank.parameters, queries) for f in (ours, formula))
+    for name in ("keys", "values", "bias", "cut", "sharpness"):
+        np.testing.assert_allclose(np.array(found[0][name]), np.array(expected[0][name]), rtol=2e-3, atol=2e-4)
+    np.testing.assert_allclose(np.array(found[1]), np.array(expected[1]), rtol=2e-3, atol=2e-4)
+
+
 @pytest.mark.parametrize("kind", [Retrieval, Completion, Remainder])
 def test_alone_a_head_is_a_quadrature_and_survives_padding(kind):
     context = Context()

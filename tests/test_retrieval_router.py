@@ -82,4 +82,4 @@ def test_what_is_read_is_a_part_of_what_is_kept():
     router = Text(6000).router
     codes = K * 5988 * (12 + 2)
     assert codes < router.nbytes < 1.5 * codes
-    assert router.step_bytes(48) < codes / 4 and router.step_bytes(48) < router.step_bytes(200) < router.nbytes
+    assert router.step_bytes(48) < codes / 3 and router.step_bytes(48) < router.step_bytes(200) < router.nbytes

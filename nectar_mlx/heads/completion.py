@@ -15,12 +15,12 @@ from typing import ClassVar
 
 import mlx.core as mx
 
-from .._exp import exp
+from .._exp import SLOW_EXP, exp
 from ..attention import Partial
 from .base import HeadArrays, Size
 from .residual import NOTHING, Residual, Retrieved, shared
 
-_ROOM = 1 << 22  # numbers about the features, a token at a time
+_ROOM = 1 << 22 if SLOW_EXP else 1 << 28  # numbers about the features, a token at a time
 
 
 class Completion(Residual):

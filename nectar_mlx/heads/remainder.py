@@ -10,12 +10,12 @@ subtracted, so none can turn negative. (Subtracting the retrieved terms from a p
 against adding them back, and leave the prediction.)
 """
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import mlx.core as mx
 
-from .._exp import sigmoid
-from ..attention import Partial, from_scores
+from .._exp import exp, sigmoid
+from ..attention import Partial
 from .base import HeadArrays, Size
 from .residual import NOTHING, Residual, Retrieved
 
@@ -36,11 +36,13 @@ class Remainder(Residual):
 
     def below(self, parameters: HeadArrays, queries: mx.array, threshold: mx.array) -> Partial:
         """Attention of queries [M, N, D] over the keys of the middle that score below threshold [M, N]."""
-        p = parameters
-        scores = (queries.astype(mx.float32) * self.scale) @ p["keys"].swapaxes(1, 2)
-        margin = threshold[..., None] - scores - p["cut"][:, None]
-        kept = mx.log(sigmoid(mx.exp(p["sharpness"])[:, None] * margin))
-        return from_scores(scores + p["bias"][:, None] + kept, p["values"])
+        keys, values, bias, cut, sharpness = (
+            parameters[n].astype(mx.float32) for n in ("keys", "values", "bias", "cut", "sharpness")
+        )
+        found: Any = _below(
+            queries.astype(mx.float32) * self.scale, keys, values, bias, cut, mx.exp(sharpness), threshold
+        )
+        return Partial(*found[:2])
 
     def used(self, retrieved: Retrieved) -> mx.array:
         return mx.where(retrieved.routed >= retrieved.threshold[..., None], retrieved.scores, NOTHING)
@@ -62,3 +64,44 @@ class AtThreshold(Remainder):
 
     def apply(self, parameters: HeadArrays, queries: mx.array) -> Partial:
         return self.below(parameters, queries[..., :-1], queries[..., -1])
+
+
+@mx.custom_function
+def _below(
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    bias: mx.array,
+    cut: mx.array,
+    sharpness: mx.array,
+    threshold: mx.array,
+) -> tuple[mx.array, mx.array, mx.array, mx.array]:
+    """Output, log-normaliser, probabilities and σ. Its own reverse pass needs half the memory traffic."""
+    scores = queries @ keys.swapaxes(1, 2)
+    margin = sharpness[:, None] * (threshold[..., None] - scores - cut[:, None])
+    counted = sigmoid(margin)
+    plain = scores + bias[:, None]
+    # log σ(t) is nearly min(t, 0), so the largest weight is between 1/2 and 1, and no factor overflows.
+    top = mx.stop_gradient((plain + mx.clip(margin, -80.0, 0.0)).max(-1, keepdims=True))
+    weights = exp(plain - top) * counted
+    total = weights.sum(-1, keepdims=True)
+    return (weights @ values) / total, (top + mx.log(total))[..., 0], weights / total, counted
+
+
+@_below.vjp
+def _below_vjp(primals, cotangents, outputs):  # type: ignore[no-untyped-def]
+    queries, keys, values, _, cut, sharpness, threshold = primals
+    d_output, d_log, *_ = cotangents
+    output, _, probabilities, counted = outputs
+    constant = d_log - (d_output * output).sum(-1)
+    d_weights = probabilities * (d_output @ values.swapaxes(1, 2) + constant[..., None])
+    d_margin = d_weights * (1 - counted)
+    by_score = d_margin * sharpness[:, None]
+    d_scores = d_weights - by_score
+    d_keys, d_values = d_scores.swapaxes(1, 2) @ queries, probabilities.swapaxes(1, 2) @ d_output
+    margin = threshold[..., None] - queries @ keys.swapaxes(1, 2) - cut[:, None]
+    d_sharpness = (d_margin * margin).sum(1)
+    return (
+        *(d_scores @ keys, d_keys, d_values, d_weights.sum(1)),
+        *(-by_score.sum(1), d_sharpness, by_score.sum(-1)),
+    )

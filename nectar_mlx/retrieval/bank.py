@@ -6,13 +6,14 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
+from .._exp import SLOW_EXP
 from ..attention import Partial
 from ..heads import Bank
 from ..heads.residual import ANCHORS, SINKS, Residual, Retrieved
 from .keys import Keys
 from .selection import Selector
 
-_ROOM = 1 << 23  # numbers of retrieved keys, or scores, held at a time
+_ROOM = 1 << 23 if SLOW_EXP else 1 << 27  # numbers of what is read, or scores, held at a time
 
 
 class Reading(NamedTuple):

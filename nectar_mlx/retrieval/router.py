@@ -1,8 +1,8 @@
 """The router: finds the keys to read without scoring them all.
 
 Keys whose sketches lie close together, as queries see them, form clusters. A token's queries score the clusters'
-centres, then the sketches of the best clusters: at 1% of 6,000 tokens a tenth of the keys, 5 bytes a key instead of 34,
-for a hundredth more of missed attention (docs/log.md).
+centres, then the sketches of the best clusters: at 1% of 6,000 tokens a fifth of the keys, 9 bytes a key instead of 34
+(docs/log.md).
 """
 
 import math
@@ -15,8 +15,8 @@ from .keys import Arrays
 from .selection import Choice, best, largest, log_sum
 from .sketch import CLUSTER, decode, encode
 
-_SCANNED = 1 / 16  # of the keys have their sketches scored whatever the count, and
-_PER_KEY = 4  # for each one that will be read
+_SCANNED = 1 / 8  # of the keys have their sketches scored whatever the count, and
+_PER_KEY = 8  # for each one that will be read
 
 
 class Router:
