@@ -154,17 +154,9 @@ def test_what_is_captured_is_exact_attention(tokenizer):
     K, D, G = geometry.n_kv_heads, geometry.head_dim, geometry.n_heads // geometry.n_kv_heads
     studies = [queries.Study(geometry.n_layers * K, 4000, D, folder=None) for _ in range(2)]
     batch = [Conversation(toys.random_tokens(5 + i % 3, seed=i), held_out=i == 2) for i in range(4)]
-    queries.converse(
-        model,
-        context,
-        batch,
-        stop={3},
-        max_tokens=20,
-        temperature=1.0,
-        key=mx.random.key(0),
-        study=studies[0],
-        held_out=studies[1],
-    )
+    queries.converse(model, context, batch, stop={3}, max_tokens=20, temperature=1.0, key=mx.random.key(0))
+    kept = {False: studies[0], True: studies[1]}
+    queries.hear(model, context, batch, kept, n_heads=geometry.n_heads)
     # the last token of an answer is kept but never fed, so nothing is captured for it
     expected = [
         sum(len(c.prompt) + len(c.answer) - 1 for c in batch if c.held_out == held) * G for held in (False, True)
@@ -321,7 +313,7 @@ def test_ctrl_c_keeps_the_work_and_resume_finishes_it(folder):
     process.send_signal(signal.SIGINT)
     _, told = process.communicate(timeout=60)
     assert process.returncode == 130 and "--resume" in told and "Traceback" not in told
-    assert not output.exists() and (partial / "studies.json").exists()
+    assert not output.exists() and (partial / "conversations.json").exists()
 
 
 def test_the_head_of_the_template_and_the_document_are_the_prefix(tokenizer):

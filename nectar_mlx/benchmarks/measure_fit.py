@@ -1,10 +1,8 @@
 """What `bench fit` measures: time and peak memory of each stage of a fit, with random weights and a text of noise.
 
-The stages are those of `fitting.fit`. Sampling is what the conversations cost without capturing anything; capture is
-what they cost more with it.
+The stages are those of `fitting.fit`.
 """
 
-import itertools
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,10 +13,9 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from .. import adapter, prompts
-from ..fitting import instructions, queries
+from .. import adapter
+from ..fitting import queries
 from ..fitting.fitter import FitConfig, Fitter, affordable_bytes
-from ..fitting.queries import Context, Conversation
 from .measure import Shape
 
 STAGES = ("prefill", "sampling", "capture", "fitting")
@@ -83,28 +80,10 @@ def measured(model: nn.Module, shape: Shape, tokens: int, config: FitConfig) -> 
         context = queries.read(model, prefix, geometry)
     fitter = Fitter(model, tokenizer, context, geometry, config)
     with stages.stage("sampling"):
-        _converse(model, tokenizer, context, config)
-    with stages.stage("capture"):
         fitter.converse()
-    batches = len(fitter.conversations) / config.conversations
-    stages.seconds["sampling"] *= batches
-    stages.seconds["capture"] = max(0.0, stages.seconds["capture"] - stages.seconds["sampling"])
+    with stages.stage("capture"):
+        fitter.hear()
     with stages.stage("fitting"):
         fitter.prepare()
         fitter.regress(fitter.sizes(affordable_bytes(config, geometry, fitter.layout, n=tokens)))
     return stages
-
-
-def _converse(model: nn.Module, tokenizer: Words, context: Context, config: FitConfig) -> None:
-    """A batch of conversations as `Fitter.converse` samples them, but nobody listens."""
-    passage = tokenizer.decode(context.prefix[:40])
-    asked = itertools.islice(instructions.training(lambda rng: passage, seed=config.seed), config.conversations)
-    queries.converse(
-        model,
-        context,
-        sorted((Conversation(prompts.prompt(tokenizer, q)) for q in asked), key=lambda c: len(c.prompt)),
-        stop=set(),
-        max_tokens=config.answer_tokens,
-        temperature=config.temperature,
-        key=mx.random.key(config.seed),
-    )

@@ -14,7 +14,7 @@ import numpy as np
 
 from ..errors import NectarError
 from ..heads import HeadArrays, Size
-from .queries import Conversation, Study
+from .queries import Conversation
 
 
 class Checkpoint:
@@ -51,23 +51,14 @@ class Checkpoint:
         self._temporary = self._temporary or tempfile.TemporaryDirectory(prefix="nectar-")
         return Path(self._temporary.name)
 
-    def save_studies(self, studies: dict[str, Study], conversations: Sequence[Conversation]) -> None:
-        if self.folder is None:
-            return
-        for name, study in studies.items():
-            study.save(self.folder / name)
-        rows = {name: study.rows for name, study in studies.items()}
-        told = {"rows": rows, "conversations": [asdict(c) for c in conversations]}
-        (self.folder / "studies.json").write_text(json.dumps(told))
+    def save_conversations(self, conversations: Sequence[Conversation]) -> None:
+        if self.folder is not None:
+            (self.folder / "conversations.json").write_text(json.dumps([asdict(c) for c in conversations]))
 
-    def load_studies(self, studies: dict[str, Study]) -> list[Conversation]:
-        """Fills fresh studies with the rows that were kept; the conversations that they came from."""
-        if self.folder is None or not (self.folder / "studies.json").exists():
+    def load_conversations(self) -> list[Conversation]:
+        if self.folder is None or not (self.folder / "conversations.json").exists():
             return []
-        told = json.loads((self.folder / "studies.json").read_text())
-        for name, study in studies.items():
-            study.load(self.folder / name, told["rows"][name])
-        return [Conversation(**c) for c in told["conversations"]]
+        return [Conversation(**c) for c in json.loads((self.folder / "conversations.json").read_text())]
 
     def save_sizes(self, sizes: Sequence[Size]) -> None:
         if self.folder is not None:

@@ -1,7 +1,6 @@
 """One fit in progress: from captured rows to trained heads."""
 
 import itertools
-import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -115,28 +114,22 @@ class Fitter:
         self.checkpoint.claim(asdict(config), context.prefix)
 
     def converse(self) -> None:
-        """Fills `study` and `held_out` with what attention sees in conversations, and keeps the held-out ones."""
-        config, g = self.config, self.geometry
-        spare = max(config.queries // 10, 64)
-        spill = Study.nbytes(self.n_heads, config.queries + spare, g.head_dim) > (config.memory or free_memory() // 2)
-        folder = self.checkpoint.spill() if spill else None
-        self.study = Study(self.n_heads, config.queries, g.head_dim, folder=folder and folder / "study.rows")
-        self.held_out = Study(self.n_heads, spare, g.head_dim, folder=folder and folder / "held_out.rows")
-        studies = {"study": self.study, "held_out": self.held_out}
-        self.conversations = self.checkpoint.load_studies(studies)
-        with self.progress("conversing about it", config.queries) as done:
-            while self.study.rows < _ENOUGH * config.queries or not self.held_out.rows:
-                before = [s.rows for s in studies.values()]
-                try:
-                    self.conversations += self._ask_batch(done)
-                except KeyboardInterrupt:
-                    for study, rows in zip(studies.values(), before, strict=True):
-                        study.rows = rows  # the batch is asked again
-                    self.checkpoint.save_studies(studies, self.conversations)
-                    raise
-        self.checkpoint.save_studies(studies, self.conversations)
+        """Samples conversations until they give every head its rows."""
+        self.conversations = self.checkpoint.load_conversations()
+        with self.progress("conversing about it", self.config.queries) as done:
+            try:
+                while self._rows() < _ENOUGH * self.config.queries:
+                    self.conversations += self._ask_batch()
+                    done(min(self._rows(), self.config.queries))
+            finally:
+                self.checkpoint.save_conversations(self.conversations)
 
-    def _ask_batch(self, done: Callable[[int], None]) -> list[Conversation]:
+    def _rows(self) -> int:
+        """Rows a head that the conversations so far will give."""
+        group = self.geometry.n_heads // self.geometry.n_kv_heads
+        return group * sum(queries.fed_tokens(c) for c in self.conversations if not c.held_out)
+
+    def _ask_batch(self) -> list[Conversation]:
         config = self.config
         number = len(self.conversations) // config.conversations
         passage = partial(instructions.passage, self.tokenizer, self.context.prefix)
@@ -144,25 +137,35 @@ class Fitter:
         batch = [Conversation(self._prompt(q)) for q in itertools.islice(asked, config.conversations)]
         for conversation in batch[::10]:
             conversation.held_out = True
-        batch.sort(key=lambda c: len(c.prompt))
-        missing = config.queries - self.study.rows
-        group = self.geometry.n_heads // self.geometry.n_kv_heads
-        rows = group * sum(len(c.prompt) + config.answer_tokens for c in batch if not c.held_out)
         queries.converse(
             self.model,
             self.context,
-            batch,
+            sorted(batch, key=lambda c: len(c.prompt)),
             stop=set(self.tokenizer.eos_token_ids),
             max_tokens=config.answer_tokens,
             temperature=config.temperature,
             key=mx.random.key(config.seed + number),
-            study=self.study,
-            held_out=self.held_out,
-            # A part of every conversation instead of the first ones whole, or the last batch would give prompts alone.
-            share=min(1.0, missing / rows / math.ceil(missing / rows)),
-            progress=done,
         )
         return batch
+
+    def hear(self) -> None:
+        """Fills `study` and `held_out` with what attention sees in the conversations."""
+        config, g = self.config, self.geometry
+        spare = max(config.queries // 10, 64)
+        spill = Study.nbytes(self.n_heads, config.queries + spare, g.head_dim) > (config.memory or free_memory() // 2)
+        folder = self.checkpoint.spill() if spill else None
+        self.study = Study(self.n_heads, config.queries, g.head_dim, folder=folder and folder / "study.rows")
+        self.held_out = Study(self.n_heads, spare, g.head_dim, folder=folder and folder / "held_out.rows")
+        tokens = sum(map(queries.fed_tokens, self.conversations))
+        with self.progress("weighing what was said", tokens) as done:
+            queries.hear(
+                self.model,
+                self.context,
+                self.conversations,
+                {False: self.study, True: self.held_out},
+                n_heads=g.n_heads,
+                progress=done,
+            )
 
     def _prompt(self, question: str) -> list[int]:
         return prompts.prompt(self.tokenizer, question, enable_thinking=False)

@@ -27,7 +27,7 @@ from ..heads import Exact, HeadArrays, Size
 from . import instructions, queries
 from .checkpoint import Checkpoint
 from .fitter import FitConfig, Fitter, Progress, allocate, layout_for
-from .queries import READ, Context, Conversation, Study, StudyCache
+from .queries import READ, Context, Conversation, Heard, Study, StudyCache
 from .walk import Walk
 
 _PASSAGE = 900  # tokens in view while a conversation is sampled
@@ -63,28 +63,27 @@ class LayerwiseFitter:
         self.windows: dict[int, Window] = {}
         self._walk = Walk(model, geometry)
         self._answers: list[tuple[Conversation, mx.array]] = []  # held out, and what follows the last layer [A, E]
-        self._study, self._held_out = (
-            Study(geometry.n_kv_heads, rows, geometry.head_dim, folder=None)
-            for rows in (config.queries, max(config.queries // 10, 64))
-        )
+        self._studies = {
+            held_out: Study(geometry.n_kv_heads, rows, geometry.head_dim, folder=None)
+            for held_out, rows in ((False, config.queries), (True, max(config.queries // 10, 64)))
+        }
         checkpoint.claim(asdict(config), prefix)
 
     def converse(self) -> None:
         """Samples conversations until every head has its rows, about passages spread evenly over the text."""
-        studies = (False, self._study), (True, self._held_out)
-        self.conversations = self.checkpoint.load_studies({})
+        self.conversations = self.checkpoint.load_conversations()
         with self.progress("conversing about it", self.config.queries) as done:
             try:
-                while any(self._rows(held_out) < study.capacity for held_out, study in studies):
+                while any(self._rows(held_out) < study.capacity for held_out, study in self._studies.items()):
                     self.conversations += self._ask_about(self._passage(len(self.conversations) // _TOGETHER))
                     done(self._rows(False))
             finally:
-                self.checkpoint.save_studies({}, self.conversations)
+                self.checkpoint.save_conversations(self.conversations)
 
     def _rows(self, held_out: bool) -> int:
         """Rows a head that the conversations so far, those held out or the others, will give."""
         group = self.geometry.n_heads // self.geometry.n_kv_heads
-        return group * sum(len(c.prompt) + len(c.answer) - 1 for c in self.conversations if c.held_out == held_out)
+        return group * sum(queries.fed_tokens(c) for c in self.conversations if c.held_out == held_out)
 
     def _passage(self, number: int) -> list[int]:
         opening = prompts.opening(self.tokenizer)
@@ -125,6 +124,7 @@ class LayerwiseFitter:
             scout = Fitter(self.model, self.tokenizer, excerpt, self.geometry, config, progress=self.progress)
             scout.room = self._room
             scout.converse()
+            scout.hear()
             scout.prepare()
             errors = scout.scout(nbytes * len(excerpt.prefix) / len(self.prefix))
             sizes = allocate(errors, nbytes, layout=self.layout, config=self.config, n=n)
@@ -148,28 +148,30 @@ class LayerwiseFitter:
         """For each layer with full attention, a Fitter of that layer alone that has heard the conversations."""
         starts = range(0, len(self.prefix), READ)
         text = [self._walk.embed(mx.array([self.prefix[a : a + READ]])) for a in starts]
-        heard = [self._walk.embed(tokens) for tokens, _ in self._batches()]
+        group = self.geometry.n_heads // self.geometry.n_kv_heads
+        batches = queries.together(self.conversations, self._studies, group=group, tokens=READ)
+        heard = [self._walk.embed(batch.tokens) for batch in batches]
         mx.eval(text, heard)
         for layer in range(self.geometry.n_layers):
             part = self._read(layer, text)
             if isinstance(part, Window):
                 self.windows[layer] = part
-                self._hear(layer, partial(part.make_cache, len(self.prefix)), heard)
+                self._hear(layer, partial(part.make_cache, len(self.prefix)), batches, heard)
             else:
                 part, beside = cut(part, self.skip)
-                self._study.rows = self._held_out.rows = 0
-                self._hear(layer, partial(StudyCache, part, len(self.prefix), beside=beside), heard)
+                self._studies[False].rows = self._studies[True].rows = 0
+                self._hear(layer, partial(StudyCache, part, len(self.prefix), beside=beside), batches, heard)
                 yield self._fitter(layer, part)
             del part
             mx.clear_cache()
-        self._answers = list(self._checked(heard))
+        self._answers = list(self._checked(batches, heard))
 
     def _fitter(self, layer: int, bank: Exact) -> Fitter:
         """One layer's, with the rows that were just captured."""
         context = Context(self.prefix[self.skip :], [bank])
         checkpoint = self.checkpoint.part(f"layer-{layer}")
         fitter = Fitter(self.model, self.tokenizer, context, self.geometry, self.config, checkpoint=checkpoint)
-        fitter.study, fitter.held_out, fitter.room = self._study, self._held_out, self._room
+        fitter.study, fitter.held_out, fitter.room = self._studies[False], self._studies[True], self._room
         return fitter
 
     @property
@@ -190,36 +192,29 @@ class LayerwiseFitter:
             mx.clear_cache()
         return queries.what_was_read(cache, scale=self.geometry.scale)
 
-    def _hear(self, layer: int, make_cache: Callable[[], Any], heard: list[mx.array]) -> None:
+    def _hear(self, layer: int, make_cache: Callable[[], Any], batches: Sequence[Heard], heard: list[mx.array]) -> None:
         """The conversations through one layer behind the whole text; what its attention saw goes to the studies."""
-        for i, (_, places) in enumerate(self._batches()):
+        for i, batch in enumerate(batches):
             cache = make_cache()
             heard[i] = self._walk.layer(layer, heard[i], cache)
             mx.eval(heard[i], cache.state)
             if isinstance(cache, StudyCache):
-                held_out = np.array([c.held_out for c in self._batch(i)])[:, None]
-                queries.flush([cache], [(self._study, places & ~held_out), (self._held_out, places & held_out)])
-
-    def _batch(self, number: int) -> list[Conversation]:
-        return self.conversations[number * _TOGETHER : (number + 1) * _TOGETHER]
-
-    def _batches(self) -> Iterator[tuple[mx.array, np.ndarray]]:
-        """Tokens [B, T], right-padded, and which of them a model that answers is fed."""
-        for number in range(-(-len(self.conversations) // _TOGETHER)):
-            rows = [c.prompt + c.answer for c in self._batch(number)]
-            longest = max(len(row) for row in rows)
-            tokens = mx.array([row + [0] * (longest - len(row)) for row in rows])
-            yield tokens, np.array([[place < len(row) - 1 for place in range(longest)] for row in rows])
+                queries.flush([cache], list(zip(self._studies.values(), batch.places, strict=True)))
 
     @property
     def rows(self) -> int:
-        return self._study.rows
+        return self._studies[False].rows
 
-    def _checked(self, heard: Sequence[mx.array]) -> Iterator[tuple[Conversation, mx.array]]:
-        held_out = [(i, c) for i, c in enumerate(self.conversations) if c.held_out and c.answer]
-        for i, conversation in held_out[:_CHECKED]:
+    def _checked(self, batches: Sequence[Heard], heard: Sequence[mx.array]) -> Iterator[tuple[Conversation, mx.array]]:
+        everyone = (
+            (c, row)
+            for batch, rows in zip(batches, heard, strict=True)
+            for c, row in zip(batch.conversations, rows, strict=True)
+        )
+        held_out = ((c, row) for c, row in everyone if c.held_out and c.answer)
+        for conversation, row in itertools.islice(held_out, _CHECKED):
             first = len(conversation.prompt) - 1
-            hidden = mx.contiguous(heard[i // _TOGETHER][i % _TOGETHER, first : first + len(conversation.answer)])
+            hidden = mx.contiguous(row[first : first + len(conversation.answer)])
             mx.eval(hidden)
             yield conversation, hidden
 

@@ -1,6 +1,6 @@
 """Fitting: a text goes in, a Nectar comes out.
 
-read the text once -> converse about it, capturing queries and exact attention -> decide each head's budget
+read the text once -> converse about it -> capture what attention sees in that -> decide each head's budget
 -> start every head from Attention Matching at its own budget -> regress -> quantise -> report
 
 Where the keys and values of the whole text would not fit, or the text the model's window: chunks.py.
@@ -76,6 +76,7 @@ def fit(
     else:
         nbytes = affordable_bytes(config, geometry, fitter.layout, n=len(prefix))
         fitter.converse()
+        fitter.hear()
         clock.lap("study")
         fitter.prepare()
         sizes = fitter.sizes(nbytes)

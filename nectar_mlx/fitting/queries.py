@@ -6,7 +6,7 @@ The queries that matter are those of real answers; re-reading the text alone giv
 context and the (o, L) of the live tokens: the three things the regression needs.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ import numpy as np
 from mlx_lm.models.cache import RotatingKVCache
 
 from .. import attention
-from .._exp import exp
+from .._exp import SLOW_EXP, exp
 from ..adapter import Geometry
 from ..cache import NectarCache, Window, make_caches, with_sinks
 from ..heads import Bank, Exact
@@ -25,6 +25,7 @@ from .prefill import Prefill, ReadingCache
 
 READ = 512  # tokens of a text that are read at a time
 _FLUSH = 16  # decode steps between writes of what was captured
+_ROOM, _LEAST_TOGETHER = 1 << 25 if SLOW_EXP else 1 << 28, 256  # scores of one layer, and tokens, read together
 
 
 @dataclass(frozen=True)
@@ -117,18 +118,6 @@ class Study:
                 folder.mkdir(parents=True, exist_ok=True)
                 arrays.append(np.lib.format.open_memmap(folder / f"{name}.npy", mode="w+", dtype=dtype, shape=shape))
         self._data = Captured(*arrays)
-
-    def save(self, folder: Path) -> None:
-        """Keeps the rows as .npy files."""
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, array in zip(Captured._fields, self._data, strict=True):
-            np.save(folder / f"{name}.npy", array[:, : self.rows])
-
-    def load(self, folder: Path, rows: int) -> None:
-        """Takes in the rows that `save` kept."""
-        self.rows = min(rows, self.capacity)
-        for name, array in zip(Captured._fields, self._data, strict=True):
-            array[:, : self.rows] = np.load(folder / f"{name}.npy", mmap_mode="r")[:, : self.rows]
 
     @property
     def capacity(self) -> int:
@@ -276,6 +265,72 @@ def converse(
         tokens = mx.array([[(r.prompt + r.answer)[at] if not d else 0] for r, d in zip(rows, done, strict=True)])
         valid.append((~np.array(done) & (chance.random(len(rows)) < share))[:, None])
         at += 1
+
+
+class Heard(NamedTuple):
+    """Conversations of about one length that are read together: tokens [B, T], right-padded, and for each study the
+    places [B, T] whose rows it keeps."""
+
+    conversations: list[Conversation]
+    tokens: mx.array
+    places: list[np.ndarray]
+
+
+def together(
+    conversations: Sequence[Conversation], studies: Mapping[bool, Study], *, group: int, tokens: int
+) -> list[Heard]:
+    """Conversations in batches of at most so many tokens, the longest first, so that little is padding.
+
+    studies: for those held out (True) and the others; each keeps as many rows as it has room for, `group` rows a
+    token, of tokens drawn at random from all. The last token of an answer was never fed to the model: no row.
+    """
+    ordered = sorted(conversations, key=lambda c: -len(c.prompt) - len(c.answer))
+    fed = {kept: sum(fed_tokens(c) for c in ordered if c.held_out == kept) for kept in studies}
+    chance = np.random.default_rng(0)
+    batches, start = [], 0
+    while start < len(ordered):
+        longest = len(ordered[start].prompt) + len(ordered[start].answer)
+        batch = ordered[start : start + max(1, tokens // longest)]
+        start += len(batch)
+        rows = [c.prompt + c.answer for c in batch]
+        lengths, held_out = (np.array(x)[:, None] for x in ([*map(fed_tokens, batch)], [c.held_out for c in batch]))
+        drawn, seen = chance.random((len(batch), longest)), np.arange(longest)[None] < lengths
+        places = [
+            seen & (held_out == kept) & (drawn * group * fed[kept] < study.capacity) for kept, study in studies.items()
+        ]
+        padded = mx.array([row + [0] * (longest - len(row)) for row in rows])
+        batches.append(Heard(batch, padded, places))
+    return batches
+
+
+def fed_tokens(conversation: Conversation) -> int:
+    """Tokens that the model was fed: the last one of an answer is only kept."""
+    return len(conversation.prompt) + max(0, len(conversation.answer) - 1)
+
+
+def hear(
+    model: nn.Module,
+    context: Context,
+    conversations: Sequence[Conversation],
+    studies: Mapping[bool, Study],
+    *,
+    n_heads: int,
+    progress: Callable[[int], None] = lambda tokens: None,
+) -> None:
+    """Reads conversations behind the context; what attention saw goes into the studies of those held out (True) and of
+    the others (False). n_heads: of queries. progress is told how many tokens are done.
+    """
+    group = n_heads // len(context.banks[0].sizes)
+    room = max(_LEAST_TOGETHER, _ROOM // (n_heads * len(context.prefix)))
+    done = 0
+    for heard in together(conversations, studies, group=group, tokens=room):
+        caches = [StudyCache(c.bank, c.context) if isinstance(c, NectarCache) else c for c in context.make_cache()]
+        studied = [c for c in caches if isinstance(c, StudyCache)]
+        model(heard.tokens, cache=caches)  # its logits are never evaluated
+        mx.eval([c.seen for c in studied])
+        flush(studied, list(zip(studies.values(), heard.places, strict=True)))
+        done += sum(map(fed_tokens, heard.conversations))
+        progress(done)
 
 
 def sample(logits: mx.array, *, temperature: float, key: mx.array) -> mx.array:
