@@ -41,8 +41,8 @@ class FitConfig:
     """What can be chosen when fitting.
 
     budget: bytes kept / bytes of the bf16 KV cache. kind: auto, quadrature, mlp, corrected or exact. bits: of a
-    stored matrix entry (16, 8 or 4). queries: captured rows a head (60,000 on a GPU, 20,000 on a CPU). steps: of the
-    regression (default: 1,500 on a GPU, 400 on a CPU). context_tokens: cut the text after so many tokens. memory:
+    stored matrix entry (16, 8 or 4). queries: captured rows a head (120,000 on a GPU, 20,000 on a CPU). steps: of the
+    regression (default: 2,000 on a GPU, 400 on a CPU). context_tokens: cut the text after so many tokens. memory:
     bytes that the context's KV cache may take before the fit goes layer by layer, and captured rows before they go to
     disk (default: half of what is free). layerwise: whether it goes layer by layer whatever the memory. prefill: how
     the text is read, dense, or fixed (sparsely, for texts whose dense prefill takes too long).
@@ -51,7 +51,7 @@ class FitConfig:
     budget: float = 0.02
     kind: str = "auto"
     bits: int = 8
-    queries: int = 20_000 if SLOW_EXP else 60_000
+    queries: int = 20_000 if SLOW_EXP else 120_000
     steps: int | None = None
     seed: int = 0
     context_tokens: int | None = None
@@ -60,11 +60,11 @@ class FitConfig:
     prefill: Prefill = "dense"
     answer_tokens: int = 96
     temperature: float = 0.9
-    conversations: int = 28 if SLOW_EXP else 64  # sampled side by side
+    conversations: int = 28 if SLOW_EXP else 128  # sampled side by side
     power: float = 0.65
     scout_steps: int = 100
     rate: float = 6e-3
-    batch: int = 1024 if SLOW_EXP else 4096
+    batch: int = 1024 if SLOW_EXP else 2048
     samples: int = 4096  # rows that Attention Matching solves on
 
     def __post_init__(self) -> None:
@@ -109,7 +109,7 @@ class Fitter:
         self.n_heads = self.n_layers * geometry.n_kv_heads
         self.length = len(context.prefix)
         self.room = 1 << 19 if SLOW_EXP else 1 << 28  # scores of a batch, of all heads that are trained together
-        self.steps = config.steps or (400 if SLOW_EXP else 1500)
+        self.steps = config.steps or (400 if SLOW_EXP else 2000)
         self.layout = layout_for(config, geometry, n_layers=self.n_layers)
         self.checkpoint.claim(asdict(config), context.prefix)
 

@@ -20,6 +20,7 @@ import mlx.nn as nn
 import numpy as np
 
 from .. import prompts, store
+from .._exp import SLOW_EXP
 from ..adapter import Geometry
 from ..cache import Window
 from ..evaluation import fidelity
@@ -31,7 +32,8 @@ from .queries import READ, Context, Conversation, Heard, Study, StudyCache
 from .walk import Walk
 
 _PASSAGE = 900  # tokens in view while a conversation is sampled
-_TOGETHER = 8  # conversations about one passage, sampled side by side
+_TOGETHER = 8 if SLOW_EXP else 16  # conversations about one passage, sampled side by side
+_SCORES = 1 << 19 if SLOW_EXP else 1 << 22  # of a training batch, at least: on a GPU those of a layer's heads together
 _EXCERPT, _EXCERPT_QUERIES = 1024, 3000
 _CHECKED = 8  # held-out conversations that the fit is measured on
 _GOLDEN = 0.6180339887  # multiples of it, modulo 1, fill the unit interval evenly at any number
@@ -178,7 +180,7 @@ class LayerwiseFitter:
     def _room(self) -> int:
         """Scores of a training batch whose training takes about as much memory as a layer's keys and values."""
         one_layer = self.geometry.cache_bytes(len(self.prefix)) // self.geometry.n_layers
-        return max(1 << 19, one_layer // 32)
+        return max(_SCORES, one_layer // 32)
 
     def _read(self, layer: int, text: list[mx.array]) -> Exact | Window:
         """The text through one layer, its hidden states [1, READ, E] replaced piece by piece."""

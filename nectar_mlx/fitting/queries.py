@@ -138,9 +138,11 @@ class Study:
 
     def heads(self, indices: Sequence[int], rows: Any = None) -> Captured:
         """The rows of some heads as mx arrays; rows: their indices, default all."""
-        whole = (mx.array(np.stack([a[i, : self.rows] for i in indices])) for a in self._data)
+        few = rows is not None and 2 * len(rows) < self.rows  # then nothing else is read
+        read = rows if few else slice(self.rows)
+        whole = (mx.array(np.stack([a[i][read] for i in indices])) for a in self._data)
         # Taking rows on the device also moves them there: arrays made from numpy stay in host memory under CUDA.
-        order = mx.arange(self.rows) if rows is None else mx.array(rows)
+        order = mx.arange(len(rows) if few else self.rows) if few or rows is None else mx.array(rows)
         taken = Captured(*(mx.take(x, order, axis=1) for x in whole))
         mx.eval(taken)
         return taken

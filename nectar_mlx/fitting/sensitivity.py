@@ -19,6 +19,7 @@ from ..evaluation.fidelity import log_probabilities
 from .queries import Context, Conversation
 
 _ROOM = 1 << 24 if SLOW_EXP else 1 << 28  # scores of one layer
+_TOKENS = 512  # read together: all their logits exist at once, and several times
 
 
 class _ProbedCache(NectarCache):
@@ -55,7 +56,7 @@ def fisher(
     """
     K, D = len(context.banks[0].sizes), context.banks[0].head_dim
     longest = max(len(c.prompt) + len(c.answer) for c in conversations)
-    batch = max(1, _ROOM // (n_heads * longest * len(context.prefix)))
+    batch = max(1, min(_ROOM // (n_heads * longest * len(context.prefix)), _TOKENS // longest))
     total = mx.zeros((len(context.banks), K, D, D))
     count = 0
     for start in range(0, len(conversations), batch):
