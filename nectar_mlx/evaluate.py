@@ -26,7 +26,6 @@ from .evaluation.methods import Method, build, measure
 from .evaluation.questions import ON
 from .evaluation.summary import by_entropy, correlations, entropies, head_errors, summaries, table
 from .fitting import chunks
-from .fitting.queries import Study
 from .nectar import Nectar
 
 
@@ -139,9 +138,9 @@ def evaluate(
         questions.from_file(own, task) if own else questions.held_out(task, count=options.questions, seed=options.seed)
     )
     asked = questions.numbered(asked, samples=options.samples)
-    study = Study(task.n_heads, min(options.rows, 4096), geometry.head_dim, folder=None)
-    questions.sample_answers(task, asked, seed=options.seed, study=study)
+    questions.sample_answers(task, asked, seed=options.seed)
     asked = [a for a in asked if a.conversation.answer]
+    study = task.heard([a.conversation for a in asked])
     clock.lap("answer")
     methods = build(task, files, chosen, exact=options.exact)
     clock.lap("build")

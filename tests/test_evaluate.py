@@ -11,7 +11,7 @@ from nectar_mlx.baselines import Task
 from nectar_mlx.evaluate import Options
 from nectar_mlx.evaluation import answers, methods, questions, similarity, summary
 from nectar_mlx.fitting import queries
-from nectar_mlx.fitting.queries import Conversation, Study
+from nectar_mlx.fitting.queries import Conversation
 
 TEXT = "The brig left Ostend on 4 May 1847. Her master was Anna Velde, and she carried 299 casks of amber. " * 4
 TOKENIZER = toys.tokenizer()
@@ -188,8 +188,7 @@ def test_several_answers_to_a_question_are_one_resample(model, prefix):
     asked = questions.numbered(questions.held_out(task, count=2, seed=1), samples=3)
     assert [a.number for a in asked if a.kind == "on-context"] == [0, 0, 0, 1, 1, 1]
     assert [a.kind for a in asked].count("re-reading") == 1, "its answer is the text's own"
-    study = Study(task.n_heads, 64, task.geometry.head_dim, folder=None)
-    questions.sample_answers(task, asked, seed=0, study=study)
+    questions.sample_answers(task, asked, seed=0)
     answered = [tuple(a.conversation.answer) for a in asked if a.number == 0]
     assert all(answered) and len(set(answered)) > 1
     compared = methods.build(task, {"it": toys.picked(model, prefix, 9, TOKENIZER)}, [])

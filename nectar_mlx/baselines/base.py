@@ -1,6 +1,5 @@
 """What every baseline is given, and what it returns."""
 
-import math
 import random
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -97,29 +96,23 @@ class Task:
     @cached_property
     def studied(self) -> tuple[Study, list[Conversation]]:
         """Captured rows of all heads, and the conversations they are from; training templates, full cache in view."""
-        study = Study(self.n_heads, self.rows, self.geometry.head_dim, folder=None)
         asked = instructions.training(self.passage, seed=self.seed)
         size = min(_TOGETHER, max(8, self.rows // 400))
         conversations: list[Conversation] = []
-        while len(conversations) < self.conversations or study.rows < 0.9 * self.rows:
+        while len(conversations) < self.conversations or self._rows(conversations) < self.rows:
             batch = [Conversation(self.ask(next(asked))) for _ in range(size)]
-            self.converse(
-                self.context,
-                batch,
-                seed=self.seed + len(conversations),
-                study=study,
-                share=self._share(study, batch, done=len(conversations)),
-                temperature=0.9,
-            )
+            self.converse(self.context, batch, seed=self.seed + len(conversations), temperature=0.9)
             conversations += batch
-        return study, conversations
+        return self.heard(conversations), conversations
 
-    def _share(self, study: Study, batch: Sequence[Conversation], *, done: int) -> float:
-        """Of a batch's tokens, so many that the rows come from all conversations in equal parts."""
-        left = max(1, math.ceil((self.conversations - done) / len(batch)))
-        group = self.geometry.n_heads // self.geometry.n_kv_heads
-        rows = group * sum(len(c.prompt) + self.answer_tokens for c in batch)
-        return min(1.0, (study.capacity - study.rows) / left / rows)
+    def _rows(self, conversations: Sequence[Conversation]) -> int:
+        return self.geometry.n_heads // self.geometry.n_kv_heads * sum(map(queries.fed_tokens, conversations))
+
+    def heard(self, conversations: Sequence[Conversation]) -> Study:
+        """What attention sees in the conversations, at most `rows` rows a head, with the full cache in view."""
+        study = Study(self.n_heads, self.rows, self.geometry.head_dim, folder=None)
+        queries.hear(self.model, self.context, conversations, {False: study}, n_heads=self.geometry.n_heads)
+        return study
 
     @cached_property
     def metric(self) -> mx.array:
@@ -142,12 +135,9 @@ class Task:
         *,
         seed: int,
         temperature: float,
-        study: Study | None = None,
-        share: float = 1.0,
         max_tokens: int | None = None,
     ) -> None:
-        """Samples the answers of a batch with some view of the context; what attention saw in a share of the tokens
-        goes into `study`."""
+        """Samples the answers of a batch with some view of the context."""
         start = context.start
         queries.converse(
             self.model,
@@ -157,8 +147,6 @@ class Task:
             max_tokens=max_tokens or self.answer_tokens,
             temperature=temperature,
             key=mx.random.key(seed),
-            study=study,
-            share=share,
         )
 
     def layer(self, layer: int) -> tuple[mx.array, mx.array]:

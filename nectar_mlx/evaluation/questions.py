@@ -12,7 +12,7 @@ from .._exp import SLOW_EXP
 from ..baselines import Task
 from ..errors import NectarError
 from ..fitting import instructions
-from ..fitting.queries import Conversation, Study
+from ..fitting.queries import Conversation
 
 ON, OFF, REREAD, CONTINUE = "on-context", "off-context", "re-reading", "continuation"
 TEMPERATURE = 0.7
@@ -116,12 +116,12 @@ def numbered(asked: Sequence[Asked], *, samples: int) -> list[Asked]:
     ]
 
 
-def sample_answers(task: Task, asked: Sequence[Asked], *, seed: int, study: Study, batch: int = TOGETHER) -> None:
-    """Fills in the answers that are missing, sampled with the full cache; what attention saw goes into `study`."""
+def sample_answers(task: Task, asked: Sequence[Asked], *, seed: int, batch: int = TOGETHER) -> None:
+    """Fills in the answers that are missing, sampled with the full cache."""
     missing = [a.conversation for a in asked if not a.conversation.answer]
     missing.sort(key=lambda c: len(c.prompt))
     with cli.progress("answering with the full cache", len(missing)) as done:
         for start in range(0, len(missing), batch):
             part = missing[start : start + batch]
-            task.converse(task.context, part, seed=seed + start, temperature=TEMPERATURE, study=study)
+            task.converse(task.context, part, seed=seed + start, temperature=TEMPERATURE)
             done(start + len(part))
