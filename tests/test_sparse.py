@@ -232,48 +232,6 @@ def test_gradients_equal_denses(seed: int, monkeypatch: pytest.MonkeyPatch) -> N
         assert mx.abs(one - two).max().item() < 1e-4
 
 
-def fused(queries: mx.array, keys: mx.array, values: mx.array, pattern: Fixed, scale: float) -> Partial:
-    """What a GPU does in half precision, here in float32 on any device."""
-    length, stride = queries.shape[2], pattern.stride
-    skipped = (keys.shape[2] - length) % stride
-    q, k, v = sparse._rows(queries, skipped, stride), sparse._rows(keys, 0, stride), sparse._rows(values, 0, stride)
-    heads = list(range(queries.shape[1]))
-    near = [sparse._near_keys(x, k.shape[2] - q.shape[2], pattern, heads) for x in (k, v)]
-    far = [pattern._far_keys(x, heads, heads) for x in (k, v)]
-    part = sparse._fused(q, *near, *far, pattern=pattern, scale=scale, heads=heads)
-    return Partial(*(x.flatten(2, 3)[:, :, skipped : skipped + length] for x in part))
-
-
-@pytest.mark.parametrize(
-    "pattern",
-    [
-        Fixed(16, summary=3),
-        Fixed(8, summary=8),
-        Fixed(7, "interleaved", summary=2),
-        Fixed(128),
-        Fixed(16, summary=3, overlap=True),
-        Fixed(128, overlap=True),
-    ],
-)
-@pytest.mark.parametrize(("length", "keys_length"), [(1, 1), (16, 16), (101, 101), (30, 101), (1, 33)])
-@pytest.mark.parametrize("room", [1, 1 << 20])
-def test_fused_equals_dense(
-    pattern: Fixed, length: int, keys_length: int, room: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sparse, "_FUSED_ROOM", room)
-    inputs = arrays(length, keys_length, batch=2)
-    by, by_log = mx.random.normal(inputs[0].shape), mx.random.normal(inputs[0].shape[:3])
-
-    def loss(part: Partial) -> mx.array:
-        return (part.output * by).sum() + (part.log_normalizer * by_log).sum()
-
-    assert difference(fused(*inputs, pattern, 0.5), dense(*inputs, pattern, 0.5)) < 1e-5
-    ours = mx.grad(lambda *x: loss(fused(*x, pattern, 0.5)), argnums=(0, 1, 2))(*inputs)
-    theirs = mx.grad(lambda *x: loss(dense(*x, pattern, 0.5)), argnums=(0, 1, 2))(*inputs)
-    for one, two in zip(ours, theirs, strict=True):
-        assert mx.abs(one - two).max().item() < 1e-4
-
-
 # --- cost -------------------------------------------------------------------------------------------------------
 
 

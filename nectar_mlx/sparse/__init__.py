@@ -14,15 +14,11 @@ from functools import partial
 import mlx.core as mx
 
 from ..attention import Partial, merge
+from . import kernel
 from .blocks import Chunk, blockwise, join, room
 from .patterns import Combine, Fixed, Pattern, Strided, take_heads
 
 __all__ = ["Combine", "Fixed", "Pattern", "Strided", "benchmark", "sparse_attention"]
-
-# The fused kernel holds few scores at a time: this bounds the keys that are gathered for one call.
-_FUSED_ROOM = 1 << 29
-_MARKS = 8  # marked keys of a row: fewer than head_dim
-_HIDDEN = -6e4  # added to the scores of hidden keys; the most that float16 holds
 
 
 def sparse_attention(queries: mx.array, keys: mx.array, values: mx.array, *, pattern: Pattern, scale: float) -> Partial:
@@ -31,9 +27,8 @@ def sparse_attention(queries: mx.array, keys: mx.array, values: mx.array, *, pat
     The queries are the last T of the S positions. Exact: equal to dense attention under `pattern.mask(T, S, heads=H)`.
     About T · √S scores, a bounded number of them at a time. Differentiable; the reverse pass computes the scores again.
 
-    On a GPU in half precision the output of the fixed pattern comes from MLX's fused kernel, many times faster. That
-    returns no log-normaliser: it is a pass of its own, and like all of MLX not run unless something needs it; in
-    bfloat16 a second call of the kernel, to the precision of that type (about 0.005).
+    On a GPU, in half precision and for the usual head sizes, by kernels of our own (kernel.py), many times faster. The
+    output is float32 everywhere.
 
     Raises ValueError if T is 0 or exceeds S, or if H is not a multiple of K.
     """
@@ -41,6 +36,8 @@ def sparse_attention(queries: mx.array, keys: mx.array, values: mx.array, *, pat
     K, S = keys.shape[1], keys.shape[2]
     if not 0 < T <= S or H % K:
         raise ValueError(f"queries {queries.shape} do not fit keys {keys.shape}")
+    if kernel.supports(queries, keys, values):
+        return kernel.attention(queries, keys, values, pattern=pattern, scale=scale)
     if mx.default_device() == mx.cpu:  # the CPU multiplies half precision element by element
         queries, keys, values = (x.astype(mx.float32) for x in (queries, keys, values))
     owners = [head * K // H for head in range(H)]
@@ -76,16 +73,11 @@ def _on_grid(
     first = (S - T) // stride  # the row of the first query
     skipped = S - T - first * stride  # places in it before that query
     q, k, v = _rows(queries, skipped, stride), _rows(keys, 0, stride), _rows(values, 0, stride)
-    part = None
     near = [_near_keys(x, first, pattern, owners) for x in (k, v)]
-    far = [pattern._far_keys(x, heads, owners) for x in (k, v)]
-    if isinstance(pattern, Fixed) and pattern.steps(heads[0])[0] and queries.dtype != mx.float32:
-        part = _fused(q, *near, *far, pattern=pattern, scale=scale, heads=heads)
-    if part is None or queries.dtype == mx.float16:  # which cannot hold the weights that `_fused` takes logarithms of
-        exact = _near_part(q, *near, pattern=pattern, scale=scale, heads=heads, first=first)
-        if pattern.steps(heads[0])[1] and stride < S:
-            exact = merge(exact, _far_part(q, *far, pattern=pattern, scale=scale, first=first))
-        part = exact if part is None else exact._replace(output=part.output)
+    part = _near_part(q, *near, pattern=pattern, scale=scale, heads=heads, first=first)
+    if pattern.steps(heads[0])[1] and stride < S:
+        far = [pattern._far_keys(x, heads, owners) for x in (k, v)]
+        part = merge(part, _far_part(q, *far, pattern=pattern, scale=scale, first=first))
     return Partial(*(x.flatten(2, 3)[:, :, skipped : skipped + T] for x in part))
 
 
@@ -139,90 +131,6 @@ def _far_part(queries: mx.array, k: mx.array, v: mx.array, *, pattern: Pattern, 
         chunks.append(Chunk(rows, slice(seen * per_key_row), mask))
         start = stop
     return Partial(*(pattern._far_result(x) for x in blockwise(q, k, v, scale=scale, axis=3, chunks=chunks)))
-
-
-def _fused(
-    queries: mx.array,
-    keys: mx.array,
-    values: mx.array,
-    far_keys: mx.array,
-    far_values: mx.array,
-    *,
-    pattern: Fixed,
-    scale: float,
-    heads: list[int],
-) -> Partial:
-    """Both by MLX's fused attention, for heads that take the near step; arguments as in `_near_part`, `_far_part`.
-
-    Rows are the batch: each sees the summary columns before it and its near keys, under a mask that hides later ones.
-    The log-normaliser comes from the weights w of a few marked keys of a row: w = e^(score - L).
-    """
-    B, h, R, stride, D = queries.shape
-    M = far_keys.shape[3] // pattern.summary
-    columns = far_keys[:, :, 0], far_values[:, :, 0]
-    per_row = pattern.summary if pattern.steps(heads[0])[1] else 0
-    step = max(1, min(-(-R // 8), _FUSED_ROOM // (B * h * stride * (M * per_row + keys.shape[3]))))
-    places = _marks(stride) + keys.shape[3] - stride
-    marks = (mx.arange(keys.shape[3])[:, None] == places).astype(values.dtype)
-    marks = mx.broadcast_to(mx.pad(marks, [(0, 0), (0, D - _MARKS)]), values.shape)
-    outputs, marked = list[mx.array](), list[mx.array]()
-    for start in range(M - R, M, step):
-        stop = min(M, start + step)
-        q, k, v, own_marks = (x[:, :, start - M : stop - M or None] for x in (queries, keys, values, marks))
-        far_k, far_v = (x[:, :, : max(0, stop - 1 - pattern._gap) * per_row] for x in columns)
-        attend = mx.checkpoint(partial(_fused_rows, start=start, gap=pattern._gap, summary=per_row, scale=scale))
-        outputs.append(attend(q, k, v, far_k, far_v))
-        marked.append(attend(q, k, own_marks, far_k, mx.zeros_like(far_v))[..., :_MARKS])
-    weights = mx.concatenate(marked, axis=2).astype(mx.float32)
-    scores = (queries.astype(mx.float32) * scale) @ keys[:, :, :, places].astype(mx.float32).swapaxes(-1, -2)
-    best = mx.stop_gradient(weights.argmax(-1, keepdims=True))  # hidden keys have no weight
-    score, weight = (mx.take_along_axis(x, best, axis=-1)[..., 0] for x in (scores, weights))
-    return Partial(mx.concatenate(outputs, axis=2).astype(mx.float32), score - mx.log(weight))
-
-
-def _marks(stride: int) -> mx.array:
-    """The places of marked keys in a row: the first, which the whole row sees, and others at even distances."""
-    return mx.arange(_MARKS) * stride // _MARKS
-
-
-def _fused_rows(
-    queries: mx.array,
-    keys: mx.array,
-    values: mx.array,
-    far_keys: mx.array,
-    far_values: mx.array,
-    *,
-    start: int,
-    gap: int,
-    summary: int,
-    scale: float,
-) -> mx.array:
-    """Rows [B, h, R, l, D] from row `start` on, their near keys [B, h, R, l · (1 + gap), D], and the summary columns
-    [B, h, N, D] of the rows before those.
-    """
-    B, h, R, stride, D = queries.shape
-    N, near = far_keys.shape[2], keys.shape[3]
-
-    def by_row(x: mx.array) -> mx.array:
-        return x.swapaxes(1, 2).flatten(0, 1)
-
-    def with_far(x: mx.array, far: mx.array) -> mx.array:
-        return mx.concatenate([mx.broadcast_to(far[:, :, None], (B, h, R, N, D)), x], axis=3) if N else x
-
-    mask: mx.array | str = "causal"
-    if N or gap:
-        rows = mx.arange(start, start + R)[:, None, None]
-        later = rows - gap <= mx.arange(N) // max(1, summary)
-        padding = (rows < gap) & ~_exists(near, stride)
-        own = (mx.arange(near - stride, near)[:, None] < mx.arange(near)) | padding
-        hidden = [mx.broadcast_to(x, (R, stride, x.shape[-1])) for x in (later, own)]
-        bias = mx.where(mx.concatenate(hidden, axis=2), _HIDDEN, 0).astype(queries.dtype)
-        mask = mx.tile(bias[:, None], (B, 1, 1, 1))
-
-    output = mx.fast.scaled_dot_product_attention(
-        by_row(queries), by_row(with_far(keys, far_keys)), by_row(with_far(values, far_values)), scale=scale, mask=mask
-    )
-    return mx.unflatten(output, 0, (B, R)).swapaxes(1, 2)
 
 
 def _earlier_rows(start: int, stop: int, seen: int, per_query_row: int, per_key_row: int) -> mx.array | None:

@@ -186,9 +186,12 @@ class Fixed(Pattern):
         return i // self.stride - j // self.stride <= self._gap
 
     def _far(self, i: mx.array, j: mx.array, head: int) -> mx.array:
-        end = self.stride - self.summary * self._columns(head)
-        column = j % self.stride
-        return (column >= end - self.summary) & (column < end)
+        first, column = self.first_column(head), j % self.stride
+        return (column >= first) & (column < first + self.summary)
+
+    def first_column(self, head: int) -> int:
+        """The first of the columns that a head reads."""
+        return self.stride - self.summary * (self._columns(head) + 1)
 
     def _columns(self, head: int) -> int:
         """Which `summary` columns a head reads, counted from the end of the block."""

@@ -35,5 +35,13 @@ template <typename T> T simd_shuffle(T, ushort);
 template <typename T> T simd_shuffle_xor(T, ushort);
 float simd_sum(float);
 float simd_max(float);
+template <typename T, int N> using vec = T __attribute__((ext_vector_type(N)));
+template <typename T, int R, int C>
+struct simdgroup_matrix {
+  vec<T, 2> pair;
+  thread vec<T, 2>& thread_elements() { return pair; }
+};
+typedef simdgroup_matrix<float, 8, 8> Matrix8;
+void simdgroup_multiply_accumulate(thread Matrix8&, thread const Matrix8&, thread const Matrix8&, thread const Matrix8&);
 }
 using namespace metal;

@@ -233,13 +233,15 @@ class Simulator:
         strides: list[int] = []
         x = None
         buffers: list[tuple[int, bytes | int]] = []
+        names = {name for name, _, _ in signature.buffers}
         for name, _, _ in signature.buffers:
             if name.endswith("_shape"):
                 buffers.append((0, np.array(x.shape, np.int32).tobytes()))
             elif name.endswith("_strides"):
                 buffers.append((0, np.array(strides, np.int64).tobytes()))
             elif (x := next(named, None)) is not None:
-                data, strides = strided_bytes(x)
+                # A kernel that is not told strides asks MLX for rows that lie side by side.
+                data, strides = strided_bytes(x if f"{name}_strides" in names else mx.contiguous(x))
                 buffers.append((2 if name == "tickets" else 0, data))
             else:
                 shape, dtype = next(outputs)

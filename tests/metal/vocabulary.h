@@ -124,6 +124,32 @@ UNSEEN inline T simd_max(T x, HERE) {
   return x;
 }
 
+// Rows and columns lie in lanes as MLX's own attention has it; Apple does not say.
+template <typename T, int R, int C>
+struct simdgroup_matrix {
+  vec<T, 2> pair;
+  vec<T, 2>& thread_elements() { return pair; }
+};
+struct Elements { float a[2], b[2]; };
+UNSEEN inline void simdgroup_multiply_accumulate(
+    simdgroup_matrix<float, 8, 8>& d, const simdgroup_matrix<float, 8, 8>& a, const simdgroup_matrix<float, 8, 8>& b,
+    const simdgroup_matrix<float, 8, 8>& c, HERE) {
+  const Elements mine = {{a.pair.x, a.pair.y}, {b.pair.x, b.pair.y}};
+  const unsigned char* table = simulator::exchange("simdgroup_multiply_accumulate", &mine, sizeof(mine), where);
+  const auto lane_of = [](unsigned row, unsigned column) { return column / 2 % 2 | row % 4 << 1 | column / 4 << 3 | row / 4 << 4; };
+  const unsigned lane = simulator::lane();
+  const unsigned row = (lane / 4 & 4) + lane / 2 % 4, column = (lane / 4 & 2) * 2 + lane % 2 * 2;
+  float sum[2] = {c.pair.x, c.pair.y};
+  for (unsigned k = 0; k < 8; k++) {
+    const float left = value_of<Elements>(table, lane_of(row, k)).a[k % 2];
+    const Elements right = value_of<Elements>(table, lane_of(k, column));
+    sum[0] += left * right.b[0];
+    sum[1] += left * right.b[1];
+  }
+  d.pair.x = sum[0];
+  d.pair.y = sum[1];
+}
+
 }  // namespace metal
 using namespace metal;
 

@@ -1,0 +1,196 @@
+"""Sparse attention by kernels of our own: metal/sparse*.metal over metal/tiles*.metal, for Metal and CUDA.
+
+A launch reads keys and values where they lie, near and far ones, and keeps its scores in registers, forwards and
+backwards (the order of work is FlashAttention's, arXiv 2205.14135). The fixed pattern is one launch. The strided one is
+two, which merge: a window, and for each column of the grid a causal attention of its own.
+"""
+
+import functools
+import hashlib
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import mlx.core as mx
+
+from .. import kernels
+from ..attention import Partial, merge
+from .patterns import Fixed, Pattern
+
+HEAD_DIMS = (64, 80, 96, 128)
+_ROWS = 16 * kernels.SIMDGROUPS  # queries, or keys, of a threadgroup
+_ELEMENTS = {mx.bfloat16: ("bfloat16_t", "BFLOAT"), mx.float16: ("half", "HALF")}
+
+Step = Literal["BLOCKS", "WINDOW", "LANES"]
+
+
+def supports(queries: mx.array, keys: mx.array, values: mx.array) -> bool:
+    """Whether `attention` has a kernel for queries [B, H, T, D] and keys and values [B, K, S, D], and it works here."""
+    backend, dtype, head_dim = kernels.backend(), queries.dtype, queries.shape[-1]
+    known = backend != "ops" and dtype in _ELEMENTS and head_dim in HEAD_DIMS
+    return known and dtype == keys.dtype == values.dtype and _agrees(backend, dtype, head_dim)
+
+
+@functools.cache
+def _agrees(backend: str, dtype: mx.Dtype, head_dim: int) -> bool:
+    """Whether the kernel computes on this machine what plain operations do, for some random inputs."""
+    pattern, scale = Fixed(16, summary=4), head_dim**-0.5
+    shape, seeds = (1, 2, 40, head_dim), mx.random.split(mx.random.key(0), 3)
+    queries, keys, values = (mx.random.normal(shape, key=seed).astype(dtype) for seed in seeds)
+    scores = scale * queries.astype(mx.float32) @ keys.astype(mx.float32).swapaxes(-1, -2)
+    weights = mx.softmax(mx.where(pattern.mask(40, 40, heads=2), scores, -mx.inf), axis=-1)
+    try:
+        found = attention(queries, keys, values, pattern=pattern, scale=scale).output
+        if mx.abs(found - weights @ values.astype(mx.float32)).max() < 0.02:
+            return True
+        reason = "its results differ from those of plain operations"
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+    warnings.warn(f"sparse attention without its kernel: {reason}", stacklevel=2)
+    return False
+
+
+def attention(queries: mx.array, keys: mx.array, values: mx.array, *, pattern: Pattern, scale: float) -> Partial:
+    """`sparse_attention` where `supports` says yes; differentiable, and the reverse pass computes the scores again."""
+    launches = _launches(pattern, queries.shape[1], keys.shape[1], scale, kernels.backend())
+
+    @mx.custom_function
+    def attend(queries: mx.array, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        parts = [launch.forward(queries, keys, values) for launch in launches]
+        return functools.reduce(merge, parts)
+
+    @attend.vjp
+    def attend_vjp(primals, cotangents, outputs):  # type: ignore[no-untyped-def]
+        queries, keys, values = primals
+        (d_output, d_log), (output, log_normalizer) = cotangents, outputs
+        constants = d_log - (d_output * output).sum(-1)
+        given = queries, keys, values, d_output.astype(queries.dtype), log_normalizer, constants
+        gradients = zip(*(launch.backward(*given) for launch in launches), strict=True)
+        return tuple(sum(of[1:], of[0]).astype(x.dtype) for of, x in zip(gradients, primals, strict=True))
+
+    return Partial(*attend(queries, keys, values))  # type: ignore[misc]
+
+
+@functools.lru_cache(maxsize=64)
+def _launches(pattern: Pattern, n_heads: int, n_kv_heads: int, scale: float, backend: str) -> list["Launch"]:
+    far = any(pattern.steps(head)[1] for head in range(n_heads))
+    steps: tuple[Step, ...] = ("BLOCKS",) if isinstance(pattern, Fixed) else ("WINDOW", "LANES")
+    rows = []
+    for head in range(n_heads):
+        first = pattern.first_column(head) if isinstance(pattern, Fixed) else 0
+        rows.append([head * n_kv_heads // n_heads, first, *map(int, pattern.steps(head))])
+    plan = mx.array([*rows, [0] * 4], mx.int32)  # Metal keeps what has fewer than eight entries elsewhere
+    mx.eval(plan)
+    return [Launch(step, pattern, plan, scale, backend) for step in steps[: 1 + far]]
+
+
+@dataclass(frozen=True, eq=False)
+class Launch:
+    """One step of a pattern: what `metal/sparse.metal` calls BLOCKS, WINDOW or LANES."""
+
+    step: Step
+    pattern: Pattern
+    plan: mx.array
+    scale: float
+    backend: str
+
+    @property
+    def _summary(self) -> int:
+        return self.pattern.summary if isinstance(self.pattern, Fixed) else 1
+
+    def forward(self, queries: mx.array, keys: mx.array, values: mx.array) -> Partial:
+        B, H, T, D = queries.shape
+        shapes = [(B, H, T, D), (B, H, T)]
+        run = self._kernel("forward", queries, blocks=self._blocks(T), shapes=shapes)
+        return Partial(*run(inputs=[queries, keys, values, self.plan]))
+
+    def backward(
+        self,
+        queries: mx.array,
+        keys: mx.array,
+        values: mx.array,
+        d_output: mx.array,
+        log_normalizer: mx.array,
+        constants: mx.array,
+    ) -> tuple[mx.array, mx.array, mx.array]:
+        """The gradients of queries, keys and values, float32. constants: d_log - d_output · output, [B, H, T]."""
+        (B, H, T, D), (K, S) = queries.shape, keys.shape[1:3]
+        given = [queries, keys, values, d_output, log_normalizer, constants, self.plan]
+        shapes: list[tuple[int, ...]] = [(B, H, S, D)] * 2
+        (d_queries,) = self._kernel("queries", queries, blocks=self._blocks(T), shapes=[queries.shape])(inputs=given)
+        rows = -(-S // self.pattern.stride)
+        if self.step == "LANES":
+            blocks = self.pattern.stride * -(-rows // _ROWS)
+            pair = self._kernel("keys", queries, "FAR_KEYS", blocks=blocks, shapes=shapes)(inputs=given)
+        else:
+            flags = ["NEAR_KEYS"]
+            if self.step == "BLOCKS" and any(self.pattern.steps(head)[1] for head in range(H)):
+                blocks = -(-rows * self._summary // _ROWS)
+                given = given + self._kernel("keys", queries, "FAR_KEYS", blocks=blocks, shapes=shapes)(inputs=given)
+                flags.append("JOIN")
+            pair = self._kernel("keys", queries, *flags, blocks=-(-S // _ROWS), shapes=shapes)(inputs=given)
+        d_keys, d_values = (x.reshape(B, K, H // K, S, D).sum(2) for x in pair)
+        return d_queries, d_keys, d_values
+
+    def _blocks(self, length: int) -> int:
+        """Threadgroups for so many queries of a head."""
+        columns = self.pattern.stride if self.step == "LANES" else 1
+        return columns * -(-length // (columns * _ROWS))
+
+    def _kernel(
+        self, stage: str, queries: mx.array, *flags: str, blocks: int, shapes: list[tuple[int, ...]]
+    ) -> Callable[..., Any]:
+        B, H, _, D = queries.shape
+        # A query's tile is half as large where two tiles' worth of results is held, and where memory is Apple's.
+        columns = 32 if stage == "keys" or D > 96 else 64
+        gap = self.pattern.overlap if isinstance(self.pattern, Fixed) else 0
+        numbers = {"HEAD_DIM": D, "COLUMNS": columns, "SLICE": 32, "ROWS": _ROWS, "SIMDGROUPS": kernels.SIMDGROUPS}
+        numbers |= {"PARTS": D // 16, "PIECES": D // 8, "TILE_STRIDE": D + 8}
+        numbers |= {"STRIDE": self.pattern.stride, "SUMMARY": self._summary, "GAP": int(gap)}
+        contiguous = () if self.step == "LANES" else ("CONTIGUOUS",)
+        kernel = _build(
+            stage, self.backend, queries.dtype, tuple(numbers.items()), self.scale, (self.step, *contiguous, *flags)
+        )
+        grid = (32 * kernels.SIMDGROUPS * blocks, H, B)
+        return kernels.launcher(kernel, grid, shapes, [mx.float32] * len(shapes))
+
+
+@functools.lru_cache(maxsize=256)
+def _build(
+    stage: str,
+    backend: str,
+    dtype: mx.Dtype,
+    numbers: tuple[tuple[str, int], ...],
+    scale: float,
+    flags: tuple[str, ...],
+) -> Callable[..., Any]:
+    element, flag = _ELEMENTS[dtype]
+    lines = [
+        "namespace nectar {",
+        f"typedef {element} Element;",
+        *(f"constant constexpr int {name} = {value};" for name, value in numbers),
+        f"constant constexpr float SCALE = {scale!r}f;",
+        "constant constexpr float NEVER = -1e30f;",
+        kernels._text("tiles_cuda" if backend == "cuda" else "tiles"),
+        kernels._text("sparse"),
+        "}\n",
+    ]
+    defined = {flag, *flags}
+    header = kernels._resolve("\n".join(lines), defined)
+    body = kernels._resolve(kernels._text(f"sparse_{stage}"), defined)
+    inputs = ["queries", "keys", "values", "plan"]
+    outputs = {"forward": ["output", "log_normalizer"], "queries": ["d_queries"], "keys": ["d_keys", "d_values"]}[stage]
+    if stage != "forward":
+        inputs[3:3] = ["d_output", "log_normalizer", "constants"]
+    if "JOIN" in flags:
+        inputs += ["far_d_keys", "far_d_values"]
+    digest = hashlib.sha256((header + body).encode()).hexdigest()[:12]
+    make: Any = mx.fast.metal_kernel
+    if backend == "cuda":
+        make = mx.fast.cuda_kernel
+        header, body = kernels._cuda(header, body)
+    kernel: Callable[..., Any] = make(
+        name=f"nectar_sparse_{stage}_{digest}", input_names=inputs, output_names=outputs, header=header, source=body
+    )
+    return kernel
