@@ -106,7 +106,7 @@ def heard(model, context, conversations):
         mx.eval(model(mx.array([fed]), cache=caches))
         studied = [c for c in caches if isinstance(c, queries.StudyCache)]
         for layer, cache in enumerate(studied):
-            found[layer][conversation.held_out].append(cache.take([np.ones((1, len(fed)), bool)])[0].queries)
+            found[layer][conversation.held_out].append(cache.take(np.ones((1, len(fed)), bool)).queries)
     return [tuple(mx.concatenate(x, axis=1) for x in pair) for pair in found]
 
 

@@ -201,7 +201,7 @@ class LayerwiseFitter:
             heard[i] = self._walk.layer(layer, heard[i], cache)
             mx.eval(heard[i], cache.state)
             if isinstance(cache, StudyCache):
-                queries.flush([cache], list(zip(self._studies.values(), batch.places, strict=True)))
+                queries.record([cache], self._studies.values(), batch.places)
 
     @property
     def rows(self) -> int:

@@ -1,12 +1,11 @@
-"""Which queries a fit sees: conversations about the context, sampled with the full cache in view, captured as they
-happen.
+"""Which queries a fit sees: conversations about the context, sampled with the full cache in view, then heard.
 
 The queries that matter are those of real answers; re-reading the text alone gives three times the divergence
-(docs/log.md). While the model answers, every attention call records its post-RoPE queries, the exact (o, L) of the
-context and the (o, L) of the live tokens: the three things the regression needs.
+(docs/log.md). When a conversation is heard, read again in one pass behind the context, every attention call keeps its
+post-RoPE queries, the exact (o, L) of the context and the (o, L) of the live tokens: what the regression needs.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +23,7 @@ from ..heads import Bank, Exact
 from .prefill import Prefill, ReadingCache
 
 READ = 512  # tokens of a text that are read at a time
-_FLUSH = 16  # decode steps between writes of what was captured
+_SHRINK = 8  # a batch is made smaller when one row in so many has ended
 _ROOM, _LEAST_TOGETHER = 1 << 25 if SLOW_EXP else 1 << 28, 256  # scores of one layer, and tokens, read together
 
 
@@ -152,16 +151,24 @@ class Study:
         return heads * rows * (3 * 2 * head_dim + 2 * 4)
 
 
+class StepCache(NectarCache):
+    """Of several sequences that advance in step; some may end before the others."""
+
+    def filter(self, rows: mx.array) -> None:
+        live: Any = self.live
+        live.keys, live.values = live.keys[rows], live.values[rows]
+
+
 class StudyCache(NectarCache):
-    """Attends exactly and, unless told not to, keeps what it saw.
+    """Attends exactly and keeps what it saw at the last call.
 
     beside: a part of the context that is counted to the live tokens, for other heads will stand for it.
     """
 
-    def __init__(self, bank: Bank, context: int, *, beside: Bank | None = None, keep: bool = True):
+    seen: Captured
+
+    def __init__(self, bank: Bank, context: int, *, beside: Bank | None = None):
         super().__init__(bank, context)
-        self.seen: list[Captured] = []
-        self._keep = keep
         self._beside = None if beside is None else NectarCache(beside, 0)
 
     def attend(
@@ -180,25 +187,18 @@ class StudyCache(NectarCache):
         if self._beside is not None:
             live = attention.merge(self._beside.over_context(queries), live)
         context = self.over_context(queries)
-        if self._keep:
-            q, o, live_o = (x.astype(mx.float16) for x in (queries, context.output, live.output))
-            self.seen.append(Captured(q, o, live_o, context.log_normalizer, live.log_normalizer))
+        q, o, live_o = (x.astype(mx.float16) for x in (queries, context.output, live.output))
+        self.seen = Captured(q, o, live_o, context.log_normalizer, live.log_normalizer)
         return attention.merge(context, live).output.astype(queries.dtype)
 
-    def take(self, places: Sequence[np.ndarray]) -> list[Captured]:
-        """What was seen since the last call at each set of places [B, T], grouped by KV head: [K, rows, ...]."""
-        wide = [mx.concatenate(list(xs), axis=2) for xs in zip(*self.seen, strict=True)]
-        self.seen = []
+    def take(self, places: np.ndarray) -> Captured:
+        """What was seen at some places [B, T], by KV head: [K, rows, ...]; the rows of a token lie side by side."""
         K = len(self.bank.sizes)
-        B, H, T = wide[0].shape[:3]
-        split = (x.reshape(B, K, H // K, T, *x.shape[3:]) for x in wide)
-        grouped = [x.swapaxes(0, 1).swapaxes(2, 3).reshape(K, B * T, H // K, *x.shape[4:]) for x in split]
-        rows = [mx.array(np.flatnonzero(valid)) for valid in places]
-        return [Captured(*(mx.take(x, r, axis=1).reshape(K, -1, *x.shape[3:]) for x in grouped)) for r in rows]
-
-    def filter(self, rows: mx.array) -> None:
-        live: Any = self.live
-        live.keys, live.values = live.keys[rows], live.values[rows]
+        B, H, T = self.seen.queries.shape[:3]
+        split = (x.reshape(B, K, H // K, T, *x.shape[3:]) for x in self.seen)
+        grouped = (x.swapaxes(0, 1).swapaxes(2, 3).reshape(K, B * T, H // K, *x.shape[4:]) for x in split)
+        rows = mx.array(np.flatnonzero(places))
+        return Captured(*(mx.take(x, rows, axis=1).reshape(K, -1, *x.shape[3:]) for x in grouped))
 
 
 @dataclass
@@ -219,53 +219,33 @@ def converse(
     max_tokens: int,
     temperature: float,
     key: mx.array,
-    study: Study | None = None,
-    held_out: Study | None = None,
-    share: float = 1.0,
-    progress: Callable[[int], None] = lambda rows: None,
 ) -> None:
-    """Samples the answers of a batch with the full cache, all rows in step.
-
-    What attention saw goes into `study`, and into `held_out` for the conversations that say so; share: of the tokens,
-    drawn at random.
+    """Samples the answers of a batch with the full cache, all rows in step; the shortest prompt comes first.
 
     Every row starts at the same position: the longer prompts are still being read while the shorter ones are
     answered, so no row is padded and positions are exact.
     """
-    keep = study is not None or held_out is not None
-    caches = [
-        StudyCache(c.bank, c.context, keep=keep) if isinstance(c, NectarCache) else c for c in context.make_cache()
-    ]
-    studied = [c for c in caches if isinstance(c, StudyCache)]
+    caches = [StepCache(c.bank, c.context) if isinstance(c, NectarCache) else c for c in context.make_cache()]
     rows = list(batch)
     tokens = mx.array([r.prompt[: min(len(r.prompt) for r in rows)] for r in rows])
-    chance = np.random.default_rng(0)
-    at, valid = tokens.shape[1], [chance.random(tokens.shape) < share]
+    at = tokens.shape[1]
     if at > 1:  # nobody asks for the logits of these places, so the vocabulary-wide product is never computed
         model(tokens[:, :-1], cache=caches)
-        mx.eval([c.state for c in caches], [c.seen for c in studied])
+        mx.eval([c.state for c in caches])
         tokens = tokens[:, -1:]
     while True:
         logits = model(tokens, cache=caches)[:, -1]
         key, now = mx.random.split(key)
-        sampled = sample(logits, temperature=temperature, key=now)
-        mx.eval(sampled, [c.seen for c in studied])
-        drawn: Any = sampled.tolist()
+        drawn: Any = sample(logits, temperature=temperature, key=now).tolist()
         done = [_extend(row, token, at, stop, max_tokens) for row, token in zip(rows, drawn, strict=True)]
-        if len(valid) % _FLUSH == 0 or all(done):
-            places, mine = np.concatenate(valid, axis=1), np.array([r.held_out for r in rows])[:, None]
-            flush(studied, [(study, places & ~mine), (held_out, places & mine)])
-            progress(study.rows if study is not None else at)
-            valid = []
-            if all(done):
-                return
+        if all(done):
+            return
+        if sum(done) * _SHRINK >= len(done):  # the ended rows are fed zeros until it is worth dropping them
             going = [i for i, d in enumerate(done) if not d]
-            rows = [rows[i] for i in going]
-            done = [False] * len(rows)
+            rows, done = [rows[i] for i in going], [False] * len(going)
             for cache in caches:
                 cache.filter(mx.array(going))
         tokens = mx.array([[(r.prompt + r.answer)[at] if not d else 0] for r, d in zip(rows, done, strict=True)])
-        valid.append((~np.array(done) & (chance.random(len(rows)) < share))[:, None])
         at += 1
 
 
@@ -330,7 +310,7 @@ def hear(
         studied = [c for c in caches if isinstance(c, StudyCache)]
         model(heard.tokens, cache=caches)  # its logits are never evaluated
         mx.eval([c.seen for c in studied])
-        flush(studied, list(zip(studies.values(), heard.places, strict=True)))
+        record(studied, studies.values(), heard.places)
         done += sum(map(fed_tokens, heard.conversations))
         progress(done)
 
@@ -355,17 +335,13 @@ def _extend(row: Conversation, token: int, at: int, stop: set[int], max_tokens: 
     return token in stop or len(row.answer) >= max_tokens
 
 
-def flush(caches: Sequence[StudyCache], wanted: Sequence[tuple[Study | None, np.ndarray]]) -> None:
+def record(caches: Sequence[StudyCache], studies: Iterable[Study], places: Iterable[np.ndarray]) -> None:
     """Writes what the caches saw into each study, from its places [B, T]."""
-    chosen = [(study, places) for study, places in wanted if study is not None and not study.full]
-    taken: list[list[Captured]] = []
-    for cache in caches:
-        if chosen:
-            taken.append(cache.take([places for _, places in chosen]))
-        cache.seen = []
-    mx.eval(taken)
-    for layer, parts in enumerate(taken):
-        for (study, _), rows in zip(chosen, parts, strict=True):
+    for study, chosen in zip(studies, places, strict=True):
+        if study.full or not chosen.any():
+            continue
+        taken = [cache.take(chosen) for cache in caches]
+        mx.eval(taken)
+        for layer, rows in enumerate(taken):
             study.add(layer * rows.queries.shape[0], rows)
-    for (study, _), rows in zip(chosen, taken[-1] if taken else [], strict=True):
-        study.advance(rows.queries.shape[1])
+        study.advance(taken[0].queries.shape[1])
