@@ -3,7 +3,9 @@
     python -m nectar_mlx.texts log --words 3000 --output log.txt --questions log.jsonl
     python -m nectar_mlx.texts manual --words 5000 --output manual.txt
 
-The questions are JSON lines for `nectar evaluate --questions`: question, answer, and depth, where the fact stands.
+The questions are JSON lines for `nectar evaluate --questions`: question, answer, depth (where the fact stands), and
+choices, the answer in a sentence and the same sentence with seven wrong ones: small models can tell which is right long
+before they can say it.
 """
 
 import argparse
@@ -12,7 +14,7 @@ import inspect
 import json
 import random
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import date, timedelta
 from pathlib import Path
@@ -33,19 +35,44 @@ _FILL = (
     "The mate complained of the biscuit again, and he was right to do so.",
     "Nothing was sighted until dusk, when a school of porpoises kept us company on the {side} side.",
 )
+_START = date(1847, 3, 2)
+_CHOICES = 8
 MODULES: tuple[str, ...] = (
     *("argparse", "asyncio", "collections", "csv", "datetime", "decimal", "email", "fractions", "heapq", "json"),
     *("logging", "pathlib", "random", "sqlite3", "statistics", "string", "subprocess", "tarfile", "threading"),
 )
 
 
+Draw = Callable[[random.Random], str]
+
+
+@dataclass(frozen=True)
+class _Told:
+    """What one sentence of the log tells. statement: with {} in the answer's place. draw: an answer of that kind."""
+
+    question: str
+    statement: str
+    answer: str
+    draw: Draw
+
+    def choices(self, rng: random.Random) -> tuple[str, ...]:
+        """The true statement among seven wrong ones; wrong numbers have as many digits."""
+        answers = {self.answer}
+        while len(answers) < _CHOICES:
+            other = self.draw(rng)
+            if not other.isdigit() or len(other) == len(self.answer):
+                answers.add(other)
+        return tuple(self.statement.format(answer) for answer in sorted(answers))
+
+
 @dataclass(frozen=True)
 class Fact:
-    """A question with its one answer, and how deep in the text it stands, 0 … 1."""
+    """A question with its one answer, how deep in the text it stands, 0 … 1, and statements of which one is true."""
 
     question: str
     answer: str
     depth: float
+    choices: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -67,12 +94,13 @@ def ships_log(*, words: int, seed: int = 0) -> Facts:
     """
     rng = random.Random(seed)
     met, passengers = _pairs(rng, ("barque", "brig", "schooner", "ketch"), _SHIPS), _pairs(rng, _FIRST, _LAST)
-    day = date(1847, 3, 2)
+    wrong = random.Random(seed)  # another one, so that the text does not depend on the choices
+    day = _START
     parts = [
         "The log of the brig Aurora, kept by her master.\n\n"
         "We left harbour in good order, all hands aboard, the ship newly caulked and the stores complete."
     ]
-    found: list[tuple[int, str, str]] = []
+    found: list[tuple[int, _Told]] = []
     length = 0
     while length < words:
         day += timedelta(days=rng.randint(1, 4))
@@ -80,39 +108,40 @@ def ships_log(*, words: int, seed: int = 0) -> Facts:
         sentences.insert(rng.randint(1, len(sentences)), rng.choice(_FILL).format(wind=_wind(rng), side=_side(rng)))
         entry = f"{_date(day)}. " + " ".join(sentences)
         at = sum(len(p) + 2 for p in parts)
-        found += [(at + entry.find(sentence), question, answer) for sentence, question, answer in facts]
+        found += [(at + entry.find(sentence), told) for sentence, told in facts]
         parts.append(entry)
         length += len(entry.split())
     text = "\n\n".join(parts) + "\n"
-    return Facts(text, [Fact(q, a, round(at / len(text), 4)) for at, q, a in sorted(found)])
+    found.sort(key=lambda fact: fact[0])
+    return Facts(text, [Fact(t.question, t.answer, round(at / len(text), 4), t.choices(wrong)) for at, t in found])
 
 
-def _entry(rng: random.Random, day: date, ship: str, person: str) -> tuple[list[str], list[tuple[str, str, str]]]:
-    """The sentences of one day; and sentence, question and answer of each of its facts."""
-    port, goods, casks = rng.choice(_PORTS), rng.choice(_GOODS), str(rng.randint(13, 980))
-    cabin, fare, crew = str(rng.randint(2, 40)), str(rng.randint(41, 399)), str(rng.randint(7, 60))
-    master = f"{rng.choice(_FIRST)} {rng.choice(_LAST)}"
+def _entry(rng: random.Random, day: date, ship: str, person: str) -> tuple[list[str], list[tuple[str, _Told]]]:
+    """The sentences of one day, and what some of them tell."""
+    port, goods, casks = _port(rng), _goods(rng), _casks(rng)
+    cabin, fare, crew = _cabin(rng), _fare(rng), str(rng.randint(7, 60))
+    master, today = _name(rng), _date(day)
     pools = [
         (
             f"At noon we spoke the {ship}, {crew} men, master {master}, out of {port} with {casks} casks of {goods}.",
             [
-                (f"How many casks did the {ship} carry?", casks),
-                (f"What was in the casks of the {ship}?", goods),
-                (f"Who was master of the {ship}?", master),
-                (f"From which port did the {ship} come?", port),
+                _Told(f"How many casks did the {ship} carry?", f"The {ship} carried {{}} casks.", casks, _casks),
+                _Told(f"What was in the casks of the {ship}?", f"The {ship} carried casks of {{}}.", goods, _goods),
+                _Told(f"Who was master of the {ship}?", f"The master of the {ship} was {{}}.", master, _name),
+                _Told(f"From which port did the {ship} come?", f"The {ship} came from {{}}.", port, _port),
             ],
         ),
         (
-            f"A passenger, {person}, came aboard on {_date(day)} and took cabin number {cabin} for {fare} shillings.",
+            f"A passenger, {person}, came aboard on {today} and took cabin number {cabin} for {fare} shillings.",
             [
-                (f"Which cabin did {person} take?", cabin),
-                (f"How many shillings did {person} pay?", fare),
-                (f"On which date did {person} come aboard?", _date(day)),
+                _Told(f"Which cabin did {person} take?", f"{person} took cabin number {{}}.", cabin, _cabin),
+                _Told(f"How many shillings did {person} pay?", f"{person} paid {{}} shillings.", fare, _fare),
+                _Told(f"On which date did {person} come aboard?", f"{person} came aboard on {{}}.", today, _some_date),
             ],
         ),
     ]
     rng.shuffle(pools)
-    return [sentence for sentence, _ in pools], [(sentence, *rng.choice(facts)) for sentence, facts in pools]
+    return [sentence for sentence, _ in pools], [(sentence, rng.choice(facts)) for sentence, facts in pools]
 
 
 def _pairs(rng: random.Random, first: Sequence[str], second: Sequence[str]) -> Iterator[str]:
@@ -125,6 +154,34 @@ def _pairs(rng: random.Random, first: Sequence[str], second: Sequence[str]) -> I
 
 def _date(day: date) -> str:
     return f"{day.day} {day:%B} {day.year}"
+
+
+def _some_date(rng: random.Random) -> str:
+    return _date(_START + timedelta(days=rng.randint(1, 600)))
+
+
+def _port(rng: random.Random) -> str:
+    return rng.choice(_PORTS)
+
+
+def _goods(rng: random.Random) -> str:
+    return rng.choice(_GOODS)
+
+
+def _casks(rng: random.Random) -> str:
+    return str(rng.randint(13, 980))
+
+
+def _cabin(rng: random.Random) -> str:
+    return str(rng.randint(2, 40))
+
+
+def _fare(rng: random.Random) -> str:
+    return str(rng.randint(41, 399))
+
+
+def _name(rng: random.Random) -> str:
+    return f"{rng.choice(_FIRST)} {rng.choice(_LAST)}"
 
 
 def _wind(rng: random.Random) -> str:

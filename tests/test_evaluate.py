@@ -3,6 +3,8 @@
 import json
 import math
 
+import mlx.core as mx
+import mlx.nn as nn
 import pytest
 import toys
 
@@ -155,10 +157,34 @@ def test_questions_from_a_file(model, prefix, tmp_path):
     assert file["right"] == full["right"] == [[0.1, full["right"][0][1]]]
 
 
+def test_the_likeliest_choice_is_the_answer(model, prefix, tmp_path):
+    task = make_task(model, prefix)
+    own = tmp_path / "questions.jsonl"
+    choices = ["She carried 299 casks.", "She carried 300 casks.", "She carried 17 casks of tar and salt."]
+    lines = [{"question": "What cargo?", "answer": answer, "choices": choices} for answer in ("299", "300", "17")]
+    own.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    asked = questions.numbered(questions.from_file(own, task), samples=2)
+    scores = []
+    for choice in choices:
+        ids = prompts.encode(TOKENIZER, choice, specials=False)
+        tokens = mx.array([[*prefix, *asked[0].conversation.prompt, *ids]])
+        rows = nn.log_softmax(model(tokens)[0, -1 - len(ids) : -1].astype(mx.float32), axis=-1)
+        scores.append(sum(float(rows[i, token]) for i, token in enumerate(ids)))
+    exact = toys.exact(model, prefix, TOKENIZER)
+    view = answers.View(banks=exact.banks, start=len(prefix), nbytes=0)
+    (told,) = answers.facts(task, asked, {"it": view}, seed=0)
+    best = max(range(3), key=lambda i: scores[i])
+    assert [hit for _, hit in told["right"]] == [i == best for i in range(3)]
+    assert told["found"] == pytest.approx(1 / 3, abs=1e-4)
+
+
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [("", "no question"), ("\n \n", "no question"), ('{"question": ', "not JSON"), ('{"answer": "x"}', "missing"),
-     ('{"question": "Who?", "answer": ["x"]}', "must be text"), ('{"question": "Who?", "depth": "deep"}', "number")],
+     ('{"question": "Who?", "answer": ["x"]}', "must be text"), ('{"question": "Who?", "depth": "deep"}', "number"),
+     ('{"question": "Who?", "choices": "x"}', "list of texts"),
+     ('{"question": "Who?", "answer": "x", "choices": ["a x", "x b"]}', "exactly one"),
+     ('{"question": "Who?", "choices": ["x", "y"]}', "exactly one")],
 )  # fmt: skip
 def test_broken_question_files_are_refused(model, prefix, tmp_path, content, complaint):
     path = tmp_path / "broken.jsonl"
@@ -231,7 +257,7 @@ def test_generation_keeps_the_order_of_questions(model, prefix):
      ("1,847 casks", "1847", True), ("On 4 May, 1847", "4 May 1847", True), ("", "x", False)],
 )  # fmt: skip
 def test_an_answer_holds_the_fact(answer, expected, found):
-    assert answers.contains(answer, expected) is found
+    assert questions.contains(answer, expected) is found
 
 
 def test_rank_correlation():

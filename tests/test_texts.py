@@ -6,6 +6,7 @@ import re
 import pytest
 
 from nectar_mlx import texts
+from nectar_mlx.evaluation.questions import contains
 
 
 @pytest.mark.parametrize("words", [1, 400, 3000])
@@ -28,6 +29,18 @@ def test_every_answer_stands_where_its_depth_says(seed):
         assert fact.answer in sentence, fact
     depths = [fact.depth for fact in log.facts]
     assert depths == sorted(depths) and depths[0] < 0.05 and depths[-1] > 0.95
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_one_choice_is_right_and_only_it_stands_in_the_text(seed):
+    log = texts.ships_log(words=4000, seed=seed)
+    places = set()
+    for fact in log.facts:
+        right = [contains(choice, fact.answer) for choice in fact.choices]
+        assert len(set(fact.choices)) == 8 and sum(right) == 1, fact
+        assert len({len(c) for c in fact.choices}) == 1 or not fact.answer.isdigit()
+        places.add(right.index(True))
+    assert len(places) > 4, "the right one's place tells nothing"
 
 
 def test_no_question_has_two_answers():

@@ -1,18 +1,19 @@
 """Answers of the full cache, of files and of other views, side by side: alike in meaning, and do they find the
 facts?"""
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 
-from .. import cli
+from .. import cli, prompts
 from ..baselines import Task, View
 from ..fitting.queries import Conversation
+from . import fidelity
 from .fidelity import Bootstrap, interval
-from .questions import ON, TEMPERATURE, TOGETHER, Asked
+from .questions import ON, TEMPERATURE, TOGETHER, Asked, contains
 from .similarity import Embed
 
 _GREEDY = 1e-3  # a temperature at which only ties are left to chance
@@ -99,7 +100,8 @@ def _told(name: str, means: np.ndarray) -> dict[str, Any]:
 
 
 def facts(task: Task, asked: Sequence[Asked], views: dict[str, View], *, seed: int) -> list[dict[str, Any]]:
-    """For the questions that say what a right answer contains: who finds it, answering greedily.
+    """For the questions that say what a right answer contains: who knows it. A question with choices is answered by the
+    likeliest of them, another one greedily in the view's own words.
 
     One object a view: found, the share of right answers with its interval; `quarters`, that share in each quarter of
     the text; and `right`, each question's depth and outcome.
@@ -109,15 +111,34 @@ def facts(task: Task, asked: Sequence[Asked], views: dict[str, View], *, seed: i
         return []
     told = []
     draws, each = Bootstrap(range(len(expecting))), np.arange(len(expecting))
-    with cli.progress("looking for facts", len(views)) as done:
+    with cli.progress("looking for facts", len(views) * len(expecting)) as done:
         for name, view in views.items():
-            found = generate(task, view, expecting, seed=seed, temperature=_GREEDY, max_tokens=_FACT_TOKENS)
-            right = [contains(answer, a.expected or "") for answer, a in zip(found, expecting, strict=True)]
+            right = [contains(answer, a.expected or "") for a, answer in _answered(task, view, expecting, seed=seed)]
             outcomes = [[a.depth, hit] for a, hit in zip(expecting, right, strict=True)]
             means = draws.means(np.array(right, dtype=float), each)
             told.append({"method": name, **_told("found", means), "quarters": _quarters(outcomes), "right": outcomes})
-            done(len(told))
+            done(len(told) * len(expecting))
     return told
+
+
+def _answered(task: Task, view: View, asked: Sequence[Asked], *, seed: int) -> list[tuple[Asked, str]]:
+    """Each question with what the view answers."""
+    free = [a for a in asked if not a.choices]
+    said = generate(task, view, free, seed=seed, temperature=_GREEDY, max_tokens=_FACT_TOKENS) if free else []
+    own = {a.number: answer for a, answer in zip(free, said, strict=True)}
+    return [(a, _likeliest(task, view, a) if a.choices else own[a.number]) for a in asked]
+
+
+def _likeliest(task: Task, view: View, asked: Asked) -> str:
+    """The choice to which the view gives the highest probability, its end left open."""
+    choices = [prompts.encode(task.tokenizer, choice, specials=False) for choice in asked.choices]
+    conversations = [Conversation(asked.conversation.prompt, choice) for choice in choices]
+    rows = fidelity.answer_logits(task.model, view.make_cache(), conversations, view.prompt)
+    scores = [
+        mx.take_along_axis(fidelity.log_probabilities(row), mx.array(choice)[:, None], axis=-1).sum()
+        for row, choice in zip(rows, choices, strict=True)
+    ]
+    return asked.choices[int(mx.stack(scores).argmax())]
 
 
 def _quarters(outcomes: Sequence[Sequence[Any]]) -> list[float | None]:
@@ -126,14 +147,6 @@ def _quarters(outcomes: Sequence[Sequence[Any]]) -> list[float | None]:
         if depth is not None:
             found[min(3, max(0, int(4 * depth)))].append(hit)
     return [round(sum(part) / len(part), 4) if part else None for part in found]
-
-
-def contains(answer: str, expected: str) -> bool:
-    """Whether the answer holds the expected words, as words: 18 is not in 1847; case, commas and spacing do not
-    matter."""
-    words = [re.findall(r"\w+", re.sub(r"(?<=\d),(?=\d)", "", t).casefold()) for t in (answer, expected)]
-    given, wanted = words
-    return bool(wanted) and any(given[i : i + len(wanted)] == wanted for i in range(len(given) - len(wanted) + 1))
 
 
 def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float | None:

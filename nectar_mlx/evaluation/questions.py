@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,13 +24,15 @@ _CUE, _REREAD = 16, 64  # tokens of a passage that are shown, and that are to fo
 @dataclass(frozen=True, kw_only=True)
 class Asked:
     """One held-out conversation. question: for a person. expected: what a right answer contains; depth: where in the
-    text it stands, 0 … 1. number: of the question, which several answers share."""
+    text it stands, 0 … 1. choices: answers of which one is right. number: of the question, which several answers
+    share."""
 
     question: str
     kind: str
     conversation: Conversation = field(repr=False)
     expected: str | None = None
     depth: float | None = None
+    choices: tuple[str, ...] = ()
     number: int = 0
 
 
@@ -70,10 +73,10 @@ def _reread(task: Task, rng: random.Random) -> Asked:
 
 
 def from_file(path: Path, task: Task) -> list[Asked]:
-    """One question a line, or JSON lines {"question", "answer"?, "depth"?, "kind"?}; NectarError if the file holds
-    none.
+    """One question a line, or JSON lines {"question", "answer"?, "depth"?, "choices"?, "kind"?}; NectarError if the
+    file holds none.
 
-    "answer" is what a right answer contains, a name or a number.
+    "answer" is what a right answer contains, a name or a number; "choices" are whole answers, one of them right.
     """
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
@@ -97,14 +100,28 @@ def _question(line: str, task: Task, place: str) -> Asked:
         raise NectarError(f'{place}: a "question" is missing')
     if not isinstance(answer, str | int | float | None) or not isinstance(depth, int | float | None):
         raise NectarError(f'{place}: "answer" must be text and "depth" a number')
+    expected, choices = None if answer is None else str(answer), told.get("choices", [])
+    if not isinstance(choices, list) or not all(isinstance(c, str) and c.strip() for c in choices):
+        raise NectarError(f'{place}: "choices" must be a list of texts')
+    if choices and sum(contains(c, expected or "") for c in choices) != 1:
+        raise NectarError(f'{place}: exactly one of the "choices" must contain the "answer"')
     kind = OFF if told.get("kind") == OFF else ON
     return Asked(
         question=question,
         kind=kind,
         conversation=Conversation(task.ask(question)),
-        expected=None if answer is None else str(answer),
+        expected=expected,
         depth=depth,
+        choices=tuple(choices),
     )
+
+
+def contains(answer: str, expected: str) -> bool:
+    """Whether the answer holds the expected words, as words: 18 is not in 1847; case, commas and spacing do not
+    matter."""
+    words = [re.findall(r"\w+", re.sub(r"(?<=\d),(?=\d)", "", t).casefold()) for t in (answer, expected)]
+    given, wanted = words
+    return bool(wanted) and any(given[i : i + len(wanted)] == wanted for i in range(len(given) - len(wanted) + 1))
 
 
 def numbered(asked: Sequence[Asked], *, samples: int) -> list[Asked]:
