@@ -135,7 +135,9 @@ class Book:
         nectar = build(layout, heads, prefix=prefix, geometry=geometry, provenance=provenance, report={})
         asked = [np.random.default_rng(0).normal(size=(2, 50, 16)) for _ in context.banks]
         pairs = [(b.parameters["keys"], b.parameters["values"]) for b in context.banks]
-        small = sketch.build([k for k, _ in pairs], asked) | sources.arrays(self.tokenizer, self.text, prefix)
+        small = sketch.build([k for k, _ in pairs], asked, scale=geometry.scale) | sources.arrays(
+            self.tokenizer, self.text, prefix
+        )
         nectar.keys = Keys.of(pairs, small=small, nectar=nectar.digest)
         nectar.save(self.path)
 

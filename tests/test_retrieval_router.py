@@ -13,9 +13,12 @@ K, G, N, D, SCALE = 2, 3, 20, 16, 0.3
 
 
 class Text:
-    """Keys of n tokens in clusters [K, n, D], queries that lie in few directions [K, N, G, D], and both routers."""
+    """Keys of n tokens in clusters [K, n, D], queries that lie in few directions [K, N, G, D], and both routers.
 
-    def __init__(self, n, *, rank=12):
+    whole: heads that are searched whole; None leaves it to `build`.
+    """
+
+    def __init__(self, n, *, rank=12, whole=None):
         random = np.random.default_rng(n)
         mixing = random.normal(size=(D, D)) * np.where(np.arange(D) < 6, 1, 0.05)[:, None]
         centres = 1.5 * random.normal(size=(K, 30, D))
@@ -23,7 +26,9 @@ class Text:
         self.keys = mx.array((members + 0.3 * random.normal(size=(K, n, D))).astype(np.float32))
         draw = lambda *shape: (random.normal(size=(*shape, D)) @ mixing).astype(np.float32)  # noqa: E731
         self.queries, self.anchors = mx.array(draw(K, N, G)), mx.array(random.normal(size=(K, N, G)).astype(np.float32))
-        self.small = sketch.build([self.keys], [draw(K, 500)], rank=rank)
+        self.small = sketch.build([self.keys], [draw(K, 500)], scale=SCALE, rank=rank)
+        if whole is not None:
+            self.small["sketch.scanned"][:] = np.isin(np.arange(K), whole)
         self.router = Router(self.small, 0, scale=SCALE)
         self.sketch = sketch.load(self.small, [(0, head) for head in range(K)], scale=SCALE)
         self.oracle = Oracle(self.keys[:, middle(n)], scale=SCALE)
@@ -50,8 +55,9 @@ def test_a_sketch_knows_the_scores_of_queries_like_those_it_saw():
 
 @pytest.mark.parametrize("n", [ANCHORS + 1, ANCHORS + 31, ANCHORS + 64, 500, 1999])
 @pytest.mark.parametrize("count", [1, 7, 40, 10_000])
-def test_any_text_and_count(n, count):
-    text = Text(n)
+@pytest.mark.parametrize("whole", [[], [0], [1], [0, 1]])
+def test_any_text_and_count(n, count, whole):
+    text = Text(n, whole=whole)
     choice = text.router.choose(text.queries, text.anchors, count=count)
     positions, inside = np.array(choice.positions), n - ANCHORS
     assert positions.shape == (K, N, min(count, inside)) and positions.min() >= 0 and positions.max() < inside
@@ -61,10 +67,10 @@ def test_any_text_and_count(n, count):
     np.testing.assert_allclose(np.array(choice.scores), expected, rtol=1e-4, atol=1e-4)
     above = np.array(choice.scores >= choice.threshold[..., None])
     assert above.any(2).all(), "every key was read for some head"
-    if text.router._scanned(count) == text.router._clusters:
-        unread = np.ones((K, N, inside), bool)
-        np.put_along_axis(unread, positions, False, axis=-1)
-        assert (np.where(unread[:, :, None], dense, -np.inf) <= np.array(choice.threshold)[..., None] + 1e-4).all()
+    unread = np.ones((K, N, inside), bool)
+    np.put_along_axis(unread, positions, False, axis=-1)
+    highest = np.where(unread[:, :, None], dense, -np.inf) <= np.array(choice.threshold)[..., None] + 1e-4
+    assert highest[whole].all() and (count < inside or highest.all())
 
 
 def test_little_is_missed_that_scores_of_every_key_would_find():
@@ -78,8 +84,20 @@ def test_little_is_missed_that_scores_of_every_key_would_find():
     assert missed(text, found) < 0.9 * missed(text, blind)
 
 
+def test_heads_that_look_for_single_keys_are_searched_whole():
+    """Head 0 attends to clusters; head 1 to single keys, each as far from its cluster as it gets."""
+    random = np.random.default_rng(0)
+    keys = random.normal(size=(K, 3000, D))
+    queries = np.stack([random.normal(size=(500, D)), 8 * keys[1, random.integers(100, 2900, 500)]])
+    keys[0] = np.repeat(keys[0, ::100], 100, axis=0) + 0.1 * random.normal(size=(3000, D))
+    small = sketch.build([mx.array(keys.astype(np.float32))], [queries.astype(np.float32)], scale=SCALE)
+    few, many = small["sketch.scanned"][0]
+    assert few < 0.05 and many > 0.25
+
+
 def test_what_is_read_is_a_part_of_what_is_kept():
-    router = Text(6000).router
+    router = Text(6000, whole=[]).router
     codes = K * 5988 * (12 + 2)
     assert codes < router.nbytes < 1.5 * codes
     assert router.step_bytes(48) < codes / 3 and router.step_bytes(48) < router.step_bytes(200) < router.nbytes
+    assert codes < Text(6000, whole=[0, 1]).router.step_bytes(48) < 1.1 * codes

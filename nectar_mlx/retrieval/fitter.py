@@ -165,7 +165,8 @@ class RetrievalFitter(Fitter):
             np.array(self.study.heads(range(i * K, i * K + K), rows).queries.astype(mx.float32))
             for i in range(self.n_layers)
         ]
-        return sketch.build([bank.parameters["keys"] for bank in self.context.banks], queries)
+        keys = [bank.parameters["keys"] for bank in self.context.banks]
+        return sketch.build(keys, queries, scale=self.geometry.scale)
 
     def keys(self, text: str, *, nectar: str) -> Keys:
         """The file beside the .nectar of this digest."""

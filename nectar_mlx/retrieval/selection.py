@@ -38,7 +38,27 @@ class Selector(Protocol):
         """
 
 
-class Oracle:
+class Scoring:
+    """A selector that scores every key."""
+
+    @property
+    def nbytes(self) -> int:
+        raise NotImplementedError
+
+    def step_bytes(self, count: int) -> int:
+        return self.nbytes
+
+    def scores(self, queries: mx.array) -> mx.array:
+        """scale · q·k, exact or nearly so: queries [K, N, D] -> [K, N, n], for the n keys of the middle."""
+        raise NotImplementedError
+
+    def choose(self, queries: mx.array, anchors: mx.array, *, count: int) -> Choice:
+        K, N, G, D = queries.shape
+        scores = self.scores(queries.reshape(K, N * G, D)).reshape(K, N, G, -1)
+        return best(scores, mx.logaddexp(log_sum(scores), anchors), count=count)
+
+
+class Oracle(Scoring):
     """Exact scores, which take every key [K, n, D]: what other selectors are compared with."""
 
     def __init__(self, keys: mx.array, *, scale: float):
@@ -48,17 +68,8 @@ class Oracle:
     def nbytes(self) -> int:
         return self._keys.size * 2
 
-    def step_bytes(self, count: int) -> int:
-        return self.nbytes
-
     def scores(self, queries: mx.array) -> mx.array:
-        """scale · q·k, queries [K, N, D] -> [K, N, n]."""
         return (queries.astype(mx.float32) * self._scale) @ self._keys.swapaxes(1, 2)
-
-    def choose(self, queries: mx.array, anchors: mx.array, *, count: int) -> Choice:
-        K, N, G, D = queries.shape
-        scores = self.scores(queries.reshape(K, N * G, D)).reshape(K, N, G, -1)
-        return best(scores, mx.logaddexp(log_sum(scores), anchors), count=count)
 
 
 def log_sum(scores: mx.array) -> mx.array:

@@ -11,36 +11,43 @@ from collections.abc import Sequence
 import mlx.core as mx
 import numpy as np
 
-from ..heads.residual import middle
+from ..heads.residual import anchor_positions, middle
 from .keys import Arrays
+from .selection import Scoring
 
 CLUSTER = 16  # keys that lie close together, by their sketches
+PER_KEY = 4  # sketches that are scored for each key that will be read
+_BUDGETS, _LOST, _TRIED = (0.01, 0.04), 0.03, 128  # shares of keys, of missed attention, and queries to tell them by
 _TURNS = 3  # of the power iteration that finds a principal direction
 _NAMES = ("codes", "scales", "projection", "mean")
 
 
-class Sketch:
+class Sketch(Scoring):
     """Some heads': codes int8 [M, n, rank], scales [M, n], projection [M, D, rank] and mean [M, D] of the keys."""
 
     def __init__(self, codes: mx.array, scales: mx.array, projection: mx.array, mean: mx.array, *, scale: float):
         self._codes, self._scales, self._scale = codes, scales, scale
         self._projection, self._mean = projection.astype(mx.float32), mean.astype(mx.float32)
+        mx.eval(codes, scales, self._projection, self._mean)  # in this thread: MLX's streams are a thread's own
+
+    @property
+    def nbytes(self) -> int:
+        return self._codes.nbytes + self._scales.nbytes + 2 * (self._projection.size + self._mean.size)
 
     def scores(self, queries: mx.array) -> mx.array:
-        """scale · q·k of the middle's keys, nearly: queries [M, N, D] -> [M, N, n]."""
         queries = queries.astype(mx.float32) * self._scale
         found = (queries @ self._projection) @ self._codes.astype(mx.float32).swapaxes(1, 2)
         return found * self._scales.astype(mx.float32)[:, None] + queries @ self._mean[..., None]
 
 
-def build(keys: Sequence[mx.array], queries: Sequence[np.ndarray], *, rank: int | None = None) -> Arrays:
+def build(keys: Sequence[mx.array], queries: Sequence[np.ndarray], *, scale: float, rank: int | None = None) -> Arrays:
     """The arrays of all layers' sketches, as the file of keys holds them.
 
     keys: [K, n, D] a layer, the whole context's. queries: captured ones [K, N, D] a layer. rank: default D / 2.
     """
     D = keys[0].shape[-1]
     heads = [
-        _head(np.array(layer[head].astype(mx.float32)), asked[head], rank or max(1, D // 2))
+        _head(np.array(layer[head].astype(mx.float32)), asked[head], rank or max(1, D // 2), scale)
         for layer, asked in zip(keys, queries, strict=True)
         for head in range(layer.shape[0])
     ]
@@ -68,7 +75,7 @@ def decode(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
     return codes.astype(np.float32) * scales.astype(np.float32)[..., None]
 
 
-def _head(keys: np.ndarray, queries: np.ndarray, rank: int) -> Arrays:
+def _head(keys: np.ndarray, queries: np.ndarray, rank: int, scale: float) -> Arrays:
     """keys [n, D] of the whole context, queries [N, D]."""
     inside = keys[middle(len(keys))].astype(np.float64)
     mean = inside.mean(0)
@@ -79,13 +86,44 @@ def _head(keys: np.ndarray, queries: np.ndarray, rank: int) -> Arrays:
     _, axes = np.linalg.eigh(whitened.T @ whitened)
     kept = axes[:, ::-1][:, :rank]
     codes, scales = encode(whitened @ kept)
+    projection = (directions / spread) @ kept
+    points = decode(codes, scales)
+    order = np.concatenate(_halved(points, np.arange(len(points))))
+    some = scale * queries[:: max(1, len(queries) // _TRIED)].astype(np.float32)
+    anchors = some @ keys[anchor_positions(len(keys))].T - (some @ mean.astype(np.float32))[:, None]
     return {
         "codes": codes,
         "scales": scales,
-        "projection": ((directions / spread) @ kept).astype(np.float16),
+        "projection": projection.astype(np.float16),
         "mean": mean.astype(np.float16),
-        "order": np.concatenate(_halved(decode(codes, scales), np.arange(len(codes)))).astype(np.int32),
+        "order": order.astype(np.int32),
+        "scanned": np.float32(_scanned(points[order], some @ projection.astype(np.float32), anchors)),
     }
+
+
+def _scanned(points: np.ndarray, queries: np.ndarray, anchors: np.ndarray) -> float:
+    """The share of the clusters to scan besides PER_KEY sketches for each key that is read, so that little is missed
+    that scores of all sketches would find.
+
+    points [n, rank], cluster by cluster; queries [N, rank]; anchors [N, A]: the anchors' scores.
+    """
+    n, count = len(points), -(-len(points) // CLUSTER)
+    starts = np.arange(0, n, CLUSTER)
+    centres = np.add.reduceat(points, starts) / np.diff([*starts, n])[:, None]
+    nearest = np.argsort(-queries @ centres.T, axis=1)
+    scores = queries @ points.T
+    top = np.maximum(scores.max(1), anchors.max(1))[:, None]
+    weights = np.exp(scores - top)
+    shares = weights / (weights.sum(1) + np.exp(anchors - top).sum(1))[:, None]
+    needed = 0.0
+    for budget in _BUDGETS:
+        read = max(1, int(budget * n))
+        chosen = np.where(shares >= -np.partition(-shares, read - 1, axis=1)[:, read - 1 : read], shares, 0)
+        found = np.take_along_axis(np.add.reduceat(chosen, starts, axis=1), nearest, axis=1).mean(0).cumsum()
+        missed = shares.sum(1).mean() - found
+        clusters = 1 + int((missed <= (1 + _LOST) * missed[-1] + 1e-4).argmax())
+        needed = max(needed, clusters / count - PER_KEY * read / n)
+    return needed
 
 
 def _halved(points: np.ndarray, rows: np.ndarray) -> list[np.ndarray]:

@@ -17,8 +17,7 @@ from .._exp import SLOW_EXP, exp
 from ..attention import Partial, merge
 from ..fitting.queries import Captured
 from ..heads.residual import EVERYTHING, NOTHING, SINKS, TAIL
-from .selection import Oracle, log_sum
-from .sketch import Sketch
+from .selection import Scoring, log_sum
 
 _RANKS = (0.001, 0.1)  # of a threshold among the middle's keys
 UNREAD = 0.25
@@ -30,7 +29,7 @@ def split(
     rows: Captured,
     keys: mx.array,
     values: mx.array,
-    selector: Oracle | Sketch,
+    selector: Scoring,
     *,
     scale: float,
     seed: int,
@@ -69,7 +68,7 @@ def _split(
     rows: Captured,
     keys: mx.array,
     values: mx.array,
-    selector: Oracle | Sketch,
+    selector: Scoring,
     *,
     scale: float,
     ranks: np.ndarray[Any, Any],
