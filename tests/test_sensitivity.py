@@ -25,7 +25,7 @@ def studied():
 @pytest.mark.parametrize("layer", [0, 2])
 def test_a_small_error_costs_what_the_information_says(studied, layer):
     model, geometry, context, conversations = studied
-    found = sensitivity.fisher(model, context, conversations, n_heads=geometry.n_heads)
+    found = sensitivity.fisher(model, context, conversations, geometry=geometry)
     K, D, G = geometry.n_kv_heads, geometry.head_dim, geometry.n_heads // geometry.n_kv_heads
     assert found.shape == (len(context.banks) * K, D, D)
     head = 1
@@ -36,8 +36,9 @@ def test_a_small_error_costs_what_the_information_says(studied, layer):
         longest = max(len(c.prompt) + len(c.answer) for c in conversations)
         noise = np.zeros((len(conversations), geometry.n_heads, longest, D), np.float32)
         noise[:, head * G : head * G + G] = size * rng.standard_normal((len(conversations), G, longest, D))
-        caches = sensitivity._probed(context, [mx.array(noise * (i == layer)) for i in range(len(context.banks))])
-        for cache in caches:
+        caches = [sensitivity._ProbedCache(c.bank, c.context) for c in context.make_cache()]
+        for i, cache in enumerate(caches):
+            cache.probe = mx.array(noise * (i == layer))
             cache.attend = _in_pieces(cache)
         ours = fidelity.answer_logits(model, caches, conversations)
         for p, q in zip(truth, ours, strict=True):

@@ -118,7 +118,7 @@ class Task:
     def metric(self) -> mx.array:
         """What counts the errors of the heads in nats, [n_heads, D, D] (fitting/sensitivity.py)."""
         told = [c for c in self.studied[1] if c.answer][:_JUDGES]
-        information = sensitivity.fisher(self.model, self.context, told, n_heads=self.geometry.n_heads)
+        information = sensitivity.fisher(self.model, self.context, told, geometry=self.geometry)
         return sensitivity.metric(information)
 
     def ask(self, question: str) -> list[int]:

@@ -215,9 +215,7 @@ class Fitter:
         groups = self._groups([same] * self.n_heads)
         with self.progress("weighing errors", _JUDGES) as done:
             told = [c for c in self.conversations if c.answer and not c.held_out][:_JUDGES]
-            information = sensitivity.fisher(
-                self.model, self.context, told, n_heads=self.geometry.n_heads, progress=done
-            )
+            information = sensitivity.fisher(self.model, self.context, told, geometry=self.geometry, progress=done)
             metric = sensitivity.metric(information)
         with self.progress("deciding budgets", len(groups)) as done:
             for number, group in enumerate(groups):

@@ -24,7 +24,7 @@ from .prefill import Prefill, ReadingCache
 
 READ = 512  # tokens of a text that are read at a time
 _SHRINK = 8  # a batch is made smaller when one row in so many has ended
-_ROOM, _LEAST_TOGETHER = 1 << 25 if SLOW_EXP else 1 << 28, 256  # scores of one layer, and tokens, read together
+_ROOM, _LEAST_TOGETHER = 1 << 23 if SLOW_EXP else 1 << 28, 256  # scores of one layer, and tokens, read together
 
 
 @dataclass(frozen=True)

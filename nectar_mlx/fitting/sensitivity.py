@@ -5,7 +5,8 @@ F = E[g gᵀ] is the Fisher information and g the gradient of log p(answer) by t
 model drew itself. With it the errors of all heads are counted in one currency, nats, and bytes go where they buy most.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -13,13 +14,11 @@ import mlx.nn as nn
 import numpy as np
 
 from .. import attention
-from .._exp import SLOW_EXP
+from ..adapter import Geometry
 from ..cache import NectarCache
 from ..evaluation.fidelity import log_probabilities
 from .queries import Context, Conversation
-
-_ROOM = 1 << 24 if SLOW_EXP else 1 << 28  # scores of one layer
-_TOKENS = 512  # read together: all their logits exist at once, and several times
+from .walk import Walk
 
 
 class _ProbedCache(NectarCache):
@@ -29,11 +28,6 @@ class _ProbedCache(NectarCache):
 
     def attend(self, queries: mx.array, *rest: Any, **options: Any) -> mx.array:
         return super().attend(queries, *rest, **options) + self.probe.astype(queries.dtype)
-
-    def over_context(self, queries: mx.array) -> attention.Partial:
-        # Recomputed in the reverse pass: of all layers at once, the weights of a long context would fill the memory.
-        found: Any = mx.checkpoint(lambda q: tuple(self.bank.over(q)))(queries)
-        return attention.Partial(*found)
 
 
 def metric(information: mx.array) -> mx.array:
@@ -48,58 +42,61 @@ def fisher(
     context: Context,
     conversations: Sequence[Conversation],
     *,
-    n_heads: int,
+    geometry: Geometry,
     progress: Callable[[int], None] = lambda done: None,
 ) -> mx.array:
     """E[g gᵀ] per fitted layer and KV head, [M, D, D], in nats: over the tokens of the conversations and the query
-    heads of the group. n_heads: of queries. progress is told how many conversations are done.
+    heads of the group. progress is told how many conversations are done.
     """
-    K, D = len(context.banks[0].sizes), context.banks[0].head_dim
-    longest = max(len(c.prompt) + len(c.answer) for c in conversations)
-    batch = max(1, min(_ROOM // (n_heads * longest * len(context.prefix)), _TOKENS // longest))
+    walk = Walk(model, geometry)
+    K, D = geometry.n_kv_heads, geometry.head_dim
     total = mx.zeros((len(context.banks), K, D, D))
     count = 0
-    for start in range(0, len(conversations), batch):
-        part = conversations[start : start + batch]
-        gradients = _gradients(model, context, part, n_heads)
-        for layer, g in enumerate(gradients):
+    for done, conversation in enumerate(conversations, 1):
+        for fitted, g in _gradients(walk, context, conversation, geometry):
             rows = attention.group(g, K)
-            total[layer] = total[layer] + rows.swapaxes(1, 2) @ rows
-        mx.eval(total)
-        count += sum(len(c.prompt) + len(c.answer) - 1 for c in part) * (n_heads // K)
-        progress(start + len(part))
-    return total.reshape(-1, D, D) / max(count, 1)
+            total[fitted] = total[fitted] + rows.swapaxes(1, 2) @ rows
+            mx.eval(total)
+            count += rows.shape[1]
+        mx.clear_cache()
+        progress(done)
+    return total.reshape(-1, D, D) * len(context.banks) / max(count, 1)
 
 
 def _gradients(
-    model: nn.Module, context: Context, conversations: Sequence[Conversation], n_heads: int
-) -> Sequence[mx.array]:
-    """∇ log p(answers) by what each fitted layer's attention gives, [B, H, T, D] a layer; zero on padding."""
-    sequences = [c.prompt + c.answer for c in conversations]
-    longest = max(len(s) for s in sequences)
-    tokens = mx.array([s + [0] * (longest - len(s)) for s in sequences])
-    place = mx.arange(longest - 1)[None]
-    first = mx.array([len(c.prompt) - 1 for c in conversations])[:, None]
-    last = mx.array([len(s) - 1 for s in sequences])[:, None]
-    answered = (place >= first) & (place < last)
+    walk: Walk, context: Context, conversation: Conversation, geometry: Geometry
+) -> Iterator[tuple[int, mx.array]]:
+    """∇ log p(answer) by what a fitted layer's attention gives, [1, H, T, D], for each of them, the last one first.
 
-    def log_likelihood(probes: list[mx.array]) -> mx.array:
-        logits = model(tokens[:, :-1], cache=_probed(context, probes))
-        chosen = mx.take_along_axis(log_probabilities(logits), tokens[:, 1:, None], axis=-1)[..., 0]
-        return (chosen * answered).sum()
+    Only one layer's reverse pass exists at a time, the layer computed again for it: through the whole model at once it
+    would be gigabytes.
+    """
+    tokens, first = conversation.prompt + conversation.answer, len(conversation.prompt) - 1
+    chosen = mx.array(conversation.answer)[None, :, None]
+    before, hidden = list[mx.array](), walk.embed(mx.array([tokens[:-1]]))
+    for layer, cache in enumerate(context.make_cache()):
+        before.append(hidden)
+        hidden = walk.layer(layer, hidden, cache)
+        mx.eval(hidden)
 
-    shape = (len(sequences), n_heads, longest - 1, context.banks[0].head_dim)
-    found: Any = mx.grad(log_likelihood)([mx.zeros(shape) for _ in context.banks])
-    mx.eval(found)
-    return list(found)
+    def log_likelihood(last: mx.array) -> mx.array:
+        return mx.take_along_axis(log_probabilities(walk.logits(last[:, first:])), chosen, axis=-1).sum()
 
-
-def _probed(context: Context, probes: Sequence[mx.array]) -> list[Any]:
-    remaining = iter(probes)
-    caches = []
-    for cache in context.make_cache():
+    change = mx.grad(log_likelihood)(hidden)
+    fitted = len(context.banks)
+    for layer, cache in reversed(list(enumerate(context.make_cache()))):
+        inputs, call = [before.pop()], partial(_through, walk, layer, cache)
         if isinstance(cache, NectarCache):
-            cache = _ProbedCache(cache.bank, cache.context)
-            cache.probe = next(remaining)
-        caches.append(cache)
-    return caches
+            inputs.append(mx.zeros((1, geometry.n_heads, len(tokens) - 1, geometry.head_dim)))
+            call = partial(_through, walk, layer, _ProbedCache(cache.bank, cache.context))
+        _, (change, *probe) = mx.vjp(call, inputs, [change])
+        mx.eval(change, probe)
+        if probe:
+            fitted -= 1
+            yield fitted, probe[0]
+
+
+def _through(walk: Walk, layer: int, cache: Any, hidden: mx.array, *probe: mx.array) -> mx.array:
+    if probe:
+        (cache.probe,) = probe
+    return walk.layer(layer, hidden, cache)
