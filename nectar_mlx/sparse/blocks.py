@@ -6,7 +6,6 @@ pieces are dense attention. Only one chunk's scores exist at a time, forwards an
 """
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -117,14 +116,7 @@ def _softmax(scores: mx.array, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
 
 def _weights(scores: mx.array, log_normalizer: mx.array, dtype: mx.Dtype) -> mx.array:
     """e^(score - log-normaliser) in `dtype`."""
-    if mx.default_device() == mx.cpu:
-        return exp(scores - log_normalizer)
-    return _fused_weights(dtype)(scores, log_normalizer)
-
-
-@lru_cache
-def _fused_weights(dtype: mx.Dtype) -> Callable[[mx.array, mx.array], mx.array]:
-    return mx.compile(lambda scores, log_normalizer: mx.exp(scores - log_normalizer).astype(dtype), shapeless=True)
+    return exp(scores - log_normalizer).astype(dtype)
 
 
 def join(parts: Sequence[Partial], *, axis: int) -> Partial:
