@@ -1,5 +1,5 @@
-// The words that the kernels share with Metal, in CUDA C++ (NVRTC, as mx.fast.cuda_kernel compiles them). kernels.py takes the
-// address spaces out of the text and puts this in front of it.
+// The words that the kernels share with Metal, in CUDA C++ (NVRTC, as mx.fast.cuda_kernel compiles them). kernels/source.py
+// takes the address spaces out of the text and puts this in front of it.
 typedef unsigned char uchar;
 typedef unsigned short ushort;
 typedef unsigned int uint;

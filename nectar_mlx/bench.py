@@ -44,7 +44,7 @@ def decode(shape: Shape, contexts: Sequence[int], methods: Sequence[str], *, liv
                     row |= _decode_row(shape, context, name, live, model, weights, bandwidth)
                 except RuntimeError as error:  # MLX has no quantised matmul of some shapes on CUDA
                     row["error"] = str(error).splitlines()[0]
-            rows.append(row)
+            rows.append(_told(row))
             mx.clear_cache()
     return _about() | {"shape": shape.name, "batch": shape.batch, "live": live, "bandwidth": bandwidth, "rows": rows}
 
@@ -68,6 +68,13 @@ def _decode_row(shape: Shape, context: int, name: str, live: int, model: Any, we
     return row | {"peak_memory": mx.get_peak_memory()}
 
 
+def _told(row: Row) -> Row:
+    """The row, when a line on stderr has told it: runs are long, and may be cut short."""
+    numbers = {key: f"{value:.3f}" for key, value in row.items() if isinstance(value, float)}
+    cli.say(", ".join(f"{key} {numbers.get(key, value)}" for key, value in row.items()))
+    return row
+
+
 def _leaves(tree: Any) -> list[mx.array]:
     children = tree.values() if isinstance(tree, dict) else tree
     return [tree] if isinstance(tree, mx.array) else [x for child in children for x in _leaves(child)]
@@ -78,7 +85,7 @@ def fit(shape: Shape, contexts: Sequence[int], config: FitConfig) -> Row:
     room = [n for n in contexts if 2 * shape.cache_bytes(n) < 0.8 * measure.memory()]
     if not room:
         raise NectarError(f"the keys and values of {min(contexts)} tokens do not fit the memory: ask for fewer tokens")
-    rows = measure_fit.rows(shape, room, config)
+    rows = [_told(row) for row in measure_fit.rows(shape, room, config)]
     sizes = {"layers": shape.layers, "queries": config.queries, "steps": config.steps, "budget": config.budget}
     return _about() | {"shape": shape.name, "bandwidth": measure.bandwidth(), "rows": rows} | sizes
 

@@ -14,7 +14,9 @@ TOY = ["decode", "--shape", "toy", "--contexts", "1k,2k"]
 
 def test_decode_reports_every_method_at_every_context(capsys):
     assert bench.main([*TOY, "--json"]) == 0
-    result = json.loads(capsys.readouterr().out)
+    out, err = capsys.readouterr()
+    assert len(err.splitlines()) == 2 * len(measure.KEEPERS), "every row is told as soon as it is there"
+    result = json.loads(out)
     assert [(row["context"], row["method"]) for row in result["rows"]] == [
         (context, method) for context in (1024, 2048) for method in measure.KEEPERS
     ]

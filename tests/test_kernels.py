@@ -12,6 +12,7 @@ from nectar_mlx import kernels
 from nectar_mlx.cache import NectarCache
 from nectar_mlx.errors import NectarError
 from nectar_mlx.heads import Corrected, Exact, Quadrature, TargetScore
+from nectar_mlx.kernels import source, variants
 from nectar_mlx.kernels.packing import DTYPES, Form, pack, requantize
 from nectar_mlx.quantize import dequantize, quantize
 
@@ -136,12 +137,12 @@ def simulate(monkeypatch):
     """
     monkeypatch.setenv("NECTAR_KERNEL", "metal")
     monkeypatch.setattr(mx.fast, "cuda_kernel", mx.fast.metal_kernel)
-    monkeypatch.setattr(kernels, "_cuda", lambda header, body: (header, body))
+    monkeypatch.setattr(source, "_cuda", lambda header, body: (header, body))
 
     def start(**options):
         simulator = Simulator(**{"mode": MODE, **options})
         monkeypatch.setattr(kernels, "launcher", simulator.launcher)
-        kernels._build.cache_clear()
+        variants.build.cache_clear()
         return simulator
 
     return start
@@ -163,7 +164,7 @@ SIZES = {
 # Every kind, head size, type, storage and the corners of grouping, length and batch occur; together they meet once.
 MATRIX = [
     dict(kind="quadrature", head_dim=64, group=1, element="float32", storage="float32"),
-    dict(kind="quadrature", head_dim=128, group=2, element="bfloat16", storage="bfloat16", live=130),
+    dict(kind="quadrature", head_dim=128, group=2, element="bfloat16", storage="bfloat16", live=130, fused=True),
     dict(kind="quadrature", head_dim=80, group=16, length=8, element="float32", storage="int4", live=70),
     dict(kind="quadrature", head_dim=96, group=7, batch=3, element="float16", storage="int8", padding=[0, 8, 3]),
     dict(kind="quadrature", head_dim=256, group=4, element="float32", storage="bfloat16", live=70),
@@ -454,6 +455,7 @@ def test_a_batch_of_caches(simulate):
         caches, found = [NectarCache(bank, 40, packed=packed) for _ in range(2)], []
         for cache, prompt in zip(caches, (9, 12), strict=True):
             found += [step(cache, 1, length) for length in (prompt, 2)]
+        assert caches[0].live.keys_and_values()[0].shape[2] == (11 if packed is None else 256), "not sliced"
         batch = NectarCache.merge(caches)
         found.append(step(batch, 2, 1))
         batch.filter(mx.array([1]))
@@ -558,10 +560,10 @@ def test_cuda_text_has_no_metal_left(monkeypatch, tmp_path, kind):
     monkeypatch.setenv("NECTAR_CACHE", str(tmp_path))
     made = {}
     monkeypatch.setattr(mx.fast, "cuda_kernel", lambda **options: made.update(options))
-    kernels._build.cache_clear()
+    variants.build.cache_clear()
     form = Form(kind=kind, storage="int4", n_kv_heads=8, head_dim=128, scale=0.1, blocks=124, slots=64, backend="cuda")
-    kernels._build(kernels.variant_for(form, 2, 2, 1, "bfloat16", False), "fused")
-    kernels._build.cache_clear()
+    variants.build(variants.variant_for(form, 2, 2, 1, "bfloat16", False), "fused")
+    variants.build.cache_clear()
     files = [Path(p) for part in ("header", "source") for p in re.findall(r'#include "(.+)"', made[part])]
     assert len(files) == 2
     text = "".join(f.read_text() for f in files)

@@ -56,19 +56,17 @@ class Stages:
         self.seconds[name], self.peaks[name] = time.perf_counter() - start, mx.get_peak_memory()
 
 
-def rows(shape: Shape, contexts: list[int], config: FitConfig) -> list[Row]:
+def rows(shape: Shape, contexts: list[int], config: FitConfig) -> Iterator[Row]:
     """One row a stage and context: seconds, their share of the fit, and the peak of MLX's memory, weights included."""
     model = shape.model()
     small = replace(config, queries=256, steps=2, scout_steps=2, answer_tokens=4)
     measured(model, shape, min(contexts[0], 1024), small)  # kernels are compiled when they are first needed
-    found = []
     for context in contexts:
         stages = measured(model, shape, context, config)
         whole = sum(stages.seconds.values())
         for name in STAGES:
             row: Row = {"context": context, "stage": name, "seconds": stages.seconds[name]}
-            found.append(row | {"share": stages.seconds[name] / whole, "peak_memory": stages.peaks[name]})
-    return found
+            yield row | {"share": stages.seconds[name] / whole, "peak_memory": stages.peaks[name]}
 
 
 def measured(model: nn.Module, shape: Shape, tokens: int, config: FitConfig) -> Stages:

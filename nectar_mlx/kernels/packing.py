@@ -22,7 +22,7 @@ import numpy as np
 
 from ..errors import NectarError
 from ..heads import Bank, Corrected, HeadArrays, Quadrature, TargetScore
-from ..quantize import Quantized, dequantize, group_size, quantize
+from ..quantize import Quantized, dequantize, group_size, pack_integers, quantize
 
 NODES, GATED, PLAIN, SCORE, LINEAR, GIVEN, GIVEN_SCORE = range(7)
 SLOTS = 64
@@ -290,10 +290,7 @@ def requantize(x: mx.array, *, bits: int) -> Quantized:
         values, scales = mx.where(same, tried, values), mx.where(same, scale, scales)
         mx.eval(values, scales)
     integers = mx.round(values / mx.maximum(scales.astype(mx.float32), 6e-8)).reshape(x.shape)
-    if bits == 8:
-        return Quantized(integers.astype(mx.int8), scales[..., 0])
-    nibbles = (integers + 8).astype(mx.uint8)
-    return Quantized(nibbles[..., 0::2] | (nibbles[..., 1::2] << 4), scales[..., 0])
+    return Quantized(pack_integers(integers, bits=bits), scales[..., 0])
 
 
 def activations(deep: HeadArrays, queries: mx.array) -> mx.array:

@@ -6,7 +6,6 @@ two, which merge: a window, and for each column of the grid a causal attention o
 """
 
 import functools
-import hashlib
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import mlx.core as mx
 
 from .. import kernels
 from ..attention import Partial, merge
+from ..kernels import source
 from .patterns import Fixed, Pattern
 
 HEAD_DIMS = (64, 80, 96, 128)
@@ -172,25 +172,17 @@ def _build(
         *(f"constant constexpr int {name} = {value};" for name, value in numbers),
         f"constant constexpr float SCALE = {scale!r}f;",
         "constant constexpr float NEVER = -1e30f;",
-        kernels._text("tiles_cuda" if backend == "cuda" else "tiles"),
-        kernels._text("sparse"),
+        source.read("tiles_cuda" if backend == "cuda" else "tiles"),
+        source.read("sparse"),
         "}\n",
     ]
     defined = {flag, *flags}
-    header = kernels._resolve("\n".join(lines), defined)
-    body = kernels._resolve(kernels._text(f"sparse_{stage}"), defined)
+    header = source.resolve("\n".join(lines), defined)
+    body = source.resolve(source.read(f"sparse_{stage}"), defined)
     inputs = ["queries", "keys", "values", "plan"]
     outputs = {"forward": ["output", "log_normalizer"], "queries": ["d_queries"], "keys": ["d_keys", "d_values"]}[stage]
     if stage != "forward":
         inputs[3:3] = ["d_output", "log_normalizer", "constants"]
     if "JOIN" in flags:
         inputs += ["far_d_keys", "far_d_values"]
-    digest = hashlib.sha256((header + body).encode()).hexdigest()[:12]
-    make: Any = mx.fast.metal_kernel
-    if backend == "cuda":
-        make = mx.fast.cuda_kernel
-        header, body = kernels._cuda(header, body)
-    kernel: Callable[..., Any] = make(
-        name=f"nectar_sparse_{stage}_{digest}", input_names=inputs, output_names=outputs, header=header, source=body
-    )
-    return kernel
+    return source.kernel(f"sparse_{stage}", backend, header, body, inputs=inputs, outputs=outputs)

@@ -12,7 +12,7 @@ import numpy as np
 import nectar_mlx  # noqa: F401  (before mlx)
 from nectar_mlx import kernels
 from nectar_mlx.benchmarks.measure import SHAPES, random_bank
-from nectar_mlx.kernels import packing
+from nectar_mlx.kernels import packing, variants
 
 import mlx.core as mx  # isort: skip
 
@@ -45,8 +45,8 @@ def source(variant, stage):
     real = mx.fast.cuda_kernel
     mx.fast.cuda_kernel = lambda **options: made.update(options)
     try:
-        kernels._build.cache_clear()
-        kernels._build(variant, stage)
+        variants.build.cache_clear()
+        variants.build(variant, stage)
     finally:
         mx.fast.cuda_kernel = real
     element = {"bfloat16": "__nv_bfloat16", "float16": "__half", "float32": "float"}[variant.element]
@@ -125,7 +125,7 @@ def measure(shape, nodes, units, storage, live=64, layers=28, blocks=124):
     bits = {"int8": 8, "int4": 4}.get(storage, 16)
     packed = packing.pack(bank, dtype=mx.bfloat16, bits=bits, blocks=blocks, backend="cuda")
     rows = shape.batch * shape.n_heads // shape.n_kv_heads
-    variant = kernels.variant_for(packed.form, rows, rows // shape.batch, 1, "bfloat16", False)
+    variant = variants.variant_for(packed.form, rows, rows // shape.batch, 1, "bfloat16", False)
     data = [Layer(packed, shape, live, seed) for seed in range(layers)]
     rounds = -(-rows // (variant.tiles * variant.tile))
     slices = min(-(-live // kernels.LIVE_SLICE), kernels.MAX_SLICES)

@@ -1,0 +1,149 @@
+"""The texts of the decode kernel: metal/{rows,decode,partial,merge}.metal with the constants that a call of some shapes
+needs, and the choices that depend on the machine."""
+
+import functools
+import re
+from dataclasses import dataclass
+
+from ..quantize import group_size
+from . import source
+from .packing import Form
+
+SIMDGROUPS = 8
+LIVE_SLICE, MAX_SLICES = 64, 32  # live tokens a threadgroup; threadgroups for the live tokens of one KV head, at most
+# Rows that a lane has asked for before it uses the first, by bits: measured on an H100, guessed for Apple, which has
+# half the registers. "nodes": without hidden units, and with at most two queries a simdgroup.
+FLIGHT = {
+    "metal": {32: 2, 16: 4, 8: 8, 4: 8},
+    "cuda": {32: 4, 16: 4, 8: 4, 4: 8},
+    "cuda nodes": {32: 4, 16: 6, 8: 6, 4: 8},
+}
+
+
+def variant_for(form: Form, rows: int, group: int, length: int, element: str, padded: bool) -> "Variant":
+    """The text for so many query rows of a KV head in all sequences. A simdgroup holds at most four, as even as the
+    simdgroups side by side allow."""
+    tile = -(-rows // _tiles(rows, 4)) if rows < 4 * SIMDGROUPS else 4
+    return Variant(
+        backend=form.backend,
+        element=element,
+        storage=form.storage,
+        kind=form.kind,
+        head_dim=form.head_dim,
+        scale=form.scale,
+        n_kv_heads=form.n_kv_heads,
+        group=group,
+        length=length,
+        tile=tile,
+        tiles=_tiles(rows, tile),
+        padded=padded,
+    )
+
+
+def _tiles(rows: int, tile: int) -> int:
+    """Simdgroups side by side that hold different query rows: a power of two."""
+    tiles = 1
+    while tiles < SIMDGROUPS and tiles * tile < rows:
+        tiles *= 2
+    return tiles
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Everything that is a constant of a kernel's text."""
+
+    backend: str
+    element: str  # type of queries, keys, values and output
+    storage: str  # of the parameters
+    kind: str
+    head_dim: int
+    scale: float
+    n_kv_heads: int
+    group: int  # query heads of a KV head
+    length: int  # query tokens
+    tile: int  # query rows a simdgroup holds
+    tiles: int  # simdgroups that hold different rows
+    padded: bool
+
+    @property
+    def shares(self) -> int:
+        """Simdgroups that share the merge of a row: a power of two."""
+        return SIMDGROUPS // _tiles(self.tile, 1) if self.tiles == 1 else 1
+
+    def text(self, stage: str) -> tuple[str, str]:
+        """The kernel's header and body in Metal. stage: "partial" and "merge", or "fused", which is both."""
+        quantised = self.storage.startswith("int")
+        bits = int(re.sub(r"\D", "", self.storage))
+        lanes = 1 << (self.head_dim // 8 - 1).bit_length()
+        halved = 2 if self.tile > 2 and self.backend == "metal" else 1  # four queries a lane leave fewer registers
+        few = self.backend == "cuda" and self.kind == "quadrature" and self.tile <= 2
+        flight = FLIGHT["cuda nodes" if few else self.backend]
+        numbers = {
+            "HEAD_DIM": self.head_dim,
+            "PARTS": self.head_dim // 8,
+            "VECTORS": self.head_dim // 4,
+            "LANES": lanes,
+            "ROW_WORDS": self.head_dim * bits // 32,
+            "GROUP": group_size(self.head_dim),
+            "ROW_SCALES": self.head_dim // group_size(self.head_dim) if quantised else 0,
+            "N_KV_HEADS": self.n_kv_heads,
+            "QUERY_HEADS": self.group,
+            "LENGTH": self.length,
+            "TILE": self.tile,
+            "TILES": self.tiles,
+            "SHARES": self.shares,
+            "ROUND": max(1, min(self.tile, 4096 // (SIMDGROUPS * self.head_dim))),
+            "SIMDGROUPS": SIMDGROUPS,
+            "FLIGHT": flight[bits] // halved,
+            "LIVE_FLIGHT": 2 if self.element == "float32" else flight[16] // halved,
+            "AHEAD": 8,
+            "LIVE_SLICE": LIVE_SLICE,
+            "MAX_SLICES": MAX_SLICES,
+            "HAS_NODES": int(self.kind in ("quadrature", "corrected")),
+            "HAS_UNITS": int(self.kind != "quadrature"),
+        }
+        flags = {
+            "READS": stage != "merge",
+            "MERGES": stage != "partial",
+            "ONE_LAUNCH": stage == "fused",
+            "HINTS": self.backend == "cuda",  # for the cache
+            "NO_HINTS": self.backend != "cuda",
+            "UNITS": self.kind != "quadrature",
+            "GATED_UNITS": self.kind == "corrected",
+            "NETWORKS": self.kind == "mlp",
+            "DEEP_NETWORKS": self.kind == "deep",
+            "LINEAR_UNITS": self.kind in ("mlp", "deep"),
+            "PADDED": self.padded,
+            "FLOATS": "float32" in (self.element, self.storage),
+            "HALVES": not {self.element, self.storage}.isdisjoint(("float16", "bfloat16")),
+            "BYTES": self.storage == "int8",
+            "NIBBLES": self.storage == "int4",
+        }
+        types = {"bfloat16": "bfloat16_t", "float16": "half", "float32": "float", "int8": "Int8", "int4": "Int4"}
+        lines = [
+            "namespace nectar {",
+            *(f"constant constexpr int {name} = {value};" for name, value in numbers.items()),
+            f"constant constexpr float SCALE = {self.scale!r}f;",
+            source.read("rows"),
+            f"typedef {types[self.element]} Element;",
+            f"typedef {types[self.storage]} Weight;",
+            source.read("decode"),
+            "}\n",
+        ]
+        body = source.read("merge" if stage == "merge" else "partial")
+        defined = {name for name, on in flags.items() if on}
+        return source.resolve("\n".join(lines), defined), source.resolve(body, defined)
+
+
+@functools.lru_cache(maxsize=256)
+def build(variant: Variant, stage: str) -> source.Kernel:
+    """The kernel of a stage, as `Variant.text` has them."""
+    outputs = {"fused": ["partials", "output"], "partial": ["partials"], "merge": ["output"]}[stage]
+    if stage == "merge":
+        inputs = ["queries", "parameters", "live_tokens", "partials"]
+    else:
+        inputs = ["queries", "keys", "values", "parameters", "live_tokens"]
+        inputs += ["left_padding"] * variant.padded + ["activations"] * (variant.kind == "deep")
+        inputs += ["tickets"] * (stage == "fused")
+    text = variant.text(stage)
+    return source.kernel(stage, variant.backend, *text, inputs=inputs, outputs=outputs, ensure_row_contiguous=False)
