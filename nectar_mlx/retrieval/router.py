@@ -17,6 +17,7 @@ from .selection import Choice, Selector, best, largest, log_sum
 from .sketch import CLUSTER, PER_KEY, decode, encode
 
 _MOST = 0.2  # of the clusters: heads that need more are searched whole
+_MANY = 8  # tokens at once, from which on scoring all sketches takes less time than collecting some
 
 
 class Router:
@@ -89,24 +90,46 @@ class _Clusters:
 
     def choose(self, queries: mx.array, anchors: mx.array, *, count: int) -> Choice:
         K, N, G, D = queries.shape
-        count, scanned, rank = min(count, self._n), self._scanned(count), self._codes.shape[-1]
+        count = min(count, self._n)
         queries = queries.astype(mx.float32).reshape(K, N * G, D) * self._scale
-        projected, common = queries @ self._projection, (queries @ self._mean[..., None]).reshape(K, N, G, 1)
+        projected, common = queries @ self._projection, (queries @ self._mean[..., None]).reshape(K, N, G)
         found = projected @ self._centres.astype(mx.float32).swapaxes(1, 2) * self._centre_scales[:, None]
-        centres = found.reshape(K, N, G, -1) + common
-        masses = centres + self._log_members[:, None, None]
-        total = mx.logaddexp(log_sum(masses), anchors)
-        near = largest((centres - total[..., None]).max(2), scanned - 1)[..., :scanned]
+        centres = found.reshape(K, N, G, -1)
+        # Of the keys' scores less what they have in common; so are the totals.
+        total = mx.logaddexp(log_sum(centres + self._log_members[:, None, None]), anchors - common)
+        if N >= _MANY:
+            near, shares = None, self._all(projected, total)
+        else:
+            near = largest((centres - total[..., None]).max(2), (scanned := self._scanned(count)) - 1)[..., :scanned]
+            shares = self._near(projected.reshape(K, N, G, -1), total, near)
+        choice = best(shares, mx.zeros(total.shape), count=count)
+        total = total + common
+        positions = self._at(choice.positions, near)
+        return Choice(positions, choice.scores + total[..., None], choice.threshold + total)
+
+    def _all(self, projected: mx.array, total: mx.array) -> mx.array:
+        """The log of all keys' shares, [K, N, G, C · CLUSTER], in one product: projected [K, N · G, rank]."""
+        K, N, G = total.shape
+        scales = self._scales.astype(mx.float32)[..., None]
+        codes = (self._codes.astype(mx.float32) * scales).reshape(K, -1, projected.shape[-1])
+        empty = mx.where(scales > 0, 0, NOTHING).reshape(K, -1, 1)
+        keys = mx.concatenate([codes, mx.ones(empty.shape), empty], axis=-1)
+        flat = -total.reshape(K, N * G, 1)
+        asked = mx.concatenate([projected, flat, mx.ones(flat.shape)], axis=-1)
+        return (asked @ keys.swapaxes(1, 2)).reshape(K, N, G, -1)
+
+    def _near(self, projected: mx.array, total: mx.array, near: mx.array) -> mx.array:
+        """The same of the keys of some clusters, near [K, N, m] -> [K, N, G, m · CLUSTER]; projected [K, N, G, rank]."""
+        K, N, m = near.shape
         rows = near + mx.arange(K)[:, None, None] * self._clusters
-        sketches = self._codes[rows].astype(mx.float32).reshape(K, N, scanned * CLUSTER, rank)
+        codes = self._codes[rows].astype(mx.float32).reshape(K, N, m * CLUSTER, -1)
         scales = self._scales[rows].astype(mx.float32).reshape(K, N, 1, -1)
-        found = projected.reshape(K, N, G, rank) @ sketches.swapaxes(2, 3) * scales + common
-        found = mx.where(scales > 0, found, NOTHING)
-        # A centre says little of a cluster that holds one large score: what was scored counts as it is.
-        others = mx.put_along_axis(mx.zeros((*near.shape[:2], self._clusters)), near, mx.array(NOTHING), axis=-1)
-        total = mx.logaddexp(mx.logaddexp(log_sum(masses + others[:, :, None]), log_sum(found)), anchors)
-        choice = best(found, total, count=count)
-        cluster = mx.take_along_axis(near, choice.positions // CLUSTER, axis=-1)
-        places = (cluster * CLUSTER + choice.positions % CLUSTER).reshape(K, -1)
-        positions = mx.take_along_axis(self._positions, places, axis=1).reshape(K, N, -1)
-        return Choice(positions, choice.scores, choice.threshold)
+        found = projected @ codes.swapaxes(2, 3) * scales
+        return mx.where(scales > 0, found, NOTHING) - total[..., None]
+
+    def _at(self, places: mx.array, near: mx.array | None) -> mx.array:
+        """Positions in the middle of places [K, N, k] among the keys that were scored."""
+        if near is not None:
+            places = mx.take_along_axis(near, places // CLUSTER, axis=-1) * CLUSTER + places % CLUSTER
+        K = places.shape[0]
+        return mx.take_along_axis(self._positions, places.reshape(K, -1), axis=1).reshape(places.shape)
