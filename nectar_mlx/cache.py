@@ -18,8 +18,8 @@ from .kernels.packing import Packed
 
 
 class _Whole:
-    """A cache that hands out its whole buffers: the kernel needs no slices, and to make them takes longer than to
-    call it."""
+    """A cache that hands out its whole buffers: the kernel needs no slices, and they take as long to make as its
+    call."""
 
     def keys_and_values(self: Any) -> tuple[mx.array, mx.array]:
         return self.keys, self.values
