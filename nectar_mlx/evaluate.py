@@ -11,13 +11,14 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
 from . import adapter, baselines, cli
-from .baselines import NO_CONTEXT, Task, View
+from .baselines import NO_CONTEXT, Task, View, ask
 from .clock import Clock
 from .errors import NectarError
 from .evaluation import answers, questions, report, similarity
@@ -26,6 +27,7 @@ from .evaluation.methods import Method, build, measure
 from .evaluation.questions import ON
 from .evaluation.summary import by_entropy, correlations, entropies, head_errors, summaries, table
 from .fitting import chunks
+from .models import hub
 from .nectar import Nectar
 
 
@@ -41,7 +43,6 @@ class Options:
     answer_tokens: int = 96
     rows: int = 4096
     seed: int = 2024
-    slow: bool = False
     answers: bool = True
     exact: tuple[float, ...] = (0.0, 0.005, 0.01, 0.02, 0.04)
 
@@ -52,7 +53,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", help="the model to use (default: the name of the one it was fitted on)")
     parser.add_argument("--questions", metavar="FILE", help="your own, one a line, or JSON lines")
     names = ", ".join(b.slug for b in baselines.BASELINES.values())
-    parser.add_argument("--baselines", default="all", metavar="NAMES", help=f"all, none, or some of: {names}")
+    slow = ", ".join(b.slug for b in baselines.BASELINES.values() if b.slow)
+    parser.add_argument(
+        "--baselines",
+        default="all",
+        metavar="NAMES",
+        help=f"none, all (but {slow}, which take minutes: all,{slow} has these too), or some of: {names}",
+    )
     parser.add_argument(
         "--count", type=int, default=8, metavar="N", help="held-out questions about the text (default 8)"
     )
@@ -87,26 +94,29 @@ def _work(arguments: argparse.Namespace) -> None:
         answer_tokens=arguments.answer_tokens,
         rows=arguments.rows,
         seed=arguments.seed,
-        slow=mx.default_device() != mx.cpu,
         answers=not arguments.no_answers,
         exact=arguments.exact,
     )
+    # Whatever can be wrong is better told before the work than after it.
+    baselines.choose(arguments.baselines)
     for path in (arguments.report, arguments.plot):
         if path and not Path(path).resolve().parent.is_dir():
             raise NectarError(f"{path}: there is no such folder")
+    if arguments.plot:
+        report.check_plot()
     started = time.perf_counter()
     model, tokenizer, first = cli.load(arguments.nectar[0], arguments.model)
     loaded = time.perf_counter() - started
     files = {arguments.nectar[0]: first}
-    files |= {p: cli.load_nectar(Path(p), model, tokenizer) for p in arguments.nectar[1:]}
+    files |= {p: cli.load_nectar(hub.nectar_file(p), model, tokenizer) for p in arguments.nectar[1:]}
     own = Path(arguments.questions) if arguments.questions else None
     result = evaluate(model, tokenizer, files, options=options, own=own)
     result["seconds"]["load"] = round(loaded, 2)
+    print(json.dumps(result) if arguments.json else table(result), flush=True)
     if arguments.report:
         report.write(result, Path(arguments.report))
     if arguments.plot:
         report.plot(result, Path(arguments.plot))
-    print(json.dumps(result) if arguments.json else table(result))
 
 
 def evaluate(
@@ -114,12 +124,12 @@ def evaluate(
 ) -> dict[str, Any]:
     """Everything that the report shows, as one JSON object. files: Nectars of one text by name. own: a file of
     questions."""
-    chosen = baselines.choose(options.baselines, slow=options.slow)
     first = next(iter(files.values()))
     if any((n.prefix, n.chunks) != (first.prefix, first.chunks) for n in files.values()):
         raise NectarError("the files are of different texts: evaluate them one by one")
-    if first.metadata.get("config", {}).get("prefill") == "fixed":  # what that way of reading costs on its own
-        chosen = list({b.name: b for b in (*chosen, *baselines.choose("sparse-prefill", slow=True))}.values())
+    fixed = first.metadata.get("config", {}).get("prefill") == "fixed"  # what that way of reading costs on its own
+    chosen = baselines.choose(options.baselines + (",sparse-prefill" if fixed else ""))
+    asked = questions.from_file(own, partial(ask, tokenizer)) if own else []
     clock = Clock()
     geometry = adapter.route(model)
     with cli.progress("reading the context", len(first.prefix)) as done:
@@ -134,10 +144,13 @@ def evaluate(
         seed=options.seed + 7_919,
         answer_tokens=options.answer_tokens,
     )
-    asked = (
-        questions.from_file(own, task) if own else questions.held_out(task, count=options.questions, seed=options.seed)
-    )
+    asked = asked or questions.held_out(task, count=options.questions, seed=options.seed)
     asked = questions.numbered(asked, samples=options.samples)
+    if mx.default_device() == mx.cpu:
+        cli.say(
+            f"{len(files)} file(s) and {len(chosen)} baselines on {len(asked)} answers: minutes on a CPU "
+            "(--baselines none --no-answers is quickest)"
+        )
     questions.sample_answers(task, asked, seed=options.seed)
     asked = [a for a in asked if a.conversation.answer]
     study = task.heard([a.conversation for a in asked])

@@ -188,14 +188,12 @@ def test_training_a_cartridge_lowers_the_loss(task):
 
 
 def test_names_are_chosen_as_they_are_typed():
-    assert [b.name for b in choose("Attention-Matching-Budgets, no context", slow=False)] == [
+    assert [b.name for b in choose("Attention-Matching-Budgets, no context")] == [
         "Attention Matching + budgets",
         "no context",
     ]
-    assert choose("none", slow=True) == []
-    assert {b.name for b in choose("all", slow=True)} - {b.name for b in choose("all", slow=False)} == {
-        "Cartridge",
-        "sparse prefill",
-    }
+    assert choose("none") == []
+    assert set(BASELINES) - {b.name for b in choose("all")} == {"Cartridge", "sparse prefill"}
+    assert len(choose("all,cartridge,snapkv")) == len(choose("all")) + 1
     with pytest.raises(NectarError, match="there is no baseline 'magic'"):
-        choose("magic", slow=False)
+        choose("magic")

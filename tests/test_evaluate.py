@@ -145,7 +145,7 @@ def make_task(model, prefix):
 def test_questions_from_a_file(model, prefix, tmp_path):
     own = tmp_path / "questions.txt"
     own.write_text('Who was master?\n\n{"question": "Which year?", "answer": 1847, "depth": 0.1}\n')
-    found = questions.from_file(own, make_task(model, prefix))
+    found = questions.from_file(own, make_task(model, prefix).ask)
     assert [(a.question, a.expected, a.depth) for a in found] == [
         ("Who was master?", None, None),
         ("Which year?", "1847", 0.1),
@@ -163,7 +163,7 @@ def test_the_likeliest_choice_is_the_answer(model, prefix, tmp_path):
     choices = ["She carried 299 casks.", "She carried 300 casks.", "She carried 17 casks of tar and salt."]
     lines = [{"question": "What cargo?", "answer": answer, "choices": choices} for answer in ("299", "300", "17")]
     own.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    asked = questions.numbered(questions.from_file(own, task), samples=2)
+    asked = questions.numbered(questions.from_file(own, task.ask), samples=2)
     scores = []
     for choice in choices:
         ids = prompts.encode(TOKENIZER, choice, specials=False)
@@ -190,9 +190,9 @@ def test_broken_question_files_are_refused(model, prefix, tmp_path, content, com
     path = tmp_path / "broken.jsonl"
     path.write_text(content)
     with pytest.raises(NectarError, match=complaint):
-        questions.from_file(path, make_task(model, prefix))
+        questions.from_file(path, make_task(model, prefix).ask)
     with pytest.raises(NectarError, match="cannot read"):
-        questions.from_file(tmp_path / "none", make_task(model, prefix))
+        questions.from_file(tmp_path / "none", make_task(model, prefix).ask)
 
 
 def test_held_out_questions_are_not_the_ones_of_a_fit(model, prefix):

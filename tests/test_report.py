@@ -104,6 +104,36 @@ def test_what_is_missing_is_left_out(changes):
     assert report.page(make(**changes)).rstrip().endswith("</html>")
 
 
+def test_the_table_is_grouped_by_the_sizes_of_the_files():
+    page = report.page(make())
+    expected = (
+        "At most 120 KB",
+        ">small.nectar <",
+        "At most 480 KB",
+        ">book.nectar <",
+        "Other sizes",
+        ">8-bit KV cache <",
+    )
+    places = [page.index(text) for text in expected]
+    assert places == sorted(places)
+    one = make(methods=[method("nectar", 480_000, 0.01), method("no context", 0, 0.3, error=None)])
+    assert "At most" not in report.page(one)
+
+
+def test_files_of_several_kinds_are_told_by_their_names():
+    methods = [
+        method("nectar, quadrature", 480_000, 0.01),
+        method("nectar, mlp", 479_000, 0.02, "deep.nectar"),
+        method("no context", 0, 0.3, error=None),
+        method("nectar, quadrature, 1.0% read", 490_000, 0.005),
+    ]
+    files = make()["files"]
+    page = report.page(make(methods=methods, files=files | {"deep.nectar": {"layout": {"kind": "mlp"}}}))
+    assert ">deep.nectar <" in page and ">book.nectar, 1.0% read <" in page
+    drawing = charts.curve(methods, 138_931_200)
+    assert drawing.count("class=own") == 3 and drawing.count("label-own") == 3 and "--accent" in drawing
+
+
 def test_the_curve_has_a_mark_a_method_and_size():
     drawing = charts.curve(make()["methods"], 138_931_200)
     assert drawing.count("<circle") == 5 and drawing.count("no context") == 1

@@ -18,7 +18,7 @@ from . import (
     snap,
     summary,
 )
-from .base import Baseline, Task, View, slug
+from .base import Baseline, Task, View, ask, slug
 
 BASELINES = {
     b.name: b
@@ -39,17 +39,16 @@ BASELINES = {
 NO_CONTEXT = "no context"
 
 
-def choose(names: str, *, slow: bool) -> list[Baseline]:
-    """`all`, `none`, or names with commas between. slow: whether `all` includes those that take minutes."""
-    if names == "none":
-        return []
-    if names == "all":
-        return [b for b in BASELINES.values() if slow or not b.slow]
+def choose(names: str) -> list[Baseline]:
+    """Names with commas between; `all` stands for those that do not take minutes, `none` for no baseline."""
     by_slug = {b.slug: b for b in BASELINES.values()}
-    wanted = [slug(name) for name in names.split(",")]
-    if unknown := [name for name in wanted if name not in by_slug]:
-        raise NectarError(f"there is no baseline {unknown[0]!r}; there are: all, none, {', '.join(by_slug)}")
-    return [by_slug[name] for name in wanted]
+    groups = {"all": [b for b in BASELINES.values() if not b.slow], "none": []}
+    found: list[Baseline] = []
+    for name in map(slug, names.split(",")):
+        if name not in groups and name not in by_slug:
+            raise NectarError(f"there is no baseline {name!r}; there are: all, none, {', '.join(by_slug)}")
+        found += groups[name] if name in groups else [by_slug[name]]
+    return list(dict.fromkeys(found))
 
 
-__all__ = ["BASELINES", "NO_CONTEXT", "Baseline", "Task", "View", "choose"]
+__all__ = ["BASELINES", "NO_CONTEXT", "Baseline", "Task", "View", "ask", "choose"]

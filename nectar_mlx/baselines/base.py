@@ -61,7 +61,7 @@ class Task:
     geometry: Geometry
     context: Context
     rows: int = 4096
-    conversations: int = 8 if SLOW_EXP else 256
+    conversations: int = 8 if SLOW_EXP else 128
     seed: int = 77
     answer_tokens: int = 96
 
@@ -122,7 +122,7 @@ class Task:
         return sensitivity.metric(information)
 
     def ask(self, question: str) -> list[int]:
-        return prompts.prompt(self.tokenizer, question, enable_thinking=False)
+        return ask(self.tokenizer, question)
 
     def passage(self, rng: random.Random) -> str:
         """Some 20 to 60 tokens of the document."""
@@ -227,6 +227,11 @@ class Task:
         return self.n_heads * store.head_bytes(self.layout("exact"), (1,))
 
 
+def ask(tokenizer: Any, question: str) -> list[int]:
+    """What follows the prefix when a question is asked."""
+    return prompts.prompt(tokenizer, question, enable_thinking=False)
+
+
 Method = Callable[[Task, int], View]
 
 
@@ -234,7 +239,7 @@ Method = Callable[[Task, int], View]
 class Baseline:
     """A method's name and how it is built: `build(task, nbytes)` returns a view of at most nbytes where `sized`.
 
-    slow: minutes of work, left out unless it is named or `all` are asked for on a GPU.
+    slow: minutes of work even on a GPU, left out unless it is named.
     """
 
     name: str

@@ -1,7 +1,7 @@
 """Cartridges (arXiv 2506.06266): keys and values trained end to end to give the full cache's distributions.
 
 Started from the context's first tokens, the sink frozen, Adam with a linear decay, on self-study conversations. It
-takes minutes of forward and backward passes through the whole model: left out on a CPU unless asked for by name.
+takes minutes of forward and backward passes through the whole model: left out unless asked for by name.
 """
 
 from collections.abc import Sequence

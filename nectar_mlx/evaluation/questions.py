@@ -3,7 +3,7 @@
 import json
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -72,23 +72,24 @@ def _reread(task: Task, rng: random.Random) -> Asked:
     return Asked(question=f"{text} …", kind=REREAD, conversation=conversation)
 
 
-def from_file(path: Path, task: Task) -> list[Asked]:
+def from_file(path: Path, ask: Callable[[str], list[int]]) -> list[Asked]:
     """One question a line, or JSON lines {"question", "answer"?, "depth"?, "choices"?, "kind"?}; NectarError if the
     file holds none.
 
     "answer" is what a right answer contains, a name or a number; "choices" are whole answers, one of them right.
+    ask: a question -> what follows the prefix.
     """
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise NectarError(f"cannot read questions from {path}: {getattr(error, 'strerror', None) or error}") from None
-    asked = [_question(line, task, f"{path}, line {i}") for i, line in enumerate(lines, 1) if line]
+    asked = [_question(line, ask, f"{path}, line {i}") for i, line in enumerate(lines, 1) if line]
     if not asked:
         raise NectarError(f"{path} holds no question: write one a line")
     return asked
 
 
-def _question(line: str, task: Task, place: str) -> Asked:
+def _question(line: str, ask: Callable[[str], list[int]], place: str) -> Asked:
     told: dict[str, Any] = {"question": line}
     if line.startswith("{"):
         try:
@@ -109,7 +110,7 @@ def _question(line: str, task: Task, place: str) -> Asked:
     return Asked(
         question=question,
         kind=kind,
-        conversation=Conversation(task.ask(question)),
+        conversation=Conversation(ask(question)),
         expected=expected,
         depth=depth,
         choices=tuple(choices),

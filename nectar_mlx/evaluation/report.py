@@ -14,6 +14,7 @@ from .charts import FILE, is_file
 from .questions import OFF, ON
 
 _SHOWN = 8  # answers side by side
+_LIKE = 0.9  # files of more than this share of a larger one count as its size
 
 
 def write(result: Mapping[str, Any], path: Path) -> None:
@@ -74,31 +75,55 @@ def _tiles(result: Mapping[str, Any], best: Mapping[str, Any]) -> str:
 
 
 def _table(result: Mapping[str, Any]) -> str:
-    rows = []
-    several = len(result["files"]) > 1
-    for m in sorted(result["methods"], key=lambda m: m["kl"]):
-        name = html.escape(m["method"].replace(FILE, Path(m["file"]).name) if is_file(m["method"]) else m["method"])
-        sized = f" <small>{html.escape(m['detail'])}</small>" if m["detail"] else ""
-        off = m["kinds"].get(OFF)
-        cells = [
-            f"{name}{sized}",
-            f"{m['bytes']:,}",
-            f"{m['bytes'] / result['cache_bytes']:.2%}",
-            f"{m['kl']:.4f} <small>{m['kl_interval'][0]:.4f}–{m['kl_interval'][1]:.4f}</small>",
-            f"{m['agree']:.1%}",
-            f"{m['gap_closed']:.1%}",
-            f"{m['accuracy_gap']:.1%}",
-            f"{off['kl']:.4f}" if off else "–",
-            f"{m['seconds']:.1f}",
-        ]
-        own = " class=own" if is_file(m["method"]) else ""
-        rows.append(f"<tr{own}>" + "".join(f"<td>{c}</td>" for c in cells) + "</tr>")
     heads = ["method", "bytes", "of cache", "KL", "agree", "gap closed", "accuracy lost", "KL off-context", "s to make"]
-    note = f"Sized methods were given the bytes of {'each' if several else 'the'} file. "
-    note += "Intervals: 95%, bootstrap over conversations."
-    head, body = "".join(f"<th>{h}</th>" for h in heads), "".join(rows)
-    table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    groups = _by_size(result["methods"])
+    rows = []
+    for title, group in groups.items():
+        if len(groups) > 1:
+            rows.append(f"<tr class=size><td colspan={len(heads)}>{title}</td></tr>")
+        rows += [_row(m, result) for m in sorted(group, key=lambda m: float(m["kl"]))]
+    note = "Sized methods were given the bytes of a file. Intervals: 95%, bootstrap over questions."
+    head = "".join(f"<th>{h}</th>" for h in heads)
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
     return f"<div class=wide>{table}</div><p class=note>{note}</p>"
+
+
+def _by_size(methods: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    """The methods by the largest file that is no smaller, those of several files by size, the others by themselves."""
+    own = [m for m in methods if is_file(m["method"])]
+    tops: list[int] = []
+    for nbytes in sorted((m["bytes"] for m in own), reverse=True):
+        if not tops or nbytes < _LIKE * tops[-1]:
+            tops.append(nbytes)
+    groups: dict[str, list[Mapping[str, Any]]] = {f"At most {charts.size(top)}": [] for top in reversed(tops)}
+    for m in methods:
+        above = [top for top in tops if m["bytes"] <= top]
+        if m["bytes"] and above:
+            groups[f"At most {charts.size(min(above))}"].append(m)
+    placed = {id(m) for group in groups.values() for m in group}
+    groups["Other sizes"] = [m for m in methods if id(m) not in placed]
+    return groups if len(tops) > 1 else {"": list(methods)}
+
+
+def _row(m: Mapping[str, Any], result: Mapping[str, Any]) -> str:
+    name, own = m["method"], is_file(m["method"])
+    if own:  # its kind is told by its name or where it comes from; what it reads exactly is not
+        kind = (result["files"].get(m["file"], {}).get("layout") or {}).get("kind")
+        name = ", ".join([Path(m["file"]).name, *(part for part in name.split(", ")[1:] if part != kind)])
+    sized = f" <small>{html.escape(m['detail'])}</small>" if m["detail"] else ""
+    off = m["kinds"].get(OFF)
+    cells = [
+        f"{html.escape(name)}{sized}",
+        f"{m['bytes']:,}",
+        f"{m['bytes'] / result['cache_bytes']:.2%}",
+        f"{m['kl']:.4f} <small>{m['kl_interval'][0]:.4f}–{m['kl_interval'][1]:.4f}</small>",
+        f"{m['agree']:.1%}",
+        f"{m['gap_closed']:.1%}",
+        f"{m['accuracy_gap']:.1%}",
+        f"{off['kl']:.4f}" if off else "–",
+        f"{m['seconds']:.1f}",
+    ]
+    return f"<tr{' class=own' if own else ''}>" + "".join(f"<td>{c}</td>" for c in cells) + "</tr>"
 
 
 def _heads(result: Mapping[str, Any], nectar: Mapping[str, Any]) -> str:
@@ -198,10 +223,14 @@ def _provenance(result: Mapping[str, Any], nectar: Mapping[str, Any]) -> str:
     return "<dl>" + "".join(f"<dt>{k}<dd>{html.escape(str(v))}" for k, v in told.items()) + "</dl>"
 
 
-def plot(result: Mapping[str, Any], path: Path) -> None:
-    """Divergence against bytes as a PNG (or what else the name's ending says); NectarError without matplotlib."""
+def check_plot() -> None:
     if importlib.util.find_spec("matplotlib") is None:
         raise NectarError("--plot needs matplotlib: install nectar-mlx[plot]")
+
+
+def plot(result: Mapping[str, Any], path: Path) -> None:
+    """Divergence against bytes as a PNG (or what else the name's ending says); NectarError without matplotlib."""
+    check_plot()
     import matplotlib
 
     matplotlib.use("Agg")
