@@ -186,8 +186,8 @@ class Nectar:
         """The banks in the form of the decode kernel, where there is one for them."""
         if kernels.backend() == "ops" or self.layout.kind == "exact":
             return None
-        # Of 8 bits the kernel finds the stored integers again; 4 bits would be rounded a second time.
-        bits = 8 if self.layout.bits == 8 and self.layout.kind != "completion" else 16
+        # The kernel finds the stored integers again, and keeps each in a byte.
+        bits = 8 if self.layout.bits <= 8 and self.layout.kind != "completion" else 16
         try:
             packed = [kernels.pack(bank, dtype=mx.float16, bits=bits) for bank in self._alone]
             mx.eval([p.words for p in packed])

@@ -1,8 +1,8 @@
-"""How parameters are kept: 8- or 4-bit integers in groups along the last axis, one float16 scale a group; value = q ·
-scale.
+"""How parameters are kept: integers of 3 to 8 bits in groups along the last axis, one float16 scale a group; value =
+q · scale.
 
-Symmetric, so a group costs 2 bytes of scale and zero stays zero. Vectors (biases) stay float16. int4 packs two values
-in a byte, the even one in the low nibble, stored as q + 8.
+Symmetric, so a group costs 2 bytes of scale and zero stays zero. Vectors (biases) stay float16. Fewer than 8 bits lie
+end to end, the first value in the lowest bits, stored as q + 2^(bits - 1): of 4 bits, the even value in the low nibble.
 """
 
 from typing import NamedTuple
@@ -13,7 +13,7 @@ from .errors import NectarError
 
 
 class Quantized(NamedTuple):
-    """`data` int8 [..., D] or uint8 [..., D / 2] (two 4-bit values a byte); `scales` float16 [..., D / group]."""
+    """`data` int8 [..., D], or of fewer bits uint8 [..., D · bits / 8]; `scales` float16 [..., D / group]."""
 
     data: mx.array
     scales: mx.array
@@ -28,7 +28,7 @@ def group_size(width: int) -> int:
 
 
 def quantize(x: mx.array, *, bits: int) -> Quantized:
-    """x [..., D] -> its nearest `bits`-bit form. The scale of a 4-bit group is the one of a few that loses least."""
+    """x [..., D] -> its nearest `bits`-bit form; below 8 bits a group has the one of a few scales that loses least."""
     size = group_size(x.shape[-1])
     groups = x.astype(mx.float32).reshape(*x.shape[:-1], -1, size)
     limit = 2 ** (bits - 1) - 1
@@ -40,19 +40,32 @@ def quantize(x: mx.array, *, bits: int) -> Quantized:
         best = scale if error is None else mx.where(loss < error, scale, best)
         error = loss if error is None else mx.minimum(loss, error)
     data = _round(groups, best, limit).reshape(x.shape)
+    return Quantized(pack_integers(data, bits=bits), best[..., 0].astype(mx.float16))
+
+
+def pack_integers(integers: mx.array, *, bits: int) -> mx.array:
+    """Whole numbers [..., D] of `bits` bits with a sign, as `Quantized.data`."""
     if bits == 8:
-        return Quantized(data.astype(mx.int8), best[..., 0].astype(mx.float16))
-    nibbles = (data + 8).astype(mx.uint8)
-    return Quantized(nibbles[..., 0::2] | (nibbles[..., 1::2] << 4), best[..., 0].astype(mx.float16))
+        return integers.astype(mx.int8)
+    shifted = (integers + 2 ** (bits - 1)).astype(mx.uint8)
+    each = ((shifted[..., None] >> mx.arange(bits, dtype=mx.uint8)) & 1).reshape(*integers.shape[:-1], -1, 8)
+    octets: mx.array = (each << mx.arange(8, dtype=mx.uint8)).sum(-1)
+    return octets.astype(mx.uint8)
+
+
+def _unpack_integers(data: mx.array, *, bits: int) -> mx.array:
+    if bits == 8:
+        return data
+    each = ((data[..., None] >> mx.arange(8, dtype=mx.uint8)) & 1).reshape(*data.shape[:-1], -1, bits)
+    shifted: mx.array = (each << mx.arange(bits, dtype=mx.uint8)).sum(-1)
+    return mx.subtract(shifted.astype(mx.int32), 2 ** (bits - 1))
 
 
 def dequantize(quantized: Quantized, *, bits: int) -> mx.array:
     """The float32 values, [..., D]."""
-    data, scales = quantized
-    if bits == 4:
-        data = mx.stack([data & 15, data >> 4], axis=-1).reshape(*data.shape[:-1], -1).astype(mx.int8) - 8
-    groups = data.astype(mx.float32).reshape(*scales.shape, -1)
-    return (groups * scales.astype(mx.float32)[..., None]).reshape(data.shape)
+    integers, scales = _unpack_integers(quantized.data, bits=bits), quantized.scales.astype(mx.float32)
+    values: mx.array = integers.astype(mx.float32).reshape(*scales.shape, -1) * scales[..., None]
+    return values.reshape(integers.shape)
 
 
 def _round(groups: mx.array, scale: mx.array, limit: int) -> mx.array:

@@ -26,14 +26,13 @@ from .heads import KINDS, Bank, HeadArrays
 from .quantize import Quantized, dequantize, group_size, quantize
 
 FORMAT = "nectar-1"
+BITS = (4, 5, 6, 8, 16)  # of a matrix entry; 16 = float
 Tensors = dict[str, mx.array]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """How heads lie in tensors: their kind, how many and how wide, and the bits a matrix entry takes (8, 4, or 16 =
-    float).
-    """
+    """How heads lie in tensors: their kind, how many and how wide, and the bits a matrix entry takes, one of BITS."""
 
     kind: str
     n_layers: int
@@ -43,7 +42,7 @@ class Layout:
     bits: int
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS or self.bits not in (4, 8, 16) or self.head_dim < 1:
+        if self.kind not in KINDS or self.bits not in BITS or self.head_dim < 1:
             raise ValueError(f"unknown layout: {self}")
 
     @property

@@ -258,7 +258,7 @@ def test_a_bad_context_is_one_line(folder, capsys, name, content, words):
     (["--budget", "1.5"], ["budget", "(0, 1]"]),
     (["--budget", "1e-6"], ["too small", "at least"]),
     (["--kind", "magic"], ["magic"]),
-    (["--bits", "3"], ["3 bits"]),
+    (["--bits", "3"], ["3 bits", "4, 5, 6, 8, 16"]),
     (["--queries", "0"], ["queries"]),
     (["--steps", "-1"], ["steps"]),
     (["--memory", "lots"], ["lots"]),

@@ -17,7 +17,7 @@ from ..adapter import Geometry
 from ..errors import NectarError
 from ..evaluation import fidelity
 from ..heads import KINDS, Bank, HeadArrays, Size
-from ..store import Layout
+from ..store import BITS, Layout
 from . import budget, grouping, instructions, matching, queries, regression, sensitivity, starts
 from .checkpoint import Checkpoint
 from .prefill import Prefill
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from ..nectar import Nectar
 
 _JUDGES = 8  # conversations by which the errors of heads are weighed
+_OF_NODES = ("quadrature", "retrieval+nectar")  # in fewer bits, for more of them: a network's errors add up
 _ENOUGH = 0.9  # of the rows asked for: not another batch for the last few
 
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
@@ -41,16 +42,17 @@ class FitConfig:
     """What can be chosen when fitting.
 
     budget: bytes kept / bytes of the bf16 KV cache. kind: auto, quadrature, mlp, corrected or exact. bits: of a
-    stored matrix entry (16, 8 or 4). queries: captured rows a head (120,000 on a GPU, 20,000 on a CPU). steps: of the
-    regression (default: 2,000 on a GPU, 400 on a CPU). context_tokens: cut the text after so many tokens. memory:
-    bytes that the context's KV cache may take before the fit goes layer by layer, and captured rows before they go to
-    disk (default: half of what is free). layerwise: whether it goes layer by layer whatever the memory. prefill: how
-    the text is read, dense, or fixed (sparsely, for texts whose dense prefill takes too long).
+    stored matrix entry, 16, 8, 6, 5 or 4 (default: 5 for nodes, 8 for networks). queries: captured rows a head
+    (120,000 on a GPU, 20,000 on a CPU). steps: of the regression (default: 2,000 on a GPU, 400 on a CPU).
+    context_tokens: cut the text after so many tokens. memory: bytes that the context's KV cache may take before the
+    fit goes layer by layer, and captured rows before they go to disk (default: half of what is free). layerwise:
+    whether it goes layer by layer whatever the memory. prefill: how the text is read, dense, or fixed (sparsely, for
+    texts whose dense prefill takes too long).
     """
 
     budget: float = 0.02
     kind: str = "auto"
-    bits: int = 8
+    bits: int | None = None
     queries: int = 20_000 if SLOW_EXP else 120_000
     steps: int | None = None
     seed: int = 0
@@ -70,8 +72,8 @@ class FitConfig:
     def __post_init__(self) -> None:
         if not 0 < self.budget <= 1:
             raise NectarError(f"a budget of {self.budget:g} is not in (0, 1]: it is the share of the KV cache to keep")
-        if self.bits not in (4, 8, 16):
-            raise NectarError(f"{self.bits} bits are not supported: choose 4, 8 or 16")
+        if self.bits not in (None, *BITS):
+            raise NectarError(f"{self.bits} bits are not supported: choose {', '.join(map(str, BITS))}")
         if self.kind not in ("auto", *KINDS):
             raise NectarError(f"unknown kind {self.kind!r}: choose one of auto, {', '.join(KINDS)}")
         if self.prefill not in ("dense", "fixed"):
@@ -275,7 +277,7 @@ def layout_for(config: FitConfig, geometry: Geometry, *, n_layers: int) -> Layou
         n_kv_heads=geometry.n_kv_heads,
         head_dim=geometry.head_dim,
         scale=geometry.scale,
-        bits=16 if kind == "exact" else config.bits,
+        bits=16 if kind == "exact" else config.bits or (5 if kind in _OF_NODES else 8),
     )
 
 
