@@ -13,7 +13,7 @@ from ..heads.residual import ANCHORS, SINKS, Residual, Retrieved
 from .keys import Keys
 from .selection import Selector
 
-_ROOM = 1 << 23 if SLOW_EXP else 1 << 27  # numbers of what is read, or scores, held at a time
+_ROOM = 1 << 21 if SLOW_EXP else 1 << 27  # numbers of what is read, or scores, held at a time
 
 
 class Reading(NamedTuple):

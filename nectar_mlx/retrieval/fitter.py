@@ -129,7 +129,7 @@ class RetrievalFitter(Fitter):
         make = self._remainder if self.layout.kind == "retrieval+nectar" else self._completion
         bank = make(group, counts, rows)
         start = Start(bank=bank, parameters=dict(bank.parameters), fold=lambda parameters: parameters)
-        trained = regression.train(start, rows, steps=steps, batch=self._batch, rate=self.config.rate)
+        trained = regression.train(start, rows, steps=steps, batch=self._batch, rate=self.rate)
         bank.parameters = trained.parameters
         return bank
 

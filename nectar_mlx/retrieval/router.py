@@ -13,11 +13,11 @@ import numpy as np
 from ..heads.residual import NOTHING
 from . import sketch
 from .keys import Arrays
-from .selection import Choice, Selector, best, largest, log_sum
+from .selection import Choice, Selector, best, log_sum, top
 from .sketch import CLUSTER, PER_KEY, decode, encode
 
 _MOST = 0.2  # of the clusters: heads that need more are searched whole
-_MANY = 8  # tokens at once, from which on scoring all sketches takes less time than collecting some
+_MANY = 4  # tokens at once, from which on scoring all sketches takes less time than collecting some
 
 
 class Router:
@@ -100,12 +100,10 @@ class _Clusters:
         if N >= _MANY:
             near, shares = None, self._all(projected, total)
         else:
-            near = largest((centres - total[..., None]).max(2), (scanned := self._scanned(count)) - 1)[..., :scanned]
+            near = top((centres - total[..., None]).max(2), self._scanned(count))
             shares = self._near(projected.reshape(K, N, G, -1), total, near)
-        choice = best(shares, mx.zeros(total.shape), count=count)
-        total = total + common
-        positions = self._at(choice.positions, near)
-        return Choice(positions, choice.scores + total[..., None], choice.threshold + total)
+        choice = best(shares, count=count)
+        return choice._replace(positions=self._at(choice.positions, near)).scaled(total + common)
 
     def _all(self, projected: mx.array, total: mx.array) -> mx.array:
         """The log of all keys' shares, [K, N, G, C · CLUSTER], in one product: projected [K, N · G, rank]."""
@@ -119,7 +117,7 @@ class _Clusters:
         return (asked @ keys.swapaxes(1, 2)).reshape(K, N, G, -1)
 
     def _near(self, projected: mx.array, total: mx.array, near: mx.array) -> mx.array:
-        """The same of the keys of some clusters, near [K, N, m] -> [K, N, G, m · CLUSTER]; projected [K, N, G, rank]."""
+        """The same of some clusters' keys, near [K, N, m] -> [K, N, G, m · CLUSTER]; projected [K, N, G, rank]."""
         K, N, m = near.shape
         rows = near + mx.arange(K)[:, None, None] * self._clusters
         codes = self._codes[rows].astype(mx.float32).reshape(K, N, m * CLUSTER, -1)

@@ -20,6 +20,10 @@ class Choice(NamedTuple):
     scores: mx.array
     threshold: mx.array
 
+    def scaled(self, total: mx.array) -> "Choice":
+        """Of shares of attention, as scores; total [K, N, G]: the log-normaliser of each head's attention."""
+        return Choice(self.positions, self.scores + total[..., None], self.threshold + total)
+
 
 class Selector(Protocol):
     """Finds the keys to read, for one layer. nbytes: what it keeps."""
@@ -55,7 +59,8 @@ class Scoring:
     def choose(self, queries: mx.array, anchors: mx.array, *, count: int) -> Choice:
         K, N, G, D = queries.shape
         scores = self.scores(queries.reshape(K, N * G, D)).reshape(K, N, G, -1)
-        return best(scores, mx.logaddexp(log_sum(scores), anchors), count=count)
+        total = mx.logaddexp(log_sum(scores), anchors)
+        return best(scores - total[..., None], count=count).scaled(total)
 
 
 class Oracle(Scoring):
@@ -78,26 +83,26 @@ def log_sum(scores: mx.array) -> mx.array:
     return top[..., 0] + mx.log(exp(scores - top).sum(-1))
 
 
-def best(scores: mx.array, total: mx.array, *, count: int) -> Choice:
-    """The `count` keys of the largest share in any head's attention, among those of given scores [K, N, G, n].
+def best(shares: mx.array, *, count: int) -> Choice:
+    """The `count` keys of the largest share in any head's attention; shares: logarithms, [K, N, G, n].
 
-    total: of each head's attention, [K, N, G]; a key's share is exp(score - total). A head's threshold lies between the
-    shares of the last key chosen and the first one not, as a score.
+    A head's threshold lies between the shares of the last key chosen and the first one not.
     """
-    n = scores.shape[-1]
+    n = shares.shape[-1]
     if count >= n:
-        every = mx.broadcast_to(mx.arange(n), (*scores.shape[:2], n))
-        return Choice(every, scores, mx.full(scores.shape[:3], -EVERYTHING))
-    shares = (scores - total[..., None]).max(2)
-    order = largest(shares, count)
+        every = mx.broadcast_to(mx.arange(n), (*shares.shape[:2], n))
+        return Choice(every, shares, mx.full(shares.shape[:3], -EVERYTHING))
+    largest = shares.max(2)
+    order = top(largest, count + 1)
     chosen = order[..., :count]
-    last, first = (mx.take_along_axis(shares, x, axis=-1).min(-1) for x in (chosen, order[..., count : count + 1]))
-    found = mx.take_along_axis(scores, chosen[:, :, None], axis=-1)
-    return Choice(chosen, found, ((last + first) / 2)[..., None] + total)
+    last, first = (mx.take_along_axis(largest, x, axis=-1).min(-1) for x in (chosen, order[..., count:]))
+    found = mx.take_along_axis(shares, chosen[:, :, None], axis=-1)
+    return Choice(chosen, found, mx.broadcast_to(((last + first) / 2)[..., None], shares.shape[:3]))
 
 
-def largest(x: mx.array, count: int) -> mx.array:
-    """Indices along the last axis, the `count` largest first, then the next one, then the others."""
+def top(x: mx.array, count: int) -> mx.array:
+    """Indices of the `count` largest along the last axis, the smallest of them last."""
     if not SLOW_EXP:
-        return mx.argpartition(-x, count, axis=-1)
-    return mx.array(np.argpartition(-np.array(x), count, axis=-1).astype(np.int32))  # MLX sorts them all there
+        return mx.argpartition(-x, count - 1, axis=-1)[..., :count]
+    found = np.argpartition(-np.array(x), count - 1, axis=-1)  # MLX sorts them all there
+    return mx.array(found[..., :count].astype(np.int32))
