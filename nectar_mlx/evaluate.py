@@ -161,7 +161,7 @@ def evaluate(
     clock.lap("compare")
     errors = head_errors(task, methods, study)
     clock.lap("errors")
-    told = summaries(methods, asked, errors)
+    told = summaries(methods, asked, errors, questions.recited(first.prefix, asked))
     result = {
         "files": {name: _described(nectar) for name, nectar in files.items()},
         "model": first.metadata.get("model", ""),

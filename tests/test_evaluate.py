@@ -58,7 +58,7 @@ def test_every_method_is_measured_on_every_kind(result):
     assert names[:3] == [("nectar", "large"), ("nectar", "small"), ("no context", "large")]
     assert names.count(("Attention Matching", "small")) == 1 and len(names) == 7
     for m in result["methods"]:
-        assert m["kinds"].keys() == {"on-context", "off-context", "re-reading", "continuation"}
+        assert m["kinds"].keys() - {"own words"} == {"on-context", "off-context", "re-reading", "continuation"}
         assert m["kl"] == m["kinds"]["on-context"]["kl"]
         for figures in m["kinds"].values():
             low, high = figures["kl_interval"]
@@ -219,10 +219,25 @@ def test_several_answers_to_a_question_are_one_resample(model, prefix):
     assert all(answered) and len(set(answered)) > 1
     compared = methods.build(task, {"it": toys.picked(model, prefix, 9, TOKENIZER)}, [])
     methods.measure(task, compared, asked)
-    told = summary.summaries(compared, asked, {m.label: [] for m in compared})[0]
+    told = summary.summaries(compared, asked, {m.label: [] for m in compared}, questions.recited(prefix, asked))[0]
     figures = told["kinds"]["off-context"]
     assert figures["kl_interval"] == [figures["kl"]] * 2, "three answers to one question: nothing to resample"
     assert figures["tokens"] == sum(len(a.conversation.answer) for a in asked if a.kind == "off-context")
+
+
+def test_what_an_answer_recites_is_not_in_its_own_words(model, prefix):
+    asked = [
+        questions.Asked(question="?", kind="on-context", conversation=Conversation([9], answer), number=number)
+        for number, answer in enumerate(([7, *prefix[20:30], 7, *prefix[3:10]], prefix[:8], [5, 6]))
+    ]
+    mask = questions.recited(prefix, asked)
+    assert mask.tolist() == [False, *[True] * 10, *[False] * 8, *[True] * 8, False, False]
+    compared = methods.build(make_task(model, prefix), {"it": toys.picked(model, prefix, 9, TOKENIZER)}, [])
+    methods.measure(make_task(model, prefix), compared, asked)
+    told = summary.summaries(compared, asked, {m.label: [] for m in compared}, mask)[0]["kinds"]
+    assert (told["own words"]["tokens"], told["on-context"]["tokens"]) == (11, 29)
+    kl = compared[0].divergence.kl
+    assert told["own words"]["kl"] == pytest.approx(kl[~mask].mean(), rel=1e-4)
 
 
 def test_files_of_one_size_share_their_baselines(model, prefix):

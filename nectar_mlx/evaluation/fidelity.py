@@ -32,7 +32,10 @@ class Divergence(NamedTuple):
 
     def of(self, conversations: Sequence[int]) -> "Divergence":
         """The tokens of some conversations."""
-        chosen = np.isin(self.conversation, conversations)
+        return self.where(np.isin(self.conversation, conversations))
+
+    def where(self, chosen: np.ndarray) -> "Divergence":
+        """Some of the tokens; chosen: bool [tokens]."""
         return Divergence(*(x[chosen] for x in self))
 
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from .. import cli, prompts
 from .._exp import SLOW_EXP
 from ..baselines import Task
@@ -16,9 +18,11 @@ from ..fitting import instructions
 from ..fitting.queries import Conversation
 
 ON, OFF, REREAD, CONTINUE = "on-context", "off-context", "re-reading", "continuation"
+OWN_WORDS = "own words"  # of the on-context answers, what does not repeat the text
 TEMPERATURE = 0.7
 TOGETHER = 16 if SLOW_EXP else 64  # conversations that are sampled side by side
 _CUE, _REREAD = 16, 64  # tokens of a passage that are shown, and that are to follow
+_RECITED = 8  # tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,6 +136,21 @@ def numbered(asked: Sequence[Asked], *, samples: int) -> list[Asked]:
         for i, a in enumerate(asked)
         for _ in range(1 if a.conversation.answer else samples)
     ]
+
+
+def recited(prefix: Sequence[int], asked: Sequence[Asked]) -> np.ndarray:
+    """Which answer tokens, of all answers in order, repeat the text word for word: they are part of _RECITED tokens in
+    a row that stand in it."""
+    known = {tuple(prefix[i : i + _RECITED]) for i in range(len(prefix) - _RECITED + 1)}
+    found = []
+    for a in asked:
+        answer = a.conversation.answer
+        mine = np.zeros(len(answer), dtype=bool)
+        for i in range(len(answer) - _RECITED + 1):
+            if tuple(answer[i : i + _RECITED]) in known:
+                mine[i : i + _RECITED] = True
+        found.append(mine)
+    return np.concatenate(found)
 
 
 def sample_answers(task: Task, asked: Sequence[Asked], *, seed: int, batch: int = TOGETHER) -> None:

@@ -15,7 +15,7 @@ from . import answers, fidelity
 from .charts import is_file
 from .fidelity import Bootstrap, Divergence, Estimate
 from .methods import Method
-from .questions import ON, Asked
+from .questions import ON, OWN_WORDS, Asked
 
 
 def head_errors(task: Task, methods: Sequence[Method], rows: Study) -> dict[str, list[float]]:
@@ -72,14 +72,23 @@ def correlations(methods: Sequence[Mapping[str, Any]]) -> dict[str, float | None
 
 
 def summaries(
-    methods: Sequence[Method], asked: Sequence[Asked], errors: Mapping[str, Sequence[float]]
+    methods: Sequence[Method], asked: Sequence[Asked], errors: Mapping[str, Sequence[float]], recited: np.ndarray
 ) -> list[dict[str, Any]]:
-    """One object a method. Its own figures are those of questions about the text (of all, if there are none)."""
+    """One object a method. Its own figures are those of questions about the text (of all, if there are none).
+
+    recited: which answer tokens repeat the text. A file of a few nodes cannot recite, so that a few such tokens weigh
+    more in a mean than all others; the kind "own words" is the answers about the text without them.
+    """
     kinds = {k: sorted({a.number for a in asked if a.kind == k}) for k in dict.fromkeys(a.kind for a in asked)}
     nothing = next(m for m in methods if m.name == NO_CONTEXT)
     told = []
     for method in methods:
-        by_kind = {k: _figures(method.divergence, nothing.divergence, i) for k, i in kinds.items()}
+        assert method.divergence is not None and nothing.divergence is not None
+        ours, floor = method.divergence, nothing.divergence
+        by_kind = {k: _figures(ours, floor, i) for k, i in kinds.items()}
+        own = ~recited & np.isin(ours.conversation, kinds.get(ON, []))
+        if own.any():
+            by_kind[OWN_WORDS] = _figures(ours.where(own), floor.where(own), kinds[ON])
         told.append(
             {
                 "method": method.name,
@@ -95,9 +104,8 @@ def summaries(
     return told
 
 
-def _figures(ours: Divergence | None, nothing: Divergence | None, questions: Sequence[int]) -> dict[str, Any]:
+def _figures(ours: Divergence, nothing: Divergence, questions: Sequence[int]) -> dict[str, Any]:
     """KL, agreement, gap closed and next-token accuracy gap over some questions, with their intervals."""
-    assert ours is not None and nothing is not None
     ours, nothing = ours.of(questions), nothing.of(questions)
     draws, at = Bootstrap(questions), ours.conversation
     kl, baseline = draws.means(ours.kl, at), draws.means(nothing.kl, at)
