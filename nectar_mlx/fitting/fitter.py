@@ -65,8 +65,8 @@ class FitConfig:
     conversations: int = 28 if SLOW_EXP else 128  # sampled side by side
     power: float = 0.65
     scout_steps: int = 100
-    rate: float = 6e-3
-    batch: int = 1024 if SLOW_EXP else 2048
+    rate: float | None = None  # default: 2.5e-2 for nodes alone, 6e-3 for what has networks or keys beside it
+    batch: int = 512 if SLOW_EXP else 2048
     samples: int = 4096  # rows that Attention Matching solves on
 
     def __post_init__(self) -> None:
@@ -113,6 +113,7 @@ class Fitter:
         self.room = 1 << 19 if SLOW_EXP else 1 << 28  # scores of a batch, of all heads that are trained together
         self.steps = config.steps or (400 if SLOW_EXP else 2000)
         self.layout = layout_for(config, geometry, n_layers=self.n_layers)
+        self.rate = config.rate or (2.5e-2 if self.layout.kind == "quadrature" else 6e-3)
         self.checkpoint.claim(asdict(config), context.prefix)
 
     def converse(self) -> None:
@@ -150,22 +151,23 @@ class Fitter:
         )
         return batch
 
-    def hear(self) -> None:
-        """Fills `study` and `held_out` with what attention sees in the conversations."""
+    def hear(self, *, together: int | None = None) -> None:
+        """Fills `study` and `held_out` with what attention sees in the conversations, so many tokens read together."""
         config, g = self.config, self.geometry
         spare = max(config.queries // 10, 64)
         spill = Study.nbytes(self.n_heads, config.queries + spare, g.head_dim) > (config.memory or free_memory() // 2)
         folder = self.checkpoint.spill() if spill else None
         self.study = Study(self.n_heads, config.queries, g.head_dim, folder=folder and folder / "study.rows")
         self.held_out = Study(self.n_heads, spare, g.head_dim, folder=folder and folder / "held_out.rows")
-        tokens = sum(map(queries.fed_tokens, self.conversations))
-        with self.progress("weighing what was said", tokens) as done:
+        total = sum(map(queries.fed_tokens, self.conversations))
+        with self.progress("weighing what was said", total) as done:
             queries.hear(
                 self.model,
                 self.context,
                 self.conversations,
                 {False: self.study, True: self.held_out},
                 n_heads=g.n_heads,
+                tokens=together,
                 progress=done,
             )
 
@@ -235,7 +237,7 @@ class Fitter:
     def _train(self, group: Sequence[int], sizes: Sequence[Size], rows: Captured, steps: int) -> Bank:
         nodes = self.matched(group, [s[0] for s in sizes]) if self.layout.kind != "mlp" else []
         start = starts.start(self.layout, nodes, sizes, rows, seed=self.config.seed)
-        return regression.train(start, rows, steps=steps, batch=self.config.batch, rate=self.config.rate)
+        return regression.train(start, rows, steps=steps, batch=self.config.batch, rate=self.rate)
 
     def regress(self, sizes: Sequence[Size]) -> list[HeadArrays]:
         """All heads, trained at their own sizes."""

@@ -35,6 +35,7 @@ _PASSAGE = 900  # tokens in view while a conversation is sampled
 _TOGETHER = 8 if SLOW_EXP else 16  # conversations about one passage, sampled side by side
 _SCORES = 1 << 19 if SLOW_EXP else 1 << 22  # of a training batch, at least: on a GPU those of a layer's heads together
 _EXCERPT, _EXCERPT_QUERIES = 1024, 3000
+_SAID = 256  # tokens of conversations that go through all layers together
 _CHECKED = 8  # held-out conversations that the fit is measured on
 _GOLDEN = 0.6180339887  # multiples of it, modulo 1, fill the unit interval evenly at any number
 
@@ -126,7 +127,7 @@ class LayerwiseFitter:
             scout = Fitter(self.model, self.tokenizer, excerpt, self.geometry, config, progress=self.progress)
             scout.room = self._room
             scout.converse()
-            scout.hear()
+            scout.hear(together=_SAID)
             scout.prepare()
             errors = scout.scout(nbytes * len(excerpt.prefix) / len(self.prefix))
             sizes = allocate(errors, nbytes, layout=self.layout, config=self.config, n=n)

@@ -10,12 +10,13 @@ from collections.abc import Sequence
 import mlx.core as mx
 import numpy as np
 
-from .._exp import exp
+from .._exp import SLOW_EXP, exp
 from ..heads import HeadArrays
 from .queries import Captured
 
 _RIDGE = 1e-4  # relative to the mean diagonal: the Gram matrices of peaked heads are close to singular
 _NNLS_STEPS = 300
+_ROOM = 1 << 22 if SLOW_EXP else 1 << 26  # scores held at a time
 
 
 def attention_weights(rows: Captured, keys: mx.array, *, scale: float) -> mx.array:
@@ -24,10 +25,10 @@ def attention_weights(rows: Captured, keys: mx.array, *, scale: float) -> mx.arr
     return exp(scores - rows.log_normalizer[..., None])
 
 
-def importance(rows: Captured, keys: mx.array, *, scale: float, chunk: int = 512) -> mx.array:
+def importance(rows: Captured, keys: mx.array, *, scale: float) -> mx.array:
     """Root-mean-square attention that each key of [M, n, D] receives from the rows -> [M, n]."""
     total = mx.zeros(keys.shape[:2])
-    count = rows.queries.shape[1]
+    count, chunk = rows.queries.shape[1], max(1, _ROOM // total.size)
     for start in range(0, count, chunk):
         part = Captured(*(x[:, start : start + chunk] for x in rows))
         total = total + mx.square(attention_weights(part, keys, scale=scale)).sum(1)

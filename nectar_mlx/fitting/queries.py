@@ -297,15 +297,17 @@ def hear(
     studies: Mapping[bool, Study],
     *,
     n_heads: int,
+    tokens: int | None = None,
     progress: Callable[[int], None] = lambda tokens: None,
 ) -> None:
     """Reads conversations behind the context; what attention saw goes into the studies of those held out (True) and of
-    the others (False). n_heads: of queries. progress is told how many tokens are done.
+    the others (False). n_heads: of queries. tokens: how many are read together, about; default: what is quick. progress
+    is told how many are done.
     """
     group = n_heads // len(context.banks[0].sizes)
-    room = max(_LEAST_TOGETHER, _ROOM // (n_heads * len(context.prefix)))
+    tokens = tokens or max(_LEAST_TOGETHER, _ROOM // (n_heads * len(context.prefix)))
     done = 0
-    for heard in together(conversations, studies, group=group, tokens=room):
+    for heard in together(conversations, studies, group=group, tokens=tokens):
         caches = [StudyCache(c.bank, c.context) if isinstance(c, NectarCache) else c for c in context.make_cache()]
         studied = [c for c in caches if isinstance(c, StudyCache)]
         model(heard.tokens, cache=caches)  # its logits are never evaluated

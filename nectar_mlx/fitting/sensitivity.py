@@ -20,6 +20,8 @@ from ..evaluation.fidelity import log_probabilities
 from .queries import Context, Conversation
 from .walk import Walk
 
+_ANSWERED = 32  # tokens whose logits are held at a time
+
 
 class _ProbedCache(NectarCache):
     """Exact attention plus `probe` [B, H, T, D], by which its effect is differentiated."""
@@ -72,17 +74,21 @@ def _gradients(
     would be gigabytes.
     """
     tokens, first = conversation.prompt + conversation.answer, len(conversation.prompt) - 1
-    chosen = mx.array(conversation.answer)[None, :, None]
+    answer = mx.array(conversation.answer)[None, :, None]
     before, hidden = list[mx.array](), walk.embed(mx.array([tokens[:-1]]))
     for layer, cache in enumerate(context.make_cache()):
         before.append(hidden)
         hidden = walk.layer(layer, hidden, cache)
         mx.eval(hidden)
 
-    def log_likelihood(last: mx.array) -> mx.array:
-        return mx.take_along_axis(log_probabilities(walk.logits(last[:, first:])), chosen, axis=-1).sum()
+    def log_likelihood(last: mx.array, start: int) -> mx.array:
+        logits = walk.logits(last[:, first + start : first + start + _ANSWERED])
+        return mx.take_along_axis(log_probabilities(logits), answer[:, start : start + _ANSWERED], axis=-1).sum()
 
-    change = mx.grad(log_likelihood)(hidden)
+    change = mx.zeros_like(hidden)
+    for start in range(0, len(conversation.answer), _ANSWERED):
+        change = change + mx.grad(log_likelihood)(hidden, start)
+        mx.eval(change)
     fitted = len(context.banks)
     for layer, cache in reversed(list(enumerate(context.make_cache()))):
         inputs, call = [before.pop()], partial(_through, walk, layer, cache)
