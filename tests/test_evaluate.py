@@ -5,6 +5,7 @@ import math
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 import pytest
 import toys
 
@@ -109,6 +110,24 @@ def test_answers_are_compared_with_a_second_sample_of_the_full_cache(result):
         assert file["less"] == pytest.approx(file["similarity"] - told["again"], abs=2e-4)
     assert result["examples"][0].keys() == {"question", "full", "again", "nothing", "files"}
     assert result["examples"][0]["files"].keys() == {"large", "small"}
+
+
+def test_similarity_is_to_both_answers_of_the_full_cache():
+    vectors = {"a": [1.0, 0.0], "b": [0.0, 1.0], "c": [0.6, 0.8], "d": [-1.0, 0.0]}
+
+    def embed(texts):
+        return np.array([vectors[t] for t in texts])
+
+    sampled = [
+        answers.Sampled(question="1", full="a", again="c", nothing="b", files={"x": "c", "y": "a"}),
+        answers.Sampled(question="2", full="a", again="a", nothing="d", files={"x": "a", "y": "d"}),
+    ]
+    told = answers.meaning(sampled, by="a table", embed=embed)
+    assert told["again"] == pytest.approx((0.6 + 1) / 2) and told["nothing"] == pytest.approx((0.4 - 1) / 2)
+    assert told["files"]["x"]["similarity"] == pytest.approx((0.8 + 1) / 2)
+    assert told["files"]["y"]["less"] == pytest.approx((0.8 - 1) / 2 - 0.8)
+    low, high = told["files"]["x"]["less_interval"]
+    assert (low, high) == pytest.approx((0, 0.2)), "paired: the differences of the two questions"
 
 
 def test_the_table_names_every_method(result):

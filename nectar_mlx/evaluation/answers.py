@@ -78,15 +78,17 @@ def text(task: Task, tokens: Sequence[int]) -> str:
 
 
 def meaning(sampled: Sequence[Sampled], *, by: str, embed: Embed) -> dict[str, Any]:
-    """Mean embedding similarity to the full cache's answers: of its own second sample, without context, and of every
-    file, with intervals over questions; and that of each file less that of the second sample. by: what embeds."""
+    """Mean embedding similarity of the full cache's two answers to each other, and to both of them of the answers
+    without context and of every file, with intervals over questions; and each file's less that of the two. by: what
+    embeds."""
     names = list(sampled[0].files)
     texts = [getattr(s, name) for name in ("full", "again", "nothing") for s in sampled]
     texts += [s.files[name] for name in names for s in sampled]
-    full, *others = embed(texts).reshape(3 + len(names), len(sampled), -1)
+    full, second, *others = embed(texts).reshape(3 + len(names), len(sampled), -1)
     question = np.unique([s.question for s in sampled], return_inverse=True)[1]
     draws = Bootstrap(question)
-    again, nothing, *ours = (draws.means((full * vectors).sum(-1), question) for vectors in others)
+    again = draws.means((full * second).sum(-1), question)
+    nothing, *ours = (draws.means(((full + second) / 2 * vectors).sum(-1), question) for vectors in others)
     told: dict[str, Any] = {"by": by, "answers": len(sampled), "files": {}}
     told |= _told("again", again) | _told("nothing", nothing)
     for name, means in zip(names, ours, strict=True):
