@@ -147,10 +147,8 @@ def evaluate(
     asked = asked or questions.held_out(task, count=options.questions, seed=options.seed)
     asked = questions.numbered(asked, samples=options.samples)
     if mx.default_device() == mx.cpu:
-        cli.say(
-            f"{len(files)} file(s) and {len(chosen)} baselines on {len(asked)} answers: minutes on a CPU "
-            "(--baselines none --no-answers is quickest)"
-        )
+        what = f"{len(asked)} answers, {len(chosen)} baselines"
+        cli.say(f"{what}: this takes minutes on a CPU (--baselines none --no-answers is quickest)")
     questions.sample_answers(task, asked, seed=options.seed)
     asked = [a for a in asked if a.conversation.answer]
     study = task.heard([a.conversation for a in asked])

@@ -128,31 +128,40 @@ def _rounded(x: float) -> float:
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """The result for a terminal."""
-    full = result["cache_bytes"]
-    kinds = list(result["methods"][0]["kinds"])
-    several = len(result["files"]) > 1
+    """The result for a terminal, in lines of less than 100 columns."""
+    full, several = result["cache_bytes"], len(result["files"]) > 1
+    methods = sorted(result["methods"], key=lambda m: float(m["kl"]))
+    names = [f"{m['method']} {Path(m['file']).name}" if several and m["bytes"] else m["method"] for m in methods]
+    kinds = list(methods[0]["kinds"])
     lines = [f"{result['context_tokens']:,} tokens; their bf16 KV cache takes {full:,} bytes", ""]
-    lines.append(
-        f"{'':26}{'bytes':>12}{'of cache':>10}{'KL':>9}{'':17}{'agree':>8}{'gap closed':>12}"
-        + "".join(f"{'KL ' + k:>18}" for k in kinds if k != ON)
-    )
-    for m in sorted(result["methods"], key=lambda m: m["kl"]):
+    lines.append(f"{'':34}{'bytes':>12}{'of cache':>10}{'KL':>9}{'':17}{'agree':>7}{'gap':>7}")
+    for name, m in zip(names, methods, strict=True):
         low, high = m["kl_interval"]
-        name = f"{m['method']} {Path(m['file']).name}" if several and m["bytes"] else m["method"]
         lines.append(
-            f"{name:26}{m['bytes']:>12,}{m['bytes'] / full:>10.2%}{m['kl']:>9.4f}{f' ({low:.4f}–{high:.4f})':17}"
-            f"{m['agree']:>8.1%}{m['gap_closed']:>12.1%}"
-            + "".join(f"{m['kinds'][k]['kl']:>18.4f}" for k in kinds if k != ON)
+            f"{name[:33]:34}{m['bytes']:>12,}{m['bytes'] / full:>10.2%}{m['kl']:>9.4f}"
+            f"{f' ({low:.4f}–{high:.4f})':17}{m['agree']:>7.1%}{m['gap_closed']:>7.1%}"
         )
-    if told := result["answers"]:
-        ours = [(Path(name).name if several else "the file", f["similarity"]) for name, f in told["files"].items()]
-        shown = [*ours, ("a second full-cache sample", told["again"]), ("no context", told["nothing"])]
-        lines += ["", f"similarity to the full cache's answers, by {told['by']}:"]
-        lines[-1] += ", ".join(f" {name} {similarity:.3f}" for name, similarity in shown)
-    if result["facts"]:
-        lines += ["", f"{'facts found':42}{'all':>8}   by quarters of the text"]
-        for f in result["facts"]:
-            quarters = "".join("       –" if q is None else f"{q:>8.0%}" for q in f["quarters"])
-            lines.append(f"{f['method']:42}{f['found']:>8.0%}{quarters}")
-    return "\n".join(lines)
+    lines += ["", f"{'KL by kind':34}" + "".join(f"{k:>13}" for k in kinds)]
+    for name, m in zip(names, methods, strict=True):
+        lines.append(f"{name[:33]:34}" + "".join(f"{m['kinds'][k]['kl']:>13.4f}" for k in kinds))
+    return "\n".join([*lines, *_meaning(result["answers"], several), *_facts(result["facts"])])
+
+
+def _meaning(told: Mapping[str, Any], several: bool) -> list[str]:
+    if not told:
+        return []
+    lines = ["", f"similarity to the full cache's answers, by {told['by']}"]
+    ours = [(Path(name).name if several else "the file", f["similarity"]) for name, f in told["files"].items()]
+    for name, similarity in (*ours, ("full cache, two samples", told["again"]), ("no context", told["nothing"])):
+        lines.append(f"{name:34}{similarity:>7.3f}")
+    return lines
+
+
+def _facts(facts: Sequence[Mapping[str, Any]]) -> list[str]:
+    if not facts:
+        return []
+    lines = ["", f"{'facts found':42}{'all':>8}   by quarters of the text"]
+    for f in facts:
+        quarters = "".join("       –" if q is None else f"{q:>8.0%}" for q in f["quarters"])
+        lines.append(f"{f['method'][:41]:42}{f['found']:>8.0%}{quarters}")
+    return lines
