@@ -23,7 +23,7 @@ from ..store import Layout
 
 _TOGETHER = 16 if SLOW_EXP else 64  # conversations sampled side by side
 _JUDGES = 8  # conversations by which the errors of heads are weighed
-BITS = 8  # of a stored matrix entry: int8 in groups, as in a .nectar, costs no method anything that can be measured
+BITS = {"quadrature": 5, "exact": 8}  # of a matrix entry: nodes as in a .nectar, keys without a loss that shows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,8 +168,8 @@ class Task:
             for layer in range(self.n_layers)
         ]
 
-    def layout(self, kind: str, bits: int = BITS) -> Layout:
-        g = self.geometry
+    def layout(self, kind: str) -> Layout:
+        g, bits = self.geometry, BITS[kind]
         return Layout(
             kind=kind, n_layers=self.n_layers, n_kv_heads=g.n_kv_heads, head_dim=g.head_dim, scale=g.scale, bits=bits
         )
@@ -187,7 +187,7 @@ class Task:
         return count
 
     def stored(self, kind: str, heads: Sequence[HeadArrays], **options: Any) -> View:
-        """The view that heads (layer by layer) give once they were stored in int8, at what they then take."""
+        """The view that heads (layer by layer) give once they were stored in few bits, at what they then take."""
         layout = self.layout(kind)
         tensors = store.pack(layout, heads)
         view = View(
