@@ -13,11 +13,10 @@ from typing import Any
 import mlx.core as mx
 
 from . import __version__, cli, kernels
-from .benchmarks import measure, measure_fit
+from .benchmarks import checks, measure, measure_fit
 from .benchmarks.measure import KEEPERS, SHAPES, Shape
 from .errors import NectarError
 from .fitting.fitter import FitConfig
-from .heads import Bank
 
 _CONTEXTS = {"decode": "1k,8k,32k,128k,512k,1m", "fit": "8k,32k,128k", "selftest": "1k"}
 Row = dict[str, Any]
@@ -95,7 +94,7 @@ def selftest() -> Row:
     if kernels.backend() == "ops":
         raise NectarError("this machine has neither Metal nor CUDA, so there is no kernel to test: use a Mac")
     shape = SHAPES["qwen3-1.7b"]
-    rows = [_check(bank, **case) for case, bank in _cases()]
+    rows = checks.rows()
     speed = {}
     queries = mx.random.normal((1, shape.n_heads, 1, shape.head_dim)).astype(measure.DTYPE)
     for context in (8192, 32768):
@@ -105,53 +104,6 @@ def selftest() -> Row:
         keeper = KEEPERS[name](shape, 0, 64)
         speed[f"{name}, 655 nodes"] = measure.timed(lambda k=keeper: k.attention_step(queries)) * 1e3  # type: ignore[misc]
     return _about() | {"bandwidth": measure.bandwidth(), "checks": rows, "ms_for_28_layers": speed}
-
-
-_STORAGES: list[tuple[mx.Dtype, mx.Dtype, int]] = [
-    (mx.float32, mx.float32, 16),
-    (mx.float16, mx.float16, 16),
-    (mx.bfloat16, mx.bfloat16, 16),
-    (mx.bfloat16, mx.float16, 8),
-    (mx.bfloat16, mx.float16, 4),
-]
-_GROUPINGS = ((1, 1, 1), (2, 1, 4), (4, 3, 1), (8, 2, 1), (16, 8, 2))  # query heads a KV head, query tokens, sequences
-
-
-def _cases() -> list[tuple[Row, Bank]]:
-    """Nodes, and nodes with a correction, in every head size and storage; networks in every head size and in turn."""
-    cases = []
-    for i, head_dim in enumerate(kernels.HEAD_DIMS):
-        for j in range(4):
-            group, length, batch = _GROUPINGS[(i + j) % 5]
-            shape = Shape("case", 1, 3 * group, 3, head_dim, 0, 0, 0)
-            storages = _STORAGES if j < 2 else _STORAGES[(i + j) % 5 :][:1]
-            if j < 2:
-                bank = measure.random_bank(shape, 90, 24 * j, seed=i)
-            else:
-                bank = measure.random_networks(shape, 40, j - 1, seed=i)
-            case = {"head_dim": head_dim, "group": group, "length": length, "batch": batch}
-            cases += [(case | {"dtype": d, "storage": s, "bits": b}, bank) for d, s, b in storages]
-    return cases
-
-
-def _check(
-    bank: Bank, *, head_dim: int, group: int, length: int, batch: int, dtype: mx.Dtype, storage: mx.Dtype, bits: int
-) -> Row:
-    K = len(bank.sizes)
-    queries = mx.random.normal((batch, K * group, length, head_dim)).astype(dtype)
-    keys, values = (mx.random.normal((batch, K, 80, head_dim)).astype(dtype)[:, :, 3:76] for _ in range(2))
-    kept, heads = measure.stored(bank, storage, bits)
-    packed = kernels.pack(kept, dtype=storage, bits=bits, heads=heads)
-    out = kernels.decode(packed, queries, keys, values)
-    want = measure.oracle(kept, queries, keys, values)
-    assert out is not None
-    error = float((mx.abs(out.astype(mx.float32) - want).max() / mx.abs(want).max()).item())  # type: ignore[arg-type]
-    tolerance = {mx.float32: 2e-5, mx.float16: 1.5e-3, mx.bfloat16: 1e-2}[dtype]
-    if packed.deep:  # their hidden layers are stock matmuls of the storage type, float32 ones in TF32 on NVIDIA
-        tolerance = {mx.float32: 1e-3, mx.float16: 1.5e-2, mx.bfloat16: 5e-2}[storage]
-    row: Row = {"kind": packed.form.kind, "head_dim": head_dim, "group": group, "length": length, "batch": batch}
-    row |= {"dtype": str(dtype).removeprefix("mlx.core."), "storage": packed.form.storage}
-    return row | {"error": error, "ok": error < tolerance}
 
 
 def _about() -> Row:
@@ -205,12 +157,12 @@ def _report(result: Row) -> str:
     if "rows" in result:
         sizes = f"{result['layers']} layers, {result['queries']} queries a head, {result['steps']} steps"
         return f"{result['shape']}, {sizes}, budget {result['budget']:g}; {head}\n\n{_table(result['rows'], _FIT)}"
-    checks = result["checks"]
-    wrong = [row for row in checks if not row["ok"]]
+    checked = result["checks"]
+    wrong = [row for row in checked if not row["ok"]]
     speed = [{"what": what, "ms": ms} for what, ms in result["ms_for_28_layers"].items()]
     parts = [
-        f"{head}\n\n{len(checks) - len(wrong)} of {len(checks)} kernels right, "
-        f"largest error {max(row['error'] for row in checks):.1e}",
+        f"{head}\n\n{len(checked) - len(wrong)} of {len(checked)} kernels right, "
+        f"largest error {max(row['error'] for row in checked):.1e}",
         _table(wrong, (*_CHECKS, ("error", "error", ".1e"))) if wrong else "",
         "Attention of one decode step of Qwen3-1.7B's 28 layers:",
         _table(speed, (("", "what", ""), ("ms", "ms", ".3f"))),

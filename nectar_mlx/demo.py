@@ -20,7 +20,7 @@ from . import cli
 if TYPE_CHECKING:
     import mlx.nn as nn
 
-    from .fitting.queries import Context
+    from .fitting.reading import Context
     from .nectar import Nectar
 
 TOPICS = ("with", "try", "raise", "assert", "pass", "del", "return", "break", "continue", "import")
@@ -70,7 +70,7 @@ def _work(arguments: argparse.Namespace) -> None:
 
 def _demonstrate(arguments: argparse.Namespace, path: Path) -> None:
     from . import adapter, models
-    from .fitting import fitter, pipeline, queries
+    from .fitting import fitter, pipeline, reading
     from .nectar import Nectar
 
     model, tokenizer = models.load(arguments.model, log=cli.say)
@@ -86,7 +86,7 @@ def _demonstrate(arguments: argparse.Namespace, path: Path) -> None:
     load_seconds = time.perf_counter() - started
     started = time.perf_counter()
     with cli.progress("reading the manual again, for the full cache", len(nectar.prefix)) as done:
-        context = queries.read(model, nectar.prefix, adapter.route(model), progress=done)
+        context = reading.read(model, nectar.prefix, adapter.route(model), progress=done)
     read_seconds = time.perf_counter() - started
 
     answers = [_answer(model, tokenizer, nectar, context, question, arguments.max_tokens) for question in QUESTIONS]
@@ -112,7 +112,7 @@ def _answer(
     from mlx_lm.generate import generate_step
 
     from .evaluation import fidelity
-    from .fitting.queries import Conversation
+    from .fitting.dialogue import Conversation
 
     prompt = nectar.prompt(tokenizer, question, enable_thinking=False)
 

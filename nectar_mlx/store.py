@@ -26,7 +26,7 @@ from .heads import KINDS, Bank, HeadArrays
 from .quantize import Quantized, dequantize, group_size, quantize
 
 FORMAT = "nectar-1"
-BITS = (4, 5, 6, 8, 16)  # of a matrix entry; 16 = float
+BITS = (4, 5, 6, 7, 8, 16)  # of a matrix entry; 16 = float
 Tensors = dict[str, mx.array]
 
 

@@ -9,8 +9,8 @@ from nectar_mlx import adapter, prompts
 from nectar_mlx.baselines import BASELINES, NO_CONTEXT, Task, cartridge, choose, fixed_pattern, passages, snap
 from nectar_mlx.errors import NectarError
 from nectar_mlx.evaluation import fidelity
-from nectar_mlx.fitting import queries
-from nectar_mlx.fitting.queries import Conversation
+from nectar_mlx.fitting import reading
+from nectar_mlx.fitting.dialogue import Conversation
 
 TEXT = "The brig left Ostend on 4 May. Her master was Anna Velde, and she carried 299 casks of amber. " * 4
 TOKENIZER = toys.tokenizer()
@@ -20,7 +20,7 @@ SIZED = [b for b in BASELINES.values() if b.sized]
 def make_task(architecture="llama", **arguments):
     model = toys.toy(architecture, **arguments)
     geometry = adapter.route(model)
-    context = queries.read(model, prompts.prefix(TOKENIZER, TEXT), geometry)
+    context = reading.read(model, prompts.prefix(TOKENIZER, TEXT), geometry)
     return Task(model=model, tokenizer=TOKENIZER, geometry=geometry, context=context, rows=400, answer_tokens=6, seed=1)
 
 
@@ -153,7 +153,7 @@ def test_the_fixed_pattern_keeps_different_places_evenly(length, count):
 
 def test_sparse_prefill_is_all_keys_of_the_sparse_way_of_reading(task):
     view = BASELINES["sparse prefill"].build(task, 0)
-    read = queries.read(task.model, task.context.prefix, task.geometry, prefill="fixed")
+    read = reading.read(task.model, task.context.prefix, task.geometry, prefill="fixed")
     assert view.nbytes == task.geometry.cache_bytes(task.length)
     for ours, expected in zip(view.banks, read.banks, strict=True):
         assert mx.array_equal(ours.parameters["keys"], expected.parameters["keys"])

@@ -7,7 +7,9 @@ import mlx.core as mx
 import pytest
 
 from nectar_mlx import bench, kernels
-from nectar_mlx.benchmarks import measure, measure_fit, roofline
+from nectar_mlx.attention import Partial
+from nectar_mlx.benchmarks import checks, measure, measure_fit, roofline
+from nectar_mlx.sparse import kernel, sparse_attention
 
 TOY = ["decode", "--shape", "toy", "--contexts", "1k,2k"]
 
@@ -123,18 +125,31 @@ def test_selftest_needs_a_gpu(capsys, monkeypatch):
 
 
 def test_selftest_says_which_kernel_is_wrong(capsys, monkeypatch):
-    """With a kernel that answers zeros, every check is red and the command fails."""
+    """With a kernel that answers zeros, its checks are red and the command fails; with a right one they are green."""
     monkeypatch.setattr(kernels, "backend", lambda: "metal")
-    monkeypatch.setattr(bench, "_cases", lambda: bench_cases()[:3])
+    decoding, sparse = checks.cases()[:3], checks.sparse_cases()[:3]
+    monkeypatch.setattr(checks, "cases", lambda: decoding)
+    monkeypatch.setattr(checks, "sparse_cases", lambda: sparse)
+    monkeypatch.setattr(kernel, "attention", on_the_cpu)
     monkeypatch.setattr(kernels, "decode", lambda packed, queries, *_, **__: mx.zeros_like(queries))
     monkeypatch.setitem(measure.SHAPES, "qwen3-1.7b", measure.SHAPES["toy"])
     assert bench.main(["selftest"]) == 2
     out = capsys.readouterr().out
-    assert "0 of 3 kernels right" in out
-    assert "| quadrature | 64 |" in out
+    assert "3 of 6 kernels right" in out
+    assert "| quadrature | 64 |" in out and "sparse" not in out
+    monkeypatch.setattr(kernel, "attention", lambda *given, **options: zeros(on_the_cpu(*given, **options)))
+    assert bench.main(["selftest"]) == 2
+    out = capsys.readouterr().out
+    assert "0 of 6 kernels right" in out and "| sparse fixed | 64 |" in out
 
 
-bench_cases = bench._cases
+def on_the_cpu(queries, keys, values, **options):
+    """The same by plain operations, in the kernel's place."""
+    return sparse_attention(*(x.astype(mx.float32) for x in (queries, keys, values)), **options)
+
+
+def zeros(part):
+    return Partial(*(x * 0 for x in part))
 
 
 def test_roofline_by_hand():

@@ -12,9 +12,9 @@ from test_fit import FAST, TEXT
 from nectar_mlx import Nectar, NectarError, adapter, evaluate, fit, nectar, prompts, store
 from nectar_mlx.fitting import chunks, pipeline
 from nectar_mlx.fitting.checkpoint import Checkpoint
+from nectar_mlx.fitting.dialogue import Conversation
 from nectar_mlx.fitting.fitter import FitConfig, layout_for, silent
 from nectar_mlx.fitting.layerwise import LayerwiseFitter
-from nectar_mlx.fitting.queries import Conversation
 
 SMALL = FAST | {"budget": 0.5, "queries": 300}
 WINDOW = 1024 + 200

@@ -13,8 +13,8 @@ from nectar_mlx import NectarError, adapter, evaluate, prompts
 from nectar_mlx.baselines import Task
 from nectar_mlx.evaluate import Options
 from nectar_mlx.evaluation import answers, methods, questions, similarity, summary
-from nectar_mlx.fitting import queries
-from nectar_mlx.fitting.queries import Conversation
+from nectar_mlx.fitting import reading
+from nectar_mlx.fitting.dialogue import Conversation
 
 TEXT = "The brig left Ostend on 4 May 1847. Her master was Anna Velde, and she carried 299 casks of amber. " * 4
 TOKENIZER = toys.tokenizer()
@@ -156,7 +156,7 @@ def make_task(model, prefix):
         model=model,
         tokenizer=TOKENIZER,
         geometry=geometry,
-        context=queries.read(model, prefix, geometry),
+        context=reading.read(model, prefix, geometry),
         answer_tokens=8,
     )
 

@@ -8,8 +8,8 @@ import toys
 from nectar_mlx import adapter
 from nectar_mlx.evaluation import fidelity
 from nectar_mlx.evaluation.fidelity import Bootstrap
-from nectar_mlx.fitting import queries
-from nectar_mlx.fitting.queries import Conversation
+from nectar_mlx.fitting import reading
+from nectar_mlx.fitting.dialogue import Conversation
 
 PREFIX = toys.random_tokens(60)
 
@@ -39,7 +39,7 @@ def plain(model, prefix, conversation):
 def test_divergence_equals_the_one_written_out(architecture, batch, room, monkeypatch):
     monkeypatch.setattr(fidelity, "_ROOM", room)
     model = toys.toy(architecture)
-    full, part = (queries.read(model, p, adapter.route(model)) for p in (PREFIX, PREFIX[:5]))
+    full, part = (reading.read(model, p, adapter.route(model)) for p in (PREFIX, PREFIX[:5]))
     asked = conversations()
     found = fidelity.compare(model, full.make_cache, {"part": part.make_cache}, asked, batch=batch)["part"]
     for i, c in enumerate(asked):
@@ -54,7 +54,7 @@ def test_divergence_equals_the_one_written_out(architecture, batch, room, monkey
 
 def test_a_view_does_not_diverge_from_itself():
     model = toys.toy("llama")
-    context = queries.read(model, PREFIX, adapter.route(model))
+    context = reading.read(model, PREFIX, adapter.route(model))
     found = fidelity.compare(model, context.make_cache, {"same": context.make_cache}, conversations())["same"]
     assert np.abs(found.kl).max() < 1e-5 and found.agree.all()
 
@@ -62,7 +62,7 @@ def test_a_view_does_not_diverge_from_itself():
 def test_a_view_may_read_another_prompt():
     model = toys.toy("llama")
     geometry = adapter.route(model)
-    full, head = (queries.read(model, p, geometry) for p in (PREFIX, PREFIX[:7]))
+    full, head = (reading.read(model, p, geometry) for p in (PREFIX, PREFIX[:7]))
     prompts = {"whole": lambda c: PREFIX[7:] + c.prompt, "head": None}
     views = {"whole": head.make_cache, "head": head.make_cache}
     found = fidelity.compare(model, full.make_cache, views, conversations(), prompts=prompts)

@@ -12,9 +12,9 @@ import pytest
 import toys
 
 from nectar_mlx import Nectar, NectarError, adapter, fit, prompts, store
-from nectar_mlx.fitting import checkpoint, pipeline, queries
+from nectar_mlx.fitting import capture, checkpoint, dialogue, pipeline, reading
+from nectar_mlx.fitting.dialogue import Conversation
 from nectar_mlx.fitting.fitter import FitConfig
-from nectar_mlx.fitting.queries import Conversation
 
 TEXT = " ".join(f"The {a} dog sees fox number {i}, and the {b} fox runs." for i, (a, b) in enumerate(
     (a, b) for a in ("quick", "lazy", "brown", "old") for b in ("red", "sly", "young", "tired")
@@ -48,7 +48,7 @@ def test_a_fitted_context_is_near_the_full_cache_and_within_its_budget(tokenizer
     model = toys.toy("llama")
     nectar = fitted(model, tokenizer, kind=kind, budget=0.5, steps=120, context_tokens=500)
     assert nectar.nbytes <= 0.5 * nectar.cache_nbytes
-    context = queries.read(model, nectar.prefix, adapter.route(model))
+    context = reading.read(model, nectar.prefix, adapter.route(model))
     tokens = nectar.prompt(tokenizer, "Who runs?")
     full = model(mx.array([nectar.prefix + tokens]))[:, len(nectar.prefix) :]
     none = model(mx.array([tokens]))
@@ -87,7 +87,7 @@ def test_an_interrupted_fit_continues_where_it_stopped(tokenizer, tmp_path, monk
     config = FitConfig(**FAST | {"budget": 0.5, "context_tokens": 150, "queries": 2500})
     whole = pipeline.fit(model, tokenizer, TEXT, config=config)
     asked = []
-    converse = queries.converse
+    converse = dialogue.converse
 
     def interrupted(*arguments, **options):
         asked.append(1)
@@ -95,10 +95,10 @@ def test_an_interrupted_fit_continues_where_it_stopped(tokenizer, tmp_path, monk
             raise KeyboardInterrupt
         converse(*arguments, **options)
 
-    monkeypatch.setattr(queries, "converse", interrupted)
+    monkeypatch.setattr(dialogue, "converse", interrupted)
     with pytest.raises(KeyboardInterrupt):
         pipeline.fit(model, tokenizer, TEXT, config=config, checkpoint=checkpoint.Checkpoint(tmp_path / "part"))
-    monkeypatch.setattr(queries, "converse", converse)
+    monkeypatch.setattr(dialogue, "converse", converse)
     resumed = pipeline.fit(model, tokenizer, TEXT, config=config, checkpoint=checkpoint.Checkpoint(tmp_path / "part"))
     assert store.digest(resumed._tensors) == store.digest(whole._tensors)
 
@@ -108,7 +108,7 @@ def test_fitted_heads_are_not_fitted_again(tokenizer, tmp_path, monkeypatch):
     config = FitConfig(**FAST | {"budget": 0.5, "context_tokens": 150})
     first = pipeline.fit(model, tokenizer, TEXT, config=config, checkpoint=checkpoint.Checkpoint(tmp_path))
     monkeypatch.setattr("nectar_mlx.fitting.regression.train", lambda *a, **k: pytest.fail("trained again"))
-    monkeypatch.setattr(queries, "converse", lambda *a, **k: pytest.fail("asked again"))
+    monkeypatch.setattr(dialogue, "converse", lambda *a, **k: pytest.fail("asked again"))
     second = pipeline.fit(model, tokenizer, TEXT, config=config, checkpoint=checkpoint.Checkpoint(tmp_path))
     assert store.digest(second._tensors) == store.digest(first._tensors)
 
@@ -150,13 +150,13 @@ def test_rows_beyond_the_memory_bound_go_to_disk_and_change_nothing(tokenizer, t
 def test_what_is_captured_is_exact_attention(tokenizer):
     model = toys.toy("llama")
     geometry = adapter.route(model)
-    context = queries.read(model, toys.random_tokens(50), geometry)
+    context = reading.read(model, toys.random_tokens(50), geometry)
     K, D, G = geometry.n_kv_heads, geometry.head_dim, geometry.n_heads // geometry.n_kv_heads
-    studies = [queries.Study(geometry.n_layers * K, 4000, D, folder=None) for _ in range(2)]
+    studies = [capture.Study(geometry.n_layers * K, 4000, D, folder=None) for _ in range(2)]
     batch = [Conversation(toys.random_tokens(5 + i % 3, seed=i), held_out=i == 2) for i in range(4)]
-    queries.converse(model, context, batch, stop={3}, max_tokens=20, temperature=1.0, key=mx.random.key(0))
+    dialogue.converse(model, context, batch, stop={3}, max_tokens=20, temperature=1.0, key=mx.random.key(0))
     kept = {False: studies[0], True: studies[1]}
-    queries.hear(model, context, batch, kept, n_heads=geometry.n_heads)
+    capture.hear(model, context, batch, kept, n_heads=geometry.n_heads)
     # the last token of an answer is kept but never fed, so nothing is captured for it
     expected = [
         sum(len(c.prompt) + len(c.answer) - 1 for c in batch if c.held_out == held) * G for held in (False, True)
@@ -173,9 +173,9 @@ def test_answers_sampled_in_a_batch_follow_the_full_model(tokenizer):
     """At a temperature near zero, batched sampling is greedy decoding of prefix + prompt."""
     model = toys.toy("llama")
     prefix = toys.random_tokens(40)
-    context = queries.read(model, prefix, adapter.route(model))
+    context = reading.read(model, prefix, adapter.route(model))
     batch = [Conversation(toys.random_tokens(4 + 3 * i, seed=i)) for i in range(3)]
-    queries.converse(model, context, batch, stop=set(), max_tokens=6, temperature=1e-4, key=mx.random.key(0))
+    dialogue.converse(model, context, batch, stop=set(), max_tokens=6, temperature=1e-4, key=mx.random.key(0))
     for conversation in batch:
         tokens = prefix + conversation.prompt
         for token in conversation.answer:
@@ -186,7 +186,7 @@ def test_answers_sampled_in_a_batch_follow_the_full_model(tokenizer):
 
 def test_sampling_follows_the_distribution():
     logits = mx.array([[0.0, 1.0, 2.0, -50.0]] * 4000)
-    drawn = np.bincount(np.array(queries.sample(logits, temperature=0.5, key=mx.random.key(0))), minlength=4) / 4000
+    drawn = np.bincount(np.array(dialogue.sample(logits, temperature=0.5, key=mx.random.key(0))), minlength=4) / 4000
     truth = np.exp([0.0, 2.0, 4.0, -100.0]) / np.exp([0.0, 2.0, 4.0, -100.0]).sum()
     np.testing.assert_allclose(drawn, truth, atol=0.03)
 
@@ -258,7 +258,7 @@ def test_a_bad_context_is_one_line(folder, capsys, name, content, words):
     (["--budget", "1.5"], ["budget", "(0, 1]"]),
     (["--budget", "1e-6"], ["too small", "at least"]),
     (["--kind", "magic"], ["magic"]),
-    (["--bits", "3"], ["3 bits", "4, 5, 6, 8, 16"]),
+    (["--bits", "3"], ["3 bits", "4, 5, 6, 7, 8, 16"]),
     (["--queries", "0"], ["queries"]),
     (["--steps", "-1"], ["steps"]),
     (["--memory", "lots"], ["lots"]),

@@ -9,11 +9,12 @@ import toys
 from test_fit import FAST, TEXT
 
 from nectar_mlx import NectarError, adapter, fit, prompts, store
-from nectar_mlx.fitting import layerwise, pipeline, queries, walk
+from nectar_mlx.cache import NectarCache
+from nectar_mlx.fitting import capture, layerwise, pipeline, reading, walk
 from nectar_mlx.fitting.checkpoint import Checkpoint
+from nectar_mlx.fitting.dialogue import Conversation
 from nectar_mlx.fitting.fitter import FitConfig, Fitter, silent
 from nectar_mlx.fitting.layerwise import LayerwiseFitter
-from nectar_mlx.fitting.queries import Conversation
 from nectar_mlx.fitting.walk import Walk
 
 EVERY = sorted(toys.ARCHITECTURES)
@@ -70,7 +71,7 @@ def test_what_a_layer_hears_is_what_the_full_cache_would_see(tokenizer, architec
         Conversation(toys.random_tokens(6 + i % 3, seed=i), toys.random_tokens(5 + i, seed=90 + i), held_out=i == 4)
         for i in range(layerwise._TOGETHER + 3)
     ]
-    context = queries.read(model, ours.prefix, ours.geometry)
+    context = reading.read(model, ours.prefix, ours.geometry)
     K, G = ours.geometry.n_kv_heads, ours.geometry.n_heads // ours.geometry.n_kv_heads
     expected = heard(model, context, ours.conversations)
     seen = 0
@@ -99,12 +100,11 @@ def heard(model, context, conversations):
     found = [([], []) for _ in context.banks]
     for conversation in conversations:
         caches = [
-            queries.StudyCache(c.bank, c.context) if isinstance(c, queries.NectarCache) else c
-            for c in context.make_cache()
+            capture.StudyCache(c.bank, c.context) if isinstance(c, NectarCache) else c for c in context.make_cache()
         ]
         fed = (conversation.prompt + conversation.answer)[:-1]
         mx.eval(model(mx.array([fed]), cache=caches))
-        studied = [c for c in caches if isinstance(c, queries.StudyCache)]
+        studied = [c for c in caches if isinstance(c, capture.StudyCache)]
         for layer, cache in enumerate(studied):
             found[layer][conversation.held_out].append(cache.take(np.ones((1, len(fed)), bool)).queries)
     return [tuple(mx.concatenate(x, axis=1) for x in pair) for pair in found]
@@ -135,9 +135,9 @@ def test_what_is_reported_is_the_divergence_from_the_full_cache(tokenizer):
     ours.converse()
     for _ in ours.layers():
         pass
-    full = queries.read(model, ours.prefix, ours.geometry)
+    full = reading.read(model, ours.prefix, ours.geometry)
     assert ours.fidelity(full.make_cache) == {"kl": 0.0, "agree": 1.0}
-    head = queries.read(model, ours.prefix[:20], ours.geometry)
+    head = reading.read(model, ours.prefix[:20], ours.geometry)
     held_out = [c for c in ours.conversations if c.held_out and c.answer][: layerwise._CHECKED]
     other = fidelity.compare(model, full.make_cache, {"head": head.make_cache}, held_out)["head"]
     assert ours.fidelity(head.make_cache)["kl"] == pytest.approx(other.kl.mean(), abs=2e-5)

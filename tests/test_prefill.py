@@ -6,7 +6,7 @@ import pytest
 import toys
 
 from nectar_mlx import adapter, attention
-from nectar_mlx.fitting import prefill, queries
+from nectar_mlx.fitting import prefill, reading
 from nectar_mlx.sparse import Fixed
 
 
@@ -42,10 +42,10 @@ def test_a_model_reads_through_the_pattern(architecture, monkeypatch):
     model = toys.toy(architecture)
     geometry = adapter.route(model)
     tokens = toys.random_tokens(700)
-    ours = queries.read(model, tokens, geometry, prefill="fixed")
+    ours = reading.read(model, tokens, geometry, prefill="fixed")
     monkeypatch.setattr(prefill, "sparse", under_the_mask)
-    expected = queries.read(model, tokens, geometry, prefill="fixed")
-    dense = queries.read(model, tokens, geometry)
+    expected = reading.read(model, tokens, geometry, prefill="fixed")
+    dense = reading.read(model, tokens, geometry)
     for bank, other in zip(ours.banks, expected.banks, strict=True):
         np.testing.assert_allclose(bank.parameters["keys"], other.parameters["keys"], atol=1e-3)
     if len(ours.banks) > 1:  # the first layer's keys do not depend on any attention
@@ -58,7 +58,7 @@ def test_a_short_text_is_read_as_ever():
     geometry = adapter.route(model)
     tokens = toys.random_tokens(60)
     assert 2 * prefill.pattern_for(len(tokens)).stride >= len(tokens)
-    ours, dense = (queries.read(model, tokens, geometry, prefill=way) for way in ("fixed", "dense"))
+    ours, dense = (reading.read(model, tokens, geometry, prefill=way) for way in ("fixed", "dense"))
     for bank, other in zip(ours.banks, dense.banks, strict=True):
         np.testing.assert_allclose(bank.parameters["keys"], other.parameters["keys"], atol=1e-4)
 

@@ -19,7 +19,7 @@ def test_a_width_without_groups_is_refused():
         quantize(mx.zeros((2, 20)), bits=8)
 
 
-@pytest.mark.parametrize("bits", [4, 5, 6, 8])
+@pytest.mark.parametrize("bits", [4, 5, 6, 7, 8])
 @pytest.mark.parametrize("width", [64, 80])
 def test_the_error_is_below_half_a_step(bits, width):
     x = mx.array(np.random.default_rng(0).normal(size=(9, width)).astype(np.float32)) * mx.array(
@@ -38,7 +38,7 @@ def test_every_bit_halves_the_error():
     assert all(3 < more / less < 5 for more, less in itertools.pairwise(errors))
 
 
-@pytest.mark.parametrize("bits", [4, 5, 6, 8])
+@pytest.mark.parametrize("bits", [4, 5, 6, 7, 8])
 def test_whole_numbers_come_back(bits):
     """Every number of that many bits, in two groups with scales of their own."""
     limit = 2 ** (bits - 1)
@@ -50,7 +50,7 @@ def test_whole_numbers_come_back(bits):
     np.testing.assert_array_equal(dequantize(packed, bits=bits), expected)
 
 
-@pytest.mark.parametrize("bits", [4, 5, 6, 8])
+@pytest.mark.parametrize("bits", [4, 5, 6, 7, 8])
 def test_what_had_fewer_bits_is_kept_in_eight(bits):
     """The kernel keeps each stored integer in a byte."""
     x = mx.array(np.random.default_rng(1).normal(size=(5, 64)).astype(np.float32))
@@ -58,7 +58,7 @@ def test_what_had_fewer_bits_is_kept_in_eight(bits):
     assert mx.array_equal(dequantize(requantize(once, bits=8), bits=8), once)
 
 
-@pytest.mark.parametrize("bits", [4, 5, 6, 8])
+@pytest.mark.parametrize("bits", [4, 5, 6, 7, 8])
 def test_zero_stays_zero(bits):
     assert (dequantize(quantize(mx.zeros((3, 64)), bits=bits), bits=bits) == 0).all()
 

@@ -10,8 +10,8 @@ import toys
 from nectar_mlx import Nectar, NectarError, ask, evaluate, fit
 from nectar_mlx.attention import Partial, merge
 from nectar_mlx.fitting import pipeline
+from nectar_mlx.fitting.capture import Captured
 from nectar_mlx.fitting.fitter import FitConfig
-from nectar_mlx.fitting.queries import Captured
 from nectar_mlx.heads import Completion, Remainder, Retrieval
 from nectar_mlx.heads.completion import key_features
 from nectar_mlx.heads.residual import ANCHORS, EVERYTHING, SINKS, TAIL, anchor_positions, middle

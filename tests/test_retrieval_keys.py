@@ -9,7 +9,7 @@ import pytest
 import toys
 
 from nectar_mlx import Nectar, NectarError, adapter, ask
-from nectar_mlx.fitting import queries
+from nectar_mlx.fitting import reading
 from nectar_mlx.heads.residual import ANCHORS, anchor_positions
 from nectar_mlx.nectar import build
 from nectar_mlx.quantize import dequantize, quantize
@@ -122,7 +122,7 @@ class Book:
 
         prefix = prompts.prefix(self.tokenizer, self.text)
         geometry = adapter.route(self.model)
-        context = queries.read(self.model, prefix, geometry)
+        context = reading.read(self.model, prefix, geometry)
         at = mx.array(anchor_positions(len(prefix)))
         heads = [
             {f"anchor_{n}": head[n][at] for n in ("keys", "values")}

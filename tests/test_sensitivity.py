@@ -7,18 +7,18 @@ import toys
 
 from nectar_mlx import adapter, prompts
 from nectar_mlx.evaluation import fidelity
-from nectar_mlx.fitting import queries, sensitivity
-from nectar_mlx.fitting.queries import Conversation
+from nectar_mlx.fitting import dialogue, reading, sensitivity
+from nectar_mlx.fitting.dialogue import Conversation
 
 
 @pytest.fixture(scope="module")
 def studied():
     model, tokenizer = toys.toy("llama"), toys.tokenizer()
     geometry = adapter.route(model)
-    context = queries.read(model, prompts.prefix(tokenizer, "one two three four five six seven " * 4), geometry)
+    context = reading.read(model, prompts.prefix(tokenizer, "one two three four five six seven " * 4), geometry)
     conversations = [Conversation(prompts.prompt(tokenizer, f"tell me {i} " + "more " * (i % 3))) for i in range(96)]
     conversations.sort(key=lambda c: len(c.prompt))
-    queries.converse(model, context, conversations, stop=set(), max_tokens=12, temperature=1.0, key=mx.random.key(0))
+    dialogue.converse(model, context, conversations, stop=set(), max_tokens=12, temperature=1.0, key=mx.random.key(0))
     return model, geometry, context, conversations
 
 

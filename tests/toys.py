@@ -14,7 +14,7 @@ from tokenizers import models as tokenizer_models
 from transformers import PreTrainedTokenizerFast
 
 from nectar_mlx import Nectar, adapter, models
-from nectar_mlx.fitting import queries
+from nectar_mlx.fitting import reading
 from nectar_mlx.nectar import build
 from nectar_mlx.store import Layout
 
@@ -108,7 +108,7 @@ def random_tokens(n: int, *, seed: int = 0) -> list[int]:
 def exact(model: nn.Module, prefix: Sequence[int], tokenizer: Any = None, *, name: str = "toy") -> Nectar:
     """A Nectar that keeps the context's own keys and values."""
     geometry = adapter.route(model)
-    context = queries.read(model, prefix, geometry)
+    context = reading.read(model, prefix, geometry)
     heads = [head for bank in context.banks for head in bank.unstack()]
     return build(
         _layout(geometry, "exact", 16),
@@ -124,7 +124,7 @@ def exact(model: nn.Module, prefix: Sequence[int], tokenizer: Any = None, *, nam
 def picked(model: nn.Module, prefix: Sequence[int], nodes: int, tokenizer: Any = None, *, bits: int = 8) -> Nectar:
     """A quadrature Nectar that stands on every so-many-th key of the context: far from exact, and quick to make."""
     geometry = adapter.route(model)
-    context = queries.read(model, prefix, geometry)
+    context = reading.read(model, prefix, geometry)
     n = len(prefix)
     heads = []
     for index, head in enumerate(head for bank in context.banks for head in bank.unstack()):

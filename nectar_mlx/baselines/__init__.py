@@ -1,7 +1,7 @@
 """Other ways to keep a context in few bytes, each a small file behind one interface: `build(task, nbytes) -> View`.
 
-Every method is stored the way that is best for it: the context's own keys in 8 bits, nodes in 5 as fitted ones are
-(groups of 32); its bytes are what it then takes.
+Every method is stored the way that is best for it: the context's own keys in 8 bits, Attention Matching's nodes in 5
+(groups of 32), for more of them outweigh the rounding; its bytes are what it then takes.
 """
 
 from ..errors import NectarError

@@ -16,14 +16,16 @@ from ..adapter import Geometry
 from ..cache import Window, make_caches
 from ..errors import NectarError
 from ..evaluation.fidelity import Prompt
-from ..fitting import instructions, matching, queries, sensitivity
-from ..fitting.queries import Captured, Context, Conversation, Study
+from ..fitting import capture, dialogue, instructions, matching, reading, sensitivity
+from ..fitting.capture import Captured, Study
+from ..fitting.dialogue import Conversation
+from ..fitting.reading import Context
 from ..heads import Bank, Exact, HeadArrays
 from ..store import Layout
 
 _TOGETHER = 16 if SLOW_EXP else 64  # conversations sampled side by side
 _JUDGES = 8  # conversations by which the errors of heads are weighed
-BITS = {"quadrature": 5, "exact": 8}  # of a matrix entry: nodes as in a .nectar, keys without a loss that shows
+BITS = {"quadrature": 5, "exact": 8}  # of a matrix entry: what serves each best (docs/log.md)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,12 +108,12 @@ class Task:
         return self.heard(conversations), conversations
 
     def _rows(self, conversations: Sequence[Conversation]) -> int:
-        return self.geometry.n_heads // self.geometry.n_kv_heads * sum(map(queries.fed_tokens, conversations))
+        return self.geometry.n_heads // self.geometry.n_kv_heads * sum(map(dialogue.fed_tokens, conversations))
 
     def heard(self, conversations: Sequence[Conversation]) -> Study:
         """What attention sees in the conversations, at most `rows` rows a head, with the full cache in view."""
         study = Study(self.n_heads, self.rows, self.geometry.head_dim, folder=None)
-        queries.hear(self.model, self.context, conversations, {False: study}, n_heads=self.geometry.n_heads)
+        capture.hear(self.model, self.context, conversations, {False: study}, n_heads=self.geometry.n_heads)
         return study
 
     @cached_property
@@ -139,7 +141,7 @@ class Task:
     ) -> None:
         """Samples the answers of a batch with some view of the context."""
         start = context.start
-        queries.converse(
+        dialogue.converse(
             self.model,
             Context(self.context.prefix[:start], list(context.banks), dict(context.windows)),  # type: ignore[arg-type]
             sorted(batch, key=lambda c: len(c.prompt)),
@@ -217,7 +219,7 @@ class Task:
     def text(self, ids: Sequence[int], **options: Any) -> View:
         """Other tokens behind the template's head instead of the document, their keys and values in int8."""
         prefix = self.head + list(ids)
-        read = queries.read(self.model, prefix, self.geometry)
+        read = reading.read(self.model, prefix, self.geometry)
         heads = [head for bank in read.banks for head in bank.unstack()]
         return self.stored("exact", heads, start=len(prefix), windows=read.windows, **options)
 

@@ -16,7 +16,7 @@ from .._exp import SLOW_EXP
 from ..cache import NectarCache
 from ..errors import NectarError
 from ..evaluation import fidelity
-from ..fitting.queries import Conversation
+from ..fitting.dialogue import Conversation
 from ..heads import HeadArrays
 from .base import Baseline, Task, View
 

@@ -2,14 +2,14 @@
 
 import mlx.core as mx
 
-from ..fitting import queries
+from ..fitting import reading
 from ..heads import Bank, Quadrature
 from .base import Baseline, Task, View
 
 
 def no_context(task: Task, nbytes: int) -> View:
     """The chat template's head and the question right behind it: what the model says that never saw the document."""
-    head = queries.read(task.model, task.head, task.geometry)
+    head = reading.read(task.model, task.head, task.geometry)
     detail = "an ordinary chat about the question alone"
     return View(banks=head.banks, windows=head.windows, start=len(task.head), nbytes=0, detail=detail)
 

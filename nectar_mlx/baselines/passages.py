@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from .. import prompts
 from ..errors import NectarError
-from ..fitting.queries import Conversation
+from ..fitting.dialogue import Conversation
 from .base import Baseline, Task, View
 from .nothing import no_context
 

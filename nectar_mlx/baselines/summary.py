@@ -4,7 +4,7 @@ import mlx.core as mx
 
 from .. import prompts
 from ..errors import NectarError
-from ..fitting.queries import Conversation
+from ..fitting.dialogue import Conversation
 from .base import Baseline, Task, View
 
 _REQUEST = "Write a summary of the text with all its important names, numbers and facts, in about {words} words."

@@ -14,7 +14,7 @@ import mlx.nn as nn
 import numpy as np
 
 from .. import adapter
-from ..fitting import queries
+from ..fitting import reading
 from ..fitting.fitter import FitConfig, Fitter, affordable_bytes
 from .measure import Shape
 
@@ -75,7 +75,7 @@ def measured(model: nn.Module, shape: Shape, tokens: int, config: FitConfig) -> 
     prefix = np.random.default_rng(0).integers(0, shape.vocabulary, tokens).tolist()
     stages, tokenizer = Stages(), Words(shape.vocabulary)
     with stages.stage("prefill"):
-        context = queries.read(model, prefix, geometry)
+        context = reading.read(model, prefix, geometry)
     fitter = Fitter(model, tokenizer, context, geometry, config)
     with stages.stage("sampling"):
         fitter.converse()

@@ -10,7 +10,7 @@ import numpy as np
 
 from .. import cli, prompts
 from ..baselines import Task, View
-from ..fitting.queries import Conversation
+from ..fitting.dialogue import Conversation
 from . import fidelity
 from .fidelity import Bootstrap, interval
 from .questions import ON, TEMPERATURE, TOGETHER, Asked, contains

@@ -9,7 +9,7 @@ import mlx.nn as nn
 import numpy as np
 
 from .._exp import SLOW_EXP, exp
-from ..fitting.queries import Conversation
+from ..fitting.dialogue import Conversation
 
 MakeCache = Callable[[], Any]
 Prompt = Callable[[Conversation], list[int]]

@@ -15,7 +15,7 @@ from .._exp import SLOW_EXP
 from ..baselines import Task
 from ..errors import NectarError
 from ..fitting import instructions
-from ..fitting.queries import Conversation
+from ..fitting.dialogue import Conversation
 
 ON, OFF, REREAD, CONTINUE = "on-context", "off-context", "re-reading", "continuation"
 OWN_WORDS = "own words"  # of the on-context answers, what does not repeat the text

@@ -14,7 +14,7 @@ import numpy as np
 
 from ..errors import NectarError
 from ..heads import HeadArrays, Size
-from .queries import Conversation
+from .dialogue import Conversation
 
 
 class Checkpoint:

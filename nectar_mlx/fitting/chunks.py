@@ -22,12 +22,12 @@ from ..adapter import Geometry
 from ..clock import Clock
 from ..heads import Exact, HeadArrays, Size
 from ..nectar import Nectar
-from . import queries
+from . import reading
 from .checkpoint import Checkpoint
 from .fitter import FitConfig, Progress, affordable_bytes, layout_for
 from .layerwise import LayerwiseFitter, cut
 from .prefill import Prefill
-from .queries import Context
+from .reading import Context
 
 
 def split(tokens: int, room: int) -> list[int]:
@@ -107,7 +107,7 @@ def read(
     """The exact keys and values of a prefix that ends with these chunks, or of one that has none."""
     parts, done = list[Context](), 0
     for text in _texts(prefix, chunks or [len(prefix)]):
-        parts.append(queries.read(model, text, geometry, prefill=prefill, progress=partial(_after, progress, done)))
+        parts.append(reading.read(model, text, geometry, prefill=prefill, progress=partial(_after, progress, done)))
         done += len(text)
     if len(parts) == 1:
         return parts[0]

@@ -18,16 +18,18 @@ from ..errors import NectarError
 from ..evaluation import fidelity
 from ..heads import KINDS, Bank, HeadArrays, Size
 from ..store import BITS, Layout
-from . import budget, grouping, instructions, matching, queries, regression, sensitivity, starts
+from . import budget, capture, dialogue, grouping, instructions, matching, regression, sensitivity, starts
+from .capture import Captured, Study
 from .checkpoint import Checkpoint
+from .dialogue import Conversation
 from .prefill import Prefill
-from .queries import Captured, Context, Conversation, Study
+from .reading import Context
 
 if TYPE_CHECKING:
     from ..nectar import Nectar
 
 _JUDGES = 8  # conversations by which the errors of heads are weighed
-_OF_NODES = ("quadrature", "retrieval+nectar")  # in fewer bits, for more of them: a network's errors add up
+_OF_NODES = ("quadrature", "retrieval+nectar")  # one bit less, for more of them
 _ENOUGH = 0.9  # of the rows asked for: not another batch for the last few
 
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
@@ -42,7 +44,7 @@ class FitConfig:
     """What can be chosen when fitting.
 
     budget: bytes kept / bytes of the bf16 KV cache. kind: auto, quadrature, mlp, corrected or exact. bits: of a
-    stored matrix entry, 16, 8, 6, 5 or 4 (default: 5 for nodes, 8 for networks). queries: captured rows a head
+    stored matrix entry, 16 or 4 to 8 (default: 7 for nodes, 8 for networks). queries: captured rows a head
     (120,000 on a GPU, 20,000 on a CPU). steps: of the regression (default: 2,000 on a GPU, 400 on a CPU).
     context_tokens: cut the text after so many tokens. memory: bytes that the context's KV cache may take before the
     fit goes layer by layer, and captured rows before they go to disk (default: half of what is free). layerwise:
@@ -65,7 +67,7 @@ class FitConfig:
     conversations: int = 28 if SLOW_EXP else 128  # sampled side by side
     power: float = 0.65
     scout_steps: int = 100
-    rate: float | None = None  # default: 2.5e-2 for nodes alone, 6e-3 for what has networks or keys beside it
+    rate: float | None = None  # default: 1.5e-2 for nodes alone, 6e-3 for what has networks or keys beside it
     batch: int = 512 if SLOW_EXP else 2048
     samples: int = 4096  # rows that Attention Matching solves on
 
@@ -113,7 +115,7 @@ class Fitter:
         self.room = 1 << 19 if SLOW_EXP else 1 << 28  # scores of a batch, of all heads that are trained together
         self.steps = config.steps or (400 if SLOW_EXP else 2000)
         self.layout = layout_for(config, geometry, n_layers=self.n_layers)
-        self.rate = config.rate or (2.5e-2 if self.layout.kind == "quadrature" else 6e-3)
+        self.rate = config.rate or (1.5e-2 if self.layout.kind == "quadrature" else 6e-3)
         self.checkpoint.claim(asdict(config), context.prefix)
 
     def converse(self) -> None:
@@ -130,7 +132,7 @@ class Fitter:
     def _rows(self) -> int:
         """Rows a head that the conversations so far will give."""
         group = self.geometry.n_heads // self.geometry.n_kv_heads
-        return group * sum(queries.fed_tokens(c) for c in self.conversations if not c.held_out)
+        return group * sum(dialogue.fed_tokens(c) for c in self.conversations if not c.held_out)
 
     def _ask_batch(self) -> list[Conversation]:
         config = self.config
@@ -140,7 +142,7 @@ class Fitter:
         batch = [Conversation(self._prompt(q)) for q in itertools.islice(asked, config.conversations)]
         for conversation in batch[::10]:
             conversation.held_out = True
-        queries.converse(
+        dialogue.converse(
             self.model,
             self.context,
             sorted(batch, key=lambda c: len(c.prompt)),
@@ -159,9 +161,9 @@ class Fitter:
         folder = self.checkpoint.spill() if spill else None
         self.study = Study(self.n_heads, config.queries, g.head_dim, folder=folder and folder / "study.rows")
         self.held_out = Study(self.n_heads, spare, g.head_dim, folder=folder and folder / "held_out.rows")
-        total = sum(map(queries.fed_tokens, self.conversations))
+        total = sum(map(dialogue.fed_tokens, self.conversations))
         with self.progress("weighing what was said", total) as done:
-            queries.hear(
+            capture.hear(
                 self.model,
                 self.context,
                 self.conversations,
@@ -279,7 +281,7 @@ def layout_for(config: FitConfig, geometry: Geometry, *, n_layers: int) -> Layou
         n_kv_heads=geometry.n_kv_heads,
         head_dim=geometry.head_dim,
         scale=geometry.scale,
-        bits=16 if kind == "exact" else config.bits or (5 if kind in _OF_NODES else 8),
+        bits=16 if kind == "exact" else config.bits or (7 if kind in _OF_NODES else 8),
     )
 
 
@@ -302,7 +304,7 @@ def affordable_bytes(config: FitConfig, geometry: Geometry, layout: Layout, *, n
 
 def allocate(errors: np.ndarray, nbytes: float, *, layout: Layout, config: FitConfig, n: int) -> list[Size]:
     """Every head's size for n tokens, by the errors [n_heads] that it made among equals."""
-    mean, largest = nbytes / len(errors), starts.size_for(layout, float("inf"), most=n // 4)
+    mean, largest = nbytes / len(errors), starts.size_for(layout, float("inf"), most=n // 2)
     least, most = starts.smallest_bytes(layout), max(store.head_bytes(layout, largest), 2 * mean)
     share = budget.allocate(errors.tolist(), total=nbytes, power=config.power, least=least, most=most)
     return [starts.size_for(layout, b, most=n) for b in share]

@@ -25,10 +25,12 @@ from ..adapter import Geometry
 from ..cache import Window
 from ..evaluation import fidelity
 from ..heads import Exact, HeadArrays, Size
-from . import instructions, queries
+from . import capture, dialogue, instructions, reading
+from .capture import Heard, Study, StudyCache
 from .checkpoint import Checkpoint
+from .dialogue import Conversation
 from .fitter import FitConfig, Fitter, Progress, allocate, layout_for
-from .queries import READ, Context, Conversation, Heard, Study, StudyCache
+from .reading import READ, Context
 from .walk import Walk
 
 _PASSAGE = 900  # tokens in view while a conversation is sampled
@@ -86,7 +88,7 @@ class LayerwiseFitter:
     def _rows(self, held_out: bool) -> int:
         """Rows a head that the conversations so far, those held out or the others, will give."""
         group = self.geometry.n_heads // self.geometry.n_kv_heads
-        return group * sum(queries.fed_tokens(c) for c in self.conversations if c.held_out == held_out)
+        return group * sum(dialogue.fed_tokens(c) for c in self.conversations if c.held_out == held_out)
 
     def _passage(self, number: int) -> list[int]:
         opening = prompts.opening(self.tokenizer)
@@ -102,9 +104,9 @@ class LayerwiseFitter:
         batch = [Conversation(prompts.prompt(self.tokenizer, q, enable_thinking=False)) for q in asked]
         for i, conversation in enumerate(batch):
             conversation.held_out = (number + i) % 10 == 0
-        queries.converse(
+        dialogue.converse(
             self.model,
-            queries.read(self.model, passage, self.geometry),
+            reading.read(self.model, passage, self.geometry),
             batch,
             stop=set(self.tokenizer.eos_token_ids),
             max_tokens=config.answer_tokens,
@@ -122,7 +124,7 @@ class LayerwiseFitter:
         sizes = self.checkpoint.load_sizes()
         if sizes is None:
             n = len(self.prefix) - prompts.opening(self.tokenizer)
-            excerpt = queries.read(self.model, self.prefix[:_EXCERPT], self.geometry)
+            excerpt = reading.read(self.model, self.prefix[:_EXCERPT], self.geometry)
             config = replace(self.config, queries=min(self.config.queries, _EXCERPT_QUERIES), conversations=_TOGETHER)
             scout = Fitter(self.model, self.tokenizer, excerpt, self.geometry, config, progress=self.progress)
             scout.room = self._room
@@ -152,7 +154,7 @@ class LayerwiseFitter:
         starts = range(0, len(self.prefix), READ)
         text = [self._walk.embed(mx.array([self.prefix[a : a + READ]])) for a in starts]
         group = self.geometry.n_heads // self.geometry.n_kv_heads
-        batches = queries.together(self.conversations, self._studies, group=group, tokens=READ)
+        batches = capture.together(self.conversations, self._studies, group=group, tokens=READ)
         heard = [self._walk.embed(batch.tokens) for batch in batches]
         mx.eval(text, heard)
         for layer in range(self.geometry.n_layers):
@@ -185,7 +187,7 @@ class LayerwiseFitter:
 
     def _read(self, layer: int, text: list[mx.array]) -> Exact | Window:
         """The text through one layer, its hidden states [1, READ, E] replaced piece by piece."""
-        cache = queries.reading_cache(len(self.prefix), self.geometry.windows[layer], prefill=self.config.prefill)
+        cache = reading.reading_cache(len(self.prefix), self.geometry.windows[layer], prefill=self.config.prefill)
         for i, piece in enumerate(text):
             after = self._walk.layer(layer, piece, cache)
             if layer < self.geometry.n_layers - 1:
@@ -193,7 +195,7 @@ class LayerwiseFitter:
             del after, piece  # behind the last layer nobody needs the text: what is not evaluated costs nothing
             mx.eval(text[i], cache.state)
             mx.clear_cache()
-        return queries.what_was_read(cache, scale=self.geometry.scale)
+        return reading.what_was_read(cache, scale=self.geometry.scale)
 
     def _hear(self, layer: int, make_cache: Callable[[], Any], batches: Sequence[Heard], heard: list[mx.array]) -> None:
         """The conversations through one layer behind the whole text; what its attention saw goes to the studies."""
@@ -202,7 +204,7 @@ class LayerwiseFitter:
             heard[i] = self._walk.layer(layer, heard[i], cache)
             mx.eval(heard[i], cache.state)
             if isinstance(cache, StudyCache):
-                queries.record([cache], self._studies.values(), batch.places)
+                capture.record([cache], self._studies.values(), batch.places)
 
     @property
     def rows(self) -> int:

@@ -12,7 +12,7 @@ import numpy as np
 
 from .._exp import SLOW_EXP, exp
 from ..heads import HeadArrays
-from .queries import Captured
+from .capture import Captured
 
 _RIDGE = 1e-4  # relative to the mean diagonal: the Gram matrices of peaked heads are close to singular
 _NNLS_STEPS = 300

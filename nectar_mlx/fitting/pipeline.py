@@ -19,7 +19,7 @@ from ..errors import NectarError
 from ..heads import KINDS, Quadrature, Residual
 from ..nectar import Nectar
 from ..retrieval.fitter import RetrievalFitter
-from . import chunks, queries
+from . import chunks, reading
 from .checkpoint import Checkpoint
 from .fitter import FitConfig, Fitter, Progress, affordable_bytes, free_memory, silent
 
@@ -65,7 +65,7 @@ def fit(
             clock=clock,
         )
     with progress("reading", len(prefix)) as done:
-        context = queries.read(model, prefix, geometry, prefill=config.prefill, progress=done)
+        context = reading.read(model, prefix, geometry, prefill=config.prefill, progress=done)
     clock.lap("read")
     retrieves = issubclass(KINDS.get(config.kind, Quadrature), Residual)
     make = RetrievalFitter if retrieves else Fitter

@@ -16,7 +16,7 @@ from .._exp import COMPILE, sigmoid
 from ..attention import Partial
 from ..heads import Bank, HeadArrays
 from . import optimizers
-from .queries import Captured
+from .capture import Captured
 from .starts import Start
 
 _PLAIN = 0.1

@@ -17,7 +17,8 @@ from .. import attention
 from ..adapter import Geometry
 from ..cache import NectarCache
 from ..evaluation.fidelity import log_probabilities
-from .queries import Context, Conversation
+from .dialogue import Conversation
+from .reading import Context
 from .walk import Walk
 
 _ANSWERED = 32  # tokens whose logits are held at a time

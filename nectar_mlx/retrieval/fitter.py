@@ -11,8 +11,8 @@ import numpy as np
 from .._exp import SLOW_EXP
 from ..errors import NectarError
 from ..fitting import regression
+from ..fitting.capture import Captured
 from ..fitting.fitter import Fitter
-from ..fitting.queries import Captured
 from ..fitting.starts import Start
 from ..heads import Bank, HeadArrays, Size
 from ..heads.remainder import AtThreshold

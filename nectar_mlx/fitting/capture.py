@@ -1,95 +1,25 @@
-"""Which queries a fit sees: conversations about the context, sampled with the full cache in view, then heard.
+"""What attention sees in conversations: the rows that heads are fitted to.
 
-The queries that matter are those of real answers; re-reading the text alone gives three times the divergence
-(docs/log.md). When a conversation is heard, read again in one pass behind the context, every attention call keeps its
-post-RoPE queries, the exact (o, L) of the context and the (o, L) of the live tokens: what the regression needs.
+When a conversation is heard, read again in one pass behind the context, every attention call keeps its post-RoPE
+queries, the exact (o, L) of the context and the (o, L) of the live tokens: what the regression needs.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx_lm.models.cache import RotatingKVCache
 
 from .. import attention
-from .._exp import SLOW_EXP, exp
-from ..adapter import Geometry
-from ..cache import NectarCache, Window, make_caches, with_sinks
-from ..heads import Bank, Exact
-from .prefill import Prefill, ReadingCache
+from .._exp import SLOW_EXP
+from ..cache import NectarCache, with_sinks
+from ..heads import Bank
+from .dialogue import Conversation, fed_tokens
+from .reading import Context
 
-READ = 512  # tokens of a text that are read at a time
-_SHRINK = 8  # a batch is made smaller when one row in so many has ended
 _ROOM, _LEAST_TOGETHER = 1 << 23 if SLOW_EXP else 1 << 28, 256  # scores of one layer, and tokens, read together
-
-
-@dataclass(frozen=True)
-class Context:
-    """A prefix and its exact keys and values: one `Exact` bank a layer with full attention ([K, n, D] each, positions
-    0 … n-1), and the last window of each other layer, by its index. chunks: lengths of the prefix's last pieces, where
-    each was read on its own (chunks.py)."""
-
-    prefix: list[int]
-    banks: list[Exact]
-    windows: dict[int, Window] = field(default_factory=dict)
-    chunks: Sequence[int] = ()
-
-    @property
-    def start(self) -> int:
-        """The position of the token that follows."""
-        return len(self.prefix) - sum(self.chunks) + max(self.chunks, default=0)
-
-    def make_cache(self) -> list[Any]:
-        return make_caches(self.banks, self.windows, self.start)
-
-
-def read(
-    model: nn.Module,
-    prefix: Sequence[int],
-    geometry: Geometry,
-    *,
-    prefill: Prefill = "dense",
-    progress: Callable[[int], None] = lambda n: None,
-) -> Context:
-    """Prefills the prefix in chunks. progress is told how many tokens are done."""
-    caches: list[Any] = [reading_cache(len(prefix), window, prefill=prefill) for window in geometry.windows]
-    tokens = mx.array(list(prefix))[None]
-    for start in range(0, len(prefix), READ):
-        model(tokens[:, start : start + READ], cache=caches)
-        mx.eval([c.state for c in caches])
-        mx.clear_cache()
-        progress(min(start + READ, len(prefix)))
-    context = Context(list(prefix), [])
-    for layer, cache in enumerate(caches):
-        part = what_was_read(cache, scale=geometry.scale)
-        if isinstance(part, Window):
-            context.windows[layer] = part
-        else:
-            context.banks.append(part)
-    return context
-
-
-def reading_cache(length: int, window: int, *, prefill: Prefill = "dense") -> Any:
-    """For one layer and a text of `length` tokens. window: the layer's sliding window, 0 for full attention."""
-    return RotatingKVCache(window) if window else ReadingCache(length, prefill=prefill)
-
-
-def what_was_read(cache: Any, *, scale: float) -> Exact | Window:
-    """Takes the keys and values of a whole text out of a `reading_cache`."""
-    ring = isinstance(cache, RotatingKVCache)
-    pair = [cache._temporal_order(x) for x in cache.state[:2]] if ring else cache.keys_and_values()
-    window = cache.max_size if ring else 0
-    keys, values = (mx.contiguous(x[0, :, -window:]) for x in pair)  # read in chunks, a ring outgrows its window
-    cache.keys = cache.values = None
-    mx.eval(keys, values)
-    if ring:
-        return Window(keys, values, window)
-    sizes = ((keys.shape[1],),) * keys.shape[0]
-    return Exact(parameters={"keys": keys, "values": values}, sizes=sizes, scale=scale)
 
 
 class Captured(NamedTuple):
@@ -151,14 +81,6 @@ class Study:
         return heads * rows * (3 * 2 * head_dim + 2 * 4)
 
 
-class StepCache(NectarCache):
-    """Of several sequences that advance in step; some may end before the others."""
-
-    def filter(self, rows: mx.array) -> None:
-        live: Any = self.live
-        live.keys, live.values = live.keys[rows], live.values[rows]
-
-
 class StudyCache(NectarCache):
     """Attends exactly and keeps what it saw at the last call.
 
@@ -201,54 +123,6 @@ class StudyCache(NectarCache):
         return Captured(*(mx.take(x, rows, axis=1).reshape(K, -1, *x.shape[3:]) for x in grouped))
 
 
-@dataclass
-class Conversation:
-    """A prompt that continues the prefix and the answer that the model gave with its full cache."""
-
-    prompt: list[int]
-    answer: list[int] = field(default_factory=list)
-    held_out: bool = False  # kept from training
-
-
-def converse(
-    model: nn.Module,
-    context: Context,
-    batch: Sequence[Conversation],
-    *,
-    stop: set[int],
-    max_tokens: int,
-    temperature: float,
-    key: mx.array,
-) -> None:
-    """Samples the answers of a batch with the full cache, all rows in step; the shortest prompt comes first.
-
-    Every row starts at the same position: the longer prompts are still being read while the shorter ones are
-    answered, so no row is padded and positions are exact.
-    """
-    caches = [StepCache(c.bank, c.context) if isinstance(c, NectarCache) else c for c in context.make_cache()]
-    rows = list(batch)
-    tokens = mx.array([r.prompt[: min(len(r.prompt) for r in rows)] for r in rows])
-    at = tokens.shape[1]
-    if at > 1:  # nobody asks for the logits of these places, so the vocabulary-wide product is never computed
-        model(tokens[:, :-1], cache=caches)
-        mx.eval([c.state for c in caches])
-        tokens = tokens[:, -1:]
-    while True:
-        logits = model(tokens, cache=caches)[:, -1]
-        key, now = mx.random.split(key)
-        drawn: Any = sample(logits, temperature=temperature, key=now).tolist()
-        done = [_extend(row, token, at, stop, max_tokens) for row, token in zip(rows, drawn, strict=True)]
-        if all(done):
-            return
-        if sum(done) * _SHRINK >= len(done):  # the ended rows are fed zeros until it is worth dropping them
-            going = [i for i, d in enumerate(done) if not d]
-            rows, done = [rows[i] for i in going], [False] * len(going)
-            for cache in caches:
-                cache.filter(mx.array(going))
-        tokens = mx.array([[(r.prompt + r.answer)[at] if not d else 0] for r, d in zip(rows, done, strict=True)])
-        at += 1
-
-
 class Heard(NamedTuple):
     """Conversations of about one length that are read together: tokens [B, T], right-padded, and for each study the
     places [B, T] whose rows it keeps."""
@@ -285,11 +159,6 @@ def together(
     return batches
 
 
-def fed_tokens(conversation: Conversation) -> int:
-    """Tokens that the model was fed: the last one of an answer is only kept."""
-    return len(conversation.prompt) + max(0, len(conversation.answer) - 1)
-
-
 def hear(
     model: nn.Module,
     context: Context,
@@ -315,26 +184,6 @@ def hear(
         record(studied, studies.values(), heard.places)
         done += sum(map(fed_tokens, heard.conversations))
         progress(done)
-
-
-def sample(logits: mx.array, *, temperature: float, key: mx.array) -> mx.array:
-    """Tokens [B] drawn from softmax(logits / temperature), logits [B, V], by inverting the distribution function.
-
-    (`mx.random.categorical` takes two logarithms an entry, a third of a decode step on a Linux CPU.)
-    """
-    logits = logits.astype(mx.float32)
-    cumulative = mx.cumsum(exp((logits - logits.max(-1, keepdims=True)) / temperature), axis=-1)
-    point = mx.random.uniform(shape=(logits.shape[0], 1), key=key) * cumulative[:, -1:]
-    return (cumulative > point).argmax(-1)
-
-
-def _extend(row: Conversation, token: int, at: int, stop: set[int], max_tokens: int) -> bool:
-    """Adds the sampled token if the row's prompt is read; True if the row has ended (a stop token is not fed)."""
-    ended = bool(row.answer) and (row.answer[-1] in stop or len(row.answer) >= max_tokens)
-    if ended or at < len(row.prompt):
-        return ended
-    row.answer.append(token)
-    return token in stop or len(row.answer) >= max_tokens
 
 
 def record(caches: Sequence[StudyCache], studies: Iterable[Study], places: Iterable[np.ndarray]) -> None:

@@ -1,0 +1,117 @@
+"""Whether every kernel is right on this machine: what it computes beside plain operations in float32."""
+
+from typing import Any
+
+import mlx.core as mx
+
+from .. import attention, kernels
+from ..heads import Bank
+from ..sparse import Fixed, Pattern, Strided
+from ..sparse import kernel as sparse_kernel
+from ..sparse.patterns import take_heads
+from . import measure
+from .measure import Shape
+
+Row = dict[str, Any]
+
+
+def rows() -> list[Row]:
+    """One row a case: what it was, its largest error as a share of the largest number, and whether that will do."""
+    decoding = [check(bank, **case) for case, bank in cases()]
+    return decoding + [check_sparse(**case) for case in sparse_cases()]
+
+
+_STORAGES: list[tuple[mx.Dtype, mx.Dtype, int]] = [
+    (mx.float32, mx.float32, 16),
+    (mx.float16, mx.float16, 16),
+    (mx.bfloat16, mx.bfloat16, 16),
+    (mx.bfloat16, mx.float16, 8),
+    (mx.bfloat16, mx.float16, 4),
+]
+_GROUPINGS = ((1, 1, 1), (2, 1, 4), (4, 3, 1), (8, 2, 1), (16, 8, 2))  # query heads a KV head, query tokens, sequences
+
+
+def cases() -> list[tuple[Row, Bank]]:
+    """Nodes, and nodes with a correction, in every head size and storage; networks in every head size and in turn."""
+    cases = []
+    for i, head_dim in enumerate(kernels.HEAD_DIMS):
+        for j in range(4):
+            group, length, batch = _GROUPINGS[(i + j) % 5]
+            shape = Shape("case", 1, 3 * group, 3, head_dim, 0, 0, 0)
+            storages = _STORAGES if j < 2 else _STORAGES[(i + j) % 5 :][:1]
+            if j < 2:
+                bank = measure.random_bank(shape, 90, 24 * j, seed=i)
+            else:
+                bank = measure.random_networks(shape, 40, j - 1, seed=i)
+            case = {"head_dim": head_dim, "group": group, "length": length, "batch": batch}
+            cases += [(case | {"dtype": d, "storage": s, "bits": b}, bank) for d, s, b in storages]
+    return cases
+
+
+def check(
+    bank: Bank, *, head_dim: int, group: int, length: int, batch: int, dtype: mx.Dtype, storage: mx.Dtype, bits: int
+) -> Row:
+    K = len(bank.sizes)
+    queries = mx.random.normal((batch, K * group, length, head_dim)).astype(dtype)
+    keys, values = (mx.random.normal((batch, K, 80, head_dim)).astype(dtype)[:, :, 3:76] for _ in range(2))
+    kept, heads = measure.stored(bank, storage, bits)
+    packed = kernels.pack(kept, dtype=storage, bits=bits, heads=heads)
+    out = kernels.decode(packed, queries, keys, values)
+    want = measure.oracle(kept, queries, keys, values)
+    assert out is not None
+    error = _error(out, want)
+    tolerance = {mx.float32: 2e-5, mx.float16: 1.5e-3, mx.bfloat16: 1e-2}[dtype]
+    if packed.deep:  # their hidden layers are stock matmuls of the storage type, float32 ones in TF32 on NVIDIA
+        tolerance = {mx.float32: 1e-3, mx.float16: 1.5e-2, mx.bfloat16: 5e-2}[storage]
+    row: Row = {"kind": packed.form.kind, "head_dim": head_dim, "group": group, "length": length, "batch": batch}
+    row |= {"dtype": str(dtype).removeprefix("mlx.core."), "storage": packed.form.storage}
+    return row | {"error": error, "ok": error < tolerance}
+
+
+def sparse_cases() -> list[Row]:
+    patterns: tuple[Pattern, ...] = (Fixed(16, summary=4), Strided(16), Fixed(32, summary=3, combine="heads"))
+    dtypes = (mx.float16, mx.bfloat16)
+    return [
+        {"pattern": pattern, "head_dim": head_dim, "dtype": dtype}
+        for head_dim in sparse_kernel.HEAD_DIMS
+        for pattern in patterns
+        for dtype in dtypes
+    ]
+
+
+def check_sparse(pattern: Pattern, *, head_dim: int, dtype: mx.Dtype) -> Row:
+    """Output, log-normaliser and gradients of sparse attention, four query heads on two KV heads, odd lengths."""
+    B, H, K, T, S = 2, 4, 2, 203, 231
+    lengths = ((H, T), (K, S), (K, S))
+    given = [mx.random.normal((B, heads, n, head_dim)).astype(dtype) for heads, n in lengths]
+    weights = mx.random.normal((B, H, T, head_dim)), mx.random.normal((B, H, T))
+    scale, mask = head_dim**-0.5, pattern.mask(T, S, heads=H)
+    owners = [head * K // H for head in range(H)]
+
+    def dense(queries: mx.array, keys: mx.array, values: mx.array) -> attention.Partial:
+        queries, keys, values = (x.astype(mx.float32) for x in (queries, keys, values))
+        keys, values = take_heads(keys, owners), take_heads(values, owners)
+        return attention.causal(queries, keys, values, scale=scale, mask=mask[None])
+
+    def sparse(queries: mx.array, keys: mx.array, values: mx.array) -> attention.Partial:
+        return sparse_kernel.attention(queries, keys, values, pattern=pattern, scale=scale)
+
+    found, expected = ([*attend(*given), *_gradients(attend, given, weights)] for attend in (sparse, dense))
+    error = max(_error(x, y) for x, y in zip(found, expected, strict=True))
+    row: Row = {"kind": f"sparse {type(pattern).__name__.lower()}", "head_dim": head_dim, "group": H // K}
+    row |= {"length": T, "batch": B, "dtype": str(dtype).removeprefix("mlx.core."), "storage": "-"}
+    return row | {"error": error, "ok": error < {mx.float16: 1e-2, mx.bfloat16: 4e-2}[dtype]}
+
+
+def _gradients(attend: Any, given: list[mx.array], weights: tuple[mx.array, mx.array]) -> list[mx.array]:
+    def loss(queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
+        output, log_normalizer = attend(queries, keys, values)
+        return (output * weights[0]).sum() + (log_normalizer * weights[1]).sum()
+
+    found: Any = mx.grad(loss, argnums=(0, 1, 2))(*given)
+    return list(found)
+
+
+def _error(x: mx.array, y: mx.array) -> float:
+    x, y = x.astype(mx.float32), y.astype(mx.float32)
+    return float((mx.abs(x - y).max() / mx.abs(y).max()).item())  # type: ignore[arg-type]

@@ -1,0 +1,97 @@
+"""Conversations about a context: sampled with the full cache in view, for the queries that matter are those of real
+answers. Re-reading the text alone gives three times the divergence (docs/log.md).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .._exp import exp
+from ..cache import NectarCache
+from .reading import Context
+
+_SHRINK = 8  # a batch is made smaller when one row in so many has ended
+
+
+@dataclass
+class Conversation:
+    """A prompt that continues the prefix and the answer that the model gave with its full cache."""
+
+    prompt: list[int]
+    answer: list[int] = field(default_factory=list)
+    held_out: bool = False  # kept from training
+
+
+def fed_tokens(conversation: Conversation) -> int:
+    """Tokens that the model was fed: the last one of an answer is only kept."""
+    return len(conversation.prompt) + max(0, len(conversation.answer) - 1)
+
+
+class StepCache(NectarCache):
+    """Of several sequences that advance in step; some may end before the others."""
+
+    def filter(self, rows: mx.array) -> None:
+        live: Any = self.live
+        live.keys, live.values = live.keys[rows], live.values[rows]
+
+
+def converse(
+    model: nn.Module,
+    context: Context,
+    batch: Sequence[Conversation],
+    *,
+    stop: set[int],
+    max_tokens: int,
+    temperature: float,
+    key: mx.array,
+) -> None:
+    """Samples the answers of a batch with the full cache, all rows in step; the shortest prompt comes first.
+
+    Every row starts at the same position: the longer prompts are still being read while the shorter ones are
+    answered, so no row is padded and positions are exact.
+    """
+    caches = [StepCache(c.bank, c.context) if isinstance(c, NectarCache) else c for c in context.make_cache()]
+    rows = list(batch)
+    tokens = mx.array([r.prompt[: min(len(r.prompt) for r in rows)] for r in rows])
+    at = tokens.shape[1]
+    if at > 1:  # nobody asks for the logits of these places, so the vocabulary-wide product is never computed
+        model(tokens[:, :-1], cache=caches)
+        mx.eval([c.state for c in caches])
+        tokens = tokens[:, -1:]
+    while True:
+        logits = model(tokens, cache=caches)[:, -1]
+        key, now = mx.random.split(key)
+        drawn: Any = sample(logits, temperature=temperature, key=now).tolist()
+        done = [_extend(row, token, at, stop, max_tokens) for row, token in zip(rows, drawn, strict=True)]
+        if all(done):
+            return
+        if sum(done) * _SHRINK >= len(done):  # the ended rows are fed zeros until it is worth dropping them
+            going = [i for i, d in enumerate(done) if not d]
+            rows, done = [rows[i] for i in going], [False] * len(going)
+            for cache in caches:
+                cache.filter(mx.array(going))
+        tokens = mx.array([[(r.prompt + r.answer)[at] if not d else 0] for r, d in zip(rows, done, strict=True)])
+        at += 1
+
+
+def sample(logits: mx.array, *, temperature: float, key: mx.array) -> mx.array:
+    """Tokens [B] drawn from softmax(logits / temperature), logits [B, V], by inverting the distribution function.
+
+    (`mx.random.categorical` takes two logarithms an entry, a third of a decode step on a Linux CPU.)
+    """
+    logits = logits.astype(mx.float32)
+    cumulative = mx.cumsum(exp((logits - logits.max(-1, keepdims=True)) / temperature), axis=-1)
+    point = mx.random.uniform(shape=(logits.shape[0], 1), key=key) * cumulative[:, -1:]
+    return (cumulative > point).argmax(-1)
+
+
+def _extend(row: Conversation, token: int, at: int, stop: set[int], max_tokens: int) -> bool:
+    """Adds the sampled token if the row's prompt is read; True if the row has ended (a stop token is not fed)."""
+    ended = bool(row.answer) and (row.answer[-1] in stop or len(row.answer) >= max_tokens)
+    if ended or at < len(row.prompt):
+        return ended
+    row.answer.append(token)
+    return token in stop or len(row.answer) >= max_tokens

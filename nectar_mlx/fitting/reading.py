@@ -1,0 +1,81 @@
+"""Reading a text with the full model: its exact keys and values."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.cache import RotatingKVCache
+
+from ..adapter import Geometry
+from ..cache import Window, make_caches
+from ..heads import Exact
+from .prefill import Prefill, ReadingCache
+
+READ = 512  # tokens of a text that are read at a time
+
+
+@dataclass(frozen=True)
+class Context:
+    """A prefix and its exact keys and values: one `Exact` bank a layer with full attention ([K, n, D] each, positions
+    0 … n-1), and the last window of each other layer, by its index. chunks: lengths of the prefix's last pieces, where
+    each was read on its own (chunks.py)."""
+
+    prefix: list[int]
+    banks: list[Exact]
+    windows: dict[int, Window] = field(default_factory=dict)
+    chunks: Sequence[int] = ()
+
+    @property
+    def start(self) -> int:
+        """The position of the token that follows."""
+        return len(self.prefix) - sum(self.chunks) + max(self.chunks, default=0)
+
+    def make_cache(self) -> list[Any]:
+        return make_caches(self.banks, self.windows, self.start)
+
+
+def read(
+    model: nn.Module,
+    prefix: Sequence[int],
+    geometry: Geometry,
+    *,
+    prefill: Prefill = "dense",
+    progress: Callable[[int], None] = lambda n: None,
+) -> Context:
+    """Prefills the prefix in chunks. progress is told how many tokens are done."""
+    caches: list[Any] = [reading_cache(len(prefix), window, prefill=prefill) for window in geometry.windows]
+    tokens = mx.array(list(prefix))[None]
+    for start in range(0, len(prefix), READ):
+        model(tokens[:, start : start + READ], cache=caches)
+        mx.eval([c.state for c in caches])
+        mx.clear_cache()
+        progress(min(start + READ, len(prefix)))
+    context = Context(list(prefix), [])
+    for layer, cache in enumerate(caches):
+        part = what_was_read(cache, scale=geometry.scale)
+        if isinstance(part, Window):
+            context.windows[layer] = part
+        else:
+            context.banks.append(part)
+    return context
+
+
+def reading_cache(length: int, window: int, *, prefill: Prefill = "dense") -> Any:
+    """For one layer and a text of `length` tokens. window: the layer's sliding window, 0 for full attention."""
+    return RotatingKVCache(window) if window else ReadingCache(length, prefill=prefill)
+
+
+def what_was_read(cache: Any, *, scale: float) -> Exact | Window:
+    """Takes the keys and values of a whole text out of a `reading_cache`."""
+    ring = isinstance(cache, RotatingKVCache)
+    pair = [cache._temporal_order(x) for x in cache.state[:2]] if ring else cache.keys_and_values()
+    window = cache.max_size if ring else 0
+    keys, values = (mx.contiguous(x[0, :, -window:]) for x in pair)  # read in chunks, a ring outgrows its window
+    cache.keys = cache.values = None
+    mx.eval(keys, values)
+    if ring:
+        return Window(keys, values, window)
+    sizes = ((keys.shape[1],),) * keys.shape[0]
+    return Exact(parameters={"keys": keys, "values": values}, sizes=sizes, scale=scale)
