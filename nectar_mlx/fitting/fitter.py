@@ -304,8 +304,8 @@ def affordable_bytes(config: FitConfig, geometry: Geometry, layout: Layout, *, n
 
 def allocate(errors: np.ndarray, nbytes: float, *, layout: Layout, config: FitConfig, n: int) -> list[Size]:
     """Every head's size for n tokens, by the errors [n_heads] that it made among equals."""
-    mean, largest = nbytes / len(errors), starts.size_for(layout, float("inf"), most=n // 2)
-    least, most = starts.smallest_bytes(layout), max(store.head_bytes(layout, largest), 2 * mean)
+    half, whole = (store.head_bytes(layout, starts.size_for(layout, float("inf"), most=m)) for m in (n // 2, n))
+    least, most = starts.smallest_bytes(layout), min(whole, max(half, 2 * nbytes / len(errors)))
     share = budget.allocate(errors.tolist(), total=nbytes, power=config.power, least=least, most=most)
     return [starts.size_for(layout, b, most=n) for b in share]
 
