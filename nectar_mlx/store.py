@@ -112,8 +112,8 @@ def _floats(layout: Layout, tensors: Tensors, name: str) -> mx.array:
         scales = tensors[f"heads.{name}.scales"]
     except KeyError as missing:
         raise NectarError(f"the file is damaged: {missing.args[0]} is missing") from None
-    if scales.shape[0] != data.shape[0]:
-        raise NectarError(f"the file is damaged: {name} and its scales differ in length")
+    if scales.shape[0] != data.shape[0] or data.nbytes * 8 != data.shape[0] * group_size(layout.head_dim) * layout.bits:
+        raise NectarError(f"the file is damaged: {name} is not as long as its scales and bits say")
     return dequantize(Quantized(data, scales[:, None]), bits=layout.bits).reshape(-1)
 
 

@@ -1,6 +1,7 @@
 import json
 import os
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -119,7 +120,7 @@ def rewritten(path, change):
     lambda t, m: m.update(geometry="[]"),
     lambda t, m: m.update(layout="{not json"),
     lambda t, m: m.update(layout=json.dumps(json.loads(m["layout"]) | {"kind": "magic"})),
-    lambda t, m: m.update(layout=json.dumps(json.loads(m["layout"]) | {"bits": 7})),
+    lambda t, m: m.update(layout=json.dumps(json.loads(m["layout"]) | {"bits": 3})),
     lambda t, m: m.update(layout=json.dumps(json.loads(m["layout"]) | {"head_dim": 0})),
     lambda t, m: t.pop("heads.keys"),
     lambda t, m: t.update(sizes=t["sizes"] * 1000),
@@ -135,6 +136,16 @@ def test_a_hostile_file_is_an_error_not_a_crash(saved, change):
     rewritten(path, change)
     with pytest.raises(NectarError):
         Nectar.load(path, model)
+
+
+@pytest.mark.parametrize("told", [4, 5, 6, 8])
+def test_other_bits_than_the_file_has_are_an_error(told):
+    layout = store.Layout(kind="quadrature", n_layers=1, n_kv_heads=1, head_dim=64, scale=0.125, bits=7)
+    head = {"keys": mx.ones((3, 64)), "values": mx.ones((3, 64)), "bias": mx.zeros(3)}
+    tensors = store.pack(layout, [head])
+    assert mx.allclose(store.unpack(layout, tensors)[0].parameters["keys"], mx.ones((1, 3, 64)), atol=1e-2)
+    with pytest.raises(NectarError, match="damaged"):
+        store.unpack(replace(layout, bits=told), tensors)
 
 
 def test_a_header_longer_than_the_file_is_refused(saved):
