@@ -17,8 +17,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from . import adapter, baselines, cli
-from .baselines import NO_CONTEXT, Task, View, ask
+from . import adapter, baselines, cli, prompts
+from .baselines import NO_CONTEXT, Task, View
 from .clock import Clock
 from .errors import NectarError
 from .evaluation import answers, questions, report, similarity
@@ -129,7 +129,7 @@ def evaluate(
         raise NectarError("the files are of different texts: evaluate them one by one")
     fixed = first.metadata.get("config", {}).get("prefill") == "fixed"  # what that way of reading costs on its own
     chosen = baselines.choose(options.baselines + (",sparse-prefill" if fixed else ""))
-    asked = questions.from_file(own, partial(ask, tokenizer)) if own else []
+    asked = questions.from_file(own, partial(prompts.prompt, tokenizer)) if own else []
     clock = Clock()
     geometry = adapter.route(model)
     with cli.progress("reading the context", len(first.prefix)) as done:

@@ -18,7 +18,7 @@ from . import (
     snap,
     summary,
 )
-from .base import Baseline, Task, View, ask, slug
+from .base import Baseline, Task, View, slug
 
 BASELINES = {
     b.name: b
@@ -51,4 +51,4 @@ def choose(names: str) -> list[Baseline]:
     return list(dict.fromkeys(found))
 
 
-__all__ = ["BASELINES", "NO_CONTEXT", "Baseline", "Task", "View", "ask", "choose"]
+__all__ = ["BASELINES", "NO_CONTEXT", "Baseline", "Task", "View", "choose"]

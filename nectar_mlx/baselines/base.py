@@ -101,14 +101,11 @@ class Task:
         asked = instructions.training(self.passage, seed=self.seed)
         size = min(_TOGETHER, max(8, self.rows // 400))
         conversations: list[Conversation] = []
-        while len(conversations) < self.conversations or self._rows(conversations) < self.rows:
+        while len(conversations) < self.conversations or dialogue.rows(conversations, self.geometry) < self.rows:
             batch = [Conversation(self.ask(next(asked))) for _ in range(size)]
             self.converse(self.context, batch, seed=self.seed + len(conversations), temperature=0.9)
             conversations += batch
         return self.heard(conversations), conversations
-
-    def _rows(self, conversations: Sequence[Conversation]) -> int:
-        return self.geometry.n_heads // self.geometry.n_kv_heads * sum(map(dialogue.fed_tokens, conversations))
 
     def heard(self, conversations: Sequence[Conversation]) -> Study:
         """What attention sees in the conversations, at most `rows` rows a head, with the full cache in view."""
@@ -124,7 +121,7 @@ class Task:
         return sensitivity.metric(information)
 
     def ask(self, question: str) -> list[int]:
-        return ask(self.tokenizer, question)
+        return prompts.prompt(self.tokenizer, question)
 
     def passage(self, rng: random.Random) -> str:
         """Some 20 to 60 tokens of the document."""
@@ -227,11 +224,6 @@ class Task:
     def text_bytes(self) -> float:
         """What one token of text takes, its keys and values in int8 in all heads."""
         return self.n_heads * store.head_bytes(self.layout("exact"), (1,))
-
-
-def ask(tokenizer: Any, question: str) -> list[int]:
-    """What follows the prefix when a question is asked."""
-    return prompts.prompt(tokenizer, question, enable_thinking=False)
 
 
 Method = Callable[[Task, int], View]

@@ -89,8 +89,8 @@ class StudyCache(NectarCache):
 
     seen: Captured
 
-    def __init__(self, bank: Bank, context: int, *, beside: Bank | None = None):
-        super().__init__(bank, context)
+    def __init__(self, bank: Bank, context: int, *rest: Any, beside: Bank | None = None):
+        super().__init__(bank, context, *rest)
         self._beside = None if beside is None else NectarCache(beside, 0)
 
     def attend(
@@ -177,7 +177,7 @@ def hear(
     tokens = tokens or max(_LEAST_TOGETHER, _ROOM // (n_heads * len(context.prefix)))
     done = 0
     for heard in together(conversations, studies, group=group, tokens=tokens):
-        caches = [StudyCache(c.bank, c.context) if isinstance(c, NectarCache) else c for c in context.make_cache()]
+        caches = context.make_cache(StudyCache)
         studied = [c for c in caches if isinstance(c, StudyCache)]
         model(heard.tokens, cache=caches)  # its logits are never evaluated
         mx.eval([c.seen for c in studied])

@@ -10,6 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .._exp import exp
+from ..adapter import Geometry
 from ..cache import NectarCache
 from .reading import Context
 
@@ -28,6 +29,13 @@ class Conversation:
 def fed_tokens(conversation: Conversation) -> int:
     """Tokens that the model was fed: the last one of an answer is only kept."""
     return len(conversation.prompt) + max(0, len(conversation.answer) - 1)
+
+
+def rows(conversations: Sequence[Conversation], geometry: Geometry, *, held_out: bool = False) -> int:
+    """Rows a KV head that the conversations held out, or the others, give when they are heard: one a query head and
+    token."""
+    group = geometry.n_heads // geometry.n_kv_heads
+    return group * sum(fed_tokens(c) for c in conversations if c.held_out == held_out)
 
 
 class StepCache(NectarCache):
@@ -53,7 +61,7 @@ def converse(
     Every row starts at the same position: the longer prompts are still being read while the shorter ones are
     answered, so no row is padded and positions are exact.
     """
-    caches = [StepCache(c.bank, c.context) if isinstance(c, NectarCache) else c for c in context.make_cache()]
+    caches = context.make_cache(StepCache)
     rows = list(batch)
     tokens = mx.array([r.prompt[: min(len(r.prompt) for r in rows)] for r in rows])
     at = tokens.shape[1]

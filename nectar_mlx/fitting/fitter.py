@@ -131,15 +131,14 @@ class Fitter:
 
     def _rows(self) -> int:
         """Rows a head that the conversations so far will give."""
-        group = self.geometry.n_heads // self.geometry.n_kv_heads
-        return group * sum(dialogue.fed_tokens(c) for c in self.conversations if not c.held_out)
+        return dialogue.rows(self.conversations, self.geometry)
 
     def _ask_batch(self) -> list[Conversation]:
         config = self.config
         number = len(self.conversations) // config.conversations
         passage = partial(instructions.passage, self.tokenizer, self.context.prefix)
         asked = instructions.training(passage, seed=config.seed + number)
-        batch = [Conversation(self._prompt(q)) for q in itertools.islice(asked, config.conversations)]
+        batch = [Conversation(prompts.prompt(self.tokenizer, q)) for q in itertools.islice(asked, config.conversations)]
         for conversation in batch[::10]:
             conversation.held_out = True
         dialogue.converse(
@@ -172,9 +171,6 @@ class Fitter:
                 tokens=together,
                 progress=done,
             )
-
-    def _prompt(self, question: str) -> list[int]:
-        return prompts.prompt(self.tokenizer, question, enable_thinking=False)
 
     def prepare(self) -> None:
         """Shuffles the rows and weighs the context's keys."""

@@ -87,8 +87,7 @@ class LayerwiseFitter:
 
     def _rows(self, held_out: bool) -> int:
         """Rows a head that the conversations so far, those held out or the others, will give."""
-        group = self.geometry.n_heads // self.geometry.n_kv_heads
-        return group * sum(dialogue.fed_tokens(c) for c in self.conversations if c.held_out == held_out)
+        return dialogue.rows(self.conversations, self.geometry, held_out=held_out)
 
     def _passage(self, number: int) -> list[int]:
         opening = prompts.opening(self.tokenizer)
@@ -101,7 +100,7 @@ class LayerwiseFitter:
 
         part = partial(instructions.passage, self.tokenizer, passage)
         asked = itertools.islice(instructions.training(part, seed=config.seed + number), _TOGETHER)
-        batch = [Conversation(prompts.prompt(self.tokenizer, q, enable_thinking=False)) for q in asked]
+        batch = [Conversation(prompts.prompt(self.tokenizer, q)) for q in asked]
         for i, conversation in enumerate(batch):
             conversation.held_out = (number + i) % 10 == 0
         dialogue.converse(

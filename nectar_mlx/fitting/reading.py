@@ -9,7 +9,7 @@ import mlx.nn as nn
 from mlx_lm.models.cache import RotatingKVCache
 
 from ..adapter import Geometry
-from ..cache import Window, make_caches
+from ..cache import NectarCache, Window, make_caches
 from ..heads import Exact
 from .prefill import Prefill, ReadingCache
 
@@ -32,8 +32,9 @@ class Context:
         """The position of the token that follows."""
         return len(self.prefix) - sum(self.chunks) + max(self.chunks, default=0)
 
-    def make_cache(self) -> list[Any]:
-        return make_caches(self.banks, self.windows, self.start)
+    def make_cache(self, make: Callable[..., NectarCache] = NectarCache) -> list[Any]:
+        """One cache a layer; make: as for `make_caches`."""
+        return make_caches(self.banks, self.windows, self.start, make=make)
 
 
 def read(
