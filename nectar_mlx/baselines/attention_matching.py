@@ -21,7 +21,7 @@ def uniform(task: Task, nbytes: int) -> View:
 
 def budgets(task: Task, nbytes: int) -> View:
     """Nodes in proportion to a power of what the uniform solution's errors cost; the power is the best of a few."""
-    nodes, most = task.affordable(nbytes, "quadrature"), max(task.length // 2, 4)
+    nodes, most = task.affordable(nbytes, "quadrature"), task.length
     first = uniform(task, nbytes)
     errors = [e for layer in range(task.n_layers) for e in _errors(task, layer, first.banks[layer])]
     sizes = {

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 _JUDGES = 8  # conversations by which the errors of heads are weighed
 _OF_NODES = ("quadrature", "retrieval+nectar")  # one bit less, for more of them
 _ENOUGH = 0.9  # of the rows asked for: not another batch for the last few
+_LEAST_TOGETHER = 16  # conversations: with fewer, sampling is slow on any machine
+_SCOUTED = 1 << 15  # rows of a short fit, at most
 
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 
@@ -64,8 +66,8 @@ class FitConfig:
     prefill: Prefill = "dense"
     answer_tokens: int = 96
     temperature: float = 0.9
-    conversations: int = 28 if SLOW_EXP else 128  # sampled side by side
-    power: float = 0.65
+    conversations: int = 28 if SLOW_EXP else 384  # sampled side by side, at most
+    power: float = 0.5
     scout_steps: int = 100
     rate: float | None = None  # default: 1.5e-2 for nodes alone, 6e-3 for what has networks or keys beside it
     batch: int = 512 if SLOW_EXP else 2048
@@ -112,6 +114,7 @@ class Fitter:
         self.n_layers = len(context.banks)
         self.n_heads = self.n_layers * geometry.n_kv_heads
         self.length = len(context.prefix)
+        self.memory = config.memory or free_memory() // 2
         self.room = 1 << 19 if SLOW_EXP else 1 << 28  # scores of a batch, of all heads that are trained together
         self.steps = config.steps or (400 if SLOW_EXP else 2000)
         self.layout = layout_for(config, geometry, n_layers=self.n_layers)
@@ -134,11 +137,12 @@ class Fitter:
         return dialogue.rows(self.conversations, self.geometry)
 
     def _ask_batch(self) -> list[Conversation]:
-        config = self.config
-        number = len(self.conversations) // config.conversations
+        config, number = self.config, len(self.conversations)
+        each = self.geometry.cache_bytes(2 * config.answer_tokens)  # of a conversation, about
+        count = min(config.conversations, max(_LEAST_TOGETHER, self.memory // 4 // each))
         passage = partial(instructions.passage, self.tokenizer, self.context.prefix)
         asked = instructions.training(passage, seed=config.seed + number)
-        batch = [Conversation(prompts.prompt(self.tokenizer, q)) for q in itertools.islice(asked, config.conversations)]
+        batch = [Conversation(prompts.prompt(self.tokenizer, q)) for q in itertools.islice(asked, count)]
         for conversation in batch[::10]:
             conversation.held_out = True
         dialogue.converse(
@@ -156,7 +160,7 @@ class Fitter:
         """Fills `study` and `held_out` with what attention sees in the conversations, so many tokens read together."""
         config, g = self.config, self.geometry
         spare = max(config.queries // 10, 64)
-        spill = Study.nbytes(self.n_heads, config.queries + spare, g.head_dim) > (config.memory or free_memory() // 2)
+        spill = Study.nbytes(self.n_heads, config.queries + spare, g.head_dim) > self.memory
         folder = self.checkpoint.spill() if spill else None
         self.study = Study(self.n_heads, config.queries, g.head_dim, folder=folder and folder / "study.rows")
         self.held_out = Study(self.n_heads, spare, g.head_dim, folder=folder and folder / "held_out.rows")
@@ -187,9 +191,9 @@ class Fitter:
     def _samples(self, heads: Sequence[int]) -> Captured:
         return self.study.heads(heads, np.sort(self.rows[: self.config.samples]))
 
-    def training_rows(self, heads: Sequence[int]) -> Captured:
-        """What some heads are fitted to, shuffled."""
-        return self.study.heads(heads, self.rows)
+    def training_rows(self, heads: Sequence[int], count: int | None = None) -> Captured:
+        """What some heads are fitted to, shuffled: all rows, or so many of them."""
+        return self.study.heads(heads, self.rows[:count])
 
     def matched(self, indices: Sequence[int], counts: Sequence[int]) -> list[HeadArrays]:
         """Attention Matching for some heads, each with its own count of nodes."""
@@ -221,7 +225,7 @@ class Fitter:
             metric = sensitivity.metric(information)
         with self.progress("deciding budgets", len(groups)) as done:
             for number, group in enumerate(groups):
-                rows = self.training_rows(group)
+                rows = self.training_rows(group, _SCOUTED)
                 bank = self._train(group, [same] * len(group), rows, self.config.scout_steps)
                 errors[group] = np.array(regression.errors(bank, rows, metric=metric[mx.array(group)]))
                 done(number + 1)
@@ -300,8 +304,7 @@ def affordable_bytes(config: FitConfig, geometry: Geometry, layout: Layout, *, n
 
 def allocate(errors: np.ndarray, nbytes: float, *, layout: Layout, config: FitConfig, n: int) -> list[Size]:
     """Every head's size for n tokens, by the errors [n_heads] that it made among equals."""
-    half, whole = (store.head_bytes(layout, starts.size_for(layout, float("inf"), most=m)) for m in (n // 2, n))
-    least, most = starts.smallest_bytes(layout), min(whole, max(half, 2 * nbytes / len(errors)))
+    least, most = starts.smallest_bytes(layout), store.head_bytes(layout, starts.size_for(layout, float("inf"), most=n))
     share = budget.allocate(errors.tolist(), total=nbytes, power=config.power, least=least, most=most)
     return [starts.size_for(layout, b, most=n) for b in share]
 

@@ -87,8 +87,10 @@ def train(
     for i in range(steps):
         at = starts[i % len(starts)]
         part = Captured(*(mx.contiguous(x[:, at : at + batch]) for x in rows))
-        parameters, state = run(parameters, state, part, mx.array(optimizers.schedule(i, steps)))
-        mx.eval(parameters, state)
+        following, state = run(parameters, state, part, mx.array(optimizers.schedule(i, steps)))
+        mx.async_eval(following, state)
+        mx.eval(parameters)  # of the step before: one step runs while the next one is built
+        parameters = following
         progress(i + 1)
     return type(bank)(parameters=start.fold(parameters), sizes=bank.sizes, scale=bank.scale)
 

@@ -63,8 +63,9 @@ class RetrievalFitter(Fitter):
             return heads
         return [self._summarised(index, head) for index, head in enumerate(heads)]
 
-    def training_rows(self, heads: Sequence[int]) -> Captured:
-        return self._split(super().training_rows(heads), heads, training.UNREAD, group=self._group)
+    def training_rows(self, heads: Sequence[int], count: int | None = None) -> Captured:
+        whole = count and count // self._group * self._group  # rows of whole tokens
+        return self._split(super().training_rows(heads, whole), heads, training.UNREAD, group=self._group)
 
     def _samples(self, heads: Sequence[int]) -> Captured:
         """Rows of the whole middle, for Attention Matching."""
