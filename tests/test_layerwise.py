@@ -1,6 +1,8 @@
 """Fitting layer by layer against the ordinary way: the same attention, the same answers, far less memory."""
 
 import json
+from contextlib import contextmanager
+from pydoc_data.topics import topics
 
 import mlx.core as mx
 import numpy as np
@@ -8,7 +10,7 @@ import pytest
 import toys
 from test_fit import FAST, TEXT
 
-from nectar_mlx import NectarError, adapter, fit, prompts, store
+from nectar_mlx import NectarError, adapter, fit, models, prompts, store
 from nectar_mlx.cache import NectarCache
 from nectar_mlx.fitting import capture, layerwise, pipeline, reading, walk
 from nectar_mlx.fitting.checkpoint import Checkpoint
@@ -149,6 +151,56 @@ def test_passages_cover_the_text_evenly(tokenizer):
     starts = np.sort([ours._passage(number)[60] for number in range(50)])
     assert np.diff(starts).max() < 2.5 * 100_000 / 50
     assert all(len(ours._passage(n)) <= layerwise._PASSAGE + 60 for n in range(50))
+
+
+@pytest.mark.parametrize("tokens", [20, 900, 2000, 3000, 100_000])
+def test_passages_and_their_conversations_take_no_more_than_a_layer_does(tokenizer, tokens):
+    ours = fitter(toys.toy("llama"), tokenizer)
+    ours.prefix = toys.random_tokens(tokens)
+    g, config = ours.geometry, ours.config
+    one = 2 * 4 * g.n_kv_heads * g.head_dim  # a token's keys and values in a layer
+    hidden = 4 * ours.model.args.hidden_size
+    rows = config.queries * g.n_kv_heads * (3 * 2 * g.head_dim + 2 * 4)
+    bound = max(tokens * (1.5 * one + 3 * hidden) + rows, layerwise._LEAST * one * g.n_layers)
+    together = ours._seen + ours._together * (layerwise._PROMPT + config.answer_tokens)
+    assert together * one * g.n_layers <= bound
+    if tokens > 50_000:
+        assert (ours._seen, ours._together) == (layerwise._PASSAGE, layerwise._TOGETHER)
+    assert ours._together >= 4 and ours._seen >= 400
+
+
+@pytest.mark.slow
+def test_no_phase_takes_more_memory_than_fitting_a_layer():
+    """The demo model and 6,000 tokens: 1.5 of a layer's keys and values, 3 of the hidden states, a layer's rows."""
+    model, tokenizer = models.load(models.DEMO)
+    geometry = adapter.route(model)
+    prefix = prompts.prefix(tokenizer, " ".join(topics.values()), max_tokens=6000)
+    mx.clear_cache()
+    before, peaks = mx.get_active_memory(), dict[str, float]()
+
+    @contextmanager
+    def measured(phase, total):
+        mx.reset_peak_memory()
+        yield lambda done: None
+        peaks[phase] = (mx.get_peak_memory() - before) / 1e6
+
+    config = FitConfig(steps=2, scout_steps=2, answer_tokens=40)
+    ours = LayerwiseFitter(model, tokenizer, prefix, geometry, config, progress=measured, checkpoint=Checkpoint(None))
+    with measured("sampling", 0):
+        ours.conversations = []
+        ours.conversations = ours._ask_about(ours._passage(0))
+    ours.sizes(0.02 * geometry.cache_bytes(len(prefix)))
+    ours.conversations = [
+        Conversation(prefix[i : i + 60], prefix[i + 3000 : i + 3096], held_out=i % 500 == 0) for i in range(0, 2500, 50)
+    ]
+    for layer in ours.layers():
+        peaks["a layer"] = (mx.get_peak_memory() - before) / 1e6
+        with measured("training", 0):
+            layer.prepare()
+            heads = layer.regress([(120,)] * geometry.n_kv_heads)
+            layer.errors(store.unpack(layer.layout, store.pack(layer.layout, heads)))
+        break
+    assert len(peaks) == 7 and max(peaks.values()) < 1.05 * ours._memory / 1e6, peaks
 
 
 def test_only_one_layer_of_keys_and_values_exists(tokenizer):

@@ -66,10 +66,19 @@ def test_unequal_heads_are_solved_as_if_alone(problem):
 def test_weights_are_the_non_negative_least_squares_solution(problem):
     rows, keys, _ = problem
     weights = matching.attention_weights(Captured(*(x[:1] for x in rows)), keys[:1, :12], scale=0.25)
-    mass = np.array(matching._nonnegative(weights)[0], np.float64)
+    gram, ones = weights.swapaxes(1, 2) @ weights, weights.sum(1)[..., None]
+    mass = np.array(matching._nonnegative(gram, ones)[0], np.float64)
     a = np.array(weights[0], np.float64)
     gradient = a.T @ (a @ mass - 1)
     scale = np.abs(a.T @ np.ones(N)).max()
     active = mass > 1.1e-4
     assert np.abs(gradient[active]).max() < 2e-3 * scale  # no slope where a weight is free
     assert gradient[~active].min(initial=0) > -2e-3 * scale  # and none inwards where it is held at its bound
+
+
+def test_rows_are_matched_in_parts_as_they_are_together(problem, monkeypatch):
+    together = matched(problem, [5, 20, 11])
+    monkeypatch.setattr(matching, "_ROOM", 37 * M * 20)
+    for whole, parts in zip(together, matched(problem, [5, 20, 11]), strict=True):
+        for name in whole:
+            np.testing.assert_allclose(parts[name], whole[name], rtol=1e-3, atol=1e-3)

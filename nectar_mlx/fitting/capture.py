@@ -69,12 +69,13 @@ class Study:
         """The rows of some heads as mx arrays; rows: their indices, default all."""
         few = rows is not None and 2 * len(rows) < self.rows  # then nothing else is read
         read = rows if few else slice(self.rows)
-        whole = (mx.array(np.stack([a[i][read] for i in indices])) for a in self._data)
         # Taking rows on the device also moves them there: arrays made from numpy stay in host memory under CUDA.
         order = mx.arange(len(rows) if few else self.rows) if few or rows is None else mx.array(rows)
-        taken = Captured(*(mx.take(x, order, axis=1) for x in whole))
-        mx.eval(taken)
-        return taken
+        taken = []
+        for kept in self._data:
+            taken.append(mx.take(mx.array(np.stack([kept[i][read] for i in indices])), order, axis=1))
+            mx.eval(taken[-1])  # one by one: each is there twice for a moment
+        return Captured(*taken)
 
     @staticmethod
     def nbytes(heads: int, rows: int, head_dim: int) -> int:
@@ -111,6 +112,7 @@ class StudyCache(NectarCache):
         context = self.over_context(queries)
         q, o, live_o = (x.astype(mx.float16) for x in (queries, context.output, live.output))
         self.seen = Captured(q, o, live_o, context.log_normalizer, live.log_normalizer)
+        mx.async_eval(self.seen)  # or all layers' would wait in float32
         return attention.merge(context, live).output.astype(queries.dtype)
 
     def take(self, places: np.ndarray) -> Captured:
@@ -191,8 +193,8 @@ def record(caches: Sequence[StudyCache], studies: Iterable[Study], places: Itera
     for study, chosen in zip(studies, places, strict=True):
         if study.full or not chosen.any():
             continue
-        taken = [cache.take(chosen) for cache in caches]
-        mx.eval(taken)
-        for layer, rows in enumerate(taken):
+        for layer, cache in enumerate(caches):
+            rows = cache.take(chosen)
+            mx.eval(rows)
             study.add(layer * rows.queries.shape[0], rows)
-        study.advance(taken[0].queries.shape[1])
+        study.advance(rows.queries.shape[1])

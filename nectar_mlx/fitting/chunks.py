@@ -17,11 +17,12 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from .. import nectar
+from .. import nectar, store
 from ..adapter import Geometry
 from ..clock import Clock
 from ..heads import Exact, HeadArrays, Size
 from ..nectar import Nectar
+from ..store import Layout
 from . import reading
 from .checkpoint import Checkpoint
 from .fitter import FitConfig, Progress, affordable_bytes, layout_for
@@ -55,7 +56,7 @@ def fit(
     layout = layout_for(config, geometry, n_layers=len(geometry.fitted))
     nbytes = affordable_bytes(config, geometry, layout, n=len(prefix))
     opening = len(prefix) - sum(chunks)
-    fitters, heads, errors = list[LayerwiseFitter](), list[list[HeadArrays]](), list[float]()
+    fitters, fitted, errors = list[LayerwiseFitter](), list[list[store.Tensors]](), list[float]()
     sizes: list[Size] = []
     for number, text in enumerate(_texts(prefix, chunks)):
         fitter = LayerwiseFitter(
@@ -73,15 +74,15 @@ def fit(
         clock.lap("budgets")
         fitter.converse()
         clock.lap("study")
-        fitted, found = fitter.regress(sizes)
+        layers, found = fitter.regress(sizes)
         clock.lap("regression")
         fitters.append(fitter)
-        heads.append(fitted)
+        fitted.append(layers)
         errors += found
     report = {"layerwise": True, "sizes": sizes, "queries": fitter.rows, "error": errors}
     result = nectar.build(
         layout,
-        [_joined(parts) for parts in zip(*heads, strict=True)],
+        [head for layers in zip(*fitted, strict=True) for head in _joined_layers(layout, layers)],
         prefix=prefix,
         geometry=geometry,
         provenance=provenance,
@@ -128,6 +129,13 @@ def _texts(prefix: Sequence[int], chunks: Sequence[int]) -> Iterator[list[int]]:
     for length in chunks:
         yield [*prefix[:opening], *prefix[start : start + length]]
         start += length
+
+
+def _joined_layers(layout: Layout, parts: Sequence[store.Tensors]) -> list[HeadArrays]:
+    """The heads of one layer, each for the tokens of several chunks."""
+    one = replace(layout, n_layers=1)
+    banks = [store.unpack(one, part)[0].unstack() for part in parts]
+    return [_joined(of) for of in zip(*banks, strict=True)]
 
 
 def _joined(parts: Sequence[HeadArrays]) -> HeadArrays:

@@ -15,6 +15,7 @@ from ..cache import NectarCache
 from .reading import Context
 
 _SHRINK = 8  # a batch is made smaller when one row in so many has ended
+_STEP = 64  # tokens that keys and values grow by: conversations are short
 
 
 @dataclass
@@ -40,6 +41,10 @@ def rows(conversations: Sequence[Conversation], geometry: Geometry, *, held_out:
 
 class StepCache(NectarCache):
     """Of several sequences that advance in step; some may end before the others."""
+
+    def __init__(self, *rest: Any):
+        super().__init__(*rest)
+        self.live.step = _STEP
 
     def filter(self, rows: mx.array) -> None:
         live: Any = self.live

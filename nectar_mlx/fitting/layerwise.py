@@ -10,9 +10,9 @@ a prototype (docs/log.md).
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import mlx.core as mx
@@ -21,11 +21,11 @@ import numpy as np
 
 from .. import prompts, store
 from .._exp import SLOW_EXP
-from ..adapter import Geometry
+from ..adapter import Geometry, compute_type
 from ..cache import Window
 from ..evaluation import fidelity
-from ..heads import Exact, HeadArrays, Size
-from . import capture, dialogue, instructions, reading
+from ..heads import Exact, Size
+from . import capture, dialogue, instructions, reading, starts
 from .capture import Heard, Study, StudyCache
 from .checkpoint import Checkpoint
 from .dialogue import Conversation
@@ -33,10 +33,12 @@ from .fitter import FitConfig, Fitter, Progress, allocate, layout_for
 from .reading import READ, Context
 from .walk import Walk
 
-_PASSAGE = 900  # tokens in view while a conversation is sampled
-_TOGETHER = 8 if SLOW_EXP else 16  # conversations about one passage, sampled side by side
+_LEAST = 1024 if SLOW_EXP else 4096  # tokens in all layers at once, whatever the memory
+_PASSAGE = 900  # tokens in view while a conversation is sampled, at most
+_TOGETHER = 8 if SLOW_EXP else 16  # conversations about one passage, sampled side by side, at most
+_PROMPT = 96  # tokens of a long prompt
 _SCORES = 1 << 19 if SLOW_EXP else 1 << 22  # of a training batch, at least: on a GPU those of a layer's heads together
-_EXCERPT, _EXCERPT_QUERIES = 1024, 3000
+_EXCERPT, _EXCERPT_QUERIES = 1024, 3000  # at most
 _SAID = 256  # tokens of conversations that go through all layers together
 _CHECKED = 8  # held-out conversations that the fit is measured on
 _GOLDEN = 0.6180339887  # multiples of it, modulo 1, fill the unit interval evenly at any number
@@ -68,19 +70,41 @@ class LayerwiseFitter:
         self.windows: dict[int, Window] = {}
         self._walk = Walk(model, geometry)
         self._answers: list[tuple[Conversation, mx.array]] = []  # held out, and what follows the last layer [A, E]
-        self._studies = {
-            held_out: Study(geometry.n_kv_heads, rows, geometry.head_dim, folder=None)
-            for held_out, rows in ((False, config.queries), (True, max(config.queries // 10, 64)))
-        }
+        self._wanted = {False: config.queries, True: max(config.queries // 10, 64)}  # rows a head, by held_out
+        self.rows = 0  # a head, that it was fitted to
         checkpoint.claim(asdict(config), prefix)
+
+    @cached_property
+    def _memory(self) -> int:
+        """Bytes that every phase keeps to: about what must exist while a layer is fitted, 1.5 times its keys and
+        values, 3 times the hidden states, and its rows."""
+        g = self.geometry
+        numbers = len(self.prefix) * (3 * g.n_kv_heads * g.head_dim + 3 * self._walk.width)
+        return numbers * compute_type(self.model).size + Study.nbytes(g.n_kv_heads, self.config.queries, g.head_dim)
+
+    @cached_property
+    def _tokens(self) -> int:
+        """Tokens whose keys and values may exist in all layers at once: an eighth of the memory is for computing."""
+        token = self.geometry.cache_bytes(1) * compute_type(self.model).size // 2
+        return max(_LEAST, self._memory * 7 // 8 // token)
+
+    @property
+    def _seen(self) -> int:
+        """Tokens of a passage."""
+        return min(_PASSAGE, self._tokens * 2 // 5)
+
+    @property
+    def _together(self) -> int:
+        """Conversations that are sampled side by side, with a passage or as large an excerpt in view."""
+        return max(1, min(_TOGETHER, (self._tokens - self._seen) // (_PROMPT + self.config.answer_tokens)))
 
     def converse(self) -> None:
         """Samples conversations until every head has its rows, about passages spread evenly over the text."""
         self.conversations = self.checkpoint.load_conversations()
         with self.progress("conversing about it", self.config.queries) as done:
             try:
-                while any(self._rows(held_out) < study.capacity for held_out, study in self._studies.items()):
-                    self.conversations += self._ask_about(self._passage(len(self.conversations) // _TOGETHER))
+                while any(self._rows(held_out) < wanted for held_out, wanted in self._wanted.items()):
+                    self.conversations += self._ask_about(self._passage(len(self.conversations) // self._together))
                     done(self._rows(False))
             finally:
                 self.checkpoint.save_conversations(self.conversations)
@@ -91,15 +115,15 @@ class LayerwiseFitter:
 
     def _passage(self, number: int) -> list[int]:
         opening = prompts.opening(self.tokenizer)
-        last = max(opening, len(self.prefix) - _PASSAGE)
+        last = max(opening, len(self.prefix) - self._seen)
         start = opening + int((number * _GOLDEN + 0.5) % 1 * (last - opening + 1))
-        return self.prefix[:opening] + self.prefix[start : start + _PASSAGE]
+        return self.prefix[:opening] + self.prefix[start : start + self._seen]
 
     def _ask_about(self, passage: list[int]) -> list[Conversation]:
         config, number = self.config, len(self.conversations)
 
         part = partial(instructions.passage, self.tokenizer, passage)
-        asked = itertools.islice(instructions.training(part, seed=config.seed + number), _TOGETHER)
+        asked = itertools.islice(instructions.training(part, seed=config.seed + number), self._together)
         batch = [Conversation(prompts.prompt(self.tokenizer, q)) for q in asked]
         for i, conversation in enumerate(batch):
             conversation.held_out = (number + i) % 10 == 0
@@ -123,66 +147,76 @@ class LayerwiseFitter:
         sizes = self.checkpoint.load_sizes()
         if sizes is None:
             n = len(self.prefix) - prompts.opening(self.tokenizer)
-            excerpt = reading.read(self.model, self.prefix[:_EXCERPT], self.geometry)
-            config = replace(self.config, queries=min(self.config.queries, _EXCERPT_QUERIES), conversations=_TOGETHER)
+            excerpt = reading.read(self.model, self.prefix[: min(_EXCERPT, self._tokens // 2)], self.geometry)
+            config = replace(
+                self.config,
+                queries=min(self.config.queries, _EXCERPT_QUERIES),
+                conversations=self._together,
+                memory=self._memory,
+            )
             scout = Fitter(self.model, self.tokenizer, excerpt, self.geometry, config, progress=self.progress)
-            scout.room = self._room
             scout.converse()
             scout.hear(together=_SAID)
             scout.prepare()
-            errors = scout.scout(nbytes * len(excerpt.prefix) / len(self.prefix))
+            share = nbytes * len(excerpt.prefix) / len(self.prefix)
+            nodes, *_ = starts.size_for(scout.layout, share / scout.n_heads, most=scout.length)
+            heads = self._memory // 6 // Study.nbytes(1, config.queries, self.geometry.head_dim)
+            scout.room = min(self._room, heads * nodes * config.batch)
+            errors = scout.scout(share)
             sizes = allocate(errors, nbytes, layout=self.layout, config=self.config, n=n)
             self.checkpoint.save_sizes(sizes)
         return sizes
 
-    def regress(self, sizes: Sequence[Size]) -> tuple[list[HeadArrays], list[float]]:
-        """All heads, trained at their own sizes, and the error of each on held-out rows."""
-        K, heads, errors = self.geometry.n_kv_heads, list[HeadArrays](), list[float]()
+    def regress(self, sizes: Sequence[Size]) -> tuple[list[store.Tensors], list[float]]:
+        """All heads, trained at their own sizes: those of each layer as they will be stored, which is how little they
+        take from now on; and the error of each on held-out rows."""
+        K, layers, errors = self.geometry.n_kv_heads, list[store.Tensors](), list[float]()
         with self.progress("fitting layers", self.layout.n_layers) as done:
             for fitter in self.layers():
                 fitter.prepare()
-                fitted = fitter.regress(sizes[len(heads) : len(heads) + K])
-                stored = store.unpack(fitter.layout, store.pack(fitter.layout, fitted))
-                errors += fitter.errors(stored)
-                heads += fitted
-                done(len(heads) // K)
-        return heads, errors
+                layers.append(store.pack(fitter.layout, fitter.regress(sizes[len(errors) : len(errors) + K])))
+                errors += fitter.errors(store.unpack(fitter.layout, layers[-1]))
+                done(len(layers))
+        return layers, errors
 
     def layers(self) -> Iterator[Fitter]:
         """For each layer with full attention, a Fitter of that layer alone that has heard the conversations."""
         starts = range(0, len(self.prefix), READ)
         text = [self._walk.embed(mx.array([self.prefix[a : a + READ]])) for a in starts]
         group = self.geometry.n_heads // self.geometry.n_kv_heads
-        batches = capture.together(self.conversations, self._studies, group=group, tokens=READ)
+        K, D = self.geometry.n_kv_heads, self.geometry.head_dim
+        studies = {held_out: Study(K, rows, D, folder=None) for held_out, rows in self._wanted.items()}
+        batches = capture.together(self.conversations, studies, group=group, tokens=READ)
         heard = [self._walk.embed(batch.tokens) for batch in batches]
         mx.eval(text, heard)
         for layer in range(self.geometry.n_layers):
             part = self._read(layer, text)
             if isinstance(part, Window):
                 self.windows[layer] = part
-                self._hear(layer, partial(part.make_cache, len(self.prefix)), batches, heard)
+                self._hear(layer, partial(part.make_cache, len(self.prefix)), batches, heard, studies)
             else:
                 part, beside = cut(part, self.skip)
-                self._studies[False].rows = self._studies[True].rows = 0
-                self._hear(layer, partial(StudyCache, part, len(self.prefix), beside=beside), batches, heard)
-                yield self._fitter(layer, part)
+                studies[False].rows = studies[True].rows = 0
+                make_cache = partial(StudyCache, part, len(self.prefix), beside=beside)
+                self._hear(layer, make_cache, batches, heard, studies)
+                yield self._fitter(layer, part, studies)
             del part
             mx.clear_cache()
+        self.rows = studies[False].rows
         self._answers = list(self._checked(batches, heard))
 
-    def _fitter(self, layer: int, bank: Exact) -> Fitter:
+    def _fitter(self, layer: int, bank: Exact, studies: Mapping[bool, Study]) -> Fitter:
         """One layer's, with the rows that were just captured."""
         context = Context(self.prefix[self.skip :], [bank])
         checkpoint = self.checkpoint.part(f"layer-{layer}")
         fitter = Fitter(self.model, self.tokenizer, context, self.geometry, self.config, checkpoint=checkpoint)
-        fitter.study, fitter.held_out, fitter.room = self._studies[False], self._studies[True], self._room
+        fitter.study, fitter.held_out, fitter.room = studies[False], studies[True], self._room
         return fitter
 
     @property
     def _room(self) -> int:
-        """Scores of a training batch whose training takes about as much memory as a layer's keys and values."""
-        one_layer = self.geometry.cache_bytes(len(self.prefix)) // self.geometry.n_layers
-        return max(_SCORES, one_layer // 32)
+        """Scores of a training batch; training holds six times as much, or so, a fifth of the memory."""
+        return max(_SCORES, self._memory // 128)
 
     def _read(self, layer: int, text: list[mx.array]) -> Exact | Window:
         """The text through one layer, its hidden states [1, READ, E] replaced piece by piece."""
@@ -196,18 +230,21 @@ class LayerwiseFitter:
             mx.clear_cache()
         return reading.what_was_read(cache, scale=self.geometry.scale)
 
-    def _hear(self, layer: int, make_cache: Callable[[], Any], batches: Sequence[Heard], heard: list[mx.array]) -> None:
+    def _hear(
+        self,
+        layer: int,
+        make_cache: Callable[[], Any],
+        batches: Sequence[Heard],
+        heard: list[mx.array],
+        studies: Mapping[bool, Study],
+    ) -> None:
         """The conversations through one layer behind the whole text; what its attention saw goes to the studies."""
         for i, batch in enumerate(batches):
             cache = make_cache()
             heard[i] = self._walk.layer(layer, heard[i], cache)
             mx.eval(heard[i], cache.state)
             if isinstance(cache, StudyCache):
-                capture.record([cache], self._studies.values(), batch.places)
-
-    @property
-    def rows(self) -> int:
-        return self._studies[False].rows
+                capture.record([cache], studies.values(), batch.places)
 
     def _checked(self, batches: Sequence[Heard], heard: Sequence[mx.array]) -> Iterator[tuple[Conversation, mx.array]]:
         everyone = (

@@ -5,7 +5,7 @@ squares, so that the kept keys carry the context's whole mass; values by least s
 A baseline, and the start of every quadrature.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import mlx.core as mx
 import numpy as np
@@ -16,7 +16,7 @@ from .capture import Captured
 
 _RIDGE = 1e-4  # relative to the mean diagonal: the Gram matrices of peaked heads are close to singular
 _NNLS_STEPS = 300
-_ROOM = 1 << 22 if SLOW_EXP else 1 << 26  # scores held at a time
+_ROOM = 1 << 20 if SLOW_EXP else 1 << 26  # scores held at a time
 
 
 def attention_weights(rows: Captured, keys: mx.array, *, scale: float) -> mx.array:
@@ -28,12 +28,17 @@ def attention_weights(rows: Captured, keys: mx.array, *, scale: float) -> mx.arr
 def importance(rows: Captured, keys: mx.array, *, scale: float) -> mx.array:
     """Root-mean-square attention that each key of [M, n, D] receives from the rows -> [M, n]."""
     total = mx.zeros(keys.shape[:2])
-    count, chunk = rows.queries.shape[1], max(1, _ROOM // total.size)
-    for start in range(0, count, chunk):
-        part = Captured(*(x[:, start : start + chunk] for x in rows))
+    for part in _parts(rows, total.size):
         total = total + mx.square(attention_weights(part, keys, scale=scale)).sum(1)
         mx.eval(total)
-    return mx.sqrt(total / count)
+    return mx.sqrt(total / rows.queries.shape[1])
+
+
+def _parts(rows: Captured, scores: int) -> Iterator[Captured]:
+    """Rows, so many at a time that there is room for the scores; scores: of one row of all heads."""
+    step = max(1, _ROOM // scores)
+    for start in range(0, rows.queries.shape[1], step):
+        yield Captured(*(x[:, start : start + step] for x in rows))
 
 
 def most_important(weights: mx.array, count: int) -> mx.array:
@@ -49,26 +54,31 @@ def match(rows: Captured, keys: Sequence[mx.array], values: Sequence[mx.array], 
     count = max(k.shape[0] for k in keys)
     padded = mx.stack([mx.pad(k.astype(mx.float32), [(0, count - k.shape[0]), (0, 0)]) for k in keys])
     alive = mx.stack([mx.arange(count) < k.shape[0] for k in keys])
-    weights = attention_weights(rows, padded, scale=scale) * alive[:, None]
-    mass = _nonnegative(weights)
-    shares = weights * mass[:, None]
-    shares = shares / mx.maximum(shares.sum(-1, keepdims=True), 1e-20)
-    gram = np.array(shares.swapaxes(1, 2) @ shares)
-    right = np.array(shares.swapaxes(1, 2) @ rows.output.astype(mx.float32))
+    gram, ones, right = (mx.zeros((*alive.shape, width)) for width in (count, 1, values[0].shape[1]))
+    for part in _parts(rows, alive.size):
+        weights = attention_weights(part, padded, scale=scale) * alive[:, None]
+        gram, ones = gram + weights.swapaxes(1, 2) @ weights, ones + weights.sum(1)[..., None]
+        mx.eval(gram, ones)
+    mass = _nonnegative(gram, ones)
+    gram = mx.zeros_like(gram)
+    for part in _parts(rows, alive.size):
+        shares = attention_weights(part, padded, scale=scale) * (alive * mass)[:, None]
+        shares = shares / mx.maximum(shares.sum(-1, keepdims=True), 1e-20)
+        by_node = shares.swapaxes(1, 2)
+        gram, right = gram + by_node @ shares, right + by_node @ part.output.astype(mx.float32)
+        mx.eval(gram, right)
     heads = []
     for i, (k, v) in enumerate(zip(keys, values, strict=True)):
         m = k.shape[0]
-        fitted = _ridge(gram[i, :m, :m], right[i, :m], towards=np.array(v.astype(mx.float32)))
+        fitted = _ridge(np.array(gram[i, :m, :m]), np.array(right[i, :m]), towards=np.array(v.astype(mx.float32)))
         heads.append({"keys": padded[i, :m], "values": mx.array(fitted), "bias": mx.log(mass[i, :m])})
     return heads
 
 
-def _nonnegative(weights: mx.array) -> mx.array:
-    """argmin over w >= 0 of |weights · w - 1|², by accelerated projected gradient: [M, N, m] -> [M, m], kept above
-    1e-4.
+def _nonnegative(gram: mx.array, ones: mx.array) -> mx.array:
+    """argmin over w >= 0 of |weights · w - 1|², by accelerated projected gradient, from weights' Gram [M, m, m] and
+    column sums [M, m, 1] -> [M, m], kept above 1e-4.
     """
-    gram = weights.swapaxes(1, 2) @ weights
-    ones = weights.sum(1)[..., None]
     step = 1 / _largest_eigenvalue(gram)
     w = y = mx.ones_like(ones)
     t = 1.0
@@ -94,7 +104,7 @@ def _ridge(gram: np.ndarray, right: np.ndarray, *, towards: np.ndarray) -> np.nd
     """The V that minimises |shares · V - outputs|² + ridge · |V - towards|², from shares' Gram [m, m] and right side
     [m, D].
     """
-    gram, right = gram.astype(np.float64), right.astype(np.float64)
-    ridge = _RIDGE * np.diag(gram).mean()
-    left = gram + ridge * np.eye(len(gram))
+    left, right = gram.astype(np.float64), right.astype(np.float64)
+    ridge = _RIDGE * np.diag(left).mean()
+    left[np.diag_indices_from(left)] += ridge
     return np.linalg.solve(left, right + ridge * towards).astype(np.float32)

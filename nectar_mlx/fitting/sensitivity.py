@@ -21,7 +21,7 @@ from .dialogue import Conversation
 from .reading import Context
 from .walk import Walk
 
-_ANSWERED = 32  # tokens whose logits are held at a time
+_ANSWERED = 16  # tokens whose logits are held at a time
 
 
 class _ProbedCache(NectarCache):
@@ -90,8 +90,9 @@ def _gradients(
     for start in range(0, len(conversation.answer), _ANSWERED):
         change = change + mx.grad(log_likelihood)(hidden, start)
         mx.eval(change)
-    fitted = len(context.banks)
-    for layer, cache in reversed(list(enumerate(context.make_cache()))):
+    fitted, caches = len(context.banks), context.make_cache()
+    for layer in reversed(range(geometry.n_layers)):
+        cache = caches.pop()
         inputs, call = [before.pop()], partial(_through, walk, layer, cache)
         if isinstance(cache, NectarCache):
             inputs.append(mx.zeros((1, geometry.n_heads, len(tokens) - 1, geometry.head_dim)))

@@ -18,13 +18,17 @@ from ..errors import NectarError
 
 
 class Walk:
-    """The layers of a model. NectarError names an architecture that does more between its layers than call them."""
+    """The layers of a model; `width` is E.
+
+    NectarError names an architecture that does more between its layers than call them.
+    """
 
     def __init__(self, model: nn.Module, geometry: Geometry):
         self._model, self._windows = model, geometry.windows
         self._layers: list[Any] = list(model.layers)
         tokens = mx.zeros((1, 3), dtype=mx.int32)
         hidden = self.embed(tokens)
+        self.width: int = hidden.shape[-1]
         for layer in range(len(self._layers)):
             hidden = self.layer(layer, hidden, None)
         if not mx.allclose(self.logits(hidden), model(tokens), rtol=1e-2, atol=1e-2):
