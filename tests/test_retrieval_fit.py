@@ -7,15 +7,17 @@ import numpy as np
 import pytest
 import toys
 
-from nectar_mlx import Nectar, NectarError, ask, evaluate, fit
+from nectar_mlx import Nectar, NectarError, adapter, ask, evaluate, fit, prompts
 from nectar_mlx.attention import Partial, merge
-from nectar_mlx.fitting import pipeline
+from nectar_mlx.fitting import pipeline, reading, regression
 from nectar_mlx.fitting.capture import Captured
 from nectar_mlx.fitting.fitter import FitConfig
 from nectar_mlx.heads import Completion, Remainder, Retrieval
 from nectar_mlx.heads.completion import key_features
 from nectar_mlx.heads.residual import ANCHORS, EVERYTHING, SINKS, TAIL, anchor_positions, middle
-from nectar_mlx.retrieval import beside, distillation, training
+from nectar_mlx.retrieval import beside, distillation, sketch, training
+from nectar_mlx.retrieval import fitter as retrieval_fitter
+from nectar_mlx.retrieval.fitter import RetrievalFitter
 from nectar_mlx.retrieval.selection import Oracle
 
 M, N, n, D, SCALE = 2, 40, 90, 16, 0.4
@@ -202,3 +204,46 @@ def test_from_text_to_sources_and_evaluation(tmp_path, capsys, monkeypatch):
     assert entropy == sorted(entropy) and len(entropy) == 4
     assert "nectar, 20.0% read @ book.nectar" in result["entropy"][0]["errors"]
     assert Nectar.read("book.nectar").layout.kind == "retrieval+nectar"
+
+
+@pytest.fixture
+def heard():
+    """A fitter of the toy that has heard its conversations."""
+    tokenizer, model = toys.tokenizer(), toys.toy("llama")
+    geometry = adapter.route(model)
+    context = reading.read(model, prompts.prefix(tokenizer, TEXT), geometry)
+    fitter = RetrievalFitter(model, tokenizer, context, geometry, FitConfig(**FAST, kind="retrieval+nectar"))
+    fitter.converse()
+    fitter.hear()
+    return fitter
+
+
+def test_the_router_is_made_for_the_queries_of_all_heads(heard, monkeypatch):
+    """However many rows there are: a token's query heads lie side by side, so rows at a distance may be one head's."""
+    group, seen = heard.geometry.n_heads // heard.geometry.n_kv_heads, []
+    assert group > 1
+    monkeypatch.setattr(sketch, "build", lambda keys, queries, *, scale: seen.append(queries))
+    monkeypatch.setattr(retrieval_fitter, "_SKETCHED", heard.study.rows // (4 * group))
+    heard._sketched()
+    captured = np.array(heard.study.heads([0]).queries[0].astype(mx.float32))
+    drawn = [int((captured == row).all(-1).argmax()) for row in seen[0][0][0]]
+    counts = np.bincount(np.array(drawn) % group, minlength=group)
+    assert len(drawn) == heard.study.rows // (4 * group) and counts.min() > 0.5 * counts.max()
+
+
+def test_bytes_go_by_the_errors_where_keys_are_read(heard):
+    """Errors with nothing read count, but little."""
+    heard.prepare()
+    rows = heard.training_rows([0, 1])
+    unread = np.array(rows.queries[0, :, -1] == EVERYTHING)
+    assert 0 < unread.mean() < 1
+    bank = heard._train([0, 1], [(6,), (6,)], rows, 1)
+    metric = mx.stack([mx.eye(heard.geometry.head_dim)] * 2)
+    beside, alone = (
+        regression.errors(bank, Captured(*(x[:, mx.array(np.flatnonzero(which))] for x in rows)), metric=metric)
+        for which in (~unread, unread)
+    )
+    found = heard.judged(bank, rows, metric)
+    np.testing.assert_allclose(found, np.array(beside) + 0.02 * np.array(alone), rtol=1e-4)
+    read = Captured(*(x[:, mx.array(np.flatnonzero(~unread))] for x in rows))
+    np.testing.assert_allclose(heard.judged(bank, read, metric), np.array(beside), rtol=1e-4)

@@ -69,7 +69,7 @@ class FitConfig:
     conversations: int = 28 if SLOW_EXP else 384  # sampled side by side, at most
     power: float = 0.5
     scout_steps: int = 100
-    rate: float | None = None  # default: 1.5e-2 for nodes alone, 6e-3 for what has networks or keys beside it
+    rate: float | None = None  # default: 1.5e-2 for nodes, 6e-3 for networks and feature maps
     batch: int = 512 if SLOW_EXP else 2048
     samples: int = 4096  # rows that Attention Matching solves on
 
@@ -118,7 +118,7 @@ class Fitter:
         self.room = 1 << 19 if SLOW_EXP else 1 << 28  # scores of a batch, of all heads that are trained together
         self.steps = config.steps or (400 if SLOW_EXP else 2000)
         self.layout = layout_for(config, geometry, n_layers=self.n_layers)
-        self.rate = config.rate or (1.5e-2 if self.layout.kind == "quadrature" else 6e-3)
+        self.rate = config.rate or (1.5e-2 if self.layout.kind in _OF_NODES else 6e-3)
         self.checkpoint.claim(asdict(config), context.prefix)
 
     def converse(self) -> None:
@@ -227,9 +227,13 @@ class Fitter:
             for number, group in enumerate(groups):
                 rows = self.training_rows(group, _SCOUTED)
                 bank = self._train(group, [same] * len(group), rows, self.config.scout_steps)
-                errors[group] = np.array(regression.errors(bank, rows, metric=metric[mx.array(group)]))
+                errors[group] = self.judged(bank, rows, metric[mx.array(group)])
                 done(number + 1)
         return errors
+
+    def judged(self, bank: Bank, rows: Captured, metric: mx.array) -> np.ndarray:
+        """What the errors of some heads cost, [M], by which they get their bytes."""
+        return np.array(regression.errors(bank, rows, metric=metric))
 
     def _groups(self, sizes: Sequence[Size]) -> list[list[int]]:
         """Heads that are trained together; what one costs a step is the scores of its batch."""

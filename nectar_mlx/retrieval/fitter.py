@@ -16,13 +16,14 @@ from ..fitting.fitter import Fitter
 from ..fitting.starts import Start
 from ..heads import Bank, HeadArrays, Size
 from ..heads.remainder import AtThreshold
-from ..heads.residual import ANCHORS, SINKS, anchor_positions, middle
+from ..heads.residual import ANCHORS, EVERYTHING, SINKS, anchor_positions, middle
 from . import distillation, sketch, sources, training
 from .keys import Arrays, Keys
 
 _SKETCHED = 2048  # captured queries that the router is made from
 _LEAST = 4 * ANCHORS
 _SHARPNESS = 1.0  # its logarithm, to start from
+_ALONE = 0.02  # weight of errors with nothing read, where bytes are shared out
 _WEIGHED = 1024 if SLOW_EXP else 2048  # keys
 
 
@@ -121,6 +122,17 @@ class RetrievalFitter(Fitter):
         """A completion weighs every key for every row of a batch."""
         return max(32, self.config.batch // 4) if self.layout.kind == "completion" else self.config.batch
 
+    def judged(self, bank: Bank, rows: Captured, metric: mx.array) -> np.ndarray:
+        """Errors where keys are read, and a little of those where none is: heads that copy err most alone, and need
+        their bytes least when they read."""
+        unread = np.array(rows.queries[0, :, -1] >= EVERYTHING)  # the same rows of all heads
+        found = np.zeros(len(bank.sizes))
+        for which, weight in ((~unread, 1.0), (unread, _ALONE)):
+            if which.any():
+                part = Captured(*(mx.take(x, mx.array(np.flatnonzero(which)), axis=1) for x in rows))
+                found += weight * super().judged(bank, part, metric)
+        return found
+
     def _groups(self, sizes: Sequence[Size]) -> list[list[int]]:
         wide = [(self._seen.size // 4,)] * self.n_heads if self.layout.kind == "completion" else sizes
         return super()._groups(wide)
@@ -161,7 +173,9 @@ class RetrievalFitter(Fitter):
         return distillation.summarise(head, keys, values, bits=self.layout.bits)
 
     def _sketched(self) -> Arrays:
-        K, rows = self.geometry.n_kv_heads, np.arange(0, self.study.rows, max(1, self.study.rows // _SKETCHED))
+        K = self.geometry.n_kv_heads
+        # At random: rows at a fixed distance may all be one query head's.
+        rows = np.sort(np.random.default_rng(self.config.seed).permutation(self.study.rows)[:_SKETCHED])
         queries = [
             np.array(self.study.heads(range(i * K, i * K + K), rows).queries.astype(mx.float32))
             for i in range(self.n_layers)
