@@ -251,8 +251,7 @@ class Fitter:
         with self.progress("fitting heads", self.n_heads) as done:
             for group in self._groups(sizes):
                 if not set(group) <= heads.keys():
-                    rows = self.training_rows(group)
-                    bank = self._train(group, [sizes[i] for i in group], rows, self.steps)
+                    bank = self._train(group, [sizes[i] for i in group], self.training_rows(group), self.steps)
                     fitted = dict(zip(group, bank.unstack(), strict=True))
                     self.checkpoint.save_heads(fitted)
                     heads |= fitted

@@ -160,7 +160,7 @@ class LayerwiseFitter:
             scout.prepare()
             share = nbytes * len(excerpt.prefix) / len(self.prefix)
             nodes, *_ = starts.size_for(scout.layout, share / scout.n_heads, most=scout.length)
-            heads = self._memory // 6 // Study.nbytes(1, config.queries, self.geometry.head_dim)
+            heads = self._memory // 8 // Study.nbytes(1, config.queries, self.geometry.head_dim)
             scout.room = min(self._room, heads * nodes * config.batch)
             errors = scout.scout(share)
             sizes = allocate(errors, nbytes, layout=self.layout, config=self.config, n=n)

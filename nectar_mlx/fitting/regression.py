@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from .._exp import COMPILE, sigmoid
+from .._exp import COMPILE, SLOW_EXP, sigmoid
 from ..attention import Partial
 from ..heads import Bank, HeadArrays
 from . import optimizers
@@ -20,6 +20,7 @@ from .capture import Captured
 from .starts import Start
 
 _PLAIN = 0.1
+_ROOM = 1 << 20 if SLOW_EXP else 1 << 28  # scores held at a time where errors are counted
 
 
 class Scales(NamedTuple):
@@ -95,9 +96,11 @@ def train(
     return type(bank)(parameters=start.fold(parameters), sizes=bank.sizes, scale=bank.scale)
 
 
-def errors(bank: Bank, rows: Captured, *, metric: mx.array | None = None, chunk: int = 4096) -> mx.array:
+def errors(bank: Bank, rows: Captured, *, metric: mx.array | None = None) -> mx.array:
     """The merged error of each head over all rows, [M]; metric [M, D, D]: as for `merged_error`, default `relative`."""
     measure, count = relative(scales(rows), bank.head_dim) if metric is None else metric, int(rows.queries.shape[1])
+    widest = max(bank.head_dim, *(size[0] for size in bank.sizes))
+    chunk = min(4096, max(1, _ROOM // (len(bank.sizes) * widest)))
     total = mx.zeros(len(bank.sizes))
     for start in range(0, count, chunk):
         part = Captured(*(x[:, start : start + chunk] for x in rows))
