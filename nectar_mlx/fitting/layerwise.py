@@ -84,9 +84,9 @@ class LayerwiseFitter:
 
     @cached_property
     def _tokens(self) -> int:
-        """Tokens whose keys and values may exist in all layers at once: an eighth of the memory is for computing."""
+        """Tokens whose keys and values may exist in all layers at once; two fifths of them are read, the others said."""
         token = self.geometry.cache_bytes(1) * compute_type(self.model).size // 2
-        return max(_LEAST, self._memory * 7 // 8 // token)
+        return max(_LEAST, self._memory * 15 // 16 // token)
 
     @property
     def _seen(self) -> int:
@@ -147,7 +147,7 @@ class LayerwiseFitter:
         sizes = self.checkpoint.load_sizes()
         if sizes is None:
             n = len(self.prefix) - prompts.opening(self.tokenizer)
-            excerpt = reading.read(self.model, self.prefix[: min(_EXCERPT, self._tokens // 2)], self.geometry)
+            excerpt = reading.read(self.model, self.prefix[: min(_EXCERPT, self._tokens * 2 // 5)], self.geometry)
             config = replace(
                 self.config,
                 queries=min(self.config.queries, _EXCERPT_QUERIES),

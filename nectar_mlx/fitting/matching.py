@@ -57,7 +57,7 @@ def match(rows: Captured, keys: Sequence[mx.array], values: Sequence[mx.array], 
     gram, ones, right = (mx.zeros((*alive.shape, width)) for width in (count, 1, values[0].shape[1]))
     for part in _parts(rows, alive.size):
         weights = attention_weights(part, padded, scale=scale) * alive[:, None]
-        gram, ones = gram + weights.swapaxes(1, 2) @ weights, ones + weights.sum(1)[..., None]
+        gram, ones = mx.addmm(gram, weights.swapaxes(1, 2), weights), ones + weights.sum(1)[..., None]
         mx.eval(gram, ones)
     mass = _nonnegative(gram, ones)
     gram = mx.zeros_like(gram)
@@ -65,7 +65,7 @@ def match(rows: Captured, keys: Sequence[mx.array], values: Sequence[mx.array], 
         shares = attention_weights(part, padded, scale=scale) * (alive * mass)[:, None]
         shares = shares / mx.maximum(shares.sum(-1, keepdims=True), 1e-20)
         by_node = shares.swapaxes(1, 2)
-        gram, right = gram + by_node @ shares, right + by_node @ part.output.astype(mx.float32)
+        gram, right = (mx.addmm(x, by_node, y) for x, y in ((gram, shares), (right, part.output.astype(mx.float32))))
         mx.eval(gram, right)
     heads = []
     for i, (k, v) in enumerate(zip(keys, values, strict=True)):
