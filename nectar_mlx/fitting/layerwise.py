@@ -84,7 +84,7 @@ class LayerwiseFitter:
 
     @cached_property
     def _tokens(self) -> int:
-        """Tokens whose keys and values may exist in all layers at once; two fifths of them are read, the others said."""
+        """Tokens whose keys and values may be in all layers at once: two fifths of them are read, the others said."""
         token = self.geometry.cache_bytes(1) * compute_type(self.model).size // 2
         return max(_LEAST, self._memory * 15 // 16 // token)
 
