@@ -136,13 +136,18 @@ class Fitter:
         """Rows a head that the conversations so far will give."""
         return dialogue.rows(self.conversations, self.geometry)
 
+    def _together(self) -> int:
+        """How many conversations are sampled side by side: as many as are still needed, and as the memory holds."""
+        config, g = self.config, self.geometry
+        fit = max(_LEAST_TOGETHER, self.memory // 4 // g.cache_bytes(2 * config.answer_tokens))
+        needed = (config.queries - self._rows()) // (g.n_heads // g.n_kv_heads * config.answer_tokens) + 1
+        return min(config.conversations, fit, needed)
+
     def _ask_batch(self) -> list[Conversation]:
         config, number = self.config, len(self.conversations)
-        each = self.geometry.cache_bytes(2 * config.answer_tokens)  # of a conversation, about
-        count = min(config.conversations, max(_LEAST_TOGETHER, self.memory // 4 // each))
         passage = partial(instructions.passage, self.tokenizer, self.context.prefix)
         asked = instructions.training(passage, seed=config.seed + number)
-        batch = [Conversation(prompts.prompt(self.tokenizer, q)) for q in itertools.islice(asked, count)]
+        batch = [Conversation(prompts.prompt(self.tokenizer, q)) for q in itertools.islice(asked, self._together())]
         for conversation in batch[::10]:
             conversation.held_out = True
         dialogue.converse(
