@@ -132,6 +132,29 @@ def check_evaluation(model, tokenizer, fitted):
     assert told["nectar"]["error"] is not None
 
 
+@pytest.mark.parametrize("architecture", ["llama", "gemma3_text"])
+def test_a_chunk_that_is_done_is_not_read_again(tokenizer, tmp_path, monkeypatch, architecture):
+    model = small_window(architecture)
+    config = FitConfig(**SMALL)
+    whole = pipeline.fit(model, tokenizer, TEXT, config=config)
+    layers, walked = LayerwiseFitter.layers, []
+
+    def interrupted(self):
+        walked.append(1)
+        if len(walked) == 3:
+            raise KeyboardInterrupt
+        return layers(self)
+
+    monkeypatch.setattr(LayerwiseFitter, "layers", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.fit(model, tokenizer, TEXT, config=config, checkpoint=Checkpoint(tmp_path / "part"))
+    resumed = pipeline.fit(model, tokenizer, TEXT, config=config, checkpoint=Checkpoint(tmp_path / "part"))
+    assert len(walked) == len(whole.chunks) + 1
+    assert store.digest(resumed._tensors) == store.digest(whole._tensors)
+    report, expected = (dict(f.report, seconds=None) for f in (resumed, whole))
+    assert json.loads(json.dumps(report)) == json.loads(json.dumps(expected))
+
+
 def test_sliding_windows_keep_the_end_of_the_last_chunk(tokenizer):
     model = small_window("gemma3_text")
     fitted = pipeline.fit(model, tokenizer, TEXT, config=FitConfig(**SMALL))

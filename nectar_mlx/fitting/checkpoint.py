@@ -4,7 +4,7 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -86,6 +86,20 @@ class Checkpoint:
                 index, name = key.split(".", 1)
                 heads.setdefault(int(index), {})[name] = array
         return heads
+
+    def save_part(self, arrays: Mapping[str, mx.array], told: Mapping[str, Any]) -> None:
+        """Keeps what is left of a part that is done: arrays by name, and what goes with them."""
+        if self.folder is not None:
+            temporary = self.folder / "half.safetensors"
+            mx.save_safetensors(str(temporary), dict(arrays), {"told": json.dumps(told)})
+            temporary.replace(self.folder / "done.safetensors")
+
+    def load_part(self) -> tuple[dict[str, mx.array], dict[str, Any]] | None:
+        if self.folder is None or not (self.folder / "done.safetensors").exists():
+            return None
+        loaded: Any = mx.load(str(self.folder / "done.safetensors"), return_metadata=True)
+        arrays, metadata = loaded
+        return arrays, json.loads(metadata["told"])
 
     def clear(self) -> None:
         """Removes what was kept: the fit is done."""

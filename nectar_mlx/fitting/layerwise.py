@@ -170,6 +170,9 @@ class LayerwiseFitter:
     def regress(self, sizes: Sequence[Size]) -> tuple[list[store.Tensors], list[float]]:
         """All heads, trained at their own sizes: those of each layer as they will be stored, which is how little they
         take from now on; and the error of each on held-out rows."""
+        done_before = self.checkpoint.load_part()
+        if done_before is not None:
+            return self._restored(*done_before)
         K, layers, errors = self.geometry.n_kv_heads, list[store.Tensors](), list[float]()
         with self.progress("fitting layers", self.layout.n_layers) as done:
             for fitter in self.layers():
@@ -177,7 +180,32 @@ class LayerwiseFitter:
                 layers.append(store.pack(fitter.layout, fitter.regress(sizes[len(errors) : len(errors) + K])))
                 errors += fitter.errors(store.unpack(fitter.layout, layers[-1]))
                 done(len(layers))
+        self._save(layers, errors)
         return layers, errors
+
+    def _save(self, layers: Sequence[store.Tensors], errors: Sequence[float]) -> None:
+        """Keeps all that outlives the text, so that no chunk is read twice."""
+        arrays = {f"layers.{i}.{name}": x for i, layer in enumerate(layers) for name, x in layer.items()}
+        arrays |= {f"answers.{i}.hidden": hidden for i, (_, hidden) in enumerate(self._answers)}
+        for i, window in self.windows.items():
+            arrays |= {f"windows.{i}.keys": window.keys, f"windows.{i}.values": window.values}
+        sizes = {i: window.size for i, window in self.windows.items()}
+        answers = [asdict(conversation) for conversation, _ in self._answers]
+        self.checkpoint.save_part(
+            arrays, {"errors": errors, "rows": self.rows, "windows": sizes, "answers": answers, "layers": len(layers)}
+        )
+
+    def _restored(self, arrays: Mapping[str, mx.array], told: Any) -> tuple[list[store.Tensors], list[float]]:
+        """What `regress` gave, from what `_save` kept."""
+        parts: dict[tuple[str, int], store.Tensors] = {}
+        for key, array in arrays.items():
+            kind, number, name = key.split(".", 2)
+            parts.setdefault((kind, int(number)), {})[name] = array
+        self.rows = told["rows"]
+        self.windows = {int(i): Window(**parts["windows", int(i)], size=size) for i, size in told["windows"].items()}
+        conversations = [Conversation(**c) for c in told["answers"]]
+        self._answers = [(c, parts["answers", i]["hidden"]) for i, c in enumerate(conversations)]
+        return [parts["layers", i] for i in range(told["layers"])], told["errors"]
 
     def layers(self) -> Iterator[Fitter]:
         """For each layer with full attention, a Fitter of that layer alone that has heard the conversations."""
