@@ -33,7 +33,7 @@ def _parser() -> argparse.ArgumentParser:
         default="auto",
         help="auto, quadrature, mlp, corrected, exact; with exact keys beside: retrieval+nectar, completion, retrieval",
     )
-    parser.add_argument("--bits", type=int, help="of a stored matrix entry: 16, or 4 to 8 (nodes 7, networks 8)")
+    parser.add_argument("--bits", type=int, help="of a stored matrix entry: 16, or 4 to 8 (nodes 7 or 6, networks 8)")
     parser.add_argument("--queries", type=int, metavar="N", help="captured a head (60000 on a GPU, 20000 on a CPU)")
     parser.add_argument("--steps", type=int, metavar="N", help="of the regression (1500 on a GPU, 400 on a CPU)")
     parser.add_argument(

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from ..nectar import Nectar
 
 _JUDGES = 8  # conversations by which the errors of heads are weighed
-_OF_NODES = ("quadrature", "retrieval+nectar")  # one bit less, for more of them
+_BITS = {"quadrature": 7, "retrieval+nectar": 6}  # others 8; more nodes make up for what each loses
+_RATES = {"quadrature": 1.5e-2, "retrieval+nectar": 2.5e-2}  # others 6e-3
 _ENOUGH = 0.9  # of the rows asked for: not another batch for the last few
 _LEAST_TOGETHER = 16  # conversations: with fewer, sampling is slow on any machine
 _SCOUTED = 1 << 15  # rows of a short fit, at most
@@ -45,13 +46,13 @@ def silent(description: str, total: int) -> AbstractContextManager[Callable[[int
 class FitConfig:
     """What can be chosen when fitting.
 
-    budget: bytes kept / bytes of the bf16 KV cache. kind: auto, quadrature, mlp, corrected or exact. bits: of a
-    stored matrix entry, 16 or 4 to 8 (default: 7 for nodes, 8 for networks). queries: captured rows a head
-    (120,000 on a GPU, 20,000 on a CPU). steps: of the regression (default: 2,000 on a GPU, 400 on a CPU).
-    context_tokens: cut the text after so many tokens. memory: bytes that the context's KV cache may take before the
-    fit goes layer by layer, and captured rows before they go to disk (default: half of what is free). layerwise:
-    whether it goes layer by layer whatever the memory. prefill: how the text is read, dense, or fixed (sparsely, for
-    texts whose dense prefill takes too long).
+    budget: bytes kept / bytes of the bf16 KV cache. kind: auto, quadrature, mlp, corrected or exact. bits: of a stored
+    matrix entry, 16 or 4 to 8 (default: 7 for nodes, 6 beside exact keys, 8 for networks). queries: captured rows a
+    head (120,000 on a GPU, 20,000 on a CPU). steps: of the regression (default: 2,000 on a GPU, 400 on a CPU).
+    context_tokens: cut the text after so many tokens. memory: bytes that the context's KV cache may take before the fit
+    goes layer by layer, and captured rows before they go to disk (default: half of what is free). layerwise: whether it
+    goes layer by layer whatever the memory. prefill: how the text is read, dense, or fixed (sparsely, for texts whose
+    dense prefill takes too long).
     """
 
     budget: float = 0.02
@@ -69,7 +70,7 @@ class FitConfig:
     conversations: int = 28 if SLOW_EXP else 384  # sampled side by side, at most
     power: float = 0.5
     scout_steps: int = 100
-    rate: float | None = None  # default: 1.5e-2 for nodes, 6e-3 for networks and feature maps
+    rate: float | None = None  # default: 1.5e-2 for nodes, 2.5e-2 beside exact keys, 6e-3 for networks and feature maps
     batch: int = 512 if SLOW_EXP else 2048
     samples: int = 4096  # rows that Attention Matching solves on
 
@@ -118,7 +119,7 @@ class Fitter:
         self.room = 1 << 19 if SLOW_EXP else 1 << 28  # scores of a batch, of all heads that are trained together
         self.steps = config.steps or (400 if SLOW_EXP else 2000)
         self.layout = layout_for(config, geometry, n_layers=self.n_layers)
-        self.rate = config.rate or (1.5e-2 if self.layout.kind in _OF_NODES else 6e-3)
+        self.rate = config.rate or _RATES.get(self.layout.kind, 6e-3)
         self.checkpoint.claim(asdict(config), context.prefix)
 
     def converse(self) -> None:
@@ -289,7 +290,7 @@ def layout_for(config: FitConfig, geometry: Geometry, *, n_layers: int) -> Layou
         n_kv_heads=geometry.n_kv_heads,
         head_dim=geometry.head_dim,
         scale=geometry.scale,
-        bits=16 if kind == "exact" else config.bits or (7 if kind in _OF_NODES else 8),
+        bits=16 if kind == "exact" else config.bits or _BITS.get(kind, 8),
     )
 
 
