@@ -14,7 +14,7 @@ from .._exp import SLOW_EXP, exp
 from ..heads import HeadArrays
 from .capture import Captured
 
-_RIDGE = 1e-4  # relative to the mean diagonal: the Gram matrices of peaked heads are close to singular
+_RIDGE = 1e-2  # relative to the mean diagonal: a head of many nodes would fit its samples and nothing else
 _NNLS_STEPS = 300
 _ROOM = 1 << 20 if SLOW_EXP else 1 << 26  # scores held at a time
 
