@@ -3,8 +3,8 @@
 Of every captured query the keys of the middle split at a threshold on the sketches' scores: those above it will be
 read, those below are the rest that a head is to stand for, the sketches' mistakes included. The query heads of a group
 read the same keys, so their thresholds are one share of each one's attention, as `selection.best` has it; it is drawn
-at the ranks that budgets from 0.1 to 10% reach. For a quarter of the tokens nothing is read, so that one head serves
-every budget and the .nectar alone.
+at the ranks that budgets from 0.2 to 6% reach. For a tenth of the tokens nothing is read, so that one head serves every
+budget and the .nectar alone.
 """
 
 import math
@@ -19,8 +19,8 @@ from ..fitting.capture import Captured
 from ..heads.residual import EVERYTHING, NOTHING, SINKS, TAIL
 from .selection import Scoring, log_sum
 
-_RANKS = (0.001, 0.1)  # of a threshold among the middle's keys
-UNREAD = 0.25
+_RANKS = (0.002, 0.06)  # of a threshold among the middle's keys
+UNREAD = 0.1
 _SAMPLE = 1024  # keys tell the ranks
 _ROOM = 1 << 23 if SLOW_EXP else 1 << 28  # scores at a time
 
