@@ -37,7 +37,7 @@ _LEAST = 1024 if SLOW_EXP else 4096  # tokens in all layers at once, whatever th
 _PASSAGE = 900  # tokens in view while a conversation is sampled, at most
 _TOGETHER = 8 if SLOW_EXP else 16  # conversations about one passage, sampled side by side, at most
 _PROMPT = 96  # tokens of a long prompt
-_SCORES = 1 << 19 if SLOW_EXP else 1 << 22  # of a training batch, at least: on a GPU those of a layer's heads together
+_SCORES = 1 << 18 if SLOW_EXP else 1 << 22  # of a training batch, at least: on a GPU those of a layer's heads together
 _EXCERPT, _EXCERPT_QUERIES = 1024, 3000  # at most
 _SAID = 256  # tokens of conversations that go through all layers together
 _CHECKED = 8  # held-out conversations that the fit is measured on
@@ -84,14 +84,14 @@ class LayerwiseFitter:
 
     @cached_property
     def _tokens(self) -> int:
-        """Tokens whose keys and values may be in all layers at once: two fifths of them are read, the others said."""
+        """Tokens whose keys and values may be in all layers at once: three eighths are read, the others said."""
         token = self.geometry.cache_bytes(1) * compute_type(self.model).size // 2
         return max(_LEAST, self._memory * 15 // 16 // token)
 
     @property
     def _seen(self) -> int:
         """Tokens of a passage."""
-        return min(_PASSAGE, self._tokens * 2 // 5)
+        return min(_PASSAGE, self._tokens * 3 // 8)
 
     @property
     def _together(self) -> int:
@@ -147,7 +147,7 @@ class LayerwiseFitter:
         sizes = self.checkpoint.load_sizes()
         if sizes is None:
             n = len(self.prefix) - prompts.opening(self.tokenizer)
-            excerpt = reading.read(self.model, self.prefix[: min(_EXCERPT, self._tokens * 2 // 5)], self.geometry)
+            excerpt = reading.read(self.model, self.prefix[: min(_EXCERPT, self._tokens * 3 // 8)], self.geometry)
             config = replace(
                 self.config,
                 queries=min(self.config.queries, _EXCERPT_QUERIES),
@@ -160,6 +160,7 @@ class LayerwiseFitter:
             scout.prepare()
             share = nbytes * len(excerpt.prefix) / len(self.prefix)
             nodes, *_ = starts.size_for(scout.layout, share / scout.n_heads, most=scout.length)
+            # Rows of heads that are tried together are there at once.
             heads = self._memory // 8 // Study.nbytes(1, config.queries, self.geometry.head_dim)
             scout.room = min(self._room, heads * nodes * config.batch)
             errors = scout.scout(share)
@@ -209,8 +210,7 @@ class LayerwiseFitter:
 
     def layers(self) -> Iterator[Fitter]:
         """For each layer with full attention, a Fitter of that layer alone that has heard the conversations."""
-        starts = range(0, len(self.prefix), READ)
-        text = [self._walk.embed(mx.array([self.prefix[a : a + READ]])) for a in starts]
+        text = [self._walk.embed(mx.array([self.prefix[a : a + READ]])) for a in range(0, len(self.prefix), READ)]
         group = self.geometry.n_heads // self.geometry.n_kv_heads
         K, D = self.geometry.n_kv_heads, self.geometry.head_dim
         studies = {held_out: Study(K, rows, D, folder=None) for held_out, rows in self._wanted.items()}
@@ -243,8 +243,8 @@ class LayerwiseFitter:
 
     @property
     def _room(self) -> int:
-        """Scores of a training batch; training holds six times as much, or so, a fifth of the memory."""
-        return max(_SCORES, self._memory // 128)
+        """Scores of a training batch; training holds six times as much, or so, an eighth of the memory."""
+        return max(_SCORES, self._memory // 192)
 
     def _read(self, layer: int, text: list[mx.array]) -> Exact | Window:
         """The text through one layer, its hidden states [1, READ, E] replaced piece by piece."""
