@@ -84,37 +84,51 @@ def unpack(layout: Layout, tensors: Tensors) -> list[Bank]:
     sizes = [tuple(row) for row in rows]
     if len(sizes) != layout.n_layers * layout.n_kv_heads:
         raise NectarError("the file is damaged: its heads are not those of its model")
-    shapes = [layout.bank.shapes(size, layout.head_dim) for size in sizes]
-    heads: list[HeadArrays] = [{} for _ in sizes]
-    for name in shapes[0]:
-        flat = _floats(layout, tensors, name)
-        start = 0
-        for head, shape in zip(heads, shapes, strict=True):
-            count = math.prod(shape[name])
-            if min(shape[name]) < 0 or start + count > flat.size:
-                raise NectarError(f"the file is damaged: {name} is shorter than its sizes say")
-            head[name] = flat[start : start + count].reshape(shape[name])
-            start += count
-        if start != flat.size:
+    K, banks, ends = layout.n_kv_heads, list[Bank](), dict[str, int]()
+    for i in range(0, len(sizes), K):
+        heads = [_head(layout, tensors, size, ends) for size in sizes[i : i + K]]
+        banks.append(layout.bank.stack(heads, scale=layout.scale))
+        mx.eval(banks[-1].parameters)  # layer by layer: on the way from bits to floats there is far more
+    for name, end in ends.items():
+        if end != _count(layout, tensors[f"heads.{name}"]):
             raise NectarError(f"the file is damaged: {name} is longer than its sizes say")
-    K = layout.n_kv_heads
-    banks = [layout.bank.stack(heads[i : i + K], scale=layout.scale) for i in range(0, len(heads), K)]
-    mx.eval([b.parameters for b in banks])
     return banks
 
 
-def _floats(layout: Layout, tensors: Tensors, name: str) -> mx.array:
-    """One parameter's values of all heads, [count]."""
-    try:
-        data = tensors[f"heads.{name}"]
-        if data.ndim == 1:
-            return data if layout.bits == 16 else data.astype(mx.float32)
-        scales = tensors[f"heads.{name}.scales"]
-    except KeyError as missing:
-        raise NectarError(f"the file is damaged: {missing.args[0]} is missing") from None
-    if scales.shape[0] != data.shape[0] or data.nbytes * 8 != data.shape[0] * group_size(layout.head_dim) * layout.bits:
+def _head(layout: Layout, tensors: Tensors, size: tuple[int, ...], ends: dict[str, int]) -> HeadArrays:
+    """The head that comes next; ends: where that of each parameter so far ended, brought up to date."""
+    head: HeadArrays = {}
+    for name, shape in layout.bank.shapes(size, layout.head_dim).items():
+        start = ends.get(name, 0)
+        ends[name] = stop = start + math.prod(shape)
+        if min(shape) < 0 or stop > _count(layout, _tensor(tensors, f"heads.{name}")):
+            raise NectarError(f"the file is damaged: {name} is shorter than its sizes say")
+        head[name] = _floats(layout, tensors, name, start, stop).reshape(shape)
+    return head
+
+
+def _tensor(tensors: Tensors, name: str) -> mx.array:
+    if name not in tensors:
+        raise NectarError(f"the file is damaged: {name} is missing")
+    return tensors[name]
+
+
+def _count(layout: Layout, data: mx.array) -> int:
+    """How many values a parameter has."""
+    return int(data.size if data.ndim == 1 else data.shape[0] * group_size(layout.head_dim))
+
+
+def _floats(layout: Layout, tensors: Tensors, name: str, start: int, stop: int) -> mx.array:
+    """Some of one parameter's values, those of all heads counted through."""
+    data = tensors[f"heads.{name}"]
+    if data.ndim == 1:
+        return data[start:stop] if layout.bits == 16 else data[start:stop].astype(mx.float32)
+    scales, group = _tensor(tensors, f"heads.{name}.scales"), group_size(layout.head_dim)
+    if scales.shape[0] != data.shape[0] or data.nbytes * 8 != data.shape[0] * group * layout.bits:
         raise NectarError(f"the file is damaged: {name} is not as long as its scales and bits say")
-    return dequantize(Quantized(data, scales[:, None]), bits=layout.bits).reshape(-1)
+    rows = slice(start // group, -(-stop // group))
+    values = dequantize(Quantized(data[rows], scales[rows, None]), bits=layout.bits).reshape(-1)
+    return values[start % group :][: stop - start]
 
 
 def digest(tensors: Tensors) -> str:
