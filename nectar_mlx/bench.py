@@ -16,7 +16,7 @@ from . import __version__, cli, kernels
 from .benchmarks import checks, measure, measure_fit
 from .benchmarks.measure import KEEPERS, SHAPES, Shape
 from .errors import NectarError
-from .fitting.fitter import FitConfig
+from .fitting.config import STEPS, FitConfig, rows_for
 
 _CONTEXTS = {"decode": "1k,8k,32k,128k,512k,1m", "fit": "8k,32k,128k", "selftest": "1k"}
 Row = dict[str, Any]
@@ -85,7 +85,8 @@ def fit(shape: Shape, contexts: Sequence[int], config: FitConfig) -> Row:
     if not room:
         raise NectarError(f"the keys and values of {min(contexts)} tokens do not fit the memory: ask for fewer tokens")
     rows = [_told(row) for row in measure_fit.rows(shape, room, config)]
-    sizes = {"layers": shape.layers, "queries": config.queries, "steps": config.steps, "budget": config.budget}
+    queries = rows_for(config, heads=shape.layers * shape.n_kv_heads, head_dim=shape.head_dim)
+    sizes = {"layers": shape.layers, "queries": queries, "steps": config.steps or STEPS, "budget": config.budget}
     return _about() | {"shape": shape.name, "bandwidth": measure.bandwidth(), "rows": rows} | sizes
 
 
@@ -262,8 +263,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     of_decode.add_argument("--batch", type=int, default=1, help="sequences that share the context (default 1)")
     of_decode.add_argument("--attention-only", action="store_true", help="do not run the rest of the model")
     of_fit = parser.add_argument_group("fit")
-    of_fit.add_argument("--queries", type=int, default=20_000, metavar="N", help="captured queries a head (20000)")
-    of_fit.add_argument("--steps", type=int, default=1500, metavar="N", help="of the regression (1500)")
+    of_fit.add_argument("--queries", type=int, metavar="N", help="captured queries a head (default: as a fit)")
+    of_fit.add_argument("--steps", type=int, metavar="N", help="of the regression (default: as a fit)")
     of_fit.add_argument("--budget", type=float, default=0.02, help="bytes to keep / bytes of the KV cache (0.02)")
     return cli.run(parser, _work, argv)
 

@@ -70,12 +70,13 @@ def _work(arguments: argparse.Namespace) -> None:
 
 def _demonstrate(arguments: argparse.Namespace, path: Path) -> None:
     from . import adapter, models
-    from .fitting import fitter, pipeline, reading
+    from .fitting import pipeline, reading
+    from .fitting.config import FitConfig
     from .nectar import Nectar
 
     model, tokenizer = models.load(arguments.model, log=cli.say)
     names = ("budget", "queries", "steps", "context_tokens")
-    config = fitter.FitConfig(**{name: getattr(arguments, name) for name in names}, scout_steps=40, conversations=16)
+    config = FitConfig(**{name: getattr(arguments, name) for name in names}, scout_steps=40, conversations=16)
     cli.say(f"Reading {config.context_tokens:,} tokens of the Python manual, once, and fitting it.")
     pipeline.fit(
         model, tokenizer, manual(), config=config, name=arguments.model, source="Python manual", progress=cli.progress

@@ -34,8 +34,8 @@ def _parser() -> argparse.ArgumentParser:
         help="auto, quadrature, mlp, corrected, exact; with exact keys beside: retrieval+nectar, completion, retrieval",
     )
     parser.add_argument("--bits", type=int, help="of a stored matrix entry: 16, or 4 to 8 (nodes 7 or 6, networks 8)")
-    parser.add_argument("--queries", type=int, metavar="N", help="captured a head (60000 on a GPU, 20000 on a CPU)")
-    parser.add_argument("--steps", type=int, metavar="N", help="of the regression (1500 on a GPU, 400 on a CPU)")
+    parser.add_argument("--queries", type=int, metavar="N", help="captured a head (20000; on a GPU up to 120000)")
+    parser.add_argument("--steps", type=int, metavar="N", help="of the regression (2000 on a GPU, 400 on a CPU)")
     parser.add_argument(
         "--memory",
         type=_bytes,
@@ -65,12 +65,13 @@ def _work(arguments: argparse.Namespace) -> None:
 
     text = documents.read(arguments.context)
     from . import models
-    from .fitting import fitter, pipeline
+    from .fitting import pipeline
     from .fitting.checkpoint import Checkpoint
+    from .fitting.config import FitConfig
 
     names = ("budget", "kind", "bits", "queries", "steps", "seed", "context_tokens", "memory", "layerwise", "prefill")
     told = {name: getattr(arguments, name) for name in names}
-    config = fitter.FitConfig(**{name: value for name, value in told.items() if value is not None})
+    config = FitConfig(**{name: value for name, value in told.items() if value is not None})
     model, tokenizer = models.load(arguments.model, log=cli.say)
     folder = output.with_name(output.name + ".partial")
     if not arguments.resume:

@@ -52,8 +52,8 @@ class Nectar:
 
     @classmethod
     def fit(cls, model: nn.Module, tokenizer: Any, text: str, *, budget: float = 0.02, **options: Any) -> "Nectar":
-        """Fits a text; budget: bytes kept / bytes of the bf16 KV cache. Options: see `fitting.fitter.FitConfig`."""
-        from .fitting.fitter import FitConfig
+        """Fits a text; budget: bytes kept / bytes of the bf16 KV cache. Options: see `fitting.config.FitConfig`."""
+        from .fitting.config import FitConfig
         from .fitting.pipeline import fit
 
         return fit(model, tokenizer, text, config=FitConfig(budget=budget, **options))

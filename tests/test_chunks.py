@@ -12,8 +12,9 @@ from test_fit import FAST, TEXT
 from nectar_mlx import Nectar, NectarError, adapter, evaluate, fit, nectar, prompts, store
 from nectar_mlx.fitting import chunks, pipeline
 from nectar_mlx.fitting.checkpoint import Checkpoint
+from nectar_mlx.fitting.config import FitConfig, layout_for
 from nectar_mlx.fitting.dialogue import Conversation
-from nectar_mlx.fitting.fitter import FitConfig, layout_for, silent
+from nectar_mlx.fitting.fitter import silent
 from nectar_mlx.fitting.layerwise import LayerwiseFitter
 
 SMALL = FAST | {"budget": 0.5, "queries": 300}

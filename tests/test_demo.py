@@ -46,7 +46,7 @@ def test_the_example_runs_as_it_is(model_folder, tmp_path, monkeypatch, capsys):
     book.write_text("the quick brown fox jumps over the lazy dog. " * 12)
     example = Path(__file__).parents[1] / "examples" / "read_a_book.py"
     monkeypatch.setattr(sys, "argv", [str(example), str(book), str(model_folder)])
-    from nectar_mlx.fitting.fitter import FitConfig
+    from nectar_mlx.fitting.config import FitConfig
 
     defaults = FitConfig.__init__.__kwdefaults__
     monkeypatch.setitem(defaults, "queries", 300)

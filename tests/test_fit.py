@@ -13,8 +13,9 @@ import toys
 
 from nectar_mlx import Nectar, NectarError, adapter, fit, prompts, store
 from nectar_mlx.fitting import capture, checkpoint, dialogue, pipeline, reading
+from nectar_mlx.fitting.config import FitConfig
 from nectar_mlx.fitting.dialogue import Conversation
-from nectar_mlx.fitting.fitter import FitConfig
+from nectar_mlx.fitting.fitter import Fitter
 
 TEXT = " ".join(f"The {a} dog sees fox number {i}, and the {b} fox runs." for i, (a, b) in enumerate(
     (a, b) for a in ("quick", "lazy", "brown", "old") for b in ("red", "sly", "young", "tired")
@@ -130,6 +131,22 @@ def test_resuming_with_other_settings_is_refused(tokenizer, tmp_path):
             config=FitConfig(**FAST | {"budget": 0.6, "context_tokens": 150}),
             checkpoint=checkpoint.Checkpoint(tmp_path),
         )
+
+
+def test_as_many_conversations_side_by_side_as_are_needed_and_fit(tokenizer):
+    model = toys.toy("llama")
+    geometry = adapter.route(model)
+    context = reading.read(model, toys.random_tokens(20), geometry)
+    each = geometry.cache_bytes(2 * FAST["answer_tokens"])
+
+    def together(**options):
+        return Fitter(model, tokenizer, context, geometry, FitConfig(**FAST | options))._together()
+
+    group = geometry.n_heads // geometry.n_kv_heads
+    assert together(queries=50 * group * 16, conversations=1000) == 51
+    assert together(queries=50 * group * 16, conversations=30) == 30
+    assert together(queries=10**6, conversations=1000, memory=400 * each) == 100
+    assert together(queries=10**6, conversations=1000, memory=1) == 16
 
 
 def test_rows_beyond_the_memory_bound_go_to_disk_and_change_nothing(tokenizer, tmp_path):

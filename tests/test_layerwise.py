@@ -14,8 +14,9 @@ from nectar_mlx import NectarError, adapter, fit, models, prompts, store
 from nectar_mlx.cache import NectarCache
 from nectar_mlx.fitting import capture, layerwise, pipeline, reading, walk
 from nectar_mlx.fitting.checkpoint import Checkpoint
+from nectar_mlx.fitting.config import FitConfig
 from nectar_mlx.fitting.dialogue import Conversation
-from nectar_mlx.fitting.fitter import FitConfig, Fitter, silent
+from nectar_mlx.fitting.fitter import Fitter, silent
 from nectar_mlx.fitting.layerwise import LayerwiseFitter
 from nectar_mlx.fitting.walk import Walk
 
@@ -160,7 +161,7 @@ def test_passages_and_their_conversations_take_no_more_than_a_layer_does(tokeniz
     g, config = ours.geometry, ours.config
     one = 2 * 4 * g.n_kv_heads * g.head_dim  # a token's keys and values in a layer
     hidden = 4 * ours.model.args.hidden_size
-    rows = config.queries * g.n_kv_heads * (3 * 2 * g.head_dim + 2 * 4)
+    rows = ours.queries * g.n_kv_heads * (3 * 2 * g.head_dim + 2 * 4)
     bound = max(tokens * (1.5 * one + 3 * hidden) + rows, layerwise._LEAST * one * g.n_layers)
     together = ours._seen + ours._together * (layerwise._PROMPT + config.answer_tokens)
     assert together * one * g.n_layers <= bound

@@ -15,7 +15,8 @@ import numpy as np
 
 from .. import adapter
 from ..fitting import reading
-from ..fitting.fitter import FitConfig, Fitter, affordable_bytes
+from ..fitting.config import FitConfig, affordable_bytes
+from ..fitting.fitter import Fitter
 from .measure import Shape
 
 STAGES = ("prefill", "sampling", "capture", "fitting")

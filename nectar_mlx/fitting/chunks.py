@@ -25,7 +25,8 @@ from ..nectar import Nectar
 from ..store import Layout
 from . import reading
 from .checkpoint import Checkpoint
-from .fitter import FitConfig, Progress, affordable_bytes, layout_for
+from .config import FitConfig, affordable_bytes, layout_for
+from .fitter import Progress
 from .layerwise import LayerwiseFitter, cut
 from .prefill import Prefill
 from .reading import Context

@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -11,25 +11,22 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from .. import prompts, store
+from .. import prompts
 from .._exp import SLOW_EXP
 from ..adapter import Geometry
-from ..errors import NectarError
 from ..evaluation import fidelity
-from ..heads import KINDS, Bank, HeadArrays, Size
-from ..store import BITS, Layout
-from . import budget, capture, dialogue, grouping, instructions, matching, regression, sensitivity, starts
+from ..heads import Bank, HeadArrays, Size
+from . import capture, dialogue, grouping, instructions, matching, regression, sensitivity, starts
 from .capture import Captured, Study
 from .checkpoint import Checkpoint
+from .config import STEPS, FitConfig, allocate, free_memory, layout_for, rows_for
 from .dialogue import Conversation
-from .prefill import Prefill
 from .reading import Context
 
 if TYPE_CHECKING:
     from ..nectar import Nectar
 
 _JUDGES = 8  # conversations by which the errors of heads are weighed
-_BITS = {"quadrature": 7, "retrieval+nectar": 6}  # others 8; more nodes make up for what each loses
 _RATES = {"quadrature": 1.5e-2, "retrieval+nectar": 2.5e-2}  # others 6e-3
 _ENOUGH = 0.9  # of the rows asked for: not another batch for the last few
 _LEAST_TOGETHER = 16  # conversations: with fewer, sampling is slow on any machine
@@ -42,53 +39,6 @@ def silent(description: str, total: int) -> AbstractContextManager[Callable[[int
     return nullcontext(lambda done: None)
 
 
-@dataclass(frozen=True, kw_only=True)
-class FitConfig:
-    """What can be chosen when fitting.
-
-    budget: bytes kept / bytes of the bf16 KV cache. kind: auto, quadrature, mlp, corrected or exact. bits: of a stored
-    matrix entry, 16 or 4 to 8 (default: 7 for nodes, 6 beside exact keys, 8 for networks). queries: captured rows a
-    head (120,000 on a GPU, 20,000 on a CPU). steps: of the regression (default: 2,000 on a GPU, 400 on a CPU).
-    context_tokens: cut the text after so many tokens. memory: bytes that the context's KV cache may take before the fit
-    goes layer by layer, and captured rows before they go to disk (default: half of what is free). layerwise: whether it
-    goes layer by layer whatever the memory. prefill: how the text is read, dense, or fixed (sparsely, for texts whose
-    dense prefill takes too long).
-    """
-
-    budget: float = 0.02
-    kind: str = "auto"
-    bits: int | None = None
-    queries: int = 20_000 if SLOW_EXP else 120_000
-    steps: int | None = None
-    seed: int = 0
-    context_tokens: int | None = None
-    memory: int | None = None
-    layerwise: bool | None = None
-    prefill: Prefill = "dense"
-    answer_tokens: int = 96
-    temperature: float = 0.9
-    conversations: int = 28 if SLOW_EXP else 384  # sampled side by side, at most
-    power: float = 0.5
-    scout_steps: int = 100
-    rate: float | None = None  # default: 1.5e-2 for nodes, 2.5e-2 beside exact keys, 6e-3 for networks and feature maps
-    batch: int = 512 if SLOW_EXP else 2048
-    samples: int = 4096  # rows that Attention Matching solves on
-
-    def __post_init__(self) -> None:
-        if not 0 < self.budget <= 1:
-            raise NectarError(f"a budget of {self.budget:g} is not in (0, 1]: it is the share of the KV cache to keep")
-        if self.bits not in (None, *BITS):
-            raise NectarError(f"{self.bits} bits are not supported: choose {', '.join(map(str, BITS))}")
-        if self.kind not in ("auto", *KINDS):
-            raise NectarError(f"unknown kind {self.kind!r}: choose one of auto, {', '.join(KINDS)}")
-        if self.prefill not in ("dense", "fixed"):
-            raise NectarError(f"unknown prefill {self.prefill!r}: choose dense or fixed")
-        for name in ("queries", "seed", "steps", "context_tokens", "memory"):
-            value = getattr(self, name)
-            if value is not None and value < (0 if name == "seed" else 1):
-                raise NectarError(f"{name} must be positive, not {value}")
-
-
 class Fitter:
     """The model, the context it has read, what was captured of it, and the heads fitted so far.
 
@@ -97,7 +47,6 @@ class Fitter:
 
     study: Study
     held_out: Study
-    conversations: list[Conversation]
 
     def __init__(
         self,
@@ -112,12 +61,14 @@ class Fitter:
     ):
         self.model, self.tokenizer, self.context, self.geometry = model, tokenizer, context, geometry
         self.config, self.progress, self.checkpoint = config, progress, checkpoint or Checkpoint(None)
+        self.conversations = list[Conversation]()
         self.n_layers = len(context.banks)
         self.n_heads = self.n_layers * geometry.n_kv_heads
         self.length = len(context.prefix)
         self.memory = config.memory or free_memory() // 2
+        self.queries = rows_for(config, heads=self.n_heads, head_dim=geometry.head_dim)
         self.room = 1 << 19 if SLOW_EXP else 1 << 28  # scores of a batch, of all heads that are trained together
-        self.steps = config.steps or (400 if SLOW_EXP else 2000)
+        self.steps = config.steps or STEPS
         self.layout = layout_for(config, geometry, n_layers=self.n_layers)
         self.rate = config.rate or _RATES.get(self.layout.kind, 6e-3)
         self.checkpoint.claim(asdict(config), context.prefix)
@@ -125,11 +76,11 @@ class Fitter:
     def converse(self) -> None:
         """Samples conversations until they give every head its rows."""
         self.conversations = self.checkpoint.load_conversations()
-        with self.progress("conversing about it", self.config.queries) as done:
+        with self.progress("conversing about it", self.queries) as done:
             try:
-                while self._rows() < _ENOUGH * self.config.queries:
+                while self._rows() < _ENOUGH * self.queries:
                     self.conversations += self._ask_batch()
-                    done(min(self._rows(), self.config.queries))
+                    done(min(self._rows(), self.queries))
             finally:
                 self.checkpoint.save_conversations(self.conversations)
 
@@ -141,7 +92,7 @@ class Fitter:
         """How many conversations are sampled side by side: as many as are still needed, and as the memory holds."""
         config, g = self.config, self.geometry
         fit = max(_LEAST_TOGETHER, self.memory // 4 // g.cache_bytes(2 * config.answer_tokens))
-        needed = (config.queries - self._rows()) // (g.n_heads // g.n_kv_heads * config.answer_tokens) + 1
+        needed = (self.queries - self._rows()) // (g.n_heads // g.n_kv_heads * config.answer_tokens) + 1
         return min(config.conversations, fit, needed)
 
     def _ask_batch(self) -> list[Conversation]:
@@ -164,11 +115,10 @@ class Fitter:
 
     def hear(self, *, together: int | None = None) -> None:
         """Fills `study` and `held_out` with what attention sees in the conversations, so many tokens read together."""
-        config, g = self.config, self.geometry
-        spare = max(config.queries // 10, 64)
-        spill = Study.nbytes(self.n_heads, config.queries + spare, g.head_dim) > self.memory
+        g, spare = self.geometry, max(self.queries // 10, 64)
+        spill = Study.nbytes(self.n_heads, self.queries + spare, g.head_dim) > self.memory
         folder = self.checkpoint.spill() if spill else None
-        self.study = Study(self.n_heads, config.queries, g.head_dim, folder=folder and folder / "study.rows")
+        self.study = Study(self.n_heads, self.queries, g.head_dim, folder=folder and folder / "study.rows")
         self.held_out = Study(self.n_heads, spare, g.head_dim, folder=folder and folder / "held_out.rows")
         total = sum(map(dialogue.fed_tokens, self.conversations))
         with self.progress("weighing what was said", total) as done:
@@ -280,45 +230,3 @@ class Fitter:
                 self.model, self.context.make_cache, {"nectar": fitted.make_cache}, conversations, progress=done
             )["nectar"]
         return {"kl": round(float(found.kl.mean()), 5), "agree": round(float(found.agree.mean()), 4)}
-
-
-def layout_for(config: FitConfig, geometry: Geometry, *, n_layers: int) -> Layout:
-    kind = "quadrature" if config.kind == "auto" else config.kind
-    return Layout(
-        kind=kind,
-        n_layers=n_layers,
-        n_kv_heads=geometry.n_kv_heads,
-        head_dim=geometry.head_dim,
-        scale=geometry.scale,
-        bits=16 if kind == "exact" else config.bits or _BITS.get(kind, 8),
-    )
-
-
-def affordable_bytes(config: FitConfig, geometry: Geometry, layout: Layout, *, n: int) -> float:
-    """What the budget leaves for the heads of n tokens; what else the file holds is set aside where that matters."""
-    n_heads = layout.n_layers * layout.n_kv_heads
-    whole = geometry.cache_bytes(n)
-    windows = whole - replace(geometry, windows=(0,) * layout.n_layers).cache_bytes(n)
-    kept = config.budget * whole
-    besides = windows + 4 * n + 24 * n_heads + 6000
-    available = kept - min(besides, kept / 10)
-    needed = n_heads * starts.smallest_bytes(layout)
-    if available < needed:
-        raise NectarError(
-            f"a budget of {config.budget:g} is too small for {n:,} tokens: "
-            f"it takes at least {needed / 0.9 / whole:.2g}, or a longer text"
-        )
-    return available
-
-
-def allocate(errors: np.ndarray, nbytes: float, *, layout: Layout, config: FitConfig, n: int) -> list[Size]:
-    """Every head's size for n tokens, by the errors [n_heads] that it made among equals."""
-    least, most = starts.smallest_bytes(layout), store.head_bytes(layout, starts.size_for(layout, float("inf"), most=n))
-    share = budget.allocate(errors.tolist(), total=nbytes, power=config.power, least=least, most=most)
-    return [starts.size_for(layout, b, most=n) for b in share]
-
-
-def free_memory() -> int:
-    import psutil
-
-    return int(psutil.virtual_memory().available)

@@ -28,8 +28,9 @@ from ..heads import Exact, Size
 from . import capture, dialogue, instructions, reading, starts
 from .capture import Heard, Study, StudyCache
 from .checkpoint import Checkpoint
+from .config import FitConfig, allocate, layout_for, rows_for
 from .dialogue import Conversation
-from .fitter import FitConfig, Fitter, Progress, allocate, layout_for
+from .fitter import Fitter, Progress
 from .reading import READ, Context
 from .walk import Walk
 
@@ -70,7 +71,8 @@ class LayerwiseFitter:
         self.windows: dict[int, Window] = {}
         self._walk = Walk(model, geometry)
         self._answers: list[tuple[Conversation, mx.array]] = []  # held out, and what follows the last layer [A, E]
-        self._wanted = {False: config.queries, True: max(config.queries // 10, 64)}  # rows a head, by held_out
+        self.queries = rows_for(config, heads=geometry.n_kv_heads, head_dim=geometry.head_dim)
+        self._wanted = {False: self.queries, True: max(self.queries // 10, 64)}  # rows a head, by held_out
         self.rows = 0  # a head, that it was fitted to
         checkpoint.claim(asdict(config), prefix)
 
@@ -80,7 +82,7 @@ class LayerwiseFitter:
         values, 3 times the hidden states, and its rows."""
         g = self.geometry
         numbers = len(self.prefix) * (3 * g.n_kv_heads * g.head_dim + 3 * self._walk.width)
-        return numbers * compute_type(self.model).size + Study.nbytes(g.n_kv_heads, self.config.queries, g.head_dim)
+        return numbers * compute_type(self.model).size + Study.nbytes(g.n_kv_heads, self.queries, g.head_dim)
 
     @cached_property
     def _tokens(self) -> int:
@@ -101,7 +103,7 @@ class LayerwiseFitter:
     def converse(self) -> None:
         """Samples conversations until every head has its rows, about passages spread evenly over the text."""
         self.conversations = self.checkpoint.load_conversations()
-        with self.progress("conversing about it", self.config.queries) as done:
+        with self.progress("conversing about it", self.queries) as done:
             try:
                 while any(self._rows(held_out) < wanted for held_out, wanted in self._wanted.items()):
                     self.conversations += self._ask_about(self._passage(len(self.conversations) // self._together))
@@ -150,7 +152,7 @@ class LayerwiseFitter:
             excerpt = reading.read(self.model, self.prefix[: min(_EXCERPT, self._tokens * 3 // 8)], self.geometry)
             config = replace(
                 self.config,
-                queries=min(self.config.queries, _EXCERPT_QUERIES),
+                queries=min(self.queries, _EXCERPT_QUERIES),
                 conversations=self._together,
                 memory=self._memory,
             )
@@ -161,7 +163,7 @@ class LayerwiseFitter:
             share = nbytes * len(excerpt.prefix) / len(self.prefix)
             nodes, *_ = starts.size_for(scout.layout, share / scout.n_heads, most=scout.length)
             # Rows of heads that are tried together are there at once.
-            heads = self._memory // 8 // Study.nbytes(1, config.queries, self.geometry.head_dim)
+            heads = self._memory // 8 // Study.nbytes(1, scout.queries, self.geometry.head_dim)
             scout.room = min(self._room, heads * nodes * config.batch)
             errors = scout.scout(share)
             sizes = allocate(errors, nbytes, layout=self.layout, config=self.config, n=n)

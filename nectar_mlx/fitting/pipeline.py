@@ -21,7 +21,8 @@ from ..nectar import Nectar
 from ..retrieval.fitter import RetrievalFitter
 from . import chunks, reading
 from .checkpoint import Checkpoint
-from .fitter import FitConfig, Fitter, Progress, affordable_bytes, free_memory, silent
+from .config import FitConfig, affordable_bytes, free_memory
+from .fitter import Fitter, Progress, silent
 
 
 def fit(

@@ -34,7 +34,7 @@ class RetrievalFitter(Fitter):
         if len(context.prefix) < _LEAST:
             raise NectarError(f"kind {config.kind} needs a text of at least {_LEAST} tokens: use quadrature")
         if config.kind == "retrieval":  # nothing is regressed
-            config = replace(config, queries=min(config.queries, _SKETCHED))
+            config = replace(config, queries=min(config.queries or _SKETCHED, _SKETCHED))
         super().__init__(model, tokenizer, context, geometry, config, **options)
 
     def prepare(self) -> None:

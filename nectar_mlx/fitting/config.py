@@ -1,0 +1,122 @@
+"""What can be chosen when fitting, and what follows from it: rows, bytes, sizes of heads."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from .. import store
+from .._exp import SLOW_EXP
+from ..adapter import Geometry
+from ..errors import NectarError
+from ..heads import KINDS, Size
+from ..store import BITS, Layout
+from . import budget, starts
+from .capture import Study
+from .prefill import Prefill
+
+STEPS = 400 if SLOW_EXP else 2000  # of a regression
+_BITS = {"quadrature": 7, "retrieval+nectar": 6}  # others 8; more nodes make up for what each loses
+_FEWEST_ROWS, _MOST_ROWS = 20_000, 20_000 if SLOW_EXP else 120_000  # a head; more than the most gain little
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitConfig:
+    """What can be chosen when fitting.
+
+    budget: bytes kept / bytes of the bf16 KV cache. kind: auto, quadrature, mlp, corrected or exact. bits: of a stored
+    matrix entry, 16 or 4 to 8 (default: 7 for nodes, 6 beside exact keys, 8 for networks). queries: captured rows a
+    head (default: 20,000; on a GPU up to 120,000, as the memory holds). steps: of the regression (default: 2,000 on a
+    GPU, 400 on a CPU). context_tokens: cut the text after so many tokens. memory: bytes that the context's KV cache may
+    take before the fit goes layer by layer, and captured rows before they go to disk (default: half of what is free).
+    layerwise: whether it goes layer by layer whatever the memory. prefill: how the text is read, dense, or fixed
+    (sparsely, for texts whose dense prefill takes too long).
+    """
+
+    budget: float = 0.02
+    kind: str = "auto"
+    bits: int | None = None
+    queries: int | None = None
+    steps: int | None = None
+    seed: int = 0
+    context_tokens: int | None = None
+    memory: int | None = None
+    layerwise: bool | None = None
+    prefill: Prefill = "dense"
+    answer_tokens: int = 96
+    temperature: float = 0.9
+    conversations: int = 28 if SLOW_EXP else 384  # sampled side by side, at most
+    power: float = 0.5
+    scout_steps: int = 100
+    rate: float | None = None  # default: 1.5e-2 for nodes, 2.5e-2 beside exact keys, 6e-3 for networks and feature maps
+    batch: int = 512 if SLOW_EXP else 2048
+    samples: int = 4096  # rows that Attention Matching solves on
+
+    def __post_init__(self) -> None:
+        if not 0 < self.budget <= 1:
+            raise NectarError(f"a budget of {self.budget:g} is not in (0, 1]: it is the share of the KV cache to keep")
+        if self.bits not in (None, *BITS):
+            raise NectarError(f"{self.bits} bits are not supported: choose {', '.join(map(str, BITS))}")
+        if self.kind not in ("auto", *KINDS):
+            raise NectarError(f"unknown kind {self.kind!r}: choose one of auto, {', '.join(KINDS)}")
+        if self.prefill not in ("dense", "fixed"):
+            raise NectarError(f"unknown prefill {self.prefill!r}: choose dense or fixed")
+        for name in ("queries", "seed", "steps", "context_tokens", "memory"):
+            value = getattr(self, name)
+            if value is not None and value < (0 if name == "seed" else 1):
+                raise NectarError(f"{name} must be positive, not {value}")
+
+
+def rows_for(config: FitConfig, *, heads: int, head_dim: int) -> int:
+    """Rows a head, of so many heads at a time: as asked for, or as many as are useful and the memory easily holds."""
+    if config.queries:
+        return config.queries
+    # Of all memory, not of what is free: an interrupted fit goes on with the same rows.
+    room = config.memory or _machine().total // 8
+    return max(_FEWEST_ROWS, min(_MOST_ROWS, room // Study.nbytes(heads, 1, head_dim)))
+
+
+def layout_for(config: FitConfig, geometry: Geometry, *, n_layers: int) -> Layout:
+    kind = "quadrature" if config.kind == "auto" else config.kind
+    return Layout(
+        kind=kind,
+        n_layers=n_layers,
+        n_kv_heads=geometry.n_kv_heads,
+        head_dim=geometry.head_dim,
+        scale=geometry.scale,
+        bits=16 if kind == "exact" else config.bits or _BITS.get(kind, 8),
+    )
+
+
+def affordable_bytes(config: FitConfig, geometry: Geometry, layout: Layout, *, n: int) -> float:
+    """What the budget leaves for the heads of n tokens; what else the file holds is set aside where that matters."""
+    n_heads = layout.n_layers * layout.n_kv_heads
+    whole = geometry.cache_bytes(n)
+    windows = whole - replace(geometry, windows=(0,) * layout.n_layers).cache_bytes(n)
+    kept = config.budget * whole
+    besides = windows + 4 * n + 24 * n_heads + 6000
+    available = kept - min(besides, kept / 10)
+    needed = n_heads * starts.smallest_bytes(layout)
+    if available < needed:
+        raise NectarError(
+            f"a budget of {config.budget:g} is too small for {n:,} tokens: "
+            f"it takes at least {needed / 0.9 / whole:.2g}, or a longer text"
+        )
+    return available
+
+
+def allocate(errors: np.ndarray, nbytes: float, *, layout: Layout, config: FitConfig, n: int) -> list[Size]:
+    """Every head's size for n tokens, by the errors [n_heads] that it made among equals."""
+    least, most = starts.smallest_bytes(layout), store.head_bytes(layout, starts.size_for(layout, float("inf"), most=n))
+    share = budget.allocate(errors.tolist(), total=nbytes, power=config.power, least=least, most=most)
+    return [starts.size_for(layout, b, most=n) for b in share]
+
+
+def free_memory() -> int:
+    return int(_machine().available)
+
+
+def _machine() -> Any:
+    import psutil
+
+    return psutil.virtual_memory()
