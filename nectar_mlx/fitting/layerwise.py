@@ -38,9 +38,9 @@ _LEAST = 1024 if SLOW_EXP else 4096  # tokens in all layers at once, whatever th
 _PASSAGE = 900  # tokens in view while a conversation is sampled, at most
 _TOGETHER = 8 if SLOW_EXP else 16  # conversations about one passage, sampled side by side, at most
 _PROMPT = 96  # tokens of a long prompt
-_SCORES = 1 << 18 if SLOW_EXP else 1 << 22  # of a training batch, at least: on a GPU those of a layer's heads together
+_SCORES = 1 << 16 if SLOW_EXP else 1 << 22  # of a training batch, at least: on a GPU those of a layer's heads together
 _EXCERPT, _EXCERPT_QUERIES = 1024, 3000  # at most
-_SAID = 256  # tokens of conversations that go through all layers together
+_SAID = 128 if SLOW_EXP else 256  # tokens of conversations that go through all layers together
 _CHECKED = 8  # held-out conversations that the fit is measured on
 _GOLDEN = 0.6180339887  # multiples of it, modulo 1, fill the unit interval evenly at any number
 
@@ -245,8 +245,8 @@ class LayerwiseFitter:
 
     @property
     def _room(self) -> int:
-        """Scores of a training batch; training holds six times as much, or so, an eighth of the memory."""
-        return max(_SCORES, self._memory // 192)
+        """Scores of a training batch: few, for heads that are trained together have their rows there together."""
+        return max(_SCORES, self._memory // 768)
 
     def _read(self, layer: int, text: list[mx.array]) -> Exact | Window:
         """The text through one layer, its hidden states [1, READ, E] replaced piece by piece."""
