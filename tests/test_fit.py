@@ -149,6 +149,17 @@ def test_as_many_conversations_side_by_side_as_are_needed_and_fit(tokenizer):
     assert together(queries=10**6, conversations=1000, memory=1) == 16
 
 
+@pytest.mark.parametrize("queries", [1, 30, 90])
+def test_a_fit_that_needs_few_conversations_ends(tokenizer, queries):
+    """The first one of a batch is held out: were it alone, it would give no rows."""
+    model = toys.toy("llama")
+    geometry = adapter.route(model)
+    context = reading.read(model, toys.random_tokens(20), geometry)
+    fitter = Fitter(model, tokenizer, context, geometry, FitConfig(**FAST | {"queries": queries, "conversations": 1}))
+    fitter.converse()
+    assert fitter._rows() >= 0.9 * queries and any(c.held_out for c in fitter.conversations)
+
+
 def test_rows_beyond_the_memory_bound_go_to_disk_and_change_nothing(tokenizer, tmp_path):
     model = toys.toy("llama")
     options = FAST | {"budget": 0.5, "context_tokens": 150}

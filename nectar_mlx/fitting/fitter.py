@@ -93,15 +93,15 @@ class Fitter:
         config, g = self.config, self.geometry
         fit = max(_LEAST_TOGETHER, self.memory // 4 // g.cache_bytes(2 * config.answer_tokens))
         needed = (self.queries - self._rows()) // (g.n_heads // g.n_kv_heads * config.answer_tokens) + 1
-        return min(config.conversations, fit, needed)
+        return min(config.conversations, fit, max(_LEAST_TOGETHER, needed))
 
     def _ask_batch(self) -> list[Conversation]:
         config, number = self.config, len(self.conversations)
         passage = partial(instructions.passage, self.tokenizer, self.context.prefix)
         asked = instructions.training(passage, seed=config.seed + number)
         batch = [Conversation(prompts.prompt(self.tokenizer, q)) for q in itertools.islice(asked, self._together())]
-        for conversation in batch[::10]:
-            conversation.held_out = True
+        for i, conversation in enumerate(batch):
+            conversation.held_out = (number + i) % 10 == 0
         dialogue.converse(
             self.model,
             self.context,
