@@ -2,16 +2,20 @@
 answers. Re-reading the text alone gives three times the divergence (docs/log.md).
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from .. import prompts
 from .._exp import exp
 from ..adapter import Geometry
 from ..cache import NectarCache
+from . import instructions
 from .reading import Context
 
 _SHRINK = 8  # a batch is made smaller when one row in so many has ended
@@ -37,6 +41,15 @@ def rows(conversations: Sequence[Conversation], geometry: Geometry, *, held_out:
     token."""
     group = geometry.n_heads // geometry.n_kv_heads
     return group * sum(fed_tokens(c) for c in conversations if c.held_out == held_out)
+
+
+def asked(tokenizer: Any, text: Sequence[int], *, first: int, count: int, seed: int) -> list[Conversation]:
+    """Conversations number first, first + 1, … about a text, their answers still to come; one in ten is held out,
+    whatever the batches: were it one of each batch, a batch of one would give no rows.
+    """
+    questions = instructions.training(partial(instructions.passage, tokenizer, text), seed=seed + first)
+    prompted = [prompts.prompt(tokenizer, question) for question in itertools.islice(questions, count)]
+    return [Conversation(p, held_out=number % 10 == 0) for number, p in enumerate(prompted, first)]
 
 
 class StepCache(NectarCache):

@@ -1,22 +1,19 @@
 """One fit in progress: from captured rows to trained heads."""
 
-import itertools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from .. import prompts
 from .._exp import SLOW_EXP
 from ..adapter import Geometry
 from ..evaluation import fidelity
 from ..heads import Bank, HeadArrays, Size
-from . import capture, dialogue, grouping, instructions, matching, regression, sensitivity, starts
+from . import capture, dialogue, grouping, matching, regression, sensitivity, starts
 from .capture import Captured, Study
 from .checkpoint import Checkpoint
 from .config import STEPS, FitConfig, allocate, free_memory, layout_for, rows_for
@@ -97,11 +94,8 @@ class Fitter:
 
     def _ask_batch(self) -> list[Conversation]:
         config, number = self.config, len(self.conversations)
-        passage = partial(instructions.passage, self.tokenizer, self.context.prefix)
-        asked = instructions.training(passage, seed=config.seed + number)
-        batch = [Conversation(prompts.prompt(self.tokenizer, q)) for q in itertools.islice(asked, self._together())]
-        for i, conversation in enumerate(batch):
-            conversation.held_out = (number + i) % 10 == 0
+        count = self._together()
+        batch = dialogue.asked(self.tokenizer, self.context.prefix, first=number, count=count, seed=config.seed)
         dialogue.converse(
             self.model,
             self.context,

@@ -25,7 +25,7 @@ from ..adapter import Geometry, compute_type
 from ..cache import Window
 from ..evaluation import fidelity
 from ..heads import Exact, Size
-from . import capture, dialogue, instructions, reading, starts
+from . import capture, dialogue, reading, starts
 from .capture import Heard, Study, StudyCache
 from .checkpoint import Checkpoint
 from .config import FitConfig, allocate, layout_for, rows_for
@@ -123,12 +123,7 @@ class LayerwiseFitter:
 
     def _ask_about(self, passage: list[int]) -> list[Conversation]:
         config, number = self.config, len(self.conversations)
-
-        part = partial(instructions.passage, self.tokenizer, passage)
-        asked = itertools.islice(instructions.training(part, seed=config.seed + number), self._together)
-        batch = [Conversation(prompts.prompt(self.tokenizer, q)) for q in asked]
-        for i, conversation in enumerate(batch):
-            conversation.held_out = (number + i) % 10 == 0
+        batch = dialogue.asked(self.tokenizer, passage, first=number, count=self._together, seed=config.seed)
         dialogue.converse(
             self.model,
             reading.read(self.model, passage, self.geometry),
