@@ -96,15 +96,17 @@ def _weighted_vjp(primals, cotangents, outputs):  # type: ignore[no-untyped-def]
     return d_scores @ keys, by_key @ queries, probabilities.swapaxes(1, 2) @ d_output, d_scores.sum(1)
 
 
-def exact(queries: mx.array, keys: mx.array, values: mx.array, *, scale: float) -> Partial:
-    """Exact attention of queries [K, N, D] over shared keys and values [K, S, D], chunked over N to bound memory."""
+def exact(
+    queries: mx.array, keys: mx.array, values: mx.array, *, scale: float, bias: mx.array | None = None
+) -> Partial:
+    """`weighted` for queries [K, N, D] over shared keys and values [K, S, D], chunked over N to bound memory."""
     room = _CHUNK if mx.default_device() == mx.cpu else _CHUNK_GPU
     step = max(1, room // (keys.shape[0] * keys.shape[1]))
     if step >= queries.shape[1]:
-        return weighted(queries, keys, values, scale=scale)
+        return weighted(queries, keys, values, scale=scale, bias=bias)
     parts = []
     for start in range(0, queries.shape[1], step):
-        parts.append(weighted(queries[:, start : start + step], keys, values, scale=scale))
+        parts.append(weighted(queries[:, start : start + step], keys, values, scale=scale, bias=bias))
         mx.eval(parts[-1])
     return Partial(*(mx.concatenate(list(xs), axis=1) for xs in zip(*parts, strict=True)))
 

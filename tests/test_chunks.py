@@ -1,6 +1,8 @@
 """Texts beyond the model's window: each chunk at its own positions, all of them in one softmax."""
 
 import json
+import re
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
@@ -9,10 +11,13 @@ import toys
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 from test_fit import FAST, TEXT
 
-from nectar_mlx import Nectar, NectarError, adapter, evaluate, fit, nectar, prompts, store
-from nectar_mlx.fitting import chunks, pipeline
+from nectar_mlx import Nectar, NectarError, adapter, evaluate, fit, prompts, store
+from nectar_mlx.baselines import Task
+from nectar_mlx.clock import Clock
+from nectar_mlx.fitting import chunks, matching, pipeline
+from nectar_mlx.fitting.capture import Captured
 from nectar_mlx.fitting.checkpoint import Checkpoint
-from nectar_mlx.fitting.config import FitConfig, layout_for
+from nectar_mlx.fitting.config import FitConfig
 from nectar_mlx.fitting.dialogue import Conversation
 from nectar_mlx.fitting.fitter import silent
 from nectar_mlx.fitting.layerwise import LayerwiseFitter
@@ -40,12 +45,15 @@ def test_chunks_are_equal_but_for_a_token(tokens, room):
     assert len(lengths) == -(-tokens // room)
 
 
-class SideBySide(KVCache):
-    """The oracle's cache: the keys of all chunks, then the live ones, in one stock attention call."""
+class Weighed(KVCache):
+    """The oracle's cache: the opening's keys, those of all chunks, the live ones, in one stock attention call. Its mask
+    takes log C from the scores of the chunks' keys, for C chunks."""
 
-    def __init__(self, keys, values, start):
+    def __init__(self, keys, values, *, opening, chunks, start):
         super().__init__()
         self.before, self.start = (keys, values), start
+        own = mx.arange(keys.shape[2]) >= opening
+        self.less = mx.where(own, -np.log(chunks), 0.0)
 
     @property
     def offset(self):
@@ -61,49 +69,75 @@ class SideBySide(KVCache):
         return self.before
 
     def make_mask(self, n, **others):
-        seen = self.before[0].shape[2]
-        return mx.arange(seen + n)[None] <= mx.arange(seen, seen + n)[:, None]
+        live = mx.arange(self.length + n)[None] <= mx.arange(self.length, self.length + n)[:, None]
+        context = mx.broadcast_to(self.less[None], (n, self.less.size))
+        return mx.concatenate([context, mx.where(live, 0.0, -np.inf)], axis=1)
 
 
+def stock_caches(model, prefix, lengths, opening):
+    """Keys and values of each chunk behind the opening, by the stock model alone; the opening's own once."""
+    kept = []
+    for number, end in enumerate(np.cumsum(lengths)):
+        text = prefix[:opening] + prefix[opening + end - lengths[number] : opening + end]
+        whole = make_prompt_cache(model)
+        mx.eval(model(mx.array([text]), cache=whole))
+        skip = opening if number else 0
+        kept.append([[x[:, :, skip : len(text)] for x in (cache.keys, cache.values)] for cache in whole])
+    start = opening + max(lengths)
+    return [
+        Weighed(
+            *(mx.concatenate(x, axis=2) for x in zip(*layer, strict=True)),
+            opening=opening,
+            chunks=len(lengths),
+            start=start,
+        )
+        for layer in zip(*kept, strict=True)
+    ]
+
+
+def agree(model, ours, oracle):
+    for tokens in (toys.random_tokens(7), toys.random_tokens(1), toys.random_tokens(3, seed=1)):
+        expected = model(mx.array([tokens]), cache=oracle)
+        np.testing.assert_allclose(model(mx.array([tokens]), cache=ours), expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("room", [60, 1000])
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "granite"])
-def test_chunks_are_one_attention_over_all_their_keys(tokenizer, architecture):
+def test_chunks_weigh_as_much_as_one(tokenizer, monkeypatch, architecture, room):
+    """Heads that keep every key of their chunk, and the exact reference, against one stock attention call."""
     model = toys.toy(architecture)
     geometry = adapter.route(model)
     opening = prompts.opening(tokenizer)
     prefix = prompts.prefix(tokenizer, TEXT, max_tokens=150)
-    lengths = chunks.split(len(prefix) - opening, 60)
-    parts, stock = [], [[] for _ in range(geometry.n_layers)]
-    for number, text in enumerate(chunks._texts(prefix, lengths)):
-        skip = opening if number else 0
-        whole = make_prompt_cache(model)
-        mx.eval(model(mx.array([text]), cache=whole))
-        for layer, cache in enumerate(whole):
-            stock[layer].append([x[:, :, skip : len(text)] for x in (cache.keys, cache.values)])
-        config, checkpoint = FitConfig(**SMALL), Checkpoint(None)
-        fitter = LayerwiseFitter(
-            model, tokenizer, text, geometry, config, progress=silent, checkpoint=checkpoint, skip=skip
-        )
-        fitter.conversations = [Conversation(toys.random_tokens(5), toys.random_tokens(5))]
-        parts.append([head for one in fitter.layers() for head in one.context.banks[0].unstack()])
-    built = nectar.build(
-        layout_for(FitConfig(kind="exact"), geometry, n_layers=geometry.n_layers),
-        [chunks._joined(heads) for heads in zip(*parts, strict=True)],
-        prefix=prefix,
-        geometry=geometry,
-        provenance=toys.provenance(model, tokenizer),
-        report={},
+    lengths = chunks.split(len(prefix) - opening, room)
+    assert len(lengths) == (3 if room == 60 else 1)
+
+    def kept(self, sizes):
+        self.conversations = [Conversation(toys.random_tokens(5), toys.random_tokens(5))]
+        heads = [chunks._nodes(one.context.banks[0]) for one in self.layers()]
+        layout = replace(self.layout, n_layers=1)
+        return [store.pack(layout, of) for of in heads], []
+
+    monkeypatch.setattr(LayerwiseFitter, "sizes", lambda self, nbytes: [])
+    monkeypatch.setattr(LayerwiseFitter, "converse", lambda self: None)
+    monkeypatch.setattr(LayerwiseFitter, "regress", kept)
+    monkeypatch.setattr(LayerwiseFitter, "fidelity", lambda self, make: {"kl": 0.0, "agree": 1.0})
+    built = chunks.fit(
+        model,
+        tokenizer,
+        prefix,
+        geometry,
         chunks=lengths,
+        config=FitConfig(**SMALL | {"bits": 16, "budget": 1.0}),
+        provenance=toys.provenance(model, tokenizer),
+        progress=silent,
+        checkpoint=Checkpoint(None),
+        clock=Clock(),
     )
-    assert built.start == opening + max(lengths)
     context = chunks.read(model, prefix, geometry, chunks=lengths)
-    assert context.start == built.start
-    for bank, kept in zip(context.banks, built.banks, strict=True):
-        np.testing.assert_allclose(bank.parameters["keys"], kept.parameters["keys"], atol=1e-3)
-    oracle = [SideBySide(*(mx.concatenate(x, axis=2) for x in zip(*of, strict=True)), built.start) for of in stock]
-    ours = built.make_cache()
-    for tokens in (toys.random_tokens(7), toys.random_tokens(1), toys.random_tokens(3, seed=1)):
-        expected = model(mx.array([tokens]), cache=oracle)
-        np.testing.assert_allclose(model(mx.array([tokens]), cache=ours), expected, atol=1e-3)
+    assert context.start == built.start == opening + max(lengths)
+    agree(model, built.make_cache(), stock_caches(model, prefix, lengths, opening))
+    agree(model, context.make_cache(), stock_caches(model, prefix, lengths, opening))
 
 
 def test_every_chunk_is_answered_about(tokenizer, monkeypatch, tmp_path):
@@ -113,6 +147,8 @@ def test_every_chunk_is_answered_about(tokenizer, monkeypatch, tmp_path):
     config = FitConfig(**SMALL | {"steps": 60, "queries": 800, "budget": 0.8})
     fitted = pipeline.fit(model, tokenizer, TEXT, config=config)
     assert len(fitted.chunks) >= 3 and fitted.start <= 200
+    assert fitted.nbytes <= 0.8 * fitted.cache_nbytes
+    assert min(size for (size,) in fitted.banks[0].sizes) > prompts.opening(tokenizer)
     assert len(fitted.report["chunks"]) == len(fitted.chunks)
     for fitter, told in zip(kept, fitted.report["chunks"], strict=True):
         assert told["kl"] < fitter.fidelity(lambda: make_prompt_cache(model))["kl"]
@@ -125,10 +161,14 @@ def test_every_chunk_is_answered_about(tokenizer, monkeypatch, tmp_path):
 
 
 def check_evaluation(model, tokenizer, fitted):
-    """Against the exact keys of all chunks, side by side; what must read the text again is left out."""
-    options = evaluate.Options(questions=4, answer_tokens=6, rows=200, baselines="snapkv,sinks-window", answers=False)
+    """Against the exact keys of all chunks, weighed as one; what must read the text again is left out."""
+    names = "snapkv,sinks-window,keep-most-attended,expected-attention,attention-matching,sparse-prefill"
+    options = evaluate.Options(questions=4, answer_tokens=6, rows=200, baselines=names, answers=False)
     told = {m["method"]: m for m in evaluate.evaluate(model, tokenizer, {"it": fitted}, options=options)["methods"]}
-    assert told.keys() == {"nectar", "no context", "sinks + window"}
+    assert "SnapKV" not in told and len(told) == 7
+    assert told["sparse prefill"]["kl"] < 0.02 * told["no context"]["kl"]  # all keys, read and weighed the same way
+    for name in ("sinks + window", "keep most attended", "expected attention", "Attention Matching"):
+        assert told[name]["bytes"] <= told["nectar"]["bytes"], name
     assert told["nectar"]["kl"] < 0.5 * told["no context"]["kl"]
     assert told["nectar"]["error"] is not None
 
@@ -162,6 +202,31 @@ def test_sliding_windows_keep_the_end_of_the_last_chunk(tokenizer):
     assert len(fitted.chunks) > 1
     assert {w.keys.shape[1] for w in fitted.windows.values()} == {model.args.sliding_window}
     assert mx.isfinite(model(mx.array([toys.random_tokens(9)]), cache=fitted.make_cache())).all()
+
+
+def test_baselines_keep_what_a_key_weighs(tokenizer):
+    model = toys.toy("llama")
+    opening, prefix = prompts.opening(tokenizer), prompts.prefix(tokenizer, TEXT, max_tokens=100)
+    lengths, geometry = chunks.split(len(prefix) - opening, 40), adapter.route(model)
+    context = chunks.read(model, prefix, geometry, chunks=lengths)
+    task = Task(model=model, tokenizer=tokenizer, geometry=geometry, context=context)
+    places = mx.array([[0, opening - 1, opening, len(prefix) - 1]] * geometry.n_kv_heads)
+    for bank in task.keep(lambda layer: places).banks:
+        less = -np.log(len(lengths))
+        np.testing.assert_allclose(bank.parameters["bias"], [[0, 0, less, less]] * geometry.n_kv_heads, atol=1e-6)
+    queries = mx.random.normal((geometry.n_kv_heads, 5, geometry.head_dim))
+    rows = Captured(queries, None, None, context.banks[1](queries).log_normalizer, None)
+    weights = matching.attention_weights(rows, task.layer(1)[0], bias=task.bias(1), scale=geometry.scale)
+    np.testing.assert_allclose(weights.sum(-1), np.ones((geometry.n_kv_heads, 5)), atol=1e-4)
+
+
+def test_a_budget_that_does_not_hold_every_chunk_is_refused_with_one_that_does(tokenizer):
+    model = small_window()
+    with pytest.raises(NectarError, match="too small") as told:
+        pipeline.fit(model, tokenizer, TEXT, config=FitConfig(**SMALL | {"budget": 0.02}))
+    least = float(re.search(r"at least (\S+),", str(told.value))[1])
+    assert 0.02 < least < 1
+    pipeline.fit(model, tokenizer, TEXT, config=FitConfig(**SMALL | {"steps": 1, "budget": 1.02 * least}))
 
 
 def test_memory_does_not_grow_with_the_text(tokenizer):

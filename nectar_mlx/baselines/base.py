@@ -20,7 +20,7 @@ from ..fitting import capture, dialogue, instructions, matching, reading, sensit
 from ..fitting.capture import Captured, Study
 from ..fitting.dialogue import Conversation
 from ..fitting.reading import Context
-from ..heads import Bank, Exact, HeadArrays
+from ..heads import Bank, Exact, HeadArrays, Weighed
 from ..store import Layout
 
 _TOGETHER = 16 if SLOW_EXP else 64  # conversations sampled side by side
@@ -153,6 +153,11 @@ class Task:
         parameters = self.context.banks[layer].parameters
         return parameters["keys"], parameters["values"]
 
+    def bias(self, layer: int) -> mx.array:
+        """What is added to the scores of these keys, [K, n]: not nothing where the chunks of a text are weighed."""
+        parameters = self.context.banks[layer].parameters
+        return parameters.get("bias", mx.zeros(parameters["keys"].shape[:2]))
+
     def captured(self, layer: int) -> Captured:
         """The studied rows of one layer's heads."""
         K = self.geometry.n_kv_heads
@@ -163,7 +168,7 @@ class Task:
         """Per layer, the root-mean-square attention of every key, [K, n]."""
         scale = self.geometry.scale
         return [
-            matching.importance(self.captured(layer), self.layer(layer)[0], scale=scale)
+            matching.importance(self.captured(layer), self.layer(layer)[0], bias=self.bias(layer), scale=scale)
             for layer in range(self.n_layers)
         ]
 
@@ -198,14 +203,17 @@ class Task:
         return replace(view, **options)
 
     def keep(self, chosen: Callable[[int], mx.array], **options: Any) -> View:
-        """The context's own keys and values at chosen(layer) [K, m], nothing else."""
-        heads: list[HeadArrays] = []
+        """The context's own keys and values at chosen(layer) [K, m], each weighed as it was, nothing else."""
+        heads, biases = list[HeadArrays](), list[mx.array]()
         for layer in range(self.n_layers):
             keys, values = self.layer(layer)
-            index = chosen(layer)[..., None]
-            kept = [mx.take_along_axis(x, index, axis=1) for x in (keys, values)]
+            index = chosen(layer)
+            kept = [mx.take_along_axis(x, index[..., None], axis=1) for x in (keys, values)]
             heads += [{"keys": k, "values": v} for k, v in zip(*kept, strict=True)]
-        return self.stored("exact", heads, **options)
+            biases.append(mx.take_along_axis(self.bias(layer), index, axis=1))
+        view = self.stored("exact", heads, **options)
+        banks: Any = zip(view.banks, biases, strict=True)
+        return replace(view, banks=[Weighed.of(bank, bias) for bank, bias in banks])
 
     def keep_best(self, scores: Callable[[int], mx.array], nbytes: int, **options: Any) -> View:
         """The keys of the highest scores(layer) [K, n], the same number for every head, as many as fit in nbytes."""

@@ -29,7 +29,7 @@ def _scores(task: Task, layer: int) -> mx.array:
         score = score + 0.5 * g.scale**2 * ((keys @ covariance) * keys).sum(-1)
         found.append(score - mx.logsumexp(score, axis=1, keepdims=True))
     size = mx.log(mx.linalg.norm(values.astype(mx.float32), axis=-1) + 1e-6)
-    return mx.logsumexp(mx.stack(found), axis=0) + size
+    return mx.logsumexp(mx.stack(found), axis=0) + task.bias(layer) + size
 
 
 BASELINES = (Baseline(name="expected attention", build=expected),)

@@ -1,11 +1,12 @@
 """mlx-lm's quantised KV cache (affine, groups of 64): every key and value, in 8 or 4 bits."""
 
+from dataclasses import replace
 from functools import partial
 
 import mlx.core as mx
 
 from ..errors import NectarError
-from .base import Baseline, Task, View, exact_bank
+from .base import Baseline, Task, View
 
 
 def quantized(task: Task, nbytes: int, *, bits: int) -> View:
@@ -19,7 +20,8 @@ def quantized(task: Task, nbytes: int, *, bits: int) -> View:
             mx.dequantize(*mx.quantize(x, group_size=group, bits=bits), group_size=group, bits=bits)
             for x in task.layer(layer)
         ]
-        banks.append(exact_bank(*rounded, scale=task.geometry.scale))
+        bank = task.context.banks[layer]
+        banks.append(replace(bank, parameters=bank.parameters | dict(zip(("keys", "values"), rounded, strict=True))))
         mx.eval(banks[-1].parameters)
     # Scale and offset of a group take two bytes each: mlx-lm keeps them in the model's type, which is 16 bits wide.
     per_row = dim * bits / 8 + 4 * dim / group

@@ -38,7 +38,8 @@ def entropies(task: Task, rows: Study) -> np.ndarray:
     K, found = task.geometry.n_kv_heads, list[float]()
     for layer in range(task.n_layers):
         captured = rows.heads(range(layer * K, layer * K + K), np.arange(0, rows.rows, max(1, rows.rows // 256)))
-        weights = matching.attention_weights(captured, task.layer(layer)[0], scale=task.geometry.scale)
+        keys, bias = task.layer(layer)[0], task.bias(layer)
+        weights = matching.attention_weights(captured, keys, bias=bias, scale=task.geometry.scale)
         found += np.array(-(weights * mx.log(mx.maximum(weights, 1e-30))).sum(-1).mean(1)).tolist()
     return np.array(found)
 

@@ -2,13 +2,19 @@
 
 Every chunk stands behind the template's head, at the positions that follow it, as if it were the whole text; what is
 asked comes behind the longest one. So no distance is larger than the model was made for, and every chunk is as near to
-the question as the last (parallel context windows, arXiv 2212.10947). What the heads say of their chunks merges exactly
-(attention.py): the nodes of all chunks lie side by side in one softmax. Only the first chunk's heads stand for the
-template's head as well, so that it counts once.
+the question as the last (parallel context windows, arXiv 2212.10947). Every chunk gets heads of its own, fitted with
+the others out of sight. All of them weigh as much as one, and the opening, which they have in common, counts once:
+
+    L = logaddexp(L_opening, log Σ exp(L_c) - log C),    c = 1 … C
+
+A model expects a text to weigh what one window weighs: the plain sum of many chunks drowns the opening and the live
+tokens (docs/log.md). In heads made of nodes the rule is a bias, -log C on every node of a chunk, so that file, cache
+and kernel know nothing of chunks.
 
 A chunk is read without those before it: what it says about them is not understood, and their order is not known.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -20,7 +26,7 @@ import mlx.nn as nn
 from .. import nectar, store
 from ..adapter import Geometry
 from ..clock import Clock
-from ..heads import Exact, HeadArrays, Size
+from ..heads import Exact, HeadArrays, Size, Weighed
 from ..nectar import Nectar
 from ..store import Layout
 from . import reading
@@ -55,8 +61,9 @@ def fit(
     if len(chunks) > 1:
         config = replace(config, kind="quadrature")  # heads made of nodes can be joined
     layout = layout_for(config, geometry, n_layers=len(geometry.fitted))
-    nbytes = affordable_bytes(config, geometry, layout, n=len(prefix))
-    opening = len(prefix) - sum(chunks)
+    opening = len(prefix) - sum(chunks) if len(chunks) > 1 else 0  # tokens that are kept beside the chunks
+    aside = layout.n_layers * layout.n_kv_heads * store.head_bytes(layout, (opening,)) if opening else 0
+    nbytes = affordable_bytes(config, geometry, layout, n=len(prefix), parts=len(chunks), aside=aside)
     fitters, fitted, errors = list[LayerwiseFitter](), list[list[store.Tensors]](), list[float]()
     sizes: list[Size] = []
     for number, text in enumerate(_texts(prefix, chunks)):
@@ -68,7 +75,7 @@ def fit(
             config,
             progress=partial(_of, progress, number, len(chunks)),
             checkpoint=checkpoint.part(f"chunk-{number}"),
-            skip=opening if number else 0,
+            skip=opening,
         )
         # Which heads need most is a matter of the model: the first chunk decides for all.
         sizes = sizes or fitter.sizes(nbytes / len(chunks))
@@ -81,9 +88,10 @@ def fit(
         fitted.append(layers)
         errors += found
     report = {"layerwise": True, "sizes": sizes, "queries": fitter.rows, "error": errors}
+    before = reading.read(model, prefix[:opening], geometry).banks if opening else []
     result = nectar.build(
         layout,
-        [head for layers in zip(*fitted, strict=True) for head in _joined_layers(layout, layers)],
+        list(_heads(layout, before, fitted)),
         prefix=prefix,
         geometry=geometry,
         provenance=provenance,
@@ -113,10 +121,10 @@ def read(
         done += len(text)
     if len(parts) == 1:
         return parts[0]
-    opening = len(prefix) - sum(chunks)
-    kept = [[cut(bank, opening if i else 0)[0] for bank in part.banks] for i, part in enumerate(parts)]
-    heads = [[_joined(of) for of in zip(*(b.unstack() for b in of), strict=True)] for of in zip(*kept, strict=True)]
-    banks = [Exact.stack(of, scale=geometry.scale) for of in heads]
+    opening, banks = reading.read(model, prefix[: len(prefix) - sum(chunks)], geometry), list[Exact]()
+    for before, *behind in zip(opening.banks, *(part.banks for part in parts), strict=True):
+        heads = _joined(before, [_nodes(cut(bank, len(opening.prefix))[0]) for bank in behind])
+        banks.append(Weighed.stack(heads, scale=geometry.scale))
     return Context(list(prefix), banks, parts[-1].windows, chunks)
 
 
@@ -132,16 +140,27 @@ def _texts(prefix: Sequence[int], chunks: Sequence[int]) -> Iterator[list[int]]:
         start += length
 
 
-def _joined_layers(layout: Layout, parts: Sequence[store.Tensors]) -> list[HeadArrays]:
-    """The heads of one layer, each for the tokens of several chunks."""
+def _heads(layout: Layout, opening: Sequence[Exact], fitted: Sequence[Sequence[store.Tensors]]) -> Iterator[HeadArrays]:
+    """All heads, layer by layer, each for the whole text. opening: a bank a layer, where there are several chunks."""
     one = replace(layout, n_layers=1)
-    banks = [store.unpack(one, part)[0].unstack() for part in parts]
-    return [_joined(of) for of in zip(*banks, strict=True)]
+    for layer, parts in enumerate(zip(*fitted, strict=True)):
+        heads = [store.unpack(one, part)[0].unstack() for part in parts]
+        yield from _joined(opening[layer], heads) if len(heads) > 1 else heads[0]
 
 
-def _joined(parts: Sequence[HeadArrays]) -> HeadArrays:
-    """One head for the tokens of several: of heads made of nodes, all their nodes."""
-    return {name: mx.concatenate([part[name] for part in parts]) for name in parts[0]}
+def _joined(opening: Exact, chunks: Sequence[Sequence[HeadArrays]]) -> list[HeadArrays]:
+    """The heads of one layer: the nodes of the opening and those of the chunks, which together weigh as much as one."""
+    less = math.log(len(chunks))
+    lowered = [[head | {"bias": head["bias"] - less} for head in heads] for heads in chunks]
+    return [
+        {name: mx.concatenate([part[name] for part in parts]) for name in parts[0]}
+        for parts in zip(_nodes(opening), *lowered, strict=True)
+    ]
+
+
+def _nodes(bank: Exact) -> list[HeadArrays]:
+    """Keys and values as nodes that stand for themselves."""
+    return Weighed.of(bank, mx.zeros(bank.parameters["keys"].shape[:2])).unstack()
 
 
 def _fidelity(fitters: Sequence[LayerwiseFitter], fitted: Nectar) -> dict[str, Any]:

@@ -88,19 +88,24 @@ def layout_for(config: FitConfig, geometry: Geometry, *, n_layers: int) -> Layou
     )
 
 
-def affordable_bytes(config: FitConfig, geometry: Geometry, layout: Layout, *, n: int) -> float:
-    """What the budget leaves for the heads of n tokens; what else the file holds is set aside where that matters."""
+def affordable_bytes(
+    config: FitConfig, geometry: Geometry, layout: Layout, *, n: int, parts: int = 1, aside: float = 0
+) -> float:
+    """What the budget leaves for the heads of n tokens; what else the file holds is set aside where that matters.
+
+    parts: of the text, each of which gets heads of its own. aside: bytes of nodes that are kept whatever the budget.
+    """
     n_heads = layout.n_layers * layout.n_kv_heads
     whole = geometry.cache_bytes(n)
     windows = whole - replace(geometry, windows=(0,) * layout.n_layers).cache_bytes(n)
     kept = config.budget * whole
     besides = windows + 4 * n + 24 * n_heads + 6000
-    available = kept - min(besides, kept / 10)
-    needed = n_heads * starts.smallest_bytes(layout)
+    available = kept - min(besides, kept / 10) - aside
+    needed = parts * n_heads * starts.smallest_bytes(layout)
     if available < needed:
         raise NectarError(
             f"a budget of {config.budget:g} is too small for {n:,} tokens: "
-            f"it takes at least {needed / 0.9 / whole:.2g}, or a longer text"
+            f"it takes at least {(needed + aside) / 0.9 / whole:.2g}, or a longer text"
         )
     return available
 

@@ -74,7 +74,7 @@ class LayerwiseFitter:
         self.queries = rows_for(config, heads=geometry.n_kv_heads, head_dim=geometry.head_dim)
         self._wanted = {False: self.queries, True: max(self.queries // 10, 64)}  # rows a head, by held_out
         self.rows = 0  # a head, that it was fitted to
-        checkpoint.claim(asdict(config), prefix)
+        checkpoint.claim(asdict(config) | {"skip": skip}, prefix)
 
     @cached_property
     def _memory(self) -> int:

@@ -19,17 +19,19 @@ _NNLS_STEPS = 300
 _ROOM = 1 << 20 if SLOW_EXP else 1 << 26  # scores held at a time
 
 
-def attention_weights(rows: Captured, keys: mx.array, *, scale: float) -> mx.array:
-    """The exact softmax weights of rows [M, N, D] on keys [M, S, D] -> [M, N, S], float32."""
+def attention_weights(rows: Captured, keys: mx.array, *, scale: float, bias: mx.array | None = None) -> mx.array:
+    """The exact softmax weights of rows [M, N, D] on keys [M, S, D] -> [M, N, S], float32. bias [M, S]: of scores."""
     scores = (rows.queries.astype(mx.float32) * scale) @ keys.astype(mx.float32).swapaxes(1, 2)
+    if bias is not None:
+        scores = scores + bias[:, None]
     return exp(scores - rows.log_normalizer[..., None])
 
 
-def importance(rows: Captured, keys: mx.array, *, scale: float) -> mx.array:
-    """Root-mean-square attention that each key of [M, n, D] receives from the rows -> [M, n]."""
+def importance(rows: Captured, keys: mx.array, *, scale: float, bias: mx.array | None = None) -> mx.array:
+    """Root-mean-square attention that each key of [M, n, D] receives from the rows -> [M, n]. bias [M, n]: as above."""
     total = mx.zeros(keys.shape[:2])
     for part in _parts(rows, total.size):
-        total = total + mx.square(attention_weights(part, keys, scale=scale)).sum(1)
+        total = total + mx.square(attention_weights(part, keys, scale=scale, bias=bias)).sum(1)
         mx.eval(total)
     return mx.sqrt(total / rows.queries.shape[1])
 

@@ -6,7 +6,7 @@ Each file is one kind. Heads of the same kind and size class are evaluated toget
 from .base import Bank, HeadArrays, Size
 from .completion import Completion
 from .corrected import Corrected
-from .exact import Exact
+from .exact import Exact, Weighed
 from .mlp import TargetScore
 from .quadrature import Quadrature
 from .remainder import Remainder
@@ -28,4 +28,5 @@ __all__ = [
     "Retrieval",
     "Size",
     "TargetScore",
+    "Weighed",
 ]

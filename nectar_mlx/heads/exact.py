@@ -1,5 +1,7 @@
 """Exact: the context's own keys and values, so that every other kind can be checked against the whole path."""
 
+from typing import Self
+
 import mlx.core as mx
 
 from ..attention import Partial, exact
@@ -26,3 +28,20 @@ class Exact(Bank):
     @property
     def head_dim(self) -> int:
         return self.parameters["keys"].shape[-1]
+
+
+class Weighed(Exact):
+    """Exact keys that do not all count alike: bias [n] a head is added to their scores. Never stored."""
+
+    @classmethod
+    def of(cls, bank: Exact, bias: mx.array) -> Self:
+        """The bank's keys and values with a bias [M, n]."""
+        return cls(parameters=bank.parameters | {"bias": bias}, sizes=bank.sizes, scale=bank.scale)
+
+    def apply(self, parameters: HeadArrays, queries: mx.array) -> Partial:
+        keys, values, bias = (parameters[n] for n in ("keys", "values", "bias"))
+        return exact(queries, keys, values, bias=bias, scale=self.scale)
+
+    @classmethod
+    def shapes(cls, size: Size, head_dim: int) -> dict[str, tuple[int, ...]]:
+        return super().shapes(size, head_dim) | {"bias": size}
