@@ -15,12 +15,12 @@ from nectar_mlx import Nectar, NectarError, adapter, evaluate, fit, prompts, sto
 from nectar_mlx.baselines import Task
 from nectar_mlx.clock import Clock
 from nectar_mlx.fitting import chunks, matching, pipeline
-from nectar_mlx.fitting.capture import Captured
 from nectar_mlx.fitting.checkpoint import Checkpoint
 from nectar_mlx.fitting.config import FitConfig
 from nectar_mlx.fitting.dialogue import Conversation
 from nectar_mlx.fitting.fitter import silent
 from nectar_mlx.fitting.layerwise import LayerwiseFitter
+from nectar_mlx.fitting.study import Captured
 
 SMALL = FAST | {"budget": 0.5, "queries": 300}
 WINDOW = 1024 + 200

@@ -2,9 +2,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from nectar_mlx.adapter import Geometry
 from nectar_mlx.fitting import config as configuration
-from nectar_mlx.fitting.capture import Study
-from nectar_mlx.fitting.config import FitConfig, rows_for
+from nectar_mlx.fitting.config import FitConfig, layout_for, rows_for
+from nectar_mlx.fitting.study import Study
 
 HEADS, DIM = 224, 128
 
@@ -30,3 +31,20 @@ def test_a_memory_that_is_told_counts_instead(memory):
     one = Study.nbytes(HEADS, 1, DIM)
     assert rows_for(FitConfig(memory=30_000 * one), heads=HEADS, head_dim=DIM) == 30_000
     assert rows_for(FitConfig(memory=10 * one), heads=HEADS, head_dim=DIM) == 20_000
+
+
+@pytest.mark.parametrize(
+    "options, bits",
+    [
+        ({}, 7),
+        ({"budget": 0.01}, 7),
+        ({"budget": 0.009}, 5),
+        ({"budget": 0.005, "bits": 8}, 8),
+        ({"budget": 0.005, "kind": "retrieval+nectar"}, 6),
+        ({"budget": 0.005, "kind": "mlp"}, 8),
+        ({"kind": "exact"}, 16),
+    ],
+)
+def test_coarse_nodes_have_few_bits(options, bits):
+    geometry = Geometry("llama", 2, 4, 2, DIM, 0.1, (0, 0))
+    assert layout_for(FitConfig(**options), geometry, n_layers=2).bits == bits

@@ -16,6 +16,7 @@ from nectar_mlx.fitting import capture, checkpoint, dialogue, pipeline, reading
 from nectar_mlx.fitting.config import FitConfig
 from nectar_mlx.fitting.dialogue import Conversation
 from nectar_mlx.fitting.fitter import Fitter
+from nectar_mlx.fitting.study import DeviceStudy, Study
 
 TEXT = " ".join(f"The {a} dog sees fox number {i}, and the {b} fox runs." for i, (a, b) in enumerate(
     (a, b) for a in ("quick", "lazy", "brown", "old") for b in ("red", "sly", "young", "tired")
@@ -160,7 +161,8 @@ def test_a_fit_that_needs_few_conversations_ends(tokenizer, queries):
     assert fitter._rows() >= 0.9 * queries and any(c.held_out for c in fitter.conversations)
 
 
-def test_rows_beyond_the_memory_bound_go_to_disk_and_change_nothing(tokenizer, tmp_path):
+def test_where_rows_are_kept_changes_nothing(tokenizer, tmp_path, monkeypatch):
+    """In memory, on disk beyond the memory bound, and where a GPU computes."""
     model = toys.toy("llama")
     options = FAST | {"budget": 0.5, "context_tokens": 150}
     kept = pipeline.fit(model, tokenizer, TEXT, config=FitConfig(**options))
@@ -172,7 +174,9 @@ def test_rows_beyond_the_memory_bound_go_to_disk_and_change_nothing(tokenizer, t
         checkpoint=checkpoint.Checkpoint(tmp_path),
     )
     assert list(tmp_path.glob("study.rows/*.npy"))
-    assert store.digest(kept._tensors) == store.digest(spilled._tensors)
+    monkeypatch.setattr(Fitter, "_empty", lambda self, rows, folder: DeviceStudy(rows))
+    near = pipeline.fit(model, tokenizer, TEXT, config=FitConfig(**options))
+    assert store.digest(kept._tensors) == store.digest(spilled._tensors) == store.digest(near._tensors)
 
 
 def test_what_is_captured_is_exact_attention(tokenizer):
@@ -180,7 +184,7 @@ def test_what_is_captured_is_exact_attention(tokenizer):
     geometry = adapter.route(model)
     context = reading.read(model, toys.random_tokens(50), geometry)
     K, D, G = geometry.n_kv_heads, geometry.head_dim, geometry.n_heads // geometry.n_kv_heads
-    studies = [capture.Study(geometry.n_layers * K, 4000, D, folder=None) for _ in range(2)]
+    studies = [Study(geometry.n_layers * K, 4000, D, folder=None) for _ in range(2)]
     batch = [Conversation(toys.random_tokens(5 + i % 3, seed=i), held_out=i == 2) for i in range(4)]
     dialogue.converse(model, context, batch, stop={3}, max_tokens=20, temperature=1.0, key=mx.random.key(0))
     kept = {False: studies[0], True: studies[1]}

@@ -4,7 +4,7 @@ import pytest
 from oracle import attention as oracle
 
 from nectar_mlx.fitting import regression, starts
-from nectar_mlx.fitting.capture import Captured
+from nectar_mlx.fitting.study import Captured
 from nectar_mlx.heads import Quadrature
 from nectar_mlx.store import Layout
 

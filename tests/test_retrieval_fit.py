@@ -10,8 +10,8 @@ import toys
 from nectar_mlx import Nectar, NectarError, adapter, ask, evaluate, fit, prompts
 from nectar_mlx.attention import Partial, merge
 from nectar_mlx.fitting import pipeline, reading, regression
-from nectar_mlx.fitting.capture import Captured
 from nectar_mlx.fitting.config import FitConfig
+from nectar_mlx.fitting.study import Captured
 from nectar_mlx.heads import Completion, Remainder, Retrieval
 from nectar_mlx.heads.completion import key_features
 from nectar_mlx.heads.residual import ANCHORS, EVERYTHING, SINKS, TAIL, anchor_positions, middle

@@ -17,9 +17,9 @@ from ..cache import Window, make_caches
 from ..errors import NectarError
 from ..evaluation.fidelity import Prompt
 from ..fitting import capture, dialogue, instructions, matching, reading, sensitivity
-from ..fitting.capture import Captured, Study
 from ..fitting.dialogue import Conversation
 from ..fitting.reading import Context
+from ..fitting.study import Captured, Study
 from ..heads import Bank, Exact, HeadArrays, Weighed
 from ..store import Layout
 

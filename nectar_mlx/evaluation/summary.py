@@ -10,7 +10,7 @@ import numpy as np
 from .. import cli
 from ..baselines import NO_CONTEXT, Task
 from ..fitting import matching, regression
-from ..fitting.capture import Study
+from ..fitting.study import Study
 from . import answers, fidelity
 from .charts import is_file
 from .fidelity import Bootstrap, Divergence, Estimate

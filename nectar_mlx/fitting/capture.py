@@ -1,11 +1,10 @@
-"""What attention sees in conversations: the rows that heads are fitted to.
+"""Hearing conversations: what attention sees in them goes into a study.
 
 When a conversation is heard, read again in one pass behind the context, every attention call keeps its post-RoPE
 queries, the exact (o, L) of the context and the (o, L) of the live tokens: what the regression needs.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -18,68 +17,9 @@ from ..cache import NectarCache, with_sinks
 from ..heads import Bank
 from .dialogue import Conversation, fed_tokens
 from .reading import Context
+from .study import Captured, Study
 
 _ROOM, _LEAST_TOGETHER = 1 << 23 if SLOW_EXP else 1 << 28, 256  # scores of one layer, and tokens, read together
-
-
-class Captured(NamedTuple):
-    """Rows of one or more heads: queries, context output and live output [M, N, D], log-normalisers [M, N]."""
-
-    queries: Any
-    output: Any
-    live_output: Any
-    log_normalizer: Any
-    live_log_normalizer: Any
-
-
-class Study:
-    """Captured rows of all heads, layer by layer, float16 and float32, in memory or in a mapped file."""
-
-    def __init__(self, heads: int, rows: int, head_dim: int, *, folder: Path | None):
-        self.rows = 0
-        wide, narrow = (heads, rows, head_dim), (heads, rows)
-        arrays = []
-        for name, shape in zip(Captured._fields, (wide, wide, wide, narrow, narrow), strict=True):
-            dtype = np.float16 if len(shape) == 3 else np.float32
-            if folder is None:
-                arrays.append(np.empty(shape, dtype))
-            else:
-                folder.mkdir(parents=True, exist_ok=True)
-                arrays.append(np.lib.format.open_memmap(folder / f"{name}.npy", mode="w+", dtype=dtype, shape=shape))
-        self._data = Captured(*arrays)
-
-    @property
-    def capacity(self) -> int:
-        return int(self._data.queries.shape[1])
-
-    @property
-    def full(self) -> bool:
-        return self.rows >= self.capacity
-
-    def add(self, first_head: int, rows: Captured) -> None:
-        """Writes rows [K, n, ...] of one layer at the current end; call `advance` once all layers are in."""
-        K, n = rows.queries.shape[0], min(rows.queries.shape[1], self.capacity - self.rows)
-        for kept, new in zip(self._data, rows, strict=True):
-            kept[first_head : first_head + K, self.rows : self.rows + n] = np.array(new)[:, :n]
-
-    def advance(self, rows: int) -> None:
-        self.rows = min(self.capacity, self.rows + rows)
-
-    def heads(self, indices: Sequence[int], rows: Any = None) -> Captured:
-        """The rows of some heads as mx arrays; rows: their indices, default all."""
-        few = rows is not None and 2 * len(rows) < self.rows  # then nothing else is read
-        read = rows if few else slice(self.rows)
-        # Taking rows on the device also moves them there: arrays made from numpy stay in host memory under CUDA.
-        order = mx.arange(len(rows) if few else self.rows) if few or rows is None else mx.array(rows)
-        taken = []
-        for kept in self._data:
-            taken.append(mx.take(mx.array(np.stack([kept[i][read] for i in indices])), order, axis=1))
-            mx.eval(taken[-1])  # one by one: each is there twice for a moment
-        return Captured(*taken)
-
-    @staticmethod
-    def nbytes(heads: int, rows: int, head_dim: int) -> int:
-        return heads * rows * (3 * 2 * head_dim + 2 * 4)
 
 
 class StudyCache(NectarCache):

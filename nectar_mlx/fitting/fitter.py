@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
@@ -14,11 +15,11 @@ from ..adapter import Geometry
 from ..evaluation import fidelity
 from ..heads import Bank, HeadArrays, Size
 from . import capture, dialogue, grouping, matching, regression, sensitivity, starts
-from .capture import Captured, Study
 from .checkpoint import Checkpoint
 from .config import STEPS, FitConfig, allocate, free_memory, layout_for, rows_for
 from .dialogue import Conversation
 from .reading import Context
+from .study import Captured, DeviceStudy, Study
 
 if TYPE_CHECKING:
     from ..nectar import Nectar
@@ -112,8 +113,8 @@ class Fitter:
         g, spare = self.geometry, max(self.queries // 10, 64)
         spill = Study.nbytes(self.n_heads, self.queries + spare, g.head_dim) > self.memory
         folder = self.checkpoint.spill() if spill else None
-        self.study = Study(self.n_heads, self.queries, g.head_dim, folder=folder and folder / "study.rows")
-        self.held_out = Study(self.n_heads, spare, g.head_dim, folder=folder and folder / "held_out.rows")
+        self.study = self._empty(self.queries, folder and folder / "study.rows")
+        self.held_out = self._empty(spare, folder and folder / "held_out.rows")
         total = sum(map(dialogue.fed_tokens, self.conversations))
         with self.progress("weighing what was said", total) as done:
             capture.hear(
@@ -125,6 +126,11 @@ class Fitter:
                 tokens=together,
                 progress=done,
             )
+
+    def _empty(self, rows: int, folder: Path | None) -> Study:
+        if folder or SLOW_EXP:
+            return Study(self.n_heads, rows, self.geometry.head_dim, folder=folder)
+        return DeviceStudy(rows)
 
     def prepare(self) -> None:
         """Shuffles the rows and weighs the context's keys."""

@@ -26,12 +26,13 @@ from ..cache import Window
 from ..evaluation import fidelity
 from ..heads import Exact, Size
 from . import capture, dialogue, reading, starts
-from .capture import Heard, Study, StudyCache
+from .capture import Heard, StudyCache
 from .checkpoint import Checkpoint
 from .config import FitConfig, allocate, layout_for, rows_for
 from .dialogue import Conversation
 from .fitter import Fitter, Progress
 from .reading import READ, Context
+from .study import Study
 from .walk import Walk
 
 _LEAST = 1024 if SLOW_EXP else 4096  # tokens in all layers at once, whatever the memory

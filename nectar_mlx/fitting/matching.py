@@ -12,7 +12,7 @@ import numpy as np
 
 from .._exp import SLOW_EXP, exp
 from ..heads import HeadArrays
-from .capture import Captured
+from .study import Captured
 
 _RIDGE = 1e-2  # relative to the mean diagonal: a head of many nodes would fit its samples and nothing else
 _NNLS_STEPS = 300

@@ -16,8 +16,8 @@ from .._exp import COMPILE, SLOW_EXP, sigmoid
 from ..attention import Partial
 from ..heads import Bank, HeadArrays
 from . import optimizers
-from .capture import Captured
 from .starts import Start
+from .study import Captured
 
 _PLAIN = 0.1
 _ROOM = 1 << 20 if SLOW_EXP else 1 << 28  # scores held at a time where errors are counted

@@ -14,7 +14,7 @@ import mlx.core as mx
 from .. import store
 from ..heads import Bank, Corrected, HeadArrays, Quadrature, Size, TargetScore
 from ..store import Layout
-from .capture import Captured
+from .study import Captured
 
 Fold = Callable[[HeadArrays], HeadArrays]
 

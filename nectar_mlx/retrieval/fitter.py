@@ -11,9 +11,9 @@ import numpy as np
 from .._exp import SLOW_EXP
 from ..errors import NectarError
 from ..fitting import regression
-from ..fitting.capture import Captured
 from ..fitting.fitter import Fitter
 from ..fitting.starts import Start
+from ..fitting.study import Captured
 from ..heads import Bank, HeadArrays, Size
 from ..heads.remainder import AtThreshold
 from ..heads.residual import ANCHORS, EVERYTHING, SINKS, anchor_positions, middle

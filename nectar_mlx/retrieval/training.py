@@ -15,7 +15,7 @@ import numpy as np
 
 from .._exp import SLOW_EXP, exp
 from ..attention import Partial, merge
-from ..fitting.capture import Captured
+from ..fitting.study import Captured
 from ..heads.residual import EVERYTHING, NOTHING, SINKS, TAIL
 from .selection import Scoring, log_sum
 
