@@ -36,8 +36,8 @@ def test_a_memory_that_is_told_counts_instead(memory):
 @pytest.mark.parametrize(
     "options, bits",
     [
-        ({}, 7),
-        ({"budget": 0.01}, 7),
+        ({}, 6),
+        ({"budget": 0.01}, 6),
         ({"budget": 0.009}, 5),
         ({"budget": 0.005, "bits": 8}, 8),
         ({"budget": 0.005, "kind": "retrieval+nectar"}, 6),

@@ -16,7 +16,7 @@ from .prefill import Prefill
 from .study import Study
 
 STEPS = 400 if SLOW_EXP else 2000  # of a regression
-_BITS = {"quadrature": 7, "retrieval+nectar": 6}  # others 8; more nodes make up for what each loses
+_BITS = {"quadrature": 6, "retrieval+nectar": 6}  # others 8; more nodes make up for what each loses
 _COARSE = 0.01  # below this budget plain nodes are so coarse that still more of them gain more: 5 bits
 _FEWEST_ROWS, _MOST_ROWS = 20_000, 20_000 if SLOW_EXP else 120_000  # a head; more than the most gain little
 
@@ -26,7 +26,7 @@ class FitConfig:
     """What can be chosen when fitting.
 
     budget: bytes kept / bytes of the bf16 KV cache. kind: auto, quadrature, mlp, corrected or exact. bits: of a stored
-    matrix entry, 16 or 4 to 8 (default: 7 for nodes, 5 below a budget of 1%, 6 beside exact keys, 8 for networks).
+    matrix entry, 16 or 4 to 8 (default: 6 for nodes, 5 below a budget of 1%, 8 for networks).
     queries: captured rows a head (default: 20,000; on a GPU up to 120,000, as the memory holds). steps: of the
     regression (default: 2,000 on a GPU, 400 on a CPU). context_tokens: cut the text after so many tokens. memory: bytes
     that the context's KV cache may take before the fit goes layer by layer, and captured rows before they go to disk
