@@ -14,9 +14,9 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from . import __version__, adapter, kernels, models, prompts, store
+from . import __version__, adapter, decoding, models, prompts, store
 from .adapter import Geometry
-from .cache import NectarCache, Window, make_caches
+from .cache import Window, make_caches
 from .errors import NectarError
 from .heads import Bank, Residual
 from .kernels.packing import Packed
@@ -183,31 +183,7 @@ class Nectar:
 
     @cached_property
     def _packed(self) -> list[Packed] | None:
-        """The banks in the form of the decode kernel, where there is one for them."""
-        if kernels.backend() == "ops" or self.layout.kind == "exact":
-            return None
-        # The kernel finds the stored integers again, and keeps each in a byte.
-        bits = 8 if self.layout.bits <= 8 and self.layout.kind != "completion" else 16
-        try:
-            packed = [kernels.pack(bank, dtype=mx.float16, bits=bits) for bank in self._alone]
-            mx.eval([p.words for p in packed])
-            if self._agrees(packed[0]):
-                return packed
-            reason = "its results differ from those of plain operations"
-        except (NectarError, RuntimeError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-        warnings.warn(f"decoding without the fused kernel: {reason}", stacklevel=2)
-        return None
-
-    def _agrees(self, packed: Packed) -> bool:
-        """Whether the kernel computes on this machine what the first bank and one live token say to random queries."""
-        g, bank = self.geometry, self._alone[0]
-        shapes = [(1, g.n_heads, 1, g.head_dim), *[(1, g.n_kv_heads, 1, g.head_dim)] * 2]
-        keys = mx.random.split(mx.random.key(0), 3)
-        inputs = [mx.random.normal(s, key=k).astype(mx.float16) for s, k in zip(shapes, keys, strict=True)]
-        found = kernels.decode(packed, *inputs)
-        wanted = NectarCache(bank, 0).attend(*inputs, scale=bank.scale, mask=None)
-        return found is None or bool(mx.abs(found - wanted).max() < 0.02 * mx.abs(wanted).max())
+        return decoding.packed(self._alone, self.layout, self._tensors, n_heads=self.geometry.n_heads)
 
     def prompt(self, tokenizer: Any, messages: str | Sequence[prompts.Message], **template: Any) -> list[int]:
         """The tokens that follow the prefix for a question or a conversation, up to where the answer starts."""

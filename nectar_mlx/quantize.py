@@ -19,6 +19,9 @@ class Quantized(NamedTuple):
     scales: mx.array
 
 
+Stored = dict[str, mx.array | Quantized]  # the parameters of one head, as `Bank.shapes` names them
+
+
 def group_size(width: int) -> int:
     """Values that share a scale: 32, or 16 where the width is no multiple of 32 (head_dim 80)."""
     for size in (32, 16):
@@ -53,7 +56,8 @@ def pack_integers(integers: mx.array, *, bits: int) -> mx.array:
     return octets.astype(mx.uint8)
 
 
-def _unpack_integers(data: mx.array, *, bits: int) -> mx.array:
+def unpack_integers(data: mx.array, *, bits: int) -> mx.array:
+    """The whole numbers of `Quantized.data`, [..., D]."""
     if bits == 8:
         return data
     each = ((data[..., None] >> mx.arange(8, dtype=mx.uint8)) & 1).reshape(*data.shape[:-1], -1, bits)
@@ -63,7 +67,7 @@ def _unpack_integers(data: mx.array, *, bits: int) -> mx.array:
 
 def dequantize(quantized: Quantized, *, bits: int) -> mx.array:
     """The float32 values, [..., D]."""
-    integers, scales = _unpack_integers(quantized.data, bits=bits), quantized.scales.astype(mx.float32)
+    integers, scales = unpack_integers(quantized.data, bits=bits), quantized.scales.astype(mx.float32)
     values: mx.array = integers.astype(mx.float32).reshape(*scales.shape, -1) * scales[..., None]
     return values.reshape(integers.shape)
 

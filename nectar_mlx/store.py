@@ -11,7 +11,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 
 from .errors import NectarError
 from .heads import KINDS, Bank, HeadArrays
-from .quantize import Quantized, dequantize, group_size, quantize
+from .quantize import Quantized, Stored, dequantize, group_size, quantize, unpack_integers
 
 FORMAT = "nectar-1"
 BITS = (4, 5, 6, 7, 8, 16)  # of a matrix entry; 16 = float
@@ -80,31 +80,39 @@ def pack(layout: Layout, heads: Sequence[HeadArrays]) -> Tensors:
 
 def unpack(layout: Layout, tensors: Tensors) -> list[Bank]:
     """The tensors of the file -> one bank a layer. NectarError if they do not fit each other."""
+    banks = list[Bank]()
+    for heads in _layers(layout, tensors, _floats):
+        banks.append(layout.bank.stack(heads, scale=layout.scale))
+        mx.eval(banks[-1].parameters)  # layer by layer: on the way from bits to floats there is far more
+    return banks
+
+
+def stored(layout: Layout, tensors: Tensors) -> list[list[Stored]]:
+    """Every layer's heads with the file's own integers, a byte each, in all matrices whose rows are whole groups."""
+    return list(_layers(layout, tensors, _integers))
+
+
+def _layers(layout: Layout, tensors: Tensors, read: Callable[..., Any]) -> Iterator[list[dict[str, Any]]]:
+    """The heads of each layer; read(layout, tensors, name, start, shape) gives one parameter of one head, start being
+    where it lies among the values of all heads."""
     rows: Any = tensors["sizes"].tolist()
     sizes = [tuple(row) for row in rows]
     if len(sizes) != layout.n_layers * layout.n_kv_heads:
         raise NectarError("the file is damaged: its heads are not those of its model")
-    K, banks, ends = layout.n_kv_heads, list[Bank](), dict[str, int]()
+    K, ends = layout.n_kv_heads, dict[str, int]()
     for i in range(0, len(sizes), K):
-        heads = [_head(layout, tensors, size, ends) for size in sizes[i : i + K]]
-        banks.append(layout.bank.stack(heads, scale=layout.scale))
-        mx.eval(banks[-1].parameters)  # layer by layer: on the way from bits to floats there is far more
+        heads: list[dict[str, Any]] = [{} for _ in range(K)]
+        for head, size in zip(heads, sizes[i : i + K], strict=True):
+            for name, shape in layout.bank.shapes(size, layout.head_dim).items():
+                start = ends.get(name, 0)
+                ends[name] = start + math.prod(shape)
+                if min(shape) < 0 or ends[name] > _count(layout, _tensor(tensors, f"heads.{name}")):
+                    raise NectarError(f"the file is damaged: {name} is shorter than its sizes say")
+                head[name] = read(layout, tensors, name, start, shape)
+        yield heads
     for name, end in ends.items():
         if end != _count(layout, tensors[f"heads.{name}"]):
             raise NectarError(f"the file is damaged: {name} is longer than its sizes say")
-    return banks
-
-
-def _head(layout: Layout, tensors: Tensors, size: tuple[int, ...], ends: dict[str, int]) -> HeadArrays:
-    """The head that comes next; ends: where that of each parameter so far ended, brought up to date."""
-    head: HeadArrays = {}
-    for name, shape in layout.bank.shapes(size, layout.head_dim).items():
-        start = ends.get(name, 0)
-        ends[name] = stop = start + math.prod(shape)
-        if min(shape) < 0 or stop > _count(layout, _tensor(tensors, f"heads.{name}")):
-            raise NectarError(f"the file is damaged: {name} is shorter than its sizes say")
-        head[name] = _floats(layout, tensors, name, start, stop).reshape(shape)
-    return head
 
 
 def _tensor(tensors: Tensors, name: str) -> mx.array:
@@ -118,17 +126,27 @@ def _count(layout: Layout, data: mx.array) -> int:
     return int(data.size if data.ndim == 1 else data.shape[0] * group_size(layout.head_dim))
 
 
-def _floats(layout: Layout, tensors: Tensors, name: str, start: int, stop: int) -> mx.array:
-    """Some of one parameter's values, those of all heads counted through."""
-    data = tensors[f"heads.{name}"]
+def _floats(layout: Layout, tensors: Tensors, name: str, start: int, shape: tuple[int, ...]) -> mx.array:
+    data, stop = tensors[f"heads.{name}"], start + math.prod(shape)
     if data.ndim == 1:
-        return data[start:stop] if layout.bits == 16 else data[start:stop].astype(mx.float32)
+        plain = data[start:stop].reshape(shape)
+        return plain if layout.bits == 16 else plain.astype(mx.float32)
     scales, group = _tensor(tensors, f"heads.{name}.scales"), group_size(layout.head_dim)
     if scales.shape[0] != data.shape[0] or data.nbytes * 8 != data.shape[0] * group * layout.bits:
         raise NectarError(f"the file is damaged: {name} is not as long as its scales and bits say")
     rows = slice(start // group, -(-stop // group))
     values = dequantize(Quantized(data[rows], scales[rows, None]), bits=layout.bits).reshape(-1)
-    return values[start % group :][: stop - start]
+    return values[start % group :][: stop - start].reshape(shape)
+
+
+def _integers(layout: Layout, tensors: Tensors, name: str, start: int, shape: tuple[int, ...]) -> mx.array | Quantized:
+    data, group = tensors[f"heads.{name}"], group_size(layout.head_dim)
+    if data.ndim == 1 or len(shape) < 2 or shape[-1] % group or start % group:
+        return _floats(layout, tensors, name, start, shape)
+    rows = slice(start // group, (start + math.prod(shape)) // group)
+    whole = unpack_integers(data[rows], bits=layout.bits).astype(mx.int8)
+    scales = tensors[f"heads.{name}.scales"][rows]
+    return Quantized(whole.reshape(shape), scales.reshape(*shape[:-1], shape[-1] // group))
 
 
 def digest(tensors: Tensors) -> str:

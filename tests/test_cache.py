@@ -21,7 +21,6 @@ from mlx_lm.models.cache import (
 
 from nectar_mlx import NectarError, attention, kernels
 from nectar_mlx.cache import BatchNectarCache, NectarCache
-from nectar_mlx.quantize import dequantize, quantize
 
 CONTEXT = toys.random_tokens(70)
 PROMPTS = [toys.random_tokens(n, seed=n) for n in (9, 1, 23, 4, 14, 2, 30, 11)]
@@ -343,15 +342,6 @@ def test_the_decode_kernel_takes_the_short_steps_of_every_path(architecture, ker
     monkeypatch.setattr("nectar_mlx.nectar.Nectar._packed", None)
     expected = [greedy(model, nectar.make_cache(), p) for p in PROMPTS]
     assert found == expected and alone == expected[0]
-
-
-def test_the_kernel_finds_the_stored_integers_again():
-    """An 8-bit file is packed from its dequantised values: nothing may be rounded twice."""
-    _, nectar = setup("llama", "picked")
-    for bank in nectar.banks:
-        for name in ("keys", "values"):
-            x = bank.parameters[name]
-            assert mx.array_equal(dequantize(quantize(x, bits=8), bits=8), x)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 
 from nectar_mlx import NectarError
-from nectar_mlx.kernels.packing import requantize
 from nectar_mlx.quantize import Quantized, dequantize, group_size, pack_integers, quantize
 
 
@@ -48,14 +47,6 @@ def test_whole_numbers_come_back(bits):
     assert packed.data.nbytes == 3 * 64 * bits // 8
     expected = np.array(integers) * np.repeat([0.5, 3.0], 32)
     np.testing.assert_array_equal(dequantize(packed, bits=bits), expected)
-
-
-@pytest.mark.parametrize("bits", [4, 5, 6, 7, 8])
-def test_what_had_fewer_bits_is_kept_in_eight(bits):
-    """The kernel keeps each stored integer in a byte."""
-    x = mx.array(np.random.default_rng(1).normal(size=(5, 64)).astype(np.float32))
-    once = dequantize(quantize(x, bits=bits), bits=bits)
-    assert mx.array_equal(dequantize(requantize(once, bits=8), bits=8), once)
 
 
 @pytest.mark.parametrize("bits", [4, 5, 6, 7, 8])

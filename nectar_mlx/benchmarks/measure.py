@@ -17,8 +17,7 @@ from mlx_lm.models.cache import KVCache, QuantizedKVCache
 from .. import adapter, attention, kernels
 from ..cache import NectarCache
 from ..heads import Bank, Corrected, Quadrature, Size, TargetScore
-from ..kernels.packing import Stored
-from ..quantize import Quantized, dequantize, quantize
+from ..quantize import Quantized, Stored, dequantize, quantize
 
 DTYPE = mx.bfloat16
 ROOM = 256  # live positions that mlx-lm's caches allocate at a time

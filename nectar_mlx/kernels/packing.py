@@ -22,13 +22,12 @@ import numpy as np
 
 from ..errors import NectarError
 from ..heads import Bank, Corrected, HeadArrays, Quadrature, TargetScore
-from ..quantize import Quantized, dequantize, group_size, pack_integers, quantize
+from ..quantize import Quantized, Stored, group_size, quantize
 
 NODES, GATED, PLAIN, SCORE, LINEAR, GIVEN, GIVEN_SCORE = range(7)
 SLOTS = 64
 DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
 Words = np.ndarray[Any, np.dtype[np.uint32]]
-Stored = dict[str, mx.array | Quantized]  # the parameters of one head, as `Bank.shapes` names them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,8 +119,8 @@ def pack(
     """Lay out one layer's bank (M = n_kv_heads heads of kind quadrature, mlp or corrected, ragged sizes).
 
     dtype: of the matrices with bits = 16, which means "not quantised"; by default the parameters' own. bits 8 and 4
-    quantise as `quantize` does, and reproduce what had those bits before. heads: the heads' parameters, unpadded,
-    instead of the bank's own; matrices may be `Quantized` already. blocks: threadgroups to cut a layer into.
+    quantise as `quantize` does. heads: the heads' parameters, unpadded, instead of the bank's own; matrices may be
+    `Quantized` already, in as many bits. blocks: threadgroups to cut a layer into.
     backend: where it will be read. one_launch: keep the counters that merging in one launch needs.
     Raises NectarError for a kind or head_dim that the kernel does not know.
     """
@@ -168,7 +167,7 @@ class _Reader:
 
     def _matrix(self, x: mx.array | Quantized) -> _Matrix:
         if self.storage.startswith("int"):
-            q = x if isinstance(x, Quantized) else requantize(x, bits=int(self.storage[3:]))
+            q = x if isinstance(x, Quantized) else quantize(x, bits=int(self.storage[3:]))
             return _Matrix(np.array(q.data), np.array(q.scales))
         if isinstance(x, Quantized):
             raise NectarError(f"quantised parameters cannot be packed as {self.storage}: pass their number of bits")
@@ -273,26 +272,6 @@ def _words(x: Any) -> Words:
     return np.frombuffer(data + bytes(-len(data) % 16), np.uint32)
 
 
-def requantize(x: mx.array, *, bits: int) -> Quantized:
-    """`quantize`, but exact for float32 values that had that many bits before, as a file hands them out."""
-    fresh = quantize(x, bits=bits)
-    values = dequantize(fresh, bits=bits)
-    if bool((values == x).all()):
-        return fresh
-    groups = x.astype(mx.float32).reshape(*fresh.scales.shape, -1)
-    top = mx.abs(groups).max(-1, keepdims=True)
-    values, scales = values.reshape(groups.shape), fresh.scales[..., None]
-    limit = 2 ** (bits - 1)
-    for largest in range(limit, 0, -1):  # the integer of the group's largest value
-        scale = (top / largest).astype(mx.float16)
-        tried = mx.clip(mx.round(groups / mx.maximum(scale, 6e-8)), -limit, limit - 1) * scale.astype(mx.float32)
-        same = (tried == groups).all(-1, keepdims=True) & (scale > 0)
-        values, scales = mx.where(same, tried, values), mx.where(same, scale, scales)
-        mx.eval(values, scales)
-    integers = mx.round(values / mx.maximum(scales.astype(mx.float32), 6e-8)).reshape(x.shape)
-    return Quantized(pack_integers(integers, bits=bits), scales[..., 0])
-
-
 def activations(deep: HeadArrays, queries: mx.array) -> mx.array:
     """Both networks' last hidden layers, [K, N, target units + score units] float32, for queries [K, N, D]."""
     parts = []
@@ -315,4 +294,4 @@ def _silu(x: mx.array) -> mx.array:
     return x * mx.sigmoid(x)
 
 
-__all__ = ["Packed", "Stored", "activations", "group_size", "pack"]
+__all__ = ["Packed", "activations", "group_size", "pack"]

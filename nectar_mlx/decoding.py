@@ -1,0 +1,70 @@
+"""A fitted file in the form that the decode kernel reads, where there is a kernel and it can be trusted."""
+
+import warnings
+from collections.abc import Sequence
+
+import mlx.core as mx
+
+from . import kernels, store
+from .cache import NectarCache
+from .errors import NectarError
+from .heads import Bank, Residual
+from .heads.residual import ANCHORS
+from .kernels.packing import Packed
+from .quantize import Quantized, Stored
+from .store import Layout, Tensors
+
+
+def packed(banks: Sequence[Bank], layout: Layout, tensors: Tensors, *, n_heads: int) -> list[Packed] | None:
+    """One layer after the other; None, with a warning where there should have been a kernel, if there is none.
+
+    banks: what the tensors hold, as it answers without retrieval. n_heads: of queries.
+    """
+    if kernels.backend() == "ops" or layout.kind == "exact":
+        return None
+    # The kernel takes the file's own integers, each in a byte; a completion's sums are in none.
+    whole = layout.bits <= 8 and layout.kind != "completion"
+    heads = _stored(layout, tensors) if whole else [None] * len(banks)
+    try:
+        found = [
+            kernels.pack(bank, dtype=mx.float16, bits=8 if whole else 16, heads=stored)
+            for bank, stored in zip(banks, heads, strict=True)
+        ]
+        mx.eval([p.words for p in found])
+        if _agrees(found[0], banks[0], n_heads=n_heads):
+            return found
+        reason = "its results differ from those of plain operations"
+    except (NectarError, RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+    warnings.warn(f"decoding without the fused kernel: {reason}", stacklevel=2)
+    return None
+
+
+def _stored(layout: Layout, tensors: Tensors) -> list[list[Stored]]:
+    """Every layer's heads in the integers of the file, as they answer without retrieval."""
+    layers = store.stored(layout, tensors)
+    return [[_alone(head) for head in heads] for heads in layers] if issubclass(layout.bank, Residual) else layers
+
+
+def _alone(head: Stored) -> Stored:
+    """`Residual.alone` of what is stored: the anchors, then the nodes."""
+    whole: Stored = {"anchor_bias": mx.zeros(ANCHORS), **head}
+    parts = {name: [whole[n] for n in (f"anchor_{name}", name) if n in whole] for name in ("keys", "values", "bias")}
+    return {name: _joined(of) for name, of in parts.items()}
+
+
+def _joined(parts: Sequence[mx.array | Quantized]) -> mx.array | Quantized:
+    if all(isinstance(part, Quantized) for part in parts):
+        return Quantized(*(mx.concatenate(list(each)) for each in zip(*parts, strict=True)))
+    return mx.concatenate([part for part in parts if isinstance(part, mx.array)])
+
+
+def _agrees(layer: Packed, bank: Bank, *, n_heads: int) -> bool:
+    """Whether the kernel computes on this machine what the bank and one live token say to random queries."""
+    D = bank.head_dim
+    shapes = [(1, n_heads, 1, D), *[(1, len(bank.sizes), 1, D)] * 2]
+    keys = mx.random.split(mx.random.key(0), 3)
+    inputs = [mx.random.normal(s, key=k).astype(mx.float16) for s, k in zip(shapes, keys, strict=True)]
+    found = kernels.decode(layer, *inputs)
+    wanted = NectarCache(bank, 0).attend(*inputs, scale=bank.scale, mask=None)
+    return found is None or bool(mx.abs(found - wanted).max() < 0.02 * mx.abs(wanted).max())

@@ -1,0 +1,61 @@
+"""From the file to the decode kernel: nothing is rounded twice, and nothing is searched for."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from nectar_mlx import decoding, kernels, store
+from nectar_mlx.heads import KINDS, Residual
+from nectar_mlx.quantize import Quantized, dequantize
+from nectar_mlx.store import Layout
+
+SIZES = {
+    "quadrature": [(9,), (2,), (40,), (1,)],
+    "retrieval+nectar": [(9,), (2,), (40,), (1,)],
+    "retrieval": [(0,)] * 4,
+    "corrected": [(9, 4), (2, 5), (40, 8), (1, 6)],
+    "mlp": [(8, 1, 32, 1), (16, 1, 64, 1), (24, 1, 32, 1), (8, 1, 32, 1)],
+}
+
+
+def written(kind, bits, head_dim):
+    layout = Layout(kind=kind, n_layers=2, n_kv_heads=2, head_dim=head_dim, scale=0.2, bits=bits)
+    key, heads = mx.random.key(bits), []
+    for size in SIZES[kind]:
+        head = {}
+        for name, shape in layout.bank.shapes(size, head_dim).items():
+            key, now = mx.random.split(key)
+            head[name] = mx.random.normal(shape, key=now) * mx.exp(
+                mx.random.normal((shape[0], *[1] * (len(shape) - 1)))
+            )
+        heads.append(head)
+    return layout, store.pack(layout, heads)
+
+
+@pytest.mark.parametrize("kind", SIZES)
+@pytest.mark.parametrize("bits", [4, 5, 6, 7, 8])
+@pytest.mark.parametrize("head_dim", [64, 80])
+def test_the_kernel_gets_the_integers_of_the_file(kind, bits, head_dim):
+    layout, tensors = written(kind, bits, head_dim)
+    banks = [b.alone() if isinstance(b, Residual) else b for b in store.unpack(layout, tensors)]
+    layers = decoding._stored(layout, tensors)
+    for bank, heads in zip(banks, layers, strict=True):
+        for head, truth in zip(heads, bank.unstack(), strict=True):
+            assert head.keys() == truth.keys()
+            for name, x in head.items():
+                values = dequantize(x, bits=8) if isinstance(x, Quantized) else x
+                assert np.array_equal(np.array(values), np.array(truth[name])), name
+                # A matrix whose rows are no whole groups has no integers of its own; nodes always have.
+                assert isinstance(x, Quantized) == (truth[name].ndim > 1) or name not in ("keys", "values")
+
+
+@pytest.mark.parametrize("kind", ["quadrature", "corrected", "retrieval+nectar"])
+def test_a_file_is_packed_where_there_is_a_kernel(kind, monkeypatch):
+    layout, tensors = written(kind, 6, 64)
+    banks = [b.alone() if isinstance(b, Residual) else b for b in store.unpack(layout, tensors)]
+    assert decoding.packed(banks, layout, tensors, n_heads=4) is None, "a CPU has no kernel"
+    monkeypatch.setattr(kernels, "backend", lambda: "metal")
+    monkeypatch.setattr(kernels, "decode", lambda *_: None)
+    layers = decoding.packed(banks, layout, tensors, n_heads=4)
+    assert [layer.form.storage for layer in layers] == ["int8"] * 2
+    assert set(SIZES) <= set(KINDS)
