@@ -99,7 +99,7 @@ class Task:
     def studied(self) -> tuple[Study, list[Conversation]]:
         """Captured rows of all heads, and the conversations they are from; training templates, full cache in view."""
         asked = instructions.training(self.passage, seed=self.seed)
-        size = min(_TOGETHER, max(8, self.rows // 400))
+        size = min(_TOGETHER, max(8, self.conversations, self.rows // 400))
         conversations: list[Conversation] = []
         while len(conversations) < self.conversations or dialogue.rows(conversations, self.geometry) < self.rows:
             batch = [Conversation(self.ask(next(asked))) for _ in range(size)]
