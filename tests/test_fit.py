@@ -150,6 +150,26 @@ def test_as_many_conversations_side_by_side_as_are_needed_and_fit(tokenizer):
     assert together(queries=10**6, conversations=1000, memory=1) == 16
 
 
+def test_a_head_with_room_for_every_key_keeps_them(tokenizer):
+    model = toys.toy("llama")
+    geometry = adapter.route(model)
+    context = reading.read(model, toys.random_tokens(60), geometry)
+    fitter = Fitter(model, tokenizer, context, geometry, FitConfig(**FAST))
+    fitter.converse()
+    fitter.hear()
+    fitter.prepare()
+    heads = fitter.regress([(60,) if i % 2 else (9,) for i in range(fitter.n_heads)])
+    for i, head in enumerate(heads):
+        layer, k = divmod(i, geometry.n_kv_heads)
+        keys = context.banks[layer].parameters["keys"][k]
+        assert head["keys"].shape[0] == (60 if i % 2 else 9)
+        if i % 2:
+            assert mx.array_equal(head["keys"], keys) and not mx.any(head["bias"])
+        else:
+            nearest = mx.abs(head["keys"][:, None] - keys[None]).max(-1).min(1)
+            assert nearest.max() > 1e-3, "a smaller head is trained"
+
+
 @pytest.mark.parametrize("queries", [1, 30, 90])
 def test_a_fit_that_needs_few_conversations_ends(tokenizer, queries):
     """The first one of a batch is held out: were it alone, it would give no rows."""

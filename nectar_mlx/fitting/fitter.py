@@ -202,17 +202,26 @@ class Fitter:
         return regression.train(start, rows, steps=steps, batch=self.config.batch, rate=self.rate)
 
     def regress(self, sizes: Sequence[Size]) -> list[HeadArrays]:
-        """All heads, trained at their own sizes."""
+        """All heads, trained at their own sizes; one with room for every key keeps them as they are."""
         heads = self.checkpoint.load_heads()
+        if self.layout.kind == "quadrature":
+            heads |= {i: self._whole(i) for i, (count, *_) in enumerate(sizes) if count >= self.length}
         with self.progress("fitting heads", self.n_heads) as done:
             for group in self._groups(sizes):
-                if not set(group) <= heads.keys():
-                    bank = self._train(group, [sizes[i] for i in group], self.training_rows(group), self.steps)
-                    fitted = dict(zip(group, bank.unstack(), strict=True))
+                left = [i for i in group if i not in heads]
+                if left:
+                    bank = self._train(left, [sizes[i] for i in left], self.training_rows(left), self.steps)
+                    fitted = dict(zip(left, bank.unstack(), strict=True))
                     self.checkpoint.save_heads(fitted)
                     heads |= fitted
                 done(len(heads))
         return [heads[i] for i in range(self.n_heads)]
+
+    def _whole(self, index: int) -> HeadArrays:
+        layer, k = divmod(index, self.geometry.n_kv_heads)
+        parameters = self.context.banks[layer].parameters
+        keys, values = (parameters[name][k].astype(mx.float32) for name in ("keys", "values"))
+        return {"keys": keys, "values": values, "bias": mx.zeros(self.length)}
 
     def errors(self, banks: Sequence[Bank]) -> list[float]:
         """Merged error of every head on the held-out rows, one bank a layer."""
