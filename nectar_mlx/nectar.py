@@ -14,7 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from . import __version__, adapter, decoding, models, prompts, store
+from . import __version__, adapter, decoding, kernels, models, prompts, store
 from .adapter import Geometry
 from .cache import Window, make_caches
 from .errors import NectarError
@@ -43,7 +43,8 @@ class Nectar:
         self.layout = Layout(**metadata["layout"])
         self.prefix: list[int] = np.array(tensors["prefix"]).tolist()
         self.report: dict[str, Any] = metadata["report"]
-        self.banks: list[Bank] = store.unpack(self.layout, tensors)
+        # Where a kernel decodes from the packed integers, these are for prompts alone: half as many bytes will do.
+        self.banks: list[Bank] = store.unpack(self.layout, tensors, half=kernels.backend() != "ops")
         self._retrieving: dict[float, Sequence[Retrieving]] = {}
         self.chunks = _chunks(metadata.get("chunks", []), len(self.prefix))
         self.windows = _windows(tensors, self.geometry, self.start)

@@ -78,10 +78,13 @@ def pack(layout: Layout, heads: Sequence[HeadArrays]) -> Tensors:
     return tensors
 
 
-def unpack(layout: Layout, tensors: Tensors) -> list[Bank]:
-    """The tensors of the file -> one bank a layer. NectarError if they do not fit each other."""
-    banks = list[Bank]()
+def unpack(layout: Layout, tensors: Tensors, *, half: bool = False) -> list[Bank]:
+    """The tensors of the file -> one bank a layer. half: matrices that were quantised in float16 instead of float32,
+    which rounds them by far less than their bits did. NectarError if the tensors do not fit each other.
+    """
+    banks, matrices = list[Bank](), mx.float16 if half and layout.bits < 16 else None
     for heads in _layers(layout, tensors, _floats):
+        heads = [{n: x.astype(matrices) if matrices and x.ndim > 1 else x for n, x in head.items()} for head in heads]
         banks.append(layout.bank.stack(heads, scale=layout.scale))
         mx.eval(banks[-1].parameters)  # layer by layer: on the way from bits to floats there is far more
     return banks

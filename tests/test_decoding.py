@@ -59,3 +59,22 @@ def test_a_file_is_packed_where_there_is_a_kernel(kind, monkeypatch):
     layers = decoding.packed(banks, layout, tensors, n_heads=4)
     assert [layer.form.storage for layer in layers] == ["int8"] * 2
     assert set(SIZES) <= set(KINDS)
+
+
+@pytest.mark.parametrize("kind", SIZES)
+def test_beside_a_kernel_matrices_take_half_the_memory(kind):
+    layout, tensors = written(kind, 6, 64)
+    queries = mx.random.normal((2, 5, 64), key=mx.random.key(7))
+    for half, full in zip(store.unpack(layout, tensors, half=True), store.unpack(layout, tensors), strict=True):
+        sizes = [sum(x.nbytes for x in b.parameters.values() if x.ndim > 2) for b in (half, full)]
+        assert 2 * sizes[0] == sizes[1]
+        for ours, truth in zip(half(queries), full(queries), strict=True):
+            assert ours.dtype == mx.float32
+            np.testing.assert_allclose(ours, truth, atol=3e-3 * float(mx.abs(truth).max()))
+
+
+def test_a_float_file_stays_as_it_is():
+    layout, tensors = written("quadrature", 16, 64)
+    half, full = store.unpack(layout, tensors, half=True), store.unpack(layout, tensors)
+    assert all(mx.array_equal(h.parameters["keys"], f.parameters["keys"]) for h, f in zip(half, full, strict=True))
+    assert half[0].parameters["keys"].dtype == full[0].parameters["keys"].dtype
