@@ -238,10 +238,10 @@ def test_an_interrupted_fit_goes_on(tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(LayerwiseFitter, "_ask_about", lambda *a: pytest.fail("asked again"))
     trained = []
     train = pipeline.Fitter._train
-    monkeypatch.setattr(Fitter, "_train", lambda self, *a: trained.append(1) or train(self, *a))
+    monkeypatch.setattr(Fitter, "_train", lambda self, heads, *a: trained.extend(heads) or train(self, heads, *a))
     resumed = pipeline.fit(model, tokenizer, TEXT, config=config, checkpoint=Checkpoint(tmp_path / "part"))
     assert store.digest(resumed._tensors) == store.digest(whole._tensors)
-    assert len(trained) == model.args.num_hidden_layers - 2
+    assert len(trained) == (model.args.num_hidden_layers - 2) * model.args.num_key_value_heads
 
 
 def test_it_is_chosen_where_the_cache_would_not_fit(tokenizer, monkeypatch):
