@@ -114,7 +114,7 @@ def test_chunks_weigh_as_much_as_one(tokenizer, monkeypatch, architecture, room)
 
     def kept(self, sizes):
         self.conversations = [Conversation(toys.random_tokens(5), toys.random_tokens(5))]
-        heads = [chunks._nodes(one.context.banks[0]) for one in self.layers()]
+        heads = [one.context.banks[0].nodes() for one in self.layers()]
         layout = replace(self.layout, n_layers=1)
         return [store.pack(layout, of) for of in heads], []
 

@@ -123,7 +123,7 @@ def read(
         return parts[0]
     opening, banks = reading.read(model, prefix[: len(prefix) - sum(chunks)], geometry), list[Exact]()
     for before, *behind in zip(opening.banks, *(part.banks for part in parts), strict=True):
-        heads = _joined(before, [_nodes(cut(bank, len(opening.prefix))[0]) for bank in behind])
+        heads = _joined(before, [cut(bank, len(opening.prefix))[0].nodes() for bank in behind])
         banks.append(Weighed.stack(heads, scale=geometry.scale))
     return Context(list(prefix), banks, parts[-1].windows, chunks)
 
@@ -154,13 +154,8 @@ def _joined(opening: Exact, chunks: Sequence[Sequence[HeadArrays]]) -> list[Head
     lowered = [[head | {"bias": head["bias"] - less} for head in heads] for heads in chunks]
     return [
         {name: mx.concatenate([part[name] for part in parts]) for name in parts[0]}
-        for parts in zip(_nodes(opening), *lowered, strict=True)
+        for parts in zip(opening.nodes(), *lowered, strict=True)
     ]
-
-
-def _nodes(bank: Exact) -> list[HeadArrays]:
-    """Keys and values as nodes that stand for themselves."""
-    return Weighed.of(bank, mx.zeros(bank.parameters["keys"].shape[:2])).unstack()
 
 
 def _fidelity(fitters: Sequence[LayerwiseFitter], fitted: Nectar) -> dict[str, Any]:

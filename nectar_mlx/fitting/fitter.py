@@ -219,9 +219,7 @@ class Fitter:
 
     def _whole(self, index: int) -> HeadArrays:
         layer, k = divmod(index, self.geometry.n_kv_heads)
-        parameters = self.context.banks[layer].parameters
-        keys, values = (parameters[name][k].astype(mx.float32) for name in ("keys", "values"))
-        return {"keys": keys, "values": values, "bias": mx.zeros(self.length)}
+        return {name: x.astype(mx.float32) for name, x in self.context.banks[layer].nodes()[k].items()}
 
     def errors(self, banks: Sequence[Bank]) -> list[float]:
         """Merged error of every head on the held-out rows, one bank a layer."""

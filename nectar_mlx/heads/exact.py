@@ -29,6 +29,10 @@ class Exact(Bank):
     def head_dim(self) -> int:
         return self.parameters["keys"].shape[-1]
 
+    def nodes(self) -> list[HeadArrays]:
+        """Every head's keys and values as nodes that stand for themselves."""
+        return Weighed.of(self, mx.zeros(self.parameters["keys"].shape[:2])).unstack()
+
 
 class Weighed(Exact):
     """Exact keys that do not all count alike: bias [n] a head is added to their scores. Never stored."""
