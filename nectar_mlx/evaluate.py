@@ -53,12 +53,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", help="the model to use (default: the name of the one it was fitted on)")
     parser.add_argument("--questions", metavar="FILE", help="your own, one a line, or JSON lines")
     names = ", ".join(b.slug for b in baselines.BASELINES.values())
-    slow = ", ".join(b.slug for b in baselines.BASELINES.values() if b.slow)
+    extra = ", ".join(b.slug for b in baselines.BASELINES.values() if b.extra)
     parser.add_argument(
         "--baselines",
         default="all",
         metavar="NAMES",
-        help=f"none, all (but {slow}, which take minutes: all,{slow} has these too), or some of: {names}",
+        help=f"none, all but {extra} (default; all,cartridge has that one too), or some of: {names}",
     )
     parser.add_argument(
         "--count", type=int, default=8, metavar="N", help="held-out questions about the text (default 8)"

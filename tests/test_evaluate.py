@@ -1,5 +1,6 @@
 """The command end to end on a toy: the JSON object, the table, questions of one's own, and bad input."""
 
+import itertools
 import json
 import math
 
@@ -130,6 +131,28 @@ def test_similarity_is_to_both_answers_of_the_full_cache():
     assert (low, high) == pytest.approx((0, 0.2)), "paired: the differences of the two questions"
 
 
+def test_similarity_is_over_all_pairs_of_answers_to_a_question():
+    rng, names = np.random.default_rng(0), ("full", "again", "nothing", "it")
+    questions = ["1", "2", "1", "1"]  # three answers to one, one to the other
+    vectors = {f"{name} {i}": rng.normal(size=6) for name in names for i in range(4)}
+    vectors = {text: v / np.linalg.norm(v) for text, v in vectors.items()}
+    sampled = [
+        answers.Sampled(
+            question=q, full=f"full {i}", again=f"again {i}", nothing=f"nothing {i}", files={"f": f"it {i}"}
+        )
+        for i, q in enumerate(questions)
+    ]
+    told = answers.meaning(sampled, by="a table", embed=lambda texts: np.array([vectors[t] for t in texts]))
+    again, ours = [], []
+    for group in ([0, 2, 3], [1]):
+        full = [vectors[f"{name} {i}"] for name in ("full", "again") for i in group]
+        again.append(np.mean([a @ b for a, b in itertools.combinations(full, 2)]))
+        ours.append(np.mean([a @ vectors[f"it {i}"] for a in full for i in group]))
+    assert (told["answers"], told["questions"]) == (4, 2)
+    assert told["again"] == pytest.approx(np.mean(again), abs=1e-4)
+    assert told["files"]["f"]["similarity"] == pytest.approx(np.mean(ours), abs=1e-4)
+
+
 def test_the_table_names_every_method(result):
     table = evaluate.table(result)
     for m in result["methods"]:
@@ -176,7 +199,9 @@ def test_questions_from_a_file(model, prefix, tmp_path):
     assert file["right"] == full["right"] == [[0.1, full["right"][0][1]]]
 
 
-def test_the_likeliest_choice_is_the_answer(model, prefix, tmp_path):
+@pytest.mark.parametrize("together", [1, 2])
+def test_the_likeliest_choice_is_the_answer(model, prefix, tmp_path, monkeypatch, together):
+    monkeypatch.setattr(answers, "_WEIGHED", together)
     task = make_task(model, prefix)
     own = tmp_path / "questions.jsonl"
     choices = ["She carried 299 casks.", "She carried 300 casks.", "She carried 17 casks of tar and salt."]

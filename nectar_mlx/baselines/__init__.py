@@ -1,7 +1,7 @@
 """Other ways to keep a context in few bytes, each a small file behind one interface: `build(task, nbytes) -> View`.
 
 Every method is stored the way that is best for it: the context's own keys in 8 bits, Attention Matching's nodes in 5
-(groups of 32), for more of them outweigh the rounding; its bytes are what it then takes.
+(groups of 32), for more of them outweigh the rounding, and in 8 where the name says so. Its bytes are what it takes.
 """
 
 from ..errors import NectarError
@@ -18,7 +18,7 @@ from . import (
     snap,
     summary,
 )
-from .base import Baseline, Task, View, slug
+from .base import TOGETHER, Baseline, Task, View, slug
 
 BASELINES = {
     b.name: b
@@ -40,9 +40,9 @@ NO_CONTEXT = "no context"
 
 
 def choose(names: str) -> list[Baseline]:
-    """Names with commas between; `all` stands for those that do not take minutes, `none` for no baseline."""
+    """Names with commas between; `all` stands for those that are not extra, `none` for no baseline."""
     by_slug = {b.slug: b for b in BASELINES.values()}
-    groups = {"all": [b for b in BASELINES.values() if not b.slow], "none": []}
+    groups = {"all": [b for b in BASELINES.values() if not b.extra], "none": []}
     found: list[Baseline] = []
     for name in map(slug, names.split(",")):
         if name not in groups and name not in by_slug:
@@ -51,4 +51,4 @@ def choose(names: str) -> list[Baseline]:
     return list(dict.fromkeys(found))
 
 
-__all__ = ["BASELINES", "NO_CONTEXT", "Baseline", "Task", "View", "choose"]
+__all__ = ["BASELINES", "NO_CONTEXT", "TOGETHER", "Baseline", "Task", "View", "choose"]

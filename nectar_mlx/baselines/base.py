@@ -19,13 +19,13 @@ from ..evaluation.fidelity import Prompt
 from ..fitting import capture, dialogue, instructions, matching, reading, sensitivity
 from ..fitting.dialogue import Conversation
 from ..fitting.reading import Context
-from ..fitting.study import Captured, Study
+from ..fitting.study import Captured, DeviceStudy, Study
 from ..heads import Bank, Exact, HeadArrays, Weighed
 from ..store import Layout
 
-_TOGETHER = 16 if SLOW_EXP else 64  # conversations sampled side by side
+TOGETHER = 16 if SLOW_EXP else 128  # conversations sampled side by side; on a GPU ten take as long
 _JUDGES = 8  # conversations by which the errors of heads are weighed
-BITS = {"quadrature": 5, "exact": 8}  # of a matrix entry: what serves each best (docs/log.md)
+BITS = {"quadrature": 5, "exact": 8}  # of a matrix entry, unless told: what serves each best (docs/log.md)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +99,7 @@ class Task:
     def studied(self) -> tuple[Study, list[Conversation]]:
         """Captured rows of all heads, and the conversations they are from; training templates, full cache in view."""
         asked = instructions.training(self.passage, seed=self.seed)
-        size = min(_TOGETHER, max(8, self.conversations, self.rows // 400))
+        size = min(TOGETHER, max(8, self.conversations, self.rows // 400))
         conversations: list[Conversation] = []
         while len(conversations) < self.conversations or dialogue.rows(conversations, self.geometry) < self.rows:
             batch = [Conversation(self.ask(next(asked))) for _ in range(size)]
@@ -109,7 +109,10 @@ class Task:
 
     def heard(self, conversations: Sequence[Conversation]) -> Study:
         """What attention sees in the conversations, at most `rows` rows a head, with the full cache in view."""
-        study = Study(self.n_heads, self.rows, self.geometry.head_dim, folder=None)
+        if SLOW_EXP:
+            study = Study(self.n_heads, self.rows, self.geometry.head_dim, folder=None)
+        else:
+            study = DeviceStudy(self.rows)
         capture.hear(self.model, self.context, conversations, {False: study}, n_heads=self.geometry.n_heads)
         return study
 
@@ -172,27 +175,32 @@ class Task:
             for layer in range(self.n_layers)
         ]
 
-    def layout(self, kind: str) -> Layout:
-        g, bits = self.geometry, BITS[kind]
+    def layout(self, kind: str, bits: int | None = None) -> Layout:
+        g = self.geometry
         return Layout(
-            kind=kind, n_layers=self.n_layers, n_kv_heads=g.n_kv_heads, head_dim=g.head_dim, scale=g.scale, bits=bits
+            kind=kind,
+            n_layers=self.n_layers,
+            n_kv_heads=g.n_kv_heads,
+            head_dim=g.head_dim,
+            scale=g.scale,
+            bits=bits or BITS[kind],
         )
 
-    def affordable(self, nbytes: int, kind: str) -> int:
+    def affordable(self, nbytes: int, kind: str, bits: int | None = None) -> int:
         """How many nodes or keys, all heads together, fit in nbytes when stored as the file stores them."""
-        layout = self.layout(kind)
+        layout = self.layout(kind, bits)
         return int((nbytes - self.window_bytes - 4 * self.n_heads) / store.head_bytes(layout, (1,)))
 
-    def affordable_each(self, nbytes: int, kind: str) -> int:
+    def affordable_each(self, nbytes: int, kind: str, bits: int | None = None) -> int:
         """The same, shared evenly by the heads. NectarError where not even one fits."""
-        count = min(self.length, self.affordable(nbytes, kind) // self.n_heads)
+        count = min(self.length, self.affordable(nbytes, kind, bits) // self.n_heads)
         if count < 1:
             raise NectarError(f"{nbytes:,} bytes do not hold one key a head")
         return count
 
-    def stored(self, kind: str, heads: Sequence[HeadArrays], **options: Any) -> View:
+    def stored(self, kind: str, heads: Sequence[HeadArrays], *, bits: int | None = None, **options: Any) -> View:
         """The view that heads (layer by layer) give once they were stored in few bits, at what they then take."""
-        layout = self.layout(kind)
+        layout = self.layout(kind, bits)
         tensors = store.pack(layout, heads)
         view = View(
             banks=store.unpack(layout, tensors),
@@ -241,13 +249,13 @@ Method = Callable[[Task, int], View]
 class Baseline:
     """A method's name and how it is built: `build(task, nbytes)` returns a view of at most nbytes where `sized`.
 
-    slow: minutes of work even on a GPU, left out unless it is named.
+    extra: left out unless it is named: minutes of work even on a GPU, or a weaker form of another one.
     """
 
     name: str
     build: Method
     sized: bool = True
-    slow: bool = False
+    extra: bool = False
 
     @property
     def slug(self) -> str:

@@ -102,4 +102,4 @@ def _answers(task: Task, pairs: Any, conversations: list[Conversation]) -> list[
     return [x[len(c.prompt) - 1 : len(c.prompt) + len(c.answer) - 1] for x, c in rows]
 
 
-BASELINES = (Baseline(name="Cartridge", build=cartridge, slow=True),)
+BASELINES = (Baseline(name="Cartridge", build=cartridge, extra=True),)

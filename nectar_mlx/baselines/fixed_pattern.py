@@ -47,5 +47,5 @@ def sparse_prefill(task: Task, nbytes: int) -> View:
 
 BASELINES = (
     Baseline(name="fixed pattern", build=fixed_pattern),
-    Baseline(name="sparse prefill", build=sparse_prefill, sized=False, slow=True),
+    Baseline(name="sparse prefill", build=sparse_prefill, sized=False, extra=True),
 )

@@ -9,15 +9,17 @@ import mlx.core as mx
 import numpy as np
 
 from .. import cli, prompts
-from ..baselines import Task, View
+from .._exp import SLOW_EXP
+from ..baselines import TOGETHER, Task, View
 from ..fitting.dialogue import Conversation
 from . import fidelity
 from .fidelity import Bootstrap, interval
-from .questions import ON, TEMPERATURE, TOGETHER, Asked, contains
+from .questions import ON, TEMPERATURE, Asked, contains
 from .similarity import Embed
 
 _GREEDY = 1e-3  # a temperature at which only ties are left to chance
 _FACT_TOKENS = 32
+_WEIGHED = 1 if SLOW_EXP else 8  # questions whose choices are read together
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,18 +80,24 @@ def text(task: Task, tokens: Sequence[int]) -> str:
 
 
 def meaning(sampled: Sequence[Sampled], *, by: str, embed: Embed) -> dict[str, Any]:
-    """Mean embedding similarity of the full cache's two answers to each other, and to both of them of the answers
-    without context and of every file, with intervals over questions; and each file's less that of the two. by: what
-    embeds."""
-    names = list(sampled[0].files)
+    """Embedding similarity, the mean over all pairs of answers to a question: of the full cache's answers to each
+    other, and of those to the answers without context and of every file; with intervals over questions, and each
+    file's less that of the full cache. by: what embeds.
+    """
+    names, count = list(sampled[0].files), len(sampled)
     texts = [getattr(s, name) for name in ("full", "again", "nothing") for s in sampled]
     texts += [s.files[name] for name in names for s in sampled]
-    full, second, *others = embed(texts).reshape(3 + len(names), len(sampled), -1)
-    question = np.unique([s.question for s in sampled], return_inverse=True)[1]
-    draws = Bootstrap(question)
-    again = draws.means((full * second).sum(-1), question)
-    nothing, *ours = (draws.means(((full + second) / 2 * vectors).sum(-1), question) for vectors in others)
-    told: dict[str, Any] = {"by": by, "answers": len(sampled), "files": {}}
+    vectors = embed(texts).reshape(3 + len(names), count, -1)
+    found, question = np.unique([s.question for s in sampled], return_inverse=True)
+    of_question = np.eye(len(found))[:, question]  # [questions, answers]
+    answers = of_question.sum(1)  # of each view; the full cache has twice as many
+    whole, squares = of_question @ (vectors[0] + vectors[1]), of_question @ np.square(vectors[:2]).sum((0, 2))
+    draws, each = Bootstrap(range(len(found))), np.arange(len(found))
+    again = draws.means((np.square(whole).sum(-1) - squares) / (2 * answers * (2 * answers - 1)), each)
+    nothing, *ours = (
+        draws.means((whole * (of_question @ other)).sum(-1) / (2 * answers * answers), each) for other in vectors[2:]
+    )
+    told: dict[str, Any] = {"by": by, "answers": count, "questions": len(found), "files": {}}
     told |= _told("again", again) | _told("nothing", nothing)
     for name, means in zip(names, ours, strict=True):
         told["files"][name] = _told("similarity", means) | _told("less", means - again)
@@ -125,22 +133,29 @@ def facts(task: Task, asked: Sequence[Asked], views: dict[str, View], *, seed: i
 
 def _answered(task: Task, view: View, asked: Sequence[Asked], *, seed: int) -> list[tuple[Asked, str]]:
     """Each question with what the view answers."""
-    free = [a for a in asked if not a.choices]
+    free, choosing = ([a for a in asked if bool(a.choices) == some] for some in (False, True))
     said = generate(task, view, free, seed=seed, temperature=_GREEDY, max_tokens=_FACT_TOKENS) if free else []
-    own = {a.number: answer for a, answer in zip(free, said, strict=True)}
-    return [(a, _likeliest(task, view, a) if a.choices else own[a.number]) for a in asked]
+    for start in range(0, len(choosing), _WEIGHED):
+        said += _likeliest(task, view, choosing[start : start + _WEIGHED])
+    by_number = {a.number: answer for a, answer in zip([*free, *choosing], said, strict=True)}
+    return [(a, by_number[a.number]) for a in asked]
 
 
-def _likeliest(task: Task, view: View, asked: Asked) -> str:
-    """The choice to which the view gives the highest probability, its end left open."""
-    choices = [prompts.encode(task.tokenizer, choice, specials=False) for choice in asked.choices]
-    conversations = [Conversation(asked.conversation.prompt, choice) for choice in choices]
-    rows = fidelity.answer_logits(task.model, view.make_cache(), conversations, view.prompt)
-    scores = [
-        mx.take_along_axis(fidelity.log_probabilities(row), mx.array(choice)[:, None], axis=-1).sum()
-        for row, choice in zip(rows, choices, strict=True)
+def _likeliest(task: Task, view: View, asked: Sequence[Asked]) -> list[str]:
+    """Of each question the choice to which the view gives the highest probability, its end left open."""
+    choices = [
+        Conversation(a.conversation.prompt, prompts.encode(task.tokenizer, choice, specials=False))
+        for a in asked
+        for choice in a.choices
     ]
-    return asked.choices[int(mx.stack(scores).argmax())]
+    rows = fidelity.answer_logits(task.model, view.make_cache(), choices, view.prompt)
+    scores = iter([_log_probability(row, c.answer) for row, c in zip(rows, choices, strict=True)])
+    return [a.choices[int(mx.stack([next(scores) for _ in a.choices]).argmax())] for a in asked]
+
+
+def _log_probability(logits: mx.array, answer: list[int]) -> mx.array:
+    """Of all tokens of an answer together; logits [answer, vocabulary]."""
+    return mx.take_along_axis(fidelity.log_probabilities(logits), mx.array(answer)[:, None], axis=-1).sum()
 
 
 def _quarters(outcomes: Sequence[Sequence[Any]]) -> list[float | None]:

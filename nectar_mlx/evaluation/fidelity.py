@@ -102,6 +102,7 @@ def divergence(reference: mx.array, other: mx.array, answer: Sequence[int], conv
         p, q = (log_probabilities(x[at : at + step]) for x in (reference, other))
         token, top, ours = mx.array(list(answer[at : at + step])), p.argmax(-1), q.argmax(-1)
         found = (exp(p) * (p - q)).sum(-1), top == ours, mx.full(token.shape, conversation), ours == token, top == token
+        mx.eval(found)  # at once: each array by itself would be waited for
         parts.append([np.array(x) for x in found])
     return Divergence(*(np.concatenate(x) for x in zip(*parts, strict=True)))
 

@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 
 from .. import cli, prompts
-from .._exp import SLOW_EXP
-from ..baselines import Task
+from ..baselines import TOGETHER, Task
 from ..errors import NectarError
 from ..fitting import instructions
 from ..fitting.dialogue import Conversation
@@ -20,7 +19,6 @@ from ..fitting.dialogue import Conversation
 ON, OFF, REREAD, CONTINUE = "on-context", "off-context", "re-reading", "continuation"
 OWN_WORDS = "own words"  # of the on-context answers, what does not repeat the text
 TEMPERATURE = 0.7
-TOGETHER = 16 if SLOW_EXP else 64  # conversations that are sampled side by side
 _CUE, _REREAD = 16, 64  # tokens of a passage that are shown, and that are to follow
 _RECITED = 8  # tokens
 
