@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 
 from . import __version__, cli, kernels
-from .benchmarks import checks, measure, measure_fit
+from .benchmarks import checks, measure, measure_decode, measure_fit
 from .benchmarks.measure import KEEPERS, SHAPES, Shape
 from .errors import NectarError
 from .fitting.config import STEPS, FitConfig, rows_for
@@ -22,61 +22,17 @@ _CONTEXTS = {"decode": "1k,8k,32k,128k,512k,1m", "fit": "8k,32k,128k", "selftest
 Row = dict[str, Any]
 
 
-def decode(shape: Shape, contexts: Sequence[int], methods: Sequence[str], *, live: int, whole: bool) -> Row:
-    """A decode step of every method at every context length, side by side in one run.
+def decode(
+    shape: Shape, contexts: Sequence[int], methods: Sequence[str], *, live: int, whole: bool, rounds: int
+) -> Row:
+    """A decode step of every method at every context length, in rounds: see `measure_decode`.
 
     attention_ms is the attention of all layers alone; step_ms the whole model; `queued` ones are a step's share of a
     loop that queues the next step before it waits for this one, as mlx-lm's does, and give tokens_per_second. Bytes are
-    what a step must read, their share that of the measured copy bandwidth. A method whose cache would fill the memory
-    gets an empty row.
+    what a step must read, their share that of the measured copy bandwidth.
     """
-    bandwidth = measure.bandwidth()
-    model = measure.routed(shape) if whole else None
-    weights = 0 if model is None else sum(x.nbytes for x in _leaves(model.parameters()))
-    rows = []
-    for context in contexts:
-        for name in methods:
-            row: Row = {"context": context, "method": name}
-            cache = {"full": 1.0, "4-bit cache": 1.0}.get(name, 0.0) * shape.cache_bytes(context + live)
-            if cache + weights < 0.8 * measure.memory():
-                try:
-                    row |= _decode_row(shape, context, name, live, model, weights, bandwidth)
-                except RuntimeError as error:  # MLX has no quantised matmul of some shapes on CUDA
-                    row["error"] = str(error).splitlines()[0]
-            rows.append(_told(row))
-            mx.clear_cache()
-    return _about() | {"shape": shape.name, "batch": shape.batch, "live": live, "bandwidth": bandwidth, "rows": rows}
-
-
-def _decode_row(shape: Shape, context: int, name: str, live: int, model: Any, weights: int, bandwidth: float) -> Row:
-    mx.reset_peak_memory()
-    keeper = KEEPERS[name](shape, context, live)
-    queries = mx.random.normal((shape.batch, shape.n_heads, 1, shape.head_dim)).astype(measure.DTYPE)
-    mx.eval(queries)
-    seconds = measure.timed(lambda: keeper.attention_step(queries))
-    nbytes = keeper.nbytes()
-    row: Row = {"attention_ms": seconds * 1e3, "attention_bytes": nbytes}
-    row["attention_share"] = nbytes / seconds / bandwidth
-    row["queued_attention_ms"] = measure.queued(keeper.attention_step, queries) * 1e3
-    if model is not None:
-        tokens = mx.zeros((shape.batch, 1), mx.int32)
-        row["step_ms"] = measure.timed(lambda: keeper.model_step(model, tokens)) * 1e3
-        seconds, nbytes = measure.queued(lambda t: keeper.model_step(model, t), tokens), nbytes + weights
-        row |= {"queued_step_ms": seconds * 1e3, "tokens_per_second": shape.batch / seconds}
-        row |= {"bytes": nbytes, "bandwidth_share": nbytes / seconds / bandwidth}
-    return row | {"peak_memory": mx.get_peak_memory()}
-
-
-def _told(row: Row) -> Row:
-    """The row, when a line on stderr has told it: runs are long, and may be cut short."""
-    numbers = {key: f"{value:.3f}" for key, value in row.items() if isinstance(value, float)}
-    cli.say(", ".join(f"{key} {numbers.get(key, value)}" for key, value in row.items()))
-    return row
-
-
-def _leaves(tree: Any) -> list[mx.array]:
-    children = tree.values() if isinstance(tree, dict) else tree
-    return [tree] if isinstance(tree, mx.array) else [x for child in children for x in _leaves(child)]
+    found = measure_decode.measured(shape, contexts, methods, live=live, whole=whole, rounds=rounds)
+    return _about() | {"shape": shape.name, "batch": shape.batch, "live": live} | found
 
 
 def fit(shape: Shape, contexts: Sequence[int], config: FitConfig) -> Row:
@@ -84,7 +40,12 @@ def fit(shape: Shape, contexts: Sequence[int], config: FitConfig) -> Row:
     room = [n for n in contexts if 2 * shape.cache_bytes(n) < 0.8 * measure.memory()]
     if not room:
         raise NectarError(f"the keys and values of {min(contexts)} tokens do not fit the memory: ask for fewer tokens")
-    rows = [_told(row) for row in measure_fit.rows(shape, room, config)]
+    rows = []
+    for row in measure_fit.rows(shape, room, config):
+        cli.say(f"{row['context']} tokens, {row['stage']}: {row['seconds']:.1f} s, {row['peak_memory'] / 1e9:.2f} GB")
+        rows.append(row)
+    for row in rows:
+        row["share"] = row["seconds"] / sum(other["seconds"] for other in rows if other["context"] == row["context"])
     queries = rows_for(config, heads=shape.layers * shape.n_kv_heads, head_dim=shape.head_dim)
     sizes = {"layers": shape.layers, "queries": queries, "steps": config.steps or STEPS, "budget": config.budget}
     return _about() | {"shape": shape.name, "bandwidth": measure.bandwidth(), "rows": rows} | sizes
@@ -125,10 +86,20 @@ _DECODE = (
     ("queued", "queued_attention_ms", ".3f"),
     ("step ms", "step_ms", ".2f"),
     ("queued", "queued_step_ms", ".2f"),
+    ("quartiles", "queued_step_quartiles_ms", ".2f"),
     ("tokens/s", "tokens_per_second", ".1f"),
     ("MB read", "bytes", ".0f"),
     ("share of bandwidth", "bandwidth_share", ".0%"),
     ("peak GB", "peak_memory", ".2f"),
+)
+_GROWTH = (
+    ("method", "method", ""),
+    ("from", "from", "d"),
+    ("to", "to", "d"),
+    ("attention", "attention", "+.1%"),
+    ("queued", "queued_attention", "+.1%"),
+    ("step", "step", "+.1%"),
+    ("queued", "queued_step", "+.1%"),
 )
 _FIT = (
     ("context", "context", "d"),
@@ -146,15 +117,22 @@ def _table(rows: Sequence[Row], columns: Sequence[tuple[str, str, str]]) -> str:
     lines = [[title for title, _, _ in columns], ["---"] * len(columns)]
     for row in rows:
         scaled = {key: value / units[key] if key in units else value for key, value in row.items()}
-        lines.append([format(scaled[key], spec) if key in row else "–" for _, key, spec in columns])
+        lines.append([_cell(scaled[key], spec) if key in row else "–" for _, key, spec in columns])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _cell(value: Any, spec: str) -> str:
+    """A list is quartiles, with or without the median."""
+    return " / ".join(format(x, spec) for x in value) if isinstance(value, list) else format(value, spec)
 
 
 def _report(result: Row) -> str:
     head = f"{result['device']}, {result['backend']}, MLX {result['mlx']}"
     head += f", copies at {result['bandwidth'] / 1e9:.0f} GB/s"
     if "live" in result:
-        return f"{result['shape']}, {result['live']} live tokens; {head}\n\n{_table(result['rows'], _DECODE)}"
+        head = f"{result['shape']}, {result['live']} live tokens, medians of {result['rounds']} rounds; {head}"
+        grown = f"What the longest context adds to the shortest, quartiles:\n\n{_table(result['growth'], _GROWTH)}"
+        return "\n\n".join([head, _table(result["rows"], _DECODE), *[grown] * bool(result["growth"])])
     if "rows" in result:
         sizes = f"{result['layers']} layers, {result['queries']} queries a head, {result['steps']} steps"
         return f"{result['shape']}, {sizes}, budget {result['budget']:g}; {head}\n\n{_table(result['rows'], _FIT)}"
@@ -222,7 +200,7 @@ def _tokens(text: str) -> list[int]:
 
 
 def _work(arguments: argparse.Namespace) -> None:
-    for name in ("live", "batch", "layers", "queries", "steps"):
+    for name in ("live", "batch", "rounds", "layers", "queries", "steps"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise NectarError(f"--{name} {value}: at least 1")
@@ -240,7 +218,8 @@ def _work(arguments: argparse.Namespace) -> None:
             raise NectarError(f"--methods {', '.join(sorted(unknown))}: choose from {', '.join(KEEPERS)}")
         if arguments.live >= measure.ROOM:
             raise NectarError(f"--live {arguments.live}: at most {measure.ROOM - 1}")
-        result = decode(shape, contexts, methods, live=arguments.live, whole=not arguments.attention_only)
+        options = {"live": arguments.live, "whole": not arguments.attention_only, "rounds": arguments.rounds}
+        result = decode(shape, contexts, methods, **options)
     if arguments.plot and "rows" in result:
         _plot(result, arguments.plot)
     print(json.dumps(result) if arguments.json else _report(result))
@@ -261,6 +240,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     of_decode.add_argument("--methods", default=",".join(KEEPERS), help=f"default {','.join(KEEPERS)}")
     of_decode.add_argument("--live", type=int, default=64, help="tokens after the context (default 64)")
     of_decode.add_argument("--batch", type=int, default=1, help="sequences that share the context (default 1)")
+    of_decode.add_argument("--rounds", type=int, default=5, help="of measuring everything once (default 5)")
     of_decode.add_argument("--attention-only", action="store_true", help="do not run the rest of the model")
     of_fit = parser.add_argument_group("fit")
     of_fit.add_argument("--queries", type=int, metavar="N", help="captured queries a head (default: as a fit)")

@@ -10,6 +10,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_flatten
 from mlx_lm.models import qwen3
 from mlx_lm.models.base import quantized_scaled_dot_product_attention
 from mlx_lm.models.cache import KVCache, QuantizedKVCache
@@ -335,3 +336,9 @@ def routed(shape: Shape) -> nn.Module:
     model = shape.model()
     adapter.route(model)
     return model
+
+
+def nbytes_of(model: nn.Module) -> int:
+    """Of its weights."""
+    weights: list[tuple[str, mx.array]] = tree_flatten(model.parameters())  # type: ignore[assignment]
+    return sum(x.nbytes for _, x in weights)

@@ -5,8 +5,7 @@ The stages are those of `fitting.fit`.
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
@@ -19,7 +18,7 @@ from ..fitting.config import FitConfig, affordable_bytes
 from ..fitting.fitter import Fitter
 from .measure import Shape
 
-STAGES = ("prefill", "sampling", "capture", "fitting")
+STAGES = ("prefill", "sampling", "capture", "deciding sizes", "regression")
 Row = dict[str, Any]
 
 
@@ -40,49 +39,50 @@ class Words:
         return " ".join(f"w{i}" for i in ids)
 
 
-@dataclass
-class Stages:
-    """Seconds and peak bytes of each stage."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-    peaks: dict[str, int] = field(default_factory=dict)
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        mx.clear_cache()
-        mx.reset_peak_memory()
-        start = time.perf_counter()
-        yield
-        mx.synchronize()
-        self.seconds[name], self.peaks[name] = time.perf_counter() - start, mx.get_peak_memory()
-
-
 def rows(shape: Shape, contexts: list[int], config: FitConfig) -> Iterator[Row]:
-    """One row a stage and context: seconds, their share of the fit, and the peak of MLX's memory, weights included."""
+    """One row a context and stage, as soon as it is known: seconds, and the peak of MLX's memory, weights included."""
     model = shape.model()
     small = replace(config, queries=256, steps=2, scout_steps=2, answer_tokens=4)
-    measured(model, shape, min(contexts[0], 1024), small)  # kernels are compiled when they are first needed
+    for _ in stages(model, shape, min(contexts[0], 1024), small):  # kernels are compiled when they are first needed
+        pass
     for context in contexts:
-        stages = measured(model, shape, context, config)
-        whole = sum(stages.seconds.values())
-        for name in STAGES:
-            row: Row = {"context": context, "stage": name, "seconds": stages.seconds[name]}
-            yield row | {"share": stages.seconds[name] / whole, "peak_memory": stages.peaks[name]}
+        for row in stages(model, shape, context, config):
+            yield {"context": context} | row
 
 
-def measured(model: nn.Module, shape: Shape, tokens: int, config: FitConfig) -> Stages:
-    """The stages of one fit of a text of so many tokens."""
+def stages(model: nn.Module, shape: Shape, tokens: int, config: FitConfig) -> Iterator[Row]:
+    """One row a stage of one fit of a text of so many tokens."""
     geometry = adapter.route(model)
     prefix = np.random.default_rng(0).integers(0, shape.vocabulary, tokens).tolist()
-    stages, tokenizer = Stages(), Words(shape.vocabulary)
-    with stages.stage("prefill"):
-        context = reading.read(model, prefix, geometry)
+    clock, tokenizer = Clock(), Words(shape.vocabulary)
+    context = reading.read(model, prefix, geometry)
+    yield clock.stage("prefill")
     fitter = Fitter(model, tokenizer, context, geometry, config)
-    with stages.stage("sampling"):
-        fitter.converse()
-    with stages.stage("capture"):
-        fitter.hear()
-    with stages.stage("fitting"):
-        fitter.prepare()
-        fitter.regress(fitter.sizes(affordable_bytes(config, geometry, fitter.layout, n=tokens)))
-    return stages
+    fitter.converse()
+    yield clock.stage("sampling")
+    fitter.hear()
+    yield clock.stage("capture")
+    fitter.prepare()
+    sizes = fitter.sizes(affordable_bytes(config, geometry, fitter.layout, n=tokens))
+    yield clock.stage("deciding sizes")
+    fitter.regress(sizes)
+    yield clock.stage("regression")
+
+
+class Clock:
+    """Of stages that follow each other."""
+
+    def __init__(self) -> None:
+        self._start()
+
+    def _start(self) -> None:
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        self.start = time.perf_counter()
+
+    def stage(self, name: str) -> Row:
+        """What happened since the last call, under a name."""
+        mx.synchronize()
+        row: Row = {"stage": name, "seconds": time.perf_counter() - self.start, "peak_memory": mx.get_peak_memory()}
+        self._start()
+        return row
