@@ -15,6 +15,12 @@ from .quantize import Quantized, Stored
 from .store import Layout, Tensors
 
 
+def banks(layout: Layout, tensors: Tensors) -> list[Bank]:
+    """The heads that a file holds, one bank a layer."""
+    # Where a kernel decodes from the packed integers, these are for prompts alone: half as many bytes will do.
+    return store.unpack(layout, tensors, half=kernels.backend() != "ops")
+
+
 def packed(banks: Sequence[Bank], layout: Layout, tensors: Tensors, *, n_heads: int) -> list[Packed] | None:
     """One layer after the other; None, with a warning where there should have been a kernel, if there is none.
 

@@ -78,9 +78,10 @@ def _demonstrate(arguments: argparse.Namespace, path: Path) -> None:
     names = ("budget", "queries", "steps", "context_tokens")
     config = FitConfig(**{name: getattr(arguments, name) for name in names}, scout_steps=40, conversations=16)
     cli.say(f"Reading {config.context_tokens:,} tokens of the Python manual, once, and fitting it.")
-    pipeline.fit(
+    fitted = pipeline.fit(
         model, tokenizer, manual(), config=config, name=arguments.model, source="Python manual", progress=cli.progress
-    ).save(path)
+    )
+    Nectar(*fitted).save(path)
 
     started = time.perf_counter()
     nectar = Nectar.load(path, model, tokenizer)

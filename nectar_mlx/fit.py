@@ -68,6 +68,7 @@ def _work(arguments: argparse.Namespace) -> None:
     from .fitting import pipeline
     from .fitting.checkpoint import Checkpoint
     from .fitting.config import FitConfig
+    from .nectar import Nectar
 
     names = ("budget", "kind", "bits", "queries", "steps", "seed", "context_tokens", "memory", "layerwise", "prefill")
     told = {name: getattr(arguments, name) for name in names}
@@ -78,7 +79,7 @@ def _work(arguments: argparse.Namespace) -> None:
         shutil.rmtree(folder, ignore_errors=True)
     checkpoint = Checkpoint(folder)
     try:
-        nectar = pipeline.fit(
+        fitted = pipeline.fit(
             model,
             tokenizer,
             text,
@@ -88,6 +89,7 @@ def _work(arguments: argparse.Namespace) -> None:
             progress=cli.progress,
             checkpoint=checkpoint,
         )
+        nectar = Nectar(*fitted)
         nectar.save(output)
     except KeyboardInterrupt:
         cli.say(f"what was done is kept in {folder}: the same command with --resume continues")

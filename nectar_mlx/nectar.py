@@ -1,9 +1,8 @@
 """The fitted object: what a model needs to answer about one context."""
 
-import hashlib
 import json
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cached_property
@@ -14,7 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from . import __version__, adapter, decoding, kernels, models, prompts, store
+from . import adapter, decoding, models, prompts, store
 from .adapter import Geometry
 from .cache import Window, make_caches
 from .errors import NectarError
@@ -22,7 +21,7 @@ from .heads import Bank, Residual
 from .kernels.packing import Packed
 from .models import hub
 from .retrieval import EXACT, Keys, Record, Retrieving, beside, recorded, recording, retrieving
-from .retrieval.router import Router
+from .retrieval.router import Router, routers
 from .retrieval.sources import Source, passages
 from .store import Layout
 
@@ -35,16 +34,14 @@ class Nectar:
     it, where there is one; `report`, what was measured while fitting; `metadata`, where it came from.
     """
 
-    keys: Keys | None = None
-
-    def __init__(self, tensors: store.Tensors, metadata: dict[str, Any]):
-        self._tensors, self.metadata = tensors, metadata
+    def __init__(self, tensors: store.Tensors, metadata: store.Metadata, keys: Keys | None = None):
+        """tensors, metadata: what a file holds (`store.contents`, `store.description`). keys: what stands beside it."""
+        self._tensors, self.metadata, self.keys = tensors, metadata, keys
         self.geometry = Geometry(**{**metadata["geometry"], "windows": tuple(metadata["geometry"]["windows"])})
         self.layout = Layout(**metadata["layout"])
         self.prefix: list[int] = np.array(tensors["prefix"]).tolist()
         self.report: dict[str, Any] = metadata["report"]
-        # Where a kernel decodes from the packed integers, these are for prompts alone: half as many bytes will do.
-        self.banks: list[Bank] = store.unpack(self.layout, tensors, half=kernels.backend() != "ops")
+        self.banks = decoding.banks(self.layout, tensors)
         self._retrieving: dict[float, Sequence[Retrieving]] = {}
         self.chunks = _chunks(metadata.get("chunks", []), len(self.prefix))
         self.windows = _windows(tensors, self.geometry, self.start)
@@ -52,12 +49,12 @@ class Nectar:
             raise NectarError("the file is damaged: its heads are not those of its model")
 
     @classmethod
-    def fit(cls, model: nn.Module, tokenizer: Any, text: str, *, budget: float = 0.02, **options: Any) -> "Nectar":
+    def fit(cls, model: nn.Module, tokenizer: Any, text: str, *, budget: float = 0.02, **options: Any) -> Self:
         """Fits a text; budget: bytes kept / bytes of the bf16 KV cache. Options: see `fitting.config.FitConfig`."""
         from .fitting.config import FitConfig
         from .fitting.pipeline import fit
 
-        return fit(model, tokenizer, text, config=FitConfig(budget=budget, **options))
+        return cls(*fit(model, tokenizer, text, config=FitConfig(budget=budget, **options)))
 
     @classmethod
     def load(cls, path: str | Path, model: nn.Module, tokenizer: Any = None) -> Self:
@@ -87,7 +84,7 @@ class Nectar:
         tensors, strings = store.read(hub.nectar_file(path))
         try:
             metadata = {k: v if k in store_strings else json.loads(v) for k, v in strings.items()}
-            if _prefix_digest(np.array(tensors["prefix"])) != metadata["prefix_sha256"]:
+            if store.prefix_digest(tensors) != metadata["prefix_sha256"]:
                 raise NectarError(f"{path} is damaged: its prefix does not match its checksum")
             return cls(tensors, metadata)
         except (KeyError, TypeError, ValueError) as error:
@@ -165,7 +162,7 @@ class Nectar:
     @cached_property
     def _selectors(self) -> list[Router]:
         assert self.keys is not None
-        return [Router(self.keys.small, layer, scale=self.geometry.scale) for layer in range(len(self.banks))]
+        return routers(self.keys, scale=self.geometry.scale)
 
     @property
     def retrieves(self) -> bool:
@@ -229,41 +226,6 @@ store_strings = (
     "nectar_mlx",
     "source",
 )
-
-
-def build(
-    layout: Layout,
-    heads: Sequence[Any],
-    *,
-    prefix: Sequence[int],
-    geometry: Geometry,
-    provenance: dict[str, Any],
-    report: dict[str, Any],
-    windows: Mapping[int, Window] | None = None,
-    chunks: Sequence[int] = (),
-) -> Nectar:
-    """A Nectar from fitted heads (layer by layer), quantised as it will be stored: saving it loses nothing more.
-
-    windows: what the sliding-window layers keep, by layer. chunks: lengths of the last pieces of the prefix, where
-    each was read on its own.
-    """
-    ids = mx.array(list(prefix), dtype=mx.int32)
-    tensors = {"prefix": ids} | store.pack(layout, heads)
-    for layer, window in (windows or {}).items():
-        tensors |= {f"windows.{layer}.keys": window.keys, f"windows.{layer}.values": window.values}
-    metadata = {
-        "nectar_mlx": __version__,
-        "prefix_sha256": _prefix_digest(np.array(ids)),
-        "geometry": geometry.to_dict(),
-        "layout": asdict(layout),
-        "report": report,
-        "chunks": list(chunks) if len(chunks) > 1 else [],
-    }
-    return Nectar(tensors, metadata | provenance)
-
-
-def _prefix_digest(ids: np.ndarray) -> str:
-    return hashlib.sha256(np.ascontiguousarray(ids, dtype="<i4").data).hexdigest()
 
 
 def _chunks(told: Any, tokens: int) -> list[int]:

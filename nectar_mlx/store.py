@@ -11,9 +11,9 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,9 @@ import mlx.core as mx
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from . import __version__
+from .adapter import Geometry
+from .cache import Window
 from .errors import NectarError
 from .heads import KINDS, Bank, HeadArrays
 from .quantize import Quantized, Stored, dequantize, group_size, quantize, unpack_integers
@@ -28,6 +31,7 @@ from .quantize import Quantized, Stored, dequantize, group_size, quantize, unpac
 FORMAT = "nectar-1"
 BITS = (4, 5, 6, 7, 8, 16)  # of a matrix entry; 16 = float
 Tensors = dict[str, mx.array]
+Metadata = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,6 +154,48 @@ def _integers(layout: Layout, tensors: Tensors, name: str, start: int, shape: tu
     whole = unpack_integers(data[rows], bits=layout.bits).astype(mx.int8)
     scales = tensors[f"heads.{name}.scales"][rows]
     return Quantized(whole.reshape(shape), scales.reshape(*shape[:-1], shape[-1] // group))
+
+
+def contents(
+    layout: Layout, heads: Sequence[HeadArrays], *, prefix: Sequence[int], windows: Mapping[int, Window]
+) -> Tensors:
+    """All tensors of a file, quantised: writing them loses nothing more.
+
+    heads: layer by layer. windows: what the sliding-window layers keep, by layer.
+    """
+    tensors = {"prefix": mx.array(list(prefix), dtype=mx.int32)} | pack(layout, heads)
+    for layer, window in windows.items():
+        tensors |= {f"windows.{layer}.keys": window.keys, f"windows.{layer}.values": window.values}
+    return tensors
+
+
+def description(
+    tensors: Tensors,
+    layout: Layout,
+    geometry: Geometry,
+    *,
+    provenance: Mapping[str, Any],
+    report: Mapping[str, Any],
+    chunks: Sequence[int] = (),
+) -> Metadata:
+    """What a file tells beside its tensors. provenance: the model and the settings. report: what was measured.
+
+    chunks: lengths of the last pieces of the prefix, where each was read on its own.
+    """
+    return {
+        "nectar_mlx": __version__,
+        "prefix_sha256": prefix_digest(tensors),
+        "geometry": geometry.to_dict(),
+        "layout": asdict(layout),
+        "report": dict(report),
+        "chunks": list(chunks) if len(chunks) > 1 else [],
+        **provenance,
+    }
+
+
+def prefix_digest(tensors: Tensors) -> str:
+    """sha256 of the token ids, as little-endian int32."""
+    return hashlib.sha256(np.ascontiguousarray(np.array(tensors["prefix"]), dtype="<i4").data).hexdigest()
 
 
 def digest(tensors: Tensors) -> str:

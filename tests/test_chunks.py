@@ -14,7 +14,7 @@ from test_fit import FAST, TEXT
 from nectar_mlx import Nectar, NectarError, adapter, evaluate, fit, prompts, store
 from nectar_mlx.baselines import Task
 from nectar_mlx.clock import Clock
-from nectar_mlx.fitting import chunks, matching, pipeline
+from nectar_mlx.fitting import chunks, matching
 from nectar_mlx.fitting.checkpoint import Checkpoint
 from nectar_mlx.fitting.config import FitConfig
 from nectar_mlx.fitting.dialogue import Conversation
@@ -122,18 +122,19 @@ def test_chunks_weigh_as_much_as_one(tokenizer, monkeypatch, architecture, room)
     monkeypatch.setattr(LayerwiseFitter, "converse", lambda self: None)
     monkeypatch.setattr(LayerwiseFitter, "regress", kept)
     monkeypatch.setattr(LayerwiseFitter, "fidelity", lambda self, make: {"kl": 0.0, "agree": 1.0})
-    built = chunks.fit(
+    layout, tensors, report = chunks.fit(
         model,
         tokenizer,
         prefix,
         geometry,
         chunks=lengths,
         config=FitConfig(**SMALL | {"bits": 16, "budget": 1.0}),
-        provenance=toys.provenance(model, tokenizer),
         progress=silent,
         checkpoint=Checkpoint(None),
         clock=Clock(),
     )
+    told = {"provenance": toys.provenance(model, tokenizer), "report": report, "chunks": lengths}
+    built = Nectar(tensors, store.description(tensors, layout, geometry, **told))
     context = chunks.read(model, prefix, geometry, chunks=lengths)
     assert context.start == built.start == opening + max(lengths)
     agree(model, built.make_cache(), stock_caches(model, prefix, lengths, opening))
@@ -143,9 +144,9 @@ def test_chunks_weigh_as_much_as_one(tokenizer, monkeypatch, architecture, room)
 def test_every_chunk_is_answered_about(tokenizer, monkeypatch, tmp_path):
     model = small_window()
     kept, fidelity = [], chunks._fidelity
-    monkeypatch.setattr(chunks, "_fidelity", lambda fitters, fitted: kept.extend(fitters) or fidelity(fitters, fitted))
+    monkeypatch.setattr(chunks, "_fidelity", lambda fitters, *of: kept.extend(fitters) or fidelity(fitters, *of))
     config = FitConfig(**SMALL | {"steps": 60, "queries": 800, "budget": 0.8})
-    fitted = pipeline.fit(model, tokenizer, TEXT, config=config)
+    fitted = toys.fit(model, tokenizer, TEXT, config=config)
     assert len(fitted.chunks) >= 3 and fitted.start <= 200
     assert fitted.nbytes <= 0.8 * fitted.cache_nbytes
     assert min(size for (size,) in fitted.banks[0].sizes) > prompts.opening(tokenizer)
@@ -177,7 +178,7 @@ def check_evaluation(model, tokenizer, fitted):
 def test_a_chunk_that_is_done_is_not_read_again(tokenizer, tmp_path, monkeypatch, architecture):
     model = small_window(architecture)
     config = FitConfig(**SMALL)
-    whole = pipeline.fit(model, tokenizer, TEXT, config=config)
+    whole = toys.fit(model, tokenizer, TEXT, config=config)
     layers, walked = LayerwiseFitter.layers, []
 
     def interrupted(self):
@@ -188,8 +189,8 @@ def test_a_chunk_that_is_done_is_not_read_again(tokenizer, tmp_path, monkeypatch
 
     monkeypatch.setattr(LayerwiseFitter, "layers", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        pipeline.fit(model, tokenizer, TEXT, config=config, checkpoint=Checkpoint(tmp_path / "part"))
-    resumed = pipeline.fit(model, tokenizer, TEXT, config=config, checkpoint=Checkpoint(tmp_path / "part"))
+        toys.fit(model, tokenizer, TEXT, config=config, checkpoint=Checkpoint(tmp_path / "part"))
+    resumed = toys.fit(model, tokenizer, TEXT, config=config, checkpoint=Checkpoint(tmp_path / "part"))
     assert len(walked) == len(whole.chunks) + 1
     assert store.digest(resumed._tensors) == store.digest(whole._tensors)
     report, expected = (dict(f.report, seconds=None) for f in (resumed, whole))
@@ -198,7 +199,7 @@ def test_a_chunk_that_is_done_is_not_read_again(tokenizer, tmp_path, monkeypatch
 
 def test_sliding_windows_keep_the_end_of_the_last_chunk(tokenizer):
     model = small_window("gemma3_text")
-    fitted = pipeline.fit(model, tokenizer, TEXT, config=FitConfig(**SMALL))
+    fitted = toys.fit(model, tokenizer, TEXT, config=FitConfig(**SMALL))
     assert len(fitted.chunks) > 1
     assert {w.keys.shape[1] for w in fitted.windows.values()} == {model.args.sliding_window}
     assert mx.isfinite(model(mx.array([toys.random_tokens(9)]), cache=fitted.make_cache())).all()
@@ -223,10 +224,10 @@ def test_baselines_keep_what_a_key_weighs(tokenizer):
 def test_a_budget_that_does_not_hold_every_chunk_is_refused_with_one_that_does(tokenizer):
     model = small_window()
     with pytest.raises(NectarError, match="too small") as told:
-        pipeline.fit(model, tokenizer, TEXT, config=FitConfig(**SMALL | {"budget": 0.02}))
+        toys.fit(model, tokenizer, TEXT, config=FitConfig(**SMALL | {"budget": 0.02}))
     least = float(re.search(r"at least (\S+),", str(told.value))[1])
     assert 0.02 < least < 1
-    pipeline.fit(model, tokenizer, TEXT, config=FitConfig(**SMALL | {"steps": 1, "budget": 1.02 * least}))
+    toys.fit(model, tokenizer, TEXT, config=FitConfig(**SMALL | {"steps": 1, "budget": 1.02 * least}))
 
 
 def test_memory_does_not_grow_with_the_text(tokenizer):
@@ -236,7 +237,7 @@ def test_memory_does_not_grow_with_the_text(tokenizer):
         before = mx.get_active_memory()
         mx.reset_peak_memory()
         config = FitConfig(**SMALL | {"steps": 2, "scout_steps": 1, "samples": 100, "budget": 0.1})
-        fitted = pipeline.fit(model, tokenizer, TEXT * repeats, config=config)
+        fitted = toys.fit(model, tokenizer, TEXT * repeats, config=config)
         return mx.get_peak_memory() - before, len(fitted.chunks)
 
     (short, few), (long, many) = peak(1), peak(4)

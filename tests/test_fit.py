@@ -12,7 +12,7 @@ import pytest
 import toys
 
 from nectar_mlx import Nectar, NectarError, adapter, fit, prompts, store
-from nectar_mlx.fitting import capture, checkpoint, dialogue, pipeline, reading
+from nectar_mlx.fitting import capture, checkpoint, dialogue, reading
 from nectar_mlx.fitting.config import FitConfig
 from nectar_mlx.fitting.dialogue import Conversation
 from nectar_mlx.fitting.fitter import Fitter
@@ -38,7 +38,7 @@ def tokenizer():
 
 
 def fitted(model, tokenizer, **options):
-    return pipeline.fit(model, tokenizer, TEXT, config=FitConfig(**FAST | options))
+    return toys.fit(model, tokenizer, TEXT, config=FitConfig(**FAST | options))
 
 
 def logits(model, nectar, tokens):
@@ -87,7 +87,7 @@ def test_exact_reproduces_the_stock_model(tokenizer):
 def test_an_interrupted_fit_continues_where_it_stopped(tokenizer, tmp_path, monkeypatch):
     model = toys.toy("llama")
     config = FitConfig(**FAST | {"budget": 0.5, "context_tokens": 150, "queries": 2500})
-    whole = pipeline.fit(model, tokenizer, TEXT, config=config)
+    whole = toys.fit(model, tokenizer, TEXT, config=config)
     asked = []
     converse = dialogue.converse
 
@@ -99,25 +99,25 @@ def test_an_interrupted_fit_continues_where_it_stopped(tokenizer, tmp_path, monk
 
     monkeypatch.setattr(dialogue, "converse", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        pipeline.fit(model, tokenizer, TEXT, config=config, checkpoint=checkpoint.Checkpoint(tmp_path / "part"))
+        toys.fit(model, tokenizer, TEXT, config=config, checkpoint=checkpoint.Checkpoint(tmp_path / "part"))
     monkeypatch.setattr(dialogue, "converse", converse)
-    resumed = pipeline.fit(model, tokenizer, TEXT, config=config, checkpoint=checkpoint.Checkpoint(tmp_path / "part"))
+    resumed = toys.fit(model, tokenizer, TEXT, config=config, checkpoint=checkpoint.Checkpoint(tmp_path / "part"))
     assert store.digest(resumed._tensors) == store.digest(whole._tensors)
 
 
 def test_fitted_heads_are_not_fitted_again(tokenizer, tmp_path, monkeypatch):
     model = toys.toy("llama")
     config = FitConfig(**FAST | {"budget": 0.5, "context_tokens": 150})
-    first = pipeline.fit(model, tokenizer, TEXT, config=config, checkpoint=checkpoint.Checkpoint(tmp_path))
+    first = toys.fit(model, tokenizer, TEXT, config=config, checkpoint=checkpoint.Checkpoint(tmp_path))
     monkeypatch.setattr("nectar_mlx.fitting.regression.train", lambda *a, **k: pytest.fail("trained again"))
     monkeypatch.setattr(dialogue, "converse", lambda *a, **k: pytest.fail("asked again"))
-    second = pipeline.fit(model, tokenizer, TEXT, config=config, checkpoint=checkpoint.Checkpoint(tmp_path))
+    second = toys.fit(model, tokenizer, TEXT, config=config, checkpoint=checkpoint.Checkpoint(tmp_path))
     assert store.digest(second._tensors) == store.digest(first._tensors)
 
 
 def test_resuming_with_other_settings_is_refused(tokenizer, tmp_path):
     model = toys.toy("llama")
-    pipeline.fit(
+    toys.fit(
         model,
         tokenizer,
         TEXT,
@@ -125,7 +125,7 @@ def test_resuming_with_other_settings_is_refused(tokenizer, tmp_path):
         checkpoint=checkpoint.Checkpoint(tmp_path),
     )
     with pytest.raises(NectarError, match="other settings"):
-        pipeline.fit(
+        toys.fit(
             model,
             tokenizer,
             TEXT,
@@ -185,8 +185,8 @@ def test_where_rows_are_kept_changes_nothing(tokenizer, tmp_path, monkeypatch):
     """In memory, on disk beyond the memory bound, and where a GPU computes."""
     model = toys.toy("llama")
     options = FAST | {"budget": 0.5, "context_tokens": 150}
-    kept = pipeline.fit(model, tokenizer, TEXT, config=FitConfig(**options))
-    spilled = pipeline.fit(
+    kept = toys.fit(model, tokenizer, TEXT, config=FitConfig(**options))
+    spilled = toys.fit(
         model,
         tokenizer,
         TEXT,
@@ -195,7 +195,7 @@ def test_where_rows_are_kept_changes_nothing(tokenizer, tmp_path, monkeypatch):
     )
     assert list(tmp_path.glob("study.rows/*.npy"))
     monkeypatch.setattr(Fitter, "_empty", lambda self, rows, folder: DeviceStudy(rows))
-    near = pipeline.fit(model, tokenizer, TEXT, config=FitConfig(**options))
+    near = toys.fit(model, tokenizer, TEXT, config=FitConfig(**options))
     assert store.digest(kept._tensors) == store.digest(spilled._tensors) == store.digest(near._tensors)
 
 

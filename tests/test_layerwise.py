@@ -118,7 +118,7 @@ def test_it_fits_about_as_well_as_the_ordinary_way(tokenizer, architecture):
     model = toys.toy(architecture)
     options = SMALL | {"steps": 100, "context_tokens": 700}
     ordinary, ours = (
-        pipeline.fit(model, tokenizer, TEXT, config=FitConfig(**options, layerwise=choice)) for choice in (False, True)
+        toys.fit(model, tokenizer, TEXT, config=FitConfig(**options, layerwise=choice)) for choice in (False, True)
     )
     assert ours.report["layerwise"] and "layerwise" not in ordinary.report
     assert ours.nbytes <= 1.05 * ordinary.nbytes  # the same budget, another split of it to be rounded
@@ -222,7 +222,7 @@ def test_only_one_layer_of_keys_and_values_exists(tokenizer):
 def test_an_interrupted_fit_goes_on(tokenizer, tmp_path, monkeypatch):
     model = toys.toy("llama")
     config = FitConfig(**SMALL, layerwise=True)
-    whole = pipeline.fit(model, tokenizer, TEXT, config=config)
+    whole = toys.fit(model, tokenizer, TEXT, config=config)
     regress, calls = Fitter.regress, []
 
     def interrupted(self, sizes):
@@ -233,13 +233,13 @@ def test_an_interrupted_fit_goes_on(tokenizer, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Fitter, "regress", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        pipeline.fit(model, tokenizer, TEXT, config=config, checkpoint=Checkpoint(tmp_path / "part"))
+        toys.fit(model, tokenizer, TEXT, config=config, checkpoint=Checkpoint(tmp_path / "part"))
     monkeypatch.setattr(Fitter, "regress", regress)
     monkeypatch.setattr(LayerwiseFitter, "_ask_about", lambda *a: pytest.fail("asked again"))
     trained = []
     train = pipeline.Fitter._train
     monkeypatch.setattr(Fitter, "_train", lambda self, heads, *a: trained.extend(heads) or train(self, heads, *a))
-    resumed = pipeline.fit(model, tokenizer, TEXT, config=config, checkpoint=Checkpoint(tmp_path / "part"))
+    resumed = toys.fit(model, tokenizer, TEXT, config=config, checkpoint=Checkpoint(tmp_path / "part"))
     assert store.digest(resumed._tensors) == store.digest(whole._tensors)
     assert len(trained) == (model.args.num_hidden_layers - 2) * model.args.num_key_value_heads
 

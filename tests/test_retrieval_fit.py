@@ -9,7 +9,7 @@ import toys
 
 from nectar_mlx import Nectar, NectarError, adapter, ask, evaluate, fit, prompts
 from nectar_mlx.attention import Partial, merge
-from nectar_mlx.fitting import pipeline, reading, regression
+from nectar_mlx.fitting import reading, regression
 from nectar_mlx.fitting.config import FitConfig
 from nectar_mlx.fitting.study import Captured
 from nectar_mlx.heads import Completion, Remainder, Retrieval
@@ -125,7 +125,7 @@ def fitted():
     """Every kind on one toy."""
     tokenizer, model = toys.tokenizer(), toys.toy("llama")
     kinds = ("retrieval", "completion", "retrieval+nectar")
-    return tokenizer, model, {k: pipeline.fit(model, tokenizer, TEXT, config=FitConfig(**FAST, kind=k)) for k in kinds}
+    return tokenizer, model, {k: toys.fit(model, tokenizer, TEXT, config=FitConfig(**FAST, kind=k)) for k in kinds}
 
 
 def test_kinds(fitted):
@@ -159,7 +159,7 @@ def test_anchors_are_the_first_and_last_keys(fitted):
 def test_architectures(architecture):
     """Sliding windows, sinks in the denominator, normalised queries."""
     tokenizer, model = toys.tokenizer(), toys.toy(architecture)
-    nectar = pipeline.fit(model, tokenizer, TEXT, config=FitConfig(**FAST, kind="retrieval", context_tokens=150))
+    nectar = toys.fit(model, tokenizer, TEXT, config=FitConfig(**FAST, kind="retrieval", context_tokens=150))
     tokens = nectar.prompt(tokenizer, "Who?")
     full = model(mx.array([nectar.prefix + tokens]))[:, len(nectar.prefix) :]
     found = model(mx.array([tokens]), cache=nectar.make_cache(exact=1))
@@ -168,7 +168,7 @@ def test_architectures(architecture):
 
 def test_a_text_that_is_too_short():
     with pytest.raises(NectarError, match="at least 48 tokens"):
-        pipeline.fit(toys.toy("llama"), toys.tokenizer(), "the fox", config=FitConfig(kind="retrieval+nectar"))
+        toys.fit(toys.toy("llama"), toys.tokenizer(), "the fox", config=FitConfig(kind="retrieval+nectar"))
 
 
 def test_from_text_to_sources_and_evaluation(tmp_path, capsys, monkeypatch):

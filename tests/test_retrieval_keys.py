@@ -11,7 +11,6 @@ import toys
 from nectar_mlx import Nectar, NectarError, adapter, ask
 from nectar_mlx.fitting import reading
 from nectar_mlx.heads.residual import ANCHORS, anchor_positions
-from nectar_mlx.nectar import build
 from nectar_mlx.quantize import dequantize, quantize
 from nectar_mlx.retrieval import Keys, beside, sketch, sources
 from nectar_mlx.store import Layout
@@ -132,7 +131,7 @@ class Book:
         layout = Layout(kind="retrieval", bits=8, n_layers=len(context.banks), n_kv_heads=2, head_dim=16,
                         scale=geometry.scale)  # fmt: skip
         provenance = toys.provenance(self.model, self.tokenizer, str(self.folder))
-        nectar = build(layout, heads, prefix=prefix, geometry=geometry, provenance=provenance, report={})
+        nectar = toys.build(layout, heads, prefix=prefix, geometry=geometry, provenance=provenance, report={})
         asked = [np.random.default_rng(0).normal(size=(2, 50, 16)) for _ in context.banks]
         pairs = [(b.parameters["keys"], b.parameters["values"]) for b in context.banks]
         small = sketch.build([k for k, _ in pairs], asked, scale=geometry.scale) | sources.arrays(

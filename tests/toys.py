@@ -13,9 +13,8 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers import models as tokenizer_models
 from transformers import PreTrainedTokenizerFast
 
-from nectar_mlx import Nectar, adapter, models
-from nectar_mlx.fitting import reading
-from nectar_mlx.nectar import build
+from nectar_mlx import Nectar, adapter, models, store
+from nectar_mlx.fitting import pipeline, reading
 from nectar_mlx.store import Layout
 
 VOCABULARY = 320
@@ -146,6 +145,27 @@ def picked(model: nn.Module, prefix: Sequence[int], nodes: int, tokenizer: Any =
         report={"kl": 0.5, "agree": 0.7, "seconds": {"read": 0.1}},
         windows=context.windows,
     )
+
+
+def fit(model: nn.Module, tokenizer: Any, text: str, **options: Any) -> Nectar:
+    """`Nectar.fit` with a whole configuration, and with what only commands give."""
+    return Nectar(*pipeline.fit(model, tokenizer, text, **options))
+
+
+def build(
+    layout: Layout,
+    heads: Sequence[Any],
+    *,
+    prefix: Sequence[int],
+    geometry: adapter.Geometry,
+    windows: Any = None,
+    chunks: Sequence[int] = (),
+    **told: Any,
+) -> Nectar:
+    """A Nectar of these heads, layer by layer."""
+    tensors = store.contents(layout, heads, prefix=prefix, windows=windows or {})
+    described = store.description(tensors, layout, geometry, chunks=chunks, **told)
+    return Nectar(tensors, described)
 
 
 def _layout(geometry: adapter.Geometry, kind: str, bits: int) -> Layout:

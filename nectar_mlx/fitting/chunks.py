@@ -23,11 +23,11 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from .. import nectar, store
+from .. import decoding, store
 from ..adapter import Geometry
+from ..cache import make_caches
 from ..clock import Clock
-from ..heads import Exact, HeadArrays, Size, Weighed
-from ..nectar import Nectar
+from ..heads import Bank, Exact, HeadArrays, Size, Weighed
 from ..store import Layout
 from . import reading
 from .checkpoint import Checkpoint
@@ -52,12 +52,11 @@ def fit(
     *,
     chunks: Sequence[int],
     config: FitConfig,
-    provenance: dict[str, Any],
     progress: Progress,
     checkpoint: Checkpoint,
     clock: Clock,
-) -> Nectar:
-    """Fits a prefix that ends with these chunks (their lengths in tokens), layer by layer."""
+) -> tuple[Layout, store.Tensors, dict[str, Any]]:
+    """Fits a prefix that ends with these chunks (their lengths in tokens), layer by layer -> heads and report."""
     if len(chunks) > 1:
         config = replace(config, kind="quadrature")  # heads made of nodes can be joined
     layout = layout_for(config, geometry, n_layers=len(geometry.fitted))
@@ -87,22 +86,12 @@ def fit(
         fitters.append(fitter)
         fitted.append(layers)
         errors += found
-    report = {"layerwise": True, "sizes": sizes, "queries": fitter.rows, "error": errors}
     before = reading.read(model, prefix[:opening], geometry).banks if opening else []
-    result = nectar.build(
-        layout,
-        list(_heads(layout, before, fitted)),
-        prefix=prefix,
-        geometry=geometry,
-        provenance=provenance,
-        report=report,
-        windows=fitter.windows,
-        chunks=chunks,
-    )
-    report |= _fidelity(fitters, result)
+    tensors = store.contents(layout, list(_heads(layout, before, fitted)), prefix=prefix, windows=fitter.windows)
+    fidelity = _fidelity(fitters, decoding.banks(layout, tensors), len(prefix) - sum(chunks) + max(chunks))
     clock.lap("check")
-    report["seconds"] = clock.laps
-    return result
+    report = {"layerwise": True, "sizes": sizes, "queries": fitter.rows, "error": errors}
+    return layout, tensors, report | fidelity
 
 
 def read(
@@ -158,9 +147,10 @@ def _joined(opening: Exact, chunks: Sequence[Sequence[HeadArrays]]) -> list[Head
     ]
 
 
-def _fidelity(fitters: Sequence[LayerwiseFitter], fitted: Nectar) -> dict[str, Any]:
+def _fidelity(fitters: Sequence[LayerwiseFitter], banks: Sequence[Bank], context: int) -> dict[str, Any]:
     """The file's divergence from the model that has a conversation's own chunk in view, whole and alone."""
-    found = [fitter.fidelity(fitted.make_cache) for fitter in fitters]
+    make_cache = partial(make_caches, banks, fitters[-1].windows, context)
+    found = [fitter.fidelity(make_cache) for fitter in fitters]
     means = {name: round(sum(f[name] for f in found) / len(found), 5) for name in ("kl", "agree")}
     return means if len(found) == 1 else means | {"chunks": found}
 

@@ -3,8 +3,9 @@
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -12,6 +13,7 @@ import numpy as np
 
 from .._exp import SLOW_EXP
 from ..adapter import Geometry
+from ..cache import make_caches
 from ..evaluation import fidelity
 from ..heads import Bank, HeadArrays, Size
 from . import capture, dialogue, grouping, matching, regression, sensitivity, starts
@@ -20,9 +22,6 @@ from .config import STEPS, FitConfig, allocate, free_memory, layout_for, rows_fo
 from .dialogue import Conversation
 from .reading import Context
 from .study import Captured, DeviceStudy, Study
-
-if TYPE_CHECKING:
-    from ..nectar import Nectar
 
 _JUDGES = 8  # conversations by which the errors of heads are weighed
 _RATES = {"quadrature": 1.5e-2, "retrieval+nectar": 2.5e-2}  # others 6e-3
@@ -229,11 +228,12 @@ class Fitter:
             found[heads] = np.array(regression.errors(bank, self.held_out.heads(heads)))
         return [float(f"{x:.3g}") for x in found]
 
-    def fidelity(self, fitted: "Nectar") -> dict[str, Any]:
-        """KL and agreement with the full cache on held-out conversations."""
+    def fidelity(self, banks: Sequence[Bank]) -> dict[str, Any]:
+        """KL and agreement with the full cache on held-out conversations, one bank a layer."""
+        make_cache = partial(make_caches, banks, self.context.windows, self.context.start)
         conversations = [c for c in self.conversations if c.held_out and c.answer][:8]
         with self.progress("checking", len(conversations)) as done:
             found = fidelity.compare(
-                self.model, self.context.make_cache, {"nectar": fitted.make_cache}, conversations, progress=done
+                self.model, self.context.make_cache, {"nectar": make_cache}, conversations, progress=done
             )["nectar"]
         return {"kl": round(float(found.kl.mean()), 5), "agree": round(float(found.agree.mean()), 4)}

@@ -1,4 +1,4 @@
-"""Fitting: a text goes in, a Nectar comes out.
+"""Fitting: a text goes in, what a .nectar holds comes out.
 
 read the text once -> converse about it -> capture what attention sees in that -> decide each head's budget
 -> start every head from Attention Matching at its own budget -> regress -> quantise -> report
@@ -12,13 +12,13 @@ from typing import Any
 
 import mlx.nn as nn
 
-from .. import adapter, models, nectar, prompts
+from .. import adapter, decoding, models, prompts, store
 from ..adapter import Geometry
 from ..clock import Clock
 from ..errors import NectarError
-from ..heads import KINDS, Quadrature, Residual
-from ..nectar import Nectar
+from ..heads import KINDS, Bank, Quadrature, Residual
 from ..retrieval.fitter import RetrievalFitter
+from ..retrieval.keys import Keys
 from . import chunks, reading
 from .checkpoint import Checkpoint
 from .config import FitConfig, affordable_bytes, free_memory
@@ -35,13 +35,13 @@ def fit(
     source: str = "",
     progress: Progress = silent,
     checkpoint: Checkpoint | None = None,
-) -> Nectar:
-    """Fits a text; see the module's first lines. name, source: what the file says of the model and the text.
+) -> tuple[store.Tensors, store.Metadata, Keys | None]:
+    """Fits a text -> what a Nectar is made of; see the module's first lines.
 
-    checkpoint: where an interrupted fit leaves its work, and a resumed one finds it. NectarError for a text, budget
-    or model that cannot be fitted.
+    name, source: what the file says of the model and the text. checkpoint: where an interrupted fit leaves its work,
+    and a resumed one finds it. NectarError for a text, budget or model that cannot be fitted.
     """
-    clock = Clock()
+    clock, keys = Clock(), None
     geometry = adapter.route(model)
     prefix = _checked_prefix(tokenizer, text, config)
     provenance = {
@@ -53,56 +53,57 @@ def fit(
     }
     lengths = _chunks(model, tokenizer, prefix, config)
     if len(lengths) > 1 or _needs_layers(model, geometry, config, len(prefix)):
-        return chunks.fit(
+        layout, tensors, report = chunks.fit(
             model,
             tokenizer,
             prefix,
             geometry,
             chunks=lengths,
             config=config,
-            provenance=provenance,
             progress=progress,
             checkpoint=checkpoint or Checkpoint(None),
             clock=clock,
         )
-    with progress("reading", len(prefix)) as done:
-        context = reading.read(model, prefix, geometry, prefill=config.prefill, progress=done)
-    clock.lap("read")
-    retrieves = issubclass(KINDS.get(config.kind, Quadrature), Residual)
-    make = RetrievalFitter if retrieves else Fitter
-    fitter = make(model, tokenizer, context, geometry, config, progress=progress, checkpoint=checkpoint)
-    report: dict[str, Any] = {}
-    if config.kind == "exact":
-        heads = [head for bank in context.banks for head in bank.unstack()]
     else:
-        nbytes = affordable_bytes(config, geometry, fitter.layout, n=len(prefix))
-        fitter.converse()
-        fitter.hear()
-        clock.lap("study")
-        fitter.prepare()
-        sizes = fitter.sizes(nbytes)
-        clock.lap("budgets")
-        heads = fitter.regress(sizes)
-        clock.lap("regression")
-        report |= {"sizes": sizes, "queries": fitter.study.rows}
-    fitted = nectar.build(
-        fitter.layout,
-        heads,
-        prefix=prefix,
-        geometry=geometry,
-        provenance=provenance,
-        report=report,
-        windows=context.windows,
-    )
-    if isinstance(fitter, RetrievalFitter):
-        fitted.keys = fitter.keys(text, nectar=fitted.digest)
-        clock.lap("keys")
-    if config.kind != "exact":
-        report["error"] = fitter.errors(fitted.retrieving() or fitted.banks)
-        report |= fitter.fidelity(fitted)
-        clock.lap("check")
+        with progress("reading", len(prefix)) as done:
+            context = reading.read(model, prefix, geometry, prefill=config.prefill, progress=done)
+        clock.lap("read")
+        retrieves = issubclass(KINDS.get(config.kind, Quadrature), Residual)
+        make = RetrievalFitter if retrieves else Fitter
+        fitter = make(model, tokenizer, context, geometry, config, progress=progress, checkpoint=checkpoint)
+        layout = fitter.layout
+        tensors, report, keys = _fit(fitter, text, clock)
     report["seconds"] = clock.laps
-    return fitted
+    metadata = store.description(tensors, layout, geometry, provenance=provenance, report=report, chunks=lengths)
+    return tensors, metadata, keys
+
+
+def _fit(fitter: Fitter, text: str, clock: Clock) -> tuple[store.Tensors, dict[str, Any], Keys | None]:
+    """The text as a whole -> all tensors, the report, and the keys, where the kind keeps them."""
+    report: dict[str, Any] = {}
+    context, keys = fitter.context, None
+    if fitter.layout.kind == "exact":
+        heads = [head for bank in context.banks for head in bank.unstack()]
+        return store.contents(fitter.layout, heads, prefix=context.prefix, windows=context.windows), report, keys
+    nbytes = affordable_bytes(fitter.config, fitter.geometry, fitter.layout, n=len(context.prefix))
+    fitter.converse()
+    fitter.hear()
+    clock.lap("study")
+    fitter.prepare()
+    sizes = fitter.sizes(nbytes)
+    clock.lap("budgets")
+    heads = fitter.regress(sizes)
+    clock.lap("regression")
+    tensors = store.contents(fitter.layout, heads, prefix=context.prefix, windows=context.windows)
+    banks: Sequence[Bank] = decoding.banks(fitter.layout, tensors)
+    if isinstance(fitter, RetrievalFitter):
+        keys = fitter.keys(text, nectar=store.digest(tensors))
+        banks = fitter.reading(banks, keys)
+        clock.lap("keys")
+    report |= {"sizes": sizes, "queries": fitter.study.rows, "error": fitter.errors(banks)}
+    report |= fitter.fidelity(banks)
+    clock.lap("check")
+    return tensors, report, keys
 
 
 def _needs_layers(model: nn.Module, geometry: Geometry, config: FitConfig, n: int) -> bool:

@@ -17,8 +17,10 @@ from ..fitting.study import Captured
 from ..heads import Bank, HeadArrays, Size
 from ..heads.remainder import AtThreshold
 from ..heads.residual import ANCHORS, EVERYTHING, SINKS, anchor_positions, middle
-from . import distillation, sketch, sources, training
+from . import EXACT, distillation, sketch, sources, training
+from .bank import retrieving
 from .keys import Arrays, Keys
+from .router import routers
 
 _SKETCHED = 2048  # captured queries that the router is made from
 _LEAST = 4 * ANCHORS
@@ -188,3 +190,8 @@ class RetrievalFitter(Fitter):
         layers = [(bank.parameters["keys"], bank.parameters["values"]) for bank in self.context.banks]
         small = self._sketch | sources.arrays(self.tokenizer, text, self.context.prefix)
         return Keys.of(layers, small=small, nectar=nectar)
+
+    def reading(self, banks: Sequence[Bank], keys: Keys) -> Sequence[Bank]:
+        """The banks as they answer unless a request says otherwise: some keys read exactly, if there are enough."""
+        found = retrieving(banks, keys, routers(keys, scale=self.geometry.scale), exact=EXACT, group=self._group)
+        return found or banks

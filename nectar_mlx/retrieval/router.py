@@ -12,7 +12,7 @@ import numpy as np
 
 from ..heads.residual import NOTHING
 from . import sketch
-from .keys import Arrays
+from .keys import Arrays, Keys
 from .selection import Choice, Selector, best, log_sum, top
 from .sketch import CLUSTER, PER_KEY, decode, encode
 
@@ -48,6 +48,11 @@ class Router:
         if len(found) == 1:
             return found[0]
         return Choice(*(mx.concatenate(list(xs))[self._order] for xs in zip(*found, strict=True)))
+
+
+def routers(keys: Keys, *, scale: float) -> list[Router]:
+    """One a layer."""
+    return [Router(keys.small, layer, scale=scale) for layer in range(len(keys.rows))]
 
 
 class _Clusters:
