@@ -6,10 +6,10 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-import toys
 from mlx_lm.models.cache import make_prompt_cache
 
 from nectar_mlx import Nectar, NectarError, adapter
+from tests import toys
 
 PREFIX = toys.random_tokens(70)
 TURN = toys.random_tokens(37, seed=1)

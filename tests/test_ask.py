@@ -6,9 +6,9 @@ import sys
 
 import mlx_lm
 import pytest
-import toys
 
 from nectar_mlx import Nectar, __main__, ask, cli, store
+from tests import toys
 
 QUESTION = "who is the fox?"
 

@@ -1,10 +1,10 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from oracle import attention as oracle
-from oracle import repeat_heads
 
 from nectar_mlx import _exp, attention
+from tests.oracle import attention as oracle
+from tests.oracle import repeat_heads
 
 
 def normal(*shape, seed=0):

@@ -8,7 +8,6 @@ import mlx.core as mx
 import mlx_lm
 import numpy as np
 import pytest
-import toys
 from mlx_lm.generate import BatchGenerator, batch_generate, generate_step, speculative_generate_step
 from mlx_lm.models.base import create_attention_mask
 from mlx_lm.models.cache import (
@@ -21,6 +20,7 @@ from mlx_lm.models.cache import (
 
 from nectar_mlx import NectarError, attention, kernels
 from nectar_mlx.cache import BatchNectarCache, NectarCache
+from tests import toys
 
 CONTEXT = toys.random_tokens(70)
 PROMPTS = [toys.random_tokens(n, seed=n) for n in (9, 1, 23, 4, 14, 2, 30, 11)]

@@ -6,10 +6,10 @@ import sys
 
 import mlx_lm
 import pytest
-import toys
 
 from nectar_mlx import Nectar
 from nectar_mlx.chat import Conversation
+from tests import toys
 
 QUESTIONS = ["who is the fox?", "and the dog?", "the answer"]
 

@@ -4,9 +4,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import toys
 
 from nectar_mlx import demo
+from tests import toys
 
 SMALL = ["--context-tokens", "150", "--budget", "0.5", "--queries", "300", "--steps", "5", "--max-tokens", "8"]
 

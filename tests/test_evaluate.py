@@ -8,7 +8,6 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-import toys
 
 from nectar_mlx import NectarError, adapter, evaluate, prompts
 from nectar_mlx.baselines import Task
@@ -16,6 +15,7 @@ from nectar_mlx.evaluate import Options
 from nectar_mlx.evaluation import answers, methods, questions, similarity, summary
 from nectar_mlx.fitting import reading
 from nectar_mlx.fitting.dialogue import Conversation
+from tests import toys
 
 TEXT = "The brig left Ostend on 4 May 1847. Her master was Anna Velde, and she carried 299 casks of amber. " * 4
 TOKENIZER = toys.tokenizer()

@@ -3,9 +3,9 @@
 import json
 
 import pytest
-import toys
 
 from nectar_mlx import cli, inspect
+from tests import toys
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,9 @@ ones: where BOS and system turns go, what is trimmed, who may speak when. The fu
 import itertools
 
 import pytest
-import toys
 
 from nectar_mlx import NectarError, models, prompts
+from tests import toys
 
 QWEN3 = """
 {%- if messages[0].role == 'system' %}{{- '<|im_start|>system\\n' + messages[0].content + '<|im_end|>\\n' }}{%- endif %}

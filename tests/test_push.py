@@ -10,10 +10,10 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
-import toys
-from test_hub import Handler, Hub
 
 from nectar_mlx import push
+from tests import toys
+from tests.models.test_hub import Handler, Hub
 
 
 class Upload(Handler):

@@ -15,9 +15,9 @@ import mlx.core as mx
 import mlx_lm
 import openai
 import pytest
-import toys
 
 from nectar_mlx import Nectar, NectarError, serve
+from tests import toys
 
 QUESTIONS = [
     f"{who} is the {what}?" for who in ("who", "where", "why") for what in ("fox", "dog", "answer", "quick brown")

@@ -7,11 +7,11 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-import toys
 
 from nectar_mlx import Nectar, NectarError, store
 from nectar_mlx.heads import KINDS
 from nectar_mlx.store import Layout
+from tests import toys
 
 SIZES = {
     "quadrature": [(3,), (5,), (1,), (8,)],

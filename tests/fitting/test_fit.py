@@ -9,7 +9,6 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-import toys
 
 from nectar_mlx import Nectar, NectarError, adapter, fit, prompts, store
 from nectar_mlx.fitting import capture, checkpoint, dialogue, reading
@@ -17,6 +16,7 @@ from nectar_mlx.fitting.config import FitConfig
 from nectar_mlx.fitting.dialogue import Conversation
 from nectar_mlx.fitting.fitter import Fitter
 from nectar_mlx.fitting.study import DeviceStudy, Study
+from tests import toys
 
 TEXT = " ".join(f"The {a} dog sees fox number {i}, and the {b} fox runs." for i, (a, b) in enumerate(
     (a, b) for a in ("quick", "lazy", "brown", "old") for b in ("red", "sly", "young", "tired")

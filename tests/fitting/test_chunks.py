@@ -7,9 +7,7 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 import pytest
-import toys
 from mlx_lm.models.cache import KVCache, make_prompt_cache
-from test_fit import FAST, TEXT
 
 from nectar_mlx import Nectar, NectarError, adapter, evaluate, fit, prompts, store
 from nectar_mlx.baselines import Task
@@ -21,6 +19,8 @@ from nectar_mlx.fitting.dialogue import Conversation
 from nectar_mlx.fitting.fitter import silent
 from nectar_mlx.fitting.layerwise import LayerwiseFitter
 from nectar_mlx.fitting.study import Captured
+from tests import toys
+from tests.fitting.test_fit import FAST, TEXT
 
 SMALL = FAST | {"budget": 0.5, "queries": 300}
 WINDOW = 1024 + 200

@@ -6,7 +6,6 @@ import mlx.core as mx
 import mlx_lm
 import numpy as np
 import pytest
-import toys
 
 from nectar_mlx import Nectar, NectarError, adapter, ask
 from nectar_mlx.fitting import reading
@@ -14,6 +13,7 @@ from nectar_mlx.heads.residual import ANCHORS, anchor_positions
 from nectar_mlx.quantize import dequantize, quantize
 from nectar_mlx.retrieval import Keys, beside, sketch, sources
 from nectar_mlx.store import Layout
+from tests import toys
 
 L, K, N, D = 2, 3, 37, 32
 SHAPE = (L, K, N)

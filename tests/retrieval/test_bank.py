@@ -2,7 +2,6 @@
 
 import mlx.core as mx
 import numpy as np
-import oracle
 import pytest
 
 from nectar_mlx.heads import Completion, Exact, Quadrature, Remainder, Retrieval
@@ -10,6 +9,7 @@ from nectar_mlx.heads.residual import ANCHORS, EVERYTHING, NOTHING, Retrieved, a
 from nectar_mlx.retrieval.bank import Retrieving
 from nectar_mlx.retrieval.keys import Keys
 from nectar_mlx.retrieval.selection import Oracle, best
+from tests import oracle
 
 K, G, D, SCALE = 2, 3, 16, 0.3
 

@@ -3,13 +3,13 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-import toys
 
 from nectar_mlx import adapter
 from nectar_mlx.evaluation import fidelity
 from nectar_mlx.evaluation.fidelity import Bootstrap
 from nectar_mlx.fitting import reading
 from nectar_mlx.fitting.dialogue import Conversation
+from tests import toys
 
 PREFIX = toys.random_tokens(60)
 

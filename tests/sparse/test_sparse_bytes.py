@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-SCRIPT = Path(__file__).parents[1] / "examples" / "sparse_bytes.py"
+SCRIPT = Path(__file__).parents[2] / "examples" / "sparse_bytes.py"
 TINY = "--context=64 --stride=8 --summary=2 --layers=2 --width=32 --heads=2 --batch=4 --sample-bytes=20"
 
 

@@ -1,11 +1,11 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from oracle import attention as oracle
 
 from nectar_mlx.fitting import matching, regression
 from nectar_mlx.fitting.study import Captured
 from nectar_mlx.heads import Quadrature
+from tests.oracle import attention as oracle
 
 M, N, S, D = 3, 400, 60, 16
 

@@ -1,7 +1,6 @@
 """The kernels of sparse attention against dense attention under the mask, on a simulated GPU (tests/metal)."""
 
 import re
-import sys
 from pathlib import Path
 
 import mlx.core as mx
@@ -11,10 +10,8 @@ import pytest
 from nectar_mlx import kernels
 from nectar_mlx.attention import Partial
 from nectar_mlx.sparse import Fixed, Strided, kernel, sparse_attention
-
-sys.path.insert(0, str(Path(__file__).parent / "metal"))
-import harness
-from harness import KernelError, Simulator
+from tests.metal import harness
+from tests.metal.harness import KernelError, Simulator
 
 MODE = next((m for m in ("asan", "plain") if m in harness.modes()), None)
 pytestmark = pytest.mark.skipif(MODE is None, reason="neither clang nor ziglang is installed")

@@ -7,8 +7,6 @@ from pydoc_data.topics import topics
 import mlx.core as mx
 import numpy as np
 import pytest
-import toys
-from test_fit import FAST, TEXT
 
 from nectar_mlx import NectarError, adapter, fit, models, prompts, store
 from nectar_mlx.cache import NectarCache
@@ -19,6 +17,8 @@ from nectar_mlx.fitting.dialogue import Conversation
 from nectar_mlx.fitting.fitter import Fitter, silent
 from nectar_mlx.fitting.layerwise import LayerwiseFitter
 from nectar_mlx.fitting.walk import Walk
+from tests import toys
+from tests.fitting.test_fit import FAST, TEXT
 
 EVERY = sorted(toys.ARCHITECTURES)
 SMALL = FAST | {"budget": 0.5, "context_tokens": 300}

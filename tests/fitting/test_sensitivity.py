@@ -3,12 +3,12 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-import toys
 
 from nectar_mlx import adapter, prompts
 from nectar_mlx.evaluation import fidelity
 from nectar_mlx.fitting import dialogue, reading, sensitivity
 from nectar_mlx.fitting.dialogue import Conversation
+from tests import toys
 
 
 @pytest.fixture(scope="module")

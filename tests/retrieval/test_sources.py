@@ -6,11 +6,11 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-import toys
-from test_retrieval_keys import Book
 
 from nectar_mlx import ask, chat, prompts, serve
 from nectar_mlx.retrieval import sources
+from tests import toys
+from tests.retrieval.test_keys import Book
 
 TEXT = "The fox ran. It was quick! A dog saw it; nobody else did.\n\nThen came the café, and the answer — naïve. " * 6
 

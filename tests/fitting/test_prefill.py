@@ -3,11 +3,11 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-import toys
 
 from nectar_mlx import adapter, attention
 from nectar_mlx.fitting import prefill, reading
 from nectar_mlx.sparse import Fixed
+from tests import toys
 
 
 def visible(pattern, length, heads):

@@ -5,7 +5,6 @@ import json
 import mlx.core as mx
 import numpy as np
 import pytest
-import toys
 
 from nectar_mlx import Nectar, NectarError, adapter, ask, evaluate, fit, prompts
 from nectar_mlx.attention import Partial, merge
@@ -19,6 +18,7 @@ from nectar_mlx.retrieval import beside, distillation, sketch, training
 from nectar_mlx.retrieval import fitter as retrieval_fitter
 from nectar_mlx.retrieval.fitter import RetrievalFitter
 from nectar_mlx.retrieval.selection import Oracle
+from tests import toys
 
 M, N, n, D, SCALE = 2, 40, 90, 16, 0.4
 TEXT = " ".join(f"The {a} dog sees fox number {i}, and the {b} fox runs." for i, (a, b) in enumerate(

@@ -2,11 +2,11 @@
 
 import numpy as np
 import pytest
-import toys
 
 from nectar_mlx import NectarError
 from nectar_mlx.evaluation import similarity
 from nectar_mlx.folders import cache_folder
+from tests import toys
 
 
 def test_own_states_are_unit_vectors_and_equal_for_equal_texts():

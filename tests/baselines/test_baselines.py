@@ -3,7 +3,6 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-import toys
 
 from nectar_mlx import adapter, prompts
 from nectar_mlx.baselines import BASELINES, NO_CONTEXT, Task, cartridge, choose, fixed_pattern, passages, snap
@@ -11,6 +10,7 @@ from nectar_mlx.errors import NectarError
 from nectar_mlx.evaluation import fidelity
 from nectar_mlx.fitting import reading
 from nectar_mlx.fitting.dialogue import Conversation
+from tests import toys
 
 TEXT = "The brig left Ostend on 4 May. Her master was Anna Velde, and she carried 299 casks of amber. " * 4
 TOKENIZER = toys.tokenizer()

@@ -1,12 +1,12 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from oracle import attention as oracle
 
 from nectar_mlx.fitting import regression, starts
 from nectar_mlx.fitting.study import Captured
 from nectar_mlx.heads import Quadrature
 from nectar_mlx.store import Layout
+from tests.oracle import attention as oracle
 
 M, N, S, D = 2, 600, 40, 16
 

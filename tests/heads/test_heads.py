@@ -1,9 +1,9 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from oracle import attention as oracle
 
 from nectar_mlx.heads import KINDS, Corrected, Exact, Quadrature, TargetScore
+from tests.oracle import attention as oracle
 
 SIZES = {
     "quadrature": [(7,), (1,), (12,)],

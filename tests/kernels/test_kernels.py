@@ -1,7 +1,6 @@
 """The decode kernel against float64, on a simulated GPU (tests/metal), in every kind, type, head size and grouping."""
 
 import re
-import sys
 from pathlib import Path
 
 import mlx.core as mx
@@ -15,10 +14,8 @@ from nectar_mlx.heads import Corrected, Exact, Quadrature, TargetScore
 from nectar_mlx.kernels import source, variants
 from nectar_mlx.kernels.packing import DTYPES, Form, pack
 from nectar_mlx.quantize import dequantize, quantize
-
-sys.path.insert(0, str(Path(__file__).parent / "metal"))
-import harness
-from harness import KernelError, Simulator
+from tests.metal import harness
+from tests.metal.harness import KernelError, Simulator
 
 BACKEND = "cuda" if mx.cuda.is_available() else "metal"
 MODE = next((m for m in ("asan", "plain") if m in harness.modes()), None)
