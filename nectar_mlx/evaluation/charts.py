@@ -4,9 +4,11 @@ import html
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 FILE = "nectar"  # files of several kinds are "nectar, mlp" and so on
+SAME = 0.05  # files whose sizes differ by a smaller share count as equal
 _HUES = 8
 
 
@@ -30,9 +32,9 @@ class Axis:
         return self.start + share * (self.end - self.start)
 
     def ticks(self) -> list[float]:
-        """1, 2 and 5 times the powers of ten inside; the powers alone where those are enough."""
+        """Round numbers inside, the roundest that are enough."""
         powers = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
-        for steps in ((1,), (1, 3), (1, 2, 5)):
+        for steps in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 7)):
             found = [s * 10.0**p for p in powers for s in steps if self.low <= s * 10.0**p <= self.high]
             if len(found) >= 4:
                 break
@@ -42,44 +44,98 @@ class Axis:
 def curve(methods: Sequence[Mapping[str, Any]], full: int) -> str:
     """Divergence against bytes of every method, log axes; a method with several sizes is a line."""
     placed = [m for m in methods if m["bytes"] > 0 and m["kl"] > 0]
-    floor = [m["kl"] for m in methods if m["method"] == "no context" and m["kl"] > 0]
-    names = list(dict.fromkeys(m["method"] for m in placed))
-    width, height, left, right, top, bottom = 944, 470, 64, 720, 14, 418
-    x = Axis.around([*(m["bytes"] for m in placed), full], left, right)
-    y = Axis.around([*(m["kl"] for m in placed), *floor], bottom, top)
-    parts = [
-        _grid(x, y, right, bottom),
-        _line("floor", x(full), top, x(full), bottom),
-    ]
-    parts.append(_text(x(full), bottom + 34, f"full cache {size(full)}", "note", "middle"))
-    for kl in floor:
-        parts.append(_line("floor", left, y(kl), right, y(kl)))
-        parts.append(_text(left + 6, y(kl) - 6, f"no context {kl:.3f}", "note"))
-    labels = []
-    for name in names:
-        points = sorted((m for m in placed if m["method"] == name), key=lambda m: float(m["bytes"]))
-        places = [(x(m["bytes"]), y(m["kl"])) for m in points]
-        path = " ".join(f"{a:.1f},{b:.1f}" for a, b in places)
-        parts.append(f'<polyline class=curve points="{path}" {_style(name, names)}/>')
-        for m, (a, b) in zip(points, places, strict=True):
-            low, high = (y(min(max(v, y.low), y.high)) for v in m["kl_interval"])
-            parts.append(_line("bar", a, high, a, low, _style(name, names)))
-            note = f"{name}: {size(m['bytes'])}, KL {m['kl']:.4f}, agree {m['agree']:.1%}"
-            parts.append(_mark(a, b, name, names, note))
-        labels.append((places[-1][1], places[-1][0], name))
-    parts += _labels(labels, names, right + 14, top, bottom)
-    parts.append(_text((left + right) / 2, height - 8, "bytes kept", "axis", "middle"))
-    up = f'transform="rotate(-90 14 {(top + bottom) / 2})"'
-    parts.append(_text(14, (top + bottom) / 2, "KL from the full cache, nats a token", "axis", "middle", up))
-    return svg(width, height, parts, "Divergence from the full cache against bytes kept, for every method")
+    floors = [(f"no context {m['kl']:.3f}", m["kl"]) for m in methods if m["method"] == "no context" and m["kl"] > 0]
+    chart = _Chart(x="bytes", unit=size, edge=(f"full cache {size(full)}", full), floors=floors)
+    return chart.draw(placed, "bytes kept", "Divergence from the full cache against bytes kept, for every method")
 
 
-def _grid(x: Axis, y: Axis, right: float, bottom: float) -> str:
+def times(methods: Sequence[Mapping[str, Any]]) -> str:
+    """Divergence against the seconds from text to file, log axes, of the files as large as the first one, beside the
+    best baseline of that size; nothing if there is one time only."""
+    files, best = of_one_size(methods)
+    if len({m["seconds"] for m in files}) < 2:
+        return ""
+    floors = [] if best is None else [(f"{best['method']} {best['kl']:.3f}", best["kl"])]
+    chart = _Chart(x="seconds", unit=lambda s: f"{s:g} s", floors=floors, named=True)
+    return chart.draw(files, "from text to file", "Divergence from the full cache against the seconds a fit took")
+
+
+def of_one_size(
+    methods: Sequence[Mapping[str, Any]],
+) -> tuple[list[Mapping[str, Any]], Mapping[str, Any] | None]:
+    """The files as large as the first one that say how long they took, and the closest baseline of that size."""
+    alike = [m for m in methods if abs(m["bytes"] / methods[0]["bytes"] - 1) < SAME and m["kl"] > 0]
+    files = [m for m in alike if is_file(m["method"]) and m["seconds"] > 0]
+    baselines = [m for m in alike if not is_file(m["method"])]
+    return files, min(baselines, key=lambda m: float(m["kl"]), default=None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Chart:
+    """Divergence against something of the methods. edge, floors: what a line across says, and where. named: whether
+    every mark has its file's name."""
+
+    x: str
+    unit: Callable[[float], str]
+    edge: tuple[str, float] | None = None
+    floors: Sequence[tuple[str, float]] = ()
+    named: bool = False
+
+    def draw(self, placed: Sequence[Mapping[str, Any]], below: str, title: str) -> str:
+        width, height, left, right, top, bottom = 944, 470, 64, 680, 14, 418
+        names = list(dict.fromkeys(m["method"] for m in placed))
+        x = Axis.around([*(m[self.x] for m in placed), *([self.edge[1]] if self.edge else [])], left, right)
+        y = Axis.around([*(m["kl"] for m in placed), *(kl for _, kl in self.floors)], bottom, top)
+        parts = [_grid(x, y, right, bottom, self.unit)]
+        if self.edge:
+            parts.append(_line("floor", x(self.edge[1]), top, x(self.edge[1]), bottom))
+            parts.append(_text(x(self.edge[1]), bottom + 34, self.edge[0], "note", "middle"))
+        for note, kl in self.floors:
+            parts.append(_line("floor", left, y(kl), right, y(kl)))
+            parts.append(_text(left + 6, y(kl) - 6, note, "note"))
+        labels = []
+        for name in names:
+            points = sorted((m for m in placed if m["method"] == name), key=lambda m: float(m[self.x]))
+            path = [(x(m[self.x]), y(m["kl"])) for m in lowest(points, self.x)]
+            drawn = " ".join(f"{a:.1f},{b:.1f}" for a, b in path)
+            parts.append(f'<polyline class=curve points="{drawn}" {_style(name, names)}/>')
+            parts += [self._point(m, x, y, names) for m in points]
+            labels.append((path[-1][1], path[-1][0], name))
+        parts += _labels(labels, names, right + 14, top, bottom)
+        parts.append(_text((left + right) / 2, height - 8, below, "axis", "middle"))
+        up = f'transform="rotate(-90 14 {(top + bottom) / 2})"'
+        parts.append(_text(14, (top + bottom) / 2, "KL from the full cache, nats a token", "axis", "middle", up))
+        return svg(width, height, parts, title)
+
+    def _point(self, m: Mapping[str, Any], x: Axis, y: Axis, names: Sequence[str]) -> str:
+        """A mark with its interval."""
+        name, a, b = m["method"], x(m[self.x]), y(m["kl"])
+        low, high = (y(min(max(v, y.low), y.high)) for v in m["kl_interval"])
+        told = Path(m["file"]).name if is_file(name) else name
+        note = f"{told}: {size(m['bytes'])}, {m['seconds']:.3g} s, KL {m['kl']:.4f}, agree {m['agree']:.1%}"
+        bar = _line("bar", a, high, a, low, _style(name, names))
+        label = _text(a + 10, b - 8, Path(m["file"]).stem, "tick") if self.named else ""
+        return bar + _mark(a, b, name, names, note) + label
+
+
+def lowest(points: Sequence[Mapping[str, Any]], x: str) -> list[Mapping[str, Any]]:
+    """Of points in the order of x those of the least divergence, where several have nearly the same x: what a line goes
+    through."""
+    found: list[Mapping[str, Any]] = []
+    for m in points:
+        if not found or m[x] > found[-1][x] * (1 + SAME):
+            found.append(m)
+        elif m["kl"] < found[-1]["kl"]:
+            found[-1] = m
+    return found
+
+
+def _grid(x: Axis, y: Axis, right: float, bottom: float, unit: Callable[[float], str]) -> str:
     lines = []
     for value in x.ticks():
         at = x(value)
         lines.append(_line("grid", at, y.end, at, bottom))
-        lines.append(_text(at, bottom + 18, size(value), "tick", "middle"))
+        lines.append(_text(at, bottom + 18, unit(value), "tick", "middle"))
     for value in y.ticks():
         at = y(value)
         lines.append(_line("grid", x.start, at, right, at))

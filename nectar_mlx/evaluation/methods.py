@@ -12,11 +12,9 @@ from ..baselines import NO_CONTEXT, Task, View
 from ..errors import NectarError
 from ..nectar import Nectar
 from . import fidelity
-from .charts import FILE
+from .charts import FILE, SAME
 from .fidelity import Divergence
 from .questions import Asked
-
-_SAME = 0.05  # files whose sizes differ by less share the baselines
 
 
 @dataclass(kw_only=True)
@@ -70,7 +68,7 @@ def different(files: Mapping[str, Nectar]) -> dict[str, int]:
     """The sizes in bytes that baselines are built at, by the first file of each: of nearly equal files the least."""
     found: dict[str, int] = {}
     for name, nectar in files.items():
-        like = next((n for n, nbytes in found.items() if abs(nectar.nbytes / nbytes - 1) < _SAME), name)
+        like = next((n for n, nbytes in found.items() if abs(nectar.nbytes / nbytes - 1) < SAME), name)
         found[like] = min(nectar.nbytes, found.get(like, nectar.nbytes))
     return found
 

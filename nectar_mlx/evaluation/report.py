@@ -36,6 +36,7 @@ def page(result: Mapping[str, Any]) -> str:
         tiles=_tiles(result, best),
         curve=charts.curve(result["methods"], result["cache_bytes"]),
         table=_table(result),
+        times=_times(result["methods"]),
         heads=_heads(result, nectar),
         kinds=_kinds(result["methods"]),
         scatter=_correlation(result),
@@ -67,7 +68,7 @@ def _tiles(result: Mapping[str, Any], best: Mapping[str, Any]) -> str:
         ("Reading the context", f"{result['seconds']['read']:.1f} s", saved),
     ]
     if told := result["answers"]:
-        note = f"cosine to full-cache answers; a second full-cache sample has {told['again']:.2f}"
+        note = f"cosine to full-cache answers; those among each other: {told['again']:.2f}"
         ours = next(iter(told["files"].values()))
         tiles.append(("Same meaning", f"{ours['similarity']:.2f}", note))
     rows = "".join(f"<div class=tile><h3>{a}</h3><p class=big>{b}</p><p>{c}</p></div>" for a, b, c in tiles)
@@ -82,10 +83,22 @@ def _table(result: Mapping[str, Any]) -> str:
         if len(groups) > 1:
             rows.append(f"<tr class=size><td colspan={len(heads)}>{title}</td></tr>")
         rows += [_row(m, result) for m in sorted(group, key=lambda m: float(m["kl"]))]
-    note = "Sized methods were given the bytes of a file. Intervals: 95%, bootstrap over questions."
+    note = (
+        "Sized methods were given the bytes of a file. Intervals: 95%, bootstrap over questions. The conversations "
+        "that baselines learn from are not in their seconds; those of a file are."
+    )
     head = "".join(f"<th>{h}</th>" for h in heads)
     table = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
     return f"<div class=wide>{table}</div><p class=note>{note}</p>"
+
+
+def _times(methods: Sequence[Mapping[str, Any]]) -> str:
+    if not (drawing := charts.times(methods)):
+        return ""
+    return (
+        "<section><h2>Fidelity against time</h2><p>What a longer fit buys at the first file's size: seconds from text "
+        f"to file, as each file tells of its own fit.</p><figure>{drawing}</figure></section>"
+    )
 
 
 def _by_size(methods: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
@@ -174,12 +187,16 @@ def _facts(result: Mapping[str, Any]) -> str:
         return ""
     rows = []
     for fact in result["facts"]:
-        name = html.escape(str(fact["method"]).split(" @ ")[0])
+        name, _, file = str(fact["method"]).partition(" @ ")
+        name = html.escape(Path(file).name if is_file(name) and len(result["files"]) > 1 else name)
+        low, high = fact["found_interval"]
         right = sorted(fact["right"], key=lambda r: r[0] or 0)
         hits = "".join(f"<i class={'hit' if hit else 'miss'}></i>" for _, hit in right)
-        rows.append(f"<tr><td>{name}<td>{fact['found']:.0%}<td class=hits>{hits}")
+        share = f"{fact['found']:.0%}<td><small>{low:.0%}–{high:.0%}</small>"
+        rows.append(f"<tr><td>{name}<td>{share}<td class=hits>{hits}")
     return (
-        "<section><h2>Facts found</h2><p>Questions with one right answer; the text's beginning left, its end right.</p>"
+        "<section><h2>Facts found</h2><p>Questions with one right answer; the text's beginning left, its end right. "
+        "Intervals: 95%, over questions.</p>"
         f"<table class=mini>{''.join(rows)}</table></section>"
     )
 
@@ -196,12 +213,17 @@ def _answers(result: Mapping[str, Any]) -> str:
         parts.append(f"<article><h3>{html.escape(example['question'])}</h3><div class=sides>{columns}</div></article>")
     called = ["this file"] if len(told["files"]) == 1 else [Path(name).name for name in told["files"]]
     rows = [(n, f["similarity"], f["similarity_interval"]) for n, f in zip(called, told["files"].values(), strict=True)]
-    rows.append(("a second full-cache sample", told["again"], told["again_interval"]))
+    rows.append(("the full cache's to each other", told["again"], told["again_interval"]))
     rows.append(("no context", told["nothing"], told["nothing_interval"]))
-    meaning = ", ".join(f"{html.escape(n)} <b>{v:.3f}</b> <small>{a:.3f}–{b:.3f}</small>" for n, v, (a, b) in rows)
+    meaning = "".join(
+        f"<tr{' class=own' if n in called else ''}><td>{html.escape(n)}<td class=bars>"
+        f'<i style="width:{100 * max(0.0, v):.1f}%"></i><td>{v:.3f}<td><small>{a:.3f}–{b:.3f}</small>'
+        for n, v, (a, b) in rows
+    )
     return (
-        "<section><h2>Answers side by side</h2><p>Sampled at the same temperature. Mean similarity to the full "
-        f"cache's answer, by {html.escape(told['by'])}: {meaning}.</p>{''.join(parts)}</section>"
+        "<section><h2>Answers side by side</h2><p>Sampled at the same temperature. Mean similarity to the full cache's "
+        f"answers to the same question, by {html.escape(told['by'])}, {told['answers']} answers; intervals over "
+        f"questions.</p><table class=mini>{meaning}</table>{''.join(parts)}</section>"
     )
 
 
@@ -236,17 +258,22 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(8, 5), dpi=150)
-    placed = [m for m in result["methods"] if m["bytes"] > 0]
-    for name in dict.fromkeys(m["method"] for m in placed):
-        points = sorted((m for m in placed if m["method"] == name), key=lambda m: m["bytes"])
-        own, label = is_file(name), "this file" if name == FILE else name
-        place = [m["bytes"] for m in points], [m["kl"] for m in points]
-        axes.plot(*place, marker="o", label=label, linewidth=2.5 if own else 1, zorder=5 if own else 2)
-    axes.axvline(result["cache_bytes"], color="grey", linestyle=":", label="full cache")
-    axes.set(xscale="log", yscale="log", xlabel="bytes kept", ylabel="KL from the full cache, nats a token")
-    axes.grid(alpha=0.25)
-    axes.legend(fontsize=8)
+    methods = result["methods"]
+    files, best = charts.of_one_size(methods)
+    timed = len({m["seconds"] for m in files}) > 1
+    figure, panels = pyplot.subplots(1, 2 if timed else 1, figsize=(17 if timed else 9, 5.5), dpi=150, squeeze=False)
+    _panel(panels[0, 0], [m for m in methods if m["bytes"] > 0], "bytes", "bytes kept")
+    panels[0, 0].axvline(result["cache_bytes"], color="grey", linestyle=":", label="full cache")
+    if timed:
+        _panel(panels[0, 1], files, "seconds", "seconds from text to file, of the files of the first one's size")
+        for m in files:
+            place = m["seconds"], m["kl"]
+            panels[0, 1].annotate(Path(m["file"]).stem, place, (6, 6), textcoords="offset points", fontsize=8)
+        if best is not None:
+            panels[0, 1].axhline(best["kl"], color="grey", linestyle=":", label=best["method"])
+    for axes in panels[0]:
+        axes.grid(alpha=0.25, which="both")
+        axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     figure.tight_layout()
     try:
         figure.savefig(path)
@@ -254,3 +281,24 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
         raise NectarError(f"cannot write {path}: {error}") from None
     finally:
         pyplot.close(figure)
+
+
+def _panel(axes: Any, placed: Sequence[Mapping[str, Any]], x: str, below: str) -> None:
+    """Divergence with its intervals, a colour a method, on log axes."""
+    names = list(dict.fromkeys(m["method"] for m in placed))
+    for number, name in enumerate(names):
+        points = sorted((m for m in placed if m["method"] == name), key=lambda m: float(m[x]))
+        own, label = is_file(name), "this file" if name == FILE else name
+        line = charts.lowest(points, x)
+        colour = "black" if own and name == names[0] else f"C{number % 10}"
+        axes.plot([m[x] for m in line], [m["kl"] for m in line], color=colour, linewidth=2.5 if own else 1)
+        spread = [[m["kl"] - m["kl_interval"][0] for m in points], [m["kl_interval"][1] - m["kl"] for m in points]]
+        place, marker = ([m[x] for m in points], [m["kl"] for m in points]), "osD^vP"[number // 10 % 6]
+        axes.errorbar(*place, yerr=spread, fmt=marker, color=colour, label=label, elinewidth=1, zorder=5 if own else 2)
+    axes.set(xscale="log", yscale="log", xlabel=below, ylabel="KL from the full cache, nats a token")
+    axes.margins(x=0.15)
+    unit = charts.size if x == "bytes" else "{:g}".format
+    low, high = axes.get_xlim()
+    ticks = charts.Axis(low, high, 0, 1).ticks()
+    axes.set_xticks(ticks, [unit(t) for t in ticks])
+    axes.set_xticks([], minor=True)

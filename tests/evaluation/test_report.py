@@ -16,7 +16,7 @@ from nectar_mlx.evaluation import charts, report
 FIGURES = {"tokens": 400, "accuracy_gap": 0.01, "accuracy_gap_interval": [0.0, 0.02]}
 
 
-def method(name, nbytes, kl, file="book.nectar", error=0.1):
+def method(name, nbytes, kl, file="book.nectar", error=0.1, seconds=1.5):
     figures = {
         **FIGURES,
         "kl": kl,
@@ -28,7 +28,7 @@ def method(name, nbytes, kl, file="book.nectar", error=0.1):
     }
     kinds = {"on-context": figures, "off-context": {**figures, "kl": kl / 2}}
     return {
-        "method": name, "file": file, "bytes": nbytes, **figures, "kinds": kinds, "error": error, "seconds": 1.5,
+        "method": name, "file": file, "bytes": nbytes, **figures, "kinds": kinds, "error": error, "seconds": seconds,
         "detail": "64 keys a head",
     }  # fmt: skip
 
@@ -46,7 +46,7 @@ def make(**changes):
                     method("no context", 0, 0.3, error=None), method("sinks + window", 470_000, 0.1),
                     method("Attention Matching", 479_000, 0.02), method("8-bit KV cache", 73_800_000, 1e-5)],
         "heads": [0.1, 0.02, 0.3, 0.004, 0.05, 0.0], "correlation": {"error, accuracy gap": 0.8, "error, KL": None},
-        "answers": {"by": "all-MiniLM-L6-v2", "answers": 4, "again": 0.8,
+        "answers": {"by": "all-MiniLM-L6-v2", "answers": 4, "again": 0.8, "questions": 4,
                     "again_interval": [0.7, 0.9], "nothing": 0.4, "nothing_interval": [0.3, 0.5],
                     "files": {"book.nectar": {"similarity": 0.81, "similarity_interval": [0.7, 0.9]},
                               "small.nectar": {"similarity": 0.79, "similarity_interval": [0.7, 0.9]}}},
@@ -141,6 +141,33 @@ def test_the_curve_has_a_mark_a_method_and_size():
         assert 0 <= float(value) <= 944
 
 
+TIMED = [
+    method("nectar, quadrature", 480_000, 0.01, "long.nectar", seconds=31.0),
+    method("nectar, quadrature", 120_000, 0.03, "small.nectar", seconds=29.0),
+    method("nectar, quadrature", 479_000, 0.02, "quick.nectar", seconds=9.0),
+    method("nectar, mlp", 470_000, 0.05, "networks.nectar", seconds=60.0),
+    method("no context", 0, 0.3, error=None),
+    method("Attention Matching", 479_000, 0.04),
+    method("sinks + window", 479_000, 0.1),
+]
+
+
+def test_time_is_drawn_for_files_of_the_first_ones_size():
+    drawing = charts.times(TIMED)
+    for name in ("long", "quick", "networks"):
+        assert f">{name}</text>" in drawing
+    assert ">small</text>" not in drawing and drawing.count("<circle") == 3
+    assert "Attention Matching 0.040" in drawing and "sinks" not in drawing, "beside the closest baseline"
+    files = {f"{name}.nectar": make()["files"]["book.nectar"] for name in ("long", "small", "quick", "networks")}
+    assert "Fidelity against time" in report.page(make(methods=TIMED, files=files))
+    assert charts.times(make()["methods"]) == "" and "against time" not in report.page(make())
+
+
+def test_of_files_of_one_size_the_line_goes_through_the_closest():
+    line = charts.lowest(sorted(TIMED[:3], key=lambda m: m["bytes"]), "bytes")
+    assert [m["file"] for m in line] == ["small.nectar", "long.nectar"]
+
+
 def test_labels_do_not_overlap():
     methods = [method(f"method {i}", 1000 + i, 0.1) for i in range(14)]
     drawing = charts.curve(methods, 100_000)
@@ -166,8 +193,13 @@ def test_a_page_that_cannot_be_written(tmp_path):
 
 def test_the_plot(tmp_path):
     pytest.importorskip("matplotlib")
-    report.plot(make(), tmp_path / "plot.png")
-    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    widths = []
+    for result in (make(), make(methods=TIMED)):
+        report.plot(result, tmp_path / "plot.png")
+        picture = (tmp_path / "plot.png").read_bytes()
+        assert picture.startswith(b"\x89PNG")
+        widths.append(int.from_bytes(picture[16:20]))
+    assert widths[1] > 1.5 * widths[0], "time gets a panel of its own"
 
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
