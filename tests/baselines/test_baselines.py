@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 
 from nectar_mlx import adapter, prompts
-from nectar_mlx.baselines import BASELINES, NO_CONTEXT, Task, cartridge, choose, fixed_pattern, passages, snap
+from nectar_mlx.baselines import BASELINES, NO_CONTEXT, Task, base, cartridge, choose, fixed_pattern, passages, snap
 from nectar_mlx.errors import NectarError
-from nectar_mlx.evaluation import fidelity
-from nectar_mlx.fitting import reading
+from nectar_mlx.fitting import fidelity, reading
 from nectar_mlx.fitting.dialogue import Conversation
+from nectar_mlx.fitting.study import DeviceStudy
 from tests import toys
 
 TEXT = "The brig left Ostend on 4 May. Her master was Anna Velde, and she carried 299 casks of amber. " * 4
@@ -184,6 +184,16 @@ def test_nodes_in_int8_are_fewer_in_as_many_bytes(task, name):
     nodes, fewer = (sum(count for bank in view.banks for (count,) in bank.sizes) for view in (best, plain))
     # 16 numbers of 5 bits with a scale of 16, twice, and a bias: 26 bytes; of 8 bits: 38.
     assert fewer / nodes == pytest.approx(26 / 38, abs=0.03)
+
+
+def test_rows_are_the_same_where_they_stay_on_the_device(task, monkeypatch):
+    study, conversations = task.studied
+    monkeypatch.setattr(base, "SLOW_EXP", False)
+    on_device = task.heard(conversations)
+    assert isinstance(on_device, DeviceStudy) and on_device.rows == study.rows
+    some = np.arange(0, study.rows, 7)
+    for ours, theirs in zip(on_device.heads([1, 5], some), study.heads([1, 5], some), strict=True):
+        assert mx.array_equal(ours, theirs)
 
 
 def test_training_a_cartridge_lowers_the_loss(task):
