@@ -57,7 +57,8 @@ def measured(
             if taken + nbytes < 0.8 * measure.memory():
                 _start(cell, shape, live, works, alone)
                 taken += nbytes if cell.keeper else 0
-    running = [cell for cell in cells if cell.keeper]
+    # Side by side in time are the cells whose ratios count: a method behind every context.
+    running = [cell for method in methods for cell in cells if cell.method == method and cell.keeper]
     for number in range(rounds):
         for name, work in works.items():
             for cell in running[:: -1 if number % 2 else 1]:  # a host that drifts favours neither end

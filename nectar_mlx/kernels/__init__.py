@@ -114,15 +114,13 @@ class Plan:
 
 def _plan(packed: Packed, queries: mx.array, keys: mx.array, live: int, padded: bool) -> Plan | None:
     shape, (_, K, S, _) = queries.shape, keys.shape
-    slices = min(-(-live // LIVE_SLICE), MAX_SLICES)
+    slices = -(-live // LIVE_SLICE) if live < LIVE_SLICE * MAX_SLICES else MAX_SLICES
     key = (shape, K, slices, shape[2] <= live <= S, queries.dtype, keys.dtype, padded)
-    plan: Plan | None = packed.plans.get(key, _UNKNOWN)
-    if plan is _UNKNOWN:
+    try:
+        plan: Plan | None = packed.plans[key]
+    except KeyError:
         plan = packed.plans[key] = _make_plan(packed.form, *key)
     return plan
-
-
-_UNKNOWN: Any = object()
 
 
 def _make_plan(
@@ -184,13 +182,18 @@ def launcher(
     kernel: Kernel, grid: tuple[int, int, int], output_shapes: list[tuple[int, ...]], output_dtypes: list[mx.Dtype]
 ) -> Kernel:
     """The kernel with all but its inputs given; the tests put a simulator here."""
-    return functools.partial(
-        kernel,
-        grid=grid,
-        threadgroup=(32 * SIMDGROUPS, 1, 1),
-        output_shapes=output_shapes,
-        output_dtypes=output_dtypes,
-    )
+    threadgroup = (32 * SIMDGROUPS, 1, 1)
+
+    def launch(inputs: list[mx.array]) -> list[mx.array]:  # costs half a microsecond less than functools.partial
+        return kernel(
+            inputs=inputs,
+            grid=grid,
+            threadgroup=threadgroup,
+            output_shapes=output_shapes,
+            output_dtypes=output_dtypes,
+        )
+
+    return launch
 
 
 _turn = count()
