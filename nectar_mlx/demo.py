@@ -113,7 +113,7 @@ def _answer(
     import mlx.core as mx
     from mlx_lm.generate import generate_step
 
-    from .evaluation import fidelity
+    from .fitting import fidelity
     from .fitting.dialogue import Conversation
 
     prompt = nectar.prompt(tokenizer, question, enable_thinking=False)

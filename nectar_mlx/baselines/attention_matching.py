@@ -7,8 +7,7 @@ from functools import partial
 
 import numpy as np
 
-from ..evaluation import fidelity
-from ..fitting import budget, matching, regression
+from ..fitting import budget, fidelity, matching, regression
 from ..heads import Bank, HeadArrays
 from .base import Baseline, Task, View
 

@@ -15,9 +15,9 @@ from .._exp import SLOW_EXP
 from ..adapter import Geometry
 from ..cache import Window, make_caches
 from ..errors import NectarError
-from ..evaluation.fidelity import Prompt
 from ..fitting import capture, dialogue, instructions, matching, reading, sensitivity
 from ..fitting.dialogue import Conversation
+from ..fitting.fidelity import Prompt
 from ..fitting.reading import Context
 from ..fitting.study import Captured, DeviceStudy, Study
 from ..heads import Bank, Exact, HeadArrays, Weighed

@@ -15,7 +15,7 @@ from mlx_lm.models.cache import KVCache
 from .._exp import SLOW_EXP
 from ..cache import NectarCache
 from ..errors import NectarError
-from ..evaluation import fidelity
+from ..fitting import fidelity
 from ..fitting.dialogue import Conversation
 from ..heads import HeadArrays
 from .base import Baseline, Task, View

@@ -11,9 +11,9 @@ import numpy as np
 from .. import cli, prompts
 from .._exp import SLOW_EXP
 from ..baselines import TOGETHER, Task, View
+from ..fitting import fidelity
 from ..fitting.dialogue import Conversation
-from . import fidelity
-from .fidelity import Bootstrap, interval
+from .bootstrap import Bootstrap, interval
 from .questions import ON, TEMPERATURE, Asked, contains
 from .similarity import Embed
 

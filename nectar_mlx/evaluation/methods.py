@@ -10,10 +10,10 @@ import numpy as np
 from .. import baselines, cli
 from ..baselines import NO_CONTEXT, Task, View
 from ..errors import NectarError
+from ..fitting import fidelity
+from ..fitting.fidelity import Divergence
 from ..nectar import Nectar
-from . import fidelity
 from .charts import FILE, SAME
-from .fidelity import Divergence
 from .questions import Asked
 
 

@@ -10,10 +10,11 @@ import numpy as np
 from .. import cli
 from ..baselines import NO_CONTEXT, Task
 from ..fitting import matching, regression
+from ..fitting.fidelity import Divergence
 from ..fitting.study import Study
-from . import answers, fidelity
+from . import answers
+from .bootstrap import Bootstrap, Estimate, interval
 from .charts import is_file
-from .fidelity import Bootstrap, Divergence, Estimate
 from .methods import Method
 from .questions import ON, OWN_WORDS, Asked
 
@@ -114,9 +115,9 @@ def _figures(ours: Divergence, nothing: Divergence, questions: Sequence[int]) ->
     kl, baseline = draws.means(ours.kl, at), draws.means(nothing.kl, at)
     gap = ours.reference_correct.astype(float) - ours.correct.astype(float)
     estimates: dict[str, Estimate] = {
-        "kl": fidelity.interval(kl),
+        "kl": interval(kl),
         "agree": draws.mean(ours.agree, at),
-        "gap_closed": fidelity.interval(1 - kl / np.maximum(baseline, 1e-9)),
+        "gap_closed": interval(1 - kl / np.maximum(baseline, 1e-9)),
         "accuracy_gap": draws.mean(gap, at),
     }
     figures: dict[str, Any] = {"tokens": len(at)}

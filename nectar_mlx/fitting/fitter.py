@@ -14,9 +14,8 @@ import numpy as np
 from .._exp import SLOW_EXP
 from ..adapter import Geometry
 from ..cache import make_caches
-from ..evaluation import fidelity
 from ..heads import Bank, HeadArrays, Size
-from . import capture, dialogue, grouping, matching, regression, sensitivity, starts
+from . import capture, dialogue, fidelity, grouping, matching, regression, sensitivity, starts
 from .checkpoint import Checkpoint
 from .config import STEPS, FitConfig, allocate, free_memory, layout_for, rows_for
 from .dialogue import Conversation

@@ -23,9 +23,8 @@ from .. import prompts, store
 from .._exp import SLOW_EXP
 from ..adapter import Geometry, compute_type
 from ..cache import Window
-from ..evaluation import fidelity
 from ..heads import Exact, Size
-from . import capture, dialogue, reading, starts
+from . import capture, dialogue, fidelity, reading, starts
 from .capture import Heard, StudyCache
 from .checkpoint import Checkpoint
 from .config import FitConfig, allocate, layout_for, rows_for

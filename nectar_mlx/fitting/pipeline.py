@@ -17,12 +17,12 @@ from ..adapter import Geometry
 from ..clock import Clock
 from ..errors import NectarError
 from ..heads import KINDS, Bank, Quadrature, Residual
-from ..retrieval.fitter import RetrievalFitter
 from ..retrieval.keys import Keys
 from . import chunks, reading
 from .checkpoint import Checkpoint
 from .config import FitConfig, affordable_bytes, free_memory
 from .fitter import Fitter, Progress, silent
+from .retrieval.fitter import RetrievalFitter
 
 
 def fit(

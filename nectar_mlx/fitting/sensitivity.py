@@ -16,8 +16,8 @@ import numpy as np
 from .. import attention
 from ..adapter import Geometry
 from ..cache import NectarCache
-from ..evaluation.fidelity import log_probabilities
 from .dialogue import Conversation
+from .fidelity import log_probabilities
 from .reading import Context
 from .walk import Walk
 

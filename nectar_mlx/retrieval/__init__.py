@@ -1,7 +1,7 @@
 """Reading some keys of a context exactly, for every query anew, and completing them by a head function of the rest.
 
 `keys` is the file beside a .nectar, `sketch` the router, `selection` what a query should read, `bank` the context of a
-layer as a cache sees it, `sources` what an answer rests on; `training`, `distillation` and `fitter` make the heads.
+layer as a cache sees it, `sources` what an answer rests on. The heads are made in `fitting.retrieval`.
 """
 
 from .bank import Retrieving, retrieving

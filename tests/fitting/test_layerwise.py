@@ -131,7 +131,7 @@ def test_it_fits_about_as_well_as_the_ordinary_way(tokenizer, architecture):
 
 
 def test_what_is_reported_is_the_divergence_from_the_full_cache(tokenizer):
-    from nectar_mlx.evaluation import fidelity
+    from nectar_mlx.fitting import fidelity
 
     model = toys.toy("llama")
     ours = fitter(model, tokenizer)

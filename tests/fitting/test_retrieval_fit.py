@@ -10,13 +10,14 @@ from nectar_mlx import Nectar, NectarError, adapter, ask, evaluate, fit, prompts
 from nectar_mlx.attention import Partial, merge
 from nectar_mlx.fitting import reading, regression
 from nectar_mlx.fitting.config import FitConfig
+from nectar_mlx.fitting.retrieval import distillation, training
+from nectar_mlx.fitting.retrieval import fitter as retrieval_fitter
+from nectar_mlx.fitting.retrieval.fitter import RetrievalFitter
 from nectar_mlx.fitting.study import Captured
 from nectar_mlx.heads import Completion, Remainder, Retrieval
 from nectar_mlx.heads.completion import key_features
 from nectar_mlx.heads.residual import ANCHORS, EVERYTHING, SINKS, TAIL, anchor_positions, middle
-from nectar_mlx.retrieval import beside, distillation, sketch, training
-from nectar_mlx.retrieval import fitter as retrieval_fitter
-from nectar_mlx.retrieval.fitter import RetrievalFitter
+from nectar_mlx.retrieval import beside, sketch
 from nectar_mlx.retrieval.selection import Oracle
 from tests import toys
 

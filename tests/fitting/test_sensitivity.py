@@ -5,8 +5,7 @@ import numpy as np
 import pytest
 
 from nectar_mlx import adapter, prompts
-from nectar_mlx.evaluation import fidelity
-from nectar_mlx.fitting import dialogue, reading, sensitivity
+from nectar_mlx.fitting import dialogue, fidelity, reading, sensitivity
 from nectar_mlx.fitting.dialogue import Conversation
 from tests import toys
 

@@ -5,12 +5,12 @@ from collections.abc import Sequence
 import mlx.core as mx
 import numpy as np
 
-from .._exp import exp
-from ..attention import Partial
-from ..heads import Completion, HeadArrays
-from ..heads.completion import key_features, query_features
-from ..quantize import dequantize, quantize
-from .sketch import Sketch
+from ..._exp import exp
+from ...attention import Partial
+from ...heads import Completion, HeadArrays
+from ...heads.completion import key_features, query_features
+from ...quantize import dequantize, quantize
+from ...retrieval.sketch import Sketch
 
 _ITERATIONS = 10
 _SHARPEST = 0.02  # variance within clusters over that of all keys: half-precision biases tell no less apart

@@ -8,19 +8,20 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from .._exp import SLOW_EXP
-from ..errors import NectarError
-from ..fitting import regression
-from ..fitting.fitter import Fitter
-from ..fitting.starts import Start
-from ..fitting.study import Captured
-from ..heads import Bank, HeadArrays, Size
-from ..heads.remainder import AtThreshold
-from ..heads.residual import ANCHORS, EVERYTHING, SINKS, anchor_positions, middle
-from . import EXACT, distillation, sketch, sources, training
-from .bank import retrieving
-from .keys import Arrays, Keys
-from .router import routers
+from ..._exp import SLOW_EXP
+from ...errors import NectarError
+from ...heads import Bank, HeadArrays, Size
+from ...heads.remainder import AtThreshold
+from ...heads.residual import ANCHORS, EVERYTHING, SINKS, anchor_positions, middle
+from ...retrieval import EXACT, sketch, sources
+from ...retrieval.bank import retrieving
+from ...retrieval.keys import Arrays, Keys
+from ...retrieval.router import routers
+from .. import regression
+from ..fitter import Fitter
+from ..starts import Start
+from ..study import Captured
+from . import distillation, training
 
 _SKETCHED = 2048  # captured queries that the router is made from
 _LEAST = 4 * ANCHORS

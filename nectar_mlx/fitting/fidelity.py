@@ -1,5 +1,4 @@
-"""How close two ways of seeing a context are: their next-token distributions on the same answers, and how sure we
-are of it."""
+"""How close two ways of seeing a context are: their next-token distributions on the same answers."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -9,7 +8,7 @@ import mlx.nn as nn
 import numpy as np
 
 from .._exp import SLOW_EXP, exp
-from ..fitting.dialogue import Conversation
+from .dialogue import Conversation
 
 MakeCache = Callable[[], Any]
 Prompt = Callable[[Conversation], list[int]]
@@ -105,42 +104,3 @@ def divergence(reference: mx.array, other: mx.array, answer: Sequence[int], conv
         mx.eval(found)  # at once: each array by itself would be waited for
         parts.append([np.array(x) for x in found])
     return Divergence(*(np.concatenate(x) for x in zip(*parts, strict=True)))
-
-
-class Estimate(NamedTuple):
-    """A mean over answer tokens and its 95% interval: the bootstrap over conversations, whose tokens are not
-    independent."""
-
-    value: float
-    low: float
-    high: float
-
-
-class Bootstrap:
-    """Resamples of conversations, the same ones for every statistic, so that ratios and differences are paired.
-
-    conversations: the distinct conversations that the tokens belong to. draws: how many resamples.
-    """
-
-    def __init__(self, conversations: Sequence[int] | np.ndarray, *, draws: int = 1000, seed: int = 0):
-        self.conversations = np.unique(conversations)
-        count = len(self.conversations)
-        drawn = np.random.default_rng(seed).multinomial(count, [1 / count] * count, size=draws)
-        self._weights = np.concatenate([np.ones((1, count)), drawn])  # the first row is the sample itself
-
-    def means(self, values: np.ndarray, conversation: np.ndarray) -> np.ndarray:
-        """The mean of values [tokens] in the sample itself and in every resample, [1 + draws]."""
-        index = np.searchsorted(self.conversations, conversation)
-        count = len(self.conversations)
-        totals = np.bincount(index, weights=values.astype(np.float64), minlength=count)
-        tokens = np.bincount(index, minlength=count)
-        return np.asarray((self._weights @ totals) / np.maximum(self._weights @ tokens, 1))
-
-    def mean(self, values: np.ndarray, conversation: np.ndarray) -> Estimate:
-        return interval(self.means(values, conversation))
-
-
-def interval(statistic: np.ndarray) -> Estimate:
-    """A statistic of the sample and its resamples, [1 + draws] -> its value and the 95% percentile interval."""
-    low, high = np.quantile(statistic[1:], [0.025, 0.975])
-    return Estimate(float(statistic[0]), float(low), float(high))

@@ -13,11 +13,11 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from .._exp import SLOW_EXP, exp
-from ..attention import Partial, merge
-from ..fitting.study import Captured
-from ..heads.residual import EVERYTHING, NOTHING, SINKS, TAIL
-from .selection import Scoring, log_sum
+from ..._exp import SLOW_EXP, exp
+from ...attention import Partial, merge
+from ...heads.residual import EVERYTHING, NOTHING, SINKS, TAIL
+from ...retrieval.selection import Scoring, log_sum
+from ..study import Captured
 
 _RANKS = (0.002, 0.06)  # of a threshold among the middle's keys
 UNREAD = 0.1
