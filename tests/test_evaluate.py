@@ -154,9 +154,17 @@ def test_similarity_is_over_all_pairs_of_answers_to_a_question():
 
 
 def test_the_table_names_every_method(result):
-    table = evaluate.table(result)
-    for m in result["methods"]:
-        assert m["method"] in table and f"{m['bytes']:,}" in table
+    files = {f"/a/folder/{name}.nectar": told for name, told in result["files"].items()}
+    methods = [{**m, "file": f"/a/folder/{m['file']}.nectar"} for m in result["methods"]]
+    long = {**methods[-1], "method": "a method with quite a long name, of which nothing is cut off"}
+    facts = [{"method": f"nectar @ {file}", "found": 0.5, "found_interval": [0.25, 0.75], "quarters": [None] * 4}
+             for file in files]  # fmt: skip
+    table = evaluate.table({**result, "files": files, "methods": [*methods, long], "facts": facts})
+    for m in (*methods, long):
+        name = f"{m['method']} {m['file'].removeprefix('/a/folder/')}" if m["bytes"] else m["method"]
+        assert any(line.startswith(f"{name} ") and f"{m['bytes']:,}" in line for line in table.splitlines())
+    assert "nectar small.nectar" in table.split("facts found")[1] and "(25%–75%)" in table and "folder" not in table
+    assert max(map(len, evaluate.table(result).splitlines())) < 100
 
 
 def test_a_sparsely_read_file_is_told_what_that_costs(model, prefix):

@@ -132,40 +132,51 @@ def _rounded(x: float) -> float:
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """The result for a terminal, in lines of less than 100 columns."""
+    """The result for a terminal, in lines of less than 100 columns where names are not long."""
     full, several = result["cache_bytes"], len(result["files"]) > 1
     methods = sorted(result["methods"], key=lambda m: float(m["kl"]))
-    names = [f"{m['method']} {Path(m['file']).name}" if several and m["bytes"] else m["method"] for m in methods]
-    kinds = list(methods[0]["kinds"])
+    names = [_name(m["method"], m["file"] if several and m["bytes"] else "") for m in methods]
+    kinds, wide = list(methods[0]["kinds"]), 2 + max(map(len, [*names, "full cache, two samples"]))
     lines = [f"{result['context_tokens']:,} tokens; their bf16 KV cache takes {full:,} bytes", ""]
-    lines.append(f"{'':34}{'bytes':>12}{'of cache':>10}{'KL':>9}{'':17}{'agree':>7}{'gap':>7}")
+    lines.append(f"{'':{wide}}{'bytes':>11}{'of cache':>10}{'KL':>8}{'':17}{'agree':>7}{'gap':>7}")
     for name, m in zip(names, methods, strict=True):
         low, high = m["kl_interval"]
         lines.append(
-            f"{name[:33]:34}{m['bytes']:>12,}{m['bytes'] / full:>10.2%}{m['kl']:>9.4f}"
+            f"{name:{wide}}{m['bytes']:>11,}{m['bytes'] / full:>10.2%}{m['kl']:>8.4f}"
             f"{f' ({low:.4f}–{high:.4f})':17}{m['agree']:>7.1%}{m['gap_closed']:>7.1%}"
         )
-    lines += ["", f"{'KL by kind':34}" + "".join(f"{k:>13}" for k in kinds)]
+    lines += ["", f"{'KL by kind':{wide}}" + "".join(f"{k:>13}" for k in kinds)]
     for name, m in zip(names, methods, strict=True):
-        lines.append(f"{name[:33]:34}" + "".join(f"{m['kinds'][k]['kl']:>13.4f}" for k in kinds))
-    return "\n".join([*lines, *_meaning(result["answers"], several), *_facts(result["facts"])])
+        lines.append(f"{name:{wide}}" + "".join(f"{m['kinds'][k]['kl']:>13.4f}" for k in kinds))
+    return "\n".join([*lines, *_meaning(result["answers"], several, wide), *_facts(result["facts"], several, wide)])
 
 
-def _meaning(told: Mapping[str, Any], several: bool) -> list[str]:
+def _name(method: str, file: str) -> str:
+    return f"{method} {Path(file).name}" if file else method
+
+
+def _meaning(told: Mapping[str, Any], several: bool, wide: int) -> list[str]:
     if not told:
         return []
+    ours = [(Path(n).name if several else "the file", f["similarity"]) for n, f in told["files"].items()]
+    intervals = [f["similarity_interval"] for f in told["files"].values()]
+    rows = zip(
+        [*ours, ("full cache, two samples", told["again"]), ("no context", told["nothing"])],
+        [*intervals, told["again_interval"], told["nothing_interval"]],
+        strict=True,
+    )
     lines = ["", f"similarity to the full cache's answers, by {told['by']}"]
-    ours = [(Path(name).name if several else "the file", f["similarity"]) for name, f in told["files"].items()]
-    for name, similarity in (*ours, ("full cache, two samples", told["again"]), ("no context", told["nothing"])):
-        lines.append(f"{name:34}{similarity:>7.3f}")
-    return lines
+    return lines + [f"{name:{wide}}{value:>7.3f} ({low:.3f}–{high:.3f})" for (name, value), (low, high) in rows]
 
 
-def _facts(facts: Sequence[Mapping[str, Any]]) -> list[str]:
+def _facts(facts: Sequence[Mapping[str, Any]], several: bool, wide: int) -> list[str]:
     if not facts:
         return []
-    lines = ["", f"{'facts found':42}{'all':>8}   by quarters of the text"]
+    lines = ["", f"{'facts found':{wide}}{'all':>5}{'':14}  by quarters of the text"]
     for f in facts:
+        method, _, file = f["method"].partition(" @ ")
+        low, high = f["found_interval"]
         quarters = "".join("       –" if q is None else f"{q:>8.0%}" for q in f["quarters"])
-        lines.append(f"{f['method'][:41]:42}{f['found']:>8.0%}{quarters}")
+        name = _name(method, file if several else "")
+        lines.append(f"{name:{wide}}{f['found']:>5.0%}{f' ({low:.0%}–{high:.0%})':14}{quarters}")
     return lines
