@@ -271,7 +271,11 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
             panels[0, 1].annotate(Path(m["file"]).stem, place, (6, 6), textcoords="offset points", fontsize=8)
         if best is not None:
             panels[0, 1].axhline(best["kl"], color="grey", linestyle=":", label=best["method"])
-    for axes in panels[0]:
+    for axes, unit in zip(panels[0], (charts.size, "{:g}".format), strict=False):
+        low, high = axes.get_xlim()
+        ticks = charts.Axis(low, high, 0, 1).ticks()
+        axes.set_xticks(ticks, [unit(t) for t in ticks])
+        axes.set_xticks([], minor=True)
         axes.grid(alpha=0.25, which="both")
         axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     figure.tight_layout()
@@ -297,8 +301,3 @@ def _panel(axes: Any, placed: Sequence[Mapping[str, Any]], x: str, below: str) -
         axes.errorbar(*place, yerr=spread, fmt=marker, color=colour, label=label, elinewidth=1, zorder=5 if own else 2)
     axes.set(xscale="log", yscale="log", xlabel=below, ylabel="KL from the full cache, nats a token")
     axes.margins(x=0.15)
-    unit = charts.size if x == "bytes" else "{:g}".format
-    low, high = axes.get_xlim()
-    ticks = charts.Axis(low, high, 0, 1).ticks()
-    axes.set_xticks(ticks, [unit(t) for t in ticks])
-    axes.set_xticks([], minor=True)

@@ -202,6 +202,14 @@ def test_the_plot(tmp_path):
     assert widths[1] > 1.5 * widths[0], "time gets a panel of its own"
 
 
+def test_the_plot_tells_bytes_though_all_marks_are_at_one_place(tmp_path):
+    pytest.importorskip("matplotlib")
+    alike = make(methods=[method("nectar", 487_748, 0.03), method("BM25 passages", 477_360, 1.0)])
+    report.plot({**alike, "cache_bytes": 8_363_520}, tmp_path / "plot.svg")
+    drawn = (tmp_path / "plot.svg").read_text()
+    assert all(f"<!-- {size} -->" in drawn for size in ("500 KB", "1 MB", "5 MB"))
+
+
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars"),
