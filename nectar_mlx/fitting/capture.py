@@ -5,6 +5,7 @@ queries, the exact (o, L) of the context and the (o, L) of the live tokens: what
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -14,7 +15,7 @@ import numpy as np
 from .. import attention
 from .._exp import SLOW_EXP
 from ..cache import NectarCache, with_sinks
-from ..heads import Bank
+from ..heads import Exact
 from .dialogue import Conversation, fed_tokens
 from .reading import Context
 from .study import Captured, Study
@@ -25,14 +26,14 @@ _ROOM, _LEAST_TOGETHER = 1 << 23 if SLOW_EXP else 1 << 28, 256  # scores of one 
 class StudyCache(NectarCache):
     """Attends exactly and keeps what it saw at the last call.
 
-    beside: a part of the context that is counted to the live tokens, for other heads will stand for it.
+    skip: how many of the context's first tokens are counted to the live ones, for other heads will stand for them.
     """
 
     seen: Captured
 
-    def __init__(self, bank: Bank, context: int, *rest: Any, beside: Bank | None = None):
-        super().__init__(bank, context, *rest)
-        self._beside = None if beside is None else NectarCache(beside, 0)
+    def __init__(self, bank: Exact, context: int, *rest: Any, skip: int = 0):
+        super().__init__(bank.part(slice(skip, None)), context, *rest)
+        self._beside = bank.part(slice(skip)) if skip else None
 
     def attend(
         self,
@@ -48,7 +49,7 @@ class StudyCache(NectarCache):
         if sinks is not None:
             live = with_sinks(live, sinks)
         if self._beside is not None:
-            live = attention.merge(self._beside.over_context(queries), live)
+            live = attention.merge(self._beside.over(queries), live)
         context = self.over_context(queries)
         q, o, live_o = (x.astype(mx.float16) for x in (queries, context.output, live.output))
         self.seen = Captured(q, o, live_o, context.log_normalizer, live.log_normalizer)
@@ -108,18 +109,19 @@ def hear(
     studies: Mapping[bool, Study],
     *,
     n_heads: int,
+    skip: int = 0,
     tokens: int | None = None,
     progress: Callable[[int], None] = lambda tokens: None,
 ) -> None:
     """Reads conversations behind the context; what attention saw goes into the studies of those held out (True) and of
-    the others (False). n_heads: of queries. tokens: how many are read together, about; default: what is quick. progress
-    is told how many are done.
+    the others (False). n_heads: of queries. skip: as in `StudyCache`. tokens: how many are read together, about;
+    default: what is quick. progress is told how many are done.
     """
     group = n_heads // len(context.banks[0].sizes)
     tokens = tokens or max(_LEAST_TOGETHER, _ROOM // (n_heads * len(context.prefix)))
     done = 0
     for heard in together(conversations, studies, group=group, tokens=tokens):
-        caches = context.make_cache(StudyCache)
+        caches = context.make_cache(partial(StudyCache, skip=skip))
         studied = [c for c in caches if isinstance(c, StudyCache)]
         model(heard.tokens, cache=caches)  # its logits are never evaluated
         mx.eval([c.seen for c in studied])

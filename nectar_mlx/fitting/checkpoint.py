@@ -88,11 +88,16 @@ class Checkpoint:
         return heads
 
     def save_part(self, arrays: Mapping[str, mx.array], told: Mapping[str, Any]) -> None:
-        """Keeps what is left of a part that is done: arrays by name, and what goes with them."""
+        """Keeps what is left of a part that is done: arrays by name, and what goes with them. The rest is removed."""
         if self.folder is not None:
             temporary = self.folder / "half.safetensors"
             mx.save_safetensors(str(temporary), dict(arrays), {"told": json.dumps(told)})
-            temporary.replace(self.folder / "done.safetensors")
+            done = temporary.replace(self.folder / "done.safetensors")
+            for path in self.folder.iterdir():
+                if path.is_dir():
+                    shutil.rmtree(path)
+                elif path not in (done, self.folder / "fit.json"):
+                    path.unlink()
 
     def load_part(self) -> tuple[dict[str, mx.array], dict[str, Any]] | None:
         if self.folder is None or not (self.folder / "done.safetensors").exists():

@@ -1,4 +1,4 @@
-"""Contexts beyond the model's window, or beyond memory: fitted layer by layer, and if need be chunk by chunk.
+"""Contexts beyond the model's window, fitted chunk by chunk; and those beyond memory, layer by layer.
 
 Every chunk stands behind the template's head, at the positions that follow it, as if it were the whole text; what is
 asked comes behind the longest one. So no distance is larger than the model was made for, and every chunk is as near to
@@ -16,7 +16,7 @@ A chunk is read without those before it: what it says about them is not understo
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -27,15 +27,17 @@ from .. import decoding, store
 from ..adapter import Geometry
 from ..cache import make_caches
 from ..clock import Clock
-from ..heads import Bank, Exact, HeadArrays, Size, Weighed
+from ..heads import Exact, HeadArrays, Size, Weighed
 from ..store import Layout
 from . import reading
 from .checkpoint import Checkpoint
 from .config import FitConfig, affordable_bytes, layout_for
-from .fitter import Progress
-from .layerwise import LayerwiseFitter, cut
+from .fitter import Fitter, Progress
+from .layerwise import LayerwiseFitter
+from .part import Part, checked, heard
 from .prefill import Prefill
 from .reading import Context
+from .walk import Walk
 
 
 def split(tokens: int, room: int) -> list[int]:
@@ -51,47 +53,99 @@ def fit(
     geometry: Geometry,
     *,
     chunks: Sequence[int],
+    layerwise: bool,
     config: FitConfig,
     progress: Progress,
     checkpoint: Checkpoint,
     clock: Clock,
 ) -> tuple[Layout, store.Tensors, dict[str, Any]]:
-    """Fits a prefix that ends with these chunks (their lengths in tokens), layer by layer -> heads and report."""
+    """Fits a prefix that ends with these chunks (their lengths in tokens) -> heads and report.
+
+    layerwise: whether the keys and values of only one layer of a chunk may exist at a time.
+    """
     if len(chunks) > 1:
         config = replace(config, kind="quadrature")  # heads made of nodes can be joined
     layout = layout_for(config, geometry, n_layers=len(geometry.fitted))
     opening = len(prefix) - sum(chunks) if len(chunks) > 1 else 0  # tokens that are kept beside the chunks
     aside = layout.n_layers * layout.n_kv_heads * store.head_bytes(layout, (opening,)) if opening else 0
     nbytes = affordable_bytes(config, geometry, layout, n=len(prefix), parts=len(chunks), aside=aside)
-    fitters, fitted, errors = list[LayerwiseFitter](), list[list[store.Tensors]](), list[float]()
-    sizes: list[Size] = []
+    parts: list[Part] = []
     for number, text in enumerate(_texts(prefix, chunks)):
-        fitter = LayerwiseFitter(
-            model,
-            tokenizer,
-            text,
-            geometry,
-            config,
-            progress=partial(_of, progress, number, len(chunks)),
-            checkpoint=checkpoint.part(f"chunk-{number}"),
-            skip=opening,
-        )
-        # Which heads need most is a matter of the model: the first chunk decides for all.
-        sizes = sizes or fitter.sizes(nbytes / len(chunks))
-        clock.lap("budgets")
-        fitter.converse()
-        clock.lap("study")
-        layers, found = fitter.regress(sizes)
-        clock.lap("regression")
-        fitters.append(fitter)
-        fitted.append(layers)
-        errors += found
+        saved = checkpoint.part(f"chunk-{number}")
+        saved.claim(asdict(config) | {"skip": opening}, text)
+        part = Part.load(saved)
+        if part is None:
+            part = _fit_chunk(
+                model,
+                tokenizer,
+                text,
+                geometry,
+                config,
+                layerwise=layerwise,
+                nbytes=nbytes / len(chunks),
+                sizes=parts[0].sizes if parts else [],  # which heads need most is a matter of the model
+                skip=opening,
+                progress=partial(_of, progress, number, len(chunks)),
+                checkpoint=saved,
+                clock=clock,
+            )
+            part.save(saved)
+            mx.clear_cache()
+        if parts:
+            parts[-1].windows = {}  # of the last chunk alone: questions follow it
+        parts.append(part)
     before = reading.read(model, prefix[:opening], geometry).banks if opening else []
-    tensors = store.contents(layout, list(_heads(layout, before, fitted)), prefix=prefix, windows=fitter.windows)
-    fidelity = _fidelity(fitters, decoding.banks(layout, tensors), len(prefix) - sum(chunks) + max(chunks))
+    heads = list(_heads(layout, before, [part.layers for part in parts]))
+    tensors = store.contents(layout, heads, prefix=prefix, windows=parts[-1].windows)
+    start = len(prefix) - sum(chunks) + max(chunks)
+    make_cache = partial(make_caches, decoding.banks(layout, tensors), parts[-1].windows, start)
+    report = {
+        "layerwise": layerwise,
+        "sizes": parts[0].sizes,
+        "queries": parts[-1].rows,
+        "error": [error for each in parts for error in each.errors],
+    }
+    report |= _fidelity(Walk(model, geometry), parts, make_cache)
     clock.lap("check")
-    report = {"layerwise": True, "sizes": sizes, "queries": fitter.rows, "error": errors}
-    return layout, tensors, report | fidelity
+    return layout, tensors, report
+
+
+def _fit_chunk(
+    model: nn.Module,
+    tokenizer: Any,
+    text: Sequence[int],
+    geometry: Geometry,
+    config: FitConfig,
+    *,
+    layerwise: bool,
+    nbytes: float,
+    sizes: Sequence[Size],
+    skip: int,
+    progress: Progress,
+    checkpoint: Checkpoint,
+    clock: Clock,
+) -> Part:
+    """One chunk, behind what comes before the first. sizes: of its heads, where they are known."""
+    if layerwise:
+        by_layer = LayerwiseFitter(
+            model, tokenizer, text, geometry, config, progress=progress, checkpoint=checkpoint, skip=skip
+        )
+        return by_layer.fit(nbytes, sizes=sizes, clock=clock)
+    with progress("reading", len(text)) as done:
+        context = reading.read(model, text, geometry, prefill=config.prefill, progress=done)
+    clock.lap("read")
+    fitter = Fitter(model, tokenizer, context, geometry, config, progress=progress, checkpoint=checkpoint, skip=skip)
+    _, heads = fitter.fit(nbytes, sizes=sizes, clock=clock)
+    one, K = replace(fitter.layout, n_layers=1), geometry.n_kv_heads
+    layers = [store.pack(one, heads[i : i + K]) for i in range(0, len(heads), K)]
+    walk = Walk(model, geometry)
+    return Part(
+        layers=layers,
+        errors=fitter.errors([store.unpack(one, layer)[0] for layer in layers]),
+        rows=fitter.study.rows,
+        windows=context.windows,
+        answers=[heard(walk, context, c) for c in checked(fitter.conversations)],
+    )
 
 
 def read(
@@ -112,7 +166,7 @@ def read(
         return parts[0]
     opening, banks = reading.read(model, prefix[: len(prefix) - sum(chunks)], geometry), list[Exact]()
     for before, *behind in zip(opening.banks, *(part.banks for part in parts), strict=True):
-        heads = _joined(before, [cut(bank, len(opening.prefix))[0].nodes() for bank in behind])
+        heads = _joined(before, [bank.part(slice(len(opening.prefix), None)).nodes() for bank in behind])
         banks.append(Weighed.stack(heads, scale=geometry.scale))
     return Context(list(prefix), banks, parts[-1].windows, chunks)
 
@@ -147,10 +201,9 @@ def _joined(opening: Exact, chunks: Sequence[Sequence[HeadArrays]]) -> list[Head
     ]
 
 
-def _fidelity(fitters: Sequence[LayerwiseFitter], banks: Sequence[Bank], context: int) -> dict[str, Any]:
+def _fidelity(walk: Walk, parts: Sequence[Part], make_cache: Callable[[], Any]) -> dict[str, Any]:
     """The file's divergence from the model that has a conversation's own chunk in view, whole and alone."""
-    make_cache = partial(make_caches, banks, fitters[-1].windows, context)
-    found = [fitter.fidelity(make_cache) for fitter in fitters]
+    found = [part.fidelity(walk, make_cache) for part in parts]
     means = {name: round(sum(f[name] for f in found) / len(found), 5) for name in ("kl", "agree")}
     return means if len(found) == 1 else means | {"chunks": found}
 

@@ -29,8 +29,8 @@ class FitConfig:
     matrix entry, 16 or 4 to 8 (default: 6 for nodes, 5 below a budget of 1%, 8 for networks).
     queries: captured rows a head (default: 20,000; on a GPU up to 120,000, as the memory holds). steps: of the
     regression (default: 2,000 on a GPU, 400 on a CPU). context_tokens: cut the text after so many tokens. memory: bytes
-    that the context's KV cache may take before the fit goes layer by layer, and captured rows before they go to disk
-    (default: half of what is free).
+    that the KV cache of the context, or of a chunk of it, may take before the fit goes layer by layer, and captured
+    rows before they go to disk (default: half of what is free).
     layerwise: whether it goes layer by layer whatever the memory. prefill: how the text is read, dense, or fixed
     (sparsely, for texts whose dense prefill takes too long).
     """

@@ -14,6 +14,7 @@ import numpy as np
 from .._exp import SLOW_EXP
 from ..adapter import Geometry
 from ..cache import make_caches
+from ..clock import Clock
 from ..heads import Bank, HeadArrays, Size
 from . import capture, dialogue, fidelity, grouping, matching, regression, sensitivity, starts
 from .checkpoint import Checkpoint
@@ -38,7 +39,8 @@ def silent(description: str, total: int) -> AbstractContextManager[Callable[[int
 class Fitter:
     """The model, the context it has read, what was captured of it, and the heads fitted so far.
 
-    Heads are numbered layer by layer, the sliding-window layers left out.
+    Heads are numbered layer by layer, the sliding-window layers left out. skip: how many of the context's first tokens
+    they do not stand for: others will.
     """
 
     study: Study
@@ -54,20 +56,34 @@ class Fitter:
         *,
         progress: Progress = silent,
         checkpoint: Checkpoint | None = None,
+        skip: int = 0,
     ):
         self.model, self.tokenizer, self.context, self.geometry = model, tokenizer, context, geometry
         self.config, self.progress, self.checkpoint = config, progress, checkpoint or Checkpoint(None)
+        self.skip, self.banks = skip, [bank.part(slice(skip, None)) for bank in context.banks]
         self.conversations = list[Conversation]()
         self.n_layers = len(context.banks)
         self.n_heads = self.n_layers * geometry.n_kv_heads
-        self.length = len(context.prefix)
+        self.length = len(context.prefix) - skip
         self.memory = config.memory or free_memory() // 2
         self.queries = rows_for(config, heads=self.n_heads, head_dim=geometry.head_dim)
         self.room = 1 << 19 if SLOW_EXP else 1 << 28  # scores of a batch, of all heads that are trained together
         self.steps = config.steps or STEPS
         self.layout = layout_for(config, geometry, n_layers=self.n_layers)
         self.rate = config.rate or _RATES.get(self.layout.kind, 6e-3)
-        self.checkpoint.claim(asdict(config), context.prefix)
+        self.checkpoint.claim(asdict(config) | {"skip": skip}, context.prefix)
+
+    def fit(self, nbytes: float, *, clock: Clock, sizes: Sequence[Size] = ()) -> tuple[list[Size], list[HeadArrays]]:
+        """All heads, in so many bytes, and their sizes. sizes: where it was decided elsewhere what each head gets."""
+        self.converse()
+        self.hear()
+        clock.lap("study")
+        self.prepare()
+        sizes = list(sizes) or self.sizes(nbytes)
+        clock.lap("budgets")
+        heads = self.regress(sizes)
+        clock.lap("regression")
+        return sizes, heads
 
     def converse(self) -> None:
         """Samples conversations until they give every head its rows."""
@@ -121,6 +137,7 @@ class Fitter:
                 self.conversations,
                 {False: self.study, True: self.held_out},
                 n_heads=g.n_heads,
+                skip=self.skip,
                 tokens=together,
                 progress=done,
             )
@@ -138,7 +155,7 @@ class Fitter:
         with self.progress("weighing keys", self.n_layers) as done:
             for layer in range(self.n_layers):
                 rows = self._samples(range(layer * K, layer * K + K))
-                keys = self.context.banks[layer].parameters["keys"]
+                keys = self.banks[layer].parameters["keys"]
                 self.importance += list(matching.importance(rows, keys, scale=self.geometry.scale))
                 done(layer + 1)
 
@@ -154,7 +171,7 @@ class Fitter:
         keys, values = [], []
         for index, count in zip(indices, counts, strict=True):
             layer, k = divmod(index, self.geometry.n_kv_heads)
-            parameters = self.context.banks[layer].parameters
+            parameters = self.banks[layer].parameters
             chosen = matching.most_important(self.importance[index], count)
             keys.append(parameters["keys"][k][chosen])
             values.append(parameters["values"][k][chosen])
@@ -217,7 +234,7 @@ class Fitter:
 
     def _whole(self, index: int) -> HeadArrays:
         layer, k = divmod(index, self.geometry.n_kv_heads)
-        return {name: x.astype(mx.float32) for name, x in self.context.banks[layer].nodes()[k].items()}
+        return {name: x.astype(mx.float32) for name, x in self.banks[layer].nodes()[k].items()}
 
     def errors(self, banks: Sequence[Bank]) -> list[float]:
         """Merged error of every head on the held-out rows, one bank a layer."""

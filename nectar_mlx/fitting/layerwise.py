@@ -9,7 +9,6 @@ context's own: the divergence is somewhat larger than where answers are sampled 
 a prototype (docs/log.md).
 """
 
-import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property, partial
@@ -17,19 +16,20 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 
 from .. import prompts, store
 from .._exp import SLOW_EXP
 from ..adapter import Geometry, compute_type
 from ..cache import Window
+from ..clock import Clock
 from ..heads import Exact, Size
-from . import capture, dialogue, fidelity, reading, starts
+from . import capture, dialogue, reading, starts
 from .capture import Heard, StudyCache
 from .checkpoint import Checkpoint
 from .config import FitConfig, allocate, layout_for, rows_for
 from .dialogue import Conversation
 from .fitter import Fitter, Progress
+from .part import Answer, Part, checked
 from .reading import READ, Context
 from .study import Study
 from .walk import Walk
@@ -41,17 +41,14 @@ _PROMPT = 96  # tokens of a long prompt
 _SCORES = 1 << 16 if SLOW_EXP else 1 << 22  # of a training batch, at least: on a GPU those of a layer's heads together
 _EXCERPT, _EXCERPT_QUERIES = 1024, 3000  # at most
 _SAID = 128 if SLOW_EXP else 256  # tokens of conversations that go through all layers together
-_CHECKED = 8  # held-out conversations that the fit is measured on
 _GOLDEN = 0.6180339887  # multiples of it, modulo 1, fill the unit interval evenly at any number
 
 
 class LayerwiseFitter:
-    """The model, the text, and what was said about it. Heads are numbered as in `Fitter`.
-
-    skip: how many tokens at the start of the prefix the heads do not stand for, though the rest is read behind them.
-    """
+    """The model, the text, and what was said about it. Heads are numbered as in `Fitter`, and `skip` means the same."""
 
     conversations: list[Conversation]
+    answers: list[Answer]  # to the last layer's end, once all layers were heard
 
     def __init__(
         self,
@@ -70,7 +67,6 @@ class LayerwiseFitter:
         self.layout = layout_for(config, geometry, n_layers=len(geometry.fitted))
         self.windows: dict[int, Window] = {}
         self._walk = Walk(model, geometry)
-        self._answers: list[tuple[Conversation, mx.array]] = []  # held out, and what follows the last layer [A, E]
         self.queries = rows_for(config, heads=geometry.n_kv_heads, head_dim=geometry.head_dim)
         self._wanted = {False: self.queries, True: max(self.queries // 10, 64)}  # rows a head, by held_out
         self.rows = 0  # a head, that it was fitted to
@@ -99,6 +95,16 @@ class LayerwiseFitter:
     def _together(self) -> int:
         """Conversations that are sampled side by side, with a passage or as large an excerpt in view."""
         return max(1, min(_TOGETHER, (self._tokens - self._seen) // (_PROMPT + self.config.answer_tokens)))
+
+    def fit(self, nbytes: float, *, clock: Clock, sizes: Sequence[Size] = ()) -> Part:
+        """All heads, in so many bytes. sizes: where it was decided elsewhere what each head gets."""
+        sizes = sizes or self.sizes(nbytes)
+        clock.lap("budgets")
+        self.converse()
+        clock.lap("study")
+        part = self.regress(sizes)
+        clock.lap("regression")
+        return part
 
     def converse(self) -> None:
         """Samples conversations until every head has its rows, about passages spread evenly over the text."""
@@ -165,12 +171,9 @@ class LayerwiseFitter:
             self.checkpoint.save_sizes(sizes)
         return sizes
 
-    def regress(self, sizes: Sequence[Size]) -> tuple[list[store.Tensors], list[float]]:
-        """All heads, trained at their own sizes: those of each layer as they will be stored, which is how little they
-        take from now on; and the error of each on held-out rows."""
-        done_before = self.checkpoint.load_part()
-        if done_before is not None:
-            return self._restored(*done_before)
+    def regress(self, sizes: Sequence[Size]) -> Part:
+        """All heads, trained at their own sizes; each layer's are kept as they will be stored, which is how little they
+        take from now on."""
         K, layers, errors = self.geometry.n_kv_heads, list[store.Tensors](), list[float]()
         with self.progress("fitting layers", self.layout.n_layers) as done:
             for fitter in self.layers():
@@ -178,32 +181,7 @@ class LayerwiseFitter:
                 layers.append(store.pack(fitter.layout, fitter.regress(sizes[len(errors) : len(errors) + K])))
                 errors += fitter.errors(store.unpack(fitter.layout, layers[-1]))
                 done(len(layers))
-        self._save(layers, errors)
-        return layers, errors
-
-    def _save(self, layers: Sequence[store.Tensors], errors: Sequence[float]) -> None:
-        """Keeps all that outlives the text, so that no chunk is read twice."""
-        arrays = {f"layers.{i}.{name}": x for i, layer in enumerate(layers) for name, x in layer.items()}
-        arrays |= {f"answers.{i}.hidden": hidden for i, (_, hidden) in enumerate(self._answers)}
-        for i, window in self.windows.items():
-            arrays |= {f"windows.{i}.keys": window.keys, f"windows.{i}.values": window.values}
-        sizes = {i: window.size for i, window in self.windows.items()}
-        answers = [asdict(conversation) for conversation, _ in self._answers]
-        self.checkpoint.save_part(
-            arrays, {"errors": errors, "rows": self.rows, "windows": sizes, "answers": answers, "layers": len(layers)}
-        )
-
-    def _restored(self, arrays: Mapping[str, mx.array], told: Any) -> tuple[list[store.Tensors], list[float]]:
-        """What `regress` gave, from what `_save` kept."""
-        parts: dict[tuple[str, int], store.Tensors] = {}
-        for key, array in arrays.items():
-            kind, number, name = key.split(".", 2)
-            parts.setdefault((kind, int(number)), {})[name] = array
-        self.rows = told["rows"]
-        self.windows = {int(i): Window(**parts["windows", int(i)], size=size) for i, size in told["windows"].items()}
-        conversations = [Conversation(**c) for c in told["answers"]]
-        self._answers = [(c, parts["answers", i]["hidden"]) for i, c in enumerate(conversations)]
-        return [parts["layers", i] for i in range(told["layers"])], told["errors"]
+        return Part(layers=layers, errors=errors, rows=self.rows, windows=self.windows, answers=self.answers)
 
     def layers(self) -> Iterator[Fitter]:
         """For each layer with full attention, a Fitter of that layer alone that has heard the conversations."""
@@ -220,21 +198,24 @@ class LayerwiseFitter:
                 self.windows[layer] = part
                 self._hear(layer, partial(part.make_cache, len(self.prefix)), batches, heard, studies)
             else:
-                part, beside = cut(part, self.skip)
                 studies[False].rows = studies[True].rows = 0
-                make_cache = partial(StudyCache, part, len(self.prefix), beside=beside)
+                make_cache = partial(StudyCache, part, len(self.prefix), skip=self.skip)
                 self._hear(layer, make_cache, batches, heard, studies)
                 yield self._fitter(layer, part, studies)
             del part
             mx.clear_cache()
         self.rows = studies[False].rows
-        self._answers = list(self._checked(batches, heard))
+        places = {id(c): (b, i) for b, batch in enumerate(batches) for i, c in enumerate(batch.conversations)}
+        found = ((c, *places[id(c)]) for c in checked(self.conversations))
+        self.answers = [Answer.of(c, heard[b][i]) for c, b, i in found]
 
     def _fitter(self, layer: int, bank: Exact, studies: Mapping[bool, Study]) -> Fitter:
         """One layer's, with the rows that were just captured."""
-        context = Context(self.prefix[self.skip :], [bank])
+        context = Context(self.prefix, [bank])
         checkpoint = self.checkpoint.part(f"layer-{layer}")
-        fitter = Fitter(self.model, self.tokenizer, context, self.geometry, self.config, checkpoint=checkpoint)
+        fitter = Fitter(
+            self.model, self.tokenizer, context, self.geometry, self.config, checkpoint=checkpoint, skip=self.skip
+        )
         fitter.study, fitter.held_out, fitter.room = studies[False], studies[True], self._room
         return fitter
 
@@ -270,39 +251,3 @@ class LayerwiseFitter:
             mx.eval(heard[i], cache.state)
             if isinstance(cache, StudyCache):
                 capture.record([cache], studies.values(), batch.places)
-
-    def _checked(self, batches: Sequence[Heard], heard: Sequence[mx.array]) -> Iterator[tuple[Conversation, mx.array]]:
-        everyone = (
-            (c, row)
-            for batch, rows in zip(batches, heard, strict=True)
-            for c, row in zip(batch.conversations, rows, strict=True)
-        )
-        held_out = ((c, row) for c, row in everyone if c.held_out and c.answer)
-        for conversation, row in itertools.islice(held_out, _CHECKED):
-            first = len(conversation.prompt) - 1
-            hidden = mx.contiguous(row[first : first + len(conversation.answer)])
-            mx.eval(hidden)
-            yield conversation, hidden
-
-    def fidelity(self, make_cache: fidelity.MakeCache) -> dict[str, float]:
-        """KL and agreement with the full context on held-out conversations."""
-        found = []
-        for number, (conversation, hidden) in enumerate(self._answers):
-            (ours,) = fidelity.answer_logits(self.model, make_cache(), [conversation])
-            truth = self._walk.logits(hidden[None])[0]
-            found.append(fidelity.divergence(truth, ours, conversation.answer, number))
-        kl, agree = (np.concatenate(x) for x in zip(*((d.kl, d.agree) for d in found), strict=True))
-        return {"kl": round(float(kl.mean()), 5), "agree": round(float(agree.mean()), 4)}
-
-
-def cut(bank: Exact, tokens: int) -> tuple[Exact, Exact | None]:
-    """What comes behind the first tokens, and those, if there are any."""
-    if not tokens:
-        return bank, None
-    pieces = []
-    for part in (slice(tokens, None), slice(tokens)):
-        parameters = {name: mx.contiguous(x[:, part]) for name, x in bank.parameters.items()}
-        mx.eval(parameters)
-        sizes = ((parameters["keys"].shape[1],),) * len(bank.sizes)
-        pieces.append(Exact(parameters=parameters, sizes=sizes, scale=bank.scale))
-    return pieces[0], pieces[1]

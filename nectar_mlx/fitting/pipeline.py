@@ -3,7 +3,7 @@
 read the text once -> converse about it -> capture what attention sees in that -> decide each head's budget
 -> start every head from Attention Matching at its own budget -> regress -> quantise -> report
 
-Where the keys and values of the whole text would not fit, or the text the model's window: chunks.py.
+Where the text does not fit the model's window, or its keys and values the memory: chunks.py.
 """
 
 from collections.abc import Sequence
@@ -52,13 +52,15 @@ def fit(
         "source": source,
     }
     lengths = _chunks(model, tokenizer, prefix, config)
-    if len(lengths) > 1 or _needs_layers(model, geometry, config, len(prefix)):
+    layerwise = _needs_layers(model, geometry, config, len(prefix) - sum(lengths) + max(lengths))
+    if len(lengths) > 1 or layerwise:
         layout, tensors, report = chunks.fit(
             model,
             tokenizer,
             prefix,
             geometry,
             chunks=lengths,
+            layerwise=layerwise,
             config=config,
             progress=progress,
             checkpoint=checkpoint or Checkpoint(None),
@@ -86,14 +88,7 @@ def _fit(fitter: Fitter, text: str, clock: Clock) -> tuple[store.Tensors, dict[s
         heads = [head for bank in context.banks for head in bank.unstack()]
         return store.contents(fitter.layout, heads, prefix=context.prefix, windows=context.windows), report, keys
     nbytes = affordable_bytes(fitter.config, fitter.geometry, fitter.layout, n=len(context.prefix))
-    fitter.converse()
-    fitter.hear()
-    clock.lap("study")
-    fitter.prepare()
-    sizes = fitter.sizes(nbytes)
-    clock.lap("budgets")
-    heads = fitter.regress(sizes)
-    clock.lap("regression")
+    sizes, heads = fitter.fit(nbytes, clock=clock)
     tensors = store.contents(fitter.layout, heads, prefix=context.prefix, windows=context.windows)
     banks: Sequence[Bank] = decoding.banks(fitter.layout, tensors)
     if isinstance(fitter, RetrievalFitter):

@@ -24,7 +24,7 @@ class Walk:
     """
 
     def __init__(self, model: nn.Module, geometry: Geometry):
-        self._model, self._windows = model, geometry.windows
+        self.model, self._windows = model, geometry.windows
         self._layers: list[Any] = list(model.layers)
         tokens = mx.zeros((1, 3), dtype=mx.int32)
         hidden = self.embed(tokens)
@@ -43,7 +43,7 @@ class Walk:
             return hidden
 
         with self._standing_in(keep):
-            self._model(tokens)  # never evaluated: the logits that follow cost nothing
+            self.model(tokens)  # never evaluated: the logits that follow cost nothing
         return seen[0]
 
     def layer(self, layer: int, hidden: mx.array, cache: Any) -> mx.array:
@@ -55,7 +55,7 @@ class Walk:
     def logits(self, hidden: mx.array) -> mx.array:
         """What follows the last layer: [B, T, E] -> [B, T, V]."""
         with self._standing_in(lambda layer, before, *others, **named: hidden):
-            result: mx.array = self._model(mx.zeros(hidden.shape[:2], dtype=mx.int32))
+            result: mx.array = self.model(mx.zeros(hidden.shape[:2], dtype=mx.int32))
         return result
 
     @contextmanager

@@ -29,6 +29,12 @@ class Exact(Bank):
     def head_dim(self) -> int:
         return self.parameters["keys"].shape[-1]
 
+    def part(self, chosen: slice) -> Self:
+        """Some of the keys, in all heads the same."""
+        parameters = {name: x[:, chosen] for name, x in self.parameters.items()}
+        sizes = ((parameters["keys"].shape[1],),) * len(self.sizes)
+        return type(self)(parameters=parameters, sizes=sizes, scale=self.scale)
+
     def nodes(self) -> list[HeadArrays]:
         """Every head's keys and values as nodes that stand for themselves."""
         return Weighed.of(self, mx.zeros(self.parameters["keys"].shape[:2])).unstack()

@@ -2,7 +2,6 @@
 
 import json
 import re
-from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
@@ -15,10 +14,10 @@ from nectar_mlx.clock import Clock
 from nectar_mlx.fitting import chunks, matching
 from nectar_mlx.fitting.checkpoint import Checkpoint
 from nectar_mlx.fitting.config import FitConfig
-from nectar_mlx.fitting.dialogue import Conversation
-from nectar_mlx.fitting.fitter import silent
+from nectar_mlx.fitting.fitter import Fitter, silent
 from nectar_mlx.fitting.layerwise import LayerwiseFitter
 from nectar_mlx.fitting.study import Captured
+from nectar_mlx.fitting.walk import Walk
 from tests import toys
 from tests.fitting.test_fit import FAST, TEXT
 
@@ -101,34 +100,27 @@ def agree(model, ours, oracle):
         np.testing.assert_allclose(model(mx.array([tokens]), cache=ours), expected, atol=1e-3)
 
 
+@pytest.mark.parametrize("layerwise", [False, True])
 @pytest.mark.parametrize("room", [60, 1000])
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "granite"])
-def test_chunks_weigh_as_much_as_one(tokenizer, monkeypatch, architecture, room):
-    """Heads that keep every key of their chunk, and the exact reference, against one stock attention call."""
+def test_chunks_weigh_as_much_as_one(tokenizer, monkeypatch, architecture, room, layerwise):
+    """Heads with room for every key of their chunk, and the exact reference, against one stock attention call."""
     model = toys.toy(architecture)
     geometry = adapter.route(model)
     opening = prompts.opening(tokenizer)
     prefix = prompts.prefix(tokenizer, TEXT, max_tokens=150)
     lengths = chunks.split(len(prefix) - opening, room)
     assert len(lengths) == (3 if room == 60 else 1)
-
-    def kept(self, sizes):
-        self.conversations = [Conversation(toys.random_tokens(5), toys.random_tokens(5))]
-        heads = [one.context.banks[0].nodes() for one in self.layers()]
-        layout = replace(self.layout, n_layers=1)
-        return [store.pack(layout, of) for of in heads], []
-
-    monkeypatch.setattr(LayerwiseFitter, "sizes", lambda self, nbytes: [])
-    monkeypatch.setattr(LayerwiseFitter, "converse", lambda self: None)
-    monkeypatch.setattr(LayerwiseFitter, "regress", kept)
-    monkeypatch.setattr(LayerwiseFitter, "fidelity", lambda self, make: {"kl": 0.0, "agree": 1.0})
+    for fitter in (Fitter, LayerwiseFitter):
+        monkeypatch.setattr(fitter, "sizes", lambda self, nbytes: [(1000,)] * self.layout.n_layers * 2)
     layout, tensors, report = chunks.fit(
         model,
         tokenizer,
         prefix,
         geometry,
         chunks=lengths,
-        config=FitConfig(**SMALL | {"bits": 16, "budget": 1.0}),
+        layerwise=layerwise,
+        config=FitConfig(**SMALL | {"bits": 16, "budget": 1.0, "queries": 100}),
         progress=silent,
         checkpoint=Checkpoint(None),
         clock=Clock(),
@@ -141,18 +133,20 @@ def test_chunks_weigh_as_much_as_one(tokenizer, monkeypatch, architecture, room)
     agree(model, context.make_cache(), stock_caches(model, prefix, lengths, opening))
 
 
-def test_every_chunk_is_answered_about(tokenizer, monkeypatch, tmp_path):
+@pytest.mark.parametrize("layerwise", [None, True])
+def test_every_chunk_is_answered_about(tokenizer, monkeypatch, tmp_path, layerwise):
     model = small_window()
     kept, fidelity = [], chunks._fidelity
-    monkeypatch.setattr(chunks, "_fidelity", lambda fitters, *of: kept.extend(fitters) or fidelity(fitters, *of))
-    config = FitConfig(**SMALL | {"steps": 60, "queries": 800, "budget": 0.8})
+    monkeypatch.setattr(chunks, "_fidelity", lambda walk, parts, *of: kept.extend(parts) or fidelity(walk, parts, *of))
+    config = FitConfig(**SMALL | {"steps": 60, "queries": 800, "budget": 0.8}, layerwise=layerwise)
     fitted = toys.fit(model, tokenizer, TEXT, config=config)
     assert len(fitted.chunks) >= 3 and fitted.start <= 200
     assert fitted.nbytes <= 0.8 * fitted.cache_nbytes
     assert min(size for (size,) in fitted.banks[0].sizes) > prompts.opening(tokenizer)
-    assert len(fitted.report["chunks"]) == len(fitted.chunks)
-    for fitter, told in zip(kept, fitted.report["chunks"], strict=True):
-        assert told["kl"] < fitter.fidelity(lambda: make_prompt_cache(model))["kl"]
+    assert len(fitted.report["chunks"]) == len(fitted.chunks) and fitted.report["layerwise"] == bool(layerwise)
+    by_layer = Walk(model, fitted.geometry)
+    for part, told in zip(kept, fitted.report["chunks"], strict=True):
+        assert told["kl"] < part.fidelity(by_layer, lambda: make_prompt_cache(model))["kl"]
     fitted.save(tmp_path / "book.nectar")
     again = Nectar.load(tmp_path / "book.nectar", model, tokenizer)
     assert again.chunks == fitted.chunks and again.start == fitted.start
@@ -174,27 +168,42 @@ def check_evaluation(model, tokenizer, fitted):
     assert told["nectar"]["error"] is not None
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gemma3_text"])
-def test_a_chunk_that_is_done_is_not_read_again(tokenizer, tmp_path, monkeypatch, architecture):
+@pytest.mark.parametrize("architecture, layerwise", [("llama", False), ("llama", True), ("gemma3_text", False)])
+def test_a_chunk_that_is_done_is_not_read_again(tokenizer, tmp_path, monkeypatch, architecture, layerwise):
     model = small_window(architecture)
-    config = FitConfig(**SMALL)
+    config = FitConfig(**SMALL, layerwise=layerwise)
     whole = toys.fit(model, tokenizer, TEXT, config=config)
-    layers, walked = LayerwiseFitter.layers, []
+    kind, name = (LayerwiseFitter, "layers") if layerwise else (Fitter, "prepare")
+    method, called = getattr(kind, name), []
 
     def interrupted(self):
-        walked.append(1)
-        if len(walked) == 3:
+        called.append(1)
+        if len(called) == 3:
             raise KeyboardInterrupt
-        return layers(self)
+        return method(self)
 
-    monkeypatch.setattr(LayerwiseFitter, "layers", interrupted)
+    monkeypatch.setattr(kind, name, interrupted)
     with pytest.raises(KeyboardInterrupt):
         toys.fit(model, tokenizer, TEXT, config=config, checkpoint=Checkpoint(tmp_path / "part"))
+    for chunk in ("chunk-0", "chunk-1"):  # what led to its heads is gone
+        assert {p.name for p in (tmp_path / "part" / chunk).iterdir()} == {"fit.json", "done.safetensors"}
     resumed = toys.fit(model, tokenizer, TEXT, config=config, checkpoint=Checkpoint(tmp_path / "part"))
-    assert len(walked) == len(whole.chunks) + 1
+    assert len(called) == len(whole.chunks) + 1
     assert store.digest(resumed._tensors) == store.digest(whole._tensors)
     report, expected = (dict(f.report, seconds=None) for f in (resumed, whole))
     assert json.loads(json.dumps(report)) == json.loads(json.dumps(expected))
+
+
+@pytest.mark.parametrize("memory, layerwise", [(0.9, True), (1.1, False)])
+def test_a_chunk_that_fits_the_memory_is_fitted_at_once(tokenizer, memory, layerwise):
+    """Whatever the whole text takes. memory: of what the longest chunk's keys and values take."""
+    model = small_window()
+    opening = prompts.opening(tokenizer)
+    longest = opening + chunks.split(590, 200 - opening)[-1]
+    bytes_of = 2 * adapter.route(model).cache_bytes(longest)  # float32
+    config = FitConfig(**SMALL | {"steps": 1}, context_tokens=590, memory=int(memory * bytes_of))
+    fitted = toys.fit(model, tokenizer, TEXT, config=config)
+    assert len(fitted.chunks) == 4 and fitted.report["layerwise"] is layerwise
 
 
 def test_sliding_windows_keep_the_end_of_the_last_chunk(tokenizer):
@@ -230,13 +239,14 @@ def test_a_budget_that_does_not_hold_every_chunk_is_refused_with_one_that_does(t
     toys.fit(model, tokenizer, TEXT, config=FitConfig(**SMALL | {"steps": 1, "budget": 1.02 * least}))
 
 
-def test_memory_does_not_grow_with_the_text(tokenizer):
+@pytest.mark.parametrize("layerwise", [False, True])
+def test_memory_does_not_grow_with_the_text(tokenizer, layerwise):
     def peak(repeats):
         model = small_window()
         mx.clear_cache()
         before = mx.get_active_memory()
         mx.reset_peak_memory()
-        config = FitConfig(**SMALL | {"steps": 2, "scout_steps": 1, "samples": 100, "budget": 0.1})
+        config = FitConfig(**SMALL | {"steps": 2, "scout_steps": 1, "samples": 100, "budget": 0.1}, layerwise=layerwise)
         fitted = toys.fit(model, tokenizer, TEXT * repeats, config=config)
         return mx.get_peak_memory() - before, len(fitted.chunks)
 

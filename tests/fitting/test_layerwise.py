@@ -10,12 +10,13 @@ import pytest
 
 from nectar_mlx import NectarError, adapter, fit, models, prompts, store
 from nectar_mlx.cache import NectarCache
-from nectar_mlx.fitting import capture, layerwise, pipeline, reading, walk
+from nectar_mlx.fitting import capture, layerwise, part, pipeline, reading, walk
 from nectar_mlx.fitting.checkpoint import Checkpoint
 from nectar_mlx.fitting.config import FitConfig
 from nectar_mlx.fitting.dialogue import Conversation
 from nectar_mlx.fitting.fitter import Fitter, silent
 from nectar_mlx.fitting.layerwise import LayerwiseFitter
+from nectar_mlx.fitting.part import Part
 from nectar_mlx.fitting.walk import Walk
 from tests import toys
 from tests.fitting.test_fit import FAST, TEXT
@@ -98,6 +99,35 @@ def test_what_a_layer_hears_is_what_the_full_cache_would_see(tokenizer, architec
         np.testing.assert_allclose(ours.windows[layer].keys, window.keys, atol=2e-4)
 
 
+@pytest.mark.parametrize("architecture", ["llama", "gemma3_text", "gpt_oss"])
+def test_both_ways_hear_the_same_of_a_chunk(tokenizer, architecture):
+    """Heads that do not stand for the opening: its share of the attention is counted to the live tokens."""
+    model = toys.toy(architecture)
+    geometry, opening = adapter.route(model), 20
+    told = {"progress": silent, "checkpoint": Checkpoint(None), "skip": opening}
+    prefix, config = toys.random_tokens(90), FitConfig(**SMALL | {"queries": 4000})
+    context, K = reading.read(model, prefix, geometry), geometry.n_kv_heads
+    by_layer = LayerwiseFitter(model, tokenizer, prefix, geometry, config, **told)
+    at_once = Fitter(model, tokenizer, context, geometry, config, **told)
+    at_once.conversations = by_layer.conversations = [
+        Conversation(toys.random_tokens(6, seed=i), toys.random_tokens(5, seed=90 + i), held_out=i == 4)
+        for i in range(5)
+    ]
+    at_once.hear()
+    for layer, one in enumerate(by_layer.layers()):
+        assert one.length == at_once.length == 70
+        np.testing.assert_allclose(
+            one.banks[0].parameters["keys"], context.banks[layer].parameters["keys"][:, opening:], atol=2e-4
+        )
+        mine, theirs = at_once.study.heads(range(layer * K, layer * K + K)), one.study.heads(range(K))
+        for name in ("queries", "output", "live_output", "log_normalizer", "live_log_normalizer"):
+            np.testing.assert_allclose(*(np.array(getattr(x, name), np.float32) for x in (mine, theirs)), atol=2e-2)
+        keys = context.banks[layer].parameters["keys"]
+        scores = mine.queries.astype(mx.float32) @ keys.swapaxes(1, 2) * geometry.scale
+        np.testing.assert_allclose(mine.log_normalizer, mx.logsumexp(scores[..., opening:], axis=-1), atol=2e-2)
+        assert (mine.live_log_normalizer >= mx.logsumexp(scores[..., :opening], axis=-1) - 2e-2).all()
+
+
 def heard(model, context, conversations):
     """Per layer, the queries [K, rows, D] of conversations (trained on, held out), each conversation on its own."""
     found = [([], []) for _ in context.banks]
@@ -139,11 +169,16 @@ def test_what_is_reported_is_the_divergence_from_the_full_cache(tokenizer):
     for _ in ours.layers():
         pass
     full = reading.read(model, ours.prefix, ours.geometry)
-    assert ours.fidelity(full.make_cache) == {"kl": 0.0, "agree": 1.0}
+    told = Part(layers=[], errors=[], rows=0, windows={}, answers=ours.answers)
+    for answer in told.answers:
+        by_model = part.heard(Walk(model, ours.geometry), full, answer.conversation)
+        np.testing.assert_allclose(answer.hidden, by_model.hidden, atol=1e-3)
+    assert told.fidelity(Walk(model, ours.geometry), full.make_cache) == {"kl": 0.0, "agree": 1.0}
     head = reading.read(model, ours.prefix[:20], ours.geometry)
-    held_out = [c for c in ours.conversations if c.held_out and c.answer][: layerwise._CHECKED]
+    held_out = [answer.conversation for answer in told.answers]
+    assert held_out == [c for c in ours.conversations if c.held_out and c.answer][:8]
     other = fidelity.compare(model, full.make_cache, {"head": head.make_cache}, held_out)["head"]
-    assert ours.fidelity(head.make_cache)["kl"] == pytest.approx(other.kl.mean(), abs=2e-5)
+    assert told.fidelity(Walk(model, ours.geometry), head.make_cache)["kl"] == pytest.approx(other.kl.mean(), abs=2e-5)
 
 
 def test_passages_cover_the_text_evenly(tokenizer):

@@ -1,0 +1,114 @@
+"""What is left of a text, or of a chunk of one, once its heads are fitted: so little that many can wait for the rest.
+
+Its keys and values, and the rows its heads were trained on, are gone. What its answers would be with all of it in view
+can still be told, for the hidden states that follow the last layer are kept where a few held-out answers were
+predicted.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple, Self
+
+import mlx.core as mx
+import numpy as np
+
+from .. import store
+from ..cache import Window
+from ..heads import Size
+from . import fidelity
+from .checkpoint import Checkpoint
+from .dialogue import Conversation
+from .reading import Context
+from .walk import Walk
+
+_CHECKED = 8
+
+
+class Answer(NamedTuple):
+    """A held-out conversation, and the hidden states [A, E] that follow the last layer where the tokens of its answer
+    were predicted, the whole text in view."""
+
+    conversation: Conversation
+    hidden: mx.array
+
+    @classmethod
+    def of(cls, conversation: Conversation, hidden: mx.array) -> Self:
+        """hidden: of all its tokens [T, E]."""
+        first = len(conversation.prompt) - 1
+        kept = mx.contiguous(hidden[first : first + len(conversation.answer)])
+        mx.eval(kept)
+        return cls(conversation, kept)
+
+
+def checked(conversations: Sequence[Conversation]) -> list[Conversation]:
+    """Those that a fit is measured on: the first few that are held out and were answered."""
+    return [c for c in conversations if c.held_out and c.answer][:_CHECKED]
+
+
+def heard(walk: Walk, context: Context, conversation: Conversation) -> Answer:
+    """What follows the last layer behind the context's own keys and values."""
+    hidden = walk.embed(mx.array([conversation.prompt + conversation.answer]))
+    for layer, cache in enumerate(context.make_cache()):
+        hidden = walk.layer(layer, hidden, cache)
+    return Answer.of(conversation, hidden[0])
+
+
+@dataclass(kw_only=True)
+class Part:
+    """layers: each layer's heads as they will be stored. errors: of every head on held-out rows. rows: a head, that it
+    was fitted to. windows: what sliding-window layers keep, by layer."""
+
+    layers: list[store.Tensors]
+    errors: list[float]
+    rows: int
+    windows: dict[int, Window]
+    answers: list[Answer]
+
+    @property
+    def sizes(self) -> list[Size]:
+        """Of every head."""
+        rows: list[Any] = [row for layer in self.layers for row in layer["sizes"].tolist()]  # type: ignore[union-attr]
+        return [tuple(row) for row in rows]
+
+    def fidelity(self, walk: Walk, make_cache: fidelity.MakeCache) -> dict[str, float]:
+        """KL and agreement with the model that has the whole text in view, on the kept answers."""
+        found = []
+        for number, (conversation, hidden) in enumerate(self.answers):
+            (ours,) = fidelity.answer_logits(walk.model, make_cache(), [conversation])
+            found.append(fidelity.divergence(walk.logits(hidden[None])[0], ours, conversation.answer, number))
+        kl, agree = (np.concatenate(x) for x in zip(*((d.kl, d.agree) for d in found), strict=True))
+        return {"kl": round(float(kl.mean()), 5), "agree": round(float(agree.mean()), 4)}
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Keeps it, so that an interrupted fit does not read this text again."""
+        arrays = {f"layers.{i}.{name}": x for i, layer in enumerate(self.layers) for name, x in layer.items()}
+        arrays |= {f"answers.{i}.hidden": answer.hidden for i, answer in enumerate(self.answers)}
+        for i, window in self.windows.items():
+            arrays |= {f"windows.{i}.keys": window.keys, f"windows.{i}.values": window.values}
+        told = {
+            "errors": self.errors,
+            "rows": self.rows,
+            "layers": len(self.layers),
+            "windows": {i: window.size for i, window in self.windows.items()},
+            "answers": [asdict(answer.conversation) for answer in self.answers],
+        }
+        checkpoint.save_part(arrays, told)
+
+    @classmethod
+    def load(cls, checkpoint: Checkpoint) -> Self | None:
+        """What `save` kept, if it did."""
+        found = checkpoint.load_part()
+        if found is None:
+            return None
+        arrays, told = found
+        parts: dict[tuple[str, int], store.Tensors] = {}
+        for key, array in arrays.items():
+            kind, number, name = key.split(".", 2)
+            parts.setdefault((kind, int(number)), {})[name] = array
+        return cls(
+            layers=[parts["layers", i] for i in range(told["layers"])],
+            errors=told["errors"],
+            rows=told["rows"],
+            windows={int(i): Window(**parts["windows", int(i)], size=size) for i, size in told["windows"].items()},
+            answers=[Answer(Conversation(**c), parts["answers", i]["hidden"]) for i, c in enumerate(told["answers"])],
+        )
