@@ -7,6 +7,7 @@ line says what is wrong and what to do), 130 interrupted.
 import argparse
 import os
 import sys
+import textwrap
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,11 +25,20 @@ if TYPE_CHECKING:
 DONE, FAULT, INTERRUPTED = 0, 2, 130
 
 
+class _WholeNames(argparse.HelpFormatter):
+    """Lines end between words: a name with hyphens can be copied."""
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
+
+
 class Parser(argparse.ArgumentParser):
     """A parser whose complaint is one line. `command` is the command's name as typed after `nectar`."""
 
     def __init__(self, command: str, description: str | None = None):
-        super().__init__(prog=f"nectar {command}", description=description, allow_abbrev=False)
+        super().__init__(
+            prog=f"nectar {command}", description=description, allow_abbrev=False, formatter_class=_WholeNames
+        )
 
     def error(self, message: str) -> NoReturn:
         self.exit(FAULT, f"{self.prog}: {message} (see {self.prog} --help)\n")

@@ -33,7 +33,11 @@ def _parser() -> argparse.ArgumentParser:
         default="auto",
         help="auto, quadrature, mlp, corrected, exact; with exact keys beside: retrieval+nectar, completion, retrieval",
     )
-    parser.add_argument("--bits", type=int, help="of a stored matrix entry: 16, or 4 to 8 (nodes 7 or 6, networks 8)")
+    parser.add_argument(
+        "--bits",
+        type=int,
+        help="of a stored matrix entry: 16, or 4 to 8 (nodes 6, or 5 below a budget of 1%%; networks 8)",
+    )
     parser.add_argument("--queries", type=int, metavar="N", help="captured a head (20000; on a GPU up to 120000)")
     parser.add_argument("--steps", type=int, metavar="N", help="of the regression (2000 on a GPU, 400 on a CPU)")
     parser.add_argument(

@@ -3,7 +3,7 @@ answers. Re-reading the text alone gives three times the divergence (docs/log.md
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -36,11 +36,14 @@ def fed_tokens(conversation: Conversation) -> int:
     return len(conversation.prompt) + max(0, len(conversation.answer) - 1)
 
 
-def rows(conversations: Sequence[Conversation], geometry: Geometry, *, held_out: bool = False) -> int:
+def rows(
+    conversations: Sequence[Conversation], geometry: Geometry, *, held_out: bool = False, until: int | None = None
+) -> int:
     """Rows a KV head that the conversations held out, or the others, give when they are heard: one a query head and
-    token."""
+    token. until: how many tokens of each there are so far, at most."""
     group = geometry.n_heads // geometry.n_kv_heads
-    return group * sum(fed_tokens(c) for c in conversations if c.held_out == held_out)
+    fed = [fed_tokens(c) for c in conversations if c.held_out == held_out]
+    return group * sum(tokens if until is None else min(tokens, until) for tokens in fed)
 
 
 def asked(tokenizer: Any, text: Sequence[int], *, first: int, count: int, seed: int) -> list[Conversation]:
@@ -73,8 +76,10 @@ def converse(
     max_tokens: int,
     temperature: float,
     key: mx.array,
+    progress: Callable[[int], None] = lambda tokens: None,
 ) -> None:
     """Samples the answers of a batch with the full cache, all rows in step; the shortest prompt comes first.
+    progress is told how many tokens of each there are.
 
     Every row starts at the same position: the longer prompts are still being read while the shorter ones are
     answered, so no row is padded and positions are exact.
@@ -92,6 +97,7 @@ def converse(
         key, now = mx.random.split(key)
         drawn: Any = sample(logits, temperature=temperature, key=now).tolist()
         done = [_extend(row, token, at, stop, max_tokens) for row, token in zip(rows, drawn, strict=True)]
+        progress(at)
         if all(done):
             return
         if sum(done) * _SHRINK >= len(done):  # the ended rows are fed zeros until it is worth dropping them

@@ -91,8 +91,7 @@ class Fitter:
         with self.progress("conversing about it", self.queries) as done:
             try:
                 while self._rows() < _ENOUGH * self.queries:
-                    self.conversations += self._ask_batch()
-                    done(min(self._rows(), self.queries))
+                    self.conversations += self._ask_batch(done)
             finally:
                 self.checkpoint.save_conversations(self.conversations)
 
@@ -107,8 +106,8 @@ class Fitter:
         needed = (self.queries - self._rows()) // (g.n_heads // g.n_kv_heads * config.answer_tokens) + 1
         return min(config.conversations, fit, max(_LEAST_TOGETHER, needed))
 
-    def _ask_batch(self) -> list[Conversation]:
-        config, number = self.config, len(self.conversations)
+    def _ask_batch(self, done: Callable[[int], None]) -> list[Conversation]:
+        config, number, rows = self.config, len(self.conversations), self._rows()
         count = self._together()
         batch = dialogue.asked(self.tokenizer, self.context.prefix, first=number, count=count, seed=config.seed)
         dialogue.converse(
@@ -119,6 +118,7 @@ class Fitter:
             max_tokens=config.answer_tokens,
             temperature=config.temperature,
             key=mx.random.key(config.seed + number),
+            progress=lambda at: done(min(self.queries, rows + dialogue.rows(batch, self.geometry, until=at))),
         )
         return batch
 

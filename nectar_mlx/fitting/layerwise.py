@@ -112,8 +112,8 @@ class LayerwiseFitter:
         with self.progress("conversing about it", self.queries) as done:
             try:
                 while any(self._rows(held_out) < wanted for held_out, wanted in self._wanted.items()):
-                    self.conversations += self._ask_about(self._passage(len(self.conversations) // self._together))
-                    done(self._rows(False))
+                    passage = self._passage(len(self.conversations) // self._together)
+                    self.conversations += self._ask_about(passage, done)
             finally:
                 self.checkpoint.save_conversations(self.conversations)
 
@@ -127,8 +127,8 @@ class LayerwiseFitter:
         start = opening + int((number * _GOLDEN + 0.5) % 1 * (last - opening + 1))
         return self.prefix[:opening] + self.prefix[start : start + self._seen]
 
-    def _ask_about(self, passage: list[int]) -> list[Conversation]:
-        config, number = self.config, len(self.conversations)
+    def _ask_about(self, passage: list[int], done: Callable[[int], None]) -> list[Conversation]:
+        config, number, rows = self.config, len(self.conversations), self._rows(False)
         batch = dialogue.asked(self.tokenizer, passage, first=number, count=self._together, seed=config.seed)
         dialogue.converse(
             self.model,
@@ -138,6 +138,7 @@ class LayerwiseFitter:
             max_tokens=config.answer_tokens,
             temperature=config.temperature,
             key=mx.random.key(config.seed + number),
+            progress=lambda at: done(min(self.queries, rows + dialogue.rows(batch, self.geometry, until=at))),
         )
         mx.clear_cache()
         return batch

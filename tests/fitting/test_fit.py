@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import mlx.core as mx
@@ -168,6 +169,18 @@ def test_a_head_with_room_for_every_key_keeps_them(tokenizer):
         else:
             nearest = mx.abs(head["keys"][:, None] - keys[None]).max(-1).min(1)
             assert nearest.max() > 1e-3, "a smaller head is trained"
+
+
+def test_progress_is_told_while_a_batch_is_sampled(tokenizer):
+    model = toys.toy("llama")
+    geometry, told = adapter.route(model), []
+    context = reading.read(model, toys.random_tokens(20), geometry)
+    config = FitConfig(**FAST | {"queries": 5000, "conversations": 12})
+    fitter = Fitter(model, tokenizer, context, geometry, config, progress=lambda *of: nullcontext(told.append))
+    fitter.converse()
+    batches = len(fitter.conversations) / 12
+    assert told == sorted(told) and told[-1] == min(fitter._rows(), 5000)
+    assert len(set(told)) > 8 * batches > 8
 
 
 @pytest.mark.parametrize("queries", [1, 30, 90])

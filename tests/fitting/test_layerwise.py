@@ -224,7 +224,7 @@ def test_no_phase_takes_more_memory_than_fitting_a_layer():
     ours = LayerwiseFitter(model, tokenizer, prefix, geometry, config, progress=measured, checkpoint=Checkpoint(None))
     with measured("sampling", 0):
         ours.conversations = []
-        ours.conversations = ours._ask_about(ours._passage(0))
+        ours.conversations = ours._ask_about(ours._passage(0), lambda rows: None)
     ours.sizes(0.02 * geometry.cache_bytes(len(prefix)))
     ours.conversations = [
         Conversation(prefix[i : i + 60], prefix[i + 3000 : i + 3096], held_out=i % 500 == 0) for i in range(0, 2500, 50)
