@@ -28,9 +28,14 @@ from mlx_lm import server
 from . import cli, store
 from .errors import NectarError
 from .models import hub
-from .serving.handler import FOREIGN, Handler
+from .serving.handler import Handler
 from .serving.provider import Generator, PromptCache, Provider
 
+_FOREIGN = ("adapter_path", "chat_template", "use_default_chat_template", "trust_remote_code", "pipeline")
+_HELP = {  # where mlx-lm's does not hold
+    "model": "the model to use (default: the name of the one the files were fitted on)",
+    "allowed_origins": "of web pages that may ask, separated by commas (default: none)",
+} | dict.fromkeys(_FOREIGN, argparse.SUPPRESS)
 _GRACE = 5.0  # seconds that open requests get to finish when the server is stopped
 _LAST_BREATH = 0.3
 
@@ -87,7 +92,7 @@ class Server(ThreadingHTTPServer):
 
 def start(args: argparse.Namespace) -> Server:
     """A server that is bound and has loaded its models, for `serve_forever`; NectarError for a user's mistake."""
-    foreign = [f"--{name.replace('_', '-')}" for name in FOREIGN if getattr(args, name)]
+    foreign = [f"--{name.replace('_', '-')}" for name in _FOREIGN if getattr(args, name)]
     if foreign:
         raise NectarError(f"{', '.join(foreign)}: a .nectar belongs to one model, with its own weights and template")
     if not args.api_key and not _is_loopback(args.host):
@@ -134,6 +139,8 @@ def make_parser() -> argparse.ArgumentParser:
     ):
         server.main()
     parser.set_defaults(allowed_origins=[])  # else any web page that is open could ask
+    for action in parser._actions:
+        action.help = _HELP.get(action.dest, action.help)
     return parser
 
 

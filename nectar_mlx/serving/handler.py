@@ -10,9 +10,6 @@ from mlx_lm import server
 from ..errors import NectarError
 from .provider import AT, Provider
 
-FOREIGN = ("adapter_path", "chat_template", "use_default_chat_template", "trust_remote_code", "pipeline")
-
-
 _IDLE = 60.0  # seconds that a connection may be silent
 
 
@@ -92,7 +89,7 @@ class Handler(server.APIHandler):
         elif wanted in names:
             self._answer(200, entries[names.index(wanted)])
         else:
-            self._refuse(404, f"there is no model {wanted!r}")
+            self._refuse(404, self._provider.no_model(wanted))
 
     def handle_chat_completions(self) -> Any:
         messages = self.body.get("messages")
@@ -106,7 +103,7 @@ class Handler(server.APIHandler):
 
     def handle_completion(self, request: Any, stop_words: Any) -> None:
         if self.requested_model not in {"default_model", *self._provider.files}:
-            return self._refuse(404, f"there is no model {self.requested_model!r}")
+            return self._refuse(404, self._provider.no_model(self.requested_model))
         if problem := self._problem(stop_words):
             return self._refuse(400, problem)
         self._asked, self.response_generator = self.requested_model, _Kept(self.response_generator)

@@ -55,6 +55,10 @@ class Provider(server.ModelProvider):
         self.ready = threading.Event()
         self.failure: Exception | None = None
 
+    def no_model(self, name: str) -> str:
+        """What to say to a request for a model that is not served."""
+        return f"there is no model {name!r}; there are: {', '.join(self.files)}"
+
     def load_default(self) -> None:
         """Loads every file once, so that what is wrong is known before the first request; the first one stays."""
         try:
@@ -67,7 +71,7 @@ class Provider(server.ModelProvider):
     def _load(self, model_path: str, adapter_path: str | None = None, draft_model_path: str | None = None) -> None:
         name, exact = _parted(model_path, self.cli_args.exact)
         if name not in self.files:
-            raise NectarError(f"there is no model {name!r}; there are: {', '.join(self.files)}")
+            raise NectarError(self.no_model(name))
         nectar, model, tokenizer = self._nectar(name)
         retrieves = bool(nectar.retrieving(exact))
 
