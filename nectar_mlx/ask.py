@@ -20,7 +20,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("question", help="the question, or - to read it from stdin")
     cli.add_generation(parser)
     cli.add_retrieval(parser)
-    parser.add_argument("--sources", action="store_true", help="tell the passages that the answer rests on")
+    cli.add_sources(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the answer's text")
     return parser
 
@@ -31,8 +31,7 @@ def _work(args: argparse.Namespace) -> None:
         raise NectarError("the question is empty")
     start = time.perf_counter()
     model, tokenizer, nectar = cli.load(args.nectar, args.model)
-    if args.sources and not nectar.retrieving(args.exact):
-        raise NectarError("only exact keys tell sources: fit with --kind retrieval+nectar, and leave --exact above 0")
+    cli.check_sources(nectar, args)
     loaded = time.perf_counter()
     prompt = nectar.prompt(tokenizer, question.strip(), enable_thinking=args.think)
     pieces, last, first = [], None, 0.0

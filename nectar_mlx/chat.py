@@ -74,12 +74,13 @@ def _parser() -> argparse.ArgumentParser:
     cli.add_nectar(parser)
     cli.add_generation(parser)
     cli.add_retrieval(parser)
-    parser.add_argument("--sources", action="store_true", help="after each answer the passages that it rests on")
+    cli.add_sources(parser)
     return parser
 
 
 def _work(args: argparse.Namespace) -> None:
     model, tokenizer, nectar = cli.load(args.nectar, args.model)
+    cli.check_sources(nectar, args)
     conversation = Conversation(model, tokenizer, nectar, args)
     at_terminal = sys.stdin.isatty()
     if at_terminal:

@@ -129,6 +129,17 @@ def add_retrieval(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_sources(parser: argparse.ArgumentParser) -> None:
+    """The option of `check_sources`."""
+    parser.add_argument("--sources", action="store_true", help="tell the passages that an answer rests on")
+
+
+def check_sources(nectar: "Nectar", args: argparse.Namespace) -> None:
+    """NectarError if sources are asked for that no exact key can tell."""
+    if args.sources and not nectar.retrieving(args.exact):
+        raise NectarError("only exact keys tell sources: fit with --kind retrieval+nectar, and leave --exact above 0")
+
+
 def share(text: str) -> float:
     """A number from 0 to 1."""
     number = float(text)

@@ -93,6 +93,7 @@ def test_ask(book, capsys):
     out, err = capsys.readouterr()
     assert "the quick brown fox" in err and "[" not in out
     assert ask.main([str(book.path), "who?", "--sources", "--exact", "0", "--max-tokens", "4"]) == 2
+    assert chat.main([str(book.path), "--sources", "--exact", "0"]) == 2
     assert ask.main([str(book.path), "who?", "--exact", "1.5"]) == 2
 
 
