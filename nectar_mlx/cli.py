@@ -93,7 +93,7 @@ def load(path: str, model_name: str | None = None) -> "tuple[nn.Module, Any, Nec
     from .models import hub
 
     file = hub.nectar_file(path)
-    model, tokenizer = models.load(model_name or store.read_metadata(file)["model"], log=say)
+    model, tokenizer = models.load(model_name or store.model_name(file), log=say)
     return model, tokenizer, load_nectar(file, model, tokenizer)
 
 

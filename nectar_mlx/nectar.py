@@ -1,6 +1,5 @@
 """The fitted object: what a model needs to answer about one context."""
 
-import json
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -81,9 +80,8 @@ class Nectar:
     @classmethod
     def read(cls, path: str | Path) -> Self:
         """The same without a model to check it against: to look at, not to answer from."""
-        tensors, strings = store.read(hub.nectar_file(path))
+        tensors, metadata = store.read(hub.nectar_file(path))
         try:
-            metadata = {k: v if k in store_strings else json.loads(v) for k, v in strings.items()}
             if store.prefix_digest(tensors) != metadata["prefix_sha256"]:
                 raise NectarError(f"{path} is damaged: its prefix does not match its checksum")
             return cls(tensors, metadata)
@@ -214,18 +212,6 @@ class Nectar:
     def cache_nbytes(self) -> int:
         """Bytes of the bf16 KV cache that it replaces."""
         return self.geometry.cache_bytes(len(self.prefix))
-
-
-store_strings = (
-    "format",
-    "digest",
-    "model",
-    "model_sha256",
-    "tokenizer_sha256",
-    "prefix_sha256",
-    "nectar_mlx",
-    "source",
-)
 
 
 def _chunks(told: Any, tokens: int) -> list[int]:

@@ -101,7 +101,7 @@ def start(args: argparse.Namespace) -> Server:
     if len(files) < len(args.nectars):
         raise NectarError("two .nectar files have the same name, which is their id: rename one")
     for file in files.values():
-        store.read_metadata(file)
+        store.model_name(file)  # or it says what is wrong with it
     provider = Provider(args, files)
     generator = Generator(provider, PromptCache(args.prompt_cache_size, provider))
     try:

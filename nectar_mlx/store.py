@@ -29,6 +29,8 @@ from .heads import KINDS, Bank, HeadArrays
 from .quantize import Quantized, Stored, dequantize, group_size, quantize, unpack_integers
 
 FORMAT = "nectar-1"
+_TEXTS = {"format", "digest", "prefix_sha256", "model", "model_sha256", "tokenizer_sha256", "nectar_mlx", "source"}
+_NEEDED = _TEXTS - {"source"} | {"geometry", "layout", "report"}
 BITS = (4, 5, 6, 7, 8, 16)  # of a matrix entry; 16 = float
 Tensors = dict[str, mx.array]
 Metadata = dict[str, Any]
@@ -211,7 +213,7 @@ def digest(tensors: Tensors) -> str:
 
 def write(path: Path, tensors: Tensors, metadata: dict[str, Any]) -> None:
     """Writes the file in one step: all of it appears, or nothing changes. NectarError when it cannot."""
-    strings = {k: v if isinstance(v, str) else json.dumps(v) for k, v in metadata.items()}
+    strings = {k: v if k in _TEXTS else json.dumps(v) for k, v in metadata.items()}
     strings |= {"format": FORMAT, "digest": digest(tensors)}
     temporary = None
     try:
@@ -244,20 +246,20 @@ def _umask() -> int:
     return mask
 
 
-def read(path: Path) -> tuple[Tensors, dict[str, str]]:
+def read(path: Path) -> tuple[Tensors, Metadata]:
     """The file's tensors and metadata, checked against its digest; NectarError for anything but a whole .nectar."""
     with _opened(path) as file:
         metadata = _metadata(path, file)
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    if digest(tensors) != metadata.get("digest"):
+    if digest(tensors) != metadata["digest"]:
         raise NectarError(f"{path} is damaged: its contents do not match its checksum; fit it again")
     return tensors, metadata
 
 
-def read_metadata(path: Path) -> dict[str, str]:
-    """The file's metadata alone, its tensors unread and unchecked."""
+def model_name(path: Path) -> str:
+    """The model that a file was fitted on, its tensors unread and unchecked."""
     with _opened(path) as file:
-        return _metadata(path, file)
+        return str(_metadata(path, file)["model"])
 
 
 @contextmanager
@@ -271,11 +273,16 @@ def _opened(path: Path) -> Iterator[Any]:
         raise NectarError(f"{path} is not a .nectar file, or is cut short ({error})") from None
 
 
-def _metadata(path: Path, file: Any) -> dict[str, str]:
-    metadata: dict[str, str] = file.metadata() or {}
-    if metadata.get("format") != FORMAT:
+def _metadata(path: Path, file: Any) -> Metadata:
+    strings: dict[str, str] = file.metadata() or {}
+    if strings.get("format") != FORMAT:
         raise NectarError(f"{path} is not a .nectar of this version (expected {FORMAT})")
-    return metadata
+    if missing := _NEEDED - strings.keys():
+        raise NectarError(f"{path} is damaged: {', '.join(sorted(missing))} missing")
+    try:
+        return {k: v if k in _TEXTS else json.loads(v) for k, v in strings.items()}
+    except (ValueError, RecursionError) as error:
+        raise NectarError(f"{path} is damaged: {error}") from None
 
 
 def is_nectar(path: Path) -> bool:

@@ -149,7 +149,7 @@ def test_the_nectar_command(book, capsys):
 
 
 def test_metadata_is_read_without_the_tensors(book):
-    assert store.read_metadata(book.path)["model"] == str(book.folder)
+    assert store.model_name(book.path) == str(book.folder)
 
 
 def assert_one_line(capsys, complaint: str) -> None:

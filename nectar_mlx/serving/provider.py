@@ -89,7 +89,7 @@ class Provider(server.ModelProvider):
 
     def _nectar(self, name: str) -> tuple[Nectar, Any, Any]:
         file = self.files[name]
-        wanted = self.cli_args.model or store.read_metadata(file)["model"]
+        wanted = self.cli_args.model or store.model_name(file)
         if self._base is None or self._base[0] != wanted:
             self._base = None
             self._nectars.clear()
