@@ -24,7 +24,7 @@ from .errors import NectarError
 from .evaluation import answers, questions, report, similarity
 from .evaluation.charts import is_file
 from .evaluation.methods import Method, build, measure
-from .evaluation.questions import ON
+from .evaluation.questions import ON, Asked
 from .evaluation.summary import by_entropy, correlations, entropies, head_errors, summaries, table
 from .fitting import chunks
 from .models import hub
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--baselines",
         default="all",
         metavar="NAMES",
-        help=f"none, all but {extra} (default; all,cartridge has that one too), or some of: {names}",
+        help=f"none, all (default; without {extra}), all,cartridge (with that one), or some of: {names}",
     )
     parser.add_argument(
         "--count", type=int, default=8, metavar="N", help="held-out questions about the text (default 8)"
@@ -131,24 +131,13 @@ def evaluate(
     chosen = baselines.choose(options.baselines + (",sparse-prefill" if fixed else ""))
     asked = questions.from_file(own, partial(prompts.prompt, tokenizer)) if own else []
     clock = Clock()
-    geometry = adapter.route(model)
-    with cli.progress("reading the context", len(first.prefix)) as done:
-        context = chunks.read(model, first.prefix, geometry, chunks=first.chunks, progress=done)
+    task = _task(model, tokenizer, first, options)
     clock.lap("read")
-    task = Task(
-        model=model,
-        tokenizer=tokenizer,
-        geometry=geometry,
-        context=context,
-        rows=options.rows,
-        seed=options.seed + 7_919,
-        answer_tokens=options.answer_tokens,
-    )
     asked = asked or questions.held_out(task, count=options.questions, seed=options.seed)
     asked = questions.numbered(asked, samples=options.samples)
     if mx.default_device() == mx.cpu:
-        what = f"{len(asked)} answers, {len(chosen)} baselines"
-        cli.say(f"{what}: this takes minutes on a CPU (--baselines none --no-answers is quickest)")
+        how = " (--baselines none --no-answers is quickest)" if chosen or options.answers else ""
+        cli.say(f"{len(asked)} answers, {len(chosen)} baselines: this takes minutes on a CPU{how}")
     questions.sample_answers(task, asked, seed=options.seed)
     asked = [a for a in asked if a.conversation.answer]
     study = task.heard([a.conversation for a in asked])
@@ -164,8 +153,8 @@ def evaluate(
         "files": {name: _described(nectar) for name, nectar in files.items()},
         "model": first.metadata.get("model", ""),
         "context_tokens": len(first.prefix),
-        "cache_bytes": geometry.cache_bytes(len(first.prefix)),
-        "geometry": geometry.to_dict(),
+        "cache_bytes": first.cache_nbytes,
+        "geometry": task.geometry.to_dict(),
         "questions": [{"question": a.question, "kind": a.kind, "tokens": len(a.conversation.answer)} for a in asked],
         "methods": told,
         "heads": errors[methods[0].label],
@@ -177,16 +166,37 @@ def evaluate(
         "seconds": clock.laps,
     }
     if options.answers and any(a.kind == ON for a in asked):
-        nothing = next(m.view for m in methods if m.name == NO_CONTEXT)
-        by_file = {m.file: m.view for m in reversed(methods) if is_file(m.name)}  # without exact keys: the first
-        views = {name: by_file[name] for name in files}
-        sampled = answers.sample(task, asked, views, nothing, seed=options.seed + 1)
-        by, embed = similarity.load(model, tokenizer, log=cli.say)
-        result["answers"] = answers.meaning(sampled, by=by, embed=embed)
-        result["examples"] = [asdict(s) for s in sampled]
+        result |= _meaning(task, asked, list(files), methods, seed=options.seed + 1)
         clock.lap("answers")
     result["peak_bytes"] = int(mx.get_peak_memory())
     return result
+
+
+def _task(model: Any, tokenizer: Any, nectar: Nectar, options: Options) -> Task:
+    """The text that a file stands for, read again."""
+    geometry = adapter.route(model)
+    with cli.progress("reading the context", len(nectar.prefix)) as done:
+        context = chunks.read(model, nectar.prefix, geometry, chunks=nectar.chunks, progress=done)
+    return Task(
+        model=model,
+        tokenizer=tokenizer,
+        geometry=geometry,
+        context=context,
+        rows=options.rows,
+        seed=options.seed + 7_919,
+        answer_tokens=options.answer_tokens,
+    )
+
+
+def _meaning(
+    task: Task, asked: Sequence[Asked], files: Sequence[str], methods: Sequence[Method], *, seed: int
+) -> dict[str, Any]:
+    """What the full cache and the files answer by themselves, and how near these answers are to each other."""
+    nothing = next(m.view for m in methods if m.name == NO_CONTEXT)
+    by_file = {m.file: m.view for m in reversed(methods) if is_file(m.name)}  # without exact keys: the first
+    sampled = answers.sample(task, asked, {name: by_file[name] for name in files}, nothing, seed=seed)
+    by, embed = similarity.load(task.model, task.tokenizer, log=cli.say)
+    return {"answers": answers.meaning(sampled, by=by, embed=embed), "examples": [asdict(s) for s in sampled]}
 
 
 def _views(task: Task, methods: Sequence[Method]) -> dict[str, View]:

@@ -18,9 +18,10 @@ from ..clock import Clock
 from ..errors import NectarError
 from ..heads import KINDS, Bank, Quadrature, Residual
 from ..retrieval.keys import Keys
+from ..store import Layout
 from . import chunks, reading
 from .checkpoint import Checkpoint
-from .config import FitConfig, affordable_bytes, free_memory
+from .config import FitConfig, affordable_bytes, free_memory, layout_for
 from .fitter import Fitter, Progress, silent
 from .retrieval.fitter import RetrievalFitter
 
@@ -53,52 +54,52 @@ def fit(
     }
     lengths = _chunks(model, tokenizer, prefix, config)
     layerwise = _needs_layers(model, geometry, config, len(prefix) - sum(lengths) + max(lengths))
+    checkpoint = checkpoint or Checkpoint(None)
+    told: dict[str, Any] = {"config": config, "progress": progress, "checkpoint": checkpoint, "clock": clock}
     if len(lengths) > 1 or layerwise:
         layout, tensors, report = chunks.fit(
-            model,
-            tokenizer,
-            prefix,
-            geometry,
-            chunks=lengths,
-            layerwise=layerwise,
-            config=config,
-            progress=progress,
-            checkpoint=checkpoint or Checkpoint(None),
-            clock=clock,
+            model, tokenizer, prefix, geometry, chunks=lengths, layerwise=layerwise, **told
         )
     else:
-        with progress("reading", len(prefix)) as done:
-            context = reading.read(model, prefix, geometry, prefill=config.prefill, progress=done)
-        clock.lap("read")
-        retrieves = issubclass(KINDS.get(config.kind, Quadrature), Residual)
-        make = RetrievalFitter if retrieves else Fitter
-        fitter = make(model, tokenizer, context, geometry, config, progress=progress, checkpoint=checkpoint)
-        layout = fitter.layout
-        tensors, report, keys = _fit(fitter, text, clock)
+        layout, tensors, report, keys = _fit_whole(model, tokenizer, prefix, geometry, text=text, **told)
     report["seconds"] = clock.laps
     metadata = store.description(tensors, layout, geometry, provenance=provenance, report=report, chunks=lengths)
     return tensors, metadata, keys
 
 
-def _fit(fitter: Fitter, text: str, clock: Clock) -> tuple[store.Tensors, dict[str, Any], Keys | None]:
-    """The text as a whole -> all tensors, the report, and the keys, where the kind keeps them."""
-    report: dict[str, Any] = {}
-    context, keys = fitter.context, None
-    if fitter.layout.kind == "exact":
+def _fit_whole(
+    model: nn.Module,
+    tokenizer: Any,
+    prefix: Sequence[int],
+    geometry: Geometry,
+    *,
+    text: str,
+    config: FitConfig,
+    progress: Progress,
+    checkpoint: Checkpoint,
+    clock: Clock,
+) -> tuple[Layout, store.Tensors, dict[str, Any], Keys | None]:
+    """All layers of all of the text at once -> heads and report, and the keys, where the kind keeps them."""
+    with progress("reading", len(prefix)) as done:
+        context = reading.read(model, prefix, geometry, prefill=config.prefill, progress=done)
+    clock.lap("read")
+    if config.kind == "exact":
+        layout = layout_for(config, geometry, n_layers=len(context.banks))
         heads = [head for bank in context.banks for head in bank.unstack()]
-        return store.contents(fitter.layout, heads, prefix=context.prefix, windows=context.windows), report, keys
-    nbytes = affordable_bytes(fitter.config, fitter.geometry, fitter.layout, n=len(context.prefix))
-    sizes, heads = fitter.fit(nbytes, clock=clock)
-    tensors = store.contents(fitter.layout, heads, prefix=context.prefix, windows=context.windows)
-    banks: Sequence[Bank] = decoding.banks(fitter.layout, tensors)
+        return layout, store.contents(layout, heads, prefix=prefix, windows=context.windows), {}, None
+    make = RetrievalFitter if issubclass(KINDS.get(config.kind, Quadrature), Residual) else Fitter
+    fitter = make(model, tokenizer, context, geometry, config, progress=progress, checkpoint=checkpoint)
+    layout, keys = fitter.layout, None
+    sizes, heads = fitter.fit(affordable_bytes(config, geometry, layout, n=len(prefix)), clock=clock)
+    tensors = store.contents(layout, heads, prefix=prefix, windows=context.windows)
+    banks: Sequence[Bank] = decoding.banks(layout, tensors)
     if isinstance(fitter, RetrievalFitter):
         keys = fitter.keys(text, nectar=store.digest(tensors))
         banks = fitter.reading(banks, keys)
         clock.lap("keys")
-    report |= {"sizes": sizes, "queries": fitter.study.rows, "error": fitter.errors(banks)}
-    report |= fitter.fidelity(banks)
+    report = {"sizes": sizes, "queries": fitter.study.rows, "error": fitter.errors(banks)} | fitter.fidelity(banks)
     clock.lap("check")
-    return tensors, report, keys
+    return layout, tensors, report, keys
 
 
 def _needs_layers(model: nn.Module, geometry: Geometry, config: FitConfig, n: int) -> bool:
