@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import cli
+from . import cli, store
 
 if TYPE_CHECKING:
     import mlx.nn as nn
@@ -64,6 +64,8 @@ def manual() -> str:
 
 
 def _work(arguments: argparse.Namespace) -> None:
+    if arguments.output:
+        store.check_writable(arguments.output)
     with tempfile.TemporaryDirectory() as folder:
         _demonstrate(arguments, arguments.output or Path(folder) / "manual.nectar")
 

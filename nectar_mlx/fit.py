@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import re
 import shutil
 import sys
@@ -11,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import cli, store
-from .errors import NectarError
 
 if TYPE_CHECKING:
     from .nectar import Nectar
@@ -64,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _work(arguments: argparse.Namespace) -> None:
     output = arguments.output or _default_output(arguments.context)
-    _check_output(output)
+    store.check_writable(output)  # a result that cannot be written is not worth computing
     from . import documents
 
     text = documents.read(arguments.context)
@@ -117,18 +115,6 @@ def _way(nectar: "Nectar") -> str:
 
 def _default_output(context: Sequence[str]) -> Path:
     return Path(Path(context[0]).resolve().name).with_suffix(".nectar")
-
-
-def _check_output(output: Path) -> None:
-    """What can be known before the work: a result that cannot be written is not worth computing."""
-    if output.is_dir():
-        raise NectarError(f"{output} is a folder: give a file name with --output")
-    if output.exists() and not store.is_nectar(output):
-        raise NectarError(f"{output} exists and is not a .nectar: choose another --output")
-    if not output.parent.is_dir():
-        raise NectarError(f"{output.parent}: no such folder")
-    if not os.access(output.parent, os.W_OK):
-        raise NectarError(f"{output.parent} cannot be written to")
 
 
 def _bytes(text: str) -> int:

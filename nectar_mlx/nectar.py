@@ -100,8 +100,7 @@ class Nectar:
         """Writes a .nectar, and its keys beside it, in one step each; NectarError if the path holds something else,
         or cannot be written."""
         path = Path(path)
-        if path.exists() and not store.is_nectar(path):
-            raise NectarError(f"{path} exists and is not a .nectar: choose another --output")
+        store.check_writable(path)
         if self.keys is not None:
             self.keys.write(beside(path))
         store.write(path, self._tensors, self.metadata)

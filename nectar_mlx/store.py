@@ -234,6 +234,18 @@ def write(path: Path, tensors: Tensors, metadata: dict[str, Any]) -> None:
             Path(temporary).unlink(missing_ok=True)
 
 
+def check_writable(path: Path) -> None:
+    """NectarError unless a .nectar can be written there, as far as can be known before."""
+    if path.is_dir():
+        raise NectarError(f"{path} is a folder: give a file name with --output")
+    if path.exists() and not is_nectar(path):
+        raise NectarError(f"{path} exists and is not a .nectar: choose another --output")
+    if not path.parent.is_dir():
+        raise NectarError(f"{path.parent}: no such folder")
+    if not os.access(path.parent, os.W_OK):
+        raise NectarError(f"{path.parent} cannot be written to")
+
+
 def _check_written(descriptor: int, tensors: Tensors) -> None:
     """MLX's writer does not report a full disk; a short file does."""
     if os.fstat(descriptor).st_size < sum(t.nbytes for t in tensors.values()):
