@@ -41,6 +41,7 @@ def describe(path: Path) -> dict[str, Any]:
     """The facts of a .nectar, as `--json` prints them; NectarError if it is not a whole one."""
     nectar = Nectar.read(path)
     geometry, layout, metadata = nectar.geometry, nectar.layout, nectar.metadata
+    keys = beside(path)
     return {
         "file": str(path),
         "file_bytes": path.stat().st_size,
@@ -56,7 +57,7 @@ def describe(path: Path) -> dict[str, Any]:
         "head_dim": geometry.head_dim,
         "parameter_bytes": nectar.nbytes,
         "kv_cache_bytes": nectar.cache_nbytes,
-        "keys_file_bytes": beside(path).stat().st_size if beside(path).is_file() else 0,
+        "keys_file_bytes": keys.stat().st_size if nectar.retrieves and keys.is_file() else 0,
         "share_of_kv_cache": round(nectar.nbytes / nectar.cache_nbytes, 5),
         "model_sha256": metadata["model_sha256"],
         "tokenizer_sha256": metadata["tokenizer_sha256"],

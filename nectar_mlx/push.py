@@ -9,6 +9,7 @@ from typing import Any
 from . import cli
 from .inspect import describe
 from .models import hub
+from .retrieval import beside
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,11 +25,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _work(args: argparse.Namespace) -> None:
-    files: dict[str, bytes | Path] = {
-        args.nectar.name: args.nectar,
-        "README.md": card(describe(args.nectar), args.repository).encode(),
-    }
-    cli.say(f"uploading {args.nectar} ({args.nectar.stat().st_size / 2**20:.1f} MiB) to {args.repository}")
+    facts = describe(args.nectar)
+    paths = [args.nectar, *[beside(args.nectar)] * bool(facts["keys_file_bytes"])]
+    files: dict[str, bytes | Path] = {path.name: path for path in paths}
+    files["README.md"] = card(facts, args.repository).encode()
+    size = facts["file_bytes"] + facts["keys_file_bytes"]
+    cli.say(f"uploading {', '.join(map(str, paths))} ({size / 2**20:.1f} MiB) to {args.repository}")
     print(hub.upload(args.repository, files, private=args.private))
 
 
@@ -42,6 +44,8 @@ def card(facts: dict[str, Any], repository: str) -> str:
         "size": f"{facts['parameter_bytes'] / 2**20:.2f} MiB, {facts['share_of_kv_cache']:.2%} of the KV cache in bf16",
         **_fidelity(facts["report"]),
     }
+    if keys := facts["keys_file_bytes"]:
+        rows["exact keys"] = f"{keys / 2**20:.1f} MiB beside it, of which each step reads a little"
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
     base = f"base_model: {facts['model']}\n" if facts["model"].count("/") == 1 and facts["model"][0] != "/" else ""
     return f"""---

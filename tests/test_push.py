@@ -14,6 +14,7 @@ import pytest
 from nectar_mlx import push
 from tests import toys
 from tests.models.test_hub import Handler, Hub
+from tests.retrieval.test_keys import Book as Kept
 
 
 class Upload(Handler):
@@ -106,6 +107,7 @@ def test_up_and_down_again(hub, book, tmp_path):
     files = hub.repositories["someone/book"]
     assert files["book.nectar"] == book.path.read_bytes()
     card = files["README.md"].decode()
+    assert "book.nectar.kv" not in files and "exact keys" not in card
     assert "library_name: nectar_mlx" in card and f"{toys.CONTEXT} tokens" in card and "nectar ask someone/book" in card
 
     here = nectar(hub, tmp_path, "ask", str(book.path), "who is the fox?", "--max-tokens", "6")
@@ -116,6 +118,16 @@ def test_up_and_down_again(hub, book, tmp_path):
     asked = len(hub.requests)
     offline = nectar(hub, tmp_path, "inspect", "someone/book", "--json", HF_HUB_OFFLINE="1")
     assert offline.stdout == facts.stdout and len(hub.requests) == asked
+
+
+def test_keys_go_along(hub, tmp_path):
+    book = Kept(tmp_path / "kept")
+    assert nectar(hub, tmp_path, "push", str(book.path), "someone/kept").returncode == 0
+    name = book.path.name
+    assert hub.repositories["someone/kept"][f"{name}.kv"] == book.path.with_name(f"{name}.kv").read_bytes()
+    assert "exact keys" in hub.repositories["someone/kept"]["README.md"].decode()
+    found = nectar(hub, tmp_path, "ask", "someone/kept", "who?", "--exact", "0.5", "--sources", "--max-tokens", "3")
+    assert found.returncode == 0, found.stderr
 
 
 @pytest.mark.parametrize(
@@ -163,6 +175,7 @@ def test_card_says_how_faithful_it_is():
         "kind": "quadrature",
         "bits": 8,
         "parameter_bytes": 1 << 20,
+        "keys_file_bytes": 0,
         "share_of_kv_cache": 0.02,
         "report": {"kl": 0.0123, "agree": 0.97, "error": [1, 2]},
     }

@@ -98,7 +98,8 @@ def _memory() -> int:
 
 
 def nectar_file(name: str | Path) -> Path:
-    """The path of a .nectar: a file's own, or for user/name that file of the repository, downloaded where needed.
+    """The path of a .nectar: a file's own, or for user/name that file of the repository, downloaded where needed, with
+    its keys.
 
     Raises NectarError for a repository that cannot be had or does not hold exactly one .nectar.
     """
@@ -107,7 +108,7 @@ def nectar_file(name: str | Path) -> Path:
     if path.exists() or path.suffix == ".nectar" or not _REPOSITORY.fullmatch(repository):
         return path
     try:
-        folder = Path(huggingface_hub.snapshot_download(repository, allow_patterns=["*.nectar"]))
+        folder = Path(huggingface_hub.snapshot_download(repository, allow_patterns=["*.nectar", "*.nectar.kv"]))
     except RepositoryNotFoundError:
         raise NectarError(f"{name}: no such file here, and no such repository at {constants.ENDPOINT}") from None
     except (HTTPError, OSError) as error:
