@@ -1,0 +1,23 @@
+"""The .nectar file: how heads lie in tensors (`layout`), what else it holds, how it is written and read (`file`)."""
+
+from .file import Metadata, check_writable, contents, description, digest, is_nectar, model_name, read, write
+from .layout import BITS, Layout, Tensors, head_bytes, pack, stored, unpack
+
+__all__ = [
+    "BITS",
+    "Layout",
+    "Metadata",
+    "Tensors",
+    "check_writable",
+    "contents",
+    "description",
+    "digest",
+    "head_bytes",
+    "is_nectar",
+    "model_name",
+    "pack",
+    "read",
+    "stored",
+    "unpack",
+    "write",
+]

@@ -1,0 +1,142 @@
+"""How heads lie in tensors.
+
+All heads of a kind share a few tensors: each parameter's values of all layers and heads end to end (`heads.keys`), cut
+by the sizes in `sizes` [layers · n_kv_heads, numbers a head]. Matrices are stored quantised in groups (`heads.keys`
+[groups, group] and `heads.keys.scales` [groups]), vectors as float16.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+
+from ..errors import NectarError
+from ..heads import KINDS, Bank, HeadArrays
+from ..quantize import Quantized, Stored, dequantize, group_size, quantize, unpack_integers
+
+BITS = (4, 5, 6, 7, 8, 16)  # of a matrix entry; 16 = float
+Tensors = dict[str, mx.array]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How heads lie in tensors: their kind, how many and how wide, and the bits a matrix entry takes, one of BITS."""
+
+    kind: str
+    n_layers: int
+    n_kv_heads: int
+    head_dim: int
+    scale: float
+    bits: int
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS or self.bits not in BITS or self.head_dim < 1:
+            raise ValueError(f"unknown layout: {self}")
+
+    @property
+    def bank(self) -> type[Bank]:
+        return KINDS[self.kind]
+
+
+def head_bytes(layout: Layout, size: tuple[int, ...]) -> float:
+    """Bytes that a head of this size takes in the file."""
+    total = 0.0
+    for shape in layout.bank.shapes(size, layout.head_dim).values():
+        count = math.prod(shape)
+        quantised = len(shape) > 1 and layout.bits < 16
+        total += count * (layout.bits / 8 + 2 / group_size(layout.head_dim)) if quantised else 2 * count
+    return total
+
+
+def pack(layout: Layout, heads: Sequence[HeadArrays]) -> Tensors:
+    """All heads, layer by layer -> the tensors of the file."""
+    sizes = [layout.bank.size_of(h) for h in heads]
+    tensors: Tensors = {"sizes": mx.array(sizes, dtype=mx.int32)}
+    for name, array in heads[0].items():
+        flat = [h[name].reshape(-1, h[name].shape[-1]) if array.ndim > 1 else h[name] for h in heads]
+        if array.ndim == 1:
+            tensors[f"heads.{name}"] = mx.concatenate(flat).astype(mx.float16)
+        elif layout.bits == 16:
+            tensors[f"heads.{name}"] = mx.concatenate([a.reshape(-1) for a in flat])
+        else:
+            parts = [quantize(a.reshape(-1, group_size(layout.head_dim)), bits=layout.bits) for a in flat]
+            tensors[f"heads.{name}"] = mx.concatenate([p.data for p in parts])
+            tensors[f"heads.{name}.scales"] = mx.concatenate([p.scales for p in parts])[:, 0]
+    mx.eval(tensors)
+    return tensors
+
+
+def unpack(layout: Layout, tensors: Tensors, *, half: bool = False) -> list[Bank]:
+    """The tensors of the file -> one bank a layer. half: matrices that were quantised in float16 instead of float32,
+    which rounds them by far less than their bits did. NectarError if the tensors do not fit each other.
+    """
+    banks, matrices = list[Bank](), mx.float16 if half and layout.bits < 16 else None
+    for heads in _layers(layout, tensors, _floats):
+        heads = [{n: x.astype(matrices) if matrices and x.ndim > 1 else x for n, x in head.items()} for head in heads]
+        banks.append(layout.bank.stack(heads, scale=layout.scale))
+        mx.eval(banks[-1].parameters)  # layer by layer: on the way from bits to floats there is far more
+    return banks
+
+
+def stored(layout: Layout, tensors: Tensors) -> list[list[Stored]]:
+    """Every layer's heads with the file's own integers, a byte each, in all matrices whose rows are whole groups."""
+    return list(_layers(layout, tensors, _integers))
+
+
+def _layers(layout: Layout, tensors: Tensors, read: Callable[..., Any]) -> Iterator[list[dict[str, Any]]]:
+    """The heads of each layer; read(layout, tensors, name, start, shape) gives one parameter of one head, start being
+    where it lies among the values of all heads."""
+    rows: Any = tensors["sizes"].tolist()
+    sizes = [tuple(row) for row in rows]
+    if len(sizes) != layout.n_layers * layout.n_kv_heads:
+        raise NectarError("the file is damaged: its heads are not those of its model")
+    K, ends = layout.n_kv_heads, dict[str, int]()
+    for i in range(0, len(sizes), K):
+        heads: list[dict[str, Any]] = [{} for _ in range(K)]
+        for head, size in zip(heads, sizes[i : i + K], strict=True):
+            for name, shape in layout.bank.shapes(size, layout.head_dim).items():
+                start = ends.get(name, 0)
+                ends[name] = start + math.prod(shape)
+                if min(shape) < 0 or ends[name] > _count(layout, _tensor(tensors, f"heads.{name}")):
+                    raise NectarError(f"the file is damaged: {name} is shorter than its sizes say")
+                head[name] = read(layout, tensors, name, start, shape)
+        yield heads
+    for name, end in ends.items():
+        if end != _count(layout, tensors[f"heads.{name}"]):
+            raise NectarError(f"the file is damaged: {name} is longer than its sizes say")
+
+
+def _tensor(tensors: Tensors, name: str) -> mx.array:
+    if name not in tensors:
+        raise NectarError(f"the file is damaged: {name} is missing")
+    return tensors[name]
+
+
+def _count(layout: Layout, data: mx.array) -> int:
+    """How many values a parameter has."""
+    return int(data.size if data.ndim == 1 else data.shape[0] * group_size(layout.head_dim))
+
+
+def _floats(layout: Layout, tensors: Tensors, name: str, start: int, shape: tuple[int, ...]) -> mx.array:
+    data, stop = tensors[f"heads.{name}"], start + math.prod(shape)
+    if data.ndim == 1:
+        plain = data[start:stop].reshape(shape)
+        return plain if layout.bits == 16 else plain.astype(mx.float32)
+    scales, group = _tensor(tensors, f"heads.{name}.scales"), group_size(layout.head_dim)
+    if scales.shape[0] != data.shape[0] or data.nbytes * 8 != data.shape[0] * group * layout.bits:
+        raise NectarError(f"the file is damaged: {name} is not as long as its scales and bits say")
+    rows = slice(start // group, -(-stop // group))
+    values = dequantize(Quantized(data[rows], scales[rows, None]), bits=layout.bits).reshape(-1)
+    return values[start % group :][: stop - start].reshape(shape)
+
+
+def _integers(layout: Layout, tensors: Tensors, name: str, start: int, shape: tuple[int, ...]) -> mx.array | Quantized:
+    data, group = tensors[f"heads.{name}"], group_size(layout.head_dim)
+    if data.ndim == 1 or len(shape) < 2 or shape[-1] % group or start % group:
+        return _floats(layout, tensors, name, start, shape)
+    rows = slice(start // group, (start + math.prod(shape)) // group)
+    whole = unpack_integers(data[rows], bits=layout.bits).astype(mx.int8)
+    scales = tensors[f"heads.{name}.scales"][rows]
+    return Quantized(whole.reshape(shape), scales.reshape(*shape[:-1], shape[-1] // group))
