@@ -63,20 +63,6 @@ class Scoring:
         return best(scores - total[..., None], count=count).scaled(total)
 
 
-class Oracle(Scoring):
-    """Exact scores, which take every key [K, n, D]: what other selectors are compared with."""
-
-    def __init__(self, keys: mx.array, *, scale: float):
-        self._keys, self._scale = keys.astype(mx.float32), scale
-
-    @property
-    def nbytes(self) -> int:
-        return self._keys.size * 2
-
-    def scores(self, queries: mx.array) -> mx.array:
-        return (queries.astype(mx.float32) * self._scale) @ self._keys.swapaxes(1, 2)
-
-
 def log_sum(scores: mx.array) -> mx.array:
     """log Σ exp over the last axis."""
     top = scores.max(-1, keepdims=True)

@@ -18,8 +18,7 @@ from nectar_mlx.heads import Completion, Remainder, Retrieval
 from nectar_mlx.heads.completion import key_features
 from nectar_mlx.heads.residual import ANCHORS, EVERYTHING, SINKS, TAIL, anchor_positions, middle
 from nectar_mlx.retrieval import beside, sketch
-from nectar_mlx.retrieval.selection import Oracle
-from tests import toys
+from tests import oracle, toys
 
 M, N, n, D, SCALE = 2, 40, 90, 16, 0.4
 TEXT = " ".join(f"The {a} dog sees fox number {i}, and the {b} fox runs." for i, (a, b) in enumerate(
@@ -51,7 +50,7 @@ def test_a_split_adds_up_and_holds_only_what_was_not_read(rows, unread):
     captured, keys, values, weights = rows
     inside = middle(n)
     split = training.split(
-        captured, keys, values, Oracle(keys[:, inside], scale=SCALE), scale=SCALE, seed=0, unread=unread
+        captured, keys, values, oracle.Selector(keys[:, inside], scale=SCALE), scale=SCALE, seed=0, unread=unread
     )
     assert split.queries.shape == (M, N, D + 1)
     live = merge(
@@ -76,7 +75,7 @@ def test_the_heads_of_a_group_read_the_same_keys(rows):
     """What lies above the thresholds of a token's rows is, for one of them, above the same share of its attention."""
     captured, keys, values, weights = rows
     inside = middle(n)
-    selector = Oracle(keys[:, inside], scale=SCALE)
+    selector = oracle.Selector(keys[:, inside], scale=SCALE)
     split = training.split(captured, keys, values, selector, scale=SCALE, seed=0, unread=0.3, group=4)
     threshold = np.array(split.queries[..., -1]).reshape(M, N // 4, 4)
     unread = threshold == EVERYTHING
@@ -92,12 +91,19 @@ def test_fewer_keys_may_stand_for_all(rows):
     inside = middle(n)
     part = Captured(*(x[:1] for x in captured))
     once = training.split(
-        part, keys[:1], values[:1], Oracle(keys[:1, inside], scale=SCALE), scale=SCALE, seed=0, unread=1.0, repeat=2.0
+        part,
+        keys[:1],
+        values[:1],
+        oracle.Selector(keys[:1, inside], scale=SCALE),
+        scale=SCALE,
+        seed=0,
+        unread=1.0,
+        repeat=2.0,
     )
     pairs = [
         mx.concatenate([x[:1, :SINKS], x[:1, inside], x[:1, inside], x[:1, -TAIL:]], axis=1) for x in (keys, values)
     ]
-    selector = Oracle(pairs[0][:, SINKS:-TAIL], scale=SCALE)
+    selector = oracle.Selector(pairs[0][:, SINKS:-TAIL], scale=SCALE)
     twice = training.split(part, *pairs, selector, scale=SCALE, seed=0, unread=1.0)
     for a, b in zip(once, twice, strict=True):
         np.testing.assert_allclose(np.array(a), np.array(b), rtol=1e-4, atol=1e-4)

@@ -8,7 +8,7 @@ from nectar_mlx.heads import Completion, Exact, Quadrature, Remainder, Retrieval
 from nectar_mlx.heads.residual import ANCHORS, EVERYTHING, NOTHING, Retrieved, anchor_positions, middle
 from nectar_mlx.retrieval.bank import Retrieving
 from nectar_mlx.retrieval.keys import Keys
-from nectar_mlx.retrieval.selection import Oracle, best
+from nectar_mlx.retrieval.selection import best
 from tests import oracle
 
 K, G, D, SCALE = 2, 3, 16, 0.3
@@ -34,7 +34,7 @@ class Context:
         return kind(parameters=parameters, sizes=sizes, scale=SCALE)
 
     def retrieving(self, summary, count):
-        return Retrieving(summary, self.file, 0, Oracle(self.middle[0], scale=SCALE), count=count, group=G)
+        return Retrieving(summary, self.file, 0, oracle.Selector(self.middle[0], scale=SCALE), count=count, group=G)
 
     def queries(self, *shape):
         return mx.array(2 * self.random.normal(size=(*shape, D)).astype(np.float32))

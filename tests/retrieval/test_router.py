@@ -7,7 +7,8 @@ import pytest
 from nectar_mlx.heads.residual import ANCHORS, middle
 from nectar_mlx.retrieval import sketch
 from nectar_mlx.retrieval.router import Router
-from nectar_mlx.retrieval.selection import Choice, Oracle, best, log_sum
+from nectar_mlx.retrieval.selection import Choice, best, log_sum
+from tests import oracle
 
 K, G, N, D, SCALE = 2, 3, 20, 16, 0.3
 
@@ -31,7 +32,7 @@ class Text:
             self.small["sketch.scanned"][:] = np.isin(np.arange(K), whole)
         self.router = Router(self.small, 0, scale=SCALE)
         self.sketch = sketch.load(self.small, [(0, head) for head in range(K)], scale=SCALE)
-        self.oracle = Oracle(self.keys[:, middle(n)], scale=SCALE)
+        self.oracle = oracle.Selector(self.keys[:, middle(n)], scale=SCALE)
 
     def shares(self):
         """Every key's share of each head's attention, anchors and middle together, [K, N, G, n]."""
