@@ -65,9 +65,13 @@ class Nectar:
         metadata = nectar.metadata
         geometry = adapter.route(model)
         if geometry != nectar.geometry or models.fingerprint(model) != metadata["model_sha256"]:
-            raise NectarError(f"{path} was fitted on {metadata['model']}, which is not the model given")
+            raise NectarError(
+                f"{path} was fitted on {metadata['model']}, which is not the model given: load that one, or fit again"
+            )
         if tokenizer is not None and models.tokenizer_fingerprint(tokenizer) != metadata["tokenizer_sha256"]:
-            raise NectarError(f"{path} was fitted with another tokenizer or chat template than the one given")
+            raise NectarError(
+                f"{path} was fitted with another tokenizer or chat template than the one given: fit again"
+            )
         dtype = adapter.compute_type(model)
         nectar.windows = {
             i: Window(w.keys.astype(dtype), w.values.astype(dtype), w.size) for i, w in nectar.windows.items()

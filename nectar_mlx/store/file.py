@@ -139,7 +139,7 @@ def read(path: Path) -> tuple[Tensors, Metadata]:
     if digest(tensors) != metadata["digest"]:
         raise NectarError(f"{path} is damaged: its contents do not match its checksum; fit it again")
     if "prefix" not in tensors or _prefix_digest(tensors) != metadata["prefix_sha256"]:
-        raise NectarError(f"{path} is damaged: its prefix does not match its checksum")
+        raise NectarError(f"{path} is damaged: its prefix does not match its checksum; fit it again")
     return tensors, metadata
 
 
@@ -163,9 +163,9 @@ def _opened(path: Path) -> Iterator[Any]:
 def _metadata(path: Path, file: Any) -> Metadata:
     strings: dict[str, str] = file.metadata() or {}
     if strings.get("format") != FORMAT:
-        raise NectarError(f"{path} is not a .nectar of this version (expected {FORMAT})")
+        raise NectarError(f"{path} is not a .nectar of this version (expected {FORMAT}): fit the text again")
     if missing := _NEEDED - strings.keys():
-        raise NectarError(f"{path} is damaged: {', '.join(sorted(missing))} missing")
+        raise NectarError(f"{path} is damaged: {', '.join(sorted(missing))} missing; fit it again")
     try:
         return {k: v if k in _TEXTS else json.loads(v) for k, v in strings.items()}
     except (ValueError, RecursionError) as error:
