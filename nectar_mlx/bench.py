@@ -8,11 +8,12 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
-from . import __version__, cli, kernels
+from . import __version__, cli, kernels, plotting
 from .benchmarks import checks, measure, measure_decode, measure_fit
 from .benchmarks.measure import KEEPERS, SHAPES, Shape
 from .errors import NectarError
@@ -149,22 +150,13 @@ def _report(result: Row) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
-def _plot(result: Row, path: str) -> None:
-    try:
-        import matplotlib
-    except ImportError:
-        raise NectarError("--plot needs matplotlib: pip install 'nectar-mlx[plot]'") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4))
+def _plot(result: Row, path: Path) -> None:
+    figure, axes = plotting.subplots(figsize=(7, 4))
     draw = _plot_decode if "live" in result else _plot_fit
     draw(axes, result["rows"])
     axes.set(title=f"{result['shape']} on {result['device']}")
     axes.legend()
-    figure.tight_layout()
-    figure.savefig(path)
-    pyplot.close(figure)
+    plotting.save(figure, path)
 
 
 def _plot_decode(axes: Any, rows: Sequence[Row]) -> None:
@@ -204,6 +196,8 @@ def _work(arguments: argparse.Namespace) -> None:
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise NectarError(f"--{name} {value}: at least 1")
+    if arguments.plot:
+        plotting.check(arguments.plot)
     shape = replace(SHAPES[arguments.shape], batch=arguments.batch)
     shape = replace(shape, layers=arguments.layers or shape.layers)
     contexts = _tokens(arguments.contexts or _CONTEXTS[arguments.what])
@@ -234,7 +228,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--layers", type=int, metavar="N", help="of the model (default: as many as the shape has)")
     told = ", ".join(f"{what}: {_CONTEXTS[what]}" for what in ("decode", "fit"))
     parser.add_argument("--contexts", help=f"context lengths (default for {told})")
-    parser.add_argument("--plot", metavar="FILE", help="draw tokens/s, or a fit's seconds, over the context length")
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE", help="draw tokens/s, or a fit's seconds, over the context length"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     of_decode = parser.add_argument_group("decode")
     of_decode.add_argument("--methods", default=",".join(KEEPERS), help=f"default {','.join(KEEPERS)}")

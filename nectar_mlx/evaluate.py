@@ -17,7 +17,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from . import adapter, baselines, cli, prompts
+from . import adapter, baselines, cli, plotting, prompts
 from .baselines import NO_CONTEXT, Task, View
 from .clock import Clock
 from .errors import NectarError
@@ -99,11 +99,10 @@ def _work(arguments: argparse.Namespace) -> None:
     )
     # Whatever can be wrong is better told before the work than after it.
     baselines.choose(arguments.baselines)
-    for path in (arguments.report, arguments.plot):
-        if path and not Path(path).resolve().parent.is_dir():
-            raise NectarError(f"{path}: there is no such folder")
+    if arguments.report and not Path(arguments.report).resolve().parent.is_dir():
+        raise NectarError(f"{arguments.report}: there is no such folder")
     if arguments.plot:
-        report.check_plot()
+        plotting.check(Path(arguments.plot))
     started = time.perf_counter()
     model, tokenizer, first = cli.load(arguments.nectar[0], arguments.model)
     loaded = time.perf_counter() - started

@@ -1,13 +1,13 @@
 """A result of `evaluate` as one page to look at: HTML with its style and drawings inside, no network, no script."""
 
 import html
-import importlib.util
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from string import Template
 from typing import Any
 
+from .. import plotting
 from ..errors import NectarError
 from . import charts
 from .charts import FILE, is_file
@@ -245,23 +245,13 @@ def _provenance(result: Mapping[str, Any], nectar: Mapping[str, Any]) -> str:
     return "<dl>" + "".join(f"<dt>{k}<dd>{html.escape(str(v))}" for k, v in told.items()) + "</dl>"
 
 
-def check_plot() -> None:
-    if importlib.util.find_spec("matplotlib") is None:
-        raise NectarError("--plot needs matplotlib: install nectar-mlx[plot]")
-
-
 def plot(result: Mapping[str, Any], path: Path) -> None:
     """Divergence against bytes as a PNG (or what else the name's ending says); NectarError without matplotlib."""
-    check_plot()
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    plotting.check(path)
     methods = result["methods"]
     files, best = charts.of_one_size(methods)
     timed = len({m["seconds"] for m in files}) > 1
-    figure, panels = pyplot.subplots(1, 2 if timed else 1, figsize=(17 if timed else 9, 5.5), dpi=150, squeeze=False)
+    figure, panels = plotting.subplots(1, 2 if timed else 1, figsize=(17 if timed else 9, 5.5), dpi=150, squeeze=False)
     _panel(panels[0, 0], [m for m in methods if m["bytes"] > 0], "bytes", "bytes kept")
     panels[0, 0].axvline(result["cache_bytes"], color="grey", linestyle=":", label="full cache")
     if timed:
@@ -278,13 +268,7 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
         axes.set_xticks([], minor=True)
         axes.grid(alpha=0.25, which="both")
         axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
-    figure.tight_layout()
-    try:
-        figure.savefig(path)
-    except (OSError, ValueError) as error:
-        raise NectarError(f"cannot write {path}: {error}") from None
-    finally:
-        pyplot.close(figure)
+    plotting.save(figure, path)
 
 
 def _panel(axes: Any, placed: Sequence[Mapping[str, Any]], x: str, below: str) -> None:
