@@ -77,7 +77,8 @@ def _work(arguments: argparse.Namespace) -> None:
     config = FitConfig(**{name: value for name, value in told.items() if value is not None})
     model, tokenizer = models.load(arguments.model, log=cli.say)
     folder = output.with_name(output.name + ".partial")
-    if not arguments.resume:
+    if folder.exists() and not arguments.resume:
+        cli.say(f"starting anew: {folder}, from which --resume would have gone on, is removed")
         shutil.rmtree(folder, ignore_errors=True)
     checkpoint = Checkpoint(folder)
     try:
@@ -97,12 +98,16 @@ def _work(arguments: argparse.Namespace) -> None:
         cli.say(f"what was done is kept in {folder}: the same command with --resume continues")
         raise
     checkpoint.clear()
+    _tell(output, nectar, as_json=arguments.json)
+
+
+def _tell(output: Path, nectar: "Nectar", *, as_json: bool) -> None:
     size, whole = output.stat().st_size, nectar.cache_nbytes
     cli.say(
         f"{output}: {size / 1e6:.2f} MB stand for {len(nectar.prefix):,} tokens ({whole / 1e6:.1f} MB of KV cache, "
         f"{whole / size:.0f} x), {sum(nectar.report['seconds'].values()):.0f} s{_way(nectar)}"
     )
-    if arguments.json:
+    if as_json:
         told = {"output": str(output), "bytes": size, "cache_bytes": whole, "tokens": len(nectar.prefix)}
         print(json.dumps(told | nectar.report))
 
