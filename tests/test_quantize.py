@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from nectar_mlx import NectarError
-from nectar_mlx.quantize import Quantized, dequantize, group_size, pack_integers, quantize
+from nectar_mlx.quantize import Quantized, dequantize, grid, group_size, pack_integers, quantize, to_grid
 
 
 @pytest.mark.parametrize("width, group", [(64, 32), (80, 16), (96, 32), (128, 32), (256, 32), (48, 16)])
@@ -52,6 +52,17 @@ def test_whole_numbers_come_back(bits):
 @pytest.mark.parametrize("bits", [4, 5, 6, 7, 8])
 def test_zero_stays_zero(bits):
     assert (dequantize(quantize(mx.zeros((3, 64)), bits=bits), bits=bits) == 0).all()
+
+
+@pytest.mark.parametrize("bits", [4, 5, 6, 7])
+def test_values_on_a_grid_lose_nothing(bits):
+    """Also where they are far smaller than the grid allows, or fill it."""
+    rng = np.random.default_rng(4)
+    x = mx.array(rng.normal(size=(300, 64)).astype(np.float32))
+    steps = grid(x, bits=bits)
+    for shrink in (0.1, 0.6, 1.0, 3.0):
+        on_it = to_grid(shrink * x + 0.1 * mx.array(rng.normal(size=x.shape)), steps, bits=bits)
+        assert mx.array_equal(dequantize(quantize(on_it, bits=bits), bits=bits), on_it)
 
 
 def test_the_even_value_lies_in_the_low_nibble():

@@ -15,8 +15,8 @@ from .._exp import SLOW_EXP
 from ..adapter import Geometry
 from ..cache import make_caches
 from ..clock import Clock
-from ..heads import Bank, HeadArrays, Size
-from . import capture, dialogue, fidelity, grouping, matching, regression, sensitivity, starts
+from ..heads import Bank, HeadArrays, Quadrature, Size
+from . import capture, dialogue, fidelity, grouping, matching, regression, sensitivity, settling, starts
 from .checkpoint import Checkpoint
 from .config import STEPS, FitConfig, allocate, free_memory, layout_for, rows_for
 from .dialogue import Conversation
@@ -217,24 +217,36 @@ class Fitter:
         return regression.train(start, rows, steps=steps, batch=self.config.batch, rate=self.rate)
 
     def regress(self, sizes: Sequence[Size]) -> list[HeadArrays]:
-        """All heads, trained at their own sizes; one with room for every key keeps them as they are."""
+        """All heads, trained at their own sizes, and nodes rounded as they will be stored."""
         heads = self.checkpoint.load_heads()
-        if self.layout.kind == "quadrature":
-            heads |= {i: self._whole(i) for i, (count, *_) in enumerate(sizes) if count >= self.length}
+        nodes = self.layout.kind == "quadrature"
+        whole = {i for i, (count, *_) in enumerate(sizes) if nodes and count >= self.length}
         with self.progress("fitting heads", self.n_heads) as done:
             for group in self._groups(sizes):
-                left = [i for i in group if i not in heads]
-                if left:
-                    bank = self._train(left, [sizes[i] for i in left], self.training_rows(left), self.steps)
-                    fitted = dict(zip(left, bank.unstack(), strict=True))
-                    self.checkpoint.save_heads(fitted)
-                    heads |= fitted
+                for members, train in ((whole & {*group}, self._kept), ({*group} - whole, self._train)):
+                    left = sorted(members - heads.keys())
+                    if left:
+                        rows = self.training_rows(left)
+                        bank = self._settled(train(left, [sizes[i] for i in left], rows, self.steps), rows)
+                        fitted = dict(zip(left, bank.unstack(), strict=True))
+                        self.checkpoint.save_heads(fitted)
+                        heads |= fitted
                 done(len(heads))
         return [heads[i] for i in range(self.n_heads)]
 
-    def _whole(self, index: int) -> HeadArrays:
-        layer, k = divmod(index, self.geometry.n_kv_heads)
-        return {name: x.astype(mx.float32) for name, x in self.banks[layer].nodes()[k].items()}
+    def _kept(self, group: Sequence[int], sizes: Sequence[Size], rows: Captured, steps: int) -> Bank:
+        """Heads with room for every key: there is nothing to train."""
+        nodes = []
+        for index in group:
+            layer, k = divmod(index, self.geometry.n_kv_heads)
+            nodes.append({name: x.astype(mx.float32) for name, x in self.banks[layer].nodes()[k].items()})
+        return Quadrature.stack(nodes, scale=self.layout.scale)
+
+    def _settled(self, bank: Bank, rows: Captured) -> Bank:
+        if not isinstance(bank, Quadrature) or self.layout.bits == 16:
+            return bank
+        batch, bits = self.config.batch, self.layout.bits
+        return settling.settled(bank, rows, bits=bits, steps=self.steps, batch=batch, rate=self.rate)
 
     def errors(self, banks: Sequence[Bank]) -> list[float]:
         """Merged error of every head on the held-out rows, one bank a layer."""

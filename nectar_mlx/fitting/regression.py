@@ -30,12 +30,25 @@ class Scales(NamedTuple):
     log_normalizer: mx.array
 
 
+class Held(NamedTuple):
+    """Entries of some parameters that stay as they are: `where` (bool, broadcastable) they have these `values`."""
+
+    where: HeadArrays
+    values: HeadArrays
+
+    def over(self, parameters: HeadArrays) -> HeadArrays:
+        return parameters | {n: mx.where(w, self.values[n], parameters[n]) for n, w in self.where.items()}
+
+
 def scales(rows: Captured) -> Scales:
     spread = []
     for head in rows.output:  # one by one: in float32 they would take twice the memory
         spread.append(head.astype(mx.float32).var(0).mean())
         mx.eval(spread[-1])
     return Scales(mx.stack(spread) + 1e-8, rows.log_normalizer.var(1) + 1e-6)
+
+
+_NOTHING = Held({}, {})
 
 
 def merged_error(part: Partial, rows: Captured, metric: mx.array) -> mx.array:
@@ -65,9 +78,14 @@ def train(
     batch: int,
     rate: float,
     muon_rate: float = 0.02,
+    first: int = 0,
+    held: Held = _NOTHING,
     progress: Callable[[int], None] = lambda step: None,
 ) -> Bank:
-    """The trained bank. rows: of its M heads, shuffled; batches are consecutive slices."""
+    """The trained bank. rows: of its M heads, shuffled; batches are consecutive slices.
+
+    first: which slice to start with. held: what of the parameters is not trained.
+    """
     bank, norm = start.bank, scales(rows)
     metric = relative(norm, bank.head_dim)
     count = rows.queries.shape[1]
@@ -81,15 +99,16 @@ def train(
         parameters: HeadArrays, state: optimizers.State, part: Captured, factor: mx.array
     ) -> tuple[HeadArrays, optimizers.State]:
         gradients = mx.grad(loss)(parameters, part)
-        return optimizers.update(
+        following, state = optimizers.update(
             parameters, gradients, state, rate=rate * factor, muon_rate=muon_rate * factor, muon=start.muon
         )
+        return held.over(following), state
 
     run = mx.compile(step) if COMPILE else step
-    parameters, state = start.parameters, optimizers.start(start.parameters)
+    parameters, state = held.over(start.parameters), optimizers.start(start.parameters)
     starts = range(0, count - batch + 1, batch)
     for i in range(steps):
-        at = starts[i % len(starts)]
+        at = starts[(first + i) % len(starts)]
         part = Captured(*(mx.contiguous(x[:, at : at + batch]) for x in rows))
         following, state = run(parameters, state, part, mx.array(optimizers.schedule(i, steps)))
         mx.async_eval(following, state)

@@ -36,16 +36,15 @@ def test_a_memory_that_is_told_counts_instead(memory):
 @pytest.mark.parametrize(
     "options, bits",
     [
-        ({}, 6),
-        ({"budget": 0.01}, 6),
-        ({"budget": 0.009}, 5),
+        ({}, 5),
+        ({"kind": "quadrature", "bits": 6}, 6),
         ({"budget": 0.005, "bits": 8}, 8),
         ({"budget": 0.005, "kind": "retrieval+nectar"}, 6),
         ({"budget": 0.005, "kind": "mlp"}, 8),
         ({"kind": "exact"}, 16),
     ],
 )
-def test_coarse_nodes_have_few_bits(options, bits):
+def test_each_kind_has_its_bits(options, bits):
     geometry = Geometry(
         model_type="llama", n_layers=2, n_heads=4, n_kv_heads=2, head_dim=DIM, scale=0.1, windows=(0, 0)
     )

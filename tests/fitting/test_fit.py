@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from nectar_mlx import Nectar, NectarError, adapter, fit, prompts, store
-from nectar_mlx.fitting import capture, checkpoint, dialogue, reading
+from nectar_mlx.fitting import capture, checkpoint, dialogue, reading, settling
 from nectar_mlx.fitting.config import FitConfig
 from nectar_mlx.fitting.dialogue import Conversation
 from nectar_mlx.fitting.fitter import Fitter
@@ -151,7 +151,8 @@ def test_as_many_conversations_side_by_side_as_are_needed_and_fit(tokenizer):
     assert together(queries=10**6, conversations=1000, memory=1) == 16
 
 
-def test_a_head_with_room_for_every_key_keeps_them(tokenizer):
+def test_a_head_with_room_for_every_key_keeps_them(tokenizer, monkeypatch):
+    monkeypatch.setattr(settling, "settled", lambda bank, rows, **options: bank)
     model = toys.toy("llama")
     geometry = adapter.route(model)
     context = reading.read(model, toys.random_tokens(60), geometry)
@@ -169,6 +170,20 @@ def test_a_head_with_room_for_every_key_keeps_them(tokenizer):
         else:
             nearest = mx.abs(head["keys"][:, None] - keys[None]).max(-1).min(1)
             assert nearest.max() > 1e-3, "a smaller head is trained"
+
+
+def test_nodes_are_fitted_as_they_will_be_stored(tokenizer):
+    model = toys.toy("llama")
+    geometry = adapter.route(model)
+    context = reading.read(model, toys.random_tokens(60), geometry)
+    fitter = Fitter(model, tokenizer, context, geometry, FitConfig(**FAST))
+    fitter.converse()
+    fitter.hear()
+    fitter.prepare()
+    heads = fitter.regress([(60,) if i % 2 else (9,) for i in range(fitter.n_heads)])
+    stored = store.unpack(fitter.layout, store.pack(fitter.layout, heads))
+    for head, kept in zip(heads, [h for bank in stored for h in bank.unstack()], strict=True):
+        assert mx.array_equal(head["keys"], kept["keys"]) and mx.array_equal(head["values"], kept["values"])
 
 
 def test_progress_is_told_while_a_batch_is_sampled(tokenizer):

@@ -87,12 +87,9 @@ def test_what_a_layer_hears_is_what_the_full_cache_would_see(tokenizer, architec
             tokens = sum(len(c.prompt) + len(c.answer) - 1 for c in ours.conversations if c.held_out == held_out)
             assert study.rows == tokens * G
             rows = study.heads(range(K))
-            order = [np.lexsort(np.array(x, dtype=np.float32)[0].T) for x in (rows.queries, expected[layer][held_out])]
-            np.testing.assert_allclose(
-                np.array(rows.queries, dtype=np.float32)[0][order[0]],
-                np.array(expected[layer][held_out], dtype=np.float32)[0][order[1]],
-                atol=2e-2,
-            )
+            found, wanted = (np.array(x, dtype=np.float32)[0] for x in (rows.queries, expected[layer][held_out]))
+            apart = np.abs(found[:, None] - wanted[None]).max(-1)  # the rows come in another order
+            assert found.shape == wanted.shape and apart.min(0).max() < 2e-2 and apart.min(1).max() < 2e-2
         seen += 1
     assert seen == len(context.banks) and ours.windows.keys() == context.windows.keys()
     for layer, window in context.windows.items():
