@@ -21,6 +21,7 @@ def _parser() -> argparse.ArgumentParser:
     cli.add_generation(parser)
     cli.add_retrieval(parser)
     cli.add_sources(parser)
+    cli.add_parts(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the answer's text")
     return parser
 
@@ -33,6 +34,9 @@ def _work(args: argparse.Namespace) -> None:
     model, tokenizer, nectar = cli.load(args.nectar, args.model)
     cli.check_sources(nectar, args)
     loaded = time.perf_counter()
+    part = cli.part_for(nectar, tokenizer, question, args)
+    if part is not None:
+        nectar = nectar.chunk(part)
     prompt = nectar.prompt(tokenizer, question.strip(), enable_thinking=args.think)
     pieces, last, first = [], None, 0.0
     cache = nectar.make_cache(kv_bits=args.kv_bits, exact=args.exact)
@@ -48,6 +52,7 @@ def _work(args: argparse.Namespace) -> None:
             "finish_reason": last.finish_reason if last else None,
             "model": nectar.metadata["model"],
             "context_tokens": len(nectar.prefix),
+            "part": None if part is None else part + 1,
             "prompt_tokens": len(prompt),
             "answer_tokens": last.generation_tokens if last else 0,
             "seconds_to_load": round(loaded - start, 3),

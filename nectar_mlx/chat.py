@@ -18,10 +18,16 @@ _COMMANDS = "/reset forgets the conversation, /history shows it, /quit ends"
 
 
 class Conversation:
-    """The turns so far and the caches that hold them. Of a new prompt only what the caches do not hold is read."""
+    """The turns so far and the caches that hold them. Of a new prompt only what the caches do not hold is read.
+
+    Of a text that was read in parts, a question is answered from the part nearest to it; one that tells none, from the
+    part before.
+    """
 
     def __init__(self, model: nn.Module, tokenizer: Any, nectar: Nectar, args: argparse.Namespace):
         self._model, self._tokenizer, self._nectar, self._args = model, tokenizer, nectar, args
+        self._whole = nectar
+        self._part: int | None = None
         self.reset()
 
     def reset(self) -> None:
@@ -34,6 +40,7 @@ class Conversation:
 
     def answer(self, question: str) -> Any:
         """Yields mlx-lm's responses for the next turn, and keeps the turn once it is complete (or was interrupted)."""
+        self._turn_to(question)
         messages: list[Message] = [*self.messages, {"role": "user", "content": question}]
         prompt = self._nectar.prompt(self._tokenizer, messages, enable_thinking=self._args.think)
         pieces: list[str] = []
@@ -47,6 +54,13 @@ class Conversation:
                 yield response
         finally:
             self.messages = [*messages, {"role": "assistant", "content": "".join(pieces).strip()}]
+
+    def _turn_to(self, question: str) -> None:
+        """Where the question is about another part, the conversation goes on behind that one, and is read again."""
+        part = cli.part_for(self._whole, self._tokenizer, question, self._args)
+        if part is not None and part != self._part:
+            self._part, self._nectar = part, self._whole.chunk(part)
+            self.cache, self._read = self._fresh(), []
 
     def _resume(self, prompt: Sequence[int]) -> int:
         """How many tokens of the prompt the caches hold, once what differs is trimmed; one at least is left."""
@@ -75,6 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     cli.add_generation(parser)
     cli.add_retrieval(parser)
     cli.add_sources(parser)
+    cli.add_parts(parser)
     return parser
 
 

@@ -129,6 +129,23 @@ def add_retrieval(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_parts(parser: argparse.ArgumentParser) -> None:
+    """The option of `part_for`."""
+    parser.add_argument(
+        "--whole",
+        action="store_true",
+        help="answer from all parts of a text that was read in parts, not from the one nearest to the question",
+    )
+
+
+def part_for(nectar: "Nectar", tokenizer: Any, question: str, args: argparse.Namespace) -> int | None:
+    """The part of a text read in parts that a question is answered from, which a person is told; None: all of it."""
+    number = None if args.whole else nectar.nearest(tokenizer, question)
+    if number is not None:
+        say(f"from part {number + 1} of {len(nectar.chunks)}")
+    return number
+
+
 def add_sources(parser: argparse.ArgumentParser) -> None:
     """The option of `check_sources`."""
     parser.add_argument("--sources", action="store_true", help="tell the passages that an answer rests on")

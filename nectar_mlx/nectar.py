@@ -1,10 +1,13 @@
 """The fitted object: what a model needs to answer about one context."""
 
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cached_property
+from heapq import nlargest
+from itertools import islice
 from pathlib import Path
 from typing import Any, Self
 
@@ -14,6 +17,7 @@ import numpy as np
 
 from . import adapter, decoding, models, prompts, store
 from .adapter import Geometry
+from .bm25 import Index
 from .cache import Window, make_caches
 from .errors import NectarError
 from .heads import Bank, Residual
@@ -42,6 +46,7 @@ class Nectar:
         self.report: dict[str, Any] = metadata["report"]
         self.banks = decoding.banks(self.layout, tensors)
         self._retrieving: dict[float, Sequence[Retrieving]] = {}
+        self._passages: list[Index] | None = None
         self.chunks = _chunks(metadata.get("chunks", []), len(self.prefix))
         self.windows = _windows(tensors, self.geometry, self.start)
         if len(self.banks) != len(self.geometry.fitted):
@@ -198,6 +203,49 @@ class Nectar:
             del model.make_cache
             if before is not None:
                 model.make_cache = before
+
+    def nearest(self, tokenizer: Any, question: str) -> int | None:
+        """Of a text that was read in chunks, the number of the one whose three best passages are nearest to a question
+        (BM25, by the words that some chunks say and others do not). None where no word tells, where there are no
+        chunks, and where layers with a sliding window keep the last chunk alone."""
+        if not self.chunks or self.windows:
+            return None
+        indices = self._indices(tokenizer)
+        common = set.intersection(*(index.vocabulary for index in indices))
+        whole = Index([p for i in indices for p in i.passages], [w for i in indices for w in i.words])
+        scores = iter(whole.scores(question, without=common))
+        found = [sum(nlargest(3, islice(scores, len(index.passages)))) for index in indices]
+        return int(np.argmax(found)) if max(found) > 0 else None
+
+    def _indices(self, tokenizer: Any) -> list[Index]:
+        """The passages of each chunk."""
+        if self._passages is None:
+            ends = np.cumsum(self.chunks) + len(self.prefix) - sum(self.chunks)
+            texts = [self.prefix[end - length : end] for end, length in zip(ends, self.chunks, strict=True)]
+            self._passages = [Index.of(tokenizer, ids) for ids in texts]
+        return self._passages
+
+    def chunk(self, number: int) -> "Nectar":
+        """One chunk of the text, as if it alone had been fitted. NectarError if there is none of that number."""
+        count, opening = len(self.chunks), len(self.prefix) - sum(self.chunks)
+        if not 0 <= number < count:
+            raise NectarError(f"there is no chunk {number}: the text was read in {count}, which count from 0")
+        nodes = []
+        for size in np.array(self._tensors["sizes"])[:, 0].tolist():
+            each, rest = divmod(size - opening, count)
+            if each < 1 or rest:
+                raise NectarError("the file is damaged: its heads are not those of its chunks")
+            first = opening + number * each
+            nodes.append(np.concatenate([np.arange(opening), np.arange(first, first + each)]))
+        tensors = store.choose(self._tensors, nodes)
+        # Each chunk was stored as one of many, which weigh as much as one.
+        alone = np.concatenate([np.arange(len(n)) >= opening for n in nodes]) * math.log(count)
+        tensors["heads.bias"] = (tensors["heads.bias"] + mx.array(alone)).astype(mx.float16)
+        first = opening + sum(self.chunks[:number])
+        prefix = self.prefix[:opening] + self.prefix[first : first + self.chunks[number]]
+        windows = {n: x for n, x in self._tensors.items() if n.startswith("windows.")}
+        tensors |= windows | {"prefix": mx.array(prefix, dtype=mx.int32)}
+        return type(self)(tensors, self.metadata | {"chunks": []})
 
     @property
     def start(self) -> int:

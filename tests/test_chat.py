@@ -29,6 +29,7 @@ def options(**changed):
             "think": False,
             "kv_bits": None,
             "exact": None,
+            "whole": False,
             **changed,
         }
     )

@@ -1,7 +1,7 @@
 """The .nectar file: how heads lie in tensors (`layout`), what else it holds, how it is written and read (`file`)."""
 
 from .file import Metadata, check_writable, contents, description, digest, is_nectar, model_name, read, write
-from .layout import BITS, Layout, Tensors, head_bytes, pack, stored, unpack
+from .layout import BITS, Layout, Tensors, choose, head_bytes, pack, stored, unpack
 
 __all__ = [
     "BITS",
@@ -9,6 +9,7 @@ __all__ = [
     "Metadata",
     "Tensors",
     "check_writable",
+    "choose",
     "contents",
     "description",
     "digest",

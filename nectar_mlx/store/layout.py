@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from ..errors import NectarError
 from ..heads import KINDS, Bank, HeadArrays
@@ -83,6 +84,20 @@ def unpack(layout: Layout, tensors: Tensors, *, half: bool = False) -> list[Bank
 def stored(layout: Layout, tensors: Tensors) -> list[list[Stored]]:
     """Every layer's heads with the file's own integers, a byte each, in all matrices whose rows are whole groups."""
     return list(_layers(layout, tensors, _integers))
+
+
+def choose(tensors: Tensors, nodes: Sequence[np.ndarray]) -> Tensors:
+    """The same heads with some of their nodes only, nodes[i] of head i: nothing is rounded again. For quadratures,
+    whose every parameter is a row a node."""
+    sizes = np.array(tensors["sizes"])[:, 0]
+    at = np.concatenate([start + chosen for start, chosen in zip(np.cumsum(sizes) - sizes, nodes, strict=True)])
+    found: Tensors = {"sizes": mx.array([[len(chosen)] for chosen in nodes], dtype=mx.int32)}
+    for name, array in tensors.items():
+        if name.startswith("heads."):
+            each = array.shape[0] // int(sizes.sum())
+            found[name] = array[mx.array((at[:, None] * each + np.arange(each)).ravel())]
+    mx.eval(found)
+    return found
 
 
 def _layers(layout: Layout, tensors: Tensors, read: Callable[..., Any]) -> Iterator[list[dict[str, Any]]]:

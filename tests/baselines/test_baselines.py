@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from nectar_mlx import adapter, prompts
-from nectar_mlx.baselines import BASELINES, NO_CONTEXT, Task, base, cartridge, choose, fixed_pattern, passages, snap
+from nectar_mlx.baselines import BASELINES, NO_CONTEXT, Task, base, cartridge, choose, fixed_pattern, snap
 from nectar_mlx.errors import NectarError
 from nectar_mlx.fitting import fidelity, reading
 from nectar_mlx.fitting.dialogue import Conversation
@@ -158,14 +158,6 @@ def test_sparse_prefill_is_all_keys_of_the_sparse_way_of_reading(task):
     for ours, expected in zip(view.banks, read.banks, strict=True):
         assert mx.array_equal(ours.parameters["keys"], expected.parameters["keys"])
     assert not mx.allclose(view.banks[-1].parameters["keys"], task.layer(task.n_layers - 1)[0], atol=1e-3)
-
-
-def test_bm25_finds_the_passage_with_the_rare_word():
-    words = ["the ship sailed", "the master was anna velde", "the casks of amber", "the wind and the sea"]
-    index = passages.Index([[i] for i in range(4)], [passages.Counter(w.split()) for w in words])
-    assert index.best("Who is Anna Velde, the master?", 1) == [1]
-    assert index.best("the amber and the sea", 2) == [2, 3]
-    assert index.scores("zebra") == [0.0] * 4
 
 
 def test_passages_are_put_in_front_of_the_question(task):

@@ -1,5 +1,6 @@
 """Texts beyond the model's window: each chunk at its own positions, all of them in one softmax."""
 
+import io
 import json
 import re
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 
-from nectar_mlx import Nectar, NectarError, adapter, evaluate, fit, prompts, store
+from nectar_mlx import Nectar, NectarError, adapter, ask, chat, cli, evaluate, fit, prompts, store
 from nectar_mlx.baselines import Task
 from nectar_mlx.clock import Clock
 from nectar_mlx.fitting import chunks, matching
@@ -153,6 +154,90 @@ def test_every_chunk_is_answered_about(tokenizer, monkeypatch, tmp_path, layerwi
     check_evaluation(model, tokenizer, fitted)
     tokens = mx.array([toys.random_tokens(6)])
     assert mx.array_equal(model(tokens, cache=again.make_cache()), model(tokens, cache=fitted.make_cache()))
+
+
+@pytest.fixture(scope="module")
+def parted(tokenizer):
+    """Three chunks, each with a word of its own."""
+    model = small_window()
+    room = WINDOW - prompts.opening(tokenizer) - 1024
+    filler = tokenizer.encode(TEXT)
+    texts = [f" The {word} is in the garden. " for word in ("copper", "velvet", "marble")]
+    pieces = [tokenizer.decode(filler[: room // 2]) + t + tokenizer.decode(filler[: room // 3]) for t in texts]
+    return model, toys.fit(model, tokenizer, "".join(pieces), config=FitConfig(**SMALL))
+
+
+def test_a_chunk_alone_is_its_own_nodes_and_the_openings(parted, tokenizer):
+    model, fitted = parted
+    opening, count = len(fitted.prefix) - sum(fitted.chunks), len(fitted.chunks)
+    assert count >= 3
+    after = np.cumsum(fitted.chunks) + opening
+    for number in range(count):
+        alone = fitted.chunk(number)
+        body = fitted.prefix[after[number] - fitted.chunks[number] : after[number]]
+        assert alone.prefix == fitted.prefix[:opening] + body and not alone.chunks
+        assert alone.start == opening + len(body)
+        assert alone.nbytes < fitted.nbytes / count + 2 * opening * alone.nbytes / len(alone.prefix)
+        for bank, joined in zip(alone.banks, fitted.banks, strict=True):
+            for head, whole in zip(bank.unstack(), joined.unstack(), strict=True):
+                each = head["bias"].size - opening
+                own = slice(opening + number * each, opening + (number + 1) * each)
+                for name in ("keys", "values"):
+                    expected = mx.concatenate([whole[name][:opening], whole[name][own]])
+                    assert mx.array_equal(head[name], expected)
+                less = np.array(head["bias"]) - np.concatenate([whole["bias"][:opening], whole["bias"][own]])
+                np.testing.assert_allclose(less[:opening], 0, atol=1e-6)
+                np.testing.assert_allclose(less[opening:], np.log(count), atol=1e-2)
+    tokens = mx.array([toys.random_tokens(5)])
+    assert mx.isfinite(model(tokens, cache=fitted.chunk(0).make_cache())).all()
+
+
+@pytest.mark.parametrize("number", [-1, 99])
+def test_a_chunk_that_is_not_there(parted, number):
+    with pytest.raises(NectarError, match="there is no chunk"):
+        parted[1].chunk(number)
+
+
+def test_heads_that_are_not_those_of_the_chunks(parted):
+    fitted = Nectar(dict(parted[1]._tensors), parted[1].metadata)
+    fitted.chunks = [*fitted.chunks[:-2], sum(fitted.chunks[-2:])]
+    with pytest.raises(NectarError, match="not those of its chunks"):
+        [fitted.chunk(n) for n in range(len(fitted.chunks))]
+
+
+def test_the_nearest_chunk_says_what_the_question_says(parted, tokenizer):
+    fitted = parted[1]
+    told = [tokenizer.decode(fitted.chunk(n).prefix) for n in range(len(fitted.chunks))]
+    for word in ("copper", "velvet", "marble"):
+        assert f" {word} " in told[fitted.nearest(tokenizer, f"Where is the {word}?")]
+    assert fitted.nearest(tokenizer, "zebra zebra zebra") is None
+    assert fitted.nearest(tokenizer, "the") is None, "every chunk says it"
+
+
+def test_a_text_without_chunks_has_no_nearest(tokenizer):
+    exact = toys.exact(toys.toy("llama"), toys.random_tokens(40), tokenizer)
+    assert exact.nearest(tokenizer, "copper") is None
+
+
+def test_ask_and_chat_answer_from_the_nearest_part(parted, tokenizer, tmp_path, monkeypatch, capsys):
+    model, fitted = parted
+    fitted.save(tmp_path / "it.nectar")
+    monkeypatch.setattr(cli, "load", lambda *others: (model, tokenizer, fitted))
+    argv = [str(tmp_path / "it.nectar"), "Where is the velvet?", "--max-tokens", "3", "--json"]
+    assert ask.main(argv) == 0
+    told = capsys.readouterr()
+    part = json.loads(told.out)["part"]
+    assert part == fitted.nearest(tokenizer, "Where is the velvet?") + 1
+    assert f"from part {part} of {len(fitted.chunks)}" in told.err
+    assert json.loads(told.out)["context_tokens"] == len(fitted.chunk(part - 1).prefix)
+    assert ask.main([*argv, "--whole"]) == 0
+    told = capsys.readouterr()
+    assert json.loads(told.out)["part"] is None and "from part" not in told.err
+    turns = "Where is the copper?\nzebra\nWhere is the marble?\n"
+    monkeypatch.setattr("sys.stdin", io.StringIO(turns))
+    assert chat.main([str(tmp_path / "it.nectar"), "--max-tokens", "3"]) == 0
+    expected = [fitted.nearest(tokenizer, f"Where is the {w}?") + 1 for w in ("copper", "marble")]
+    assert re.findall(r"from part (\d+)", capsys.readouterr().err) == [str(n) for n in expected]
 
 
 def check_evaluation(model, tokenizer, fitted):
