@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -206,12 +207,13 @@ class Nectar:
 
     def nearest(self, tokenizer: Any, question: str) -> int | None:
         """Of a text that was read in chunks, the number of the one whose three best passages are nearest to a question
-        (BM25, by the words that some chunks say and others do not). None where no word tells, where there are no
+        (BM25, by the words that no more than half of the chunks say). None where no word tells, where there are no
         chunks, and where layers with a sliding window keep the last chunk alone."""
         if not self.chunks or self.windows:
             return None
         indices = self._indices(tokenizer)
-        common = set.intersection(*(index.vocabulary for index in indices))
+        saying = Counter(word for index in indices for word in index.vocabulary)
+        common = {word for word, chunks in saying.items() if 2 * chunks > len(indices)}
         whole = Index([p for i in indices for p in i.passages], [w for i in indices for w in i.words])
         scores = iter(whole.scores(question, without=common))
         found = [sum(nlargest(3, islice(scores, len(index.passages)))) for index in indices]
