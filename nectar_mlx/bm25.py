@@ -13,16 +13,24 @@ PASSAGE = 64  # tokens, about
 
 @dataclass(frozen=True)
 class Index:
-    """Passages of token ids with their words, scored against a question."""
+    """Passages of token ids with their words, scored against a question. run: phrases of up to so many words count as
+    words too."""
 
     passages: list[list[int]]
     words: list[Counter[str]]
+    run: int = 1
 
     @classmethod
-    def of(cls, tokenizer: Any, ids: Sequence[int], *, passage: int = PASSAGE) -> "Index":
+    def of(cls, tokenizer: Any, ids: Sequence[int], *, passage: int = PASSAGE, run: int = 1) -> "Index":
         """Cuts ids into passages of so many tokens."""
         cut = [list(ids[i : i + passage]) for i in range(0, len(ids), passage)]
-        return cls(cut, [Counter(words(tokenizer.decode(p))) for p in cut])
+        return cls(cut, [Counter(words(tokenizer.decode(p), run=run)) for p in cut], run)
+
+    @classmethod
+    def joined(cls, indices: Sequence["Index"]) -> "Index":
+        """The passages of all of them, in order."""
+        passages, said = ([x for i in indices for x in getattr(i, name)] for name in ("passages", "words"))
+        return cls(passages, said, indices[0].run)
 
     @property
     def vocabulary(self) -> set[str]:
@@ -33,7 +41,7 @@ class Index:
         """BM25 of every passage; without: words that do not count."""
         mean = sum(w.total() for w in self.words) / len(self.words)
         weights = {}
-        for word in set(words(question)).difference(without):
+        for word in set(words(question, run=self.run)).difference(without):
             holding = sum(word in w for w in self.words)
             weights[word] = math.log(1 + (len(self.words) - holding + 0.5) / (holding + 0.5))
         found = []
@@ -49,5 +57,7 @@ class Index:
         return [token for i in sorted(order) for token in self.passages[i]]
 
 
-def words(text: str) -> list[str]:
-    return re.findall(r"\w+", text.lower())
+def words(text: str, *, run: int = 1) -> list[str]:
+    """The words of a text, and its phrases of up to `run` words."""
+    single = re.findall(r"\w+", text.lower())
+    return [" ".join(single[i : i + n]) for n in range(1, run + 1) for i in range(len(single) - n + 1)]

@@ -207,15 +207,14 @@ class Nectar:
 
     def nearest(self, tokenizer: Any, question: str) -> int | None:
         """Of a text that was read in chunks, the number of the one whose three best passages are nearest to a question
-        (BM25, by the words that no more than half of the chunks say). None where no word tells, where there are no
-        chunks, and where layers with a sliding window keep the last chunk alone."""
+        (BM25, by the words and phrases that no more than half of the chunks say). None where none of them tells, where
+        there are no chunks, and where layers with a sliding window keep the last chunk alone."""
         if not self.chunks or self.windows:
             return None
         indices = self._indices(tokenizer)
         saying = Counter(word for index in indices for word in index.vocabulary)
         common = {word for word, chunks in saying.items() if 2 * chunks > len(indices)}
-        whole = Index([p for i in indices for p in i.passages], [w for i in indices for w in i.words])
-        scores = iter(whole.scores(question, without=common))
+        scores = iter(Index.joined(indices).scores(question, without=common))
         found = [sum(nlargest(3, islice(scores, len(index.passages)))) for index in indices]
         return int(np.argmax(found)) if max(found) > 0 else None
 
@@ -224,7 +223,7 @@ class Nectar:
         if self._passages is None:
             ends = np.cumsum(self.chunks) + len(self.prefix) - sum(self.chunks)
             texts = [self.prefix[end - length : end] for end, length in zip(ends, self.chunks, strict=True)]
-            self._passages = [Index.of(tokenizer, ids) for ids in texts]
+            self._passages = [Index.of(tokenizer, ids, run=3) for ids in texts]
         return self._passages
 
     def chunk(self, number: int) -> "Nectar":

@@ -29,3 +29,18 @@ def test_passages_are_cut_from_token_ids():
 
 def test_words_are_lower_case_without_punctuation():
     assert words("Who's ANNA -- \u201cVelde\u201d?") == ["who", "s", "anna", "velde"]
+
+
+def test_phrases_tell_more_than_their_words():
+    texts = ["a library of modules, a password file", "the password of the library is silver"]
+    question = "the password of the library"
+    for run, favourite in ((1, None), (3, 1)):
+        index = Index([[0], [1]], [Counter(words(t, run=run)) for t in texts], run)
+        scores = index.scores(question, without={"the", "of"})
+        assert favourite is None or scores[favourite] > 3 * scores[1 - favourite]
+    assert words("to be or", run=2) == ["to", "be", "or", "to be", "be or"]
+
+
+def test_indices_are_joined_in_order():
+    first, second = Index([[1]], [Counter(["a"])], 2), Index([[2], [3]], [Counter(["b"]), Counter(["c"])], 2)
+    assert Index.joined([first, second]) == Index([[1], [2], [3]], [Counter("a"), Counter("b"), Counter("c")], 2)
