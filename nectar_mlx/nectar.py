@@ -227,8 +227,11 @@ class Nectar:
         return self._passages
 
     def chunk(self, number: int) -> "Nectar":
-        """One chunk of the text, as if it alone had been fitted. NectarError if there is none of that number."""
+        """One chunk of the text, as if it alone had been fitted. NectarError if there is none of that number, or where
+        layers with a sliding window keep the last chunk alone."""
         count, opening = len(self.chunks), len(self.prefix) - sum(self.chunks)
+        if self.windows:
+            raise NectarError("this model's layers with a sliding window keep the last chunk alone: use all of them")
         if not 0 <= number < count:
             raise NectarError(f"there is no chunk {number}: the text was read in {count}, which count from 0")
         nodes = []
@@ -240,12 +243,11 @@ class Nectar:
             nodes.append(np.concatenate([np.arange(opening), np.arange(first, first + each)]))
         tensors = store.choose(self._tensors, nodes)
         # Each chunk was stored as one of many, which weigh as much as one.
-        alone = np.concatenate([np.arange(len(n)) >= opening for n in nodes]) * math.log(count)
-        tensors["heads.bias"] = (tensors["heads.bias"] + mx.array(alone)).astype(mx.float16)
+        own = mx.array(np.concatenate([np.arange(len(n)) >= opening for n in nodes]))
+        tensors["heads.bias"] = mx.where(own, tensors["heads.bias"] + math.log(count), tensors["heads.bias"])
         first = opening + sum(self.chunks[:number])
         prefix = self.prefix[:opening] + self.prefix[first : first + self.chunks[number]]
-        windows = {n: x for n, x in self._tensors.items() if n.startswith("windows.")}
-        tensors |= windows | {"prefix": mx.array(prefix, dtype=mx.int32)}
+        tensors["prefix"] = mx.array(prefix, dtype=mx.int32)
         return type(self)(tensors, self.metadata | {"chunks": []})
 
     @property

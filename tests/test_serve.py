@@ -16,8 +16,10 @@ import mlx_lm
 import openai
 import pytest
 
-from nectar_mlx import Nectar, NectarError, serve
+from nectar_mlx import Nectar, NectarError, prompts, serve
+from nectar_mlx.fitting.config import FitConfig
 from tests import toys
+from tests.fitting.test_fit import FAST, TEXT
 
 QUESTIONS = [
     f"{who} is the {what}?" for who in ("who", "where", "why") for what in ("fox", "dog", "answer", "quick brown")
@@ -287,6 +289,48 @@ def test_too_many_open_requests(books):
             connection.close()
         assert wait_for(lambda: server.httpd.open_requests == 0)
         assert [m.id for m in server.client().models.list()] == ["red"]  # and without a key, for none was set
+    finally:
+        server.close()
+
+
+def test_a_text_read_in_parts_answers_from_the_nearest(tmp_path):
+    folder, tokenizer, words = tmp_path / "model", toys.tokenizer(), ("copper", "velvet", "marble")
+    model = toys.toy("llama", max_position_embeddings=1024 + 200)
+    toys.save_model(model, folder, tokenizer)
+    room = 200 - prompts.opening(tokenizer)
+    filler = tokenizer.encode(TEXT)
+    pieces = [
+        f"{tokenizer.decode(filler[: room // 2])} The {w} is here. {tokenizer.decode(filler[: room // 3])}"
+        for w in words
+    ]
+    fitted = toys.fit(
+        model,
+        tokenizer,
+        "".join(pieces),
+        config=FitConfig(**FAST | {"budget": 0.5, "queries": 300, "steps": 2}),
+        name=str(folder),
+    )
+    fitted.save(tmp_path / "it.nectar")
+    server = Running(serve.make_parser().parse_args([str(tmp_path / "it.nectar"), "--port", "0"]))
+    try:
+        client = server.client()
+        model, tokenizer = mlx_lm.load(str(folder))
+        fitted = Nectar.load(tmp_path / "it.nectar", model, tokenizer)
+        for word in words:
+            question = f"Where is the {word}?"
+            part = fitted.nearest(tokenizer, question)
+            prompt, cache = fitted.prompt(tokenizer, question), fitted.chunk(part).make_cache()
+            expected = mlx_lm.generate(model, tokenizer, prompt, max_tokens=TOKENS, prompt_cache=cache)
+            found = ask(client, "it", question)
+            assert (found.model, found.part) == ("it", part + 1)
+            assert found.choices[0].message.content == expected
+        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": expected}]
+        turns.append({"role": "user", "content": "zebra?"})
+        options = {"model": "it", "max_tokens": 2, "temperature": 0}
+        assert client.chat.completions.create(messages=turns, **options).part == part + 1, "what was asked before tells"
+        for more in ({"messages": turns[2:]}, {"messages": turns, "extra_body": {"whole": True}}):
+            assert not hasattr(client.chat.completions.create(**more, **options), "part")
+        assert client.completions.create(prompt="velvet", **options).part == fitted.nearest(tokenizer, "velvet") + 1
     finally:
         server.close()
 

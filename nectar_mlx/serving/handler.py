@@ -8,7 +8,7 @@ from typing import Any
 from mlx_lm import server
 
 from ..errors import NectarError
-from .provider import AT, Provider
+from .provider import Provider, loaded_id
 
 _IDLE = 60.0  # seconds that a connection may be silent
 
@@ -107,14 +107,28 @@ class Handler(server.APIHandler):
         if problem := self._problem(stop_words):
             return self._refuse(400, problem)
         self._asked, self.response_generator = self.requested_model, _Kept(self.response_generator)
-        if (exact := self.body.get("exact")) is not None:
-            known = self._provider.files
-            self.requested_model = f"{self._asked if self._asked in known else next(iter(known))}{AT}{exact}"
+        known, exact = self._provider.files, self.body.get("exact")
+        name = self._asked if self._asked in known else next(iter(known))
+        self._part = self._provider.nearest(name, self._questions())
+        if exact is not None or self._part is not None:
+            self.requested_model = loaded_id(name, part=self._part, exact=exact)
         super().handle_completion(request, stop_words)
+
+    def _questions(self) -> list[str]:
+        """What the user asked, the last question first; nothing for one who wants the whole text in view."""
+        if self.body.get("whole"):
+            return []
+        if not self.path.endswith("/chat/completions"):
+            prompt = self.body.get("prompt")
+            return [prompt] if isinstance(prompt, str) else []
+        asked = [m.get("content") for m in reversed(self.body["messages"]) if m.get("role") == "user"]
+        return [c if isinstance(c, str) else "\n".join(str(part.get("text", "")) for part in c or []) for c in asked]
 
     def generate_response(self, text: str, finish_reason: Any, *args: Any, **options: Any) -> dict[str, Any]:
         response: dict[str, Any] = super().generate_response(text, finish_reason, *args, **options)
         response["model"] = self._asked
+        if self._part is not None:
+            response["part"] = self._part + 1
         if finish_reason is not None:
             response |= getattr(self.response_generator.context, "reading", {})
         return response

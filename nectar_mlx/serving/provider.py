@@ -2,6 +2,7 @@
 
 import argparse
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from .. import cli, models, prompts, store
 from ..errors import NectarError
 from ..nectar import Nectar
 
-AT = "@exact="  # a model's id and a request's share of exact keys make the id that is loaded
+_PART, _EXACT = "@part=", "@exact="
 
 
 class ContextTokenizer(TokenizerWrapper):
@@ -69,10 +70,13 @@ class Provider(server.ModelProvider):
         self.ready.set()
 
     def _load(self, model_path: str, adapter_path: str | None = None, draft_model_path: str | None = None) -> None:
-        name, exact = _parted(model_path, self.cli_args.exact)
+        name, part, exact = _parted(model_path, self.cli_args.exact)
         if name not in self.files:
             raise NectarError(self.no_model(name))
         nectar, model, tokenizer = self._nectar(name)
+        if part is not None:
+            whole, key = nectar, loaded_id(name, part=part)
+            nectar = self._nectars[key] = self._nectars.get(key) or whole.chunk(part)
         retrieves = bool(nectar.retrieving(exact))
 
         def make_cache() -> list[Any]:
@@ -86,6 +90,13 @@ class Provider(server.ModelProvider):
         self.is_batchable = self.draft_model is None and not retrieves  # what an answer read is known of one alone
         self.serving = nectar
         self.model_key = (model_path, adapter_path, draft_model_path)
+
+    def nearest(self, name: str, questions: Iterable[str]) -> int | None:
+        """The part of a text read in parts that the first question which tells is about."""
+        nectar, base = self._nectars.get(name), self._base
+        if nectar is None or base is None:
+            return None
+        return next((part for q in questions if (part := nectar.nearest(base[2], q)) is not None), None)
 
     def _nectar(self, name: str) -> tuple[Nectar, Any, Any]:
         file = self.files[name]
@@ -146,7 +157,13 @@ class _Told:
         self._queue.put(item)
 
 
-def _parted(model_path: str, exact: float | None) -> tuple[str, float | None]:
-    """A file's id and the share of keys to read exactly, the server's own unless the request said so."""
-    name, at, told = model_path.partition(AT)
-    return name, float(told) if at else exact
+def loaded_id(name: str, *, part: int | None = None, exact: float | None = None) -> str:
+    """The id that is loaded: a file's, with the part and the share of exact keys that a request is answered from."""
+    return name + (f"{_PART}{part}" if part is not None else "") + (f"{_EXACT}{exact}" if exact is not None else "")
+
+
+def _parted(loaded: str, exact: float | None) -> tuple[str, int | None, float | None]:
+    """A file's id, the part, and the share of keys to read exactly, the server's own unless the request said so."""
+    rest, at, told = loaded.partition(_EXACT)
+    name, _, part = rest.partition(_PART)
+    return name, int(part) if part else None, float(told) if at else exact

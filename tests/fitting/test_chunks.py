@@ -297,6 +297,9 @@ def test_sliding_windows_keep_the_end_of_the_last_chunk(tokenizer):
     assert len(fitted.chunks) > 1
     assert {w.keys.shape[1] for w in fitted.windows.values()} == {model.args.sliding_window}
     assert mx.isfinite(model(mx.array([toys.random_tokens(9)]), cache=fitted.make_cache())).all()
+    assert fitted.nearest(tokenizer, "Where is fox number 3?") is None
+    with pytest.raises(NectarError, match="sliding window"):
+        fitted.chunk(0)
 
 
 def test_baselines_keep_what_a_key_weighs(tokenizer):
