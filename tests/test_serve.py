@@ -195,6 +195,7 @@ def test_memory_returns_to_where_it_was(running):
     def used():
         with ThreadPoolExecutor(8) as pool:
             list(pool.map(lambda pair: ask(client, *pair), batch))
+        ask(client, *batch[0])  # alone: what the last batch leaves behind is always the same
         cache.trim_to(n_sequences=0)
         time.sleep(0.5)
         mx.clear_cache()
