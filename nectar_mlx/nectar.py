@@ -47,7 +47,8 @@ class Nectar:
         self.report: dict[str, Any] = metadata["report"]
         self.banks = decoding.banks(self.layout, tensors)
         self._retrieving: dict[float, Sequence[Retrieving]] = {}
-        self._passages: list[Index] | None = None
+        # Of all chunks: the index, how many passages each has, the words that do not count.
+        self._passages: tuple[Index, list[int], set[str]] | None = None
         self.chunks = _chunks(metadata.get("chunks", []), len(self.prefix))
         self.windows = _windows(tensors, self.geometry, self.start)
         if len(self.banks) != len(self.geometry.fitted):
@@ -211,20 +212,20 @@ class Nectar:
         there are no chunks, and where layers with a sliding window keep the last chunk alone."""
         if not self.chunks or self.windows:
             return None
-        indices = self._indices(tokenizer)
-        saying = Counter(word for index in indices for word in index.vocabulary)
-        common = {word for word, chunks in saying.items() if 2 * chunks > len(indices)}
-        scores = iter(Index.joined(indices).scores(question, without=common))
-        found = [sum(nlargest(3, islice(scores, len(index.passages)))) for index in indices]
+        if self._passages is None:  # counted once, with the first tokenizer: a file belongs to one
+            indices = [Index.of(tokenizer, self._body(n), run=3) for n in range(len(self.chunks))]
+            saying = Counter(word for index in indices for word in index.vocabulary)
+            common = {word for word, chunks in saying.items() if 2 * chunks > len(indices)}
+            self._passages = Index.joined(indices), [len(index.passages) for index in indices], common
+        whole, counts, common = self._passages
+        scores = iter(whole.scores(question, without=common))
+        found = [sum(nlargest(3, islice(scores, count))) for count in counts]
         return int(np.argmax(found)) if max(found) > 0 else None
 
-    def _indices(self, tokenizer: Any) -> list[Index]:
-        """The passages of each chunk."""
-        if self._passages is None:
-            ends = np.cumsum(self.chunks) + len(self.prefix) - sum(self.chunks)
-            texts = [self.prefix[end - length : end] for end, length in zip(ends, self.chunks, strict=True)]
-            self._passages = [Index.of(tokenizer, ids, run=3) for ids in texts]
-        return self._passages
+    def _body(self, number: int) -> list[int]:
+        """A chunk's own tokens."""
+        first = len(self.prefix) - sum(self.chunks[number:])
+        return self.prefix[first : first + self.chunks[number]]
 
     def chunk(self, number: int) -> "Nectar":
         """One chunk of the text, as if it alone had been fitted. NectarError if there is none of that number, or where
@@ -245,9 +246,7 @@ class Nectar:
         # Each chunk was stored as one of many, which weigh as much as one.
         own = mx.array(np.concatenate([np.arange(len(n)) >= opening for n in nodes]))
         tensors["heads.bias"] = mx.where(own, tensors["heads.bias"] + math.log(count), tensors["heads.bias"])
-        first = opening + sum(self.chunks[:number])
-        prefix = self.prefix[:opening] + self.prefix[first : first + self.chunks[number]]
-        tensors["prefix"] = mx.array(prefix, dtype=mx.int32)
+        tensors["prefix"] = mx.array(self.prefix[:opening] + self._body(number), dtype=mx.int32)
         return type(self)(tensors, self.metadata | {"chunks": []})
 
     @property

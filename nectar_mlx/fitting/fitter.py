@@ -20,6 +20,7 @@ from . import capture, dialogue, fidelity, grouping, matching, regression, sensi
 from .checkpoint import Checkpoint
 from .config import STEPS, FitConfig, allocate, free_memory, layout_for, rows_for
 from .dialogue import Conversation
+from .part import checked
 from .reading import Context
 from .study import Captured, DeviceStudy, Study
 
@@ -259,7 +260,7 @@ class Fitter:
     def fidelity(self, banks: Sequence[Bank]) -> dict[str, Any]:
         """KL and agreement with the full cache on held-out conversations, one bank a layer."""
         make_cache = partial(make_caches, banks, self.context.windows, self.context.start)
-        conversations = [c for c in self.conversations if c.held_out and c.answer][:8]
+        conversations = checked(self.conversations)
         with self.progress("checking", len(conversations)) as done:
             found = fidelity.compare(
                 self.model, self.context.make_cache, {"nectar": make_cache}, conversations, progress=done

@@ -151,8 +151,8 @@ def test_as_many_conversations_side_by_side_as_are_needed_and_fit(tokenizer):
     assert together(queries=10**6, conversations=1000, memory=1) == 16
 
 
-def test_a_head_with_room_for_every_key_keeps_them(tokenizer, monkeypatch):
-    monkeypatch.setattr(settling, "settled", lambda bank, rows, **options: bank)
+def heads_of_two_sizes(tokenizer):
+    """Every other one has room for all 60 keys."""
     model = toys.toy("llama")
     geometry = adapter.route(model)
     context = reading.read(model, toys.random_tokens(60), geometry)
@@ -161,9 +161,15 @@ def test_a_head_with_room_for_every_key_keeps_them(tokenizer, monkeypatch):
     fitter.hear()
     fitter.prepare()
     heads = fitter.regress([(60,) if i % 2 else (9,) for i in range(fitter.n_heads)])
+    return fitter, heads
+
+
+def test_a_head_with_room_for_every_key_keeps_them(tokenizer, monkeypatch):
+    monkeypatch.setattr(settling, "settled", lambda bank, rows, **options: bank)
+    fitter, heads = heads_of_two_sizes(tokenizer)
     for i, head in enumerate(heads):
-        layer, k = divmod(i, geometry.n_kv_heads)
-        keys = context.banks[layer].parameters["keys"][k]
+        layer, k = divmod(i, fitter.geometry.n_kv_heads)
+        keys = fitter.context.banks[layer].parameters["keys"][k]
         assert head["keys"].shape[0] == (60 if i % 2 else 9)
         if i % 2:
             assert mx.array_equal(head["keys"], keys) and not mx.any(head["bias"])
@@ -173,14 +179,7 @@ def test_a_head_with_room_for_every_key_keeps_them(tokenizer, monkeypatch):
 
 
 def test_nodes_are_fitted_as_they_will_be_stored(tokenizer):
-    model = toys.toy("llama")
-    geometry = adapter.route(model)
-    context = reading.read(model, toys.random_tokens(60), geometry)
-    fitter = Fitter(model, tokenizer, context, geometry, FitConfig(**FAST))
-    fitter.converse()
-    fitter.hear()
-    fitter.prepare()
-    heads = fitter.regress([(60,) if i % 2 else (9,) for i in range(fitter.n_heads)])
+    fitter, heads = heads_of_two_sizes(tokenizer)
     stored = store.unpack(fitter.layout, store.pack(fitter.layout, heads))
     for head, kept in zip(heads, [h for bank in stored for h in bank.unstack()], strict=True):
         assert mx.array_equal(head["keys"], kept["keys"]) and mx.array_equal(head["values"], kept["values"])
