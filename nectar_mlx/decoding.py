@@ -29,7 +29,7 @@ def packed(banks: Sequence[Bank], layout: Layout, tensors: Tensors, *, n_heads: 
     if kernels.backend() == "ops" or layout.kind == "exact":
         return None
     # The kernel takes the file's own integers, each in a byte; a completion's sums are in none.
-    whole = layout.bits <= 8 and layout.kind != "completion"
+    whole = layout.bits != 16 and layout.kind != "completion"
     heads = _stored(layout, tensors) if whole else [None] * len(banks)
     try:
         found = [

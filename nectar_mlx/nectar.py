@@ -242,7 +242,7 @@ class Nectar:
                 raise NectarError("the file is damaged: its heads are not those of its chunks")
             first = opening + number * each
             nodes.append(np.concatenate([np.arange(opening), np.arange(first, first + each)]))
-        tensors = store.choose(self._tensors, nodes)
+        tensors = store.choose(self.layout, self._tensors, nodes)
         # Each chunk was stored as one of many, which weigh as much as one.
         own = mx.array(np.concatenate([np.arange(len(n)) >= opening for n in nodes]))
         tensors["heads.bias"] = mx.where(own, tensors["heads.bias"] + math.log(count), tensors["heads.bias"])

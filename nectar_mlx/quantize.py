@@ -33,24 +33,8 @@ def group_size(width: int) -> int:
 def quantize(x: mx.array, *, bits: int) -> Quantized:
     """x [..., D] -> its nearest `bits`-bit form; below 8 bits a group has the one of a few scales that loses least.
 
-    Values that lie on a `grid` of these bits already lose nothing.
+    Values that came out of it lose nothing when they go in again.
     """
-    integers, scale = _nearest(x, bits)
-    return Quantized(pack_integers(integers, bits=bits), scale[..., 0].astype(mx.float16))
-
-
-def grid(x: mx.array, *, bits: int) -> mx.array:
-    """The step between neighbouring values of each entry's group in `quantize(x)`, [..., D]."""
-    return mx.repeat(_nearest(x, bits)[1][..., 0], group_size(x.shape[-1]), axis=-1)
-
-
-def to_grid(x: mx.array, steps: mx.array, *, bits: int) -> mx.array:
-    """The nearest values on a `grid`."""
-    return _round(x, steps, 2 ** (bits - 1) - 1) * steps
-
-
-def _nearest(x: mx.array, bits: int) -> tuple[mx.array, mx.array]:
-    """Integers [..., D] and scales [..., D / group, 1], those that float16 holds."""
     size = group_size(x.shape[-1])
     groups = x.astype(mx.float32).reshape(*x.shape[:-1], -1, size)
     limit = 2 ** (bits - 1) - 1
@@ -61,11 +45,13 @@ def _nearest(x: mx.array, bits: int) -> tuple[mx.array, mx.array]:
         loss = mx.square(_round(groups, scale, limit) * scale - groups).sum(-1, keepdims=True)
         best = scale if error is None else mx.where(loss < error, scale, best)
         error = loss if error is None else mx.minimum(loss, error)
-    return _round(groups, best, limit).reshape(x.shape), best
+    integers = _round(groups, best, limit).reshape(x.shape)
+    return Quantized(pack_integers(integers, bits=bits), best[..., 0].astype(mx.float16))
 
 
 def _steps(bits: int) -> list[float]:
-    """Beyond the limit the largest entry is cut off, so that the others are nearer; on a grid it may take fewer."""
+    """Beyond the limit the largest entry is cut off, so that the others are nearer; it may take fewer in what was
+    rounded before."""
     limit = 2 ** (bits - 1) - 1
     if bits == 8:
         return [limit]

@@ -67,7 +67,8 @@ def fit(
         config = replace(config, kind="quadrature")  # heads made of nodes can be joined
     layout = layout_for(config, geometry, n_layers=len(geometry.fitted))
     opening = len(prefix) - sum(chunks) if len(chunks) > 1 else 0  # tokens that are kept beside the chunks
-    aside = layout.n_layers * layout.n_kv_heads * store.head_bytes(layout, (opening,)) if opening else 0
+    finely = replace(layout, bits=layout.bits or 8)  # what is kept as it was takes more than what is settled
+    aside = layout.n_layers * layout.n_kv_heads * store.head_bytes(finely, (opening,)) if opening else 0
     nbytes = affordable_bytes(config, geometry, layout, n=len(prefix), parts=len(chunks), aside=aside)
     parts: list[Part] = []
     for number, text in enumerate(_texts(prefix, chunks)):

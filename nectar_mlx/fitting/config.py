@@ -16,7 +16,8 @@ from .prefill import Prefill
 from .study import Study
 
 STEPS = 400 if SLOW_EXP else 2000  # of a regression
-_BITS = {"quadrature": 5, "retrieval+nectar": 6}  # others 8; more nodes make up for what each loses
+# Nodes alone are settled, each row in as many as it needs; more nodes make up for what each loses.
+_BITS = {"quadrature": None, "retrieval+nectar": 6, "exact": 16}  # others 8
 _FEWEST_ROWS, _MOST_ROWS = 20_000, 20_000 if SLOW_EXP else 120_000  # a head; more than the most gain little
 
 
@@ -25,8 +26,8 @@ class FitConfig:
     """What can be chosen when fitting.
 
     budget: bytes kept / bytes of the bf16 KV cache. kind: auto, quadrature, mlp, corrected or exact. bits: of a stored
-    matrix entry, 16 or 4 to 8 (default: 5 for nodes, 6 for those beside exact keys, 8 for
-    networks).
+    matrix entry, 16 or 4 to 8, rounded at once (default: for nodes as many as each needs, 3.8 on average, 6 for
+    those beside exact keys, 8 for networks).
     queries: captured rows a head (default: 20,000; on a GPU up to 120,000, as the memory holds). steps: of the
     regression (default: 2,000 on a GPU, 400 on a CPU). context_tokens: cut the text after so many tokens. memory: bytes
     that the KV cache of the context, or of a chunk of it, may take before the fit goes layer by layer, and captured
@@ -86,7 +87,7 @@ def layout_for(config: FitConfig, geometry: Geometry, *, n_layers: int) -> Layou
         n_kv_heads=geometry.n_kv_heads,
         head_dim=geometry.head_dim,
         scale=geometry.scale,
-        bits=16 if kind == "exact" else config.bits or _BITS.get(kind, 8),
+        bits=config.bits if config.bits and kind != "exact" else _BITS.get(kind, 8),
     )
 
 

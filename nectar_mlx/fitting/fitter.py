@@ -244,10 +244,9 @@ class Fitter:
         return Quadrature.stack(nodes, scale=self.layout.scale)
 
     def _settled(self, bank: Bank, rows: Captured) -> Bank:
-        if not isinstance(bank, Quadrature) or self.layout.bits == 16:
+        if self.layout.bits is not None:
             return bank
-        batch, bits = self.config.batch, self.layout.bits
-        return settling.settled(bank, rows, bits=bits, steps=self.steps, batch=batch, rate=self.rate)
+        return settling.settled(bank, rows, steps=self.steps, batch=self.config.batch, rate=self.rate)
 
     def errors(self, banks: Sequence[Bank]) -> list[float]:
         """Merged error of every head on the held-out rows, one bank a layer."""

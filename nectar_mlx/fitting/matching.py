@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 import mlx.core as mx
 import numpy as np
 
-from .._exp import SLOW_EXP, exp
-from ..heads import HeadArrays
+from .._exp import SLOW_EXP, exp, sigmoid
+from ..heads import Bank, HeadArrays
 from .study import Captured
 
 _RIDGE = 1e-2  # relative to the mean diagonal: a head of many nodes would fit its samples and nothing else
@@ -34,6 +34,30 @@ def importance(rows: Captured, keys: mx.array, *, scale: float, bias: mx.array |
         total = total + mx.square(attention_weights(part, keys, scale=scale, bias=bias)).sum(1)
         mx.eval(total)
     return mx.sqrt(total / rows.queries.shape[1])
+
+
+def costs(rows: Captured, bank: Bank) -> HeadArrays:
+    """What an error of 1 in one number of a node's key or value adds to the squared error of a bank's merged output, on
+    average over the rows: {"keys", "values"} [M, m]. A value's counts by the square of its share of the output, a key's
+    also by its value's distance from the output, and by the queries' mean square about their mean: what errs alike for
+    all queries is the bias's."""
+    p = bank.parameters
+    queries, values = rows.queries.astype(mx.float32), p["values"].astype(mx.float32)
+    square = mx.square(queries - queries.mean(1, keepdims=True)).mean((1, 2)) * bank.scale**2
+    total = {n: mx.zeros(p["bias"].shape) for n in ("keys", "values")}
+    for part in _parts(rows, p["bias"].size):
+        answer = bank(part.queries)
+        told = part._replace(log_normalizer=answer.log_normalizer)
+        weights = attention_weights(told, p["keys"], scale=bank.scale, bias=p["bias"])
+        gate = sigmoid(answer.log_normalizer - part.live_log_normalizer)[..., None]
+        share, merged = mx.square(gate * weights), gate * answer.output + (1 - gate) * part.live_output
+        far = mx.square(merged).sum(-1, keepdims=True) - 2 * merged @ values.swapaxes(1, 2)
+        far = far + mx.square(values).sum(-1)[:, None]
+        total["values"] = total["values"] + share.sum(1)
+        total["keys"] = total["keys"] + (share * mx.maximum(far, 0)).sum(1)
+        mx.eval(total)
+    count = rows.queries.shape[1]
+    return {"keys": total["keys"] * square[:, None] / count, "values": total["values"] / count}
 
 
 def _parts(rows: Captured, scores: int) -> Iterator[Captured]:

@@ -2,9 +2,11 @@
 
 from .file import Metadata, check_writable, contents, description, digest, is_nectar, model_name, read, write
 from .layout import BITS, Layout, Tensors, choose, head_bytes, pack, stored, unpack
+from .rows import MEAN_BITS
 
 __all__ = [
     "BITS",
+    "MEAN_BITS",
     "Layout",
     "Metadata",
     "Tensors",

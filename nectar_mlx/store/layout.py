@@ -1,12 +1,14 @@
 """How heads lie in tensors.
 
 All heads of a kind share a few tensors: each parameter's values of all layers and heads end to end (`heads.keys`), cut
-by the sizes in `sizes` [layers · n_kv_heads, numbers a head]. Matrices are stored quantised in groups (`heads.keys`
-[groups, group] and `heads.keys.scales` [groups]), vectors as float16.
+by the sizes in `sizes` [layers · n_kv_heads, numbers a head]. Vectors are stored as float16, matrices in one of two
+ways: quantised in groups (`heads.keys` [groups, group] and `heads.keys.scales` [groups]), or, where the layout has no
+`bits`, coded (`rows`): all matrices of all heads, head by head, in `heads.numbers`, and how those are to be read in
+`heads.grids`.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,24 +18,28 @@ import numpy as np
 from ..errors import NectarError
 from ..heads import KINDS, Bank, HeadArrays
 from ..quantize import Quantized, Stored, dequantize, group_size, quantize, unpack_integers
+from . import rows
+from .rows import Rows
 
 BITS = (4, 5, 6, 7, 8, 16)  # of a matrix entry; 16 = float
 Tensors = dict[str, mx.array]
+_MATRICES = ("keys", "values")  # of a node
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """How heads lie in tensors: their kind, how many and how wide, and the bits a matrix entry takes, one of BITS."""
+    """How heads lie in tensors: their kind, how many and how wide, and the bits a matrix entry takes, one of BITS, or
+    None: every row in as many as it needs."""
 
     kind: str
     n_layers: int
     n_kv_heads: int
     head_dim: int
     scale: float
-    bits: int
+    bits: int | None
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS or self.bits not in BITS or self.head_dim < 1:
+        if self.kind not in KINDS or self.bits not in (*BITS, None) or self.head_dim < 1:
             raise ValueError(f"unknown layout: {self}")
 
     @property
@@ -42,13 +48,16 @@ class Layout:
 
 
 def head_bytes(layout: Layout, size: tuple[int, ...]) -> float:
-    """Bytes that a head of this size takes in the file."""
-    total = 0.0
-    for shape in layout.bank.shapes(size, layout.head_dim).values():
-        count = math.prod(shape)
-        quantised = len(shape) > 1 and layout.bits < 16
-        total += count * (layout.bits / 8 + 2 / group_size(layout.head_dim)) if quantised else 2 * count
-    return total
+    """Bytes that a head of this size takes in the file; about so many where it is coded."""
+    return sum(_parameter_bytes(layout, shape) for shape in layout.bank.shapes(size, layout.head_dim).values())
+
+
+def _parameter_bytes(layout: Layout, shape: tuple[int, ...]) -> float:
+    if len(shape) == 1 or layout.bits == 16:
+        return 2 * math.prod(shape)
+    if layout.bits is None:
+        return rows.expected_bytes(shape[0], shape[1])
+    return math.prod(shape) * (layout.bits / 8 + 2 / group_size(layout.head_dim))
 
 
 def pack(layout: Layout, heads: Sequence[HeadArrays]) -> Tensors:
@@ -61,20 +70,28 @@ def pack(layout: Layout, heads: Sequence[HeadArrays]) -> Tensors:
             tensors[f"heads.{name}"] = mx.concatenate(flat).astype(mx.float16)
         elif layout.bits == 16:
             tensors[f"heads.{name}"] = mx.concatenate([a.reshape(-1) for a in flat])
-        else:
+        elif layout.bits is not None:
             parts = [quantize(a.reshape(-1, group_size(layout.head_dim)), bits=layout.bits) for a in flat]
             tensors[f"heads.{name}"] = mx.concatenate([p.data for p in parts])
             tensors[f"heads.{name}.scales"] = mx.concatenate([p.scales for p in parts])[:, 0]
+    if layout.bits is None:
+        names = [n for n, shape in layout.bank.shapes(sizes[0], layout.head_dim).items() if len(shape) > 1]
+        tensors |= _coded(Rows.of(np.array(h[n].astype(mx.float32))) for h in heads for n in names)
     mx.eval(tensors)
     return tensors
 
 
+def _coded(matrices: Iterable[Rows]) -> Tensors:
+    grids, numbers = rows.encode(list(matrices))
+    return {"heads.grids": mx.array(grids), "heads.numbers": mx.array(numbers)}
+
+
 def unpack(layout: Layout, tensors: Tensors, *, half: bool = False) -> list[Bank]:
-    """The tensors of the file -> one bank a layer. half: matrices that were quantised in float16 instead of float32,
+    """The tensors of the file -> one bank a layer. half: matrices that were rounded in float16 instead of float32,
     which rounds them by far less than their bits did. NectarError if the tensors do not fit each other.
     """
-    banks, matrices = list[Bank](), mx.float16 if half and layout.bits < 16 else None
-    for heads in _layers(layout, tensors, _floats):
+    banks, matrices = list[Bank](), mx.float16 if half and layout.bits != 16 else None
+    for heads in _layers(layout, tensors, _floats, lambda found: mx.array(found.values)):
         heads = [{n: x.astype(matrices) if matrices and x.ndim > 1 else x for n, x in head.items()} for head in heads]
         banks.append(layout.bank.stack(heads, scale=layout.scale))
         mx.eval(banks[-1].parameters)  # layer by layer: on the way from bits to floats there is far more
@@ -82,39 +99,67 @@ def unpack(layout: Layout, tensors: Tensors, *, half: bool = False) -> list[Bank
 
 
 def stored(layout: Layout, tensors: Tensors) -> list[list[Stored]]:
-    """Every layer's heads with the file's own integers, a byte each, in all matrices whose rows are whole groups."""
-    return list(_layers(layout, tensors, _integers))
+    """Every layer's heads with the file's own integers, a byte each, in all matrices whose rows are whole groups. What
+    a byte does not hold of a coded matrix is rounded."""
+    return list(_layers(layout, tensors, _integers, _octets))
 
 
-def choose(tensors: Tensors, nodes: Sequence[np.ndarray]) -> Tensors:
+def choose(layout: Layout, tensors: Tensors, nodes: Sequence[np.ndarray]) -> Tensors:
     """The same heads with some of their nodes only, nodes[i] of head i: nothing is rounded again. For quadratures,
     whose every parameter is a row a node."""
     sizes = np.array(tensors["sizes"])[:, 0]
     at = np.concatenate([start + chosen for start, chosen in zip(np.cumsum(sizes) - sizes, nodes, strict=True)])
     found: Tensors = {"sizes": mx.array([[len(chosen)] for chosen in nodes], dtype=mx.int32)}
-    for name, array in tensors.items():
+    for name in tensors.keys() - {"heads.grids", "heads.numbers"}:
         if name.startswith("heads."):
-            each = array.shape[0] // int(sizes.sum())
-            found[name] = array[mx.array((at[:, None] * each + np.arange(each)).ravel())]
+            each = tensors[name].shape[0] // int(sizes.sum())
+            found[name] = tensors[name][mx.array((at[:, None] * each + np.arange(each)).ravel())]
+    if layout.bits is None:
+        matrices, heads = _matrices(layout, tensors), [n for n in nodes for _ in _MATRICES]
+        found |= _coded(Rows(m.numbers[n], m.exponents[n]) for m, n in zip(matrices, heads, strict=True))
     mx.eval(found)
     return found
 
 
-def _layers(layout: Layout, tensors: Tensors, read: Callable[..., Any]) -> Iterator[list[dict[str, Any]]]:
-    """The heads of each layer; read(layout, tensors, name, start, shape) gives one parameter of one head, start being
-    where it lies among the values of all heads."""
-    rows: Any = tensors["sizes"].tolist()
-    sizes = [tuple(row) for row in rows]
+def _matrices(layout: Layout, tensors: Tensors) -> Iterator[Rows]:
+    """What is coded, head by head."""
+    shapes = [
+        (shape[0], shape[1])
+        for size in _sizes(layout, tensors)
+        for shape in layout.bank.shapes(size, layout.head_dim).values()
+        if len(shape) > 1
+    ]
+    grids, numbers = (np.array(_tensor(tensors, f"heads.{name}")) for name in ("grids", "numbers"))
+    return iter(rows.decode(grids, numbers, shapes))
+
+
+def _sizes(layout: Layout, tensors: Tensors) -> list[tuple[int, ...]]:
+    told: Any = tensors["sizes"].tolist()
+    sizes = [tuple(row) for row in told]
     if len(sizes) != layout.n_layers * layout.n_kv_heads:
         raise NectarError("the file is damaged: its heads are not those of its model")
-    K, ends = layout.n_kv_heads, dict[str, int]()
+    if min(map(min, sizes), default=0) < 0:
+        raise NectarError("the file is damaged: a head has less than no parameters")
+    return sizes
+
+
+def _layers(
+    layout: Layout, tensors: Tensors, read: Callable[..., Any], of_rows: Callable[[Rows], Any]
+) -> Iterator[list[dict[str, Any]]]:
+    """The heads of each layer; read(layout, tensors, name, start, shape) gives one parameter of one head, start being
+    where it lies among the values of all heads; of_rows a coded one."""
+    sizes, K, ends = _sizes(layout, tensors), layout.n_kv_heads, dict[str, int]()
+    coded = _matrices(layout, tensors) if layout.bits is None else iter(())
     for i in range(0, len(sizes), K):
         heads: list[dict[str, Any]] = [{} for _ in range(K)]
         for head, size in zip(heads, sizes[i : i + K], strict=True):
             for name, shape in layout.bank.shapes(size, layout.head_dim).items():
+                if layout.bits is None and len(shape) > 1:
+                    head[name] = of_rows(next(coded))
+                    continue
                 start = ends.get(name, 0)
                 ends[name] = start + math.prod(shape)
-                if min(shape) < 0 or ends[name] > _count(layout, _tensor(tensors, f"heads.{name}")):
+                if ends[name] > _count(layout, _tensor(tensors, f"heads.{name}")):
                     raise NectarError(f"the file is damaged: {name} is shorter than its sizes say")
                 head[name] = read(layout, tensors, name, start, shape)
         yield heads
@@ -139,19 +184,33 @@ def _floats(layout: Layout, tensors: Tensors, name: str, start: int, shape: tupl
     if data.ndim == 1:
         plain = data[start:stop].reshape(shape)
         return plain if layout.bits == 16 else plain.astype(mx.float32)
-    scales, group = _tensor(tensors, f"heads.{name}.scales"), group_size(layout.head_dim)
-    if scales.shape[0] != data.shape[0] or data.nbytes * 8 != data.shape[0] * group * layout.bits:
+    bits, scales, group = layout.bits, _tensor(tensors, f"heads.{name}.scales"), group_size(layout.head_dim)
+    assert bits is not None, "coded matrices are read elsewhere"
+    if scales.shape[0] != data.shape[0] or data.nbytes * 8 != data.shape[0] * group * bits:
         raise NectarError(f"the file is damaged: {name} is not as long as its scales and bits say")
-    rows = slice(start // group, -(-stop // group))
-    values = dequantize(Quantized(data[rows], scales[rows, None]), bits=layout.bits).reshape(-1)
+    groups = slice(start // group, -(-stop // group))
+    values = dequantize(Quantized(data[groups], scales[groups, None]), bits=bits).reshape(-1)
     return values[start % group :][: stop - start].reshape(shape)
 
 
 def _integers(layout: Layout, tensors: Tensors, name: str, start: int, shape: tuple[int, ...]) -> mx.array | Quantized:
     data, group = tensors[f"heads.{name}"], group_size(layout.head_dim)
-    if data.ndim == 1 or len(shape) < 2 or shape[-1] % group or start % group:
+    if data.ndim == 1 or len(shape) < 2 or shape[-1] % group or start % group or layout.bits is None:
         return _floats(layout, tensors, name, start, shape)
-    rows = slice(start // group, (start + math.prod(shape)) // group)
-    whole = unpack_integers(data[rows], bits=layout.bits).astype(mx.int8)
-    scales = tensors[f"heads.{name}.scales"][rows]
+    groups = slice(start // group, (start + math.prod(shape)) // group)
+    whole = unpack_integers(data[groups], bits=layout.bits).astype(mx.int8)
+    scales = tensors[f"heads.{name}.scales"][groups]
     return Quantized(whole.reshape(shape), scales.reshape(*shape[:-1], shape[-1] // group))
+
+
+def _octets(found: Rows) -> mx.array | Quantized:
+    """Rows as the kernel reads them: numbers of a byte, a scale a group."""
+    width = found.numbers.shape[1]
+    if width % 16:
+        return mx.array(found.values)
+    group = group_size(width)
+    exact = mx.array(np.abs(found.numbers).max(1, initial=0) <= 127)[:, None]
+    near = quantize(mx.array(found.values), bits=8)
+    data = mx.where(exact, mx.array(found.numbers.clip(-128, 127).astype(np.int8)), near.data)
+    scales = mx.array(np.repeat(found.steps[:, None], width // group, axis=1)).astype(mx.float16)
+    return Quantized(data, mx.where(exact, scales, near.scales))

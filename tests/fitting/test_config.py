@@ -36,7 +36,7 @@ def test_a_memory_that_is_told_counts_instead(memory):
 @pytest.mark.parametrize(
     "options, bits",
     [
-        ({}, 5),
+        ({}, None),
         ({"kind": "quadrature", "bits": 6}, 6),
         ({"budget": 0.005, "bits": 8}, 8),
         ({"budget": 0.005, "kind": "retrieval+nectar"}, 6),

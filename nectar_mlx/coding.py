@@ -1,0 +1,164 @@
+"""Whole numbers in hardly more bits than they carry: asymmetric numeral systems (rANS, arXiv 1311.2540).
+
+Every number comes with a guess of its size, its `spread`: twice the binary logarithm of its standard deviation, so that
+the encoder and the decoder know which of a few logistic distributions it is coded under. Of numbers with a large spread
+the last bits are as good as random: those are kept as they are. Many numbers are coded side by side, in lanes of about
+`_STEPS`, which is what makes numpy fast enough; each lane costs two bytes.
+"""
+
+from decimal import Decimal, localcontext
+from functools import cache
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .errors import NectarError
+
+Numbers = np.ndarray[Any, np.dtype[np.int64]]
+Octets = np.ndarray[Any, np.dtype[np.uint8]]
+
+_LEAST, _MOST = -8, 6  # spreads with a distribution of their own; larger ones keep low bits verbatim
+_PRECISION = 14  # bits of a probability
+_STEPS = 1024
+
+
+class _Models(NamedTuple):
+    """By spread, from _LEAST on, and symbol, which is a number plus its model's limit: how often each occurs in
+    2^_PRECISION, how often all smaller ones do, which symbol stands at each place; and what a number costs, in bits."""
+
+    limits: Numbers
+    often: Numbers
+    before: Numbers
+    symbols: Numbers
+    costs: np.ndarray[Any, np.dtype[np.float64]]
+
+
+def limit(spreads: Numbers) -> Numbers:
+    """The largest numbers, of either sign, that can be coded with these spreads."""
+    low = _low_bits(spreads)
+    found: Numbers = (_models().limits[_index(spreads)] << low) - (1 << low >> 1)
+    return found
+
+
+def cost(spreads: Numbers) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """The bits that a number of each spread takes on average."""
+    found: np.ndarray[Any, np.dtype[np.float64]] = _models().costs[_index(spreads)] + _low_bits(spreads)
+    return found
+
+
+def encode(numbers: Numbers, spreads: Numbers) -> Octets:
+    """Numbers [N] with their spreads [N] -> bytes. ValueError for a number beyond its `limit`."""
+    if (np.abs(numbers) > limit(spreads)).any():
+        raise ValueError("a number is larger than its spread allows")
+    low = _low_bits(spreads)
+    half = 1 << low >> 1
+    high = (numbers + half) >> low
+    verbatim = _bits((numbers + half) - (high << low), low)
+    models, index = _models(), _lanes(_index(spreads))
+    symbols = _lanes(high + models.limits[_index(spreads)], models.limits[0])
+    states, words = np.full(index.shape[1], 1 << 16, np.uint64), list[Any]()
+    for of, symbol in zip(index[::-1], symbols[::-1], strict=True):  # backwards: what is coded last is decoded first
+        often, before = models.often[of, symbol].astype(np.uint64), models.before[of, symbol].astype(np.uint64)
+        full = states >= often << np.uint64(32 - _PRECISION)
+        words.append((states[full] & np.uint64(0xFFFF)).astype("<u2"))
+        states = np.where(full, states >> np.uint64(16), states)
+        states = (states // often << np.uint64(_PRECISION)) + states % often + before
+    parts = [states.astype("<u4").view(np.uint8), *(w.view(np.uint8) for w in reversed(words)), verbatim]
+    return np.concatenate(parts) if len(numbers) else np.zeros(0, np.uint8)
+
+
+def decode(data: Octets, spreads: Numbers) -> Numbers:
+    """The numbers [N] with these spreads. NectarError if the bytes are not those of so many numbers."""
+    low, models = _low_bits(spreads), _models()
+    index = _lanes(_index(spreads))
+    lanes, tail = index.shape[1], (int(low.sum()) + 7) // 8
+    if len(data) < 4 * lanes + tail or (len(data) - tail) % 2 or (len(data) > 0) != (len(spreads) > 0):
+        raise NectarError("the file is damaged: its coded numbers are cut short")
+    end = len(data) - tail
+    states = np.frombuffer(data[: 4 * lanes].tobytes(), "<u4").astype(np.uint64)
+    words = np.frombuffer(data[4 * lanes : end].tobytes(), "<u2").astype(np.uint64)
+    high, at = np.empty(index.shape, np.int64), 0
+    for step, of in enumerate(index):
+        place = (states & np.uint64((1 << _PRECISION) - 1)).astype(np.int64)
+        symbol = models.symbols[of, place]
+        often, before = models.often[of, symbol].astype(np.uint64), models.before[of, symbol].astype(np.uint64)
+        states = often * (states >> np.uint64(_PRECISION)) + place.astype(np.uint64) - before
+        short = np.flatnonzero(states < 1 << 16)
+        if at + len(short) > len(words):
+            raise NectarError("the file is damaged: its coded numbers are cut short")
+        states[short] = states[short] << np.uint64(16) | words[at : at + len(short)]
+        at += len(short)
+        high[step] = symbol - models.limits[of]
+    if at != len(words) or (states != 1 << 16).any():
+        raise NectarError("the file is damaged: its coded numbers do not end where they should")
+    half = 1 << low >> 1
+    found: Numbers = (high.reshape(-1)[: len(spreads)] << low) + _unbits(data[end:], low) - half
+    return found
+
+
+def _index(spreads: Numbers) -> Numbers:
+    """Which model codes a number once its low bits are gone."""
+    found: Numbers = np.maximum(spreads - 2 * _low_bits(spreads), _LEAST) - _LEAST
+    return found
+
+
+def _low_bits(spreads: Numbers) -> Numbers:
+    found: Numbers = np.maximum(0, (spreads - _MOST + 1) // 2)
+    return found
+
+
+def _lanes(values: Numbers, fill: Any = 0) -> Numbers:
+    """[N] -> [steps, lanes], filled up."""
+    lanes = -(-len(values) // _STEPS)
+    steps = -(-len(values) // lanes) if lanes else 0
+    whole = np.full(steps * lanes, fill, np.int64)
+    whole[: len(values)] = values
+    return whole.reshape(steps, lanes)
+
+
+def _bits(values: Numbers, counts: Numbers) -> Octets:
+    """The lowest counts[i] bits of every value, end to end, those with equal counts side by side."""
+    parts = [np.zeros(0, np.uint8)]
+    for count in range(1, int(counts.max(initial=0)) + 1):
+        parts.append((values[counts == count, None] >> np.arange(count) & 1).astype(np.uint8).reshape(-1))
+    return np.packbits(np.concatenate(parts))
+
+
+def _unbits(data: Octets, counts: Numbers) -> Numbers:
+    values, bits, at = np.zeros(len(counts), np.int64), np.unpackbits(data), 0
+    for count in range(1, int(counts.max(initial=0)) + 1):
+        chosen = counts == count
+        taken = bits[at : at + count * int(chosen.sum())].reshape(-1, count)
+        values[chosen] = (taken.astype(np.int64) << np.arange(count)).sum(1)
+        at += taken.size
+    return values
+
+
+@cache
+def _models() -> _Models:
+    """In decimal arithmetic, whose exponentials are the same to the last digit on every machine."""
+    count = 1 << _PRECISION
+    limits = np.array([int(np.ceil(8 * 2 ** (spread / 2))) + 1 for spread in range(_LEAST, _MOST + 1)])
+    often = np.zeros((len(limits), 2 * int(limits.max()) + 1), np.int64)
+    costs = np.zeros(len(limits))
+    for i, top in enumerate(limits.tolist()):
+        shares = _logistic(_LEAST + i, top)
+        rest = count - len(shares)  # every symbol occurs once at least
+        counts = np.array([1 + int(share * rest) for share in shares])
+        counts[top] += count - counts.sum()
+        often[i, : len(counts)] = counts
+        costs[i] = -sum(float(share) * np.log2(c / count) for share, c in zip(shares, counts, strict=True))
+    before = np.cumsum(often, axis=1) - often
+    symbols = np.stack([np.repeat(np.arange(often.shape[1]), row) for row in often])
+    return _Models(limits, often, before, symbols, costs)
+
+
+def _logistic(spread: int, top: int) -> list[Decimal]:
+    """The shares of -top … top under a logistic distribution of standard deviation 2^(spread/2)."""
+    with localcontext() as context:
+        context.prec = 30
+        pi = Decimal("3.14159265358979323846264338328")
+        scale = Decimal(2) ** (Decimal(spread) / 2) * Decimal(3).sqrt() / pi
+        below = [1 / (1 + (-(Decimal(n) + Decimal("0.5")) / scale).exp()) for n in range(-top - 1, top + 1)]
+        return [high - low for low, high in pairwise(below)]

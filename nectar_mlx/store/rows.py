@@ -1,0 +1,132 @@
+"""Matrices whose rows lie on grids of their own: entry = number · 2^(exponent / 2), an exponent a row.
+
+A node that few answers depend on can be kept coarsely, one that many do must be kept finely: `fitting.settling` chooses
+the grids and puts the values on them. Here those are found again in the values themselves and lose nothing. Numbers are
+coded with spreads (`coding`) from the exponent of the row and the size of the column; both are coded before them.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .. import coding
+from ..coding import Numbers, Octets
+from ..errors import NectarError
+
+_FINEST = 2048  # the largest number that a row on a grid may hold
+_LARGEST = 127  # of a row that is on none
+MEAN_BITS = 3.8  # that a number is to take on average: fewer leave more room for nodes, which are then too coarse
+
+
+class Rows(NamedTuple):
+    """numbers [rows, D], exponents [rows]."""
+
+    numbers: Numbers
+    exponents: Numbers
+
+    @classmethod
+    def of(cls, values: np.ndarray[Any, Any]) -> "Rows":
+        """values [rows, D] on the coarsest grids that lose nothing, or rounded to numbers up to _LARGEST."""
+        values = values.astype(np.float64)
+        top = np.abs(values).max(1, initial=0)
+        left = np.flatnonzero(top > 0)
+        numbers, exponents = np.zeros(values.shape, np.int64), np.zeros(len(values), np.int64)
+        coarsest = np.floor(2 * np.log2(np.maximum(top, 1e-30))).astype(np.int64) + 1  # the largest entry is 1
+        for finer in range(2 * int(np.log2(_FINEST)) + 1):
+            steps = np.exp2((coarsest[left] - finer) / 2)[:, None]
+            few = values[left, :8] / steps  # most grids are refuted by a few entries
+            might = np.abs(few - np.rint(few)).max(1, initial=0) < 1e-3
+            scaled = values[left[might]] / steps[might]
+            whole = np.rint(scaled)
+            fits = (np.abs(scaled - whole).max(1, initial=0) < 1e-3) & (np.abs(whole).max(1, initial=0) > 0)
+            found = left[might][fits]
+            numbers[found], exponents[found] = whole[fits], coarsest[found] - finer
+            might[might] = fits
+            left = left[~might]
+        exponents[left] = np.ceil(2 * np.log2(top[left] / _LARGEST))
+        exponents[top == 0] = exponents[top > 0].min(initial=0)
+        numbers[left] = np.rint(values[left] / np.exp2(exponents[left] / 2)[:, None])
+        return cls(numbers, exponents)
+
+    @property
+    def steps(self) -> np.ndarray[Any, np.dtype[np.float32]]:
+        """[rows]"""
+        found: np.ndarray[Any, np.dtype[np.float32]] = np.exp2(self.exponents / 2).astype(np.float32)
+        return found
+
+    @property
+    def values(self) -> np.ndarray[Any, np.dtype[np.float32]]:
+        """[rows, D]"""
+        found: np.ndarray[Any, np.dtype[np.float32]] = self.numbers.astype(np.float32) * self.steps[:, None]
+        return found
+
+    def sizes(self) -> Numbers:
+        """Twice the binary logarithm of what each column's entries are on average, or more, where one could not be
+        coded otherwise; [D]."""
+        if not len(self.numbers):
+            return np.zeros(self.numbers.shape[1], np.int64)
+        mean = np.sqrt(np.square(self.values.astype(np.float64)).mean(0))
+        found: Numbers = np.rint(2 * np.log2(np.maximum(mean, 1e-9))).astype(np.int64)
+        found = np.maximum(found, self.exponents.min() - 12)
+        while (beyond := (np.abs(self.numbers) > coding.limit(spreads(found, self.exponents))).any(0)).any():
+            found += beyond
+        return found
+
+
+def spreads(sizes: Numbers, exponents: Numbers) -> Numbers:
+    """Of the numbers of every row and column, [rows, D]."""
+    found: Numbers = sizes[None] - exponents[:, None]
+    return found
+
+
+def expected_bytes(rows: int, width: int) -> float:
+    """What a matrix takes in the file once it was settled at MEAN_BITS; measured: training moves what is still free
+    away from the grids that were chosen for it."""
+    return rows * (width * (MEAN_BITS + 0.11) / 8 + 0.4) + 0.4 * width + 4 if rows else 0
+
+
+def encode(matrices: Sequence[Rows]) -> tuple[Octets, Octets]:
+    """Of several matrices: how their numbers are to be read, and their numbers."""
+    header, told, numbers = list[int](), list[_Coded](), list[_Coded]()
+    for matrix in matrices:
+        sizes = matrix.sizes()
+        for each in (matrix.exponents, sizes):
+            middle = round(float(each.mean())) if len(each) else 0
+            spread = _spread(each - middle)
+            told.append(_Coded(each - middle, np.full(len(each), spread)))
+            header += [middle, spread]
+        numbers.append(_Coded(matrix.numbers.reshape(-1), spreads(sizes, matrix.exponents).reshape(-1)))
+    head = np.array(header, np.int8).view(np.uint8)
+    return np.concatenate([head, _together(told)]), _together(numbers)
+
+
+def decode(how: Octets, numbers: Octets, shapes: Sequence[tuple[int, int]]) -> list[Rows]:
+    """The inverse of `encode`, for matrices of these shapes. NectarError if the bytes are not those of such."""
+    lengths = [n for shape in shapes for n in shape]
+    if len(how) < 2 * len(lengths):
+        raise NectarError("the file is damaged: it does not say how its numbers are to be read")
+    header = how[: 2 * len(lengths)].view(np.int8).reshape(-1, 2).astype(np.int64)
+    told = coding.decode(how[2 * len(lengths) :], np.repeat(header[:, 1], lengths)) + np.repeat(header[:, 0], lengths)
+    parts = np.split(told, np.cumsum(lengths)[:-1])
+    exponents, sizes = parts[::2], parts[1::2]
+    among = [spreads(s, e).reshape(-1) for s, e in zip(sizes, exponents, strict=True)]
+    whole = np.split(coding.decode(numbers, np.concatenate(among)), np.cumsum([len(x) for x in among])[:-1])
+    return [Rows(x.reshape(shape), e) for x, shape, e in zip(whole, shapes, exponents, strict=True)]
+
+
+class _Coded(NamedTuple):
+    numbers: Numbers
+    spreads: Numbers
+
+
+def _spread(numbers: Numbers) -> int:
+    """The one spread for all that is nearest to their size and holds the largest."""
+    found = round(2 * np.log2(np.sqrt(np.square(numbers).mean()) + 0.1)) if len(numbers) else 0
+    while np.abs(numbers).max(initial=0) > coding.limit(np.array([found]))[0]:
+        found += 1
+    return int(found)
+
+
+def _together(parts: Sequence[_Coded]) -> Octets:
+    return coding.encode(*(np.concatenate(each) for each in zip(*parts, strict=True)))
