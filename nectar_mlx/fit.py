@@ -34,11 +34,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--bits",
         type=int,
-        help="of a stored matrix entry, rounded at once: 16, or 4 to 8 (nodes: each its own, 3.8 on average; those "
+        help="of a stored matrix entry, rounded at once: 16, or 4 to 8 (nodes: each its own, 4 on average; those "
         "beside exact keys 6; networks 8)",
     )
     parser.add_argument("--queries", type=int, metavar="N", help="captured a head (20000; on a GPU up to 120000)")
-    parser.add_argument("--steps", type=int, metavar="N", help="of the regression (2000 on a GPU, 400 on a CPU)")
+    parser.add_argument("--steps", type=int, metavar="N", help="of the regression (1500 on a GPU, 300 on a CPU)")
     parser.add_argument(
         "--memory",
         type=_bytes,

@@ -15,7 +15,7 @@ from . import budget, starts
 from .prefill import Prefill
 from .study import Study
 
-STEPS = 400 if SLOW_EXP else 2000  # of a regression
+STEPS = 300 if SLOW_EXP else 1500  # of a regression
 # Nodes alone are settled, each row in as many as it needs; more nodes make up for what each loses.
 _BITS = {"quadrature": None, "retrieval+nectar": 6, "exact": 16}  # others 8
 _FEWEST_ROWS, _MOST_ROWS = 20_000, 20_000 if SLOW_EXP else 120_000  # a head; more than the most gain little
@@ -26,10 +26,10 @@ class FitConfig:
     """What can be chosen when fitting.
 
     budget: bytes kept / bytes of the bf16 KV cache. kind: auto, quadrature, mlp, corrected or exact. bits: of a stored
-    matrix entry, 16 or 4 to 8, rounded at once (default: for nodes as many as each needs, 3.8 on average, 6 for
+    matrix entry, 16 or 4 to 8, rounded at once (default: for nodes as many as each needs, 4 on average, 6 for
     those beside exact keys, 8 for networks).
     queries: captured rows a head (default: 20,000; on a GPU up to 120,000, as the memory holds). steps: of the
-    regression (default: 2,000 on a GPU, 400 on a CPU). context_tokens: cut the text after so many tokens. memory: bytes
+    regression (default: 1,500 on a GPU, 300 on a CPU). context_tokens: cut the text after so many tokens. memory: bytes
     that the KV cache of the context, or of a chunk of it, may take before the fit goes layer by layer, and captured
     rows before they go to disk (default: half of what is free).
     layerwise: whether it goes layer by layer whatever the memory. prefill: how the text is read, dense, or fixed
@@ -49,7 +49,7 @@ class FitConfig:
     answer_tokens: int = 96
     temperature: float = 0.9
     conversations: int = 28 if SLOW_EXP else 384  # sampled side by side, at most
-    power: float = 0.5
+    power: float | None = None  # of the errors that bytes follow; default: 0.6, below a budget of 1% 0.75
     scout_steps: int = 100
     rate: float | None = None  # default: 1.5e-2 for nodes, 2.5e-2 beside exact keys, 6e-3 for networks and feature maps
     batch: int = 512 if SLOW_EXP else 2048
@@ -116,7 +116,8 @@ def affordable_bytes(
 def allocate(errors: np.ndarray, nbytes: float, *, layout: Layout, config: FitConfig, n: int) -> list[Size]:
     """Every head's size for n tokens, by the errors [n_heads] that it made among equals."""
     least, most = starts.smallest_bytes(layout), store.head_bytes(layout, starts.size_for(layout, float("inf"), most=n))
-    share = budget.allocate(errors.tolist(), total=nbytes, power=config.power, least=least, most=most)
+    power = config.power or (0.6 if config.budget >= 0.01 else 0.75)  # where bytes are few, the few that matter get more
+    share = budget.allocate(errors.tolist(), total=nbytes, power=power, least=least, most=most)
     return [starts.size_for(layout, b, most=n) for b in share]
 
 

@@ -16,7 +16,7 @@ from ..errors import NectarError
 
 _FINEST = 2048  # the largest number that a row on a grid may hold
 _LARGEST = 127  # of a row that is on none
-MEAN_BITS = 3.8  # that a number is to take on average: fewer leave more room for nodes, which are then too coarse
+MEAN_BITS = 4.0  # that a number is to take on average: fewer leave more room for nodes, which are then too coarse
 
 
 class Rows(NamedTuple):
