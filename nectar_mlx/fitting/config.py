@@ -116,7 +116,7 @@ def affordable_bytes(
 def allocate(errors: np.ndarray, nbytes: float, *, layout: Layout, config: FitConfig, n: int) -> list[Size]:
     """Every head's size for n tokens, by the errors [n_heads] that it made among equals."""
     least, most = starts.smallest_bytes(layout), store.head_bytes(layout, starts.size_for(layout, float("inf"), most=n))
-    power = config.power or (0.6 if config.budget >= 0.01 else 0.75)  # where bytes are few, the few that matter get more
+    power = config.power or (0.6 if config.budget >= 0.01 else 0.75)  # of few bytes the heads that matter need more
     share = budget.allocate(errors.tolist(), total=nbytes, power=power, least=least, most=most)
     return [starts.size_for(layout, b, most=n) for b in share]
 
