@@ -6,7 +6,8 @@ Nothing here is measured. Bandwidths are the published figures; no kernel reache
 a layer) come on top.
 """
 
-from .measure import SHAPES, Fused, Shape
+from .. import store
+from .measure import SHAPES, Shape
 
 # GB/s of unified memory, of the largest variant of each chip.
 CHIPS = {
@@ -27,29 +28,44 @@ CHIPS = {
     "M5 Max": 614,
 }
 CONTEXTS = (8192, 32768, 131072)
+BUDGET = 0.02
 
 
-def step_bytes(shape: Shape, context: int, *, live: int = 64, nodes: int = Fused.nodes) -> dict[str, int]:
-    """What one decode step reads of keys, values and parameters, in bytes; the 4-bit cache has groups of 64."""
-    row = shape.head_dim
-    heads = shape.layers * shape.n_kv_heads
+def nodes_of(shape: Shape, context: int) -> int:
+    """How many nodes a head a file of BUDGET holds on average."""
+    layout = store.Layout(
+        kind="quadrature",
+        n_layers=shape.layers,
+        n_kv_heads=shape.n_kv_heads,
+        head_dim=shape.head_dim,
+        scale=shape.scale,
+        bits=None,
+    )
+    each = BUDGET * shape.cache_bytes(context) / (shape.layers * shape.n_kv_heads)
+    return int(each / store.head_bytes(layout, (1000,)) * 1000)
+
+
+def step_bytes(shape: Shape, context: int, *, live: int = 64) -> dict[str, int]:
+    """What one decode step reads of keys, values and parameters, in bytes; the 4-bit cache has groups of 64. The
+    kernel reads nodes in bytes, twice what a file takes for them.
+    """
+    row, heads = shape.head_dim, shape.layers * shape.n_kv_heads
     return {
         "full": shape.cache_bytes(context + live),
         "4-bit": int(shape.cache_bytes(context + live) * 4.5 / 16),
-        "ours": heads * nodes * (4 * row + 4) + shape.cache_bytes(live),
-        "ours, int8": heads * nodes * (2 * (row + row // 16) + 4) + shape.cache_bytes(live),
+        "ours": heads * nodes_of(shape, context) * (2 * (row + row // 16) + 4) + shape.cache_bytes(live),
     }
 
 
 def table(shape: Shape) -> str:
     """Milliseconds of attention a decode step at full bandwidth, as Markdown."""
-    columns = [(f"{context // 1024}k {name}", context, name) for context in CONTEXTS for name in ("full", "4-bit")]
-    columns += [(name, CONTEXTS[0], name) for name in ("ours", "ours, int8")]
-    lines = [["chip", "GB/s", *(title for title, _, _ in columns)], ["---"] * (len(columns) + 2)]
     reads = {context: step_bytes(shape, context) for context in CONTEXTS}
-    lines.append(["MB read", "", *(f"{reads[context][name] / 1e6:.0f}" for _, context, name in columns)])
+    columns = [(context, name) for context in CONTEXTS for name in reads[context]]
+    titles = [f"{context // 1024}k {name}" for context, name in columns]
+    lines = [["chip", "GB/s", *titles], ["---"] * (len(columns) + 2)]
+    lines.append(["MB read", "", *(f"{reads[context][name] / 1e6:.0f}" for context, name in columns)])
     for chip, bandwidth in CHIPS.items():
-        times = (reads[context][name] / bandwidth / 1e6 for _, context, name in columns)
+        times = (reads[context][name] / bandwidth / 1e6 for context, name in columns)
         lines.append([chip, str(bandwidth), *(f"{ms:.2f}" for ms in times)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
