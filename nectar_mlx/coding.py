@@ -15,8 +15,9 @@ import numpy as np
 
 from .errors import NectarError
 
-Numbers = np.ndarray[Any, np.dtype[np.int64]]
+Numbers = np.ndarray[Any, np.dtype[np.int32]]
 Octets = np.ndarray[Any, np.dtype[np.uint8]]
+Words = np.ndarray[Any, np.dtype[np.uint32]]
 
 _LEAST, _MOST = -8, 6  # spreads with a distribution of their own; larger ones keep low bits verbatim
 _PRECISION = 14  # bits of a probability
@@ -24,26 +25,28 @@ _STEPS = 1024
 
 
 class _Models(NamedTuple):
-    """By spread, from _LEAST on, and symbol, which is a number plus its model's limit: how often each occurs in
-    2^_PRECISION, how often all smaller ones do, which symbol stands at each place; and what a number costs, in bits."""
+    """Of each spread, from _LEAST on. limits: its symbols are the numbers -limit … limit, counted from 0. often, before
+    [models, symbols]: how often each symbol occurs in 2^_PRECISION, how often all before it do. For the decoder, at
+    [model · 2^_PRECISION + place]: symbols, which one stands there, and moves, how often it occurs and where within
+    that the place lies, in one word. costs: the bits that a number takes on average."""
 
     limits: Numbers
-    often: Numbers
-    before: Numbers
-    symbols: Numbers
+    often: Any
+    before: Any
+    symbols: Octets
+    moves: Words
     costs: np.ndarray[Any, np.dtype[np.float64]]
 
 
 def limit(spreads: Numbers) -> Numbers:
     """The largest numbers, of either sign, that can be coded with these spreads."""
     low = _low_bits(spreads)
-    found: Numbers = (_models().limits[_index(spreads)] << low) - (1 << low >> 1)
-    return found
+    return (_models().limits.take(_index(spreads)) << low) - (1 << low >> 1)
 
 
 def cost(spreads: Numbers) -> np.ndarray[Any, np.dtype[np.float64]]:
     """The bits that a number of each spread takes on average."""
-    found: np.ndarray[Any, np.dtype[np.float64]] = _models().costs[_index(spreads)] + _low_bits(spreads)
+    found: np.ndarray[Any, np.dtype[np.float64]] = _models().costs.take(_index(spreads)) + _low_bits(spreads)
     return found
 
 
@@ -52,11 +55,11 @@ def encode(numbers: Numbers, spreads: Numbers) -> Octets:
     if (np.abs(numbers) > limit(spreads)).any():
         raise ValueError("a number is larger than its spread allows")
     low = _low_bits(spreads)
-    half = 1 << low >> 1
-    high = (numbers + half) >> low
-    verbatim = _bits((numbers + half) - (high << low), low)
+    raised = numbers + (1 << low >> 1)
+    high = raised >> low
+    verbatim = _bits(raised - (high << low), low)
     models, index = _models(), _lanes(_index(spreads))
-    symbols = _lanes(high + models.limits[_index(spreads)], models.limits[0])
+    symbols = _lanes(high + models.limits.take(_index(spreads)), models.limits[0])
     states, words = np.full(index.shape[1], 1 << 16, np.uint64), list[Any]()
     for of, symbol in zip(index[::-1], symbols[::-1], strict=True):  # backwards: what is coded last is decoded first
         often, before = models.often[of, symbol].astype(np.uint64), models.before[of, symbol].astype(np.uint64)
@@ -71,48 +74,54 @@ def encode(numbers: Numbers, spreads: Numbers) -> Octets:
 def decode(data: Octets, spreads: Numbers) -> Numbers:
     """The numbers [N] with these spreads. NectarError if the bytes are not those of so many numbers."""
     low, models = _low_bits(spreads), _models()
-    index = _lanes(_index(spreads))
+    index = _lanes(_index(spreads)).astype(np.uint32) << np.uint32(_PRECISION)
     lanes, tail = index.shape[1], (int(low.sum()) + 7) // 8
     if len(data) < 4 * lanes + tail or (len(data) - tail) % 2 or (len(data) > 0) != (len(spreads) > 0):
         raise NectarError("the file is damaged: its coded numbers are cut short")
     end = len(data) - tail
-    states = np.frombuffer(data[: 4 * lanes].tobytes(), "<u4").astype(np.uint64)
-    words = np.frombuffer(data[4 * lanes : end].tobytes(), "<u2").astype(np.uint64)
-    high, at = np.empty(index.shape, np.int64), 0
-    for step, of in enumerate(index):
-        place = (states & np.uint64((1 << _PRECISION) - 1)).astype(np.int64)
-        symbol = models.symbols[of, place]
-        often, before = models.often[of, symbol].astype(np.uint64), models.before[of, symbol].astype(np.uint64)
-        states = often * (states >> np.uint64(_PRECISION)) + place.astype(np.uint64) - before
+    states = np.frombuffer(data[: 4 * lanes].tobytes(), "<u4").astype(np.uint32)
+    words = np.frombuffer(data[4 * lanes : end].tobytes(), "<u2").astype(np.uint32)
+    at, few, place = 0, np.uint32(_PRECISION), np.uint32((1 << _PRECISION) - 1)
+    for of in index:  # becomes the places that its numbers have in the table
+        np.bitwise_or(of, states & place, out=of)
+        moves = models.moves.take(of)
+        states = (moves >> few) * (states >> few) + (moves & place)
         short = np.flatnonzero(states < 1 << 16)
         if at + len(short) > len(words):
             raise NectarError("the file is damaged: its coded numbers are cut short")
-        states[short] = states[short] << np.uint64(16) | words[at : at + len(short)]
+        states[short] = states[short] << np.uint32(16) | words[at : at + len(short)]
         at += len(short)
-        high[step] = symbol - models.limits[of]
     if at != len(words) or (states != 1 << 16).any():
         raise NectarError("the file is damaged: its coded numbers do not end where they should")
-    half = 1 << low >> 1
-    found: Numbers = (high.reshape(-1)[: len(spreads)] << low) + _unbits(data[end:], low) - half
+    found: Numbers = models.symbols.take(index.reshape(-1)[: len(spreads)]).astype(np.int32)
+    found -= models.limits.take(_index(spreads))
+    more = np.flatnonzero(low)
+    found[more] = (found[more] << low[more]) + _unbits(data[end:], low[more]) - (1 << low[more] >> 1)
     return found
 
 
-def _index(spreads: Numbers) -> Numbers:
+def _index(spreads: Numbers) -> Octets:
     """Which model codes a number once its low bits are gone."""
-    found: Numbers = np.maximum(spreads - 2 * _low_bits(spreads), _LEAST) - _LEAST
+    found: Octets = _INDICES.take(spreads - _SPREADS[0], mode="clip")
     return found
 
 
 def _low_bits(spreads: Numbers) -> Numbers:
-    found: Numbers = np.maximum(0, (spreads - _MOST + 1) // 2)
+    found: Numbers = _LOW_BITS.take(spreads - _SPREADS[0], mode="clip")
     return found
 
 
-def _lanes(values: Numbers, fill: Any = 0) -> Numbers:
+# By spread: looking up is faster than computing, for every number of a file.
+_SPREADS = np.arange(-128, 128, dtype=np.int32)
+_LOW_BITS = np.maximum(0, (_SPREADS - _MOST + 1) // 2).astype(np.int32)
+_INDICES = (np.maximum(_SPREADS - 2 * _LOW_BITS, _LEAST) - _LEAST).astype(np.uint8)
+
+
+def _lanes(values: Any, fill: Any = 0) -> Any:
     """[N] -> [steps, lanes], filled up."""
     lanes = -(-len(values) // _STEPS)
     steps = -(-len(values) // lanes) if lanes else 0
-    whole = np.full(steps * lanes, fill, np.int64)
+    whole = np.full(steps * lanes, fill, values.dtype)
     whole[: len(values)] = values
     return whole.reshape(steps, lanes)
 
@@ -126,11 +135,11 @@ def _bits(values: Numbers, counts: Numbers) -> Octets:
 
 
 def _unbits(data: Octets, counts: Numbers) -> Numbers:
-    values, bits, at = np.zeros(len(counts), np.int64), np.unpackbits(data), 0
+    values, bits, at = np.zeros(len(counts), np.int32), np.unpackbits(data), 0
     for count in range(1, int(counts.max(initial=0)) + 1):
         chosen = counts == count
         taken = bits[at : at + count * int(chosen.sum())].reshape(-1, count)
-        values[chosen] = (taken.astype(np.int64) << np.arange(count)).sum(1)
+        values[chosen] = (taken.astype(np.int32) << np.arange(count, dtype=np.int32)).sum(1)
         at += taken.size
     return values
 
@@ -139,8 +148,8 @@ def _unbits(data: Octets, counts: Numbers) -> Numbers:
 def _models() -> _Models:
     """In decimal arithmetic, whose exponentials are the same to the last digit on every machine."""
     count = 1 << _PRECISION
-    limits = np.array([int(np.ceil(8 * 2 ** (spread / 2))) + 1 for spread in range(_LEAST, _MOST + 1)])
-    often = np.zeros((len(limits), 2 * int(limits.max()) + 1), np.int64)
+    limits = np.array([int(np.ceil(8 * 2 ** (spread / 2))) + 1 for spread in range(_LEAST, _MOST + 1)], np.int32)
+    often: Any = np.zeros((len(limits), 2 * int(limits.max()) + 1), np.int64)
     costs = np.zeros(len(limits))
     for i, top in enumerate(limits.tolist()):
         shares = _logistic(_LEAST + i, top)
@@ -151,7 +160,11 @@ def _models() -> _Models:
         costs[i] = -sum(float(share) * np.log2(c / count) for share, c in zip(shares, counts, strict=True))
     before = np.cumsum(often, axis=1) - often
     symbols = np.stack([np.repeat(np.arange(often.shape[1]), row) for row in often])
-    return _Models(limits, often, before, symbols, costs)
+    each, first = (np.take_along_axis(x, symbols, axis=1) for x in (often, before))
+    moves = each << _PRECISION | np.arange(count) - first
+    return _Models(
+        limits, often, before, symbols.astype(np.uint8).reshape(-1), moves.astype(np.uint32).reshape(-1), costs
+    )
 
 
 def _logistic(spread: int, top: int) -> list[Decimal]:

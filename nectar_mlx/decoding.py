@@ -28,9 +28,10 @@ def packed(banks: Sequence[Bank], layout: Layout, tensors: Tensors, *, n_heads: 
     """
     if kernels.backend() == "ops" or layout.kind == "exact":
         return None
-    # The kernel takes the file's own integers, each in a byte; a completion's sums are in none.
+    # The kernel takes the file's own integers, each in a byte, or coded numbers rounded to a byte, by a tenth of what they
+    # were rounded before; a completion's sums are in neither.
     whole = layout.bits != 16 and layout.kind != "completion"
-    heads = _stored(layout, tensors) if whole else [None] * len(banks)
+    heads = _stored(layout, tensors) if whole and layout.bits is not None else [None] * len(banks)
     try:
         found = [
             kernels.pack(bank, dtype=mx.float16, bits=8 if whole else 16, heads=stored)

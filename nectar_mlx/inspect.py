@@ -50,7 +50,7 @@ def describe(path: Path) -> dict[str, Any]:
         "context_tokens": len(nectar.prefix),
         "chunks": max(1, len(nectar.chunks)),
         "kind": layout.kind,
-        "bits": layout.bits,
+        "bits": nectar.bits,
         "layers": geometry.n_layers,
         "window_layers": len(nectar.windows),
         "kv_heads": geometry.n_kv_heads,

@@ -260,6 +260,14 @@ class Nectar:
         return sum(t.nbytes for name, t in self._tensors.items() if name != "prefix")
 
     @property
+    def bits(self) -> float:
+        """That a number of a matrix takes in the file, on average."""
+        if self.layout.bits is not None:
+            return self.layout.bits
+        matrices = (x for bank in self.banks for head in bank.unstack() for x in head.values() if x.ndim > 1)
+        return round(8 * self._tensors["heads.numbers"].nbytes / sum(x.size for x in matrices), 2)
+
+    @property
     def cache_nbytes(self) -> int:
         """Bytes of the bf16 KV cache that it replaces."""
         return self.geometry.cache_bytes(len(self.prefix))

@@ -20,7 +20,7 @@ SIZES = {
 
 def written(kind, bits, head_dim):
     layout = Layout(kind=kind, n_layers=2, n_kv_heads=2, head_dim=head_dim, scale=0.2, bits=bits)
-    key, heads = mx.random.key(bits), []
+    key, heads = mx.random.key(bits or 0), []
     for size in SIZES[kind]:
         head = {}
         for name, shape in layout.bank.shapes(size, head_dim).items():
@@ -49,9 +49,11 @@ def test_the_kernel_gets_the_integers_of_the_file(kind, bits, head_dim):
                 assert isinstance(x, Quantized) == (truth[name].ndim > 1) or name not in ("keys", "values")
 
 
-@pytest.mark.parametrize("kind", ["quadrature", "corrected", "retrieval+nectar"])
-def test_a_file_is_packed_where_there_is_a_kernel(kind, monkeypatch):
-    layout, tensors = written(kind, 6, 64)
+@pytest.mark.parametrize(
+    "kind, bits", [("quadrature", None), ("quadrature", 6), ("corrected", 6), ("retrieval+nectar", 6)]
+)
+def test_a_file_is_packed_where_there_is_a_kernel(kind, bits, monkeypatch):
+    layout, tensors = written(kind, bits, 64)
     banks = [b.alone() if isinstance(b, Residual) else b for b in store.unpack(layout, tensors)]
     assert decoding.packed(banks, layout, tensors, n_heads=4) is None, "a CPU has no kernel"
     monkeypatch.setattr(kernels, "backend", lambda: "metal")
@@ -61,9 +63,9 @@ def test_a_file_is_packed_where_there_is_a_kernel(kind, monkeypatch):
     assert set(SIZES) <= set(KINDS)
 
 
-@pytest.mark.parametrize("kind", SIZES)
-def test_beside_a_kernel_matrices_take_half_the_memory(kind):
-    layout, tensors = written(kind, 6, 64)
+@pytest.mark.parametrize("kind, bits", [("quadrature", None), *((kind, 6) for kind in SIZES)])
+def test_beside_a_kernel_matrices_take_half_the_memory(kind, bits):
+    layout, tensors = written(kind, bits, 64)
     queries = mx.random.normal((2, 5, 64), key=mx.random.key(7))
     for half, full in zip(store.unpack(layout, tensors, half=True), store.unpack(layout, tensors), strict=True):
         sizes = [sum(x.nbytes for x in b.parameters.values() if x.ndim > 2) for b in (half, full)]

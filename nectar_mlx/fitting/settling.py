@@ -28,6 +28,7 @@ PARTS = 8
 _SHARE = 0.4  # of a regression's steps that settling takes on top of them
 _JUDGES = 2048  # rows by which costs are judged
 _FLOOR = 1e-4  # of the mean cost: a node that these rows hardly notice may matter to others
+_LARGEST = 1024  # number in a row, to begin with: `store` finds rows with four times as much
 _MATRICES = ("keys", "values")
 
 
@@ -99,10 +100,14 @@ def _exponents(values: Sequence[Any], costs: Sequence[Any], *, bits: float) -> l
     """Of matrices [rows, D] with the costs of their rows: the rows' steps, twice their binary logarithms, for which the
     numbers take so many bits on average."""
     sizes = [np.rint(2 * np.log2(np.sqrt(np.square(x).mean(0)) + 1e-9)).astype(int) for x in values]
+    finest = [np.ceil(2 * np.log2(np.abs(x).max(1) / _LARGEST + 1e-12)) for x in values]
     wanted, low, high = bits * sum(x.size for x in values), -120.0, 120.0
     for _ in range(40):  # bisection: coarser grids take fewer bits
         level = (low + high) / 2
-        exponents = [np.rint(level - np.log2(cost)).astype(int) for cost in costs]
+        exponents = [
+            np.maximum(np.rint(level - np.log2(cost)), least).astype(int)
+            for cost, least in zip(costs, finest, strict=True)
+        ]
         taken = 0.0
         for size, exponent in zip(sizes, exponents, strict=True):
             known, row = np.unique(exponent, return_inverse=True)

@@ -91,7 +91,7 @@ def unpack(layout: Layout, tensors: Tensors, *, half: bool = False) -> list[Bank
     which rounds them by far less than their bits did. NectarError if the tensors do not fit each other.
     """
     banks, matrices = list[Bank](), mx.float16 if half and layout.bits != 16 else None
-    for heads in _layers(layout, tensors, _floats, lambda found: mx.array(found.values)):
+    for heads in _layers(layout, tensors, _floats):
         heads = [{n: x.astype(matrices) if matrices and x.ndim > 1 else x for n, x in head.items()} for head in heads]
         banks.append(layout.bank.stack(heads, scale=layout.scale))
         mx.eval(banks[-1].parameters)  # layer by layer: on the way from bits to floats there is far more
@@ -99,9 +99,8 @@ def unpack(layout: Layout, tensors: Tensors, *, half: bool = False) -> list[Bank
 
 
 def stored(layout: Layout, tensors: Tensors) -> list[list[Stored]]:
-    """Every layer's heads with the file's own integers, a byte each, in all matrices whose rows are whole groups. What
-    a byte does not hold of a coded matrix is rounded."""
-    return list(_layers(layout, tensors, _integers, _octets))
+    """Every layer's heads with the file's own integers, a byte each, in all matrices whose rows are whole groups."""
+    return list(_layers(layout, tensors, _integers))
 
 
 def choose(layout: Layout, tensors: Tensors, nodes: Sequence[np.ndarray]) -> Tensors:
@@ -130,7 +129,7 @@ def _matrices(layout: Layout, tensors: Tensors) -> Iterator[Rows]:
         if len(shape) > 1
     ]
     grids, numbers = (np.array(_tensor(tensors, f"heads.{name}")) for name in ("grids", "numbers"))
-    return iter(rows.decode(grids, numbers, shapes))
+    return rows.decode(grids, numbers, shapes)
 
 
 def _sizes(layout: Layout, tensors: Tensors) -> list[tuple[int, ...]]:
@@ -143,11 +142,9 @@ def _sizes(layout: Layout, tensors: Tensors) -> list[tuple[int, ...]]:
     return sizes
 
 
-def _layers(
-    layout: Layout, tensors: Tensors, read: Callable[..., Any], of_rows: Callable[[Rows], Any]
-) -> Iterator[list[dict[str, Any]]]:
-    """The heads of each layer; read(layout, tensors, name, start, shape) gives one parameter of one head, start being
-    where it lies among the values of all heads; of_rows a coded one."""
+def _layers(layout: Layout, tensors: Tensors, read: Callable[..., Any]) -> Iterator[list[dict[str, Any]]]:
+    """The heads of each layer; read(layout, tensors, name, start, shape) gives one parameter of one head that is not
+    coded, start being where it lies among the values of all heads."""
     sizes, K, ends = _sizes(layout, tensors), layout.n_kv_heads, dict[str, int]()
     coded = _matrices(layout, tensors) if layout.bits is None else iter(())
     for i in range(0, len(sizes), K):
@@ -155,7 +152,7 @@ def _layers(
         for head, size in zip(heads, sizes[i : i + K], strict=True):
             for name, shape in layout.bank.shapes(size, layout.head_dim).items():
                 if layout.bits is None and len(shape) > 1:
-                    head[name] = of_rows(next(coded))
+                    head[name] = mx.array(next(coded).values)
                     continue
                 start = ends.get(name, 0)
                 ends[name] = start + math.prod(shape)
@@ -195,22 +192,10 @@ def _floats(layout: Layout, tensors: Tensors, name: str, start: int, shape: tupl
 
 def _integers(layout: Layout, tensors: Tensors, name: str, start: int, shape: tuple[int, ...]) -> mx.array | Quantized:
     data, group = tensors[f"heads.{name}"], group_size(layout.head_dim)
-    if data.ndim == 1 or len(shape) < 2 or shape[-1] % group or start % group or layout.bits is None:
+    if data.ndim == 1 or len(shape) < 2 or shape[-1] % group or start % group:
         return _floats(layout, tensors, name, start, shape)
     groups = slice(start // group, (start + math.prod(shape)) // group)
+    assert layout.bits is not None, "coded matrices are read elsewhere"
     whole = unpack_integers(data[groups], bits=layout.bits).astype(mx.int8)
     scales = tensors[f"heads.{name}.scales"][groups]
     return Quantized(whole.reshape(shape), scales.reshape(*shape[:-1], shape[-1] // group))
-
-
-def _octets(found: Rows) -> mx.array | Quantized:
-    """Rows as the kernel reads them: numbers of a byte, a scale a group."""
-    width = found.numbers.shape[1]
-    if width % 16:
-        return mx.array(found.values)
-    group = group_size(width)
-    exact = mx.array(np.abs(found.numbers).max(1, initial=0) <= 127)[:, None]
-    near = quantize(mx.array(found.values), bits=8)
-    data = mx.where(exact, mx.array(found.numbers.clip(-128, 127).astype(np.int8)), near.data)
-    scales = mx.array(np.repeat(found.steps[:, None], width // group, axis=1)).astype(mx.float16)
-    return Quantized(data, mx.where(exact, scales, near.scales))

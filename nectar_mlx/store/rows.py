@@ -5,7 +5,9 @@ the grids and puts the values on them. Here those are found again in the values 
 coded with spreads (`coding`) from the exponent of the row and the size of the column; both are coded before them.
 """
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,8 +16,10 @@ from .. import coding
 from ..coding import Numbers, Octets
 from ..errors import NectarError
 
-_FINEST = 2048  # the largest number that a row on a grid may hold
+_FINEST = 4096  # the largest number that a row on a grid may hold
 _LARGEST = 127  # of a row that is on none
+_BLOCK = 1 << 22  # numbers that are coded together
+_WORKERS = os.cpu_count() or 1
 MEAN_BITS = 4.0  # that a number is to take on average: fewer leave more room for nodes, which are then too coarse
 
 
@@ -31,8 +35,8 @@ class Rows(NamedTuple):
         values = values.astype(np.float64)
         top = np.abs(values).max(1, initial=0)
         left = np.flatnonzero(top > 0)
-        numbers, exponents = np.zeros(values.shape, np.int64), np.zeros(len(values), np.int64)
-        coarsest = np.floor(2 * np.log2(np.maximum(top, 1e-30))).astype(np.int64) + 1  # the largest entry is 1
+        numbers, exponents = np.zeros(values.shape, np.int32), np.zeros(len(values), np.int32)
+        coarsest = np.floor(2 * np.log2(np.maximum(top, 1e-30))).astype(np.int32) + 1  # the largest entry is 1
         for finer in range(2 * int(np.log2(_FINEST)) + 1):
             steps = np.exp2((coarsest[left] - finer) / 2)[:, None]
             few = values[left, :8] / steps  # most grids are refuted by a few entries
@@ -65,9 +69,9 @@ class Rows(NamedTuple):
         """Twice the binary logarithm of what each column's entries are on average, or more, where one could not be
         coded otherwise; [D]."""
         if not len(self.numbers):
-            return np.zeros(self.numbers.shape[1], np.int64)
+            return np.zeros(self.numbers.shape[1], np.int32)
         mean = np.sqrt(np.square(self.values.astype(np.float64)).mean(0))
-        found: Numbers = np.rint(2 * np.log2(np.maximum(mean, 1e-9))).astype(np.int64)
+        found: Numbers = np.rint(2 * np.log2(np.maximum(mean, 1e-9))).astype(np.int32)
         found = np.maximum(found, self.exponents.min() - 12)
         while (beyond := (np.abs(self.numbers) > coding.limit(spreads(found, self.exponents))).any(0)).any():
             found += beyond
@@ -88,31 +92,63 @@ def expected_bytes(rows: int, width: int) -> float:
 
 def encode(matrices: Sequence[Rows]) -> tuple[Octets, Octets]:
     """Of several matrices: how their numbers are to be read, and their numbers."""
-    header, told, numbers = list[int](), list[_Coded](), list[_Coded]()
-    for matrix in matrices:
-        sizes = matrix.sizes()
-        for each in (matrix.exponents, sizes):
+    header, told, sizes = list[int](), list[_Coded](), [matrix.sizes() for matrix in matrices]
+    for matrix, size in zip(matrices, sizes, strict=True):
+        for each in (matrix.exponents, size):
             middle = round(float(each.mean())) if len(each) else 0
             spread = _spread(each - middle)
             told.append(_Coded(each - middle, np.full(len(each), spread)))
             header += [middle, spread]
-        numbers.append(_Coded(matrix.numbers.reshape(-1), spreads(sizes, matrix.exponents).reshape(-1)))
-    head = np.array(header, np.int8).view(np.uint8)
-    return np.concatenate([head, _together(told)]), _together(numbers)
+
+    def write(block: slice) -> Octets:
+        each = zip(matrices[block], sizes[block], strict=True)
+        return _together([_Coded(m.numbers.reshape(-1), spreads(s, m.exponents).reshape(-1)) for m, s in each])
+
+    parts = [np.array(header, np.int8).view(np.uint8), _together(told)]
+    with ThreadPoolExecutor(_WORKERS) as threads:
+        coded = list(threads.map(write, _blocks([matrix.numbers.size for matrix in matrices])))
+    lengths = np.array([len(x) for x in coded], "<u4").view(np.uint8)
+    return np.concatenate(parts), np.concatenate([lengths, *coded])
 
 
-def decode(how: Octets, numbers: Octets, shapes: Sequence[tuple[int, int]]) -> list[Rows]:
+def decode(how: Octets, numbers: Octets, shapes: Sequence[tuple[int, int]]) -> Iterator[Rows]:
     """The inverse of `encode`, for matrices of these shapes. NectarError if the bytes are not those of such."""
     lengths = [n for shape in shapes for n in shape]
     if len(how) < 2 * len(lengths):
         raise NectarError("the file is damaged: it does not say how its numbers are to be read")
-    header = how[: 2 * len(lengths)].view(np.int8).reshape(-1, 2).astype(np.int64)
+    header = how[: 2 * len(lengths)].view(np.int8).reshape(-1, 2).astype(np.int32)
     told = coding.decode(how[2 * len(lengths) :], np.repeat(header[:, 1], lengths)) + np.repeat(header[:, 0], lengths)
     parts = np.split(told, np.cumsum(lengths)[:-1])
     exponents, sizes = parts[::2], parts[1::2]
-    among = [spreads(s, e).reshape(-1) for s, e in zip(sizes, exponents, strict=True)]
-    whole = np.split(coding.decode(numbers, np.concatenate(among)), np.cumsum([len(x) for x in among])[:-1])
-    return [Rows(x.reshape(shape), e) for x, shape, e in zip(whole, shapes, exponents, strict=True)]
+
+    def read(block: slice, data: Octets) -> list[Rows]:
+        among = [spreads(s, e) for s, e in zip(sizes[block], exponents[block], strict=True)]
+        whole = coding.decode(data, np.concatenate([x.reshape(-1) for x in among]))
+        each = np.split(whole, np.cumsum([x.size for x in among])[:-1])
+        return [Rows(x.reshape(a.shape), e) for x, a, e in zip(each, among, exponents[block], strict=True)]
+
+    blocks = _blocks([rows * width for rows, width in shapes])
+    table = numbers[: 4 * len(blocks)]
+    ends = np.cumsum(table[: len(table) // 4 * 4].view("<u4"), dtype=np.int64)
+    if len(table) < 4 * len(blocks) or len(numbers) != len(table) + (ends[-1] if len(ends) else 0):
+        raise NectarError("the file is damaged: it has more or fewer numbers than its sizes say")
+    each = np.split(numbers[len(table) :], ends[:-1])
+    with ThreadPoolExecutor(_WORKERS) as threads:
+        for first in range(0, len(blocks), _WORKERS):  # so many at a time: on the way there is far more than in the end
+            some = slice(first, first + _WORKERS)
+            for found in threads.map(read, blocks[some], each[some]):
+                yield from found
+
+
+def _blocks(counts: Sequence[int]) -> list[slice]:
+    """Matrices with so many numbers each, in groups that are coded apart."""
+    blocks, start, total = list[slice](), 0, 0
+    for i, count in enumerate(counts):
+        if total and total + count > _BLOCK:
+            blocks.append(slice(start, i))
+            start, total = i, 0
+        total += count
+    return [*blocks, slice(start, len(counts))] if len(counts) > start else blocks
 
 
 class _Coded(NamedTuple):

@@ -51,6 +51,7 @@ def test_a_fitted_context_is_near_the_full_cache_and_within_its_budget(tokenizer
     model = toys.toy("llama")
     nectar = fitted(model, tokenizer, kind=kind, budget=0.5, steps=120, context_tokens=500)
     assert nectar.nbytes <= 0.5 * nectar.cache_nbytes
+    assert (nectar.bits == 8) if kind != "quadrature" else (3.5 < nectar.bits < 5)
     context = reading.read(model, nectar.prefix, adapter.route(model))
     tokens = nectar.prompt(tokenizer, "Who runs?")
     full = model(mx.array([nectar.prefix + tokens]))[:, len(nectar.prefix) :]

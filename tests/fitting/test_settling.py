@@ -6,6 +6,7 @@ from nectar_mlx.fitting import matching, regression, settling, starts
 from nectar_mlx.fitting.study import Captured
 from nectar_mlx.heads import Quadrature
 from nectar_mlx.store import Layout, pack, unpack
+from nectar_mlx.store.rows import Rows
 from tests.oracle import attention as oracle
 
 N, S, D = 1500, 60, 32
@@ -98,6 +99,17 @@ def test_what_is_settled_is_stored_unchanged_and_takes_the_bits_it_was_given(row
         sizes.append(8 * tensors["heads.numbers"].size / (2 * D * sum(COUNTS)))
         assert bits - 0.3 < sizes[-1] < bits + 0.6  # two lanes of 1,024 numbers cost a tenth of a bit here
     assert sizes[1] - sizes[0] > 1.5
+
+
+def test_no_row_gets_a_finer_grid_than_can_be_found_again():
+    """However much more one row costs than all others."""
+    x, costs = np.random.default_rng(0).normal(size=(50, D)), np.full(50, 1e-3)
+    costs[7] = 1e9
+    exponents, _ = settling._exponents([x, x], [costs, costs], bits=4.0)
+    numbers = np.rint(x / np.exp2(exponents / 2)[:, None])
+    assert 700 < np.abs(numbers[7]).max() <= 1024
+    kept = Rows.of((numbers * np.exp2(exponents / 2)[:, None]).astype(np.float32))
+    assert np.array_equal(np.abs(kept.numbers[7]), np.abs(numbers[7]))
 
 
 def test_every_entry_has_its_turn_and_a_small_head_as_many_as_a_large_one(rows, trained):
