@@ -28,8 +28,8 @@ def packed(banks: Sequence[Bank], layout: Layout, tensors: Tensors, *, n_heads: 
     """
     if kernels.backend() == "ops" or layout.kind == "exact":
         return None
-    # The kernel takes the file's own integers, each in a byte, or coded numbers rounded to a byte, by a tenth of what they
-    # were rounded before; a completion's sums are in neither.
+    # The kernel takes the file's own integers, each in a byte, or coded numbers rounded to a byte, which is little
+    # beside what they were rounded before; a completion's sums are in neither.
     whole = layout.bits != 16 and layout.kind != "completion"
     heads = _stored(layout, tensors) if whole and layout.bits is not None else [None] * len(banks)
     try:
