@@ -1,7 +1,7 @@
 """Fitting: a text goes in, what a .nectar holds comes out.
 
 read the text once -> converse about it -> capture what attention sees in that -> decide each head's budget
--> start every head from Attention Matching at its own budget -> regress -> quantise -> report
+-> start every head from Attention Matching at its own budget -> regress -> round, and train on meanwhile -> report
 
 Where the text does not fit the model's window, or its keys and values the memory: chunks.py.
 """
