@@ -21,7 +21,7 @@ Words = np.ndarray[Any, np.dtype[np.uint32]]
 
 _LEAST, _MOST = -8, 6  # spreads with a distribution of their own; larger ones keep low bits verbatim
 _PRECISION = 14  # bits of a probability
-_STEPS = 1024
+_STEPS = 1024  # of a lane; files depend on all of these
 
 
 class _Models(NamedTuple):

@@ -18,7 +18,7 @@ from ..errors import NectarError
 
 _FINEST = 4096  # the largest number that a row on a grid may hold
 _LARGEST = 127  # of a row that is on none
-_BLOCK = 1 << 22  # numbers that are coded together
+_BLOCK = 1 << 22  # numbers that are coded together, at most; files depend on it
 _WORKERS = os.cpu_count() or 1
 MEAN_BITS = 4.0  # that a number is to take on average: fewer leave more room for nodes, which are then too coarse
 
