@@ -2,8 +2,8 @@
 
 How finely a node must be kept follows from what its errors cost: those of a value count by the square of the node's
 weight, those of a key also by how far the value lies from the answer. Each row of a head gets the step that makes all
-rows cost the same (reverse water-filling), so that most nodes need two or three bits a number and a few need ten; the
-head as a whole takes the bits it was given.
+rows cost the same (reverse water-filling), so that most nodes take three to five bits a number, some one and a few more
+than eight; the head as a whole takes the bits it was given.
 
 Rounding all at once would still cost much: an eighth of the columns of all keys (a node's other columns make up for
 them) and of the nodes' values (other nodes do) is rounded, the rest trained for a while, then the next eighth: what
