@@ -58,8 +58,8 @@ def encode(numbers: Numbers, spreads: Numbers) -> Octets:
     raised = numbers + (1 << low >> 1)
     high = raised >> low
     verbatim = _bits(raised - (high << low), low)
-    models, index = _models(), _lanes(_index(spreads))
-    symbols = _lanes(high + models.limits.take(_index(spreads)), models.limits[0])
+    models, index = _models(), _index(spreads)
+    symbols, index = _lanes(high + models.limits.take(index), models.limits[0]), _lanes(index)
     states, words = np.full(index.shape[1], 1 << 16, np.uint64), list[Any]()
     for of, symbol in zip(index[::-1], symbols[::-1], strict=True):  # backwards: what is coded last is decoded first
         often, before = models.often[of, symbol].astype(np.uint64), models.before[of, symbol].astype(np.uint64)
@@ -73,16 +73,16 @@ def encode(numbers: Numbers, spreads: Numbers) -> Octets:
 
 def decode(data: Octets, spreads: Numbers) -> Numbers:
     """The numbers [N] with these spreads. NectarError if the bytes are not those of so many numbers."""
-    low, models = _low_bits(spreads), _models()
-    index = _lanes(_index(spreads)).astype(np.uint32) << np.uint32(_PRECISION)
-    lanes, tail = index.shape[1], (int(low.sum()) + 7) // 8
+    low, index, models = _low_bits(spreads), _index(spreads), _models()
+    places = _lanes(index).astype(np.uint32) << np.uint32(_PRECISION)
+    lanes, tail = places.shape[1], (int(low.sum()) + 7) // 8
     if len(data) < 4 * lanes + tail or (len(data) - tail) % 2 or (len(data) > 0) != (len(spreads) > 0):
         raise NectarError("the file is damaged: its coded numbers are cut short")
     end = len(data) - tail
-    states = np.frombuffer(data[: 4 * lanes].tobytes(), "<u4").astype(np.uint32)
-    words = np.frombuffer(data[4 * lanes : end].tobytes(), "<u2").astype(np.uint32)
+    states = data[: 4 * lanes].view("<u4").astype(np.uint32)
+    words = data[4 * lanes : end].view("<u2").astype(np.uint32)
     at, few, place = 0, np.uint32(_PRECISION), np.uint32((1 << _PRECISION) - 1)
-    for of in index:  # becomes the places that its numbers have in the table
+    for of in places:  # of its models in the table, then of its numbers
         np.bitwise_or(of, states & place, out=of)
         moves = models.moves.take(of)
         states = (moves >> few) * (states >> few) + (moves & place)
@@ -93,8 +93,8 @@ def decode(data: Octets, spreads: Numbers) -> Numbers:
         at += len(short)
     if at != len(words) or (states != 1 << 16).any():
         raise NectarError("the file is damaged: its coded numbers do not end where they should")
-    found: Numbers = models.symbols.take(index.reshape(-1)[: len(spreads)]).astype(np.int32)
-    found -= models.limits.take(_index(spreads))
+    found: Numbers = models.symbols.take(places.reshape(-1)[: len(spreads)]).astype(np.int32)
+    found -= models.limits.take(index)
     more = np.flatnonzero(low)
     found[more] = (found[more] << low[more]) + _unbits(data[end:], low[more]) - (1 << low[more] >> 1)
     return found

@@ -23,7 +23,6 @@ from .rows import Rows
 
 BITS = (4, 5, 6, 7, 8, 16)  # of a matrix entry; 16 = float
 Tensors = dict[str, mx.array]
-_MATRICES = ("keys", "values")  # of a node
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +74,7 @@ def pack(layout: Layout, heads: Sequence[HeadArrays]) -> Tensors:
             tensors[f"heads.{name}"] = mx.concatenate([p.data for p in parts])
             tensors[f"heads.{name}.scales"] = mx.concatenate([p.scales for p in parts])[:, 0]
     if layout.bits is None:
-        names = [n for n, shape in layout.bank.shapes(sizes[0], layout.head_dim).items() if len(shape) > 1]
+        names = _matrix_shapes(layout, sizes[0])
         tensors |= _coded(Rows.of(np.array(h[n].astype(mx.float32))) for h in heads for n in names)
     mx.eval(tensors)
     return tensors
@@ -114,22 +113,24 @@ def choose(layout: Layout, tensors: Tensors, nodes: Sequence[np.ndarray]) -> Ten
             each = tensors[name].shape[0] // int(sizes.sum())
             found[name] = tensors[name][mx.array((at[:, None] * each + np.arange(each)).ravel())]
     if layout.bits is None:
-        matrices, heads = _matrices(layout, tensors), [n for n in nodes for _ in _MATRICES]
-        found |= _coded(Rows(m.numbers[n], m.exponents[n]) for m, n in zip(matrices, heads, strict=True))
+        chosen = [n for n in nodes for _ in _matrix_shapes(layout, (1,))]
+        matrices = zip(_matrices(layout, tensors), chosen, strict=True)
+        found |= _coded(Rows(m.numbers[n], m.exponents[n]) for m, n in matrices)
     mx.eval(found)
     return found
 
 
 def _matrices(layout: Layout, tensors: Tensors) -> Iterator[Rows]:
     """What is coded, head by head."""
-    shapes = [
-        (shape[0], shape[1])
-        for size in _sizes(layout, tensors)
-        for shape in layout.bank.shapes(size, layout.head_dim).values()
-        if len(shape) > 1
-    ]
+    shapes = [shape for size in _sizes(layout, tensors) for shape in _matrix_shapes(layout, size).values()]
     grids, numbers = (np.array(_tensor(tensors, f"heads.{name}")) for name in ("grids", "numbers"))
     return rows.decode(grids, numbers, shapes)
+
+
+def _matrix_shapes(layout: Layout, size: tuple[int, ...]) -> dict[str, tuple[int, int]]:
+    """Of a head's parameters, in storage order, those that are matrices."""
+    shapes = layout.bank.shapes(size, layout.head_dim)
+    return {name: (shape[0], shape[1]) for name, shape in shapes.items() if len(shape) > 1}
 
 
 def _sizes(layout: Layout, tensors: Tensors) -> list[tuple[int, ...]]:

@@ -54,28 +54,27 @@ class Rows(NamedTuple):
         return cls(numbers, exponents)
 
     @property
-    def steps(self) -> np.ndarray[Any, np.dtype[np.float32]]:
-        """[rows]"""
-        found: np.ndarray[Any, np.dtype[np.float32]] = np.exp2(self.exponents / 2).astype(np.float32)
-        return found
-
-    @property
     def values(self) -> np.ndarray[Any, np.dtype[np.float32]]:
         """[rows, D]"""
-        found: np.ndarray[Any, np.dtype[np.float32]] = self.numbers.astype(np.float32) * self.steps[:, None]
+        steps = np.exp2(self.exponents / 2).astype(np.float32)
+        found: np.ndarray[Any, np.dtype[np.float32]] = self.numbers.astype(np.float32) * steps[:, None]
         return found
 
     def sizes(self) -> Numbers:
-        """Twice the binary logarithm of what each column's entries are on average, or more, where one could not be
-        coded otherwise; [D]."""
+        """`column_sizes`, or more, where a number could not be coded otherwise; [D]."""
         if not len(self.numbers):
             return np.zeros(self.numbers.shape[1], np.int32)
-        mean = np.sqrt(np.square(self.values.astype(np.float64)).mean(0))
-        found: Numbers = np.rint(2 * np.log2(np.maximum(mean, 1e-9))).astype(np.int32)
-        found = np.maximum(found, self.exponents.min() - 12)
+        found: Numbers = np.maximum(column_sizes(self.values), self.exponents.min() - 12)
         while (beyond := (np.abs(self.numbers) > coding.limit(spreads(found, self.exponents))).any(0)).any():
             found += beyond
         return found
+
+
+def column_sizes(values: np.ndarray[Any, Any]) -> Numbers:
+    """Twice the binary logarithm of what each column's entries are on average: [rows, D] -> [D]."""
+    mean = np.sqrt(np.square(values.astype(np.float64)).mean(0))
+    found: Numbers = np.rint(2 * np.log2(np.maximum(mean, 1e-9))).astype(np.int32)
+    return found
 
 
 def spreads(sizes: Numbers, exponents: Numbers) -> Numbers:

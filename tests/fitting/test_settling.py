@@ -70,21 +70,21 @@ def test_less_is_lost_than_with_the_same_step_in_all_rows(rows, trained):
 
 def test_costs_are_what_errors_add(rows, trained):
     """An error of 1e-3 in every number of one row, of either sign, adds what was told, on average over signs."""
-    costs, rng, D_ = matching.costs(rows, trained), np.random.default_rng(0), D
+    costs, rng = matching.costs(rows, trained), np.random.default_rng(0)
     exact = rows._replace(output=trained(rows.queries).output, log_normalizer=trained(rows.queries).log_normalizer)
-    told = mx.broadcast_to(mx.eye(D_), (2, D_, D_))
+    told = mx.broadcast_to(mx.eye(D), (2, D, D))
     for name, row in (("values", 3), ("keys", 5)):
         found = []
         for _ in range(40):
             p = dict(trained.parameters)
-            sign = mx.array(rng.choice([-1e-3, 1e-3], size=D_).astype(np.float32))
+            sign = mx.array(rng.choice([-1e-3, 1e-3], size=D).astype(np.float32))
             p[name] = p[name] + mx.where(mx.arange(p[name].shape[1])[:, None] == row, sign, 0)
             if name == "keys":  # what errs alike for all queries is the bias's
                 shift = -trained.scale * (rows.queries.mean(1) @ sign)
                 p["bias"] = p["bias"] + mx.where(mx.arange(p["bias"].shape[1]) == row, shift[:, None], 0)
             bank = Quadrature(parameters=p, sizes=trained.sizes, scale=trained.scale)
             found.append(np.array(regression.merged_error(bank(rows.queries), exact, told)))
-        np.testing.assert_allclose(np.mean(found, 0), np.array(costs[name])[:, row] * D_ * 1e-6, rtol=0.5, err_msg=name)
+        np.testing.assert_allclose(np.mean(found, 0), np.array(costs[name])[:, row] * D * 1e-6, rtol=0.5, err_msg=name)
 
 
 def test_what_is_settled_is_stored_unchanged_and_takes_the_bits_it_was_given(rows, trained):

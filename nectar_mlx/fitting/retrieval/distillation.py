@@ -94,7 +94,7 @@ def _kmeans(points: np.ndarray, count: int, *, seed: int) -> tuple[np.ndarray, f
     return centres, float(max(within, _SHARPEST * whole)) + 1e-6
 
 
-def summarise(head: HeadArrays, keys: mx.array, values: mx.array, *, bits: int | None) -> HeadArrays:
+def summarise(head: HeadArrays, keys: mx.array, values: mx.array, *, bits: int) -> HeadArrays:
     """Adds S / u and log u of keys and values [n, D] to a head's learned map.
 
     The map is rounded first to what the file will hold: shares that are subtracted later are those summed here.
@@ -108,7 +108,7 @@ def summarise(head: HeadArrays, keys: mx.array, values: mx.array, *, bits: int |
     return stored
 
 
-def _as_stored(x: mx.array, bits: int | None) -> mx.array:
+def _as_stored(x: mx.array, bits: int) -> mx.array:
     if x.ndim == 1:
         return x.astype(mx.float16).astype(mx.float32)
-    return x if bits in (16, None) else dequantize(quantize(x, bits=bits), bits=bits)
+    return x if bits == 16 else dequantize(quantize(x, bits=bits), bits=bits)

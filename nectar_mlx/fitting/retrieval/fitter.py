@@ -173,6 +173,7 @@ class RetrievalFitter(Fitter):
 
     def _summarised(self, index: int, head: HeadArrays) -> HeadArrays:
         keys, values = (x[0, middle(self.length)] for x in self._context([index]))
+        assert self.layout.bits is not None, "these kinds are not coded"
         return distillation.summarise(head, keys, values, bits=self.layout.bits)
 
     def _sketched(self) -> Arrays:
