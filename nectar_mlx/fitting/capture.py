@@ -14,7 +14,7 @@ import numpy as np
 
 from .. import attention
 from .._exp import SLOW_EXP
-from ..cache import NectarCache, with_sinks
+from ..cache import NectarCache
 from ..heads import Exact
 from .dialogue import Conversation, fed_tokens
 from .reading import Context
@@ -45,9 +45,7 @@ class StudyCache(NectarCache):
         mask: mx.array | str | None,
         sinks: mx.array | None = None,
     ) -> mx.array:
-        live = attention.causal(queries, keys, values, scale=scale, mask=mask)
-        if sinks is not None:
-            live = with_sinks(live, sinks)
+        live = self.over_live(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
         if self._beside is not None:
             live = attention.merge(self._beside.over(queries), live)
         context = self.over_context(queries)

@@ -85,6 +85,7 @@ def fit(
                 layerwise=layerwise,
                 nbytes=nbytes / len(chunks),
                 sizes=parts[0].sizes if parts else [],  # which heads need most is a matter of the model
+                offsets=parts[0].offsets if parts else [],  # heads that are to be joined share them
                 skip=opening,
                 progress=partial(_of, progress, number, len(chunks)),
                 checkpoint=saved,
@@ -95,9 +96,10 @@ def fit(
         if parts:
             parts[-1].windows = {}  # of the last chunk alone: questions follow it
         parts.append(part)
-    before = reading.read(model, prefix[:opening], geometry).banks if opening else []
+    offsets = parts[0].offsets
+    before = reading.read(model, prefix[:opening], geometry, offsets=offsets).banks if opening else []
     heads = list(_heads(layout, before, [part.layers for part in parts]))
-    tensors = store.contents(layout, heads, prefix=prefix, windows=parts[-1].windows)
+    tensors = store.contents(layout, heads, prefix=prefix, windows=parts[-1].windows, offsets=offsets)
     start = len(prefix) - sum(chunks) + max(chunks)
     make_cache = partial(make_caches, decoding.banks(layout, tensors), parts[-1].windows, start)
     report = {
@@ -121,24 +123,36 @@ def _fit_chunk(
     layerwise: bool,
     nbytes: float,
     sizes: Sequence[Size],
+    offsets: Sequence[mx.array | None],
     skip: int,
     progress: Progress,
     checkpoint: Checkpoint,
     clock: Clock,
 ) -> Part:
-    """One chunk, behind what comes before the first. sizes: of its heads, where they are known."""
+    """One chunk, behind what comes before the first. sizes, offsets: of its heads, where they are known."""
     if layerwise:
         by_layer = LayerwiseFitter(
-            model, tokenizer, text, geometry, config, progress=progress, checkpoint=checkpoint, skip=skip
+            model,
+            tokenizer,
+            text,
+            geometry,
+            config,
+            progress=progress,
+            checkpoint=checkpoint,
+            skip=skip,
+            offsets=offsets,
         )
         return by_layer.fit(nbytes, sizes=sizes, clock=clock)
     with progress("reading", len(text)) as done:
-        context = reading.read(model, text, geometry, prefill=config.prefill, progress=done)
+        context = reading.read(model, text, geometry, prefill=config.prefill, offsets=offsets, progress=done)
     clock.lap("read")
     fitter = Fitter(model, tokenizer, context, geometry, config, progress=progress, checkpoint=checkpoint, skip=skip)
     _, heads = fitter.fit(nbytes, sizes=sizes, clock=clock)
     one, K = replace(fitter.layout, n_layers=1), geometry.n_kv_heads
-    layers = [store.pack(one, heads[i : i + K]) for i in range(0, len(heads), K)]
+    layers = [
+        store.pack(one, heads[i : i + K], offsets=[bank.offset])
+        for i, bank in zip(range(0, len(heads), K), context.banks, strict=True)
+    ]
     walk = Walk(model, geometry)
     return Part(
         layers=layers,
@@ -161,14 +175,17 @@ def read(
     """The exact keys and values of a prefix that ends with these chunks, or of one that has none."""
     parts, done = list[Context](), 0
     for text in _texts(prefix, chunks or [len(prefix)]):
-        parts.append(reading.read(model, text, geometry, prefill=prefill, progress=partial(_after, progress, done)))
+        offsets = parts[0].offsets if parts else ()
+        after = partial(_after, progress, done)
+        parts.append(reading.read(model, text, geometry, prefill=prefill, offsets=offsets, progress=after))
         done += len(text)
     if len(parts) == 1:
         return parts[0]
-    opening, banks = reading.read(model, prefix[: len(prefix) - sum(chunks)], geometry), list[Exact]()
-    for before, *behind in zip(opening.banks, *(part.banks for part in parts), strict=True):
-        heads = _joined(before, [bank.part(slice(len(opening.prefix), None)).nodes() for bank in behind])
-        banks.append(Weighed.stack(heads, scale=geometry.scale))
+    before, banks = prefix[: len(prefix) - sum(chunks)], list[Exact]()
+    opening = reading.read(model, before, geometry, offsets=parts[0].offsets)
+    for first, *behind in zip(opening.banks, *(part.banks for part in parts), strict=True):
+        heads = _joined(first, [bank.part(slice(len(before), None)).nodes() for bank in behind])
+        banks.append(Weighed.stack(heads, scale=geometry.scale, offset=first.offset))
     return Context(list(prefix), banks, parts[-1].windows, chunks)
 
 

@@ -102,7 +102,7 @@ def affordable_bytes(
     whole = geometry.cache_bytes(n)
     windows = whole - replace(geometry, windows=(0,) * layout.n_layers).cache_bytes(n)
     kept = config.budget * whole
-    besides = windows + 4 * n + 24 * n_heads + 6000
+    besides = windows + 4 * n + (24 + 2 * layout.head_dim) * n_heads + 6000
     available = kept - min(besides, kept / 10) - aside
     needed = parts * n_heads * starts.smallest_bytes(layout)
     if available < needed:

@@ -61,8 +61,10 @@ class LayerwiseFitter:
         progress: Progress,
         checkpoint: Checkpoint,
         skip: int = 0,
+        offsets: Sequence[mx.array | None] = (),
     ):
         self.model, self.tokenizer, self.prefix, self.geometry = model, tokenizer, list(prefix), geometry
+        self._offsets = dict(zip(geometry.fitted, offsets, strict=False))  # of layers whose keys' mean is not taken
         self.config, self.progress, self.checkpoint, self.skip = config, progress, checkpoint, skip
         self.layout = layout_for(config, geometry, n_layers=len(geometry.fitted))
         self.windows: dict[int, Window] = {}
@@ -179,7 +181,8 @@ class LayerwiseFitter:
         with self.progress("fitting layers", self.layout.n_layers) as done:
             for fitter in self.layers():
                 fitter.prepare()
-                layers.append(store.pack(fitter.layout, fitter.regress(sizes[len(errors) : len(errors) + K])))
+                heads = fitter.regress(sizes[len(errors) : len(errors) + K])
+                layers.append(store.pack(fitter.layout, heads, offsets=fitter.context.offsets))
                 errors += fitter.errors(store.unpack(fitter.layout, layers[-1]))
                 done(len(layers))
         return Part(layers=layers, errors=errors, rows=self.rows, windows=self.windows, answers=self.answers)
@@ -235,7 +238,7 @@ class LayerwiseFitter:
             del after, piece  # behind the last layer nobody needs the text: what is not evaluated costs nothing
             mx.eval(text[i], cache.state)
             mx.clear_cache()
-        return reading.what_was_read(cache, scale=self.geometry.scale)
+        return reading.what_was_read(cache, scale=self.geometry.scale, offset=self._offsets.get(layer))
 
     def _hear(
         self,

@@ -70,6 +70,11 @@ class Part:
         rows: list[Any] = [row for layer in self.layers for row in layer["sizes"].tolist()]  # type: ignore[union-attr]
         return [tuple(row) for row in rows]
 
+    @property
+    def offsets(self) -> list[mx.array | None]:
+        """What each layer's keys are relative to, [K, D]."""
+        return [layer.get("offsets") for layer in self.layers]
+
     def fidelity(self, walk: Walk, make_cache: fidelity.MakeCache) -> dict[str, float]:
         """KL and agreement with the model that has the whole text in view, on the kept answers."""
         found = []

@@ -86,12 +86,13 @@ def _fit_whole(
     if config.kind == "exact":
         layout = layout_for(config, geometry, n_layers=len(context.banks))
         heads = [head for bank in context.banks for head in bank.unstack()]
-        return layout, store.contents(layout, heads, prefix=prefix, windows=context.windows), {}, None
+        tensors = store.contents(layout, heads, prefix=prefix, windows=context.windows, offsets=context.offsets)
+        return layout, tensors, {}, None
     make = RetrievalFitter if issubclass(KINDS.get(config.kind, Quadrature), Residual) else Fitter
     fitter = make(model, tokenizer, context, geometry, config, progress=progress, checkpoint=checkpoint)
     layout, keys = fitter.layout, None
     sizes, heads = fitter.fit(affordable_bytes(config, geometry, layout, n=len(prefix)), clock=clock)
-    tensors = store.contents(layout, heads, prefix=prefix, windows=context.windows)
+    tensors = store.contents(layout, heads, prefix=prefix, windows=context.windows, offsets=context.offsets)
     banks: Sequence[Bank] = decoding.banks(layout, tensors)
     if isinstance(fitter, RetrievalFitter):
         keys = fitter.keys(text, nectar=store.digest(tensors))
