@@ -20,6 +20,7 @@ from .dialogue import Conversation, fed_tokens
 from .reading import Context
 from .study import Captured, Study
 
+_SMALL = 4096.0  # a sixteenth of what float16 holds
 _ROOM, _LEAST_TOGETHER = 1 << 23 if SLOW_EXP else 1 << 28, 256  # scores of one layer, and tokens, read together
 
 
@@ -34,6 +35,9 @@ class StudyCache(NectarCache):
     def __init__(self, bank: Exact, context: int, *rest: Any, skip: int = 0):
         super().__init__(bank.part(slice(skip, None)), context, *rest)
         self._beside = bank.part(slice(skip)) if skip else None
+        # Outputs are means of values: float16 holds them if it holds the values, with room for those to come.
+        largest = mx.abs(bank.parameters["values"]).max().item()
+        self._type = mx.float16 if largest < _SMALL else mx.float32
 
     def attend(
         self,
@@ -49,8 +53,8 @@ class StudyCache(NectarCache):
         if self._beside is not None:
             live = attention.merge(self._beside.over(queries), live)
         context = self.over_context(queries)
-        q, o, live_o = (x.astype(mx.float16) for x in (queries, context.output, live.output))
-        self.seen = Captured(q, o, live_o, context.log_normalizer, live.log_normalizer)
+        o, live_o = (x.astype(self._type) for x in (context.output, live.output))
+        self.seen = Captured(queries, o, live_o, context.log_normalizer, live.log_normalizer)
         mx.async_eval(self.seen)  # or all layers' would wait in float32
         return attention.merge(context, live).output.astype(queries.dtype)
 

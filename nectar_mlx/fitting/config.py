@@ -13,7 +13,7 @@ from ..heads import KINDS, Size
 from ..store import BITS, Layout
 from . import budget, starts
 from .prefill import Prefill
-from .study import Study
+from .study import DeviceStudy, Study
 
 STEPS = 300 if SLOW_EXP else 1500  # of a regression
 # Nodes alone are settled, each row in as many as it needs; more nodes make up for what each loses.
@@ -76,7 +76,8 @@ def rows_for(config: FitConfig, *, heads: int, head_dim: int) -> int:
         return config.queries
     # Of all memory, not of what is free: an interrupted fit goes on with the same rows.
     room = config.memory or _machine().total // 8
-    return max(_FEWEST_ROWS, min(_MOST_ROWS, room // Study.nbytes(heads, 1, head_dim)))
+    row = (Study if SLOW_EXP else DeviceStudy).nbytes(heads, 1, head_dim)
+    return max(_FEWEST_ROWS, min(_MOST_ROWS, room // row))
 
 
 def layout_for(config: FitConfig, geometry: Geometry, *, n_layers: int) -> Layout:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from copy import copy
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -16,12 +17,13 @@ from ..adapter import Geometry
 from ..cache import make_caches
 from ..clock import Clock
 from ..heads import Bank, HeadArrays, Quadrature, Size
-from . import capture, dialogue, fidelity, grouping, matching, regression, sensitivity, settling, starts
+from . import capture, dialogue, fidelity, finite, grouping, matching, regression, sensitivity, settling, starts
 from .checkpoint import Checkpoint
 from .config import STEPS, FitConfig, allocate, free_memory, layout_for, rows_for
 from .dialogue import Conversation
 from .part import checked
 from .reading import Context
+from .starts import Start
 from .study import Captured, DeviceStudy, Study
 
 _JUDGES = 8  # conversations by which the errors of heads are weighed
@@ -126,7 +128,8 @@ class Fitter:
     def hear(self, *, together: int | None = None) -> None:
         """Fills `study` and `held_out` with what attention sees in the conversations, so many tokens read together."""
         g, spare = self.geometry, max(self.queries // 10, 64)
-        spill = Study.nbytes(self.n_heads, self.queries + spare, g.head_dim) > self.memory
+        kept = Study if SLOW_EXP else DeviceStudy
+        spill = kept.nbytes(self.n_heads, self.queries + spare, g.head_dim) > self.memory
         folder = self.checkpoint.spill() if spill else None
         self.study = self._empty(self.queries, folder and folder / "study.rows")
         self.held_out = self._empty(spare, folder and folder / "held_out.rows")
@@ -142,6 +145,8 @@ class Fitter:
                 tokens=together,
                 progress=done,
             )
+        for study in (self.study, self.held_out):
+            finite.check_heads("capturing attention", study.not_finite, self.geometry)
 
     def _empty(self, rows: int, folder: Path | None) -> Study:
         if folder or SLOW_EXP:
@@ -166,6 +171,10 @@ class Fitter:
     def training_rows(self, heads: Sequence[int], count: int | None = None) -> Captured:
         """What some heads are fitted to, shuffled: all rows, or so many of them."""
         return self.study.heads(heads, self.rows[:count])
+
+    def held_out_rows(self, heads: Sequence[int]) -> Captured:
+        """What some heads are judged by."""
+        return self.held_out.heads(heads)
 
     def matched(self, indices: Sequence[int], counts: Sequence[int]) -> list[HeadArrays]:
         """Attention Matching for some heads, each with its own count of nodes."""
@@ -198,7 +207,7 @@ class Fitter:
         with self.progress("deciding budgets", len(groups)) as done:
             for number, group in enumerate(groups):
                 rows = self.training_rows(group, _SCOUTED)
-                bank = self._train(group, [same] * len(group), rows, self.config.scout_steps)
+                bank = self._train(self._start(group, [same] * len(group), rows), rows, self.config.scout_steps)
                 errors[group] = self.judged(bank, rows, metric[mx.array(group)])
                 done(number + 1)
         return errors
@@ -212,10 +221,16 @@ class Fitter:
         launch = 1 << 14 if SLOW_EXP else 1 << 24
         return grouping.groups([s[0] * self.config.batch for s in sizes], room=self.room, launch=launch)
 
-    def _train(self, group: Sequence[int], sizes: Sequence[Size], rows: Captured, steps: int) -> Bank:
+    def _start(self, group: Sequence[int], sizes: Sequence[Size], rows: Captured) -> Start:
         nodes = self.matched(group, [s[0] for s in sizes]) if self.layout.kind != "mlp" else []
-        start = starts.start(self.layout, nodes, sizes, rows, seed=self.config.seed)
-        return regression.train(start, rows, steps=steps, batch=self.config.batch, rate=self.rate)
+        return starts.start(self.layout, nodes, sizes, rows, seed=self.config.seed)
+
+    def _train(self, start: Start, rows: Captured, steps: int) -> Bank:
+        return regression.train(start, rows, steps=steps, batch=self._batch, rate=self.rate)
+
+    @property
+    def _batch(self) -> int:
+        return self.config.batch
 
     def regress(self, sizes: Sequence[Size]) -> list[HeadArrays]:
         """All heads, trained at their own sizes, and nodes rounded as they will be stored."""
@@ -224,29 +239,54 @@ class Fitter:
         whole = {i for i, (count, *_) in enumerate(sizes) if nodes and count >= self.length}
         with self.progress("fitting heads", self.n_heads) as done:
             for group in self._groups(sizes):
-                for members, train in ((whole & {*group}, self._kept), ({*group} - whole, self._train)):
+                for members, steps in ((whole & {*group}, 0), ({*group} - whole, self.steps)):
                     left = sorted(members - heads.keys())
                     if left:
                         rows = self.training_rows(left)
-                        bank = self._settled(train(left, [sizes[i] for i in left], rows, self.steps), rows)
-                        fitted = dict(zip(left, bank.unstack(), strict=True))
+                        start = self._start(left, [sizes[i] for i in left], rows) if steps else self._kept(left)
+                        fitted = self._fitted(left, start, rows, steps=steps)
                         self.checkpoint.save_heads(fitted)
                         heads |= fitted
                 done(len(heads))
         return [heads[i] for i in range(self.n_heads)]
 
-    def _kept(self, group: Sequence[int], sizes: Sequence[Size], rows: Captured, steps: int) -> Bank:
+    def _fitted(self, group: Sequence[int], start: Start, rows: Captured, *, steps: int) -> dict[int, HeadArrays]:
+        """Some heads, trained and rounded; those whose error on held-out rows grew in that are as they started."""
+        first = copy(start.bank)
+        first.parameters = start.fold(start.parameters)
+        finite.check_heads("initialization", self._not_finite(group, first), self.geometry)
+        bank = self._settled(self._train(start, rows, steps) if steps else first, rows)
+        heads = bank.unstack()
+        if steps and self.held_out.rows:
+            held_out = self.held_out_rows(group)
+            before, after = (np.array(regression.errors(b, held_out)) for b in (first, bank))
+            worse = ~(after <= before)
+            if worse.any():
+                plain = self._settled(first, rows, train=False)
+                better = worse & ~(np.array(regression.errors(plain, held_out)) >= after)
+                heads = [p if b else h for p, b, h in zip(plain.unstack(), better, heads, strict=True)]
+        fitted = dict(zip(group, heads, strict=True))
+        broken = [i for i, head in fitted.items() if not all(mx.isfinite(x).all().item() for x in head.values())]
+        finite.check_heads("training", broken, self.geometry)
+        return fitted
+
+    def _not_finite(self, group: Sequence[int], bank: Bank) -> list[int]:
+        return [group[m] for m in finite.not_finite(bank.parameters.values())]
+
+    def _kept(self, group: Sequence[int]) -> Start:
         """Heads with room for every key: there is nothing to train."""
         nodes = []
         for index in group:
             layer, k = divmod(index, self.geometry.n_kv_heads)
             nodes.append({name: x.astype(mx.float32) for name, x in self.banks[layer].nodes()[k].items()})
-        return Quadrature.stack(nodes, scale=self.layout.scale)
+        return Start.of(Quadrature.stack(nodes, scale=self.layout.scale))
 
-    def _settled(self, bank: Bank, rows: Captured) -> Bank:
+    def _settled(self, bank: Bank, rows: Captured, *, train: bool = True) -> Bank:
+        """The bank rounded as it will be stored, where that is done in the course of training."""
         if self.layout.bits is not None:
             return bank
-        return settling.settled(bank, rows, steps=self.steps, batch=self.config.batch, rate=self.rate)
+        steps = self.steps if train else 0
+        return settling.settled(bank, rows, steps=steps, batch=self.config.batch, rate=self.rate)
 
     def errors(self, banks: Sequence[Bank]) -> list[float]:
         """Merged error of every head on the held-out rows, one bank a layer."""

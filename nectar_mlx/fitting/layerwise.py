@@ -23,7 +23,7 @@ from ..adapter import Geometry, compute_type
 from ..cache import Window
 from ..clock import Clock
 from ..heads import Exact, Size
-from . import capture, dialogue, reading, starts
+from . import capture, dialogue, finite, reading, starts
 from .capture import Heard, StudyCache
 from .checkpoint import Checkpoint
 from .config import FitConfig, allocate, layout_for, rows_for
@@ -215,12 +215,14 @@ class LayerwiseFitter:
 
     def _fitter(self, layer: int, bank: Exact, studies: Mapping[bool, Study]) -> Fitter:
         """One layer's, with the rows that were just captured."""
-        context = Context(self.prefix, [bank])
+        context, K = Context(self.prefix, [bank]), self.geometry.n_kv_heads
         checkpoint = self.checkpoint.part(f"layer-{layer}")
         fitter = Fitter(
             self.model, self.tokenizer, context, self.geometry, self.config, checkpoint=checkpoint, skip=self.skip
         )
         fitter.study, fitter.held_out, fitter.room = studies[False], studies[True], self._room
+        broken = {at + K * self.geometry.fitted.index(layer) for study in studies.values() for at in study.not_finite}
+        finite.check_heads("capturing attention", broken, self.geometry)
         return fitter
 
     @property

@@ -8,6 +8,7 @@ The merged term is what the model notices; the plain terms keep o and L apart fr
 """
 
 from collections.abc import Callable
+from copy import copy
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -115,7 +116,9 @@ def train(
         mx.eval(parameters)  # of the step before: one step runs while the next one is built
         parameters = following
         progress(i + 1)
-    return type(bank)(parameters=start.fold(parameters), sizes=bank.sizes, scale=bank.scale)
+    trained = copy(bank)  # with what a kind keeps besides
+    trained.parameters = start.fold(parameters)
+    return trained
 
 
 def errors(bank: Bank, rows: Captured, *, metric: mx.array | None = None) -> mx.array:

@@ -28,6 +28,11 @@ class Start:
     fold: Fold
     muon: frozenset[str] = frozenset()
 
+    @classmethod
+    def of(cls, bank: Bank) -> "Start":
+        """That of a bank as it is."""
+        return cls(bank=bank, parameters=dict(bank.parameters), fold=lambda parameters: parameters)
+
 
 def size_for(layout: Layout, nbytes: float, *, most: int) -> Size:
     """The largest head of the kind that these bytes buy, the smallest one if they buy none. most: of nodes or hidden
@@ -70,8 +75,7 @@ def start(layout: Layout, nodes: Sequence[HeadArrays], sizes: Sequence[Size], ro
     standardisation.
     """
     if layout.kind == "quadrature":
-        plain = Quadrature.stack(nodes, scale=layout.scale)
-        return Start(bank=plain, parameters=dict(plain.parameters), fold=lambda parameters: parameters)
+        return Start.of(Quadrature.stack(nodes, scale=layout.scale))
     key = mx.random.key(seed)
     if layout.kind == "corrected":
         heads = [node | _correction(size, layout, k) for node, size, k in _each(nodes, sizes, key)]
