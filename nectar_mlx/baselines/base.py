@@ -113,7 +113,7 @@ class Task:
             study = Study(self.n_heads, self.rows, self.geometry.head_dim, folder=None)
         else:
             study = DeviceStudy(self.rows)
-        capture.hear(self.model, self.context, conversations, {False: study}, n_heads=self.geometry.n_heads)
+        capture.hear(self.model, self.context, conversations, {"train": study}, n_heads=self.geometry.n_heads)
         return study
 
     @cached_property

@@ -47,7 +47,8 @@ def _observed(task: Task, window: int) -> list[mx.array]:
     caches = task.context.make_cache()
     for i, cache in enumerate(caches):
         if isinstance(cache, NectarCache):
-            caches[i] = _Observer(cache.bank.part(slice(early)), early)
+            bank: Any = cache.bank
+            caches[i] = _Observer(bank.part(slice(early)), early)
     mx.eval(task.model(mx.array([task.context.prefix[early:]]), cache=caches))
     return [cache.seen for cache in caches if isinstance(cache, _Observer)]
 

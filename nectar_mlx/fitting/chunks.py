@@ -29,7 +29,7 @@ from ..cache import make_caches
 from ..clock import Clock
 from ..heads import Exact, HeadArrays, Size, Weighed
 from ..store import Layout
-from . import reading
+from . import reading, verdict
 from .checkpoint import Checkpoint
 from .config import FitConfig, affordable_bytes, layout_for
 from .fitter import Fitter, Progress
@@ -108,7 +108,9 @@ def fit(
         "queries": parts[-1].rows,
         "error": [error for each in parts for error in each.errors],
     }
-    report |= _fidelity(Walk(model, geometry), parts, make_cache)
+    head = reading.read_head(model, tokenizer, prefix, geometry)
+    checks = [part.fidelity(Walk(model, geometry), make_cache, head.make_cache) for part in parts]
+    report |= verdict.mean(checks) | ({"chunks": checks} if len(checks) > 1 else {})
     clock.lap("check")
     return layout, tensors, report
 
@@ -217,13 +219,6 @@ def _joined(opening: Exact, chunks: Sequence[Sequence[HeadArrays]]) -> list[Head
         {name: mx.concatenate([part[name] for part in parts]) for name in parts[0]}
         for parts in zip(opening.nodes(), *lowered, strict=True)
     ]
-
-
-def _fidelity(walk: Walk, parts: Sequence[Part], make_cache: Callable[[], Any]) -> dict[str, Any]:
-    """The file's divergence from the model that has a conversation's own chunk in view, whole and alone."""
-    found = [part.fidelity(walk, make_cache) for part in parts]
-    means = {name: round(sum(f[name] for f in found) / len(found), 5) for name in ("kl", "agree")}
-    return means if len(found) == 1 else means | {"chunks": found}
 
 
 def _of(progress: Progress, number: int, count: int, description: str, total: int) -> Any:

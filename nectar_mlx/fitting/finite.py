@@ -13,8 +13,8 @@ from ..errors import NectarError
 
 def check_weights(model: nn.Module) -> None:
     """NectarError that names the first weight of the model that is not finite."""
-    for name, weight in tree_flatten(model.parameters()):
-        assert isinstance(weight, mx.array)
+    weights: list[tuple[str, mx.array]] = tree_flatten(model.parameters())  # type: ignore[assignment]
+    for name, weight in weights:
         if mx.issubdtype(weight.dtype, mx.floating) and not mx.isfinite(weight).all().item():
             raise NectarError(
                 f"the model's weight {name} holds a NaN or an infinity: the file is damaged or was converted wrongly; "

@@ -17,7 +17,19 @@ from ..adapter import Geometry
 from ..cache import make_caches
 from ..clock import Clock
 from ..heads import Bank, HeadArrays, Quadrature, Size
-from . import capture, dialogue, fidelity, finite, grouping, matching, regression, sensitivity, settling, starts
+from . import (
+    capture,
+    dialogue,
+    fidelity,
+    finite,
+    grouping,
+    matching,
+    reading,
+    regression,
+    sensitivity,
+    settling,
+    starts,
+)
 from .checkpoint import Checkpoint
 from .config import STEPS, FitConfig, allocate, free_memory, layout_for, rows_for
 from .dialogue import Conversation
@@ -25,12 +37,15 @@ from .part import checked
 from .reading import Context
 from .starts import Start
 from .study import Captured, DeviceStudy, Study
+from .verdict import measured
 
 _JUDGES = 8  # conversations by which the errors of heads are weighed
 _RATES = {"quadrature": 1.5e-2, "retrieval+nectar": 2.5e-2}  # others 6e-3
 _ENOUGH = 0.9  # of the rows asked for: not another batch for the last few
 _LEAST_TOGETHER = 16  # conversations: with fewer, sampling is slow on any machine
 _SCOUTED = 1 << 15  # rows of a short fit, at most
+CHECK_TEMPERATURE = 0.7
+_CHECK_SEED = 1_000_003  # of the answers to the check questions, beside that of the fit
 
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 
@@ -95,6 +110,8 @@ class Fitter:
             try:
                 while self._rows() < _ENOUGH * self.queries:
                     self.conversations += self._ask_batch(done)
+                if not checked(self.conversations):
+                    self.conversations += self._ask_checks()
             finally:
                 self.checkpoint.save_conversations(self.conversations)
 
@@ -110,20 +127,42 @@ class Fitter:
         return min(config.conversations, fit, max(_LEAST_TOGETHER, needed))
 
     def _ask_batch(self, done: Callable[[int], None]) -> list[Conversation]:
-        config, number, rows = self.config, len(self.conversations), self._rows()
+        config, rows = self.config, self._rows()
+        number = sum(c.split != "check" for c in self.conversations)
         count = self._together()
         batch = dialogue.asked(self.tokenizer, self.context.prefix, first=number, count=count, seed=config.seed)
+        self._answer(
+            batch,
+            seed=config.seed + number,
+            temperature=config.temperature,
+            progress=lambda at: done(min(self.queries, rows + dialogue.rows(batch, self.geometry, until=at))),
+        )
+        return batch
+
+    def _ask_checks(self) -> list[Conversation]:
+        config = self.config
+        batch = dialogue.checks(self.tokenizer, self.context.prefix, first=0, count=config.checks, seed=config.seed)
+        self._answer(batch, seed=config.seed + _CHECK_SEED, temperature=CHECK_TEMPERATURE)
+        return batch
+
+    def _answer(
+        self,
+        batch: Sequence[Conversation],
+        *,
+        seed: int,
+        temperature: float,
+        progress: Callable[[int], None] = lambda tokens: None,
+    ) -> None:
         dialogue.converse(
             self.model,
             self.context,
             sorted(batch, key=lambda c: len(c.prompt)),
             stop=set(self.tokenizer.eos_token_ids),
-            max_tokens=config.answer_tokens,
-            temperature=config.temperature,
-            key=mx.random.key(config.seed + number),
-            progress=lambda at: done(min(self.queries, rows + dialogue.rows(batch, self.geometry, until=at))),
+            max_tokens=self.config.answer_tokens,
+            temperature=temperature,
+            key=mx.random.key(seed),
+            progress=progress,
         )
-        return batch
 
     def hear(self, *, together: int | None = None) -> None:
         """Fills `study` and `held_out` with what attention sees in the conversations, so many tokens read together."""
@@ -133,13 +172,14 @@ class Fitter:
         folder = self.checkpoint.spill() if spill else None
         self.study = self._empty(self.queries, folder and folder / "study.rows")
         self.held_out = self._empty(spare, folder and folder / "held_out.rows")
-        total = sum(map(dialogue.fed_tokens, self.conversations))
+        conversations = [c for c in self.conversations if c.split != "check"]
+        total = sum(map(dialogue.fed_tokens, conversations))
         with self.progress("weighing what was said", total) as done:
             capture.hear(
                 self.model,
                 self.context,
-                self.conversations,
-                {False: self.study, True: self.held_out},
+                conversations,
+                {"train": self.study, "held_out": self.held_out},
                 n_heads=g.n_heads,
                 skip=self.skip,
                 tokens=together,
@@ -201,7 +241,7 @@ class Fitter:
         errors = np.zeros(self.n_heads)
         groups = self._groups([same] * self.n_heads)
         with self.progress("weighing errors", _JUDGES) as done:
-            told = [c for c in self.conversations if c.answer and not c.held_out][:_JUDGES]
+            told = [c for c in self.conversations if c.answer and c.split == "train"][:_JUDGES]
             information = sensitivity.fisher(self.model, self.context, told, geometry=self.geometry, progress=done)
             metric = sensitivity.metric(information)
         with self.progress("deciding budgets", len(groups)) as done:
@@ -297,11 +337,16 @@ class Fitter:
         return [float(f"{x:.3g}") for x in found]
 
     def fidelity(self, banks: Sequence[Bank]) -> dict[str, Any]:
-        """KL and agreement with the full cache on held-out conversations, one bank a layer."""
+        """How far the answers to the check questions are from the full cache's; banks: one a layer."""
         make_cache = partial(make_caches, banks, self.context.windows, self.context.start)
+        head = reading.read_head(self.model, self.tokenizer, self.context.prefix, self.geometry)
         conversations = checked(self.conversations)
         with self.progress("checking", len(conversations)) as done:
             found = fidelity.compare(
-                self.model, self.context.make_cache, {"nectar": make_cache}, conversations, progress=done
-            )["nectar"]
-        return {"kl": round(float(found.kl.mean()), 5), "agree": round(float(found.agree.mean()), 4)}
+                self.model,
+                self.context.make_cache,
+                {"nectar": make_cache, "no context": head.make_cache},
+                conversations,
+                progress=done,
+            )
+        return measured(found["nectar"], found["no context"])

@@ -8,6 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import RotatingKVCache
 
+from .. import prompts
 from ..adapter import Geometry
 from ..cache import NectarCache, Window, make_caches
 from ..heads import Exact
@@ -71,6 +72,12 @@ def read(
         else:
             context.banks.append(part)
     return context
+
+
+def read_head(model: nn.Module, tokenizer: Any, prefix: Sequence[int], geometry: Geometry) -> Context:
+    """What a conversation without the text starts behind: the chat template's own tokens in front of it, or the first
+    token of the prefix where there are none."""
+    return read(model, prefix[: max(1, len(prompts.head(tokenizer)))], geometry)
 
 
 def reading_cache(length: int, window: int, *, prefill: Prefill = "dense") -> Any:

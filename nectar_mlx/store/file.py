@@ -141,7 +141,7 @@ def read(path: Path) -> tuple[Tensors, Metadata]:
     """The file's tensors and metadata, checked against its digest; NectarError for anything but a whole .nectar."""
     with _opened(path) as file:
         metadata = _metadata(path, file)
-        tensors = {name: _array(entry) for name, entry in deserialize(path.read_bytes())}
+        tensors = {name: _array(entry) for name, entry in deserialize(path.read_bytes())}  # type: ignore[no-untyped-call]
     if digest(tensors) != metadata["digest"]:
         raise NectarError(f"{path} is damaged: its contents do not match its checksum; fit it again")
     if "prefix" not in tensors or _prefix_digest(tensors) != metadata["prefix_sha256"]:

@@ -104,7 +104,7 @@ def unpack(layout: Layout, tensors: Tensors, *, half: bool = False) -> list[Bank
 
 def _halved(x: mx.array) -> mx.array:
     """In float16, if that can hold it."""
-    return x.astype(mx.float16) if not x.size or mx.abs(x).max().item() < _HALF_MAX else x
+    return x.astype(mx.float16) if not x.size or bool(mx.abs(x).max() < _HALF_MAX) else x
 
 
 def _offsets(layout: Layout, tensors: Tensors) -> list[mx.array | None]:
