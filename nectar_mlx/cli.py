@@ -106,6 +106,8 @@ def load_nectar(file: "Path", model: "nn.Module", tokenizer: Any) -> "Nectar":
         nectar = Nectar.load(file, model, tokenizer)
     for warning in caught:
         say(str(warning.message))
+    if not nectar.faithful:
+        say(f"{file.name}: {nectar.verdict}")
     return nectar
 
 

@@ -1,6 +1,6 @@
 """One fit in progress: from captured rows to trained heads."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from dataclasses import asdict
@@ -18,6 +18,7 @@ from ..cache import make_caches
 from ..clock import Clock
 from ..heads import Bank, HeadArrays, Quadrature, Size
 from . import (
+    auto_budget,
     capture,
     dialogue,
     fidelity,
@@ -30,7 +31,7 @@ from . import (
     settling,
     starts,
 )
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, Plan
 from .config import STEPS, FitConfig, allocate, free_memory, layout_for, rows_for
 from .dialogue import Conversation
 from .part import checked
@@ -47,6 +48,9 @@ _SCOUTED = 1 << 15  # rows of a short fit, at most
 CHECK_TEMPERATURE = 0.7
 _CHECK_SEED = 1_000_003  # of the answers to the check questions, beside that of the fit
 
+_TRIED = 8 if SLOW_EXP else 32  # check questions by which a budget is chosen
+
+Affordable = Callable[[float], float]
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 
 
@@ -91,17 +95,23 @@ class Fitter:
         self.rate = config.rate or _RATES.get(self.layout.kind, 6e-3)
         self.checkpoint.claim(asdict(config) | {"skip": skip}, context.prefix)
 
-    def fit(self, nbytes: float, *, clock: Clock, sizes: Sequence[Size] = ()) -> tuple[list[Size], list[HeadArrays]]:
-        """All heads, in so many bytes, and their sizes. sizes: where it was decided elsewhere what each head gets."""
+    def fit(
+        self, affordable: Affordable, share: float | None, *, clock: Clock, plan: Plan | None = None
+    ) -> tuple[Plan, list[HeadArrays]]:
+        """All heads. plan: what each head gets, where that was decided elsewhere; else as for `plan`."""
+        self.collect()
+        clock.lap("study")
+        plan = plan or self.plan(affordable, share)
+        clock.lap("budgets")
+        heads = self.regress(plan.sizes)
+        clock.lap("regression")
+        return plan, heads
+
+    def collect(self) -> None:
+        """Everything that heads are fitted to."""
         self.converse()
         self.hear()
-        clock.lap("study")
         self.prepare()
-        sizes = list(sizes) or self.sizes(nbytes)
-        clock.lap("budgets")
-        heads = self.regress(sizes)
-        clock.lap("regression")
-        return sizes, heads
 
     def converse(self) -> None:
         """Samples conversations until they give every head its rows."""
@@ -227,13 +237,55 @@ class Fitter:
             values.append(parameters["values"][k][chosen])
         return matching.match(self._samples(indices), keys, values, scale=self.geometry.scale)
 
-    def sizes(self, nbytes: float) -> list[Size]:
-        """Every head's size, from the errors of a short uniform fit."""
-        sizes = self.checkpoint.load_sizes()
-        if sizes is None:
-            sizes = allocate(self.scout(nbytes), nbytes, layout=self.layout, config=self.config, n=self.length)
-            self.checkpoint.save_sizes(sizes)
-        return sizes
+    def plan(self, affordable: Affordable, share: float | None) -> Plan:
+        """Every head's size, from the errors of a short uniform fit.
+
+        affordable: a share of the KV cache -> the bytes that it leaves for heads. share: None to choose the smallest
+        that is expected to do (`auto_budget`).
+        """
+        plan = self.checkpoint.load_plan()
+        if plan is None:
+            errors = self.scout(affordable(share or auto_budget.FIRST))
+            choice = self._chosen(affordable, errors) if share is None else None
+            share = choice.share if choice else share or auto_budget.FIRST
+            plan = Plan(self._allocated(affordable, share, errors), share, choice.exponent if choice else None)
+            self.checkpoint.save_plan(plan)
+        return plan
+
+    def _allocated(self, affordable: Affordable, share: float, errors: np.ndarray) -> list[Size]:
+        nbytes = affordable(share)
+        return allocate(errors, nbytes, share=share, layout=self.layout, config=self.config, n=self.length)
+
+    def _chosen(self, affordable: Affordable, errors: np.ndarray) -> auto_budget.Choice | None:
+        """The budget that is expected to do; None for kinds whose short fits do not tell it."""
+        if self.layout.kind != "quadrature":
+            return None
+        return auto_budget.choose(lambda share: self._tried(self._allocated(affordable, share, errors)))
+
+    def _tried(self, sizes: Sequence[Size]) -> dict[str, Any]:
+        """The check's figures for heads of these sizes, trained for a short time and not rounded."""
+        heads, K = dict[int, HeadArrays](), self.geometry.n_kv_heads
+        with self.progress("choosing a budget", self.n_heads) as done:
+            for group, whole in self._members(sizes):
+                rows = self.training_rows(group, _SCOUTED)
+                start = self._kept(group) if whole else self._start(group, [sizes[i] for i in group], rows)
+                bank = start.bank if whole else self._train(start, rows, auto_budget.STEPS)
+                heads |= dict(zip(group, bank.unstack(), strict=True))
+                done(len(heads))
+        banks = [
+            Quadrature.stack([heads[layer * K + k] for k in range(K)], scale=self.layout.scale, offset=offset)
+            for layer, offset in enumerate(self.context.offsets)
+        ]
+        return self.fidelity(banks, checks=_TRIED)
+
+    def _members(self, sizes: Sequence[Size]) -> Iterator[tuple[list[int], bool]]:
+        """Heads that are fitted together, and whether they have room for every key, so that nothing is trained."""
+        nodes = self.layout.kind == "quadrature"
+        for group in self._groups(sizes):
+            whole = [i for i in group if nodes and sizes[i][0] >= self.length]
+            for members, keeps in ((whole, True), ([i for i in group if i not in whole], False)):
+                if members:
+                    yield sorted(members), keeps
 
     def scout(self, nbytes: float) -> np.ndarray:
         """Every head's error [n_heads], in nats, after a short fit in which all heads have the same size."""
@@ -275,18 +327,15 @@ class Fitter:
     def regress(self, sizes: Sequence[Size]) -> list[HeadArrays]:
         """All heads, trained at their own sizes, and nodes rounded as they will be stored."""
         heads = self.checkpoint.load_heads()
-        nodes = self.layout.kind == "quadrature"
-        whole = {i for i, (count, *_) in enumerate(sizes) if nodes and count >= self.length}
         with self.progress("fitting heads", self.n_heads) as done:
-            for group in self._groups(sizes):
-                for members, steps in ((whole & {*group}, 0), ({*group} - whole, self.steps)):
-                    left = sorted(members - heads.keys())
-                    if left:
-                        rows = self.training_rows(left)
-                        start = self._start(left, [sizes[i] for i in left], rows) if steps else self._kept(left)
-                        fitted = self._fitted(left, start, rows, steps=steps)
-                        self.checkpoint.save_heads(fitted)
-                        heads |= fitted
+            for group, whole in self._members(sizes):
+                left = [i for i in group if i not in heads]
+                if left:
+                    rows = self.training_rows(left)
+                    start = self._kept(left) if whole else self._start(left, [sizes[i] for i in left], rows)
+                    fitted = self._fitted(left, start, rows, steps=0 if whole else self.steps)
+                    self.checkpoint.save_heads(fitted)
+                    heads |= fitted
                 done(len(heads))
         return [heads[i] for i in range(self.n_heads)]
 
@@ -336,11 +385,12 @@ class Fitter:
             found[heads] = np.array(regression.errors(bank, self.held_out.heads(heads)))
         return [float(f"{x:.3g}") for x in found]
 
-    def fidelity(self, banks: Sequence[Bank]) -> dict[str, Any]:
-        """How far the answers to the check questions are from the full cache's; banks: one a layer."""
+    def fidelity(self, banks: Sequence[Bank], *, checks: int | None = None) -> dict[str, Any]:
+        """How far the answers to the check questions, or the first so many, are from the full cache's; banks: one a
+        layer."""
         make_cache = partial(make_caches, banks, self.context.windows, self.context.start)
         head = reading.read_head(self.model, self.tokenizer, self.context.prefix, self.geometry)
-        conversations = checked(self.conversations)
+        conversations = checked(self.conversations)[:checks]
         with self.progress("checking", len(conversations)) as done:
             found = fidelity.compare(
                 self.model,

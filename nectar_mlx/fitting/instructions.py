@@ -88,7 +88,7 @@ CHECK_ABOUT = (
     'What led to this: "{passage}"?',
     'Is this in the text, and what does it tell us? "{passage}"',
     'Translate into plain words: "{passage}"',
-    'What should I read next if I liked this part? "{passage}"',
+    'Go on from here, as the text does: "{passage}"',
 )
 
 
@@ -105,13 +105,13 @@ def training(passage: Callable[[random.Random], str], *, seed: int) -> Iterator[
 
 
 def checking(passage: Callable[..., str], *, seed: int) -> Iterator[str]:
-    """An endless mix: a quarter generic, a half about a phrase of a few tokens, a quarter about a passage."""
+    """An endless mix: a quarter generic, a quarter about a phrase of a few tokens, a half about a passage."""
     rng = random.Random(seed)
     while True:
-        yield rng.choice(CHECK_GENERIC)
-        for _ in range(2):
-            yield rng.choice(CHECK_PHRASE).format(phrase=passage(rng, tokens=(3, 9)))
         yield rng.choice(CHECK_ABOUT).format(passage=passage(rng))
+        yield rng.choice(CHECK_PHRASE).format(phrase=passage(rng, tokens=(3, 9)))
+        yield rng.choice(CHECK_ABOUT).format(passage=passage(rng))
+        yield rng.choice(CHECK_GENERIC)
 
 
 def _mix(

@@ -25,7 +25,7 @@ from ..clock import Clock
 from ..heads import Exact, Size
 from . import capture, dialogue, finite, reading, starts
 from .capture import Heard, StudyCache
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, Plan
 from .config import FitConfig, allocate, layout_for, rows_for
 from .dialogue import Conversation, Split
 from .fitter import CHECK_TEMPERATURE, Fitter, Progress
@@ -98,13 +98,14 @@ class LayerwiseFitter:
         """Conversations that are sampled side by side, with a passage or as large an excerpt in view."""
         return max(1, min(_TOGETHER, (self._tokens - self._seen) // (_PROMPT + self.config.answer_tokens)))
 
-    def fit(self, nbytes: float, *, clock: Clock, sizes: Sequence[Size] = ()) -> Part:
-        """All heads, in so many bytes. sizes: where it was decided elsewhere what each head gets."""
-        sizes = sizes or self.sizes(nbytes)
+    def fit(self, nbytes: float, share: float, *, clock: Clock, plan: Plan | None = None) -> Part:
+        """All heads, in so many bytes, a share of the KV cache. plan: what each head gets, where it was decided
+        elsewhere."""
+        plan = plan or self.plan(nbytes, share)
         clock.lap("budgets")
         self.converse()
         clock.lap("study")
-        part = self.regress(sizes)
+        part = self.regress(plan.sizes)
         clock.lap("regression")
         return part
 
@@ -150,13 +151,13 @@ class LayerwiseFitter:
         mx.clear_cache()
         return batch
 
-    def sizes(self, nbytes: float) -> list[Size]:
+    def plan(self, nbytes: float, share: float) -> Plan:
         """Every head's size, by the errors of a short uniform fit to an excerpt of the text, as long as is quick.
 
         Which heads need most is far more a matter of the model than of the text.
         """
-        sizes = self.checkpoint.load_sizes()
-        if sizes is None:
+        plan = self.checkpoint.load_plan()
+        if plan is None:
             n = len(self.prefix) - prompts.opening(self.tokenizer)
             excerpt = reading.read(self.model, self.prefix[: min(_EXCERPT, self._tokens * 3 // 8)], self.geometry)
             config = replace(
@@ -169,15 +170,15 @@ class LayerwiseFitter:
             scout.converse()
             scout.hear(together=_SAID)
             scout.prepare()
-            share = nbytes * len(excerpt.prefix) / len(self.prefix)
-            nodes, *_ = starts.size_for(scout.layout, share / scout.n_heads, most=scout.length)
+            few = nbytes * len(excerpt.prefix) / len(self.prefix)
+            nodes, *_ = starts.size_for(scout.layout, few / scout.n_heads, most=scout.length)
             # Rows of heads that are tried together are there at once.
             heads = self._memory // 8 // Study.nbytes(1, scout.queries, self.geometry.head_dim)
             scout.room = min(self._room, heads * nodes * config.batch)
-            errors = scout.scout(share)
-            sizes = allocate(errors, nbytes, layout=self.layout, config=self.config, n=n)
-            self.checkpoint.save_sizes(sizes)
-        return sizes
+            errors = scout.scout(few)
+            plan = Plan(allocate(errors, nbytes, share=share, layout=self.layout, config=self.config, n=n), share)
+            self.checkpoint.save_plan(plan)
+        return plan
 
     def regress(self, sizes: Sequence[Size]) -> Part:
         """All heads, trained at their own sizes; each layer's are kept as they will be stored, which is how little they

@@ -8,6 +8,7 @@ Where the text does not fit the model's window, or its keys and values the memor
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import mlx.nn as nn
@@ -19,9 +20,9 @@ from ..errors import NectarError
 from ..heads import KINDS, Bank, Quadrature, Residual
 from ..retrieval.keys import Keys
 from ..store import Layout
-from . import chunks, reading
+from . import chunks, finite, reading, verdict
 from .checkpoint import Checkpoint
-from .config import FitConfig, affordable_bytes, free_memory, layout_for
+from .config import FitConfig, affordable_bytes, free_memory, layout_for, share_of
 from .fitter import Fitter, Progress, silent
 from .retrieval.fitter import RetrievalFitter
 
@@ -43,6 +44,7 @@ def fit(
     and a resumed one finds it. NectarError for a text, budget or model that cannot be fitted.
     """
     clock, keys = Clock(), None
+    finite.check_weights(model)
     geometry = adapter.route(model)
     prefix = _checked_prefix(tokenizer, text, config)
     provenance = {
@@ -62,6 +64,9 @@ def fit(
         )
     else:
         layout, tensors, report, keys = _fit_whole(model, tokenizer, prefix, geometry, text=text, **told)
+    kept = sum(x.nbytes for name, x in tensors.items() if name != "prefix")
+    if sentence := verdict.sentence(report, share=kept / geometry.cache_bytes(len(prefix))):
+        report["verdict"] = sentence
     report["seconds"] = clock.laps
     metadata = store.description(tensors, layout, geometry, provenance=provenance, report=report, chunks=lengths)
     return tensors, metadata, keys
@@ -91,14 +96,17 @@ def _fit_whole(
     make = RetrievalFitter if issubclass(KINDS.get(config.kind, Quadrature), Residual) else Fitter
     fitter = make(model, tokenizer, context, geometry, config, progress=progress, checkpoint=checkpoint)
     layout, keys = fitter.layout, None
-    sizes, heads = fitter.fit(affordable_bytes(config, geometry, layout, n=len(prefix)), clock=clock)
+    share = share_of(config, geometry, len(prefix))
+    affordable = partial(affordable_bytes, geometry=geometry, layout=layout, n=len(prefix), at_least=share is None)
+    plan, heads = fitter.fit(affordable, share, clock=clock)
     tensors = store.contents(layout, heads, prefix=prefix, windows=context.windows, offsets=context.offsets)
     banks: Sequence[Bank] = decoding.banks(layout, tensors)
     if isinstance(fitter, RetrievalFitter):
         keys = fitter.keys(text, nectar=store.digest(tensors))
         banks = fitter.reading(banks, keys)
         clock.lap("keys")
-    report = {"sizes": sizes, "queries": fitter.study.rows, "error": fitter.errors(banks)} | fitter.fidelity(banks)
+    report = {"budget": plan.share, "sizes": plan.sizes, "queries": fitter.study.rows, "error": fitter.errors(banks)}
+    report |= ({"exponent": plan.exponent} if plan.exponent else {}) | fitter.fidelity(banks)
     clock.lap("check")
     return layout, tensors, report, keys
 

@@ -101,7 +101,13 @@ def train(
     ) -> tuple[HeadArrays, optimizers.State]:
         gradients = mx.grad(loss)(parameters, part)
         following, state = optimizers.update(
-            parameters, gradients, state, rate=rate * factor, muon_rate=muon_rate * factor, muon=start.muon
+            parameters,
+            gradients,
+            state,
+            rate=rate * factor,
+            muon_rate=muon_rate * factor,
+            muon=start.muon,
+            units=start.units,
         )
         return held.over(following), state
 

@@ -43,7 +43,7 @@ def settled(bank: Bank, rows: Captured, *, steps: int, batch: int, rate: float, 
     for part in range(1, PARTS + 1):
         held = plan.held(bank.parameters, part)
         first = (part - 1) * each
-        bank = regression.train(Start.of(bank), rows, steps=each, batch=batch, rate=rate, first=first, held=held)
+        bank = regression.train(Start.of(bank, rows), rows, steps=each, batch=batch, rate=rate, first=first, held=held)
     return bank
 
 

@@ -7,7 +7,7 @@ function.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import mlx.core as mx
 
@@ -17,21 +17,35 @@ from ..store import Layout
 from .study import Captured
 
 Fold = Callable[[HeadArrays], HeadArrays]
+_UNIT_ROWS = 2048
 
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """A bank to train: `parameters` as the optimiser sees them, `fold` maps them to the bank's own."""
+    """A bank to train: `parameters` as the optimiser sees them, `fold` maps them to the bank's own. `units` are those
+    of the optimiser's steps (`optimizers.update`)."""
 
     bank: Bank
     parameters: HeadArrays
     fold: Fold
     muon: frozenset[str] = frozenset()
+    units: HeadArrays = field(default_factory=dict)
 
     @classmethod
-    def of(cls, bank: Bank) -> "Start":
-        """That of a bank as it is."""
-        return cls(bank=bank, parameters=dict(bank.parameters), fold=lambda parameters: parameters)
+    def of(cls, bank: Bank, rows: Captured | None = None) -> "Start":
+        """That of a bank as it is. rows: by which the units of its nodes are told."""
+        units = {} if rows is None else node_units(rows, scale=bank.scale)
+        return cls(bank=bank, parameters=dict(bank.parameters), fold=lambda parameters: parameters, units=units)
+
+
+def node_units(rows: Captured, *, scale: float) -> HeadArrays:
+    """In what steps of nodes are measured, [M, 1, 1]: those of keys in what moves a score by a certain amount, those of
+    values in the rms of what they are to give. Models differ in both by orders of magnitude, and so do layers. Both are
+    1 in the median head of SmolLM2-135M, on which the rate was chosen."""
+    some = Captured(*(x[:, :_UNIT_ROWS].astype(mx.float32) for x in rows))
+    queries = mx.sqrt(mx.square(some.queries).sum(-1).mean(1)) + 1e-12  # the rms of |q|
+    outputs = mx.sqrt(mx.square(some.output).mean((1, 2))) + 1e-12
+    return {"keys": (1.85 / (scale * queries))[:, None, None], "values": (5.0 * outputs)[:, None, None]}
 
 
 def size_for(layout: Layout, nbytes: float, *, most: int) -> Size:
@@ -75,7 +89,7 @@ def start(layout: Layout, nodes: Sequence[HeadArrays], sizes: Sequence[Size], ro
     standardisation.
     """
     if layout.kind == "quadrature":
-        return Start.of(Quadrature.stack(nodes, scale=layout.scale))
+        return Start.of(Quadrature.stack(nodes, scale=layout.scale), rows)
     key = mx.random.key(seed)
     if layout.kind == "corrected":
         heads = [node | _correction(size, layout, k) for node, size, k in _each(nodes, sizes, key)]

@@ -64,7 +64,7 @@ class Study:
         order = mx.arange(len(rows) if few else self.rows) if few or rows is None else mx.array(rows)
         taken = []
         for kept in self._data:
-            taken.append(mx.take(mx.array(np.stack([kept[i][read] for i in indices])), order, axis=1))
+            taken.append(mx.contiguous(mx.take(mx.array(np.stack([kept[i][read] for i in indices])), order, axis=1)))
             mx.eval(taken[-1])  # one by one: each is there twice for a moment
         return Captured(*taken)
 

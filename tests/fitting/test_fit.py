@@ -28,6 +28,7 @@ FAST = {
     "steps": 30,
     "scout_steps": 5,
     "answer_tokens": 16,
+    "checks": 2,
     "batch": 128,
     "samples": 400,
 }

@@ -17,7 +17,9 @@ from ...retrieval import EXACT, sketch, sources
 from ...retrieval.bank import retrieving
 from ...retrieval.keys import Arrays, Keys
 from ...retrieval.router import routers
-from ..fitter import Fitter
+from ..auto_budget import FIRST
+from ..checkpoint import Plan
+from ..fitter import Affordable, Fitter
 from ..starts import Start
 from ..study import Captured
 from . import distillation, training
@@ -55,8 +57,10 @@ class RetrievalFitter(Fitter):
         """Query heads a KV head, whose rows lie side by side."""
         return self.geometry.n_heads // self.geometry.n_kv_heads
 
-    def sizes(self, nbytes: float) -> list[Size]:
-        return [(0,)] * self.n_heads if self.layout.kind == "retrieval" else super().sizes(nbytes)
+    def plan(self, affordable: Affordable, share: float | None) -> Plan:
+        if self.layout.kind == "retrieval":
+            return Plan([(0,)] * self.n_heads, share or FIRST)
+        return super().plan(affordable, share)
 
     def regress(self, sizes: Sequence[Size]) -> list[HeadArrays]:
         if self.layout.kind == "retrieval":
