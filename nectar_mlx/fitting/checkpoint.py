@@ -14,16 +14,18 @@ import numpy as np
 
 from ..errors import NectarError
 from ..heads import HeadArrays, Size
+from ..store import MEAN_BITS
 from .dialogue import Conversation
 
 
 class Plan(NamedTuple):
     """What each head gets. sizes: of every head. share: bytes kept / bytes of the bf16 KV cache. exponent: the
-    divergence falls with so much of a power of the bytes, where that was measured."""
+    divergence falls with so much of a power of the bytes, where that was measured. bits: of a number of a node."""
 
     sizes: list[Size]
     share: float
     exponent: float | None = None
+    bits: float = MEAN_BITS
 
 
 class Checkpoint:

@@ -17,6 +17,7 @@ from ..adapter import Geometry
 from ..cache import make_caches
 from ..clock import Clock
 from ..heads import Bank, HeadArrays, Quadrature, Size
+from ..store import MEAN_BITS
 from . import (
     auto_budget,
     capture,
@@ -48,6 +49,7 @@ _SCOUTED = 1 << 15  # rows of a short fit, at most
 CHECK_TEMPERATURE = 0.7
 _CHECK_SEED = 1_000_003  # of the answers to the check questions, beside that of the fit
 
+_MOST_BITS, _OVERHEAD_BITS = 11.0, 0.5  # of a number; the second for biases, exponents and what training adds
 _TRIED = 8 if SLOW_EXP else 32  # check questions by which a budget is chosen
 
 Affordable = Callable[[float], float]
@@ -91,6 +93,7 @@ class Fitter:
         self.queries = rows_for(config, heads=self.n_heads, head_dim=geometry.head_dim)
         self.room = 1 << 19 if SLOW_EXP else 1 << 28  # scores of a batch, of all heads that are trained together
         self.steps = config.steps or STEPS
+        self.bits = MEAN_BITS  # of a number of a node
         self.layout = layout_for(config, geometry, n_layers=self.n_layers)
         self.rate = config.rate or _RATES.get(self.layout.kind, 6e-3)
         self.checkpoint.claim(asdict(config) | {"skip": skip}, context.prefix)
@@ -103,6 +106,7 @@ class Fitter:
         clock.lap("study")
         plan = plan or self.plan(affordable, share)
         clock.lap("budgets")
+        self.bits = plan.bits
         heads = self.regress(plan.sizes)
         clock.lap("regression")
         return plan, heads
@@ -248,9 +252,17 @@ class Fitter:
             errors = self.scout(affordable(share or auto_budget.FIRST))
             choice = self._chosen(affordable, errors) if share is None else None
             share = choice.share if choice else share or auto_budget.FIRST
-            plan = Plan(self._allocated(affordable, share, errors), share, choice.exponent if choice else None)
+            sizes = self._allocated(affordable, share, errors)
+            plan = Plan(sizes, share, choice.exponent if choice else None, self._bits(sizes, affordable(share)))
             self.checkpoint.save_plan(plan)
         return plan
+
+    def _bits(self, sizes: Sequence[Size], nbytes: float) -> float:
+        """How many bits a number of a node gets: more, where every head keeps all keys and bytes are left."""
+        numbers = 2 * self.geometry.head_dim * self.length * self.n_heads
+        if self.layout.bits is not None or any(count < self.length for (count, *_) in sizes):
+            return MEAN_BITS
+        return max(MEAN_BITS, min(_MOST_BITS, 8 * nbytes / numbers - _OVERHEAD_BITS))
 
     def _allocated(self, affordable: Affordable, share: float, errors: np.ndarray) -> list[Size]:
         nbytes = affordable(share)
@@ -346,7 +358,7 @@ class Fitter:
         finite.check_heads("initialization", self._not_finite(group, first), self.geometry)
         bank = self._settled(self._train(start, rows, steps) if steps else first, rows)
         heads = bank.unstack()
-        if steps and self.held_out.rows:
+        if self.held_out.rows:
             held_out = self.held_out_rows(group)
             before, after = (np.array(regression.errors(b, held_out)) for b in (first, bank))
             worse = ~(after <= before)
@@ -375,7 +387,7 @@ class Fitter:
         if self.layout.bits is not None:
             return bank
         steps = self.steps if train else 0
-        return settling.settled(bank, rows, steps=steps, batch=self.config.batch, rate=self.rate)
+        return settling.settled(bank, rows, bits=self.bits, steps=steps, batch=self.config.batch, rate=self.rate)
 
     def errors(self, banks: Sequence[Bank]) -> list[float]:
         """Merged error of every head on the held-out rows, one bank a layer."""
