@@ -18,7 +18,6 @@ from .models.encoder import Behind, Span, encoder, hidden
 
 INTRODUCTION = "Here is a text.\n\n"
 _MARK = "<<the document stands here>>"  # stands for the document while the template is rendered
-_THINK = {"start": "<think>", "end": "</think>"}  # where the tokenizer names no others
 
 Message = dict[str, str]
 
@@ -121,12 +120,18 @@ def _message(tokenizer: Any, message: Message, mark: str) -> Message:
             return [plain(each) for each in value]
         return hidden(encodes, value, mark) if isinstance(value, str) else value
 
-    start, end = (getattr(tokenizer, f"think_{end}", None) or tag for end, tag in _THINK.items())
-    thoughts = re.match(rf"(\s*{re.escape(start)})(.*?)({re.escape(end)})", message["content"], re.DOTALL)
     found: Message = plain(message)
-    if thoughts and message["role"] == "assistant":
-        found["content"] = thoughts[1] + plain(thoughts[2]) + thoughts[3] + plain(message["content"][thoughts.end() :])
+    if message["role"] == "assistant" and (thoughts := _thoughts(tokenizer, message["content"])):
+        start, between, end, answer = thoughts.groups()
+        found["content"] = start + plain(between) + end + plain(answer)
     return found
+
+
+def _thoughts(tokenizer: Any, answer: str) -> re.Match[str] | None:
+    """What opens the thoughts before an answer, the thoughts, what ends them, and the answer."""
+    start, end = getattr(tokenizer, "think_start", None), getattr(tokenizer, "think_end", None)
+    start, end = re.escape(start or "<think>"), re.escape(end or "</think>")
+    return re.match(rf"(\s*{start})(.*?)({end})(.*)", answer, re.DOTALL)
 
 
 def _render(tokenizer: Any, turns: Sequence[Message], **template: Any) -> tuple[str, str]:

@@ -103,7 +103,7 @@ def test_a_conversation_that_passes_the_window_is_refused_and_goes_on_anew():
     assert list(chat.answer(QUESTIONS[0]))
 
 
-def test_thoughts_that_the_template_opens_are_told_from_the_answer():
+def test_thoughts_that_the_template_opens_are_kept_apart_from_the_answer():
     """Its next rendering drops them; without what opens them they would be text."""
     opens = toys.CHAT.replace("assistant\n{%", "assistant\n<think>\n{%")
     drops = opens.replace("{{ m.content }}", "{{ m.content.split('</think>')[-1] }}")
