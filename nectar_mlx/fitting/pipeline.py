@@ -20,6 +20,7 @@ from ..errors import NectarError
 from ..heads import KINDS, Bank, Quadrature, Residual
 from ..retrieval.keys import Keys
 from ..store import Layout
+from ..window import window as _window
 from . import chunks, finite, reading, verdict
 from .checkpoint import Checkpoint
 from .config import FitConfig, affordable_bytes, free_memory, layout_for, share_of
@@ -142,12 +143,3 @@ def _chunks(model: nn.Module, tokenizer: Any, prefix: Sequence[int], config: Fit
             f"cut it with --context-tokens {max(0, room)}, or fit it chunk by chunk with --kind quadrature"
         )
     return chunks.split(tokens, room)
-
-
-def _window(model: nn.Module) -> int | None:
-    """Positions the model was made for, where its configuration (or its text part's) says."""
-    arguments = getattr(model, "args", None)
-    told = getattr(arguments, "max_position_embeddings", None)
-    if told is None:
-        told = (getattr(arguments, "text_config", None) or {}).get("max_position_embeddings")
-    return told
