@@ -356,7 +356,9 @@ class Fitter:
         first = copy(start.bank)
         first.parameters = start.fold(start.parameters)
         finite.check_heads("initialization", self._not_finite(group, first), self.geometry)
-        bank = self._settled(self._train(start, rows, steps) if steps else first, rows)
+        trained = self._train(start, rows, steps) if steps else first
+        # All keys in more bits than usual are better left as they are.
+        bank = self._settled(trained, rows, train=bool(steps) or self.bits == MEAN_BITS)
         heads = bank.unstack()
         if self.held_out.rows:
             held_out = self.held_out_rows(group)

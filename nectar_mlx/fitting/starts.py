@@ -33,19 +33,33 @@ class Start:
 
     @classmethod
     def of(cls, bank: Bank, rows: Captured | None = None) -> "Start":
-        """That of a bank as it is. rows: by which the units of its nodes are told."""
-        units = {} if rows is None else node_units(rows, scale=bank.scale)
-        return cls(bank=bank, parameters=dict(bank.parameters), fold=lambda parameters: parameters, units=units)
+        """That of a bank as it is. rows: by which its nodes are put into better coordinates, where it has nodes.
 
+        With q̄ the mean query, a node's score scale · q·k + b is trained as scale · (q - q̄)·k + b': what all queries
+        have in common then does not couple k and b, and what rounding does to it in k, b makes up for.
+        """
+        parameters = dict(bank.parameters)
+        if rows is None:
+            return cls(bank=bank, parameters=parameters, fold=lambda parameters: parameters)
+        queries, output = (x[:, :_UNIT_ROWS].astype(mx.float32) for x in (rows.queries, rows.output))
+        mean = queries.mean(1)[..., None]
 
-def node_units(rows: Captured, *, scale: float) -> HeadArrays:
-    """In what steps of nodes are measured, [M, 1, 1]: those of keys in what moves a score by a certain amount, those of
-    values in the rms of what they are to give. Models differ in both by orders of magnitude, and so do layers. Both are
-    1 in the median head of SmolLM2-135M, on which the rate was chosen."""
-    some = Captured(*(x[:, :_UNIT_ROWS].astype(mx.float32) for x in rows))
-    queries = mx.sqrt(mx.square(some.queries).sum(-1).mean(1)) + 1e-12  # the rms of |q|
-    outputs = mx.sqrt(mx.square(some.output).mean((1, 2))) + 1e-12
-    return {"keys": (1.85 / (scale * queries))[:, None, None], "values": (5.0 * outputs)[:, None, None]}
+        def common(parameters: HeadArrays) -> mx.array:
+            scores: mx.array = bank.scale * (parameters["keys"] @ mean)
+            return scores[..., 0]
+
+        # A model's and a layer's queries and values differ by orders of magnitude from those of others. The units are
+        # what moves a score by a certain amount, and the rms of the output; both are 1 in the median head of
+        # SmolLM2-135M, on which the rate was chosen.
+        spread = mx.sqrt(mx.square(queries - mean.swapaxes(1, 2)).sum(-1).mean(1)) + 1e-12
+        size = mx.sqrt(mx.square(output).mean((1, 2))) + 1e-12
+        units = {"keys": 1.2 / (bank.scale * spread), "values": 5.0 * size}
+        return cls(
+            bank=bank,
+            parameters=parameters | {"bias": parameters["bias"] + common(parameters)},
+            fold=lambda parameters: parameters | {"bias": parameters["bias"] - common(parameters)},
+            units={name: unit[:, None, None] for name, unit in units.items()},
+        )
 
 
 def size_for(layout: Layout, nbytes: float, *, most: int) -> Size:

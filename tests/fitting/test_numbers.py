@@ -210,9 +210,10 @@ def test_a_captured_number_that_is_not_finite_is_named():
 
 def test_a_head_that_training_made_worse_keeps_its_start(tokenizer, monkeypatch):
     model = toys.toy("llama")
-    trained = toys.fit(model, tokenizer, TEXT, config=FitConfig(**FAST))
-    ruined = toys.fit(model, tokenizer, TEXT, config=FitConfig(**FAST, rate=50.0))
-    kept = toys.fit(model, tokenizer, TEXT, config=FitConfig(**FAST, rate=1e-9))
+    budgets = FAST | {"budget": 0.15}
+    trained = toys.fit(model, tokenizer, TEXT, config=FitConfig(**budgets))
+    ruined = toys.fit(model, tokenizer, TEXT, config=FitConfig(**budgets, rate=50.0))
+    kept = toys.fit(model, tokenizer, TEXT, config=FitConfig(**budgets, rate=1e-9))
     assert trained.report["kl"] < 1.2 * kept.report["kl"]
     assert ruined.report["kl"] < 1.5 * kept.report["kl"]
 

@@ -24,8 +24,8 @@ M, N, n, D, SCALE = 2, 40, 90, 16, 0.4
 TEXT = " ".join(f"The {a} dog sees fox number {i}, and the {b} fox runs." for i, (a, b) in enumerate(
     (a, b) for a in ("quick", "lazy", "brown", "old") for b in ("red", "sly", "young", "tired")
 ))  # fmt: skip
-FAST = {"queries": 500, "conversations": 8, "steps": 40, "scout_steps": 5, "answer_tokens": 16, "checks": 2, "batch": 128,
-        "samples": 300, "budget": 0.3}  # fmt: skip
+FAST = {"queries": 500, "conversations": 8, "steps": 40, "scout_steps": 5, "answer_tokens": 16, "batch": 128,
+        "checks": 2, "samples": 300, "budget": 0.3}  # fmt: skip
 
 
 def random(*shape, seed=0):
