@@ -2,8 +2,8 @@
 
 The bytes that a faithful file takes differ from model to model: with two KV heads 2% of the cache are few. The trial
 fit's errors in nats rank heads, but do not tell the divergence (docs/log/budgets.md), so it is measured: all heads are
-given their sizes at a candidate budget, trained for a short time, and asked the check questions. The whole fit leaves
-about a constant share of that divergence. Candidates double or halve until the target lies between two of them.
+given their sizes at a candidate budget, trained for a short time, and asked the check questions. The whole fit is
+expected to leave as much: it trains longer, and rounds. Candidates double or halve until the target lies between two.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,7 +16,6 @@ from .verdict import EXPONENT
 
 TARGET = 0.99  # of the gap closed
 FIRST, LEAST, MOST = 0.02, 0.0025, 0.3  # at 0.3 every head can keep all keys of the text
-LEFT = 0.5  # of the short fit's divergence, by the whole fit; measured: docs/log/budgets.md
 STEPS = 100  # of a short fit
 
 Figures = Mapping[str, Any]
@@ -39,7 +38,7 @@ def choose(measure: Callable[[float], Figures], *, least: float = LEAST, most: f
     def excess(share: float) -> float:
         """The expected divergence as a multiple of the one that is wanted."""
         figures = measure(share)
-        return float(LEFT * figures["kl"] / max((1 - TARGET) * figures["kl_no_context"], 1e-9))
+        return float(figures["kl"] / max((1 - TARGET) * figures["kl_no_context"], 1e-9))
 
     at = min(max(FIRST, least), most)
     ratio = excess(at)

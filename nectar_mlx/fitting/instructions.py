@@ -87,7 +87,7 @@ CHECK_PHRASE = (
 CHECK_ABOUT = (
     'What led to this: "{passage}"?',
     'Is this in the text, and what does it tell us? "{passage}"',
-    'Translate into plain words: "{passage}"',
+    'Quote the sentences around this one: "{passage}"',
     'Go on from here, as the text does: "{passage}"',
 )
 
