@@ -36,7 +36,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--kind",
         default="auto",
-        help="auto, quadrature, mlp, corrected, exact; with exact keys beside: retrieval+nectar, completion, retrieval",
+        help="auto, quadrature, mlp, corrected, exact; with a file of exact keys: hybrid, completion, retrieval",
     )
     parser.add_argument(
         "--bits",

@@ -20,6 +20,7 @@ from .study import DeviceStudy, Study
 STEPS = 300 if SLOW_EXP else 1500  # of a regression
 # Nodes alone are settled, each row in as many as it needs; more nodes make up for what each loses.
 _BITS = {"quadrature": None, "retrieval+nectar": 6, "exact": 16}  # others 8
+_ALIASES = {"hybrid": "retrieval+nectar"}
 _FEWEST_ROWS, _MOST_ROWS = 20_000, 20_000 if SLOW_EXP else 120_000  # a head; more than the most gain little
 
 
@@ -61,12 +62,13 @@ class FitConfig:
     samples: int = 4096  # rows that Attention Matching solves on
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "kind", _ALIASES.get(self.kind, self.kind))
         if self.budget != "auto" and not 0 < self.budget <= 1:
             raise NectarError(f"a budget of {self.budget:g} is not in (0, 1]: it is the share of the KV cache to keep")
         if self.bits not in (None, *BITS):
             raise NectarError(f"{self.bits} bits are not supported: choose {', '.join(map(str, BITS))}")
         if self.kind not in ("auto", *KINDS):
-            raise NectarError(f"unknown kind {self.kind!r}: choose one of auto, {', '.join(KINDS)}")
+            raise NectarError(f"unknown kind {self.kind!r}: choose one of auto, {', '.join([*KINDS, *_ALIASES])}")
         if self.prefill not in ("dense", "fixed"):
             raise NectarError(f"unknown prefill {self.prefill!r}: choose dense or fixed")
         for name in ("size", "queries", "seed", "steps", "context_tokens", "memory"):
