@@ -19,40 +19,35 @@ from ..clock import Clock
 from ..heads import Bank, HeadArrays, Quadrature, Size
 from ..store import MEAN_BITS
 from . import (
-    auto_budget,
     capture,
     dialogue,
     fidelity,
     finite,
     grouping,
     matching,
+    planning,
     reading,
     regression,
-    sensitivity,
     settling,
     starts,
 )
 from .checkpoint import Checkpoint, Plan
-from .config import STEPS, FitConfig, allocate, free_memory, layout_for, rows_for
+from .config import STEPS, FitConfig, free_memory, layout_for, rows_for
 from .dialogue import Conversation
 from .part import checked
+from .planning import Affordable
 from .reading import Context
 from .starts import Start
 from .study import Captured, DeviceStudy, Study
 from .verdict import measured
 
-_JUDGES = 8  # conversations by which the errors of heads are weighed
 _RATES = {"quadrature": 1.5e-2, "retrieval+nectar": 2.5e-2}  # others 6e-3
 _ENOUGH = 0.9  # of the rows asked for: not another batch for the last few
 _LEAST_TOGETHER = 16  # conversations: with fewer, sampling is slow on any machine
-_SCOUTED = 1 << 15  # rows of a short fit, at most
 CHECK_TEMPERATURE = 0.7
 _CHECK_SEED = 1_000_003  # of the answers to the check questions, beside that of the fit
 
-_MOST_BITS, _OVERHEAD_BITS = 11.0, 0.5  # of a number; the second for biases, exponents and what training adds
-_TRIED = 8 if SLOW_EXP else 32  # check questions by which a budget is chosen
 
-Affordable = Callable[[float], float]
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 
 
@@ -242,94 +237,36 @@ class Fitter:
         return matching.match(self._samples(indices), keys, values, scale=self.geometry.scale)
 
     def plan(self, affordable: Affordable, share: float | None) -> Plan:
-        """Every head's size, from the errors of a short uniform fit.
-
-        affordable: a share of the KV cache -> the bytes that it leaves for heads. share: None to choose the smallest
-        that is expected to do (`auto_budget`).
-        """
+        """What each head gets: see `planning.plan`."""
         plan = self.checkpoint.load_plan()
         if plan is None:
-            errors = self.scout(affordable(share or auto_budget.FIRST))
-            choice = self._chosen(affordable, errors) if share is None else None
-            share = choice.share if choice else share or auto_budget.FIRST
-            sizes = self._allocated(affordable, share, errors)
-            plan = Plan(sizes, share, choice.exponent if choice else None, self._bits(sizes, affordable(share)))
+            plan = planning.plan(self, affordable, share)
             self.checkpoint.save_plan(plan)
         return plan
 
-    def _bits(self, sizes: Sequence[Size], nbytes: float) -> float:
-        """How many bits a number of a node gets: more, where every head keeps all keys and bytes are left."""
-        numbers = 2 * self.geometry.head_dim * self.length * self.n_heads
-        if self.layout.bits is not None or any(count < self.length for (count, *_) in sizes):
-            return MEAN_BITS
-        return max(MEAN_BITS, min(_MOST_BITS, 8 * nbytes / numbers - _OVERHEAD_BITS))
-
-    def _allocated(self, affordable: Affordable, share: float, errors: np.ndarray) -> list[Size]:
-        nbytes = affordable(share)
-        return allocate(errors, nbytes, share=share, layout=self.layout, config=self.config, n=self.length)
-
-    def _chosen(self, affordable: Affordable, errors: np.ndarray) -> auto_budget.Choice | None:
-        """The budget that is expected to do; None for kinds whose short fits do not tell it."""
-        if self.layout.kind != "quadrature":
-            return None
-        return auto_budget.choose(lambda share: self._tried(self._allocated(affordable, share, errors)))
-
-    def _tried(self, sizes: Sequence[Size]) -> dict[str, Any]:
-        """The check's figures for heads of these sizes, trained for a short time and not rounded."""
-        heads, K = dict[int, HeadArrays](), self.geometry.n_kv_heads
-        with self.progress("choosing a budget", self.n_heads) as done:
-            for group, whole in self._members(sizes):
-                rows = self.training_rows(group, _SCOUTED)
-                start = self._kept(group) if whole else self._start(group, [sizes[i] for i in group], rows)
-                bank = start.bank if whole else self._train(start, rows, auto_budget.STEPS)
-                heads |= dict(zip(group, bank.unstack(), strict=True))
-                done(len(heads))
-        banks = [
-            Quadrature.stack([heads[layer * K + k] for k in range(K)], scale=self.layout.scale, offset=offset)
-            for layer, offset in enumerate(self.context.offsets)
-        ]
-        return self.fidelity(banks, checks=_TRIED)
-
-    def _members(self, sizes: Sequence[Size]) -> Iterator[tuple[list[int], bool]]:
+    def members(self, sizes: Sequence[Size]) -> Iterator[tuple[list[int], bool]]:
         """Heads that are fitted together, and whether they have room for every key, so that nothing is trained."""
         nodes = self.layout.kind == "quadrature"
-        for group in self._groups(sizes):
+        for group in self.groups(sizes):
             whole = [i for i in group if nodes and sizes[i][0] >= self.length]
             for members, keeps in ((whole, True), ([i for i in group if i not in whole], False)):
                 if members:
                     yield sorted(members), keeps
 
-    def scout(self, nbytes: float) -> np.ndarray:
-        """Every head's error [n_heads], in nats, after a short fit in which all heads have the same size."""
-        same = starts.size_for(self.layout, nbytes / self.n_heads, most=self.length)
-        errors = np.zeros(self.n_heads)
-        groups = self._groups([same] * self.n_heads)
-        with self.progress("weighing errors", _JUDGES) as done:
-            told = [c for c in self.conversations if c.answer and c.split == "train"][:_JUDGES]
-            information = sensitivity.fisher(self.model, self.context, told, geometry=self.geometry, progress=done)
-            metric = sensitivity.metric(information)
-        with self.progress("deciding budgets", len(groups)) as done:
-            for number, group in enumerate(groups):
-                rows = self.training_rows(group, _SCOUTED)
-                bank = self._train(self._start(group, [same] * len(group), rows), rows, self.config.scout_steps)
-                errors[group] = self.judged(bank, rows, metric[mx.array(group)])
-                done(number + 1)
-        return errors
-
     def judged(self, bank: Bank, rows: Captured, metric: mx.array) -> np.ndarray:
         """What the errors of some heads cost, [M], by which they get their bytes."""
         return np.array(regression.errors(bank, rows, metric=metric))
 
-    def _groups(self, sizes: Sequence[Size]) -> list[list[int]]:
+    def groups(self, sizes: Sequence[Size]) -> list[list[int]]:
         """Heads that are trained together; what one costs a step is the scores of its batch."""
         launch = 1 << 14 if SLOW_EXP else 1 << 24
         return grouping.groups([s[0] * self.config.batch for s in sizes], room=self.room, launch=launch)
 
-    def _start(self, group: Sequence[int], sizes: Sequence[Size], rows: Captured) -> Start:
+    def start(self, group: Sequence[int], sizes: Sequence[Size], rows: Captured) -> Start:
         nodes = self.matched(group, [s[0] for s in sizes]) if self.layout.kind != "mlp" else []
         return starts.start(self.layout, nodes, sizes, rows, seed=self.config.seed)
 
-    def _train(self, start: Start, rows: Captured, steps: int) -> Bank:
+    def train(self, start: Start, rows: Captured, steps: int) -> Bank:
         return regression.train(start, rows, steps=steps, batch=self._batch, rate=self.rate)
 
     @property
@@ -340,11 +277,11 @@ class Fitter:
         """All heads, trained at their own sizes, and nodes rounded as they will be stored."""
         heads = self.checkpoint.load_heads()
         with self.progress("fitting heads", self.n_heads) as done:
-            for group, whole in self._members(sizes):
+            for group, whole in self.members(sizes):
                 left = [i for i in group if i not in heads]
                 if left:
                     rows = self.training_rows(left)
-                    start = self._kept(left) if whole else self._start(left, [sizes[i] for i in left], rows)
+                    start = self.kept(left) if whole else self.start(left, [sizes[i] for i in left], rows)
                     fitted = self._fitted(left, start, rows, steps=0 if whole else self.steps)
                     self.checkpoint.save_heads(fitted)
                     heads |= fitted
@@ -356,7 +293,7 @@ class Fitter:
         first = copy(start.bank)
         first.parameters = start.fold(start.parameters)
         finite.check_heads("initialization", self._not_finite(group, first), self.geometry)
-        trained = self._train(start, rows, steps) if steps else first
+        trained = self.train(start, rows, steps) if steps else first
         # All keys in more bits than usual are better left as they are.
         bank = self._settled(trained, rows, train=bool(steps) or self.bits == MEAN_BITS)
         heads = bank.unstack()
@@ -376,7 +313,7 @@ class Fitter:
     def _not_finite(self, group: Sequence[int], bank: Bank) -> list[int]:
         return [group[m] for m in finite.not_finite(bank.parameters.values())]
 
-    def _kept(self, group: Sequence[int]) -> Start:
+    def kept(self, group: Sequence[int]) -> Start:
         """Heads with room for every key: there is nothing to train."""
         nodes = []
         for index in group:

@@ -23,7 +23,7 @@ from ..adapter import Geometry, compute_type
 from ..cache import Window
 from ..clock import Clock
 from ..heads import Exact, Size
-from . import capture, dialogue, finite, reading, starts
+from . import capture, dialogue, finite, planning, reading, starts
 from .capture import Heard, StudyCache
 from .checkpoint import Checkpoint, Plan
 from .config import FitConfig, allocate, layout_for, rows_for
@@ -166,16 +166,16 @@ class LayerwiseFitter:
                 conversations=self._together,
                 memory=self._memory,
             )
-            scout = Fitter(self.model, self.tokenizer, excerpt, self.geometry, config, progress=self.progress)
-            scout.converse()
-            scout.hear(together=_SAID)
-            scout.prepare()
+            trial = Fitter(self.model, self.tokenizer, excerpt, self.geometry, config, progress=self.progress)
+            trial.converse()
+            trial.hear(together=_SAID)
+            trial.prepare()
             few = nbytes * len(excerpt.prefix) / len(self.prefix)
-            nodes, *_ = starts.size_for(scout.layout, few / scout.n_heads, most=scout.length)
+            nodes, *_ = starts.size_for(trial.layout, few / trial.n_heads, most=trial.length)
             # Rows of heads that are tried together are there at once.
-            heads = self._memory // 8 // Study.nbytes(1, scout.queries, self.geometry.head_dim)
-            scout.room = min(self._room, heads * nodes * config.batch)
-            errors = scout.scout(few)
+            heads = self._memory // 8 // Study.nbytes(1, trial.queries, self.geometry.head_dim)
+            trial.room = min(self._room, heads * nodes * config.batch)
+            errors = planning.trial_errors(trial, few)
             plan = Plan(allocate(errors, nbytes, share=share, layout=self.layout, config=self.config, n=n), share)
             self.checkpoint.save_plan(plan)
         return plan

@@ -10,7 +10,7 @@ import pytest
 
 from nectar_mlx import NectarError, adapter, fit, models, prompts, store
 from nectar_mlx.cache import NectarCache
-from nectar_mlx.fitting import capture, layerwise, part, pipeline, reading, walk
+from nectar_mlx.fitting import capture, dialogue, layerwise, part, pipeline, reading, walk
 from nectar_mlx.fitting.checkpoint import Checkpoint
 from nectar_mlx.fitting.config import FitConfig
 from nectar_mlx.fitting.dialogue import Conversation
@@ -230,8 +230,8 @@ def test_no_phase_takes_more_memory_than_fitting_a_layer():
     ours = LayerwiseFitter(model, tokenizer, prefix, geometry, config, progress=measured, checkpoint=Checkpoint(None))
     with measured("sampling", 0):
         ours.conversations = []
-        ours.conversations = ours._ask_about(ours._passage(0), lambda rows: None)
-    ours.sizes(0.02 * geometry.cache_bytes(len(prefix)))
+        ours.conversations = ours._ask_batch(dialogue.asked, 0.9, lambda rows: None)
+    ours.plan(0.02 * geometry.cache_bytes(len(prefix)), 0.02)
     ours.conversations = [
         Conversation(prefix[i : i + 60], prefix[i + 3000 : i + 3096], split="held_out" if i % 500 == 0 else "train")
         for i in range(0, 2500, 50)
@@ -282,7 +282,7 @@ def test_an_interrupted_fit_goes_on(tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(Fitter, "regress", regress)
     monkeypatch.setattr(LayerwiseFitter, "_ask_about", lambda *a: pytest.fail("asked again"))
     trained = []
-    train = pipeline.Fitter._train
+    train = pipeline.Fitter.train
     monkeypatch.setattr(Fitter, "_train", lambda self, heads, *a: trained.extend(heads) or train(self, heads, *a))
     resumed = toys.fit(model, tokenizer, TEXT, config=config, checkpoint=Checkpoint(tmp_path / "part"))
     assert store.digest(resumed._tensors) == store.digest(whole._tensors)

@@ -244,7 +244,7 @@ def test_bytes_go_by_the_errors_where_keys_are_read(heard):
     rows = heard.training_rows([0, 1])
     unread = np.array(rows.queries[0, :, -1] == EVERYTHING)
     assert 0 < unread.mean() < 1
-    bank = heard._train([0, 1], [(6,), (6,)], rows, 1)
+    bank = heard.train(heard.start([0, 1], [(6,), (6,)], rows), rows, 1)
     metric = mx.stack([mx.eye(heard.geometry.head_dim)] * 2)
     beside, alone = (
         regression.errors(bank, Captured(*(x[:, mx.array(np.flatnonzero(which))] for x in rows)), metric=metric)

@@ -19,7 +19,8 @@ from ...retrieval.keys import Arrays, Keys
 from ...retrieval.router import routers
 from ..auto_budget import FIRST
 from ..checkpoint import Plan
-from ..fitter import Affordable, Fitter
+from ..fitter import Fitter
+from ..planning import Affordable
 from ..starts import Start
 from ..study import Captured
 from . import distillation, training
@@ -143,11 +144,11 @@ class RetrievalFitter(Fitter):
                 found += weight * super().judged(bank, part, metric)
         return found
 
-    def _groups(self, sizes: Sequence[Size]) -> list[list[int]]:
+    def groups(self, sizes: Sequence[Size]) -> list[list[int]]:
         wide = [(self._seen.size // 4,)] * self.n_heads if self.layout.kind == "completion" else sizes
-        return super()._groups(wide)
+        return super().groups(wide)
 
-    def _start(self, group: Sequence[int], sizes: Sequence[Size], rows: Captured) -> Start:
+    def start(self, group: Sequence[int], sizes: Sequence[Size], rows: Captured) -> Start:
         counts = [size[0] for size in sizes]
         make = self._remainder if self.layout.kind == "retrieval+nectar" else self._completion
         return Start.of(make(group, counts, rows))
