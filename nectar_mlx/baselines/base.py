@@ -25,7 +25,7 @@ from ..store import Layout
 
 TOGETHER = 16 if SLOW_EXP else 128  # conversations sampled side by side; on a GPU ten take as long
 _JUDGES = 8  # conversations by which the errors of heads are weighed
-BITS = {"quadrature": 5, "exact": 8}  # of a matrix entry, unless told: what serves each best (docs/log.md)
+BITS = {"quadrature": 5, "exact": 8}  # of a matrix entry, unless told: what serves each best (docs/log/baselines.md)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,8 +8,8 @@ the others out of sight. All of them weigh as much as one, and the opening, whic
     L = logaddexp(L_opening, log Σ exp(L_c) - log C),    c = 1 … C
 
 A model expects a text to weigh what one window weighs: the plain sum of many chunks drowns the opening and the live
-tokens (docs/log.md). In heads made of nodes the rule is a bias, -log C on every node of a chunk, so that file, cache
-and kernel know nothing of chunks.
+tokens (docs/log/chunks.md). In heads made of nodes the rule is a bias, -log C on every node of a chunk, so that file,
+cache and kernel know nothing of chunks.
 
 A chunk is read without those before it: what it says about them is not understood, and their order is not known.
 """

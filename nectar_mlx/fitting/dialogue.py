@@ -1,5 +1,5 @@
 """Conversations about a context: sampled with the full cache in view, for the queries that matter are those of real
-answers. Re-reading the text alone gives three times the divergence (docs/log.md).
+answers. Re-reading the text alone gives three times the divergence (docs/log/sampling.md).
 """
 
 import itertools

@@ -6,7 +6,7 @@
 Memory is then the hidden states of all tokens, one layer's keys and values and its training rows. The conversations
 are not those that the full context would have brought about, but the attention that heads are fitted to is the full
 context's own: the divergence is somewhat larger than where answers are sampled with everything in view, by a quarter in
-a prototype (docs/log.md).
+a prototype (docs/log/layerwise.md).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
