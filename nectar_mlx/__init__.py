@@ -13,8 +13,8 @@ __all__ = ["Nectar", "NectarError", "__version__"]
 __version__ = "0.1.0"
 
 use_fast_blas()
-# Where MLX multiplies float32 numbers in 10 bits on a GPU, scores of thousands are wrong by several units. Exact
-# products cost a fit nothing (docs/log/regression.md).
+# Where MLX multiplies float32 numbers in 10 bits on a GPU, scores of thousands are wrong by several units. A fit was
+# no slower with exact products (docs/log/numbers.md).
 os.environ.setdefault("MLX_ENABLE_TF32", "0")
 
 

@@ -280,10 +280,9 @@ def test_an_interrupted_fit_goes_on(tokenizer, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         toys.fit(model, tokenizer, TEXT, config=config, checkpoint=Checkpoint(tmp_path / "part"))
     monkeypatch.setattr(Fitter, "regress", regress)
-    monkeypatch.setattr(LayerwiseFitter, "_ask_about", lambda *a: pytest.fail("asked again"))
-    trained = []
-    train = pipeline.Fitter.train
-    monkeypatch.setattr(Fitter, "_train", lambda self, heads, *a: trained.extend(heads) or train(self, heads, *a))
+    monkeypatch.setattr(LayerwiseFitter, "_ask_batch", lambda *a: pytest.fail("asked again"))
+    trained, start = [], Fitter.start
+    monkeypatch.setattr(Fitter, "start", lambda self, heads, *a: trained.extend(heads) or start(self, heads, *a))
     resumed = toys.fit(model, tokenizer, TEXT, config=config, checkpoint=Checkpoint(tmp_path / "part"))
     assert store.digest(resumed._tensors) == store.digest(whole._tensors)
     assert len(trained) == (model.args.num_hidden_layers - 2) * model.args.num_key_value_heads
