@@ -55,10 +55,9 @@ def test_the_kernel_gets_the_integers_of_the_file(kind, bits, head_dim):
 def test_a_file_is_packed_where_there_is_a_kernel(kind, bits, monkeypatch):
     layout, tensors = written(kind, bits, 64)
     banks = [b.alone() if isinstance(b, Residual) else b for b in store.unpack(layout, tensors)]
-    assert decoding.packed(banks, layout, tensors, n_heads=4) is None, "a CPU has no kernel"
+    assert decoding.packed(banks, layout, tensors) is None, "a CPU has no kernel"
     monkeypatch.setattr(kernels, "backend", lambda: "metal")
-    monkeypatch.setattr(kernels, "decode", lambda *_: None)
-    layers = decoding.packed(banks, layout, tensors, n_heads=4)
+    layers = decoding.packed(banks, layout, tensors)
     assert [layer.form.storage for layer in layers] == ["int8"] * 2
     assert set(SIZES) <= set(KINDS)
 

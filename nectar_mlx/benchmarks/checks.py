@@ -1,11 +1,13 @@
 """Whether every kernel is right on this machine: what it computes beside plain operations in float32."""
 
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
 
 from .. import attention, kernels
 from ..heads import Bank
+from ..kernels import checking
 from ..sparse import Fixed, Pattern, Strided
 from ..sparse import kernel as sparse_kernel
 from ..sparse.patterns import take_heads
@@ -54,12 +56,12 @@ def check(
     K = len(bank.sizes)
     queries = mx.random.normal((batch, K * group, length, head_dim)).astype(dtype)
     keys, values = (mx.random.normal((batch, K, 80, head_dim)).astype(dtype)[:, :, 3:76] for _ in range(2))
-    kept, heads = measure.stored(bank, storage, bits)
-    packed = kernels.pack(kept, dtype=storage, bits=bits, heads=heads)
+    kept, heads = checking.stored(bank, storage, bits)
+    packed = replace(kernels.pack(kept, dtype=storage, bits=bits, heads=heads), checked=False)
     out = kernels.decode(packed, queries, keys, values)
-    want = measure.oracle(kept, queries, keys, values)
+    want = checking.reference(kept, queries, keys, values)
     assert out is not None
-    error = _error(out, want)
+    error = checking.relative_error(out, want)
     tolerance = {mx.float32: 2e-5, mx.float16: 1.5e-3, mx.bfloat16: 1e-2}[dtype]
     if packed.deep:  # their hidden layers are stock matmuls of the storage type, float32 ones in TF32 on NVIDIA
         tolerance = {mx.float32: 1e-3, mx.float16: 1.5e-2, mx.bfloat16: 5e-2}[storage]
@@ -97,7 +99,7 @@ def check_sparse(pattern: Pattern, *, head_dim: int, dtype: mx.Dtype) -> Row:
         return sparse_kernel.attention(queries, keys, values, pattern=pattern, scale=scale)
 
     found, expected = ([*attend(*given), *_gradients(attend, given, weights)] for attend in (sparse, dense))
-    error = max(_error(x, y) for x, y in zip(found, expected, strict=True))
+    error = max(checking.relative_error(x, y) for x, y in zip(found, expected, strict=True))
     row: Row = {"kind": f"sparse {type(pattern).__name__.lower()}", "head_dim": head_dim, "group": H // K}
     row |= {"length": T, "batch": B, "dtype": str(dtype).removeprefix("mlx.core."), "storage": "-"}
     return row | {"error": error, "ok": error < {mx.float16: 1e-2, mx.bfloat16: 4e-2}[dtype]}
@@ -110,8 +112,3 @@ def _gradients(attend: Any, given: list[mx.array], weights: tuple[mx.array, mx.a
 
     found: Any = mx.grad(loss, argnums=(0, 1, 2))(*given)
     return list(found)
-
-
-def _error(x: mx.array, y: mx.array) -> float:
-    x, y = x.astype(mx.float32), y.astype(mx.float32)
-    return float((mx.abs(x - y).max() / mx.abs(y).max()).item())  # type: ignore[arg-type]

@@ -4,8 +4,8 @@ launches.
 metal/ holds the kernel text. On Apple silicon it goes to `mx.fast.metal_kernel`, two launches a layer: partial results,
 then their merge. On NVIDIA the same text goes to `mx.fast.cuda_kernel` behind metal/cuda.h, one launch a layer: the
 threadgroup that finishes last at a KV head merges, which needs a memory fence between threadgroups that Metal does not
-offer everywhere. Everywhere else, and for shapes that `supports` refuses, callers take `compose`, which is made of the
-plain operations that the kernel is tested against.
+offer everywhere. Everywhere else, and for shapes that `supports` refuses, callers take plain operations. So they do where
+a kernel does not compile or computes something else (checking.py): every text is tried once, before its first use.
 
 Calling a kernel through MLX costs host time that grows with the length of its text and the number of its inputs, so
 constants are baked into the text, a layer's parameters are one buffer, and every text is built once.
@@ -13,6 +13,7 @@ constants are baked into the text, a layer's parameters are one buffer, and ever
 
 import functools
 import os
+import warnings
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
@@ -22,10 +23,11 @@ import mlx.core as mx
 from .. import attention
 from ..errors import NectarError
 from ..heads import Bank, Quadrature
-from .packing import DTYPES, SLOTS, Form, Packed, activations
+from . import checking
+from .packing import DTYPES, SLOTS, Packed, activations
 from .packing import pack as _pack
 from .source import Kernel
-from .variants import LIVE_SLICE, MAX_SLICES, SIMDGROUPS, build, variant_for
+from .variants import LIVE_SLICE, MAX_SLICES, SIMDGROUPS, Variant, build, variant_for
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
 MAX_LENGTH = 8  # query tokens; more go through matmuls
@@ -119,12 +121,12 @@ def _plan(packed: Packed, queries: mx.array, keys: mx.array, live: int, padded: 
     try:
         plan: Plan | None = packed.plans[key]
     except KeyError:
-        plan = packed.plans[key] = _make_plan(packed.form, *key)
+        plan = packed.plans[key] = _make_plan(packed, *key)
     return plan
 
 
 def _make_plan(
-    form: Form,
+    packed: Packed,
     shape: tuple[int, ...],
     n_kv_heads: int,
     slices: int,
@@ -133,12 +135,15 @@ def _make_plan(
     live_dtype: mx.Dtype,
     padded: bool,
 ) -> Plan | None:
+    form = packed.form
     (B, H, T, D), K = shape, form.n_kv_heads
     fits = form.head_dim == D and D in HEAD_DIMS and n_kv_heads == K and H % K == 0 and ends and 0 < T <= MAX_LENGTH
     if form.backend == "ops" or not fits or dtype != live_dtype or dtype not in _NAMES:
         return None
     rows = B * (H // K) * T
     variant = variant_for(form, rows, H // K, T, _NAMES[dtype], padded)
+    if packed.checked and not works(variant, form.slots > 0):
+        return None
     threads = 32 * SIMDGROUPS
     grid = (threads * (form.blocks + K * slices), -(-rows // (variant.tiles * variant.tile)), 1)
     shapes = [((form.blocks + K * slices) * rows * (D + 2),), shape]  # of the partial results and of the output
@@ -152,15 +157,24 @@ def _make_plan(
     )
 
 
-def compose(
-    bank: Bank, queries: mx.array, keys: mx.array, values: mx.array, *, mask: mx.array | str | None = "causal"
-) -> mx.array:
-    """`decode` by stock operations, for prompts and where no kernel is; arguments as `attention.causal` has them."""
-    B, _, T, _ = queries.shape
-    far = bank(attention.group(queries, keys.shape[1]))
-    far = attention.Partial(*(attention.ungroup(x, B, T) for x in far))
-    live = attention.causal(queries, keys, values, scale=bank.scale, mask=mask)
-    return attention.merge(far, live).output.astype(queries.dtype)
+@functools.cache
+def works(variant: Variant, one_launch: bool) -> bool:
+    """Whether the kernel computes on this machine what plain operations do; a warning where it does not.
+
+    Asked once for each text in a process: see checking.py.
+    """
+    try:
+        probe = checking.probe(variant, one_launch=one_launch)
+        found = decode(
+            probe.packed, probe.queries, probe.keys, probe.values, live=checking.LIVE, left_padding=probe.left_padding
+        )
+        assert found is not None
+        reason = probe.mismatch(found)
+    except Exception as error:  # whatever a compiler or a driver has to say must not end an answer
+        reason = checking.summary(error)
+    if reason:
+        warnings.warn(f"plain operations instead of the decode kernel for {variant}: {reason}", stacklevel=2)
+    return not reason
 
 
 def compose_nodes(
@@ -208,10 +222,10 @@ __all__ = [
     "SIMDGROUPS",
     "Packed",
     "backend",
-    "compose",
     "compose_nodes",
     "decode",
     "launcher",
     "pack",
     "supports",
+    "works",
 ]

@@ -50,7 +50,8 @@ class Packed:
 
     `deep` holds the hidden layers of networks with more than one, stacked to [K, ...]: those run as stock matmuls.
     `tickets` count the threadgroups that are done with a KV head, [K] each, where one launch does everything: launches
-    of one layer that may be under way at once take different ones.
+    of one layer that may be under way at once take different ones. `checked`: whether a kernel must have computed the
+    right thing elsewhere before it is launched on this layer.
     """
 
     words: mx.array
@@ -58,6 +59,7 @@ class Packed:
     deep: HeadArrays = field(default_factory=dict)
     tickets: list[mx.array] = field(default_factory=list)
     plans: dict[Any, Any] = field(default_factory=dict)  # by shapes: what `kernels` launches
+    checked: bool = True
 
     @property
     def n_kv_heads(self) -> int:

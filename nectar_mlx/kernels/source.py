@@ -30,7 +30,7 @@ def kernel(
     make: Any = mx.fast.metal_kernel
     if backend == "cuda":
         make = mx.fast.cuda_kernel
-        header, body = _cuda(header, body)
+        header, body = to_cuda(header, body)
     made: Kernel = make(
         name=name,
         input_names=inputs,
@@ -73,7 +73,7 @@ def resolve(text: str, defined: set[str]) -> str:
     return "\n".join(kept) + "\n"
 
 
-def _cuda(header: str, body: str) -> tuple[str, str]:
+def to_cuda(header: str, body: str) -> tuple[str, str]:
     """Metal text -> CUDA text: arrays of a threadgroup are shared, other address spaces are not written.
 
     NVRTC reads files, so what MLX copies and hashes at every call are two `#include`s of files in the cache folder.

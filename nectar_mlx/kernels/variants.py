@@ -10,6 +10,7 @@ from . import source
 from .packing import Form
 
 SIMDGROUPS = 8
+MAX_TILE = 4  # query rows that a simdgroup holds
 LIVE_SLICE, MAX_SLICES = 64, 32  # live tokens a threadgroup; threadgroups for the live tokens of one KV head, at most
 # Rows that a lane has asked for before it uses the first, by bits: measured on an H100, guessed for Apple, which has
 # half the registers. "nodes": without hidden units, and with at most two queries a simdgroup.
@@ -21,9 +22,9 @@ FLIGHT = {
 
 
 def variant_for(form: Form, rows: int, group: int, length: int, element: str, padded: bool) -> "Variant":
-    """The text for so many query rows of a KV head in all sequences. A simdgroup holds at most four, as even as the
-    simdgroups side by side allow."""
-    tile = -(-rows // _tiles(rows, 4)) if rows < 4 * SIMDGROUPS else 4
+    """The text for so many query rows of a KV head in all sequences. A simdgroup holds at most MAX_TILE, as even as
+    the simdgroups side by side allow."""
+    tile = -(-rows // _tiles(rows, MAX_TILE)) if rows < MAX_TILE * SIMDGROUPS else MAX_TILE
     return Variant(
         backend=form.backend,
         element=element,
@@ -65,6 +66,20 @@ class Variant:
     tiles: int  # simdgroups that hold different rows
     padded: bool
 
+    def __str__(self) -> str:
+        of = f"{self.kind} heads of {self.head_dim} ({self.storage}), {self.element} queries, "
+        of += f"{self.group} to a KV head x {self.length} tokens, {self.tiles} x {self.tile} rows"
+        return of + ", left padding" * self.padded
+
+    @property
+    def quantised(self) -> bool:
+        return self.storage.startswith("int")
+
+    @property
+    def full(self) -> bool:
+        """Whether query rows beyond those of one threadgroup would be the next round's."""
+        return self.tiles == SIMDGROUPS and self.tile == MAX_TILE
+
     @property
     def shares(self) -> int:
         """Simdgroups that share the merge of a row: a power of two."""
@@ -72,7 +87,6 @@ class Variant:
 
     def text(self, stage: str) -> tuple[str, str]:
         """The kernel's header and body in Metal. stage: "partial" and "merge", or "fused", which is both."""
-        quantised = self.storage.startswith("int")
         bits = int(re.sub(r"\D", "", self.storage))
         lanes = 1 << (self.head_dim // 8 - 1).bit_length()
         halved = 2 if self.tile > 2 and self.backend == "metal" else 1  # four queries a lane leave fewer registers
@@ -85,7 +99,7 @@ class Variant:
             "LANES": lanes,
             "ROW_WORDS": self.head_dim * bits // 32,
             "GROUP": group_size(self.head_dim),
-            "ROW_SCALES": self.head_dim // group_size(self.head_dim) if quantised else 0,
+            "ROW_SCALES": self.head_dim // group_size(self.head_dim) if self.quantised else 0,
             "N_KV_HEADS": self.n_kv_heads,
             "QUERY_HEADS": self.group,
             "LENGTH": self.length,

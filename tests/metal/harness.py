@@ -61,6 +61,11 @@ def modes() -> tuple[str, ...]:
     return tuple(mode for mode in _SANITIZERS if mode == "plain" or _works(mode))
 
 
+def default_mode() -> str | None:
+    """The build that finds most at a bearable cost; None without a compiler."""
+    return next((mode for mode in ("asan", "plain") if mode in modes()), None)
+
+
 def _works(mode: str) -> bool:
     with tempfile.TemporaryDirectory() as folder:
         source, program = Path(folder, "a.cpp"), Path(folder, "a")
