@@ -1,16 +1,17 @@
 """Whether every kernel is right on this machine: what it computes beside plain operations in float32."""
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
 
-from .. import attention, kernels
+from .. import kernels
 from ..heads import Bank
 from ..kernels import checking
 from ..sparse import Fixed, Pattern, Strided
+from ..sparse import checking as sparse_checking
 from ..sparse import kernel as sparse_kernel
-from ..sparse.patterns import take_heads
 from . import measure
 from .measure import Shape
 
@@ -82,33 +83,11 @@ def sparse_cases() -> list[Row]:
 
 
 def check_sparse(pattern: Pattern, *, head_dim: int, dtype: mx.Dtype) -> Row:
-    """Output, log-normaliser and gradients of sparse attention, four query heads on two KV heads, odd lengths."""
-    B, H, K, T, S = 2, 4, 2, 203, 231
-    lengths = ((H, T), (K, S), (K, S))
-    given = [mx.random.normal((B, heads, n, head_dim)).astype(dtype) for heads, n in lengths]
-    weights = mx.random.normal((B, H, T, head_dim)), mx.random.normal((B, H, T))
-    scale, mask = head_dim**-0.5, pattern.mask(T, S, heads=H)
-    owners = [head * K // H for head in range(H)]
-
-    def dense(queries: mx.array, keys: mx.array, values: mx.array) -> attention.Partial:
-        queries, keys, values = (x.astype(mx.float32) for x in (queries, keys, values))
-        keys, values = take_heads(keys, owners), take_heads(values, owners)
-        return attention.causal(queries, keys, values, scale=scale, mask=mask[None])
-
-    def sparse(queries: mx.array, keys: mx.array, values: mx.array) -> attention.Partial:
-        return sparse_kernel.attention(queries, keys, values, pattern=pattern, scale=scale)
-
-    found, expected = ([*attend(*given), *_gradients(attend, given, weights)] for attend in (sparse, dense))
-    error = max(checking.relative_error(x, y) for x, y in zip(found, expected, strict=True))
+    """Output, log-normaliser and gradients of sparse attention."""
+    probe = sparse_checking.probe(pattern, dtype=dtype, head_dim=head_dim, scale=head_dim**-0.5)
+    attend = partial(sparse_kernel.attention, pattern=pattern, scale=probe.scale)
+    error = max(max(probe.errors(attend, backwards=backwards)) for backwards in (False, True))
+    (B, H, T, _), K = probe.inputs[0].shape, probe.inputs[1].shape[1]
     row: Row = {"kind": f"sparse {type(pattern).__name__.lower()}", "head_dim": head_dim, "group": H // K}
     row |= {"length": T, "batch": B, "dtype": str(dtype).removeprefix("mlx.core."), "storage": "-"}
-    return row | {"error": error, "ok": error < {mx.float16: 1e-2, mx.bfloat16: 4e-2}[dtype]}
-
-
-def _gradients(attend: Any, given: list[mx.array], weights: tuple[mx.array, mx.array]) -> list[mx.array]:
-    def loss(queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
-        output, log_normalizer = attend(queries, keys, values)
-        return mx.add((output * weights[0]).sum(), (log_normalizer * weights[1]).sum())
-
-    found: Any = mx.grad(loss, argnums=(0, 1, 2))(*given)
-    return list(found)
+    return row | {"error": error, "ok": error < sparse_checking.TOLERANCE[dtype]}

@@ -158,6 +158,10 @@ def relative_error(found: mx.array, wanted: mx.array) -> float:
     return float(error.item())
 
 
+def difference(error: float, tolerance: float) -> str:
+    return f"its results differ from those of plain operations by {error:.1e}, where {tolerance:.1e} is right"
+
+
 def summary(error: Exception) -> str:
     """The line of an exception's message that says most: a compiler's first error, else the first one."""
     lines = str(error).splitlines() or [repr(error)]

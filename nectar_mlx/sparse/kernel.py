@@ -16,6 +16,8 @@ import mlx.core as mx
 from .. import kernels
 from ..attention import Partial, merge
 from ..kernels import source
+from ..kernels.checking import summary
+from . import checking
 from .patterns import Fixed, Pattern
 
 HEAD_DIMS = (64, 80, 96, 128)
@@ -26,33 +28,47 @@ Step = Literal["BLOCKS", "WINDOW", "LANES"]
 
 
 def supports(queries: mx.array, keys: mx.array, values: mx.array) -> bool:
-    """Whether `attention` has a kernel for queries [B, H, T, D] and keys and values [B, K, S, D], and it works here."""
-    backend, dtype, head_dim = kernels.backend(), queries.dtype, queries.shape[-1]
-    known = backend != "ops" and dtype in _ELEMENTS and head_dim in HEAD_DIMS
-    return known and dtype == keys.dtype == values.dtype and _agrees(backend, dtype, head_dim)
+    """Whether `attention` has a kernel for queries [B, H, T, D] and keys and values [B, K, S, D]."""
+    dtype, head_dim = queries.dtype, queries.shape[-1]
+    known = kernels.backend() != "ops" and dtype in _ELEMENTS and head_dim in HEAD_DIMS
+    return known and dtype == keys.dtype == values.dtype
+
+
+def works(queries: mx.array, *, pattern: Pattern, scale: float, backwards: bool) -> bool:
+    """Whether the kernels compute on this machine what plain operations do; a warning where they do not.
+
+    Each of their texts is tried once in a process: see checking.py. backwards: the kernels of gradients.
+    """
+    alike = pattern.at(pattern.layer % 2)  # layers take two kinds of steps in turn
+    return tried(alike, scale, queries.dtype, queries.shape[-1], backwards, kernels.backend())
 
 
 @functools.cache
-def _agrees(backend: str, dtype: mx.Dtype, head_dim: int) -> bool:
-    """Whether the kernel computes on this machine what plain operations do, for some random inputs."""
-    pattern, scale = Fixed(16, summary=4), head_dim**-0.5
-    shape, seeds = (1, 2, 40, head_dim), mx.random.split(mx.random.key(0), 3)
-    queries, keys, values = (mx.random.normal(shape, key=seed).astype(dtype) for seed in seeds)
-    scores = scale * queries.astype(mx.float32) @ keys.astype(mx.float32).swapaxes(-1, -2)
-    weights = mx.softmax(mx.where(pattern.mask(40, 40, heads=2), scores, -mx.inf), axis=-1)
+def tried(pattern: Pattern, scale: float, dtype: mx.Dtype, head_dim: int, backwards: bool, backend: str) -> bool:
     try:
-        found = attention(queries, keys, values, pattern=pattern, scale=scale).output
-        if mx.abs(found - weights @ values.astype(mx.float32)).max() < 0.02:
-            return True
-        reason = "its results differ from those of plain operations"
-    except (RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-    warnings.warn(f"sparse attention without its kernel: {reason}", stacklevel=2)
-    return False
+        probe = checking.probe(pattern, dtype=dtype, head_dim=head_dim, scale=scale)
+        reason = probe.mismatch(functools.partial(attention, pattern=pattern, scale=scale), backwards=backwards)
+    except Exception as error:  # whatever a compiler or a driver has to say must not end a training run
+        reason = summary(error)
+    if reason:
+        what = f"{pattern}, heads of {head_dim}, {dtype}, {'backwards' if backwards else 'forwards'}"
+        warnings.warn(f"plain operations instead of the kernel of sparse attention ({what}): {reason}", stacklevel=4)
+    return not reason
 
 
-def attention(queries: mx.array, keys: mx.array, values: mx.array, *, pattern: Pattern, scale: float) -> Partial:
-    """`sparse_attention` where `supports` says yes; differentiable, and the reverse pass computes the scores again."""
+def attention(
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    *,
+    pattern: Pattern,
+    scale: float,
+    plain: Callable[[mx.array, mx.array, mx.array], Partial] | None = None,
+) -> Partial:
+    """`sparse_attention` where `supports` says yes; differentiable, and the reverse pass computes the scores again.
+
+    plain: the same by plain operations, which differentiate it where `works` says that the kernels would not.
+    """
     launches = _launches(pattern, queries.shape[1], keys.shape[1], scale, kernels.backend())
 
     @mx.custom_function
@@ -63,6 +79,8 @@ def attention(queries: mx.array, keys: mx.array, values: mx.array, *, pattern: P
     @attend.vjp
     def attend_vjp(primals, cotangents, outputs):  # type: ignore[no-untyped-def]
         queries, keys, values = primals
+        if plain is not None and not works(queries, pattern=pattern, scale=scale, backwards=True):
+            return tuple(mx.vjp(plain, list(primals), list(cotangents))[1])
         (d_output, d_log), (output, log_normalizer) = cotangents, outputs
         constants = d_log - (d_output * output).sum(-1)
         given = queries, keys, values, d_output.astype(queries.dtype), log_normalizer, constants
