@@ -24,8 +24,10 @@ METAL_FUNC int slices_of(int live) {
 #ifdef READS
 // What one lane knows of its simdgroup's query rows: its eight columns of each query and of each running output.
 struct Tile {
+#ifdef LATE_QUERIES
   typename Row<Element>::Raw raw[TILE];  // the queries as they were loaded
   float factor[TILE];                    // of the queries: the attention scale, or 0 for a lane without columns
+#endif
   float q[TILE * 8];
   float out[TILE * 8];
   float top[TILE];  // largest score so far
@@ -39,17 +41,23 @@ struct Lane {
   int step;   // rows that all lane groups of the tile read at once
 };
 
-// The first rows are asked for before the queries are used, so that one wait serves both.
+METAL_FUNC void widen_query(thread Tile& tile, int n, typename Row<Element>::Raw raw, float factor) {
+  Row<Element>::widen(raw, tile.q + n * 8);
+  #pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    tile.q[n * 8 + i] = factor > 0.0f ? factor * tile.q[n * 8 + i] : 0.0f;
+  }
+}
+
+#ifdef LATE_QUERIES
+// The first rows are asked for before the queries are used, so that one wait serves both. It takes more registers.
 METAL_FUNC void widen_queries(thread Tile& tile) {
   #pragma unroll
   for (int n = 0; n < TILE; ++n) {
-    Row<Element>::widen(tile.raw[n], tile.q + n * 8);
-    #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      tile.q[n * 8 + i] = tile.factor[n] > 0.0f ? tile.factor[n] * tile.q[n * 8 + i] : 0.0f;
-    }
+    widen_query(tile, n, tile.raw[n], tile.factor[n]);
   }
 }
+#endif
 
 METAL_FUNC Matrix matrix_at(const device uint* words, int rows) {
   Matrix m;
@@ -83,9 +91,11 @@ METAL_FUNC void attend(thread Tile& tile, Lane lane, Matrix keys, Matrix values,
       const int row = metal::min(base + u * lane.step + lane.first, end - 1);
       value[u] = Row<Stored>::fetch(values, row, lane.part);
     }
+#ifdef LATE_QUERIES
     if (base == begin) {
       widen_queries(tile);
     }
+#endif
     #pragma unroll
     for (int u = 0; u < DEPTH; ++u) {
       float x[8];
@@ -181,9 +191,11 @@ METAL_FUNC void units(thread Tile& tile, Lane lane, const device uint* words, in
         scalar[u * numbers + i] = scalars[row * numbers + i];
       }
     }
+#ifdef LATE_QUERIES
     if (base == 0 && has_in) {
       widen_queries(tile);
     }
+#endif
     float hidden[DEPTH * TILE];
     float second[DEPTH * TILE];
     #pragma unroll

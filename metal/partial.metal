@@ -76,9 +76,15 @@
     query.words = reinterpret_cast<const device uint*>(of_head + at[n]);
     query.stride = 0;
     query.scales = reinterpret_cast<const device half*>(parameters);
-    tile.raw[n] = Row<Element>::fetch(query, 0, lane.part);
     const bool valid = tile_row + n < rows && lane_index % LANES < PARTS;
-    tile.factor[n] = !valid ? 0.0f : (scored ? SCALE : 1.0f);
+    const float factor = !valid ? 0.0f : (scored ? SCALE : 1.0f);
+#ifdef LATE_QUERIES
+    tile.raw[n] = Row<Element>::fetch(query, 0, lane.part);
+    tile.factor[n] = factor;
+#endif
+#ifdef EARLY_QUERIES
+    widen_query(tile, n, Row<Element>::fetch(query, 0, lane.part), factor);
+#endif
     tile.top[n] = scored ? NEVER : 0.0f;
     tile.end[n] = end;
   }

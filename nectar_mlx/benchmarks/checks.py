@@ -1,5 +1,8 @@
 """Whether every kernel is right on this machine: what it computes beside plain operations in float32."""
 
+import math
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -19,7 +22,8 @@ Row = dict[str, Any]
 
 
 def rows() -> list[Row]:
-    """One row a case: what it was, its largest error as a share of the largest number, and whether that will do."""
+    """One row a case: what it was, its largest error as a share of the largest number, whether that will do, and the
+    seconds of the first call of its texts."""
     decoding = [check(bank, **case) for case, bank in cases()]
     return decoding + [check_sparse(**case) for case in sparse_cases()]
 
@@ -59,16 +63,37 @@ def check(
     keys, values = (mx.random.normal((batch, K, 80, head_dim)).astype(dtype)[:, :, 3:76] for _ in range(2))
     kept, heads = checking.stored(bank, storage, bits)
     packed = replace(kernels.pack(kept, dtype=storage, bits=bits, heads=heads), checked=False)
-    out = kernels.decode(packed, queries, keys, values)
-    want = checking.reference(kept, queries, keys, values)
-    assert out is not None
-    error = checking.relative_error(out, want)
+    wanted = checking.reference(kept, queries, keys, values)
+    mx.eval(queries, keys, values)
+
+    def decode() -> float:
+        out = kernels.decode(packed, queries, keys, values)
+        assert out is not None
+        return checking.relative_error(out, wanted)
+
     tolerance = {mx.float32: 2e-5, mx.float16: 1.5e-3, mx.bfloat16: 1e-2}[dtype]
     if packed.deep:  # their hidden layers are stock matmuls of the storage type, float32 ones in TF32 on NVIDIA
         tolerance = {mx.float32: 1e-3, mx.float16: 1.5e-2, mx.bfloat16: 5e-2}[storage]
     row: Row = {"kind": packed.form.kind, "head_dim": head_dim, "group": group, "length": length, "batch": batch}
     row |= {"dtype": str(dtype).removeprefix("mlx.core."), "storage": packed.form.storage}
-    return row | {"error": error, "ok": error < tolerance}
+    return row | _tried(tolerance, decode)
+
+
+def _tried(tolerance: float, *calls: Callable[[], float]) -> Row:
+    """The largest error that the calls return, whether it will do, and the seconds of each, which are those of building
+    its texts for the most part. A call that fails is as good as an infinite error, and says why."""
+    errors, seconds, reason = [], [], None
+    for call in calls:
+        start = time.perf_counter()
+        try:
+            errors.append(call())
+        except Exception as error:  # of a compiler; the other kernels are still to be tried
+            errors.append(math.inf)
+            reason = reason or checking.summary(error)
+        seconds.append(time.perf_counter() - start)
+    right = all(error < tolerance for error in errors)  # not a number is not
+    row: Row = {"error": max(errors, key=lambda error: (math.isnan(error), error)), "ok": right, "first_calls": seconds}
+    return row | ({"reason": reason} if reason else {})
 
 
 def sparse_cases() -> list[Row]:
@@ -83,11 +108,11 @@ def sparse_cases() -> list[Row]:
 
 
 def check_sparse(pattern: Pattern, *, head_dim: int, dtype: mx.Dtype) -> Row:
-    """Output, log-normaliser and gradients of sparse attention."""
+    """Output and log-normaliser of sparse attention, then its gradients."""
     probe = sparse_checking.probe(pattern, dtype=dtype, head_dim=head_dim, scale=head_dim**-0.5)
     attend = partial(sparse_kernel.attention, pattern=pattern, scale=probe.scale)
-    error = max(max(probe.errors(attend, backwards=backwards)) for backwards in (False, True))
     (B, H, T, _), K = probe.inputs[0].shape, probe.inputs[1].shape[1]
     row: Row = {"kind": f"sparse {type(pattern).__name__.lower()}", "head_dim": head_dim, "group": H // K}
     row |= {"length": T, "batch": B, "dtype": str(dtype).removeprefix("mlx.core."), "storage": "-"}
-    return row | {"error": error, "ok": error < sparse_checking.TOLERANCE[dtype]}
+    calls = (lambda backwards=backwards: max(probe.errors(attend, backwards=backwards)) for backwards in (False, True))
+    return row | _tried(sparse_checking.TOLERANCE[dtype], *calls)

@@ -32,6 +32,7 @@ from .variants import LIVE_SLICE, MAX_SLICES, SIMDGROUPS, Variant, build, varian
 HEAD_DIMS = (64, 80, 96, 128, 256)
 MAX_LENGTH = 8  # query tokens; more go through matmuls
 BLOCKS = {"metal": 96, "cuda": 124, "ops": 96}  # threadgroups a layer's parameters are cut into
+ULTRA_BLOCKS = 144  # of two chips in one
 
 
 def backend() -> str:
@@ -46,11 +47,19 @@ def backend() -> str:
     return "metal" if mx.metal.is_available() else "cuda" if mx.cuda.is_available() else "ops"
 
 
-def pack(bank: Bank, *, dtype: mx.Dtype | None = None, bits: int = 16, heads: Any = None) -> Packed:
-    """One layer's bank in the form that `decode` reads; see `packing.pack`."""
-    here = backend()
-    one_launch = here == "cuda"
-    return _pack(bank, dtype=dtype, bits=bits, heads=heads, blocks=BLOCKS[here], backend=here, one_launch=one_launch)
+def blocks() -> int:
+    """Threadgroups that a layer's parameters are cut into here."""
+    chip = str(mx.device_info().get("architecture", ""))
+    ultra = chip.startswith("applegpu") and chip.endswith("d")  # as MLX tells them: applegpu_g14d is an M2 Ultra
+    return ULTRA_BLOCKS if ultra and backend() == "metal" else BLOCKS[backend()]
+
+
+def pack(
+    bank: Bank, *, dtype: mx.Dtype | None = None, bits: int = 16, heads: Any = None, n_blocks: int | None = None
+) -> Packed:
+    """One layer's bank in the form that `decode` reads here; see `packing.pack`. n_blocks: other than `blocks()`."""
+    here, n = backend(), n_blocks or blocks()
+    return _pack(bank, dtype=dtype, bits=bits, heads=heads, blocks=n, backend=here, one_launch=here == "cuda")
 
 
 def supports(packed: Packed, queries: mx.array, keys: mx.array) -> bool:
@@ -149,11 +158,11 @@ def _make_plan(
     shapes = [((form.blocks + K * slices) * rows * (D + 2),), shape]  # of the partial results and of the output
     dtypes = [mx.float32, dtype]
     if form.slots:
-        return Plan(launcher(build(variant, "fused"), grid, shapes, dtypes), None)
+        return Plan(launcher(build(variant, "fused"), grid, shapes, dtypes, threads), None)
     merge_grid = (threads * -(-rows // (SIMDGROUPS // variant.shares)), K, 1)
     return Plan(
-        launcher(build(variant, "partial"), grid, shapes[:1], dtypes[:1]),
-        launcher(build(variant, "merge"), merge_grid, shapes[1:], dtypes[1:]),
+        launcher(build(variant, "partial"), grid, shapes[:1], dtypes[:1], threads),
+        launcher(build(variant, "merge"), merge_grid, shapes[1:], dtypes[1:], threads),
     )
 
 
@@ -193,10 +202,14 @@ def compose_nodes(
 
 
 def launcher(
-    kernel: Kernel, grid: tuple[int, int, int], output_shapes: list[tuple[int, ...]], output_dtypes: list[mx.Dtype]
+    kernel: Kernel,
+    grid: tuple[int, int, int],
+    output_shapes: list[tuple[int, ...]],
+    output_dtypes: list[mx.Dtype],
+    threads: int,
 ) -> Kernel:
-    """The kernel with all but its inputs given; the tests put a simulator here."""
-    threadgroup = (32 * SIMDGROUPS, 1, 1)
+    """The kernel with all but its inputs given; the tests put a simulator here. threads: of a threadgroup."""
+    threadgroup = (threads, 1, 1)
 
     def launch(inputs: list[mx.array]) -> list[mx.array]:  # functools.partial costs the host more
         return kernel(
@@ -222,6 +235,7 @@ __all__ = [
     "SIMDGROUPS",
     "Packed",
     "backend",
+    "blocks",
     "compose_nodes",
     "decode",
     "launcher",

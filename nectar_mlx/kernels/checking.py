@@ -66,8 +66,7 @@ def probe(variant: Variant, *, one_launch: bool) -> Probe:
     def array(x: np.ndarray[Any, Any]) -> mx.array:
         return mx.array(x.astype(np.float32)).astype(DTYPES[variant.element])
 
-    rows = variant.group * T
-    B = variant.tile * variant.tiles // rows + 1 if variant.full else variant.tile * variant.tiles // rows
+    B = max(1, variant.tile * variant.tiles // (variant.group * T)) + variant.full
     queries = unit * (rng.standard_normal((B, T, K * variant.group, D)) + common)
     keys, values = rng.standard_normal((2, B, K, LIVE + BEHIND, D))
     padding = (3 + 2 * np.arange(B)) % 8 if variant.padded else np.zeros(B, int)
@@ -89,7 +88,7 @@ def probe(variant: Variant, *, one_launch: bool) -> Probe:
     )
     hidden = _HIDDEN.get(variant.storage, _HIDDEN_HALF) if variant.kind == "deep" else 0.0
     return Probe(
-        packed=replace(packed, checked=False),
+        packed=replace(packed, form=replace(packed.form, flight=variant.flight, tile=variant.tile), checked=False),
         bank=bank,
         queries=array(queries).swapaxes(1, 2),
         keys=array(unit * keys),

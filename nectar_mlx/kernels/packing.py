@@ -32,7 +32,10 @@ Words = np.ndarray[Any, np.dtype[np.uint32]]
 
 @dataclass(frozen=True, kw_only=True)
 class Form:
-    """What of a packed layer the choice of a kernel depends on; `slots` is the number of counters for one launch."""
+    """What of a packed layer the choice of a kernel depends on; `slots` is the number of counters for one launch.
+
+    `flight` and `tile` are for trials: what `Variant` calls so, instead of what is known to be good.
+    """
 
     kind: str
     storage: str  # float16, bfloat16, float32, int8 or int4
@@ -42,6 +45,8 @@ class Form:
     blocks: int
     slots: int
     backend: str
+    flight: int | None = None
+    tile: int | None = None
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

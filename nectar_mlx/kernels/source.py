@@ -13,6 +13,8 @@ import mlx.core as mx
 from ..folders import cache_folder
 
 Kernel = Callable[..., list[mx.array]]
+# What MLX's own text in front of ours does not include.
+_METAL_HEADERS = "#include <metal_simdgroup>\n#include <metal_simdgroup_matrix>\n"
 
 
 def kernel(
@@ -31,6 +33,8 @@ def kernel(
     if backend == "cuda":
         make = mx.fast.cuda_kernel
         header, body = to_cuda(header, body)
+    else:
+        header = _METAL_HEADERS + header
     made: Kernel = make(
         name=name,
         input_names=inputs,

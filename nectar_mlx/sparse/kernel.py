@@ -21,7 +21,6 @@ from . import checking
 from .patterns import Fixed, Pattern
 
 HEAD_DIMS = (64, 80, 96, 128)
-_ROWS = 16 * kernels.SIMDGROUPS  # queries, or keys, of a threadgroup
 _ELEMENTS = {mx.bfloat16: ("bfloat16_t", "BFLOAT"), mx.float16: ("half", "HALF")}
 
 Step = Literal["BLOCKS", "WINDOW", "LANES"]
@@ -103,6 +102,41 @@ def _launches(pattern: Pattern, n_heads: int, n_kv_heads: int, scale: float, bac
     return [Launch(step, pattern, plan, scale, backend) for step in steps[: 1 + far]]
 
 
+@dataclass(frozen=True)
+class Tiling:
+    """How a kernel holds its matrices.
+
+    Each simdgroup of a threadgroup holds 16 of its `rows` of queries, or of keys, in registers or in threadgroup memory
+    (`held`). `columns` of the others are in threadgroup memory, `piece` of them are looked at together. sums: gradients
+    that a simdgroup adds up for its keys, both, or one while another simdgroup has the other.
+    """
+
+    simdgroups: int
+    columns: int
+    piece: int
+    sums: int
+    held: str
+
+    @property
+    def rows(self) -> int:
+        return 16 * self.simdgroups * self.sums // 2
+
+
+def tiling(stage: str, head_dim: int, backend: str) -> Tiling:
+    """stage: forward, queries or keys.
+
+    By count, a lane of Apple's must not need more than 128 registers: each matrix of a simdgroup's rows takes D / 4 and
+    each of its sums D / 2. What lies in threadgroup memory instead leaves room for fewer simdgroups in its 32 KB. On
+    NVIDIA there are twice as many registers, and this was measured.
+    """
+    if backend == "cuda":
+        return Tiling(kernels.SIMDGROUPS, 32 if stage == "keys" or head_dim > 96 else 64, 32, 2, "IN_REGISTERS")
+    columns, sums = 32 if stage == "keys" or head_dim >= 80 else 64, 1 if stage == "keys" else 2
+    if stage == "forward" or head_dim < 96:
+        return Tiling(kernels.SIMDGROUPS, columns, 16, sums, "IN_REGISTERS")
+    return Tiling((4 if head_dim == 96 else 2) * (3 - sums), 16, 16, sums, "IN_THREADGROUP")
+
+
 @dataclass(frozen=True, eq=False)
 class Launch:
     """One step of a pattern: what `metal/sparse.metal` calls BLOCKS, WINDOW or LANES."""
@@ -120,7 +154,7 @@ class Launch:
     def forward(self, queries: mx.array, keys: mx.array, values: mx.array) -> Partial:
         B, H, T, D = queries.shape
         shapes = [(B, H, T, D), (B, H, T)]
-        run = self._kernel("forward", queries, blocks=self._blocks(T), shapes=shapes)
+        run = self._kernel("forward", queries, blocks=self._blocks("forward", queries), shapes=shapes)
         return Partial(*run(inputs=[queries, keys, values, self.plan]))
 
     def backward(
@@ -133,45 +167,46 @@ class Launch:
         constants: mx.array,
     ) -> tuple[mx.array, mx.array, mx.array]:
         """The gradients of queries, keys and values, float32. constants: d_log - d_output · output, [B, H, T]."""
-        (B, H, T, D), (K, S) = queries.shape, keys.shape[1:3]
+        (B, H, _, D), (K, S) = queries.shape, keys.shape[1:3]
         given = [queries, keys, values, d_output, log_normalizer, constants, self.plan]
         shapes: list[tuple[int, ...]] = [(B, H, S, D)] * 2
-        (d_queries,) = self._kernel("queries", queries, blocks=self._blocks(T), shapes=[queries.shape])(inputs=given)
-        rows = -(-S // self.pattern.stride)
+        blocks = self._blocks("queries", queries)
+        (d_queries,) = self._kernel("queries", queries, blocks=blocks, shapes=[queries.shape])(inputs=given)
+        rows, held = -(-S // self.pattern.stride), tiling("keys", D, self.backend).rows
         if self.step == "LANES":
-            blocks = self.pattern.stride * -(-rows // _ROWS)
+            blocks = self.pattern.stride * -(-rows // held)
             pair = self._kernel("keys", queries, "FAR_KEYS", blocks=blocks, shapes=shapes)(inputs=given)
         else:
             flags = ["NEAR_KEYS"]
             if self.step == "BLOCKS" and any(self.pattern.steps(head)[1] for head in range(H)):
-                blocks = -(-rows * self._summary // _ROWS)
+                blocks = -(-rows * self._summary // held)
                 given = given + self._kernel("keys", queries, "FAR_KEYS", blocks=blocks, shapes=shapes)(inputs=given)
                 flags.append("JOIN")
-            pair = self._kernel("keys", queries, *flags, blocks=-(-S // _ROWS), shapes=shapes)(inputs=given)
+            pair = self._kernel("keys", queries, *flags, blocks=-(-S // held), shapes=shapes)(inputs=given)
         d_keys, d_values = (x.reshape(B, K, H // K, S, D).sum(2) for x in pair)
         return d_queries, d_keys, d_values
 
-    def _blocks(self, length: int) -> int:
-        """Threadgroups for so many queries of a head."""
-        columns = self.pattern.stride if self.step == "LANES" else 1
-        return columns * -(-length // (columns * _ROWS))
+    def _blocks(self, stage: str, queries: mx.array) -> int:
+        """Threadgroups for the queries of a head."""
+        (T, D), columns = queries.shape[2:], self.pattern.stride if self.step == "LANES" else 1
+        return columns * -(-T // (columns * tiling(stage, D, self.backend).rows))
 
     def _kernel(
         self, stage: str, queries: mx.array, *flags: str, blocks: int, shapes: list[tuple[int, ...]]
     ) -> Callable[..., Any]:
         B, H, _, D = queries.shape
-        # A query's tile is half as large where two tiles' worth of results is held, and where memory is Apple's.
-        columns = 32 if stage == "keys" or D > 96 else 64
+        tiles = tiling(stage, D, self.backend)
         gap = self.pattern.overlap if isinstance(self.pattern, Fixed) else 0
-        numbers = {"HEAD_DIM": D, "COLUMNS": columns, "SLICE": 32, "ROWS": _ROWS, "SIMDGROUPS": kernels.SIMDGROUPS}
+        numbers = {"HEAD_DIM": D, "COLUMNS": tiles.columns, "SLICE": tiles.piece, "ROWS": tiles.rows}
+        numbers |= {"SIMDGROUPS": tiles.simdgroups, "SUMS": tiles.sums}
         numbers |= {"PARTS": D // 16, "PIECES": D // 8, "TILE_STRIDE": D + 8}
         numbers |= {"STRIDE": self.pattern.stride, "SUMMARY": self._summary, "GAP": int(gap)}
-        contiguous = () if self.step == "LANES" else ("CONTIGUOUS",)
+        steps = (self.step, *(() if self.step == "LANES" else ("CONTIGUOUS",)))
         kernel = _build(
-            stage, self.backend, queries.dtype, tuple(numbers.items()), self.scale, (self.step, *contiguous, *flags)
+            stage, self.backend, queries.dtype, tuple(numbers.items()), self.scale, (*steps, tiles.held, *flags)
         )
-        grid = (32 * kernels.SIMDGROUPS * blocks, H, B)
-        return kernels.launcher(kernel, grid, shapes, [mx.float32] * len(shapes))
+        threads = 32 * tiles.simdgroups
+        return kernels.launcher(kernel, (threads * blocks, H, B), shapes, [mx.float32] * len(shapes), threads)
 
 
 @functools.lru_cache(maxsize=256)

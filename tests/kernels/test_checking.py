@@ -35,6 +35,13 @@ def test_a_probe_is_of_the_very_form(group, length):
         assert len(set(probe.bank.sizes)) > 1, "ragged"
 
 
+def test_a_probe_of_a_trial_has_its_choices():
+    wanted = variant(group=4, flight=6, tile=1)
+    form = checking.probe(wanted, one_launch=False).packed.form
+    assert variant_for(form, 4, 4, 1, "bfloat16", False) == wanted
+    assert (wanted.flight, wanted.tile, wanted.tiles) == (6, 1, 4)
+
+
 def dropped(x, at):
     return mx.concatenate([x[:, :, :at], x[:, :, at + 1 : LIVE]], axis=2)
 

@@ -1,6 +1,7 @@
 """The decode kernel against float64, on a simulated GPU (tests/metal), in every kind, type, head size and grouping."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -393,6 +394,35 @@ def test_packing_refuses(monkeypatch):
     monkeypatch.setenv("NECTAR_KERNEL", "vulkan")
     with pytest.raises(NectarError, match="vulkan"):
         kernels.backend()
+
+
+@pytest.mark.parametrize(
+    ("chip", "blocks"), [("applegpu_g14d", 144), ("applegpu_g14s", 96), ("applegpu_g13g", 96), ("amd", 96)]
+)
+def test_ultra_chips_get_more_blocks(monkeypatch, chip, blocks):
+    monkeypatch.setenv("NECTAR_KERNEL", "metal")
+    monkeypatch.setattr(mx, "device_info", lambda: {"architecture": chip})
+    assert kernels.blocks() == blocks
+    bank = Quadrature.stack(make_heads("quadrature", ((300,), (300,)), 64, "float32")[1], scale=1.0)
+    assert kernels.pack(bank).form.blocks == blocks
+    assert kernels.pack(bank, n_blocks=50).form.blocks == 50
+
+
+def test_apple_has_registers_for_fewer_rows_in_flight():
+    form = Form(
+        kind="quadrature", storage="int8", n_kv_heads=8, head_dim=128, scale=1, blocks=96, slots=0, backend="metal"
+    )
+    flights = [variants.variant_for(form, rows, rows, 1, "bfloat16", False).flight for rows in (1, 2, 4)]
+    assert flights == [4, 4, 2]
+    few, many = (variants.variant_for(form, rows, rows, 1, "bfloat16", False).text("partial") for rows in (2, 4))
+    assert "if (base == begin)" not in few[0] + many[0], "queries are made floats before the loop"
+    cuda = variants.variant_for(replace(form, backend="cuda", slots=64), 2, 2, 1, "bfloat16", False)
+    assert "if (base == begin)" in cuda.text("fused")[0]
+
+
+def test_metal_text_includes_what_it_calls(simulate):
+    for text in texts(simulate, kind="quadrature"):
+        assert all(f"#include <{name}>" in text for name in ("metal_simdgroup", "metal_simdgroup_matrix"))
 
 
 def test_backend_here(monkeypatch):

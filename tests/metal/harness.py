@@ -133,7 +133,8 @@ _ATTRIBUTES = {
 
 
 def rewrite_arrays(text: str) -> str:
-    """The one construct that C++ cannot express by macros: the definition of a threadgroup array."""
+    """Without Metal's headers, and the one construct that C++ cannot express by macros: a threadgroup array."""
+    text = re.sub(r"^#include <metal_\w+>$", "", text, flags=re.M)
     return re.sub(r"^\s*threadgroup ([\w<>:]+) (\w+)\[(.+?)\];", r"THREADGROUP_ARRAY(\1, \2, \3);", text, flags=re.M)
 
 
@@ -227,9 +228,9 @@ class Simulator:
     def launcher(self, kernel, *call):  # type: ignore[no-untyped-def]
         return lambda *, inputs: self.launch(kernel, inputs, *call)
 
-    def launch(self, kernel, inputs, grid, output_shapes, output_dtypes):  # type: ignore[no-untyped-def]
+    def launch(self, kernel, inputs, grid, output_shapes, output_dtypes, threads):  # type: ignore[no-untyped-def]
         call = {"output_shapes": output_shapes, "output_dtypes": output_dtypes}
-        text = capture(kernel, inputs, grid=grid, threadgroup=(256, 1, 1), **call)
+        text = capture(kernel, inputs, grid=grid, threadgroup=(threads, 1, 1), **call)
         self.texts.append(text)
         text = self.edit(text)
         signature = parse(text)
@@ -251,7 +252,7 @@ class Simulator:
             else:
                 shape, dtype = next(outputs)
                 buffers.append((1, int(np.prod(shape)) * dtype.size))
-        written = run_job(build(translation_unit(text), self.mode), buffers, grid, (256, 1, 1), self.schedule)
+        written = run_job(build(translation_unit(text), self.mode), buffers, grid, (threads, 1, 1), self.schedule)
         if any(role == 2 for role, _ in buffers):
             assert not any(written.pop(0)), "the counters were not left at zero"
         return [

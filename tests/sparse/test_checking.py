@@ -143,7 +143,7 @@ def test_a_wrong_kernel_is_refused(simulate, what):
 
 TERMS = "const float constant_of[2] = {constants[rows.place[0]], constants[rows.place[1]]};"
 WRONG_BACKWARDS = {
-    "far gradients are lost": ("d_key[d / 2 * 4 + r * 2 + d % 2] += far_d_keys[from];", ""),
+    "far gradients are lost": ("sum[d / 2 * 4 + r * 2 + d % 2] += far_sums[", "far_sums["),
     "the gradient of L is lost": (TERMS, "const float constant_of[2] = {0.0f, 0.0f};"),
     "does not compile": ("terms[COLUMNS]", "trams[COLUMNS]"),
 }
