@@ -165,11 +165,14 @@ class Variant:
 def build(variant: Variant, stage: str) -> source.Kernel:
     """The kernel of a stage, as `Variant.text` has them."""
     outputs = {"fused": ["partials", "output"], "partial": ["partials"], "merge": ["output"]}[stage]
-    if stage == "merge":
-        inputs = ["queries", "parameters", "live_tokens", "partials"]
-    else:
-        inputs = ["queries", "keys", "values", "parameters", "live_tokens"]
-        inputs += ["left_padding"] * variant.padded + ["activations"] * (variant.kind == "deep")
-        inputs += ["tickets"] * (stage == "fused")
-    text = variant.text(stage)
+    inputs, text = inputs_of(variant, stage), variant.text(stage)
     return source.kernel(stage, variant.backend, *text, inputs=inputs, outputs=outputs, ensure_row_contiguous=False)
+
+
+def inputs_of(variant: Variant, stage: str) -> list[str]:
+    """What a stage is given, in order."""
+    if stage == "merge":
+        return ["queries", "parameters", "live_tokens", "partials"]
+    inputs = ["queries", "keys", "values", "parameters", "live_tokens"]
+    inputs += ["left_padding"] * variant.padded + ["activations"] * (variant.kind == "deep")
+    return inputs + ["tickets"] * (stage == "fused")

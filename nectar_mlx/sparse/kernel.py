@@ -68,7 +68,7 @@ def attention(
 
     plain: the same by plain operations, which differentiate it where `works` says that the kernels would not.
     """
-    launches = _launches(pattern, queries.shape[1], keys.shape[1], scale, kernels.backend())
+    launches = launches_of(pattern, queries.shape[1], keys.shape[1], scale, kernels.backend())
 
     @mx.custom_function
     def attend(queries: mx.array, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
@@ -90,7 +90,7 @@ def attention(
 
 
 @functools.lru_cache(maxsize=64)
-def _launches(pattern: Pattern, n_heads: int, n_kv_heads: int, scale: float, backend: str) -> list["Launch"]:
+def launches_of(pattern: Pattern, n_heads: int, n_kv_heads: int, scale: float, backend: str) -> list["Launch"]:
     far = any(pattern.steps(head)[1] for head in range(n_heads))
     steps: tuple[Step, ...] = ("BLOCKS",) if isinstance(pattern, Fixed) else ("WINDOW", "LANES")
     rows = []

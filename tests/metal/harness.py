@@ -23,6 +23,8 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
+from tests.metal import front_end
+
 HERE = Path(__file__).parent
 BUILDS = Path(tempfile.gettempdir()) / f"nectar-mlx-kernels-{os.getuid()}"
 SCHEDULES = {"forward": 0, "reverse": 1, "random": 2}
@@ -266,10 +268,8 @@ _NUMPY = {2: np.uint16, 4: np.uint32}
 
 def check_address_spaces(text: str) -> None:
     """Type-checks the text with Metal's address spaces as clang's, in the C++ that Metal has. Raises KernelError."""
-    for line in text.splitlines():
-        for pointer in re.finditer(r"(\w+ )?(?:const )?\b(?:u?int|float4?|half|Element)\b ?[*&]", line):
-            if not re.match(r"(device|thread|threadgroup|constant) ", pointer[0]) and "const " + pointer[0] not in line:
-                raise KernelError(f"a pointer without an address space: {line}")
+    if found := front_end.pointers(text):
+        raise KernelError(found[0])
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "kernel.cpp")
         source.write_text('#include "check.h"\n#line 1 "generated.metal"\n' + rewrite_arrays(text))

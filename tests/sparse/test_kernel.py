@@ -205,7 +205,7 @@ def test_cuda_text_has_no_metal_left(monkeypatch, tmp_path):
     made = {}
     monkeypatch.setattr(mx.fast, "cuda_kernel", lambda **options: made.update(options) or print)
     kernel._build.cache_clear()
-    (launch,) = kernel._launches(Fixed(512), 2, 2, 0.125, "cuda")
+    (launch,) = kernel.launches_of(Fixed(512), 2, 2, 0.125, "cuda")
     for stage, flags in (("forward", ()), ("queries", ()), ("keys", ("FAR_KEYS",)), ("keys", ("NEAR_KEYS", "JOIN"))):
         launch._kernel(stage, mx.zeros((1, 2, 8, 64), mx.bfloat16), *flags, blocks=1, shapes=[])
         files = [Path(p) for part in ("header", "source") for p in re.findall(r'#include "(.+)"', made[part])]
