@@ -1,5 +1,6 @@
 """Read a long context once, keep a small file, and ask any mlx-lm model about it at a constant cost."""
 
+import os
 from typing import TYPE_CHECKING
 
 from nectar_mlx.blas import use_fast_blas
@@ -12,6 +13,9 @@ __all__ = ["Nectar", "NectarError", "__version__"]
 __version__ = "0.1.0"
 
 use_fast_blas()
+# Where MLX multiplies float32 numbers in 10 bits on a GPU, scores of thousands are wrong by several units. Exact
+# products cost a fit nothing (docs/log/regression.md).
+os.environ.setdefault("MLX_ENABLE_TF32", "0")
 
 
 def __getattr__(name: str) -> object:

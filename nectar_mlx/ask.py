@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from . import cli
 from .errors import NectarError
+from .window import answer_tokens
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,9 +39,10 @@ def _work(args: argparse.Namespace) -> None:
     if part is not None:
         nectar = nectar.chunk(part)
     prompt = nectar.prompt(tokenizer, question.strip(), enable_thinking=args.think)
+    max_tokens = answer_tokens(model, start=nectar.start, prompt=len(prompt), chosen=args.max_tokens)
     pieces, last, first = [], None, 0.0
     cache = nectar.make_cache(kv_bits=args.kv_bits, exact=args.exact)
-    for last in cli.generate(model, tokenizer, prompt, cache, args):
+    for last in cli.generate(model, tokenizer, prompt, cache, args, max_tokens=max_tokens):
         first = first or time.perf_counter()
         pieces.append(last.text)
         if not args.json:

@@ -8,6 +8,10 @@ normaliser L = log Σ e^{s_j}, s_j = scale · q·k_j + b_j. Two disjoint sets me
 so anything that maps queries to such pairs can stand for a part of the context. Everything here is plain `mx`,
 accumulates in float32 and is the oracle that faster paths are tested against.
 
+Keys may stand relative to an offset c of their KV head: k - c for k. Every score then lacks scale · q·c, and so does L;
+the output is the same, and sets that share the offset merge as before. Models whose keys have much in common have
+scores of thousands that differ by a few: relative to the mean key they are small, and so are their rounding errors.
+
 Shapes: B sequences, H query heads, K = n_kv_heads, G = H / K query heads per KV head, T query tokens, S keys, D
 head_dim.
 """
@@ -111,11 +115,27 @@ def exact(
     return Partial(*(mx.concatenate(list(xs), axis=1) for xs in zip(*parts, strict=True)))
 
 
+def common_score(queries: mx.array, offset: mx.array, *, scale: float) -> mx.array:
+    """What scores lack relative to an offset [K, D]: scale · q·c of queries [B, H, T, D] -> [B, H, T], float32."""
+    B, H, T, D = queries.shape
+    K = offset.shape[0]
+    grouped = queries.astype(mx.float32).reshape(B, K, -1, D)
+    return (scale * (grouped @ offset.astype(mx.float32)[:, :, None])).reshape(B, H, T)
+
+
 def causal(
-    queries: mx.array, keys: mx.array, values: mx.array, *, scale: float, mask: mx.array | str | None = "causal"
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    *,
+    scale: float,
+    mask: mx.array | str | None = "causal",
+    offset: mx.array | None = None,
 ) -> Partial:
     """Attention of queries [B, H, T, D] over live keys and values [B, K, S, D], the last T of which are the queries'
     own.
+
+    offset: [K, D]; the keys are absolute, the log-normaliser is relative to it.
 
     mask: None (all visible), "causal", or an array that broadcasts to [B, H, T, S]: bool (True = visible) or
     additive. A row that sees nothing gets the log-normaliser -inf in effect (about -1e30) and an output of finite,
@@ -123,6 +143,8 @@ def causal(
     """
     B, H, T, D = queries.shape
     K, S = keys.shape[1], keys.shape[2]
+    if offset is not None:
+        keys = keys.astype(mx.float32) - offset.astype(mx.float32)[:, None]
     room = _CHUNK if mx.default_device() == mx.cpu else _CHUNK_GPU
     step = max(1, room // (B * H * S))
     parts = []

@@ -50,10 +50,13 @@ class NectarCache(_BaseCache):
         return self.context + self.live.offset
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        keys, values = self.live.update_and_fetch(keys, values)
-        if isinstance(self.live, QuantizedKVCache):
-            return _dequantized(self.live, keys), _dequantized(self.live, values)
-        return keys, values
+        if not isinstance(self.live, QuantizedKVCache):
+            return self.live.update_and_fetch(keys, values)  # type: ignore[no-any-return]
+        # What all keys have in common would take the few bits that tell them apart.
+        offset = mx.array(0.0) if self.bank.offset is None else self.bank.offset[:, None]
+        relative = (keys - offset).astype(keys.dtype)
+        stored_keys, stored_values = self.live.update_and_fetch(relative, values)
+        return _dequantized(self.live, stored_keys) + offset, _dequantized(self.live, stored_values)
 
     def attend(
         self,
@@ -76,10 +79,8 @@ class NectarCache(_BaseCache):
                 return out
         if n < keys.shape[2]:
             keys, values = keys[..., :n, :], values[..., :n, :]
-        live = attention.causal(queries, keys, values, scale=scale, mask=mask)
+        live = self.over_live(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
         merged = attention.merge(self.over_context(queries), live)
-        if sinks is not None:
-            merged = with_sinks(merged, sinks)
         self.observe(merged.log_normalizer)
         return merged.output.astype(queries.dtype)
 
@@ -87,6 +88,23 @@ class NectarCache(_BaseCache):
     def left_padding(self) -> mx.array | None:
         """Of a batch [B]: each sequence's first live position with a token; beside it every mask is causal."""
         return None
+
+    def over_live(
+        self,
+        queries: mx.array,
+        keys: mx.array,
+        values: mx.array,
+        *,
+        scale: float,
+        mask: mx.array | str | None,
+        sinks: mx.array | None = None,
+    ) -> attention.Partial:
+        """The live tokens' share, relative to the bank's offset as the context's is; arguments as for `attend`."""
+        offset = self.bank.offset
+        live = attention.causal(queries, keys, values, scale=scale, mask=mask, offset=offset)
+        if sinks is None:
+            return live
+        return with_sinks(live, sinks, 0.0 if offset is None else attention.common_score(queries, offset, scale=scale))
 
     def over_context(self, queries: mx.array) -> attention.Partial:
         """The context's share, [B, H, T, D] -> Partial of [B, H, T, ...]."""
@@ -230,9 +248,10 @@ def make_caches(
     return caches
 
 
-def with_sinks(part: attention.Partial, sinks: mx.array) -> attention.Partial:
-    """Attention [B, H, T, ...] with one more token a head, of score sinks [H] and value zero, in the denominator."""
-    scores = mx.broadcast_to(sinks.astype(mx.float32)[:, None], part.log_normalizer.shape)
+def with_sinks(part: attention.Partial, sinks: mx.array, common: mx.array | float = 0.0) -> attention.Partial:
+    """Attention [B, H, T, ...] with one more token a head, of score sinks [H] and value zero, in the denominator.
+    common: what the part's scores lack (`attention.common_score`)."""
+    scores = mx.broadcast_to(sinks.astype(mx.float32)[:, None] - common, part.log_normalizer.shape)
     return attention.merge(part, attention.Partial(mx.zeros_like(part.output), scores))
 
 

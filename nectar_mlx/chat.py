@@ -13,6 +13,7 @@ from . import cli
 from .errors import NectarError
 from .nectar import Nectar
 from .prompts import Message
+from .window import answer_tokens
 
 _COMMANDS = "/reset forgets the conversation, /history shows it, /quit ends"
 
@@ -43,17 +44,28 @@ class Conversation:
         self._turn_to(question)
         messages: list[Message] = [*self.messages, {"role": "user", "content": question}]
         prompt = self._nectar.prompt(self._tokenizer, messages, enable_thinking=self._args.think)
-        pieces: list[str] = []
+        max_tokens = answer_tokens(
+            self._model, start=self._nectar.start, prompt=len(prompt), chosen=self._args.max_tokens
+        )
+        pieces = [self._thoughts(prompt)]
         rest = prompt[self._resume(prompt) :]
         self._read = list(prompt)
         self._nectar.forget_reading(self.cache)
         try:
-            for response in cli.generate(self._model, self._tokenizer, rest, self.cache, self._args):
+            options = {"max_tokens": max_tokens}
+            for response in cli.generate(self._model, self._tokenizer, rest, self.cache, self._args, **options):
                 self._read.append(response.token)
                 pieces.append(response.text)
                 yield response
         finally:
             self.messages = [*messages, {"role": "assistant", "content": "".join(pieces).strip()}]
+
+    def _thoughts(self, prompt: Sequence[int]) -> str:
+        """What opens the thoughts of an answer whose template has done so: the next prompt's looks for it."""
+        tokenizer = self._tokenizer
+        if not tokenizer.has_thinking or tokenizer.rfind_think_start(prompt) <= tokenizer.rfind_think_end(prompt):
+            return ""
+        return f"{tokenizer.think_start}\n"
 
     def _turn_to(self, question: str) -> None:
         """Where the question is about another part, the conversation goes on behind that one, and is read again."""

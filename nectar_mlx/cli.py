@@ -106,12 +106,19 @@ def load_nectar(file: "Path", model: "nn.Module", tokenizer: Any) -> "Nectar":
         nectar = Nectar.load(file, model, tokenizer)
     for warning in caught:
         say(str(warning.message))
+    if not nectar.faithful:
+        say(f"{file.name}: {nectar.verdict}")
     return nectar
 
 
 def add_generation(parser: argparse.ArgumentParser) -> None:
     """The arguments of `generate`."""
-    parser.add_argument("--max-tokens", type=_positive, default=512, metavar="N", help="of an answer (512)")
+    parser.add_argument(
+        "--max-tokens",
+        type=_positive,
+        metavar="N",
+        help="of an answer (512, or as many as the model's window has room for)",
+    )
     parser.add_argument("--temp", type=float, default=0.0, help="sampling temperature (0: the likeliest token)")
     parser.add_argument("--top-p", type=float, default=1.0, help="sample from the likeliest tokens of this mass (1)")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling (0)")
@@ -166,9 +173,17 @@ def share(text: str) -> float:
 
 
 def generate(
-    model: "nn.Module", tokenizer: Any, prompt: Sequence[int], cache: Sequence[Any], args: argparse.Namespace
+    model: "nn.Module",
+    tokenizer: Any,
+    prompt: Sequence[int],
+    cache: Sequence[Any],
+    args: argparse.Namespace,
+    *,
+    max_tokens: int,
 ) -> Iterator[Any]:
-    """mlx-lm's responses to a prompt behind a cache, under the options of `add_generation`."""
+    """mlx-lm's responses to a prompt behind a cache, under the options of `add_generation`. max_tokens: of the answer,
+    as `window.answer_tokens` allows.
+    """
     import mlx.core as mx
     from mlx_lm import stream_generate
     from mlx_lm.sample_utils import make_sampler
@@ -176,7 +191,7 @@ def generate(
     mx.random.seed(args.seed)
     sampler = make_sampler(args.temp, top_p=args.top_p)
     yield from stream_generate(
-        model, tokenizer, list(prompt), max_tokens=args.max_tokens, sampler=sampler, prompt_cache=list(cache)
+        model, tokenizer, list(prompt), max_tokens=max_tokens, sampler=sampler, prompt_cache=list(cache)
     )
 
 

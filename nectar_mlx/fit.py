@@ -25,7 +25,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--context", required=True, nargs="+", metavar="FILE", help="files and folders to read")
     parser.add_argument("--output", type=Path, help="the file to write (default: the context's name with .nectar)")
     parser.add_argument("--context-tokens", type=int, metavar="N", help="read the first N tokens only")
-    parser.add_argument("--budget", type=float, default=0.02, help="bytes to keep / bytes of the bf16 KV cache (0.02)")
+    parser.add_argument(
+        "--budget",
+        default="auto",
+        metavar="SHARE",
+        help="bytes to keep / bytes of the bf16 KV cache: 0.02 or 2%%; a size: 20M; or auto, the smallest at which "
+        "answers are expected to be close to the full text's (auto)",
+    )
+    parser.add_argument("--size", metavar="SIZE", help="of the file, e.g. 20M: the same as --budget 20M")
     parser.add_argument(
         "--kind",
         default="auto",
@@ -70,12 +77,13 @@ def _work(arguments: argparse.Namespace) -> None:
     from . import models
     from .fitting import pipeline
     from .fitting.checkpoint import Checkpoint
-    from .fitting.config import FitConfig
+    from .fitting.config import FitConfig, parse_budget
     from .nectar import Nectar
 
-    names = ("budget", "kind", "bits", "queries", "steps", "seed", "context_tokens", "memory", "layerwise", "prefill")
+    names = ("kind", "bits", "queries", "steps", "seed", "context_tokens", "memory", "layerwise", "prefill")
     told = {name: getattr(arguments, name) for name in names}
-    config = FitConfig(**{name: value for name, value in told.items() if value is not None})
+    given = {name: value for name, value in told.items() if value is not None}
+    config = FitConfig(**given, **parse_budget(arguments.size or arguments.budget))
     model, tokenizer = models.load(arguments.model, log=cli.say)
     folder = output.with_name(output.name + ".partial")
     if folder.exists() and not arguments.resume:
@@ -103,14 +111,17 @@ def _work(arguments: argparse.Namespace) -> None:
 
 
 def _tell(output: Path, nectar: "Nectar", *, as_json: bool) -> None:
-    size, whole = output.stat().st_size, nectar.cache_nbytes
+    size, whole, tokens = output.stat().st_size, nectar.cache_nbytes, len(nectar.prefix)
     cli.say(
-        f"{output}: {size / 1e6:.2f} MB stand for {len(nectar.prefix):,} tokens ({whole / 1e6:.1f} MB of KV cache, "
-        f"{whole / size:.0f} x), {sum(nectar.report['seconds'].values()):.0f} s{_way(nectar)}"
+        f"{output}: {size / 1e6:.2f} MB stand for {tokens:,} tokens: {size / whole:.1%} of the KV cache's "
+        f"{whole / 1e6:.1f} MB, {size / tokens:,.0f} bytes a token; "
+        f"{sum(nectar.report['seconds'].values()):.0f} s{_way(nectar)}"
     )
+    if nectar.verdict:
+        cli.say(nectar.verdict)
     if as_json:
-        told = {"output": str(output), "bytes": size, "cache_bytes": whole, "tokens": len(nectar.prefix)}
-        print(json.dumps(told | nectar.report))
+        facts = {"output": str(output), "bytes": size, "cache_bytes": whole, "tokens": tokens}
+        print(json.dumps(facts | nectar.report))
 
 
 def _way(nectar: "Nectar") -> str:

@@ -29,11 +29,13 @@ def _work(args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps(facts))
         return
+    if sentence := facts["report"].get("verdict"):
+        print(sentence)
     for name, value in facts.items():
         if name != "report":
             print(f"{name.replace('_', ' '):<20}{_readable(name, value)}")
     for name, value in facts["report"].items():
-        if not isinstance(value, list):  # per head: for --json
+        if name != "verdict" and not isinstance(value, list):  # per head: for --json
             print(f"{name.replace('_', ' '):<20}{_readable(name, value)}")
 
 

@@ -21,6 +21,7 @@ from .adapter import Geometry
 from .bm25 import Index
 from .cache import Window, make_caches
 from .errors import NectarError
+from .fitting import verdict
 from .heads import Bank, Residual
 from .kernels.packing import Packed
 from .models import hub
@@ -55,12 +56,17 @@ class Nectar:
             raise NectarError("the file is damaged: its heads are not those of its model")
 
     @classmethod
-    def fit(cls, model: nn.Module, tokenizer: Any, text: str, *, budget: float = 0.02, **options: Any) -> Self:
-        """Fits a text; budget: bytes kept / bytes of the bf16 KV cache. Options: see `fitting.config.FitConfig`."""
-        from .fitting.config import FitConfig
+    def fit(cls, model: nn.Module, tokenizer: Any, text: str, *, budget: float | str = "auto", **options: Any) -> Self:
+        """Fits a text.
+
+        budget: bytes kept / bytes of the bf16 KV cache, as a number or as "2%"; a size such as "20M"; or "auto", the
+        smallest at which answers are expected to be close to the full text's. Options: see `fitting.config.FitConfig`.
+        """
+        from .fitting.config import FitConfig, parse_budget
         from .fitting.pipeline import fit
 
-        return cls(*fit(model, tokenizer, text, config=FitConfig(budget=budget, **options)))
+        chosen = parse_budget(budget) if isinstance(budget, str) else {"budget": budget}
+        return cls(*fit(model, tokenizer, text, config=FitConfig(**chosen, **options)))
 
     @classmethod
     def load(cls, path: str | Path, model: nn.Module, tokenizer: Any = None) -> Self:
@@ -266,6 +272,17 @@ class Nectar:
             return self.layout.bits
         matrices = (x for bank in self.banks for head in bank.unstack() for x in head.values() if x.ndim > 1)
         return round(8 * self._tensors["heads.numbers"].nbytes / sum(x.size for x in matrices), 2)
+
+    @property
+    def verdict(self) -> str:
+        """How close its answers are to those with the whole text in view, in one sentence; "" where it keeps all keys,
+        or was fitted by a version that did not check."""
+        return str(self.report.get("verdict", ""))
+
+    @property
+    def faithful(self) -> bool:
+        """Whether the verdict is that its answers are close to those with the whole text in view, or there is none."""
+        return verdict.grade(self.report) in (None, "close")
 
     @property
     def cache_nbytes(self) -> int:

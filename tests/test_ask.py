@@ -48,6 +48,32 @@ def test_question_from_stdin(book):
     assert done.stdout.strip()
 
 
+WINDOW = 200
+
+
+@pytest.fixture(scope="module")
+def narrow(tmp_path_factory):
+    """A book on a model with a small window."""
+    return toys.book(tmp_path_factory.mktemp("narrow"), max_position_embeddings=WINDOW)
+
+
+def test_an_answer_ends_where_the_window_does(narrow, capsys):
+    """The default is cut to the room; what was chosen is refused where it passes the window."""
+    assert ask.main([str(narrow.path), QUESTION, "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    room = WINDOW - toys.CONTEXT - answer["prompt_tokens"]
+    assert answer["answer_tokens"] == room and answer["finish_reason"] == "length"
+    assert ask.main([str(narrow.path), QUESTION, "--json", "--max-tokens", str(room)]) == 0
+    assert json.loads(capsys.readouterr().out)["answer_tokens"] == room
+    assert ask.main([str(narrow.path), QUESTION, "--max-tokens", str(room + 1)]) == cli.FAULT
+    assert_one_line(capsys, f"room for {room}")
+
+
+def test_a_question_that_passes_the_window(narrow, capsys):
+    assert ask.main([str(narrow.path), QUESTION * 40]) == cli.FAULT
+    assert_one_line(capsys, f"window of {WINDOW} .* room for {WINDOW - toys.CONTEXT}, the answer included")
+
+
 def test_quantised_conversation_cache(book, capsys):
     assert ask.main([str(book.path), QUESTION, "--max-tokens", "4", "--kv-bits", "8"]) == 2
     assert "cannot be quantised" in capsys.readouterr().err  # the toy's heads are too narrow

@@ -9,6 +9,7 @@ import pytest
 
 from nectar_mlx import Nectar
 from nectar_mlx.chat import Conversation
+from nectar_mlx.window import NoRoom
 from tests import toys
 
 QUESTIONS = ["who is the fox?", "and the dog?", "the answer"]
@@ -84,6 +85,37 @@ def test_reset():
     chat.reset()
     assert chat.messages == [] and chat.nbytes == 0
     assert "".join(r.text for r in chat.answer(QUESTIONS[0])) == first
+
+
+def test_a_conversation_that_passes_the_window_is_refused_and_goes_on_anew():
+    window, tokenizer = 200, toys.tokenizer()
+    model = toys.toy("llama", max_position_embeddings=window)
+    chat = Conversation(model, tokenizer, toys.exact(model, toys.random_tokens(60), tokenizer), options())
+    with pytest.raises(NoRoom, match="room for 140, the answer included"):
+        while True:
+            assert "".join(r.text for r in chat.answer(QUESTIONS[0]))
+            assert len(chat.messages) < 40
+    talk = list(chat.messages)
+    with pytest.raises(NoRoom):
+        next(chat.answer(QUESTIONS[1]))
+    assert chat.messages == talk, "what was refused is no turn"
+    chat.reset()
+    assert list(chat.answer(QUESTIONS[0]))
+
+
+def test_thoughts_that_the_template_opens_are_kept_apart_from_the_answer():
+    """Its next rendering drops them; without what opens them they would be text."""
+    opens = toys.CHAT.replace("assistant\n{%", "assistant\n<think>\n{%")
+    drops = opens.replace("{{ m.content }}", "{{ m.content.split('</think>')[-1] }}")
+    model, tokenizer = toys.toy("llama"), toys.tokenizer(drops)
+    nectar = toys.exact(model, toys.random_tokens(60), tokenizer)
+    chat = Conversation(model, tokenizer, nectar, options(think=True))
+    answer = "".join(r.text for r in chat.answer(QUESTIONS[0]))
+    assert chat.messages[-1]["content"] == f"<think>\n{answer}".strip()
+    chat.messages[-1]["content"] = "<think>\nhm</think>the fox"
+    chat.messages.append({"role": "user", "content": QUESTIONS[1]})
+    prompt = tokenizer.decode(nectar.prompt(tokenizer, chat.messages))
+    assert "hm" not in prompt and "assistant\nthe fox" in prompt
 
 
 def run(book, lines, *arguments):

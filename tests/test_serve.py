@@ -18,6 +18,7 @@ import pytest
 
 from nectar_mlx import Nectar, NectarError, prompts, serve
 from nectar_mlx.fitting.config import FitConfig
+from nectar_mlx.serving.provider import ContextTokenizer
 from tests import toys
 from tests.fitting.test_fit import FAST, TEXT
 
@@ -232,12 +233,12 @@ def test_an_oversized_body(running):
 @pytest.mark.parametrize(
     "path, body, status",
     [
-        ("chat/completions", {"messages": []}, 404),
+        ("chat/completions", {"messages": []}, 400),
         ("chat/completions", {"messages": "hello"}, 400),
         ("chat/completions", {"messages": [1]}, 400),
-        ("chat/completions", {"messages": [{"role": "assistant", "content": "x"}]}, 404),
+        ("chat/completions", {"messages": [{"role": "assistant", "content": "x"}]}, 400),
         ("chat/completions", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400),
-        ("chat/completions", {"messages": [{"role": "user", "content": "x"}], "tools": [{"type": "function"}]}, 404),
+        ("chat/completions", {"messages": [{"role": "user", "content": "x"}], "tools": [{"type": "function"}]}, 400),
         ("chat/completions", {"messages": [{"role": "user", "content": "x"}], "stop": [5]}, 400),
         ("chat/completions", {"messages": [{"role": "user", "content": "x"}], "stop": ""}, 200),
         ("chat/completions", {"messages": [{"role": "user", "content": "x"}], "top_k": 10**9}, 400),
@@ -250,9 +251,9 @@ def test_an_oversized_body(running):
             200,
         ),
         ("chat/completions", {}, 400),
-        ("completions", {"prompt": ""}, 404),
-        ("completions", {"prompt": ["a", "b"]}, 404),
-        ("completions", {"prompt": 7}, 404),
+        ("completions", {"prompt": ""}, 400),
+        ("completions", {"prompt": ["a", "b"]}, 400),
+        ("completions", {"prompt": 7}, 400),
         ("completions", {"prompt": "x", "max_tokens": 0}, 400),
         ("nonsense", {}, 404),
     ],
@@ -334,6 +335,43 @@ def test_a_text_read_in_parts_answers_from_the_nearest(tmp_path):
         assert client.completions.create(prompt="velvet", **options).part == fitted.nearest(tokenizer, "velvet") + 1
     finally:
         server.close()
+
+
+def test_an_answer_stays_within_the_window(tmp_path):
+    book = toys.book(tmp_path, max_position_embeddings=200)
+    server = Running(arguments([book], "--log-level", "WARNING"))
+    try:
+        client, room, endless = server.client(), 200 - toys.CONTEXT, {"logit_bias": {"1": -1000}}
+        messages = [{"role": "user", "content": "x"}]
+        cut = client.chat.completions.create(model="book", messages=messages, temperature=0, **endless)
+        assert cut.usage.prompt_tokens + cut.usage.completion_tokens == room, "where nobody chose a length"
+        left = cut.usage.completion_tokens
+        assert ask(client, "book", "x", max_tokens=left, **endless).usage.completion_tokens == left
+        for refused, message in (
+            ({"max_tokens": left + 1}, f"room for {left}"),
+            ({"max_completion_tokens": left + 1, "max_tokens": None, "stream": True}, f"room for {left}"),
+            ({"seed": 1, "max_tokens": left + 1}, f"room for {left}"),
+        ):
+            with pytest.raises(openai.BadRequestError, match=message):
+                ask(client, "book", "x", **refused)
+        with pytest.raises(openai.BadRequestError, match=f"room for {room}, the answer included"):
+            ask(client, "book", "fox " * room)
+        with pytest.raises(openai.BadRequestError, match=f"room for {room}, the answer included"):
+            client.completions.create(model="book", prompt="fox " * room)
+        assert ask(client, "book", "x", **endless).usage.completion_tokens == TOKENS
+    finally:
+        server.close()
+
+
+def test_control_tokens_in_a_request_stay_text(running, books):
+    """In a message and in a text to complete; as words that end an answer they are the tokens."""
+    client = running.client()
+    plain, marked = (ask(client, "red", question).usage.prompt_tokens for question in ("fox", "fox<|im_end|>"))
+    written = len(prompts.encode(mlx_lm.load(str(books[0].folder))[1], "<|im_end|>"))
+    assert written > 5 and marked == plain + written
+    completed = client.completions.create(model="red", prompt="<|im_end|>", max_tokens=1)
+    assert completed.usage.prompt_tokens == written
+    assert ContextTokenizer(mlx_lm.load(str(books[0].folder))[1]).encode("<|im_end|>") == [1]
 
 
 def test_a_quantised_conversation_cache(tmp_path):

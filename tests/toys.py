@@ -117,6 +117,7 @@ def exact(model: nn.Module, prefix: Sequence[int], tokenizer: Any = None, *, nam
         provenance=provenance(model, tokenizer, name),
         report={},
         windows=context.windows,
+        offsets=context.offsets,
     )
 
 
@@ -144,6 +145,7 @@ def picked(model: nn.Module, prefix: Sequence[int], nodes: int, tokenizer: Any =
         provenance=provenance(model, tokenizer),
         report={"kl": 0.5, "agree": 0.7, "seconds": {"read": 0.1}},
         windows=context.windows,
+        offsets=context.offsets,
     )
 
 
@@ -159,11 +161,12 @@ def build(
     prefix: Sequence[int],
     geometry: adapter.Geometry,
     windows: Any = None,
+    offsets: Sequence[Any] = (),
     chunks: Sequence[int] = (),
     **told: Any,
 ) -> Nectar:
     """A Nectar of these heads, layer by layer."""
-    tensors = store.contents(layout, heads, prefix=prefix, windows=windows or {})
+    tensors = store.contents(layout, heads, prefix=prefix, windows=windows or {}, offsets=offsets)
     described = store.description(tensors, layout, geometry, chunks=chunks, **told)
     return Nectar(tensors, described)
 

@@ -20,7 +20,7 @@ from ..fitting.dialogue import Conversation
 from ..fitting.fidelity import Prompt
 from ..fitting.reading import Context
 from ..fitting.study import Captured, DeviceStudy, Study
-from ..heads import Bank, Exact, HeadArrays, Weighed
+from ..heads import Bank, HeadArrays, Weighed
 from ..store import Layout
 
 TOGETHER = 16 if SLOW_EXP else 128  # conversations sampled side by side; on a GPU ten take as long
@@ -113,7 +113,7 @@ class Task:
             study = Study(self.n_heads, self.rows, self.geometry.head_dim, folder=None)
         else:
             study = DeviceStudy(self.rows)
-        capture.hear(self.model, self.context, conversations, {False: study}, n_heads=self.geometry.n_heads)
+        capture.hear(self.model, self.context, conversations, {"train": study}, n_heads=self.geometry.n_heads)
         return study
 
     @cached_property
@@ -152,9 +152,14 @@ class Task:
         )
 
     def layer(self, layer: int) -> tuple[mx.array, mx.array]:
-        """The exact keys and values of one layer, [K, n, D] each."""
+        """The exact keys and values of one layer, [K, n, D] each; the keys are relative to `offset(layer)`."""
         parameters = self.context.banks[layer].parameters
         return parameters["keys"], parameters["values"]
+
+    def offset(self, layer: int) -> mx.array:
+        """[K, D]"""
+        offset = self.context.banks[layer].offset
+        return mx.zeros((self.geometry.n_kv_heads, self.geometry.head_dim)) if offset is None else offset
 
     def bias(self, layer: int) -> mx.array:
         """What is added to the scores of these keys, [K, n]: not nothing where the chunks of a text are weighed."""
@@ -189,7 +194,8 @@ class Task:
     def affordable(self, nbytes: int, kind: str, bits: int | None = None) -> int:
         """How many nodes or keys, all heads together, fit in nbytes when stored as the file stores them."""
         layout = self.layout(kind, bits)
-        return int((nbytes - self.window_bytes - 4 * self.n_heads) / store.head_bytes(layout, (1,)))
+        besides = self.window_bytes + (4 + 2 * self.geometry.head_dim) * self.n_heads  # sizes and offsets
+        return int((nbytes - besides) / store.head_bytes(layout, (1,)))
 
     def affordable_each(self, nbytes: int, kind: str, bits: int | None = None) -> int:
         """The same, shared evenly by the heads. NectarError where not even one fits."""
@@ -198,10 +204,20 @@ class Task:
             raise NectarError(f"{nbytes:,} bytes do not hold one key a head")
         return count
 
-    def stored(self, kind: str, heads: Sequence[HeadArrays], *, bits: int | None = None, **options: Any) -> View:
-        """The view that heads (layer by layer) give once they were stored in few bits, at what they then take."""
+    def stored(
+        self,
+        kind: str,
+        heads: Sequence[HeadArrays],
+        *,
+        bits: int | None = None,
+        offsets: Sequence[mx.array | None] | None = None,
+        **options: Any,
+    ) -> View:
+        """The view that heads (layer by layer) give once they were stored in few bits, at what they then take.
+
+        offsets: what their keys are relative to (default: what the context's are)."""
         layout = self.layout(kind, bits)
-        tensors = store.pack(layout, heads)
+        tensors = store.pack(layout, heads, offsets=self.context.offsets if offsets is None else offsets)
         view = View(
             banks=store.unpack(layout, tensors),
             start=self.context.start,
@@ -234,7 +250,8 @@ class Task:
         prefix = self.head + list(ids)
         read = reading.read(self.model, prefix, self.geometry)
         heads = [head for bank in read.banks for head in bank.unstack()]
-        return self.stored("exact", heads, start=len(prefix), windows=read.windows, **options)
+        options |= {"start": len(prefix), "windows": read.windows}
+        return self.stored("exact", heads, offsets=read.offsets, **options)
 
     @property
     def text_bytes(self) -> float:
@@ -264,8 +281,3 @@ class Baseline:
 
 def slug(name: str) -> str:
     return "-".join(re.findall(r"[a-z0-9]+", name.lower()))
-
-
-def exact_bank(keys: mx.array, values: mx.array, *, scale: float) -> Exact:
-    """keys and values [K, n, D] as they are."""
-    return Exact(parameters={"keys": keys, "values": values}, sizes=((keys.shape[1],),) * keys.shape[0], scale=scale)

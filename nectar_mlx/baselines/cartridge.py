@@ -49,6 +49,8 @@ def cartridge(task: Task, nbytes: int, *, steps: int = _STEPS) -> View:
     conversations = [c for c in task.studied[1] if c.answer]
     truth = [x.astype(mx.float16) for x in _reference(task, conversations)]
     start = [[x[:, :count].astype(mx.float32) for x in task.layer(layer)] for layer in range(task.n_layers)]
+    offsets = [task.offset(layer).astype(mx.float32)[:, None] for layer in range(task.n_layers)]
+    start = [[keys + offset, values] for (keys, values), offset in zip(start, offsets, strict=True)]
     sinks: Any = [[x[:, :1] for x in pair] for pair in start]
     trained: Any = [[x[:, 1:] for x in pair] for pair in start]
 
@@ -73,8 +75,8 @@ def cartridge(task: Task, nbytes: int, *, steps: int = _STEPS) -> View:
         trained = optimizer.apply_gradients({"layers": gradients}, {"layers": trained})["layers"]
         mx.eval(trained, optimizer.state)
     heads: list[HeadArrays] = []
-    for keys, values in whole(trained):
-        heads += [{"keys": k, "values": v} for k, v in zip(keys, values, strict=True)]
+    for (keys, values), offset in zip(whole(trained), offsets, strict=True):
+        heads += [{"keys": k, "values": v} for k, v in zip(keys - offset, values, strict=True)]
     return task.stored("exact", heads, detail=f"{count} keys a head, {steps} steps of {size} conversations")
 
 

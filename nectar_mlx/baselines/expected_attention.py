@@ -18,7 +18,7 @@ def _scores(task: Task, layer: int) -> mx.array:
     g = task.geometry
     group, (keys, values) = g.n_heads // g.n_kv_heads, task.layer(layer)
     rows = task.captured(layer).queries.astype(mx.float32)
-    keys = keys.astype(mx.float32)
+    keys = keys.astype(mx.float32) + task.offset(layer)[:, None]  # the size of a key counts here
     found = []
     for member in range(group):  # rows of one token lie side by side, one for each query head of the group
         queries = rows[:, member::group]

@@ -11,7 +11,7 @@ import mlx.core as mx
 from .. import attention
 from ..cache import NectarCache
 from ..errors import NectarError
-from .base import Baseline, Task, View, exact_bank
+from .base import Baseline, Task, View
 
 _WINDOW, _POOL = 32, 7
 
@@ -47,8 +47,8 @@ def _observed(task: Task, window: int) -> list[mx.array]:
     caches = task.context.make_cache()
     for i, cache in enumerate(caches):
         if isinstance(cache, NectarCache):
-            keys, values = (cache.bank.parameters[name][:, :early] for name in ("keys", "values"))
-            caches[i] = _Observer(exact_bank(keys, values, scale=task.geometry.scale), early)
+            bank: Any = cache.bank
+            caches[i] = _Observer(bank.part(slice(early)), early)
     mx.eval(task.model(mx.array([task.context.prefix[early:]]), cache=caches))
     return [cache.seen for cache in caches if isinstance(cache, _Observer)]
 

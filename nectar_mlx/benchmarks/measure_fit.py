@@ -6,6 +6,7 @@ The stages are those of `fitting.fit`.
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -14,7 +15,7 @@ import numpy as np
 
 from .. import adapter
 from ..fitting import reading
-from ..fitting.config import FitConfig, affordable_bytes
+from ..fitting.config import FitConfig, affordable_bytes, share_of
 from ..fitting.fitter import Fitter
 from .measure import Shape
 
@@ -63,9 +64,10 @@ def stages(model: nn.Module, shape: Shape, tokens: int, config: FitConfig) -> It
     fitter.hear()
     yield clock.stage("capture")
     fitter.prepare()
-    sizes = fitter.sizes(affordable_bytes(config, geometry, fitter.layout, n=tokens))
+    affordable = partial(affordable_bytes, geometry=geometry, layout=fitter.layout, n=tokens)
+    plan = fitter.plan(affordable, share_of(config, geometry, tokens))
     yield clock.stage("deciding sizes")
-    fitter.regress(sizes)
+    fitter.regress(plan.sizes)
     yield clock.stage("regression")
 
 

@@ -14,12 +14,13 @@ import numpy as np
 
 from .. import attention
 from .._exp import SLOW_EXP
-from ..cache import NectarCache, with_sinks
+from ..cache import NectarCache
 from ..heads import Exact
-from .dialogue import Conversation, fed_tokens
+from .dialogue import Conversation, Split, fed_tokens
 from .reading import Context
 from .study import Captured, Study
 
+_SMALL = 4096.0  # a sixteenth of what float16 holds
 _ROOM, _LEAST_TOGETHER = 1 << 23 if SLOW_EXP else 1 << 28, 256  # scores of one layer, and tokens, read together
 
 
@@ -34,6 +35,9 @@ class StudyCache(NectarCache):
     def __init__(self, bank: Exact, context: int, *rest: Any, skip: int = 0):
         super().__init__(bank.part(slice(skip, None)), context, *rest)
         self._beside = bank.part(slice(skip)) if skip else None
+        # Outputs are means of values: float16 holds them if it holds the values, with room for those to come.
+        small = bool(mx.abs(bank.parameters["values"]).max() < _SMALL)
+        self._type = mx.float16 if small else mx.float32
 
     def attend(
         self,
@@ -45,14 +49,12 @@ class StudyCache(NectarCache):
         mask: mx.array | str | None,
         sinks: mx.array | None = None,
     ) -> mx.array:
-        live = attention.causal(queries, keys, values, scale=scale, mask=mask)
-        if sinks is not None:
-            live = with_sinks(live, sinks)
+        live = self.over_live(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
         if self._beside is not None:
             live = attention.merge(self._beside.over(queries), live)
         context = self.over_context(queries)
-        q, o, live_o = (x.astype(mx.float16) for x in (queries, context.output, live.output))
-        self.seen = Captured(q, o, live_o, context.log_normalizer, live.log_normalizer)
+        o, live_o = (x.astype(self._type) for x in (context.output, live.output))
+        self.seen = Captured(queries, o, live_o, context.log_normalizer, live.log_normalizer)
         mx.async_eval(self.seen)  # or all layers' would wait in float32
         return attention.merge(context, live).output.astype(queries.dtype)
 
@@ -76,15 +78,16 @@ class Heard(NamedTuple):
 
 
 def together(
-    conversations: Sequence[Conversation], studies: Mapping[bool, Study], *, group: int, tokens: int
+    conversations: Sequence[Conversation], studies: Mapping[Split, Study], *, group: int, tokens: int
 ) -> list[Heard]:
     """Conversations in batches of at most so many tokens, the longest first, so that little is padding.
 
-    studies: for those held out (True) and the others; each keeps as many rows as it has room for, `group` rows a
-    token, of tokens drawn at random from all. The last token of an answer was never fed to the model: no row.
+    studies: of each split; each keeps as many rows as it has room for, `group` rows a token, of tokens drawn at random
+    from all. Conversations of other splits are read and give no rows. The last token of an answer was never fed to the
+    model: no row.
     """
     ordered = sorted(conversations, key=lambda c: -len(c.prompt) - len(c.answer))
-    fed = {kept: sum(fed_tokens(c) for c in ordered if c.held_out == kept) for kept in studies}
+    fed = {split: sum(fed_tokens(c) for c in ordered if c.split == split) for split in studies}
     chance = np.random.default_rng(0)
     batches, start = [], 0
     while start < len(ordered):
@@ -92,10 +95,10 @@ def together(
         batch = ordered[start : start + max(1, tokens // longest)]
         start += len(batch)
         rows = [c.prompt + c.answer for c in batch]
-        lengths, held_out = (np.array(x)[:, None] for x in ([*map(fed_tokens, batch)], [c.held_out for c in batch]))
+        lengths, splits = (np.array(x)[:, None] for x in ([*map(fed_tokens, batch)], [c.split for c in batch]))
         drawn, seen = chance.random((len(batch), longest)), np.arange(longest)[None] < lengths
         places = [
-            seen & (held_out == kept) & (drawn * group * fed[kept] < study.capacity) for kept, study in studies.items()
+            seen & (splits == split) & (drawn * group * fed[split] < study.capacity) for split, study in studies.items()
         ]
         padded = mx.array([row + [0] * (longest - len(row)) for row in rows])
         batches.append(Heard(batch, padded, places))
@@ -106,16 +109,17 @@ def hear(
     model: nn.Module,
     context: Context,
     conversations: Sequence[Conversation],
-    studies: Mapping[bool, Study],
+    studies: Mapping[Split, Study],
     *,
     n_heads: int,
     skip: int = 0,
     tokens: int | None = None,
     progress: Callable[[int], None] = lambda tokens: None,
 ) -> None:
-    """Reads conversations behind the context; what attention saw goes into the studies of those held out (True) and of
-    the others (False). n_heads: of queries. skip: as in `StudyCache`. tokens: how many are read together, about;
-    default: what is quick. progress is told how many are done.
+    """Reads conversations behind the context; what attention saw goes into the studies of their splits.
+
+    n_heads: of queries. skip: as in `StudyCache`. tokens: how many are read together, about; default: what is quick.
+    progress is told how many are done.
     """
     group = n_heads // len(context.banks[0].sizes)
     tokens = tokens or max(_LEAST_TOGETHER, _ROOM // (n_heads * len(context.prefix)))

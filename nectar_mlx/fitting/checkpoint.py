@@ -7,14 +7,25 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
 from ..errors import NectarError
 from ..heads import HeadArrays, Size
+from ..store import MEAN_BITS
 from .dialogue import Conversation
+
+
+class Plan(NamedTuple):
+    """What each head gets. sizes: of every head. share: bytes kept / bytes of the bf16 KV cache. exponent: the
+    divergence falls with so much of a power of the bytes, where that was measured. bits: of a number of a node."""
+
+    sizes: list[Size]
+    share: float
+    exponent: float | None = None
+    bits: float = MEAN_BITS
 
 
 class Checkpoint:
@@ -60,14 +71,15 @@ class Checkpoint:
             return []
         return [Conversation(**c) for c in json.loads((self.folder / "conversations.json").read_text())]
 
-    def save_sizes(self, sizes: Sequence[Size]) -> None:
+    def save_plan(self, plan: Plan) -> None:
         if self.folder is not None:
-            (self.folder / "sizes.json").write_text(json.dumps(sizes))
+            (self.folder / "plan.json").write_text(json.dumps(plan._asdict()))
 
-    def load_sizes(self) -> list[Size] | None:
-        if self.folder is None or not (self.folder / "sizes.json").exists():
+    def load_plan(self) -> Plan | None:
+        if self.folder is None or not (self.folder / "plan.json").exists():
             return None
-        return [tuple(size) for size in json.loads((self.folder / "sizes.json").read_text())]
+        kept = json.loads((self.folder / "plan.json").read_text())
+        return Plan(**kept | {"sizes": [tuple(size) for size in kept["sizes"]]})
 
     def save_heads(self, heads: dict[int, HeadArrays]) -> None:
         """Keeps a group of fitted heads, by their numbers."""

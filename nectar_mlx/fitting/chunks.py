@@ -24,20 +24,23 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .. import decoding, store
+from .._exp import SLOW_EXP
 from ..adapter import Geometry
 from ..cache import make_caches
 from ..clock import Clock
 from ..heads import Exact, HeadArrays, Size, Weighed
 from ..store import Layout
-from . import reading
-from .checkpoint import Checkpoint
-from .config import FitConfig, affordable_bytes, layout_for
+from . import reading, verdict
+from .checkpoint import Checkpoint, Plan
+from .config import FitConfig, affordable_bytes, layout_for, share_of
 from .fitter import Fitter, Progress
 from .layerwise import LayerwiseFitter
 from .part import Part, checked, heard
 from .prefill import Prefill
 from .reading import Context
 from .walk import Walk
+
+_EXCERPT = 1024 if SLOW_EXP else 4096  # tokens on which a budget is chosen
 
 
 def split(tokens: int, room: int) -> list[int]:
@@ -65,11 +68,16 @@ def fit(
     """
     if len(chunks) > 1:
         config = replace(config, kind="quadrature")  # heads made of nodes can be joined
+    share = share_of(config, geometry, len(prefix))
+    chosen = share is None
+    if share is None:
+        share = _excerpt_share(model, tokenizer, prefix, geometry, config, progress=progress, checkpoint=checkpoint)
     layout = layout_for(config, geometry, n_layers=len(geometry.fitted))
     opening = len(prefix) - sum(chunks) if len(chunks) > 1 else 0  # tokens that are kept beside the chunks
     finely = replace(layout, bits=layout.bits or 8)  # what is kept as it was takes more than what is settled
     aside = layout.n_layers * layout.n_kv_heads * store.head_bytes(finely, (opening,)) if opening else 0
-    nbytes = affordable_bytes(config, geometry, layout, n=len(prefix), parts=len(chunks), aside=aside)
+    affordable = partial(affordable_bytes, geometry=geometry, layout=layout, n=len(prefix), parts=len(chunks))
+    nbytes = affordable(share, aside=aside, at_least=chosen)
     parts: list[Part] = []
     for number, text in enumerate(_texts(prefix, chunks)):
         saved = checkpoint.part(f"chunk-{number}")
@@ -84,7 +92,9 @@ def fit(
                 config,
                 layerwise=layerwise,
                 nbytes=nbytes / len(chunks),
+                share=share,
                 sizes=parts[0].sizes if parts else [],  # which heads need most is a matter of the model
+                offsets=parts[0].offsets if parts else [],  # heads that are to be joined share them
                 skip=opening,
                 progress=partial(_of, progress, number, len(chunks)),
                 checkpoint=saved,
@@ -95,18 +105,22 @@ def fit(
         if parts:
             parts[-1].windows = {}  # of the last chunk alone: questions follow it
         parts.append(part)
-    before = reading.read(model, prefix[:opening], geometry).banks if opening else []
+    offsets = parts[0].offsets
+    before = reading.read(model, prefix[:opening], geometry, offsets=offsets).banks if opening else []
     heads = list(_heads(layout, before, [part.layers for part in parts]))
-    tensors = store.contents(layout, heads, prefix=prefix, windows=parts[-1].windows)
+    tensors = store.contents(layout, heads, prefix=prefix, windows=parts[-1].windows, offsets=offsets)
     start = len(prefix) - sum(chunks) + max(chunks)
     make_cache = partial(make_caches, decoding.banks(layout, tensors), parts[-1].windows, start)
     report = {
+        "budget": share,
         "layerwise": layerwise,
         "sizes": parts[0].sizes,
         "queries": parts[-1].rows,
         "error": [error for each in parts for error in each.errors],
     }
-    report |= _fidelity(Walk(model, geometry), parts, make_cache)
+    head = reading.read_head(model, tokenizer, prefix, geometry)
+    checks = [part.fidelity(Walk(model, geometry), make_cache, head.make_cache) for part in parts]
+    report |= verdict.mean(checks) | ({"chunks": checks} if len(checks) > 1 else {})
     clock.lap("check")
     return layout, tensors, report
 
@@ -120,25 +134,40 @@ def _fit_chunk(
     *,
     layerwise: bool,
     nbytes: float,
+    share: float,
     sizes: Sequence[Size],
+    offsets: Sequence[mx.array | None],
     skip: int,
     progress: Progress,
     checkpoint: Checkpoint,
     clock: Clock,
 ) -> Part:
-    """One chunk, behind what comes before the first. sizes: of its heads, where they are known."""
+    """One chunk, behind what comes before the first, in so many bytes, a share of its KV cache. sizes, offsets: of its
+    heads, where they are known."""
+    plan = Plan(list(sizes), share) if sizes else None
     if layerwise:
         by_layer = LayerwiseFitter(
-            model, tokenizer, text, geometry, config, progress=progress, checkpoint=checkpoint, skip=skip
+            model,
+            tokenizer,
+            text,
+            geometry,
+            config,
+            progress=progress,
+            checkpoint=checkpoint,
+            skip=skip,
+            offsets=offsets,
         )
-        return by_layer.fit(nbytes, sizes=sizes, clock=clock)
+        return by_layer.fit(nbytes, share, plan=plan, clock=clock)
     with progress("reading", len(text)) as done:
-        context = reading.read(model, text, geometry, prefill=config.prefill, progress=done)
+        context = reading.read(model, text, geometry, prefill=config.prefill, offsets=offsets, progress=done)
     clock.lap("read")
     fitter = Fitter(model, tokenizer, context, geometry, config, progress=progress, checkpoint=checkpoint, skip=skip)
-    _, heads = fitter.fit(nbytes, sizes=sizes, clock=clock)
+    _, heads = fitter.fit(lambda share: nbytes, share, plan=plan, clock=clock)
     one, K = replace(fitter.layout, n_layers=1), geometry.n_kv_heads
-    layers = [store.pack(one, heads[i : i + K]) for i in range(0, len(heads), K)]
+    layers = [
+        store.pack(one, heads[i : i + K], offsets=[bank.offset])
+        for i, bank in zip(range(0, len(heads), K), context.banks, strict=True)
+    ]
     walk = Walk(model, geometry)
     return Part(
         layers=layers,
@@ -147,6 +176,28 @@ def _fit_chunk(
         windows=context.windows,
         answers=[heard(walk, context, c) for c in checked(fitter.conversations)],
     )
+
+
+def _excerpt_share(
+    model: nn.Module,
+    tokenizer: Any,
+    prefix: Sequence[int],
+    geometry: Geometry,
+    config: FitConfig,
+    *,
+    progress: Progress,
+    checkpoint: Checkpoint,
+) -> float:
+    """The budget that is expected to do for the first tokens of a text, which is kept to for all of it."""
+    kept = checkpoint.part("excerpt")
+    if plan := kept.load_plan():
+        return plan.share
+    excerpt = reading.read(model, prefix[:_EXCERPT], geometry)
+    fitter = Fitter(model, tokenizer, excerpt, geometry, config, progress=progress, checkpoint=kept)
+    fitter.collect()
+    n = len(excerpt.prefix)
+    affordable = partial(affordable_bytes, geometry=geometry, layout=fitter.layout, n=n, at_least=True)
+    return fitter.plan(affordable, None).share
 
 
 def read(
@@ -161,14 +212,17 @@ def read(
     """The exact keys and values of a prefix that ends with these chunks, or of one that has none."""
     parts, done = list[Context](), 0
     for text in _texts(prefix, chunks or [len(prefix)]):
-        parts.append(reading.read(model, text, geometry, prefill=prefill, progress=partial(_after, progress, done)))
+        offsets = parts[0].offsets if parts else ()
+        after = partial(_after, progress, done)
+        parts.append(reading.read(model, text, geometry, prefill=prefill, offsets=offsets, progress=after))
         done += len(text)
     if len(parts) == 1:
         return parts[0]
-    opening, banks = reading.read(model, prefix[: len(prefix) - sum(chunks)], geometry), list[Exact]()
-    for before, *behind in zip(opening.banks, *(part.banks for part in parts), strict=True):
-        heads = _joined(before, [bank.part(slice(len(opening.prefix), None)).nodes() for bank in behind])
-        banks.append(Weighed.stack(heads, scale=geometry.scale))
+    before, banks = prefix[: len(prefix) - sum(chunks)], list[Exact]()
+    opening = reading.read(model, before, geometry, offsets=parts[0].offsets)
+    for first, *behind in zip(opening.banks, *(part.banks for part in parts), strict=True):
+        heads = _joined(first, [bank.part(slice(len(before), None)).nodes() for bank in behind])
+        banks.append(Weighed.stack(heads, scale=geometry.scale, offset=first.offset))
     return Context(list(prefix), banks, parts[-1].windows, chunks)
 
 
@@ -200,13 +254,6 @@ def _joined(opening: Exact, chunks: Sequence[Sequence[HeadArrays]]) -> list[Head
         {name: mx.concatenate([part[name] for part in parts]) for name in parts[0]}
         for parts in zip(opening.nodes(), *lowered, strict=True)
     ]
-
-
-def _fidelity(walk: Walk, parts: Sequence[Part], make_cache: Callable[[], Any]) -> dict[str, Any]:
-    """The file's divergence from the model that has a conversation's own chunk in view, whole and alone."""
-    found = [part.fidelity(walk, make_cache) for part in parts]
-    means = {name: round(sum(f[name] for f in found) / len(found), 5) for name in ("kl", "agree")}
-    return means if len(found) == 1 else means | {"chunks": found}
 
 
 def _of(progress: Progress, number: int, count: int, description: str, total: int) -> Any:

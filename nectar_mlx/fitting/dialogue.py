@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -22,13 +22,20 @@ _SHRINK = 8  # a batch is made smaller when one row in so many has ended
 _STEP = 64  # tokens that keys and values grow by: conversations are short
 
 
+Split = Literal["train", "held_out", "check"]
+
+
 @dataclass
 class Conversation:
-    """A prompt that continues the prefix and the answer that the model gave with its full cache."""
+    """A prompt that continues the prefix and the answer that the model gave with its full cache.
+
+    split: heads are trained on "train" and compared on "held_out", which is of the same kind; the finished file is
+    checked on "check", which is not.
+    """
 
     prompt: list[int]
     answer: list[int] = field(default_factory=list)
-    held_out: bool = False  # kept from training
+    split: Split = "train"
 
 
 def fed_tokens(conversation: Conversation) -> int:
@@ -37,12 +44,12 @@ def fed_tokens(conversation: Conversation) -> int:
 
 
 def rows(
-    conversations: Sequence[Conversation], geometry: Geometry, *, held_out: bool = False, until: int | None = None
+    conversations: Sequence[Conversation], geometry: Geometry, *, split: Split = "train", until: int | None = None
 ) -> int:
-    """Rows a KV head that the conversations held out, or the others, give when they are heard: one a query head and
-    token. until: how many tokens of each there are so far, at most."""
+    """Rows a KV head that the conversations of a split give when they are heard: one a query head and token. until: how
+    many tokens of each there are so far, at most."""
     group = geometry.n_heads // geometry.n_kv_heads
-    fed = [fed_tokens(c) for c in conversations if c.held_out == held_out]
+    fed = [fed_tokens(c) for c in conversations if c.split == split]
     return group * sum(tokens if until is None else min(tokens, until) for tokens in fed)
 
 
@@ -52,7 +59,13 @@ def asked(tokenizer: Any, text: Sequence[int], *, first: int, count: int, seed: 
     """
     questions = instructions.training(partial(instructions.passage, tokenizer, text), seed=seed + first)
     prompted = [prompts.prompt(tokenizer, question) for question in itertools.islice(questions, count)]
-    return [Conversation(p, held_out=number % 10 == 0) for number, p in enumerate(prompted, first)]
+    return [Conversation(p, split="train" if number % 10 else "held_out") for number, p in enumerate(prompted, first)]
+
+
+def checks(tokenizer: Any, text: Sequence[int], *, first: int, count: int, seed: int) -> list[Conversation]:
+    """Conversations about a text by which a finished file is checked, their answers still to come. first: as above."""
+    questions = instructions.checking(partial(instructions.passage, tokenizer, text), seed=seed + first)
+    return [Conversation(prompts.prompt(tokenizer, q), split="check") for q in itertools.islice(questions, count)]
 
 
 class StepCache(NectarCache):

@@ -90,7 +90,12 @@ def compare(
             for i, conversation in enumerate(part):
                 found[name].append(divergence(truth[i], ours[i], conversation.answer, start + i))
         progress(start + len(part))
-    return {n: Divergence(*(np.concatenate(x) for x in zip(*parts, strict=True))) for n, parts in found.items()}
+    return {n: joined(parts) for n, parts in found.items()}
+
+
+def joined(parts: Sequence[Divergence]) -> Divergence:
+    """The tokens of all of them."""
+    return Divergence(*(np.concatenate(x) for x in zip(*parts, strict=True)))
 
 
 def divergence(reference: mx.array, other: mx.array, answer: Sequence[int], conversation: int) -> Divergence:

@@ -1,7 +1,8 @@
 """One fit in progress: from captured rows to trained heads."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from copy import copy
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -16,20 +17,42 @@ from ..adapter import Geometry
 from ..cache import make_caches
 from ..clock import Clock
 from ..heads import Bank, HeadArrays, Quadrature, Size
-from . import capture, dialogue, fidelity, grouping, matching, regression, sensitivity, settling, starts
-from .checkpoint import Checkpoint
+from ..store import MEAN_BITS
+from . import (
+    auto_budget,
+    capture,
+    dialogue,
+    fidelity,
+    finite,
+    grouping,
+    matching,
+    reading,
+    regression,
+    sensitivity,
+    settling,
+    starts,
+)
+from .checkpoint import Checkpoint, Plan
 from .config import STEPS, FitConfig, allocate, free_memory, layout_for, rows_for
 from .dialogue import Conversation
 from .part import checked
 from .reading import Context
+from .starts import Start
 from .study import Captured, DeviceStudy, Study
+from .verdict import measured
 
 _JUDGES = 8  # conversations by which the errors of heads are weighed
 _RATES = {"quadrature": 1.5e-2, "retrieval+nectar": 2.5e-2}  # others 6e-3
 _ENOUGH = 0.9  # of the rows asked for: not another batch for the last few
 _LEAST_TOGETHER = 16  # conversations: with fewer, sampling is slow on any machine
 _SCOUTED = 1 << 15  # rows of a short fit, at most
+CHECK_TEMPERATURE = 0.7
+_CHECK_SEED = 1_000_003  # of the answers to the check questions, beside that of the fit
 
+_MOST_BITS, _OVERHEAD_BITS = 11.0, 0.5  # of a number; the second for biases, exponents and what training adds
+_TRIED = 8 if SLOW_EXP else 32  # check questions by which a budget is chosen
+
+Affordable = Callable[[float], float]
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 
 
@@ -70,21 +93,29 @@ class Fitter:
         self.queries = rows_for(config, heads=self.n_heads, head_dim=geometry.head_dim)
         self.room = 1 << 19 if SLOW_EXP else 1 << 28  # scores of a batch, of all heads that are trained together
         self.steps = config.steps or STEPS
+        self.bits = MEAN_BITS  # of a number of a node
         self.layout = layout_for(config, geometry, n_layers=self.n_layers)
         self.rate = config.rate or _RATES.get(self.layout.kind, 6e-3)
         self.checkpoint.claim(asdict(config) | {"skip": skip}, context.prefix)
 
-    def fit(self, nbytes: float, *, clock: Clock, sizes: Sequence[Size] = ()) -> tuple[list[Size], list[HeadArrays]]:
-        """All heads, in so many bytes, and their sizes. sizes: where it was decided elsewhere what each head gets."""
+    def fit(
+        self, affordable: Affordable, share: float | None, *, clock: Clock, plan: Plan | None = None
+    ) -> tuple[Plan, list[HeadArrays]]:
+        """All heads. plan: what each head gets, where that was decided elsewhere; else as for `plan`."""
+        self.collect()
+        clock.lap("study")
+        plan = plan or self.plan(affordable, share)
+        clock.lap("budgets")
+        self.bits = plan.bits
+        heads = self.regress(plan.sizes)
+        clock.lap("regression")
+        return plan, heads
+
+    def collect(self) -> None:
+        """Everything that heads are fitted to."""
         self.converse()
         self.hear()
-        clock.lap("study")
         self.prepare()
-        sizes = list(sizes) or self.sizes(nbytes)
-        clock.lap("budgets")
-        heads = self.regress(sizes)
-        clock.lap("regression")
-        return sizes, heads
 
     def converse(self) -> None:
         """Samples conversations until they give every head its rows."""
@@ -93,6 +124,8 @@ class Fitter:
             try:
                 while self._rows() < _ENOUGH * self.queries:
                     self.conversations += self._ask_batch(done)
+                if not checked(self.conversations):
+                    self.conversations += self._ask_checks()
             finally:
                 self.checkpoint.save_conversations(self.conversations)
 
@@ -108,40 +141,66 @@ class Fitter:
         return min(config.conversations, fit, max(_LEAST_TOGETHER, needed))
 
     def _ask_batch(self, done: Callable[[int], None]) -> list[Conversation]:
-        config, number, rows = self.config, len(self.conversations), self._rows()
+        config, rows = self.config, self._rows()
+        number = sum(c.split != "check" for c in self.conversations)
         count = self._together()
         batch = dialogue.asked(self.tokenizer, self.context.prefix, first=number, count=count, seed=config.seed)
+        self._answer(
+            batch,
+            seed=config.seed + number,
+            temperature=config.temperature,
+            progress=lambda at: done(min(self.queries, rows + dialogue.rows(batch, self.geometry, until=at))),
+        )
+        return batch
+
+    def _ask_checks(self) -> list[Conversation]:
+        config = self.config
+        batch = dialogue.checks(self.tokenizer, self.context.prefix, first=0, count=config.checks, seed=config.seed)
+        self._answer(batch, seed=config.seed + _CHECK_SEED, temperature=CHECK_TEMPERATURE)
+        return batch
+
+    def _answer(
+        self,
+        batch: Sequence[Conversation],
+        *,
+        seed: int,
+        temperature: float,
+        progress: Callable[[int], None] = lambda tokens: None,
+    ) -> None:
         dialogue.converse(
             self.model,
             self.context,
             sorted(batch, key=lambda c: len(c.prompt)),
             stop=set(self.tokenizer.eos_token_ids),
-            max_tokens=config.answer_tokens,
-            temperature=config.temperature,
-            key=mx.random.key(config.seed + number),
-            progress=lambda at: done(min(self.queries, rows + dialogue.rows(batch, self.geometry, until=at))),
+            max_tokens=self.config.answer_tokens,
+            temperature=temperature,
+            key=mx.random.key(seed),
+            progress=progress,
         )
-        return batch
 
     def hear(self, *, together: int | None = None) -> None:
         """Fills `study` and `held_out` with what attention sees in the conversations, so many tokens read together."""
         g, spare = self.geometry, max(self.queries // 10, 64)
-        spill = Study.nbytes(self.n_heads, self.queries + spare, g.head_dim) > self.memory
+        kept = Study if SLOW_EXP else DeviceStudy
+        spill = kept.nbytes(self.n_heads, self.queries + spare, g.head_dim) > self.memory
         folder = self.checkpoint.spill() if spill else None
         self.study = self._empty(self.queries, folder and folder / "study.rows")
         self.held_out = self._empty(spare, folder and folder / "held_out.rows")
-        total = sum(map(dialogue.fed_tokens, self.conversations))
+        conversations = [c for c in self.conversations if c.split != "check"]
+        total = sum(map(dialogue.fed_tokens, conversations))
         with self.progress("weighing what was said", total) as done:
             capture.hear(
                 self.model,
                 self.context,
-                self.conversations,
-                {False: self.study, True: self.held_out},
+                conversations,
+                {"train": self.study, "held_out": self.held_out},
                 n_heads=g.n_heads,
                 skip=self.skip,
                 tokens=together,
                 progress=done,
             )
+        for study in (self.study, self.held_out):
+            finite.check_heads("capturing attention", study.not_finite, self.geometry)
 
     def _empty(self, rows: int, folder: Path | None) -> Study:
         if folder or SLOW_EXP:
@@ -167,6 +226,10 @@ class Fitter:
         """What some heads are fitted to, shuffled: all rows, or so many of them."""
         return self.study.heads(heads, self.rows[:count])
 
+    def held_out_rows(self, heads: Sequence[int]) -> Captured:
+        """What some heads are judged by."""
+        return self.held_out.heads(heads)
+
     def matched(self, indices: Sequence[int], counts: Sequence[int]) -> list[HeadArrays]:
         """Attention Matching for some heads, each with its own count of nodes."""
         keys, values = [], []
@@ -178,13 +241,63 @@ class Fitter:
             values.append(parameters["values"][k][chosen])
         return matching.match(self._samples(indices), keys, values, scale=self.geometry.scale)
 
-    def sizes(self, nbytes: float) -> list[Size]:
-        """Every head's size, from the errors of a short uniform fit."""
-        sizes = self.checkpoint.load_sizes()
-        if sizes is None:
-            sizes = allocate(self.scout(nbytes), nbytes, layout=self.layout, config=self.config, n=self.length)
-            self.checkpoint.save_sizes(sizes)
-        return sizes
+    def plan(self, affordable: Affordable, share: float | None) -> Plan:
+        """Every head's size, from the errors of a short uniform fit.
+
+        affordable: a share of the KV cache -> the bytes that it leaves for heads. share: None to choose the smallest
+        that is expected to do (`auto_budget`).
+        """
+        plan = self.checkpoint.load_plan()
+        if plan is None:
+            errors = self.scout(affordable(share or auto_budget.FIRST))
+            choice = self._chosen(affordable, errors) if share is None else None
+            share = choice.share if choice else share or auto_budget.FIRST
+            sizes = self._allocated(affordable, share, errors)
+            plan = Plan(sizes, share, choice.exponent if choice else None, self._bits(sizes, affordable(share)))
+            self.checkpoint.save_plan(plan)
+        return plan
+
+    def _bits(self, sizes: Sequence[Size], nbytes: float) -> float:
+        """How many bits a number of a node gets: more, where every head keeps all keys and bytes are left."""
+        numbers = 2 * self.geometry.head_dim * self.length * self.n_heads
+        if self.layout.bits is not None or any(count < self.length for (count, *_) in sizes):
+            return MEAN_BITS
+        return max(MEAN_BITS, min(_MOST_BITS, 8 * nbytes / numbers - _OVERHEAD_BITS))
+
+    def _allocated(self, affordable: Affordable, share: float, errors: np.ndarray) -> list[Size]:
+        nbytes = affordable(share)
+        return allocate(errors, nbytes, share=share, layout=self.layout, config=self.config, n=self.length)
+
+    def _chosen(self, affordable: Affordable, errors: np.ndarray) -> auto_budget.Choice | None:
+        """The budget that is expected to do; None for kinds whose short fits do not tell it."""
+        if self.layout.kind != "quadrature":
+            return None
+        return auto_budget.choose(lambda share: self._tried(self._allocated(affordable, share, errors)))
+
+    def _tried(self, sizes: Sequence[Size]) -> dict[str, Any]:
+        """The check's figures for heads of these sizes, trained for a short time and not rounded."""
+        heads, K = dict[int, HeadArrays](), self.geometry.n_kv_heads
+        with self.progress("choosing a budget", self.n_heads) as done:
+            for group, whole in self._members(sizes):
+                rows = self.training_rows(group, _SCOUTED)
+                start = self._kept(group) if whole else self._start(group, [sizes[i] for i in group], rows)
+                bank = start.bank if whole else self._train(start, rows, auto_budget.STEPS)
+                heads |= dict(zip(group, bank.unstack(), strict=True))
+                done(len(heads))
+        banks = [
+            Quadrature.stack([heads[layer * K + k] for k in range(K)], scale=self.layout.scale, offset=offset)
+            for layer, offset in enumerate(self.context.offsets)
+        ]
+        return self.fidelity(banks, checks=_TRIED)
+
+    def _members(self, sizes: Sequence[Size]) -> Iterator[tuple[list[int], bool]]:
+        """Heads that are fitted together, and whether they have room for every key, so that nothing is trained."""
+        nodes = self.layout.kind == "quadrature"
+        for group in self._groups(sizes):
+            whole = [i for i in group if nodes and sizes[i][0] >= self.length]
+            for members, keeps in ((whole, True), ([i for i in group if i not in whole], False)):
+                if members:
+                    yield sorted(members), keeps
 
     def scout(self, nbytes: float) -> np.ndarray:
         """Every head's error [n_heads], in nats, after a short fit in which all heads have the same size."""
@@ -192,13 +305,13 @@ class Fitter:
         errors = np.zeros(self.n_heads)
         groups = self._groups([same] * self.n_heads)
         with self.progress("weighing errors", _JUDGES) as done:
-            told = [c for c in self.conversations if c.answer and not c.held_out][:_JUDGES]
+            told = [c for c in self.conversations if c.answer and c.split == "train"][:_JUDGES]
             information = sensitivity.fisher(self.model, self.context, told, geometry=self.geometry, progress=done)
             metric = sensitivity.metric(information)
         with self.progress("deciding budgets", len(groups)) as done:
             for number, group in enumerate(groups):
                 rows = self.training_rows(group, _SCOUTED)
-                bank = self._train(group, [same] * len(group), rows, self.config.scout_steps)
+                bank = self._train(self._start(group, [same] * len(group), rows), rows, self.config.scout_steps)
                 errors[group] = self.judged(bank, rows, metric[mx.array(group)])
                 done(number + 1)
         return errors
@@ -212,41 +325,71 @@ class Fitter:
         launch = 1 << 14 if SLOW_EXP else 1 << 24
         return grouping.groups([s[0] * self.config.batch for s in sizes], room=self.room, launch=launch)
 
-    def _train(self, group: Sequence[int], sizes: Sequence[Size], rows: Captured, steps: int) -> Bank:
+    def _start(self, group: Sequence[int], sizes: Sequence[Size], rows: Captured) -> Start:
         nodes = self.matched(group, [s[0] for s in sizes]) if self.layout.kind != "mlp" else []
-        start = starts.start(self.layout, nodes, sizes, rows, seed=self.config.seed)
-        return regression.train(start, rows, steps=steps, batch=self.config.batch, rate=self.rate)
+        return starts.start(self.layout, nodes, sizes, rows, seed=self.config.seed)
+
+    def _train(self, start: Start, rows: Captured, steps: int) -> Bank:
+        return regression.train(start, rows, steps=steps, batch=self._batch, rate=self.rate)
+
+    @property
+    def _batch(self) -> int:
+        return self.config.batch
 
     def regress(self, sizes: Sequence[Size]) -> list[HeadArrays]:
         """All heads, trained at their own sizes, and nodes rounded as they will be stored."""
         heads = self.checkpoint.load_heads()
-        nodes = self.layout.kind == "quadrature"
-        whole = {i for i, (count, *_) in enumerate(sizes) if nodes and count >= self.length}
         with self.progress("fitting heads", self.n_heads) as done:
-            for group in self._groups(sizes):
-                for members, train in ((whole & {*group}, self._kept), ({*group} - whole, self._train)):
-                    left = sorted(members - heads.keys())
-                    if left:
-                        rows = self.training_rows(left)
-                        bank = self._settled(train(left, [sizes[i] for i in left], rows, self.steps), rows)
-                        fitted = dict(zip(left, bank.unstack(), strict=True))
-                        self.checkpoint.save_heads(fitted)
-                        heads |= fitted
+            for group, whole in self._members(sizes):
+                left = [i for i in group if i not in heads]
+                if left:
+                    rows = self.training_rows(left)
+                    start = self._kept(left) if whole else self._start(left, [sizes[i] for i in left], rows)
+                    fitted = self._fitted(left, start, rows, steps=0 if whole else self.steps)
+                    self.checkpoint.save_heads(fitted)
+                    heads |= fitted
                 done(len(heads))
         return [heads[i] for i in range(self.n_heads)]
 
-    def _kept(self, group: Sequence[int], sizes: Sequence[Size], rows: Captured, steps: int) -> Bank:
+    def _fitted(self, group: Sequence[int], start: Start, rows: Captured, *, steps: int) -> dict[int, HeadArrays]:
+        """Some heads, trained and rounded; those whose error on held-out rows grew in that are as they started."""
+        first = copy(start.bank)
+        first.parameters = start.fold(start.parameters)
+        finite.check_heads("initialization", self._not_finite(group, first), self.geometry)
+        trained = self._train(start, rows, steps) if steps else first
+        # All keys in more bits than usual are better left as they are.
+        bank = self._settled(trained, rows, train=bool(steps) or self.bits == MEAN_BITS)
+        heads = bank.unstack()
+        if self.held_out.rows:
+            held_out = self.held_out_rows(group)
+            before, after = (np.array(regression.errors(b, held_out)) for b in (first, bank))
+            worse = ~(after <= before)
+            if worse.any():
+                plain = self._settled(first, rows, train=False)
+                better = worse & ~(np.array(regression.errors(plain, held_out)) >= after)
+                heads = [p if b else h for p, b, h in zip(plain.unstack(), better, heads, strict=True)]
+        fitted = dict(zip(group, heads, strict=True))
+        broken = [i for i, head in fitted.items() if not all(mx.isfinite(x).all().item() for x in head.values())]
+        finite.check_heads("training", broken, self.geometry)
+        return fitted
+
+    def _not_finite(self, group: Sequence[int], bank: Bank) -> list[int]:
+        return [group[m] for m in finite.not_finite(bank.parameters.values())]
+
+    def _kept(self, group: Sequence[int]) -> Start:
         """Heads with room for every key: there is nothing to train."""
         nodes = []
         for index in group:
             layer, k = divmod(index, self.geometry.n_kv_heads)
             nodes.append({name: x.astype(mx.float32) for name, x in self.banks[layer].nodes()[k].items()})
-        return Quadrature.stack(nodes, scale=self.layout.scale)
+        return Start.of(Quadrature.stack(nodes, scale=self.layout.scale))
 
-    def _settled(self, bank: Bank, rows: Captured) -> Bank:
+    def _settled(self, bank: Bank, rows: Captured, *, train: bool = True) -> Bank:
+        """The bank rounded as it will be stored, where that is done in the course of training."""
         if self.layout.bits is not None:
             return bank
-        return settling.settled(bank, rows, steps=self.steps, batch=self.config.batch, rate=self.rate)
+        steps = self.steps if train else 0
+        return settling.settled(bank, rows, bits=self.bits, steps=steps, batch=self.config.batch, rate=self.rate)
 
     def errors(self, banks: Sequence[Bank]) -> list[float]:
         """Merged error of every head on the held-out rows, one bank a layer."""
@@ -256,12 +399,18 @@ class Fitter:
             found[heads] = np.array(regression.errors(bank, self.held_out.heads(heads)))
         return [float(f"{x:.3g}") for x in found]
 
-    def fidelity(self, banks: Sequence[Bank]) -> dict[str, Any]:
-        """KL and agreement with the full cache on held-out conversations, one bank a layer."""
+    def fidelity(self, banks: Sequence[Bank], *, checks: int | None = None) -> dict[str, Any]:
+        """How far the answers to the check questions, or the first so many, are from the full cache's; banks: one a
+        layer."""
         make_cache = partial(make_caches, banks, self.context.windows, self.context.start)
-        conversations = checked(self.conversations)
+        head = reading.read_head(self.model, self.tokenizer, self.context.prefix, self.geometry)
+        conversations = checked(self.conversations)[:checks]
         with self.progress("checking", len(conversations)) as done:
             found = fidelity.compare(
-                self.model, self.context.make_cache, {"nectar": make_cache}, conversations, progress=done
-            )["nectar"]
-        return {"kl": round(float(found.kl.mean()), 5), "agree": round(float(found.agree.mean()), 4)}
+                self.model,
+                self.context.make_cache,
+                {"nectar": make_cache, "no context": head.make_cache},
+                conversations,
+                progress=done,
+            )
+        return measured(found["nectar"], found["no context"])

@@ -71,10 +71,30 @@ HELD_OUT_UNRELATED = (
     "What is the boiling point of water in Fahrenheit?",
 )
 
+# What a finished fit is checked with: of neither kind above, most of them as short as what people ask.
+CHECK_GENERIC = (
+    "What is this text about?",
+    "What happens in the middle of the text?",
+    "Name the people or things that matter most in the text.",
+    "How does the text end?",
+)
+CHECK_PHRASE = (
+    'What does the text say about "{phrase}"?',
+    'Who or what is "{phrase}"?',
+    'When and where does "{phrase}" come up?',
+    'In one sentence: what about "{phrase}"?',
+)
+CHECK_ABOUT = (
+    'What led to this: "{passage}"?',
+    'Is this in the text, and what does it tell us? "{passage}"',
+    'Translate into plain words: "{passage}"',
+    'Go on from here, as the text does: "{passage}"',
+)
 
-def passage(tokenizer: Any, ids: Sequence[int], rng: random.Random) -> str:
-    """Some 20 to 60 of these tokens, as text."""
-    length = rng.randrange(20, 60)
+
+def passage(tokenizer: Any, ids: Sequence[int], rng: random.Random, *, tokens: tuple[int, int] = (20, 60)) -> str:
+    """Some of these tokens in a row, as text. tokens: how many, from and below."""
+    length = rng.randrange(*tokens)
     start = rng.randrange(0, max(1, len(ids) - length))
     return str(tokenizer.decode(ids[start : start + length], skip_special_tokens=True)).strip()
 
@@ -82,6 +102,16 @@ def passage(tokenizer: Any, ids: Sequence[int], rng: random.Random) -> str:
 def training(passage: Callable[[random.Random], str], *, seed: int) -> Iterator[str]:
     """An endless mix: 12% generic, 83% about a random passage, 5% that have nothing to do with the text."""
     yield from _mix(GENERIC, ABOUT, UNRELATED, passage, random.Random(seed))
+
+
+def checking(passage: Callable[..., str], *, seed: int) -> Iterator[str]:
+    """An endless mix: a quarter generic, a quarter about a phrase of a few tokens, a half about a passage."""
+    rng = random.Random(seed)
+    while True:
+        yield rng.choice(CHECK_ABOUT).format(passage=passage(rng))
+        yield rng.choice(CHECK_PHRASE).format(phrase=passage(rng, tokens=(3, 9)))
+        yield rng.choice(CHECK_ABOUT).format(passage=passage(rng))
+        yield rng.choice(CHECK_GENERIC)
 
 
 def _mix(

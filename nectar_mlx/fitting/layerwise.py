@@ -23,12 +23,12 @@ from ..adapter import Geometry, compute_type
 from ..cache import Window
 from ..clock import Clock
 from ..heads import Exact, Size
-from . import capture, dialogue, reading, starts
+from . import capture, dialogue, finite, reading, starts
 from .capture import Heard, StudyCache
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, Plan
 from .config import FitConfig, allocate, layout_for, rows_for
-from .dialogue import Conversation
-from .fitter import Fitter, Progress
+from .dialogue import Conversation, Split
+from .fitter import CHECK_TEMPERATURE, Fitter, Progress
 from .part import Answer, Part, checked
 from .reading import READ, Context
 from .study import Study
@@ -61,14 +61,16 @@ class LayerwiseFitter:
         progress: Progress,
         checkpoint: Checkpoint,
         skip: int = 0,
+        offsets: Sequence[mx.array | None] = (),
     ):
         self.model, self.tokenizer, self.prefix, self.geometry = model, tokenizer, list(prefix), geometry
+        self._offsets = dict(zip(geometry.fitted, offsets, strict=False))  # of layers whose keys' mean is not taken
         self.config, self.progress, self.checkpoint, self.skip = config, progress, checkpoint, skip
         self.layout = layout_for(config, geometry, n_layers=len(geometry.fitted))
         self.windows: dict[int, Window] = {}
         self._walk = Walk(model, geometry)
         self.queries = rows_for(config, heads=geometry.n_kv_heads, head_dim=geometry.head_dim)
-        self._wanted = {False: self.queries, True: max(self.queries // 10, 64)}  # rows a head, by held_out
+        self._wanted: dict[Split, int] = {"train": self.queries, "held_out": max(self.queries // 10, 64)}  # rows a head
         self.rows = 0  # a head, that it was fitted to
         checkpoint.claim(asdict(config) | {"skip": skip}, prefix)
 
@@ -96,13 +98,14 @@ class LayerwiseFitter:
         """Conversations that are sampled side by side, with a passage or as large an excerpt in view."""
         return max(1, min(_TOGETHER, (self._tokens - self._seen) // (_PROMPT + self.config.answer_tokens)))
 
-    def fit(self, nbytes: float, *, clock: Clock, sizes: Sequence[Size] = ()) -> Part:
-        """All heads, in so many bytes. sizes: where it was decided elsewhere what each head gets."""
-        sizes = sizes or self.sizes(nbytes)
+    def fit(self, nbytes: float, share: float, *, clock: Clock, plan: Plan | None = None) -> Part:
+        """All heads, in so many bytes, a share of the KV cache. plan: what each head gets, where it was decided
+        elsewhere."""
+        plan = plan or self.plan(nbytes, share)
         clock.lap("budgets")
         self.converse()
         clock.lap("study")
-        part = self.regress(sizes)
+        part = self.regress(plan.sizes)
         clock.lap("regression")
         return part
 
@@ -111,15 +114,16 @@ class LayerwiseFitter:
         self.conversations = self.checkpoint.load_conversations()
         with self.progress("conversing about it", self.queries) as done:
             try:
-                while any(self._rows(held_out) < wanted for held_out, wanted in self._wanted.items()):
-                    passage = self._passage(len(self.conversations) // self._together)
-                    self.conversations += self._ask_about(passage, done)
+                while any(self._rows(split) < wanted for split, wanted in self._wanted.items()):
+                    self.conversations += self._ask_batch(dialogue.asked, self.config.temperature, done)
+                while len(checked(self.conversations)) < self.config.checks:
+                    self.conversations += self._ask_batch(dialogue.checks, CHECK_TEMPERATURE, done)
             finally:
                 self.checkpoint.save_conversations(self.conversations)
 
-    def _rows(self, held_out: bool) -> int:
-        """Rows a head that the conversations so far, those held out or the others, will give."""
-        return dialogue.rows(self.conversations, self.geometry, held_out=held_out)
+    def _rows(self, split: Split) -> int:
+        """Rows a head that the conversations of a split so far will give."""
+        return dialogue.rows(self.conversations, self.geometry, split=split)
 
     def _passage(self, number: int) -> list[int]:
         opening = prompts.opening(self.tokenizer)
@@ -127,29 +131,33 @@ class LayerwiseFitter:
         start = opening + int((number * _GOLDEN + 0.5) % 1 * (last - opening + 1))
         return self.prefix[:opening] + self.prefix[start : start + self._seen]
 
-    def _ask_about(self, passage: list[int], done: Callable[[int], None]) -> list[Conversation]:
-        config, number, rows = self.config, len(self.conversations), self._rows(False)
-        batch = dialogue.asked(self.tokenizer, passage, first=number, count=self._together, seed=config.seed)
+    def _ask_batch(
+        self, make: Callable[..., list[Conversation]], temperature: float, done: Callable[[int], None]
+    ) -> list[Conversation]:
+        """Conversations about the next passage. make: `dialogue.asked` or `dialogue.checks`."""
+        config, number, rows = self.config, len(self.conversations), self._rows("train")
+        passage = self._passage(number // self._together)
+        batch = make(self.tokenizer, passage, first=number, count=self._together, seed=config.seed)
         dialogue.converse(
             self.model,
             reading.read(self.model, passage, self.geometry),
-            batch,
+            sorted(batch, key=lambda c: len(c.prompt)),
             stop=set(self.tokenizer.eos_token_ids),
             max_tokens=config.answer_tokens,
-            temperature=config.temperature,
+            temperature=temperature,
             key=mx.random.key(config.seed + number),
             progress=lambda at: done(min(self.queries, rows + dialogue.rows(batch, self.geometry, until=at))),
         )
         mx.clear_cache()
         return batch
 
-    def sizes(self, nbytes: float) -> list[Size]:
+    def plan(self, nbytes: float, share: float) -> Plan:
         """Every head's size, by the errors of a short uniform fit to an excerpt of the text, as long as is quick.
 
         Which heads need most is far more a matter of the model than of the text.
         """
-        sizes = self.checkpoint.load_sizes()
-        if sizes is None:
+        plan = self.checkpoint.load_plan()
+        if plan is None:
             n = len(self.prefix) - prompts.opening(self.tokenizer)
             excerpt = reading.read(self.model, self.prefix[: min(_EXCERPT, self._tokens * 3 // 8)], self.geometry)
             config = replace(
@@ -162,15 +170,15 @@ class LayerwiseFitter:
             scout.converse()
             scout.hear(together=_SAID)
             scout.prepare()
-            share = nbytes * len(excerpt.prefix) / len(self.prefix)
-            nodes, *_ = starts.size_for(scout.layout, share / scout.n_heads, most=scout.length)
+            few = nbytes * len(excerpt.prefix) / len(self.prefix)
+            nodes, *_ = starts.size_for(scout.layout, few / scout.n_heads, most=scout.length)
             # Rows of heads that are tried together are there at once.
             heads = self._memory // 8 // Study.nbytes(1, scout.queries, self.geometry.head_dim)
             scout.room = min(self._room, heads * nodes * config.batch)
-            errors = scout.scout(share)
-            sizes = allocate(errors, nbytes, layout=self.layout, config=self.config, n=n)
-            self.checkpoint.save_sizes(sizes)
-        return sizes
+            errors = scout.scout(few)
+            plan = Plan(allocate(errors, nbytes, share=share, layout=self.layout, config=self.config, n=n), share)
+            self.checkpoint.save_plan(plan)
+        return plan
 
     def regress(self, sizes: Sequence[Size]) -> Part:
         """All heads, trained at their own sizes; each layer's are kept as they will be stored, which is how little they
@@ -179,7 +187,8 @@ class LayerwiseFitter:
         with self.progress("fitting layers", self.layout.n_layers) as done:
             for fitter in self.layers():
                 fitter.prepare()
-                layers.append(store.pack(fitter.layout, fitter.regress(sizes[len(errors) : len(errors) + K])))
+                heads = fitter.regress(sizes[len(errors) : len(errors) + K])
+                layers.append(store.pack(fitter.layout, heads, offsets=fitter.context.offsets))
                 errors += fitter.errors(store.unpack(fitter.layout, layers[-1]))
                 done(len(layers))
         return Part(layers=layers, errors=errors, rows=self.rows, windows=self.windows, answers=self.answers)
@@ -189,7 +198,7 @@ class LayerwiseFitter:
         text = [self._walk.embed(mx.array([self.prefix[a : a + READ]])) for a in range(0, len(self.prefix), READ)]
         group = self.geometry.n_heads // self.geometry.n_kv_heads
         K, D = self.geometry.n_kv_heads, self.geometry.head_dim
-        studies = {held_out: Study(K, rows, D, folder=None) for held_out, rows in self._wanted.items()}
+        studies = {split: Study(K, rows, D, folder=None) for split, rows in self._wanted.items()}
         batches = capture.together(self.conversations, studies, group=group, tokens=READ)
         heard = [self._walk.embed(batch.tokens) for batch in batches]
         mx.eval(text, heard)
@@ -199,25 +208,28 @@ class LayerwiseFitter:
                 self.windows[layer] = part
                 self._hear(layer, partial(part.make_cache, len(self.prefix)), batches, heard, studies)
             else:
-                studies[False].rows = studies[True].rows = 0
+                for study in studies.values():
+                    study.rows = 0
                 make_cache = partial(StudyCache, part, len(self.prefix), skip=self.skip)
                 self._hear(layer, make_cache, batches, heard, studies)
                 yield self._fitter(layer, part, studies)
             del part
             mx.clear_cache()
-        self.rows = studies[False].rows
+        self.rows = studies["train"].rows
         places = {id(c): (b, i) for b, batch in enumerate(batches) for i, c in enumerate(batch.conversations)}
         found = ((c, *places[id(c)]) for c in checked(self.conversations))
         self.answers = [Answer.of(c, heard[b][i]) for c, b, i in found]
 
-    def _fitter(self, layer: int, bank: Exact, studies: Mapping[bool, Study]) -> Fitter:
+    def _fitter(self, layer: int, bank: Exact, studies: Mapping[Split, Study]) -> Fitter:
         """One layer's, with the rows that were just captured."""
-        context = Context(self.prefix, [bank])
+        context, K = Context(self.prefix, [bank]), self.geometry.n_kv_heads
         checkpoint = self.checkpoint.part(f"layer-{layer}")
         fitter = Fitter(
             self.model, self.tokenizer, context, self.geometry, self.config, checkpoint=checkpoint, skip=self.skip
         )
-        fitter.study, fitter.held_out, fitter.room = studies[False], studies[True], self._room
+        fitter.study, fitter.held_out, fitter.room = studies["train"], studies["held_out"], self._room
+        broken = {at + K * self.geometry.fitted.index(layer) for study in studies.values() for at in study.not_finite}
+        finite.check_heads("capturing attention", broken, self.geometry)
         return fitter
 
     @property
@@ -235,7 +247,7 @@ class LayerwiseFitter:
             del after, piece  # behind the last layer nobody needs the text: what is not evaluated costs nothing
             mx.eval(text[i], cache.state)
             mx.clear_cache()
-        return reading.what_was_read(cache, scale=self.geometry.scale)
+        return reading.what_was_read(cache, scale=self.geometry.scale, offset=self._offsets.get(layer))
 
     def _hear(
         self,
@@ -243,7 +255,7 @@ class LayerwiseFitter:
         make_cache: Callable[[], Any],
         batches: Sequence[Heard],
         heard: list[mx.array],
-        studies: Mapping[bool, Study],
+        studies: Mapping[Split, Study],
     ) -> None:
         """The conversations through one layer behind the whole text; what its attention saw goes to the studies."""
         for i, batch in enumerate(batches):

@@ -20,11 +20,15 @@ _ROOM = 1 << 20 if SLOW_EXP else 1 << 26  # scores held at a time
 
 
 def attention_weights(rows: Captured, keys: mx.array, *, scale: float, bias: mx.array | None = None) -> mx.array:
-    """The exact softmax weights of rows [M, N, D] on keys [M, S, D] -> [M, N, S], float32. bias [M, S]: of scores."""
-    scores = (rows.queries.astype(mx.float32) * scale) @ keys.astype(mx.float32).swapaxes(1, 2)
+    """The exact softmax weights of rows [M, N, D] on keys [M, S, D] -> [M, N, S], float32. bias [M, S]: of scores.
+
+    A score never exceeds its log-normaliser; where the two were computed in different ways it may by a rounding error,
+    which would be a factor.
+    """
+    scores = scale * (rows.queries.astype(mx.float32) @ keys.astype(mx.float32).swapaxes(1, 2))
     if bias is not None:
         scores = scores + bias[:, None]
-    return exp(scores - rows.log_normalizer[..., None])
+    return exp(mx.minimum(scores - rows.log_normalizer[..., None], 0.0))
 
 
 def importance(rows: Captured, keys: mx.array, *, scale: float, bias: mx.array | None = None) -> mx.array:

@@ -10,7 +10,7 @@ import mlx.core as mx
 
 Arrays = dict[str, mx.array]
 
-_BETA1, _BETA2, _EPSILON, _MOMENTUM = 0.9, 0.99, 1e-8, 0.95
+_BETA1, _BETA2, _EPSILON, _MOMENTUM = 0.9, 0.99, 1e-12, 0.95
 
 
 class State(NamedTuple):
@@ -30,9 +30,19 @@ def start(parameters: Arrays) -> State:
 
 
 def update(
-    parameters: Arrays, gradients: Arrays, state: State, *, rate: mx.array, muon_rate: mx.array, muon: frozenset[str]
+    parameters: Arrays,
+    gradients: Arrays,
+    state: State,
+    *,
+    rate: mx.array,
+    muon_rate: mx.array,
+    muon: frozenset[str],
+    units: Arrays | None = None,
 ) -> tuple[Arrays, State]:
-    """One step: Muon for the names in `muon` (stacks [M, rows, columns]), Adam for the rest."""
+    """One step: Muon for the names in `muon` (stacks [M, rows, columns]), Adam for the rest.
+
+    units: in which Adam's step of a parameter is measured (broadcastable), 1 where it names none.
+    """
     step = state.step + 1
     correct1, correct2 = 1 - _BETA1**step, 1 - _BETA2**step
     new, first, second = {}, {}, {}
@@ -46,7 +56,8 @@ def update(
         else:
             m = _BETA1 * m + (1 - _BETA1) * g
             v = _BETA2 * v + (1 - _BETA2) * mx.square(g)
-            p = p - rate * (m / correct1) / (mx.sqrt(v / correct2) + _EPSILON)
+            unit = (units or {}).get(name, 1.0)
+            p = p - rate * unit * (m / correct1) / (mx.sqrt(v / correct2) + _EPSILON)
         new[name], first[name], second[name] = p, m, v
     return new, State(step, first, second)
 

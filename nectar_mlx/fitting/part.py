@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple, Self
 
 import mlx.core as mx
-import numpy as np
 
 from .. import store
 from ..cache import Window
@@ -19,14 +18,13 @@ from . import fidelity
 from .checkpoint import Checkpoint
 from .dialogue import Conversation
 from .reading import Context
+from .verdict import measured
 from .walk import Walk
-
-_CHECKED = 8
 
 
 class Answer(NamedTuple):
-    """A held-out conversation, and the hidden states [A, E] that follow the last layer where the tokens of its answer
-    were predicted, the whole text in view."""
+    """A conversation that a finished fit is checked with, and the hidden states [A, E] that follow the last layer where
+    the tokens of its answer were predicted, the whole text in view."""
 
     conversation: Conversation
     hidden: mx.array
@@ -41,8 +39,8 @@ class Answer(NamedTuple):
 
 
 def checked(conversations: Sequence[Conversation]) -> list[Conversation]:
-    """Those that a fit is measured on: the first few that are held out and were answered."""
-    return [c for c in conversations if c.held_out and c.answer][:_CHECKED]
+    """Those that a finished fit is measured on."""
+    return [c for c in conversations if c.split == "check" and c.answer]
 
 
 def heard(walk: Walk, context: Context, conversation: Conversation) -> Answer:
@@ -70,14 +68,20 @@ class Part:
         rows: list[Any] = [row for layer in self.layers for row in layer["sizes"].tolist()]  # type: ignore[union-attr]
         return [tuple(row) for row in rows]
 
-    def fidelity(self, walk: Walk, make_cache: fidelity.MakeCache) -> dict[str, float]:
-        """KL and agreement with the model that has the whole text in view, on the kept answers."""
-        found = []
+    @property
+    def offsets(self) -> list[mx.array | None]:
+        """What each layer's keys are relative to, [K, D]."""
+        return [layer.get("offsets") for layer in self.layers]
+
+    def fidelity(self, walk: Walk, make_cache: fidelity.MakeCache, no_context: fidelity.MakeCache) -> dict[str, float]:
+        """How far the file's answers and those without a context are from those with this text in view (`verdict`)."""
+        views: tuple[list[fidelity.Divergence], ...] = ([], [])
         for number, (conversation, hidden) in enumerate(self.answers):
-            (ours,) = fidelity.answer_logits(walk.model, make_cache(), [conversation])
-            found.append(fidelity.divergence(walk.logits(hidden[None])[0], ours, conversation.answer, number))
-        kl, agree = (np.concatenate(x) for x in zip(*((d.kl, d.agree) for d in found), strict=True))
-        return {"kl": round(float(kl.mean()), 5), "agree": round(float(agree.mean()), 4)}
+            truth = walk.logits(hidden[None])[0]
+            for found, make in zip(views, (make_cache, no_context), strict=True):
+                (ours,) = fidelity.answer_logits(walk.model, make(), [conversation])
+                found.append(fidelity.divergence(truth, ours, conversation.answer, number))
+        return measured(*(fidelity.joined(found) for found in views))
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Keeps it, so that an interrupted fit does not read this text again."""

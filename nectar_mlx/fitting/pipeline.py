@@ -8,6 +8,7 @@ Where the text does not fit the model's window, or its keys and values the memor
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import mlx.nn as nn
@@ -19,9 +20,10 @@ from ..errors import NectarError
 from ..heads import KINDS, Bank, Quadrature, Residual
 from ..retrieval.keys import Keys
 from ..store import Layout
-from . import chunks, reading
+from ..window import window as _window
+from . import chunks, finite, reading, verdict
 from .checkpoint import Checkpoint
-from .config import FitConfig, affordable_bytes, free_memory, layout_for
+from .config import FitConfig, affordable_bytes, free_memory, layout_for, share_of
 from .fitter import Fitter, Progress, silent
 from .retrieval.fitter import RetrievalFitter
 
@@ -43,6 +45,7 @@ def fit(
     and a resumed one finds it. NectarError for a text, budget or model that cannot be fitted.
     """
     clock, keys = Clock(), None
+    finite.check_weights(model)
     geometry = adapter.route(model)
     prefix = _checked_prefix(tokenizer, text, config)
     provenance = {
@@ -62,6 +65,9 @@ def fit(
         )
     else:
         layout, tensors, report, keys = _fit_whole(model, tokenizer, prefix, geometry, text=text, **told)
+    kept = sum(x.nbytes for name, x in tensors.items() if name != "prefix")
+    if sentence := verdict.sentence(report, share=kept / geometry.cache_bytes(len(prefix))):
+        report["verdict"] = sentence
     report["seconds"] = clock.laps
     metadata = store.description(tensors, layout, geometry, provenance=provenance, report=report, chunks=lengths)
     return tensors, metadata, keys
@@ -86,18 +92,22 @@ def _fit_whole(
     if config.kind == "exact":
         layout = layout_for(config, geometry, n_layers=len(context.banks))
         heads = [head for bank in context.banks for head in bank.unstack()]
-        return layout, store.contents(layout, heads, prefix=prefix, windows=context.windows), {}, None
+        tensors = store.contents(layout, heads, prefix=prefix, windows=context.windows, offsets=context.offsets)
+        return layout, tensors, {}, None
     make = RetrievalFitter if issubclass(KINDS.get(config.kind, Quadrature), Residual) else Fitter
     fitter = make(model, tokenizer, context, geometry, config, progress=progress, checkpoint=checkpoint)
     layout, keys = fitter.layout, None
-    sizes, heads = fitter.fit(affordable_bytes(config, geometry, layout, n=len(prefix)), clock=clock)
-    tensors = store.contents(layout, heads, prefix=prefix, windows=context.windows)
+    share = share_of(config, geometry, len(prefix))
+    affordable = partial(affordable_bytes, geometry=geometry, layout=layout, n=len(prefix), at_least=share is None)
+    plan, heads = fitter.fit(affordable, share, clock=clock)
+    tensors = store.contents(layout, heads, prefix=prefix, windows=context.windows, offsets=context.offsets)
     banks: Sequence[Bank] = decoding.banks(layout, tensors)
     if isinstance(fitter, RetrievalFitter):
         keys = fitter.keys(text, nectar=store.digest(tensors))
         banks = fitter.reading(banks, keys)
         clock.lap("keys")
-    report = {"sizes": sizes, "queries": fitter.study.rows, "error": fitter.errors(banks)} | fitter.fidelity(banks)
+    report = {"budget": plan.share, "sizes": plan.sizes, "queries": fitter.study.rows, "error": fitter.errors(banks)}
+    report |= ({"exponent": plan.exponent} if plan.exponent else {}) | fitter.fidelity(banks)
     clock.lap("check")
     return layout, tensors, report, keys
 
@@ -133,12 +143,3 @@ def _chunks(model: nn.Module, tokenizer: Any, prefix: Sequence[int], config: Fit
             f"cut it with --context-tokens {max(0, room)}, or fit it chunk by chunk with --kind quadrature"
         )
     return chunks.split(tokens, room)
-
-
-def _window(model: nn.Module) -> int | None:
-    """Positions the model was made for, where its configuration (or its text part's) says."""
-    arguments = getattr(model, "args", None)
-    told = getattr(arguments, "max_position_embeddings", None)
-    if told is None:
-        told = (getattr(arguments, "text_config", None) or {}).get("max_position_embeddings")
-    return told

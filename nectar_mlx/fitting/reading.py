@@ -8,6 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import RotatingKVCache
 
+from .. import prompts
 from ..adapter import Geometry
 from ..cache import NectarCache, Window, make_caches
 from ..heads import Exact
@@ -32,6 +33,11 @@ class Context:
         """The position of the token that follows."""
         return len(self.prefix) - sum(self.chunks) + max(self.chunks, default=0)
 
+    @property
+    def offsets(self) -> list[mx.array | None]:
+        """What each layer's keys are relative to, [K, D]."""
+        return [bank.offset for bank in self.banks]
+
     def make_cache(self, make: Callable[..., NectarCache] = NectarCache) -> list[Any]:
         """One cache a layer; make: as for `make_caches`."""
         return make_caches(self.banks, self.windows, self.start, make=make)
@@ -43,9 +49,13 @@ def read(
     geometry: Geometry,
     *,
     prefill: Prefill = "dense",
+    offsets: Sequence[mx.array | None] = (),
     progress: Callable[[int], None] = lambda n: None,
 ) -> Context:
-    """Prefills the prefix in chunks. progress is told how many tokens are done."""
+    """Prefills the prefix in chunks. progress is told how many tokens are done.
+
+    offsets: one [K, D] for each layer with full attention, to which its keys are to be relative (default: their mean).
+    """
     caches: list[Any] = [reading_cache(len(prefix), window, prefill=prefill) for window in geometry.windows]
     tokens = mx.array(list(prefix))[None]
     for start in range(0, len(prefix), READ):
@@ -55,7 +65,8 @@ def read(
         progress(min(start + READ, len(prefix)))
     context = Context(list(prefix), [])
     for layer, cache in enumerate(caches):
-        part = what_was_read(cache, scale=geometry.scale)
+        offset = offsets[len(context.banks)] if len(offsets) > len(context.banks) else None
+        part = what_was_read(cache, scale=geometry.scale, offset=offset)
         if isinstance(part, Window):
             context.windows[layer] = part
         else:
@@ -63,13 +74,19 @@ def read(
     return context
 
 
+def read_head(model: nn.Module, tokenizer: Any, prefix: Sequence[int], geometry: Geometry) -> Context:
+    """What a conversation without the text starts behind: the chat template's own tokens in front of it, or the first
+    token of the prefix where there are none."""
+    return read(model, prefix[: max(1, len(prompts.head(tokenizer)))], geometry)
+
+
 def reading_cache(length: int, window: int, *, prefill: Prefill = "dense") -> Any:
     """For one layer and a text of `length` tokens. window: the layer's sliding window, 0 for full attention."""
     return RotatingKVCache(window) if window else ReadingCache(length, prefill=prefill)
 
 
-def what_was_read(cache: Any, *, scale: float) -> Exact | Window:
-    """Takes the keys and values of a whole text out of a `reading_cache`."""
+def what_was_read(cache: Any, *, scale: float, offset: mx.array | None = None) -> Exact | Window:
+    """Takes the keys and values of a whole text out of a `reading_cache`. offset: [K, D], as for `read`."""
     ring = isinstance(cache, RotatingKVCache)
     pair = [cache._temporal_order(x) for x in cache.state[:2]] if ring else cache.keys_and_values()
     window = cache.max_size if ring else 0
@@ -79,4 +96,9 @@ def what_was_read(cache: Any, *, scale: float) -> Exact | Window:
     if ring:
         return Window(keys, values, window)
     sizes = ((keys.shape[1],),) * keys.shape[0]
-    return Exact(parameters={"keys": keys, "values": values}, sizes=sizes, scale=scale)
+    if offset is None:
+        offset = keys.astype(mx.float32).mean(1).astype(mx.bfloat16)  # as a file keeps it
+    # 16 bits hold the difference of two such numbers of about one size exactly.
+    keys = (keys.astype(mx.float32) - offset.astype(mx.float32)[:, None]).astype(keys.dtype)
+    mx.eval(keys, offset)
+    return Exact(parameters={"keys": keys, "values": values}, sizes=sizes, scale=scale, offset=offset)

@@ -8,6 +8,7 @@ The merged term is what the model notices; the plain terms keep o and L apart fr
 """
 
 from collections.abc import Callable
+from copy import copy
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -100,7 +101,13 @@ def train(
     ) -> tuple[HeadArrays, optimizers.State]:
         gradients = mx.grad(loss)(parameters, part)
         following, state = optimizers.update(
-            parameters, gradients, state, rate=rate * factor, muon_rate=muon_rate * factor, muon=start.muon
+            parameters,
+            gradients,
+            state,
+            rate=rate * factor,
+            muon_rate=muon_rate * factor,
+            muon=start.muon,
+            units=start.units,
         )
         return held.over(following), state
 
@@ -115,7 +122,9 @@ def train(
         mx.eval(parameters)  # of the step before: one step runs while the next one is built
         parameters = following
         progress(i + 1)
-    return type(bank)(parameters=start.fold(parameters), sizes=bank.sizes, scale=bank.scale)
+    trained = copy(bank)  # with what a kind keeps besides
+    trained.parameters = start.fold(parameters)
+    return trained
 
 
 def errors(bank: Bank, rows: Captured, *, metric: mx.array | None = None) -> mx.array:

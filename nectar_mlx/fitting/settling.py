@@ -10,6 +10,7 @@ them) and of the nodes' values (other nodes do) is rounded, the rest trained for
 queries and answers notice most comes first, as in incremental network quantisation (arXiv 1702.03044).
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -36,13 +37,13 @@ _MATRICES = ("keys", "values")
 def settled(bank: Bank, rows: Captured, *, steps: int, batch: int, rate: float, bits: float = MEAN_BITS) -> Bank:
     """A bank of nodes that `store` keeps as they are, in about so many bits a number.
 
-    rows: as for `regression.train`; steps, batch, rate: of the regression before.
+    rows: as for `regression.train`; steps, batch, rate: of the regression before. With no steps nothing is trained.
     """
-    plan, each = _Plan.of(bank, rows, bits=bits), max(1, round(_SHARE * steps / PARTS))
+    plan, each = _Plan.of(bank, rows, bits=bits), math.ceil(_SHARE * steps / PARTS)
     for part in range(1, PARTS + 1):
         held = plan.held(bank.parameters, part)
-        start = Start(bank=bank, parameters=dict(bank.parameters), fold=lambda parameters: parameters)
-        bank = regression.train(start, rows, steps=each, batch=batch, rate=rate, first=(part - 1) * each, held=held)
+        first = (part - 1) * each
+        bank = regression.train(Start.of(bank, rows), rows, steps=each, batch=batch, rate=rate, first=first, held=held)
     return bank
 
 

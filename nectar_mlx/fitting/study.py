@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 
+from .finite import not_finite
+
 
 class Captured(NamedTuple):
     """Rows of one or more heads: queries, context output and live output [M, N, D], log-normalisers [M, N]."""
@@ -19,19 +21,22 @@ class Captured(NamedTuple):
 
 
 class Study:
-    """Captured rows of all heads, layer by layer, float16 and float32, in memory or in a mapped file."""
+    """Captured rows of all heads, layer by layer, float32, in memory or in a mapped file.
+
+    `not_finite`: the heads that were given a NaN or an infinity.
+    """
 
     def __init__(self, heads: int, rows: int, head_dim: int, *, folder: Path | None):
-        self.rows, self.capacity = 0, rows
+        self.rows, self.capacity, self.not_finite = 0, rows, set[int]()
         wide, narrow = (heads, rows, head_dim), (heads, rows)
         arrays = []
         for name, shape in zip(Captured._fields, (wide, wide, wide, narrow, narrow), strict=True):
-            dtype = np.float16 if len(shape) == 3 else np.float32
             if folder is None:
-                arrays.append(np.empty(shape, dtype))
+                arrays.append(np.empty(shape, np.float32))
             else:
                 folder.mkdir(parents=True, exist_ok=True)
-                arrays.append(np.lib.format.open_memmap(folder / f"{name}.npy", mode="w+", dtype=dtype, shape=shape))
+                path = folder / f"{name}.npy"
+                arrays.append(np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape))
         self._data = Captured(*arrays)
 
     @property
@@ -40,9 +45,13 @@ class Study:
 
     def add(self, first_head: int, rows: Captured) -> None:
         """Writes rows [K, n, ...] of one layer at the current end; call `advance` once all layers are in."""
+        self._look_at(first_head, rows)
         K, n = rows.queries.shape[0], min(rows.queries.shape[1], self.capacity - self.rows)
         for kept, new in zip(self._data, rows, strict=True):
-            kept[first_head : first_head + K, self.rows : self.rows + n] = np.array(new)[:, :n]
+            kept[first_head : first_head + K, self.rows : self.rows + n] = np.array(new.astype(mx.float32))[:, :n]
+
+    def _look_at(self, first_head: int, rows: Captured) -> None:
+        self.not_finite |= {first_head + k for k in not_finite(rows)}
 
     def advance(self, rows: int) -> None:
         self.rows = min(self.capacity, self.rows + rows)
@@ -55,23 +64,25 @@ class Study:
         order = mx.arange(len(rows) if few else self.rows) if few or rows is None else mx.array(rows)
         taken = []
         for kept in self._data:
-            taken.append(mx.take(mx.array(np.stack([kept[i][read] for i in indices])), order, axis=1))
+            taken.append(mx.contiguous(mx.take(mx.array(np.stack([kept[i][read] for i in indices])), order, axis=1)))
             mx.eval(taken[-1])  # one by one: each is there twice for a moment
         return Captured(*taken)
 
     @staticmethod
     def nbytes(heads: int, rows: int, head_dim: int) -> int:
-        return heads * rows * (3 * 2 * head_dim + 2 * 4)
+        return heads * rows * 4 * (3 * head_dim + 2)
 
 
 class DeviceStudy(Study):
-    """Captured rows of all heads where the model computes, so that none is copied there to be trained on."""
+    """Captured rows of all heads where the model computes, so that none is copied there to be trained on, in the types
+    in which they were captured."""
 
     def __init__(self, rows: int):
-        self.rows, self.capacity = 0, rows
+        self.rows, self.capacity, self.not_finite = 0, rows, set[int]()
         self._layers = dict[int, list[Captured]]()  # by their first head, in the order of capture
 
     def add(self, first_head: int, rows: Captured) -> None:
+        self._look_at(first_head, rows)
         room = self.capacity - self.rows
         self._layers.setdefault(first_head, []).append(Captured(*(x[:, :room] for x in rows)))
 
@@ -82,6 +93,11 @@ class DeviceStudy(Study):
             taken.append(mx.stack([mx.take(self._head(i, field), order, axis=0) for i in indices]))
             mx.eval(taken[-1])
         return Captured(*taken)
+
+    @staticmethod
+    def nbytes(heads: int, rows: int, head_dim: int) -> int:
+        """Of a model of 16 bits."""
+        return heads * rows * (2 * 3 * head_dim + 4 * 2)
 
     def _head(self, index: int, field: int) -> mx.array:
         first = max(head for head in self._layers if head <= index)

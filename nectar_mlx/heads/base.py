@@ -18,12 +18,14 @@ class Bank:
 
     `bank(queries)` maps post-RoPE, unscaled queries [M, N, D] to `Partial(output [M, N, D], log_normalizer [M, N])`.
     `parameters` holds each array of `shapes` stacked to [M, ...]. Heads may differ in `sizes`; smaller ones are
-    padded with parts that contribute exactly nothing. `scale` is the model's attention scale.
+    padded with parts that contribute exactly nothing. `scale` is the model's attention scale. `offset` [M, D] is what
+    the heads' keys, and with them their log-normalisers, are relative to (see `attention`); None is zero.
     """
 
     parameters: HeadArrays
     sizes: tuple[Size, ...]
     scale: float
+    offset: mx.array | None = None
 
     kind: ClassVar[str]
     padding: ClassVar[dict[str, float]] = {}  # what neutral padding is where it is not zero
@@ -51,10 +53,10 @@ class Bank:
         raise NotImplementedError
 
     @classmethod
-    def stack(cls, heads: Sequence[HeadArrays], *, scale: float) -> Self:
+    def stack(cls, heads: Sequence[HeadArrays], *, scale: float, offset: mx.array | None = None) -> Self:
         """Heads as `shapes` describes them -> one bank."""
         parameters = {n: _pad_and_stack([h[n] for h in heads], cls.padding.get(n, 0.0)) for n in heads[0]}
-        return cls(parameters=parameters, sizes=tuple(cls.size_of(h) for h in heads), scale=scale)
+        return cls(parameters=parameters, sizes=tuple(cls.size_of(h) for h in heads), scale=scale, offset=offset)
 
     def unstack(self) -> list[HeadArrays]:
         """The heads, unpadded: the inverse of `stack`."""

@@ -1,5 +1,6 @@
 """Exact: the context's own keys and values, so that every other kind can be checked against the whole path."""
 
+from dataclasses import replace
 from typing import Self
 
 import mlx.core as mx
@@ -9,7 +10,8 @@ from .base import Bank, HeadArrays, Size
 
 
 class Exact(Bank):
-    """keys and values [n, D] a head: the context's, positions applied; size = (n,), the same for all heads."""
+    """keys and values [n, D] a head: the context's, positions applied, the keys relative to the offset; size = (n,),
+    the same for all heads."""
 
     kind = "exact"
 
@@ -33,7 +35,7 @@ class Exact(Bank):
         """Some of the keys, in all heads the same."""
         parameters = {name: x[:, chosen] for name, x in self.parameters.items()}
         sizes = ((parameters["keys"].shape[1],),) * len(self.sizes)
-        return type(self)(parameters=parameters, sizes=sizes, scale=self.scale)
+        return replace(self, parameters=parameters, sizes=sizes)
 
     def nodes(self) -> list[HeadArrays]:
         """Every head's keys and values as nodes that stand for themselves."""
@@ -46,7 +48,8 @@ class Weighed(Exact):
     @classmethod
     def of(cls, bank: Exact, bias: mx.array) -> Self:
         """The bank's keys and values with a bias [M, n]."""
-        return cls(parameters=bank.parameters | {"bias": bias}, sizes=bank.sizes, scale=bank.scale)
+        parameters = bank.parameters | {"bias": bias}
+        return cls(parameters=parameters, sizes=bank.sizes, scale=bank.scale, offset=bank.offset)
 
     def apply(self, parameters: HeadArrays, queries: mx.array) -> Partial:
         keys, values, bias = (parameters[n] for n in ("keys", "values", "bias"))

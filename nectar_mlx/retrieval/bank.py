@@ -44,7 +44,7 @@ class Retrieving(Bank):
         summary_bytes: int = 0,
         group: int = 1,
     ):
-        super().__init__(parameters=summary.parameters, sizes=summary.sizes, scale=summary.scale)
+        super().__init__(parameters=summary.parameters, sizes=summary.sizes, scale=summary.scale, offset=summary.offset)
         self.summary, self.keys, self.layer, self.selector = summary, keys, layer, selector
         self.count, self.summary_bytes, self.group = count, summary_bytes, group
 

@@ -33,17 +33,11 @@ def arrays(tokenizer: Any, text: str, prefix: list[int]) -> Arrays:
     """The text, and for each token of the prefix the characters [start, end) that it stands for, -1 for the template's
     own. Nothing for tokenizers that cannot tell.
     """
-    inner, head = getattr(tokenizer, "_tokenizer", tokenizer), len(prompts.head(tokenizer))
-    if not getattr(inner, "is_fast", False):
+    ids, found = prompts.located(tokenizer, text)
+    if not found or ids[: len(prefix)] != prefix:
         return {}
-    whole = prompts.INTRODUCTION + text
-    options = {"add_special_tokens": False, "split_special_tokens": True, "return_offsets_mapping": True}
-    found = inner(whole, verbose=False, **options)
-    if found["input_ids"][: len(prefix) - head] != prefix[head:]:
-        return {}
-    spans = np.array(found["offset_mapping"][: len(prefix) - head]) - len(prompts.INTRODUCTION)
-    spans = np.where(spans[:, :1] < 0, -1, spans)
-    offsets = np.concatenate([np.full((head, 2), -1), spans]).astype(np.int32)
+    spans = np.array(found[: len(prefix)])
+    offsets = np.where(spans[:, :1] < 0, -1, spans).astype(np.int32)
     read = text[: max(0, int(offsets[:, 1].max()))]
     return {"sources.offsets": offsets, "sources.text": np.frombuffer(read.encode(), np.uint8)}
 

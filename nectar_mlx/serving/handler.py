@@ -13,14 +13,22 @@ from .provider import Provider, loaded_id
 _IDLE = 60.0  # seconds that a connection may be silent
 
 
+class _Refusal(BaseException):
+    """A NectarError on its way through mlx-lm's handler, which would answer 404 to any Exception."""
+
+
 class _Kept:
-    """A generator for one request that keeps its `GenerationContext`."""
+    """A generator for one request that keeps its `GenerationContext`. chosen: the client chose the answer's length."""
 
-    def __init__(self, generator: Any):
-        self._generator, self.context = generator, None
+    def __init__(self, generator: Any, *, chosen: bool):
+        self._generator, self._chosen, self.context = generator, chosen, None
 
-    def generate(self, *args: Any, **options: Any) -> Any:
-        found = self._generator.generate(*args, **options)
+    def generate(self, request: Any, arguments: Any, **options: Any) -> Any:
+        arguments.chosen = self._chosen
+        try:
+            found = self._generator.generate(request, arguments, **options)
+        except NectarError as error:
+            raise _Refusal(str(error)) from error
         self.context = found[0]
         return found
 
@@ -106,13 +114,17 @@ class Handler(server.APIHandler):
             return self._refuse(404, self._provider.no_model(self.requested_model))
         if problem := self._problem(stop_words):
             return self._refuse(400, problem)
-        self._asked, self.response_generator = self.requested_model, _Kept(self.response_generator)
+        chosen = any(self.body.get(name) is not None for name in ("max_tokens", "max_completion_tokens"))
+        self._asked, self.response_generator = self.requested_model, _Kept(self.response_generator, chosen=chosen)
         known, exact = self._provider.files, self.body.get("exact")
         name = self._asked if self._asked in known else next(iter(known))
         self._part = self._provider.nearest(name, self._questions())
         if exact is not None or self._part is not None:
             self.requested_model = loaded_id(name, part=self._part, exact=exact)
-        super().handle_completion(request, stop_words)
+        try:
+            super().handle_completion(request, stop_words)
+        except _Refusal as refusal:
+            self._refuse(400, str(refusal))
 
     def _questions(self) -> list[str]:
         """What the user asked, the last question first; nothing for one who wants the whole text in view."""

@@ -13,6 +13,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from .. import cli, models, prompts, store
 from ..errors import NectarError
 from ..nectar import Nectar
+from ..window import answer_tokens
 
 _PART, _EXACT = "@part=", "@exact="
 
@@ -30,10 +31,15 @@ class ContextTokenizer(TokenizerWrapper):
         tokens = prompts.prompt(self._whole, messages, **template)
         return tokens if tokenize else self._whole.decode(tokens)
 
-    def encode(self, text: Any, **options: Any) -> list[int]:
-        if not isinstance(text, str) or not text:
+    def encode(self, text: str, **options: Any) -> list[int]:
+        """Words that end an answer, which may be control tokens."""
+        return prompts.encode(self._whole, text, specials=True)
+
+    def completion(self, prompt: Any) -> list[int]:
+        """A text that goes on where the document ends."""
+        if not isinstance(prompt, str) or not prompt:
             raise NectarError("the prompt must be one non-empty string")
-        return prompts.encode(self._whole, text)
+        return prompts.encode(self._whole, prompt)
 
 
 class Provider(server.ModelProvider):
@@ -134,9 +140,22 @@ class PromptCache(LRUPromptCache):
 
 
 class Generator(server.ResponseGenerator):
-    """mlx-lm's; what an answer that was served alone has read of its context becomes a field of the request's."""
+    """mlx-lm's, within the model's window; what an answer that was served alone has read of its context becomes a field
+    of the request's.
+    """
 
     model_provider: Provider
+
+    def _tokenize(self, tokenizer: Any, request: Any, args: Any) -> Any:
+        if request.request_type == "chat":
+            found = super()._tokenize(tokenizer, request, args)  # type: ignore[no-untyped-call]
+        else:
+            prompt = tokenizer.completion(request.prompt)
+            found = prompt, [prompt], ["assistant"], "normal", None
+        length = {"chosen" if args.chosen else "default": args.max_tokens}
+        provider = self.model_provider
+        args.max_tokens = answer_tokens(provider.model, start=provider.serving.start, prompt=len(found[0]), **length)
+        return found
 
     def _serve_single(self, request: Any, stream: Any) -> None:
         queue, *others = request

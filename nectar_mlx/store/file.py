@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError, deserialize, safe_open
 
 from .. import __version__
 from ..errors import NectarError
@@ -28,17 +28,23 @@ if TYPE_CHECKING:  # commands import this module, and mlx-lm takes seconds
 FORMAT = "nectar-1"
 _TEXTS = {"format", "digest", "prefix_sha256", "model", "model_sha256", "tokenizer_sha256", "nectar_mlx", "source"}
 _NEEDED = _TEXTS - {"source"} | {"geometry", "layout", "report"}
+_DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "I32": "<i4", "I8": "i1", "U8": "u1", "U16": "<u2"}
 Metadata = dict[str, Any]
 
 
 def contents(
-    layout: Layout, heads: Sequence[HeadArrays], *, prefix: Sequence[int], windows: "Mapping[int, Window]"
+    layout: Layout,
+    heads: Sequence[HeadArrays],
+    *,
+    prefix: Sequence[int],
+    windows: "Mapping[int, Window]",
+    offsets: Sequence[mx.array | None] = (),
 ) -> Tensors:
     """All tensors of a file, quantised: writing them loses nothing more.
 
-    heads: layer by layer. windows: what the sliding-window layers keep, by layer.
+    heads: layer by layer. windows: what the sliding-window layers keep, by layer. offsets: as for `layout.pack`.
     """
-    tensors = {"prefix": mx.array(list(prefix), dtype=mx.int32)} | pack(layout, heads)
+    tensors = {"prefix": mx.array(list(prefix), dtype=mx.int32)} | pack(layout, heads, offsets=offsets)
     for layer, window in windows.items():
         tensors |= {f"windows.{layer}.keys": window.keys, f"windows.{layer}.values": window.values}
     return tensors
@@ -135,12 +141,21 @@ def read(path: Path) -> tuple[Tensors, Metadata]:
     """The file's tensors and metadata, checked against its digest; NectarError for anything but a whole .nectar."""
     with _opened(path) as file:
         metadata = _metadata(path, file)
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        tensors = {name: _array(entry) for name, entry in deserialize(path.read_bytes())}  # type: ignore[no-untyped-call]
     if digest(tensors) != metadata["digest"]:
         raise NectarError(f"{path} is damaged: its contents do not match its checksum; fit it again")
     if "prefix" not in tensors or _prefix_digest(tensors) != metadata["prefix_sha256"]:
         raise NectarError(f"{path} is damaged: its prefix does not match its checksum; fit it again")
     return tensors, metadata
+
+
+def _array(entry: Mapping[str, Any]) -> mx.array:
+    """One tensor as safetensors has it; its own conversion to MLX does not know bfloat16."""
+    name = str(entry["dtype"])
+    if name not in _DTYPES:
+        raise ValueError(f"tensors of type {name} are not read")
+    data = mx.array(np.frombuffer(entry["data"], _DTYPES[name]).reshape(entry["shape"]))
+    return data.view(mx.bfloat16) if name == "BF16" else data
 
 
 def model_name(path: Path) -> str:

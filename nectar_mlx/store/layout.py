@@ -4,7 +4,8 @@ All heads of a kind share a few tensors: each parameter's values of all layers a
 by the sizes in `sizes` [layers · n_kv_heads, numbers a head]. Vectors are stored as float16, matrices in one of two
 ways: quantised in groups (`heads.keys` [groups, group] and `heads.keys.scales` [groups]), or, where the layout has no
 `bits`, coded (`rows`): all matrices of all heads, head by head, in `heads.numbers`, and how those are to be read in
-`heads.grids`.
+`heads.grids`. `offsets` bfloat16 [layers · n_kv_heads, head_dim] are what each head's keys are relative to; files of
+before have none, their keys are absolute.
 """
 
 import math
@@ -23,6 +24,7 @@ from .rows import Rows
 
 BITS = (4, 5, 6, 7, 8, 16)  # of a matrix entry; 16 = float
 Tensors = dict[str, mx.array]
+_HALF_MAX = 65504.0  # the largest number of float16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,10 +61,13 @@ def _parameter_bytes(layout: Layout, shape: tuple[int, ...]) -> float:
     return math.prod(shape) * (layout.bits / 8 + 2 / group_size(layout.head_dim))
 
 
-def pack(layout: Layout, heads: Sequence[HeadArrays]) -> Tensors:
-    """All heads, layer by layer -> the tensors of the file."""
+def pack(layout: Layout, heads: Sequence[HeadArrays], *, offsets: Sequence[mx.array | None] = ()) -> Tensors:
+    """All heads, layer by layer -> the tensors of the file. offsets: of each layer's heads, [K, D]; none are zero."""
     sizes = [layout.bank.size_of(h) for h in heads]
     tensors: Tensors = {"sizes": mx.array(sizes, dtype=mx.int32)}
+    if any(offset is not None for offset in offsets):
+        nothing = mx.zeros((layout.n_kv_heads, layout.head_dim))
+        tensors["offsets"] = mx.concatenate([nothing if x is None else x for x in offsets]).astype(mx.bfloat16)
     for name, array in heads[0].items():
         flat = [h[name].reshape(-1, h[name].shape[-1]) if array.ndim > 1 else h[name] for h in heads]
         if array.ndim == 1:
@@ -89,12 +94,27 @@ def unpack(layout: Layout, tensors: Tensors, *, half: bool = False) -> list[Bank
     """The tensors of the file -> one bank a layer. half: matrices that were rounded in float16 instead of float32,
     which rounds them by far less than their bits did. NectarError if the tensors do not fit each other.
     """
-    banks, matrices = list[Bank](), mx.float16 if half and layout.bits != 16 else None
-    for heads in _layers(layout, tensors, _floats):
-        heads = [{n: x.astype(matrices) if matrices and x.ndim > 1 else x for n, x in head.items()} for head in heads]
-        banks.append(layout.bank.stack(heads, scale=layout.scale))
+    banks, halved, offsets = list[Bank](), half and layout.bits != 16, _offsets(layout, tensors)
+    for heads, offset in zip(_layers(layout, tensors, _floats), offsets, strict=True):
+        heads = [{n: _halved(x) if halved and x.ndim > 1 else x for n, x in head.items()} for head in heads]
+        banks.append(layout.bank.stack(heads, scale=layout.scale, offset=offset))
         mx.eval(banks[-1].parameters)  # layer by layer: on the way from bits to floats there is far more
     return banks
+
+
+def _halved(x: mx.array) -> mx.array:
+    """In float16, if that can hold it."""
+    return x.astype(mx.float16) if not x.size or bool(mx.abs(x).max() < _HALF_MAX) else x
+
+
+def _offsets(layout: Layout, tensors: Tensors) -> list[mx.array | None]:
+    """Of each layer's heads, [K, D] float32."""
+    if "offsets" not in tensors:
+        return [None] * layout.n_layers
+    offsets = tensors["offsets"]
+    if offsets.shape != (layout.n_layers * layout.n_kv_heads, layout.head_dim):
+        raise NectarError("the file is damaged: its offsets are not those of its heads")
+    return list(offsets.astype(mx.float32).reshape(layout.n_layers, layout.n_kv_heads, -1))
 
 
 def stored(layout: Layout, tensors: Tensors) -> list[list[Stored]]:
@@ -108,6 +128,7 @@ def choose(layout: Layout, tensors: Tensors, nodes: Sequence[np.ndarray]) -> Ten
     sizes = np.array(tensors["sizes"])[:, 0]
     at = np.concatenate([start + chosen for start, chosen in zip(np.cumsum(sizes) - sizes, nodes, strict=True)])
     found: Tensors = {"sizes": mx.array([[len(chosen)] for chosen in nodes], dtype=mx.int32)}
+    found |= {name: tensors[name] for name in ("offsets",) if name in tensors}
     for name in tensors.keys() - {"heads.grids", "heads.numbers"}:
         if name.startswith("heads."):
             each = tensors[name].shape[0] // int(sizes.sum())

@@ -28,6 +28,7 @@ FAST = {
     "steps": 30,
     "scout_steps": 5,
     "answer_tokens": 16,
+    "checks": 2,
     "batch": 128,
     "samples": 400,
 }
@@ -206,7 +207,7 @@ def test_a_fit_that_needs_few_conversations_ends(tokenizer, queries):
     context = reading.read(model, toys.random_tokens(20), geometry)
     fitter = Fitter(model, tokenizer, context, geometry, FitConfig(**FAST | {"queries": queries, "conversations": 1}))
     fitter.converse()
-    assert fitter._rows() >= 0.9 * queries and any(c.held_out for c in fitter.conversations)
+    assert fitter._rows() >= 0.9 * queries and any(c.split == "held_out" for c in fitter.conversations)
 
 
 def test_where_rows_are_kept_changes_nothing(tokenizer, tmp_path, monkeypatch):
@@ -233,13 +234,14 @@ def test_what_is_captured_is_exact_attention(tokenizer):
     context = reading.read(model, toys.random_tokens(50), geometry)
     K, D, G = geometry.n_kv_heads, geometry.head_dim, geometry.n_heads // geometry.n_kv_heads
     studies = [Study(geometry.n_layers * K, 4000, D, folder=None) for _ in range(2)]
-    batch = [Conversation(toys.random_tokens(5 + i % 3, seed=i), held_out=i == 2) for i in range(4)]
+    splits = ("train", "train", "held_out", "train")
+    batch = [Conversation(toys.random_tokens(5 + i % 3, seed=i), split=split) for i, split in enumerate(splits)]
     dialogue.converse(model, context, batch, stop={3}, max_tokens=20, temperature=1.0, key=mx.random.key(0))
-    kept = {False: studies[0], True: studies[1]}
+    kept = {"train": studies[0], "held_out": studies[1]}
     capture.hear(model, context, batch, kept, n_heads=geometry.n_heads)
     # the last token of an answer is kept but never fed, so nothing is captured for it
     expected = [
-        sum(len(c.prompt) + len(c.answer) - 1 for c in batch if c.held_out == held) * G for held in (False, True)
+        sum(len(c.prompt) + len(c.answer) - 1 for c in batch if c.split == split) * G for split in ("train", "held_out")
     ]
     assert [s.rows for s in studies] == expected
     for layer, bank in enumerate(context.banks):

@@ -72,7 +72,11 @@ def test_what_a_layer_hears_is_what_the_full_cache_would_see(tokenizer, architec
     model = toys.toy(architecture)
     ours = fitter(model, tokenizer, queries=4000)
     ours.conversations = [
-        Conversation(toys.random_tokens(6 + i % 3, seed=i), toys.random_tokens(5 + i, seed=90 + i), held_out=i == 4)
+        Conversation(
+            toys.random_tokens(6 + i % 3, seed=i),
+            toys.random_tokens(5 + i, seed=90 + i),
+            split="held_out" if i == 4 else "train",
+        )
         for i in range(layerwise._TOGETHER + 3)
     ]
     context = reading.read(model, ours.prefix, ours.geometry)
@@ -81,13 +85,13 @@ def test_what_a_layer_hears_is_what_the_full_cache_would_see(tokenizer, architec
     seen = 0
     for layer, one in enumerate(ours.layers()):
         bank = context.banks[layer]
-        for name in ("keys", "values"):
-            np.testing.assert_allclose(one.context.banks[0].parameters[name], bank.parameters[name], atol=2e-4)
-        for study, held_out in ((one.study, False), (one.held_out, True)):
-            tokens = sum(len(c.prompt) + len(c.answer) - 1 for c in ours.conversations if c.held_out == held_out)
+        np.testing.assert_allclose(absolute(one.context.banks[0]), absolute(bank), atol=2e-4)
+        np.testing.assert_allclose(one.context.banks[0].parameters["values"], bank.parameters["values"], atol=2e-4)
+        for study, split in ((one.study, "train"), (one.held_out, "held_out")):
+            tokens = sum(len(c.prompt) + len(c.answer) - 1 for c in ours.conversations if c.split == split)
             assert study.rows == tokens * G
             rows = study.heads(range(K))
-            found, wanted = (np.array(x, dtype=np.float32)[0] for x in (rows.queries, expected[layer][held_out]))
+            found, wanted = (np.array(x, dtype=np.float32)[0] for x in (rows.queries, expected[layer][split]))
             apart = np.abs(found[:, None] - wanted[None]).max(-1)  # the rows come in another order
             assert found.shape == wanted.shape and apart.min(0).max() < 2e-2 and apart.min(1).max() < 2e-2
         seen += 1
@@ -107,15 +111,15 @@ def test_both_ways_hear_the_same_of_a_chunk(tokenizer, architecture):
     by_layer = LayerwiseFitter(model, tokenizer, prefix, geometry, config, **told)
     at_once = Fitter(model, tokenizer, context, geometry, config, **told)
     at_once.conversations = by_layer.conversations = [
-        Conversation(toys.random_tokens(6, seed=i), toys.random_tokens(5, seed=90 + i), held_out=i == 4)
+        Conversation(
+            toys.random_tokens(6, seed=i), toys.random_tokens(5, seed=90 + i), split="held_out" if i == 4 else "train"
+        )
         for i in range(5)
     ]
     at_once.hear()
     for layer, one in enumerate(by_layer.layers()):
         assert one.length == at_once.length == 70
-        np.testing.assert_allclose(
-            one.banks[0].parameters["keys"], context.banks[layer].parameters["keys"][:, opening:], atol=2e-4
-        )
+        np.testing.assert_allclose(absolute(one.banks[0]), absolute(context.banks[layer])[:, opening:], atol=2e-4)
         mine, theirs = at_once.study.heads(range(layer * K, layer * K + K)), one.study.heads(range(K))
         for name in ("queries", "output", "live_output", "log_normalizer", "live_log_normalizer"):
             np.testing.assert_allclose(*(np.array(getattr(x, name), np.float32) for x in (mine, theirs)), atol=2e-2)
@@ -125,9 +129,13 @@ def test_both_ways_hear_the_same_of_a_chunk(tokenizer, architecture):
         assert (mine.live_log_normalizer >= mx.logsumexp(scores[..., :opening], axis=-1) - 2e-2).all()
 
 
+def absolute(bank):
+    return bank.parameters["keys"] + bank.offset[:, None]
+
+
 def heard(model, context, conversations):
-    """Per layer, the queries [K, rows, D] of conversations (trained on, held out), each conversation on its own."""
-    found = [([], []) for _ in context.banks]
+    """Per layer and split, the queries [K, rows, D] of conversations, each conversation on its own."""
+    found = [{"train": [], "held_out": []} for _ in context.banks]
     for conversation in conversations:
         caches = [
             capture.StudyCache(c.bank, c.context) if isinstance(c, NectarCache) else c for c in context.make_cache()
@@ -136,8 +144,8 @@ def heard(model, context, conversations):
         mx.eval(model(mx.array([fed]), cache=caches))
         studied = [c for c in caches if isinstance(c, capture.StudyCache)]
         for layer, cache in enumerate(studied):
-            found[layer][conversation.held_out].append(cache.take(np.ones((1, len(fed)), bool)).queries)
-    return [tuple(mx.concatenate(x, axis=1) for x in pair) for pair in found]
+            found[layer][conversation.split].append(cache.take(np.ones((1, len(fed)), bool)).queries)
+    return [{split: mx.concatenate(x, axis=1) for split, x in layer.items()} for layer in found]
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3", "gpt_oss", "qwen3_moe"])
@@ -170,12 +178,13 @@ def test_what_is_reported_is_the_divergence_from_the_full_cache(tokenizer):
     for answer in told.answers:
         by_model = part.heard(Walk(model, ours.geometry), full, answer.conversation)
         np.testing.assert_allclose(answer.hidden, by_model.hidden, atol=1e-3)
-    assert told.fidelity(Walk(model, ours.geometry), full.make_cache) == {"kl": 0.0, "agree": 1.0}
     head = reading.read(model, ours.prefix[:20], ours.geometry)
     held_out = [answer.conversation for answer in told.answers]
-    assert held_out == [c for c in ours.conversations if c.held_out and c.answer][:8]
+    assert held_out == [c for c in ours.conversations if c.split == "check" and c.answer]
     other = fidelity.compare(model, full.make_cache, {"head": head.make_cache}, held_out)["head"]
-    assert told.fidelity(Walk(model, ours.geometry), head.make_cache)["kl"] == pytest.approx(other.kl.mean(), abs=2e-5)
+    figures = told.fidelity(Walk(model, ours.geometry), full.make_cache, head.make_cache)
+    assert (figures["kl"], figures["agree"], figures["gap_closed"]) == (0.0, 1.0, 1.0)
+    assert figures["kl_no_context"] == pytest.approx(other.kl.mean(), abs=2e-5)
 
 
 def test_passages_cover_the_text_evenly(tokenizer):
@@ -224,7 +233,8 @@ def test_no_phase_takes_more_memory_than_fitting_a_layer():
         ours.conversations = ours._ask_about(ours._passage(0), lambda rows: None)
     ours.sizes(0.02 * geometry.cache_bytes(len(prefix)))
     ours.conversations = [
-        Conversation(prefix[i : i + 60], prefix[i + 3000 : i + 3096], held_out=i % 500 == 0) for i in range(0, 2500, 50)
+        Conversation(prefix[i : i + 60], prefix[i + 3000 : i + 3096], split="held_out" if i % 500 == 0 else "train")
+        for i in range(0, 2500, 50)
     ]
     for layer in ours.layers():
         peaks["a layer"] = (mx.get_peak_memory() - before) / 1e6
@@ -240,7 +250,10 @@ def test_only_one_layer_of_keys_and_values_exists(tokenizer):
     """What is held, above the model, while a layer is fitted."""
     ours = fitter(toys.toy("llama", num_hidden_layers=12), tokenizer, context_tokens=None)
     ours.prefix = toys.random_tokens(3000)
-    ours.conversations = [Conversation(toys.random_tokens(6), toys.random_tokens(6), held_out=i == 1) for i in range(4)]
+    ours.conversations = [
+        Conversation(toys.random_tokens(6), toys.random_tokens(6), split="held_out" if i == 1 else "train")
+        for i in range(4)
+    ]
     geometry = ours.geometry
     layer = 2 * 4 * geometry.n_kv_heads * geometry.head_dim * len(ours.prefix)
     hidden = 4 * ours.model.args.hidden_size * (len(ours.prefix) + 4 * 12)

@@ -25,7 +25,7 @@ TEXT = " ".join(f"The {a} dog sees fox number {i}, and the {b} fox runs." for i,
     (a, b) for a in ("quick", "lazy", "brown", "old") for b in ("red", "sly", "young", "tired")
 ))  # fmt: skip
 FAST = {"queries": 500, "conversations": 8, "steps": 40, "scout_steps": 5, "answer_tokens": 16, "batch": 128,
-        "samples": 300, "budget": 0.3}  # fmt: skip
+        "checks": 2, "samples": 300, "budget": 0.3}  # fmt: skip
 
 
 def random(*shape, seed=0):

@@ -59,11 +59,17 @@ def test_less_is_lost_than_with_the_same_step_in_all_rows(rows, trained):
     costs = matching.costs(rows, trained)
     flat = {n: mx.zeros_like(x) + x.mean(1, keepdims=True) for n, x in costs.items()}
     errors = []
+    start = starts.Start.of(trained, rows)
     for told in (costs, flat):
         steps = settling._steps(trained, told, bits=3.5)
         near = {n: mx.round(trained.parameters[n] / s) * s for n, s in steps.items()}
-        bank = Quadrature(parameters=trained.parameters | near, sizes=trained.sizes, scale=trained.scale)
-        errors.append(np.array(regression.errors(bank, rows)))
+        mirrored = {n: 2 * trained.parameters[n] - x for n, x in near.items()}  # training has not ended: slopes cancel
+        both = []
+        for moved in (near, mirrored):
+            parameters = start.fold(start.parameters | moved)
+            bank = Quadrature(parameters=parameters, sizes=trained.sizes, scale=trained.scale)
+            both.append(np.array(regression.errors(bank, rows)))
+        errors.append(np.mean(both, axis=0))
     lost = np.array(errors) - np.array(regression.errors(trained, rows))
     assert (lost[0] < lost[1]).all() and lost[0].sum() < 0.8 * lost[1].sum()
 

@@ -1,20 +1,21 @@
 """GGUF files written here from random mlx-lm models must load back as the same models."""
 
-import io
+import os
 from pathlib import Path
 from typing import Any
 
 import gguf
 import mlx.core as mx
+import mlx_lm
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
-from mlx_lm.models import llama, qwen2, qwen3
-from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, trainers
+from mlx_lm.models import gemma3_text, llama, qwen2, qwen3
+from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers import models as tokenizer_models
 
 from nectar_mlx import NectarError, models
-from nectar_mlx.models.gguf import _GPT2_WORDS, _SPLITS
+from nectar_mlx.models.gguf_tokenizer import SPLITS
 
 TEXT = (
     "We'll see 1234 naïve finds, x_1 = [3.14]; they're here.\n\n  Two spaces, a\ttab, 你好 and 🙂.\r\n"
@@ -29,6 +30,7 @@ SIZES = {
     "rms_norm_eps": 1e-5,
     "max_position_embeddings": 512,
 }
+GEMMA3 = {"num_hidden_layers": 7, "head_dim": 24, "query_pre_attn_scalar": 24, "sliding_window": 4}
 NAMES = {
     "model.embed_tokens": "token_embd",
     "model.norm": "output_norm",
@@ -45,6 +47,12 @@ NAMES = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
+GEMMA3_NAMES = NAMES | {
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
+ARCHITECTURES = {"llama": llama, "qwen2": qwen2, "qwen3": qwen3, "gemma3": gemma3_text}
 # Where a block of a K-quantised tensor keeps its float16 scales, and values that make weights of about 0.1.
 K_SCALES = {"Q4_K": {0: 4e-4, 2: 3e-3}, "Q6_K": {208: 5e-5}}
 LLAMA3 = {
@@ -64,10 +72,10 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
     """A small byte-level BPE, split as GPT-2 does."""
-    return train_byte_level((_GPT2_WORDS,))
+    return train_byte_level(SPLITS["gpt-2"])
 
 
-def train_byte_level(splits: tuple[str, ...]) -> Tokenizer:
+def train_byte_level(splits: tuple[str, ...], *, end: str = "<|im_end|>") -> Tokenizer:
     tokenizer = Tokenizer(tokenizer_models.BPE())
     words = [pre_tokenizers.Split(Regex(split), behavior="isolated") for split in splits]
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -76,7 +84,7 @@ def train_byte_level(splits: tuple[str, ...]) -> Tokenizer:
     trainer = trainers.BpeTrainer(
         vocab_size=400,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        special_tokens=["<|endoftext|>", "<|im_start|>", end],
         show_progress=False,
     )
     tokenizer.train_from_iterator([TEXT] * 5, trainer)
@@ -84,13 +92,17 @@ def train_byte_level(splits: tuple[str, ...]) -> Tokenizer:
 
 
 def toy_model(arch: str, vocab_size: int, **changes: Any) -> Any:
-    extra: dict[str, Any] = {} if arch == "qwen2" else {"head_dim": 24}
-    module = {"llama": llama, "qwen2": qwen2, "qwen3": qwen3}[arch]
+    extra: dict[str, Any] = {"qwen2": {}, "gemma3": GEMMA3}.get(arch, {"head_dim": 24})
+    module, model_type = ARCHITECTURES[arch], "gemma3_text" if arch == "gemma3" else arch
     arguments = {"rope_theta": 50000.0, "tie_word_embeddings": False} | SIZES | extra | changes
-    model = module.Model(module.ModelArgs(model_type=arch, vocab_size=vocab_size, **arguments))
+    arguments |= {"model_type": model_type, "vocab_size": vocab_size}
+    model = module.Model(module.ModelArgs.from_dict(arguments))
+    if arch == "gemma3":
+        model.sanitize({})  # ties its embeddings
     mx.random.seed(1)
     weights = [(name, 0.2 * mx.random.normal(array.shape)) for name, array in tree_flatten(model.parameters())]
-    model.load_weights([(name, 1 + array if "norm" in name else array) for name, array in weights])
+    shift = 0 if arch == "gemma3" else 1  # Gemma's norms multiply by 1 + weight
+    model.load_weights([(name, shift + array if "norm" in name else array) for name, array in weights])
     return model
 
 
@@ -124,7 +136,7 @@ def write_gguf(
     path: Path, model: Any, tokenizer: Tokenizer, kind: str = "F32", pre: str = "gpt-2"
 ) -> dict[str, mx.array]:
     """Write a model as GGUF and give back the weights that a reader must find, quantisation included."""
-    args, arch = model.args, model.args.model_type
+    args, arch = model.args, model.args.model_type.removesuffix("_text")
     writer = gguf.GGUFWriter(path, arch)
     writer.add_block_count(args.num_hidden_layers)
     writer.add_embedding_length(args.hidden_size)
@@ -136,6 +148,8 @@ def write_gguf(
     writer.add_context_length(args.max_position_embeddings)
     if getattr(args, "head_dim", None):
         writer.add_key_length(args.head_dim)
+    if arch == "gemma3":
+        writer.add_sliding_window(args.sliding_window)
     write_scaling(writer, args)
     write_tokenizer(writer, tokenizer, pre)
     expected = {}
@@ -148,7 +162,9 @@ def write_gguf(
         if arch == "llama" and ("q_proj" in name or "k_proj" in name):
             heads = args.num_attention_heads if "q_proj" in name else args.num_key_value_heads
             data = interleaved(data, heads)
-        writer.add_tensor(gguf_name(name), data, raw_dtype=quantisation)
+        elif arch == "gemma3" and "norm" in name:
+            data = data + 1
+        writer.add_tensor(gguf_name(name, arch), data, raw_dtype=quantisation)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -199,12 +215,13 @@ def llama3_divisors(inverse: np.ndarray, scaling: dict[str, Any]) -> np.ndarray:
     return np.array(divisors)
 
 
-def gguf_name(name: str) -> str:
+def gguf_name(name: str, arch: str) -> str:
     stem, suffix = name.rsplit(".", 1)
+    names = GEMMA3_NAMES if arch == "gemma3" else NAMES
     if stem.startswith("model.layers."):
         _, _, layer, part = stem.split(".", 3)
-        return f"blk.{layer}.{NAMES[part]}.{suffix}"
-    return f"{NAMES[stem]}.{suffix}"
+        return f"blk.{layer}.{names[part]}.{suffix}"
+    return f"{names[stem]}.{suffix}"
 
 
 def assert_same_logits(path: Path, model: Any, expected: dict[str, mx.array], tolerance: float) -> None:
@@ -218,7 +235,7 @@ def assert_same_logits(path: Path, model: Any, expected: dict[str, mx.array], to
 
 
 @pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_1"])
-@pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("arch", sorted(ARCHITECTURES))
 def test_the_logits_are_those_of_the_weights(arch: str, kind: str, tmp_path: Path, tokenizer: Tokenizer) -> None:
     model = toy_model(arch, tokenizer.get_vocab_size())
     expected = write_gguf(tmp_path / "toy.gguf", model, tokenizer, kind)
@@ -242,6 +259,8 @@ CHANGES: dict[str, tuple[str, dict[str, Any]]] = {
     "one kv head": ("llama", {"num_key_value_heads": 1}),
     "linear": ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}),
     "llama3": ("llama", {"head_dim": 64, "rope_theta": 500000.0, "rope_scaling": LLAMA3}),
+    "gemma3, linear": ("gemma3", {"rope_scaling": {"rope_type": "linear", "factor": 8.0}}),
+    "gemma3 of 27B": ("gemma3", {"num_hidden_layers": 62, "query_pre_attn_scalar": 16}),
     "yarn": (
         "qwen3",
         {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}},
@@ -255,6 +274,14 @@ def test_the_settings_survive(case: str, tmp_path: Path, tokenizer: Tokenizer) -
     model = toy_model(arch, tokenizer.get_vocab_size(), **changes)
     expected = write_gguf(tmp_path / "toy.gguf", model, tokenizer)
     assert_same_logits(tmp_path / "toy.gguf", model, expected, 1e-5)
+
+
+def test_gemma3_ends_a_turn_with_a_token_that_its_file_does_not_name(tmp_path: Path) -> None:
+    tokenizer = train_byte_level(SPLITS["gpt-2"], end="<eos>")
+    tokenizer.add_special_tokens(["<end_of_turn>"])
+    size = tokenizer.get_vocab_size()
+    write_gguf(tmp_path / "toy.gguf", toy_model("gemma3", size), tokenizer)
+    assert models.load(str(tmp_path / "toy.gguf"))[1].eos_token_ids == {2, size - 1}
 
 
 def test_large_models_are_written_in_shards(
@@ -275,80 +302,6 @@ def test_is_converted_once_until_the_file_changes(tmp_path: Path, tokenizer: Tok
         assert first == second
     assert len(lines) == 2 and "converting toy.gguf" in lines[0]
     assert len(list((tmp_path / "cache").iterdir())) == 2
-
-
-@pytest.mark.parametrize("pre", sorted(_SPLITS))
-def test_byte_level_tokenizers_agree_with_their_source(pre: str, tmp_path: Path) -> None:
-    source = train_byte_level(_SPLITS[pre])
-    if "qwen" in pre:
-        source.normalizer = normalizers.NFC()
-    write_gguf(tmp_path / "toy.gguf", toy_model("llama", source.get_vocab_size()), source, pre=pre)
-    _, loaded = models.load(str(tmp_path / "toy.gguf"))
-    for text in (TEXT, "", " ", "\n\n\n x", "e\u0301 12345", "<|im_start|>user\nhi<|im_end|>"):
-        assert loaded.encode(text) == source.encode(text).ids
-        assert loaded.decode(loaded.encode(text)) == (normalizers.NFC().normalize_str(text) if "qwen" in pre else text)
-    assert loaded.bos_token_id == 1 and loaded.eos_token_ids == {2}
-    chat = [{"role": "user", "content": "hi"}]
-    assert loaded.apply_chat_template(chat, tokenize=False) == "<|im_start|>user\nhi<|im_end|>"
-
-
-def test_sentencepiece_agrees_with_its_library(tmp_path: Path) -> None:
-    import sentencepiece
-
-    trained = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(TEXT.splitlines() * 10),
-        model_writer=trained,
-        model_type="bpe",
-        vocab_size=420,
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        character_coverage=0.98,
-        minloglevel=2,
-    )
-    oracle = sentencepiece.SentencePieceProcessor(model_proto=trained.getvalue())
-    path = tmp_path / "toy.gguf"
-    write_sentencepiece(path, oracle)
-    _, loaded = models.load(str(path))
-    for text in (TEXT, "The lazy fox", "  two  spaces ", "unseen ☃ zebra", "x"):
-        assert loaded.encode(text) == [oracle.bos_id(), *oracle.encode(text)]
-        assert loaded.decode(loaded.encode(text, add_special_tokens=False)) == text
-
-
-def write_sentencepiece(path: Path, processor: Any) -> None:
-    model = toy_model("llama", processor.vocab_size())
-    writer = gguf.GGUFWriter(path, "llama")
-    for key, value in {
-        "block_count": 2,
-        "embedding_length": 64,
-        "feed_forward_length": 96,
-        "context_length": 512,
-        "attention.head_count": 4,
-        "attention.head_count_kv": 2,
-        "attention.key_length": 24,
-    }.items():
-        writer.add_uint32(f"llama.{key}", value)
-    writer.add_layer_norm_rms_eps(1e-5)
-    ids = range(processor.vocab_size())
-    writer.add_tokenizer_model("llama")
-    writer.add_token_list([processor.id_to_piece(i) for i in ids])
-    writer.add_token_scores([processor.get_score(i) for i in ids])
-    writer.add_token_types(
-        [
-            2 if processor.is_unknown(i) else 3 if processor.is_control(i) else 6 if processor.is_byte(i) else 1
-            for i in ids
-        ]
-    )
-    writer.add_bos_token_id(processor.bos_id())
-    writer.add_eos_token_id(processor.eos_id())
-    writer.add_unk_token_id(processor.unk_id())
-    for name, array in tree_flatten(model.parameters()):
-        writer.add_tensor(gguf_name(name), np.array(array))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 @pytest.mark.parametrize("damage", ["empty", "text", "magic only", "header cut", "tensors cut", "huge counts"])
@@ -375,13 +328,16 @@ def test_a_broken_file_is_one_line(damage: str, tmp_path: Path, tokenizer: Token
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"general.architecture": "gemma3"}, "gemma3"),
+        ({"general.architecture": "gemma3n"}, "gemma3n"),
         ({"tokenizer.ggml.model": "bert"}, "bert"),
         ({"tokenizer.ggml.pre": "tekken"}, "tekken"),
         ({"tokenizer.ggml.tokens": None}, "no tokenizer"),
         ({"llama.attention.head_count": None}, "lacks llama.attention.head_count"),
         ({"llama.rope.scaling.type": "longrope"}, "longrope"),
         ({"llama.expert_count": 8}, "mixtures of experts"),
+        ({"llama.attention.head_count": "four"}, "do not describe a model"),
+        ({"tokenizer.ggml.merges": ["no such"]}, "tokenizer is damaged"),
+        ({"tokenizer.ggml.token_type": [1]}, "tokenizer is damaged"),
     ],
 )
 def test_what_is_not_supported_is_named(
@@ -401,3 +357,13 @@ def test_what_is_not_supported_is_named(
     with pytest.raises(NectarError, match=said) as error:
         models.load(str(tmp_path / "toy.gguf"))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.slow
+def test_a_real_gemma3_completes_a_text() -> None:
+    if "NECTAR_GEMMA3_GGUF" not in os.environ:
+        pytest.skip("set NECTAR_GEMMA3_GGUF to the path of gemma-3-270m's .gguf file")
+    model, tokenizer = models.load(os.environ["NECTAR_GEMMA3_GGUF"])
+    prompt = tokenizer.encode("The first ten prime numbers are 2, 3, 5,")
+    assert prompt[0] == tokenizer.bos_token_id
+    assert mlx_lm.generate(model, tokenizer, prompt, max_tokens=20) == " 7, 11, 13, 17, 19, "

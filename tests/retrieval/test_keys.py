@@ -131,7 +131,8 @@ class Book:
         layout = Layout(kind="retrieval", bits=8, n_layers=len(context.banks), n_kv_heads=2, head_dim=16,
                         scale=geometry.scale)  # fmt: skip
         provenance = toys.provenance(self.model, self.tokenizer, str(self.folder))
-        nectar = toys.build(layout, heads, prefix=prefix, geometry=geometry, provenance=provenance, report={})
+        nectar = toys.build(layout, heads, prefix=prefix, geometry=geometry, provenance=provenance, report={},
+                            offsets=context.offsets)  # fmt: skip
         asked = [np.random.default_rng(0).normal(size=(2, 50, 16)) for _ in context.banks]
         pairs = [(b.parameters["keys"], b.parameters["values"]) for b in context.banks]
         small = sketch.build([k for k, _ in pairs], asked, scale=geometry.scale) | sources.arrays(

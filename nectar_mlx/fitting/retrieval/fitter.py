@@ -17,8 +17,9 @@ from ...retrieval import EXACT, sketch, sources
 from ...retrieval.bank import retrieving
 from ...retrieval.keys import Arrays, Keys
 from ...retrieval.router import routers
-from .. import regression
-from ..fitter import Fitter
+from ..auto_budget import FIRST
+from ..checkpoint import Plan
+from ..fitter import Affordable, Fitter
 from ..starts import Start
 from ..study import Captured
 from . import distillation, training
@@ -56,8 +57,10 @@ class RetrievalFitter(Fitter):
         """Query heads a KV head, whose rows lie side by side."""
         return self.geometry.n_heads // self.geometry.n_kv_heads
 
-    def sizes(self, nbytes: float) -> list[Size]:
-        return [(0,)] * self.n_heads if self.layout.kind == "retrieval" else super().sizes(nbytes)
+    def plan(self, affordable: Affordable, share: float | None) -> Plan:
+        if self.layout.kind == "retrieval":
+            return Plan([(0,)] * self.n_heads, share or FIRST)
+        return super().plan(affordable, share)
 
     def regress(self, sizes: Sequence[Size]) -> list[HeadArrays]:
         if self.layout.kind == "retrieval":
@@ -70,6 +73,10 @@ class RetrievalFitter(Fitter):
     def training_rows(self, heads: Sequence[int], count: int | None = None) -> Captured:
         whole = count and count // self._group * self._group  # rows of whole tokens
         return self._split(super().training_rows(heads, whole), heads, training.UNREAD, group=self._group)
+
+    def held_out_rows(self, heads: Sequence[int]) -> Captured:
+        whole = super().held_out_rows(heads)
+        return self._split(whole, heads, training.UNREAD, group=self._group)
 
     def _samples(self, heads: Sequence[int]) -> Captured:
         """Rows of the whole middle, for Attention Matching."""
@@ -140,14 +147,10 @@ class RetrievalFitter(Fitter):
         wide = [(self._seen.size // 4,)] * self.n_heads if self.layout.kind == "completion" else sizes
         return super()._groups(wide)
 
-    def _train(self, group: Sequence[int], sizes: Sequence[Size], rows: Captured, steps: int) -> Bank:
+    def _start(self, group: Sequence[int], sizes: Sequence[Size], rows: Captured) -> Start:
         counts = [size[0] for size in sizes]
         make = self._remainder if self.layout.kind == "retrieval+nectar" else self._completion
-        bank = make(group, counts, rows)
-        start = Start(bank=bank, parameters=dict(bank.parameters), fold=lambda parameters: parameters)
-        trained = regression.train(start, rows, steps=steps, batch=self._batch, rate=self.rate)
-        bank.parameters = trained.parameters
-        return bank
+        return Start.of(make(group, counts, rows))
 
     def _remainder(self, group: Sequence[int], counts: Sequence[int], rows: Captured) -> Bank:
         """Nodes of the whole middle; where to cut is learned from there."""

@@ -1,0 +1,57 @@
+"""The smallest budget whose answers are expected to be close to the full cache's.
+
+The bytes that a faithful file takes differ from model to model: with two KV heads 2% of the cache are few. The trial
+fit's errors in nats rank heads, but do not tell the divergence (docs/log/budgets.md), so it is measured: all heads are
+given their sizes at a candidate budget, trained for a short time, and asked the check questions. The whole fit leaves
+about a constant share of that divergence. Candidates double or halve until the target lies between two of them.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .verdict import EXPONENT
+
+TARGET = 0.99  # of the gap closed
+FIRST, LEAST, MOST = 0.02, 0.0025, 0.3  # at 0.3 every head can keep all keys of the text
+LEFT = 0.5  # of the short fit's divergence, by the whole fit; measured: docs/log/budgets.md
+STEPS = 100  # of a short fit
+
+Figures = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """share: bytes kept / bytes of the bf16 KV cache. exponent: the divergence falls with so much of a power of it."""
+
+    share: float
+    exponent: float
+
+
+def choose(measure: Callable[[float], Figures], *, least: float = LEAST, most: float = MOST) -> Choice:
+    """The smallest share in [least, most] at which a whole fit is expected to close `TARGET` of the gap.
+
+    measure: a share -> the figures of a short fit (`verdict.measured`). most is returned where nothing is enough.
+    """
+
+    def excess(share: float) -> float:
+        """The expected divergence as a multiple of the one that is wanted."""
+        figures = measure(share)
+        return float(LEFT * figures["kl"] / max((1 - TARGET) * figures["kl_no_context"], 1e-9))
+
+    at = min(max(FIRST, least), most)
+    ratio = excess(at)
+    step, last = (0.5 if ratio <= 1 else 2.0), Choice(at, EXPONENT)
+    while least < at < most or (at == least and step > 1) or (at == most and step < 1):
+        following = min(max(at * step, least), most)
+        further = excess(following)
+        exponent = float(np.clip(np.log(ratio / max(further, 1e-9)) / np.log(following / at), 0.5, 4.0))
+        last = Choice(following, exponent)
+        if (further <= 1) != (ratio <= 1):
+            low, high = sorted((at, following))
+            share = following * further ** (1 / exponent)
+            return Choice(float(np.clip(share, low, high)), exponent)
+        at, ratio = following, further
+    return Choice(at, last.exponent)

@@ -1,0 +1,41 @@
+"""No NaN and no infinity goes further than the stage that made it."""
+
+from collections.abc import Collection, Iterable
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
+
+from ..adapter import Geometry
+from ..errors import NectarError
+
+
+def check_weights(model: nn.Module) -> None:
+    """NectarError that names the first weight of the model that is not finite."""
+    weights: list[tuple[str, mx.array]] = tree_flatten(model.parameters())  # type: ignore[assignment]
+    for name, weight in weights:
+        if mx.issubdtype(weight.dtype, mx.floating) and not mx.isfinite(weight).all().item():
+            raise NectarError(
+                f"the model's weight {name} holds a NaN or an infinity: the file is damaged or was converted wrongly; "
+                "fetch or convert the model again"
+            )
+
+
+def check_heads(stage: str, heads: Collection[int], geometry: Geometry) -> None:
+    """NectarError that names the stage, layer and KV head of the first of some heads with a number that is not finite.
+
+    Heads are numbered layer by layer, the sliding-window layers left out.
+    """
+    if heads:
+        layer, k = divmod(min(heads), geometry.n_kv_heads)
+        raise NectarError(
+            f"{stage}: layer {geometry.fitted[layer]}, KV head {k} is not finite, so nothing is written. The model's "
+            "numbers may exceed its type: use its bfloat16 or float32 weights"
+        )
+
+
+def not_finite(arrays: Iterable[mx.array]) -> list[int]:
+    """Which of M heads hold a NaN or an infinity in one of some arrays [M, ...]."""
+    fine = mx.stack([mx.isfinite(x.reshape(x.shape[0], -1)).all(1) for x in arrays]).all(0)
+    return [m for m, finite in enumerate(np.array(fine)) if not finite]
