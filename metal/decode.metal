@@ -32,6 +32,9 @@ struct Tile {
   float out[TILE * 8];
   float top[TILE];  // largest score so far
   float sum[TILE];  // of exp(score - top); for hidden units, what they add to the log-normaliser
+#ifdef OFFSETS
+  float offset[8];  // what the keys of this KV head are relative to, this lane's columns of it
+#endif
   int end[TILE];    // first row that the query does not see
 };
 
@@ -72,7 +75,7 @@ METAL_FUNC int matrix_words(int rows) {
   return (rows * ROW_WORDS + (rows * ROW_SCALES + 1) / 2 + 3) / 4 * 4;
 }
 
-// Online softmax attention over rows [begin, end).
+// Online softmax attention over rows [begin, end): of nodes, which have biases, or of live tokens, whose keys are absolute.
 template <typename Stored, int DEPTH>
 METAL_FUNC void attend(thread Tile& tile, Lane lane, Matrix keys, Matrix values, const device float* bias, bool biased, int begin, int end) {
   for (int base = begin; base < end; base += lane.step * DEPTH) {
@@ -100,6 +103,14 @@ METAL_FUNC void attend(thread Tile& tile, Lane lane, Matrix keys, Matrix values,
     for (int u = 0; u < DEPTH; ++u) {
       float x[8];
       const float factor = Row<Stored>::widen(key[u], x);
+#ifdef OFFSETS
+      if (!biased) {  // before the product, which could be too large to tell keys apart
+        #pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          x[i] -= tile.offset[i];
+        }
+      }
+#endif
       #pragma unroll
       for (int n = 0; n < TILE; ++n) {
         score[u * TILE + n] = factor * dot8(tile.q + n * 8, x);

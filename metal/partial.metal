@@ -90,6 +90,14 @@
   }
 
   if (kind == LIVE) {
+#ifdef OFFSETS
+    // Behind the plan. Without a look into the table of heads: it would have to be waited for.
+    const device float* offset = reinterpret_cast<const device float*>(parameters + (N_KV_HEADS + n_static) * 4) + head * HEAD_DIM + lane.part * 8;
+    #pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      tile.offset[i] = offset[i];
+    }
+#endif
     // A tile may hold rows of several sequences: each sees its own tokens only.
     const int last_row = metal::min(tile_row + TILE, rows) - 1;
     for (int sequence = tile_row / SEQUENCE_ROWS; sequence * SEQUENCE_ROWS <= last_row; ++sequence) {

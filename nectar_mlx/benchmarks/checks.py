@@ -39,7 +39,10 @@ _GROUPINGS = ((1, 1, 1), (2, 1, 4), (4, 3, 1), (8, 2, 1), (16, 8, 2))  # query h
 
 
 def cases() -> list[tuple[Row, Bank]]:
-    """Nodes, and nodes with a correction, in every head size and storage; networks in every head size and in turn."""
+    """Nodes, and nodes with a correction, in every head size and storage; networks in every head size and in turn.
+
+    The keys of every other bank are relative to an offset.
+    """
     cases = []
     for i, head_dim in enumerate(kernels.HEAD_DIMS):
         for j in range(4):
@@ -50,6 +53,8 @@ def cases() -> list[tuple[Row, Bank]]:
                 bank = measure.random_bank(shape, 90, 24 * j, seed=i)
             else:
                 bank = measure.random_networks(shape, 40, j - 1, seed=i)
+            if (i + j) % 2:
+                bank.offset = mx.random.normal((3, head_dim), scale=4.0)
             case = {"head_dim": head_dim, "group": group, "length": length, "batch": batch}
             cases += [(case | {"dtype": d, "storage": s, "bits": b}, bank) for d, s, b in storages]
     return cases
@@ -60,7 +65,10 @@ def check(
 ) -> Row:
     K = len(bank.sizes)
     queries = mx.random.normal((batch, K * group, length, head_dim)).astype(dtype)
-    keys, values = (mx.random.normal((batch, K, 80, head_dim)).astype(dtype)[:, :, 3:76] for _ in range(2))
+    keys, values = (mx.random.normal((batch, K, 80, head_dim)) for _ in range(2))
+    if bank.offset is not None:
+        keys = keys + bank.offset[:, None]
+    keys, values = (x.astype(dtype)[:, :, 3:76] for x in (keys, values))
     kept, heads = checking.stored(bank, storage, bits)
     packed = replace(kernels.pack(kept, dtype=storage, bits=bits, heads=heads), checked=False)
     wanted = checking.reference(kept, queries, keys, values)

@@ -194,6 +194,7 @@ def compose_nodes(
     With them `mx.fast.scaled_dot_product_attention` is a quadrature and exact attention merged: the fastest stock form
     for one query token, as exact as biases rounded to `dtype` allow.
     """
+    assert bank.offset is None, "live keys are absolute"
     batch = keys.shape[0]
     p = {n: a.astype(dtype) for n, a in bank.parameters.items()}
     nodes = (mx.repeat(p[n][None], batch, axis=0) for n in ("keys", "values"))

@@ -24,8 +24,15 @@ LIVE, BEHIND = LIVE_SLICE + 6, 5  # tokens: two slices of them; and what the buf
 TOLERANCE = {"float32": 2e-5, "float16": 1.5e-3, "bfloat16": 1e-2}
 _HIDDEN = {"float32": 1e-3, "bfloat16": 2e-2}  # of networks whose hidden layers are stock matmuls, by storage
 _HIDDEN_HALF = 4e-3  # in float16, as all others have it
-_SPREAD, _RAISED = 1.5, 3.0  # standard deviation of scores; mean score of the tokens beside a limit
+_SPREAD, _RAISED = 1.5, 4.0  # standard deviation of scores; mean score of the tokens beside a limit
+_HEAVIER = 0.7  # what raised tokens add to the live tokens' log-normaliser, about
 _DEEP = 2  # hidden layers
+# Of a variant with an offset: scale * q·c of every query. It comes from one column in _APART, where no keys differ, so
+# that rounding what they have in common leaves alone what they have not.
+COMMON_SCORE, _APART = 20_000.0, 8
+_OF_QUERIES = ("w_in", "w_gate", "w_up", "skip")  # whose rows are multiplied by a query
+
+Floats = np.ndarray[Any, np.dtype[np.float64]]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -58,44 +65,52 @@ class Probe:
 def probe(variant: Variant, *, one_launch: bool) -> Probe:
     """The layer and the decode step for which `variant` is the kernel's text, with as many query rows as it holds."""
     rng = np.random.default_rng(0)
-    K, D, T = variant.n_kv_heads, variant.head_dim, variant.length
-    unit = math.sqrt(_SPREAD / (variant.scale * math.sqrt(D)))  # of queries and keys, so that scores are what they are
-    common = rng.standard_normal(D)  # what every query has in common, and the keys of raised tokens have too
-    common *= math.sqrt(_RAISED / _SPREAD * math.sqrt(D)) / np.linalg.norm(common)
-
-    def array(x: np.ndarray[Any, Any]) -> mx.array:
-        return mx.array(x.astype(np.float32)).astype(DTYPES[variant.element])
-
-    B = max(1, variant.tile * variant.tiles // (variant.group * T)) + variant.full
-    queries = unit * (rng.standard_normal((B, T, K * variant.group, D)) + common)
-    keys, values = rng.standard_normal((2, B, K, LIVE + BEHIND, D))
-    padding = (3 + 2 * np.arange(B)) % 8 if variant.padded else np.zeros(B, int)
-    for b, first in enumerate(padding):
-        keys[b, :, : first + 1] += common
-    seam = LIVE // 2  # of the two slices
-    keys[:, :, seam - 1 : seam + 1] += common
-    keys[:, :, LIVE - T - 1 :] += common
-    size = (mx.float16, int(variant.storage[3:])) if variant.quantised else (DTYPES[variant.storage], 16)
-    bank, heads = stored(_bank(variant, unit, rng), *size)
-    packed = pack(
-        bank,
-        dtype=size[0],
-        bits=size[1],
-        heads=heads,
-        blocks=3 * K,
-        backend=variant.backend,
-        one_launch=one_launch,
-    )
+    unit = math.sqrt(
+        _SPREAD / (variant.scale * math.sqrt(variant.head_dim))
+    )  # of queries, keys: scores are what they are
+    queries, keys, values, padding = _live(variant, rng)
+    bank = _bank(variant, unit, rng)
+    if variant.offset:
+        level = math.sqrt(COMMON_SCORE * _APART / _SPREAD) / variant.head_dim**0.25
+        offset = rng.standard_normal((variant.n_kv_heads, variant.head_dim))
+        queries[..., ::_APART], keys[..., ::_APART], offset[:, ::_APART] = level, 0.0, level
+        bank.offset = _rounded(unit * offset, variant.element).astype(mx.float32)
+        keys += np.array(bank.offset)[:, None] / unit
+    dtype, bits = (mx.float16, int(variant.storage[3:])) if variant.quantised else (DTYPES[variant.storage], 16)
+    bank, heads = stored(bank, dtype, bits)
+    blocks, of = 3 * variant.n_kv_heads, variant.backend
+    packed = pack(bank, dtype=dtype, bits=bits, heads=heads, blocks=blocks, backend=of, one_launch=one_launch)
     hidden = _HIDDEN.get(variant.storage, _HIDDEN_HALF) if variant.kind == "deep" else 0.0
     return Probe(
         packed=replace(packed, form=replace(packed.form, flight=variant.flight, tile=variant.tile), checked=False),
         bank=bank,
-        queries=array(queries).swapaxes(1, 2),
-        keys=array(unit * keys),
-        values=array(values),
+        queries=_rounded(unit * queries, variant.element).swapaxes(1, 2),
+        keys=_rounded(unit * keys, variant.element),
+        values=_rounded(values, variant.element),
         left_padding=mx.array(padding, mx.int32) if variant.padded else None,
         tolerance=max(TOLERANCE[variant.element], hidden),
     )
+
+
+def _live(variant: Variant, rng: np.random.Generator) -> tuple[Floats, Floats, Floats, np.ndarray[Any, Any]]:
+    """Queries [B, T, H, D], keys and values [B, K, S, D], and left padding [B]."""
+    K, D, T = variant.n_kv_heads, variant.head_dim, variant.length
+    B = max(1, variant.tile * variant.tiles // (variant.group * T)) + variant.full
+    # What every query has in common, and the keys of raised tokens have too; so their scores are nearly alike.
+    common = rng.standard_normal(D)
+    common *= math.sqrt(_RAISED / _SPREAD * math.sqrt(D)) / np.linalg.norm(common)
+    queries = rng.standard_normal((B, T, K * variant.group, D))
+    queries += (1.0 - (queries @ common) / (common @ common))[..., None] * common
+    keys, values = rng.standard_normal((2, B, K, LIVE + BEHIND, D))
+    padding = (3 + 2 * np.arange(B)) % 8 if variant.padded else np.zeros(B, int)
+    at = np.arange(LIVE + BEHIND)
+    raised = (at >= LIVE - T - 1) | (at == LIVE // 2 - 1) | (at == LIVE // 2) | (at <= padding[:, None])
+    keys = np.where(raised[:, None, :, None], common + 0.2 * keys, keys)
+    return queries, keys, values, padding
+
+
+def _rounded(x: np.ndarray[Any, Any], element: str) -> mx.array:
+    return mx.array(x.astype(np.float32)).astype(DTYPES[element])
 
 
 def _bank(variant: Variant, unit: float, rng: np.random.Generator) -> Bank:
@@ -118,8 +133,8 @@ def _parameter(name: str, shape: tuple[int, ...], unit: float, rng: np.random.Ge
     if name == "keys":
         x *= unit
     elif name == "bias":
-        x += math.log(LIVE / NODES)
-    elif last in ("w_in", "w_gate", "w_up", "skip"):  # of queries
+        x += math.log(LIVE / NODES) + _HEAVIER
+    elif last in _OF_QUERIES:
         x /= unit * math.sqrt(shape[-1])
     elif last in ("w_out", "w_score"):
         x /= math.sqrt(shape[0])
@@ -130,14 +145,16 @@ def _parameter(name: str, shape: tuple[int, ...], unit: float, rng: np.random.Ge
     if of_score and last in ("w_out", "w_score", "skip"):
         x *= 0.4
     if name == "score.b_out":
-        x += math.log(LIVE) + _SPREAD**2 / 2
+        x += math.log(LIVE) + _SPREAD**2 / 2 + _HEAVIER
+    if name == "keys" or last in _OF_QUERIES:  # whatever is common to all queries, heads do not see it
+        x[..., ::_APART] = 0.0
     return mx.array(x.astype(np.float32))
 
 
 def reference(
     bank: Bank, queries: mx.array, keys: mx.array, values: mx.array, *, left_padding: mx.array | None = None
 ) -> mx.array:
-    """`kernels.decode` by plain operations in float32, on the CPU; all of the keys and values [B, K, S, D] are live."""
+    """`kernels.decode` by plain operations in float32, on the CPU; all keys and values [B, K, S, D] are live."""
     with mx.stream(mx.cpu):  # elsewhere float32 products may be rounded to TF32
         (T, D), S = queries.shape[2:], keys.shape[2]
         assert bank.head_dim == D
@@ -145,7 +162,8 @@ def reference(
         mask = (mx.arange(S) <= mx.arange(S - T, S)[:, None])[None, None]
         if left_padding is not None:
             mask = mask & (mx.arange(S) >= left_padding[:, None, None, None])
-        merged = attention.merge(bank.over(q), attention.causal(q, k, v, scale=bank.scale, mask=mask)).output
+        live = attention.causal(q, k, v, scale=bank.scale, mask=mask, offset=bank.offset)
+        merged = attention.merge(bank.over(q), live).output
         mx.eval(merged)
     return merged
 
@@ -181,4 +199,4 @@ def stored(bank: Bank, dtype: mx.Dtype, bits: int) -> tuple[Bank, list[Stored]]:
             kept[name] = quantize(x, bits=bits) if quantised else x.astype(dtype if x.ndim == 2 else mx.float32)
         heads.append(kept)
         values.append({n: dequantize(x, bits=bits) if isinstance(x, Quantized) else x for n, x in kept.items()})
-    return type(bank).stack(values, scale=bank.scale), heads
+    return type(bank).stack(values, scale=bank.scale, offset=bank.offset), heads

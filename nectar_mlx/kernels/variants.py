@@ -45,6 +45,7 @@ def variant_for(form: Form, rows: int, group: int, length: int, element: str, pa
         flight=form.flight or flight[bits_of(form.storage)] // halved,
         live_flight=2 if element == "float32" else flight[16] // halved,
         padded=padded,
+        offset=form.offset,
     )
 
 
@@ -79,11 +80,12 @@ class Variant:
     flight: int  # rows of parameters that a lane has asked for before it uses the first
     live_flight: int  # the same of live tokens
     padded: bool
+    offset: bool  # whether keys are relative to an offset
 
     def __str__(self) -> str:
         of = f"{self.kind} heads of {self.head_dim} ({self.storage}), {self.element} queries, "
         of += f"{self.group} to a KV head x {self.length} tokens, {self.tiles} x {self.tile} rows"
-        return of + ", left padding" * self.padded
+        return of + ", an offset of keys" * self.offset + ", left padding" * self.padded
 
     @property
     def quantised(self) -> bool:
@@ -140,6 +142,7 @@ class Variant:
             "DEEP_NETWORKS": self.kind == "deep",
             "LINEAR_UNITS": self.kind in ("mlp", "deep"),
             "PADDED": self.padded,
+            "OFFSETS": self.offset,
             "FLOATS": "float32" in (self.element, self.storage),
             "HALVES": not {self.element, self.storage}.isdisjoint(("float16", "bfloat16")),
             "BYTES": self.storage == "int8",

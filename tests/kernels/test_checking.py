@@ -5,9 +5,10 @@ import warnings
 from dataclasses import replace
 
 import mlx.core as mx
+import numpy as np
 import pytest
 
-from nectar_mlx import kernels
+from nectar_mlx import attention, kernels
 from nectar_mlx.cache import NectarCache
 from nectar_mlx.kernels import checking
 from nectar_mlx.kernels.packing import DTYPES, Form
@@ -46,6 +47,13 @@ def dropped(x, at):
     return mx.concatenate([x[:, :, :at], x[:, :, at + 1 : LIVE]], axis=2)
 
 
+def mask_of(probe):
+    """[B, 1, T, LIVE]: which live tokens a query sees."""
+    T, at = probe.queries.shape[2], mx.arange(LIVE)
+    mask = (at <= mx.arange(LIVE - T, LIVE)[:, None])[None, None]
+    return mask if probe.left_padding is None else mask & (at >= probe.left_padding[:, None, None, None])
+
+
 def faults(probe):
     """What a kernel would return that makes one mistake, by name."""
     bank, queries, padding = probe.bank, probe.queries, probe.left_padding
@@ -54,13 +62,29 @@ def faults(probe):
     def result(bank=bank, live=live, padding=padding):
         return checking.reference(bank, queries, *live, left_padding=padding)
 
+    def stacked(heads):
+        return type(bank).stack(heads, scale=bank.scale, offset=bank.offset)
+
     yield "live tokens are ignored", bank.over(queries.astype(mx.float32)).output
     yield "one live token too few", result(live=[x[:, :, :-1] for x in live])
     yield "one live token too many", result(live=[x[:, :, : LIVE + 1] for x in (probe.keys, probe.values)])
     for at in (LIVE // 2 - 1, LIVE // 2):
         yield f"token {at}, beside the seam of two slices, is left out", result(live=[dropped(x, at) for x in live])
-    yield "another KV head's tokens", result(live=[x[:, ::-1] for x in live])
-    yield "another KV head's context", result(bank=type(bank).stack(bank.unstack()[::-1], scale=bank.scale))
+    if len(bank.sizes) > 1:
+        yield "another KV head's tokens", result(live=[x[:, ::-1] for x in live])
+        yield "another KV head's context", result(bank=stacked(bank.unstack()[::-1]))
+    if bank.offset is not None:
+        yield "the offset is ignored", result(bank=replace(bank, offset=None))
+        if len(bank.sizes) > 1:
+            yield "another KV head's offset", result(bank=replace(bank, offset=bank.offset[::-1]))
+        common = attention.common_score(queries, bank.offset, scale=bank.scale)
+        half = common.astype(mx.bfloat16 if queries.dtype == mx.bfloat16 else mx.float16).astype(mx.float32)
+        near = attention.causal(queries, *live, scale=bank.scale, mask=mask_of(probe), offset=bank.offset)
+        near = near._replace(log_normalizer=near.log_normalizer + common - half)
+        yield (
+            "scores are made relative in half precision",
+            attention.merge(bank.over(queries.astype(mx.float32)), near).output,
+        )
     yield "another scale", result(bank=replace(bank, scale=1.1 * bank.scale))
     if padding is not None:
         yield "padding is ignored", result(padding=None)
@@ -68,12 +92,12 @@ def faults(probe):
         yield "one token more is padding", result(padding=padding + 1)
     if "bias" in bank.parameters:
         heads = [head | {"bias": mx.zeros_like(head["bias"])} for head in bank.unstack()]
-        yield "biases are ignored", result(bank=type(bank).stack(heads, scale=bank.scale))
+        yield "biases are ignored", result(bank=stacked(heads))
         nodes = [head | {"bias": head["bias"] - 1e4} for head in bank.unstack()]
-        yield "nodes are ignored", result(bank=type(bank).stack(nodes, scale=bank.scale))
+        yield "nodes are ignored", result(bank=stacked(nodes))
     for name in set(bank.parameters) & {"w_score", "w_out", "target.w_out", "score.w_out", "target.skip", "score.skip"}:
         heads = [head | {name: mx.zeros_like(head[name])} for head in bank.unstack()]
-        yield f"{name} is ignored", result(bank=type(bank).stack(heads, scale=bank.scale))
+        yield f"{name} is ignored", result(bank=stacked(heads))
 
 
 @pytest.mark.parametrize("kind", BANKS)
@@ -86,8 +110,11 @@ def faults(probe):
         dict(storage="int4", head_dim=256, group=8, length=8, batch=3, scale=1.0),
         dict(storage="bfloat16", head_dim=80, group=1, length=2, batch=2, padded=True, scale=0.003),
         dict(storage="float32", head_dim=96, group=1),
+        dict(storage="int8", head_dim=128, group=4, length=2, offset=True),
+        dict(storage="float16", head_dim=80, padded=True, offset=True, scale=0.5),
+        dict(storage="float16", head_dim=64, group=1, n_kv_heads=1, offset=True),  # one row has to show it all
     ],
-    ids=lambda options: f"{options['storage']}-{options['head_dim']}",
+    ids=lambda options: f"{options['storage']}-{options['head_dim']}" + "-offset" * ("offset" in options),
 )
 def test_every_mistake_is_beyond_the_tolerance(kind, element, options):
     probe = checking.probe(variant(kind=kind, element=element, **options), one_launch=False)
@@ -106,6 +133,8 @@ PLANTED = {
     "another KV head's queries": ("static_cast<size_t>(head * QUERY_HEADS)", "static_cast<size_t>(0)"),
     "padding is ignored": ("start = metal::max(begin, left_padding[sequence]);", "start = begin;"),
     "biases are ignored": ("biased ? bias[row] : 0.0f", "0.0f"),
+    "the offset is ignored": ("x[i] -= tile.offset[i];", ""),
+    "another KV head's offset": ("+ head * HEAD_DIM + lane.part * 8", "+ lane.part * 8"),
     "another scale": ("(scored ? SCALE : 1.0f)", "(scored ? 1.1f * SCALE : 1.0f)"),
 }  # fmt: skip
 
@@ -127,7 +156,8 @@ def test_a_wrong_kernel_is_refused(simulate, what):
     length = 1 + list(PLANTED).index(what) % 2
     simulate(checked=True, mode="plain", edit=lambda text: text.replace(*PLANTED[what]))
     padding = [2] if "padding" in what else None
-    warning = refused(Case(length=length, element="bfloat16", storage="int8", padding=padding))
+    offset = np.ones((2, 64)) if "offset" in what else None
+    warning = refused(Case(length=length, element="bfloat16", storage="int8", padding=padding, offset=offset))
     assert warning is not None
     assert "quadrature heads of 64 (int8), bfloat16 queries" in warning and "differ from those of plain" in warning
 
@@ -140,8 +170,9 @@ def test_a_wrong_kernel_is_refused(simulate, what):
         dict(kind="quadrature", length=1, storage="int8", fused=True),
         dict(kind="corrected", length=2, storage="float16", batch=2, padding=[3, 0]),
         dict(kind="deep", length=1, storage="bfloat16"),
+        dict(kind="quadrature", length=2, storage="int8", offset=np.ones((2, 64))),
     ],
-    ids=lambda options: options["kind"],
+    ids=lambda options: options["kind"] + "-offset" * ("offset" in options),
 )
 def test_a_right_kernel_passes_in_every_type(simulate, element, options):
     simulator = simulate(checked=True, mode="plain")

@@ -15,7 +15,7 @@ from nectar_mlx.heads import Corrected, Exact, Quadrature
 from nectar_mlx.kernels import variants
 from nectar_mlx.kernels.packing import DTYPES, Form, pack
 from nectar_mlx.quantize import quantize
-from tests.kernels.cases import SIZES, TOLERANCE, Case, make_heads, reference, softmax_part
+from tests.kernels.cases import BANKS, SIZES, TOLERANCE, Case, make_heads, reference, softmax_part
 from tests.metal import harness
 from tests.metal.harness import KernelError
 
@@ -69,9 +69,10 @@ def full_matrix():
                 group, length, batch = (1, 2, 3, 4, 5, 8, 16)[count % 7], (1, 1, 2, 3, 8, 4)[count % 6], 1 + count % 3
                 live, fused, blocks = (9, 64, 65, 200)[count % 4], count % 2 == 0, (4, 12, 40)[count % 3]
                 padding = [0, 8, 5][:batch] if count % 4 == 0 else None
+                common = 20_000.0 if count % 3 == 1 else None
                 yield dict(
                     kind=kind, head_dim=head_dim, storage=storage, element=element, group=group, length=length,
-                    batch=batch, live=live, padding=padding, fused=fused, blocks=blocks, seed=count,
+                    batch=batch, live=live, padding=padding, fused=fused, blocks=blocks, seed=count, common=common,
                 )  # fmt: skip
 
 
@@ -275,6 +276,68 @@ def test_large_scores_stay_finite(simulate):
     check(Case(spread=40.0, sizes=SIZES["quadrature"]), simulate)
 
 
+OFFSETS = [
+    dict(kind="quadrature", element="float16", storage="float16", live=70, length=2),
+    dict(kind="quadrature", element="bfloat16", storage="bfloat16", head_dim=128, live=70, fused=True),
+    dict(kind="quadrature", element="float32", storage="float32", head_dim=80, group=4, batch=2, padding=[3, 0]),
+    dict(kind="corrected", element="float16", storage="float16", head_dim=96, fused=True),
+    dict(kind="corrected", element="bfloat16", storage="float32", group=1, length=3, live=130),
+    dict(kind="mlp", element="bfloat16", storage="float16", head_dim=256, group=1),
+    dict(kind="mlp", element="float16", storage="float32", batch=3, length=2, fused=True),
+    dict(kind="deep", element="bfloat16", storage="float32", head_dim=64),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", OFFSETS, ids=name)
+def test_scores_that_have_20_000_in_common(simulate, options):
+    """Keys relative to an offset, in half precision, against float64; a kernel that ignored it would be far off."""
+    simulate(schedule="random")
+    case = Case(sizes=SIZES[options["kind"]], common=20_000.0, **options)
+    scores = case.scale * case.queries[0, 0].astype(mx.float32) @ case.keys[0, 0].astype(mx.float32).T
+    assert scores.min() > 19_000
+    error = case.error()
+    assert error < TOLERANCE[options["element"]]
+    case.packed = pack(BANKS[case.kind].stack(case.heads, scale=case.scale), dtype=DTYPES[options["storage"]])
+    assert case.error() > 10 * max(error, TOLERANCE[options["element"]])
+
+
+@pytest.mark.parametrize("element", ["float32", "bfloat16"])
+def test_keys_of_a_million(simulate, element):
+    simulate()
+    offset = np.random.default_rng(0).standard_normal((2, 64)) * 1e6
+    check(Case(element=element, offset=offset, live=70, length=2), simulate)
+
+
+def test_without_an_offset_all_is_as_before(simulate):
+    """The same text and the same buffer as ever; an offset of zeros gives the same numbers."""
+    simulator = simulate()
+    without, zeros = Case(live=70, length=2), Case(live=70, length=2, offset=np.zeros((2, 64)))
+    assert (without.run() == zeros.run()).all()
+    partial, _, relative, _ = simulator.texts
+    assert "offset[8]" not in partial and "offset[8]" in relative
+    words, moved = (np.array(case.packed.words) for case in (without, zeros))
+    tables = 4 * (2 + without.packed.form.blocks)
+    assert len(moved) == len(words) + 2 * 64
+    assert (moved[tables : tables + 128] == 0).all() and (moved[tables + 128 :] == words[tables:]).all()
+
+
+def test_a_cache_relative_to_an_offset(simulate):
+    """Through the kernel as through plain operations, whose keys are made relative in float32."""
+    simulate(mode="plain")
+    case = Case(element="float16", common=20_000.0)
+    bank, results = BANKS[case.kind].stack(case.heads, scale=case.scale, offset=case.offset), []
+    for packed in (case.packed, None):
+        cache = NectarCache(bank, 40, packed=packed)
+        for start, stop in ((0, 7), (7, 9)):
+            mx.random.seed(start)
+            queries = mx.repeat(case.queries, stop - start, axis=2)
+            mask = cache.make_mask(stop - start, return_array=True, window_size=None)
+            live = cache.update_and_fetch(case.keys[:, :, start:stop], case.values[:, :, start:stop])
+            out = cache.attend(queries, *live, scale=case.scale, mask=mask)
+        results.append(out)
+    assert mx.abs(results[0] - results[1]).max() < TOLERANCE["float16"] * mx.abs(results[1]).max()
+
+
 def test_more_blocks_than_rows(simulate):
     check(Case(sizes=((3,), (1,)), blocks=200), simulate)
 
@@ -438,7 +501,17 @@ def test_cuda_text_has_no_metal_left(monkeypatch, tmp_path, kind):
     made = {}
     monkeypatch.setattr(mx.fast, "cuda_kernel", lambda **options: made.update(options))
     variants.build.cache_clear()
-    form = Form(kind=kind, storage="int4", n_kv_heads=8, head_dim=128, scale=0.1, blocks=124, slots=64, backend="cuda")
+    form = Form(
+        kind=kind,
+        storage="int4",
+        n_kv_heads=8,
+        head_dim=128,
+        scale=0.1,
+        blocks=124,
+        slots=64,
+        backend="cuda",
+        offset=True,
+    )
     variants.build(variants.variant_for(form, 2, 2, 1, "bfloat16", False), "fused")
     variants.build.cache_clear()
     files = [Path(p) for part in ("header", "source") for p in re.findall(r'#include "(.+)"', made[part])]

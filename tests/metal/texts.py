@@ -50,6 +50,7 @@ def decode_texts() -> Iterator[tuple[str, str]]:
             blocks=8,
             slots=0,
             backend="metal",
+            offset=i % 2 == 0,
         )
         variant = variants.variant_for(form, batch * group * length, group, length, element, padded=i // 6 % 2 == 0)
         live = mx.zeros((batch, K, 80, head_dim), DTYPES[element])
