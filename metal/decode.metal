@@ -24,12 +24,17 @@ METAL_FUNC int slices_of(int live) {
 #ifdef READS
 // What one lane knows of its simdgroup's query rows: its eight columns of each query and of each running output.
 struct Tile {
+#ifdef LATE_QUERIES
   typename Row<Element>::Raw raw[TILE];  // the queries as they were loaded
   float factor[TILE];                    // of the queries: the attention scale, or 0 for a lane without columns
+#endif
   float q[TILE * 8];
   float out[TILE * 8];
   float top[TILE];  // largest score so far
   float sum[TILE];  // of exp(score - top); for hidden units, what they add to the log-normaliser
+#ifdef OFFSETS
+  float offset[8];  // what the keys of this KV head are relative to, this lane's columns of it
+#endif
   int end[TILE];    // first row that the query does not see
 };
 
@@ -39,17 +44,23 @@ struct Lane {
   int step;   // rows that all lane groups of the tile read at once
 };
 
-// The first rows are asked for before the queries are used, so that one wait serves both.
+METAL_FUNC void widen_query(thread Tile& tile, int n, typename Row<Element>::Raw raw, float factor) {
+  Row<Element>::widen(raw, tile.q + n * 8);
+  #pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    tile.q[n * 8 + i] = factor > 0.0f ? factor * tile.q[n * 8 + i] : 0.0f;
+  }
+}
+
+#ifdef LATE_QUERIES
+// The first rows are asked for before the queries are used, so that one wait serves both. It takes more registers.
 METAL_FUNC void widen_queries(thread Tile& tile) {
   #pragma unroll
   for (int n = 0; n < TILE; ++n) {
-    Row<Element>::widen(tile.raw[n], tile.q + n * 8);
-    #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      tile.q[n * 8 + i] = tile.factor[n] > 0.0f ? tile.factor[n] * tile.q[n * 8 + i] : 0.0f;
-    }
+    widen_query(tile, n, tile.raw[n], tile.factor[n]);
   }
 }
+#endif
 
 METAL_FUNC Matrix matrix_at(const device uint* words, int rows) {
   Matrix m;
@@ -64,7 +75,7 @@ METAL_FUNC int matrix_words(int rows) {
   return (rows * ROW_WORDS + (rows * ROW_SCALES + 1) / 2 + 3) / 4 * 4;
 }
 
-// Online softmax attention over rows [begin, end).
+// Online softmax attention over rows [begin, end): of nodes, which have biases, or of live tokens, whose keys are absolute.
 template <typename Stored, int DEPTH>
 METAL_FUNC void attend(thread Tile& tile, Lane lane, Matrix keys, Matrix values, const device float* bias, bool biased, int begin, int end) {
   for (int base = begin; base < end; base += lane.step * DEPTH) {
@@ -83,13 +94,23 @@ METAL_FUNC void attend(thread Tile& tile, Lane lane, Matrix keys, Matrix values,
       const int row = metal::min(base + u * lane.step + lane.first, end - 1);
       value[u] = Row<Stored>::fetch(values, row, lane.part);
     }
+#ifdef LATE_QUERIES
     if (base == begin) {
       widen_queries(tile);
     }
+#endif
     #pragma unroll
     for (int u = 0; u < DEPTH; ++u) {
       float x[8];
       const float factor = Row<Stored>::widen(key[u], x);
+#ifdef OFFSETS
+      if (!biased) {  // before the product, which could be too large to tell keys apart
+        #pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          x[i] -= tile.offset[i];
+        }
+      }
+#endif
       #pragma unroll
       for (int n = 0; n < TILE; ++n) {
         score[u * TILE + n] = factor * dot8(tile.q + n * 8, x);
@@ -181,9 +202,11 @@ METAL_FUNC void units(thread Tile& tile, Lane lane, const device uint* words, in
         scalar[u * numbers + i] = scalars[row * numbers + i];
       }
     }
+#ifdef LATE_QUERIES
     if (base == 0 && has_in) {
       widen_queries(tile);
     }
+#endif
     float hidden[DEPTH * TILE];
     float second[DEPTH * TILE];
     #pragma unroll

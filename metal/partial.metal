@@ -76,14 +76,28 @@
     query.words = reinterpret_cast<const device uint*>(of_head + at[n]);
     query.stride = 0;
     query.scales = reinterpret_cast<const device half*>(parameters);
-    tile.raw[n] = Row<Element>::fetch(query, 0, lane.part);
     const bool valid = tile_row + n < rows && lane_index % LANES < PARTS;
-    tile.factor[n] = !valid ? 0.0f : (scored ? SCALE : 1.0f);
+    const float factor = !valid ? 0.0f : (scored ? SCALE : 1.0f);
+#ifdef LATE_QUERIES
+    tile.raw[n] = Row<Element>::fetch(query, 0, lane.part);
+    tile.factor[n] = factor;
+#endif
+#ifdef EARLY_QUERIES
+    widen_query(tile, n, Row<Element>::fetch(query, 0, lane.part), factor);
+#endif
     tile.top[n] = scored ? NEVER : 0.0f;
     tile.end[n] = end;
   }
 
   if (kind == LIVE) {
+#ifdef OFFSETS
+    // Behind the plan. Without a look into the table of heads: it would have to be waited for.
+    const device float* offset = reinterpret_cast<const device float*>(parameters + (N_KV_HEADS + n_static) * 4) + head * HEAD_DIM + lane.part * 8;
+    #pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      tile.offset[i] = offset[i];
+    }
+#endif
     // A tile may hold rows of several sequences: each sees its own tokens only.
     const int last_row = metal::min(tile_row + TILE, rows) - 1;
     for (int sequence = tile_row / SEQUENCE_ROWS; sequence * SEQUENCE_ROWS <= last_row; ++sequence) {

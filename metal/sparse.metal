@@ -110,6 +110,28 @@ METAL_FUNC Left left_of(const device Element* upper, const device Element* lower
   return left;
 }
 
+// Left operands that are used in every round, PARTS of them: in registers, or, where those are too few, in threadgroup memory.
+METAL_FUNC void keep(thread Left* parts, int d, int lane_index, Left left) { parts[d] = left; }
+METAL_FUNC Left kept(thread const Left* parts, int d, int lane_index) { return parts[d]; }
+
+METAL_FUNC void keep(threadgroup uint4* parts, int d, int lane_index, Left left) {
+  uint4 words;
+  words.x = left.words[0];
+  words.y = left.words[1];
+  words.z = left.words[2];
+  words.w = left.words[3];
+  parts[d * 32 + lane_index] = words;
+}
+METAL_FUNC Left kept(const threadgroup uint4* parts, int d, int lane_index) {
+  const uint4 words = parts[d * 32 + lane_index];
+  Left left;
+  left.words[0] = words.x;
+  left.words[1] = words.y;
+  left.words[2] = words.z;
+  left.words[3] = words.w;
+  return left;
+}
+
 METAL_FUNC Left narrow(thread const float* x) {
   Left left;
   #pragma unroll

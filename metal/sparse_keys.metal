@@ -1,5 +1,7 @@
   // The gradients of keys and values [B, H, S, D], a copy for each query head: of far keys (FAR_KEYS), where they lie, or of all others,
   // which then take in what was found for the far ones. grid = (32 * SIMDGROUPS * blocks of keys, H, B), or so many blocks a column.
+  // A simdgroup sums both gradients of 16 keys (SUMS = 2), or, where registers are few, one of two simdgroups the values' and the other
+  // the keys' (SUMS = 1).
   using namespace nectar;
   const int H = queries_shape[1];
   const int T = queries_shape[2];
@@ -28,7 +30,9 @@
     return;
   }
 
-  const int first_row = keys_begin + static_cast<int>(simdgroup_index_in_threadgroup) * 16;
+  const int simdgroup = static_cast<int>(simdgroup_index_in_threadgroup);
+  const int half_of = SUMS == 2 ? 0 : simdgroup % 2;
+  const int first_row = keys_begin + simdgroup * SUMS / 2 * 16;
   const int rows[2] = {first_row + tile_row(lane_index), first_row + tile_row(lane_index) + 8};
   const int column = tile_column(lane_index);
   int at[2];
@@ -44,19 +48,28 @@
   const size_t from_lower = (of_owner + static_cast<size_t>(at[1])) * HEAD_DIM;
   const size_t of_head = static_cast<size_t>(sequence * H + head_index);
 
+#ifdef IN_REGISTERS
+  const bool keeps = true;
   Left key[PARTS];
   Left value[PARTS];
-  float d_key[PARTS * 8];
-  float d_value[PARTS * 8];
+#endif
+#ifdef IN_THREADGROUP
+  const bool keeps = half_of == 0;  // both read what one of the two writes
+  threadgroup uint4 parts[ROWS / 16 * 2 * PARTS * 32];
+  threadgroup uint4* key = parts + simdgroup * SUMS / 2 * (2 * PARTS * 32);
+  threadgroup uint4* value = key + PARTS * 32;
+#endif
+  float sums[SUMS * PARTS * 8];
   #pragma unroll
   for (int d = 0; d < PARTS; ++d) {
-    key[d] = left_of(keys + from_upper, keys + from_lower, d * 16 + column);
-    value[d] = left_of(values + from_upper, values + from_lower, d * 16 + column);
+    if (keeps) {
+      keep(key, d, lane_index, left_of(keys + from_upper, keys + from_lower, d * 16 + column));
+      keep(value, d, lane_index, left_of(values + from_upper, values + from_lower, d * 16 + column));
+    }
   }
   #pragma unroll
-  for (int d = 0; d < PARTS * 8; ++d) {
-    d_key[d] = 0.0f;
-    d_value[d] = 0.0f;
+  for (int d = 0; d < SUMS * PARTS * 8; ++d) {
+    sums[d] = 0.0f;
   }
 
   const int last = metal::min(keys_begin + ROWS, keys_end) - 1;
@@ -107,8 +120,10 @@
       float d_weight[8] = {0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f};
       #pragma unroll
       for (int d = 0; d < PARTS; ++d) {
-        multiply(score, key[d], right_of_rows(query_rows + d * 16, lane_index));
-        multiply(d_weight, value[d], right_of_rows(d_output_rows + d * 16, lane_index));
+        multiply(score, kept(key, d, lane_index), right_of_rows(query_rows + d * 16, lane_index));
+        if (SUMS == 2 || half_of == 1) {
+          multiply(d_weight, kept(value, d, lane_index), right_of_rows(d_output_rows + d * 16, lane_index));
+        }
       }
       #pragma unroll
       for (int x = 0; x < 8; ++x) {
@@ -122,33 +137,47 @@
         score[x] = metal::fast::exp(visible ? metal::fma(score[x], SCALE, -logs[c]) : NEVER);
         d_weight[x] = score[x] * (d_weight[x] + terms[c]) * SCALE;
       }
-      const Left weights = narrow(score);
-      const Left d_score = narrow(d_weight);
+      Left left[SUMS];
+      #pragma unroll
+      for (int n_sum = 0; n_sum < SUMS; ++n_sum) {
+        #pragma unroll
+        for (int x = 0; x < 8; ++x) {
+          score[x] = n_sum + half_of == 1 ? d_weight[x] : score[x];
+        }
+        left[n_sum] = narrow(score);
+      }
       #pragma unroll
       for (int d = 0; d < PARTS; ++d) {
-        multiply(d_value + d * 8, weights, right_of_columns(d_output_rows + d * 16, lane_index));
-        multiply(d_key + d * 8, d_score, right_of_columns(query_rows + d * 16, lane_index));
+        #pragma unroll
+        for (int n_sum = 0; n_sum < SUMS; ++n_sum) {
+          const threadgroup Element* right_rows = n_sum + half_of == 1 ? query_rows : d_output_rows;
+          multiply(sums + (n_sum * PARTS + d) * 8, left[n_sum], right_of_columns(right_rows + d * 16, lane_index));
+        }
       }
     }
   }
 
   const size_t to[2] = {(of_head * static_cast<size_t>(S) + static_cast<size_t>(at[0])) * HEAD_DIM, (of_head * static_cast<size_t>(S) + static_cast<size_t>(at[1])) * HEAD_DIM};
-#ifdef JOIN
   #pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    const int of_column = at[r] % STRIDE - head.first;
-    if (head.far && of_column >= 0 && of_column < SUMMARY) {
-      #pragma unroll
-      for (int d = 0; d < PARTS * 4; ++d) {
-        const size_t from = to[r] + static_cast<size_t>(d / 4 * 16 + d / 2 % 2 * 8 + column + d % 2);
-        d_key[d / 2 * 4 + r * 2 + d % 2] += far_d_keys[from];
-        d_value[d / 2 * 4 + r * 2 + d % 2] += far_d_values[from];
+  for (int n_sum = 0; n_sum < SUMS; ++n_sum) {
+    const bool of_keys = n_sum + half_of == 1;
+    thread float* sum = sums + n_sum * PARTS * 8;
+#ifdef JOIN
+    const device float* far_sums = of_keys ? far_d_keys : far_d_values;
+    #pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int of_column = at[r] % STRIDE - head.first;
+      if (head.far && of_column >= 0 && of_column < SUMMARY) {
+        #pragma unroll
+        for (int d = 0; d < PARTS * 4; ++d) {
+          sum[d / 2 * 4 + r * 2 + d % 2] += far_sums[to[r] + static_cast<size_t>(d / 4 * 16 + d / 2 % 2 * 8 + column + d % 2)];
+        }
       }
     }
-  }
 #endif
-  #pragma unroll
-  for (int d = 0; d < PARTS; ++d) {
-    write(d_keys + to[0], d_keys + to[1], d_key + d * 8, d * 16 + column, has[0], has[1]);
-    write(d_values + to[0], d_values + to[1], d_value + d * 8, d * 16 + column, has[0], has[1]);
+    device float* into = of_keys ? d_keys : d_values;
+    #pragma unroll
+    for (int d = 0; d < PARTS; ++d) {
+      write(into + to[0], into + to[1], sum + d * 8, d * 16 + column, has[0], has[1]);
+    }
   }

@@ -20,7 +20,8 @@
     return;
   }
 
-  const int first_row = queries_begin + static_cast<int>(simdgroup_index_in_threadgroup) * 16;
+  const int simdgroup = static_cast<int>(simdgroup_index_in_threadgroup);
+  const int first_row = queries_begin + simdgroup * 16;
   const int column = tile_column(lane_index);
   const size_t of_head = static_cast<size_t>(sequence * H + head_index) * static_cast<size_t>(T);
   const size_t of_owner = static_cast<size_t>(sequence * keys_shape[1] + head.owner) * static_cast<size_t>(S) * HEAD_DIM;
@@ -28,13 +29,20 @@
   const size_t upper = rows.place[0] * HEAD_DIM;
   const size_t lower = rows.place[1] * HEAD_DIM;
 
+#ifdef IN_REGISTERS
   Left query[PARTS];
   Left d_out[PARTS];
+#endif
+#ifdef IN_THREADGROUP
+  threadgroup uint4 parts[SIMDGROUPS * 2 * PARTS * 32];
+  threadgroup uint4* query = parts + simdgroup * (2 * PARTS * 32);
+  threadgroup uint4* d_out = query + PARTS * 32;
+#endif
   float d_query[PARTS * 8];
   #pragma unroll
   for (int d = 0; d < PARTS; ++d) {
-    query[d] = left_of(queries + upper, queries + lower, d * 16 + column);
-    d_out[d] = left_of(d_output + upper, d_output + lower, d * 16 + column);
+    keep(query, d, lane_index, left_of(queries + upper, queries + lower, d * 16 + column));
+    keep(d_out, d, lane_index, left_of(d_output + upper, d_output + lower, d * 16 + column));
   }
   #pragma unroll
   for (int d = 0; d < PARTS * 8; ++d) {
@@ -66,8 +74,8 @@
       float d_weight[8] = {0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f};
       #pragma unroll
       for (int d = 0; d < PARTS; ++d) {
-        multiply(score, query[d], right_of_rows(key_rows + d * 16, lane_index));
-        multiply(d_weight, d_out[d], right_of_rows(value_rows + d * 16, lane_index));
+        multiply(score, kept(query, d, lane_index), right_of_rows(key_rows + d * 16, lane_index));
+        multiply(d_weight, kept(d_out, d, lane_index), right_of_rows(value_rows + d * 16, lane_index));
       }
       #pragma unroll
       for (int x = 0; x < 8; ++x) {

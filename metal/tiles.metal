@@ -34,7 +34,7 @@ METAL_FUNC void set(thread Block& block, uint word) {
 }
 
 // sum += left · right; sum holds its pairs in the order above.
-METAL_FUNC void multiply(thread float* sum, thread const Left& left, thread const Right& right) {
+METAL_FUNC void multiply(thread float* sum, Left left, Right right) {
   #pragma unroll
   for (int at = 0; at < 4; ++at) {
     Block total;

@@ -18,7 +18,7 @@ METAL_FUNC uint pack(float low, float high) {
 #endif
 }
 
-METAL_FUNC void multiply(thread float* sum, thread const Left& left, thread const Right& right) {
+METAL_FUNC void multiply(thread float* sum, Left left, Right right) {
   #pragma unroll
   for (int n = 0; n < 2; ++n) {
     thread float* x = sum + n * 4;

@@ -3,6 +3,7 @@ each kernel right, and how fast."""
 
 import argparse
 import json
+import math
 import platform
 import sys
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ import mlx.core as mx
 
 from . import __version__, cli, kernels, plotting
 from .benchmarks import checks, measure, measure_decode, measure_fit
+from .benchmarks import tune as tuning
 from .benchmarks.measure import KEEPERS, SHAPES, Shape
 from .errors import NectarError
 from .fitting.config import STEPS, FitConfig, rows_for
@@ -54,8 +56,7 @@ def fit(shape: Shape, contexts: Sequence[int], config: FitConfig) -> Row:
 
 def selftest() -> Row:
     """Every kernel variant against plain float32 on the CPU, then the speed of the common ones."""
-    if kernels.backend() == "ops":
-        raise NectarError("this machine has neither Metal nor CUDA, so there is no kernel to test: use a Mac")
+    _needs_a_kernel()
     shape = SHAPES["qwen3-1.7b"]
     rows = checks.rows()
     speed = {}
@@ -67,6 +68,22 @@ def selftest() -> Row:
         keeper = KEEPERS[name](shape, 0, 64)
         speed[f"{name}, 655 nodes"] = measure.timed(lambda k=keeper: k.attention_step(queries)) * 1e3  # type: ignore[misc]
     return _about() | {"bandwidth": measure.bandwidth(), "checks": rows, "ms_for_28_layers": speed}
+
+
+def tune(shape: Shape) -> Row:
+    """The decode kernel's speed with other numbers of rows in flight, query rows of a simdgroup, and blocks."""
+    _needs_a_kernel()
+    rows = []
+    for row in tuning.rows(shape):
+        what = ", ".join(f"{name} {row[name]}" for name in ("storage", "flight", "tile", "blocks"))
+        cli.say(f"{what}: {row['ms']:.3f} ms" if "ms" in row else f"{what}: does not work")
+        rows.append(row)
+    return _about() | {"shape": shape.name, "layers": shape.layers, "bandwidth": measure.bandwidth(), "tuning": rows}
+
+
+def _needs_a_kernel() -> None:
+    if kernels.backend() == "ops":
+        raise NectarError("this machine has neither Metal nor CUDA, so there is no kernel to test: use a Mac")
 
 
 def _about() -> Row:
@@ -109,6 +126,14 @@ _FIT = (
     ("share", "share", ".0%"),
     ("peak GB", "peak_memory", ".2f"),
 )
+_TUNING = (
+    ("storage", "storage", ""),
+    ("rows in flight", "flight", "d"),
+    ("query rows", "tile", "d"),
+    ("blocks", "blocks", "d"),
+    ("ms", "ms", ".3f"),
+    ("chosen", "mark", ""),
+)
 _CHECKS = tuple((key, key, "") for key in ("kind", "head_dim", "group", "length", "batch", "dtype", "storage"))
 
 
@@ -137,17 +162,34 @@ def _report(result: Row) -> str:
     if "rows" in result:
         sizes = f"{result['layers']} layers, {result['queries']} queries a head, {result['steps']} steps"
         return f"{result['shape']}, {sizes}, budget {result['budget']:g}; {head}\n\n{_table(result['rows'], _FIT)}"
+    report = _report_tuning if "tuning" in result else _report_checks
+    return f"{head}\n\n{report(result)}"
+
+
+def _report_checks(result: Row) -> str:
     checked = result["checks"]
     wrong = [row for row in checked if not row["ok"]]
     speed = [{"what": what, "ms": ms} for what, ms in result["ms_for_28_layers"].items()]
     parts = [
-        f"{head}\n\n{len(checked) - len(wrong)} of {len(checked)} kernels right, "
+        f"{len(checked) - len(wrong)} of {len(checked)} kernels right, "
         f"largest error {max(row['error'] for row in checked):.1e}",
-        _table(wrong, (*_CHECKS, ("error", "error", ".1e"))) if wrong else "",
+        _table(wrong, (*_CHECKS, ("error", "error", ".1e"), ("reason", "reason", ""))) if wrong else "",
+        "Seconds of the first call, in which a text is compiled (of sparse ones: forwards / backwards):",
+        _table(checked, (*_CHECKS, ("first call", "first_calls", ".2f"))),
         "Attention of one decode step of Qwen3-1.7B's 28 layers:",
         _table(speed, (("", "what", ""), ("ms", "ms", ".3f"))),
     ]
     return "\n\n".join(part for part in parts if part)
+
+
+def _report_tuning(result: Row) -> str:
+    """The choices of each storage from the fastest to the slowest; an asterisk marks the library's."""
+    rows = [row | {"mark": "*" * row["chosen"]} for row in result["tuning"]]
+    rows.sort(key=lambda row: (row["storage"], row.get("ms", math.inf)))
+    head = (
+        f"Attention of one decode step of {result['shape']}'s {result['layers']} layers, {tuning.NODES} nodes a head:"
+    )
+    return f"{head}\n\n{_table(rows, _TUNING)}"
 
 
 def _plot(result: Row, path: Path) -> None:
@@ -202,7 +244,7 @@ def _work(arguments: argparse.Namespace) -> None:
     shape = replace(shape, layers=arguments.layers or shape.layers)
     contexts = _tokens(arguments.contexts or _CONTEXTS[arguments.what])
     if arguments.what == "selftest":
-        result = selftest()
+        result = tune(shape) if arguments.tune else selftest()
     elif arguments.what == "fit":
         config = FitConfig(queries=arguments.queries, steps=arguments.steps, budget=arguments.budget)
         result = fit(shape, contexts, config)
@@ -238,6 +280,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     of_decode.add_argument("--batch", type=int, default=1, help="sequences that share the context (default 1)")
     of_decode.add_argument("--rounds", type=int, default=5, help="of measuring everything once (default 5)")
     of_decode.add_argument("--attention-only", action="store_true", help="do not run the rest of the model")
+    of_selftest = parser.add_argument_group("selftest")
+    of_selftest.add_argument(
+        "--tune",
+        action="store_true",
+        help="measure the decode kernel with other numbers of rows in flight, query rows and blocks, and nothing else",
+    )
     of_fit = parser.add_argument_group("fit")
     of_fit.add_argument("--queries", type=int, metavar="N", help="captured queries a head (default: as a fit)")
     of_fit.add_argument("--steps", type=int, metavar="N", help="of the regression (default: as a fit)")

@@ -193,7 +193,7 @@ class Nectar:
 
     @cached_property
     def _packed(self) -> list[Packed] | None:
-        return decoding.packed(self._alone, self.layout, self._tensors, n_heads=self.geometry.n_heads)
+        return decoding.packed(self._alone, self.layout, self._tensors)
 
     def prompt(self, tokenizer: Any, messages: str | Sequence[prompts.Message], **template: Any) -> list[int]:
         """The tokens that follow the prefix for a question or a conversation, up to where the answer starts."""

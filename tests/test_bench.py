@@ -8,7 +8,7 @@ import pytest
 
 from nectar_mlx import bench, kernels
 from nectar_mlx.attention import Partial
-from nectar_mlx.benchmarks import checks, measure, measure_decode, measure_fit, roofline
+from nectar_mlx.benchmarks import checks, measure, measure_decode, measure_fit, roofline, tune
 from nectar_mlx.sparse import kernel, sparse_attention
 
 TOY = ["decode", "--shape", "toy", "--contexts", "1k,2k", "--rounds", "1"]
@@ -162,11 +162,45 @@ def test_selftest_says_which_kernel_is_wrong(capsys, monkeypatch):
     assert bench.main(["selftest"]) == 2
     out = capsys.readouterr().out
     assert "3 of 6 kernels right" in out
-    assert "| quadrature | 64 |" in out and "sparse" not in out
+    wrong, first_calls = out.split("Seconds of the first call")
+    assert "| quadrature | 64 |" in wrong and "sparse" not in wrong
+    lines = [line for line in first_calls.splitlines() if line.startswith(("| quadrature", "| sparse"))]
+    assert len(lines) == 6 and all(float(line.split("|")[-2].split("/")[0]) >= 0 for line in lines)
     monkeypatch.setattr(kernel, "attention", lambda *given, **options: zeros(on_the_cpu(*given, **options)))
     assert bench.main(["selftest"]) == 2
     out = capsys.readouterr().out
-    assert "0 of 6 kernels right" in out and "| sparse fixed | 64 |" in out
+    assert "0 of 6 kernels right" in out and "| sparse fixed | 64 |" in out.split("Seconds")[0]
+
+
+def test_selftest_goes_on_when_a_text_does_not_compile(capsys, monkeypatch):
+    decoding, sparse = checks.cases()[:2], checks.sparse_cases()[:1]
+    monkeypatch.setattr(kernels, "backend", lambda: "metal")
+    monkeypatch.setattr(checks, "cases", lambda: decoding)
+    monkeypatch.setattr(checks, "sparse_cases", lambda: sparse)
+    monkeypatch.setattr(measure, "timed", lambda *_, **__: 1.0)
+    monkeypatch.setitem(measure.SHAPES, "qwen3-1.7b", measure.SHAPES["toy"])
+    assert bench.main(["selftest"]) == 2
+    wrong = capsys.readouterr().out.split("Seconds of the first call")[0]
+    assert "0 of 3 kernels right, largest error inf" in wrong
+    assert wrong.count("| inf | [metal_kernel]") == 3, "MLX has no Metal here, and says so"
+
+
+def test_tune_sweeps_every_choice(capsys, monkeypatch):
+    monkeypatch.setattr(kernels, "backend", lambda: "metal")
+    monkeypatch.setattr(tune, "BLOCKS", (64, 96))
+    monkeypatch.setattr(tune, "FLIGHTS", (2, 4))
+    monkeypatch.setattr(tune, "NODES", 200)
+    seen = []
+    monkeypatch.setattr(kernels, "supports", lambda packed, *_: packed.form.tile != 1)
+    monkeypatch.setattr(kernels, "decode", lambda packed, queries, *_, **__: seen.append(packed.form) or queries)
+    monkeypatch.setattr(measure, "timed", lambda work, **_: mx.eval(work()) or len(seen) / 1000)
+    assert bench.main(["selftest", "--tune", "--shape", "toy"]) == 0
+    out, err = capsys.readouterr()
+    lines = [line for line in out.splitlines() if line.startswith(("| float16", "| int8"))]
+    assert len(lines) == len(err.splitlines()) == 2 * (1 + 2 * 2 * 2)
+    assert lines[0] == "| float16 | 4 | 2 | 96 | 2.000 | * |", "the toy's two layers, at first as the library has it"
+    assert err.count("does not work") == sum(line.endswith("| – |  |") for line in lines) == 8
+    assert {(form.flight, form.tile, form.blocks) for form in seen} >= {(2, 2, 64), (4, 2, 64), (2, 2, 96), (4, 2, 96)}
 
 
 def on_the_cpu(queries, keys, values, **options):

@@ -55,12 +55,24 @@ def test_the_kernel_gets_the_integers_of_the_file(kind, bits, head_dim):
 def test_a_file_is_packed_where_there_is_a_kernel(kind, bits, monkeypatch):
     layout, tensors = written(kind, bits, 64)
     banks = [b.alone() if isinstance(b, Residual) else b for b in store.unpack(layout, tensors)]
-    assert decoding.packed(banks, layout, tensors, n_heads=4) is None, "a CPU has no kernel"
+    assert decoding.packed(banks, layout, tensors) is None, "a CPU has no kernel"
     monkeypatch.setattr(kernels, "backend", lambda: "metal")
-    monkeypatch.setattr(kernels, "decode", lambda *_: None)
-    layers = decoding.packed(banks, layout, tensors, n_heads=4)
+    layers = decoding.packed(banks, layout, tensors)
     assert [layer.form.storage for layer in layers] == ["int8"] * 2
     assert set(SIZES) <= set(KINDS)
+
+
+def test_what_keys_are_relative_to_goes_to_the_kernel(monkeypatch):
+    layout, tensors = written("retrieval+nectar", 6, 64)
+    monkeypatch.setattr(kernels, "backend", lambda: "metal")
+    for offsets in (None, mx.random.normal((4, 64)).astype(mx.bfloat16)):
+        tensors |= {} if offsets is None else {"offsets": offsets}
+        banks = [bank.alone() for bank in store.unpack(layout, tensors)]
+        layers = decoding.packed(banks, layout, tensors)
+        assert [layer.form.offset for layer in layers] == [offsets is not None] * 2
+    tables = 4 * (2 + layers[1].form.blocks)
+    held = np.array(layers[1].words)[tables : tables + 128].view(np.float32)
+    assert (held == np.array(offsets[2:].astype(mx.float32)).reshape(-1)).all()
 
 
 @pytest.mark.parametrize("kind, bits", [("quadrature", None), *((kind, 6) for kind in SIZES)])

@@ -15,10 +15,10 @@ from mlx_lm.models import qwen3
 from mlx_lm.models.base import quantized_scaled_dot_product_attention
 from mlx_lm.models.cache import KVCache, QuantizedKVCache
 
-from .. import adapter, attention, kernels
+from .. import adapter, kernels
 from ..cache import NectarCache
 from ..heads import Bank, Corrected, Quadrature, Size, TargetScore
-from ..quantize import Quantized, Stored, dequantize, quantize
+from ..kernels import checking
 
 DTYPE = mx.bfloat16
 ROOM = 256  # live positions that mlx-lm's caches allocate at a time
@@ -199,7 +199,7 @@ class Fused(Keeper):
 
 @functools.lru_cache(maxsize=2)
 def _packed(shape: Shape, nodes: int, bits: int) -> tuple[Bank, kernels.Packed]:
-    bank, heads = stored(random_bank(shape, nodes), DTYPE, bits)
+    bank, heads = checking.stored(random_bank(shape, nodes), DTYPE, bits)
     return bank, kernels.pack(bank, dtype=DTYPE, bits=bits, heads=heads)
 
 
@@ -301,34 +301,6 @@ def memory() -> int:
     """Bytes that the device has, or a large number where it does not say."""
     info = mx.device_info()
     return int(info.get("memory_size") or info.get("total_memory") or 1 << 50)
-
-
-def oracle(bank: Bank, queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
-    """`kernels.decode` in plain float32 on the CPU."""
-    with mx.stream(mx.cpu):
-        arrays = [x.astype(mx.float32) for x in (queries, keys, values)]
-        far = bank(attention.group(arrays[0], keys.shape[1]))
-        far = attention.Partial(*(attention.ungroup(x, *queries.shape[::2]) for x in far))
-        merged = attention.merge(far, attention.causal(*arrays, scale=bank.scale)).output
-        mx.eval(merged)
-    return merged
-
-
-def stored(bank: Bank, dtype: mx.Dtype, bits: int) -> tuple[Bank, list[Stored]]:
-    """(the bank with the values that `dtype`, or `bits` < 16, keeps; its heads as they are kept).
-
-    Quantised are the matrices whose rows are as wide as a query: what the kernel reads.
-    """
-    heads: list[Stored] = []
-    values = []
-    for head in bank.unstack():
-        kept: Stored = {}
-        for name, x in head.items():
-            quantised = bits < 16 and x.ndim == 2 and x.shape[1] == bank.head_dim
-            kept[name] = quantize(x, bits=bits) if quantised else x.astype(dtype if x.ndim == 2 else mx.float32)
-        heads.append(kept)
-        values.append({n: dequantize(x, bits=bits) if isinstance(x, Quantized) else x for n, x in kept.items()})
-    return type(bank).stack(values, scale=bank.scale), heads
 
 
 def routed(shape: Shape) -> nn.Module:

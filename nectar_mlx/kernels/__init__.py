@@ -4,8 +4,8 @@ launches.
 metal/ holds the kernel text. On Apple silicon it goes to `mx.fast.metal_kernel`, two launches a layer: partial results,
 then their merge. On NVIDIA the same text goes to `mx.fast.cuda_kernel` behind metal/cuda.h, one launch a layer: the
 threadgroup that finishes last at a KV head merges, which needs a memory fence between threadgroups that Metal does not
-offer everywhere. Everywhere else, and for shapes that `supports` refuses, callers take `compose`, which is made of the
-plain operations that the kernel is tested against.
+offer everywhere. Everywhere else, and for shapes that `supports` refuses, callers take plain operations. So they do
+where a kernel does not compile or computes something else: every text is tried before its first use (checking.py).
 
 Calling a kernel through MLX costs host time that grows with the length of its text and the number of its inputs, so
 constants are baked into the text, a layer's parameters are one buffer, and every text is built once.
@@ -13,6 +13,7 @@ constants are baked into the text, a layer's parameters are one buffer, and ever
 
 import functools
 import os
+import warnings
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
@@ -22,14 +23,16 @@ import mlx.core as mx
 from .. import attention
 from ..errors import NectarError
 from ..heads import Bank, Quadrature
-from .packing import DTYPES, SLOTS, Form, Packed, activations
+from . import checking
+from .packing import DTYPES, SLOTS, Packed, activations
 from .packing import pack as _pack
 from .source import Kernel
-from .variants import LIVE_SLICE, MAX_SLICES, SIMDGROUPS, build, variant_for
+from .variants import LIVE_SLICE, MAX_SLICES, SIMDGROUPS, Variant, build, variant_for
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
 MAX_LENGTH = 8  # query tokens; more go through matmuls
 BLOCKS = {"metal": 96, "cuda": 124, "ops": 96}  # threadgroups a layer's parameters are cut into
+ULTRA_BLOCKS = 144  # of two chips in one
 
 
 def backend() -> str:
@@ -44,11 +47,19 @@ def backend() -> str:
     return "metal" if mx.metal.is_available() else "cuda" if mx.cuda.is_available() else "ops"
 
 
-def pack(bank: Bank, *, dtype: mx.Dtype | None = None, bits: int = 16, heads: Any = None) -> Packed:
-    """One layer's bank in the form that `decode` reads; see `packing.pack`."""
-    here = backend()
-    one_launch = here == "cuda"
-    return _pack(bank, dtype=dtype, bits=bits, heads=heads, blocks=BLOCKS[here], backend=here, one_launch=one_launch)
+def blocks() -> int:
+    """Threadgroups that a layer's parameters are cut into here."""
+    chip = str(mx.device_info().get("architecture", ""))
+    ultra = chip.startswith("applegpu") and chip.endswith("d")  # as MLX tells them: applegpu_g14d is an M2 Ultra
+    return ULTRA_BLOCKS if ultra and backend() == "metal" else BLOCKS[backend()]
+
+
+def pack(
+    bank: Bank, *, dtype: mx.Dtype | None = None, bits: int = 16, heads: Any = None, n_blocks: int | None = None
+) -> Packed:
+    """One layer's bank in the form that `decode` reads here; see `packing.pack`. n_blocks: other than `blocks()`."""
+    here, n = backend(), n_blocks or blocks()
+    return _pack(bank, dtype=dtype, bits=bits, heads=heads, blocks=n, backend=here, one_launch=here == "cuda")
 
 
 def supports(packed: Packed, queries: mx.array, keys: mx.array) -> bool:
@@ -119,12 +130,12 @@ def _plan(packed: Packed, queries: mx.array, keys: mx.array, live: int, padded: 
     try:
         plan: Plan | None = packed.plans[key]
     except KeyError:
-        plan = packed.plans[key] = _make_plan(packed.form, *key)
+        plan = packed.plans[key] = _make_plan(packed, *key)
     return plan
 
 
 def _make_plan(
-    form: Form,
+    packed: Packed,
     shape: tuple[int, ...],
     n_kv_heads: int,
     slices: int,
@@ -133,34 +144,46 @@ def _make_plan(
     live_dtype: mx.Dtype,
     padded: bool,
 ) -> Plan | None:
+    form = packed.form
     (B, H, T, D), K = shape, form.n_kv_heads
     fits = form.head_dim == D and D in HEAD_DIMS and n_kv_heads == K and H % K == 0 and ends and 0 < T <= MAX_LENGTH
     if form.backend == "ops" or not fits or dtype != live_dtype or dtype not in _NAMES:
         return None
     rows = B * (H // K) * T
     variant = variant_for(form, rows, H // K, T, _NAMES[dtype], padded)
+    if packed.checked and not works(variant, form.slots > 0):
+        return None
     threads = 32 * SIMDGROUPS
     grid = (threads * (form.blocks + K * slices), -(-rows // (variant.tiles * variant.tile)), 1)
     shapes = [((form.blocks + K * slices) * rows * (D + 2),), shape]  # of the partial results and of the output
     dtypes = [mx.float32, dtype]
     if form.slots:
-        return Plan(launcher(build(variant, "fused"), grid, shapes, dtypes), None)
+        return Plan(launcher(build(variant, "fused"), grid, shapes, dtypes, threads), None)
     merge_grid = (threads * -(-rows // (SIMDGROUPS // variant.shares)), K, 1)
     return Plan(
-        launcher(build(variant, "partial"), grid, shapes[:1], dtypes[:1]),
-        launcher(build(variant, "merge"), merge_grid, shapes[1:], dtypes[1:]),
+        launcher(build(variant, "partial"), grid, shapes[:1], dtypes[:1], threads),
+        launcher(build(variant, "merge"), merge_grid, shapes[1:], dtypes[1:], threads),
     )
 
 
-def compose(
-    bank: Bank, queries: mx.array, keys: mx.array, values: mx.array, *, mask: mx.array | str | None = "causal"
-) -> mx.array:
-    """`decode` by stock operations, for prompts and where no kernel is; arguments as `attention.causal` has them."""
-    B, _, T, _ = queries.shape
-    far = bank(attention.group(queries, keys.shape[1]))
-    far = attention.Partial(*(attention.ungroup(x, B, T) for x in far))
-    live = attention.causal(queries, keys, values, scale=bank.scale, mask=mask)
-    return attention.merge(far, live).output.astype(queries.dtype)
+@functools.cache
+def works(variant: Variant, one_launch: bool) -> bool:
+    """Whether the kernel computes on this machine what plain operations do; a warning where it does not.
+
+    Asked once for each text in a process: see checking.py.
+    """
+    try:
+        probe = checking.probe(variant, one_launch=one_launch)
+        found = decode(
+            probe.packed, probe.queries, probe.keys, probe.values, live=checking.LIVE, left_padding=probe.left_padding
+        )
+        assert found is not None
+        reason = probe.mismatch(found)
+    except Exception as error:  # whatever a compiler or a driver has to say must not end an answer
+        reason = checking.summary(error)
+    if reason:
+        warnings.warn(f"plain operations instead of the decode kernel for {variant}: {reason}", stacklevel=2)
+    return not reason
 
 
 def compose_nodes(
@@ -171,6 +194,7 @@ def compose_nodes(
     With them `mx.fast.scaled_dot_product_attention` is a quadrature and exact attention merged: the fastest stock form
     for one query token, as exact as biases rounded to `dtype` allow.
     """
+    assert bank.offset is None, "live keys are absolute"
     batch = keys.shape[0]
     p = {n: a.astype(dtype) for n, a in bank.parameters.items()}
     nodes = (mx.repeat(p[n][None], batch, axis=0) for n in ("keys", "values"))
@@ -179,10 +203,14 @@ def compose_nodes(
 
 
 def launcher(
-    kernel: Kernel, grid: tuple[int, int, int], output_shapes: list[tuple[int, ...]], output_dtypes: list[mx.Dtype]
+    kernel: Kernel,
+    grid: tuple[int, int, int],
+    output_shapes: list[tuple[int, ...]],
+    output_dtypes: list[mx.Dtype],
+    threads: int,
 ) -> Kernel:
-    """The kernel with all but its inputs given; the tests put a simulator here."""
-    threadgroup = (32 * SIMDGROUPS, 1, 1)
+    """The kernel with all but its inputs given; the tests put a simulator here. threads: of a threadgroup."""
+    threadgroup = (threads, 1, 1)
 
     def launch(inputs: list[mx.array]) -> list[mx.array]:  # functools.partial costs the host more
         return kernel(
@@ -208,10 +236,11 @@ __all__ = [
     "SIMDGROUPS",
     "Packed",
     "backend",
-    "compose",
+    "blocks",
     "compose_nodes",
     "decode",
     "launcher",
     "pack",
     "supports",
+    "works",
 ]

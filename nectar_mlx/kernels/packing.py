@@ -2,10 +2,11 @@
 
 The work of every KV head is cut into blocks of about equal bytes, a block being some rows of one kind of work: nodes,
 hidden units or rows of a linear path. Each block is one contiguous span (its matrices, then its scalars) that one
-threadgroup streams. All offsets are in 32-bit words, every span starts at a multiple of 16 bytes:
+threadgroup streams. All places are in 32-bit words, every span starts at a multiple of 16 bytes:
 
-    heads   n_kv_heads x (first block, end of its node blocks, end of its blocks, offset of its constants)
-    plan    blocks x (KV head, kind, rows, offset)
+    heads   n_kv_heads x (first block, end of its node blocks, end of its blocks, place of its constants)
+    plan    blocks x (KV head, kind, rows, place)
+    offsets n_kv_heads x [D] float32: what a head's keys are relative to (`Bank.offset`), if there is anything
     spans   one a block
     constants of each head: b_out [D], b_score, 0, 0, 0 (float32)
 
@@ -32,7 +33,10 @@ Words = np.ndarray[Any, np.dtype[np.uint32]]
 
 @dataclass(frozen=True, kw_only=True)
 class Form:
-    """What of a packed layer the choice of a kernel depends on; `slots` is the number of counters for one launch."""
+    """What of a packed layer the choice of a kernel depends on; `slots` is the number of counters for one launch.
+
+    `flight` and `tile` are for trials: what `Variant` calls so, instead of what is known to be good.
+    """
 
     kind: str
     storage: str  # float16, bfloat16, float32, int8 or int4
@@ -42,6 +46,9 @@ class Form:
     blocks: int
     slots: int
     backend: str
+    offset: bool = False  # whether keys are relative to something
+    flight: int | None = None
+    tile: int | None = None
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -50,7 +57,8 @@ class Packed:
 
     `deep` holds the hidden layers of networks with more than one, stacked to [K, ...]: those run as stock matmuls.
     `tickets` count the threadgroups that are done with a KV head, [K] each, where one launch does everything: launches
-    of one layer that may be under way at once take different ones.
+    of one layer that may be under way at once take different ones. `checked`: whether a kernel must have computed the
+    right thing elsewhere before it is launched on this layer.
     """
 
     words: mx.array
@@ -58,6 +66,7 @@ class Packed:
     deep: HeadArrays = field(default_factory=dict)
     tickets: list[mx.array] = field(default_factory=list)
     plans: dict[Any, Any] = field(default_factory=dict)  # by shapes: what `kernels` launches
+    checked: bool = True
 
     @property
     def n_kv_heads(self) -> int:
@@ -129,9 +138,10 @@ def pack(
         raise NectarError(f"no kernel evaluates heads of kind {bank.kind!r}: use one of {', '.join(_WORK)}")
     storage = f"int{bits}" if bits < 16 else _name(dtype or next(iter(bank.parameters.values())).dtype)
     deep = _deep(bank, dtype or mx.float16) if isinstance(bank, TargetScore) and max(bank.sizes[0][1::2]) > 1 else {}
-    offset = deep["target.b_in"].shape[1] if deep else 0
-    work = [_WORK[bank.kind](_Reader(head, storage, offset)) for head in heads]
-    words, n = _layout([w for w, _ in work], [c for _, c in work], blocks)
+    target_units = deep["target.b_in"].shape[1] if deep else 0
+    work = [_WORK[bank.kind](_Reader(head, storage, target_units)) for head in heads]
+    offset = None if bank.offset is None else np.array(bank.offset.astype(mx.float32))
+    words, n = _layout([w for w, _ in work], [c for _, c in work], blocks, offset)
     tickets = [mx.array(np.zeros(len(heads), np.int32)) for _ in range(SLOTS * one_launch)]
     form = Form(
         kind="deep" if deep else bank.kind,
@@ -142,6 +152,7 @@ def pack(
         blocks=n,
         slots=len(tickets),
         backend=backend,
+        offset=offset is not None,
     )
     # Results of a computation lie in the device's memory; on CUDA what numpy hands over does not.
     return Packed(words=mx.array(words), form=form, deep=deep, tickets=tickets).copy()
@@ -157,8 +168,8 @@ def _name(dtype: mx.Dtype) -> str:
 class _Reader:
     """One head's parameters in the form the kernel wants."""
 
-    def __init__(self, head: Stored, storage: str, offset: int) -> None:
-        self.head, self.storage, self.offset = head, storage, offset
+    def __init__(self, head: Stored, storage: str, target_units: int) -> None:
+        self.head, self.storage, self.target_units = head, storage, target_units
 
     def matrix(self, *names: str) -> _Matrix:
         parts = [self._matrix(self.head[n]) for n in names]
@@ -200,11 +211,11 @@ def _networks(r: _Reader) -> tuple[list[_Work], Any]:
     w_score = r.vector("score.w_out")
     skip = r.matrix("target.skip", "score.skip")
     work = [_Work(LINEAR, (skip,), _columns(np.arange(len(skip.data))))]
-    if r.offset:
+    if r.target_units:
         n = len(r.vector("target.b_in"))
         work += [
             _Work(GIVEN, (r.matrix("target.w_out"),), _columns(np.arange(n))),
-            _Work(GIVEN_SCORE, (), _columns(r.offset + np.arange(len(w_score)), w_score)),
+            _Work(GIVEN_SCORE, (), _columns(r.target_units + np.arange(len(w_score)), w_score)),
         ]
     else:
         target = (r.matrix("target.w_in"), r.matrix("target.w_out"))
@@ -224,8 +235,10 @@ def _deep(bank: TargetScore, dtype: mx.Dtype) -> HeadArrays:
     return {n: a.astype(dtype) for n, a in bank.parameters.items() if not n.endswith(outer)}
 
 
-def _layout(work: Sequence[Sequence[_Work]], constants: Sequence[Any], blocks: int) -> tuple[Words, int]:
-    """All heads' work -> the buffer and the number of blocks."""
+def _layout(
+    work: Sequence[Sequence[_Work]], constants: Sequence[Any], blocks: int, offset: np.ndarray[Any, Any] | None
+) -> tuple[Words, int]:
+    """All heads' work -> the buffer and the number of blocks. offset: `Bank.offset`."""
     flat = [w for head in work for w in head]
     heads: list[tuple[int, ...]] = []
     plan: list[tuple[int, ...]] = []
@@ -249,11 +262,11 @@ def _layout(work: Sequence[Sequence[_Work]], constants: Sequence[Any], blocks: i
                 plan.append((k, w.kind, stop - start, place(w.span(start, stop))))
             nodes = len(plan) if w.kind == NODES else nodes
         heads.append((first, nodes, len(plan), place([_words(constants[k])])))
-    base = 4 * (len(heads) + len(plan))
     table = np.array([*heads, *plan], np.uint32)
-    table[:, 3] += base
+    before = [table.reshape(-1), _words(b"" if offset is None else offset)]
+    table[:, 3] += sum(len(part) for part in before)
     padding = np.zeros(4, np.uint32)  # Metal: a buffer of at least eight values stays in the device address space
-    return np.concatenate([table.reshape(-1), *spans, padding]), len(plan)
+    return np.concatenate([*before, *spans, padding]), len(plan)
 
 
 def _pieces(nbytes: Sequence[int], rows: Sequence[int], blocks: int) -> list[int]:

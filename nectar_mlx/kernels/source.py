@@ -13,6 +13,8 @@ import mlx.core as mx
 from ..folders import cache_folder
 
 Kernel = Callable[..., list[mx.array]]
+# What MLX's own text in front of ours does not include.
+_METAL_HEADERS = "#include <metal_simdgroup>\n#include <metal_simdgroup_matrix>\n"
 
 
 def kernel(
@@ -30,7 +32,9 @@ def kernel(
     make: Any = mx.fast.metal_kernel
     if backend == "cuda":
         make = mx.fast.cuda_kernel
-        header, body = _cuda(header, body)
+        header, body = to_cuda(header, body)
+    else:
+        header = _METAL_HEADERS + header
     made: Kernel = make(
         name=name,
         input_names=inputs,
@@ -73,7 +77,7 @@ def resolve(text: str, defined: set[str]) -> str:
     return "\n".join(kept) + "\n"
 
 
-def _cuda(header: str, body: str) -> tuple[str, str]:
+def to_cuda(header: str, body: str) -> tuple[str, str]:
     """Metal text -> CUDA text: arrays of a threadgroup are shared, other address spaces are not written.
 
     NVRTC reads files, so what MLX copies and hashes at every call are two `#include`s of files in the cache folder.

@@ -10,20 +10,26 @@ from . import source
 from .packing import Form
 
 SIMDGROUPS = 8
+MAX_TILE = 4  # query rows that a simdgroup holds
 LIVE_SLICE, MAX_SLICES = 64, 32  # live tokens a threadgroup; threadgroups for the live tokens of one KV head, at most
-# Rows that a lane has asked for before it uses the first, by bits: measured on an H100, guessed for Apple, which has
-# half the registers. "nodes": without hidden units, and with at most two queries a simdgroup.
+# Rows that a lane has asked for before it uses the first, by bits: measured on an H100. "nodes": without hidden units,
+# and with at most two queries a simdgroup. For Apple, which has half the registers, by count: a lane must not need more
+# than 128; with more than two queries a simdgroup it is half as many.
 FLIGHT = {
-    "metal": {32: 2, 16: 4, 8: 8, 4: 8},
+    "metal": {32: 2, 16: 4, 8: 4, 4: 8},
     "cuda": {32: 4, 16: 4, 8: 4, 4: 8},
     "cuda nodes": {32: 4, 16: 6, 8: 6, 4: 8},
 }
 
 
 def variant_for(form: Form, rows: int, group: int, length: int, element: str, padded: bool) -> "Variant":
-    """The text for so many query rows of a KV head in all sequences. A simdgroup holds at most four, as even as the
-    simdgroups side by side allow."""
-    tile = -(-rows // _tiles(rows, 4)) if rows < 4 * SIMDGROUPS else 4
+    """The text for so many query rows of a KV head in all sequences. A simdgroup holds at most MAX_TILE, as even as
+    the simdgroups side by side allow."""
+    tile = -(-rows // _tiles(rows, MAX_TILE)) if rows < MAX_TILE * SIMDGROUPS else MAX_TILE
+    tile = form.tile or tile
+    halved = 2 if tile > 2 and form.backend == "metal" else 1
+    few = form.backend == "cuda" and form.kind == "quadrature" and tile <= 2
+    flight = FLIGHT["cuda nodes" if few else form.backend]
     return Variant(
         backend=form.backend,
         element=element,
@@ -36,8 +42,16 @@ def variant_for(form: Form, rows: int, group: int, length: int, element: str, pa
         length=length,
         tile=tile,
         tiles=_tiles(rows, tile),
+        flight=form.flight or flight[bits_of(form.storage)] // halved,
+        live_flight=2 if element == "float32" else flight[16] // halved,
         padded=padded,
+        offset=form.offset,
     )
+
+
+def bits_of(storage: str) -> int:
+    """float16 -> 16, int8 -> 8, ..."""
+    return int(re.sub(r"\D", "", storage))
 
 
 def _tiles(rows: int, tile: int) -> int:
@@ -63,7 +77,24 @@ class Variant:
     length: int  # query tokens
     tile: int  # query rows a simdgroup holds
     tiles: int  # simdgroups that hold different rows
+    flight: int  # rows of parameters that a lane has asked for before it uses the first
+    live_flight: int  # the same of live tokens
     padded: bool
+    offset: bool  # whether keys are relative to an offset
+
+    def __str__(self) -> str:
+        of = f"{self.kind} heads of {self.head_dim} ({self.storage}), {self.element} queries, "
+        of += f"{self.group} to a KV head x {self.length} tokens, {self.tiles} x {self.tile} rows"
+        return of + ", an offset of keys" * self.offset + ", left padding" * self.padded
+
+    @property
+    def quantised(self) -> bool:
+        return self.storage.startswith("int")
+
+    @property
+    def full(self) -> bool:
+        """Whether query rows beyond those of one threadgroup would be the next round's."""
+        return self.tiles == SIMDGROUPS and self.tile == MAX_TILE
 
     @property
     def shares(self) -> int:
@@ -72,20 +103,15 @@ class Variant:
 
     def text(self, stage: str) -> tuple[str, str]:
         """The kernel's header and body in Metal. stage: "partial" and "merge", or "fused", which is both."""
-        quantised = self.storage.startswith("int")
-        bits = int(re.sub(r"\D", "", self.storage))
         lanes = 1 << (self.head_dim // 8 - 1).bit_length()
-        halved = 2 if self.tile > 2 and self.backend == "metal" else 1  # four queries a lane leave fewer registers
-        few = self.backend == "cuda" and self.kind == "quadrature" and self.tile <= 2
-        flight = FLIGHT["cuda nodes" if few else self.backend]
         numbers = {
             "HEAD_DIM": self.head_dim,
             "PARTS": self.head_dim // 8,
             "VECTORS": self.head_dim // 4,
             "LANES": lanes,
-            "ROW_WORDS": self.head_dim * bits // 32,
+            "ROW_WORDS": self.head_dim * bits_of(self.storage) // 32,
             "GROUP": group_size(self.head_dim),
-            "ROW_SCALES": self.head_dim // group_size(self.head_dim) if quantised else 0,
+            "ROW_SCALES": self.head_dim // group_size(self.head_dim) if self.quantised else 0,
             "N_KV_HEADS": self.n_kv_heads,
             "QUERY_HEADS": self.group,
             "LENGTH": self.length,
@@ -94,8 +120,8 @@ class Variant:
             "SHARES": self.shares,
             "ROUND": max(1, min(self.tile, 4096 // (SIMDGROUPS * self.head_dim))),
             "SIMDGROUPS": SIMDGROUPS,
-            "FLIGHT": flight[bits] // halved,
-            "LIVE_FLIGHT": 2 if self.element == "float32" else flight[16] // halved,
+            "FLIGHT": self.flight,
+            "LIVE_FLIGHT": self.live_flight,
             "AHEAD": 8,
             "LIVE_SLICE": LIVE_SLICE,
             "MAX_SLICES": MAX_SLICES,
@@ -108,12 +134,15 @@ class Variant:
             "ONE_LAUNCH": stage == "fused",
             "HINTS": self.backend == "cuda",  # for the cache
             "NO_HINTS": self.backend != "cuda",
+            "LATE_QUERIES": self.backend == "cuda",
+            "EARLY_QUERIES": self.backend != "cuda",
             "UNITS": self.kind != "quadrature",
             "GATED_UNITS": self.kind == "corrected",
             "NETWORKS": self.kind == "mlp",
             "DEEP_NETWORKS": self.kind == "deep",
             "LINEAR_UNITS": self.kind in ("mlp", "deep"),
             "PADDED": self.padded,
+            "OFFSETS": self.offset,
             "FLOATS": "float32" in (self.element, self.storage),
             "HALVES": not {self.element, self.storage}.isdisjoint(("float16", "bfloat16")),
             "BYTES": self.storage == "int8",
@@ -139,11 +168,14 @@ class Variant:
 def build(variant: Variant, stage: str) -> source.Kernel:
     """The kernel of a stage, as `Variant.text` has them."""
     outputs = {"fused": ["partials", "output"], "partial": ["partials"], "merge": ["output"]}[stage]
-    if stage == "merge":
-        inputs = ["queries", "parameters", "live_tokens", "partials"]
-    else:
-        inputs = ["queries", "keys", "values", "parameters", "live_tokens"]
-        inputs += ["left_padding"] * variant.padded + ["activations"] * (variant.kind == "deep")
-        inputs += ["tickets"] * (stage == "fused")
-    text = variant.text(stage)
+    inputs, text = inputs_of(variant, stage), variant.text(stage)
     return source.kernel(stage, variant.backend, *text, inputs=inputs, outputs=outputs, ensure_row_contiguous=False)
+
+
+def inputs_of(variant: Variant, stage: str) -> list[str]:
+    """What a stage is given, in order."""
+    if stage == "merge":
+        return ["queries", "parameters", "live_tokens", "partials"]
+    inputs = ["queries", "keys", "values", "parameters", "live_tokens"]
+    inputs += ["left_padding"] * variant.padded + ["activations"] * (variant.kind == "deep")
+    return inputs + ["tickets"] * (stage == "fused")

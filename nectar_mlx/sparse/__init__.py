@@ -32,12 +32,20 @@ def sparse_attention(queries: mx.array, keys: mx.array, values: mx.array, *, pat
 
     Raises ValueError if T is 0 or exceeds S, or if H is not a multiple of K.
     """
-    B, H, T, _ = queries.shape
-    K, S = keys.shape[1], keys.shape[2]
+    (H, T), (K, S) = queries.shape[1:3], keys.shape[1:3]
     if not 0 < T <= S or H % K:
         raise ValueError(f"queries {queries.shape} do not fit keys {keys.shape}")
-    if kernel.supports(queries, keys, values):
-        return kernel.attention(queries, keys, values, pattern=pattern, scale=scale)
+    plain = partial(_plain, pattern=pattern, scale=scale)
+    supported = kernel.supports(queries, keys, values)
+    if supported and kernel.works(queries, pattern=pattern, scale=scale, backwards=False):
+        return kernel.attention(queries, keys, values, pattern=pattern, scale=scale, plain=plain)
+    return plain(queries, keys, values)
+
+
+def _plain(queries: mx.array, keys: mx.array, values: mx.array, *, pattern: Pattern, scale: float) -> Partial:
+    """`sparse_attention` by plain operations."""
+    B, H, T, _ = queries.shape
+    K, S = keys.shape[1], keys.shape[2]
     if mx.default_device() == mx.cpu:  # the CPU multiplies half precision element by element
         queries, keys, values = (x.astype(mx.float32) for x in (queries, keys, values))
     owners = [head * K // H for head in range(H)]

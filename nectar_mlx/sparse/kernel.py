@@ -16,44 +16,59 @@ import mlx.core as mx
 from .. import kernels
 from ..attention import Partial, merge
 from ..kernels import source
+from ..kernels.checking import summary
+from . import checking
 from .patterns import Fixed, Pattern
 
 HEAD_DIMS = (64, 80, 96, 128)
-_ROWS = 16 * kernels.SIMDGROUPS  # queries, or keys, of a threadgroup
 _ELEMENTS = {mx.bfloat16: ("bfloat16_t", "BFLOAT"), mx.float16: ("half", "HALF")}
 
 Step = Literal["BLOCKS", "WINDOW", "LANES"]
 
 
 def supports(queries: mx.array, keys: mx.array, values: mx.array) -> bool:
-    """Whether `attention` has a kernel for queries [B, H, T, D] and keys and values [B, K, S, D], and it works here."""
-    backend, dtype, head_dim = kernels.backend(), queries.dtype, queries.shape[-1]
-    known = backend != "ops" and dtype in _ELEMENTS and head_dim in HEAD_DIMS
-    return known and dtype == keys.dtype == values.dtype and _agrees(backend, dtype, head_dim)
+    """Whether `attention` has a kernel for queries [B, H, T, D] and keys and values [B, K, S, D]."""
+    dtype, head_dim = queries.dtype, queries.shape[-1]
+    known = kernels.backend() != "ops" and dtype in _ELEMENTS and head_dim in HEAD_DIMS
+    return known and dtype == keys.dtype == values.dtype
+
+
+def works(queries: mx.array, *, pattern: Pattern, scale: float, backwards: bool) -> bool:
+    """Whether the kernels compute on this machine what plain operations do; a warning where they do not.
+
+    Each of their texts is tried once in a process: see checking.py. backwards: the kernels of gradients.
+    """
+    alike = pattern.at(pattern.layer % 2)  # layers take two kinds of steps in turn
+    return tried(alike, scale, queries.dtype, queries.shape[-1], backwards, kernels.backend())
 
 
 @functools.cache
-def _agrees(backend: str, dtype: mx.Dtype, head_dim: int) -> bool:
-    """Whether the kernel computes on this machine what plain operations do, for some random inputs."""
-    pattern, scale = Fixed(16, summary=4), head_dim**-0.5
-    shape, seeds = (1, 2, 40, head_dim), mx.random.split(mx.random.key(0), 3)
-    queries, keys, values = (mx.random.normal(shape, key=seed).astype(dtype) for seed in seeds)
-    scores = scale * queries.astype(mx.float32) @ keys.astype(mx.float32).swapaxes(-1, -2)
-    weights = mx.softmax(mx.where(pattern.mask(40, 40, heads=2), scores, -mx.inf), axis=-1)
+def tried(pattern: Pattern, scale: float, dtype: mx.Dtype, head_dim: int, backwards: bool, backend: str) -> bool:
     try:
-        found = attention(queries, keys, values, pattern=pattern, scale=scale).output
-        if mx.abs(found - weights @ values.astype(mx.float32)).max() < 0.02:
-            return True
-        reason = "its results differ from those of plain operations"
-    except (RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-    warnings.warn(f"sparse attention without its kernel: {reason}", stacklevel=2)
-    return False
+        probe = checking.probe(pattern, dtype=dtype, head_dim=head_dim, scale=scale)
+        reason = probe.mismatch(functools.partial(attention, pattern=pattern, scale=scale), backwards=backwards)
+    except Exception as error:  # whatever a compiler or a driver has to say must not end a training run
+        reason = summary(error)
+    if reason:
+        what = f"{pattern}, heads of {head_dim}, {dtype}, {'backwards' if backwards else 'forwards'}"
+        warnings.warn(f"plain operations instead of the kernel of sparse attention ({what}): {reason}", stacklevel=4)
+    return not reason
 
 
-def attention(queries: mx.array, keys: mx.array, values: mx.array, *, pattern: Pattern, scale: float) -> Partial:
-    """`sparse_attention` where `supports` says yes; differentiable, and the reverse pass computes the scores again."""
-    launches = _launches(pattern, queries.shape[1], keys.shape[1], scale, kernels.backend())
+def attention(
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    *,
+    pattern: Pattern,
+    scale: float,
+    plain: Callable[[mx.array, mx.array, mx.array], Partial] | None = None,
+) -> Partial:
+    """`sparse_attention` where `supports` says yes; differentiable, and the reverse pass computes the scores again.
+
+    plain: the same by plain operations, which differentiate it where `works` says that the kernels would not.
+    """
+    launches = launches_of(pattern, queries.shape[1], keys.shape[1], scale, kernels.backend())
 
     @mx.custom_function
     def attend(queries: mx.array, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
@@ -63,6 +78,8 @@ def attention(queries: mx.array, keys: mx.array, values: mx.array, *, pattern: P
     @attend.vjp
     def attend_vjp(primals, cotangents, outputs):  # type: ignore[no-untyped-def]
         queries, keys, values = primals
+        if plain is not None and not works(queries, pattern=pattern, scale=scale, backwards=True):
+            return tuple(mx.vjp(plain, list(primals), list(cotangents))[1])
         (d_output, d_log), (output, log_normalizer) = cotangents, outputs
         constants = d_log - (d_output * output).sum(-1)
         given = queries, keys, values, d_output.astype(queries.dtype), log_normalizer, constants
@@ -73,7 +90,7 @@ def attention(queries: mx.array, keys: mx.array, values: mx.array, *, pattern: P
 
 
 @functools.lru_cache(maxsize=64)
-def _launches(pattern: Pattern, n_heads: int, n_kv_heads: int, scale: float, backend: str) -> list["Launch"]:
+def launches_of(pattern: Pattern, n_heads: int, n_kv_heads: int, scale: float, backend: str) -> list["Launch"]:
     far = any(pattern.steps(head)[1] for head in range(n_heads))
     steps: tuple[Step, ...] = ("BLOCKS",) if isinstance(pattern, Fixed) else ("WINDOW", "LANES")
     rows = []
@@ -83,6 +100,41 @@ def _launches(pattern: Pattern, n_heads: int, n_kv_heads: int, scale: float, bac
     plan = mx.array([*rows, [0] * 4], mx.int32)  # Metal keeps what has fewer than eight entries elsewhere
     mx.eval(plan)
     return [Launch(step, pattern, plan, scale, backend) for step in steps[: 1 + far]]
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How a kernel holds its matrices.
+
+    Each simdgroup of a threadgroup holds 16 of its `rows` of queries, or of keys, in registers or in threadgroup memory
+    (`held`). `columns` of the others are in threadgroup memory, `piece` of them are looked at together. sums: gradients
+    that a simdgroup adds up for its keys, both, or one while another simdgroup has the other.
+    """
+
+    simdgroups: int
+    columns: int
+    piece: int
+    sums: int
+    held: str
+
+    @property
+    def rows(self) -> int:
+        return 16 * self.simdgroups * self.sums // 2
+
+
+def tiling(stage: str, head_dim: int, backend: str) -> Tiling:
+    """stage: forward, queries or keys.
+
+    By count, a lane of Apple's must not need more than 128 registers: each matrix of a simdgroup's rows takes D / 4 and
+    each of its sums D / 2. What lies in threadgroup memory instead leaves room for fewer simdgroups in its 32 KB. On
+    NVIDIA there are twice as many registers, and this was measured.
+    """
+    if backend == "cuda":
+        return Tiling(kernels.SIMDGROUPS, 32 if stage == "keys" or head_dim > 96 else 64, 32, 2, "IN_REGISTERS")
+    columns, sums = 32 if stage == "keys" or head_dim >= 80 else 64, 1 if stage == "keys" else 2
+    if stage == "forward" or head_dim < 96:
+        return Tiling(kernels.SIMDGROUPS, columns, 16, sums, "IN_REGISTERS")
+    return Tiling((4 if head_dim == 96 else 2) * (3 - sums), 16, 16, sums, "IN_THREADGROUP")
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,7 +154,7 @@ class Launch:
     def forward(self, queries: mx.array, keys: mx.array, values: mx.array) -> Partial:
         B, H, T, D = queries.shape
         shapes = [(B, H, T, D), (B, H, T)]
-        run = self._kernel("forward", queries, blocks=self._blocks(T), shapes=shapes)
+        run = self._kernel("forward", queries, blocks=self._blocks("forward", queries), shapes=shapes)
         return Partial(*run(inputs=[queries, keys, values, self.plan]))
 
     def backward(
@@ -115,45 +167,46 @@ class Launch:
         constants: mx.array,
     ) -> tuple[mx.array, mx.array, mx.array]:
         """The gradients of queries, keys and values, float32. constants: d_log - d_output · output, [B, H, T]."""
-        (B, H, T, D), (K, S) = queries.shape, keys.shape[1:3]
+        (B, H, _, D), (K, S) = queries.shape, keys.shape[1:3]
         given = [queries, keys, values, d_output, log_normalizer, constants, self.plan]
         shapes: list[tuple[int, ...]] = [(B, H, S, D)] * 2
-        (d_queries,) = self._kernel("queries", queries, blocks=self._blocks(T), shapes=[queries.shape])(inputs=given)
-        rows = -(-S // self.pattern.stride)
+        blocks = self._blocks("queries", queries)
+        (d_queries,) = self._kernel("queries", queries, blocks=blocks, shapes=[queries.shape])(inputs=given)
+        rows, held = -(-S // self.pattern.stride), tiling("keys", D, self.backend).rows
         if self.step == "LANES":
-            blocks = self.pattern.stride * -(-rows // _ROWS)
+            blocks = self.pattern.stride * -(-rows // held)
             pair = self._kernel("keys", queries, "FAR_KEYS", blocks=blocks, shapes=shapes)(inputs=given)
         else:
             flags = ["NEAR_KEYS"]
             if self.step == "BLOCKS" and any(self.pattern.steps(head)[1] for head in range(H)):
-                blocks = -(-rows * self._summary // _ROWS)
+                blocks = -(-rows * self._summary // held)
                 given = given + self._kernel("keys", queries, "FAR_KEYS", blocks=blocks, shapes=shapes)(inputs=given)
                 flags.append("JOIN")
-            pair = self._kernel("keys", queries, *flags, blocks=-(-S // _ROWS), shapes=shapes)(inputs=given)
+            pair = self._kernel("keys", queries, *flags, blocks=-(-S // held), shapes=shapes)(inputs=given)
         d_keys, d_values = (x.reshape(B, K, H // K, S, D).sum(2) for x in pair)
         return d_queries, d_keys, d_values
 
-    def _blocks(self, length: int) -> int:
-        """Threadgroups for so many queries of a head."""
-        columns = self.pattern.stride if self.step == "LANES" else 1
-        return columns * -(-length // (columns * _ROWS))
+    def _blocks(self, stage: str, queries: mx.array) -> int:
+        """Threadgroups for the queries of a head."""
+        (T, D), columns = queries.shape[2:], self.pattern.stride if self.step == "LANES" else 1
+        return columns * -(-T // (columns * tiling(stage, D, self.backend).rows))
 
     def _kernel(
         self, stage: str, queries: mx.array, *flags: str, blocks: int, shapes: list[tuple[int, ...]]
     ) -> Callable[..., Any]:
         B, H, _, D = queries.shape
-        # A query's tile is half as large where two tiles' worth of results is held, and where memory is Apple's.
-        columns = 32 if stage == "keys" or D > 96 else 64
+        tiles = tiling(stage, D, self.backend)
         gap = self.pattern.overlap if isinstance(self.pattern, Fixed) else 0
-        numbers = {"HEAD_DIM": D, "COLUMNS": columns, "SLICE": 32, "ROWS": _ROWS, "SIMDGROUPS": kernels.SIMDGROUPS}
+        numbers = {"HEAD_DIM": D, "COLUMNS": tiles.columns, "SLICE": tiles.piece, "ROWS": tiles.rows}
+        numbers |= {"SIMDGROUPS": tiles.simdgroups, "SUMS": tiles.sums}
         numbers |= {"PARTS": D // 16, "PIECES": D // 8, "TILE_STRIDE": D + 8}
         numbers |= {"STRIDE": self.pattern.stride, "SUMMARY": self._summary, "GAP": int(gap)}
-        contiguous = () if self.step == "LANES" else ("CONTIGUOUS",)
+        steps = (self.step, *(() if self.step == "LANES" else ("CONTIGUOUS",)))
         kernel = _build(
-            stage, self.backend, queries.dtype, tuple(numbers.items()), self.scale, (self.step, *contiguous, *flags)
+            stage, self.backend, queries.dtype, tuple(numbers.items()), self.scale, (*steps, tiles.held, *flags)
         )
-        grid = (32 * kernels.SIMDGROUPS * blocks, H, B)
-        return kernels.launcher(kernel, grid, shapes, [mx.float32] * len(shapes))
+        threads = 32 * tiles.simdgroups
+        return kernels.launcher(kernel, (threads * blocks, H, B), shapes, [mx.float32] * len(shapes), threads)
 
 
 @functools.lru_cache(maxsize=256)

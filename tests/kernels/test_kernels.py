@@ -1,6 +1,7 @@
 """The decode kernel against float64, on a simulated GPU (tests/metal), in every kind, type, head size and grouping."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -10,139 +11,16 @@ import pytest
 from nectar_mlx import kernels
 from nectar_mlx.cache import NectarCache
 from nectar_mlx.errors import NectarError
-from nectar_mlx.heads import Corrected, Exact, Quadrature, TargetScore
-from nectar_mlx.kernels import source, variants
+from nectar_mlx.heads import Corrected, Exact, Quadrature
+from nectar_mlx.kernels import variants
 from nectar_mlx.kernels.packing import DTYPES, Form, pack
-from nectar_mlx.quantize import dequantize, quantize
+from nectar_mlx.quantize import quantize
+from tests.kernels.cases import BANKS, SIZES, TOLERANCE, Case, make_heads, reference, softmax_part
 from tests.metal import harness
-from tests.metal.harness import KernelError, Simulator
+from tests.metal.harness import KernelError
 
-BACKEND = "cuda" if mx.cuda.is_available() else "metal"
-MODE = next((m for m in ("asan", "plain") if m in harness.modes()), None)
+MODE = harness.default_mode()
 pytestmark = pytest.mark.skipif(MODE is None, reason="neither clang nor ziglang is installed")
-# What is stored in 16 bits is exact here; of deep networks the hidden layers round to it.
-TOLERANCE = {"float32": 2e-5, "float16": 1.5e-3, "bfloat16": 1e-2}
-BANKS = {"quadrature": Quadrature, "corrected": Corrected, "mlp": TargetScore, "deep": TargetScore}
-
-
-def make_heads(kind, sizes, head_dim, storage, seed=0):
-    """Heads of random parameters: (as `storage` keeps them, and the values that it keeps)."""
-    rng = np.random.default_rng(seed)
-    stored, exact = [], []
-    bits = int(storage[3:]) if storage.startswith("int") else 16
-    for size in sizes:
-        kept, values = {}, {}
-        for name, shape in BANKS[kind].shapes(size, head_dim).items():
-            spread = 1.0 if name in ("keys", "values", "bias") else 0.4 if len(shape) == 1 else shape[-1] ** -0.5
-            x = mx.array((rng.standard_normal(shape) * spread).astype(np.float32))
-            if bits < 16 and len(shape) == 2 and shape[1] == head_dim:
-                kept[name] = quantize(x, bits=bits)
-                values[name] = dequantize(kept[name], bits=bits)
-            else:
-                dtype = mx.float32 if len(shape) == 1 else DTYPES.get(storage, mx.float16)
-                kept[name] = values[name] = x.astype(dtype).astype(mx.float32)
-        stored.append(kept)
-        exact.append(values)
-    return stored, exact
-
-
-def softmax_part(scores, values):
-    top = scores.max()
-    weights = np.exp(scores - top)
-    return weights @ values / weights.sum(), top + np.log(weights.sum())
-
-
-def silu(x):
-    return x / (1 + np.exp(-x))
-
-
-def far_part(kind, head, q, scale):
-    """(o, L) of one query in float64."""
-    h = {n: np.array(a).astype(np.float64) for n, a in head.items()}
-    if kind in ("quadrature", "corrected"):
-        o, log = softmax_part(h["keys"] @ q * scale + h["bias"], h["values"])
-        if kind == "quadrature":
-            return o, log
-        hidden = silu(h["w_gate"] @ q + h["b_gate"]) * (h["w_up"] @ q + h["b_up"])
-        return o + hidden @ h["w_out"] + h["b_out"], log + hidden @ h["w_score"] + h["b_score"][0]
-    out = []
-    for name in ("target", "score"):
-        p = {n.removeprefix(f"{name}."): a for n, a in h.items() if n.startswith(name)}
-        hidden = silu(p["w_in"] @ q + p["b_in"])
-        for layer in range(1, 9):
-            if f"w_{layer}" in p:
-                hidden = hidden + silu(p[f"w_{layer}"] @ hidden + p[f"b_{layer}"])
-        out.append(hidden @ p["w_out"] + p["skip"] @ q + p["b_out"])
-    return out[0], out[1][0]
-
-
-def reference(kind, heads, queries, keys, values, scale, padding=None):
-    q, k, v = (np.array(x.astype(mx.float32)).astype(np.float64) for x in (queries, keys, values))
-    B, H, T, _ = q.shape
-    group, S = H // len(heads), k.shape[2]
-    out = np.zeros_like(q)
-    for b, h, t in np.ndindex(B, H, T):
-        start = 0 if padding is None else padding[b]
-        o, log = far_part(kind, heads[h // group], q[b, h, t], scale)
-        seen = slice(start, S - T + t + 1)
-        if seen.start < seen.stop:
-            o_live, log_live = softmax_part(k[b, h // group, seen] @ q[b, h, t] * scale, v[b, h // group, seen])
-            share = 1 / (1 + np.exp(log_live - log))
-            o = share * o + (1 - share) * o_live
-        out[b, h, t] = o
-    return out
-
-
-class Case:
-    """One decode step. sizes: of the heads; live tokens are slices of longer buffers, as a cache hands them out."""
-
-    def __init__(
-        self, kind="quadrature", sizes=((40,), (5,)), head_dim=64, group=2, batch=1, length=1, live=9,
-        element="float32", storage="float32", padding=None, blocks=6, fused=False, scale=None, seed=0, spread=1.0,
-    ):  # fmt: skip
-        rng = np.random.default_rng(seed + 1)
-        normal = lambda *shape: mx.array(rng.standard_normal(shape).astype(np.float32)).astype(DTYPES[element])  # noqa: E731
-        self.kind, self.scale, self.padding, self.element = kind, scale or head_dim**-0.5, padding, element
-        stored, self.heads = make_heads(kind, sizes, head_dim, storage, seed)
-        bank = BANKS[kind].stack(self.heads, scale=self.scale)
-        bits = int(storage[3:]) if storage.startswith("int") else 16
-        dtype = mx.float16 if bits < 16 else DTYPES[storage]
-        backend = "cuda" if fused else BACKEND
-        self.packed = pack(bank, dtype=dtype, bits=bits, heads=stored, blocks=blocks, backend=backend, one_launch=fused)
-        K = len(sizes)
-        self.queries = normal(batch, length, K * group, head_dim).swapaxes(1, 2) * spread
-        self.keys = normal(batch, K, live + 7, head_dim)[:, :, 2 : live + 2]
-        self.values = normal(batch, K, live + 5, head_dim)[:, :, :live]
-
-    def run(self):
-        padding = None if self.padding is None else mx.array(self.padding, mx.int32)
-        self.packed.plans.clear()  # of another simulator
-        return kernels.decode(self.packed, self.queries, self.keys, self.values, left_padding=padding)
-
-    def error(self):
-        want = reference(self.kind, self.heads, self.queries, self.keys, self.values, self.scale, self.padding)
-        got = np.array(self.run().astype(mx.float32)).astype(np.float64)
-        assert got.shape == want.shape
-        return np.abs(got - want).max() / np.abs(want).max() if np.isfinite(got).all() else np.inf
-
-
-@pytest.fixture
-def simulate(monkeypatch):
-    """simulate(...) -> the Simulator that runs every launch from here on.
-
-    What CUDA would be given is generated as Metal too: the same text, address spaces not yet taken out.
-    """
-    monkeypatch.setenv("NECTAR_KERNEL", "metal")
-    monkeypatch.setattr(mx.fast, "cuda_kernel", mx.fast.metal_kernel)
-    monkeypatch.setattr(source, "_cuda", lambda header, body: (header, body))
-
-    def start(**options):
-        simulator = Simulator(**{"mode": MODE, **options})
-        monkeypatch.setattr(kernels, "launcher", simulator.launcher)
-        variants.build.cache_clear()
-        return simulator
-
-    return start
 
 
 def check(case, simulate, **options):
@@ -152,12 +30,6 @@ def check(case, simulate, **options):
     assert error < max(TOLERANCE[case.element], hidden), error
 
 
-SIZES = {
-    "quadrature": ((40,), (105,), (1,)),
-    "corrected": ((40, 13), (5, 30), (90, 1)),
-    "mlp": ((40, 1, 13, 1), (25, 1, 30, 1), (70, 1, 1, 1)),
-    "deep": ((40, 2, 13, 3), (25, 2, 30, 3), (64, 2, 7, 3)),
-}
 # Every kind, head size, type, storage and the corners of grouping, length and batch occur; together they meet once.
 MATRIX = [
     dict(kind="quadrature", head_dim=64, group=1, element="float32", storage="float32"),
@@ -197,9 +69,10 @@ def full_matrix():
                 group, length, batch = (1, 2, 3, 4, 5, 8, 16)[count % 7], (1, 1, 2, 3, 8, 4)[count % 6], 1 + count % 3
                 live, fused, blocks = (9, 64, 65, 200)[count % 4], count % 2 == 0, (4, 12, 40)[count % 3]
                 padding = [0, 8, 5][:batch] if count % 4 == 0 else None
+                common = 20_000.0 if count % 3 == 1 else None
                 yield dict(
                     kind=kind, head_dim=head_dim, storage=storage, element=element, group=group, length=length,
-                    batch=batch, live=live, padding=padding, fused=fused, blocks=blocks, seed=count,
+                    batch=batch, live=live, padding=padding, fused=fused, blocks=blocks, seed=count, common=common,
                 )  # fmt: skip
 
 
@@ -403,6 +276,68 @@ def test_large_scores_stay_finite(simulate):
     check(Case(spread=40.0, sizes=SIZES["quadrature"]), simulate)
 
 
+OFFSETS = [
+    dict(kind="quadrature", element="float16", storage="float16", live=70, length=2),
+    dict(kind="quadrature", element="bfloat16", storage="bfloat16", head_dim=128, live=70, fused=True),
+    dict(kind="quadrature", element="float32", storage="float32", head_dim=80, group=4, batch=2, padding=[3, 0]),
+    dict(kind="corrected", element="float16", storage="float16", head_dim=96, fused=True),
+    dict(kind="corrected", element="bfloat16", storage="float32", group=1, length=3, live=130),
+    dict(kind="mlp", element="bfloat16", storage="float16", head_dim=256, group=1),
+    dict(kind="mlp", element="float16", storage="float32", batch=3, length=2, fused=True),
+    dict(kind="deep", element="bfloat16", storage="float32", head_dim=64),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", OFFSETS, ids=name)
+def test_scores_that_have_20_000_in_common(simulate, options):
+    """Keys relative to an offset, in half precision, against float64; a kernel that ignored it would be far off."""
+    simulate(schedule="random")
+    case = Case(sizes=SIZES[options["kind"]], common=20_000.0, **options)
+    scores = case.scale * case.queries[0, 0].astype(mx.float32) @ case.keys[0, 0].astype(mx.float32).T
+    assert scores.min() > 19_000
+    error = case.error()
+    assert error < TOLERANCE[options["element"]]
+    case.packed = pack(BANKS[case.kind].stack(case.heads, scale=case.scale), dtype=DTYPES[options["storage"]])
+    assert case.error() > 10 * max(error, TOLERANCE[options["element"]])
+
+
+@pytest.mark.parametrize("element", ["float32", "bfloat16"])
+def test_keys_of_a_million(simulate, element):
+    simulate()
+    offset = np.random.default_rng(0).standard_normal((2, 64)) * 1e6
+    check(Case(element=element, offset=offset, live=70, length=2), simulate)
+
+
+def test_without_an_offset_all_is_as_before(simulate):
+    """The same text and the same buffer as ever; an offset of zeros gives the same numbers."""
+    simulator = simulate()
+    without, zeros = Case(live=70, length=2), Case(live=70, length=2, offset=np.zeros((2, 64)))
+    assert (without.run() == zeros.run()).all()
+    partial, _, relative, _ = simulator.texts
+    assert "offset[8]" not in partial and "offset[8]" in relative
+    words, moved = (np.array(case.packed.words) for case in (without, zeros))
+    tables = 4 * (2 + without.packed.form.blocks)
+    assert len(moved) == len(words) + 2 * 64
+    assert (moved[tables : tables + 128] == 0).all() and (moved[tables + 128 :] == words[tables:]).all()
+
+
+def test_a_cache_relative_to_an_offset(simulate):
+    """Through the kernel as through plain operations, whose keys are made relative in float32."""
+    simulate(mode="plain")
+    case = Case(element="float16", common=20_000.0)
+    bank, results = BANKS[case.kind].stack(case.heads, scale=case.scale, offset=case.offset), []
+    for packed in (case.packed, None):
+        cache = NectarCache(bank, 40, packed=packed)
+        for start, stop in ((0, 7), (7, 9)):
+            mx.random.seed(start)
+            queries = mx.repeat(case.queries, stop - start, axis=2)
+            mask = cache.make_mask(stop - start, return_array=True, window_size=None)
+            live = cache.update_and_fetch(case.keys[:, :, start:stop], case.values[:, :, start:stop])
+            out = cache.attend(queries, *live, scale=case.scale, mask=mask)
+        results.append(out)
+    assert mx.abs(results[0] - results[1]).max() < TOLERANCE["float16"] * mx.abs(results[1]).max()
+
+
 def test_more_blocks_than_rows(simulate):
     check(Case(sizes=((3,), (1,)), blocks=200), simulate)
 
@@ -478,14 +413,6 @@ def test_refuses_other_types_and_heads(simulate):
     assert kernels.decode(case.packed, case.queries, case.keys[:, :, :0], case.values[:, :, :0]) is None
 
 
-def test_compose_is_the_same_function():
-    case = Case(kind="corrected", sizes=SIZES["corrected"], length=3, group=2, storage="float32")
-    bank = Corrected.stack(case.heads, scale=case.scale)
-    got = np.array(kernels.compose(bank, case.queries, case.keys, case.values))
-    want = reference(case.kind, case.heads, case.queries, case.keys, case.values, case.scale)
-    assert np.abs(got - want).max() < 1e-4 * np.abs(want).max()
-
-
 def test_compose_nodes_is_the_same_function():
     case = Case(sizes=SIZES["quadrature"], group=2)
     bank = Quadrature.stack(case.heads, scale=case.scale)
@@ -532,6 +459,35 @@ def test_packing_refuses(monkeypatch):
         kernels.backend()
 
 
+@pytest.mark.parametrize(
+    ("chip", "blocks"), [("applegpu_g14d", 144), ("applegpu_g14s", 96), ("applegpu_g13g", 96), ("amd", 96)]
+)
+def test_ultra_chips_get_more_blocks(monkeypatch, chip, blocks):
+    monkeypatch.setenv("NECTAR_KERNEL", "metal")
+    monkeypatch.setattr(mx, "device_info", lambda: {"architecture": chip})
+    assert kernels.blocks() == blocks
+    bank = Quadrature.stack(make_heads("quadrature", ((300,), (300,)), 64, "float32")[1], scale=1.0)
+    assert kernels.pack(bank).form.blocks == blocks
+    assert kernels.pack(bank, n_blocks=50).form.blocks == 50
+
+
+def test_apple_has_registers_for_fewer_rows_in_flight():
+    form = Form(
+        kind="quadrature", storage="int8", n_kv_heads=8, head_dim=128, scale=1, blocks=96, slots=0, backend="metal"
+    )
+    flights = [variants.variant_for(form, rows, rows, 1, "bfloat16", False).flight for rows in (1, 2, 4)]
+    assert flights == [4, 4, 2]
+    few, many = (variants.variant_for(form, rows, rows, 1, "bfloat16", False).text("partial") for rows in (2, 4))
+    assert "if (base == begin)" not in few[0] + many[0], "queries are made floats before the loop"
+    cuda = variants.variant_for(replace(form, backend="cuda", slots=64), 2, 2, 1, "bfloat16", False)
+    assert "if (base == begin)" in cuda.text("fused")[0]
+
+
+def test_metal_text_includes_what_it_calls(simulate):
+    for text in texts(simulate, kind="quadrature"):
+        assert all(f"#include <{name}>" in text for name in ("metal_simdgroup", "metal_simdgroup_matrix"))
+
+
 def test_backend_here(monkeypatch):
     monkeypatch.delenv("NECTAR_KERNEL", raising=False)
     assert kernels.backend() == ("ops" if mx.default_device() == mx.cpu else kernels.backend())
@@ -545,7 +501,17 @@ def test_cuda_text_has_no_metal_left(monkeypatch, tmp_path, kind):
     made = {}
     monkeypatch.setattr(mx.fast, "cuda_kernel", lambda **options: made.update(options))
     variants.build.cache_clear()
-    form = Form(kind=kind, storage="int4", n_kv_heads=8, head_dim=128, scale=0.1, blocks=124, slots=64, backend="cuda")
+    form = Form(
+        kind=kind,
+        storage="int4",
+        n_kv_heads=8,
+        head_dim=128,
+        scale=0.1,
+        blocks=124,
+        slots=64,
+        backend="cuda",
+        offset=True,
+    )
     variants.build(variants.variant_for(form, 2, 2, 1, "bfloat16", False), "fused")
     variants.build.cache_clear()
     files = [Path(p) for part in ("header", "source") for p in re.findall(r'#include "(.+)"', made[part])]

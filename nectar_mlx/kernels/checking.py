@@ -1,0 +1,202 @@
+"""A small layer on which a decode kernel is compared with plain operations before its first use.
+
+Whatever a kernel leaves out must show in the result. So the context and the live tokens have about the same mass, and
+the tokens beside a limit (the first and the last that a query sees or a threadgroup reads, and those just outside) have
+larger scores than others.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from .. import attention
+from ..heads import KINDS, Bank, HeadArrays, Size
+from ..quantize import Quantized, Stored, dequantize, quantize
+from .packing import DTYPES, Packed, pack
+from .variants import LIVE_SLICE, Variant
+
+NODES, UNITS = 40, 24  # of a head, about: every head has a few more or less
+LIVE, BEHIND = LIVE_SLICE + 6, 5  # tokens: two slices of them; and what the buffers hold behind them
+# Largest error / largest number. Far below what leaving out one token does, four times what rounding the output does.
+TOLERANCE = {"float32": 2e-5, "float16": 1.5e-3, "bfloat16": 1e-2}
+_HIDDEN = {"float32": 1e-3, "bfloat16": 2e-2}  # of networks whose hidden layers are stock matmuls, by storage
+_HIDDEN_HALF = 4e-3  # in float16, as all others have it
+_SPREAD, _RAISED = 1.5, 4.0  # standard deviation of scores; mean score of the tokens beside a limit
+_HEAVIER = 0.7  # what raised tokens add to the live tokens' log-normaliser, about
+_DEEP = 2  # hidden layers
+# Of a variant with an offset: scale * q·c of every query. It comes from one column in _APART, where no keys differ, so
+# that rounding what they have in common leaves alone what they have not.
+COMMON_SCORE, _APART = 20_000.0, 8
+_OF_QUERIES = ("w_in", "w_gate", "w_up", "skip")  # whose rows are multiplied by a query
+
+Floats = np.ndarray[Any, np.dtype[np.float64]]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Probe:
+    """A decode step: `bank` holds the values that `packed` keeps. Shapes as in `kernels.decode`, S = LIVE + BEHIND."""
+
+    packed: Packed
+    bank: Bank
+    queries: mx.array
+    keys: mx.array
+    values: mx.array
+    left_padding: mx.array | None
+    tolerance: float
+
+    def reference(self) -> mx.array:
+        """What the kernel should return, by plain operations in float32."""
+        live = [x[:, :, :LIVE] for x in (self.keys, self.values)]
+        return reference(self.bank, self.queries, *live, left_padding=self.left_padding)
+
+    def mismatch(self, found: mx.array) -> str | None:
+        """What is wrong with a kernel's result; None where nothing is."""
+        error = relative_error(found, self.reference())
+        if error <= self.tolerance:
+            return None
+        return (
+            f"its results differ from those of plain operations by {error:.1e}, at most {self.tolerance:.1e} is right"
+        )
+
+
+def probe(variant: Variant, *, one_launch: bool) -> Probe:
+    """The layer and the decode step for which `variant` is the kernel's text, with as many query rows as it holds."""
+    rng = np.random.default_rng(0)
+    unit = math.sqrt(
+        _SPREAD / (variant.scale * math.sqrt(variant.head_dim))
+    )  # of queries, keys: scores are what they are
+    queries, keys, values, padding = _live(variant, rng)
+    bank = _bank(variant, unit, rng)
+    if variant.offset:
+        level = math.sqrt(COMMON_SCORE * _APART / _SPREAD) / variant.head_dim**0.25
+        offset = rng.standard_normal((variant.n_kv_heads, variant.head_dim))
+        queries[..., ::_APART], keys[..., ::_APART], offset[:, ::_APART] = level, 0.0, level
+        bank.offset = _rounded(unit * offset, variant.element).astype(mx.float32)
+        keys += np.array(bank.offset)[:, None] / unit
+    dtype, bits = (mx.float16, int(variant.storage[3:])) if variant.quantised else (DTYPES[variant.storage], 16)
+    bank, heads = stored(bank, dtype, bits)
+    blocks, of = 3 * variant.n_kv_heads, variant.backend
+    packed = pack(bank, dtype=dtype, bits=bits, heads=heads, blocks=blocks, backend=of, one_launch=one_launch)
+    hidden = _HIDDEN.get(variant.storage, _HIDDEN_HALF) if variant.kind == "deep" else 0.0
+    return Probe(
+        packed=replace(packed, form=replace(packed.form, flight=variant.flight, tile=variant.tile), checked=False),
+        bank=bank,
+        queries=_rounded(unit * queries, variant.element).swapaxes(1, 2),
+        keys=_rounded(unit * keys, variant.element),
+        values=_rounded(values, variant.element),
+        left_padding=mx.array(padding, mx.int32) if variant.padded else None,
+        tolerance=max(TOLERANCE[variant.element], hidden),
+    )
+
+
+def _live(variant: Variant, rng: np.random.Generator) -> tuple[Floats, Floats, Floats, np.ndarray[Any, Any]]:
+    """Queries [B, T, H, D], keys and values [B, K, S, D], and left padding [B]."""
+    K, D, T = variant.n_kv_heads, variant.head_dim, variant.length
+    B = max(1, variant.tile * variant.tiles // (variant.group * T)) + variant.full
+    # What every query has in common, and the keys of raised tokens have too; so their scores are nearly alike.
+    common = rng.standard_normal(D)
+    common *= math.sqrt(_RAISED / _SPREAD * math.sqrt(D)) / np.linalg.norm(common)
+    queries = rng.standard_normal((B, T, K * variant.group, D))
+    queries += (1.0 - (queries @ common) / (common @ common))[..., None] * common
+    keys, values = rng.standard_normal((2, B, K, LIVE + BEHIND, D))
+    padding = (3 + 2 * np.arange(B)) % 8 if variant.padded else np.zeros(B, int)
+    at = np.arange(LIVE + BEHIND)
+    raised = (at >= LIVE - T - 1) | (at == LIVE // 2 - 1) | (at == LIVE // 2) | (at <= padding[:, None])
+    keys = np.where(raised[:, None, :, None], common + 0.2 * keys, keys)
+    return queries, keys, values, padding
+
+
+def _rounded(x: np.ndarray[Any, Any], element: str) -> mx.array:
+    return mx.array(x.astype(np.float32)).astype(DTYPES[element])
+
+
+def _bank(variant: Variant, unit: float, rng: np.random.Generator) -> Bank:
+    """Random heads of the variant's kind, as heavy as the live tokens. unit: of a query."""
+    kind = KINDS["mlp" if variant.kind == "deep" else variant.kind]
+    heads = []
+    for k in range(variant.n_kv_heads):
+        nodes, units = NODES + 7 * k % 13 - 6, UNITS + 5 * k % 11 - 5
+        layers = _DEEP if variant.kind == "deep" else 1
+        sizes: dict[str, Size] = {"quadrature": (nodes,), "corrected": (nodes, units)}
+        size = sizes.get(variant.kind, (units, layers, units + 3, layers))
+        heads.append({n: _parameter(n, s, unit, rng) for n, s in kind.shapes(size, variant.head_dim).items()})
+    return kind.stack(heads, scale=variant.scale)
+
+
+def _parameter(name: str, shape: tuple[int, ...], unit: float, rng: np.random.Generator) -> mx.array:
+    """Hidden units and outputs of about one, and log-normalisers that vary little about the live tokens' own."""
+    x = rng.standard_normal(shape)
+    of_score, last = "score" in name, name.rpartition(".")[2]
+    if name == "keys":
+        x *= unit
+    elif name == "bias":
+        x += math.log(LIVE / NODES) + _HEAVIER
+    elif last in _OF_QUERIES:
+        x /= unit * math.sqrt(shape[-1])
+    elif last in ("w_out", "w_score"):
+        x /= math.sqrt(shape[0])
+    elif last.startswith("w_"):
+        x /= math.sqrt(shape[-1])
+    elif last.startswith("b_"):
+        x *= 0.3
+    if of_score and last in ("w_out", "w_score", "skip"):
+        x *= 0.4
+    if name == "score.b_out":
+        x += math.log(LIVE) + _SPREAD**2 / 2 + _HEAVIER
+    if name == "keys" or last in _OF_QUERIES:  # whatever is common to all queries, heads do not see it
+        x[..., ::_APART] = 0.0
+    return mx.array(x.astype(np.float32))
+
+
+def reference(
+    bank: Bank, queries: mx.array, keys: mx.array, values: mx.array, *, left_padding: mx.array | None = None
+) -> mx.array:
+    """`kernels.decode` by plain operations in float32, on the CPU; all keys and values [B, K, S, D] are live."""
+    with mx.stream(mx.cpu):  # elsewhere float32 products may be rounded to TF32
+        (T, D), S = queries.shape[2:], keys.shape[2]
+        assert bank.head_dim == D
+        q, k, v = (x.astype(mx.float32) for x in (queries, keys, values))
+        mask = (mx.arange(S) <= mx.arange(S - T, S)[:, None])[None, None]
+        if left_padding is not None:
+            mask = mask & (mx.arange(S) >= left_padding[:, None, None, None])
+        live = attention.causal(q, k, v, scale=bank.scale, mask=mask, offset=bank.offset)
+        merged = attention.merge(bank.over(q), live).output
+        mx.eval(merged)
+    return merged
+
+
+def relative_error(found: mx.array, wanted: mx.array) -> float:
+    """Largest difference / largest number."""
+    found, wanted = found.astype(mx.float32), wanted.astype(mx.float32)
+    error: Any = mx.abs(found - wanted).max() / mx.abs(wanted).max()
+    return float(error.item())
+
+
+def difference(error: float, tolerance: float) -> str:
+    return f"its results differ from those of plain operations by {error:.1e}, where {tolerance:.1e} is right"
+
+
+def summary(error: Exception) -> str:
+    """The line of an exception's message that says most: a compiler's first error, else the first one."""
+    lines = str(error).splitlines() or [repr(error)]
+    return next((line for line in lines if "error:" in line), lines[0])
+
+
+def stored(bank: Bank, dtype: mx.Dtype, bits: int) -> tuple[Bank, list[Stored]]:
+    """(the bank with the values that `dtype`, or `bits` < 16, keeps; its heads as they are kept).
+
+    Quantised are the matrices whose rows are as wide as a query: what the kernel reads.
+    """
+    heads: list[Stored] = []
+    values: list[HeadArrays] = []
+    for head in bank.unstack():
+        kept: Stored = {}
+        for name, x in head.items():
+            quantised = bits < 16 and x.ndim == 2 and x.shape[1] == bank.head_dim
+            kept[name] = quantize(x, bits=bits) if quantised else x.astype(dtype if x.ndim == 2 else mx.float32)
+        heads.append(kept)
+        values.append({n: dequantize(x, bits=bits) if isinstance(x, Quantized) else x for n, x in kept.items()})
+    return type(bank).stack(values, scale=bank.scale, offset=bank.offset), heads
