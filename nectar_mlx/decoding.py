@@ -11,7 +11,7 @@ from .heads import Bank, Residual
 from .heads.residual import ANCHORS
 from .kernels.packing import Packed
 from .quantize import Quantized, Stored
-from .store import Layout, Tensors
+from .store import HALF_MAX, Layout, Tensors
 
 
 def banks(layout: Layout, tensors: Tensors) -> list[Bank]:
@@ -31,9 +31,10 @@ def packed(banks: Sequence[Bank], layout: Layout, tensors: Tensors) -> list[Pack
     # beside what they were rounded before; a completion's sums are in neither.
     whole = layout.bits != 16 and layout.kind != "completion"
     heads = _stored(layout, tensors) if whole and layout.bits is not None else [None] * len(banks)
+    dtype = mx.float16 if whole or _fit_half(banks) else mx.float32
     try:
         layers = [
-            kernels.pack(bank, dtype=mx.float16, bits=8 if whole else 16, heads=stored)
+            kernels.pack(bank, dtype=dtype, bits=8 if whole else 16, heads=stored)
             for bank, stored in zip(banks, heads, strict=True)
         ]
         mx.eval([layer.words for layer in layers])
@@ -42,6 +43,12 @@ def packed(banks: Sequence[Bank], layout: Layout, tensors: Tensors) -> list[Pack
         reason = str(error).splitlines()[0]
     warnings.warn(f"decoding without the fused kernel: {reason}", stacklevel=2)
     return None
+
+
+def _fit_half(banks: Sequence[Bank]) -> bool:
+    """Whether float16 can hold all matrices."""
+    matrices = (x for bank in banks for x in bank.parameters.values() if x.ndim > 2)
+    return all(bool(mx.abs(x).max() < HALF_MAX) for x in matrices if x.size)
 
 
 def _stored(layout: Layout, tensors: Tensors) -> list[list[Stored]]:

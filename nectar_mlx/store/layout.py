@@ -24,7 +24,7 @@ from .rows import Rows
 
 BITS = (4, 5, 6, 7, 8, 16)  # of a matrix entry; 16 = float
 Tensors = dict[str, mx.array]
-_HALF_MAX = 65504.0  # the largest number of float16
+HALF_MAX = 65504.0  # the largest number of float16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +104,7 @@ def unpack(layout: Layout, tensors: Tensors, *, half: bool = False) -> list[Bank
 
 def _halved(x: mx.array) -> mx.array:
     """In float16, if that can hold it."""
-    return x.astype(mx.float16) if not x.size or bool(mx.abs(x).max() < _HALF_MAX) else x
+    return x.astype(mx.float16) if not x.size or bool(mx.abs(x).max() < HALF_MAX) else x
 
 
 def _offsets(layout: Layout, tensors: Tensors) -> list[mx.array | None]:
