@@ -56,7 +56,8 @@ class NectarCache(_BaseCache):
         offset = mx.array(0.0) if self.bank.offset is None else self.bank.offset[:, None]
         relative = (keys - offset).astype(keys.dtype)
         stored_keys, stored_values = self.live.update_and_fetch(relative, values)
-        return _dequantized(self.live, stored_keys) + offset, _dequantized(self.live, stored_values)
+        absolute = (_dequantized(self.live, stored_keys) + offset).astype(keys.dtype)
+        return absolute, _dequantized(self.live, stored_values)
 
     def attend(
         self,
