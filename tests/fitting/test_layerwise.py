@@ -310,7 +310,7 @@ def test_the_command(tokenizer, tmp_path, capsys):
     small = ["--queries", "300", "--steps", "5", "--context-tokens", "200", "--layerwise", "--json"]
     assert fit.main([*arguments, *small, "--output", str(tmp_path / "out.nectar")]) == 0
     told = capsys.readouterr()
-    assert json.loads(told.out)["layerwise"] and told.err.strip().endswith("s, layer by layer")
+    assert json.loads(told.out)["layerwise"] and "s, layer by layer\n" in told.err
     assert fit.main([*arguments, "--prefill", "some", "--output", str(tmp_path / "no.nectar")]) == 2
     assert "dense or fixed" in capsys.readouterr().err
 
