@@ -23,6 +23,7 @@ from tests.fitting.test_fit import FAST, TEXT
 
 SMALL = FAST | {"budget": 0.5, "queries": 300}
 WINDOW = 1024 + 200
+SLOW_LLAMA = pytest.param("llama", True, marks=pytest.mark.slow)
 
 
 @pytest.fixture(scope="module")
@@ -248,7 +249,7 @@ def check_evaluation(model, tokenizer, fitted):
     assert told["nectar"]["error"] is not None
 
 
-@pytest.mark.parametrize("architecture, layerwise", [("llama", False), ("llama", True), ("gemma3_text", False)])
+@pytest.mark.parametrize("architecture, layerwise", [("llama", False), SLOW_LLAMA, ("gemma3_text", False)])
 def test_a_chunk_that_is_done_is_not_read_again(tokenizer, tmp_path, monkeypatch, architecture, layerwise):
     model = small_window(architecture)
     config = FitConfig(**SMALL, layerwise=layerwise)
@@ -322,6 +323,7 @@ def test_a_budget_that_does_not_hold_every_chunk_is_refused_with_one_that_does(t
     toys.fit(model, tokenizer, TEXT, config=FitConfig(**SMALL | {"steps": 1, "budget": 1.02 * least}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layerwise", [False, True])
 def test_memory_does_not_grow_with_the_text(tokenizer, layerwise):
     def peak(repeats):

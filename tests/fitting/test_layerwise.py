@@ -148,7 +148,9 @@ def heard(model, context, conversations):
     return [{split: mx.concatenate(x, axis=1) for split, x in layer.items()} for layer in found]
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gemma3", "gpt_oss", "qwen3_moe"])
+@pytest.mark.parametrize(
+    "architecture", ["llama", *(pytest.param(a, marks=pytest.mark.slow) for a in ("gemma3", "gpt_oss", "qwen3_moe"))]
+)
 def test_it_fits_about_as_well_as_the_ordinary_way(tokenizer, architecture):
     model = toys.toy(architecture)
     options = SMALL | {"steps": 100, "context_tokens": 700}

@@ -131,7 +131,11 @@ SYNCHRONISED = Case(Fixed(32, summary=8), 180, 180, heads=1)
 
 
 @needs_tsan
-@pytest.mark.parametrize("case", [SYNCHRONISED, CASES["heads of 128"]], ids=["registers", "threadgroup memory"])
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(SYNCHRONISED, marks=pytest.mark.slow), CASES["heads of 128"]],
+    ids=["registers", "threadgroup memory"],
+)
 def test_no_data_race(simulate, case):
     simulator = simulate(mode="tsan", schedule="random")
     assert case.error() < TOLERANCE[case.dtype]
