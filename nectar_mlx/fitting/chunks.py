@@ -30,7 +30,7 @@ from ..cache import make_caches
 from ..clock import Clock
 from ..heads import Exact, HeadArrays, Size, Weighed
 from ..store import Layout
-from . import reading, verdict
+from . import finite, reading, verdict
 from .checkpoint import Checkpoint, Plan
 from .config import FitConfig, affordable_bytes, layout_for, share_of
 from .fitter import Fitter, Progress
@@ -110,7 +110,9 @@ def fit(
     heads = list(_heads(layout, before, [part.layers for part in parts]))
     tensors = store.contents(layout, heads, prefix=prefix, windows=parts[-1].windows, offsets=offsets)
     start = len(prefix) - sum(chunks) + max(chunks)
-    make_cache = partial(make_caches, decoding.banks(layout, tensors), parts[-1].windows, start)
+    banks = decoding.banks(layout, tensors)
+    finite.check_banks("rounding", banks, geometry)
+    make_cache = partial(make_caches, banks, parts[-1].windows, start)
     report = {
         "budget": share,
         "layerwise": layerwise,

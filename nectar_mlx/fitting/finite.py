@@ -1,6 +1,6 @@
 """No NaN and no infinity goes further than the stage that made it."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -9,6 +9,7 @@ from mlx.utils import tree_flatten
 
 from ..adapter import Geometry
 from ..errors import NectarError
+from ..heads import Bank
 
 
 def check_weights(model: nn.Module) -> None:
@@ -33,6 +34,16 @@ def check_heads(stage: str, heads: Collection[int], geometry: Geometry) -> None:
             f"{stage}: layer {geometry.fitted[layer]}, KV head {k} is not finite, so nothing is written. The model's "
             "numbers may exceed its type: use its bfloat16 or float32 weights"
         )
+
+
+def check_banks(stage: str, banks: Sequence[Bank], geometry: Geometry) -> None:
+    """The same for the heads of all layers, one bank a layer."""
+    heads = [
+        layer * geometry.n_kv_heads + m
+        for layer, bank in enumerate(banks)
+        for m in not_finite(x for x in bank.parameters.values() if x.size)
+    ]
+    check_heads(stage, heads, geometry)
 
 
 def not_finite(arrays: Iterable[mx.array]) -> list[int]:

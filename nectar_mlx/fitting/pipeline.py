@@ -89,6 +89,7 @@ def _fit_whole(
     with progress("reading", len(prefix)) as done:
         context = reading.read(model, prefix, geometry, prefill=config.prefill, progress=done)
     clock.lap("read")
+    finite.check_banks("reading", context.banks, geometry)
     if config.kind == "exact":
         layout = layout_for(config, geometry, n_layers=len(context.banks))
         heads = [head for bank in context.banks for head in bank.unstack()]
@@ -102,6 +103,7 @@ def _fit_whole(
     plan, heads = fitter.fit(affordable, share, clock=clock)
     tensors = store.contents(layout, heads, prefix=prefix, windows=context.windows, offsets=context.offsets)
     banks: Sequence[Bank] = decoding.banks(layout, tensors)
+    finite.check_banks("rounding", banks, geometry)
     if isinstance(fitter, RetrievalFitter):
         keys = fitter.keys(text, nectar=store.digest(tensors))
         banks = fitter.reading(banks, keys)

@@ -208,6 +208,16 @@ def test_a_captured_number_that_is_not_finite_is_named():
     assert finite.not_finite([mx.zeros((3, 2)), mx.array([[0.0], [np.nan], [0.0]])]) == [1]
 
 
+def test_a_number_that_rounding_broke_is_named(tokenizer, monkeypatch):
+    """A bias of 1e6 is more than a file's float16 holds."""
+    monkeypatch.setattr(Fitter, "regress", lambda self, sizes: [
+        {"keys": mx.zeros((4, 16)), "values": mx.zeros((4, 16)), "bias": mx.full(4, 1e6 if index == 3 else 0.0)}
+        for index in range(self.n_heads)
+    ])  # fmt: skip
+    with pytest.raises(NectarError, match="rounding: layer 1, KV head 1 is not finite, so nothing is written"):
+        toys.fit(toys.toy("llama"), tokenizer, TEXT, config=FitConfig(**FAST))
+
+
 def test_a_head_that_training_made_worse_keeps_its_start(tokenizer, monkeypatch):
     model = toys.toy("llama")
     budgets = FAST | {"budget": 0.15}
