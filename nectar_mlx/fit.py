@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import cli, store
+from .errors import NectarError
 
 if TYPE_CHECKING:
     from .nectar import Nectar
@@ -27,7 +28,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--context-tokens", type=int, metavar="N", help="read the first N tokens only")
     parser.add_argument(
         "--budget",
-        default="auto",
         metavar="SHARE",
         help="bytes to keep / bytes of the bf16 KV cache: 0.02 or 2%%; a size: 20M; or auto, the smallest at which "
         "answers are expected to be close to the full text's (auto)",
@@ -69,6 +69,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _work(arguments: argparse.Namespace) -> None:
+    if arguments.budget and arguments.size:
+        raise NectarError("--budget and --size both say how much to keep: give one of them")
     output = arguments.output or _default_output(arguments.context)
     store.check_writable(output)  # a result that cannot be written is not worth computing
     from . import documents
@@ -83,7 +85,7 @@ def _work(arguments: argparse.Namespace) -> None:
     names = ("kind", "bits", "queries", "steps", "seed", "context_tokens", "memory", "layerwise", "prefill")
     told = {name: getattr(arguments, name) for name in names}
     given = {name: value for name, value in told.items() if value is not None}
-    config = FitConfig(**given, **parse_budget(arguments.size or arguments.budget))
+    config = FitConfig(**given, **parse_budget(arguments.size or arguments.budget or "auto"))
     model, tokenizer = models.load(arguments.model, log=cli.say)
     folder = output.with_name(output.name + ".partial")
     if folder.exists() and not arguments.resume:
@@ -117,6 +119,8 @@ def _tell(output: Path, nectar: "Nectar", *, as_json: bool) -> None:
         f"{whole / 1e6:.1f} MB, {size / tokens:,.0f} bytes a token; "
         f"{sum(nectar.report['seconds'].values()):.0f} s{_way(nectar)}"
     )
+    if left_out := nectar.report.get("left_out_tokens"):
+        cli.say(f"{left_out:,} more tokens of the text were left out: --context-tokens cut it")
     if nectar.verdict:
         cli.say(nectar.verdict)
     if as_json:

@@ -64,7 +64,10 @@ class FitConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "kind", _ALIASES.get(self.kind, self.kind))
         if self.budget != "auto" and not 0 < self.budget <= 1:
-            raise NectarError(f"a budget of {self.budget:g} is not in (0, 1]: it is the share of the KV cache to keep")
+            raise NectarError(
+                f"a budget of {self.budget:g} is not in (0, 1]: it is the share of the KV cache to keep, such as 0.02 "
+                "or 2%; or give a size such as 20M, or auto"
+            )
         if self.bits not in (None, *BITS):
             raise NectarError(f"{self.bits} bits are not supported: choose {', '.join(map(str, BITS))}")
         if self.kind not in ("auto", *KINDS):
@@ -101,7 +104,7 @@ def layout_for(config: FitConfig, geometry: Geometry, *, n_layers: int) -> Layou
 
 def parse_budget(text: str) -> dict[str, Any]:
     """What a person writes, "auto", "0.02", "2%" or "20M", as fields of a `FitConfig`. NectarError for all else."""
-    match = re.fullmatch(r"\s*(-?[\d.]+(?:e-?\d+)?)\s*(%|[kMG]B?)?\s*", text)
+    match = re.fullmatch(r"\s*(-?[\d.]+(?:e-?\d+)?)\s*(%|[kKMG]B?)?\s*", text)
     if text.strip() == "auto":
         return {"budget": "auto"}
     try:
@@ -109,9 +112,9 @@ def parse_budget(text: str) -> dict[str, Any]:
     except ValueError:
         number = math.nan
     if math.isnan(number):
-        raise NectarError(f"a budget is auto, a share such as 0.02 or 2%, or a size such as 20M, not {text!r}")
-    if unit[:1] in ("k", "M", "G"):
-        return {"size": int(number * 1000 ** " kMG".index(unit[0]))}
+        raise NectarError(f"a budget is auto, a share such as 0.02 or 2%, or a size such as 500K or 20M, not {text!r}")
+    if unit and unit != "%":
+        return {"size": int(number * 1000 ** " KMG".index(unit[0].upper()))}
     return {"budget": number / 100 if unit else number}
 
 

@@ -47,7 +47,10 @@ def fit(
     clock, keys = Clock(), None
     finite.check_weights(model)
     geometry = adapter.route(model)
-    prefix = _checked_prefix(tokenizer, text, config)
+    whole = _checked_prefix(tokenizer, text)
+    prefix = whole
+    if config.context_tokens is not None:
+        prefix = prompts.prefix(tokenizer, text, max_tokens=config.context_tokens)
     provenance = {
         "model": name or getattr(tokenizer, "name_or_path", ""),
         "model_sha256": models.fingerprint(model),
@@ -68,6 +71,8 @@ def fit(
     kept = sum(x.nbytes for name, x in tensors.items() if name != "prefix")
     if sentence := verdict.sentence(report, share=kept / geometry.cache_bytes(len(prefix))):
         report["verdict"] = sentence
+    if left_out := len(whole) - len(prefix):
+        report["left_out_tokens"] = left_out
     report["seconds"] = clock.laps
     metadata = store.description(tensors, layout, geometry, provenance=provenance, report=report, chunks=lengths)
     return tensors, metadata, keys
@@ -126,10 +131,10 @@ def _needs_layers(model: nn.Module, geometry: Geometry, config: FitConfig, n: in
     return geometry.cache_bytes(n) * adapter.compute_type(model).size // 2 > (config.memory or free_memory() // 2)
 
 
-def _checked_prefix(tokenizer: Any, text: str, config: FitConfig) -> list[int]:
+def _checked_prefix(tokenizer: Any, text: str) -> list[int]:
     if not text.strip():
         raise NectarError("the text is empty")
-    return prompts.prefix(tokenizer, text, max_tokens=config.context_tokens)
+    return prompts.prefix(tokenizer, text)
 
 
 def _chunks(model: nn.Module, tokenizer: Any, prefix: Sequence[int], config: FitConfig) -> list[int]:

@@ -67,6 +67,7 @@ def test_noise_does_not_leave_the_bracket():
     ("20M", {"size": 20_000_000}),
     ("1.5GB", {"size": 1_500_000_000}),
     ("800k", {"size": 800_000}),
+    ("800K", {"size": 800_000}),
 ])  # fmt: skip
 def test_what_a_person_writes(text, fields):
     assert parse_budget(text) == fields
@@ -106,6 +107,15 @@ def test_the_default_fits_a_text_and_says_how_well(layerwise):
 def test_a_short_note_never_fails_on_the_default(text):
     nectar = toys.fit(toys.toy("llama"), toys.tokenizer(), text, config=FitConfig(**FAST))
     assert nectar.report["gap_closed"] is not None and mx.isfinite(nectar.banks[0].parameters["keys"]).all().item()
+
+
+def test_what_was_left_out_is_counted():
+    tokenizer = toys.tokenizer()
+    text = " ".join(f"The brig number {i} left with {i * 37 % 91} casks." for i in range(30))
+    whole = toys.fit(toys.toy("llama"), tokenizer, text, config=FitConfig(**FAST, kind="exact"))
+    cut = toys.fit(toys.toy("llama"), tokenizer, text, config=FitConfig(**FAST, kind="exact", context_tokens=100))
+    assert "left_out_tokens" not in whole.report
+    assert cut.report["left_out_tokens"] == len(whole.prefix) - len(cut.prefix) > 100
 
 
 def test_a_size_is_kept_to(tmp_path):

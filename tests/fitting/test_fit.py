@@ -340,6 +340,7 @@ def test_a_bad_context_is_one_line(folder, capsys, name, content, words):
 
 @pytest.mark.parametrize("arguments, words", [
     (["--budget", "0"], ["budget", "(0, 1]"]),
+    (["--budget", "4%", "--size", "1M"], ["--budget", "--size", "one of them"]),
     (["--budget", "1.5"], ["budget", "(0, 1]"]),
     (["--budget", "1e-6"], ["too small", "at least"]),
     (["--kind", "magic"], ["magic"]),
