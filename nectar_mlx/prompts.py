@@ -25,7 +25,12 @@ Message = dict[str, str]
 def prefix(tokenizer: Any, text: str, *, max_tokens: int | None = None) -> list[int]:
     """The token ids of the template's head and the document; max_tokens bounds the document's."""
     ids, _ = located(tokenizer, text)
-    return ids if max_tokens is None else ids[: opening(tokenizer) + max_tokens]
+    return ids if max_tokens is None else cut(tokenizer, ids, max_tokens)
+
+
+def cut(tokenizer: Any, prefix: list[int], max_tokens: int) -> list[int]:
+    """A prefix with so many tokens of its document, at most."""
+    return prefix[: opening(tokenizer) + max_tokens]
 
 
 def located(tokenizer: Any, text: str) -> tuple[list[int], list[Span]]:

@@ -18,13 +18,13 @@ from ..errors import NectarError
 from ..fitting import capture, dialogue, instructions, matching, reading, sensitivity
 from ..fitting.dialogue import Conversation
 from ..fitting.fidelity import Prompt
+from ..fitting.planning import N_PROBE
 from ..fitting.reading import Context
 from ..fitting.study import Captured, DeviceStudy, Study
 from ..heads import Bank, HeadArrays, Weighed
 from ..store import Layout
 
 TOGETHER = 16 if SLOW_EXP else 128  # conversations sampled side by side; on a GPU ten take as long
-_JUDGES = 8  # conversations by which the errors of heads are weighed
 BITS = {"quadrature": 5, "exact": 8}  # of a matrix entry, unless told: what serves each best (docs/log/baselines.md)
 
 
@@ -119,7 +119,7 @@ class Task:
     @cached_property
     def metric(self) -> mx.array:
         """What counts the errors of the heads in nats, [n_heads, D, D] (fitting/sensitivity.py)."""
-        told = [c for c in self.studied[1] if c.answer][:_JUDGES]
+        told = [c for c in self.studied[1] if c.answer][:N_PROBE]
         information = sensitivity.fisher(self.model, self.context, told, geometry=self.geometry)
         return sensitivity.metric(information)
 

@@ -9,9 +9,9 @@ from .base import Baseline, Task, View
 
 def no_context(task: Task, nbytes: int) -> View:
     """The chat template's head and the question right behind it: what the model says that never saw the document."""
-    head = reading.read(task.model, task.head, task.geometry)
+    head = reading.read_head(task.model, task.tokenizer, task.context.prefix, task.geometry)
     detail = "an ordinary chat about the question alone"
-    return View(banks=head.banks, windows=head.windows, start=len(task.head), nbytes=0, detail=detail)
+    return View(banks=head.banks, windows=head.windows, start=head.start, nbytes=0, detail=detail)
 
 
 def nothing(task: Task, nbytes: int) -> View:

@@ -36,8 +36,7 @@ class StudyCache(NectarCache):
         super().__init__(bank.part(slice(skip, None)), context, *rest)
         self._beside = bank.part(slice(skip)) if skip else None
         # Outputs are means of values: float16 holds them if it holds the values, with room for those to come.
-        small = bool(mx.abs(bank.parameters["values"]).max() < _SMALL)
-        self._type = mx.float16 if small else mx.float32
+        self._type = mx.float16 if bank.largest_value < _SMALL else mx.float32
 
     def attend(
         self,

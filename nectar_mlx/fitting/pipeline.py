@@ -50,7 +50,7 @@ def fit(
     whole = _checked_prefix(tokenizer, text)
     prefix = whole
     if config.context_tokens is not None:
-        prefix = prompts.prefix(tokenizer, text, max_tokens=config.context_tokens)
+        prefix = prompts.cut(tokenizer, whole, config.context_tokens)
     provenance = {
         "model": name or getattr(tokenizer, "name_or_path", ""),
         "model_sha256": models.fingerprint(model),

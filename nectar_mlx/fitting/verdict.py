@@ -22,17 +22,15 @@ def measured(ours: Divergence, no_context: Divergence) -> dict[str, Any]:
     kl, floor = float(ours.kl.mean()), float(no_context.kl.mean())
     if not np.isfinite([kl, floor]).all():
         raise NectarError("checking: the divergence from the full cache is not finite, so nothing is written")
-    return {
-        "kl": round(kl, 5),
-        "agree": round(float(ours.agree.mean()), 4),
-        "kl_no_context": round(floor, 5),
-        "gap_closed": round(1 - kl / max(floor, 1e-9), 4),
-    }
+    return _figures(kl, float(ours.agree.mean()), floor)
 
 
 def mean(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The figures of several chunks as one."""
-    kl, agree, floor = (sum(p[name] for p in parts) / len(parts) for name in ("kl", "agree", "kl_no_context"))
+    return _figures(*(sum(p[name] for p in parts) / len(parts) for name in ("kl", "agree", "kl_no_context")))
+
+
+def _figures(kl: float, agree: float, floor: float) -> dict[str, Any]:
     gap = 1 - kl / max(floor, 1e-9)
     return {"kl": round(kl, 5), "agree": round(agree, 4), "kl_no_context": round(floor, 5), "gap_closed": round(gap, 4)}
 

@@ -1,6 +1,7 @@
 """Exact: the context's own keys and values, so that every other kind can be checked against the whole path."""
 
 from dataclasses import replace
+from functools import cached_property
 from typing import Self
 
 import mlx.core as mx
@@ -30,6 +31,11 @@ class Exact(Bank):
     @property
     def head_dim(self) -> int:
         return self.parameters["keys"].shape[-1]
+
+    @cached_property
+    def largest_value(self) -> float:
+        """The largest size of a number in the values."""
+        return float(mx.abs(self.parameters["values"]).max().astype(mx.float32).item())  # type: ignore[arg-type]
 
     def part(self, chosen: slice) -> Self:
         """Some of the keys, in all heads the same."""
