@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from . import cli
 from .errors import NectarError
-from .window import answer_tokens
+from .mlxlm.window import answer_tokens
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -22,7 +22,7 @@ def _parser() -> argparse.ArgumentParser:
     cli.add_generation(parser)
     cli.add_retrieval(parser)
     cli.add_sources(parser)
-    cli.add_parts(parser)
+    cli.add_chunks(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the answer's text")
     return parser
 
@@ -35,7 +35,7 @@ def _work(args: argparse.Namespace) -> None:
     model, tokenizer, nectar = cli.load(args.nectar, args.model)
     cli.check_sources(nectar, args)
     loaded = time.perf_counter()
-    part = cli.part_for(nectar, tokenizer, question, args)
+    part = cli.chunk_for(nectar, tokenizer, question, args)
     if part is not None:
         nectar = nectar.chunk(part)
     prompt = nectar.prompt(tokenizer, question.strip(), enable_thinking=args.think)

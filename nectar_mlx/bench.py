@@ -14,10 +14,11 @@ from typing import Any
 
 import mlx.core as mx
 
-from . import __version__, cli, kernels, plotting
+from . import __version__, cli, kernels
 from .benchmarks import checks, measure, measure_decode, measure_fit
 from .benchmarks import tune as tuning
 from .benchmarks.measure import KEEPERS, SHAPES, Shape
+from .core import plotting
 from .errors import NectarError
 from .fitting.config import STEPS, FitConfig, rows_for
 
@@ -62,7 +63,7 @@ def selftest() -> Row:
     speed = {}
     queries = mx.random.normal((1, shape.n_heads, 1, shape.head_dim)).astype(measure.DTYPE)
     for context in (8192, 32768):
-        keeper: measure.Keeper = measure.Full(shape, context, 64)
+        keeper: measure.CacheVariant = measure.Full(shape, context, 64)
         speed[f"stock attention, {context} keys"] = measure.timed(lambda k=keeper: k.attention_step(queries)) * 1e3  # type: ignore[misc]
     for name in ("stock", "fused", "fused int8"):
         keeper = KEEPERS[name](shape, 0, 64)

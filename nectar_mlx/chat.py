@@ -11,9 +11,9 @@ from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
 
 from . import cli
 from .errors import NectarError
+from .mlxlm.prompts import Message
+from .mlxlm.window import answer_tokens
 from .nectar import Nectar
-from .prompts import Message
-from .window import answer_tokens
 
 _COMMANDS = "/reset forgets the conversation, /history shows it, /quit ends"
 
@@ -69,7 +69,7 @@ class Conversation:
 
     def _turn_to(self, question: str) -> None:
         """Where the question is about another part, the conversation goes on behind that one, and is read again."""
-        part = cli.part_for(self._whole, self._tokenizer, question, self._args)
+        part = cli.chunk_for(self._whole, self._tokenizer, question, self._args)
         if part is not None and part != self._part:
             self._part, self._nectar = part, self._whole.chunk(part)
             self.cache, self._read = self._fresh(), []
@@ -101,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     cli.add_generation(parser)
     cli.add_retrieval(parser)
     cli.add_sources(parser)
-    cli.add_parts(parser)
+    cli.add_chunks(parser)
     return parser
 
 

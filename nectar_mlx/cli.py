@@ -136,8 +136,8 @@ def add_retrieval(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_parts(parser: argparse.ArgumentParser) -> None:
-    """The option of `part_for`."""
+def add_chunks(parser: argparse.ArgumentParser) -> None:
+    """The option of `chunk_for`."""
     parser.add_argument(
         "--whole",
         action="store_true",
@@ -145,7 +145,7 @@ def add_parts(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def part_for(nectar: "Nectar", tokenizer: Any, question: str, args: argparse.Namespace) -> int | None:
+def chunk_for(nectar: "Nectar", tokenizer: Any, question: str, args: argparse.Namespace) -> int | None:
     """The part of a text read in parts that a question is answered from, which a person is told; None: all of it."""
     number = None if args.whole else nectar.nearest(tokenizer, question)
     if number is not None:
@@ -160,7 +160,7 @@ def add_sources(parser: argparse.ArgumentParser) -> None:
 
 def check_sources(nectar: "Nectar", args: argparse.Namespace) -> None:
     """NectarError if sources are asked for that no exact key can tell."""
-    if args.sources and not nectar.retrieving(args.exact):
+    if args.sources and not nectar.hybrid_banks(args.exact):
         raise NectarError("only exact keys tell sources: fit with --kind retrieval+nectar, and leave --exact above 0")
 
 

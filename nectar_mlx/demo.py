@@ -20,7 +20,7 @@ from . import cli, store
 if TYPE_CHECKING:
     import mlx.nn as nn
 
-    from .fitting.reading import Context
+    from .fitting.prefill import Context
     from .nectar import Nectar
 
 TOPICS = ("with", "try", "raise", "assert", "pass", "del", "return", "break", "continue", "import")
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def manual() -> str:
-    """Part of the language manual that every CPython carries."""
+    """FittedChunk of the language manual that every CPython carries."""
     from pydoc_data.topics import topics
 
     return "\n\n".join(topics[name] for name in itertools.chain(TOPICS, sorted(topics)) if name in topics)
@@ -71,14 +71,15 @@ def _work(arguments: argparse.Namespace) -> None:
 
 
 def _demonstrate(arguments: argparse.Namespace, path: Path) -> None:
-    from . import adapter, models
-    from .fitting import pipeline, reading
+    from . import models
+    from .fitting import pipeline, prefill
     from .fitting.config import FitConfig
+    from .mlxlm import attention_patch
     from .nectar import Nectar
 
     model, tokenizer = models.load(arguments.model, log=cli.say)
     names = ("budget", "queries", "steps", "context_tokens")
-    config = FitConfig(**{name: getattr(arguments, name) for name in names}, scout_steps=40, conversations=16)
+    config = FitConfig(**{name: getattr(arguments, name) for name in names}, trial_steps=40, conversations=16)
     cli.say(f"Reading {config.context_tokens:,} tokens of the Python manual, once, and fitting it.")
     fitted = pipeline.fit(
         model, tokenizer, manual(), config=config, name=arguments.model, source="Python manual", progress=cli.progress
@@ -90,7 +91,7 @@ def _demonstrate(arguments: argparse.Namespace, path: Path) -> None:
     load_seconds = time.perf_counter() - started
     started = time.perf_counter()
     with cli.progress("reading the manual again, for the full cache", len(nectar.prefix)) as done:
-        context = reading.read(model, nectar.prefix, adapter.route(model), progress=done)
+        context = prefill.read_text(model, nectar.prefix, attention_patch.route(model), progress=done)
     read_seconds = time.perf_counter() - started
 
     answers = [_answer(model, tokenizer, nectar, context, question, arguments.max_tokens) for question in QUESTIONS]
@@ -116,7 +117,7 @@ def _answer(
     from mlx_lm.generate import generate_step
 
     from .fitting import fidelity
-    from .fitting.dialogue import Conversation
+    from .fitting.samples.self_study import Conversation
 
     prompt = nectar.prompt(tokenizer, question, enable_thinking=False)
 

@@ -17,9 +17,10 @@ from typing import Any
 
 import mlx.core as mx
 
-from . import adapter, baselines, cli, plotting, prompts
-from .baselines import NO_CONTEXT, Task, View
-from .clock import Clock
+from . import baselines, cli
+from .baselines import NO_CONTEXT, EvalContext, View
+from .core import plotting
+from .core.clock import Clock
 from .errors import NectarError
 from .evaluation import answers, questions, report, similarity
 from .evaluation.charts import is_file
@@ -27,6 +28,7 @@ from .evaluation.methods import Method, build, measure
 from .evaluation.questions import ON, Asked
 from .evaluation.summary import by_entropy, correlations, entropies, head_errors, summaries, table
 from .fitting import chunks
+from .mlxlm import attention_patch, prompts
 from .models import hub
 from .nectar import Nectar
 
@@ -171,12 +173,12 @@ def evaluate(
     return result
 
 
-def _task(model: Any, tokenizer: Any, nectar: Nectar, options: Options) -> Task:
+def _task(model: Any, tokenizer: Any, nectar: Nectar, options: Options) -> EvalContext:
     """The text that a file stands for, read again."""
-    geometry = adapter.route(model)
+    geometry = attention_patch.route(model)
     with cli.progress("reading the context", len(nectar.prefix)) as done:
-        context = chunks.read(model, nectar.prefix, geometry, chunks=nectar.chunks, progress=done)
-    return Task(
+        context = chunks.read_chunks(model, nectar.prefix, geometry, chunks=nectar.chunks, progress=done)
+    return EvalContext(
         model=model,
         tokenizer=tokenizer,
         geometry=geometry,
@@ -188,7 +190,7 @@ def _task(model: Any, tokenizer: Any, nectar: Nectar, options: Options) -> Task:
 
 
 def _meaning(
-    task: Task, asked: Sequence[Asked], files: Sequence[str], methods: Sequence[Method], *, seed: int
+    task: EvalContext, asked: Sequence[Asked], files: Sequence[str], methods: Sequence[Method], *, seed: int
 ) -> dict[str, Any]:
     """What the full cache and the files answer by themselves, and how near these answers are to each other."""
     nothing = next(m.view for m in methods if m.name == NO_CONTEXT)
@@ -198,7 +200,7 @@ def _meaning(
     return {"answers": answers.meaning(sampled, by=by, embed=embed), "examples": [asdict(s) for s in sampled]}
 
 
-def _views(task: Task, methods: Sequence[Method]) -> dict[str, View]:
+def _views(task: EvalContext, methods: Sequence[Method]) -> dict[str, View]:
     full = View(banks=task.context.banks, windows=task.context.windows, start=task.context.start, nbytes=0)
     return {"full cache": full} | {m.label if m.view.nbytes else m.name: m.view for m in methods}
 

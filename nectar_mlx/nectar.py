@@ -16,19 +16,20 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from . import adapter, decoding, models, prompts, store
-from .adapter import Geometry
-from .bm25 import Index
-from .cache import Window, make_caches
+from . import models, store
+from .core.bm25 import Index
 from .errors import NectarError
 from .fitting import verdict
-from .heads import Bank, Residual
+from .heads import Bank, HybridHead
 from .kernels.packing import Packed
+from .mlxlm import attention_patch, prompts
+from .mlxlm.attention_patch import Geometry
+from .mlxlm.cache import Window, make_caches
 from .models import hub
-from .retrieval import EXACT, Keys, Record, Retrieving, beside, recorded, recording, retrieving
+from .retrieval import EXACT, HybridBank, KeyFile, Record, hybrid_banks, kv_path, recorded, recording
 from .retrieval.router import Router, routers
 from .retrieval.sources import Source, passages
-from .store import Layout
+from .store import Layout, load
 
 
 class Nectar:
@@ -39,15 +40,15 @@ class Nectar:
     it, where there is one; `report`, what was measured while fitting; `metadata`, where it came from.
     """
 
-    def __init__(self, tensors: store.Tensors, metadata: store.Metadata, keys: Keys | None = None):
+    def __init__(self, tensors: store.Tensors, metadata: store.Metadata, keys: KeyFile | None = None):
         """tensors, metadata: what a file holds (`store.contents`, `store.description`). keys: what stands beside it."""
         self._tensors, self.metadata, self.keys = tensors, metadata, keys
         self.geometry = Geometry(**{**metadata["geometry"], "windows": tuple(metadata["geometry"]["windows"])})
         self.layout = Layout(**metadata["layout"])
         self.prefix: list[int] = np.array(tensors["prefix"]).tolist()
         self.report: dict[str, Any] = metadata["report"]
-        self.banks = decoding.banks(self.layout, tensors)
-        self._retrieving: dict[float, Sequence[Retrieving]] = {}
+        self.banks = load.banks(self.layout, tensors)
+        self._retrieving: dict[float, Sequence[HybridBank]] = {}
         # Of all chunks: the index, how many passages each has, the words that do not count.
         self._passages: tuple[Index, list[int], set[str]] | None = None
         self.chunks = _chunks(metadata.get("chunks", []), len(self.prefix))
@@ -76,7 +77,7 @@ class Nectar:
         """
         nectar = cls.read(path)
         metadata = nectar.metadata
-        geometry = adapter.route(model)
+        geometry = attention_patch.route(model)
         if geometry != nectar.geometry or models.fingerprint(model) != metadata["model_sha256"]:
             raise NectarError(
                 f"{path} was fitted on {metadata['model']}, which is not the model given: load that one, or fit again"
@@ -85,13 +86,13 @@ class Nectar:
             raise NectarError(
                 f"{path} was fitted with another tokenizer or chat template than the one given: fit again"
             )
-        dtype = adapter.compute_type(model)
+        dtype = attention_patch.compute_type(model)
         nectar.windows = {
             i: Window(w.keys.astype(dtype), w.values.astype(dtype), w.size) for i, w in nectar.windows.items()
         }
         mx.eval([w[:2] for w in nectar.windows.values()])  # in this thread: MLX's streams are a thread's own
-        if nectar.retrieves:
-            nectar._open_keys(beside(hub.nectar_file(path)))
+        if nectar.is_hybrid:
+            nectar._open_keys(kv_path(hub.nectar_file(path)))
         return nectar
 
     @classmethod
@@ -107,7 +108,7 @@ class Nectar:
         """Answers come from the summary alone, with a warning, where the keys cannot be used."""
         shape = (len(self.banks), self.geometry.n_kv_heads, len(self.prefix))
         try:
-            self.keys = Keys.open(path, nectar=self.digest, shape=shape)
+            self.keys = KeyFile.open(path, nectar=self.digest, shape=shape)
         except NectarError as error:
             warnings.warn(f"{error}: answering from the .nectar alone, no key is read exactly", stacklevel=3)
 
@@ -117,7 +118,7 @@ class Nectar:
         path = Path(path)
         store.check_writable(path)
         if self.keys is not None:
-            self.keys.write(beside(path))
+            self.keys.write(kv_path(path))
         store.write(path, self._tensors, self.metadata)
 
     def make_cache(self, *, kv_bits: int | None = None, exact: float | None = None) -> list[Any]:
@@ -127,10 +128,10 @@ class Nectar:
         exactly, at most (default: 0.01 where there is a file of keys, else 0). NectarError if there is none.
         """
         context = self.start
-        if banks := self.retrieving(exact):
+        if banks := self.hybrid_banks(exact):
             record = Record(context, len(banks))
             return make_caches(banks, self.windows, context, kv_bits=kv_bits, make=recording(record))
-        return make_caches(self._alone, self.windows, context, kv_bits=kv_bits, packed=self._packed)
+        return make_caches(self._without_retrieval, self.windows, context, kv_bits=kv_bits, packed=self._packed)
 
     def sources(self, caches: Sequence[Any], *, count: int = 3) -> list[Source]:
         """The passages whose keys took the most exact attention since `forget_reading`, while tokens were written one
@@ -151,7 +152,7 @@ class Nectar:
         if (record := recorded(caches)) is not None:
             record.clear()
 
-    def retrieving(self, exact: float | None = None) -> Sequence[Retrieving]:
+    def hybrid_banks(self, exact: float | None = None) -> Sequence[HybridBank]:
         """The banks that read a share of the keys exactly; none if that is not one key a head."""
         if exact is not None and not 0 <= exact <= 1:
             raise NectarError(f"exact = {exact:g} is not in [0, 1]: it is the share of the keys to read at each step")
@@ -161,7 +162,7 @@ class Nectar:
             return []
         share = EXACT if exact is None else exact
         if share not in self._retrieving:
-            self._retrieving[share] = retrieving(
+            self._retrieving[share] = hybrid_banks(
                 self.banks,
                 self.keys,
                 self._selectors,
@@ -177,9 +178,9 @@ class Nectar:
         return routers(self.keys, scale=self.geometry.scale)
 
     @property
-    def retrieves(self) -> bool:
+    def is_hybrid(self) -> bool:
         """Whether its heads are made to stand beside exact keys."""
-        return issubclass(self.layout.bank, Residual)
+        return issubclass(self.layout.bank, HybridHead)
 
     @cached_property
     def digest(self) -> str:
@@ -187,13 +188,13 @@ class Nectar:
         return store.digest(self._tensors)
 
     @cached_property
-    def _alone(self) -> list[Bank]:
+    def _without_retrieval(self) -> list[Bank]:
         """The banks as they answer without retrieval."""
-        return [bank.alone() if isinstance(bank, Residual) else bank for bank in self.banks]
+        return [bank.without_retrieval() if isinstance(bank, HybridHead) else bank for bank in self.banks]
 
     @cached_property
     def _packed(self) -> list[Packed] | None:
-        return decoding.packed(self._alone, self.layout, self._tensors)
+        return load.packed(self._without_retrieval, self.layout, self._tensors)
 
     def prompt(self, tokenizer: Any, messages: str | Sequence[prompts.Message], **template: Any) -> list[int]:
         """The tokens that follow the prefix for a question or a conversation, up to where the answer starts."""
@@ -202,7 +203,7 @@ class Nectar:
     @contextmanager
     def attach(self, model: nn.Module) -> Iterator[nn.Module]:
         """Inside, every mlx-lm entry point that makes a cache for the model starts behind the context."""
-        adapter.route(model)
+        attention_patch.route(model)
         before = vars(model).get("make_cache")
         model.make_cache = self.make_cache
         try:
@@ -248,7 +249,7 @@ class Nectar:
                 raise NectarError("the file is damaged: its heads are not those of its chunks")
             first = opening + number * each
             nodes.append(np.concatenate([np.arange(opening), np.arange(first, first + each)]))
-        tensors = store.choose(self.layout, self._tensors, nodes)
+        tensors = store.select_nodes(self.layout, self._tensors, nodes)
         # Each chunk was stored as one of many, which weigh as much as one.
         own = mx.array(np.concatenate([np.arange(len(n)) >= opening for n in nodes]))
         tensors["heads.bias"] = mx.where(own, tensors["heads.bias"] + math.log(count), tensors["heads.bias"])

@@ -9,7 +9,7 @@ from typing import Any
 from . import cli
 from .inspect import describe
 from .models import hub
-from .retrieval import beside
+from .retrieval import kv_path
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,7 +26,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _work(args: argparse.Namespace) -> None:
     facts = describe(args.nectar)
-    paths = [args.nectar, *[beside(args.nectar)] * bool(facts["keys_file_bytes"])]
+    paths = [args.nectar, *[kv_path(args.nectar)] * bool(facts["keys_file_bytes"])]
     files: dict[str, bytes | Path] = {path.name: path for path in paths}
     files["README.md"] = card(facts, args.repository).encode()
     size = facts["file_bytes"] + facts["keys_file_bytes"]

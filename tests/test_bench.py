@@ -7,8 +7,8 @@ import mlx.core as mx
 import pytest
 
 from nectar_mlx import bench, kernels
-from nectar_mlx.attention import Partial
 from nectar_mlx.benchmarks import checks, measure, measure_decode, measure_fit, roofline, tune
+from nectar_mlx.core.attention import Partial
 from nectar_mlx.sparse import kernel, sparse_attention
 
 TOY = ["decode", "--shape", "toy", "--contexts", "1k,2k", "--rounds", "1"]
@@ -103,7 +103,7 @@ def test_fit_reports_every_stage_at_every_context(capsys, monkeypatch):
     assert (result["layers"], result["queries"], result["steps"]) == (1, 300, 3)
 
 
-SHORT = {"conversations": 2, "answer_tokens": 4, "scout_steps": 2}
+SHORT = {"conversations": 2, "answer_tokens": 4, "trial_steps": 2}
 
 
 def test_fit_as_a_table_and_a_plot(capsys, monkeypatch, tmp_path):

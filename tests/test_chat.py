@@ -9,7 +9,7 @@ import pytest
 
 from nectar_mlx import Nectar
 from nectar_mlx.chat import Conversation
-from nectar_mlx.window import NoRoom
+from nectar_mlx.mlxlm.window import NoRoom
 from tests import toys
 
 QUESTIONS = ["who is the fox?", "and the dog?", "the answer"]

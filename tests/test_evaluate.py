@@ -9,12 +9,13 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from nectar_mlx import NectarError, adapter, evaluate, prompts
-from nectar_mlx.baselines import Task
+from nectar_mlx import NectarError, evaluate
+from nectar_mlx.baselines import EvalContext
 from nectar_mlx.evaluate import Options
 from nectar_mlx.evaluation import answers, methods, questions, similarity, summary
-from nectar_mlx.fitting import reading
-from nectar_mlx.fitting.dialogue import Conversation
+from nectar_mlx.fitting import prefill
+from nectar_mlx.fitting.samples.self_study import Conversation
+from nectar_mlx.mlxlm import attention_patch, prompts
 from tests import toys
 
 TEXT = "The brig left Ostend on 4 May 1847. Her master was Anna Velde, and she carried 299 casks of amber. " * 4
@@ -182,12 +183,12 @@ def test_files_of_different_texts_are_refused(model, prefix):
 
 
 def make_task(model, prefix):
-    geometry = adapter.route(model)
-    return Task(
+    geometry = attention_patch.route(model)
+    return EvalContext(
         model=model,
         tokenizer=TOKENIZER,
         geometry=geometry,
-        context=reading.read(model, prefix, geometry),
+        context=prefill.read_text(model, prefix, geometry),
         answer_tokens=8,
     )
 
@@ -248,7 +249,7 @@ def test_broken_question_files_are_refused(model, prefix, tmp_path, content, com
 
 
 def test_held_out_questions_are_not_the_ones_of_a_fit(model, prefix):
-    from nectar_mlx.fitting import instructions
+    from nectar_mlx.fitting.samples import instructions
 
     task = make_task(model, prefix)
     asked = questions.held_out(task, count=8, seed=1)

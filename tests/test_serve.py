@@ -16,8 +16,9 @@ import mlx_lm
 import openai
 import pytest
 
-from nectar_mlx import Nectar, NectarError, prompts, serve
+from nectar_mlx import Nectar, NectarError, serve
 from nectar_mlx.fitting.config import FitConfig
+from nectar_mlx.mlxlm import prompts
 from nectar_mlx.serving.provider import ContextTokenizer
 from tests import toys
 from tests.fitting.test_fit import FAST, TEXT
@@ -299,7 +300,7 @@ def test_a_text_read_in_parts_answers_from_the_nearest(tmp_path):
     folder, tokenizer, words = tmp_path / "model", toys.tokenizer(), ("copper", "velvet", "marble")
     model = toys.toy("llama", max_position_embeddings=1024 + 200)
     toys.save_model(model, folder, tokenizer)
-    room = 200 - prompts.opening(tokenizer)
+    room = 200 - prompts.preamble(tokenizer)
     filler = tokenizer.encode(TEXT)
     pieces = [
         f"{tokenizer.decode(filler[: room // 2])} The {w} is here. {tokenizer.decode(filler[: room // 3])}"

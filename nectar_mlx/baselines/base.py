@@ -10,18 +10,21 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from .. import prompts, store
-from .._exp import SLOW_EXP
-from ..adapter import Geometry
-from ..cache import Window, make_caches
+from .. import store
+from ..core.device import SLOW_EXP
 from ..errors import NectarError
-from ..fitting import capture, dialogue, instructions, matching, reading, sensitivity
-from ..fitting.dialogue import Conversation
+from ..fitting import fisher, prefill
 from ..fitting.fidelity import Prompt
-from ..fitting.planning import N_PROBE
-from ..fitting.reading import Context
-from ..fitting.study import Captured, DeviceStudy, Study
+from ..fitting.prefill import Context
+from ..fitting.samples import capture, instructions, self_study
+from ..fitting.samples.sample_store import DeviceSampleStore, Samples, SampleStore
+from ..fitting.samples.self_study import Conversation
+from ..fitting.sizes import N_PROBE
+from ..fitting.solve import attention_matching
 from ..heads import Bank, HeadArrays, Weighed
+from ..mlxlm import prompts
+from ..mlxlm.attention_patch import Geometry
+from ..mlxlm.cache import Window, make_caches
 from ..store import Layout
 
 TOGETHER = 16 if SLOW_EXP else 128  # conversations sampled side by side; on a GPU ten take as long
@@ -50,7 +53,7 @@ class View:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Task:
+class EvalContext:
     """A context to be kept in few bytes, and what may be used for it.
 
     rows: how many captured rows a head the methods that need queries get. conversations: how many conversations these
@@ -96,32 +99,32 @@ class Task:
         return text.removeprefix(prompts.INTRODUCTION).strip()
 
     @cached_property
-    def studied(self) -> tuple[Study, list[Conversation]]:
-        """Captured rows of all heads, and the conversations they are from; training templates, full cache in view."""
+    def studied(self) -> tuple[SampleStore, list[Conversation]]:
+        """Samples rows of all heads, and the conversations they are from; training templates, full cache in view."""
         asked = instructions.training(self.passage, seed=self.seed)
         size = min(TOGETHER, max(8, self.conversations, self.rows // 400))
         conversations: list[Conversation] = []
-        while len(conversations) < self.conversations or dialogue.rows(conversations, self.geometry) < self.rows:
+        while len(conversations) < self.conversations or self_study.n_samples(conversations, self.geometry) < self.rows:
             batch = [Conversation(self.ask(next(asked))) for _ in range(size)]
             self.converse(self.context, batch, seed=self.seed + len(conversations), temperature=0.9)
             conversations += batch
         return self.heard(conversations), conversations
 
-    def heard(self, conversations: Sequence[Conversation]) -> Study:
+    def heard(self, conversations: Sequence[Conversation]) -> SampleStore:
         """What attention sees in the conversations, at most `rows` rows a head, with the full cache in view."""
         if SLOW_EXP:
-            study = Study(self.n_heads, self.rows, self.geometry.head_dim, folder=None)
+            study = SampleStore(self.n_heads, self.rows, self.geometry.head_dim, folder=None)
         else:
-            study = DeviceStudy(self.rows)
-        capture.hear(self.model, self.context, conversations, {"train": study}, n_heads=self.geometry.n_heads)
+            study = DeviceSampleStore(self.rows)
+        capture.replay(self.model, self.context, conversations, {"train": study}, n_heads=self.geometry.n_heads)
         return study
 
     @cached_property
     def metric(self) -> mx.array:
-        """What counts the errors of the heads in nats, [n_heads, D, D] (fitting/sensitivity.py)."""
+        """What counts the errors of the heads in nats, [n_heads, D, D] (fitting/fisher.py)."""
         told = [c for c in self.studied[1] if c.answer][:N_PROBE]
-        information = sensitivity.fisher(self.model, self.context, told, geometry=self.geometry)
-        return sensitivity.metric(information)
+        information = fisher.fisher(self.model, self.context, told, geometry=self.geometry)
+        return fisher.metric(information)
 
     def ask(self, question: str) -> list[int]:
         return prompts.prompt(self.tokenizer, question)
@@ -141,7 +144,7 @@ class Task:
     ) -> None:
         """Samples the answers of a batch with some view of the context."""
         start = context.start
-        dialogue.converse(
+        self_study.sample_answers(
             self.model,
             Context(self.context.prefix[:start], list(context.banks), dict(context.windows)),  # type: ignore[arg-type]
             sorted(batch, key=lambda c: len(c.prompt)),
@@ -166,7 +169,7 @@ class Task:
         parameters = self.context.banks[layer].parameters
         return parameters.get("bias", mx.zeros(parameters["keys"].shape[:2]))
 
-    def captured(self, layer: int) -> Captured:
+    def captured(self, layer: int) -> Samples:
         """The studied rows of one layer's heads."""
         K = self.geometry.n_kv_heads
         return self.studied[0].heads(range(layer * K, layer * K + K))
@@ -176,7 +179,9 @@ class Task:
         """Per layer, the root-mean-square attention of every key, [K, n]."""
         scale = self.geometry.scale
         return [
-            matching.importance(self.captured(layer), self.layer(layer)[0], bias=self.bias(layer), scale=scale)
+            attention_matching.importance(
+                self.captured(layer), self.layer(layer)[0], bias=self.bias(layer), scale=scale
+            )
             for layer in range(self.n_layers)
         ]
 
@@ -248,7 +253,7 @@ class Task:
     def text(self, ids: Sequence[int], **options: Any) -> View:
         """Other tokens behind the template's head instead of the document, their keys and values in int8."""
         prefix = self.head + list(ids)
-        read = reading.read(self.model, prefix, self.geometry)
+        read = prefill.read_text(self.model, prefix, self.geometry)
         heads = [head for bank in read.banks for head in bank.unstack()]
         options |= {"start": len(prefix), "windows": read.windows}
         return self.stored("exact", heads, offsets=read.offsets, **options)
@@ -259,7 +264,7 @@ class Task:
         return self.n_heads * store.head_bytes(self.layout("exact"), (1,))
 
 
-Method = Callable[[Task, int], View]
+Method = Callable[[EvalContext, int], View]
 
 
 @dataclass(frozen=True, kw_only=True)

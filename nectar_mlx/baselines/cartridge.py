@@ -12,13 +12,13 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx_lm.models.cache import KVCache
 
-from .._exp import SLOW_EXP
-from ..cache import NectarCache
+from ..core.device import SLOW_EXP
 from ..errors import NectarError
 from ..fitting import fidelity
-from ..fitting.dialogue import Conversation
+from ..fitting.samples.self_study import Conversation
 from ..heads import HeadArrays
-from .base import Baseline, Task, View
+from ..mlxlm.cache import NectarCache
+from .base import Baseline, EvalContext, View
 
 _RATE, _STEPS, _BATCH = 2e-2, 20 if SLOW_EXP else 300, 8
 
@@ -42,7 +42,7 @@ class _TrainedCache(KVCache):
         return mx.concatenate([seen, mx.tril(mx.ones((N, N), dtype=mx.bool_))], axis=1)
 
 
-def cartridge(task: Task, nbytes: int, *, steps: int = _STEPS) -> View:
+def cartridge(task: EvalContext, nbytes: int, *, steps: int = _STEPS) -> View:
     if task.context.windows:
         raise NectarError("models with sliding windows are not trained")
     count = task.affordable_each(nbytes, "exact")
@@ -80,7 +80,7 @@ def cartridge(task: Task, nbytes: int, *, steps: int = _STEPS) -> View:
     return task.stored("exact", heads, detail=f"{count} keys a head, {steps} steps of {size} conversations")
 
 
-def _reference(task: Task, conversations: list[Conversation]) -> list[mx.array]:
+def _reference(task: EvalContext, conversations: list[Conversation]) -> list[mx.array]:
     """log-probabilities of the full cache, [answer, vocabulary] a conversation."""
     found = []
     for i in range(0, len(conversations), 4):
@@ -90,7 +90,7 @@ def _reference(task: Task, conversations: list[Conversation]) -> list[mx.array]:
     return found
 
 
-def _answers(task: Task, pairs: Any, conversations: list[Conversation]) -> list[mx.array]:
+def _answers(task: EvalContext, pairs: Any, conversations: list[Conversation]) -> list[mx.array]:
     """Teacher-forced logits of the answers behind trained keys and values, in one differentiable pass."""
     remaining = iter(pairs)
     caches = [

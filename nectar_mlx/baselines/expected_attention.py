@@ -6,14 +6,14 @@ text's own queries, turned to later positions; here it is that of the queries of
 
 import mlx.core as mx
 
-from .base import Baseline, Task, View
+from .base import Baseline, EvalContext, View
 
 
-def expected(task: Task, nbytes: int) -> View:
+def expected(task: EvalContext, nbytes: int) -> View:
     return task.keep_best(lambda layer: _scores(task, layer), nbytes)
 
 
-def _scores(task: Task, layer: int) -> mx.array:
+def _scores(task: EvalContext, layer: int) -> mx.array:
     """The logarithm of the expected attention of each key, averaged over the group's query heads, [K, n]."""
     g = task.geometry
     group, (keys, values) = g.n_heads // g.n_kv_heads, task.layer(layer)

@@ -8,12 +8,12 @@ its divergence is what that way of reading costs.
 import mlx.core as mx
 
 from ..fitting import chunks
-from .base import Baseline, Task, View
+from .base import Baseline, EvalContext, View
 
 _SINKS, _SUMMARY = 4, 8
 
 
-def fixed_pattern(task: Task, nbytes: int) -> View:
+def fixed_pattern(task: EvalContext, nbytes: int) -> View:
     count = task.affordable_each(nbytes, "exact")
     places, detail = support(task.length, count)
     index = mx.broadcast_to(mx.array(places), (task.geometry.n_kv_heads, len(places)))
@@ -33,9 +33,9 @@ def support(length: int, count: int) -> tuple[list[int], str]:
     return places, f"{sinks} sinks, {summary} columns in every {stride}, the last {local} keys"
 
 
-def sparse_prefill(task: Task, nbytes: int) -> View:
+def sparse_prefill(task: EvalContext, nbytes: int) -> View:
     context = task.context
-    read = chunks.read(task.model, context.prefix, task.geometry, chunks=context.chunks, prefill="fixed")
+    read = chunks.read_chunks(task.model, context.prefix, task.geometry, chunks=context.chunks, prefill="fixed")
     return View(
         banks=read.banks,
         windows=read.windows,

@@ -2,19 +2,19 @@
 
 import mlx.core as mx
 
-from ..fitting import reading
+from ..fitting import prefill
 from ..heads import Bank, Quadrature
-from .base import Baseline, Task, View
+from .base import Baseline, EvalContext, View
 
 
-def no_context(task: Task, nbytes: int) -> View:
+def no_context(task: EvalContext, nbytes: int) -> View:
     """The chat template's head and the question right behind it: what the model says that never saw the document."""
-    head = reading.read_head(task.model, task.tokenizer, task.context.prefix, task.geometry)
+    head = prefill.read_head(task.model, task.tokenizer, task.context.prefix, task.geometry)
     detail = "an ordinary chat about the question alone"
     return View(banks=head.banks, windows=head.windows, start=head.start, nbytes=0, detail=detail)
 
 
-def nothing(task: Task, nbytes: int) -> View:
+def nothing(task: EvalContext, nbytes: int) -> View:
     """Not even the template's head: the live tokens alone, at the positions they have behind the document."""
     g = task.geometry
     empty = {"keys": mx.zeros((1, g.head_dim)), "values": mx.zeros((1, g.head_dim)), "bias": mx.full((1,), -1e30)}

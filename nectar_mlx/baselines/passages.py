@@ -4,15 +4,15 @@ Bytes are those of the passages' keys and values in mlx-lm's 8-bit cache; the te
 and read for every question, is not counted, nor is the time to read the passages.
 """
 
-from .. import prompts
-from ..bm25 import PASSAGE, Index
+from ..core.bm25 import PASSAGE, Index
 from ..errors import NectarError
-from ..fitting.dialogue import Conversation
-from .base import Baseline, Task, View
+from ..fitting.samples.self_study import Conversation
+from ..mlxlm import prompts
+from .base import Baseline, EvalContext, View
 from .nothing import no_context
 
 
-def passages(task: Task, nbytes: int) -> View:
+def passages(task: EvalContext, nbytes: int) -> View:
     tokens = int((nbytes - task.window_bytes) / task.text_bytes) - len(task.head)
     introduction = prompts.encode(task.tokenizer, prompts.INTRODUCTION, specials=False)
     room = tokens - len(introduction)

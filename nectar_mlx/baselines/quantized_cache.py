@@ -6,10 +6,10 @@ from functools import partial
 import mlx.core as mx
 
 from ..errors import NectarError
-from .base import Baseline, Task, View
+from .base import Baseline, EvalContext, View
 
 
-def quantized(task: Task, nbytes: int, *, bits: int) -> View:
+def quantized(task: EvalContext, nbytes: int, *, bits: int) -> View:
     dim = task.geometry.head_dim
     if dim % 32:
         raise NectarError(f"mlx-lm does not quantise keys of {dim} values")

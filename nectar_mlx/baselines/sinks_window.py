@@ -2,12 +2,12 @@
 
 import mlx.core as mx
 
-from .base import Baseline, Task, View
+from .base import Baseline, EvalContext, View
 
 _SINKS = 4
 
 
-def sinks_window(task: Task, nbytes: int) -> View:
+def sinks_window(task: EvalContext, nbytes: int) -> View:
     count = task.affordable_each(nbytes, "exact")
     sinks = min(_SINKS, count)
     window = count - sinks

@@ -8,15 +8,15 @@ from typing import Any
 
 import mlx.core as mx
 
-from .. import attention
-from ..cache import NectarCache
+from ..core import attention
 from ..errors import NectarError
-from .base import Baseline, Task, View
+from ..mlxlm.cache import NectarCache
+from .base import Baseline, EvalContext, View
 
 _WINDOW, _POOL = 32, 7
 
 
-def snap(task: Task, nbytes: int) -> View:
+def snap(task: EvalContext, nbytes: int) -> View:
     count = task.affordable_each(nbytes, "exact")
     if task.context.chunks:
         raise NectarError("it reads the end of a text once more, and here there are several")
@@ -41,7 +41,7 @@ class _Observer(NectarCache):
         return super().attend(queries, *args, scale=scale, **kwargs)
 
 
-def _observed(task: Task, window: int) -> list[mx.array]:
+def _observed(task: EvalContext, window: int) -> list[mx.array]:
     """Per layer, the scaled queries of the last tokens, read behind everything before them."""
     early = task.length - window
     caches = task.context.make_cache()

@@ -2,15 +2,15 @@
 
 import mlx.core as mx
 
-from .. import prompts
 from ..errors import NectarError
-from ..fitting.dialogue import Conversation
-from .base import Baseline, Task, View
+from ..fitting.samples.self_study import Conversation
+from ..mlxlm import prompts
+from .base import Baseline, EvalContext, View
 
 _REQUEST = "Write a summary of the text with all its important names, numbers and facts, in about {words} words."
 
 
-def summary(task: Task, nbytes: int) -> View:
+def summary(task: EvalContext, nbytes: int) -> View:
     introduction = prompts.encode(task.tokenizer, prompts.INTRODUCTION, specials=False)
     room = int((nbytes - task.window_bytes) / task.text_bytes) - len(task.head) - len(introduction) - 1
     if room < 8:

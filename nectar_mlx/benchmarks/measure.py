@@ -15,10 +15,11 @@ from mlx_lm.models import qwen3
 from mlx_lm.models.base import quantized_scaled_dot_product_attention
 from mlx_lm.models.cache import KVCache, QuantizedKVCache
 
-from .. import adapter, kernels
-from ..cache import NectarCache
+from .. import kernels
 from ..heads import Bank, Corrected, Quadrature, Size, TargetScore
 from ..kernels import checking
+from ..mlxlm import attention_patch
+from ..mlxlm.cache import NectarCache
 
 DTYPE = mx.bfloat16
 ROOM = 256  # live positions that mlx-lm's caches allocate at a time
@@ -100,7 +101,7 @@ def _random(kind: type[Bank], sizes: Sequence[Size], shape: Shape, seed: int) ->
     return kind.stack(heads, scale=shape.scale)
 
 
-class Keeper:
+class CacheVariant:
     """One way to keep a context. A layer's cache, as mlx-lm calls it, is what `caches` returns, `live` tokens old."""
 
     def __init__(self, shape: Shape, context: int, live: int):
@@ -136,7 +137,7 @@ class Keeper:
         return mx.random.normal(shape).astype(DTYPE)
 
 
-class Full(Keeper):
+class Full(CacheVariant):
     """Every key and value of the context, stock attention."""
 
     def cache(self, context: int) -> KVCache:
@@ -153,7 +154,7 @@ class Full(Keeper):
         return self.shape.cache_bytes(self.caches[0].offset)
 
 
-class Quantised4(Keeper):
+class Quantised4(CacheVariant):
     """mlx-lm's quantised KV cache: 4 bits, groups of 64."""
 
     bits = 4
@@ -175,7 +176,7 @@ class Quantised4(Keeper):
         return int(self.shape.cache_bytes(self.caches[0].offset) * (self.bits + 32 / 64) / 16)  # scale and bias a group
 
 
-class Fused(Keeper):
+class Fused(CacheVariant):
     """The method: `nodes` nodes a head, live keys and values, one kernel."""
 
     nodes, bits = 655, 16
@@ -209,7 +210,7 @@ class Fused8(Fused):
     bits = 8
 
 
-class Composed(Keeper):
+class Composed(CacheVariant):
     """The best that stock operations make of a quadrature: attention over [nodes, live] with an additive mask."""
 
     nodes = Fused.nodes
@@ -249,7 +250,7 @@ class ComposedCache(KVCache):
         return mx.fast.scaled_dot_product_attention(queries, *self.both[:2], scale=scale, mask=self.mask)
 
 
-KEEPERS: dict[str, type[Keeper]] = {
+KEEPERS: dict[str, type[CacheVariant]] = {
     "full": Full,
     "4-bit cache": Quantised4,
     "stock": Composed,
@@ -306,7 +307,7 @@ def memory() -> int:
 def routed(shape: Shape) -> nn.Module:
     """The shape's model, its attention routed to caches that have their own."""
     model = shape.model()
-    adapter.route(model)
+    attention_patch.route(model)
     return model
 
 

@@ -15,10 +15,10 @@ import numpy as np
 
 from .. import cli
 from . import measure
-from .measure import KEEPERS, Keeper, Shape
+from .measure import KEEPERS, CacheVariant, Shape
 
 Row = dict[str, Any]
-Work = Callable[[Keeper, int], float]  # (keeper, repeats) -> median seconds
+Work = Callable[[CacheVariant, int], float]  # (keeper, repeats) -> median seconds
 
 _MOMENT, _MOST = 0.1, 20  # about so many seconds, and at most so many repeats, of a work in a round
 _KEPT = {"full": 1.0, "4-bit cache": 4.5 / 16}  # bytes that grow with the context / those of a 16-bit cache
@@ -30,7 +30,7 @@ class Cell:
 
     context: int
     method: str
-    keeper: Keeper | None = None  # None: it cannot be measured here
+    keeper: CacheVariant | None = None  # None: it cannot be measured here
     error: str | None = None
     peak_memory: int = 0
     repeats: dict[str, int] = field(default_factory=dict)
@@ -79,7 +79,7 @@ def _works(shape: Shape, model: nn.Module | None) -> dict[str, Work]:
     tokens = mx.zeros((shape.batch, 1), mx.int32)
     mx.eval(queries, tokens)
 
-    def of(step: Callable[[Keeper, mx.array], mx.array], given: mx.array) -> tuple[Work, Work]:
+    def of(step: Callable[[CacheVariant, mx.array], mx.array], given: mx.array) -> tuple[Work, Work]:
         return (
             lambda keeper, repeats: measure.timed(lambda: step(keeper, given), repeats=repeats, warm=1),
             lambda keeper, repeats: measure.queued(lambda x: step(keeper, x), given, repeats=repeats, warm=1),

@@ -13,10 +13,10 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from .. import adapter
-from ..fitting import reading
+from ..fitting import prefill
 from ..fitting.config import FitConfig, affordable_bytes, share_of
 from ..fitting.fitter import Fitter
+from ..mlxlm import attention_patch
 from .measure import Shape
 
 STAGES = ("prefill", "sampling", "capture", "deciding sizes", "regression")
@@ -43,7 +43,7 @@ class Words:
 def rows(shape: Shape, contexts: list[int], config: FitConfig) -> Iterator[Row]:
     """One row a context and stage, as soon as it is known: seconds, and the peak of MLX's memory, weights included."""
     model = shape.model()
-    small = replace(config, queries=256, steps=2, scout_steps=2, answer_tokens=4)
+    small = replace(config, queries=256, steps=2, trial_steps=2, answer_tokens=4)
     for _ in stages(model, shape, min(contexts[0], 1024), small):  # kernels are compiled when they are first needed
         pass
     for context in contexts:
@@ -53,10 +53,10 @@ def rows(shape: Shape, contexts: list[int], config: FitConfig) -> Iterator[Row]:
 
 def stages(model: nn.Module, shape: Shape, tokens: int, config: FitConfig) -> Iterator[Row]:
     """One row a stage of one fit of a text of so many tokens."""
-    geometry = adapter.route(model)
+    geometry = attention_patch.route(model)
     prefix = np.random.default_rng(0).integers(0, shape.vocabulary, tokens).tolist()
     clock, tokenizer = Clock(), Words(shape.vocabulary)
-    context = reading.read(model, prefix, geometry)
+    context = prefill.read_text(model, prefix, geometry)
     yield clock.stage("prefill")
     fitter = Fitter(model, tokenizer, context, geometry, config)
     fitter.converse()

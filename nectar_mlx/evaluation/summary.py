@@ -8,10 +8,10 @@ import mlx.core as mx
 import numpy as np
 
 from .. import cli
-from ..baselines import NO_CONTEXT, Task
-from ..fitting import matching, regression
+from ..baselines import NO_CONTEXT, EvalContext
 from ..fitting.fidelity import Divergence
-from ..fitting.study import Study
+from ..fitting.samples.sample_store import SampleStore
+from ..fitting.solve import attention_matching, regression
 from . import answers
 from .bootstrap import Bootstrap, Estimate, interval
 from .charts import is_file
@@ -19,7 +19,7 @@ from .methods import Method
 from .questions import ON, OWN_WORDS, Asked
 
 
-def head_errors(task: Task, methods: Sequence[Method], rows: Study) -> dict[str, list[float]]:
+def head_errors(task: EvalContext, methods: Sequence[Method], rows: SampleStore) -> dict[str, list[float]]:
     """The merged error of every head (layer by layer) of every method, by its label, over what the evaluation's answers
     asked; none for views that read another text than the context."""
     K, found = task.geometry.n_kv_heads, {m.label: list[float]() for m in methods}
@@ -34,7 +34,7 @@ def head_errors(task: Task, methods: Sequence[Method], rows: Study) -> dict[str,
     return found
 
 
-def entropies(task: Task, rows: Study) -> np.ndarray:
+def entropies(task: EvalContext, rows: SampleStore) -> np.ndarray:
     """The mean entropy of every head's exact attention to the context, in nats, [n_heads]."""
     K, found = task.geometry.n_kv_heads, list[float]()
     # At random: rows of a group's query heads lie side by side, and a fixed distance may find one of them alone.
@@ -42,7 +42,7 @@ def entropies(task: Task, rows: Study) -> np.ndarray:
     for layer in range(task.n_layers):
         captured = rows.heads(range(layer * K, layer * K + K), chosen)
         keys, bias = task.layer(layer)[0], task.bias(layer)
-        weights = matching.attention_weights(captured, keys, bias=bias, scale=task.geometry.scale)
+        weights = attention_matching.attention_weights(captured, keys, bias=bias, scale=task.geometry.scale)
         found += np.array(-(weights * mx.log(mx.maximum(weights, 1e-30))).sum(-1).mean(1)).tolist()
     return np.array(found)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from .._exp import SLOW_EXP
+from ..core.device import SLOW_EXP
 from .verdict import EXPONENT
 
 TARGET = 0.99  # of the gap closed

@@ -15,7 +15,7 @@ import numpy as np
 from ..errors import NectarError
 from ..heads import HeadArrays, Size
 from ..store import MEAN_BITS
-from .dialogue import Conversation
+from .samples.self_study import Conversation
 
 
 class Plan(NamedTuple):
@@ -99,7 +99,7 @@ class Checkpoint:
                 heads.setdefault(int(index), {})[name] = array
         return heads
 
-    def save_part(self, arrays: Mapping[str, mx.array], told: Mapping[str, Any]) -> None:
+    def save_chunk(self, arrays: Mapping[str, mx.array], told: Mapping[str, Any]) -> None:
         """Keeps what is left of a part that is done: arrays by name, and what goes with them. The rest is removed."""
         if self.folder is not None:
             temporary = self.folder / "half.safetensors"
@@ -111,7 +111,7 @@ class Checkpoint:
                 elif path not in (done, self.folder / "fit.json"):
                     path.unlink()
 
-    def load_part(self) -> tuple[dict[str, mx.array], dict[str, Any]] | None:
+    def load_chunk(self) -> tuple[dict[str, mx.array], dict[str, Any]] | None:
         if self.folder is None or not (self.folder / "done.safetensors").exists():
             return None
         loaded: Any = mx.load(str(self.folder / "done.safetensors"), return_metadata=True)

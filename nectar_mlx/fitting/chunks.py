@@ -23,22 +23,22 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from .. import decoding, store
-from .._exp import SLOW_EXP
-from ..adapter import Geometry
-from ..cache import make_caches
-from ..clock import Clock
+from .. import store
+from ..core.clock import Clock
+from ..core.device import SLOW_EXP
 from ..heads import Exact, HeadArrays, Size, Weighed
-from ..store import Layout
-from . import finite, reading, verdict
+from ..mlxlm.attention_patch import Geometry
+from ..mlxlm.cache import make_caches
+from ..store import Layout, load
+from . import finite, verdict
 from .checkpoint import Checkpoint, Plan
 from .config import FitConfig, affordable_bytes, layout_for, share_of
+from .fitted_chunk import FittedChunk, checked, heard
 from .fitter import Fitter, Progress
+from .layers import LayerRunner
 from .layerwise import LayerwiseFitter
-from .part import Part, checked, heard
-from .prefill import Prefill
-from .reading import Context
-from .walk import Walk
+from .prefill import Context, read_head, read_text
+from .prefill_attention import Prefill
 
 _EXCERPT = 1024 if SLOW_EXP else 4096  # tokens on which a budget is chosen
 
@@ -78,11 +78,11 @@ def fit(
     aside = layout.n_layers * layout.n_kv_heads * store.head_bytes(finely, (opening,)) if opening else 0
     affordable = partial(affordable_bytes, geometry=geometry, layout=layout, n=len(prefix), parts=len(chunks))
     nbytes = affordable(share, aside=aside, at_least=chosen)
-    parts: list[Part] = []
+    parts: list[FittedChunk] = []
     for number, text in enumerate(_texts(prefix, chunks)):
         saved = checkpoint.part(f"chunk-{number}")
         saved.claim(asdict(config) | {"skip": opening}, text)
-        part = Part.load(saved)
+        part = FittedChunk.load(saved)
         if part is None:
             part = _fit_chunk(
                 model,
@@ -106,11 +106,11 @@ def fit(
             parts[-1].windows = {}  # of the last chunk alone: questions follow it
         parts.append(part)
     offsets = parts[0].offsets
-    before = reading.read(model, prefix[:opening], geometry, offsets=offsets).banks if opening else []
+    before = read_text(model, prefix[:opening], geometry, offsets=offsets).banks if opening else []
     heads = list(_heads(layout, before, [part.layers for part in parts]))
     tensors = store.contents(layout, heads, prefix=prefix, windows=parts[-1].windows, offsets=offsets)
     start = len(prefix) - sum(chunks) + max(chunks)
-    banks = decoding.banks(layout, tensors)
+    banks = load.banks(layout, tensors)
     finite.check_banks("rounding", banks, geometry)
     make_cache = partial(make_caches, banks, parts[-1].windows, start)
     report = {
@@ -120,8 +120,8 @@ def fit(
         "queries": parts[-1].rows,
         "error": [error for each in parts for error in each.errors],
     }
-    head = reading.read_head(model, tokenizer, prefix, geometry)
-    checks = [part.fidelity(Walk(model, geometry), make_cache, head.make_cache) for part in parts]
+    head = read_head(model, tokenizer, prefix, geometry)
+    checks = [part.fidelity(LayerRunner(model, geometry), make_cache, head.make_cache) for part in parts]
     report |= verdict.mean(checks) | ({"chunks": checks} if len(checks) > 1 else {})
     clock.lap("check")
     return layout, tensors, report
@@ -143,7 +143,7 @@ def _fit_chunk(
     progress: Progress,
     checkpoint: Checkpoint,
     clock: Clock,
-) -> Part:
+) -> FittedChunk:
     """One chunk, behind what comes before the first, in so many bytes, a share of its KV cache. sizes, offsets: of its
     heads, where they are known."""
     plan = Plan(list(sizes), share) if sizes else None
@@ -161,7 +161,7 @@ def _fit_chunk(
         )
         return by_layer.fit(nbytes, share, plan=plan, clock=clock)
     with progress("reading", len(text)) as done:
-        context = reading.read(model, text, geometry, prefill=config.prefill, offsets=offsets, progress=done)
+        context = read_text(model, text, geometry, prefill=config.prefill, offsets=offsets, progress=done)
     clock.lap("read")
     fitter = Fitter(model, tokenizer, context, geometry, config, progress=progress, checkpoint=checkpoint, skip=skip)
     _, heads = fitter.fit(lambda share: nbytes, share, plan=plan, clock=clock)
@@ -170,8 +170,8 @@ def _fit_chunk(
         store.pack(one, heads[i : i + K], offsets=[bank.offset])
         for i, bank in zip(range(0, len(heads), K), context.banks, strict=True)
     ]
-    walk = Walk(model, geometry)
-    return Part(
+    walk = LayerRunner(model, geometry)
+    return FittedChunk(
         layers=layers,
         errors=fitter.errors([store.unpack(one, layer)[0] for layer in layers]),
         rows=fitter.study.rows,
@@ -194,7 +194,7 @@ def _excerpt_share(
     kept = checkpoint.part("excerpt")
     if plan := kept.load_plan():
         return plan.share
-    excerpt = reading.read(model, prefix[:_EXCERPT], geometry)
+    excerpt = read_text(model, prefix[:_EXCERPT], geometry)
     fitter = Fitter(model, tokenizer, excerpt, geometry, config, progress=progress, checkpoint=kept)
     fitter.collect()
     n = len(excerpt.prefix)
@@ -202,7 +202,7 @@ def _excerpt_share(
     return fitter.plan(affordable, None).share
 
 
-def read(
+def read_chunks(
     model: nn.Module,
     prefix: Sequence[int],
     geometry: Geometry,
@@ -216,12 +216,12 @@ def read(
     for text in _texts(prefix, chunks or [len(prefix)]):
         offsets = parts[0].offsets if parts else ()
         after = partial(_after, progress, done)
-        parts.append(reading.read(model, text, geometry, prefill=prefill, offsets=offsets, progress=after))
+        parts.append(read_text(model, text, geometry, prefill=prefill, offsets=offsets, progress=after))
         done += len(text)
     if len(parts) == 1:
         return parts[0]
     before, banks = prefix[: len(prefix) - sum(chunks)], list[Exact]()
-    opening = reading.read(model, before, geometry, offsets=parts[0].offsets)
+    opening = read_text(model, before, geometry, offsets=parts[0].offsets)
     for first, *behind in zip(opening.banks, *(part.banks for part in parts), strict=True):
         heads = _joined(first, [bank.part(slice(len(before), None)).nodes() for bank in behind])
         banks.append(Weighed.stack(heads, scale=geometry.scale, offset=first.offset))

@@ -8,14 +8,15 @@ from typing import Any, Literal
 import numpy as np
 
 from .. import store
-from .._exp import SLOW_EXP
-from ..adapter import Geometry
+from ..core.device import SLOW_EXP
 from ..errors import NectarError
 from ..heads import KINDS, Size
+from ..mlxlm.attention_patch import Geometry
 from ..store import BITS, Layout
-from . import budget, starts
-from .prefill import Prefill
-from .study import DeviceStudy, Study
+from . import allocation
+from .prefill_attention import Prefill
+from .samples.sample_store import DeviceSampleStore, SampleStore
+from .solve import initial
 
 STEPS = 300 if SLOW_EXP else 1500  # of a regression
 # Nodes alone are settled, each row in as many as it needs; more nodes make up for what each loses.
@@ -56,7 +57,7 @@ class FitConfig:
     temperature: float = 0.9
     conversations: int = 28 if SLOW_EXP else 384  # sampled side by side, at most
     power: float | None = None  # of the errors that bytes follow; default: 0.6, below a budget of 1% 0.75
-    scout_steps: int = 100
+    trial_steps: int = 100
     rate: float | None = None  # default: 1.5e-2 for nodes, 2.5e-2 beside exact keys, 6e-3 for networks and feature maps
     batch: int = 512 if SLOW_EXP else 2048
     samples: int = 4096  # rows that Attention Matching solves on
@@ -86,7 +87,7 @@ def rows_for(config: FitConfig, *, heads: int, head_dim: int) -> int:
         return config.queries
     # Of all memory, not of what is free: an interrupted fit goes on with the same rows.
     room = config.memory or _machine().total // 8
-    row = (Study if SLOW_EXP else DeviceStudy).nbytes(heads, 1, head_dim)
+    row = (SampleStore if SLOW_EXP else DeviceSampleStore).nbytes(heads, 1, head_dim)
     return max(_FEWEST_ROWS, min(_MOST_ROWS, room // row))
 
 
@@ -147,7 +148,7 @@ def affordable_bytes(
     kept = share * whole
     besides = windows + 4 * n + (24 + 2 * layout.head_dim) * n_heads + 6000
     available = kept - min(besides, kept / 10) - aside
-    needed = parts * n_heads * starts.smallest_bytes(layout)
+    needed = parts * n_heads * initial.smallest_bytes(layout)
     if available < needed and not at_least:
         smallest = (needed + aside) / 0.9
         raise NectarError(
@@ -161,10 +162,13 @@ def allocate(
     errors: np.ndarray, nbytes: float, *, share: float, layout: Layout, config: FitConfig, n: int
 ) -> list[Size]:
     """Every head's size for n tokens, by the errors [n_heads] that it made among equals. share: of the KV cache."""
-    least, most = starts.smallest_bytes(layout), store.head_bytes(layout, starts.size_for(layout, float("inf"), most=n))
+    least, most = (
+        initial.smallest_bytes(layout),
+        store.head_bytes(layout, initial.size_for(layout, float("inf"), most=n)),
+    )
     power = config.power or (0.6 if share >= 0.01 else 0.75)  # of few bytes the heads that matter need more
-    each = budget.allocate(errors.tolist(), total=nbytes, power=power, least=least, most=most)
-    return [starts.size_for(layout, b, most=n) for b in each]
+    each = allocation.allocate(errors.tolist(), total=nbytes, power=power, least=least, most=most)
+    return [initial.size_for(layout, b, most=n) for b in each]
 
 
 def free_memory() -> int:

@@ -7,8 +7,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from .._exp import SLOW_EXP, exp
-from .dialogue import Conversation
+from ..core.device import SLOW_EXP, exp
+from .samples.self_study import Conversation
 
 MakeCache = Callable[[], Any]
 Prompt = Callable[[Conversation], list[int]]

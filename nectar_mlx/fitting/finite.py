@@ -7,9 +7,9 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from ..adapter import Geometry
 from ..errors import NectarError
 from ..heads import Bank
+from ..mlxlm.attention_patch import Geometry
 
 
 def check_weights(model: nn.Module) -> None:

@@ -12,33 +12,23 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from .._exp import SLOW_EXP
-from ..adapter import Geometry
-from ..cache import make_caches
-from ..clock import Clock
+from ..core.clock import Clock
+from ..core.device import SLOW_EXP
 from ..heads import Bank, HeadArrays, Quadrature, Size
+from ..mlxlm.attention_patch import Geometry
+from ..mlxlm.cache import make_caches
 from ..store import MEAN_BITS
-from . import (
-    capture,
-    dialogue,
-    fidelity,
-    finite,
-    grouping,
-    matching,
-    planning,
-    reading,
-    regression,
-    settling,
-    starts,
-)
+from . import fidelity, finite, prefill, sizes
 from .checkpoint import Checkpoint, Plan
 from .config import STEPS, FitConfig, free_memory, layout_for, rows_for
-from .dialogue import Conversation
-from .part import checked
-from .planning import Affordable
-from .reading import Context
-from .starts import Start
-from .study import Captured, DeviceStudy, Study
+from .fitted_chunk import checked
+from .prefill import Context
+from .samples import capture, self_study
+from .samples.sample_store import DeviceSampleStore, Samples, SampleStore
+from .samples.self_study import Conversation
+from .sizes import Affordable
+from .solve import attention_matching, grouping, initial, quantization, regression
+from .solve.initial import Init
 from .verdict import measured
 
 _RATES = {"quadrature": 1.5e-2, "retrieval+nectar": 2.5e-2}  # others 6e-3
@@ -62,8 +52,8 @@ class Fitter:
     they do not stand for: others will.
     """
 
-    study: Study
-    held_out: Study
+    study: SampleStore
+    held_out: SampleStore
 
     def __init__(
         self,
@@ -115,7 +105,7 @@ class Fitter:
     def converse(self) -> None:
         """Samples conversations until they give every head its rows."""
         self.conversations = self.checkpoint.load_conversations()
-        with self.progress("conversing about it", self.queries) as done:
+        with self.progress("sampling answers", self.queries) as done:
             try:
                 while self._rows() < _ENOUGH * self.queries:
                     self.conversations += self._ask_batch(done)
@@ -126,7 +116,7 @@ class Fitter:
 
     def _rows(self) -> int:
         """Rows a head that the conversations so far will give."""
-        return dialogue.rows(self.conversations, self.geometry)
+        return self_study.n_samples(self.conversations, self.geometry)
 
     def _together(self) -> int:
         """How many conversations are sampled side by side: as many as are still needed, and as the memory holds."""
@@ -139,18 +129,22 @@ class Fitter:
         config, rows = self.config, self._rows()
         number = sum(c.split != "check" for c in self.conversations)
         count = self._together()
-        batch = dialogue.asked(self.tokenizer, self.context.prefix, first=number, count=count, seed=config.seed)
+        batch = self_study.training_conversations(
+            self.tokenizer, self.context.prefix, first=number, count=count, seed=config.seed
+        )
         self._answer(
             batch,
             seed=config.seed + number,
             temperature=config.temperature,
-            progress=lambda at: done(min(self.queries, rows + dialogue.rows(batch, self.geometry, until=at))),
+            progress=lambda at: done(min(self.queries, rows + self_study.n_samples(batch, self.geometry, until=at))),
         )
         return batch
 
     def _ask_checks(self) -> list[Conversation]:
         config = self.config
-        batch = dialogue.checks(self.tokenizer, self.context.prefix, first=0, count=config.checks, seed=config.seed)
+        batch = self_study.check_conversations(
+            self.tokenizer, self.context.prefix, first=0, count=config.checks, seed=config.seed
+        )
         self._answer(batch, seed=config.seed + _CHECK_SEED, temperature=CHECK_TEMPERATURE)
         return batch
 
@@ -162,7 +156,7 @@ class Fitter:
         temperature: float,
         progress: Callable[[int], None] = lambda tokens: None,
     ) -> None:
-        dialogue.converse(
+        self_study.sample_answers(
             self.model,
             self.context,
             sorted(batch, key=lambda c: len(c.prompt)),
@@ -176,15 +170,15 @@ class Fitter:
     def hear(self, *, together: int | None = None) -> None:
         """Fills `study` and `held_out` with what attention sees in the conversations, so many tokens read together."""
         g, spare = self.geometry, max(self.queries // 10, 64)
-        kept = Study if SLOW_EXP else DeviceStudy
+        kept = SampleStore if SLOW_EXP else DeviceSampleStore
         spill = kept.nbytes(self.n_heads, self.queries + spare, g.head_dim) > self.memory
         folder = self.checkpoint.spill() if spill else None
         self.study = self._empty(self.queries, folder and folder / "study.rows")
         self.held_out = self._empty(spare, folder and folder / "held_out.rows")
         conversations = [c for c in self.conversations if c.split != "check"]
-        total = sum(map(dialogue.fed_tokens, conversations))
-        with self.progress("weighing what was said", total) as done:
-            capture.hear(
+        total = sum(map(self_study.fed_tokens, conversations))
+        with self.progress("capturing attention", total) as done:
+            capture.replay(
                 self.model,
                 self.context,
                 conversations,
@@ -197,31 +191,31 @@ class Fitter:
         for study in (self.study, self.held_out):
             finite.check_heads("capturing attention", study.not_finite, self.geometry)
 
-    def _empty(self, rows: int, folder: Path | None) -> Study:
+    def _empty(self, rows: int, folder: Path | None) -> SampleStore:
         if folder or SLOW_EXP:
-            return Study(self.n_heads, rows, self.geometry.head_dim, folder=folder)
-        return DeviceStudy(rows)
+            return SampleStore(self.n_heads, rows, self.geometry.head_dim, folder=folder)
+        return DeviceSampleStore(rows)
 
     def prepare(self) -> None:
         """Shuffles the rows and weighs the context's keys."""
         self.rows = np.random.default_rng(self.config.seed).permutation(self.study.rows)
         self.importance: list[mx.array] = []  # per head, the rms attention of every key of the context, [n]
         K = self.geometry.n_kv_heads
-        with self.progress("weighing keys", self.n_layers) as done:
+        with self.progress("ranking keys", self.n_layers) as done:
             for layer in range(self.n_layers):
                 rows = self._samples(range(layer * K, layer * K + K))
                 keys = self.banks[layer].parameters["keys"]
-                self.importance += list(matching.importance(rows, keys, scale=self.geometry.scale))
+                self.importance += list(attention_matching.importance(rows, keys, scale=self.geometry.scale))
                 done(layer + 1)
 
-    def _samples(self, heads: Sequence[int]) -> Captured:
+    def _samples(self, heads: Sequence[int]) -> Samples:
         return self.study.heads(heads, np.sort(self.rows[: self.config.samples]))
 
-    def training_rows(self, heads: Sequence[int], count: int | None = None) -> Captured:
+    def training_rows(self, heads: Sequence[int], count: int | None = None) -> Samples:
         """What some heads are fitted to, shuffled: all rows, or so many of them."""
         return self.study.heads(heads, self.rows[:count])
 
-    def held_out_rows(self, heads: Sequence[int]) -> Captured:
+    def held_out_rows(self, heads: Sequence[int]) -> Samples:
         """What some heads are judged by."""
         return self.held_out.heads(heads)
 
@@ -231,16 +225,16 @@ class Fitter:
         for index, count in zip(indices, counts, strict=True):
             layer, k = divmod(index, self.geometry.n_kv_heads)
             parameters = self.banks[layer].parameters
-            chosen = matching.most_important(self.importance[index], count)
+            chosen = attention_matching.most_important(self.importance[index], count)
             keys.append(parameters["keys"][k][chosen])
             values.append(parameters["values"][k][chosen])
-        return matching.match(self._samples(indices), keys, values, scale=self.geometry.scale)
+        return attention_matching.match(self._samples(indices), keys, values, scale=self.geometry.scale)
 
     def plan(self, affordable: Affordable, share: float | None) -> Plan:
-        """What each head gets: see `planning.plan`."""
+        """What each head gets: see `sizes.plan`."""
         plan = self.checkpoint.load_plan()
         if plan is None:
-            plan = planning.plan(self, affordable, share)
+            plan = sizes.plan(self, affordable, share)
             self.checkpoint.save_plan(plan)
         return plan
 
@@ -253,7 +247,7 @@ class Fitter:
                 if members:
                     yield sorted(members), keeps
 
-    def judged(self, bank: Bank, rows: Captured, metric: mx.array) -> np.ndarray:
+    def judged(self, bank: Bank, rows: Samples, metric: mx.array) -> np.ndarray:
         """What the errors of some heads cost, [M], by which they get their bytes."""
         return np.array(regression.errors(bank, rows, metric=metric))
 
@@ -262,11 +256,11 @@ class Fitter:
         launch = 1 << 14 if SLOW_EXP else 1 << 24
         return grouping.groups([s[0] * self.config.batch for s in sizes], room=self.room, launch=launch)
 
-    def start(self, group: Sequence[int], sizes: Sequence[Size], rows: Captured) -> Start:
+    def start(self, group: Sequence[int], sizes: Sequence[Size], rows: Samples) -> Init:
         nodes = self.matched(group, [s[0] for s in sizes]) if self.layout.kind != "mlp" else []
-        return starts.start(self.layout, nodes, sizes, rows, seed=self.config.seed)
+        return initial.start(self.layout, nodes, sizes, rows, seed=self.config.seed)
 
-    def train(self, start: Start, rows: Captured, steps: int) -> Bank:
+    def train(self, start: Init, rows: Samples, steps: int) -> Bank:
         return regression.train(start, rows, steps=steps, batch=self._batch, rate=self.rate)
 
     @property
@@ -288,7 +282,7 @@ class Fitter:
                 done(len(heads))
         return [heads[i] for i in range(self.n_heads)]
 
-    def _fitted(self, group: Sequence[int], start: Start, rows: Captured, *, steps: int) -> dict[int, HeadArrays]:
+    def _fitted(self, group: Sequence[int], start: Init, rows: Samples, *, steps: int) -> dict[int, HeadArrays]:
         """Some heads, trained and rounded; those whose error on held-out rows grew in that are as they started."""
         first = copy(start.bank)
         first.parameters = start.fold(start.parameters)
@@ -313,20 +307,22 @@ class Fitter:
     def _not_finite(self, group: Sequence[int], bank: Bank) -> list[int]:
         return [group[m] for m in finite.not_finite(bank.parameters.values())]
 
-    def kept(self, group: Sequence[int]) -> Start:
+    def kept(self, group: Sequence[int]) -> Init:
         """Heads with room for every key: there is nothing to train."""
         nodes = []
         for index in group:
             layer, k = divmod(index, self.geometry.n_kv_heads)
             nodes.append({name: x.astype(mx.float32) for name, x in self.banks[layer].nodes()[k].items()})
-        return Start.of(Quadrature.stack(nodes, scale=self.layout.scale))
+        return Init.of(Quadrature.stack(nodes, scale=self.layout.scale))
 
-    def _settled(self, bank: Bank, rows: Captured, *, train: bool = True) -> Bank:
+    def _settled(self, bank: Bank, rows: Samples, *, train: bool = True) -> Bank:
         """The bank rounded as it will be stored, where that is done in the course of training."""
         if self.layout.bits is not None:
             return bank
         steps = self.steps if train else 0
-        return settling.settled(bank, rows, bits=self.bits, steps=steps, batch=self.config.batch, rate=self.rate)
+        return quantization.round_nodes(
+            bank, rows, bits=self.bits, steps=steps, batch=self.config.batch, rate=self.rate
+        )
 
     def errors(self, banks: Sequence[Bank]) -> list[float]:
         """Merged error of every head on the held-out rows, one bank a layer."""
@@ -340,7 +336,7 @@ class Fitter:
         """How far the answers to the check questions, or the first so many, are from the full cache's; banks: one a
         layer."""
         make_cache = partial(make_caches, banks, self.context.windows, self.context.start)
-        head = reading.read_head(self.model, self.tokenizer, self.context.prefix, self.geometry)
+        head = prefill.read_head(self.model, self.tokenizer, self.context.prefix, self.geometry)
         conversations = checked(self.conversations)[:checks]
         with self.progress("checking", len(conversations)) as done:
             found = fidelity.compare(

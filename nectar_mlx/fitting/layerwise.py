@@ -17,22 +17,25 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from .. import prompts, store
-from .._exp import SLOW_EXP
-from ..adapter import Geometry, compute_type
-from ..cache import Window
-from ..clock import Clock
+from .. import store
+from ..core.clock import Clock
+from ..core.device import SLOW_EXP
 from ..heads import Exact, Size
-from . import capture, dialogue, finite, planning, reading, starts
-from .capture import Heard, StudyCache
+from ..mlxlm import prompts
+from ..mlxlm.attention_patch import Geometry, compute_type
+from ..mlxlm.cache import Window
+from . import finite, prefill, sizes
 from .checkpoint import Checkpoint, Plan
 from .config import FitConfig, allocate, layout_for, rows_for
-from .dialogue import Conversation, Split
+from .fitted_chunk import Answer, FittedChunk, checked
 from .fitter import CHECK_TEMPERATURE, Fitter, Progress
-from .part import Answer, Part, checked
-from .reading import READ, Context
-from .study import Study
-from .walk import Walk
+from .layers import LayerRunner
+from .prefill import READ, Context
+from .samples import capture, self_study
+from .samples.capture import CaptureCache, ReplayBatch
+from .samples.sample_store import SampleStore
+from .samples.self_study import Conversation, Split
+from .solve import initial
 
 _LEAST = 1024 if SLOW_EXP else 4096  # tokens in all layers at once, whatever the memory
 _PASSAGE = 900  # tokens in view while a conversation is sampled, at most
@@ -68,7 +71,7 @@ class LayerwiseFitter:
         self.config, self.progress, self.checkpoint, self.skip = config, progress, checkpoint, skip
         self.layout = layout_for(config, geometry, n_layers=len(geometry.fitted))
         self.windows: dict[int, Window] = {}
-        self._walk = Walk(model, geometry)
+        self._walk = LayerRunner(model, geometry)
         self.queries = rows_for(config, heads=geometry.n_kv_heads, head_dim=geometry.head_dim)
         self._wanted: dict[Split, int] = {"train": self.queries, "held_out": max(self.queries // 10, 64)}  # rows a head
         self.rows = 0  # a head, that it was fitted to
@@ -80,7 +83,7 @@ class LayerwiseFitter:
         values, 3 times the hidden states, and its rows."""
         g = self.geometry
         numbers = len(self.prefix) * (3 * g.n_kv_heads * g.head_dim + 3 * self._walk.width)
-        return numbers * compute_type(self.model).size + Study.nbytes(g.n_kv_heads, self.queries, g.head_dim)
+        return numbers * compute_type(self.model).size + SampleStore.nbytes(g.n_kv_heads, self.queries, g.head_dim)
 
     @cached_property
     def _tokens(self) -> int:
@@ -98,7 +101,7 @@ class LayerwiseFitter:
         """Conversations that are sampled side by side, with a passage or as large an excerpt in view."""
         return max(1, min(_TOGETHER, (self._tokens - self._seen) // (_PROMPT + self.config.answer_tokens)))
 
-    def fit(self, nbytes: float, share: float, *, clock: Clock, plan: Plan | None = None) -> Part:
+    def fit(self, nbytes: float, share: float, *, clock: Clock, plan: Plan | None = None) -> FittedChunk:
         """All heads, in so many bytes, a share of the KV cache. plan: what each head gets, where it was decided
         elsewhere."""
         plan = plan or self.plan(nbytes, share)
@@ -112,21 +115,23 @@ class LayerwiseFitter:
     def converse(self) -> None:
         """Samples conversations until every head has its rows, about passages spread evenly over the text."""
         self.conversations = self.checkpoint.load_conversations()
-        with self.progress("conversing about it", self.queries) as done:
+        with self.progress("sampling answers", self.queries) as done:
             try:
                 while any(self._rows(split) < wanted for split, wanted in self._wanted.items()):
-                    self.conversations += self._ask_batch(dialogue.asked, self.config.temperature, done)
+                    self.conversations += self._ask_batch(
+                        self_study.training_conversations, self.config.temperature, done
+                    )
                 while len(checked(self.conversations)) < self.config.checks:
-                    self.conversations += self._ask_batch(dialogue.checks, CHECK_TEMPERATURE, done)
+                    self.conversations += self._ask_batch(self_study.check_conversations, CHECK_TEMPERATURE, done)
             finally:
                 self.checkpoint.save_conversations(self.conversations)
 
     def _rows(self, split: Split) -> int:
         """Rows a head that the conversations of a split so far will give."""
-        return dialogue.rows(self.conversations, self.geometry, split=split)
+        return self_study.n_samples(self.conversations, self.geometry, split=split)
 
     def _passage(self, number: int) -> list[int]:
-        opening = prompts.opening(self.tokenizer)
+        opening = prompts.preamble(self.tokenizer)
         last = max(opening, len(self.prefix) - self._seen)
         start = opening + int((number * _GOLDEN + 0.5) % 1 * (last - opening + 1))
         return self.prefix[:opening] + self.prefix[start : start + self._seen]
@@ -134,19 +139,19 @@ class LayerwiseFitter:
     def _ask_batch(
         self, make: Callable[..., list[Conversation]], temperature: float, done: Callable[[int], None]
     ) -> list[Conversation]:
-        """Conversations about the next passage. make: `dialogue.asked` or `dialogue.checks`."""
+        """Conversations about the next passage. make: a function of `self_study` that writes their prompts."""
         config, number, rows = self.config, len(self.conversations), self._rows("train")
         passage = self._passage(number // self._together)
         batch = make(self.tokenizer, passage, first=number, count=self._together, seed=config.seed)
-        dialogue.converse(
+        self_study.sample_answers(
             self.model,
-            reading.read(self.model, passage, self.geometry),
+            prefill.read_text(self.model, passage, self.geometry),
             sorted(batch, key=lambda c: len(c.prompt)),
             stop=set(self.tokenizer.eos_token_ids),
             max_tokens=config.answer_tokens,
             temperature=temperature,
             key=mx.random.key(config.seed + number),
-            progress=lambda at: done(min(self.queries, rows + dialogue.rows(batch, self.geometry, until=at))),
+            progress=lambda at: done(min(self.queries, rows + self_study.n_samples(batch, self.geometry, until=at))),
         )
         mx.clear_cache()
         return batch
@@ -158,8 +163,8 @@ class LayerwiseFitter:
         """
         plan = self.checkpoint.load_plan()
         if plan is None:
-            n = len(self.prefix) - prompts.opening(self.tokenizer)
-            excerpt = reading.read(self.model, self.prefix[: min(_EXCERPT, self._tokens * 3 // 8)], self.geometry)
+            n = len(self.prefix) - prompts.preamble(self.tokenizer)
+            excerpt = prefill.read_text(self.model, self.prefix[: min(_EXCERPT, self._tokens * 3 // 8)], self.geometry)
             config = replace(
                 self.config,
                 queries=min(self.queries, _EXCERPT_QUERIES),
@@ -171,16 +176,16 @@ class LayerwiseFitter:
             trial.hear(together=_SAID)
             trial.prepare()
             few = nbytes * len(excerpt.prefix) / len(self.prefix)
-            nodes, *_ = starts.size_for(trial.layout, few / trial.n_heads, most=trial.length)
+            nodes, *_ = initial.size_for(trial.layout, few / trial.n_heads, most=trial.length)
             # Rows of heads that are tried together are there at once.
-            heads = self._memory // 8 // Study.nbytes(1, trial.queries, self.geometry.head_dim)
+            heads = self._memory // 8 // SampleStore.nbytes(1, trial.queries, self.geometry.head_dim)
             trial.room = min(self._room, heads * nodes * config.batch)
-            errors = planning.trial_errors(trial, few)
+            errors = sizes.trial_errors(trial, few)
             plan = Plan(allocate(errors, nbytes, share=share, layout=self.layout, config=self.config, n=n), share)
             self.checkpoint.save_plan(plan)
         return plan
 
-    def regress(self, sizes: Sequence[Size]) -> Part:
+    def regress(self, sizes: Sequence[Size]) -> FittedChunk:
         """All heads, trained at their own sizes; each layer's are kept as they will be stored, which is how little they
         take from now on."""
         K, layers, errors = self.geometry.n_kv_heads, list[store.Tensors](), list[float]()
@@ -191,14 +196,14 @@ class LayerwiseFitter:
                 layers.append(store.pack(fitter.layout, heads, offsets=fitter.context.offsets))
                 errors += fitter.errors(store.unpack(fitter.layout, layers[-1]))
                 done(len(layers))
-        return Part(layers=layers, errors=errors, rows=self.rows, windows=self.windows, answers=self.answers)
+        return FittedChunk(layers=layers, errors=errors, rows=self.rows, windows=self.windows, answers=self.answers)
 
     def layers(self) -> Iterator[Fitter]:
         """For each layer with full attention, a Fitter of that layer alone that has heard the conversations."""
         text = [self._walk.embed(mx.array([self.prefix[a : a + READ]])) for a in range(0, len(self.prefix), READ)]
         group = self.geometry.n_heads // self.geometry.n_kv_heads
         K, D = self.geometry.n_kv_heads, self.geometry.head_dim
-        studies = {split: Study(K, rows, D, folder=None) for split, rows in self._wanted.items()}
+        studies = {split: SampleStore(K, rows, D, folder=None) for split, rows in self._wanted.items()}
         batches = capture.together(self.conversations, studies, group=group, tokens=READ)
         heard = [self._walk.embed(batch.tokens) for batch in batches]
         mx.eval(text, heard)
@@ -210,7 +215,7 @@ class LayerwiseFitter:
             else:
                 for study in studies.values():
                     study.rows = 0
-                make_cache = partial(StudyCache, part, len(self.prefix), skip=self.skip)
+                make_cache = partial(CaptureCache, part, len(self.prefix), skip=self.skip)
                 self._hear(layer, make_cache, batches, heard, studies)
                 yield self._fitter(layer, part, studies)
             del part
@@ -220,7 +225,7 @@ class LayerwiseFitter:
         found = ((c, *places[id(c)]) for c in checked(self.conversations))
         self.answers = [Answer.of(c, heard[b][i]) for c, b, i in found]
 
-    def _fitter(self, layer: int, bank: Exact, studies: Mapping[Split, Study]) -> Fitter:
+    def _fitter(self, layer: int, bank: Exact, studies: Mapping[Split, SampleStore]) -> Fitter:
         """One layer's, with the rows that were just captured."""
         context, K = Context(self.prefix, [bank]), self.geometry.n_kv_heads
         checkpoint = self.checkpoint.part(f"layer-{layer}")
@@ -239,7 +244,7 @@ class LayerwiseFitter:
 
     def _read(self, layer: int, text: list[mx.array]) -> Exact | Window:
         """The text through one layer, its hidden states [1, READ, E] replaced piece by piece."""
-        cache = reading.reading_cache(len(self.prefix), self.geometry.windows[layer], prefill=self.config.prefill)
+        cache = prefill.reading_cache(len(self.prefix), self.geometry.windows[layer], prefill=self.config.prefill)
         for i, piece in enumerate(text):
             after = self._walk.layer(layer, piece, cache)
             if layer < self.geometry.n_layers - 1:
@@ -247,20 +252,20 @@ class LayerwiseFitter:
             del after, piece  # behind the last layer nobody needs the text: what is not evaluated costs nothing
             mx.eval(text[i], cache.state)
             mx.clear_cache()
-        return reading.what_was_read(cache, scale=self.geometry.scale, offset=self._offsets.get(layer))
+        return prefill.what_was_read(cache, scale=self.geometry.scale, offset=self._offsets.get(layer))
 
     def _hear(
         self,
         layer: int,
         make_cache: Callable[[], Any],
-        batches: Sequence[Heard],
+        batches: Sequence[ReplayBatch],
         heard: list[mx.array],
-        studies: Mapping[Split, Study],
+        studies: Mapping[Split, SampleStore],
     ) -> None:
         """The conversations through one layer behind the whole text; what its attention saw goes to the studies."""
         for i, batch in enumerate(batches):
             cache = make_cache()
             heard[i] = self._walk.layer(layer, heard[i], cache)
             mx.eval(heard[i], cache.state)
-            if isinstance(cache, StudyCache):
+            if isinstance(cache, CaptureCache):
                 capture.record([cache], studies.values(), batch.places)

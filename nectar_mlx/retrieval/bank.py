@@ -6,11 +6,11 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from .._exp import SLOW_EXP
-from ..attention import Partial
+from ..core.attention import Partial
+from ..core.device import SLOW_EXP
 from ..heads import Bank
-from ..heads.residual import ANCHORS, SINKS, Residual, Retrieved
-from .keys import Keys
+from ..heads.hybrid import ANCHORS, SINKS, HybridHead, Retrieved
+from ..store.kv_file import KeyFile
 from .selection import Selector
 
 _ROOM = 1 << 21 if SLOW_EXP else 1 << 27  # numbers of what is read, or scores, held at a time
@@ -24,19 +24,19 @@ class Reading(NamedTuple):
     scores: mx.array
 
 
-class Retrieving(Bank):
+class HybridBank(Bank):
     """`summary` with `count` keys a KV head and step read exactly from `keys`, chosen by `selector`.
 
     The query heads of a KV head share what is read, so that count bounds the keys read for one token. summary_bytes:
-    of the layer's summary, as stored. group: query heads a KV head, in whose order rows of queries come (`Study`).
+    of the layer's summary, as stored. group: query heads a KV head, in whose order queries come (`SampleStore`).
     """
 
-    kind = "retrieving"
+    kind = "hybrid_banks"
 
     def __init__(
         self,
-        summary: Residual,
-        keys: Keys,
+        summary: HybridHead,
+        keys: KeyFile,
         layer: int,
         selector: Selector,
         *,
@@ -115,15 +115,15 @@ class Retrieving(Bank):
         return part.output, part.log_normalizer, positions, self.summary.used(retrieved)
 
 
-def retrieving(
+def hybrid_banks(
     banks: Sequence[Bank],
-    keys: Keys,
+    keys: KeyFile,
     selectors: Sequence[Selector],
     *,
     exact: float,
     nbytes: int = 0,
     group: int = 1,
-) -> list[Retrieving]:
+) -> list[HybridBank]:
     """The banks of all layers, reading at most a share `exact` of the context's keys at a step, anchors included.
 
     None if that leaves nothing to read. nbytes: of all banks, as stored. group: query heads a KV head.
@@ -133,6 +133,6 @@ def retrieving(
         return []
     share, found = nbytes // len(banks), []
     for layer, (bank, selector) in enumerate(zip(banks, selectors, strict=True)):
-        assert isinstance(bank, Residual), bank.kind
-        found.append(Retrieving(bank, keys, layer, selector, count=count, summary_bytes=share, group=group))
+        assert isinstance(bank, HybridHead), bank.kind
+        found.append(HybridBank(bank, keys, layer, selector, count=count, summary_bytes=share, group=group))
     return found

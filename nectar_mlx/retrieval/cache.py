@@ -8,8 +8,8 @@ from typing import Any, Self
 import mlx.core as mx
 import numpy as np
 
-from ..cache import NectarCache
-from .bank import Reading, Retrieving
+from ..mlxlm.cache import NectarCache
+from .bank import HybridBank, Reading
 
 
 class Record:
@@ -46,9 +46,9 @@ class Record:
 class RetrievalCache(NectarCache):
     """`record` is shared by the layers of one conversation; a copy of the conversation has its own."""
 
-    bank: Retrieving
+    bank: HybridBank
 
-    def __init__(self, bank: Retrieving, context: int, live: Any = None, packed: Any = None, *, record: Record):
+    def __init__(self, bank: HybridBank, context: int, live: Any = None, packed: Any = None, *, record: Record):
         super().__init__(bank, context, live)
         self.record = record
         self._reading: Reading | None = None

@@ -2,7 +2,7 @@
 
 Keys whose sketches lie close together, as queries see them, form clusters. A token's queries score the clusters'
 centres, then the sketches of the best clusters. A few heads copy: they look for single keys, which no centre tells;
-there all sketches are scored. Captured queries tell which heads those are, and how much the others need.
+there all sketches are scored. Samples queries tell which heads those are, and how much the others need.
 """
 
 import math
@@ -10,9 +10,9 @@ import math
 import mlx.core as mx
 import numpy as np
 
-from ..heads.residual import NOTHING
+from ..heads.hybrid import NOTHING
+from ..store.kv_file import Arrays, KeyFile
 from . import sketch
-from .keys import Arrays, Keys
 from .selection import Choice, Selector, best, log_sum, top
 from .sketch import CLUSTER, PER_KEY, decode, encode
 
@@ -50,7 +50,7 @@ class Router:
         return Choice(*(mx.concatenate(list(xs))[self._order] for xs in zip(*found, strict=True)))
 
 
-def routers(keys: Keys, *, scale: float) -> list[Router]:
+def routers(keys: KeyFile, *, scale: float) -> list[Router]:
     """One a layer."""
     return [Router(keys.small, layer, scale=scale) for layer in range(len(keys.rows))]
 

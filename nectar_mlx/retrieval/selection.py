@@ -5,8 +5,8 @@ from typing import NamedTuple, Protocol
 import mlx.core as mx
 import numpy as np
 
-from .._exp import SLOW_EXP, exp
-from ..heads.residual import EVERYTHING
+from ..core.device import SLOW_EXP, exp
+from ..heads.hybrid import EVERYTHING
 
 
 class Choice(NamedTuple):

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import mlx.core as mx
 import numpy as np
 
-from ..heads.residual import anchor_positions, middle
-from .keys import Arrays
+from ..heads.hybrid import anchor_positions, middle
+from ..store.kv_file import Arrays
 from .selection import Scoring
 
 CLUSTER = 16  # keys that lie close together, by their sketches

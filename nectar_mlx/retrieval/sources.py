@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from .. import prompts
-from .keys import Arrays
+from ..mlxlm import prompts
+from ..store.kv_file import Arrays
 
 _WINDOW = 32  # tokens whose attention is taken together
 _REACH = 240  # characters to the end of a sentence, at most

@@ -10,10 +10,11 @@ from mlx_lm import server
 from mlx_lm.models.cache import LRUPromptCache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from .. import cli, models, prompts, store
+from .. import cli, models, store
 from ..errors import NectarError
+from ..mlxlm import prompts
+from ..mlxlm.window import answer_tokens
 from ..nectar import Nectar
-from ..window import answer_tokens
 
 _PART, _EXACT = "@part=", "@exact="
 
@@ -83,7 +84,7 @@ class Provider(server.ModelProvider):
         if part is not None:
             whole, key = nectar, loaded_id(name, part=part)
             nectar = self._nectars[key] = self._nectars.get(key) or whole.chunk(part)
-        retrieves = bool(nectar.retrieving(exact))
+        retrieves = bool(nectar.hybrid_banks(exact))
 
         def make_cache() -> list[Any]:
             self.reading = nectar.make_cache(kv_bits=self.cli_args.kv_bits, exact=exact)

@@ -13,7 +13,7 @@ from functools import partial
 
 import mlx.core as mx
 
-from ..attention import Partial, merge
+from ..core.attention import Partial, merge
 from . import kernel
 from .blocks import Chunk, blockwise, join, room
 from .patterns import Combine, Fixed, Pattern, Strided, take_heads

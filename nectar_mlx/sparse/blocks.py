@@ -11,8 +11,8 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from .._exp import exp
-from ..attention import Partial
+from ..core.attention import Partial
+from ..core.device import exp
 
 _ROOM = 1 << 20  # scores held at a time on the CPU: what stays in its caches
 _ROOM_GPU = 1 << 27

@@ -12,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from ..attention import Partial
+from ..core.attention import Partial
 from ..kernels.checking import difference, relative_error
 from .patterns import Fixed, Pattern
 

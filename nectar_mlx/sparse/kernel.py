@@ -14,7 +14,7 @@ from typing import Any, Literal
 import mlx.core as mx
 
 from .. import kernels
-from ..attention import Partial, merge
+from ..core.attention import Partial, merge
 from ..kernels import source
 from ..kernels.checking import summary
 from . import checking

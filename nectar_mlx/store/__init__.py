@@ -1,8 +1,8 @@
 """The .nectar file: how heads lie in tensors (`layout`), what else it holds, how it is written and read (`file`)."""
 
 from .file import Metadata, check_writable, contents, description, digest, is_nectar, model_name, read, write
-from .layout import BITS, HALF_MAX, Layout, Tensors, choose, head_bytes, pack, stored, unpack
-from .rows import MEAN_BITS
+from .grids import MEAN_BITS
+from .layout import BITS, HALF_MAX, Layout, Tensors, head_bytes, integer_heads, pack, select_nodes, unpack
 
 __all__ = [
     "BITS",
@@ -12,16 +12,16 @@ __all__ = [
     "Metadata",
     "Tensors",
     "check_writable",
-    "choose",
     "contents",
     "description",
     "digest",
     "head_bytes",
+    "integer_heads",
     "is_nectar",
     "model_name",
     "pack",
     "read",
-    "stored",
+    "select_nodes",
     "unpack",
     "write",
 ]

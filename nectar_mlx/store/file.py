@@ -22,8 +22,8 @@ from ..heads import HeadArrays
 from .layout import Layout, Tensors, pack
 
 if TYPE_CHECKING:  # commands import this module, and mlx-lm takes seconds
-    from ..adapter import Geometry
-    from ..cache import Window
+    from ..mlxlm.attention_patch import Geometry
+    from ..mlxlm.cache import Window
 
 FORMAT = "nectar-1"
 _TEXTS = {"format", "digest", "prefix_sha256", "model", "model_sha256", "tokenizer_sha256", "nectar_mlx", "source"}

@@ -16,11 +16,11 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from ..core.quantize import Quantized, Stored, dequantize, group_size, quantize, unpack_integers
 from ..errors import NectarError
 from ..heads import KINDS, Bank, HeadArrays
-from ..quantize import Quantized, Stored, dequantize, group_size, quantize, unpack_integers
-from . import rows
-from .rows import Rows
+from . import grids
+from .grids import GridMatrix
 
 BITS = (4, 5, 6, 7, 8, 16)  # of a matrix entry; 16 = float
 Tensors = dict[str, mx.array]
@@ -57,7 +57,7 @@ def _parameter_bytes(layout: Layout, shape: tuple[int, ...]) -> float:
     if len(shape) == 1 or layout.bits == 16:
         return 2 * math.prod(shape)
     if layout.bits is None:
-        return rows.expected_bytes(shape[0], shape[1])
+        return grids.expected_bytes(shape[0], shape[1])
     return math.prod(shape) * (layout.bits / 8 + 2 / group_size(layout.head_dim))
 
 
@@ -80,14 +80,14 @@ def pack(layout: Layout, heads: Sequence[HeadArrays], *, offsets: Sequence[mx.ar
             tensors[f"heads.{name}.scales"] = mx.concatenate([p.scales for p in parts])[:, 0]
     if layout.bits is None:
         names = _matrix_shapes(layout, sizes[0])
-        tensors |= _coded(Rows.of(np.array(h[n].astype(mx.float32))) for h in heads for n in names)
+        tensors |= _coded(GridMatrix.of(np.array(h[n].astype(mx.float32))) for h in heads for n in names)
     mx.eval(tensors)
     return tensors
 
 
-def _coded(matrices: Iterable[Rows]) -> Tensors:
-    grids, numbers = rows.encode(list(matrices))
-    return {"heads.grids": mx.array(grids), "heads.numbers": mx.array(numbers)}
+def _coded(matrices: Iterable[GridMatrix]) -> Tensors:
+    how, numbers = grids.encode(list(matrices))
+    return {"heads.grids": mx.array(how), "heads.numbers": mx.array(numbers)}
 
 
 def unpack(layout: Layout, tensors: Tensors, *, half: bool = False) -> list[Bank]:
@@ -117,12 +117,12 @@ def _offsets(layout: Layout, tensors: Tensors) -> list[mx.array | None]:
     return list(offsets.astype(mx.float32).reshape(layout.n_layers, layout.n_kv_heads, -1))
 
 
-def stored(layout: Layout, tensors: Tensors) -> list[list[Stored]]:
+def integer_heads(layout: Layout, tensors: Tensors) -> list[list[Stored]]:
     """Every layer's heads with the file's own integers, a byte each, in all matrices whose rows are whole groups."""
     return list(_layers(layout, tensors, _integers))
 
 
-def choose(layout: Layout, tensors: Tensors, nodes: Sequence[np.ndarray]) -> Tensors:
+def select_nodes(layout: Layout, tensors: Tensors, nodes: Sequence[np.ndarray]) -> Tensors:
     """The same heads with some of their nodes only, nodes[i] of head i: nothing is rounded again. For quadratures,
     whose every parameter is a row a node."""
     sizes = np.array(tensors["sizes"])[:, 0]
@@ -136,16 +136,16 @@ def choose(layout: Layout, tensors: Tensors, nodes: Sequence[np.ndarray]) -> Ten
     if layout.bits is None:
         chosen = [n for n in nodes for _ in _matrix_shapes(layout, (1,))]
         matrices = zip(_matrices(layout, tensors), chosen, strict=True)
-        found |= _coded(Rows(m.numbers[n], m.exponents[n]) for m, n in matrices)
+        found |= _coded(GridMatrix(m.numbers[n], m.exponents[n]) for m, n in matrices)
     mx.eval(found)
     return found
 
 
-def _matrices(layout: Layout, tensors: Tensors) -> Iterator[Rows]:
+def _matrices(layout: Layout, tensors: Tensors) -> Iterator[GridMatrix]:
     """What is coded, head by head."""
     shapes = [shape for size in _sizes(layout, tensors) for shape in _matrix_shapes(layout, size).values()]
-    grids, numbers = (np.array(_tensor(tensors, f"heads.{name}")) for name in ("grids", "numbers"))
-    return rows.decode(grids, numbers, shapes)
+    how, numbers = (np.array(_tensor(tensors, f"heads.{name}")) for name in ("grids", "numbers"))
+    return grids.decode(how, numbers, shapes)
 
 
 def _matrix_shapes(layout: Layout, size: tuple[int, ...]) -> dict[str, tuple[int, int]]:

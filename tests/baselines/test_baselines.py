@@ -4,12 +4,12 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from nectar_mlx import adapter, prompts
-from nectar_mlx.baselines import BASELINES, NO_CONTEXT, Task, base, cartridge, choose, fixed_pattern, snap
+from nectar_mlx.baselines import BASELINES, NO_CONTEXT, EvalContext, base, cartridge, choose, fixed_pattern, snap
 from nectar_mlx.errors import NectarError
-from nectar_mlx.fitting import fidelity, reading
-from nectar_mlx.fitting.dialogue import Conversation
-from nectar_mlx.fitting.study import DeviceStudy
+from nectar_mlx.fitting import fidelity, prefill
+from nectar_mlx.fitting.samples.sample_store import DeviceSampleStore
+from nectar_mlx.fitting.samples.self_study import Conversation
+from nectar_mlx.mlxlm import attention_patch, prompts
 from tests import toys
 
 TEXT = "The brig left Ostend on 4 May. Her master was Anna Velde, and she carried 299 casks of amber. " * 4
@@ -19,9 +19,11 @@ SIZED = [b for b in BASELINES.values() if b.sized]
 
 def make_task(architecture="llama", **arguments):
     model = toys.toy(architecture, **arguments)
-    geometry = adapter.route(model)
-    context = reading.read(model, prompts.prefix(TOKENIZER, TEXT), geometry)
-    return Task(model=model, tokenizer=TOKENIZER, geometry=geometry, context=context, rows=400, answer_tokens=6, seed=1)
+    geometry = attention_patch.route(model)
+    context = prefill.read_text(model, prompts.prefix(TOKENIZER, TEXT), geometry)
+    return EvalContext(
+        model=model, tokenizer=TOKENIZER, geometry=geometry, context=context, rows=400, answer_tokens=6, seed=1
+    )
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +155,7 @@ def test_the_fixed_pattern_keeps_different_places_evenly(length, count):
 
 def test_sparse_prefill_is_all_keys_of_the_sparse_way_of_reading(task):
     view = BASELINES["sparse prefill"].build(task, 0)
-    read = reading.read(task.model, task.context.prefix, task.geometry, prefill="fixed")
+    read = prefill.read_text(task.model, task.context.prefix, task.geometry, prefill="fixed")
     assert view.nbytes == task.geometry.cache_bytes(task.length)
     for ours, expected in zip(view.banks, read.banks, strict=True):
         assert mx.array_equal(ours.parameters["keys"], expected.parameters["keys"])
@@ -182,7 +184,7 @@ def test_rows_are_the_same_where_they_stay_on_the_device(task, monkeypatch):
     study, conversations = task.studied
     monkeypatch.setattr(base, "SLOW_EXP", False)
     on_device = task.heard(conversations)
-    assert isinstance(on_device, DeviceStudy) and on_device.rows == study.rows
+    assert isinstance(on_device, DeviceSampleStore) and on_device.rows == study.rows
     some = np.arange(0, study.rows, 7)
     for ours, theirs in zip(on_device.heads([1, 5], some), study.heads([1, 5], some), strict=True):
         assert mx.array_equal(ours, theirs)

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from nectar_mlx import NectarError
+from nectar_mlx.core.files import cache_folder
 from nectar_mlx.evaluation import similarity
-from nectar_mlx.folders import cache_folder
 from tests import toys
 
 

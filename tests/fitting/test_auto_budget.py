@@ -4,10 +4,11 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from nectar_mlx import NectarError, adapter
+from nectar_mlx import NectarError
 from nectar_mlx.fitting import auto_budget, verdict
 from nectar_mlx.fitting.config import FitConfig, parse_budget, share_of
 from nectar_mlx.fitting.fidelity import Divergence
+from nectar_mlx.mlxlm import attention_patch
 from tests import toys
 
 FLOOR = 0.8  # KL without the text
@@ -15,7 +16,7 @@ FAST = {
     "queries": 400,
     "conversations": 8,
     "steps": 20,
-    "scout_steps": 3,
+    "trial_steps": 3,
     "answer_tokens": 8,
     "checks": 3,
     "batch": 64,
@@ -87,7 +88,7 @@ def test_a_budget_out_of_range_is_refused(text):
 
 
 def test_a_size_is_a_share_of_the_cache():
-    geometry = adapter.route(toys.toy("llama"))
+    geometry = attention_patch.route(toys.toy("llama"))
     config = FitConfig(size=geometry.cache_bytes(100) // 4)
     assert share_of(config, geometry, 100) == pytest.approx(0.25)
     assert share_of(FitConfig(), geometry, 100) is None and share_of(FitConfig(budget=0.1), geometry, 100) == 0.1

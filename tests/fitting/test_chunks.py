@@ -9,15 +9,17 @@ import numpy as np
 import pytest
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 
-from nectar_mlx import Nectar, NectarError, adapter, ask, chat, cli, evaluate, fit, prompts, store
-from nectar_mlx.baselines import Task
-from nectar_mlx.clock import Clock
-from nectar_mlx.fitting import chunks, matching
+from nectar_mlx import Nectar, NectarError, ask, chat, cli, evaluate, fit, store
+from nectar_mlx.baselines import EvalContext
+from nectar_mlx.core.clock import Clock
+from nectar_mlx.fitting import chunks
 from nectar_mlx.fitting.checkpoint import Checkpoint, Plan
 from nectar_mlx.fitting.config import FitConfig
 from nectar_mlx.fitting.fitter import Fitter, silent
 from nectar_mlx.fitting.layerwise import LayerwiseFitter
-from nectar_mlx.fitting.study import Captured
+from nectar_mlx.fitting.samples.sample_store import Samples
+from nectar_mlx.fitting.solve import attention_matching
+from nectar_mlx.mlxlm import attention_patch, prompts
 from tests import toys
 from tests.fitting.test_fit import FAST, TEXT
 
@@ -107,8 +109,8 @@ def agree(model, ours, oracle):
 def test_chunks_weigh_as_much_as_one(tokenizer, monkeypatch, architecture, room, layerwise):
     """Heads with room for every key of their chunk, and the exact reference, against one stock attention call."""
     model = toys.toy(architecture)
-    geometry = adapter.route(model)
-    opening = prompts.opening(tokenizer)
+    geometry = attention_patch.route(model)
+    opening = prompts.preamble(tokenizer)
     prefix = prompts.prefix(tokenizer, TEXT, max_tokens=150)
     lengths = chunks.split(len(prefix) - opening, room)
     assert len(lengths) == (3 if room == 60 else 1)
@@ -128,7 +130,7 @@ def test_chunks_weigh_as_much_as_one(tokenizer, monkeypatch, architecture, room,
     )
     told = {"provenance": toys.provenance(model, tokenizer), "report": report, "chunks": lengths}
     built = Nectar(tensors, store.description(tensors, layout, geometry, **told))
-    context = chunks.read(model, prefix, geometry, chunks=lengths)
+    context = chunks.read_chunks(model, prefix, geometry, chunks=lengths)
     assert context.start == built.start == opening + max(lengths)
     agree(model, built.make_cache(), stock_caches(model, prefix, lengths, opening))
     agree(model, context.make_cache(), stock_caches(model, prefix, lengths, opening))
@@ -141,7 +143,7 @@ def test_every_chunk_is_answered_about(tokenizer, tmp_path, layerwise):
     fitted = toys.fit(model, tokenizer, TEXT, config=config)
     assert len(fitted.chunks) >= 3 and fitted.start <= 200
     assert fitted.nbytes <= 0.8 * fitted.cache_nbytes
-    assert min(size for (size,) in fitted.banks[0].sizes) > prompts.opening(tokenizer)
+    assert min(size for (size,) in fitted.banks[0].sizes) > prompts.preamble(tokenizer)
     assert len(fitted.report["chunks"]) == len(fitted.chunks) and fitted.report["layerwise"] == bool(layerwise)
     assert all(told["kl"] < told["kl_no_context"] for told in fitted.report["chunks"])
     fitted.save(tmp_path / "book.nectar")
@@ -156,7 +158,7 @@ def test_every_chunk_is_answered_about(tokenizer, tmp_path, layerwise):
 def parted(tokenizer):
     """Three chunks, each with a word of its own."""
     model = small_window()
-    room = WINDOW - prompts.opening(tokenizer) - 1024
+    room = WINDOW - prompts.preamble(tokenizer) - 1024
     filler = tokenizer.encode(TEXT)
     texts = [f" The {word} is in the garden. " for word in ("copper", "velvet", "marble")]
     pieces = [tokenizer.decode(filler[: room // 2]) + t + tokenizer.decode(filler[: room // 3]) for t in texts]
@@ -279,9 +281,9 @@ def test_a_chunk_that_is_done_is_not_read_again(tokenizer, tmp_path, monkeypatch
 def test_a_chunk_that_fits_the_memory_is_fitted_at_once(tokenizer, memory, layerwise):
     """Whatever the whole text takes. memory: of what the longest chunk's keys and values take."""
     model = small_window()
-    opening = prompts.opening(tokenizer)
+    opening = prompts.preamble(tokenizer)
     longest = opening + chunks.split(590, 200 - opening)[-1]
-    bytes_of = 2 * adapter.route(model).cache_bytes(longest)  # float32
+    bytes_of = 2 * attention_patch.route(model).cache_bytes(longest)  # float32
     config = FitConfig(**SMALL | {"steps": 1}, context_tokens=590, memory=int(memory * bytes_of))
     fitted = toys.fit(model, tokenizer, TEXT, config=config)
     assert len(fitted.chunks) == 4 and fitted.report["layerwise"] is layerwise
@@ -300,17 +302,17 @@ def test_sliding_windows_keep_the_end_of_the_last_chunk(tokenizer):
 
 def test_baselines_keep_what_a_key_weighs(tokenizer):
     model = toys.toy("llama")
-    opening, prefix = prompts.opening(tokenizer), prompts.prefix(tokenizer, TEXT, max_tokens=100)
-    lengths, geometry = chunks.split(len(prefix) - opening, 40), adapter.route(model)
-    context = chunks.read(model, prefix, geometry, chunks=lengths)
-    task = Task(model=model, tokenizer=tokenizer, geometry=geometry, context=context)
+    opening, prefix = prompts.preamble(tokenizer), prompts.prefix(tokenizer, TEXT, max_tokens=100)
+    lengths, geometry = chunks.split(len(prefix) - opening, 40), attention_patch.route(model)
+    context = chunks.read_chunks(model, prefix, geometry, chunks=lengths)
+    task = EvalContext(model=model, tokenizer=tokenizer, geometry=geometry, context=context)
     places = mx.array([[0, opening - 1, opening, len(prefix) - 1]] * geometry.n_kv_heads)
     for bank in task.keep(lambda layer: places).banks:
         less = -np.log(len(lengths))
         np.testing.assert_allclose(bank.parameters["bias"], [[0, 0, less, less]] * geometry.n_kv_heads, atol=1e-6)
     queries = mx.random.normal((geometry.n_kv_heads, 5, geometry.head_dim))
-    rows = Captured(queries, None, None, context.banks[1](queries).log_normalizer, None)
-    weights = matching.attention_weights(rows, task.layer(1)[0], bias=task.bias(1), scale=geometry.scale)
+    rows = Samples(queries, None, None, context.banks[1](queries).log_normalizer, None)
+    weights = attention_matching.attention_weights(rows, task.layer(1)[0], bias=task.bias(1), scale=geometry.scale)
     np.testing.assert_allclose(weights.sum(-1), np.ones((geometry.n_kv_heads, 5)), atol=1e-4)
 
 
@@ -331,7 +333,7 @@ def test_memory_does_not_grow_with_the_text(tokenizer, layerwise):
         mx.clear_cache()
         before = mx.get_active_memory()
         mx.reset_peak_memory()
-        config = FitConfig(**SMALL | {"steps": 2, "scout_steps": 1, "samples": 100, "budget": 0.1}, layerwise=layerwise)
+        config = FitConfig(**SMALL | {"steps": 2, "trial_steps": 1, "samples": 100, "budget": 0.1}, layerwise=layerwise)
         fitted = toys.fit(model, tokenizer, TEXT * repeats, config=config)
         return mx.get_peak_memory() - before, len(fitted.chunks)
 
@@ -356,5 +358,5 @@ def test_what_cannot_be_joined_is_refused_with_what_fits(tokenizer, tmp_path, ca
     arguments = ["--model", tmp_path / "model", "--context", tmp_path / "book.txt", "--output", tmp_path / "o.nectar"]
     assert fit.main([*map(str, arguments), "--kind", "mlp", "--budget", "0.5"]) == 2
     told = capsys.readouterr().err
-    room = WINDOW - 1024 - prompts.opening(tokenizer)
+    room = WINDOW - 1024 - prompts.preamble(tokenizer)
     assert f"--context-tokens {room}" in told and f"{WINDOW:,}" in told and "quadrature" in told

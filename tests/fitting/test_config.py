@@ -2,10 +2,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from nectar_mlx.adapter import Geometry
 from nectar_mlx.fitting import config as configuration
 from nectar_mlx.fitting.config import FitConfig, layout_for, rows_for
-from nectar_mlx.fitting.study import Study
+from nectar_mlx.fitting.samples.sample_store import SampleStore
+from nectar_mlx.mlxlm.attention_patch import Geometry
 
 HEADS, DIM = 224, 128
 
@@ -18,7 +18,7 @@ def memory(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "total, rows", [(16 << 30, 20_000), (64 << 30, (8 << 30) // Study.nbytes(HEADS, 1, DIM)), (1 << 40, 120_000)]
+    "total, rows", [(16 << 30, 20_000), (64 << 30, (8 << 30) // SampleStore.nbytes(HEADS, 1, DIM)), (1 << 40, 120_000)]
 )
 def test_as_many_rows_as_the_memory_easily_holds(memory, total, rows):
     memory(total)
@@ -28,7 +28,7 @@ def test_as_many_rows_as_the_memory_easily_holds(memory, total, rows):
 
 def test_a_memory_that_is_told_counts_instead(memory):
     memory(1 << 40)
-    one = Study.nbytes(HEADS, 1, DIM)
+    one = SampleStore.nbytes(HEADS, 1, DIM)
     assert rows_for(FitConfig(memory=30_000 * one), heads=HEADS, head_dim=DIM) == 30_000
     assert rows_for(FitConfig(memory=10 * one), heads=HEADS, head_dim=DIM) == 20_000
 

@@ -4,9 +4,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from nectar_mlx import adapter
-from nectar_mlx.fitting import fidelity, reading
-from nectar_mlx.fitting.dialogue import Conversation
+from nectar_mlx.fitting import fidelity, prefill
+from nectar_mlx.fitting.samples.self_study import Conversation
+from nectar_mlx.mlxlm import attention_patch
 from tests import toys
 
 PREFIX = toys.random_tokens(60)
@@ -37,7 +37,7 @@ def plain(model, prefix, conversation):
 def test_divergence_equals_the_one_written_out(architecture, batch, room, monkeypatch):
     monkeypatch.setattr(fidelity, "_ROOM", room)
     model = toys.toy(architecture)
-    full, part = (reading.read(model, p, adapter.route(model)) for p in (PREFIX, PREFIX[:5]))
+    full, part = (prefill.read_text(model, p, attention_patch.route(model)) for p in (PREFIX, PREFIX[:5]))
     asked = conversations()
     found = fidelity.compare(model, full.make_cache, {"part": part.make_cache}, asked, batch=batch)["part"]
     for i, c in enumerate(asked):
@@ -52,15 +52,15 @@ def test_divergence_equals_the_one_written_out(architecture, batch, room, monkey
 
 def test_a_view_does_not_diverge_from_itself():
     model = toys.toy("llama")
-    context = reading.read(model, PREFIX, adapter.route(model))
+    context = prefill.read_text(model, PREFIX, attention_patch.route(model))
     found = fidelity.compare(model, context.make_cache, {"same": context.make_cache}, conversations())["same"]
     assert np.abs(found.kl).max() < 1e-5 and found.agree.all()
 
 
 def test_a_view_may_read_another_prompt():
     model = toys.toy("llama")
-    geometry = adapter.route(model)
-    full, head = (reading.read(model, p, geometry) for p in (PREFIX, PREFIX[:7]))
+    geometry = attention_patch.route(model)
+    full, head = (prefill.read_text(model, p, geometry) for p in (PREFIX, PREFIX[:7]))
     prompts = {"whole": lambda c: PREFIX[7:] + c.prompt, "head": None}
     views = {"whole": head.make_cache, "head": head.make_cache}
     found = fidelity.compare(model, full.make_cache, views, conversations(), prompts=prompts)

@@ -11,12 +11,15 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from nectar_mlx import Nectar, NectarError, adapter, fit, prompts, store
-from nectar_mlx.fitting import capture, checkpoint, dialogue, reading, settling
+from nectar_mlx import Nectar, NectarError, fit, store
+from nectar_mlx.fitting import checkpoint, prefill
 from nectar_mlx.fitting.config import FitConfig
-from nectar_mlx.fitting.dialogue import Conversation
 from nectar_mlx.fitting.fitter import Fitter
-from nectar_mlx.fitting.study import DeviceStudy, Study
+from nectar_mlx.fitting.samples import capture, self_study
+from nectar_mlx.fitting.samples.sample_store import DeviceSampleStore, SampleStore
+from nectar_mlx.fitting.samples.self_study import Conversation
+from nectar_mlx.fitting.solve import quantization
+from nectar_mlx.mlxlm import attention_patch, prompts
 from tests import toys
 
 TEXT = " ".join(f"The {a} dog sees fox number {i}, and the {b} fox runs." for i, (a, b) in enumerate(
@@ -26,7 +29,7 @@ FAST = {
     "queries": 600,
     "conversations": 8,
     "steps": 30,
-    "scout_steps": 5,
+    "trial_steps": 5,
     "answer_tokens": 16,
     "checks": 2,
     "batch": 128,
@@ -53,7 +56,7 @@ def test_a_fitted_context_is_near_the_full_cache_and_within_its_budget(tokenizer
     nectar = fitted(model, tokenizer, kind=kind, budget=0.5, steps=120, context_tokens=500)
     assert nectar.nbytes <= 0.5 * nectar.cache_nbytes
     assert (nectar.bits == 8) if kind != "quadrature" else (3.5 < nectar.bits < 5)
-    context = reading.read(model, nectar.prefix, adapter.route(model))
+    context = prefill.read_text(model, nectar.prefix, attention_patch.route(model))
     tokens = nectar.prompt(tokenizer, "Who runs?")
     full = model(mx.array([nectar.prefix + tokens]))[:, len(nectar.prefix) :]
     none = model(mx.array([tokens]))
@@ -92,7 +95,7 @@ def test_an_interrupted_fit_continues_where_it_stopped(tokenizer, tmp_path, monk
     config = FitConfig(**FAST | {"budget": 0.5, "context_tokens": 150, "queries": 2500})
     whole = toys.fit(model, tokenizer, TEXT, config=config)
     asked = []
-    converse = dialogue.converse
+    converse = self_study.sample_answers
 
     def interrupted(*arguments, **options):
         asked.append(1)
@@ -100,10 +103,10 @@ def test_an_interrupted_fit_continues_where_it_stopped(tokenizer, tmp_path, monk
             raise KeyboardInterrupt
         converse(*arguments, **options)
 
-    monkeypatch.setattr(dialogue, "converse", interrupted)
+    monkeypatch.setattr(self_study, "converse", interrupted)
     with pytest.raises(KeyboardInterrupt):
         toys.fit(model, tokenizer, TEXT, config=config, checkpoint=checkpoint.Checkpoint(tmp_path / "part"))
-    monkeypatch.setattr(dialogue, "converse", converse)
+    monkeypatch.setattr(self_study, "converse", converse)
     resumed = toys.fit(model, tokenizer, TEXT, config=config, checkpoint=checkpoint.Checkpoint(tmp_path / "part"))
     assert store.digest(resumed._tensors) == store.digest(whole._tensors)
 
@@ -112,8 +115,8 @@ def test_fitted_heads_are_not_fitted_again(tokenizer, tmp_path, monkeypatch):
     model = toys.toy("llama")
     config = FitConfig(**FAST | {"budget": 0.5, "context_tokens": 150})
     first = toys.fit(model, tokenizer, TEXT, config=config, checkpoint=checkpoint.Checkpoint(tmp_path))
-    monkeypatch.setattr("nectar_mlx.fitting.regression.train", lambda *a, **k: pytest.fail("trained again"))
-    monkeypatch.setattr(dialogue, "converse", lambda *a, **k: pytest.fail("asked again"))
+    monkeypatch.setattr("nectar_mlx.fitting.solve.regression.train", lambda *a, **k: pytest.fail("trained again"))
+    monkeypatch.setattr(self_study, "converse", lambda *a, **k: pytest.fail("asked again"))
     second = toys.fit(model, tokenizer, TEXT, config=config, checkpoint=checkpoint.Checkpoint(tmp_path))
     assert store.digest(second._tensors) == store.digest(first._tensors)
 
@@ -139,8 +142,8 @@ def test_resuming_with_other_settings_is_refused(tokenizer, tmp_path):
 
 def test_as_many_conversations_side_by_side_as_are_needed_and_fit(tokenizer):
     model = toys.toy("llama")
-    geometry = adapter.route(model)
-    context = reading.read(model, toys.random_tokens(20), geometry)
+    geometry = attention_patch.route(model)
+    context = prefill.read_text(model, toys.random_tokens(20), geometry)
     each = geometry.cache_bytes(2 * FAST["answer_tokens"])
 
     def together(**options):
@@ -156,8 +159,8 @@ def test_as_many_conversations_side_by_side_as_are_needed_and_fit(tokenizer):
 def heads_of_two_sizes(tokenizer):
     """Every other one has room for all 60 keys."""
     model = toys.toy("llama")
-    geometry = adapter.route(model)
-    context = reading.read(model, toys.random_tokens(60), geometry)
+    geometry = attention_patch.route(model)
+    context = prefill.read_text(model, toys.random_tokens(60), geometry)
     fitter = Fitter(model, tokenizer, context, geometry, FitConfig(**FAST))
     fitter.converse()
     fitter.hear()
@@ -167,7 +170,7 @@ def heads_of_two_sizes(tokenizer):
 
 
 def test_a_head_with_room_for_every_key_keeps_them(tokenizer, monkeypatch):
-    monkeypatch.setattr(settling, "settled", lambda bank, rows, **options: bank)
+    monkeypatch.setattr(quantization, "settled", lambda bank, rows, **options: bank)
     fitter, heads = heads_of_two_sizes(tokenizer)
     for i, head in enumerate(heads):
         layer, k = divmod(i, fitter.geometry.n_kv_heads)
@@ -189,8 +192,8 @@ def test_nodes_are_fitted_as_they_will_be_stored(tokenizer):
 
 def test_progress_is_told_while_a_batch_is_sampled(tokenizer):
     model = toys.toy("llama")
-    geometry, told = adapter.route(model), []
-    context = reading.read(model, toys.random_tokens(20), geometry)
+    geometry, told = attention_patch.route(model), []
+    context = prefill.read_text(model, toys.random_tokens(20), geometry)
     config = FitConfig(**FAST | {"queries": 5000, "conversations": 12})
     fitter = Fitter(model, tokenizer, context, geometry, config, progress=lambda *of: nullcontext(told.append))
     fitter.converse()
@@ -203,8 +206,8 @@ def test_progress_is_told_while_a_batch_is_sampled(tokenizer):
 def test_a_fit_that_needs_few_conversations_ends(tokenizer, queries):
     """The first one of a batch is held out: were it alone, it would give no rows."""
     model = toys.toy("llama")
-    geometry = adapter.route(model)
-    context = reading.read(model, toys.random_tokens(20), geometry)
+    geometry = attention_patch.route(model)
+    context = prefill.read_text(model, toys.random_tokens(20), geometry)
     fitter = Fitter(model, tokenizer, context, geometry, FitConfig(**FAST | {"queries": queries, "conversations": 1}))
     fitter.converse()
     assert fitter._rows() >= 0.9 * queries and any(c.split == "held_out" for c in fitter.conversations)
@@ -223,22 +226,22 @@ def test_where_rows_are_kept_changes_nothing(tokenizer, tmp_path, monkeypatch):
         checkpoint=checkpoint.Checkpoint(tmp_path),
     )
     assert list(tmp_path.glob("study.rows/*.npy"))
-    monkeypatch.setattr(Fitter, "_empty", lambda self, rows, folder: DeviceStudy(rows))
+    monkeypatch.setattr(Fitter, "_empty", lambda self, rows, folder: DeviceSampleStore(rows))
     near = toys.fit(model, tokenizer, TEXT, config=FitConfig(**options))
     assert store.digest(kept._tensors) == store.digest(spilled._tensors) == store.digest(near._tensors)
 
 
 def test_what_is_captured_is_exact_attention(tokenizer):
     model = toys.toy("llama")
-    geometry = adapter.route(model)
-    context = reading.read(model, toys.random_tokens(50), geometry)
+    geometry = attention_patch.route(model)
+    context = prefill.read_text(model, toys.random_tokens(50), geometry)
     K, D, G = geometry.n_kv_heads, geometry.head_dim, geometry.n_heads // geometry.n_kv_heads
-    studies = [Study(geometry.n_layers * K, 4000, D, folder=None) for _ in range(2)]
+    studies = [SampleStore(geometry.n_layers * K, 4000, D, folder=None) for _ in range(2)]
     splits = ("train", "train", "held_out", "train")
     batch = [Conversation(toys.random_tokens(5 + i % 3, seed=i), split=split) for i, split in enumerate(splits)]
-    dialogue.converse(model, context, batch, stop={3}, max_tokens=20, temperature=1.0, key=mx.random.key(0))
+    self_study.sample_answers(model, context, batch, stop={3}, max_tokens=20, temperature=1.0, key=mx.random.key(0))
     kept = {"train": studies[0], "held_out": studies[1]}
-    capture.hear(model, context, batch, kept, n_heads=geometry.n_heads)
+    capture.replay(model, context, batch, kept, n_heads=geometry.n_heads)
     # the last token of an answer is kept but never fed, so nothing is captured for it
     expected = [
         sum(len(c.prompt) + len(c.answer) - 1 for c in batch if c.split == split) * G for split in ("train", "held_out")
@@ -255,9 +258,9 @@ def test_answers_sampled_in_a_batch_follow_the_full_model(tokenizer):
     """At a temperature near zero, batched sampling is greedy decoding of prefix + prompt."""
     model = toys.toy("llama")
     prefix = toys.random_tokens(40)
-    context = reading.read(model, prefix, adapter.route(model))
+    context = prefill.read_text(model, prefix, attention_patch.route(model))
     batch = [Conversation(toys.random_tokens(4 + 3 * i, seed=i)) for i in range(3)]
-    dialogue.converse(model, context, batch, stop=set(), max_tokens=6, temperature=1e-4, key=mx.random.key(0))
+    self_study.sample_answers(model, context, batch, stop=set(), max_tokens=6, temperature=1e-4, key=mx.random.key(0))
     for conversation in batch:
         tokens = prefix + conversation.prompt
         for token in conversation.answer:
@@ -268,7 +271,7 @@ def test_answers_sampled_in_a_batch_follow_the_full_model(tokenizer):
 
 def test_sampling_follows_the_distribution():
     logits = mx.array([[0.0, 1.0, 2.0, -50.0]] * 4000)
-    drawn = np.bincount(np.array(dialogue.sample(logits, temperature=0.5, key=mx.random.key(0))), minlength=4) / 4000
+    drawn = np.bincount(np.array(self_study.sample(logits, temperature=0.5, key=mx.random.key(0))), minlength=4) / 4000
     truth = np.exp([0.0, 2.0, 4.0, -100.0]) / np.exp([0.0, 2.0, 4.0, -100.0]).sum()
     np.testing.assert_allclose(drawn, truth, atol=0.03)
 

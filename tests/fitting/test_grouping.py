@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from nectar_mlx.fitting.grouping import groups
+from nectar_mlx.fitting.solve.grouping import groups
 
 
 def cost(found, sizes, launch):

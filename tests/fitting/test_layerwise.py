@@ -8,16 +8,18 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from nectar_mlx import NectarError, adapter, fit, models, prompts, store
-from nectar_mlx.cache import NectarCache
-from nectar_mlx.fitting import capture, dialogue, layerwise, part, pipeline, reading, walk
+from nectar_mlx import NectarError, fit, models, store
+from nectar_mlx.fitting import fitted_chunk, layers, layerwise, pipeline, prefill
 from nectar_mlx.fitting.checkpoint import Checkpoint
 from nectar_mlx.fitting.config import FitConfig
-from nectar_mlx.fitting.dialogue import Conversation
+from nectar_mlx.fitting.fitted_chunk import FittedChunk
 from nectar_mlx.fitting.fitter import Fitter, silent
+from nectar_mlx.fitting.layers import LayerRunner
 from nectar_mlx.fitting.layerwise import LayerwiseFitter
-from nectar_mlx.fitting.part import Part
-from nectar_mlx.fitting.walk import Walk
+from nectar_mlx.fitting.samples import capture, self_study
+from nectar_mlx.fitting.samples.self_study import Conversation
+from nectar_mlx.mlxlm import attention_patch, prompts
+from nectar_mlx.mlxlm.cache import NectarCache
 from tests import toys
 from tests.fitting.test_fit import FAST, TEXT
 
@@ -32,7 +34,7 @@ def tokenizer():
 
 def fitter(model, tokenizer, **options):
     config = FitConfig(**SMALL | options)
-    geometry = adapter.route(model)
+    geometry = attention_patch.route(model)
     prefix = prompts.prefix(tokenizer, TEXT, max_tokens=config.context_tokens)
     return LayerwiseFitter(model, tokenizer, prefix, geometry, config, progress=silent, checkpoint=Checkpoint(None))
 
@@ -40,7 +42,7 @@ def fitter(model, tokenizer, **options):
 @pytest.mark.parametrize("architecture", EVERY)
 def test_layers_one_by_one_are_the_model(architecture):
     model = toys.toy(architecture)
-    by_layer = Walk(model, adapter.route(model))
+    by_layer = LayerRunner(model, attention_patch.route(model))
     tokens = mx.array([toys.random_tokens(40), toys.random_tokens(40, seed=1)])
     hidden = by_layer.embed(tokens)
     for layer in range(len(model.layers)):
@@ -50,10 +52,10 @@ def test_layers_one_by_one_are_the_model(architecture):
 
 def test_a_model_that_does_more_than_call_its_layers_is_named(monkeypatch):
     model = toys.toy("llama")
-    geometry = adapter.route(model)
+    geometry = attention_patch.route(model)
     plain = type(model.model).__call__
     monkeypatch.setattr(type(model.model), "__call__", lambda self, *a, **k: 2 * plain(self, *a, **k) + 1)
-    Walk(model, geometry)  # what follows the layers is the model's own
+    LayerRunner(model, geometry)  # what follows the layers is the model's own
     layer = type(model.layers[0])
     inside, calls = layer.__call__, []
 
@@ -63,7 +65,7 @@ def test_a_model_that_does_more_than_call_its_layers_is_named(monkeypatch):
 
     monkeypatch.setattr(layer, "__call__", counting)
     with pytest.raises(NectarError, match="llama models cannot be fitted layer by layer"):
-        Walk(model, geometry)
+        LayerRunner(model, geometry)
 
 
 @pytest.mark.parametrize("architecture", EVERY)
@@ -79,7 +81,7 @@ def test_what_a_layer_hears_is_what_the_full_cache_would_see(tokenizer, architec
         )
         for i in range(layerwise._TOGETHER + 3)
     ]
-    context = reading.read(model, ours.prefix, ours.geometry)
+    context = prefill.read_text(model, ours.prefix, ours.geometry)
     K, G = ours.geometry.n_kv_heads, ours.geometry.n_heads // ours.geometry.n_kv_heads
     expected = heard(model, context, ours.conversations)
     seen = 0
@@ -104,10 +106,10 @@ def test_what_a_layer_hears_is_what_the_full_cache_would_see(tokenizer, architec
 def test_both_ways_hear_the_same_of_a_chunk(tokenizer, architecture):
     """Heads that do not stand for the opening: its share of the attention is counted to the live tokens."""
     model = toys.toy(architecture)
-    geometry, opening = adapter.route(model), 20
+    geometry, opening = attention_patch.route(model), 20
     told = {"progress": silent, "checkpoint": Checkpoint(None), "skip": opening}
     prefix, config = toys.random_tokens(90), FitConfig(**SMALL | {"queries": 4000})
-    context, K = reading.read(model, prefix, geometry), geometry.n_kv_heads
+    context, K = prefill.read_text(model, prefix, geometry), geometry.n_kv_heads
     by_layer = LayerwiseFitter(model, tokenizer, prefix, geometry, config, **told)
     at_once = Fitter(model, tokenizer, context, geometry, config, **told)
     at_once.conversations = by_layer.conversations = [
@@ -138,11 +140,11 @@ def heard(model, context, conversations):
     found = [{"train": [], "held_out": []} for _ in context.banks]
     for conversation in conversations:
         caches = [
-            capture.StudyCache(c.bank, c.context) if isinstance(c, NectarCache) else c for c in context.make_cache()
+            capture.CaptureCache(c.bank, c.context) if isinstance(c, NectarCache) else c for c in context.make_cache()
         ]
         fed = (conversation.prompt + conversation.answer)[:-1]
         mx.eval(model(mx.array([fed]), cache=caches))
-        studied = [c for c in caches if isinstance(c, capture.StudyCache)]
+        studied = [c for c in caches if isinstance(c, capture.CaptureCache)]
         for layer, cache in enumerate(studied):
             found[layer][conversation.split].append(cache.take(np.ones((1, len(fed)), bool)).queries)
     return [{split: mx.concatenate(x, axis=1) for split, x in layer.items()} for layer in found]
@@ -175,16 +177,16 @@ def test_what_is_reported_is_the_divergence_from_the_full_cache(tokenizer):
     ours.converse()
     for _ in ours.layers():
         pass
-    full = reading.read(model, ours.prefix, ours.geometry)
-    told = Part(layers=[], errors=[], rows=0, windows={}, answers=ours.answers)
+    full = prefill.read_text(model, ours.prefix, ours.geometry)
+    told = FittedChunk(layers=[], errors=[], rows=0, windows={}, answers=ours.answers)
     for answer in told.answers:
-        by_model = part.heard(Walk(model, ours.geometry), full, answer.conversation)
+        by_model = fitted_chunk.heard(LayerRunner(model, ours.geometry), full, answer.conversation)
         np.testing.assert_allclose(answer.hidden, by_model.hidden, atol=1e-3)
-    head = reading.read(model, ours.prefix[:20], ours.geometry)
+    head = prefill.read_text(model, ours.prefix[:20], ours.geometry)
     held_out = [answer.conversation for answer in told.answers]
     assert held_out == [c for c in ours.conversations if c.split == "check" and c.answer]
     other = fidelity.compare(model, full.make_cache, {"head": head.make_cache}, held_out)["head"]
-    figures = told.fidelity(Walk(model, ours.geometry), full.make_cache, head.make_cache)
+    figures = told.fidelity(LayerRunner(model, ours.geometry), full.make_cache, head.make_cache)
     assert (figures["kl"], figures["agree"], figures["gap_closed"]) == (0.0, 1.0, 1.0)
     assert figures["kl_no_context"] == pytest.approx(other.kl.mean(), abs=2e-5)
 
@@ -217,7 +219,7 @@ def test_passages_and_their_conversations_take_no_more_than_a_layer_does(tokeniz
 def test_no_phase_takes_more_memory_than_fitting_a_layer():
     """The demo model and 6,000 tokens: 1.5 of a layer's keys and values, 3 of the hidden states, a layer's rows."""
     model, tokenizer = models.load(models.DEMO)
-    geometry = adapter.route(model)
+    geometry = attention_patch.route(model)
     prefix = prompts.prefix(tokenizer, " ".join(topics.values()), max_tokens=6000)
     mx.clear_cache()
     before, peaks = mx.get_active_memory(), dict[str, float]()
@@ -228,11 +230,11 @@ def test_no_phase_takes_more_memory_than_fitting_a_layer():
         yield lambda done: None
         peaks[phase] = (mx.get_peak_memory() - before) / 1e6
 
-    config = FitConfig(steps=2, scout_steps=2, answer_tokens=40, queries=20_000)
+    config = FitConfig(steps=2, trial_steps=2, answer_tokens=40, queries=20_000)
     ours = LayerwiseFitter(model, tokenizer, prefix, geometry, config, progress=measured, checkpoint=Checkpoint(None))
     with measured("sampling", 0):
         ours.conversations = []
-        ours.conversations = ours._ask_batch(dialogue.asked, 0.9, lambda rows: None)
+        ours.conversations = ours._ask_batch(self_study.training_conversations, 0.9, lambda rows: None)
     ours.plan(0.02 * geometry.cache_bytes(len(prefix)), 0.02)
     ours.conversations = [
         Conversation(prefix[i : i + 60], prefix[i + 3000 : i + 3096], split="held_out" if i % 500 == 0 else "train")
@@ -292,7 +294,7 @@ def test_an_interrupted_fit_goes_on(tokenizer, tmp_path, monkeypatch):
 
 def test_it_is_chosen_where_the_cache_would_not_fit(tokenizer, monkeypatch):
     model = toys.toy("llama")
-    geometry = adapter.route(model)
+    geometry = attention_patch.route(model)
     needs = pipeline._needs_layers
     bytes_of = 2 * geometry.cache_bytes(1000)  # float32
     assert needs(model, geometry, FitConfig(memory=bytes_of - 1), 1000)
@@ -320,7 +322,7 @@ def test_the_command(tokenizer, tmp_path, capsys):
 def test_walking_leaves_the_model_as_it_was():
     model = toys.toy("qwen2")
     before = type(model.layers[0]).__call__
-    walked = Walk(model, adapter.route(model))
-    with pytest.raises(RuntimeError), walked._standing_in(lambda *a, **k: None):
+    walked = LayerRunner(model, attention_patch.route(model))
+    with pytest.raises(RuntimeError), walked.patched_layers(lambda *a, **k: None):
         raise RuntimeError
-    assert type(model.layers[0]).__call__ is before and walk.Walk is Walk
+    assert type(model.layers[0]).__call__ is before and layers.LayerRunner is LayerRunner

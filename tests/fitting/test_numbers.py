@@ -4,13 +4,16 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from nectar_mlx import NectarError, adapter, attention, store
-from nectar_mlx.cache import NectarCache
-from nectar_mlx.fitting import finite, matching, reading
+from nectar_mlx import NectarError, store
+from nectar_mlx.core import attention
+from nectar_mlx.fitting import finite, prefill
 from nectar_mlx.fitting.config import FitConfig
 from nectar_mlx.fitting.fitter import Fitter
-from nectar_mlx.fitting.study import Captured
+from nectar_mlx.fitting.samples.sample_store import Samples
+from nectar_mlx.fitting.solve import attention_matching
 from nectar_mlx.heads import Exact
+from nectar_mlx.mlxlm import attention_patch
+from nectar_mlx.mlxlm.cache import NectarCache
 from tests import toys
 
 TEXT = " ".join(f"The brig number {i} left with {i * 37 % 91} casks, and the sly fox saw it." for i in range(24))
@@ -18,7 +21,7 @@ FAST = {
     "queries": 500,
     "conversations": 8,
     "steps": 40,
-    "scout_steps": 5,
+    "trial_steps": 5,
     "answer_tokens": 12,
     "checks": 4,
     "batch": 128,
@@ -101,8 +104,8 @@ def test_merging_is_the_same_relative_to_an_offset():
 
 
 def test_weights_never_exceed_one_where_the_normaliser_came_out_lower():
-    rows = Captured(mx.full((1, 3, D), 30.0), *[mx.zeros((1, 3, D))] * 2, mx.full((1, 3), 4_000.0), mx.zeros((1, 3)))
-    weights = matching.attention_weights(rows, mx.full((1, 2, D), 30.0), scale=SCALE)
+    rows = Samples(mx.full((1, 3, D), 30.0), *[mx.zeros((1, 3, D))] * 2, mx.full((1, 3), 4_000.0), mx.zeros((1, 3)))
+    weights = attention_matching.attention_weights(rows, mx.full((1, 2, D), 30.0), scale=SCALE)
     assert weights.max() == 1.0
 
 
@@ -202,7 +205,7 @@ def test_a_weight_that_is_not_finite_is_named(tokenizer, value):
 
 
 def test_a_captured_number_that_is_not_finite_is_named():
-    geometry = adapter.route(toys.toy("gemma3_text"))  # its third layer alone has full attention
+    geometry = attention_patch.route(toys.toy("gemma3_text"))  # its third layer alone has full attention
     with pytest.raises(NectarError, match=r"capturing attention: layer 2, KV head 1 is not finite"):
         finite.check_heads("capturing attention", {1}, geometry)
     assert finite.not_finite([mx.zeros((3, 2)), mx.array([[0.0], [np.nan], [0.0]])]) == [1]
@@ -239,8 +242,8 @@ def test_bfloat16_windows_and_offsets_are_read_back(tmp_path):
 
 def test_offsets_are_means_and_keys_relative_to_them(tokenizer):
     model = large_scores(2e4)
-    context = reading.read(model, toys.random_tokens(80), adapter.route(model))
+    context = prefill.read_text(model, toys.random_tokens(80), attention_patch.route(model))
     bank = context.banks[0]
     assert mx.abs(bank.offset).max() > 50 and mx.abs(bank.parameters["keys"].mean(1)).max() < 1
-    fitter = Fitter(model, tokenizer, context, adapter.route(model), FitConfig(**FAST))
+    fitter = Fitter(model, tokenizer, context, attention_patch.route(model), FitConfig(**FAST))
     assert fitter.banks[0].offset is not None

@@ -2,8 +2,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from nectar_mlx.fitting import regression, starts
-from nectar_mlx.fitting.study import Captured
+from nectar_mlx.fitting.samples.sample_store import Samples
+from nectar_mlx.fitting.solve import initial, regression
 from nectar_mlx.heads import Quadrature
 from nectar_mlx.store import Layout
 from tests.oracle import attention as oracle
@@ -16,7 +16,7 @@ def rows():
     rng = np.random.default_rng(0)
     q, live = rng.normal(size=(M, N, D)) * [[[1.5]], [[0.5]]] + 0.3, rng.normal(size=(M, N, D))
     output, log_normalizer = oracle(q, rng.normal(size=(M, S, D)), rng.normal(size=(M, S, D)), scale=0.25)
-    return Captured(*(mx.array(x.astype(np.float32)) for x in (q, output, live, log_normalizer, log_normalizer - 1)))
+    return Samples(*(mx.array(x.astype(np.float32)) for x in (q, output, live, log_normalizer, log_normalizer - 1)))
 
 
 def layout(kind):
@@ -51,7 +51,7 @@ def test_the_merged_error_is_that_of_the_merged_output(rows, monkeypatch):
     [("quadrature", [(6,), (9,)]), ("corrected", [(6, 4), (6, 6)]), ("mlp", [(16, 2, 32, 2), (24, 2, 32, 2)])],
 )
 def test_training_lowers_the_error(rows, kind, sizes):
-    start = starts.start(
+    start = initial.start(
         layout(kind), nodes(6) if kind != "quadrature" else [nodes(6)[0], nodes(9)[1]], sizes, rows, seed=0
     )
     before = type(start.bank)(parameters=start.fold(start.parameters), sizes=start.bank.sizes, scale=0.25)
@@ -63,13 +63,13 @@ def test_training_lowers_the_error(rows, kind, sizes):
 def test_training_is_deterministic(rows):
     runs = []
     for _ in range(2):
-        start = starts.start(layout("mlp"), [], [(16, 2, 32, 2)] * M, rows, seed=3)
+        start = initial.start(layout("mlp"), [], [(16, 2, 32, 2)] * M, rows, seed=3)
         runs.append(regression.train(start, rows, steps=5, batch=100, rate=6e-3).parameters)
     assert all(mx.array_equal(runs[0][n], runs[1][n]) for n in runs[0])
 
 
 def test_a_network_before_training_returns_the_mean(rows):
-    start = starts.start(layout("mlp"), [], [(16, 2, 32, 2)] * M, rows, seed=0)
+    start = initial.start(layout("mlp"), [], [(16, 2, 32, 2)] * M, rows, seed=0)
     silent = start.fold(
         start.parameters | {f"{p}.w_out": 0 * start.parameters[f"{p}.w_out"] for p in ("target", "score")}
     )
@@ -79,7 +79,7 @@ def test_a_network_before_training_returns_the_mean(rows):
 
 
 def test_folding_is_the_standardised_network(rows):
-    start = starts.start(layout("mlp"), [], [(16, 1 + 1, 32, 2)] * M, rows, seed=0)
+    start = initial.start(layout("mlp"), [], [(16, 1 + 1, 32, 2)] * M, rows, seed=0)
     q = np.array(rows.queries, np.float64)
     x = (q - q.mean(1, keepdims=True)) / (q.std(1, keepdims=True) + 1e-4)
     plain = start.bank.apply(start.parameters, mx.array(x.astype(np.float32)))
@@ -94,8 +94,8 @@ def test_sizes_are_the_largest_that_the_bytes_buy(kind):
     from nectar_mlx import store
 
     for nbytes in (600, 5_000, 50_000):
-        size = starts.size_for(layout(kind), nbytes, most=10_000)
-        smallest = starts.size_for(layout(kind), 0, most=10_000)
+        size = initial.size_for(layout(kind), nbytes, most=10_000)
+        smallest = initial.size_for(layout(kind), 0, most=10_000)
         assert store.head_bytes(layout(kind), size) <= nbytes or size == smallest
-        larger = starts._FAMILIES[kind](size[0] + 8)
+        larger = initial._FAMILIES[kind](size[0] + 8)
         assert store.head_bytes(layout(kind), larger) > nbytes

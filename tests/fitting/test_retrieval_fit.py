@@ -6,25 +6,27 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from nectar_mlx import Nectar, NectarError, adapter, ask, evaluate, fit, prompts
-from nectar_mlx.attention import Partial, merge
-from nectar_mlx.fitting import reading, regression
+from nectar_mlx import Nectar, NectarError, ask, evaluate, fit
+from nectar_mlx.core.attention import Partial, merge
+from nectar_mlx.fitting import prefill
 from nectar_mlx.fitting.config import FitConfig
-from nectar_mlx.fitting.retrieval import distillation, training
-from nectar_mlx.fitting.retrieval import fitter as retrieval_fitter
-from nectar_mlx.fitting.retrieval.fitter import RetrievalFitter
-from nectar_mlx.fitting.study import Captured
-from nectar_mlx.heads import Completion, Remainder, Retrieval
+from nectar_mlx.fitting.hybrid import distillation, training
+from nectar_mlx.fitting.hybrid import fitter as retrieval_fitter
+from nectar_mlx.fitting.hybrid.fitter import RetrievalFitter
+from nectar_mlx.fitting.samples.sample_store import Samples
+from nectar_mlx.fitting.solve import regression
+from nectar_mlx.heads import Completion, Retrieval, ThresholdedNodes
 from nectar_mlx.heads.completion import key_features
-from nectar_mlx.heads.residual import ANCHORS, EVERYTHING, SINKS, TAIL, anchor_positions, middle
-from nectar_mlx.retrieval import beside, sketch
+from nectar_mlx.heads.hybrid import ANCHORS, EVERYTHING, SINKS, TAIL, anchor_positions, middle
+from nectar_mlx.mlxlm import attention_patch, prompts
+from nectar_mlx.retrieval import kv_path, sketch
 from tests import oracle, toys
 
 M, N, n, D, SCALE = 2, 40, 90, 16, 0.4
 TEXT = " ".join(f"The {a} dog sees fox number {i}, and the {b} fox runs." for i, (a, b) in enumerate(
     (a, b) for a in ("quick", "lazy", "brown", "old") for b in ("red", "sly", "young", "tired")
 ))  # fmt: skip
-FAST = {"queries": 500, "conversations": 8, "steps": 40, "scout_steps": 5, "answer_tokens": 16, "batch": 128,
+FAST = {"queries": 500, "conversations": 8, "steps": 40, "trial_steps": 5, "answer_tokens": 16, "batch": 128,
         "checks": 2, "samples": 300, "budget": 0.3}  # fmt: skip
 
 
@@ -34,7 +36,7 @@ def random(*shape, seed=0):
 
 @pytest.fixture(scope="module")
 def rows():
-    """Captured rows over random keys and values, exact attention computed in float64."""
+    """Samples rows over random keys and values, exact attention computed in float64."""
     queries, keys, values = random(M, N, D, seed=1), random(M, n, D, seed=2), random(M, n, D, seed=3)
     scores = SCALE * np.array(queries, dtype=np.float64) @ np.array(keys, dtype=np.float64).swapaxes(1, 2)
     weights = np.exp(scores)
@@ -42,7 +44,7 @@ def rows():
     whole = (output, np.log(weights.sum(-1)))
     output, log = (mx.array(x.astype(np.float32)) for x in whole)
     live = random(M, N, D, seed=4), random(M, N, seed=5)
-    return Captured(queries, output, live[0], log, live[1]), keys, values, weights
+    return Samples(queries, output, live[0], log, live[1]), keys, values, weights
 
 
 @pytest.mark.parametrize("unread", [0.0, 0.25, 1.0])
@@ -89,7 +91,7 @@ def test_fewer_keys_may_stand_for_all(rows):
     """Doubled keys weigh as much as every key twice."""
     captured, keys, values, _ = rows
     inside = middle(n)
-    part = Captured(*(x[:1] for x in captured))
+    part = Samples(*(x[:1] for x in captured))
     once = training.split(
         part,
         keys[:1],
@@ -110,7 +112,7 @@ def test_fewer_keys_may_stand_for_all(rows):
 
 
 def test_clusters_are_a_feature_map_that_knows_its_keys():
-    """Keys in tight clusters: the start already stands for the kernel."""
+    """KeyFile in tight clusters: the start already stands for the kernel."""
     rng = np.random.default_rng(0)
     centres = 2 * rng.normal(size=(5, D))
     keys = (centres[rng.integers(0, 5, 200)] + 0.02 * rng.normal(size=(200, D))).astype(np.float32)
@@ -140,7 +142,9 @@ def test_kinds(fitted):
     errors = {}
     for kind, nectar in nectars.items():
         assert nectar.nbytes <= 0.3 * nectar.cache_nbytes and nectar.report["kl"] >= 0
-        assert isinstance(nectar.banks[0], {"retrieval": Retrieval, "completion": Completion}.get(kind, Remainder))
+        assert isinstance(
+            nectar.banks[0], {"retrieval": Retrieval, "completion": Completion}.get(kind, ThresholdedNodes)
+        )
         tokens = nectar.prompt(tokenizer, "Who runs?")
         full = model(mx.array([nectar.prefix + tokens]))[:, len(nectar.prefix) :]
         for share in (0, 0.05, 0.3, 1):
@@ -185,7 +189,7 @@ def test_from_text_to_sources_and_evaluation(tmp_path, capsys, monkeypatch):
     options = ["--queries", "300", "--steps", "5", "--budget", "0.3", "--kind", "retrieval+nectar", "--json"]
     assert fit.main(["--model", str(folder), "--context", "book.txt", *options]) == 0
     assert json.loads(capsys.readouterr().out)["kl"] >= 0
-    assert beside("book.nectar").is_file()
+    assert kv_path("book.nectar").is_file()
     assert ask.main(["book.nectar", "Who?", "--json", "--exact", "0.2", "--max-tokens", "4"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert all(TEXT[s["start"] : s["end"]] == s["text"] for s in told["sources"]) and told["sources"]
@@ -217,8 +221,8 @@ def test_from_text_to_sources_and_evaluation(tmp_path, capsys, monkeypatch):
 def heard():
     """A fitter of the toy that has heard its conversations."""
     tokenizer, model = toys.tokenizer(), toys.toy("llama")
-    geometry = adapter.route(model)
-    context = reading.read(model, prompts.prefix(tokenizer, TEXT), geometry)
+    geometry = attention_patch.route(model)
+    context = prefill.read_text(model, prompts.prefix(tokenizer, TEXT), geometry)
     fitter = RetrievalFitter(model, tokenizer, context, geometry, FitConfig(**FAST, kind="retrieval+nectar"))
     fitter.converse()
     fitter.hear()
@@ -247,10 +251,10 @@ def test_bytes_go_by_the_errors_where_keys_are_read(heard):
     bank = heard.train(heard.start([0, 1], [(6,), (6,)], rows), rows, 1)
     metric = mx.stack([mx.eye(heard.geometry.head_dim)] * 2)
     beside, alone = (
-        regression.errors(bank, Captured(*(x[:, mx.array(np.flatnonzero(which))] for x in rows)), metric=metric)
+        regression.errors(bank, Samples(*(x[:, mx.array(np.flatnonzero(which))] for x in rows)), metric=metric)
         for which in (~unread, unread)
     )
     found = heard.judged(bank, rows, metric)
     np.testing.assert_allclose(found, np.array(beside) + 0.02 * np.array(alone), rtol=1e-4)
-    read = Captured(*(x[:, mx.array(np.flatnonzero(~unread))] for x in rows))
+    read = Samples(*(x[:, mx.array(np.flatnonzero(~unread))] for x in rows))
     np.testing.assert_allclose(heard.judged(bank, read, metric), np.array(beside), rtol=1e-4)

@@ -4,9 +4,9 @@ import mlx.core as mx
 import numpy as np
 
 from nectar_mlx import kernels
+from nectar_mlx.core.quantize import dequantize, quantize
 from nectar_mlx.heads import Corrected, Quadrature, TargetScore
 from nectar_mlx.kernels.packing import DTYPES, pack
-from nectar_mlx.quantize import dequantize, quantize
 
 BACKEND = "cuda" if mx.cuda.is_available() else "metal"
 # What is stored in 16 bits is exact here; of deep networks the hidden layers round to it.

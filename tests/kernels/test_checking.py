@@ -8,11 +8,12 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from nectar_mlx import attention, kernels
-from nectar_mlx.cache import NectarCache
+from nectar_mlx import kernels
+from nectar_mlx.core import attention
 from nectar_mlx.kernels import checking
 from nectar_mlx.kernels.packing import DTYPES, Form
 from nectar_mlx.kernels.variants import variant_for
+from nectar_mlx.mlxlm.cache import NectarCache
 from tests.kernels.cases import BANKS, SIZES, TOLERANCE, Case
 from tests.metal import harness
 

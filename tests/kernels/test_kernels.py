@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from nectar_mlx import kernels
-from nectar_mlx.cache import NectarCache
+from nectar_mlx.core.quantize import quantize
 from nectar_mlx.errors import NectarError
 from nectar_mlx.heads import Corrected, Exact, Quadrature
 from nectar_mlx.kernels import variants
 from nectar_mlx.kernels.packing import DTYPES, Form, pack
-from nectar_mlx.quantize import quantize
+from nectar_mlx.mlxlm.cache import NectarCache
 from tests.kernels.cases import BANKS, SIZES, TOLERANCE, Case, make_heads, reference, softmax_part
 from tests.metal import harness
 from tests.metal.harness import KernelError
@@ -290,7 +290,7 @@ OFFSETS = [
 
 @pytest.mark.parametrize("options", OFFSETS, ids=name)
 def test_scores_that_have_20_000_in_common(simulate, options):
-    """Keys relative to an offset, in half precision, against float64; a kernel that ignored it would be far off."""
+    """KeyFile relative to an offset, in half precision, against float64; a kernel that ignored it would be far off."""
     simulate(schedule="random")
     case = Case(sizes=SIZES[options["kind"]], common=20_000.0, **options)
     scores = case.scale * case.queries[0, 0].astype(mx.float32) @ case.keys[0, 0].astype(mx.float32).T

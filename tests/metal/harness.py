@@ -250,7 +250,7 @@ class Simulator:
             elif (x := next(named, None)) is not None:
                 # A kernel that is not told strides asks MLX for rows that lie side by side.
                 data, strides = strided_bytes(x if f"{name}_strides" in names else mx.contiguous(x))
-                buffers.append((2 if name == "tickets" else 0, data))
+                buffers.append((2 if name == "arrival_counters" else 0, data))
             else:
                 shape, dtype = next(outputs)
                 buffers.append((1, int(np.prod(shape)) * dtype.size))

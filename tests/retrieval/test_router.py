@@ -4,7 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from nectar_mlx.heads.residual import ANCHORS, middle
+from nectar_mlx.heads.hybrid import ANCHORS, middle
 from nectar_mlx.retrieval import sketch
 from nectar_mlx.retrieval.router import Router
 from nectar_mlx.retrieval.selection import Choice, best, log_sum
@@ -14,7 +14,7 @@ K, G, N, D, SCALE = 2, 3, 20, 16, 0.3
 
 
 class Text:
-    """Keys of n tokens in clusters [K, n, D], queries that lie in few directions [K, N, G, D], and both routers.
+    """KeyFile of n tokens in clusters [K, n, D], queries that lie in few directions [K, N, G, D], and both routers.
 
     whole: heads that are searched whole; None leaves it to `build`.
     """

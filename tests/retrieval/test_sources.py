@@ -7,7 +7,8 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from nectar_mlx import ask, chat, prompts, serve
+from nectar_mlx import ask, chat, serve
+from nectar_mlx.mlxlm import prompts
 from nectar_mlx.retrieval import sources
 from tests import toys
 from tests.retrieval.test_keys import Book

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from nectar_mlx import kernels
-from nectar_mlx.attention import Partial
+from nectar_mlx.core.attention import Partial
 from nectar_mlx.sparse import Fixed, Strided, kernel, sparse_attention
 from tests.metal import harness
 from tests.metal.harness import KernelError, Simulator

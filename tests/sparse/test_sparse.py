@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from nectar_mlx import NectarError, sparse
-from nectar_mlx.attention import Partial, causal
+from nectar_mlx.core.attention import Partial, causal
 from nectar_mlx.sparse import Fixed, Pattern, Strided, blocks, sparse_attention
 
 COMBINE = ["merged", "interleaved", "heads"]

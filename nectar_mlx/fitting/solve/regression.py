@@ -1,0 +1,140 @@
+"""The regression: head functions trained on what attention saw.
+
+Loss of a head, with g = σ(L - L_live) the share of the context in the merged output:
+
+    |merged(o, L) - merged(exact)|² / Var o  +  0.1 · (|o - o_exact|² / Var o + (L - L_exact)² / Var L)
+
+The merged term is what the model notices; the plain terms keep o and L apart from each other well scaled.
+"""
+
+from collections.abc import Callable
+from copy import copy
+from typing import NamedTuple
+
+import mlx.core as mx
+
+from ...core.attention import Partial
+from ...core.device import COMPILE, SLOW_EXP, sigmoid
+from ...heads import Bank, HeadArrays
+from ..samples.sample_store import Samples
+from . import optimizers
+from .initial import Init
+
+_PLAIN = 0.1
+_ROOM = 1 << 20 if SLOW_EXP else 1 << 28  # scores held at a time where errors are counted
+
+
+class Scales(NamedTuple):
+    """Per head [M]: variance of the output's entries and of the log-normaliser over the captured rows."""
+
+    output: mx.array
+    log_normalizer: mx.array
+
+
+class Held(NamedTuple):
+    """Entries of some parameters that stay as they are: `where` (bool, broadcastable) they have these `values`."""
+
+    where: HeadArrays
+    values: HeadArrays
+
+    def over(self, parameters: HeadArrays) -> HeadArrays:
+        return parameters | {n: mx.where(w, self.values[n], parameters[n]) for n, w in self.where.items()}
+
+
+def scales(rows: Samples) -> Scales:
+    spread = []
+    for head in rows.output:  # one by one: in float32 they would take twice the memory
+        spread.append(head.astype(mx.float32).var(0).mean())
+        mx.eval(spread[-1])
+    return Scales(mx.stack(spread) + 1e-8, rows.log_normalizer.var(1) + 1e-6)
+
+
+_NOTHING = Held({}, {})
+
+
+def merged_error(part: Partial, rows: Samples, metric: mx.array) -> mx.array:
+    """Mean of |Δ · metric|² over the rows, Δ the error of the merged output [M, N, D], metric [M, D, D] -> [M]."""
+    gate = sigmoid(part.log_normalizer - rows.live_log_normalizer)[..., None]
+    exact = sigmoid(rows.log_normalizer - rows.live_log_normalizer)[..., None]
+    live = rows.live_output.astype(mx.float32)
+    error = gate * (part.output - live) - exact * (rows.output.astype(mx.float32) - live)
+    return mx.square(error @ metric).sum(-1).mean(1)
+
+
+def relative(scale: Scales, head_dim: int) -> mx.array:
+    """The metric in which the error of an output is its share of the output's variance, [M, D, D]."""
+    return mx.eye(head_dim) / mx.sqrt(head_dim * scale.output)[:, None, None]
+
+
+def plain_error(part: Partial, rows: Samples, scale: Scales) -> mx.array:
+    output = mx.square(part.output - rows.output.astype(mx.float32)).mean((1, 2)) / scale.output
+    return output + mx.square(part.log_normalizer - rows.log_normalizer).mean(1) / scale.log_normalizer
+
+
+def train(
+    start: Init,
+    rows: Samples,
+    *,
+    steps: int,
+    batch: int,
+    rate: float,
+    muon_rate: float = 0.02,
+    first: int = 0,
+    held: Held = _NOTHING,
+    progress: Callable[[int], None] = lambda step: None,
+) -> Bank:
+    """The trained bank. rows: of its M heads, shuffled; batches are consecutive slices.
+
+    first: which slice to start with. held: what of the parameters is not trained.
+    """
+    bank, norm = start.bank, scales(rows)
+    metric = relative(norm, bank.head_dim)
+    count = rows.queries.shape[1]
+    batch = min(batch, count)
+
+    def loss(parameters: HeadArrays, part: Samples) -> mx.array:
+        estimate = bank.apply(start.fold(parameters), part.queries)
+        return (merged_error(estimate, part, metric) + _PLAIN * plain_error(estimate, part, norm)).sum()
+
+    def step(
+        parameters: HeadArrays, state: optimizers.State, part: Samples, factor: mx.array
+    ) -> tuple[HeadArrays, optimizers.State]:
+        gradients = mx.grad(loss)(parameters, part)
+        following, state = optimizers.update(
+            parameters,
+            gradients,
+            state,
+            rate=rate * factor,
+            muon_rate=muon_rate * factor,
+            muon=start.muon,
+            units=start.units,
+        )
+        return held.over(following), state
+
+    run = mx.compile(step) if COMPILE else step
+    parameters, state = held.over(start.parameters), optimizers.start(start.parameters)
+    starts = range(0, count - batch + 1, batch)
+    for i in range(steps):
+        at = starts[(first + i) % len(starts)]
+        part = Samples(*(mx.contiguous(x[:, at : at + batch]) for x in rows))
+        following, state = run(parameters, state, part, mx.array(optimizers.schedule(i, steps)))
+        mx.async_eval(following, state)
+        mx.eval(parameters)  # of the step before: one step runs while the next one is built
+        parameters = following
+        progress(i + 1)
+    trained = copy(bank)  # with what a kind keeps besides
+    trained.parameters = start.fold(parameters)
+    return trained
+
+
+def errors(bank: Bank, rows: Samples, *, metric: mx.array | None = None) -> mx.array:
+    """The merged error of each head over all rows, [M]; metric [M, D, D]: as for `merged_error`, default `relative`."""
+    measure, count = relative(scales(rows), bank.head_dim) if metric is None else metric, int(rows.queries.shape[1])
+    widest = max(bank.head_dim, *(size[0] for size in bank.sizes))
+    chunk = min(4096, max(1, _ROOM // (len(bank.sizes) * widest)))
+    total = mx.zeros(len(bank.sizes))
+    for start in range(0, count, chunk):
+        part = Samples(*(x[:, start : start + chunk] for x in rows))
+        total = total + merged_error(bank(part.queries), part, measure) * part.queries.shape[1]
+        mx.eval(total)
+    return total / count
