@@ -209,8 +209,8 @@ def test_questions_from_a_file(model, prefix, tmp_path):
 
 
 @pytest.mark.parametrize("together", [1, 2])
-def test_the_likeliest_choice_is_the_answer(model, prefix, tmp_path, monkeypatch, together):
-    monkeypatch.setattr(answers, "_WEIGHED", together)
+def test_the_likeliest_choice_is_the_answer(model, prefix, tmp_path, set_device, together):
+    set_device(choices_batch=together)
     task = make_task(model, prefix)
     own = tmp_path / "questions.jsonl"
     choices = ["She carried 299 casks.", "She carried 300 casks.", "She carried 17 casks of tar and salt."]

@@ -14,7 +14,7 @@ import pytest
 from nectar_mlx import push
 from tests import toys
 from tests.models.test_hub import Handler, Hub
-from tests.retrieval.test_keys import Book as Kept
+from tests.store.test_kv_file import Book as Kept
 
 
 class Upload(Handler):

@@ -18,7 +18,7 @@ from . import (
     snap,
     summary,
 )
-from .base import TOGETHER, Baseline, EvalContext, View, slug
+from .base import Baseline, EvalContext, View, slug
 
 BASELINES = {
     b.name: b
@@ -51,4 +51,4 @@ def choose(names: str) -> list[Baseline]:
     return list(dict.fromkeys(found))
 
 
-__all__ = ["BASELINES", "NO_CONTEXT", "TOGETHER", "Baseline", "EvalContext", "View", "choose"]
+__all__ = ["BASELINES", "NO_CONTEXT", "Baseline", "EvalContext", "View", "choose"]

@@ -11,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .. import store
-from ..core.device import SLOW_EXP
+from ..core.device import device
 from ..errors import NectarError
 from ..fitting import fisher, prefill
 from ..fitting.fidelity import Prompt
@@ -27,7 +27,6 @@ from ..mlxlm.attention_patch import Geometry
 from ..mlxlm.cache import Window, make_caches
 from ..store import Layout
 
-TOGETHER = 16 if SLOW_EXP else 128  # conversations sampled side by side; on a GPU ten take as long
 BITS = {"quadrature": 5, "exact": 8}  # of a matrix entry, unless told: what serves each best (docs/log/baselines.md)
 
 
@@ -66,7 +65,7 @@ class EvalContext:
     geometry: Geometry
     context: Context
     rows: int = 4096
-    conversations: int = 8 if SLOW_EXP else 128
+    conversations: int = field(default_factory=lambda: device().baseline_conversations)
     seed: int = 77
     answer_tokens: int = 96
 
@@ -102,7 +101,7 @@ class EvalContext:
     def studied(self) -> tuple[SampleStore, list[Conversation]]:
         """Samples rows of all heads, and the conversations they are from; training templates, full cache in view."""
         asked = instructions.training(self.passage, seed=self.seed)
-        size = min(TOGETHER, max(8, self.conversations, self.rows // 400))
+        size = min(device().baseline_batch, max(8, self.conversations, self.rows // 400))
         conversations: list[Conversation] = []
         while len(conversations) < self.conversations or self_study.n_samples(conversations, self.geometry) < self.rows:
             batch = [Conversation(self.ask(next(asked))) for _ in range(size)]
@@ -112,7 +111,7 @@ class EvalContext:
 
     def heard(self, conversations: Sequence[Conversation]) -> SampleStore:
         """What attention sees in the conversations, at most `rows` rows a head, with the full cache in view."""
-        if SLOW_EXP:
+        if device().linux_cpu:
             study = SampleStore(self.n_heads, self.rows, self.geometry.head_dim, folder=None)
         else:
             study = DeviceSampleStore(self.rows)

@@ -12,7 +12,7 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx_lm.models.cache import KVCache
 
-from ..core.device import SLOW_EXP
+from ..core.device import device
 from ..errors import NectarError
 from ..fitting import fidelity
 from ..fitting.samples.self_study import Conversation
@@ -20,7 +20,7 @@ from ..heads import HeadArrays
 from ..mlxlm.cache import NectarCache
 from .base import Baseline, EvalContext, View
 
-_RATE, _STEPS, _BATCH = 2e-2, 20 if SLOW_EXP else 300, 8
+_RATE, _BATCH = 2e-2, 8
 
 
 class _TrainedCache(KVCache):
@@ -42,7 +42,7 @@ class _TrainedCache(KVCache):
         return mx.concatenate([seen, mx.tril(mx.ones((N, N), dtype=mx.bool_))], axis=1)
 
 
-def cartridge(task: EvalContext, nbytes: int, *, steps: int = _STEPS) -> View:
+def cartridge(task: EvalContext, nbytes: int, *, steps: int = device().cartridge_steps) -> View:
     if task.context.windows:
         raise NectarError("models with sliding windows are not trained")
     count = task.affordable_each(nbytes, "exact")

@@ -20,10 +20,8 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from .device import exp, sigmoid
-
-_CHUNK = 1 << 20  # scores held at a time on the CPU: what stays in its caches
-_CHUNK_GPU = 1 << 27
+from .device import device
+from .exp import exp, sigmoid
 
 
 class Partial(NamedTuple):
@@ -104,7 +102,7 @@ def exact(
     queries: mx.array, keys: mx.array, values: mx.array, *, scale: float, bias: mx.array | None = None
 ) -> Partial:
     """`weighted` for queries [K, N, D] over shared keys and values [K, S, D], chunked over N to bound memory."""
-    room = _CHUNK if mx.default_device() == mx.cpu else _CHUNK_GPU
+    room = device().max_scores
     step = max(1, room // (keys.shape[0] * keys.shape[1]))
     if step >= queries.shape[1]:
         return weighted(queries, keys, values, scale=scale, bias=bias)
@@ -145,7 +143,7 @@ def causal(
     K, S = keys.shape[1], keys.shape[2]
     if offset is not None:
         keys = keys.astype(mx.float32) - offset.astype(mx.float32)[:, None]
-    room = _CHUNK if mx.default_device() == mx.cpu else _CHUNK_GPU
+    room = device().max_scores
     step = max(1, room // (B * H * S))
     parts = []
     for start in range(0, T, step):

@@ -9,8 +9,8 @@ import mlx.core as mx
 import numpy as np
 
 from .. import cli
-from ..baselines import TOGETHER, EvalContext, View
-from ..core.device import SLOW_EXP
+from ..baselines import EvalContext, View
+from ..core.device import device
 from ..fitting import fidelity
 from ..fitting.samples.self_study import Conversation
 from ..mlxlm import prompts
@@ -20,7 +20,6 @@ from .similarity import Embed
 
 _GREEDY = 1e-3  # a temperature at which only ties are left to chance
 _FACT_TOKENS = 32
-_WEIGHED = 1 if SLOW_EXP else 8  # questions whose choices are read together
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,11 +66,10 @@ def generate(
     seed: int,
     temperature: float,
     max_tokens: int | None = None,
-    batch: int = TOGETHER,
 ) -> list[str]:
     """What a view answers, in the order of the questions."""
     conversations = [Conversation(view.prompt(a.conversation) if view.prompt else a.conversation.prompt) for a in asked]
-    order = sorted(conversations, key=lambda c: len(c.prompt))
+    order, batch = sorted(conversations, key=lambda c: len(c.prompt)), device().baseline_batch
     for start in range(0, len(order), batch):
         part = order[start : start + batch]
         task.converse(view, part, seed=seed + start, temperature=temperature, max_tokens=max_tokens)
@@ -138,8 +136,8 @@ def _answered(task: EvalContext, view: View, asked: Sequence[Asked], *, seed: in
     """Each question with what the view answers."""
     free, choosing = ([a for a in asked if bool(a.choices) == some] for some in (False, True))
     said = generate(task, view, free, seed=seed, temperature=_GREEDY, max_tokens=_FACT_TOKENS) if free else []
-    for start in range(0, len(choosing), _WEIGHED):
-        said += _likeliest(task, view, choosing[start : start + _WEIGHED])
+    for start in range(0, len(choosing), device().choices_batch):
+        said += _likeliest(task, view, choosing[start : start + device().choices_batch])
     by_number = {a.number: answer for a, answer in zip([*free, *choosing], said, strict=True)}
     return [(a, by_number[a.number]) for a in asked]
 

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from .. import cli
-from ..baselines import TOGETHER, EvalContext
+from ..baselines import EvalContext
+from ..core.device import device
 from ..errors import NectarError
 from ..fitting.samples import instructions
 from ..fitting.samples.self_study import Conversation
@@ -152,9 +153,10 @@ def recited(prefix: Sequence[int], asked: Sequence[Asked]) -> np.ndarray:
     return np.concatenate(found)
 
 
-def sample_answers(task: EvalContext, asked: Sequence[Asked], *, seed: int, batch: int = TOGETHER) -> None:
+def sample_answers(task: EvalContext, asked: Sequence[Asked], *, seed: int) -> None:
     """Fills in the answers that are missing, sampled with the full cache."""
     missing = [a.conversation for a in asked if not a.conversation.answer]
+    batch = device().baseline_batch
     missing.sort(key=lambda c: len(c.prompt))
     with cli.progress("answering with the full cache", len(missing)) as done:
         for start in range(0, len(missing), batch):

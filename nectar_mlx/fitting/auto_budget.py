@@ -12,12 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from ..core.device import SLOW_EXP
 from .verdict import EXPONENT
 
 TARGET = 0.99  # of the gap closed
 FIRST, LEAST, MOST = 0.02, 0.0025, 0.3  # at 0.3 every head can keep all keys of the text
-STEPS = 40 if SLOW_EXP else 100  # of a short fit
 
 Figures = Mapping[str, Any]
 

@@ -25,7 +25,7 @@ import mlx.nn as nn
 
 from .. import store
 from ..core.clock import Clock
-from ..core.device import SLOW_EXP
+from ..core.device import device
 from ..heads import Exact, HeadArrays, Size, Weighed
 from ..mlxlm.attention_patch import Geometry
 from ..mlxlm.cache import make_caches
@@ -39,8 +39,6 @@ from .layers import LayerRunner
 from .layerwise import LayerwiseFitter
 from .prefill import Context, read_head, read_text
 from .prefill_attention import Prefill
-
-_EXCERPT = 1024 if SLOW_EXP else 4096  # tokens on which a budget is chosen
 
 
 def split(tokens: int, room: int) -> list[int]:
@@ -194,7 +192,7 @@ def _excerpt_share(
     kept = checkpoint.part("excerpt")
     if plan := kept.load_plan():
         return plan.share
-    excerpt = read_text(model, prefix[:_EXCERPT], geometry)
+    excerpt = read_text(model, prefix[: device().excerpt_tokens], geometry)
     fitter = Fitter(model, tokenizer, excerpt, geometry, config, progress=progress, checkpoint=kept)
     fitter.collect()
     n = len(excerpt.prefix)

@@ -2,13 +2,13 @@
 
 import math
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
 
 from .. import store
-from ..core.device import SLOW_EXP
+from ..core.device import device
 from ..errors import NectarError
 from ..heads import KINDS, Size
 from ..mlxlm.attention_patch import Geometry
@@ -18,11 +18,10 @@ from .prefill_attention import Prefill
 from .samples.sample_store import DeviceSampleStore, SampleStore
 from .solve import initial
 
-STEPS = 300 if SLOW_EXP else 1500  # of a regression
 # Nodes alone are settled, each row in as many as it needs; more nodes make up for what each loses.
 _BITS = {"quadrature": None, "retrieval+nectar": 6, "exact": 16}  # others 8
 _ALIASES = {"hybrid": "retrieval+nectar"}
-_FEWEST_ROWS, _MOST_ROWS = 20_000, 20_000 if SLOW_EXP else 120_000  # a head; more than the most gain little
+_FEWEST_SAMPLES = 20_000  # a head
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,20 +45,21 @@ class FitConfig:
     kind: str = "auto"
     bits: int | None = None
     queries: int | None = None
-    steps: int | None = None
+    steps: int = field(default_factory=lambda: device().fit_steps)
     seed: int = 0
     context_tokens: int | None = None
     memory: int | None = None
     layerwise: bool | None = None
     prefill: Prefill = "dense"
     answer_tokens: int = 96
-    checks: int = 16 if SLOW_EXP else 48  # questions that a finished file is checked with
+    checks: int = field(default_factory=lambda: device().fit_checks)  # questions that a finished file is checked with
     temperature: float = 0.9
-    conversations: int = 28 if SLOW_EXP else 384  # sampled side by side, at most
+    # Sampled side by side, at most.
+    conversations: int = field(default_factory=lambda: device().fit_conversations)
     power: float | None = None  # of the errors that bytes follow; default: 0.6, below a budget of 1% 0.75
     trial_steps: int = 100
     rate: float | None = None  # default: 1.5e-2 for nodes, 2.5e-2 beside exact keys, 6e-3 for networks and feature maps
-    batch: int = 512 if SLOW_EXP else 2048
+    batch: int = field(default_factory=lambda: device().fit_batch)
     samples: int = 4096  # rows that Attention Matching solves on
 
     def __post_init__(self) -> None:
@@ -87,8 +87,8 @@ def rows_for(config: FitConfig, *, heads: int, head_dim: int) -> int:
         return config.queries
     # Of all memory, not of what is free: an interrupted fit goes on with the same rows.
     room = config.memory or _machine().total // 8
-    row = (SampleStore if SLOW_EXP else DeviceSampleStore).nbytes(heads, 1, head_dim)
-    return max(_FEWEST_ROWS, min(_MOST_ROWS, room // row))
+    row = (SampleStore if device().linux_cpu else DeviceSampleStore).nbytes(heads, 1, head_dim)
+    return max(_FEWEST_SAMPLES, min(device().fit_samples, room // row))
 
 
 def layout_for(config: FitConfig, geometry: Geometry, *, n_layers: int) -> Layout:

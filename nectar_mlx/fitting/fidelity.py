@@ -7,7 +7,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from ..core.device import SLOW_EXP, exp
+from ..core.device import device
+from ..core.exp import exp
 from .samples.self_study import Conversation
 
 MakeCache = Callable[[], Any]
@@ -73,7 +74,6 @@ def compare(
     conversations: Sequence[Conversation],
     *,
     prompts: Mapping[str, Prompt | None] | None = None,
-    batch: int = 4 if SLOW_EXP else 8,
     progress: Callable[[int], None] = lambda done: None,
 ) -> dict[str, Divergence]:
     """Every other view of the context against the reference, teacher-forced on the same answers.
@@ -82,6 +82,7 @@ def compare(
     how many conversations are done.
     """
     found: dict[str, list[Divergence]] = {name: [] for name in others}
+    batch = device().check_batch
     for start in range(0, len(conversations), batch):
         part = conversations[start : start + batch]
         truth = answer_logits(model, reference(), part)

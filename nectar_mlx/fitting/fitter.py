@@ -13,14 +13,14 @@ import mlx.nn as nn
 import numpy as np
 
 from ..core.clock import Clock
-from ..core.device import SLOW_EXP
+from ..core.device import device
 from ..heads import Bank, HeadArrays, Quadrature, Size
 from ..mlxlm.attention_patch import Geometry
 from ..mlxlm.cache import make_caches
 from ..store import MEAN_BITS
 from . import fidelity, finite, prefill, sizes
 from .checkpoint import Checkpoint, Plan
-from .config import STEPS, FitConfig, free_memory, layout_for, rows_for
+from .config import FitConfig, free_memory, layout_for, rows_for
 from .fitted_chunk import checked
 from .prefill import Context
 from .samples import capture, self_study
@@ -76,8 +76,8 @@ class Fitter:
         self.length = len(context.prefix) - skip
         self.memory = config.memory or free_memory() // 2
         self.queries = rows_for(config, heads=self.n_heads, head_dim=geometry.head_dim)
-        self.room = 1 << 19 if SLOW_EXP else 1 << 28  # scores of a batch, of all heads that are trained together
-        self.steps = config.steps or STEPS
+        self.room = device().training_scores  # scores of a batch, of all heads that are trained together
+        self.steps = config.steps
         self.bits = MEAN_BITS  # of a number of a node
         self.layout = layout_for(config, geometry, n_layers=self.n_layers)
         self.rate = config.rate or _RATES.get(self.layout.kind, 6e-3)
@@ -170,7 +170,7 @@ class Fitter:
     def hear(self, *, together: int | None = None) -> None:
         """Fills `study` and `held_out` with what attention sees in the conversations, so many tokens read together."""
         g, spare = self.geometry, max(self.queries // 10, 64)
-        kept = SampleStore if SLOW_EXP else DeviceSampleStore
+        kept = SampleStore if device().linux_cpu else DeviceSampleStore
         spill = kept.nbytes(self.n_heads, self.queries + spare, g.head_dim) > self.memory
         folder = self.checkpoint.spill() if spill else None
         self.study = self._empty(self.queries, folder and folder / "study.rows")
@@ -192,7 +192,7 @@ class Fitter:
             finite.check_heads("capturing attention", study.not_finite, self.geometry)
 
     def _empty(self, rows: int, folder: Path | None) -> SampleStore:
-        if folder or SLOW_EXP:
+        if folder or device().linux_cpu:
             return SampleStore(self.n_heads, rows, self.geometry.head_dim, folder=folder)
         return DeviceSampleStore(rows)
 
@@ -253,7 +253,7 @@ class Fitter:
 
     def groups(self, sizes: Sequence[Size]) -> list[list[int]]:
         """Heads that are trained together; what one costs a step is the scores of its batch."""
-        launch = 1 << 14 if SLOW_EXP else 1 << 24
+        launch = device().launch_scores
         return grouping.groups([s[0] * self.config.batch for s in sizes], room=self.room, launch=launch)
 
     def start(self, group: Sequence[int], sizes: Sequence[Size], rows: Samples) -> Init:

@@ -19,7 +19,7 @@ import mlx.nn as nn
 
 from .. import store
 from ..core.clock import Clock
-from ..core.device import SLOW_EXP
+from ..core.device import device
 from ..heads import Exact, Size
 from ..mlxlm import prompts
 from ..mlxlm.attention_patch import Geometry, compute_type
@@ -37,13 +37,9 @@ from .samples.sample_store import SampleStore
 from .samples.self_study import Conversation, Split
 from .solve import initial
 
-_LEAST = 1024 if SLOW_EXP else 4096  # tokens in all layers at once, whatever the memory
 _PASSAGE = 900  # tokens in view while a conversation is sampled, at most
-_TOGETHER = 8 if SLOW_EXP else 16  # conversations about one passage, sampled side by side, at most
 _PROMPT = 96  # tokens of a long prompt
-_SCORES = 1 << 16 if SLOW_EXP else 1 << 22  # of a training batch, at least: on a GPU those of a layer's heads together
 _EXCERPT, _EXCERPT_QUERIES = 1024, 3000  # at most
-_SAID = 128 if SLOW_EXP else 256  # tokens of conversations that go through all layers together
 _GOLDEN = 0.6180339887  # multiples of it, modulo 1, fill the unit interval evenly at any number
 
 
@@ -89,7 +85,7 @@ class LayerwiseFitter:
     def _tokens(self) -> int:
         """Tokens whose keys and values may be in all layers at once: three eighths are read, the others said."""
         token = self.geometry.cache_bytes(1) * compute_type(self.model).size // 2
-        return max(_LEAST, self._memory * 15 // 16 // token)
+        return max(device().layerwise_tokens, self._memory * 15 // 16 // token)
 
     @property
     def _seen(self) -> int:
@@ -99,7 +95,9 @@ class LayerwiseFitter:
     @property
     def _together(self) -> int:
         """Conversations that are sampled side by side, with a passage or as large an excerpt in view."""
-        return max(1, min(_TOGETHER, (self._tokens - self._seen) // (_PROMPT + self.config.answer_tokens)))
+        return max(
+            1, min(device().passage_conversations, (self._tokens - self._seen) // (_PROMPT + self.config.answer_tokens))
+        )
 
     def fit(self, nbytes: float, share: float, *, clock: Clock, plan: Plan | None = None) -> FittedChunk:
         """All heads, in so many bytes, a share of the KV cache. plan: what each head gets, where it was decided
@@ -173,7 +171,7 @@ class LayerwiseFitter:
             )
             trial = Fitter(self.model, self.tokenizer, excerpt, self.geometry, config, progress=self.progress)
             trial.converse()
-            trial.hear(together=_SAID)
+            trial.hear(together=device().layerwise_replay_tokens)
             trial.prepare()
             few = nbytes * len(excerpt.prefix) / len(self.prefix)
             nodes, *_ = initial.size_for(trial.layout, few / trial.n_heads, most=trial.length)
@@ -240,7 +238,7 @@ class LayerwiseFitter:
     @property
     def _room(self) -> int:
         """Scores of a training batch: few, for heads that are trained together have their rows there together."""
-        return max(_SCORES, self._memory // 768)
+        return max(device().layer_training_scores, self._memory // 768)
 
     def _read(self, layer: int, text: list[mx.array]) -> Exact | Window:
         """The text through one layer, its hidden states [1, READ, E] replaced piece by piece."""

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import numpy as np
 
-from ..core.device import SLOW_EXP
+from ..core.device import device
 from ..heads import HeadArrays, Quadrature, Size
 from ..store import MEAN_BITS
 from . import auto_budget, fisher
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 N_PROBE = 8  # conversations by which the Fisher information is told
 _SAMPLES = 1 << 15  # of a short fit, at most
-_CHECKS = 8 if SLOW_EXP else 32  # questions by which a budget is chosen
 _MOST_BITS, _OVERHEAD_BITS = 11.0, 0.5  # of a number; the second for biases, exponents and what training adds
 
 Affordable = Callable[[float], float]
@@ -73,14 +72,14 @@ def short_fit(fitter: "Fitter", sizes: Sequence[Size]) -> dict[str, Any]:
         for group, whole in fitter.members(sizes):
             samples = fitter.training_rows(group, _SAMPLES)
             start = fitter.kept(group) if whole else fitter.start(group, [sizes[i] for i in group], samples)
-            bank = start.bank if whole else fitter.train(start, samples, auto_budget.STEPS)
+            bank = start.bank if whole else fitter.train(start, samples, device().trial_steps)
             heads |= dict(zip(group, bank.unstack(), strict=True))
             done(len(heads))
     banks = [
         Quadrature.stack([heads[layer * K + k] for k in range(K)], scale=fitter.layout.scale, offset=offset)
         for layer, offset in enumerate(fitter.context.offsets)
     ]
-    return fitter.fidelity(banks, checks=_CHECKS)
+    return fitter.fidelity(banks, checks=device().trial_checks)
 
 
 def mean_bits(fitter: "Fitter", sizes: Sequence[Size], nbytes: float) -> float:

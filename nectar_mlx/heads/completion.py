@@ -16,11 +16,10 @@ from typing import ClassVar
 import mlx.core as mx
 
 from ..core.attention import Partial
-from ..core.device import SLOW_EXP, exp
+from ..core.device import device
+from ..core.exp import exp
 from .base import HeadArrays, Size
 from .hybrid import NOTHING, HybridHead, Retrieved, shared
-
-_ROOM = 1 << 22 if SLOW_EXP else 1 << 28  # numbers about the features, a token at a time
 
 
 class Completion(HybridHead):
@@ -36,7 +35,7 @@ class Completion(HybridHead):
     def complement(self, parameters: HeadArrays, queries: mx.array, retrieved: Retrieved) -> Partial:
         M, F = parameters["b_key"].shape
         k, D = retrieved.keys.shape[2:]
-        step = max(1, _ROOM // (M * F * max(k, D)))
+        step = max(1, device().max_batch_scores // (M * F * max(k, D)))
         parts = []
         for start in range(0, queries.shape[1], step):
             part = Retrieved(*(x[:, start : start + step] for x in retrieved))

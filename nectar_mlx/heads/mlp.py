@@ -8,7 +8,7 @@ A network has 1 to 3 hidden layers of silu units (the later ones residual) and a
 import mlx.core as mx
 
 from ..core.attention import Partial
-from ..core.device import sigmoid
+from ..core.exp import sigmoid
 from .base import Bank, HeadArrays, Size
 
 

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import mlx.core as mx
 
 from ..core.attention import Partial
-from ..core.device import exp, sigmoid
+from ..core.exp import exp, sigmoid
 from .base import HeadArrays, Size
 from .hybrid import NOTHING, HybridHead, Retrieved
 

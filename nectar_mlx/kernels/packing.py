@@ -57,8 +57,8 @@ class Packed:
 
     `deep` holds the hidden layers of networks with more than one, stacked to [K, ...]: those run as stock matmuls.
     `arrival_counters` count the threadgroups that are done with a KV head, [K] each, where one launch does everything:
-    launches of one layer that may be under way at once take different ones. `checked`: whether a kernel must have computed the
-    right thing elsewhere before it is launched on this layer.
+    launches of one layer that may be under way at once take different ones. `checked`: whether a kernel must have
+    computed the right thing elsewhere before it is launched on this layer.
     """
 
     words: mx.array

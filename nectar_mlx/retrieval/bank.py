@@ -7,13 +7,11 @@ import mlx.core as mx
 import numpy as np
 
 from ..core.attention import Partial
-from ..core.device import SLOW_EXP
+from ..core.device import device
 from ..heads import Bank
 from ..heads.hybrid import ANCHORS, SINKS, HybridHead, Retrieved
 from ..store.kv_file import KeyFile
 from .selection import Selector
-
-_ROOM = 1 << 21 if SLOW_EXP else 1 << 27  # numbers of what is read, or scores, held at a time
 
 
 class Reading(NamedTuple):
@@ -86,7 +84,7 @@ class HybridBank(Bank):
         K = len(self.sizes)
         G = H // K
         rows = queries.reshape(B, K, G, T, D).transpose(1, 0, 3, 2, 4).reshape(K, B * T, G, D)
-        step = max(1, _ROOM // (K * max(2 * self.count * D, 32 * self.count + 4 * self.keys.tokens)))
+        step = max(1, device().max_scores // (K * max(2 * self.count * D, 32 * self.count + 4 * self.keys.tokens)))
         parts = []
         for start in range(0, B * T, step):
             parts.append(self._read(rows[:, start : start + step]))

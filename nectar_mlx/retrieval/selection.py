@@ -5,7 +5,8 @@ from typing import NamedTuple, Protocol
 import mlx.core as mx
 import numpy as np
 
-from ..core.device import SLOW_EXP, exp
+from ..core.device import device
+from ..core.exp import exp
 from ..heads.hybrid import EVERYTHING
 
 
@@ -88,7 +89,7 @@ def best(shares: mx.array, *, count: int) -> Choice:
 
 def top(x: mx.array, count: int) -> mx.array:
     """Indices of the `count` largest along the last axis, the smallest of them last."""
-    if not SLOW_EXP:
+    if not device().linux_cpu:
         return mx.argpartition(-x, count - 1, axis=-1)[..., :count]
     found = np.argpartition(-np.array(x), count - 1, axis=-1)  # MLX sorts them all there
     return mx.array(found[..., :count].astype(np.int32))

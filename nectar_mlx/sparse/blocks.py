@@ -12,16 +12,15 @@ import mlx.core as mx
 import numpy as np
 
 from ..core.attention import Partial
-from ..core.device import exp
+from ..core.device import device
+from ..core.exp import exp
 
-_ROOM = 1 << 20  # scores held at a time on the CPU: what stays in its caches
-_ROOM_GPU = 1 << 27
 _NOTHING = -1e30  # the score of a hidden key
 
 
 def room() -> int:
     """How many scores a chunk should have at most."""
-    return _ROOM if mx.default_device() == mx.cpu else _ROOM_GPU
+    return device().max_scores
 
 
 class Chunk(NamedTuple):

@@ -1,10 +1,13 @@
 """Every baseline on a toy: at most the bytes it was given, deterministic, exact where it keeps everything."""
 
+from dataclasses import replace
+
 import mlx.core as mx
 import numpy as np
 import pytest
 
-from nectar_mlx.baselines import BASELINES, NO_CONTEXT, EvalContext, base, cartridge, choose, fixed_pattern, snap
+from nectar_mlx.baselines import BASELINES, NO_CONTEXT, EvalContext, cartridge, choose, fixed_pattern, snap
+from nectar_mlx.core.device import device, using
 from nectar_mlx.errors import NectarError
 from nectar_mlx.fitting import fidelity, prefill
 from nectar_mlx.fitting.samples.sample_store import DeviceSampleStore
@@ -180,10 +183,10 @@ def test_nodes_in_int8_are_fewer_in_as_many_bytes(task, name):
     assert fewer / nodes == pytest.approx(26 / 38, abs=0.03)
 
 
-def test_rows_are_the_same_where_they_stay_on_the_device(task, monkeypatch):
+def test_rows_are_the_same_where_they_stay_on_the_device(task):
     study, conversations = task.studied
-    monkeypatch.setattr(base, "SLOW_EXP", False)
-    on_device = task.heard(conversations)
+    with using(replace(device(), linux_cpu=False)):
+        on_device = task.heard(conversations)
     assert isinstance(on_device, DeviceSampleStore) and on_device.rows == study.rows
     some = np.arange(0, study.rows, 7)
     for ours, theirs in zip(on_device.heads([1, 5], some), study.heads([1, 5], some), strict=True):

@@ -77,10 +77,10 @@ def test_grouping_puts_a_kv_heads_queries_side_by_side(B, H, K, T):
     assert mx.array_equal(grouped[K - 1, -1], q[B - 1, H - 1, T - 1])
 
 
-def test_exact_in_chunks_is_exact(monkeypatch):
+def test_exact_in_chunks_is_exact(set_device):
     q, k, v = normal(3, 50, 16), normal(3, 21, 16, seed=1), normal(3, 21, 16, seed=2)
     whole = attention.exact(q, k, v, scale=0.25)
-    monkeypatch.setattr(attention, "_CHUNK", 3 * 21 * 7)
+    set_device(max_scores=3 * 21 * 7)
     chunked = attention.exact(q, k, v, scale=0.25)
     close(chunked.output, np.array(whole.output))
     close(whole.output, oracle(q, k, v, scale=0.25)[0])
@@ -89,8 +89,8 @@ def test_exact_in_chunks_is_exact(monkeypatch):
 @pytest.mark.parametrize("chunk", [1 << 20, 40])
 @pytest.mark.parametrize("B, H, K, T, S", [(1, 4, 4, 1, 9), (2, 6, 2, 5, 5), (2, 6, 3, 4, 11), (1, 2, 1, 13, 40)])
 @pytest.mark.parametrize("kind", ["causal", "none", "bool", "heads", "additive"])
-def test_causal_under_every_mask(monkeypatch, chunk, B, H, K, T, S, kind):
-    monkeypatch.setattr(attention, "_CHUNK", chunk)
+def test_causal_under_every_mask(set_device, chunk, B, H, K, T, S, kind):
+    set_device(max_scores=chunk)
     q, k, v = normal(B, H, T, 16), normal(B, K, S, 16, seed=1), normal(B, K, S, 16, seed=2)
     rng = np.random.default_rng(3)
     visible = np.arange(S - T, S)[:, None] >= np.arange(S)

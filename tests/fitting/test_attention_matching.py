@@ -28,9 +28,9 @@ def matched(problem, counts):
     )
 
 
-def test_importance_is_root_mean_square_attention(problem, monkeypatch):
+def test_importance_is_root_mean_square_attention(problem, set_device):
     rows, keys, _ = problem
-    monkeypatch.setattr(attention_matching, "_ROOM", 64 * keys.shape[0] * keys.shape[1])
+    set_device(max_scores=64 * keys.shape[0] * keys.shape[1])
     scores = 0.25 * np.einsum("mnd,msd->mns", np.array(rows.queries, np.float64), np.array(keys, np.float64))
     weights = np.exp(scores - np.log(np.exp(scores).sum(-1, keepdims=True)))
     truth = np.sqrt((weights**2).mean(1))
@@ -76,9 +76,9 @@ def test_weights_are_the_non_negative_least_squares_solution(problem):
     assert gradient[~active].min(initial=0) > -2e-3 * scale  # and none inwards where it is held at its bound
 
 
-def test_rows_are_matched_in_parts_as_they_are_together(problem, monkeypatch):
+def test_rows_are_matched_in_parts_as_they_are_together(problem, set_device):
     together = matched(problem, [5, 20, 11])
-    monkeypatch.setattr(attention_matching, "_ROOM", 37 * M * 20)
+    set_device(max_scores=37 * M * 20)
     for whole, parts in zip(together, matched(problem, [5, 20, 11]), strict=True):
         for name in whole:
             np.testing.assert_allclose(parts[name], whole[name], rtol=1e-3, atol=1e-3)

@@ -1,9 +1,12 @@
 """Divergences against plain numpy."""
 
+from dataclasses import replace
+
 import mlx.core as mx
 import numpy as np
 import pytest
 
+from nectar_mlx.core.device import device, using
 from nectar_mlx.fitting import fidelity, prefill
 from nectar_mlx.fitting.samples.self_study import Conversation
 from nectar_mlx.mlxlm import attention_patch
@@ -39,7 +42,8 @@ def test_divergence_equals_the_one_written_out(architecture, batch, room, monkey
     model = toys.toy(architecture)
     full, part = (prefill.read_text(model, p, attention_patch.route(model)) for p in (PREFIX, PREFIX[:5]))
     asked = conversations()
-    found = fidelity.compare(model, full.make_cache, {"part": part.make_cache}, asked, batch=batch)["part"]
+    with using(replace(device(), check_batch=batch)):
+        found = fidelity.compare(model, full.make_cache, {"part": part.make_cache}, asked)["part"]
     for i, c in enumerate(asked):
         p, q = plain(model, PREFIX, c), plain(model, PREFIX[:5], c)
         mine = found.of([i])

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from nectar_mlx import NectarError, fit, models, store
+from nectar_mlx.core.device import device
 from nectar_mlx.fitting import fitted_chunk, layers, layerwise, pipeline, prefill
 from nectar_mlx.fitting.checkpoint import Checkpoint
 from nectar_mlx.fitting.config import FitConfig
@@ -79,7 +80,7 @@ def test_what_a_layer_hears_is_what_the_full_cache_would_see(tokenizer, architec
             toys.random_tokens(5 + i, seed=90 + i),
             split="held_out" if i == 4 else "train",
         )
-        for i in range(layerwise._TOGETHER + 3)
+        for i in range(device().passage_conversations + 3)
     ]
     context = prefill.read_text(model, ours.prefix, ours.geometry)
     K, G = ours.geometry.n_kv_heads, ours.geometry.n_heads // ours.geometry.n_kv_heads
@@ -207,11 +208,11 @@ def test_passages_and_their_conversations_take_no_more_than_a_layer_does(tokeniz
     one = 2 * 4 * g.n_kv_heads * g.head_dim  # a token's keys and values in a layer
     hidden = 4 * ours.model.args.hidden_size
     rows = ours.queries * g.n_kv_heads * (3 * 2 * g.head_dim + 2 * 4)
-    bound = max(tokens * (1.5 * one + 3 * hidden) + rows, layerwise._LEAST * one * g.n_layers)
+    bound = max(tokens * (1.5 * one + 3 * hidden) + rows, device().layerwise_tokens * one * g.n_layers)
     together = ours._seen + ours._together * (layerwise._PROMPT + config.answer_tokens)
     assert together * one * g.n_layers <= bound
     if tokens > 50_000:
-        assert (ours._seen, ours._together) == (layerwise._PASSAGE, layerwise._TOGETHER)
+        assert (ours._seen, ours._together) == (layerwise._PASSAGE, device().passage_conversations)
     assert ours._together >= 4 and ours._seen >= 384
 
 

@@ -32,7 +32,7 @@ def nodes(count):
     ]  # fmt: skip
 
 
-def test_the_merged_error_is_that_of_the_merged_output(rows, monkeypatch):
+def test_the_merged_error_is_that_of_the_merged_output(rows, set_device):
     bank = Quadrature.stack(nodes(6), scale=0.25)
     part = bank(rows.queries)
 
@@ -42,7 +42,7 @@ def test_the_merged_error_is_that_of_the_merged_output(rows, monkeypatch):
 
     error = ((merged(*part) - merged(rows.output, rows.log_normalizer)) ** 2).mean((1, 2))
     truth = error / np.array(rows.output).var(1).mean(-1)
-    monkeypatch.setattr(regression, "_ROOM", 128 * M * D)
+    set_device(max_batch_scores=128 * M * D)
     np.testing.assert_allclose(regression.errors(bank, rows), truth, rtol=1e-3)
 
 

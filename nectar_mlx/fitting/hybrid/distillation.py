@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 
 from ...core.attention import Partial
-from ...core.device import exp
+from ...core.exp import exp
 from ...core.quantize import dequantize, quantize
 from ...heads import Completion, HeadArrays
 from ...heads.completion import key_features, query_features

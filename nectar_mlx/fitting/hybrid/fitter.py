@@ -8,7 +8,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from ...core.device import SLOW_EXP
+from ...core.device import device
 from ...errors import NectarError
 from ...heads import Bank, HeadArrays, Size
 from ...heads.hybrid import ANCHORS, EVERYTHING, SINKS, anchor_positions, middle
@@ -29,7 +29,6 @@ _SKETCHED = 2048  # captured queries that the router is made from
 _LEAST = 4 * ANCHORS
 _SHARPNESS = 1.0  # its logarithm, to start from
 _ALONE = 0.02  # weight of errors with nothing read, where bytes are shared out
-_WEIGHED = 1024 if SLOW_EXP else 2048  # keys
 
 
 class RetrievalFitter(Fitter):
@@ -102,8 +101,10 @@ class RetrievalFitter(Fitter):
     def _seen(self) -> mx.array:
         """The positions that training looks at: all, but for a completion, which weighs every key for every row."""
         inside = np.arange(self.length)[middle(self.length)]
-        if self.layout.kind == "completion" and len(inside) > _WEIGHED:
-            inside = np.sort(np.random.default_rng(self.config.seed).choice(inside, _WEIGHED, replace=False))
+        if self.layout.kind == "completion" and len(inside) > device().completion_keys:
+            inside = np.sort(
+                np.random.default_rng(self.config.seed).choice(inside, device().completion_keys, replace=False)
+            )
         first, last = np.split(anchor_positions(self.length), [SINKS])
         return mx.array(np.concatenate([first, inside, last]))
 

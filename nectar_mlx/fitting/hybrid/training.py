@@ -14,7 +14,8 @@ import mlx.core as mx
 import numpy as np
 
 from ...core.attention import Partial, merge
-from ...core.device import SLOW_EXP, exp
+from ...core.device import device
+from ...core.exp import exp
 from ...heads.hybrid import EVERYTHING, NOTHING, SINKS, TAIL
 from ...retrieval.selection import Scoring, log_sum
 from ..samples.sample_store import Samples
@@ -22,7 +23,6 @@ from ..samples.sample_store import Samples
 _RANKS = (0.002, 0.06)  # of a threshold among the middle's keys
 UNREAD = 0.1
 _SAMPLE = 1024  # keys tell the ranks
-_ROOM = 1 << 23 if SLOW_EXP else 1 << 28  # scores at a time
 
 
 def split(
@@ -47,7 +47,7 @@ def split(
     M, N = rows.queries.shape[:2]
     assert N % group == 0, "rows of whole tokens"
     ranks = _ranks(np.random.default_rng(seed), N // group, unread)
-    step = max(1, _ROOM // (M * keys.shape[1] * group))
+    step = max(1, device().max_batch_scores // (M * keys.shape[1] * group))
     parts = []
     for start in range(0, N // group, step):
         part = Samples(*(x[:, start * group : (start + step) * group] for x in rows))

@@ -13,7 +13,7 @@ import mlx.nn as nn
 import numpy as np
 
 from ...core import attention
-from ...core.device import SLOW_EXP
+from ...core.device import device
 from ...heads import Exact
 from ...mlxlm.cache import NectarCache
 from ..prefill import Context
@@ -21,7 +21,7 @@ from .sample_store import Samples, SampleStore
 from .self_study import Conversation, Split, fed_tokens
 
 _SMALL = 4096.0  # a sixteenth of what float16 holds
-_ROOM, _LEAST_TOGETHER = 1 << 23 if SLOW_EXP else 1 << 28, 256  # scores of one layer, and tokens, read together
+_LEAST_TOGETHER = 256  # tokens that are replayed together
 
 
 class CaptureCache(NectarCache):
@@ -121,7 +121,7 @@ def replay(
     progress is told how many are done.
     """
     group = n_heads // len(context.banks[0].sizes)
-    tokens = tokens or max(_LEAST_TOGETHER, _ROOM // (n_heads * len(context.prefix)))
+    tokens = tokens or max(_LEAST_TOGETHER, device().replay_scores // (n_heads * len(context.prefix)))
     done = 0
     for heard in together(conversations, studies, group=group, tokens=tokens):
         caches = context.make_cache(partial(CaptureCache, skip=skip))

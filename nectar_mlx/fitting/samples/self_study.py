@@ -11,7 +11,7 @@ from typing import Any, Literal
 import mlx.core as mx
 import mlx.nn as nn
 
-from ...core.device import exp
+from ...core.exp import exp
 from ...mlxlm import prompts
 from ...mlxlm.attention_patch import Geometry
 from ...mlxlm.cache import NectarCache

@@ -10,13 +10,13 @@ from collections.abc import Iterator, Sequence
 import mlx.core as mx
 import numpy as np
 
-from ...core.device import SLOW_EXP, exp, sigmoid
+from ...core.device import device
+from ...core.exp import exp, sigmoid
 from ...heads import Bank, HeadArrays
 from ..samples.sample_store import Samples
 
 _RIDGE = 1e-2  # relative to the mean diagonal: a head of many nodes would fit its samples and nothing else
 _NNLS_STEPS = 300
-_ROOM = 1 << 20 if SLOW_EXP else 1 << 26  # scores held at a time
 
 
 def attention_weights(rows: Samples, keys: mx.array, *, scale: float, bias: mx.array | None = None) -> mx.array:
@@ -66,7 +66,7 @@ def costs(rows: Samples, bank: Bank) -> HeadArrays:
 
 def _parts(rows: Samples, scores: int) -> Iterator[Samples]:
     """Rows, so many at a time that there is room for the scores; scores: of one row of all heads."""
-    step = max(1, _ROOM // scores)
+    step = max(1, device().max_scores // scores)
     for start in range(0, rows.queries.shape[1], step):
         yield Samples(*(x[:, start : start + step] for x in rows))
 

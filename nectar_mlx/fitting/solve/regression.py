@@ -14,14 +14,14 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from ...core.attention import Partial
-from ...core.device import COMPILE, SLOW_EXP, sigmoid
+from ...core.device import device
+from ...core.exp import sigmoid
 from ...heads import Bank, HeadArrays
 from ..samples.sample_store import Samples
 from . import optimizers
 from .initial import Init
 
 _PLAIN = 0.1
-_ROOM = 1 << 20 if SLOW_EXP else 1 << 28  # scores held at a time where errors are counted
 
 
 class Scales(NamedTuple):
@@ -111,7 +111,7 @@ def train(
         )
         return held.over(following), state
 
-    run = mx.compile(step) if COMPILE else step
+    run = mx.compile(step) if device().compile_steps else step
     parameters, state = held.over(start.parameters), optimizers.start(start.parameters)
     starts = range(0, count - batch + 1, batch)
     for i in range(steps):
@@ -131,7 +131,7 @@ def errors(bank: Bank, rows: Samples, *, metric: mx.array | None = None) -> mx.a
     """The merged error of each head over all rows, [M]; metric [M, D, D]: as for `merged_error`, default `relative`."""
     measure, count = relative(scales(rows), bank.head_dim) if metric is None else metric, int(rows.queries.shape[1])
     widest = max(bank.head_dim, *(size[0] for size in bank.sizes))
-    chunk = min(4096, max(1, _ROOM // (len(bank.sizes) * widest)))
+    chunk = min(4096, max(1, device().max_batch_scores // (len(bank.sizes) * widest)))
     total = mx.zeros(len(bank.sizes))
     for start in range(0, count, chunk):
         part = Samples(*(x[:, start : start + chunk] for x in rows))
