@@ -2,8 +2,8 @@
 
 A node that few answers depend on can be kept coarsely, one that many do must be kept finely:
 `fitting.solve.quantization` chooses the grids and puts the values on them. Here those are found again in the values
-themselves and lose nothing. Numbers are coded with spreads (`core.rans`) from the exponent of the row and the size of the
-column; both are coded before them.
+themselves and lose nothing. Numbers are coded with spreads (`core.rans`) from the exponent of the row and the size of
+the column; both are coded before them.
 """
 
 import os

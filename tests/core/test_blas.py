@@ -66,7 +66,7 @@ def test_replaces_the_reference_blas_and_stays_correct() -> None:
 
 
 def test_the_packaged_library_comes_first_and_is_kept(tmp_path) -> None:
-    code = "import sys, nectar_mlx.blas as b; print(next(b._candidates()), 'lief' in sys.modules)"
+    code = "import sys, nectar_mlx.core.blas as b; print(next(b._candidates()), 'lief' in sys.modules)"
     first, second = (run(code, NECTAR_CACHE=str(tmp_path), NECTAR_BLAS="off").stdout.split() for _ in range(2))
     assert first[0] == second[0]
     assert first[0].startswith(str(tmp_path)) and first[0].endswith("libopenblas.so")
@@ -106,7 +106,7 @@ def test_a_named_library_that_cannot_be_loaded_is_told(library: str) -> None:
 
 def test_a_named_library_is_taken() -> None:
     packaged = next(blas._candidates())
-    done = run("import nectar_mlx.blas as b, mlx.core; print(b.loaded)", NECTAR_BLAS=packaged)
+    done = run("import nectar_mlx.core.blas as b, mlx.core; print(b.loaded)", NECTAR_BLAS=packaged)
     assert done.stdout.strip() == packaged
     assert not done.stderr
 
@@ -133,5 +133,5 @@ def test_leaves_other_systems_and_builds_alone(monkeypatch) -> None:
 def test_an_unwritable_cache_is_no_error(tmp_path) -> None:
     blocked = tmp_path / "file"
     blocked.write_text("")
-    code = "import nectar_mlx.blas as b; print(b._unprefixed_openblas())"
+    code = "import nectar_mlx.core.blas as b; print(b._unprefixed_openblas())"
     assert run(code, NECTAR_CACHE=str(blocked / "cache"), NECTAR_BLAS="off").stdout.strip() == "None"

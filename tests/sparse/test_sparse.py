@@ -2,6 +2,7 @@
 
 import itertools
 import random
+from collections.abc import Callable
 
 import mlx.core as mx
 import numpy as np
@@ -119,7 +120,7 @@ def test_shapes_that_do_not_fit(length: int, keys_length: int, heads: int) -> No
 
 
 @pytest.mark.parametrize("seed", range(60))
-def test_equals_dense(seed: int, set_device: pytest.MonkeyPatch) -> None:
+def test_equals_dense(seed: int, set_device: Callable[..., None]) -> None:
     rng = random.Random(seed)
     pattern = some_pattern(rng)
     kv_heads, groups = rng.choice([1, 2, 3]), rng.choice([1, 2, 4])
@@ -146,7 +147,7 @@ def test_equals_dense(seed: int, set_device: pytest.MonkeyPatch) -> None:
         Fixed(6, "heads", summary=2, overlap=True),
     ],
 )
-def test_every_short_length(length: int, pattern: Pattern, set_device: pytest.MonkeyPatch) -> None:
+def test_every_short_length(length: int, pattern: Pattern, set_device: Callable[..., None]) -> None:
     set_device(max_scores=1)  # every row a chunk of its own, and never the masked path
     q, k, v = arrays(length, heads=4)
     assert difference(sparse_attention(q, k, v, pattern=pattern, scale=1.0), dense(q, k, v, pattern, 1.0)) < 1e-5
@@ -210,7 +211,7 @@ def test_compiles() -> None:
 
 
 @pytest.mark.parametrize("seed", range(25))
-def test_gradients_equal_denses(seed: int, set_device: pytest.MonkeyPatch) -> None:
+def test_gradients_equal_denses(seed: int, set_device: Callable[..., None]) -> None:
     rng = random.Random(seed)
     pattern = some_pattern(rng)
     keys_length = rng.choice([2, 7, 16, 33, 100])
@@ -250,7 +251,9 @@ def score_counts(pattern: Pattern, length: int, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("kind", [Strided, Fixed])
-def test_cost_grows_as_n_root_n(kind: type[Strided] | type[Fixed], set_device: pytest.MonkeyPatch) -> None:
+def test_cost_grows_as_n_root_n(
+    kind: type[Strided] | type[Fixed], monkeypatch: pytest.MonkeyPatch, set_device: Callable[..., None]
+) -> None:
     set_device(max_scores=1 << 15)
     counts = {n: score_counts(kind.balanced(n), n, monkeypatch) for n in (1024, 4096, 16384)}
     for n, sizes in counts.items():
@@ -262,7 +265,7 @@ def test_cost_grows_as_n_root_n(kind: type[Strided] | type[Fixed], set_device: p
 
 @pytest.mark.parametrize("kind", [Strided, Fixed])
 @pytest.mark.parametrize("reverse", [False, True])
-def test_memory_grows_as_n(kind: type[Strided] | type[Fixed], reverse: bool, set_device: pytest.MonkeyPatch) -> None:
+def test_memory_grows_as_n(kind: type[Strided] | type[Fixed], reverse: bool, set_device: Callable[..., None]) -> None:
     set_device(max_scores=1 << 15)
 
     def peak(length: int) -> int:
