@@ -161,7 +161,7 @@ def add_sources(parser: argparse.ArgumentParser) -> None:
 def check_sources(nectar: "Nectar", args: argparse.Namespace) -> None:
     """NectarError if sources are asked for that no exact key can tell."""
     if args.sources and not nectar.hybrid_banks(args.exact):
-        raise NectarError("only exact keys tell sources: fit with --kind retrieval+nectar, and leave --exact above 0")
+        raise NectarError("only exact keys tell sources: fit with --kind hybrid, and leave --exact above 0")
 
 
 def share(text: str) -> float:

@@ -158,7 +158,7 @@ class Nectar:
             raise NectarError(f"exact = {exact:g} is not in [0, 1]: it is the share of the keys to read at each step")
         if self.keys is None:
             if exact:
-                raise NectarError("there are no exact keys beside this file: fit it with --kind retrieval+nectar")
+                raise NectarError("there are no exact keys beside this file: fit it with --kind hybrid")
             return []
         share = EXACT if exact is None else exact
         if share not in self._retrieving:

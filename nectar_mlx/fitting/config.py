@@ -10,7 +10,7 @@ import numpy as np
 from .. import store
 from ..core.device import device
 from ..errors import NectarError
-from ..heads import KINDS, Size
+from ..heads import ALIASES, KINDS, Size
 from ..mlxlm.attention_patch import Geometry
 from ..store import BITS, Layout
 from . import allocation
@@ -18,9 +18,6 @@ from .prefill_attention import Prefill
 from .samples.sample_store import DeviceSampleStore, SampleStore
 from .solve import initial
 
-# Nodes alone are settled, each row in as many as it needs; more nodes make up for what each loses.
-_BITS = {"quadrature": None, "retrieval+nectar": 6, "exact": 16}  # others 8
-_ALIASES = {"hybrid": "retrieval+nectar"}
 _FEWEST_SAMPLES = 20_000  # a head
 
 
@@ -63,7 +60,7 @@ class FitConfig:
     samples: int = 4096  # rows that Attention Matching solves on
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "kind", _ALIASES.get(self.kind, self.kind))
+        object.__setattr__(self, "kind", ALIASES.get(self.kind, self.kind))
         if self.budget != "auto" and not 0 < self.budget <= 1:
             raise NectarError(
                 f"a budget of {self.budget:g} is not in (0, 1]: it is the share of the KV cache to keep, such as 0.02 "
@@ -72,7 +69,7 @@ class FitConfig:
         if self.bits not in (None, *BITS):
             raise NectarError(f"{self.bits} bits are not supported: choose {', '.join(map(str, BITS))}")
         if self.kind not in ("auto", *KINDS):
-            raise NectarError(f"unknown kind {self.kind!r}: choose one of auto, {', '.join([*KINDS, *_ALIASES])}")
+            raise NectarError(f"unknown kind {self.kind!r}: choose one of auto, {', '.join([*KINDS, *ALIASES])}")
         if self.prefill not in ("dense", "fixed"):
             raise NectarError(f"unknown prefill {self.prefill!r}: choose dense or fixed")
         for name in ("size", "queries", "seed", "steps", "context_tokens", "memory"):
@@ -99,7 +96,7 @@ def layout_for(config: FitConfig, geometry: Geometry, *, n_layers: int) -> Layou
         n_kv_heads=geometry.n_kv_heads,
         head_dim=geometry.head_dim,
         scale=geometry.scale,
-        bits=config.bits if config.bits and kind != "exact" else _BITS.get(kind, 8),
+        bits=config.bits if config.bits and kind != "exact" else KINDS[kind].default_bits,
     )
 
 

@@ -31,7 +31,6 @@ from .solve import attention_matching, grouping, initial, quantization, regressi
 from .solve.initial import Init
 from .verdict import measured
 
-_RATES = {"quadrature": 1.5e-2, "retrieval+nectar": 2.5e-2}  # others 6e-3
 _ENOUGH = 0.9  # of the rows asked for: not another batch for the last few
 _LEAST_TOGETHER = 16  # conversations: with fewer, sampling is slow on any machine
 CHECK_TEMPERATURE = 0.7
@@ -80,7 +79,7 @@ class Fitter:
         self.steps = config.steps
         self.bits = MEAN_BITS  # of a number of a node
         self.layout = layout_for(config, geometry, n_layers=self.n_layers)
-        self.rate = config.rate or _RATES.get(self.layout.kind, 6e-3)
+        self.rate = config.rate or self.layout.bank.learning_rate
         self.checkpoint.claim(asdict(config) | {"skip": skip}, context.prefix)
 
     def fit(

@@ -14,8 +14,10 @@ from .thresholded import ThresholdedNodes
 
 _ALL: tuple[type[Bank], ...] = (Quadrature, TargetScore, Corrected, Exact, Retrieval, Completion, ThresholdedNodes)
 KINDS: dict[str, type[Bank]] = {bank.kind: bank for bank in _ALL}
+ALIASES = {"retrieval+nectar": "hybrid"}  # names of before, in files and commands
 
 __all__ = [
+    "ALIASES",
     "KINDS",
     "Bank",
     "Completion",

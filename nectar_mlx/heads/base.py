@@ -28,6 +28,10 @@ class Bank:
     offset: mx.array | None = None
 
     kind: ClassVar[str]
+    # Of a stored matrix entry unless told otherwise; None: every row in as many as it needs.
+    default_bits: ClassVar[int | None] = 8
+    learning_rate: ClassVar[float] = 6e-3  # of its regression
+    keeps_keys: ClassVar[bool] = False  # whether the context's exact keys are kept in a file beside the .nectar
     padding: ClassVar[dict[str, float]] = {}  # what neutral padding is where it is not zero
 
     def __call__(self, queries: mx.array) -> Partial:
@@ -51,6 +55,11 @@ class Bank:
     def size_of(cls, head: HeadArrays) -> Size:
         """The size that `shapes` needs to describe this head."""
         raise NotImplementedError
+
+    @classmethod
+    def size_for(cls, units: int) -> Size:
+        """The one size of this kind with so many nodes or hidden units: budgets buy units."""
+        return (units,)
 
     @classmethod
     def stack(cls, heads: Sequence[HeadArrays], *, scale: float, offset: mx.array | None = None) -> Self:

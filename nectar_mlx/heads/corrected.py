@@ -36,6 +36,10 @@ class Corrected(Bank):
         return Quadrature.shapes((nodes,), head_dim) | hidden | out
 
     @classmethod
+    def size_for(cls, units: int) -> Size:
+        return (units, max(4, units // 6))
+
+    @classmethod
     def size_of(cls, head: HeadArrays) -> Size:
         return (head["bias"].shape[0], head["b_gate"].shape[0])
 

@@ -15,6 +15,7 @@ class Exact(Bank):
     the same for all heads."""
 
     kind = "exact"
+    default_bits = 16
 
     def apply(self, parameters: HeadArrays, queries: mx.array) -> Partial:
         return exact(queries, parameters["keys"], parameters["values"], scale=self.scale)

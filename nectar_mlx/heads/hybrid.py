@@ -39,6 +39,8 @@ class HybridHead(Bank):
     With nothing retrieved a head is a quadrature of the whole context: its anchors and its `nodes`.
     """
 
+    keeps_keys = True
+
     def apply(self, parameters: HeadArrays, queries: mx.array) -> Partial:
         nodes = self._whole(parameters)
         return weighted(queries, nodes["keys"], nodes["values"], bias=nodes["bias"], scale=self.scale)
@@ -92,6 +94,10 @@ class Retrieval(HybridHead):
     """Selection only, the baseline of arXiv 2604.05438: what is not read is nothing. size = (0,)."""
 
     kind = "retrieval"
+
+    @classmethod
+    def size_for(cls, units: int) -> Size:
+        return (0,)
 
     def nodes(self, parameters: HeadArrays) -> HeadArrays:
         M = len(self.sizes)

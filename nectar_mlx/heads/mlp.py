@@ -35,6 +35,11 @@ class TargetScore(Bank):
         return target | _shapes("score", score_units, score_layers, head_dim, 1)
 
     @classmethod
+    def size_for(cls, units: int) -> Size:
+        """Hidden units come in multiples that fill the groups of the quantised form."""
+        return (_round_up(units, 8), 2, _round_up(max(1, units // 4), 32), 2)
+
+    @classmethod
     def size_of(cls, head: HeadArrays) -> Size:
         size: Size = ()
         for part in ("target", "score"):
@@ -45,6 +50,10 @@ class TargetScore(Bank):
     @property
     def head_dim(self) -> int:
         return self.parameters["target.w_in"].shape[-1]
+
+
+def _round_up(units: int, multiple: int) -> int:
+    return -(-units // multiple) * multiple
 
 
 def network(parameters: HeadArrays, name: str, queries: mx.array) -> mx.array:

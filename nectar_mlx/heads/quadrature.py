@@ -15,6 +15,8 @@ class Quadrature(Bank):
     """keys, values [m, D] and bias [m] a head; size = (m,). Padding nodes have weight zero."""
 
     kind = "quadrature"
+    default_bits = None
+    learning_rate = 1.5e-2
     padding: ClassVar = {"bias": -1e30}
 
     def apply(self, parameters: HeadArrays, queries: mx.array) -> Partial:

@@ -23,7 +23,9 @@ from .hybrid import NOTHING, HybridHead, Retrieved
 class ThresholdedNodes(HybridHead):
     """keys, values [m, D], bias, cut, sharpness (its logarithm) [m] a head, and the anchors; size = (m,)."""
 
-    kind = "retrieval+nectar"
+    kind = "hybrid"
+    default_bits = 6
+    learning_rate = 2.5e-2
     padding: ClassVar = {"bias": NOTHING}
 
     def nodes(self, parameters: HeadArrays) -> HeadArrays:

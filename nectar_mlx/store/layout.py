@@ -18,7 +18,7 @@ import numpy as np
 
 from ..core.quantize import Quantized, Stored, dequantize, group_size, quantize, unpack_integers
 from ..errors import NectarError
-from ..heads import KINDS, Bank, HeadArrays
+from ..heads import ALIASES, KINDS, Bank, HeadArrays
 from . import grids
 from .grids import GridMatrix
 
@@ -40,6 +40,7 @@ class Layout:
     bits: int | None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "kind", ALIASES.get(self.kind, self.kind))
         if self.kind not in KINDS or self.bits not in (*BITS, None) or self.head_dim < 1:
             raise ValueError(f"unknown layout: {self}")
 

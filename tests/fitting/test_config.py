@@ -39,7 +39,7 @@ def test_a_memory_that_is_told_counts_instead(memory):
         ({}, None),
         ({"kind": "quadrature", "bits": 6}, 6),
         ({"budget": 0.005, "bits": 8}, 8),
-        ({"budget": 0.005, "kind": "retrieval+nectar"}, 6),
+        ({"budget": 0.005, "kind": "hybrid"}, 6),
         ({"budget": 0.005, "kind": "mlp"}, 8),
         ({"kind": "exact"}, 16),
     ],

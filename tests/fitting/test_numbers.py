@@ -173,11 +173,11 @@ def test_a_hostile_model_is_right_or_refused(tokenizer, name):
     assert np.isfinite(nectar.report["kl"]) and nectar.report["gap_closed"] > 0.8, nectar.report["verdict"]
 
 
-@pytest.mark.parametrize("kind", ["mlp", "corrected", "completion", "retrieval", "retrieval+nectar", "exact"])
+@pytest.mark.parametrize("kind", ["mlp", "corrected", "completion", "retrieval", "hybrid", "exact"])
 @pytest.mark.parametrize("make, size", [(large_scores, 2e4), (large_values, 1e5), (large_keys, 1e6)])
 def test_every_kind_of_head_takes_large_numbers(tokenizer, kind, make, size):
     model, config = make(size), FitConfig(**FAST | {"kind": kind, "budget": 0.8})
-    if make is large_keys and kind == "retrieval+nectar":  # its router's half-precision index cannot hold them
+    if make is large_keys and kind == "hybrid":  # its router's half-precision index cannot hold them
         with pytest.raises(NectarError, match="not finite, so nothing is written"):
             toys.fit(model, tokenizer, TEXT, config=config)
         return

@@ -133,7 +133,7 @@ def test_clusters_are_a_feature_map_that_knows_its_keys():
 def fitted():
     """Every kind on one toy."""
     tokenizer, model = toys.tokenizer(), toys.toy("llama")
-    kinds = ("retrieval", "completion", "retrieval+nectar")
+    kinds = ("retrieval", "completion", "hybrid")
     return tokenizer, model, {k: toys.fit(model, tokenizer, TEXT, config=FitConfig(**FAST, kind=k)) for k in kinds}
 
 
@@ -179,14 +179,14 @@ def test_architectures(architecture):
 
 def test_a_text_that_is_too_short():
     with pytest.raises(NectarError, match="at least 48 tokens"):
-        toys.fit(toys.toy("llama"), toys.tokenizer(), "the fox", config=FitConfig(kind="retrieval+nectar"))
+        toys.fit(toys.toy("llama"), toys.tokenizer(), "the fox", config=FitConfig(kind="hybrid"))
 
 
 def test_from_text_to_sources_and_evaluation(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder = toys.save_model(toys.toy("llama"), tmp_path / "model", toys.tokenizer())
     (tmp_path / "book.txt").write_text(TEXT)
-    options = ["--queries", "300", "--steps", "5", "--budget", "0.3", "--kind", "retrieval+nectar", "--json"]
+    options = ["--queries", "300", "--steps", "5", "--budget", "0.3", "--kind", "hybrid", "--json"]
     assert fit.main(["--model", str(folder), "--context", "book.txt", *options]) == 0
     assert json.loads(capsys.readouterr().out)["kl"] >= 0
     assert kv_path("book.nectar").is_file()
@@ -214,7 +214,7 @@ def test_from_text_to_sources_and_evaluation(tmp_path, capsys, monkeypatch):
     entropy = [part["entropy"] for part in result["entropy"]]
     assert entropy == sorted(entropy) and len(entropy) == 4
     assert "nectar, 20.0% read @ book.nectar" in result["entropy"][0]["errors"]
-    assert Nectar.read("book.nectar").layout.kind == "retrieval+nectar"
+    assert Nectar.read("book.nectar").layout.kind == "hybrid"
 
 
 @pytest.fixture
@@ -223,7 +223,7 @@ def heard():
     tokenizer, model = toys.tokenizer(), toys.toy("llama")
     geometry = attention_patch.route(model)
     context = prefill.read_text(model, prompts.prefix(tokenizer, TEXT), geometry)
-    fitter = RetrievalFitter(model, tokenizer, context, geometry, FitConfig(**FAST, kind="retrieval+nectar"))
+    fitter = RetrievalFitter(model, tokenizer, context, geometry, FitConfig(**FAST, kind="hybrid"))
     fitter.converse()
     fitter.hear()
     return fitter

@@ -11,7 +11,7 @@ from nectar_mlx.store import Layout, load
 
 SIZES = {
     "quadrature": [(9,), (2,), (40,), (1,)],
-    "retrieval+nectar": [(9,), (2,), (40,), (1,)],
+    "hybrid": [(9,), (2,), (40,), (1,)],
     "retrieval": [(0,)] * 4,
     "corrected": [(9, 4), (2, 5), (40, 8), (1, 6)],
     "mlp": [(8, 1, 32, 1), (16, 1, 64, 1), (24, 1, 32, 1), (8, 1, 32, 1)],
@@ -49,9 +49,7 @@ def test_the_kernel_gets_the_integers_of_the_file(kind, bits, head_dim):
                 assert isinstance(x, Quantized) == (truth[name].ndim > 1) or name not in ("keys", "values")
 
 
-@pytest.mark.parametrize(
-    "kind, bits", [("quadrature", None), ("quadrature", 6), ("corrected", 6), ("retrieval+nectar", 6)]
-)
+@pytest.mark.parametrize("kind, bits", [("quadrature", None), ("quadrature", 6), ("corrected", 6), ("hybrid", 6)])
 def test_a_file_is_packed_where_there_is_a_kernel(kind, bits, monkeypatch):
     layout, tensors = written(kind, bits, 64)
     banks = [b.without_retrieval() if isinstance(b, HybridHead) else b for b in store.unpack(layout, tensors)]
@@ -63,7 +61,7 @@ def test_a_file_is_packed_where_there_is_a_kernel(kind, bits, monkeypatch):
 
 
 def test_what_keys_are_relative_to_goes_to_the_kernel(monkeypatch):
-    layout, tensors = written("retrieval+nectar", 6, 64)
+    layout, tensors = written("hybrid", 6, 64)
     monkeypatch.setattr(kernels, "backend", lambda: "metal")
     for offsets in (None, mx.random.normal((4, 64)).astype(mx.bfloat16)):
         tensors |= {} if offsets is None else {"offsets": offsets}

@@ -32,7 +32,7 @@ _ALONE = 0.02  # weight of errors with nothing read, where bytes are shared out
 
 
 class RetrievalFitter(Fitter):
-    """The kinds retrieval, completion and retrieval+nectar, and the keys that go beside them."""
+    """The kinds retrieval, completion and hybrid, and the keys that go beside them."""
 
     def __init__(self, model: Any, tokenizer: Any, context: Any, geometry: Any, config: Any, **options: Any):
         if len(context.prefix) < _LEAST:
@@ -43,7 +43,7 @@ class RetrievalFitter(Fitter):
 
     def prepare(self) -> None:
         self._sketch = self._sketched()
-        if self.layout.kind == "retrieval+nectar":
+        if self.layout.kind == "hybrid":
             super().prepare()
             inside = np.zeros(self.length, np.float32)
             inside[middle(self.length)] = 1
@@ -151,7 +151,7 @@ class RetrievalFitter(Fitter):
 
     def start(self, group: Sequence[int], sizes: Sequence[Size], rows: Samples) -> Init:
         counts = [size[0] for size in sizes]
-        make = self._remainder if self.layout.kind == "retrieval+nectar" else self._completion
+        make = self._remainder if self.layout.kind == "hybrid" else self._completion
         return Init.of(make(group, counts, rows))
 
     def _remainder(self, group: Sequence[int], counts: Sequence[int], rows: Samples) -> Bank:

@@ -69,31 +69,16 @@ def size_for(layout: Layout, nbytes: float, *, most: int) -> Size:
     low, high = 1, most
     while low < high:
         middle = (low + high + 1) // 2
-        if store.head_bytes(layout, _FAMILIES[layout.kind](middle)) <= nbytes:
+        if store.head_bytes(layout, layout.bank.size_for(middle)) <= nbytes:
             low = middle
         else:
             high = middle - 1
-    return _FAMILIES[layout.kind](low)
+    return layout.bank.size_for(low)
 
 
 def smallest_bytes(layout: Layout) -> float:
     """Bytes of the smallest head worth fitting: four nodes, or the smallest network."""
-    return store.head_bytes(layout, _FAMILIES[layout.kind](4))
-
-
-def _round_up(units: int, multiple: int) -> int:
-    return -(-units // multiple) * multiple
-
-
-# One number u -> a size. Hidden units come in multiples that fill the groups of the quantised form.
-_FAMILIES: dict[str, Callable[[int], Size]] = {
-    "quadrature": lambda u: (u,),
-    "retrieval": lambda u: (0,),
-    "completion": lambda u: (u,),
-    "retrieval+nectar": lambda u: (u,),
-    "corrected": lambda u: (u, max(4, u // 6)),
-    "mlp": lambda u: (_round_up(u, 8), 2, _round_up(max(1, u // 4), 32), 2),
-}
+    return store.head_bytes(layout, layout.bank.size_for(4))
 
 
 def start(layout: Layout, nodes: Sequence[HeadArrays], sizes: Sequence[Size], rows: Samples, *, seed: int) -> Init:
