@@ -20,7 +20,7 @@ from .benchmarks import tune as tuning
 from .benchmarks.measure import KEEPERS, SHAPES, Shape
 from .core import plotting
 from .errors import NectarError
-from .fitting.config import FitConfig, rows_for
+from .fitting.config import FitConfig
 
 _CONTEXTS = {"decode": "1k,8k,32k,128k,512k,1m", "fit": "8k,32k,128k", "selftest": "1k"}
 Row = dict[str, Any]
@@ -50,7 +50,7 @@ def fit(shape: Shape, contexts: Sequence[int], config: FitConfig) -> Row:
         rows.append(row)
     for row in rows:
         row["share"] = row["seconds"] / sum(other["seconds"] for other in rows if other["context"] == row["context"])
-    queries = rows_for(config, heads=shape.layers * shape.n_kv_heads, head_dim=shape.head_dim)
+    queries = max(row.pop("samples", 0) for row in rows)
     sizes = {"layers": shape.layers, "queries": queries, "steps": config.steps, "budget": config.budget}
     return _about() | {"shape": shape.name, "bandwidth": measure.bandwidth(), "rows": rows} | sizes
 

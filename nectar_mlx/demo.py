@@ -117,7 +117,7 @@ def _answer(
     from mlx_lm.generate import generate_step
 
     from .fitting import fidelity
-    from .fitting.samples.self_study import Conversation
+    from .fitting.samples.conversation import Conversation
 
     prompt = nectar.prompt(tokenizer, question, enable_thinking=False)
 

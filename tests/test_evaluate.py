@@ -14,7 +14,7 @@ from nectar_mlx.baselines import EvalContext
 from nectar_mlx.evaluate import Options
 from nectar_mlx.evaluation import answers, methods, questions, similarity, summary
 from nectar_mlx.fitting import prefill
-from nectar_mlx.fitting.samples.self_study import Conversation
+from nectar_mlx.fitting.samples.conversation import Conversation
 from nectar_mlx.mlxlm import attention_patch, prompts
 from tests import toys
 

@@ -15,11 +15,11 @@ from ..core.device import device
 from ..errors import NectarError
 from ..fitting import fisher, prefill
 from ..fitting.fidelity import Prompt
+from ..fitting.fisher import N_PROBE
 from ..fitting.prefill import Context
 from ..fitting.samples import capture, instructions, self_study
+from ..fitting.samples.conversation import Conversation, count_samples
 from ..fitting.samples.sample_store import DeviceSampleStore, Samples, SampleStore
-from ..fitting.samples.self_study import Conversation
-from ..fitting.sizes import N_PROBE
 from ..fitting.solve import attention_matching
 from ..heads import Bank, HeadArrays, Weighed
 from ..mlxlm import prompts
@@ -103,7 +103,10 @@ class EvalContext:
         asked = instructions.training(self.passage, seed=self.seed)
         size = min(device().baseline_batch, max(8, self.conversations, self.rows // 400))
         conversations: list[Conversation] = []
-        while len(conversations) < self.conversations or self_study.n_samples(conversations, self.geometry) < self.rows:
+        while (
+            len(conversations) < self.conversations
+            or count_samples(conversations, group=self.geometry.n_heads // self.geometry.n_kv_heads) < self.rows
+        ):
             batch = [Conversation(self.ask(next(asked))) for _ in range(size)]
             self.converse(self.context, batch, seed=self.seed + len(conversations), temperature=0.9)
             conversations += batch

@@ -6,7 +6,7 @@ and read for every question, is not counted, nor is the time to read the passage
 
 from ..core.bm25 import PASSAGE, Index
 from ..errors import NectarError
-from ..fitting.samples.self_study import Conversation
+from ..fitting.samples.conversation import Conversation
 from ..mlxlm import prompts
 from .base import Baseline, EvalContext, View
 from .nothing import no_context

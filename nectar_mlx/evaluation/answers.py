@@ -12,7 +12,7 @@ from .. import cli
 from ..baselines import EvalContext, View
 from ..core.device import device
 from ..fitting import fidelity
-from ..fitting.samples.self_study import Conversation
+from ..fitting.samples.conversation import Conversation
 from ..mlxlm import prompts
 from .bootstrap import Bootstrap, interval
 from .questions import ON, TEMPERATURE, Asked, contains

@@ -15,7 +15,7 @@ from ..baselines import EvalContext
 from ..core.device import device
 from ..errors import NectarError
 from ..fitting.samples import instructions
-from ..fitting.samples.self_study import Conversation
+from ..fitting.samples.conversation import Conversation
 from ..mlxlm import prompts
 
 ON, OFF, REREAD, CONTINUE = "on-context", "off-context", "re-reading", "continuation"

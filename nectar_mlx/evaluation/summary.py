@@ -38,7 +38,7 @@ def entropies(task: EvalContext, rows: SampleStore) -> np.ndarray:
     """The mean entropy of every head's exact attention to the context, in nats, [n_heads]."""
     K, found = task.geometry.n_kv_heads, list[float]()
     # At random: rows of a group's query heads lie side by side, and a fixed distance may find one of them alone.
-    chosen = np.sort(np.random.default_rng(0).permutation(rows.rows)[:256])
+    chosen = np.sort(np.random.default_rng(0).permutation(rows.count)[:256])
     for layer in range(task.n_layers):
         captured = rows.heads(range(layer * K, layer * K + K), chosen)
         keys, bias = task.layer(layer)[0], task.bias(layer)

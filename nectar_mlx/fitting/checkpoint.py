@@ -15,7 +15,7 @@ import numpy as np
 from ..errors import NectarError
 from ..heads import HeadArrays, Size
 from ..store import MEAN_BITS
-from .samples.self_study import Conversation
+from .samples.conversation import Conversation
 
 
 class Plan(NamedTuple):

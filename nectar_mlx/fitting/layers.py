@@ -1,8 +1,8 @@
 """A model's layers one at a time, so that only one layer's keys and values need to exist.
 
 mlx-lm's models run all their layers in one call. Here the layers are called one by one; what stands before the first
-(embeddings, their scale) and after the last (norm, logits) is had from the model itself, its layers standing aside.
-Hidden states are [B, T, E].
+(embeddings, their scale) and after the last (norm, logits) is had from the model itself, its layers replaced by a
+function. Hidden states are [B, T, E].
 """
 
 from collections.abc import Callable, Iterator
@@ -60,7 +60,7 @@ class LayerRunner:
 
     @contextmanager
     def patched_layers(self, call: Callable[..., mx.array]) -> Iterator[None]:
-        """Inside, every layer of the model's kind is `call`."""
+        """Inside, every layer of the model is `call`."""
         kinds: dict[Any, Any] = {type(layer): type(layer).__call__ for layer in self._layers}
         for kind in kinds:
             kind.__call__ = call

@@ -31,7 +31,8 @@ class Bank:
     # Of a stored matrix entry unless told otherwise; None: every row in as many as it needs.
     default_bits: ClassVar[int | None] = 8
     learning_rate: ClassVar[float] = 6e-3  # of its regression
-    keeps_keys: ClassVar[bool] = False  # whether the context's exact keys are kept in a file beside the .nectar
+    trainable: ClassVar[bool] = True
+    keeps_keys: ClassVar[bool] = False  # whether the context's own keys are kept, in the heads or beside them
     padding: ClassVar[dict[str, float]] = {}  # what neutral padding is where it is not zero
 
     def __call__(self, queries: mx.array) -> Partial:

@@ -94,6 +94,7 @@ class Retrieval(HybridHead):
     """Selection only, the baseline of arXiv 2604.05438: what is not read is nothing. size = (0,)."""
 
     kind = "retrieval"
+    trainable = False
 
     @classmethod
     def size_for(cls, units: int) -> Size:

@@ -8,7 +8,7 @@ import pytest
 
 from nectar_mlx.core.device import device, using
 from nectar_mlx.fitting import fidelity, prefill
-from nectar_mlx.fitting.samples.self_study import Conversation
+from nectar_mlx.fitting.samples.conversation import Conversation
 from nectar_mlx.mlxlm import attention_patch
 from tests import toys
 

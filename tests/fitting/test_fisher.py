@@ -6,7 +6,7 @@ import pytest
 
 from nectar_mlx.fitting import fidelity, fisher, prefill
 from nectar_mlx.fitting.samples import self_study
-from nectar_mlx.fitting.samples.self_study import Conversation
+from nectar_mlx.fitting.samples.conversation import Conversation
 from nectar_mlx.mlxlm import attention_patch, prompts
 from tests import toys
 

@@ -17,7 +17,7 @@ from nectar_mlx.fitting.config import FitConfig
 from nectar_mlx.fitting.fitter import Fitter
 from nectar_mlx.fitting.samples import capture, self_study
 from nectar_mlx.fitting.samples.sample_store import DeviceSampleStore, SampleStore
-from nectar_mlx.fitting.samples.self_study import Conversation
+from nectar_mlx.fitting.samples.conversation import Conversation
 from nectar_mlx.fitting.solve import quantization
 from nectar_mlx.mlxlm import attention_patch, prompts
 from tests import toys

@@ -18,7 +18,7 @@ from nectar_mlx.fitting.fitter import Fitter, silent
 from nectar_mlx.fitting.layers import LayerRunner
 from nectar_mlx.fitting.layerwise import LayerwiseFitter
 from nectar_mlx.fitting.samples import capture, self_study
-from nectar_mlx.fitting.samples.self_study import Conversation
+from nectar_mlx.fitting.samples.conversation import Conversation
 from nectar_mlx.mlxlm import attention_patch, prompts
 from nectar_mlx.mlxlm.cache import NectarCache
 from tests import toys

@@ -1,63 +1,116 @@
-"""Conversations about a context: sampled with the full cache in view, for the queries that matter are those of real
-answers. Re-reading the text alone gives three times the divergence (docs/log/sampling.md).
+"""Self-study: questions about a text, and answers sampled with the full cache, for the queries that matter are those of
+real answers. Replaying the text alone gives three times the divergence (docs/log/sampling.md).
 """
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from ...core.exp import exp
 from ...mlxlm import prompts
-from ...mlxlm.attention_patch import Geometry
 from ...mlxlm.cache import NectarCache
 from ..prefill import Context
+from ..run import FitRun
 from . import instructions
+from .conversation import Conversation, answered_checks, count_samples
 
-_SHRINK = 8  # a batch is made smaller when one row in so many has ended
+CHECK_TEMPERATURE = 0.7
+_SHRINK = 8  # a batch is made smaller when one of so many conversations has ended
 _STEP = 64  # tokens that keys and values grow by: conversations are short
+_ENOUGH = 0.9  # of the samples asked for: not another batch for the last few
+_FEWEST_TOGETHER = 16  # conversations: with fewer, sampling is slow on any machine
+_CHECK_SEED = 1_000_003  # of the answers to the check questions, beside that of the fit
 
 
-Split = Literal["train", "held_out", "check"]
+class Prompts(Protocol):
+    """Makes conversations number first, first + 1, … about a text, their answers still to come."""
+
+    def __call__(
+        self, tokenizer: Any, text: Sequence[int], *, first: int, count: int, seed: int
+    ) -> list[Conversation]: ...
 
 
-@dataclass
-class Conversation:
-    """A prompt that continues the prefix and the answer that the model gave with its full cache.
+def study(run: FitRun, context: Context) -> list[Conversation]:
+    """Samples conversations about a context until they give every head its samples, and those of the check."""
+    conversations, config = run.checkpoint.load_conversations(), run.config
+    wanted = run.n_samples(run.n_heads)
+    with run.progress("sampling answers", wanted) as done:
+        try:
+            while (samples := count_samples(conversations, group=run.group)) < _ENOUGH * wanted:
+                number = sum(c.split != "check" for c in conversations)
+                batch = training_conversations(
+                    run.tokenizer,
+                    context.prefix,
+                    first=number,
+                    count=side_by_side(run, missing=wanted - samples),
+                    seed=config.seed,
+                )
+                answer(
+                    run,
+                    context,
+                    batch,
+                    seed=config.seed + number,
+                    temperature=config.temperature,
+                    progress=batch_progress(run, batch, samples, wanted, done),
+                )
+                conversations += batch
+            if not answered_checks(conversations):
+                batch = check_conversations(
+                    run.tokenizer, context.prefix, first=0, count=config.checks, seed=config.seed
+                )
+                answer(run, context, batch, seed=config.seed + _CHECK_SEED, temperature=CHECK_TEMPERATURE)
+                conversations += batch
+        finally:
+            run.checkpoint.save_conversations(conversations)
+    return conversations
 
-    split: heads are trained on "train" and compared on "held_out", which is of the same kind; the finished file is
-    checked on "check", which is not.
-    """
 
-    prompt: list[int]
-    answer: list[int] = field(default_factory=list)
-    split: Split = "train"
-
-
-def fed_tokens(conversation: Conversation) -> int:
-    """Tokens that the model was fed: the last one of an answer is only kept."""
-    return len(conversation.prompt) + max(0, len(conversation.answer) - 1)
+def side_by_side(run: FitRun, *, missing: int) -> int:
+    """How many conversations are sampled together: as many as give the missing samples, and as the memory holds."""
+    config, g = run.config, run.geometry
+    fit = max(_FEWEST_TOGETHER, run.memory // 4 // g.cache_bytes(2 * config.answer_tokens))
+    needed = missing // (run.group * config.answer_tokens) + 1
+    return min(config.conversations, fit, max(_FEWEST_TOGETHER, needed))
 
 
-def n_samples(
-    conversations: Sequence[Conversation], geometry: Geometry, *, split: Split = "train", until: int | None = None
-) -> int:
-    """Rows a KV head that the conversations of a split give when they are heard: one a query head and token. until: how
-    many tokens of each there are so far, at most."""
-    group = geometry.n_heads // geometry.n_kv_heads
-    fed = [fed_tokens(c) for c in conversations if c.split == split]
-    return group * sum(tokens if until is None else min(tokens, until) for tokens in fed)
+def batch_progress(
+    run: FitRun, batch: Sequence[Conversation], before: int, wanted: int, done: Callable[[int], None]
+) -> Callable[[int], None]:
+    """For `sample_answers`: tells `done` the samples so far. before: those of earlier batches."""
+    return lambda tokens: done(min(wanted, before + count_samples(batch, group=run.group, until=tokens)))
+
+
+def answer(
+    run: FitRun,
+    context: Context,
+    batch: Sequence[Conversation],
+    *,
+    seed: int,
+    temperature: float,
+    progress: Callable[[int], None] = lambda tokens: None,
+) -> None:
+    """Samples the answers of a batch, as long as the run's configuration says."""
+    sample_answers(
+        run.model,
+        context,
+        sorted(batch, key=lambda c: len(c.prompt)),
+        stop=set(run.tokenizer.eos_token_ids),
+        max_tokens=run.config.answer_tokens,
+        temperature=temperature,
+        key=mx.random.key(seed),
+        progress=progress,
+    )
 
 
 def training_conversations(
     tokenizer: Any, text: Sequence[int], *, first: int, count: int, seed: int
 ) -> list[Conversation]:
     """Conversations number first, first + 1, … about a text, their answers still to come; one in ten is held out,
-    whatever the batches: were it one of each batch, a batch of one would give no rows.
+    whatever the batches: were it one of each batch, a batch of one would give no samples.
     """
     questions = instructions.training(partial(instructions.passage, tokenizer, text), seed=seed + first)
     prompted = [prompts.prompt(tokenizer, question) for question in itertools.islice(questions, count)]

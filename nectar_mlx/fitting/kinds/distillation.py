@@ -17,7 +17,7 @@ _SHARPEST = 0.02  # variance within clusters over that of all keys: half-precisi
 
 
 class Distilled(Completion):
-    """As it is trained: `rest` alone, of queries [M, N, D + 1] whose last number is the threshold.
+    """As it is trained: the complement, of queries [M, N, D + 1] whose last number is the threshold.
 
     keys, values: [M, n, D] of the middle, or `repeat` times fewer, and what selects among them, kept beside the
     parameters. Every key below the threshold is weighed by the feature map one by one, which is what the summary less
