@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 
+from ..core.types import JsonObject
 from ..errors import NectarError
 from ..heads import HeadArrays, Size
 from ..store import MEAN_BITS
@@ -37,7 +38,7 @@ class Checkpoint:
         self.folder = folder
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
 
-    def claim(self, config: dict[str, Any], prefix: Sequence[int]) -> None:
+    def claim(self, config: JsonObject, prefix: Sequence[int]) -> None:
         """Starts or continues the fit of this text with these settings; NectarError if the folder holds another fit."""
         if self.folder is None:
             return
@@ -99,7 +100,7 @@ class Checkpoint:
                 heads.setdefault(int(index), {})[name] = array
         return heads
 
-    def save_chunk(self, arrays: Mapping[str, mx.array], told: Mapping[str, Any]) -> None:
+    def save_chunk(self, arrays: Mapping[str, mx.array], told: JsonObject) -> None:
         """Keeps what is left of a part that is done: arrays by name, and what goes with them. The rest is removed."""
         if self.folder is not None:
             temporary = self.folder / "half.safetensors"
@@ -111,7 +112,7 @@ class Checkpoint:
                 elif path not in (done, self.folder / "fit.json"):
                     path.unlink()
 
-    def load_chunk(self) -> tuple[dict[str, mx.array], dict[str, Any]] | None:
+    def load_chunk(self) -> tuple[dict[str, mx.array], JsonObject] | None:
         if self.folder is None or not (self.folder / "done.safetensors").exists():
             return None
         loaded: Any = mx.load(str(self.folder / "done.safetensors"), return_metadata=True)

@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -28,6 +27,7 @@ from .. import store
 from ..core.clock import Clock
 from ..core.device import device
 from ..core.progress import Progress
+from ..core.types import JsonObject
 from ..heads import Exact, HeadArrays, Weighed
 from ..mlxlm.attention_patch import Geometry
 from ..mlxlm.cache import make_caches
@@ -57,7 +57,7 @@ def split(tokens: int, room: int) -> list[int]:
 
 def fit(
     run: FitRun, prefix: Sequence[int], *, chunks: Sequence[int], layerwise: bool, clock: Clock
-) -> tuple[store.Tensors, dict[str, Any]]:
+) -> tuple[store.Tensors, JsonObject]:
     """Fits a prefix that ends with these chunks (their lengths in tokens) -> tensors and report.
 
     layerwise: whether the keys and values of only one layer of a chunk may exist at a time.

@@ -10,13 +10,13 @@ Where the text does not fit the model's window, or its keys and values the memor
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
-from typing import Any
 
 import mlx.nn as nn
 
 from .. import models, store
 from ..core.clock import Clock
 from ..core.progress import Progress, silent
+from ..core.types import JsonObject, Tokenizer
 from ..errors import NectarError
 from ..heads import Bank
 from ..mlxlm import attention_patch, prompts
@@ -39,7 +39,7 @@ _QUESTION_TOKENS = 1024  # of the window, that questions and answers need
 
 def fit(
     model: nn.Module,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     text: str,
     *,
     config: FitConfig,
@@ -94,7 +94,7 @@ def fit(
 
 def _fit_whole(
     run: FitRun, prefix: Sequence[int], *, text: str, clock: Clock
-) -> tuple[store.Tensors, dict[str, Any], KeyFile | None]:
+) -> tuple[store.Tensors, JsonObject, KeyFile | None]:
     """All layers of all of the text at once -> tensors and report, and the keys, where the kind keeps them."""
     with run.progress("reading", len(prefix)) as done:
         context = read_text(run.model, prefix, run.geometry, prefill=run.config.prefill, progress=done)
@@ -115,7 +115,7 @@ def _fit_whole(
         keys = kind.key_file(text, nectar=store.digest(tensors))
         banks = kind.reading_banks(banks, keys)
         clock.lap("keys")
-    report: dict[str, Any] = {
+    report: JsonObject = {
         "budget": plan.share,
         "sizes": plan.sizes,
         "queries": kind.data.train.count,

@@ -7,6 +7,7 @@ queries, the exact (o, L) of the context and the (o, L) of the live tokens: what
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -84,7 +85,7 @@ def held_out_count(train: int) -> int:
     return max(train // 10, _FEWEST_HELD_OUT)
 
 
-def _empty(run: FitRun, count: int, folder: Any) -> SampleStore:
+def _empty(run: FitRun, count: int, folder: Path | None) -> SampleStore:
     if folder or device().linux_cpu:
         return SampleStore(run.n_heads, count, run.geometry.head_dim, folder=folder)
     return DeviceSampleStore(count)

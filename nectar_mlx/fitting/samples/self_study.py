@@ -11,6 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ...core.exp import exp
+from ...core.types import Tokenizer
 from ...mlxlm import prompts
 from ...mlxlm.cache import NectarCache
 from ..prefill import Context
@@ -30,7 +31,7 @@ class Prompts(Protocol):
     """Makes conversations number first, first + 1, … about a text, their answers still to come."""
 
     def __call__(
-        self, tokenizer: Any, text: Sequence[int], *, first: int, count: int, seed: int
+        self, tokenizer: Tokenizer, text: Sequence[int], *, first: int, count: int, seed: int
     ) -> list[Conversation]: ...
 
 
@@ -107,7 +108,7 @@ def answer(
 
 
 def training_conversations(
-    tokenizer: Any, text: Sequence[int], *, first: int, count: int, seed: int
+    tokenizer: Tokenizer, text: Sequence[int], *, first: int, count: int, seed: int
 ) -> list[Conversation]:
     """Conversations number first, first + 1, … about a text, their answers still to come; one in ten is held out,
     whatever the batches: were it one of each batch, a batch of one would give no samples.
@@ -118,7 +119,7 @@ def training_conversations(
 
 
 def check_conversations(
-    tokenizer: Any, text: Sequence[int], *, first: int, count: int, seed: int
+    tokenizer: Tokenizer, text: Sequence[int], *, first: int, count: int, seed: int
 ) -> list[Conversation]:
     """Conversations about a text by which a finished file is checked, their answers still to come. first: as above."""
     questions = instructions.checking(partial(instructions.passage, tokenizer, text), seed=seed + first)

@@ -8,7 +8,6 @@ budget and the .nectar alone.
 """
 
 import math
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -16,6 +15,7 @@ import numpy as np
 from ...core.attention import Partial, merge
 from ...core.device import device
 from ...core.exp import exp
+from ...core.types import DoubleArray
 from ...heads.hybrid import EVERYTHING, NOTHING, SINKS, TAIL
 from ...retrieval.selection import Scoring, log_sum
 from .sample_store import Samples
@@ -58,7 +58,7 @@ def split(
     return Samples(*(mx.concatenate(list(xs), axis=1) for xs in zip(*parts, strict=True)))
 
 
-def _ranks(random: np.random.Generator, count: int, unread: float) -> np.ndarray[Any, Any]:
+def _ranks(random: np.random.Generator, count: int, unread: float) -> DoubleArray:
     """Shares of the keys to read, [count]; 0 where nothing is."""
     low, high = np.log(_RANKS)
     return np.where(random.random(count) < unread, 0.0, np.exp(random.uniform(low, high, count)))
@@ -71,7 +71,7 @@ def _split(
     selector: Scoring,
     *,
     scale: float,
-    ranks: np.ndarray[Any, Any],
+    ranks: DoubleArray,
     repeat: float,
 ) -> Samples:
     """ranks: of each token, [N / group]."""
@@ -91,7 +91,7 @@ def _split(
     return Samples(asked, rest.output, live.output, rest.log_normalizer, live.log_normalizer)
 
 
-def _thresholds(scores: mx.array, total: mx.array, ranks: np.ndarray[Any, Any]) -> mx.array:
+def _thresholds(scores: mx.array, total: mx.array, ranks: DoubleArray) -> mx.array:
     """scores [M, N, n], total [M, N], ranks [tokens] -> [M, N]: the scores of the share of attention that, of a sample
     of the keys, a share `rank` exceeds in some head of the token."""
     M, N, n = scores.shape

@@ -14,12 +14,12 @@ queries and answers notice most comes first, as in incremental network quantisat
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from ...core import rans
+from ...core.types import FloatArray, IntArray
 from ...heads import Bank, HeadArrays
 from ...store import MEAN_BITS
 from ...store.grids import column_sizes, spreads
@@ -106,7 +106,7 @@ def _steps(bank: Bank, costs: HeadArrays, *, bits: float) -> HeadArrays:
     return {n: mx.array(x) for n, x in steps.items()}
 
 
-def _exponents(values: Sequence[Any], costs: Sequence[Any], *, bits: float) -> list[Any]:
+def _exponents(values: Sequence[FloatArray], costs: Sequence[FloatArray], *, bits: float) -> list[IntArray]:
     """Of matrices [rows, D] with the costs of their rows: the rows' steps, twice their binary logarithms, for which the
     numbers take so many bits on average."""
     sizes = [column_sizes(x) for x in values]
