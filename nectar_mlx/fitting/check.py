@@ -1,4 +1,4 @@
-"""The check of a finished fit: its answers beside those with the full cache."""
+"""The check of a finished fit: its answers compared with those of the full cache."""
 
 from collections.abc import Sequence
 from functools import partial

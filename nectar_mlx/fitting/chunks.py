@@ -2,8 +2,8 @@
 
 Every chunk stands behind the template's head, at the positions that follow it, as if it were the whole text; what is
 asked comes behind the longest one. So no distance is larger than the model was made for, and every chunk is as near to
-the question as the last (parallel context windows, arXiv 2212.10947). Every chunk gets heads of its own, fitted with
-the others out of sight. All of them weigh as much as one, and the preamble, which they have in common, counts once:
+the question as the last (parallel context windows, arXiv 2212.10947). Every chunk gets heads of its own, fitted without
+the others. All of them weigh as much as one, and the preamble, which they have in common, counts once:
 
     L = logaddexp(L_preamble, log Σ exp(L_c) - log C),    c = 1 … C
 

@@ -95,7 +95,7 @@ def fit(
 def _fit_whole(
     run: FitRun, prefix: Sequence[int], *, text: str, clock: Clock
 ) -> tuple[store.Tensors, JsonObject, KeyFile | None]:
-    """All layers of all of the text at once -> tensors and report, and the keys, where the kind keeps them."""
+    """All layers of all of the text at once -> tensors and report, and the file of keys, where the kind has one."""
     with run.progress("reading", len(prefix)) as done:
         context = read_text(run.model, prefix, run.geometry, prefill=run.config.prefill, progress=done)
     clock.lap("read")
@@ -127,7 +127,7 @@ def _fit_whole(
 
 
 def _needs_layers(run: FitRun, n: int) -> bool:
-    """Whether the fit goes layer by layer: when it is told to, or when the KV cache would not fit the memory."""
+    """Whether the fit goes layer by layer: when that was chosen, or when the KV cache would not fit the memory."""
     config, kind = run.config, run.layout.bank
     if config.layerwise and kind.keeps_keys:
         raise NectarError(

@@ -122,7 +122,7 @@ class HybridFit(KindFit):
         return sketch.build(keys, queries, scale=self.run.geometry.scale)
 
     def key_file(self, text: str, *, nectar: str) -> KeyFile:
-        """The exact keys that are kept beside the .nectar of this digest."""
+        """The file of exact keys that belongs to the .nectar of this digest."""
         context: Context = self.data.context
         layers = [(bank.parameters["keys"], bank.parameters["values"]) for bank in context.banks]
         small = self.sketch | sources.arrays(self.run.tokenizer, text, context.prefix)
