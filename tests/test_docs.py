@@ -1,7 +1,6 @@
 """The documents name what exists: modules, files, commands and their options; the worked example works."""
 
 import argparse
-import ast
 import importlib
 import re
 import shlex
@@ -18,6 +17,7 @@ import nectar_mlx.heads
 from nectar_mlx import Nectar, __main__, cli
 from nectar_mlx.fitting.config import FitConfig
 from tests import toys
+from tests.test_layers import LEVELS
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "nectar_mlx"
@@ -153,41 +153,11 @@ def test_no_line_of_prose_is_too_long():
         assert long == [], document.name
 
 
-def levels() -> dict[str, int]:
-    """Of every package and module of the table in architecture.md."""
-    table = (ROOT / "docs" / "architecture.md").read_text()
-    rows = re.findall(r"^\| (\d+) \| ([^|]*) \|", table, re.M)
-    return {name: int(level) for level, names in rows for name in re.findall(r"`(\w+)`", names)}
-
-
-def imports(path: Path) -> Iterator[str]:
-    """The package's top-level modules that a file imports, those that only types need left out."""
-    package = path.relative_to(ROOT).parent.parts
-    tree = ast.parse(path.read_text())
-    for node in ast.walk(tree):
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
-            node.body = []
-        elif isinstance(node, ast.ImportFrom):
-            base = package[: len(package) - node.level + 1] if node.level else ()
-            module = (*base, *(node.module or "").split("."))
-            names = [module] if node.module else [(*base, alias.name) for alias in node.names]
-            yield from (name[1] for name in names if name[0] == "nectar_mlx" and len(name) > 1)
-
-
-def test_imports_point_one_way():
-    level = levels()
-    modules = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
-    assert level.keys() == modules - {"__init__", "__main__"}
-    sideways = {("push", "inspect")}  # of commands
-    upwards = []
-    for path in sorted(PACKAGE.rglob("*.py")):
-        file = str(path.relative_to(PACKAGE))
-        name = Path(file).parts[0].removesuffix(".py")
-        if name not in level or file == "evaluation/texts.py":  # a command
-            continue
-        others = [other for other in imports(path) if other in level and other != name]
-        upwards += [(file, other) for other in others if level[other] >= level[name] and (name, other) not in sideways]
-    assert upwards == []
+def test_the_table_of_layers_is_the_tested_one():
+    rows = re.findall(r"^\| \d+ \| ([^|]*) \|", (ROOT / "docs" / "architecture.md").read_text(), re.M)
+    table = [set(re.findall(r"`(\w+)`", row)) for row in rows]
+    tested = [{name for name in names if not name.startswith("__")} for names in LEVELS]
+    assert table == [names for names in tested if names]
 
 
 def load(source: str, name: str) -> types.ModuleType:
@@ -199,6 +169,7 @@ def load(source: str, name: str) -> types.ModuleType:
     return module
 
 
+@pytest.mark.fit
 def test_the_worked_example_of_a_kind_can_be_fitted(monkeypatch):
     head_source, fit_source = blocks(ROOT / "CONTRIBUTING.md", python=True)
     heads, kinds = nectar_mlx.heads, nectar_mlx.fitting.kinds
