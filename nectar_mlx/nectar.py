@@ -113,13 +113,14 @@ class Nectar:
             warnings.warn(f"{error}: answering from the .nectar alone, no key is read exactly", stacklevel=3)
 
     def save(self, path: str | Path) -> None:
-        """Writes a .nectar, and its keys beside it, in one step each; NectarError if the path holds something else,
-        or cannot be written."""
+        """Writes a .nectar, and its keys beside it; equal fits give equal files, for the report's timings are left
+        out. NectarError if the path holds something else, or cannot be written."""
         path = Path(path)
         store.check_writable(path)
         if self.keys is not None:
             self.keys.write(kv_path(path))
-        store.write(path, self._tensors, self.metadata)
+        report = {name: value for name, value in self.report.items() if name != "seconds"}
+        store.write(path, self._tensors, self.metadata | {"report": report})
 
     def make_cache(self, *, kv_bits: int | None = None, exact: float | None = None) -> list[Any]:
         """Fresh caches, one a layer, that start behind the context.

@@ -21,9 +21,9 @@ from ..errors import NectarError
 from ..heads import ALIASES, KINDS, Bank, HeadArrays
 from . import grids
 from .grids import GridMatrix
+from .tensor_file import Tensors
 
 BITS = (4, 5, 6, 7, 8, 16)  # of a matrix entry; 16 = float
-Tensors = dict[str, mx.array]
 HALF_MAX = 65504.0  # the largest number of float16
 
 

@@ -205,7 +205,7 @@ def test_kinds_without_keys_refuse_to_read_exactly(tmp_path):
     model = toys.toy("llama")
     nectar = toys.picked(model, toys.random_tokens(70), 14)
     assert nectar.hybrid_banks() == []
-    with pytest.raises(NectarError, match="retrieval"):
+    with pytest.raises(NectarError, match="hybrid"):
         nectar.make_cache(exact=0.01)
 
 

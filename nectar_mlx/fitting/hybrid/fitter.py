@@ -16,7 +16,8 @@ from ...heads.thresholded import TrainableThresholdedNodes
 from ...retrieval import EXACT, sketch, sources
 from ...retrieval.bank import hybrid_banks
 from ...retrieval.router import routers
-from ...store.kv_file import Arrays, KeyFile
+from ...store.kv_file import KeyFile
+from ...store.tensor_file import Arrays
 from ..auto_budget import FIRST
 from ..checkpoint import Plan
 from ..fitter import Fitter
