@@ -3,18 +3,13 @@
 Every chunk stands behind the template's head, at the positions that follow it, as if it were the whole text; what is
 asked comes behind the longest one. So no distance is larger than the model was made for, and every chunk is as near to
 the question as the last (parallel context windows, arXiv 2212.10947). Every chunk gets heads of its own, fitted with
-the others out of sight. All of them weigh as much as one, and the opening, which they have in common, counts once:
-
-    L = logaddexp(L_opening, log Σ exp(L_c) - log C),    c = 1 … C
-
-A model expects a text to weigh what one window weighs: the plain sum of many chunks drowns the opening and the live
-tokens (docs/log/chunks.md). In heads made of nodes the rule is a bias, -log C on every node of a chunk, so that file,
-cache and kernel know nothing of chunks.
+the others out of sight; `store.chunking` joins them, so that file, cache and kernel know nothing of chunks. A model
+expects a text to weigh what one window weighs: the plain sum of many chunks drowns the preamble and the live tokens
+(docs/log/chunks.md).
 
 A chunk is read without those before it: what it says about them is not understood, and their order is not known.
 """
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -29,7 +24,8 @@ from ..core.device import device
 from ..heads import Exact, HeadArrays, Size, Weighed
 from ..mlxlm.attention_patch import Geometry
 from ..mlxlm.cache import make_caches
-from ..store import Layout, load
+from ..store import Layout, chunking, load
+from ..store.chunking import ChunkedPrefix
 from . import finite, verdict
 from .checkpoint import Checkpoint, Plan
 from .config import FitConfig, affordable_bytes, layout_for, share_of
@@ -39,12 +35,6 @@ from .layers import LayerRunner
 from .layerwise import LayerwiseFitter
 from .prefill import Context, read_head, read_text
 from .prefill_attention import Prefill
-
-
-def split(tokens: int, room: int) -> list[int]:
-    """The lengths of chunks, at most `room`, equal but for a token; the last, nearest the question, is the longest."""
-    count = -(-tokens // room)
-    return [tokens * (i + 1) // count - tokens * i // count for i in range(count)]
 
 
 def fit(
@@ -77,7 +67,8 @@ def fit(
     affordable = partial(affordable_bytes, geometry=geometry, layout=layout, n=len(prefix), parts=len(chunks))
     nbytes = affordable(share, aside=aside, at_least=chosen)
     parts: list[FittedChunk] = []
-    for number, text in enumerate(_texts(prefix, chunks)):
+    whole = ChunkedPrefix(prefix, chunks)
+    for number, text in enumerate(whole.texts()):
         saved = checkpoint.part(f"chunk-{number}")
         saved.claim(asdict(config) | {"skip": opening}, text)
         part = FittedChunk.load(saved)
@@ -107,10 +98,9 @@ def fit(
     before = read_text(model, prefix[:opening], geometry, offsets=offsets).banks if opening else []
     heads = list(_heads(layout, before, [part.layers for part in parts]))
     tensors = store.contents(layout, heads, prefix=prefix, windows=parts[-1].windows, offsets=offsets)
-    start = len(prefix) - sum(chunks) + max(chunks)
     banks = load.banks(layout, tensors)
     finite.check_banks("rounding", banks, geometry)
-    make_cache = partial(make_caches, banks, parts[-1].windows, start)
+    make_cache = partial(make_caches, banks, parts[-1].windows, whole.start)
     report = {
         "budget": share,
         "layerwise": layerwise,
@@ -211,7 +201,7 @@ def read_chunks(
 ) -> Context:
     """The exact keys and values of a prefix that ends with these chunks, or of one that has none."""
     parts, done = list[Context](), 0
-    for text in _texts(prefix, chunks or [len(prefix)]):
+    for text in ChunkedPrefix(prefix, chunks or [len(prefix)]).texts():
         offsets = parts[0].offsets if parts else ()
         after = partial(_after, progress, done)
         parts.append(read_text(model, text, geometry, prefill=prefill, offsets=offsets, progress=after))
@@ -221,7 +211,7 @@ def read_chunks(
     before, banks = prefix[: len(prefix) - sum(chunks)], list[Exact]()
     opening = read_text(model, before, geometry, offsets=parts[0].offsets)
     for first, *behind in zip(opening.banks, *(part.banks for part in parts), strict=True):
-        heads = _joined(first, [bank.part(slice(len(before), None)).nodes() for bank in behind])
+        heads = chunking.join(first.nodes(), [bank.part(slice(len(before), None)).nodes() for bank in behind])
         banks.append(Weighed.stack(heads, scale=geometry.scale, offset=first.offset))
     return Context(list(prefix), banks, parts[-1].windows, chunks)
 
@@ -230,30 +220,12 @@ def _after(progress: Callable[[int], None], done: int, more: int) -> None:
     progress(done + more)
 
 
-def _texts(prefix: Sequence[int], chunks: Sequence[int]) -> Iterator[list[int]]:
-    """Each chunk behind what comes before the first."""
-    start = opening = len(prefix) - sum(chunks)
-    for length in chunks:
-        yield [*prefix[:opening], *prefix[start : start + length]]
-        start += length
-
-
 def _heads(layout: Layout, opening: Sequence[Exact], fitted: Sequence[Sequence[store.Tensors]]) -> Iterator[HeadArrays]:
     """All heads, layer by layer, each for the whole text. opening: a bank a layer, where there are several chunks."""
     one = replace(layout, n_layers=1)
     for layer, parts in enumerate(zip(*fitted, strict=True)):
         heads = [store.unpack(one, part)[0].unstack() for part in parts]
-        yield from _joined(opening[layer], heads) if len(heads) > 1 else heads[0]
-
-
-def _joined(opening: Exact, chunks: Sequence[Sequence[HeadArrays]]) -> list[HeadArrays]:
-    """The heads of one layer: the nodes of the opening and those of the chunks, which together weigh as much as one."""
-    less = math.log(len(chunks))
-    lowered = [[head | {"bias": head["bias"] - less} for head in heads] for heads in chunks]
-    return [
-        {name: mx.concatenate([part[name] for part in parts]) for name in parts[0]}
-        for parts in zip(opening.nodes(), *lowered, strict=True)
-    ]
+        yield from chunking.join(opening[layer].nodes(), heads) if len(heads) > 1 else heads[0]
 
 
 def _of(progress: Progress, number: int, count: int, description: str, total: int) -> Any:

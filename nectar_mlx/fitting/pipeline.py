@@ -20,7 +20,7 @@ from ..heads import KINDS, Bank, HybridHead, Quadrature
 from ..mlxlm import attention_patch, prompts
 from ..mlxlm.attention_patch import Geometry
 from ..mlxlm.window import window as _window
-from ..store import Layout, load
+from ..store import Layout, chunking, load
 from ..store.kv_file import KeyFile
 from . import chunks, finite, prefill, verdict
 from .checkpoint import Checkpoint
@@ -152,4 +152,4 @@ def _chunks(model: nn.Module, tokenizer: Any, prefix: Sequence[int], config: Fit
             f"the text has {len(prefix):,} tokens; the model's window of {window:,} leaves room for {max(0, room):,}: "
             f"cut it with --context-tokens {max(0, room)}, or fit it chunk by chunk with --kind quadrature"
         )
-    return chunks.split(tokens, room)
+    return chunking.split(tokens, room)

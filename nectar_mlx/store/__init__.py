@@ -3,7 +3,7 @@
 from . import tensor_file
 from .file import Metadata, check_writable, contents, description, is_nectar, model_name, read, write
 from .grids import MEAN_BITS
-from .layout import BITS, HALF_MAX, Layout, head_bytes, integer_heads, pack, select_nodes, unpack
+from .layout import BITS, HALF_MAX, Layout, head_bytes, integer_heads, mean_bits, pack, select_nodes, unpack
 from .tensor_file import Tensors, digest
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "head_bytes",
     "integer_heads",
     "is_nectar",
+    "mean_bits",
     "model_name",
     "pack",
     "read",

@@ -62,6 +62,14 @@ def _parameter_bytes(layout: Layout, shape: tuple[int, ...]) -> float:
     return math.prod(shape) * (layout.bits / 8 + 2 / group_size(layout.head_dim))
 
 
+def mean_bits(layout: Layout, tensors: Tensors) -> float:
+    """Bits that an entry of a matrix takes in the file, on average."""
+    if layout.bits is not None:
+        return layout.bits
+    shapes = [shape for size in _sizes(layout, tensors) for shape in _matrix_shapes(layout, size).values()]
+    return round(8 * tensors["heads.numbers"].nbytes / max(1, sum(map(math.prod, shapes))), 2)
+
+
 def pack(layout: Layout, heads: Sequence[HeadArrays], *, offsets: Sequence[mx.array | None] = ()) -> Tensors:
     """All heads, layer by layer -> the tensors of the file. offsets: of each layer's heads, [K, D]; none are zero."""
     sizes = [layout.bank.size_of(h) for h in heads]

@@ -201,5 +201,7 @@ class RetrievalFitter(Fitter):
 
     def reading(self, banks: Sequence[Bank], keys: KeyFile) -> Sequence[Bank]:
         """The banks as they answer unless a request says otherwise: some keys read exactly, if there are enough."""
-        found = hybrid_banks(banks, keys, routers(keys, scale=self.geometry.scale), exact=EXACT, group=self._group)
+        found = hybrid_banks(
+            banks, keys, routers(keys, scale=self.geometry.scale), exact_fraction=EXACT, group=self._group
+        )
         return found or banks
