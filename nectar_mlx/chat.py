@@ -37,7 +37,7 @@ class Conversation:
         self._read: list[int] = []
 
     def _fresh(self) -> list[Any]:
-        return self._nectar.make_cache(kv_bits=self._args.kv_bits, exact=self._args.exact)
+        return self._nectar.make_cache(kv_bits=self._args.kv_bits, exact_fraction=self._args.exact)
 
     def answer(self, question: str) -> Any:
         """Yields mlx-lm's responses for the next turn, and keeps the turn once it is complete (or was interrupted)."""
@@ -50,7 +50,7 @@ class Conversation:
         pieces = [self._thoughts(prompt)]
         rest = prompt[self._resume(prompt) :]
         self._read = list(prompt)
-        self._nectar.forget_reading(self.cache)
+        self._nectar.hybrid.forget(self.cache)
         try:
             options = {"max_tokens": max_tokens}
             for response in cli.generate(self._model, self._tokenizer, rest, self.cache, self._args, **options):

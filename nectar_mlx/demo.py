@@ -84,7 +84,8 @@ def _demonstrate(arguments: argparse.Namespace, path: Path) -> None:
     fitted = pipeline.fit(
         model, tokenizer, manual(), config=config, name=arguments.model, source="Python manual", progress=cli.progress
     )
-    Nectar(*fitted).save(path)
+    made = Nectar(*fitted)
+    made.save(path)
 
     started = time.perf_counter()
     nectar = Nectar.load(path, model, tokenizer)
@@ -101,7 +102,7 @@ def _demonstrate(arguments: argparse.Namespace, path: Path) -> None:
         "file_bytes": path.stat().st_size,
         "read_seconds": round(read_seconds, 2),
         "load_seconds": round(load_seconds, 3),
-        "fit": nectar.report,
+        "fit": made.report,
         "answers": [asdict(a) for a in answers],
     }
     if arguments.json:

@@ -21,7 +21,7 @@ from ..errors import NectarError
 from ..heads import Bank
 from ..mlxlm import attention_patch, prompts
 from ..mlxlm.window import window as _window
-from ..store import load
+from ..store import chunking, load
 from ..store.kv_file import KeyFile
 from . import chunks, finite, verdict
 from .budget import affordable_bytes, share_of
@@ -151,4 +151,4 @@ def _chunk_lengths(run: FitRun, prefix: Sequence[int]) -> list[int]:
             f"the text has {len(prefix):,} tokens; the model's window of {window:,} leaves room for {max(0, room):,}: "
             f"cut it with --context-tokens {max(0, room)}, or fit it chunk by chunk with --kind quadrature"
         )
-    return chunks.split(tokens, room)
+    return chunking.split(tokens, room)

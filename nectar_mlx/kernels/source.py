@@ -2,7 +2,6 @@
 
 import functools
 import hashlib
-import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,7 +9,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..core.files import cache_folder
+from ..core.files import cache_folder, write_atomically
+from ..errors import NectarError
 
 Kernel = Callable[..., list[mx.array]]
 # What MLX's own text in front of ours does not include.
@@ -92,7 +92,7 @@ def to_cuda(header: str, body: str) -> tuple[str, str]:
     wanted = " ".join(sorted(set(re.findall(r"\w+_(?:shape|strides)\b", body))))
     try:
         return f'#include "{_file(header)}"\n', f'// {wanted}\n#include "{_file(body)}"\n'
-    except OSError:  # no folder to write to
+    except (OSError, NectarError):  # no folder to write to
         return header, body
 
 
@@ -100,7 +100,5 @@ def _file(text: str) -> Path:
     path = cache_folder() / "cuda" / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.h"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = path.with_suffix(f".{os.getpid()}")
-        scratch.write_text(text)
-        scratch.replace(path)
+        write_atomically(path, lambda file: file.write(text.encode()))
     return path

@@ -87,7 +87,7 @@ class Provider(server.ModelProvider):
         retrieves = bool(nectar.hybrid_banks(exact))
 
         def make_cache() -> list[Any]:
-            self.reading = nectar.make_cache(kv_bits=self.cli_args.kv_bits, exact=exact)
+            self.reading = nectar.make_cache(kv_bits=self.cli_args.kv_bits, exact_fraction=exact)
             return self.reading
 
         model.make_cache = make_cache
@@ -130,7 +130,7 @@ class PromptCache(LRUPromptCache):
         cache, rest = super().fetch_nearest_cache(model, tokens)
         if cache is not None and self._provider is not None:
             self._provider.reading = cache
-            self._provider.serving.forget_reading(cache)
+            self._provider.serving.hybrid.forget(cache)
         if rest:
             return cache, rest
         if all(layer.is_trimmable() for layer in cache):
@@ -173,7 +173,7 @@ class _Told:
         if self._context is None:
             self._context = item
         elif item is None:
-            self._context.reading = self._provider.serving.reading(self._provider.reading)
+            self._context.reading = self._provider.serving.hybrid.reading(self._provider.reading)
         self._queue.put(item)
 
 

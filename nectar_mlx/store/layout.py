@@ -21,9 +21,9 @@ from ..errors import NectarError
 from ..heads import ALIASES, KINDS, Bank, HeadArrays
 from . import grids
 from .grids import GridMatrix
+from .tensor_file import Tensors
 
 BITS = (4, 5, 6, 7, 8, 16)  # of a matrix entry; 16 = float
-Tensors = dict[str, mx.array]
 HALF_MAX = 65504.0  # the largest number of float16
 
 
@@ -60,6 +60,14 @@ def _parameter_bytes(layout: Layout, shape: tuple[int, ...]) -> float:
     if layout.bits is None:
         return grids.expected_bytes(shape[0], shape[1])
     return math.prod(shape) * (layout.bits / 8 + 2 / group_size(layout.head_dim))
+
+
+def mean_bits(layout: Layout, tensors: Tensors) -> float:
+    """Bits that an entry of a matrix takes in the file, on average."""
+    if layout.bits is not None:
+        return layout.bits
+    shapes = [shape for size in _sizes(layout, tensors) for shape in _matrix_shapes(layout, size).values()]
+    return round(8 * tensors["heads.numbers"].nbytes / max(1, sum(map(math.prod, shapes))), 2)
 
 
 def pack(layout: Layout, heads: Sequence[HeadArrays], *, offsets: Sequence[mx.array | None] = ()) -> Tensors:

@@ -79,7 +79,7 @@ def test_every_architecture_can_be_fitted(tokenizer, architecture):
 def test_a_seed_decides_every_bit(tokenizer):
     model = toys.toy("qwen2")
     first, second, other = (fitted(model, tokenizer, budget=0.5, context_tokens=150, seed=s) for s in (1, 1, 2))
-    assert store.digest(first._tensors) == store.digest(second._tensors) != store.digest(other._tensors)
+    assert first.digest == second.digest != other.digest
 
 
 def test_exact_reproduces_the_stock_model(tokenizer):
@@ -108,7 +108,7 @@ def test_an_interrupted_fit_continues_where_it_stopped(tokenizer, tmp_path, monk
         toys.fit(model, tokenizer, TEXT, config=config, checkpoint=checkpoint.Checkpoint(tmp_path / "part"))
     monkeypatch.setattr(self_study, "converse", converse)
     resumed = toys.fit(model, tokenizer, TEXT, config=config, checkpoint=checkpoint.Checkpoint(tmp_path / "part"))
-    assert store.digest(resumed._tensors) == store.digest(whole._tensors)
+    assert resumed.digest == whole.digest
 
 
 def test_fitted_heads_are_not_fitted_again(tokenizer, tmp_path, monkeypatch):
@@ -118,7 +118,7 @@ def test_fitted_heads_are_not_fitted_again(tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr("nectar_mlx.fitting.solve.regression.train", lambda *a, **k: pytest.fail("trained again"))
     monkeypatch.setattr(self_study, "converse", lambda *a, **k: pytest.fail("asked again"))
     second = toys.fit(model, tokenizer, TEXT, config=config, checkpoint=checkpoint.Checkpoint(tmp_path))
-    assert store.digest(second._tensors) == store.digest(first._tensors)
+    assert second.digest == first.digest
 
 
 def test_resuming_with_other_settings_is_refused(tokenizer, tmp_path):
@@ -228,7 +228,7 @@ def test_where_rows_are_kept_changes_nothing(tokenizer, tmp_path, monkeypatch):
     assert list(tmp_path.glob("study.rows/*.npy"))
     monkeypatch.setattr(Fitter, "_empty", lambda self, rows, folder: DeviceSampleStore(rows))
     near = toys.fit(model, tokenizer, TEXT, config=FitConfig(**options))
-    assert store.digest(kept._tensors) == store.digest(spilled._tensors) == store.digest(near._tensors)
+    assert kept.digest == spilled.digest == near.digest
 
 
 def test_what_is_captured_is_exact_attention(tokenizer):

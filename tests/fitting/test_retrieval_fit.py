@@ -148,7 +148,7 @@ def test_kinds(fitted):
         tokens = nectar.prompt(tokenizer, "Who runs?")
         full = model(mx.array([nectar.prefix + tokens]))[:, len(nectar.prefix) :]
         for share in (0, 0.05, 0.3, 1):
-            found = model(mx.array([tokens]), cache=nectar.make_cache(exact=share))
+            found = model(mx.array([tokens]), cache=nectar.make_cache(exact_fraction=share))
             errors[kind, share] = float(mx.abs(found - full).mean())
     for kind in nectars:
         assert errors[kind, 1] < 0.05 and errors[kind, 0.3] < 1.1 * errors["retrieval", 0.3]
@@ -173,7 +173,7 @@ def test_architectures(architecture):
     nectar = toys.fit(model, tokenizer, TEXT, config=FitConfig(**FAST, kind="retrieval", context_tokens=150))
     tokens = nectar.prompt(tokenizer, "Who?")
     full = model(mx.array([nectar.prefix + tokens]))[:, len(nectar.prefix) :]
-    found = model(mx.array([tokens]), cache=nectar.make_cache(exact=1))
+    found = model(mx.array([tokens]), cache=nectar.make_cache(exact_fraction=1))
     assert mx.abs(found - full).mean() < 0.05 * mx.abs(full).mean()
 
 

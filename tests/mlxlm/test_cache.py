@@ -200,7 +200,7 @@ def test_copies_share_the_context_and_nothing_else(architecture):
 
 def test_making_caches_costs_no_memory():
     _, nectar = setup("gemma3_text", "picked")
-    mx.eval(nectar._tensors)
+    mx.eval(nectar.tensors)
     before = mx.get_active_memory()
     caches = [nectar.make_cache() for _ in range(100)]
     mx.eval([c.state for cache in caches for c in cache])

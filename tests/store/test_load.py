@@ -38,7 +38,7 @@ def written(kind, bits, head_dim):
 def test_the_kernel_gets_the_integers_of_the_file(kind, bits, head_dim):
     layout, tensors = written(kind, bits, head_dim)
     banks = [b.without_retrieval() if isinstance(b, HybridHead) else b for b in store.unpack(layout, tensors)]
-    layers = load._stored(layout, tensors)
+    layers = load.kernel_heads(layout, tensors)
     for bank, heads in zip(banks, layers, strict=True):
         for head, truth in zip(heads, bank.unstack(), strict=True):
             assert head.keys() == truth.keys()
