@@ -21,7 +21,7 @@ from .core.bm25 import Index
 from .errors import NectarError
 from .fitting import verdict
 from .heads import Bank, HybridHead
-from .kernels.packing import Packed
+from .kernels import DecodeKernel
 from .mlxlm import attention_patch, prompts
 from .mlxlm.attention_patch import Geometry
 from .mlxlm.cache import Window, make_caches
@@ -131,7 +131,7 @@ class Nectar:
         if banks := self.hybrid_banks(exact):
             record = Record(context, len(banks))
             return make_caches(banks, self.windows, context, kv_bits=kv_bits, make=recording(record))
-        return make_caches(self._without_retrieval, self.windows, context, kv_bits=kv_bits, packed=self._packed)
+        return make_caches(self._without_retrieval, self.windows, context, kv_bits=kv_bits, kernels=self._kernels)
 
     def sources(self, caches: Sequence[Any], *, count: int = 3) -> list[Source]:
         """The passages whose keys took the most exact attention since `forget_reading`, while tokens were written one
@@ -193,8 +193,8 @@ class Nectar:
         return [bank.without_retrieval() if isinstance(bank, HybridHead) else bank for bank in self.banks]
 
     @cached_property
-    def _packed(self) -> list[Packed] | None:
-        return load.packed(self._without_retrieval, self.layout, self._tensors)
+    def _kernels(self) -> list[DecodeKernel] | None:
+        return load.decode_kernels(self._without_retrieval, self.layout, self._tensors)
 
     def prompt(self, tokenizer: Any, messages: str | Sequence[prompts.Message], **template: Any) -> list[int]:
         """The tokens that follow the prefix for a question or a conversation, up to where the answer starts."""
