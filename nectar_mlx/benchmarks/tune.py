@@ -47,11 +47,11 @@ def _measured(layers: list[DecodeKernel], queries: mx.array, caches: Sequence[tu
     def step() -> mx.array:
         out = queries
         for kernel, (keys, values) in zip(layers, caches, strict=True):
-            attended = kernel(out, keys, values, live=LIVE)
+            attended = kernel.attend(out, keys, values, live=LIVE)
             assert attended is not None
             out = attended
         return out
 
-    if not layers[0].supports(queries, caches[0][0]):
+    if layers[0].attend(queries, *caches[0], live=LIVE) is None:
         return {}
     return {"ms": measure.timed(step) * 1e3}

@@ -35,7 +35,8 @@ _OF_QUERIES = ("w_in", "w_gate", "w_up", "skip")  # whose rows are multiplied by
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Probe:
-    """A decode step: `bank` holds the values that `packed` keeps. Shapes as in `DecodeKernel`, S = LIVE + BEHIND."""
+    """A decode step, of shapes as in `DecodeKernel.attend`, S = LIVE + BEHIND. `bank` holds the values that `packed`
+    keeps."""
 
     packed: Packed
     bank: Bank
@@ -153,7 +154,7 @@ def _parameter(name: str, shape: tuple[int, ...], unit: float, rng: np.random.Ge
 def reference(
     bank: Bank, queries: mx.array, keys: mx.array, values: mx.array, *, left_padding: mx.array | None = None
 ) -> mx.array:
-    """`DecodeKernel` by plain operations in float32, on the CPU; all keys and values [B, K, S, D] are live."""
+    """`DecodeKernel.attend` by plain operations in float32, on the CPU; all keys and values [B, K, S, D] are live."""
     with mx.stream(mx.cpu):  # elsewhere float32 products may be rounded to TF32
         (T, D), S = queries.shape[2:], keys.shape[2]
         assert bank.head_dim == D

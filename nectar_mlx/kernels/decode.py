@@ -4,7 +4,7 @@ import functools
 import itertools
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import mlx.core as mx
 
@@ -50,8 +50,7 @@ def pack(
     )
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(NamedTuple):
     """What a decode step of some shapes launches: one kernel, or one that leaves partial results and one that merges
     them."""
 
@@ -64,12 +63,13 @@ class DecodeKernel:
 
     def __init__(self, packed: Packed, *, checked: bool = True):
         self.packed = packed
+        self._words, self._networks = packed.words, packed.networks
         self._checked = checked
         self._plans: dict[tuple[object, ...], Plan | None] = {}  # by shapes
         # Launches that may be under way at once count their threadgroups apart.
         self._counters = itertools.cycle(_arrival_counters(packed.form))
 
-    def __call__(
+    def attend(
         self,
         queries: mx.array,
         keys: mx.array,
@@ -84,28 +84,31 @@ class DecodeKernel:
         which costs less than to slice them. Queries are rotated and unscaled, as a cache sees them; they are the last T
         live tokens, and causal among them. All may be slices of longer buffers; their last axis must be contiguous.
         left_padding [B] int32: the first live position of each sequence that holds a token. Returns [B, H, T, D] in the
-        queries' type, or None where `supports` says no.
+        queries' type, or None where there is no kernel for these shapes and types, or no right one.
         """
-        live = keys.shape[2] if live is None else live
-        plan = self._plan(queries, keys, live, left_padding is not None)
+        # Once a layer and token: attributes and calls count. (A method costs the host less than `__call__`.)
+        shape, (_, K, S, _) = queries.shape, keys.shape
+        if live is None:
+            live = S
+        slices = -(-live // LIVE_SLICE) if live < LIVE_SLICE * MAX_SLICES else MAX_SLICES
+        key = (shape, K, slices, shape[2] <= live <= S, queries.dtype, keys.dtype, left_padding is not None)
+        try:
+            plan = self._plans[key]
+        except KeyError:
+            plan = self._plans[key] = _make_plan(self.packed.form, *key, checked=self._checked)
         if plan is None:
             return None
-        packed = self.packed
-        live_tokens = _lengths(live // 64)[live % 64]
-        inputs = [queries, keys, values, packed.words, live_tokens]
+        words, live_tokens = self._words, _lengths(live // 64)[live % 64]
+        inputs = [queries, keys, values, words, live_tokens]
         if left_padding is not None:
             inputs.append(left_padding)
-        if packed.networks:
-            inputs.append(activations(packed.networks, attention.group(queries, packed.n_kv_heads)))
-        if plan.merge is None:
+        if self._networks:
+            inputs.append(activations(self._networks, attention.group(queries, K)))
+        first, merge = plan
+        if merge is None:
             inputs.append(next(self._counters))
-            return plan.first(inputs=inputs)[1]
-        (partials,) = plan.first(inputs=inputs)
-        return plan.merge(inputs=[queries, packed.words, live_tokens, partials])[0]
-
-    def supports(self, queries: mx.array, keys: mx.array) -> bool:
-        """Whether there is a kernel for queries [B, H, T, D] and live keys [B, K, S, D]."""
-        return self._plan(queries, keys, keys.shape[2], False) is not None
+            return first(inputs=inputs)[1]
+        return merge(inputs=[queries, words, live_tokens, first(inputs=inputs)[0]])[0]
 
     def copy(self) -> "DecodeKernel":
         """The same on parameters in memory of their own."""
@@ -114,16 +117,6 @@ class DecodeKernel:
     @property
     def nbytes(self) -> int:
         return self.packed.nbytes
-
-    def _plan(self, queries: mx.array, keys: mx.array, live: int, padded: bool) -> Plan | None:
-        shape, (_, K, S, _) = queries.shape, keys.shape
-        slices = -(-live // LIVE_SLICE) if live < LIVE_SLICE * MAX_SLICES else MAX_SLICES
-        key = (shape, K, slices, shape[2] <= live <= S, queries.dtype, keys.dtype, padded)
-        try:
-            return self._plans[key]
-        except KeyError:
-            plan = self._plans[key] = _make_plan(self.packed.form, *key, checked=self._checked)
-            return plan
 
 
 def _arrival_counters(form: Form) -> list[mx.array]:
@@ -192,7 +185,9 @@ def works(variant: Variant, one_launch: bool) -> bool:
     try:
         probe = checking.probe(variant, one_launch=one_launch)
         kernel = DecodeKernel(probe.packed, checked=False)
-        result = kernel(probe.queries, probe.keys, probe.values, live=checking.LIVE, left_padding=probe.left_padding)
+        result = kernel.attend(
+            probe.queries, probe.keys, probe.values, live=checking.LIVE, left_padding=probe.left_padding
+        )
         assert result is not None
         reason = probe.mismatch(result)
     except Exception as error:  # whatever a compiler or a driver has to say must not end an answer

@@ -75,7 +75,7 @@ class NectarCache(_BaseCache):
         """
         n = self.size() if isinstance(self.live, _Whole) else keys.shape[2]
         if self.kernel is not None and sinks is None:
-            out = self.kernel(queries, keys, values, live=n, left_padding=self.left_padding)
+            out = self.kernel.attend(queries, keys, values, live=n, left_padding=self.left_padding)
             if out is not None:
                 return out
         if n < keys.shape[2]:

@@ -137,7 +137,7 @@ class Case:
     def run(self):
         padding = None if self.padding is None else mx.array(self.padding, mx.int32)
         kernel = DecodeKernel(self.packed)  # whose plans are of this simulator
-        return kernel(self.queries, self.keys, self.values, left_padding=padding)
+        return kernel.attend(self.queries, self.keys, self.values, left_padding=padding)
 
     def error(self):
         live = self.queries, self.keys, self.values

@@ -147,7 +147,7 @@ def refused(case):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(2):
-            found = kernel(case.queries, case.keys, case.values, left_padding=padding)
+            found = kernel.attend(case.queries, case.keys, case.values, left_padding=padding)
     assert (found is None) == (len(caught) == 1), [str(w.message) for w in caught]
     return str(caught[0].message) if caught else None
 
