@@ -48,5 +48,7 @@ def test_a_module_imports_from_lower_levels_only(path: Path) -> None:
 
 
 def test_every_part_of_the_package_has_a_level() -> None:
-    parts = {path.name.removesuffix(".py") for path in PACKAGE.iterdir() if path.name not in ("__pycache__", "py.typed")}
+    parts = {
+        path.name.removesuffix(".py") for path in PACKAGE.iterdir() if path.name not in ("__pycache__", "py.typed")
+    }
     assert parts == LEVEL.keys() - {"__version__"}

@@ -10,14 +10,14 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+from nectar_mlx.fitting.fitter import Fitter
 
 from nectar_mlx import Nectar, NectarError, fit, store
 from nectar_mlx.fitting import checkpoint, prefill
 from nectar_mlx.fitting.config import FitConfig
-from nectar_mlx.fitting.fitter import Fitter
 from nectar_mlx.fitting.samples import capture, self_study
-from nectar_mlx.fitting.samples.sample_store import DeviceSampleStore, SampleStore
 from nectar_mlx.fitting.samples.conversation import Conversation
+from nectar_mlx.fitting.samples.sample_store import DeviceSampleStore, SampleStore
 from nectar_mlx.fitting.solve import quantization
 from nectar_mlx.mlxlm import attention_patch, prompts
 from tests import toys

@@ -7,6 +7,7 @@ from pydoc_data.topics import topics
 import mlx.core as mx
 import numpy as np
 import pytest
+from nectar_mlx.fitting.fitter import Fitter, silent
 
 from nectar_mlx import NectarError, fit, models, store
 from nectar_mlx.core.device import device
@@ -14,7 +15,6 @@ from nectar_mlx.fitting import fitted_chunk, layers, layerwise, pipeline, prefil
 from nectar_mlx.fitting.checkpoint import Checkpoint
 from nectar_mlx.fitting.config import FitConfig
 from nectar_mlx.fitting.fitted_chunk import FittedChunk
-from nectar_mlx.fitting.fitter import Fitter, silent
 from nectar_mlx.fitting.layers import LayerRunner
 from nectar_mlx.fitting.layerwise import LayerwiseFitter
 from nectar_mlx.fitting.samples import capture, self_study
