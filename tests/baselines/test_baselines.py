@@ -194,7 +194,7 @@ def test_samples_are_the_same_where_they_stay_on_the_device(ctx):
     assert isinstance(on_device, DeviceSampleStore) and on_device.rows == samples.rows
     every_seventh = np.arange(0, samples.rows, 7)
     for ours, theirs in zip(on_device.heads([1, 5], every_seventh), samples.heads([1, 5], every_seventh), strict=True):
-        np.testing.assert_allclose(np.array(ours), np.array(theirs), atol=1e-4)  # the profile changes the rounding
+        np.testing.assert_allclose(np.array(ours), np.array(theirs), rtol=1e-3, atol=1e-3)  # of 16-bit floats
 
 
 def test_training_a_cartridge_lowers_the_loss(ctx):
