@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import re
 import shutil
 import sys
 from collections.abc import Sequence
@@ -48,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, metavar="N", help="of the regression (1500 on a GPU, 300 on a CPU)")
     parser.add_argument(
         "--memory",
-        type=_bytes,
+        type=cli.size,
         metavar="SIZE",
         help="e.g. 4G (half of what is free): above it the fit goes layer by layer, captured queries to disk",
     )
@@ -136,13 +135,6 @@ def _way(nectar: "Nectar") -> str:
 
 def _default_output(context: Sequence[str]) -> Path:
     return Path(Path(context[0]).resolve().name).with_suffix(".nectar")
-
-
-def _bytes(text: str) -> int:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMGT]?)B?", text)
-    if not match:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 500M or 4G")
-    return int(float(match[1]) * 1000 ** " kMGT".index(match[2] or " "))
 
 
 if __name__ == "__main__":
