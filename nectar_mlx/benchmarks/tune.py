@@ -1,18 +1,18 @@
-"""How many rows in flight, query rows of a simdgroup and blocks make the decode kernel fastest on this machine."""
+"""The decode kernel's speed on this machine by rows in flight, query rows of a simdgroup and blocks."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import product
-from typing import Any
 
 import mlx.core as mx
 
 from .. import kernels
+from ..core.types import JsonObject
 from ..kernels import DecodeKernel, checking, variants
 from . import measure
 from .measure import DTYPE, Shape
 
-Row = dict[str, Any]
+Row = JsonObject
 
 FLIGHTS, TILES, BLOCKS = (1, 2, 4, 6, 8), (1, 2, 4), (64, 96, 124, 144, 192)
 STORAGES = {"float16": 16, "int8": 8}
@@ -22,11 +22,11 @@ NODES, LIVE = 1310, 64
 def rows(shape: Shape) -> Iterator[Row]:
     """One row a choice, as soon as it is measured: `ms` for the attention of one decode step of all layers.
 
-    The first row of each storage is what the library chooses here. A choice whose kernel does not work has no `ms`.
+    The first row of each storage is the library's own choice. A choice whose kernel does not work has no `ms`.
     """
     group = shape.n_heads // shape.n_kv_heads
     queries = mx.random.normal((shape.batch, shape.n_heads, 1, shape.head_dim)).astype(DTYPE)
-    live = (shape.layers, 2, shape.batch, shape.n_kv_heads, measure.ROOM, shape.head_dim)
+    live = (shape.layers, 2, shape.batch, shape.n_kv_heads, measure.CACHE_STEP, shape.head_dim)
     buffers = mx.random.normal(live).astype(DTYPE)
     caches = [(keys, values) for keys, values in buffers]
     trials = list(product(FLIGHTS, [tile for tile in TILES if tile <= shape.batch * group]))

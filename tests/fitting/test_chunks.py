@@ -10,9 +10,10 @@ import pytest
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 from nectar_mlx.fitting.fitter import Fitter, silent
 
-from nectar_mlx import Nectar, NectarError, ask, chat, cli, evaluate, fit, store
+from nectar_mlx import Nectar, NectarError, ask, chat, cli, fit, store
 from nectar_mlx.baselines import EvalContext
 from nectar_mlx.core.clock import Clock
+from nectar_mlx.evaluation.run import Options, QuestionOptions, evaluate
 from nectar_mlx.fitting import chunks
 from nectar_mlx.fitting.checkpoint import Checkpoint, Plan
 from nectar_mlx.fitting.config import FitConfig
@@ -210,32 +211,32 @@ def test_a_text_without_chunks_has_no_nearest(tokenizer):
     assert exact.nearest(tokenizer, "copper") is None
 
 
-def test_ask_and_chat_answer_from_the_nearest_part(parted, tokenizer, tmp_path, monkeypatch, capsys):
+def test_ask_and_chat_answer_from_the_nearest_chunk(parted, tokenizer, tmp_path, monkeypatch, capsys):
     model, fitted = parted
     fitted.save(tmp_path / "it.nectar")
     monkeypatch.setattr(cli, "load", lambda *others: (model, tokenizer, fitted))
     argv = [str(tmp_path / "it.nectar"), "Where is the velvet?", "--max-tokens", "3", "--json"]
     assert ask.main(argv) == 0
     told = capsys.readouterr()
-    part = json.loads(told.out)["part"]
-    assert part == fitted.nearest(tokenizer, "Where is the velvet?") + 1
-    assert f"from part {part} of {len(fitted.chunks)}" in told.err
-    assert json.loads(told.out)["context_tokens"] == len(fitted.chunk(part - 1).prefix)
+    chunk = json.loads(told.out)["chunk"]
+    assert chunk == fitted.nearest(tokenizer, "Where is the velvet?")
+    assert f"from chunk {chunk + 1} of {len(fitted.chunks)}" in told.err
+    assert json.loads(told.out)["context_tokens"] == len(fitted.chunk(chunk).prefix)
     assert ask.main([*argv, "--whole"]) == 0
     told = capsys.readouterr()
-    assert json.loads(told.out)["part"] is None and "from part" not in told.err
+    assert json.loads(told.out)["chunk"] is None and "from chunk" not in told.err
     turns = "Where is the copper?\nzebra\nWhere is the marble?\n"
     monkeypatch.setattr("sys.stdin", io.StringIO(turns))
     assert chat.main([str(tmp_path / "it.nectar"), "--max-tokens", "3"]) == 0
     expected = [fitted.nearest(tokenizer, f"Where is the {w}?") + 1 for w in ("copper", "marble")]
-    assert re.findall(r"from part (\d+)", capsys.readouterr().err) == [str(n) for n in expected]
+    assert re.findall(r"from chunk (\d+)", capsys.readouterr().err) == [str(n) for n in expected]
 
 
 def check_evaluation(model, tokenizer, fitted):
     """Against the exact keys of all chunks, weighed as one; what must read the text again is left out."""
     names = "snapkv,sinks-window,keep-most-attended,expected-attention,attention-matching,sparse-prefill"
-    options = evaluate.Options(questions=4, answer_tokens=6, rows=200, baselines=names, answers=False)
-    told = {m["method"]: m for m in evaluate.evaluate(model, tokenizer, {"it": fitted}, options=options)["methods"]}
+    options = Options(questions=QuestionOptions(count=4), answer_tokens=6, samples=200, baselines=names, answers=False)
+    told = {m["method"]: m for m in evaluate(model, tokenizer, {"it": fitted}, options=options)["methods"]}
     assert "SnapKV" not in told and len(told) == 7
     assert told["sparse prefill"]["kl"] < 0.02 * told["no context"]["kl"]  # all keys, read and weighed the same way
     for name in ("sinks + window", "keep most attended", "expected attention", "Attention Matching"):
