@@ -21,7 +21,7 @@ import numpy as np
 from ...core import rans
 from ...heads import Bank, HeadArrays
 from ...store import MEAN_BITS
-from ...store.grids import column_sizes, spreads
+from ...store.grids import column_scales, log2_scales
 from ..samples.sample_store import Samples
 from . import attention_matching, regression
 from .initial import Init
@@ -101,7 +101,7 @@ def _steps(bank: Bank, costs: HeadArrays, *, bits: float) -> HeadArrays:
 def _exponents(values: Sequence[Any], costs: Sequence[Any], *, bits: float) -> list[Any]:
     """Of matrices [rows, D] with the costs of their rows: the rows' steps, twice their binary logarithms, for which the
     numbers take so many bits on average."""
-    sizes = [column_sizes(x) for x in values]
+    sizes = [column_scales(x) for x in values]
     finest = [np.ceil(2 * np.log2(np.abs(x).max(1) / _LARGEST + 1e-12)) for x in values]
     wanted, low, high = bits * sum(x.size for x in values), -120.0, 120.0
     for _ in range(40):  # bisection: coarser grids take fewer bits
@@ -113,6 +113,6 @@ def _exponents(values: Sequence[Any], costs: Sequence[Any], *, bits: float) -> l
         taken = 0.0
         for size, exponent in zip(sizes, exponents, strict=True):
             known, row = np.unique(exponent, return_inverse=True)
-            taken += rans.cost(spreads(size, known)).sum(1)[row].sum()
+            taken += rans.cost(log2_scales(size, known)).sum(1)[row].sum()
         low, high = (level, high) if taken > wanted else (low, level)
     return exponents
