@@ -244,3 +244,11 @@ def test_a_browser_draws_it(tmp_path):
     command = [CHROMIUM, *FLAGS, f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1000,1600"]
     subprocess.run([*command, f"--screenshot={shot}", Path(path).as_uri()], capture_output=True, timeout=120)
     assert shot.stat().st_size > 40_000, "a blank page is far smaller"
+
+
+def test_files_that_do_not_say_how_long_they_took():
+    page = report.page(make(methods=[{**m, "seconds": 0.0} for m in TIMED], files={}))
+    assert "against time" not in page and "<td>0.0</td>" not in page and ", 0 s" not in page
+    assert ", 31 s" in report.page(make(methods=TIMED, files={})) and "<td>31.0</td>" in report.page(
+        make(methods=TIMED)
+    )
