@@ -59,7 +59,7 @@ class Nectar:
         self._index: ChunkIndex | None = None
 
     def __repr__(self) -> str:
-        share = f"{self.nbytes / self.cache_nbytes:.2%} of the KV cache"
+        share = f"{self.nbytes / max(1, self.cache_nbytes):.2%} of the KV cache"
         parts = [f"{len(self.prefix):,} tokens for {self.metadata['model']}", self.layout.kind]
         parts += [f"{self.nbytes:,} bytes", share]
         parts += [f"{len(self.chunks)} chunks"] if self.chunks else []
