@@ -3,13 +3,13 @@
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from .. import kernels, models, store
 from ..core.quantize import Quantized, Stored
+from ..core.types import Tokenizer
 from ..errors import NectarError
 from ..heads import Bank, HybridHead
 from ..heads.hybrid import ANCHORS
@@ -109,7 +109,7 @@ def as_computed(windows: Mapping[int, Window], model: nn.Module) -> dict[int, Wi
     return converted
 
 
-def check_model(path: str | Path, metadata: Metadata, model: nn.Module, tokenizer: Any = None) -> None:
+def check_model(path: str | Path, metadata: Metadata, model: nn.Module, tokenizer: Tokenizer | None = None) -> None:
     """NectarError unless a file was fitted on this very model, and tokenizer, if one is given. path: for the error."""
     if attention_patch.route(model) != geometry(metadata) or models.fingerprint(model) != metadata["model_sha256"]:
         raise NectarError(
