@@ -9,6 +9,7 @@ from typing import Any, Self
 import mlx.nn as nn
 
 from . import store
+from .core.types import JsonObject, LayerCache, Tokenizer
 from .errors import NectarError
 from .fitting import verdict
 from .heads import Bank, HybridHead
@@ -51,7 +52,7 @@ class Nectar:
         self.prefix: list[int] = ids
         self._text = ChunkedPrefix.checked(self.prefix, metadata.get("chunks", []))
         self.chunks = list(self._text.lengths)
-        self.report: dict[str, Any] = metadata["report"]
+        self.report: JsonObject = metadata["report"]
         self.banks = load.banks(self.layout, tensors)
         self.windows = load.windows(tensors, self.geometry, self.start)
         if len(self.banks) != len(self.geometry.fitted):
@@ -59,14 +60,16 @@ class Nectar:
         self._index: ChunkIndex | None = None
 
     def __repr__(self) -> str:
-        share = f"{self.nbytes / self.cache_nbytes:.2%} of the KV cache"
+        share = f"{self.nbytes / max(1, self.cache_nbytes):.2%} of the KV cache"
         parts = [f"{len(self.prefix):,} tokens for {self.metadata['model']}", self.layout.kind]
         parts += [f"{self.nbytes:,} bytes", share]
         parts += [f"{len(self.chunks)} chunks"] if self.chunks else []
         return f"<Nectar: {', '.join(parts)}>"
 
     @classmethod
-    def fit(cls, model: nn.Module, tokenizer: Any, text: str, *, budget: float | str = "auto", **options: Any) -> Self:
+    def fit(
+        cls, model: nn.Module, tokenizer: Tokenizer, text: str, *, budget: float | str = "auto", **options: Any
+    ) -> Self:
         """Fits a text.
 
         Args:
@@ -85,7 +88,7 @@ class Nectar:
         return cls(*fit(model, tokenizer, text, config=FitConfig(**chosen, **options)))
 
     @classmethod
-    def load(cls, path: str | Path, model: nn.Module, tokenizer: Any = None) -> Self:
+    def load(cls, path: str | Path, model: nn.Module, tokenizer: Tokenizer | None = None) -> Self:
         """Reads a .nectar to answer from: a file, or one on the hub (user/name).
 
         NectarError unless it is whole and was fitted on this very model (and tokenizer, if one is given). Warns where
@@ -139,12 +142,12 @@ class Nectar:
         """The banks that read a fraction of the keys exactly, one a layer; see `make_cache`. None without keys."""
         return self.hybrid.banks(exact_fraction)
 
-    def sources(self, caches: Sequence[Any], *, count: int = 3) -> list[Source]:
+    def sources(self, caches: Sequence[LayerCache], *, count: int = 3) -> list[Source]:
         """The passages of the text that took the most exact attention while these caches were written to token by
         token, most first; none without a file of keys, or in a batch."""
         return self.hybrid.sources(caches, count=count)
 
-    def prompt(self, tokenizer: Any, messages: str | Sequence[prompts.Message], **template: Any) -> list[int]:
+    def prompt(self, tokenizer: Tokenizer, messages: str | Sequence[prompts.Message], **template: Any) -> list[int]:
         """The token ids that follow the prefix, up to where the answer starts.
 
         messages: a question, or a conversation in mlx-lm's form. template: arguments of the chat template.
@@ -164,7 +167,7 @@ class Nectar:
             if before is not None:
                 model.make_cache = before
 
-    def nearest(self, tokenizer: Any, question: str) -> int | None:
+    def nearest(self, tokenizer: Tokenizer, question: str) -> int | None:
         """The number (from 0) of the chunk that a question is about, by its words (BM25).
 
         None where no word tells, where there are no chunks, and where sliding-window layers keep the last one alone.

@@ -2,11 +2,11 @@
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from . import cli
+from .core.types import JsonObject
 from .inspect import describe
 from .models import hub
 from .retrieval import kv_path
@@ -34,7 +34,7 @@ def _work(args: argparse.Namespace) -> None:
     print(hub.upload(args.repository, files, private=args.private))
 
 
-def card(facts: Mapping[str, Any], repository: str) -> str:
+def card(facts: JsonObject, repository: str) -> str:
     """The repository's README.md: what was fitted, on what, and how faithful it is. facts: of `inspect.describe`."""
     name = Path(facts["file"]).name
     rows = {
@@ -69,7 +69,7 @@ is needed to answer about it: share it only where you may share the text.
 """
 
 
-def _fidelity(report: Mapping[str, Any]) -> dict[str, str]:
+def _fidelity(report: JsonObject) -> dict[str, str]:
     """What the fit measured on answers that it was not fitted on."""
     titles = {
         "kl": "divergence from full attention, held out (nats a token)",

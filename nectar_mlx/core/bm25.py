@@ -5,7 +5,8 @@ import re
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
+
+from .types import Tokenizer
 
 _K1, _B = 1.2, 0.75  # how soon a repeated word counts no more; how much a passage's length counts
 PASSAGE = 64  # tokens of a passage
@@ -20,7 +21,7 @@ class Index:
     phrase: int = 1
 
     @classmethod
-    def of(cls, tokenizer: Any, ids: Sequence[int], *, passage: int = PASSAGE, phrase: int = 1) -> "Index":
+    def of(cls, tokenizer: Tokenizer, ids: Sequence[int], *, passage: int = PASSAGE, phrase: int = 1) -> "Index":
         """Cuts ids into passages of so many tokens."""
         passages = [list(ids[i : i + passage]) for i in range(0, len(ids), passage)]
         return cls(passages, [Counter(words(tokenizer.decode(p), phrase=phrase)) for p in passages], phrase)

@@ -15,10 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import NectarError
+from .types import ByteArray, DoubleArray, IntArray, WordArray
 
-Integers = npt.NDArray[np.int32]
-Bytes = npt.NDArray[np.uint8]
-Words = npt.NDArray[np.uint32]
 _AnyInteger = TypeVar("_AnyInteger", bound=np.integer)
 
 # Files depend on all of these.
@@ -36,26 +34,26 @@ class Models(NamedTuple):
     word. costs: bits that an integer takes on average.
     """
 
-    limits: Integers
+    limits: IntArray
     frequencies: npt.NDArray[np.int64]
     cumulative: npt.NDArray[np.int64]
-    symbols: Bytes
-    moves: Words
-    costs: npt.NDArray[np.float64]
+    symbols: ByteArray
+    moves: WordArray
+    costs: DoubleArray
 
 
-def limit(log2_scales: Integers) -> Integers:
+def limit(log2_scales: IntArray) -> IntArray:
     """The largest integers, of either sign, that can be coded with these log2 scales."""
     low = _low_bits(log2_scales)
     return (models().limits.take(_model(log2_scales)) << low) - (1 << low >> 1)
 
 
-def cost(log2_scales: Integers) -> npt.NDArray[np.float64]:
+def cost(log2_scales: IntArray) -> DoubleArray:
     """The bits that an integer of each log2 scale takes on average."""
     return np.asarray(models().costs.take(_model(log2_scales)) + _low_bits(log2_scales))
 
 
-def encode(integers: Integers, log2_scales: Integers) -> Bytes:
+def encode(integers: IntArray, log2_scales: IntArray) -> ByteArray:
     """Integers [N] with their log2 scales [N] -> bytes. ValueError for an integer beyond its `limit`."""
     if (np.abs(integers) > limit(log2_scales)).any():
         raise ValueError("an integer is larger than its log2 scale allows")
@@ -65,7 +63,7 @@ def encode(integers: Integers, log2_scales: Integers) -> Bytes:
     verbatim = _bits(raised - (high << low), low)
     table, model = models(), _model(log2_scales)
     symbols, model = _lanes(high + table.limits.take(model), int(table.limits[0])), _lanes(model)
-    states, words = np.full(model.shape[1], 1 << 16, np.uint64), list[Bytes]()
+    states, words = np.full(model.shape[1], 1 << 16, np.uint64), list[ByteArray]()
     for of, symbol in zip(model[::-1], symbols[::-1], strict=True):  # backwards: what is coded last is decoded first
         frequency = table.frequencies[of, symbol].astype(np.uint64)
         full = states >= frequency << np.uint64(32 - _PRECISION)
@@ -77,7 +75,7 @@ def encode(integers: Integers, log2_scales: Integers) -> Bytes:
     return np.concatenate(parts) if len(integers) else np.zeros(0, np.uint8)
 
 
-def decode(data: Bytes, log2_scales: Integers) -> Integers:
+def decode(data: ByteArray, log2_scales: IntArray) -> IntArray:
     """The integers [N] with these log2 scales. NectarError if the bytes are not those of so many integers."""
     low, model, table = _low_bits(log2_scales), _model(log2_scales), models()
     places = _lanes(model).astype(np.uint32) << np.uint32(_PRECISION)
@@ -99,19 +97,19 @@ def decode(data: Bytes, log2_scales: Integers) -> Integers:
         at += len(short)
     if at != len(words) or (states != 1 << 16).any():
         raise NectarError("the file is damaged: its coded numbers do not end where they should")
-    integers: Integers = table.symbols.take(places.reshape(-1)[: len(log2_scales)]).astype(np.int32)
+    integers: IntArray = table.symbols.take(places.reshape(-1)[: len(log2_scales)]).astype(np.int32)
     integers -= table.limits.take(model)
     wide = np.flatnonzero(low)
     integers[wide] = (integers[wide] << low[wide]) + _unbits(data[end:], low[wide]) - (1 << low[wide] >> 1)
     return integers
 
 
-def _model(log2_scales: Integers) -> Bytes:
+def _model(log2_scales: IntArray) -> ByteArray:
     """Which model codes an integer once its low bits are gone."""
     return np.asarray(_MODELS.take(log2_scales - _SCALES[0], mode="clip"))
 
 
-def _low_bits(log2_scales: Integers) -> Integers:
+def _low_bits(log2_scales: IntArray) -> IntArray:
     """How many low bits are stored verbatim."""
     return np.asarray(_LOW_BITS.take(log2_scales - _SCALES[0], mode="clip"))
 
@@ -131,7 +129,7 @@ def _lanes(values: npt.NDArray[_AnyInteger], fill: int = 0) -> npt.NDArray[_AnyI
     return whole.reshape(steps, lanes)
 
 
-def _bits(values: Integers, counts: Integers) -> Bytes:
+def _bits(values: IntArray, counts: IntArray) -> ByteArray:
     """The lowest counts[i] bits of every value, end to end, those with equal counts side by side."""
     parts = [np.zeros(0, np.uint8)]
     for count in range(1, int(counts.max(initial=0)) + 1):
@@ -139,7 +137,7 @@ def _bits(values: Integers, counts: Integers) -> Bytes:
     return np.packbits(np.concatenate(parts))
 
 
-def _unbits(data: Bytes, counts: Integers) -> Integers:
+def _unbits(data: ByteArray, counts: IntArray) -> IntArray:
     """The inverse of `_bits`."""
     values, bits, at = np.zeros(len(counts), np.int32), np.unpackbits(data), 0
     for count in range(1, int(counts.max(initial=0)) + 1):

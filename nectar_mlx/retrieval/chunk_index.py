@@ -4,9 +4,9 @@ from collections import Counter
 from collections.abc import Sequence
 from heapq import nlargest
 from itertools import islice
-from typing import Any
 
 from ..core.bm25 import Index
+from ..core.types import Tokenizer
 
 _PHRASE = 3  # words of the longest phrase that counts as a word
 _BEST = 3  # passages of a chunk that count
@@ -15,7 +15,7 @@ _BEST = 3  # passages of a chunk that count
 class ChunkIndex:
     """The passages of several chunks. Words and phrases that more than half of the chunks have do not count."""
 
-    def __init__(self, tokenizer: Any, chunks: Sequence[Sequence[int]]):
+    def __init__(self, tokenizer: Tokenizer, chunks: Sequence[Sequence[int]]):
         """chunks: each one's token ids."""
         indices = [Index.of(tokenizer, chunk, phrase=_PHRASE) for chunk in chunks]
         frequencies = Counter(word for index in indices for word in index.vocabulary)

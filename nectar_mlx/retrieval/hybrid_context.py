@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cached_property
-from typing import Any
 
+from ..core.types import JsonObject, LayerCache
 from ..errors import NectarError
 from ..heads import Bank
 from ..mlxlm.attention_patch import Geometry
@@ -58,7 +58,7 @@ class HybridContext:
         assert self._keys is not None
         return routers(self._keys, scale=self._geometry.scale)
 
-    def sources(self, caches: Sequence[Any], *, count: int = 3) -> list[Source]:
+    def sources(self, caches: Sequence[LayerCache], *, count: int = 3) -> list[Source]:
         """The `count` passages of the text whose keys took the most exact attention since `forget`, most first.
 
         Only tokens that were written one by one with these caches count. None without keys, or in a batch.
@@ -66,7 +66,7 @@ class HybridContext:
         record = recorded(caches)
         return [] if record is None or self._keys is None else passages(self._keys.small, record.mass, count=count)
 
-    def reading(self, caches: Sequence[Any]) -> dict[str, Any]:
+    def reading(self, caches: Sequence[LayerCache]) -> JsonObject:
         """For JSON: `sources`, and `bytes_read_per_token` (keys and values, router, heads). {} without keys."""
         record = recorded(caches)
         if record is None:
@@ -75,7 +75,7 @@ class HybridContext:
         return {"sources": sources, "bytes_read_per_token": record.bytes_per_token}
 
     @staticmethod
-    def forget(caches: Sequence[Any]) -> None:
+    def forget(caches: Sequence[LayerCache]) -> None:
         """Starts a new record: before the next answer of a conversation."""
         if (record := recorded(caches)) is not None:
             record.clear()

@@ -11,12 +11,13 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import numpy as np
 
 from .. import __version__
+from ..core.types import JsonObject
 from ..errors import NectarError
 from ..heads import HeadArrays
 from . import tensor_file
@@ -30,7 +31,7 @@ if TYPE_CHECKING:  # commands import this module, and mlx-lm takes seconds
 FORMAT = "nectar-1"
 _TEXTS = {"format", "digest", "prefix_sha256", "model", "model_sha256", "tokenizer_sha256", "nectar_mlx", "source"}
 _NEEDED = _TEXTS - {"source"} | {"geometry", "layout", "report"}
-Metadata = dict[str, Any]
+Metadata = JsonObject
 
 
 def contents(
@@ -56,8 +57,8 @@ def description(
     layout: Layout,
     geometry: "Geometry",
     *,
-    provenance: Mapping[str, Any],
-    report: Mapping[str, Any],
+    provenance: Mapping[str, object],
+    report: Mapping[str, object],
     chunks: Sequence[int] = (),
 ) -> Metadata:
     """The metadata of a file.

@@ -10,13 +10,12 @@ are in half octaves: twice a binary logarithm.
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from ..core import rans
-from ..core.rans import Bytes, Integers
+from ..core.types import AnyArray, ByteArray, FloatArray, IntArray
 from ..errors import NectarError
 
 _LARGEST = 4096  # integer of a row whose step is found
@@ -29,11 +28,11 @@ MEAN_BITS = 4.0  # that an entry is to take on average: fewer leave more room fo
 class GridMatrix(NamedTuple):
     """integers [rows, D], exponents [rows]."""
 
-    integers: Integers
-    exponents: Integers
+    integers: IntArray
+    exponents: IntArray
 
     @classmethod
-    def of(cls, values: npt.NDArray[np.floating[Any]]) -> "GridMatrix":
+    def of(cls, values: AnyArray) -> "GridMatrix":
         """values [rows, D] with the coarsest steps that lose nothing; rows without such are rounded to integers up to
         _LARGEST_ROUNDED."""
         values = values.astype(np.float64)
@@ -58,28 +57,28 @@ class GridMatrix(NamedTuple):
         return cls(integers, exponents)
 
     @property
-    def values(self) -> npt.NDArray[np.float32]:
+    def values(self) -> FloatArray:
         """[rows, D]"""
         steps = np.exp2(self.exponents / 2).astype(np.float32)
         return self.integers.astype(np.float32) * steps[:, None]
 
-    def column_scales(self) -> Integers:
+    def column_scales(self) -> IntArray:
         """`column_scales` of the values, or more where an integer could not be coded otherwise; [D]."""
         if not len(self.integers):
             return np.zeros(self.integers.shape[1], np.int32)
-        columns: Integers = np.maximum(column_scales(self.values), self.exponents.min() - 12)
+        columns: IntArray = np.maximum(column_scales(self.values), self.exponents.min() - 12)
         while (beyond := (np.abs(self.integers) > rans.limit(log2_scales(columns, self.exponents))).any(0)).any():
             columns += beyond
         return columns
 
 
-def column_scales(values: npt.NDArray[np.floating[Any]]) -> Integers:
+def column_scales(values: AnyArray) -> IntArray:
     """2·log2 of the root mean square of each column: [rows, D] -> [D]."""
     mean = np.sqrt(np.square(values.astype(np.float64)).mean(0))
     return np.asarray(np.rint(2 * np.log2(np.maximum(mean, 1e-9))), np.int32)
 
 
-def log2_scales(columns: Integers, exponents: Integers) -> Integers:
+def log2_scales(columns: IntArray, exponents: IntArray) -> IntArray:
     """Of the integers of every row and column, [rows, D]. columns: `column_scales`."""
     return np.asarray(columns[None] - exponents[:, None])
 
@@ -90,7 +89,7 @@ def expected_bytes(rows: int, width: int) -> float:
     return rows * (width * (MEAN_BITS + 0.11) / 8 + 0.4) + 0.4 * width + 4 if rows else 0
 
 
-def encode(matrices: Sequence[GridMatrix]) -> tuple[Bytes, Bytes]:
+def encode(matrices: Sequence[GridMatrix]) -> tuple[ByteArray, ByteArray]:
     """Several matrices -> their exponents and column scales, and their integers."""
     header, vectors, columns = list[int](), list[_Coded](), [matrix.column_scales() for matrix in matrices]
     for matrix, scales in zip(matrices, columns, strict=True):
@@ -100,7 +99,7 @@ def encode(matrices: Sequence[GridMatrix]) -> tuple[Bytes, Bytes]:
             vectors.append(_Coded(vector - middle, np.full(len(vector), scale)))
             header += [middle, scale]
 
-    def write(block: slice) -> Bytes:
+    def write(block: slice) -> ByteArray:
         pairs = zip(matrices[block], columns[block], strict=True)
         return _encoded([_Coded(m.integers.reshape(-1), log2_scales(c, m.exponents).reshape(-1)) for m, c in pairs])
 
@@ -111,7 +110,7 @@ def encode(matrices: Sequence[GridMatrix]) -> tuple[Bytes, Bytes]:
     return np.concatenate(parts), np.concatenate([lengths, *coded])
 
 
-def decode(scales: Bytes, integers: Bytes, shapes: Sequence[tuple[int, int]]) -> Iterator[GridMatrix]:
+def decode(scales: ByteArray, integers: ByteArray, shapes: Sequence[tuple[int, int]]) -> Iterator[GridMatrix]:
     """The inverse of `encode`, for matrices of these shapes. NectarError if the bytes are not those of such."""
     lengths = [n for shape in shapes for n in shape]
     if len(scales) < 2 * len(lengths):
@@ -121,7 +120,7 @@ def decode(scales: Bytes, integers: Bytes, shapes: Sequence[tuple[int, int]]) ->
     parts = np.split(vectors + np.repeat(header[:, 0], lengths), np.cumsum(lengths)[:-1])
     exponents, columns = parts[::2], parts[1::2]
 
-    def read(block: slice, data: Bytes) -> list[GridMatrix]:
+    def read(block: slice, data: ByteArray) -> list[GridMatrix]:
         known = [log2_scales(c, e) for c, e in zip(columns[block], exponents[block], strict=True)]
         decoded = rans.decode(data, np.concatenate([x.reshape(-1) for x in known]))
         flat = np.split(decoded, np.cumsum([x.size for x in known])[:-1])
@@ -152,11 +151,11 @@ def blocks(counts: Sequence[int]) -> list[slice]:
 
 
 class _Coded(NamedTuple):
-    integers: Integers
-    log2_scales: Integers
+    integers: IntArray
+    log2_scales: IntArray
 
 
-def _common_scale(integers: Integers) -> int:
+def _common_scale(integers: IntArray) -> int:
     """The one log2 scale for all that is nearest to their size and holds the largest."""
     scale = round(2 * np.log2(np.sqrt(np.square(integers).mean()) + 0.1)) if len(integers) else 0
     while np.abs(integers).max(initial=0) > rans.limit(np.array([scale]))[0]:
@@ -164,5 +163,5 @@ def _common_scale(integers: Integers) -> int:
     return int(scale)
 
 
-def _encoded(parts: Sequence[_Coded]) -> Bytes:
+def _encoded(parts: Sequence[_Coded]) -> ByteArray:
     return rans.encode(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))

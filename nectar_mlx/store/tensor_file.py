@@ -9,19 +9,18 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, TypedDict
+from typing import BinaryIO, TypedDict
 
 import mlx.core as mx
 import numpy as np
-import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
 from ..core.files import write_atomically
+from ..core.types import AnyArray, ByteArray
 from ..errors import NectarError
 
 Tensors = dict[str, mx.array]
-Arrays = dict[str, npt.NDArray[Any]]
-AnyArray = mx.array | npt.NDArray[np.generic]
+Arrays = dict[str, AnyArray]
 _TYPES = {
     "F32": "float32",
     "F16": "float16",
@@ -40,7 +39,7 @@ class _Entry(TypedDict):
     data_offsets: list[int]
 
 
-def write(path: Path, arrays: Mapping[str, AnyArray], metadata: Mapping[str, str]) -> None:
+def write(path: Path, arrays: Mapping[str, mx.array | AnyArray], metadata: Mapping[str, str]) -> None:
     """Writes the arrays in their order; the file appears whole or not at all. NectarError if it cannot be written."""
 
     def write_to(file: BinaryIO) -> None:
@@ -51,7 +50,7 @@ def write(path: Path, arrays: Mapping[str, AnyArray], metadata: Mapping[str, str
     write_atomically(path, write_to)
 
 
-def digest(arrays: Mapping[str, AnyArray]) -> str:
+def digest(arrays: Mapping[str, mx.array | AnyArray]) -> str:
     """sha256 (hex) over every array's name, type, shape and bytes, in the order of names."""
     sha = hashlib.sha256()
     for name in sorted(arrays):
@@ -84,14 +83,14 @@ def map_arrays(path: Path) -> Arrays:
     return {name: _array(entry, data) for name, entry in entries.items()}
 
 
-def _bits(array: AnyArray) -> npt.NDArray[np.generic]:
+def _bits(array: mx.array | AnyArray) -> AnyArray:
     """The array as numpy has it, row-major; bfloat16, which it does not have, as uint16."""
     if isinstance(array, mx.array):
         array = np.array(array.view(mx.uint16) if array.dtype == mx.bfloat16 else array)
     return np.ascontiguousarray(array)
 
 
-def _header(arrays: Mapping[str, AnyArray], metadata: Mapping[str, str]) -> bytes:
+def _header(arrays: Mapping[str, mx.array | AnyArray], metadata: Mapping[str, str]) -> bytes:
     header: dict[str, object] = {"__metadata__": dict(metadata)}
     end = 0
     for name, array in arrays.items():
@@ -103,7 +102,7 @@ def _header(arrays: Mapping[str, AnyArray], metadata: Mapping[str, str]) -> byte
     return len(text).to_bytes(8, "little") + text
 
 
-def _mapped(path: Path) -> tuple[dict[str, _Entry], npt.NDArray[np.uint8]]:
+def _mapped(path: Path) -> tuple[dict[str, _Entry], ByteArray]:
     """The header's entries, and the bytes behind the header."""
     metadata(path)
     with open(path, "rb") as file:
@@ -116,11 +115,11 @@ def _mapped(path: Path) -> tuple[dict[str, _Entry], npt.NDArray[np.uint8]]:
     return entries, data[8 + length :]
 
 
-def _array(entry: _Entry, data: npt.NDArray[np.uint8]) -> npt.NDArray[np.generic]:
+def _array(entry: _Entry, data: ByteArray) -> AnyArray:
     (start, end), dtype = entry["data_offsets"], _TYPES[entry["dtype"]]
     return data[start:end].view("uint16" if dtype == "bfloat16" else dtype).reshape(entry["shape"])
 
 
-def _tensor(entry: _Entry, data: npt.NDArray[np.uint8]) -> mx.array:
+def _tensor(entry: _Entry, data: ByteArray) -> mx.array:
     array = mx.array(np.array(_array(entry, data)))  # a copy: the file's own arrays may begin anywhere
     return array.view(mx.bfloat16) if entry["dtype"] == "BF16" else array
