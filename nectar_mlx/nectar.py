@@ -26,7 +26,7 @@ from .mlxlm import attention_patch, prompts
 from .mlxlm.attention_patch import Geometry
 from .mlxlm.cache import Window, make_caches
 from .models import hub
-from .retrieval import EXACT, HybridBank, KeyFile, Record, hybrid_banks, kv_path, recorded, recording
+from .retrieval import EXACT_FRACTION, HybridBank, KeyFile, Record, hybrid_banks, kv_path, recorded, recording
 from .retrieval.router import Router, routers
 from .retrieval.sources import Source, passages
 from .store import Layout, load
@@ -160,13 +160,13 @@ class Nectar:
             if exact:
                 raise NectarError("there are no exact keys beside this file: fit it with --kind hybrid")
             return []
-        share = EXACT if exact is None else exact
+        share = EXACT_FRACTION if exact is None else exact
         if share not in self._retrieving:
             self._retrieving[share] = hybrid_banks(
                 self.banks,
                 self.keys,
                 self._selectors,
-                exact=share,
+                exact_fraction=share,
                 nbytes=self.nbytes,
                 group=self.geometry.n_heads // self.geometry.n_kv_heads,
             )

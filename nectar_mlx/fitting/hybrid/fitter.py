@@ -13,7 +13,7 @@ from ...errors import NectarError
 from ...heads import Bank, HeadArrays, Size
 from ...heads.hybrid import ANCHORS, EVERYTHING, SINKS, anchor_positions, middle
 from ...heads.thresholded import TrainableThresholdedNodes
-from ...retrieval import EXACT, sketch, sources
+from ...retrieval import EXACT_FRACTION, sketch, sources
 from ...retrieval.bank import hybrid_banks
 from ...retrieval.router import routers
 from ...store.kv_file import Arrays, KeyFile
@@ -200,5 +200,6 @@ class RetrievalFitter(Fitter):
 
     def reading(self, banks: Sequence[Bank], keys: KeyFile) -> Sequence[Bank]:
         """The banks as they answer unless a request says otherwise: some keys read exactly, if there are enough."""
-        found = hybrid_banks(banks, keys, routers(keys, scale=self.geometry.scale), exact=EXACT, group=self._group)
+        selectors = routers(keys, scale=self.geometry.scale)
+        found = hybrid_banks(banks, keys, selectors, exact_fraction=EXACT_FRACTION, group=self._group)
         return found or banks
