@@ -23,8 +23,8 @@ EVERYTHING = 1e9  # a threshold that every score stays below
 class Retrieved(NamedTuple):
     """What was read for each of N tokens of M heads, the same for the token's G queries.
 
-    keys, values: [M, N, k, D]. scores: [M, N, G, k], scale · q·k. routed: [M, N, G, k], what the selector took them
-    for. threshold: [M, N, G], what the selector took the scores of all keys for that were not read stays below it.
+    keys, values: [M, N, k, D]. scores: [M, N, G, k], scale · q·k. routed: [M, N, G, k], the selector's estimate of
+    them. threshold: [M, N, G], above its estimate of the scores of all keys that were not read.
     """
 
     keys: mx.array
@@ -66,8 +66,8 @@ class HybridHead(Bank):
     def complete(self, queries: mx.array, retrieved: Retrieved) -> Partial:
         """The whole context for queries [M, N, G, D], the retrieved keys exact."""
         exact = shared(self.used(retrieved), retrieved.values)
-        rest = self.complement(self.parameters, queries, retrieved)
-        return merge(merge(self.anchors(self.parameters, queries), exact), rest)
+        complement = self.complement(self.parameters, queries, retrieved)
+        return merge(merge(self.anchors(self.parameters, queries), exact), complement)
 
     def nodes(self, parameters: HeadArrays) -> HeadArrays:
         """What stands for the middle while nothing is retrieved: keys, values [M, m, D] and bias [M, m]."""

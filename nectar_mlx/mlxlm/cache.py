@@ -6,12 +6,13 @@ tokens alone. There is deliberately no `bits` and no `to_quantized`: mlx-lm woul
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Protocol, Self
 
 import mlx.core as mx
 from mlx_lm.models.cache import BatchKVCache, KVCache, QuantizedKVCache, RotatingKVCache, _BaseCache
 
 from ..core import attention
+from ..core.types import LayerCache
 from ..errors import NectarError
 from ..heads import Bank
 from ..kernels import DecodeKernel
@@ -33,6 +34,24 @@ class WholeBatch(_Whole, BatchKVCache):
     pass
 
 
+class LiveCache(LayerCache, Protocol):
+    """What a `NectarCache` uses of mlx-lm's KVCache, QuantizedKVCache and BatchKVCache."""
+
+    step: int  # positions that are allocated at a time
+
+    @property
+    def offset(self) -> Any: ...
+
+    @property
+    def nbytes(self) -> int: ...
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> Any: ...
+
+    def make_mask(self, *args: Any, **kwargs: Any) -> Any: ...
+
+    def empty(self) -> bool: ...
+
+
 class NectarCache(_BaseCache):
     """The cache of one layer. `bank` answers for `context` tokens, `live` holds the keys and values that follow.
 
@@ -40,10 +59,10 @@ class NectarCache(_BaseCache):
     bank's decode kernel, where there is one; keys and values then come in whole buffers.
     """
 
-    def __init__(self, bank: Bank, context: int, live: Any = None, kernel: DecodeKernel | None = None):
+    def __init__(self, bank: Bank, context: int, live: LiveCache | None = None, kernel: DecodeKernel | None = None):
         self.bank, self.context, self.kernel = bank, context, kernel
         fresh = KVCache if kernel is None else WholeCache
-        self.live = fresh() if live is None else live  # type: ignore[no-untyped-call]
+        self.live: LiveCache = fresh() if live is None else live  # type: ignore[no-untyped-call]
 
     @property
     def offset(self) -> Any:
@@ -112,17 +131,17 @@ class NectarCache(_BaseCache):
         return self.bank.over(queries)
 
     def observe(self, log_normalizer: mx.array) -> None:
-        """Told after every call what the whole attention's log-normaliser [B, H, T] was."""
+        """Called after every call of `attend` with the whole attention's log-normaliser [B, H, T]."""
 
     def make_mask(self, *args: Any, **kwargs: Any) -> Any:
         return self.live.make_mask(*args, **kwargs)
 
     @property
-    def state(self) -> Any:
+    def state(self) -> object:
         return self.live.state
 
     @state.setter
-    def state(self, v: Any) -> None:
+    def state(self, v: object) -> None:
         self.live.state = v
 
     @property
@@ -142,7 +161,7 @@ class NectarCache(_BaseCache):
         """Drops the last n live tokens, at most all of them: never a token of the context."""
         return int(self.live.trim(n))
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+    def __deepcopy__(self, memo: dict[int, object]) -> Self:
         return type(self)(self.bank, self.context, copy.deepcopy(self.live, memo), self.kernel)
 
     @classmethod
@@ -169,13 +188,13 @@ class BatchNectarCache(NectarCache):
     def size(self) -> int:
         return int(self.live.size())
 
-    def prepare(self, **kwargs: Any) -> None:
+    def prepare(self, **kwargs: object) -> None:
         self.live.prepare(**kwargs)
 
     def finalize(self) -> None:
         self.live.finalize()
 
-    def filter(self, batch_indices: Any) -> None:
+    def filter(self, batch_indices: mx.array) -> None:
         self.live.filter(batch_indices)
 
     def extend(self, other: "BatchNectarCache") -> None:
@@ -229,7 +248,7 @@ def make_caches(
     kv_bits: int | None = None,
     kernels: Sequence[DecodeKernel] | None = None,
     make: Callable[..., NectarCache] = NectarCache,
-) -> list[Any]:
+) -> list[NectarCache | WindowCache]:
     """Fresh caches, one a layer, that start behind a context of so many tokens.
 
     windows: the sliding-window layers, by index; banks: the others, in order. kv_bits: 4 or 8 quantises the keys and
@@ -238,7 +257,7 @@ def make_caches(
     """
     of_banks: Sequence[DecodeKernel | None] = kernels or [None] * len(banks)
     remaining = zip(banks, of_banks, strict=True)
-    caches: list[Any] = []
+    caches: list[NectarCache | WindowCache] = []
     for layer in range(len(banks) + len(windows)):
         if layer in windows:
             caches.append(windows[layer].make_cache(context))
@@ -256,7 +275,7 @@ def with_sinks(part: attention.Partial, sinks: mx.array, common: mx.array | floa
     return attention.merge(part, attention.Partial(mx.zeros_like(part.output), scores))
 
 
-def _dequantized(live: QuantizedKVCache, x: Any) -> mx.array:
+def _dequantized(live: QuantizedKVCache, x: Sequence[mx.array]) -> mx.array:
     data, scales, biases = x
     return mx.dequantize(data, scales, biases, group_size=live.group_size, bits=live.bits)
 

@@ -487,7 +487,8 @@ def test_metal_text_includes_what_it_calls(simulate):
 
 def test_backend_here(monkeypatch):
     monkeypatch.delenv("NECTAR_KERNEL", raising=False)
-    assert kernels.backend() == ("ops" if mx.default_device() == mx.cpu else kernels.backend())
+    gpu = "metal" if mx.metal.is_available() else "cuda"
+    assert kernels.backend() == ("ops" if mx.default_device() == mx.cpu else gpu)
     monkeypatch.setenv("NECTAR_KERNEL", "ops")
     assert kernels.backend() == "ops"
 

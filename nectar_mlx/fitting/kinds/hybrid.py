@@ -14,7 +14,7 @@ from ...errors import NectarError
 from ...heads import Bank, HeadArrays, Retrieval, Size
 from ...heads.hybrid import ANCHORS, EVERYTHING, SINKS, anchor_positions, middle
 from ...heads.thresholded import TrainableThresholdedNodes
-from ...retrieval import EXACT, sketch, sources
+from ...retrieval import EXACT_FRACTION, sketch, sources
 from ...retrieval.bank import hybrid_banks
 from ...retrieval.router import routers
 from ...store.kv_file import KeyFile
@@ -132,7 +132,7 @@ class HybridFit(KindFit):
     def reading_banks(self, banks: Sequence[Bank], keys: KeyFile) -> Sequence[Bank]:
         """The banks as they answer unless a request says otherwise: some keys read exactly, if there are enough."""
         selectors = routers(keys, scale=self.run.geometry.scale)
-        return hybrid_banks(banks, keys, selectors, exact_fraction=EXACT, group=self.run.group) or banks
+        return hybrid_banks(banks, keys, selectors, exact_fraction=EXACT_FRACTION, group=self.run.group) or banks
 
 
 class RetrievalFit(HybridFit):
