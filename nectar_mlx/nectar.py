@@ -43,7 +43,7 @@ class Nectar:
     def __init__(self, tensors: store.Tensors, metadata: store.Metadata, keys: KeyFile | None = None):
         """tensors, metadata: what a file holds (`store.contents`, `store.description`). keys: what stands beside it."""
         self._tensors, self.metadata, self.keys = tensors, metadata, keys
-        self.geometry = Geometry(**{**metadata["geometry"], "windows": tuple(metadata["geometry"]["windows"])})
+        self.geometry = Geometry.from_dict(metadata["geometry"])
         self.layout = Layout(**metadata["layout"])
         self.prefix: list[int] = np.array(tensors["prefix"]).tolist()
         self.report: dict[str, Any] = metadata["report"]
