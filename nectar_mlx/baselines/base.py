@@ -60,7 +60,7 @@ class View:
         """Makes the prompt from a conversation; None for the conversation's own."""
         return self.live_text.prompt if self.live_text else None
 
-    def make_cache(self) -> list[LayerCache]:
+    def make_cache(self) -> Sequence[LayerCache]:
         kv_bits = self.live_text.kv_bits if self.live_text else None
         return make_caches(self.banks, self.windows, self.start, kv_bits=kv_bits)
 

@@ -30,7 +30,7 @@ class HybridContext:
     def banks(self, exact_fraction: float | None = None) -> Sequence[HybridBank]:
         """One bank a layer, the same ones for the same fraction; none where it is less than one key a head.
 
-        exact_fraction: of the context's keys, read exactly at each step, in [0, 1]; None: EXACT_FRACTION if there are keys.
+        exact_fraction: of the context's keys, read exactly at each step, in [0, 1]; None: EXACT_FRACTION.
         NectarError for another number, or where there are no keys to read.
         """
         if exact_fraction is not None and not 0 <= exact_fraction <= 1:

@@ -63,7 +63,7 @@ def _fit_half(banks: Sequence[Bank]) -> bool:
 
 def geometry(metadata: Metadata) -> Geometry:
     """What the file knows of its model."""
-    return Geometry(**{**metadata["geometry"], "windows": tuple(metadata["geometry"]["windows"])})
+    return Geometry.from_dict(metadata["geometry"])
 
 
 def windows(tensors: Tensors, geometry: Geometry, context: int) -> dict[int, Window]:

@@ -45,7 +45,5 @@ def test_a_memory_that_is_told_counts_instead(memory):
     ],
 )
 def test_each_kind_has_its_bits(options, bits):
-    geometry = Geometry(
-        model_type="llama", n_layers=2, n_heads=4, n_kv_heads=2, head_dim=DIM, scale=0.1, windows=(0, 0)
-    )
+    geometry = Geometry(model_type="llama", n_heads=4, n_kv_heads=2, head_dim=DIM, scale=0.1, windows=(0, 0))
     assert layout_for(FitConfig(**options), geometry, n_layers=2).bits == bits
