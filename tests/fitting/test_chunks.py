@@ -8,6 +8,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx_lm.models.cache import KVCache, make_prompt_cache
+from nectar_mlx.fitting.fitter import Fitter, silent
 
 from nectar_mlx import Nectar, NectarError, ask, chat, cli, evaluate, fit, store
 from nectar_mlx.baselines import EvalContext
@@ -15,7 +16,6 @@ from nectar_mlx.core.clock import Clock
 from nectar_mlx.fitting import chunks
 from nectar_mlx.fitting.checkpoint import Checkpoint, Plan
 from nectar_mlx.fitting.config import FitConfig
-from nectar_mlx.fitting.fitter import Fitter, silent
 from nectar_mlx.fitting.layerwise import LayerwiseFitter
 from nectar_mlx.fitting.samples.sample_store import Samples
 from nectar_mlx.fitting.solve import attention_matching

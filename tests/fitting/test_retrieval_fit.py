@@ -5,14 +5,14 @@ import json
 import mlx.core as mx
 import numpy as np
 import pytest
+from nectar_mlx.fitting.hybrid import distillation, training
+from nectar_mlx.fitting.hybrid import fitter as retrieval_fitter
+from nectar_mlx.fitting.hybrid.fitter import RetrievalFitter
 
 from nectar_mlx import Nectar, NectarError, ask, evaluate, fit
 from nectar_mlx.core.attention import Partial, merge
 from nectar_mlx.fitting import prefill
 from nectar_mlx.fitting.config import FitConfig
-from nectar_mlx.fitting.hybrid import distillation, training
-from nectar_mlx.fitting.hybrid import fitter as retrieval_fitter
-from nectar_mlx.fitting.hybrid.fitter import RetrievalFitter
 from nectar_mlx.fitting.samples.sample_store import Samples
 from nectar_mlx.fitting.solve import regression
 from nectar_mlx.heads import Completion, Retrieval, ThresholdedNodes
