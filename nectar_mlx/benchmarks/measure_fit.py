@@ -4,7 +4,7 @@ The stages are those of `fitting.fit`.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -41,8 +41,14 @@ class Words:
         """One token a word."""
         return [sum(word.encode()) % self.vocabulary for word in text.split()]
 
-    def decode(self, ids: list[int], **options: Any) -> str:
-        return " ".join(f"w{i}" for i in ids)
+    def decode(self, token_ids: Sequence[int], **options: Any) -> str:
+        return " ".join(f"w{i}" for i in token_ids)
+
+    def apply_chat_template(self, conversation: Any, **options: Any) -> Any:
+        raise NotImplementedError("it has no template")
+
+    def get_vocab(self) -> dict[str, int]:
+        return {f"w{i}": i for i in range(self.vocabulary)}
 
 
 def rows(shape: Shape, contexts: list[int], config: FitConfig) -> Iterator[Row]:

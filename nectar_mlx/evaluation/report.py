@@ -8,7 +8,7 @@ from string import Template
 from typing import Any
 
 from ..core import plotting
-from ..errors import NectarError
+from ..core.files import write_atomically
 from . import charts
 from .charts import FILE, is_file
 from .questions import OFF, ON
@@ -19,10 +19,7 @@ _LIKE = 0.9  # files of more than this share of a larger one count as its size
 
 def write(result: Mapping[str, Any], path: Path) -> None:
     """Writes the page; NectarError if it cannot be written."""
-    try:
-        path.write_text(page(result), encoding="utf-8")
-    except OSError as error:
-        raise NectarError(f"cannot write {path}: {error.strerror}") from None
+    write_atomically(path, lambda file: file.write(page(result).encode()))
 
 
 def page(result: Mapping[str, Any]) -> str:
@@ -134,7 +131,7 @@ def _row(m: Mapping[str, Any], result: Mapping[str, Any]) -> str:
         f"{m['gap_closed']:.1%}",
         f"{m['accuracy_gap']:.1%}",
         f"{off['kl']:.4f}" if off else "–",
-        f"{m['seconds']:.1f}",
+        f"{m['seconds']:.1f}" if m["seconds"] else "–",
     ]
     return f"<tr{' class=own' if own else ''}>" + "".join(f"<td>{c}</td>" for c in cells) + "</tr>"
 

@@ -1,9 +1,9 @@
-"""The check of a finished fit: its answers beside those with the full cache."""
+"""The check of a finished fit: its answers compared with those of the full cache."""
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
+from ..core.types import JsonObject
 from ..heads import Bank
 from ..mlxlm.cache import make_caches
 from . import fidelity
@@ -14,7 +14,7 @@ from .samples.conversation import answered_checks
 from .verdict import measured
 
 
-def check(run: FitRun, data: Collected, banks: Sequence[Bank], *, questions: int | None = None) -> dict[str, Any]:
+def check(run: FitRun, data: Collected, banks: Sequence[Bank], *, questions: int | None = None) -> JsonObject:
     """How far the answers to the check questions, or the first so many, are from the full cache's (`verdict`); banks:
     one a layer."""
     context = data.context

@@ -3,9 +3,10 @@
 import math
 import re
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from ..core.device import device
+from ..core.types import JsonObject
 from ..errors import NectarError
 from ..heads import ALIASES, KINDS
 from ..store import BITS
@@ -78,7 +79,7 @@ class FitConfig:
                 raise NectarError(f"{name} must be positive, not {value}")
 
 
-def parse_budget(text: str) -> dict[str, Any]:
+def parse_budget(text: str) -> JsonObject:
     """What a person writes, "auto", "0.02", "2%" or "20M", as fields of a `FitConfig`. NectarError for all else."""
     match = re.fullmatch(r"\s*(-?[\d.]+(?:e-?\d+)?)\s*(%|[kKMG]B?)?\s*", text)
     if text.strip() == "auto":

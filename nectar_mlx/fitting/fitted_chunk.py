@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Self
 import mlx.core as mx
 
 from .. import store
+from ..core.types import JsonObject
 from ..heads import Size
 from ..mlxlm.cache import Window
 from . import fidelity
@@ -86,9 +87,7 @@ class FittedChunk:
         """What each layer's keys are relative to, [K, D]."""
         return [layer.get("offsets") for layer in self.layers]
 
-    def check(
-        self, runner: LayerRunner, make_cache: fidelity.MakeCache, no_context: fidelity.MakeCache
-    ) -> dict[str, Any]:
+    def check(self, runner: LayerRunner, make_cache: fidelity.MakeCache, no_context: fidelity.MakeCache) -> JsonObject:
         """How far the file's answers and those without a context are from those with this chunk's full cache
         (`verdict`)."""
         with_file, without = list[fidelity.Divergence](), list[fidelity.Divergence]()

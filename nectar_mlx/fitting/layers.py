@@ -36,15 +36,15 @@ class LayerRunner:
 
     def embed(self, tokens: mx.array) -> mx.array:
         """What the first layer sees of tokens [B, T]."""
-        seen: list[mx.array] = []
+        inputs: list[mx.array] = []
 
         def keep(layer: Any, hidden: mx.array, *others: Any, **named: Any) -> mx.array:
-            seen.append(hidden)
+            inputs.append(hidden)
             return hidden
 
         with self.patched_layers(keep):
             self.model(tokens)  # never evaluated: the logits that follow cost nothing
-        return seen[0]
+        return inputs[0]
 
     def layer(self, layer: int, hidden: mx.array, cache: Any) -> mx.array:
         """Through one layer, behind what its cache holds."""

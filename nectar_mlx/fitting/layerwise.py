@@ -251,7 +251,7 @@ class LayerwiseFit:
             after = self.runner.layer(layer, piece, cache)
             if layer < g.n_layers - 1:
                 text[i] = after
-            del after, piece  # behind the last layer nobody needs the text: what is not evaluated costs nothing
+            del after, piece  # behind the last layer the text is not needed: what is not evaluated costs nothing
             mx.eval(text[i], cache.state)
             mx.clear_cache()
         offsets = dict(zip(g.fitted, self.target.offsets, strict=False))  # empty where the keys' mean is taken

@@ -10,18 +10,18 @@ Where the text does not fit the model's window, or its keys and values the memor
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
-from typing import Any
 
 import mlx.nn as nn
 
 from .. import models, store
 from ..core.clock import Clock
 from ..core.progress import Progress, silent
+from ..core.types import JsonObject, Tokenizer
 from ..errors import NectarError
 from ..heads import Bank
 from ..mlxlm import attention_patch, prompts
 from ..mlxlm.window import window as _window
-from ..store import load
+from ..store import chunking, load
 from ..store.kv_file import KeyFile
 from . import chunks, finite, verdict
 from .budget import affordable_bytes, share_of
@@ -39,7 +39,7 @@ _QUESTION_TOKENS = 1024  # of the window, that questions and answers need
 
 def fit(
     model: nn.Module,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     text: str,
     *,
     config: FitConfig,
@@ -94,8 +94,8 @@ def fit(
 
 def _fit_whole(
     run: FitRun, prefix: Sequence[int], *, text: str, clock: Clock
-) -> tuple[store.Tensors, dict[str, Any], KeyFile | None]:
-    """All layers of all of the text at once -> tensors and report, and the keys, where the kind keeps them."""
+) -> tuple[store.Tensors, JsonObject, KeyFile | None]:
+    """All layers of all of the text at once -> tensors and report, and the file of keys, where the kind has one."""
     with run.progress("reading", len(prefix)) as done:
         context = read_text(run.model, prefix, run.geometry, prefill=run.config.prefill, progress=done)
     clock.lap("read")
@@ -115,7 +115,7 @@ def _fit_whole(
         keys = kind.key_file(text, nectar=store.digest(tensors))
         banks = kind.reading_banks(banks, keys)
         clock.lap("keys")
-    report: dict[str, Any] = {
+    report: JsonObject = {
         "budget": plan.share,
         "sizes": plan.sizes,
         "queries": kind.data.train.count,
@@ -127,7 +127,7 @@ def _fit_whole(
 
 
 def needs_layers(run: FitRun, n: int) -> bool:
-    """Whether the fit goes layer by layer: when it is told to, or when the KV cache would not fit the memory."""
+    """Whether the fit goes layer by layer: when that was chosen, or when the KV cache would not fit the memory."""
     config, kind = run.config, run.layout.bank
     if config.layerwise and kind.keeps_keys:
         raise NectarError(
@@ -151,4 +151,4 @@ def _chunk_lengths(run: FitRun, prefix: Sequence[int]) -> list[int]:
             f"the text has {len(prefix):,} tokens; the model's window of {window:,} leaves room for {max(0, room):,}: "
             f"cut it with --context-tokens {max(0, room)}, or fit it chunk by chunk with --kind quadrature"
         )
-    return chunks.split(tokens, room)
+    return chunking.split(tokens, room)

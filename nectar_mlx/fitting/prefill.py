@@ -8,6 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import RotatingKVCache
 
+from ..core.types import Tokenizer
 from ..heads import Exact
 from ..mlxlm import prompts
 from ..mlxlm.attention_patch import Geometry
@@ -88,7 +89,7 @@ def read_text(
     return context
 
 
-def read_head(model: nn.Module, tokenizer: Any, prefix: Sequence[int], geometry: Geometry) -> Context:
+def read_head(model: nn.Module, tokenizer: Tokenizer, prefix: Sequence[int], geometry: Geometry) -> Context:
     """What a conversation without the text starts behind: the chat template's own tokens in front of it, or the first
     token of the prefix where there are none."""
     return read_text(model, prefix[: max(1, len(prompts.head(tokenizer)))], geometry)

@@ -39,7 +39,7 @@ class ReadingCache(KVCache):
         values: mx.array,
         *,
         scale: float,
-        mask: Any,
+        mask: mx.array | str | None,
         sinks: mx.array | None = None,
     ) -> mx.array:
         """queries [B, H, T, D], the last T of the S positions of keys and values [B, K, S, D] -> [B, H, T, D]."""

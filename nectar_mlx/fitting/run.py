@@ -10,6 +10,7 @@ import psutil
 
 from ..core.device import device
 from ..core.progress import Progress, silent
+from ..core.types import Tokenizer
 from ..heads import KINDS
 from ..mlxlm.attention_patch import Geometry
 from ..store import Layout
@@ -30,7 +31,7 @@ class FitRun:
     """
 
     model: nn.Module
-    tokenizer: Any
+    tokenizer: Tokenizer
     geometry: Geometry
     config: FitConfig
     progress: Progress = silent

@@ -1,12 +1,12 @@
 """What each head gets: its size, from the errors of short fits, and for all of them the budget, where none is given."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from ..core.device import device
+from ..core.types import JsonObject
 from ..heads import HeadArrays, Size
 from ..store import MEAN_BITS
 from . import auto_budget, fisher
@@ -73,7 +73,7 @@ def trial_errors(kind: KindFit, nbytes: float) -> np.ndarray:
     return errors
 
 
-def short_fit(kind: KindFit, sizes: Sequence[Size]) -> dict[str, Any]:
+def short_fit(kind: KindFit, sizes: Sequence[Size]) -> JsonObject:
     """The check's figures for heads of these sizes, trained for a short time and not rounded."""
     run, heads = kind.run, dict[int, HeadArrays]()
     K = run.geometry.n_kv_heads

@@ -26,6 +26,7 @@ class Completion(HybridHead):
     """w_query, w_key, means = S / u [F, D], b_query, b_key, log_count = log u [F] a head, and anchors; size = (F,)."""
 
     kind = "completion"
+    decodes_stored = False  # nodes are computed from them
     padding: ClassVar = {"b_query": NOTHING, "b_key": NOTHING}
 
     def nodes(self, parameters: HeadArrays) -> HeadArrays:

@@ -5,11 +5,13 @@ top keys may be read from the file beside the .nectar; `rest` stands for what wa
 that merging them is the one normalisation of arXiv 2604.05438.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import mlx.core as mx
 
 from ..core.attention import Partial, from_scores, merge, weighted
+from ..core.quantize import Quantized, Stored
 from .base import Bank, HeadArrays, Size
 from .quadrature import Quadrature
 
@@ -46,10 +48,16 @@ class HybridHead(Bank):
         return weighted(queries, nodes["keys"], nodes["values"], bias=nodes["bias"], scale=self.scale)
 
     def without_retrieval(self) -> Quadrature:
-        """The heads as they answer without retrieval."""
+        """The anchors and the nodes, together a quadrature of the whole context."""
         sizes = tuple((ANCHORS + size[0],) for size in self.sizes)
         parameters = self._whole(self.parameters)
         return Quadrature(parameters=parameters, sizes=sizes, scale=self.scale, offset=self.offset)
+
+    @classmethod
+    def stored_without_retrieval(cls, head: Stored) -> Stored:
+        head = {"anchor_bias": mx.zeros(ANCHORS), **head}
+        joined = {name: (f"anchor_{name}", name) for name in ("keys", "values", "bias")}
+        return {name: _concatenated([head[n] for n in names if n in head]) for name, names in joined.items()}
 
     def _whole(self, parameters: HeadArrays) -> HeadArrays:
         nodes, M = self.nodes(parameters), len(self.sizes)
@@ -110,6 +118,15 @@ class Retrieval(HybridHead):
     @classmethod
     def size_of(cls, head: HeadArrays) -> Size:
         return (0,)
+
+
+def _concatenated(parts: Sequence[mx.array | Quantized]) -> mx.array | Quantized:
+    quantized = [part for part in parts if isinstance(part, Quantized)]
+    if len(quantized) == len(parts):
+        return Quantized(
+            mx.concatenate([part.data for part in quantized]), mx.concatenate([part.scales for part in quantized])
+        )
+    return mx.concatenate([part for part in parts if isinstance(part, mx.array)])
 
 
 def shared(scores: mx.array, values: mx.array) -> Partial:

@@ -11,11 +11,10 @@ from typing import Any, NamedTuple, Self
 import mlx.core as mx
 from mlx_lm.models.cache import BatchKVCache, KVCache, QuantizedKVCache, RotatingKVCache, _BaseCache
 
-from .. import kernels
 from ..core import attention
 from ..errors import NectarError
 from ..heads import Bank
-from ..kernels.packing import Packed
+from ..kernels import DecodeKernel
 
 
 class _Whole:
@@ -37,13 +36,13 @@ class WholeBatch(_Whole, BatchKVCache):
 class NectarCache(_BaseCache):
     """The cache of one layer. `bank` answers for `context` tokens, `live` holds the keys and values that follow.
 
-    live: mlx-lm's KVCache (default), QuantizedKVCache, or BatchKVCache inside `BatchNectarCache`. packed: the bank
-    in the form that the decode kernel reads, where there is one; keys and values then come in whole buffers.
+    live: mlx-lm's KVCache (default), QuantizedKVCache, or BatchKVCache inside `BatchNectarCache`. kernel: the
+    bank's decode kernel, where there is one; keys and values then come in whole buffers.
     """
 
-    def __init__(self, bank: Bank, context: int, live: Any = None, packed: Packed | None = None):
-        self.bank, self.context, self.packed = bank, context, packed
-        fresh = KVCache if packed is None else WholeCache
+    def __init__(self, bank: Bank, context: int, live: Any = None, kernel: DecodeKernel | None = None):
+        self.bank, self.context, self.kernel = bank, context, kernel
+        fresh = KVCache if kernel is None else WholeCache
         self.live = fresh() if live is None else live  # type: ignore[no-untyped-call]
 
     @property
@@ -75,8 +74,8 @@ class NectarCache(_BaseCache):
         sinks [H]: per head, the score of one more token whose value is zero (gpt-oss).
         """
         n = self.size() if isinstance(self.live, _Whole) else keys.shape[2]
-        if self.packed is not None and sinks is None:
-            out = kernels.decode(self.packed, queries, keys, values, live=n, left_padding=self.left_padding)
+        if self.kernel is not None and sinks is None:
+            out = self.kernel.attend(queries, keys, values, live=n, left_padding=self.left_padding)
             if out is not None:
                 return out
         if n < keys.shape[2]:
@@ -144,7 +143,7 @@ class NectarCache(_BaseCache):
         return int(self.live.trim(n))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        return type(self)(self.bank, self.context, copy.deepcopy(self.live, memo), self.packed)
+        return type(self)(self.bank, self.context, copy.deepcopy(self.live, memo), self.kernel)
 
     @classmethod
     def merge(cls, caches: Sequence["NectarCache"]) -> "BatchNectarCache":
@@ -154,8 +153,8 @@ class NectarCache(_BaseCache):
             _check_same_context(first, cache)
             if isinstance(cache.live, QuantizedKVCache):
                 raise NectarError("sequences with a quantised cache cannot share a batch: run them one at a time")
-        live = (BatchKVCache if first.packed is None else WholeBatch).merge([c.live for c in caches])
-        return BatchNectarCache(first.bank, first.context, live, first.packed)
+        live = (BatchKVCache if first.kernel is None else WholeBatch).merge([c.live for c in caches])
+        return BatchNectarCache(first.bank, first.context, live, first.kernel)
 
 
 class BatchNectarCache(NectarCache):
@@ -184,7 +183,7 @@ class BatchNectarCache(NectarCache):
         self.live.extend(other.live)
 
     def extract(self, idx: int) -> NectarCache:
-        return NectarCache(self.bank, self.context, self.live.extract(idx), self.packed)
+        return NectarCache(self.bank, self.context, self.live.extract(idx), self.kernel)
 
 
 class WindowCache(RotatingKVCache):
@@ -228,25 +227,25 @@ def make_caches(
     context: int,
     *,
     kv_bits: int | None = None,
-    packed: Sequence[Packed] | None = None,
+    kernels: Sequence[DecodeKernel] | None = None,
     make: Callable[..., NectarCache] = NectarCache,
 ) -> list[Any]:
     """Fresh caches, one a layer, that start behind a context of so many tokens.
 
     windows: the sliding-window layers, by index; banks: the others, in order. kv_bits: 4 or 8 quantises the keys and
-    values of live tokens in the layers that have a bank. packed: the banks as the decode kernel reads them. make: what
-    makes a layer's cache from the arguments of `NectarCache`.
+    values of live tokens in the layers that have a bank. kernels: the banks' decode kernels. make: makes a
+    layer's cache from the arguments of `NectarCache`.
     """
-    forms: Sequence[Packed | None] = packed or [None] * len(banks)
-    remaining = zip(banks, forms, strict=True)
+    of_banks: Sequence[DecodeKernel | None] = kernels or [None] * len(banks)
+    remaining = zip(banks, of_banks, strict=True)
     caches: list[Any] = []
     for layer in range(len(banks) + len(windows)):
         if layer in windows:
             caches.append(windows[layer].make_cache(context))
         else:
-            bank, form = next(remaining)
+            bank, kernel = next(remaining)
             live = None if kv_bits is None else QuantizedKVCache(_quantization_group(bank), kv_bits)
-            caches.append(make(bank, context, live, form))
+            caches.append(make(bank, context, live, kernel))
     return caches
 
 

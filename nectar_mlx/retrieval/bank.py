@@ -118,15 +118,15 @@ def hybrid_banks(
     keys: KeyFile,
     selectors: Sequence[Selector],
     *,
-    exact: float,
+    exact_fraction: float,
     nbytes: int = 0,
     group: int = 1,
 ) -> list[HybridBank]:
-    """The banks of all layers, reading at most a share `exact` of the context's keys at a step, anchors included.
+    """The banks of all layers, reading at most `exact_fraction` of the context's keys at a step, anchors included.
 
     None if that leaves nothing to read. nbytes: of all banks, as stored. group: query heads a KV head.
     """
-    count = int(exact * keys.tokens + 1e-9) - ANCHORS
+    count = int(exact_fraction * keys.tokens + 1e-9) - ANCHORS
     if count < 1:
         return []
     share, found = nbytes // len(banks), []

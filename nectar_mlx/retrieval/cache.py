@@ -8,6 +8,7 @@ from typing import Any, Self
 import mlx.core as mx
 import numpy as np
 
+from ..kernels import DecodeKernel
 from ..mlxlm.cache import NectarCache
 from .bank import HybridBank, Reading
 
@@ -48,7 +49,9 @@ class RetrievalCache(NectarCache):
 
     bank: HybridBank
 
-    def __init__(self, bank: HybridBank, context: int, live: Any = None, packed: Any = None, *, record: Record):
+    def __init__(
+        self, bank: HybridBank, context: int, live: Any = None, kernel: DecodeKernel | None = None, *, record: Record
+    ):
         super().__init__(bank, context, live)
         self.record = record
         self._reading: Reading | None = None

@@ -11,7 +11,8 @@ import mlx.core as mx
 import numpy as np
 
 from ..heads.hybrid import NOTHING
-from ..store.kv_file import Arrays, KeyFile
+from ..store.kv_file import KeyFile
+from ..store.tensor_file import Arrays
 from . import sketch
 from .selection import Choice, Selector, best, log_sum, top
 from .sketch import CLUSTER, PER_KEY, decode, encode

@@ -13,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..heads.hybrid import anchor_positions, middle
-from ..store.kv_file import Arrays
+from ..store.tensor_file import Arrays
 from .selection import Scoring
 
 CLUSTER = 16  # keys that lie close together, by their sketches

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from ..mlxlm import prompts
-from ..store.kv_file import Arrays
+from ..store.tensor_file import Arrays
 
 _WINDOW = 32  # tokens whose attention is taken together
 _REACH = 240  # characters to the end of a sentence, at most

@@ -206,7 +206,7 @@ class Launch:
             stage, self.backend, queries.dtype, tuple(numbers.items()), self.scale, (*steps, tiles.held, *flags)
         )
         threads = 32 * tiles.simdgroups
-        return kernels.launcher(kernel, (threads * blocks, H, B), shapes, [mx.float32] * len(shapes), threads)
+        return source.launcher(kernel, (threads * blocks, H, B), shapes, [mx.float32] * len(shapes), threads)
 
 
 @functools.lru_cache(maxsize=256)

@@ -72,8 +72,8 @@ STAGES = {"read", "study", "budgets", "regression", "check"}
 
 @pytest.mark.parametrize("options, names, stages", [
     (SHORT, WHOLE | {"left_out_tokens"}, STAGES),
-    ({"kind": "retrieval", "budget": 0.3}, WHOLE, STAGES | {"keys"}),
-    (SHORT | {"layerwise": True}, WHOLE | {"layerwise", "left_out_tokens"}, STAGES - {"read"}),
+    ({"kind": "retrieval", "steps": 40, "budget": 0.3}, WHOLE, STAGES | {"keys"}),
+    (SHORT | {"context_tokens": 300, "layerwise": True}, WHOLE | {"layerwise", "left_out_tokens"}, STAGES - {"read"}),
     ({"kind": "exact", "context_tokens": 300}, {"left_out_tokens", "seconds"}, {"read"}),
 ])  # fmt: skip
 def test_what_a_report_holds(tokenizer, toy_fit, options, names, stages):

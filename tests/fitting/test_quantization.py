@@ -120,7 +120,7 @@ def test_no_row_gets_a_finer_grid_than_can_be_found_again():
     numbers = np.rint(x / steps)
     assert 700 < np.abs(numbers[7]).max() <= 1024
     kept = GridMatrix.of((numbers * steps).astype(np.float32))
-    assert np.array_equal(np.abs(kept.numbers[7]), np.abs(numbers[7]))
+    assert np.array_equal(np.abs(kept.integers[7]), np.abs(numbers[7]))
 
 
 def test_every_entry_has_its_part_and_a_small_head_as_many_parts_as_a_large_one(samples, trained):

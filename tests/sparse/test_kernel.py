@@ -7,8 +7,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from nectar_mlx import kernels
 from nectar_mlx.core.attention import Partial
+from nectar_mlx.kernels import source
 from nectar_mlx.sparse import Fixed, Strided, kernel, sparse_attention
 from tests.metal import harness
 from tests.metal.harness import KernelError, Simulator
@@ -28,7 +28,7 @@ def simulate(monkeypatch):
 
     def start(**options):
         simulator = Simulator(**{"mode": MODE, **options})
-        monkeypatch.setattr(kernels, "launcher", simulator.launcher)
+        monkeypatch.setattr(source, "launcher", simulator.launcher)
         return simulator
 
     return start

@@ -47,14 +47,14 @@ def _to_bank(units: Standardization) -> ToBank:
     stds = {"target": units.output_std, "score": units.log_std}
 
     def to_bank(p: HeadArrays) -> HeadArrays:
-        folded = dict(p)
-        for part in ("target", "score"):
-            w_in, skip, std = p[f"{part}.w_in"], p[f"{part}.skip"], stds[part]
-            folded[f"{part}.w_in"] = units.into(w_in)
-            folded[f"{part}.b_in"] = p[f"{part}.b_in"] - units.shift(w_in)
-            folded[f"{part}.w_out"] = p[f"{part}.w_out"] * std[..., None]
-            folded[f"{part}.skip"] = units.into(skip) * std[..., None]
-            folded[f"{part}.b_out"] = means[part] + std * (p[f"{part}.b_out"] - units.shift(skip))
-        return folded
+        parameters = dict(p)
+        for network in ("target", "score"):
+            w_in, skip, std = p[f"{network}.w_in"], p[f"{network}.skip"], stds[network]
+            parameters[f"{network}.w_in"] = units.into(w_in)
+            parameters[f"{network}.b_in"] = p[f"{network}.b_in"] - units.shift(w_in)
+            parameters[f"{network}.w_out"] = p[f"{network}.w_out"] * std[..., None]
+            parameters[f"{network}.skip"] = units.into(skip) * std[..., None]
+            parameters[f"{network}.b_out"] = means[network] + std * (p[f"{network}.b_out"] - units.shift(skip))
+        return parameters
 
     return to_bank

@@ -15,11 +15,11 @@ Indices = np.ndarray | Sequence[int]
 class Samples(NamedTuple):
     """Samples of M heads: queries, context output and live output [M, N, D], log-normalisers [M, N]."""
 
-    queries: Any
-    output: Any
-    live_output: Any
-    log_normalizer: Any
-    live_log_normalizer: Any
+    queries: mx.array
+    output: mx.array
+    live_output: mx.array
+    log_normalizer: mx.array
+    live_log_normalizer: mx.array
 
     def some(self, chosen: slice) -> "Samples":
         """Some of the samples of every head."""
@@ -47,7 +47,7 @@ class SampleStore:
                 folder.mkdir(parents=True, exist_ok=True)
                 path = folder / f"{name}.npy"
                 arrays.append(np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape))
-        self._data = Samples(*arrays)
+        self._data = arrays
 
     @property
     def full(self) -> bool:

@@ -8,7 +8,6 @@ budget and the .nectar alone.
 """
 
 import math
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -16,6 +15,7 @@ import numpy as np
 from ...core.attention import Partial, merge
 from ...core.device import device
 from ...core.exp import exp
+from ...core.types import DoubleArray
 from ...heads.hybrid import EVERYTHING, NOTHING, SINKS, TAIL
 from ...retrieval.selection import Scoring, log_sum
 from .sample_store import Samples
@@ -50,7 +50,7 @@ def split(
     step = max(1, device().max_batch_scores // (M * keys.shape[1] * group))
     parts = []
     for start in range(0, N // group, step):
-        part = Samples(*(x[:, start * group : (start + step) * group] for x in samples))
+        part = samples.some(slice(start * group, (start + step) * group))
         parts.append(
             _split(part, keys, values, selector, scale=scale, ranks=ranks[start : start + step], repeat=repeat)
         )
@@ -58,7 +58,7 @@ def split(
     return Samples(*(mx.concatenate(list(xs), axis=1) for xs in zip(*parts, strict=True)))
 
 
-def _ranks(random: np.random.Generator, count: int, unread: float) -> np.ndarray[Any, Any]:
+def _ranks(random: np.random.Generator, count: int, unread: float) -> DoubleArray:
     """Shares of the keys to read, [count]; 0 where nothing is."""
     low, high = np.log(_RANKS)
     return np.where(random.random(count) < unread, 0.0, np.exp(random.uniform(low, high, count)))
@@ -71,7 +71,7 @@ def _split(
     selector: Scoring,
     *,
     scale: float,
-    ranks: np.ndarray[Any, Any],
+    ranks: DoubleArray,
     repeat: float,
 ) -> Samples:
     """ranks: of each token, [N / group]."""
@@ -87,11 +87,11 @@ def _split(
     rest = _part(mx.where(below, weights, 0.0), top, values)
     read = _part(mx.where(below, 0.0, weights), top, values)
     live = merge(read, Partial(samples.live_output.astype(mx.float32), samples.live_log_normalizer))
-    asked = mx.concatenate([queries, threshold[..., None]], axis=-1)
-    return Samples(asked, rest.output, live.output, rest.log_normalizer, live.log_normalizer)
+    queries = mx.concatenate([queries, threshold[..., None]], axis=-1)
+    return Samples(queries, rest.output, live.output, rest.log_normalizer, live.log_normalizer)
 
 
-def _thresholds(scores: mx.array, total: mx.array, ranks: np.ndarray[Any, Any]) -> mx.array:
+def _thresholds(scores: mx.array, total: mx.array, ranks: DoubleArray) -> mx.array:
     """scores [M, N, n], total [M, N], ranks [tokens] -> [M, N]: the scores of the share of attention that, of a sample
     of the keys, a share `rank` exceeds in some head of the token."""
     M, N, n = scores.shape
@@ -100,8 +100,8 @@ def _thresholds(scores: mx.array, total: mx.array, ranks: np.ndarray[Any, Any]) 
     count = sample.shape[-1]
     at = np.clip(count - 1 - np.floor(ranks * count).astype(int), 1, count - 1)
     ends = np.stack([at - 1, at], axis=-1)
-    found = mx.take_along_axis(sample, mx.array(np.broadcast_to(ends, (M, *ends.shape))), axis=-1).mean(-1)
-    threshold = found[..., None] + total.reshape(M, len(ranks), -1)
+    shares_at = mx.take_along_axis(sample, mx.array(np.broadcast_to(ends, (M, *ends.shape))), axis=-1).mean(-1)
+    threshold = shares_at[..., None] + total.reshape(M, len(ranks), -1)
     return mx.where(mx.array(ranks)[:, None] > 0, threshold, EVERYTHING).reshape(M, N)
 
 

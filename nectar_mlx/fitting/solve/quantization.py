@@ -14,15 +14,15 @@ queries and answers notice most comes first, as in incremental network quantisat
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from ...core import rans
+from ...core.types import FloatArray, IntArray
 from ...heads import Bank, HeadArrays
 from ...store import MEAN_BITS
-from ...store.grids import column_sizes, spreads
+from ...store.grids import column_scales, log2_scales
 from ..samples.sample_store import Samples
 from . import attention_matching, regression
 from .initial import Init
@@ -106,10 +106,10 @@ def row_steps(bank: Bank, costs: HeadArrays, *, bits: float) -> HeadArrays:
     return {n: mx.array(x) for n, x in steps.items()}
 
 
-def _exponents(values: Sequence[Any], costs: Sequence[Any], *, bits: float) -> list[Any]:
+def _exponents(values: Sequence[FloatArray], costs: Sequence[FloatArray], *, bits: float) -> list[IntArray]:
     """Of matrices [rows, D] with the costs of their rows: the rows' steps, twice their binary logarithms, for which the
     numbers take so many bits on average."""
-    sizes = [column_sizes(x) for x in values]
+    sizes = [column_scales(x) for x in values]
     finest = [np.ceil(2 * np.log2(np.abs(x).max(1) / _LARGEST + 1e-12)) for x in values]
     wanted, low, high = bits * sum(x.size for x in values), -120.0, 120.0
     for _ in range(40):  # bisection: coarser grids take fewer bits
@@ -121,6 +121,6 @@ def _exponents(values: Sequence[Any], costs: Sequence[Any], *, bits: float) -> l
         taken = 0.0
         for size, exponent in zip(sizes, exponents, strict=True):
             known, row = np.unique(exponent, return_inverse=True)
-            taken += rans.cost(spreads(size, known)).sum(1)[row].sum()
+            taken += rans.cost(log2_scales(size, known)).sum(1)[row].sum()
         low, high = (level, high) if taken > wanted else (low, level)
     return exponents
