@@ -1,8 +1,8 @@
 """Heads that share the work with retrieval: some keys of the context are read exactly, the head answers for the rest.
 
 The first and last tokens of the context, the anchors, are kept in the head and always exact. Of the middle, a query's
-top keys may be read from the file beside the .nectar; `rest` stands for what was not read. Every part is an (o, L), so
-that merging them is the one normalisation of arXiv 2604.05438.
+top keys may be read from the file beside the .nectar; `complement` stands for what was not read. Every part is an
+(o, L), so that merging them is the one normalisation of arXiv 2604.05438.
 """
 
 from collections.abc import Sequence
@@ -10,14 +10,13 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from ..core.attention import Partial, from_scores, merge, weighted
+from ..core.attention import EMPTY, Partial, from_scores, merge, weighted
 from ..core.quantize import Quantized, Stored
 from .base import Bank, HeadArrays, Size
 from .quadrature import Quadrature
 
 SINKS, TAIL = 4, 8
 ANCHORS = SINKS + TAIL
-NOTHING = -1e30  # the log-normaliser of an empty set
 EVERYTHING = 1e9  # a threshold that every score stays below
 
 
@@ -36,7 +35,7 @@ class Retrieved(NamedTuple):
 
 
 class HybridHead(Bank):
-    """Anchors `anchor_keys`, `anchor_values` [ANCHORS, D] a head, and `rest` for the middle of the context.
+    """Anchors `anchor_keys`, `anchor_values` [ANCHORS, D] a head, and `complement` for the middle of the context.
 
     With nothing retrieved a head is a quadrature of the whole context: its anchors and its `nodes`.
     """
@@ -79,7 +78,7 @@ class HybridHead(Bank):
         raise NotImplementedError
 
     def used(self, retrieved: Retrieved) -> mx.array:
-        """The scores [M, N, G, k] of the retrieved keys, NOTHING for those that `rest` answers for."""
+        """The scores [M, N, G, k] of the retrieved keys, EMPTY for those that `complement` answers for."""
         return retrieved.scores
 
     def anchors(self, parameters: HeadArrays, queries: mx.array) -> Partial:
@@ -113,7 +112,7 @@ class Retrieval(HybridHead):
         return {n: mx.zeros((M, 0, self.head_dim)) for n in ("keys", "values")} | {"bias": mx.zeros((M, 0))}
 
     def complement(self, parameters: HeadArrays, queries: mx.array, retrieved: Retrieved) -> Partial:
-        return Partial(mx.zeros(queries.shape), mx.full(queries.shape[:-1], NOTHING))
+        return Partial(mx.zeros(queries.shape), mx.full(queries.shape[:-1], EMPTY))
 
     @classmethod
     def size_of(cls, head: HeadArrays) -> Size:
@@ -142,5 +141,5 @@ def anchor_positions(tokens: int) -> list[int]:
 
 
 def middle(tokens: int) -> slice:
-    """The positions that a head's `rest` stands for."""
+    """The positions that a head's `complement` stands for."""
     return slice(SINKS, tokens - TAIL)

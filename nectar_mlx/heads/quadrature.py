@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import mlx.core as mx
 
-from ..core.attention import Partial, weighted
+from ..core.attention import EMPTY, Partial, weighted
 from .base import Bank, HeadArrays, Size
 from .work import DecodeWork, WorkItem, WorkKind
 
@@ -20,7 +20,7 @@ class Quadrature(Bank):
     kind = "quadrature"
     default_bits = None
     learning_rate = 1.5e-2
-    padding: ClassVar = {"bias": -1e30}
+    padding: ClassVar = {"bias": EMPTY}
 
     def apply(self, parameters: HeadArrays, queries: mx.array) -> Partial:
         keys, values, bias = (parameters[n] for n in ("keys", "values", "bias"))

@@ -10,7 +10,7 @@ import math
 import mlx.core as mx
 import numpy as np
 
-from ..heads.hybrid import NOTHING
+from ..core.attention import EMPTY
 from ..store.kv_file import KeyFile
 from ..store.tensor_file import Arrays
 from . import sketch
@@ -116,7 +116,7 @@ class _Clusters:
         K, N, G = total.shape
         scales = self._scales.astype(mx.float32)[..., None]
         codes = (self._codes.astype(mx.float32) * scales).reshape(K, -1, projected.shape[-1])
-        empty = mx.where(scales > 0, 0, NOTHING).reshape(K, -1, 1)
+        empty = mx.where(scales > 0, 0, EMPTY).reshape(K, -1, 1)
         keys = mx.concatenate([codes, mx.ones(empty.shape), empty], axis=-1)
         flat = -total.reshape(K, N * G, 1)
         asked = mx.concatenate([projected, flat, mx.ones(flat.shape)], axis=-1)
@@ -129,7 +129,7 @@ class _Clusters:
         codes = self._codes[rows].astype(mx.float32).reshape(K, N, m * CLUSTER, -1)
         scales = self._scales[rows].astype(mx.float32).reshape(K, N, 1, -1)
         found = projected @ codes.swapaxes(2, 3) * scales
-        return mx.where(scales > 0, found, NOTHING) - total[..., None]
+        return mx.where(scales > 0, found, EMPTY) - total[..., None]
 
     def _at(self, places: mx.array, near: mx.array | None) -> mx.array:
         """Positions in the middle of places [K, N, k] among the keys that were scored."""

@@ -1,5 +1,8 @@
-"""One safetensors file that holds everything a model needs to answer about a context: the prefix's token ids, the heads
-(`layout`), what sliding-window layers keep. `digest` covers every tensor; metadata are text, or JSON.
+"""The .nectar: one safetensors file with all that a model needs to answer about a context.
+
+Tensors: the prefix's token ids, the heads (`layout`), and the keys and values that sliding-window layers keep. Metadata
+are text or JSON; `digest` covers every tensor. Tensors and metadata are in the order of their names, so that equal
+contents give equal bytes.
 """
 
 import hashlib
@@ -40,7 +43,7 @@ def contents(
 ) -> Tensors:
     """All tensors of a file, quantised: writing them loses nothing more.
 
-    heads: layer by layer. windows: what the sliding-window layers keep, by layer. offsets: as for `layout.pack`.
+    heads: layer by layer. windows: of the sliding-window layers, by layer. offsets: as for `layout.pack`.
     """
     tensors = {"prefix": mx.array(list(prefix), dtype=mx.int32)} | pack(layout, heads, offsets=offsets)
     for layer, window in windows.items():
@@ -57,9 +60,10 @@ def description(
     report: Mapping[str, Any],
     chunks: Sequence[int] = (),
 ) -> Metadata:
-    """What a file tells beside its tensors. provenance: the model and the settings. report: what was measured.
+    """The metadata of a file.
 
-    chunks: lengths of the last pieces of the prefix, where each was read on its own.
+    provenance: `model`, `model_sha256`, `tokenizer_sha256`, and what else is to be kept (`config`, `source`). report:
+    what was measured. chunks: lengths in tokens of the chunks that the prefix ends with.
     """
     return {
         "nectar_mlx": __version__,
@@ -124,7 +128,7 @@ def _metadata(path: Path) -> Metadata:
 
 
 def is_nectar(path: Path) -> bool:
-    """Whether a file says that it is one of ours (it may still be damaged)."""
+    """Whether a file says that it is a .nectar, of any version; it may still be damaged."""
     try:
         return tensor_file.metadata(path).get("format", "").startswith("nectar-")
     except NectarError:

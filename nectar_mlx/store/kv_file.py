@@ -1,9 +1,9 @@
 """The file beside a .nectar: the context's own keys and values, read a row at a time, never whole.
 
-`book.nectar.kv` is a safetensors file. `rows` [layers, n_kv_heads, n, row bytes] holds for every token the key and the
-value (int8 with a scale a group, or bfloat16) side by side, so that a token that is read is one short run of bytes,
-and a checksum that also tells which row of which file it is. The rest is small, is read at once and has one checksum:
-the router's index, the text, and where each token of the prefix begins in it.
+`book.nectar.kv` is a safetensors file. `rows` [layers, n_kv_heads, n, row bytes] holds each token's key and value (int8
+with a scale a group, or bfloat16) side by side, so that reading a token is reading one short run of bytes, and a
+checksum, which differs by row and file too. The other arrays are small, are read at once and have one checksum: the
+router's index, the text, and the characters of it that each token stands for.
 """
 
 from collections.abc import Sequence
@@ -48,28 +48,28 @@ class RowFormat(NamedTuple):
         if self.bits == 16:
             return np.concatenate([np.array(x.astype(mx.bfloat16).view(mx.uint8)) for x in (keys, values)], axis=-1)
         parts = [quantize(x, bits=8) for x in (keys, values)]
-        wanted = [p.data for p in parts] + [p.scales for p in parts]
-        return np.concatenate([np.array(mx.contiguous(x).view(mx.uint8)) for x in wanted], axis=-1)
+        arrays = [p.data for p in parts] + [p.scales for p in parts]
+        return np.concatenate([np.array(mx.contiguous(x).view(mx.uint8)) for x in arrays], axis=-1)
 
     def unpack(self, rows: Rows) -> tuple[mx.array, mx.array]:
         """rows [..., nbytes] -> keys, values [..., D] float32."""
         D = self.head_dim
         if self.bits == 16:
-            both = np.ascontiguousarray(rows[..., : self.payload]).view(np.uint16).astype(np.uint32) << 16
-            data = both.view(np.float32)
-            return mx.array(data[..., :D]), mx.array(data[..., D:])
+            bits = np.ascontiguousarray(rows[..., : self.payload]).view(np.uint16).astype(np.uint32) << 16
+            pair = mx.array(bits.view(np.float32))
+            return pair[..., :D], pair[..., D:]
         scales = np.ascontiguousarray(rows[..., 2 * D : self.payload]).view(np.float16).astype(np.float32)
         data = rows[..., : 2 * D].view(np.int8).reshape(*rows.shape[:-1], 2 * self.groups, -1) * scales[..., None]
-        found = mx.array(data.reshape(*rows.shape[:-1], 2 * D))
-        return found[..., :D], found[..., D:]
+        pair = mx.array(data.reshape(*rows.shape[:-1], 2 * D))
+        return pair[..., :D], pair[..., D:]
 
 
 @dataclass(frozen=True, kw_only=True)
 class KeyFile:
     """Every token's key and value, in memory or in a mapped file.
 
-    rows: [layers, K, n, row bytes]. small: what else the file holds (see `index`, `sources`). nectar: the digest of
-    the .nectar that this belongs to.
+    rows: [layers, K, n, row bytes]. small: what else the file holds (`retrieval.sketch`, `retrieval.sources`). nectar:
+    the digest of the .nectar that this belongs to.
     """
 
     rows: Rows = field(repr=False)
@@ -103,7 +103,7 @@ class KeyFile:
         """Keys and values [K, ..., D] at positions [K, ...] of one layer. NectarError if a row is damaged."""
         K = positions.shape[0]
         first = (layer * K + np.arange(K)) * self.tokens
-        # The tokens of a prompt want much the same rows.
+        # The tokens of a prompt read mostly the same rows.
         at, again = np.unique(positions + first.reshape(K, *[1] * (positions.ndim - 1)), return_inverse=True)
         rows = self.rows.reshape(-1, self.format.nbytes)[at]
         expected = _marks(rows[..., : self.format.payload], _seed(self.nectar, at))
@@ -119,7 +119,7 @@ class KeyFile:
         return self.read(layer, np.broadcast_to(np.arange(n), (K, n)))
 
     def write(self, path: Path) -> None:
-        """Writes the file in one step: all of it appears, or nothing changes."""
+        """Writes the file: all of it appears, or nothing changes. NectarError if it cannot be written."""
         metadata = {
             "format": FORMAT,
             "nectar": self.nectar,

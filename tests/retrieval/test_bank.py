@@ -4,8 +4,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from nectar_mlx.core.attention import EMPTY
 from nectar_mlx.heads import Completion, Exact, Quadrature, Retrieval, ThresholdedNodes
-from nectar_mlx.heads.hybrid import ANCHORS, EVERYTHING, NOTHING, Retrieved, anchor_positions, middle
+from nectar_mlx.heads.hybrid import ANCHORS, EVERYTHING, Retrieved, anchor_positions, middle
 from nectar_mlx.retrieval.bank import HybridBank
 from nectar_mlx.retrieval.selection import best
 from nectar_mlx.store.kv_file import KeyFile
@@ -255,4 +256,4 @@ def test_rows_of_captured_queries_are_read_for_by_token():
     close(bank(rows), expected)
     alone = context.hybrid_banks(perfect(context, ThresholdedNodes), 6)(rows[:, : 2 * G + 1])
     close(alone, oracle.attention(rows[:, : 2 * G + 1], context.keys, context.values, scale=SCALE), 1e-4)
-    assert float(alone.log_normalizer.min()) > NOTHING
+    assert float(alone.log_normalizer.min()) > EMPTY

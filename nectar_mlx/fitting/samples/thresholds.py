@@ -12,11 +12,11 @@ import math
 import mlx.core as mx
 import numpy as np
 
-from ...core.attention import Partial, merge
+from ...core.attention import EMPTY, Partial, merge
 from ...core.device import device
 from ...core.exp import exp
 from ...core.types import DoubleArray
-from ...heads.hybrid import EVERYTHING, NOTHING, SINKS, TAIL
+from ...heads.hybrid import EVERYTHING, SINKS, TAIL
 from ...retrieval.selection import Scoring, log_sum
 from .sample_store import Samples
 
@@ -107,5 +107,5 @@ def _thresholds(scores: mx.array, total: mx.array, ranks: DoubleArray) -> mx.arr
 
 def _part(weights: mx.array, top: mx.array, values: mx.array) -> Partial:
     total = weights.sum(-1, keepdims=True)
-    log = mx.where(total > 0, top + mx.log(mx.maximum(total, 1e-30)), NOTHING)
+    log = mx.where(total > 0, top + mx.log(mx.maximum(total, 1e-30)), EMPTY)
     return Partial((weights @ values.astype(mx.float32)) / mx.maximum(total, 1e-30), log[..., 0])
