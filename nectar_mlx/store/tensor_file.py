@@ -68,7 +68,7 @@ def metadata(path: Path) -> dict[str, str]:
         with safe_open(path, framework="numpy") as file:  # compares the header with the length of the file
             return dict(file.metadata() or {})
     except (SafetensorError, OSError, ValueError, TypeError) as error:
-        raise NectarError(f"{path} is cut short or of another format ({error})") from None
+        raise NectarError(f"{path} is not a .nectar or .kv file, or is cut short ({error})") from None
 
 
 def read(path: Path) -> Tensors:
