@@ -1,4 +1,4 @@
-"""Reading some keys of a context exactly, for every query anew, and completing them by a head function of the rest.
+"""Reading some keys of a context exactly, for every query anew; a head function stands for all others.
 
 `sketch` approximates keys, `router` searches the sketches, `selection` chooses what a query reads, `bank` is the
 context of a layer as a cache sees it, `sources` are the passages that an answer attended to. `store.kv_file` is the
