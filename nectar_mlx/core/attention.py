@@ -35,6 +35,10 @@ class Partial(NamedTuple):
     log_normalizer: mx.array
 
 
+def in_float32(*arrays: mx.array) -> list[mx.array]:
+    return [x.astype(mx.float32) for x in arrays]
+
+
 def merge(first: Partial, second: Partial) -> Partial:
     """Attention over the union of two disjoint sets of tokens; shapes as in the parts."""
     gate = sigmoid(first.log_normalizer - second.log_normalizer)[..., None]
@@ -71,8 +75,8 @@ def weighted(
     """
     if bias is None:
         bias = mx.zeros(keys.shape[:2])
-    queries, keys, values = (x.astype(mx.float32) for x in (queries, keys, values))
-    return Partial(*_weighted(queries * scale, keys, values, bias.astype(mx.float32))[:2])
+    queries, keys, values, bias = in_float32(queries, keys, values, bias)
+    return Partial(*_weighted(queries * scale, keys, values, bias)[:2])
 
 
 def from_scores(scores: mx.array, values: mx.array) -> Partial:

@@ -30,7 +30,7 @@ class Bank:
     offset: mx.array | None = None
 
     kind: ClassVar[str]
-    # Of a stored matrix entry unless told otherwise; None: every row in as many as it needs.
+    # Of a stored matrix entry unless a fit sets another; None: every row in as many as it needs.
     default_bits: ClassVar[int | None] = 8
     learning_rate: ClassVar[float] = 6e-3  # of its regression
     trainable: ClassVar[bool] = True

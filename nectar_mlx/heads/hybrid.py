@@ -1,4 +1,4 @@
-"""Heads that share the work with retrieval: some keys of the context are read exactly, the head answers for the rest.
+"""Heads beside retrieval: some keys of the context are read exactly, the head stands for all others.
 
 The first and last tokens of the context, the anchors, are kept in the head and always exact. Of the middle, a query's
 top keys may be read from the file beside the .nectar; `complement` stands for what was not read. Every part is an

@@ -23,8 +23,8 @@ class Quadrature(Bank):
     padding: ClassVar = {"bias": EMPTY}
 
     def apply(self, parameters: HeadArrays, queries: mx.array) -> Partial:
-        keys, values, bias = (parameters[n] for n in ("keys", "values", "bias"))
-        return weighted(queries, keys, values, bias=bias, scale=self.scale)
+        p = parameters
+        return weighted(queries, p["keys"], p["values"], bias=p["bias"], scale=self.scale)
 
     def decode_work(self) -> DecodeWork:
         return DecodeWork((NODES,))

@@ -39,10 +39,9 @@ class ThresholdedNodes(HybridHead):
 
     def below(self, parameters: HeadArrays, queries: mx.array, threshold: mx.array) -> Partial:
         """Attention of queries [M, N, D] over the keys of the middle that score below threshold [M, N]."""
-        names = ("keys", "values", "bias", "cut", "sharpness")
-        keys, values, bias, cut, sharpness = [parameters[name].astype(mx.float32) for name in names]
-        queries = queries.astype(mx.float32) * self.scale
-        return Partial(*_below(queries, keys, values, bias, cut, mx.exp(sharpness), threshold)[:2])
+        p = {name: x.astype(mx.float32) for name, x in parameters.items()}
+        queries, sharpness = queries.astype(mx.float32) * self.scale, mx.exp(p["sharpness"])
+        return Partial(*_below(queries, p["keys"], p["values"], p["bias"], p["cut"], sharpness, threshold)[:2])
 
     def used(self, retrieved: Retrieved) -> mx.array:
         return mx.where(retrieved.routed >= retrieved.threshold[..., None], retrieved.scores, EMPTY)

@@ -22,11 +22,11 @@ NODES, UNITS = 40, 24  # of a head, about: every head has a few more or less
 LIVE, BEHIND = LIVE_SLICE + 6, 5  # tokens: two slices of them; and what the buffers hold behind them
 # Largest error / largest number. Far below what leaving out one token does, four times what rounding the output does.
 TOLERANCE = {"float32": 2e-5, "float16": 1.5e-3, "bfloat16": 1e-2}
-_HIDDEN = {"float32": 1e-3, "bfloat16": 2e-2}  # of networks whose hidden layers are stock matmuls, by storage
-_HIDDEN_HALF = 4e-3  # in float16, as all others have it
+_MATMUL_TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-2}  # where hidden layers are stock matmuls, by storage
+_HALF_MATMUL_TOLERANCE = 4e-3  # with other storages, whose matmuls are in float16
 _SPREAD, _RAISED = 1.5, 4.0  # standard deviation of scores; mean score of the tokens beside a limit
-_HEAVIER = 0.7  # what raised tokens add to the live tokens' log-normaliser, about
-_DEEP = 2  # hidden layers
+_RAISED_MASS = 0.7  # what raised tokens add to the live tokens' log-normaliser, about
+_DEEP_LAYERS = 2  # hidden layers of a network that has more than one
 # Of a variant with an offset: scale * q·c of every query. It comes from one column in _APART, where no keys differ, so
 # that rounding what they have in common leaves alone what they have not.
 COMMON_SCORE, _APART = 20_000.0, 8
@@ -82,7 +82,7 @@ def probe(variant: Variant, *, one_launch: bool) -> Probe:
         backend=variant.backend,
         one_launch=one_launch,
     )
-    hidden = _HIDDEN.get(variant.storage, _HIDDEN_HALF) if variant.given_activations else 0.0
+    hidden = _MATMUL_TOLERANCE.get(variant.storage, _HALF_MATMUL_TOLERANCE) if variant.given_activations else 0.0
     return Probe(
         packed=replace(packed, form=replace(packed.form, flight=variant.flight, tile=variant.tile)),
         bank=bank,
@@ -117,7 +117,7 @@ def _rounded(x: AnyArray, element: str) -> mx.array:
 
 def _bank(variant: Variant, unit: float, rng: np.random.Generator) -> Bank:
     """Random heads of the variant's kind, as heavy as the live tokens. unit: of a query."""
-    kind, layers = KINDS[variant.kind], _DEEP if variant.given_activations else 1
+    kind, layers = KINDS[variant.kind], _DEEP_LAYERS if variant.given_activations else 1
     heads = []
     for k in range(variant.n_kv_heads):
         nodes, units = NODES + 7 * k % 13 - 6, UNITS + 5 * k % 11 - 5
@@ -133,7 +133,7 @@ def _parameter(name: str, shape: tuple[int, ...], unit: float, rng: np.random.Ge
     if name == "keys":
         x *= unit
     elif name == "bias":
-        x += math.log(LIVE / NODES) + _HEAVIER
+        x += math.log(LIVE / NODES) + _RAISED_MASS
     elif last in _OF_QUERIES:
         x /= unit * math.sqrt(shape[-1])
     elif last in ("w_out", "w_score"):
@@ -145,7 +145,7 @@ def _parameter(name: str, shape: tuple[int, ...], unit: float, rng: np.random.Ge
     if of_score and last in ("w_out", "w_score", "skip"):
         x *= 0.4
     if name == "score.b_out":
-        x += math.log(LIVE) + _SPREAD**2 / 2 + _HEAVIER
+        x += math.log(LIVE) + _SPREAD**2 / 2 + _RAISED_MASS
     if name == "keys" or last in _OF_QUERIES:  # whatever is common to all queries, heads do not see it
         x[..., ::_APART] = 0.0
     return mx.array(x.astype(np.float32))
@@ -158,7 +158,7 @@ def reference(
     with mx.stream(mx.cpu):  # elsewhere float32 products may be rounded to TF32
         (T, D), S = queries.shape[2:], keys.shape[2]
         assert bank.head_dim == D
-        q, k, v = (x.astype(mx.float32) for x in (queries, keys, values))
+        q, k, v = attention.in_float32(queries, keys, values)
         mask = (mx.arange(S) <= mx.arange(S - T, S)[:, None])[None, None]
         if left_padding is not None:
             mask = mask & (mx.arange(S) >= left_padding[:, None, None, None])

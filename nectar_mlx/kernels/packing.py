@@ -194,10 +194,8 @@ def _vector(head: Stored, name: str) -> FloatArray:
 
 
 def _constants(head: Stored, names: tuple[str, str] | None) -> WordArray:
-    if names is None:
-        return _words(b"")
-    output, log_normalizer = (_vector(head, name) for name in names)
-    return _words(np.concatenate([output, log_normalizer]).tobytes())
+    vectors = [_vector(head, name) for name in names or ()]
+    return _words(b"".join(vector.tobytes() for vector in vectors))
 
 
 def _layout(

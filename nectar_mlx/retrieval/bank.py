@@ -82,11 +82,13 @@ class HybridBank(Bank):
         G = H // K
         rows = queries.reshape(B, K, G, T, D).transpose(1, 0, 3, 2, 4).reshape(K, B * T, G, D)
         step = max(1, device().max_scores // (K * max(2 * self.count * D, 32 * self.count + 4 * self.keys.tokens)))
-        parts = []
+        readings = []
         for start in range(0, B * T, step):
-            parts.append(self._read(rows[:, start : start + step]))
-            mx.eval(parts[-1])
-        output, total, positions, scores = (mx.concatenate(list(xs), axis=1) for xs in zip(*parts, strict=True))
+            readings.append(self._read(rows[:, start : start + step]))
+            mx.eval(readings[-1])
+        part = join([reading.part for reading in readings], axis=1)
+        positions = mx.concatenate([reading.positions for reading in readings], axis=1)
+        scores = mx.concatenate([reading.scores for reading in readings], axis=1)
 
         def ungroup(x: mx.array) -> mx.array:
             """[K, B·T, G, ...] -> [B, H, T, ...]"""
@@ -94,11 +96,10 @@ class HybridBank(Bank):
             return x.transpose(1, 0, 3, 2, *range(4, x.ndim)).reshape(B, H, T, *x.shape[4:])
 
         positions = positions.reshape(K, B, T, -1).transpose(1, 0, 2, 3)
-        return Reading(Partial(ungroup(output), ungroup(total)), positions, ungroup(scores))
+        return Reading(Partial(*map(ungroup, part)), positions, ungroup(scores))
 
-    def _read(self, queries: mx.array) -> tuple[mx.array, mx.array, mx.array, mx.array]:
-        """queries [K, N, G, D] -> output [K, N, G, D], log-normaliser [K, N, G], positions [K, N, k], scores
-        [K, N, G, k]."""
+    def _read(self, queries: mx.array) -> Reading:
+        """queries [K, N, G, D] -> part [K, N, G, ...], positions [K, N, k], scores [K, N, G, k]."""
         queries = queries.astype(mx.float32)
         anchors = self.summary.anchors(self.parameters, queries)
         choice = self.selector.choose(queries, anchors.log_normalizer, count=self.count)
@@ -107,7 +108,7 @@ class HybridBank(Bank):
         scores = (queries * self.scale) @ keys.swapaxes(-1, -2)
         retrieved = Retrieved(keys, values, scores, choice.scores, choice.threshold)
         part = self.summary.complete(queries, retrieved)
-        return part.output, part.log_normalizer, positions, self.summary.used(retrieved)
+        return Reading(part, positions, self.summary.used(retrieved))
 
 
 def hybrid_banks(

@@ -22,7 +22,6 @@ PER_KEY = 4  # sketches that are scored for each key that will be read
 # _MAX_LOSS, on so many queries.
 _FRACTIONS, _MAX_LOSS, _TRIAL_QUERIES = (0.01, 0.04), 0.03, 128
 _ITERATIONS = 3  # of the power iteration that finds a principal direction
-_NAMES = ("codes", "scales", "projection", "mean")
 
 
 class Sketch(Scoring):
@@ -63,9 +62,10 @@ def load(
     small: Arrays, heads: Sequence[tuple[int, int]], *, scale: float, keys: np.ndarray | slice = slice(None)
 ) -> Sketch:
     """The sketches of some heads, (layer, KV head) each. keys: those of the middle that are to be scored."""
-    layers, which = (list(x) for x in zip(*heads, strict=True))
-    codes, scales, projection, mean = (small[f"sketch.{name}"][layers, which] for name in _NAMES)
-    return Sketch(*(mx.array(x) for x in (codes[:, keys], scales[:, keys], projection, mean)), scale=scale)
+    layers, kv_heads = [layer for layer, _ in heads], [head for _, head in heads]
+    arrays = {name: small[f"sketch.{name}"][layers, kv_heads] for name in ("codes", "scales", "projection", "mean")}
+    arrays |= {name: arrays[name][:, keys] for name in ("codes", "scales")}
+    return Sketch(**{name: mx.array(x) for name, x in arrays.items()}, scale=scale)
 
 
 def encode(numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

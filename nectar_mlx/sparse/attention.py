@@ -11,7 +11,7 @@ from functools import partial
 
 import mlx.core as mx
 
-from ..core.attention import Partial, join, merge
+from ..core.attention import Partial, in_float32, join, merge
 from ..core.device import device
 from . import kernel
 from .blocks import Chunk, blockwise
@@ -44,12 +44,12 @@ def _plain(queries: mx.array, keys: mx.array, values: mx.array, *, pattern: Patt
     B, H, T, _ = queries.shape
     K, S = keys.shape[1], keys.shape[2]
     if mx.default_device() == mx.cpu:  # the CPU multiplies half precision element by element
-        queries, keys, values = (x.astype(mx.float32) for x in (queries, keys, values))
+        queries, keys, values = in_float32(queries, keys, values)
     owners = [head * K // H for head in range(H)]
     scores = B * H * T * S
     if pattern.stride > T and scores <= device().max_scores:  # decoding: a grid would be padding for the most part
         mask = pattern.mask(T, S, heads=H)
-        keys, values = (take_heads(x, owners) for x in (keys, values))
+        keys, values = take_heads(keys, owners), take_heads(values, owners)
         return blockwise(queries, keys, values, scale=scale, axis=2, chunks=[Chunk(slice(T), slice(S), lambda: mask)])
     if pattern.combine != "heads":
         return _on_grid(queries, keys, values, pattern=pattern, scale=scale, heads=list(range(H)), owners=owners)

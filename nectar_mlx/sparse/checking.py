@@ -11,13 +11,13 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from ..core.attention import EMPTY, Partial
+from ..core.attention import EMPTY, Partial, in_float32
 from ..kernels.checking import difference, relative_error
 from .patterns import Pattern
 
 BATCH, HEADS, KV_HEADS, QUERIES = 2, 4, 2, 70
 TOLERANCE = {mx.float16: 4e-3, mx.bfloat16: 2e-2}  # largest error / largest number, of each result
-_LEAST, _MOST = 150, 1 << 14  # positions: far keys of larger strides than any text needs are left out
+_MIN_POSITIONS, _MAX_POSITIONS = 150, 1 << 14  # the far keys of strides larger than any text needs are left out
 _SPREAD = 1.0  # standard deviation of scores
 
 Attend = Callable[[mx.array, mx.array, mx.array], Partial]
@@ -66,7 +66,7 @@ class Probe:
 def probe(pattern: Pattern, *, dtype: mx.Dtype, head_dim: int, scale: float) -> Probe:
     """Queries whose row is far enough down the grid of the pattern to see far keys."""
     rng = np.random.default_rng(0)
-    S = min(max((pattern.gap + 2) * pattern.stride + pattern.stride // 2 + 3, _LEAST), _MOST)
+    S = min(max((pattern.gap + 2) * pattern.stride + pattern.stride // 2 + 3, _MIN_POSITIONS), _MAX_POSITIONS)
     unit = math.sqrt(_SPREAD / (scale * math.sqrt(head_dim)))  # of queries and keys, so that scores are what they are
     common = rng.standard_normal(head_dim)  # what all queries have in common, and far keys have too
     common *= math.sqrt(2 * math.sqrt(head_dim)) / np.linalg.norm(common)
@@ -85,7 +85,7 @@ def probe(pattern: Pattern, *, dtype: mx.Dtype, head_dim: int, scale: float) -> 
 def dense(queries: mx.array, keys: mx.array, values: mx.array, *, pattern: Pattern, scale: float) -> Partial:
     """The definition: dense attention in float32 under the pattern's mask."""
     (B, H, T, D), (K, S) = queries.shape, keys.shape[1:3]
-    queries, keys, values = (x.astype(mx.float32) for x in (queries, keys, values))
+    queries, keys, values = in_float32(queries, keys, values)
     scores = scale * queries.reshape(B, K, H // K * T, D) @ keys.swapaxes(-1, -2)
     scores = mx.where(pattern.mask(T, S, heads=H), scores.reshape(B, H, T, S), EMPTY)
     log_normalizer = mx.logsumexp(scores, axis=-1)

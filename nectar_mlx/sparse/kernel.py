@@ -176,7 +176,7 @@ class Launch:
                 given = given + self.kernel("keys", queries, "FAR_KEYS", blocks=blocks, shapes=shapes)(inputs=given)
                 flags.append("JOIN")
             pair = self.kernel("keys", queries, *flags, blocks=-(-S // held), shapes=shapes)(inputs=given)
-        d_keys, d_values = (x.reshape(B, K, H // K, S, D).sum(2) for x in pair)
+        d_keys, d_values = [x.reshape(B, K, H // K, S, D).sum(2) for x in pair]
         return d_queries, d_keys, d_values
 
     def _blocks(self, stage: str, queries: mx.array) -> int:
