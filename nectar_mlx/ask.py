@@ -41,7 +41,7 @@ def _work(args: argparse.Namespace) -> None:
     prompt = nectar.prompt(tokenizer, question.strip(), enable_thinking=args.think)
     max_tokens = answer_tokens(model, start=nectar.start, prompt=len(prompt), chosen=args.max_tokens)
     pieces, last, first = [], None, 0.0
-    cache = nectar.make_cache(kv_bits=args.kv_bits, exact=args.exact)
+    cache = nectar.make_cache(kv_bits=args.kv_bits, exact_fraction=args.exact)
     for last in cli.generate(model, tokenizer, prompt, cache, args, max_tokens=max_tokens):
         first = first or time.perf_counter()
         pieces.append(last.text)
@@ -62,7 +62,7 @@ def _work(args: argparse.Namespace) -> None:
             "tokens_per_second": round(last.generation_tps, 2) if last else 0.0,
             "peak_memory_bytes": round(last.peak_memory * 1e9) if last else 0,
         }
-        print(json.dumps(answer | nectar.reading(cache)))
+        print(json.dumps(answer | nectar.hybrid.reading(cache)))
     else:
         print()
         if args.sources:

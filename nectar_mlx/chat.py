@@ -41,7 +41,7 @@ class Conversation:
         self._read: list[int] = []  # the tokens in the caches
 
     def _new_cache(self) -> list[LayerCache]:
-        return self._nectar.make_cache(kv_bits=self._args.kv_bits, exact=self._args.exact)
+        return self._nectar.make_cache(kv_bits=self._args.kv_bits, exact_fraction=self._args.exact)
 
     def answer(self, question: str) -> Iterator[GenerationResponse]:
         """Yields mlx-lm's responses for the next turn, and adds the turn when it is complete or interrupted."""
@@ -54,7 +54,7 @@ class Conversation:
         pieces = [self._thinking_start(prompt)]
         rest = prompt[self._resume(prompt) :]
         self._read = list(prompt)
-        self._nectar.forget_reading(self.cache)
+        self._nectar.hybrid.forget(self.cache)
         try:
             for response in cli.generate(
                 self._model, self._tokenizer, rest, self.cache, self._args, max_tokens=max_tokens

@@ -70,7 +70,8 @@ def _demonstrate(arguments: argparse.Namespace, path: Path) -> None:
     fitted = pipeline.fit(
         model, tokenizer, manual(), config=config, name=arguments.model, source="Python manual", progress=cli.progress
     )
-    Nectar(*fitted).save(path)
+    made = Nectar(*fitted)
+    made.save(path)
 
     started = time.perf_counter()
     nectar = Nectar.load(path, model, tokenizer)

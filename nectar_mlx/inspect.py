@@ -5,9 +5,9 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from . import cli
+from .core.types import JsonObject
 from .models import hub
 from .nectar import Nectar
 from .retrieval import kv_path
@@ -39,7 +39,7 @@ def _work(args: argparse.Namespace) -> None:
             print(f"{name.replace('_', ' '):<20}{_readable(name, value)}")
 
 
-def describe(path: Path) -> dict[str, Any]:
+def describe(path: Path) -> JsonObject:
     """The facts of a .nectar, as `--json` prints them; NectarError if it is not a whole one."""
     nectar = Nectar.read(path)
     geometry, layout, metadata = nectar.geometry, nectar.layout, nectar.metadata
@@ -69,8 +69,8 @@ def describe(path: Path) -> dict[str, Any]:
     }
 
 
-def _readable(name: str, value: Any) -> str:
-    if name.endswith("_bytes"):
+def _readable(name: str, value: object) -> str:
+    if name.endswith("_bytes") and isinstance(value, int):
         return f"{value / 2**20:.2f} MiB ({value:,} bytes)"
     if isinstance(value, dict):
         return ", ".join(f"{k}={v}" for k, v in value.items() if v is not None)

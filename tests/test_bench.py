@@ -6,9 +6,10 @@ from dataclasses import replace
 import mlx.core as mx
 import pytest
 
-from nectar_mlx import bench, kernels
+from nectar_mlx import bench
 from nectar_mlx.benchmarks import cache_variants, checks, measure, measure_decode, measure_fit, roofline, tune
 from nectar_mlx.core.attention import Partial
+from nectar_mlx.kernels import DecodeKernel
 from nectar_mlx.sparse import kernel, sparse_attention
 
 TOY = ["decode", "--shape", "toy", "--contexts", "1k,2k", "--rounds", "1"]
@@ -152,12 +153,12 @@ def test_selftest_needs_a_gpu(capsys, monkeypatch):
 
 def test_selftest_says_which_kernel_is_wrong(capsys, monkeypatch):
     """With a kernel that answers zeros, its checks are red and the command fails; with a right one they are green."""
-    monkeypatch.setattr(kernels, "backend", lambda: "metal")
+    monkeypatch.setenv("NECTAR_KERNEL", "metal")
     decoding, sparse = checks.cases()[:3], checks.sparse_cases()[:3]
     monkeypatch.setattr(checks, "cases", lambda: decoding)
     monkeypatch.setattr(checks, "sparse_cases", lambda: sparse)
     monkeypatch.setattr(kernel, "attention", on_the_cpu)
-    monkeypatch.setattr(kernels, "decode", lambda packed, queries, *_, **__: mx.zeros_like(queries))
+    monkeypatch.setattr(DecodeKernel, "attend", lambda kernel, queries, *_, **__: mx.zeros_like(queries))
     monkeypatch.setitem(measure.SHAPES, "qwen3-1.7b", measure.SHAPES["toy"])
     assert bench.main(["selftest"]) == 2
     out = capsys.readouterr().out
@@ -175,7 +176,7 @@ def test_selftest_says_which_kernel_is_wrong(capsys, monkeypatch):
 
 def test_selftest_goes_on_when_a_text_does_not_compile(capsys, monkeypatch):
     decoding, sparse = checks.cases()[:2], checks.sparse_cases()[:1]
-    monkeypatch.setattr(kernels, "backend", lambda: "metal")
+    monkeypatch.setenv("NECTAR_KERNEL", "metal")
     monkeypatch.setattr(checks, "cases", lambda: decoding)
     monkeypatch.setattr(checks, "sparse_cases", lambda: sparse)
     monkeypatch.setattr(measure, "timed", lambda *_, **__: 1.0)
@@ -187,14 +188,26 @@ def test_selftest_goes_on_when_a_text_does_not_compile(capsys, monkeypatch):
 
 
 def test_tune_sweeps_every_choice(capsys, monkeypatch):
-    monkeypatch.setattr(kernels, "backend", lambda: "metal")
+    monkeypatch.setenv("NECTAR_KERNEL", "metal")
     monkeypatch.setattr(tune, "BLOCKS", (64, 96))
     monkeypatch.setattr(tune, "FLIGHTS", (2, 4))
     monkeypatch.setattr(tune, "NODES", 200)
     seen = []
-    monkeypatch.setattr(kernels, "supports", lambda packed, *_: packed.form.tile != 1)
-    monkeypatch.setattr(kernels, "decode", lambda packed, queries, *_, **__: seen.append(packed.form) or queries)
-    monkeypatch.setattr(measure, "timed", lambda work, **_: mx.eval(work()) or len(seen) / 1000)
+
+    def decode(kernel, queries, *_, **__):
+        if kernel.packed.form.tile == 1:
+            return None
+        seen.append(kernel.packed.form)
+        return queries
+
+    def timed(work, **_):
+        before = len(seen)
+        mx.eval(work())
+        calls = len(seen) - before
+        return calls / 1000 if calls else 1.0  # what else is timed is the bandwidth
+
+    monkeypatch.setattr(DecodeKernel, "attend", decode)
+    monkeypatch.setattr(measure, "timed", timed)
     assert bench.main(["selftest", "--tune", "--shape", "toy"]) == 0
     out, err = capsys.readouterr()
     lines = [line for line in out.splitlines() if line.startswith(("| float16", "| int8"))]

@@ -16,7 +16,7 @@ from nectar_mlx.evaluation import answers, methods, questions, similarity, summa
 from nectar_mlx.evaluation.run import Options, QuestionOptions
 from nectar_mlx.evaluation.run import evaluate as run_evaluation
 from nectar_mlx.fitting import prefill
-from nectar_mlx.fitting.samples.self_study import Conversation
+from nectar_mlx.fitting.samples.conversation import Conversation
 from nectar_mlx.mlxlm import attention_patch, prompts
 from tests import toys
 

@@ -9,7 +9,7 @@ from functools import partial
 
 import numpy as np
 
-from ..fitting import allocation, fidelity
+from ..fitting import budget, fidelity
 from ..fitting.solve import attention_matching, regression
 from ..heads import Bank, HeadArrays
 from .base import Baseline, EvalContext, View
@@ -29,7 +29,7 @@ def budgets(ctx: EvalContext, nbytes: int, *, bits: int | None = None) -> View:
     first = uniform(ctx, nbytes, bits=bits)
     errors = [e for layer in range(ctx.n_layers) for e in _errors(ctx, layer, first.banks[layer])]
     sizes = {
-        power: [int(x) for x in allocation.allocate(errors, total=nodes, power=power, least=4, most=most)]
+        power: [int(x) for x in budget.allocate(errors, total=nodes, power=power, least=4, most=most)]
         for power in _POWERS
     }
     views = {

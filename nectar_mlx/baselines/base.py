@@ -16,11 +16,11 @@ from ..core.types import LayerCache, Tokenizer
 from ..errors import NectarError
 from ..fitting import fisher, prefill
 from ..fitting.fidelity import Prompt
+from ..fitting.fisher import N_PROBE
 from ..fitting.prefill import Context
 from ..fitting.samples import capture, instructions, self_study
+from ..fitting.samples.conversation import Conversation, count_samples
 from ..fitting.samples.sample_store import DeviceSampleStore, Samples, SampleStore
-from ..fitting.samples.self_study import Conversation
-from ..fitting.sizes import N_PROBE
 from ..fitting.solve import attention_matching
 from ..heads import Bank, Exact, HeadArrays, Weighed
 from ..mlxlm import prompts
@@ -60,7 +60,7 @@ class View:
         """Makes the prompt from a conversation; None for the conversation's own."""
         return self.live_text.prompt if self.live_text else None
 
-    def make_cache(self) -> list[LayerCache]:
+    def make_cache(self) -> Sequence[LayerCache]:
         kv_bits = self.live_text.kv_bits if self.live_text else None
         return make_caches(self.banks, self.windows, self.start, kv_bits=kv_bits)
 
@@ -131,7 +131,8 @@ class EvalContext:
         questions = instructions.training(self.passage, seed=config.seed)
         size = min(device().baseline_batch, max(8, wanted, config.samples // 400))
         conversations: list[Conversation] = []
-        while len(conversations) < wanted or self_study.n_samples(conversations, self.geometry) < config.samples:
+        group = self.geometry.n_heads // self.geometry.n_kv_heads
+        while len(conversations) < wanted or count_samples(conversations, group=group) < config.samples:
             batch = [Conversation(self.ask(next(questions))) for _ in range(size)]
             self.sample_answers(self.full_cache, batch, seed=config.seed + len(conversations), temperature=0.9)
             conversations += batch

@@ -15,7 +15,7 @@ from mlx_lm.models.cache import KVCache
 from ..core.device import device
 from ..errors import NectarError
 from ..fitting import fidelity
-from ..fitting.samples.self_study import Conversation
+from ..fitting.samples.conversation import Conversation
 from ..heads import HeadArrays
 from ..mlxlm.cache import NectarCache
 from .base import Baseline, EvalContext, View

@@ -6,7 +6,7 @@ be kept on disk and searched for every question, and the time to read the passag
 
 from ..core.bm25 import PASSAGE, Index
 from ..errors import NectarError
-from ..fitting.samples.self_study import Conversation
+from ..fitting.samples.conversation import Conversation
 from ..mlxlm import prompts
 from .base import Baseline, EvalContext, LiveText, View
 from .no_context import no_context

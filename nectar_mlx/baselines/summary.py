@@ -3,7 +3,7 @@
 import mlx.core as mx
 
 from ..errors import NectarError
-from ..fitting.samples.self_study import Conversation
+from ..fitting.samples.conversation import Conversation
 from ..mlxlm import prompts
 from .base import Baseline, EvalContext, View
 

@@ -9,10 +9,9 @@ import mlx.nn as nn
 from mlx_lm.models.base import quantized_scaled_dot_product_attention
 from mlx_lm.models.cache import KVCache, QuantizedKVCache
 
-from .. import kernels
 from ..core.types import LayerCache
-from ..heads import Bank, Quadrature
-from ..kernels import checking
+from ..heads import Bank
+from ..kernels import DecodeKernel, checking, pack
 from ..mlxlm.cache import NectarCache
 from .measure import CACHE_STEP, DTYPE, Shape, random_bank
 
@@ -101,11 +100,11 @@ class Fused(CacheVariant):
     nodes, bits = 655, 16
 
     def __init__(self, shape: Shape, context: int, live: int):
-        self.bank, self.packed = _packed(shape, self.nodes, self.bits)
+        self.bank, self.kernel = _fused(shape, self.nodes, self.bits)
         super().__init__(shape, context, live)
 
     def cache(self, context: int) -> NectarCache:
-        cache = NectarCache(self.bank, context, packed=self.packed.copy())  # every layer reads memory of its own
+        cache = NectarCache(self.bank, context, kernel=self.kernel.copy())  # every layer reads memory of its own
         cache.state = self.random(CACHE_STEP), self.random(CACHE_STEP), self.live
         return cache
 
@@ -114,13 +113,13 @@ class Fused(CacheVariant):
         return out
 
     def nbytes(self) -> int:
-        return int(sum(c.packed.nbytes for c in self.caches)) + self.shape.cache_bytes(self.live)
+        return int(sum(c.kernel.nbytes for c in self.caches)) + self.shape.cache_bytes(self.live)
 
 
 @functools.lru_cache(maxsize=2)
-def _packed(shape: Shape, nodes: int, bits: int) -> tuple[Bank, kernels.Packed]:
+def _fused(shape: Shape, nodes: int, bits: int) -> tuple[Bank, DecodeKernel]:
     bank, heads = checking.stored(random_bank(shape, nodes), DTYPE, bits)
-    return bank, kernels.pack(bank, dtype=DTYPE, bits=bits, heads=heads)
+    return bank, DecodeKernel(pack(bank, dtype=DTYPE, bits=bits, heads=heads))
 
 
 class Fused8(Fused):
@@ -154,8 +153,7 @@ class ComposedCache(KVCache):
 
     def __init__(self, bank: Bank, keys: mx.array, values: mx.array, n_heads: int):
         super().__init__()  # type: ignore[no-untyped-call]
-        assert isinstance(bank, Quadrature)
-        self.both = kernels.compose_nodes(bank, keys, values, DTYPE)
+        self.both = compose_nodes(bank, keys, values)
         self.keys, self.values, mask = self.both
         self.mask = mx.contiguous(mx.repeat(mask, n_heads // mask.shape[1], axis=1))
         mx.eval(self.mask)
@@ -167,6 +165,19 @@ class ComposedCache(KVCache):
 
     def attend(self, queries: mx.array, keys: object, values: object, *, scale: float, mask: object = None) -> mx.array:
         return mx.fast.scaled_dot_product_attention(queries, *self.both[:2], scale=scale, mask=self.mask)
+
+
+def compose_nodes(bank: Bank, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    """Keys and values [B, K, m + S, D] of a quadrature's nodes and the live tokens together, and the additive mask
+    [1, K, 1, m + S].
+
+    With them `mx.fast.scaled_dot_product_attention` is a quadrature and exact attention merged: the fastest stock form
+    for one query token, as exact as biases rounded to `DTYPE` allow.
+    """
+    nodes = {name: x.astype(DTYPE) for name, x in bank.parameters.items()}
+    node_keys, node_values = (mx.repeat(nodes[name][None], keys.shape[0], axis=0) for name in ("keys", "values"))
+    mask = mx.pad(nodes["bias"], [(0, 0), (0, keys.shape[2])])[None, :, None]
+    return mx.concatenate([node_keys, keys], axis=2), mx.concatenate([node_values, values], axis=2), mask
 
 
 VARIANTS: dict[str, type[CacheVariant]] = {

@@ -3,7 +3,6 @@
 import math
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 
 import mlx.core as mx
@@ -11,7 +10,7 @@ import mlx.core as mx
 from .. import kernels
 from ..core.types import JsonObject
 from ..heads import Bank
-from ..kernels import checking
+from ..kernels import DecodeKernel, checking
 from ..sparse import Fixed, Pattern, Strided
 from ..sparse import checking as sparse_checking
 from ..sparse import kernel as sparse_kernel
@@ -71,19 +70,26 @@ def check(
         keys = keys + bank.offset[:, None]
     keys, values = keys.astype(dtype)[:, :, 3:76], values.astype(dtype)[:, :, 3:76]
     rounded, heads = checking.stored(bank, storage, bits)
-    packed = replace(kernels.pack(rounded, dtype=storage, bits=bits, heads=heads), checked=False)
+    packed = kernels.pack(rounded, dtype=storage, bits=bits, heads=heads)
+    kernel = DecodeKernel(packed, checked=False)
     expected = checking.reference(rounded, queries, keys, values)
     mx.eval(queries, keys, values)
 
     def decode() -> float:
-        out = kernels.decode(packed, queries, keys, values)
+        out = kernel.attend(queries, keys, values)
         assert out is not None
         return checking.relative_error(out, expected)
 
     tolerance = {mx.float32: 2e-5, mx.float16: 1.5e-3, mx.bfloat16: 1e-2}[dtype]
-    if packed.deep:  # their hidden layers are stock matmuls of the storage type, float32 ones in TF32 on NVIDIA
+    if packed.networks:  # their hidden layers are stock matmuls of the storage type, float32 ones in TF32 on NVIDIA
         tolerance = {mx.float32: 1e-3, mx.float16: 1.5e-2, mx.bfloat16: 5e-2}[storage]
-    row: Row = {"kind": packed.form.kind, "head_dim": head_dim, "group": group, "length": length, "batch": batch}
+    row: Row = {
+        "kind": "deep" if packed.networks else bank.kind,
+        "head_dim": head_dim,
+        "group": group,
+        "length": length,
+        "batch": batch,
+    }
     row |= {"dtype": str(dtype).removeprefix("mlx.core."), "storage": packed.form.storage}
     return row | _tried(tolerance, decode)
 

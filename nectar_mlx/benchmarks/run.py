@@ -10,7 +10,7 @@ from .. import __version__, kernels
 from ..core.progress import Log, no_log
 from ..core.types import JsonObject
 from ..errors import NectarError
-from ..fitting.config import FitConfig, rows_for
+from ..fitting.config import FitConfig
 from . import checks, measure, measure_decode, measure_fit
 from . import tune as tuning
 from .cache_variants import VARIANTS, CacheVariant
@@ -50,7 +50,7 @@ def fit(shape: Shape, contexts: Sequence[int], config: FitConfig, *, log: Log = 
         rows.append(row)
     for row in rows:
         row["share"] = row["seconds"] / sum(other["seconds"] for other in rows if other["context"] == row["context"])
-    queries = rows_for(config, heads=shape.layers * shape.n_kv_heads, head_dim=shape.head_dim)
+    queries = max(row.pop("samples", 0) for row in rows)
     sizes = {"layers": shape.layers, "queries": queries, "steps": config.steps, "budget": config.budget}
     return _machine() | {"shape": shape.name, "bandwidth": measure.bandwidth(), "rows": rows} | sizes
 

@@ -8,7 +8,7 @@ import mlx.core as mx
 
 from .. import kernels
 from ..core.types import JsonObject
-from ..kernels import Packed, checking, variants
+from ..kernels import DecodeKernel, checking, variants
 from . import measure
 from .measure import DTYPE, Shape
 
@@ -40,18 +40,18 @@ def rows(shape: Shape) -> Iterator[Row]:
                 variant = variants.variant_for(form, shape.batch * group, group, 1, "bfloat16", False)
                 row: Row = {"storage": storage, "flight": variant.flight, "tile": variant.tile}
                 row |= {"blocks": blocks or kernels.blocks(), "chosen": blocks is None}
-                yield row | _measured([replace(layer, form=form, plans={}) for layer in layers], queries, caches)
+                yield row | _measured([DecodeKernel(replace(layer, form=form)) for layer in layers], queries, caches)
 
 
-def _measured(layers: list[Packed], queries: mx.array, caches: Sequence[tuple[mx.array, mx.array]]) -> Row:
+def _measured(layers: list[DecodeKernel], queries: mx.array, caches: Sequence[tuple[mx.array, mx.array]]) -> Row:
     def step() -> mx.array:
         out = queries
-        for packed, (keys, values) in zip(layers, caches, strict=True):
-            attended = kernels.decode(packed, out, keys, values, live=LIVE)
+        for kernel, (keys, values) in zip(layers, caches, strict=True):
+            attended = kernel.attend(out, keys, values, live=LIVE)
             assert attended is not None
             out = attended
         return out
 
-    if not kernels.supports(layers[0], queries, caches[0][0]):
+    if layers[0].attend(queries, *caches[0], live=LIVE) is None:
         return {}
     return {"ms": measure.timed(step) * 1e3}

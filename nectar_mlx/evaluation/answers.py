@@ -11,7 +11,7 @@ from ..core.device import device
 from ..core.progress import Progress, silent
 from ..core.types import DoubleArray, JsonObject
 from ..fitting import fidelity
-from ..fitting.samples.self_study import Conversation
+from ..fitting.samples.conversation import Conversation
 from ..mlxlm import prompts
 from .bootstrap import Bootstrap, interval
 from .questions import ON, TEMPERATURE, Expected, Question, contains

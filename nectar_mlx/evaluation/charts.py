@@ -113,7 +113,8 @@ class _Chart:
         name, a, b = m["method"], x(m[self.x]), y(m["kl"])
         low, high = (y(min(max(v, y.low), y.high)) for v in m["kl_interval"])
         title = Path(m["file"]).name if is_file(name) else name
-        note = f"{title}: {size(m['bytes'])}, {m['seconds']:.3g} s, KL {m['kl']:.4f}, agree {m['agree']:.1%}"
+        time = f", {m['seconds']:.3g} s" if m["seconds"] else ""
+        note = f"{title}: {size(m['bytes'])}{time}, KL {m['kl']:.4f}, agree {m['agree']:.1%}"
         bar = _line("bar", a, high, a, low, _style(name, names))
         label = _text(a + 10, b - 8, Path(m["file"]).stem, "tick") if self.named else ""
         return bar + _mark(a, b, name, names, note) + label

@@ -16,7 +16,7 @@ from ..core.progress import Progress, silent
 from ..core.types import JsonObject
 from ..errors import NectarError
 from ..fitting.samples import instructions
-from ..fitting.samples.self_study import Conversation
+from ..fitting.samples.conversation import Conversation
 from ..mlxlm import prompts
 
 ON, OFF, REREAD, CONTINUE = "on-context", "off-context", "re-reading", "continuation"

@@ -8,8 +8,8 @@ from string import Template
 from typing import Any
 
 from ..core import plotting
+from ..core.files import write_atomically
 from ..core.types import JsonObject
-from ..errors import NectarError
 from . import charts
 from .charts import FILE, is_file
 from .questions import OFF, ON
@@ -20,10 +20,7 @@ _SAME_SIZE = 0.9  # a file of more than this share of a larger one counts as its
 
 def write(result: JsonObject, path: Path) -> None:
     """Writes the page; NectarError if it cannot be written."""
-    try:
-        path.write_text(page(result), encoding="utf-8")
-    except OSError as error:
-        raise NectarError(f"cannot write {path}: {error.strerror}") from None
+    write_atomically(path, lambda file: file.write(page(result).encode()))
 
 
 def page(result: JsonObject) -> str:
@@ -135,7 +132,7 @@ def _row(m: JsonObject, result: JsonObject) -> str:
         f"{m['gap_closed']:.1%}",
         f"{m['accuracy_gap']:.1%}",
         f"{off['kl']:.4f}" if off else "–",
-        f"{m['seconds']:.1f}",
+        f"{m['seconds']:.1f}" if m["seconds"] else "–",
     ]
     return f"<tr{' class=own' if own else ''}>" + "".join(f"<td>{c}</td>" for c in cells) + "</tr>"
 

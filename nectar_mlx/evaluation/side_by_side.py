@@ -11,7 +11,7 @@ from mlx_lm.generate import generate_step
 from ..core.types import LayerCache, Tokenizer
 from ..fitting import fidelity
 from ..fitting.prefill import Context
-from ..fitting.samples.self_study import Conversation
+from ..fitting.samples.conversation import Conversation
 from ..nectar import Nectar
 
 

@@ -41,7 +41,7 @@ def entropies(ctx: EvalContext, store: SampleStore) -> DoubleArray:
     """The mean entropy of every head's exact attention to the context, in nats, [n_heads]."""
     K, means = ctx.geometry.n_kv_heads, list[float]()
     # Random samples: those of a group's query heads are side by side, and a fixed stride may hit only one of them.
-    chosen = np.sort(np.random.default_rng(0).permutation(store.rows)[:256])
+    chosen = np.sort(np.random.default_rng(0).permutation(store.count)[:256])
     for layer in range(ctx.n_layers):
         samples = store.heads(range(layer * K, layer * K + K), chosen)
         keys, bias = ctx.layer(layer)[0], ctx.bias(layer)

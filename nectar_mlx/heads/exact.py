@@ -16,6 +16,7 @@ class Exact(Bank):
 
     kind = "exact"
     default_bits = 16
+    keeps_keys = True
 
     def apply(self, parameters: HeadArrays, queries: mx.array) -> Partial:
         return exact(queries, parameters["keys"], parameters["values"], scale=self.scale)

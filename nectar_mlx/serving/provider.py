@@ -98,7 +98,7 @@ class Provider(server.ModelProvider):
         hybrid = bool(nectar.hybrid_banks(exact))
 
         def make_cache() -> Sequence[LayerCache]:
-            self.caches = nectar.make_cache(kv_bits=self.cli_args.kv_bits, exact=exact)
+            self.caches = nectar.make_cache(kv_bits=self.cli_args.kv_bits, exact_fraction=exact)
             return self.caches
 
         model.make_cache = make_cache
@@ -148,7 +148,7 @@ class PromptCache(LRUPromptCache):
         cache, rest = super().fetch_nearest_cache(model, tokens)
         if cache is not None and self._provider is not None:
             self._provider.caches = cache
-            self._provider.serving.forget_reading(cache)
+            self._provider.serving.hybrid.forget(cache)
         if rest:
             return cache, rest
         if all(layer.is_trimmable() for layer in cache):
@@ -192,5 +192,5 @@ class _ResponseQueue:
         if self._context is None:
             self._context = item
         elif item is None:
-            self._context.reading = self._provider.serving.reading(self._provider.caches)
+            self._context.reading = self._provider.serving.hybrid.reading(self._provider.caches)
         self._queue.put(item)

@@ -10,8 +10,8 @@ from nectar_mlx.baselines import BASELINES, NO_CONTEXT, EvalConfig, EvalContext,
 from nectar_mlx.core.device import device, using
 from nectar_mlx.errors import NectarError
 from nectar_mlx.fitting import fidelity, prefill
+from nectar_mlx.fitting.samples.conversation import Conversation
 from nectar_mlx.fitting.samples.sample_store import DeviceSampleStore
-from nectar_mlx.fitting.samples.self_study import Conversation
 from nectar_mlx.mlxlm import attention_patch, prompts
 from tests import toys
 

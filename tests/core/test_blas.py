@@ -10,7 +10,7 @@ import pytest
 from nectar_mlx.core import blas
 
 pytestmark = pytest.mark.skipif(
-    sys.platform != "linux" or not blas._is_installed("mlx-cpu"),
+    sys.platform != "linux" or not blas.is_installed("mlx-cpu"),
     reason="only MLX's Linux CPU build has a BLAS to replace",
 )
 
@@ -66,12 +66,12 @@ def test_replaces_the_reference_blas_and_stays_correct() -> None:
 
 
 def test_the_packaged_library_comes_first_and_is_kept(tmp_path) -> None:
-    code = "import sys, nectar_mlx.core.blas as b; print(next(b._candidates()), 'lief' in sys.modules)"
+    code = "import sys, nectar_mlx.core.blas as b; print(next(b.candidates()), 'lief' in sys.modules)"
     first, second = (run(code, NECTAR_CACHE=str(tmp_path), NECTAR_BLAS="off").stdout.split() for _ in range(2))
     assert first[0] == second[0]
     assert first[0].startswith(str(tmp_path)) and first[0].endswith("libopenblas.so")
     assert (first[1], second[1]) == ("True", "False")
-    assert blas._works(first[0])
+    assert blas.works(first[0])
 
 
 def test_a_library_that_computes_wrong_is_refused(tmp_path) -> None:
@@ -81,7 +81,7 @@ def test_a_library_that_computes_wrong_is_refused(tmp_path) -> None:
     if compiler is None:
         pytest.skip("no C compiler")
     subprocess.run([compiler, "-shared", "-fPIC", "-o", str(library), str(source)], check=True)
-    assert not blas._works(str(library))
+    assert not blas.works(str(library))
     done = run(
         "import nectar_mlx, mlx.core as mx; print((mx.ones((2, 2)) @ mx.ones((2, 2))).sum().item())",
         NECTAR_BLAS=str(library),
@@ -105,7 +105,7 @@ def test_a_named_library_that_cannot_be_loaded_is_told(library: str) -> None:
 
 
 def test_a_named_library_is_taken() -> None:
-    packaged = next(blas._candidates())
+    packaged = next(blas.candidates())
     done = run("import nectar_mlx.core.blas as b, mlx.core; print(b.loaded)", NECTAR_BLAS=packaged)
     assert done.stdout.strip() == packaged
     assert not done.stderr
@@ -126,12 +126,12 @@ def test_leaves_other_systems_and_builds_alone(monkeypatch) -> None:
     monkeypatch.setattr(blas.sys, "platform", "darwin")
     assert blas.use_fast_blas() is None
     monkeypatch.setattr(blas.sys, "platform", "linux")
-    monkeypatch.setattr(blas, "_is_installed", lambda distribution: False)
+    monkeypatch.setattr(blas, "is_installed", lambda distribution: False)
     assert blas.use_fast_blas() is None
 
 
 def test_an_unwritable_cache_is_no_error(tmp_path) -> None:
     blocked = tmp_path / "file"
     blocked.write_text("")
-    code = "import nectar_mlx.core.blas as b; print(b._unprefixed_openblas())"
+    code = "import nectar_mlx.core.blas as b; print(b.unprefixed_openblas())"
     assert run(code, NECTAR_CACHE=str(blocked / "cache"), NECTAR_BLAS="off").stdout.strip() == "None"

@@ -67,7 +67,7 @@ def test_reading_in_chunks_keeps_the_window_in_order(length):
 def test_a_missing_window_is_damage(tmp_path):
     model = toys.toy("gemma3_text")
     nectar = toys.picked(model, PREFIX, 12)
-    del nectar._tensors["windows.0.keys"]
+    del nectar.tensors["windows.0.keys"]
     nectar.save(tmp_path / "toy.nectar")
     with pytest.raises(NectarError, match=r"damaged.*windows\.0\.keys"):
         Nectar.load(tmp_path / "toy.nectar", model)
