@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from http.server import ThreadingHTTPServer
 
 import mlx.core as mx
 import mlx_lm
@@ -460,8 +461,7 @@ def test_a_port_in_use(books, running):
         serve.start(arguments(books, "--port", str(running.port)))
 
 
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_it_in_order(books, how):
+def test_a_signal_ends_it_in_order(books):
     command = [sys.executable, "-m", "nectar_mlx", "serve", str(books[0].path), "--port", "0"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     lines = []
@@ -473,10 +473,22 @@ def test_a_signal_ends_it_in_order(books, how):
     client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="any", max_retries=0)
     stream = ask(client, "red", QUESTIONS[0], stream=True, max_tokens=20)
     next(iter(stream))
-    process.send_signal(how)
+    process.send_signal(signal.SIGTERM)
     assert len(list(stream)) > 3, "what was under way is finished"
     assert process.wait(timeout=20) == 0
     assert "Traceback" not in process.stderr.read()
+
+
+def test_ctrl_c_ends_it_in_order(books, monkeypatch, capsys):
+    def interrupted(server):
+        raise KeyboardInterrupt
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(ThreadingHTTPServer, "serve_forever", interrupted)
+    assert serve.main([str(books[0].path), "--port", "0", "--log-level", "WARNING"]) == 0
+    signal.signal(signal.SIGTERM, before)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[-2].startswith("serving ") and lines[-1] == "stopping"
 
 
 def wait_for(condition, seconds=10.0):

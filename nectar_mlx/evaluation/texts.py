@@ -19,7 +19,6 @@ from dataclasses import asdict, dataclass
 from datetime import date, timedelta
 from pathlib import Path
 
-from .. import cli
 from ..errors import NectarError
 
 _PORTS = "Ostend Bergen Lisbon Cadiz Genoa Smyrna Riga Danzig Leith Hull Havre Palermo Odessa Tunis Naples".split()  # noqa: SIM905
@@ -233,16 +232,21 @@ def _described(title: str, member: object) -> Iterator[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = cli.Parser("texts", "Writes a text to evaluate with.")
+    parser = argparse.ArgumentParser(prog="nectar_mlx.evaluation.texts", description="Writes a text to evaluate with.")
     parser.add_argument("kind", choices=("log", "manual"), help="a ship's log full of facts, or a technical manual")
     parser.add_argument("--words", type=int, default=3000, help="about how long (default 3000)")
     parser.add_argument("--seed", type=int, default=0, help="of the log (default 0)")
     parser.add_argument("--output", required=True, metavar="FILE", help="file for the text")
     parser.add_argument("--questions", metavar="FILE", help="file for the log's questions, as JSON lines")
-    return cli.run(parser, _work, argv)
+    try:
+        _write(parser.parse_args(argv))
+    except NectarError as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
-def _work(arguments: argparse.Namespace) -> None:
+def _write(arguments: argparse.Namespace) -> None:
     if arguments.words < 1:
         raise NectarError("--words must be positive")
     if arguments.kind == "log":
