@@ -159,6 +159,7 @@ def test_an_interrupt(book, monkeypatch, capsys):
     assert_one_line(capsys, "interrupted")
 
 
+@pytest.mark.process
 def test_a_reader_that_leaves(book):
     command = f"{sys.executable} -m nectar_mlx.ask {book.path} fox --max-tokens 4 | true; echo ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)

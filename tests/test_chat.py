@@ -149,6 +149,7 @@ def test_the_end_of_input_ends_the_chat(run):
     assert run(QUESTIONS[0])[:2] == run(f"{QUESTIONS[0]}\n")[:2], "with and without a last newline"
 
 
+@pytest.mark.process
 def test_over_a_pipe(book):
     command = [sys.executable, "-m", "nectar_mlx", "chat", str(book.path), "--max-tokens", "6"]
     done = subprocess.run(command, input=QUESTIONS[0], capture_output=True, text=True, timeout=120)

@@ -44,6 +44,7 @@ def run(tmp_path):
     return run
 
 
+@pytest.mark.process
 def test_a_question_is_answered_in_a_dialog(run, tmp_path, capsys):
     book = toys.book(tmp_path)
     code, (question, shown) = run(str(book.path))
@@ -54,11 +55,13 @@ def test_a_question_is_answered_in_a_dialog(run, tmp_path, capsys):
     assert not (tmp_path / "hacked").exists()
 
 
+@pytest.mark.process
 def test_a_cancelled_dialog_asks_nothing(run):
     code, shown = run("missing.nectar", CANCEL="1")
     assert code == 0 and shown == [["Ask about missing"]]
 
 
+@pytest.mark.process
 def test_an_error_is_shown(run, tmp_path):
     (tmp_path / "tools" / "nectar").write_text('#!/bin/sh\necho "nectar ask: $2: no such file" >&2\nexit 2\n')
     code, (_, shown) = run("missing.nectar")

@@ -461,6 +461,7 @@ def test_a_port_in_use(books, running):
         serve.start(arguments(books, "--port", str(running.port)))
 
 
+@pytest.mark.process
 def test_a_signal_ends_it_in_order(books):
     command = [sys.executable, "-m", "nectar_mlx", "serve", str(books[0].path), "--port", "0"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)

@@ -53,6 +53,7 @@ def run(code: str, *args: str, **environment: str) -> subprocess.CompletedProces
     )
 
 
+@pytest.mark.process
 def test_replaces_the_reference_blas_and_stays_correct() -> None:
     # One thread and processor time, so that whatever else the machine computes does not count.
     fast, slow = (run(MULTIPLY, "strict", OPENBLAS_NUM_THREADS="1", **off) for off in ({}, {"NECTAR_BLAS": "off"}))
@@ -65,6 +66,7 @@ def test_replaces_the_reference_blas_and_stays_correct() -> None:
     assert slow_result["single"]["seconds"] > 8 * fast_result["single"]["seconds"]
 
 
+@pytest.mark.process
 def test_the_packaged_library_comes_first_and_is_kept(tmp_path) -> None:
     code = "import sys, nectar_mlx.core.blas as b; print(next(b.candidates()), 'lief' in sys.modules)"
     first, second = (run(code, NECTAR_CACHE=str(tmp_path), NECTAR_BLAS="off").stdout.split() for _ in range(2))
@@ -74,6 +76,7 @@ def test_the_packaged_library_comes_first_and_is_kept(tmp_path) -> None:
     assert blas.works(first[0])
 
 
+@pytest.mark.process
 def test_a_library_that_computes_wrong_is_refused(tmp_path) -> None:
     source, library = tmp_path / "wrong.c", tmp_path / "libwrong.so"
     source.write_text("void cblas_sgemm(void) {}\n")
@@ -97,6 +100,7 @@ def _runs(program: str) -> bool:
         return False
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("library", ["/nonexistent/libblas.so", __file__])
 def test_a_named_library_that_cannot_be_loaded_is_told(library: str) -> None:
     done = run("import nectar_mlx, mlx.core", NECTAR_BLAS=library)
@@ -104,6 +108,7 @@ def test_a_named_library_that_cannot_be_loaded_is_told(library: str) -> None:
     assert f"NECTAR_BLAS={library} cannot be loaded" in done.stderr
 
 
+@pytest.mark.process
 def test_a_named_library_is_taken() -> None:
     packaged = next(blas.candidates())
     done = run("import nectar_mlx.core.blas as b, mlx.core; print(b.loaded)", NECTAR_BLAS=packaged)
@@ -111,6 +116,7 @@ def test_a_named_library_is_taken() -> None:
     assert not done.stderr
 
 
+@pytest.mark.process
 def test_warns_when_mlx_came_first() -> None:
     done = run("import mlx.core\nimport nectar_mlx")
     assert "import nectar_mlx before mlx" in done.stderr
@@ -130,6 +136,7 @@ def test_leaves_other_systems_and_builds_alone(monkeypatch) -> None:
     assert blas.use_fast_blas() is None
 
 
+@pytest.mark.process
 def test_an_unwritable_cache_is_no_error(tmp_path) -> None:
     blocked = tmp_path / "file"
     blocked.write_text("")

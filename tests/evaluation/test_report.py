@@ -217,6 +217,7 @@ FLAGS = (
 )
 
 
+@pytest.mark.process
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 @pytest.mark.parametrize("width", [1100, 480])
 def test_a_browser_lays_it_out_inside_the_window(tmp_path, width):
@@ -237,6 +238,7 @@ def test_a_browser_lays_it_out_inside_the_window(tmp_path, width):
     assert measured["marks"] >= 10
 
 
+@pytest.mark.process
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 def test_a_browser_draws_it(tmp_path):
     path, shot = tmp_path / "page.html", tmp_path / "page.png"

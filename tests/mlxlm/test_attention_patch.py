@@ -146,6 +146,7 @@ def test_compute_type_of_a_quantised_model():
     assert attention_patch.compute_type(model) == mx.bfloat16
 
 
+@pytest.mark.fit
 @pytest.mark.parametrize("architecture", attention_patch.SUPPORTED)
 def test_fitting(architecture):
     """A fit runs on every architecture, and knows more of the text than a model that never saw it."""
