@@ -1,4 +1,4 @@
-"""`python -m nectar_mlx.ask book.nectar "Who is Filby?"`: an answer from the file, the text never read again."""
+"""`nectar ask book.nectar "Who is Filby?"`: an answer from the file, without reading the text again."""
 
 import argparse
 import json
@@ -16,7 +16,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = cli.Parser("ask", "Answers a question about what a .nectar holds.")
+    parser = cli.Parser("ask", "Answers a question from a .nectar.")
     cli.add_nectar(parser)
     parser.add_argument("question", help="the question, or - to read it from stdin")
     cli.add_generation(parser)
@@ -35,9 +35,9 @@ def _work(args: argparse.Namespace) -> None:
     model, tokenizer, nectar = cli.load(args.nectar, args.model)
     cli.check_sources(nectar, args)
     loaded = time.perf_counter()
-    part = cli.chunk_for(nectar, tokenizer, question, args)
-    if part is not None:
-        nectar = nectar.chunk(part)
+    chunk = cli.chunk_for(nectar, tokenizer, question, args)
+    if chunk is not None:
+        nectar = nectar.chunk(chunk)
     prompt = nectar.prompt(tokenizer, question.strip(), enable_thinking=args.think)
     max_tokens = answer_tokens(model, start=nectar.start, prompt=len(prompt), chosen=args.max_tokens)
     pieces, last, first = [], None, 0.0
@@ -54,7 +54,7 @@ def _work(args: argparse.Namespace) -> None:
             "finish_reason": last.finish_reason if last else None,
             "model": nectar.metadata["model"],
             "context_tokens": len(nectar.prefix),
-            "part": None if part is None else part + 1,
+            "chunk": chunk,
             "prompt_tokens": len(prompt),
             "answer_tokens": last.generation_tokens if last else 0,
             "seconds_to_load": round(loaded - start, 3),

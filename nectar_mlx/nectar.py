@@ -13,7 +13,7 @@ from .core.types import JsonObject, LayerCache, Tokenizer
 from .errors import NectarError
 from .fitting import verdict
 from .heads import Bank, HybridHead
-from .kernels.packing import Packed
+from .kernels import DecodeKernel
 from .mlxlm import attention_patch, prompts
 from .mlxlm.cache import make_caches
 from .models import hub
@@ -136,7 +136,7 @@ class Nectar:
         if banks := self.hybrid_banks(exact_fraction):
             make = recording(self.hybrid.record(len(banks)))
             return make_caches(banks, self.windows, self.start, kv_bits=kv_bits, make=make)
-        return make_caches(self._without_retrieval, self.windows, self.start, kv_bits=kv_bits, packed=self._packed)
+        return make_caches(self._without_retrieval, self.windows, self.start, kv_bits=kv_bits, kernels=self._kernels)
 
     def hybrid_banks(self, exact_fraction: float | None = None) -> Sequence[HybridBank]:
         """The banks that read a fraction of the keys exactly, one a layer; see `make_cache`. None without keys."""
@@ -236,8 +236,8 @@ class Nectar:
     @cached_property
     def _without_retrieval(self) -> list[Bank]:
         """The banks as they answer without retrieval."""
-        return [bank.without_retrieval() if isinstance(bank, HybridHead) else bank for bank in self.banks]
+        return [bank.without_retrieval() for bank in self.banks]
 
     @cached_property
-    def _packed(self) -> list[Packed] | None:
-        return load.packed(self._without_retrieval, self.layout, self.tensors)
+    def _kernels(self) -> list[DecodeKernel] | None:
+        return load.decode_kernels(self._without_retrieval, self.layout, self.tensors)

@@ -6,18 +6,18 @@ given their sizes at a candidate budget, trained for a short time, and asked the
 expected to leave as much: it trains longer, and rounds. Candidates double or halve until the target lies between two.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
+from ..core.types import JsonObject
 from .verdict import EXPONENT
 
 TARGET = 0.99  # of the gap closed
 FIRST, LEAST, MOST = 0.02, 0.0025, 0.3  # at 0.3 every head can keep all keys of the text
 
-Figures = Mapping[str, Any]
+Figures = JsonObject
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from ..core.files import write_atomically
 from ..errors import NectarError
 from ..heads import HeadArrays, Size
 from ..store import MEAN_BITS, tensor_file
-from .samples.self_study import Conversation
+from .samples.conversation import Conversation
 
 _T = TypeVar("_T")
 

@@ -1,4 +1,4 @@
-"""Which errors of a head the answers notice.
+"""Fisher information: which errors of a head the answers notice.
 
 An error δ in what a head gives to the model moves the next-token distributions by about ½ δᵀFδ nats, where
 F = E[g gᵀ] is the Fisher information and g the gradient of log p(answer) by the head's output, for answers that the
@@ -19,12 +19,13 @@ from ..mlxlm.cache import NectarCache
 from .fidelity import log_probabilities
 from .layers import LayerRunner
 from .prefill import Context
-from .samples.self_study import Conversation
+from .samples.conversation import Conversation
 
+N_PROBE = 8  # conversations that tell it well enough
 _ANSWERED = 16  # tokens whose logits are held at a time
 
 
-class _ProbedCache(NectarCache):
+class ProbedCache(NectarCache):
     """Exact attention plus `probe` [B, H, T, D], by which its effect is differentiated."""
 
     probe: mx.array
@@ -51,23 +52,23 @@ def fisher(
     """E[g gᵀ] per fitted layer and KV head, [M, D, D], in nats: over the tokens of the conversations and the query
     heads of the group. progress is told how many conversations are done.
     """
-    walk = LayerRunner(model, geometry)
+    runner = LayerRunner(model, geometry)
     K, D = geometry.n_kv_heads, geometry.head_dim
     total = mx.zeros((len(context.banks), K, D, D))
     count = 0
     for done, conversation in enumerate(conversations, 1):
-        for fitted, g in _gradients(walk, context, conversation, geometry):
-            rows = attention.group(g, K)
-            total[fitted] = total[fitted] + rows.swapaxes(1, 2) @ rows
+        for fitted, g in _gradients(runner, context, conversation, geometry):
+            grouped = attention.group(g, K)
+            total[fitted] = total[fitted] + grouped.swapaxes(1, 2) @ grouped
             mx.eval(total)
-            count += rows.shape[1]
+            count += grouped.shape[1]
         mx.clear_cache()
         progress(done)
     return total.reshape(-1, D, D) * len(context.banks) / max(count, 1)
 
 
 def _gradients(
-    walk: LayerRunner, context: Context, conversation: Conversation, geometry: Geometry
+    runner: LayerRunner, context: Context, conversation: Conversation, geometry: Geometry
 ) -> Iterator[tuple[int, mx.array]]:
     """∇ log p(answer) by what a fitted layer's attention gives, [1, H, T, D], for each of them, the last one first.
 
@@ -76,14 +77,14 @@ def _gradients(
     """
     tokens, first = conversation.prompt + conversation.answer, len(conversation.prompt) - 1
     answer = mx.array(conversation.answer)[None, :, None]
-    before, hidden = list[mx.array](), walk.embed(mx.array([tokens[:-1]]))
+    before, hidden = list[mx.array](), runner.embed(mx.array([tokens[:-1]]))
     for layer, cache in enumerate(context.make_cache()):
         before.append(hidden)
-        hidden = walk.layer(layer, hidden, cache)
+        hidden = runner.layer(layer, hidden, cache)
         mx.eval(hidden)
 
     def log_likelihood(last: mx.array, start: int) -> mx.array:
-        logits = walk.logits(last[:, first + start : first + start + _ANSWERED])
+        logits = runner.logits(last[:, first + start : first + start + _ANSWERED])
         return mx.take_along_axis(log_probabilities(logits), answer[:, start : start + _ANSWERED], axis=-1).sum()
 
     change = mx.zeros_like(hidden)
@@ -93,10 +94,10 @@ def _gradients(
     fitted, caches = len(context.banks), context.make_cache()
     for layer in reversed(range(geometry.n_layers)):
         cache = caches.pop()
-        inputs, call = [before.pop()], partial(_through, walk, layer, cache)
+        inputs, call = [before.pop()], partial(_through, runner, layer, cache)
         if isinstance(cache, NectarCache):
             inputs.append(mx.zeros((1, geometry.n_heads, len(tokens) - 1, geometry.head_dim)))
-            call = partial(_through, walk, layer, _ProbedCache(cache.bank, cache.context))
+            call = partial(_through, runner, layer, ProbedCache(cache.bank, cache.context))
         _, (change, *probe) = mx.vjp(call, inputs, [change])
         mx.eval(change, probe)
         if probe:
@@ -104,7 +105,7 @@ def _gradients(
             yield fitted, probe[0]
 
 
-def _through(walk: LayerRunner, layer: int, cache: Any, hidden: mx.array, *probe: mx.array) -> mx.array:
+def _through(runner: LayerRunner, layer: int, cache: Any, hidden: mx.array, *probe: mx.array) -> mx.array:
     if probe:
         (cache.probe,) = probe
-    return walk.layer(layer, hidden, cache)
+    return runner.layer(layer, hidden, cache)

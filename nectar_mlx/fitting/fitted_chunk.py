@@ -1,7 +1,7 @@
-"""What is left of a text, or of a chunk of one, once its heads are fitted: so little that many can wait for the rest.
+"""What is left of a text, or of a chunk of one, once its heads are fitted: so little that many can wait for the others.
 
-Its keys and values, and the rows its heads were trained on, are gone. What its answers would be with all of it in view
-can still be told, for the hidden states that follow the last layer are kept where a few held-out answers were
+Its keys and values, and the samples its heads were trained on, are gone. What its answers would be with its full cache
+can still be computed, for the hidden states that follow the last layer are kept where a few held-out answers were
 predicted.
 """
 
@@ -12,19 +12,20 @@ from typing import Any, NamedTuple, Self
 import mlx.core as mx
 
 from .. import store
+from ..core.types import JsonObject
 from ..heads import Size
 from ..mlxlm.cache import Window
 from . import fidelity
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, Plan
 from .layers import LayerRunner
 from .prefill import Context
-from .samples.self_study import Conversation
+from .samples.conversation import Conversation
 from .verdict import measured
 
 
 class Answer(NamedTuple):
     """A conversation that a finished fit is checked with, and the hidden states [A, E] that follow the last layer where
-    the tokens of its answer were predicted, the whole text in view."""
+    the tokens of its answer were predicted, with the full cache."""
 
     conversation: Conversation
     hidden: mx.array
@@ -37,28 +38,41 @@ class Answer(NamedTuple):
         mx.eval(kept)
         return cls(conversation, kept)
 
+    @classmethod
+    def replayed(cls, runner: LayerRunner, context: Context, conversation: Conversation) -> Self:
+        """What follows the last layer behind the context's own keys and values."""
+        hidden = runner.embed(mx.array([conversation.prompt + conversation.answer]))
+        for layer, cache in enumerate(context.make_cache()):
+            hidden = runner.layer(layer, hidden, cache)
+        return cls.of(conversation, hidden[0])
 
-def checked(conversations: Sequence[Conversation]) -> list[Conversation]:
-    """Those that a finished fit is measured on."""
-    return [c for c in conversations if c.split == "check" and c.answer]
 
+class ChunkTarget(NamedTuple):
+    """What a chunk's heads are to be.
 
-def heard(walk: LayerRunner, context: Context, conversation: Conversation) -> Answer:
-    """What follows the last layer behind the context's own keys and values."""
-    hidden = walk.embed(mx.array([conversation.prompt + conversation.answer]))
-    for layer, cache in enumerate(context.make_cache()):
-        hidden = walk.layer(layer, hidden, cache)
-    return Answer.of(conversation, hidden[0])
+    nbytes: for all of them, a share of the chunk's KV cache. plan: what each head gets, where that was decided
+    elsewhere. preamble: how many of the text's first tokens they do not stand for. offsets: what each layer's keys are
+    relative to, [K, D], where it is not their mean.
+    """
+
+    nbytes: float
+    share: float
+    plan: Plan | None = None
+    preamble: int = 0
+    offsets: Sequence[mx.array | None] = ()
 
 
 @dataclass(kw_only=True)
 class FittedChunk:
-    """layers: each layer's heads as they will be stored. errors: of every head on held-out rows. rows: a head, that it
-    was fitted to. windows: what sliding-window layers keep, by layer."""
+    """A chunk's heads, and what it is checked by.
+
+    layers: each layer's heads as they will be stored. errors: of every head on held-out samples. samples: a head, that
+    it was fitted to. windows: what sliding-window layers keep, by layer.
+    """
 
     layers: list[store.Tensors]
     errors: list[float]
-    rows: int
+    samples: int
     windows: dict[int, Window]
     answers: list[Answer]
 
@@ -73,17 +87,16 @@ class FittedChunk:
         """What each layer's keys are relative to, [K, D]."""
         return [layer.get("offsets") for layer in self.layers]
 
-    def fidelity(
-        self, walk: LayerRunner, make_cache: fidelity.MakeCache, no_context: fidelity.MakeCache
-    ) -> dict[str, float]:
-        """How far the file's answers and those without a context are from those with this text in view (`verdict`)."""
-        views: tuple[list[fidelity.Divergence], ...] = ([], [])
+    def check(self, runner: LayerRunner, make_cache: fidelity.MakeCache, no_context: fidelity.MakeCache) -> JsonObject:
+        """How far the file's answers and those without a context are from those with this chunk's full cache
+        (`verdict`)."""
+        with_file, without = list[fidelity.Divergence](), list[fidelity.Divergence]()
         for number, (conversation, hidden) in enumerate(self.answers):
-            truth = walk.logits(hidden[None])[0]
-            for found, make in zip(views, (make_cache, no_context), strict=True):
-                (ours,) = fidelity.answer_logits(walk.model, make(), [conversation])
-                found.append(fidelity.divergence(truth, ours, conversation.answer, number))
-        return measured(*(fidelity.joined(found) for found in views))
+            truth = runner.logits(hidden[None])[0]
+            for divergences, make in ((with_file, make_cache), (without, no_context)):
+                (logits,) = fidelity.answer_logits(runner.model, make(), [conversation])
+                divergences.append(fidelity.divergence(truth, logits, conversation.answer, number))
+        return measured(fidelity.joined(with_file), fidelity.joined(without))
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Keeps it, so that an interrupted fit does not read this text again."""
@@ -91,30 +104,31 @@ class FittedChunk:
         arrays |= {f"answers.{i}.hidden": answer.hidden for i, answer in enumerate(self.answers)}
         for i, window in self.windows.items():
             arrays |= {f"windows.{i}.keys": window.keys, f"windows.{i}.values": window.values}
-        told = {
+        record = {
             "errors": self.errors,
-            "rows": self.rows,
+            "samples": self.samples,
             "layers": len(self.layers),
             "windows": {i: window.size for i, window in self.windows.items()},
             "answers": [asdict(answer.conversation) for answer in self.answers],
         }
-        checkpoint.save_chunk(arrays, told)
+        checkpoint.save_chunk(arrays, record)
 
     @classmethod
     def load(cls, checkpoint: Checkpoint) -> Self | None:
         """What `save` kept, if it did."""
-        found = checkpoint.load_chunk()
-        if found is None:
+        saved = checkpoint.load_chunk()
+        if saved is None:
             return None
-        arrays, told = found
-        parts: dict[tuple[str, int], store.Tensors] = {}
+        arrays, record = saved
+        groups: dict[tuple[str, int], store.Tensors] = {}
         for key, array in arrays.items():
-            kind, number, name = key.split(".", 2)
-            parts.setdefault((kind, int(number)), {})[name] = array
+            group, number, name = key.split(".", 2)
+            groups.setdefault((group, int(number)), {})[name] = array
+        conversations = [Conversation(**c) for c in record["answers"]]
         return cls(
-            layers=[parts["layers", i] for i in range(told["layers"])],
-            errors=told["errors"],
-            rows=told["rows"],
-            windows={int(i): Window(**parts["windows", int(i)], size=size) for i, size in told["windows"].items()},
-            answers=[Answer(Conversation(**c), parts["answers", i]["hidden"]) for i, c in enumerate(told["answers"])],
+            layers=[groups["layers", i] for i in range(record["layers"])],
+            errors=record["errors"],
+            samples=record["samples"],
+            windows={int(i): Window(**groups["windows", int(i)], size=size) for i, size in record["windows"].items()},
+            answers=[Answer(c, groups["answers", i]["hidden"]) for i, c in enumerate(conversations)],
         )

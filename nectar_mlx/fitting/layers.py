@@ -1,8 +1,8 @@
 """A model's layers one at a time, so that only one layer's keys and values need to exist.
 
 mlx-lm's models run all their layers in one call. Here the layers are called one by one; what stands before the first
-(embeddings, their scale) and after the last (norm, logits) is had from the model itself, its layers standing aside.
-Hidden states are [B, T, E].
+(embeddings, their scale) and after the last (norm, logits) is had from the model itself, its layers replaced by a
+function. Hidden states are [B, T, E].
 """
 
 from collections.abc import Callable, Iterator
@@ -36,15 +36,15 @@ class LayerRunner:
 
     def embed(self, tokens: mx.array) -> mx.array:
         """What the first layer sees of tokens [B, T]."""
-        seen: list[mx.array] = []
+        inputs: list[mx.array] = []
 
         def keep(layer: Any, hidden: mx.array, *others: Any, **named: Any) -> mx.array:
-            seen.append(hidden)
+            inputs.append(hidden)
             return hidden
 
         with self.patched_layers(keep):
             self.model(tokens)  # never evaluated: the logits that follow cost nothing
-        return seen[0]
+        return inputs[0]
 
     def layer(self, layer: int, hidden: mx.array, cache: Any) -> mx.array:
         """Through one layer, behind what its cache holds."""
@@ -60,7 +60,7 @@ class LayerRunner:
 
     @contextmanager
     def patched_layers(self, call: Callable[..., mx.array]) -> Iterator[None]:
-        """Inside, every layer of the model's kind is `call`."""
+        """Inside, every layer of the model is `call`."""
         kinds: dict[Any, Any] = {type(layer): type(layer).__call__ for layer in self._layers}
         for kind in kinds:
             kind.__call__ = call

@@ -8,6 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import RotatingKVCache
 
+from ..core.types import Tokenizer
 from ..heads import Exact
 from ..mlxlm import prompts
 from ..mlxlm.attention_patch import Geometry
@@ -21,12 +22,24 @@ READ = 512  # tokens of a text that are read at a time
 class Context:
     """A prefix and its exact keys and values: one `Exact` bank a layer with full attention ([K, n, D] each, positions
     0 … n-1), and the last window of each other layer, by its index. chunks: lengths of the prefix's last pieces, where
-    each was read on its own (chunks.py)."""
+    each was read on its own (chunks.py). preamble: how many of the first tokens the heads that are fitted here do not
+    stand for, for others will."""
 
     prefix: list[int]
     banks: list[Exact]
     windows: dict[int, Window] = field(default_factory=dict)
     chunks: Sequence[int] = ()
+    preamble: int = 0
+
+    @property
+    def fitted(self) -> list[Exact]:
+        """The keys and values that heads are fitted to."""
+        return [bank.part(slice(self.preamble, None)) for bank in self.banks]
+
+    @property
+    def length(self) -> int:
+        """How many tokens the heads stand for."""
+        return len(self.prefix) - self.preamble
 
     @property
     def start(self) -> int:
@@ -50,11 +63,13 @@ def read_text(
     *,
     prefill: Prefill = "dense",
     offsets: Sequence[mx.array | None] = (),
+    preamble: int = 0,
     progress: Callable[[int], None] = lambda n: None,
 ) -> Context:
-    """Prefills the prefix in chunks. progress is told how many tokens are done.
+    """Prefills the prefix, some tokens at a time. progress is told how many tokens are done.
 
-    offsets: one [K, D] for each layer with full attention, to which its keys are to be relative (default: their mean).
+    preamble: as in `Context`. offsets: one [K, D] for each layer with full attention, relative to which its keys are
+    kept (default: their mean).
     """
     caches: list[Any] = [reading_cache(len(prefix), window, prefill=prefill) for window in geometry.windows]
     tokens = mx.array(list(prefix))[None]
@@ -63,7 +78,7 @@ def read_text(
         mx.eval([c.state for c in caches])
         mx.clear_cache()
         progress(min(start + READ, len(prefix)))
-    context = Context(list(prefix), [])
+    context = Context(list(prefix), [], preamble=preamble)
     for layer, cache in enumerate(caches):
         offset = offsets[len(context.banks)] if len(offsets) > len(context.banks) else None
         part = what_was_read(cache, scale=geometry.scale, offset=offset)
@@ -74,7 +89,7 @@ def read_text(
     return context
 
 
-def read_head(model: nn.Module, tokenizer: Any, prefix: Sequence[int], geometry: Geometry) -> Context:
+def read_head(model: nn.Module, tokenizer: Tokenizer, prefix: Sequence[int], geometry: Geometry) -> Context:
     """What a conversation without the text starts behind: the chat template's own tokens in front of it, or the first
     token of the prefix where there are none."""
     return read_text(model, prefix[: max(1, len(prompts.head(tokenizer)))], geometry)

@@ -1,90 +1,99 @@
 """What each head gets: its size, from the errors of short fits, and for all of them the budget, where none is given."""
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import numpy as np
 
 from ..core.device import device
-from ..heads import HeadArrays, Quadrature, Size
+from ..core.types import JsonObject
+from ..heads import HeadArrays, Size
 from ..store import MEAN_BITS
 from . import auto_budget, fisher
+from .budget import head_sizes, size_for
+from .check import check
 from .checkpoint import Plan
-from .config import allocate
-from .solve import initial
+from .kinds import KindFit
+from .train import groups, regress
 
-if TYPE_CHECKING:
-    from .fitter import Fitter
-
-N_PROBE = 8  # conversations by which the Fisher information is told
-_SAMPLES = 1 << 15  # of a short fit, at most
+_TRIAL_SAMPLES = 1 << 15  # of a short fit, at most
 _MOST_BITS, _OVERHEAD_BITS = 11.0, 0.5  # of a number; the second for biases, exponents and what training adds
 
 Affordable = Callable[[float], float]
 
 
-def plan(fitter: "Fitter", affordable: Affordable, share: float | None) -> Plan:
+def plan_sizes(kind: KindFit, affordable: Affordable, share: float | None) -> Plan:
     """Every head's size, from the errors of a short uniform fit.
 
     affordable: a share of the KV cache -> the bytes that it leaves for heads. share: None to choose the smallest that
     is expected to do (`auto_budget`); kinds whose short fits do not tell it get the first candidate.
     """
-    errors, exponent = trial_errors(fitter, affordable(share or auto_budget.FIRST)), None
+    result = kind.run.checkpoint.load_plan()
+    if result is None:
+        result = _plan(kind, affordable, share)
+        kind.run.checkpoint.save_plan(result)
+    return result
+
+
+def _plan(kind: KindFit, affordable: Affordable, share: float | None) -> Plan:
+    layout = kind.run.layout
+    if not layout.bank.trainable:
+        return Plan([layout.bank.size_for(0)] * kind.n_heads, share or auto_budget.FIRST)
+    errors, exponent = trial_errors(kind, affordable(share or auto_budget.FIRST)), None
 
     def sizes_at(share: float) -> list[Size]:
-        return allocate(
-            errors, affordable(share), share=share, layout=fitter.layout, config=fitter.config, n=fitter.length
-        )
+        return head_sizes(errors, affordable(share), share=share, layout=layout, config=kind.run.config, n=kind.length)
 
     if share is None:
         share = auto_budget.FIRST
-        if fitter.layout.kind == "quadrature":
-            choice = auto_budget.choose(lambda share: short_fit(fitter, sizes_at(share)))
+        if layout.bits is None:
+            choice = auto_budget.choose(lambda share: short_fit(kind, sizes_at(share)))
             share, exponent = choice.share, choice.exponent
     sizes = sizes_at(share)
-    return Plan(sizes, share, exponent, mean_bits(fitter, sizes, affordable(share)))
+    return Plan(sizes, share, exponent, mean_bits(kind, sizes, affordable(share)))
 
 
-def trial_errors(fitter: "Fitter", nbytes: float) -> np.ndarray:
+def trial_errors(kind: KindFit, nbytes: float) -> np.ndarray:
     """Every head's error [n_heads], in nats, after a short fit in which all heads have the same size."""
-    same = initial.size_for(fitter.layout, nbytes / fitter.n_heads, most=fitter.length)
-    errors = np.zeros(fitter.n_heads)
-    groups = fitter.groups([same] * fitter.n_heads)
-    probes = [c for c in fitter.conversations if c.answer and c.split == "train"][:N_PROBE]
-    with fitter.progress("measuring sensitivity", len(probes)) as done:
-        information = fisher.fisher(fitter.model, fitter.context, probes, geometry=fitter.geometry, progress=done)
+    run = kind.run
+    size = size_for(run.layout, nbytes / kind.n_heads, most=kind.length)
+    errors = np.zeros(kind.n_heads)
+    trials = kind.groups([size] * kind.n_heads)
+    probes = [c for c in kind.data.conversations if c.answer and c.split == "train"][: fisher.N_PROBE]
+    with run.progress("measuring sensitivity", len(probes)) as done:
+        information = fisher.fisher(run.model, kind.data.context, probes, geometry=run.geometry, progress=done)
         metric = fisher.metric(information)
-    with fitter.progress("deciding sizes", len(groups)) as done:
-        for number, group in enumerate(groups):
-            samples = fitter.training_rows(group, _SAMPLES)
-            start = fitter.start(group, [same] * len(group), samples)
-            bank = fitter.train(start, samples, fitter.config.trial_steps)
-            errors[group] = fitter.judged(bank, samples, metric[mx.array(group)])
+    with run.progress("deciding sizes", len(trials)) as done:
+        for number, group in enumerate(trials):
+            samples = kind.training_samples(group, _TRIAL_SAMPLES)
+            init = kind.initialize(group, [size] * len(group), samples)
+            bank = regress(kind, init, samples, steps=run.config.trial_steps)
+            errors[group] = kind.judge(bank, samples, metric[mx.array(group)])
             done(number + 1)
     return errors
 
 
-def short_fit(fitter: "Fitter", sizes: Sequence[Size]) -> dict[str, Any]:
+def short_fit(kind: KindFit, sizes: Sequence[Size]) -> JsonObject:
     """The check's figures for heads of these sizes, trained for a short time and not rounded."""
-    heads, K = dict[int, HeadArrays](), fitter.geometry.n_kv_heads
-    with fitter.progress("choosing a budget", fitter.n_heads) as done:
-        for group, whole in fitter.members(sizes):
-            samples = fitter.training_rows(group, _SAMPLES)
-            start = fitter.kept(group) if whole else fitter.start(group, [sizes[i] for i in group], samples)
-            bank = start.bank if whole else fitter.train(start, samples, device().trial_steps)
+    run, heads = kind.run, dict[int, HeadArrays]()
+    K = run.geometry.n_kv_heads
+    with run.progress("choosing a budget", kind.n_heads) as done:
+        for group, whole in groups(kind, sizes):
+            samples = kind.training_samples(group, _TRIAL_SAMPLES)
+            init = kind.initialize(group, [sizes[i] for i in group], samples)
+            bank = init.bank if whole else regress(kind, init, samples, steps=device().trial_steps)
             heads |= dict(zip(group, bank.unstack(), strict=True))
             done(len(heads))
     banks = [
-        Quadrature.stack([heads[layer * K + k] for k in range(K)], scale=fitter.layout.scale, offset=offset)
-        for layer, offset in enumerate(fitter.context.offsets)
+        run.layout.bank.stack([heads[layer * K + k] for k in range(K)], scale=run.geometry.scale, offset=offset)
+        for layer, offset in enumerate(kind.data.context.offsets)
     ]
-    return fitter.fidelity(banks, checks=device().trial_checks)
+    return check(run, kind.data, banks, questions=device().trial_checks)
 
 
-def mean_bits(fitter: "Fitter", sizes: Sequence[Size], nbytes: float) -> float:
+def mean_bits(kind: KindFit, sizes: Sequence[Size], nbytes: float) -> float:
     """How many bits a number of a node gets: more, where every head keeps all keys and bytes are left."""
-    if fitter.layout.bits is not None or any(count < fitter.length for (count, *_) in sizes):
+    if kind.run.layout.bits is not None or not all(kind.keeps_every_key(size) for size in sizes):
         return MEAN_BITS
-    numbers = 2 * fitter.geometry.head_dim * fitter.length * fitter.n_heads
+    numbers = 2 * kind.run.geometry.head_dim * kind.length * kind.n_heads
     return max(MEAN_BITS, min(_MOST_BITS, 8 * nbytes / numbers - _OVERHEAD_BITS))

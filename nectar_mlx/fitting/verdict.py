@@ -1,10 +1,11 @@
 """How close a finished file's answers are to those with the whole text in view, in figures and in one sentence."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 
+from ..core.types import JsonObject
 from ..errors import NectarError
 from .fidelity import Divergence
 
@@ -16,7 +17,7 @@ EXPONENT = 1.7  # KL falls with so much of a power of the bytes, where nothing b
 Grade = Literal["close", "usable", "not faithful"]
 
 
-def measured(ours: Divergence, no_context: Divergence) -> dict[str, Any]:
+def measured(ours: Divergence, no_context: Divergence) -> JsonObject:
     """The check's figures, for the report: `kl` and `agree` with the full cache, `kl_no_context` of the model that
     never saw the text, and `gap_closed` = 1 - kl / kl_no_context. NectarError if one is not finite."""
     kl, floor = float(ours.kl.mean()), float(no_context.kl.mean())
@@ -25,17 +26,17 @@ def measured(ours: Divergence, no_context: Divergence) -> dict[str, Any]:
     return _figures(kl, float(ours.agree.mean()), floor)
 
 
-def mean(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def mean(parts: Sequence[JsonObject]) -> JsonObject:
     """The figures of several chunks as one."""
     return _figures(*(sum(p[name] for p in parts) / len(parts) for name in ("kl", "agree", "kl_no_context")))
 
 
-def _figures(kl: float, agree: float, floor: float) -> dict[str, Any]:
+def _figures(kl: float, agree: float, floor: float) -> JsonObject:
     gap = 1 - kl / max(floor, 1e-9)
     return {"kl": round(kl, 5), "agree": round(agree, 4), "kl_no_context": round(floor, 5), "gap_closed": round(gap, 4)}
 
 
-def grade(report: Mapping[str, Any]) -> Grade | None:
+def grade(report: JsonObject) -> Grade | None:
     """None for files that do not say, and for those that keep every key."""
     if "gap_closed" not in report:
         return None
@@ -45,7 +46,7 @@ def grade(report: Mapping[str, Any]) -> Grade | None:
     return "usable" if gap >= USABLE or kl <= USABLE_KL else "not faithful"
 
 
-def sentence(report: Mapping[str, Any], *, share: float) -> str:
+def sentence(report: JsonObject, *, share: float) -> str:
     """The verdict for a person. share: bytes kept / bytes of the bf16 KV cache."""
     reached = grade(report)
     if reached is None:
@@ -59,7 +60,7 @@ def sentence(report: Mapping[str, Any], *, share: float) -> str:
     return f"Not faithful to the text: {figures}. Fit it again with a larger budget: {more}."
 
 
-def _larger(report: Mapping[str, Any], share: float) -> str:
+def _larger(report: JsonObject, share: float) -> str:
     """The budget at which the gap is expected to be closed, as a percentage."""
     target = (1 - CLOSE) * report["kl_no_context"]
     needed = share * (report["kl"] / max(target, 1e-9)) ** (1 / report.get("exponent", EXPONENT))

@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +16,18 @@ from ..errors import NectarError
 Kernel = Callable[..., list[mx.array]]
 # What MLX's own text in front of ours does not include.
 _METAL_HEADERS = "#include <metal_simdgroup>\n#include <metal_simdgroup_matrix>\n"
+
+
+def backend() -> str:
+    """What evaluates a decode step here: "metal", "cuda" or "ops". NECTAR_KERNEL overrides it."""
+    chosen = os.environ.get("NECTAR_KERNEL", "")
+    if chosen:
+        if chosen not in ("metal", "cuda", "ops"):
+            raise NectarError(f"NECTAR_KERNEL={chosen}: use metal, cuda or ops")
+        return chosen
+    if mx.default_device() == mx.cpu:
+        return "ops"
+    return "metal" if mx.metal.is_available() else "cuda" if mx.cuda.is_available() else "ops"
 
 
 def kernel(
@@ -44,6 +57,28 @@ def kernel(
         ensure_row_contiguous=ensure_row_contiguous,
     )
     return made
+
+
+def launcher(
+    kernel: Kernel,
+    grid: tuple[int, int, int],
+    output_shapes: list[tuple[int, ...]],
+    output_dtypes: list[mx.Dtype],
+    threads: int,
+) -> Kernel:
+    """The kernel with all but its inputs given; the tests put a simulator here. threads: of a threadgroup."""
+    threadgroup = (threads, 1, 1)
+
+    def launch(inputs: list[mx.array]) -> list[mx.array]:  # functools.partial costs the host more
+        return kernel(
+            inputs=inputs,
+            grid=grid,
+            threadgroup=threadgroup,
+            output_shapes=output_shapes,
+            output_dtypes=output_dtypes,
+        )
+
+    return launch
 
 
 def _folder() -> Path:

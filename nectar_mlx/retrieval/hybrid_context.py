@@ -14,7 +14,7 @@ from .cache import Record, recorded
 from .router import Router, routers
 from .sources import Source, passages
 
-EXACT = 0.01  # of the keys, read at a step unless a request says otherwise
+EXACT_FRACTION = 0.01  # of the keys, read at a step unless a request says otherwise
 
 
 class HybridContext:
@@ -30,7 +30,7 @@ class HybridContext:
     def banks(self, exact_fraction: float | None = None) -> Sequence[HybridBank]:
         """One bank a layer, the same ones for the same fraction; none where it is less than one key a head.
 
-        exact_fraction: of the context's keys, read exactly at each step, in [0, 1]; None: EXACT if there are keys.
+        exact_fraction: of the context's keys, read exactly at each step, in [0, 1]; None: EXACT_FRACTION.
         NectarError for another number, or where there are no keys to read.
         """
         if exact_fraction is not None and not 0 <= exact_fraction <= 1:
@@ -41,7 +41,7 @@ class HybridContext:
             if exact_fraction:
                 raise NectarError("there are no exact keys beside this file: fit it with --kind hybrid")
             return []
-        fraction = EXACT if exact_fraction is None else exact_fraction
+        fraction = EXACT_FRACTION if exact_fraction is None else exact_fraction
         if fraction not in self._banks:
             self._banks[fraction] = hybrid_banks(
                 self._heads,

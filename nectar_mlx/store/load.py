@@ -1,4 +1,4 @@
-"""From a file's tensors and metadata to what answers: banks, the decode kernel's layers, windows, exact keys."""
+"""From a file's tensors and metadata to what answers: banks, decode kernels, windows, exact keys."""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -8,12 +8,11 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .. import kernels, models, store
-from ..core.quantize import Quantized, Stored
+from ..core.quantize import Stored
 from ..core.types import Tokenizer
 from ..errors import NectarError
-from ..heads import Bank, HybridHead
-from ..heads.hybrid import ANCHORS
-from ..kernels.packing import Packed
+from ..heads import Bank
+from ..kernels import DecodeKernel
 from ..mlxlm import attention_patch
 from ..mlxlm.attention_patch import Geometry
 from ..mlxlm.cache import Window
@@ -27,29 +26,33 @@ def banks(layout: Layout, tensors: Tensors) -> list[Bank]:
     return store.unpack(layout, tensors, half=kernels.backend() != "ops")
 
 
-def packed(banks: Sequence[Bank], layout: Layout, tensors: Tensors) -> list[Packed] | None:
-    """The decode kernel's layers, layer by layer; None where there is no kernel, with a warning if it refuses them.
+def decode_kernels(banks: Sequence[Bank], layout: Layout, tensors: Tensors) -> list[DecodeKernel] | None:
+    """One a layer; None if there are none, with a warning where there should have been.
 
-    banks: what the tensors hold, as they answer without retrieval.
+    banks: what the tensors hold, as it answers without retrieval.
     """
-    if kernels.backend() == "ops" or layout.kind == "exact":
+    if kernels.backend() == "ops" or any(bank.decode_work() is None for bank in banks):
         return None
-    # The kernel takes the file's own integers, each in a byte, or coded rows rounded to a byte again, which changes
-    # them far less than their first rounding did. The sums of a completion are neither.
-    in_bytes = layout.bits != 16 and layout.kind != "completion"
-    heads = kernel_heads(layout, tensors) if in_bytes and layout.bits is not None else [None] * len(banks)
+    # The kernel takes the file's own integers, each in a byte, or coded numbers rounded to a byte, which is little
+    # beside what they were rounded before.
+    in_bytes = layout.bits != 16 and layout.bank.decodes_stored
+    heads = stored_heads(layout, tensors) if in_bytes and layout.bits is not None else [None] * len(banks)
     dtype = mx.float16 if in_bytes or _fit_half(banks) else mx.float32
     try:
-        layers = [
-            kernels.pack(bank, dtype=dtype, bits=8 if in_bytes else 16, heads=integers)
-            for bank, integers in zip(banks, heads, strict=True)
+        return [
+            DecodeKernel(kernels.pack(bank, dtype=dtype, bits=8 if in_bytes else 16, heads=stored))
+            for bank, stored in zip(banks, heads, strict=True)
         ]
-        mx.eval([layer.words for layer in layers])
-        return layers
     except (NectarError, RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
     warnings.warn(f"decoding without the fused kernel: {reason}", stacklevel=2)
     return None
+
+
+def stored_heads(layout: Layout, tensors: Tensors) -> list[list[Stored]]:
+    """Every layer's heads in the integers of the file, as they answer without retrieval."""
+    layers = store.integer_heads(layout, tensors)
+    return [[layout.bank.stored_without_retrieval(head) for head in heads] for heads in layers]
 
 
 def _fit_half(banks: Sequence[Bank]) -> bool:
@@ -58,30 +61,9 @@ def _fit_half(banks: Sequence[Bank]) -> bool:
     return all(bool(mx.abs(x).max() < HALF_MAX) for x in matrices if x.size)
 
 
-def kernel_heads(layout: Layout, tensors: Tensors) -> list[list[Stored]]:
-    """Every layer's heads in the integers of the file, as they answer without retrieval."""
-    layers = store.integer_heads(layout, tensors)
-    if not issubclass(layout.bank, HybridHead):
-        return layers
-    return [[_without_retrieval(head) for head in heads] for heads in layers]
-
-
-def _without_retrieval(head: Stored) -> Stored:
-    """`HybridHead.without_retrieval` of what is stored: the anchors, then the nodes."""
-    whole: Stored = {"anchor_bias": mx.zeros(ANCHORS), **head}
-    parts = {name: [whole[n] for n in (f"anchor_{name}", name) if n in whole] for name in ("keys", "values", "bias")}
-    return {name: _joined(of) for name, of in parts.items()}
-
-
-def _joined(parts: Sequence[mx.array | Quantized]) -> mx.array | Quantized:
-    if all(isinstance(part, Quantized) for part in parts):
-        return Quantized(*(mx.concatenate(list(arrays)) for arrays in zip(*parts, strict=True)))
-    return mx.concatenate([part for part in parts if isinstance(part, mx.array)])
-
-
 def geometry(metadata: Metadata) -> Geometry:
     """What the file knows of its model."""
-    return Geometry(**{**metadata["geometry"], "windows": tuple(metadata["geometry"]["windows"])})
+    return Geometry.from_dict(metadata["geometry"])
 
 
 def windows(tensors: Tensors, geometry: Geometry, context: int) -> dict[int, Window]:

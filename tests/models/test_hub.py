@@ -186,7 +186,7 @@ def test_the_first_that_fits_memory_is_taken(
     monkeypatch.setattr(library.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(library.constants, "is_offline_mode", lambda: False)
     for memory, expected in ((8000, names[0]), (6000, names[1]), (4001, names[2]), (2, names[3])):
-        monkeypatch.setattr(library, "_memory", lambda memory=memory: memory)
+        monkeypatch.setattr(library, "memory", lambda memory=memory: memory)
         assert library.find("Toy") == expected
     assert library.find("Absent") is None
 

@@ -2,7 +2,8 @@
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+
+from ...core.types import Tokenizer
 
 GENERIC = (
     "Summarize the text above in a few sentences.",
@@ -92,7 +93,7 @@ CHECK_ABOUT = (
 )
 
 
-def passage(tokenizer: Any, ids: Sequence[int], rng: random.Random, *, tokens: tuple[int, int] = (20, 60)) -> str:
+def passage(tokenizer: Tokenizer, ids: Sequence[int], rng: random.Random, *, tokens: tuple[int, int] = (20, 60)) -> str:
     """Some of these tokens in a row, as text. tokens: how many, from and below."""
     length = rng.randrange(*tokens)
     start = rng.randrange(0, max(1, len(ids) - length))

@@ -1,4 +1,4 @@
-"""The rows that heads are fitted to: what attention saw in conversations, kept until all heads are fitted."""
+"""The samples that heads are fitted to: what attention saw in conversations, kept until all heads are fitted."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,26 +9,36 @@ import numpy as np
 
 from ..finite import not_finite
 
+Indices = np.ndarray | Sequence[int]
+
 
 class Samples(NamedTuple):
-    """Rows of one or more heads: queries, context output and live output [M, N, D], log-normalisers [M, N]."""
+    """Samples of M heads: queries, context output and live output [M, N, D], log-normalisers [M, N]."""
 
-    queries: Any
-    output: Any
-    live_output: Any
-    log_normalizer: Any
-    live_log_normalizer: Any
+    queries: mx.array
+    output: mx.array
+    live_output: mx.array
+    log_normalizer: mx.array
+    live_log_normalizer: mx.array
+
+    def some(self, chosen: slice) -> "Samples":
+        """Some of the samples of every head."""
+        return Samples(*(x[:, chosen] for x in self))
+
+    def take(self, indices: mx.array) -> "Samples":
+        """The samples at these indices, of every head."""
+        return Samples(*(mx.take(x, indices, axis=1) for x in self))
 
 
 class SampleStore:
-    """Samples rows of all heads, layer by layer, float32, in memory or in a mapped file.
+    """Samples of all heads, layer by layer, float32, in memory or in a mapped file.
 
-    `not_finite`: the heads that were given a NaN or an infinity.
+    count: of each head, so far. capacity: at most. not_finite: the heads that were given a NaN or an infinity.
     """
 
-    def __init__(self, heads: int, rows: int, head_dim: int, *, folder: Path | None):
-        self.rows, self.capacity, self.not_finite = 0, rows, set[int]()
-        wide, narrow = (heads, rows, head_dim), (heads, rows)
+    def __init__(self, heads: int, capacity: int, head_dim: int, *, folder: Path | None):
+        self.count, self.capacity, self.not_finite = 0, capacity, set[int]()
+        wide, narrow = (heads, capacity, head_dim), (heads, capacity)
         arrays = []
         for name, shape in zip(Samples._fields, (wide, wide, wide, narrow, narrow), strict=True):
             if folder is None:
@@ -37,31 +47,37 @@ class SampleStore:
                 folder.mkdir(parents=True, exist_ok=True)
                 path = folder / f"{name}.npy"
                 arrays.append(np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape))
-        self._data = Samples(*arrays)
+        self._data = arrays
 
     @property
     def full(self) -> bool:
-        return self.rows >= self.capacity
+        return self.count >= self.capacity
 
-    def add(self, first_head: int, rows: Samples) -> None:
-        """Writes rows [K, n, ...] of one layer at the current end; call `advance` once all layers are in."""
-        self._look_at(first_head, rows)
-        K, n = rows.queries.shape[0], min(rows.queries.shape[1], self.capacity - self.rows)
-        for kept, new in zip(self._data, rows, strict=True):
-            kept[first_head : first_head + K, self.rows : self.rows + n] = np.array(new.astype(mx.float32))[:, :n]
+    def clear(self) -> None:
+        """Forgets all samples."""
+        self.count = 0
 
-    def _look_at(self, first_head: int, rows: Samples) -> None:
-        self.not_finite |= {first_head + k for k in not_finite(rows)}
+    def add(self, first_head: int, samples: Samples) -> None:
+        """Writes samples [K, n, ...] of one layer at the current end; call `advance` once all layers are in."""
+        self._note_not_finite(first_head, samples)
+        K, n = samples.queries.shape[0], min(samples.queries.shape[1], self.capacity - self.count)
+        for kept, new in zip(self._data, samples, strict=True):
+            kept[first_head : first_head + K, self.count : self.count + n] = np.array(new.astype(mx.float32))[:, :n]
 
-    def advance(self, rows: int) -> None:
-        self.rows = min(self.capacity, self.rows + rows)
+    def _note_not_finite(self, first_head: int, samples: Samples) -> None:
+        self.not_finite |= {first_head + k for k in not_finite(samples)}
 
-    def heads(self, indices: Sequence[int], rows: Any = None) -> Samples:
-        """The rows of some heads as mx arrays; rows: their indices, default all."""
-        few = rows is not None and 2 * len(rows) < self.rows  # then nothing else is read
-        read = rows if few else slice(self.rows)
-        # Taking rows on the device also moves them there: arrays made from numpy stay in host memory under CUDA.
-        order = mx.arange(len(rows) if few else self.rows) if few or rows is None else mx.array(rows)
+    def advance(self, count: int) -> None:
+        self.count = min(self.capacity, self.count + count)
+
+    def heads(self, indices: Sequence[int], samples: Indices | None = None) -> Samples:
+        """The samples of some heads as mx arrays. samples: the indices of those to take, in order (default: all)."""
+        few = samples is not None and 2 * len(samples) < self.count  # then nothing else is read
+        read: Any = samples if few else slice(self.count)
+        # Ordering on the device also moves the arrays there: made from numpy, they stay in host memory under CUDA.
+        order = mx.arange(len(samples) if few and samples is not None else self.count)
+        if samples is not None and not few:
+            order = mx.array(np.asarray(samples))
         taken = []
         for kept in self._data:
             taken.append(mx.contiguous(mx.take(mx.array(np.stack([kept[i][read] for i in indices])), order, axis=1)))
@@ -69,25 +85,28 @@ class SampleStore:
         return Samples(*taken)
 
     @staticmethod
-    def nbytes(heads: int, rows: int, head_dim: int) -> int:
-        return heads * rows * 4 * (3 * head_dim + 2)
+    def nbytes(heads: int, count: int, head_dim: int) -> int:
+        return heads * count * 4 * (3 * head_dim + 2)
 
 
 class DeviceSampleStore(SampleStore):
-    """Samples rows of all heads where the model computes, so that none is copied there to be trained on, in the types
-    in which they were captured."""
+    """Samples of all heads where the model computes, so that none is copied there to be trained on, in the types in
+    which they were captured."""
 
-    def __init__(self, rows: int):
-        self.rows, self.capacity, self.not_finite = 0, rows, set[int]()
+    def __init__(self, capacity: int):
+        self.count, self.capacity, self.not_finite = 0, capacity, set[int]()
         self._layers = dict[int, list[Samples]]()  # by their first head, in the order of capture
 
-    def add(self, first_head: int, rows: Samples) -> None:
-        self._look_at(first_head, rows)
-        room = self.capacity - self.rows
-        self._layers.setdefault(first_head, []).append(Samples(*(x[:, :room] for x in rows)))
+    def clear(self) -> None:
+        super().clear()
+        self._layers = {}
 
-    def heads(self, indices: Sequence[int], rows: Any = None) -> Samples:
-        order = mx.arange(self.rows) if rows is None else mx.array(rows)
+    def add(self, first_head: int, samples: Samples) -> None:
+        self._note_not_finite(first_head, samples)
+        self._layers.setdefault(first_head, []).append(samples.some(slice(self.capacity - self.count)))
+
+    def heads(self, indices: Sequence[int], samples: Indices | None = None) -> Samples:
+        order = mx.arange(self.count) if samples is None else mx.array(np.asarray(samples))
         taken = []
         for field in range(len(Samples._fields)):
             taken.append(mx.stack([mx.take(self._head(i, field), order, axis=0) for i in indices]))
@@ -95,10 +114,10 @@ class DeviceSampleStore(SampleStore):
         return Samples(*taken)
 
     @staticmethod
-    def nbytes(heads: int, rows: int, head_dim: int) -> int:
+    def nbytes(heads: int, count: int, head_dim: int) -> int:
         """Of a model of 16 bits."""
-        return heads * rows * (2 * 3 * head_dim + 4 * 2)
+        return heads * count * (2 * 3 * head_dim + 4 * 2)
 
     def _head(self, index: int, field: int) -> mx.array:
         first = max(head for head in self._layers if head <= index)
-        return mx.concatenate([part[field][index - first] for part in self._layers[first]])
+        return mx.concatenate([layer[field][index - first] for layer in self._layers[first]])

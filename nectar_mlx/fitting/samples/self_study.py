@@ -1,63 +1,117 @@
-"""Conversations about a context: sampled with the full cache in view, for the queries that matter are those of real
-answers. Re-reading the text alone gives three times the divergence (docs/log/sampling.md).
+"""Self-study: questions about a text, and answers sampled with the full cache, for the queries that matter are those of
+real answers. Replaying the text alone gives three times the divergence (docs/log/sampling.md).
 """
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from ...core.exp import exp
+from ...core.types import Tokenizer
 from ...mlxlm import prompts
-from ...mlxlm.attention_patch import Geometry
 from ...mlxlm.cache import NectarCache
 from ..prefill import Context
+from ..run import FitRun
 from . import instructions
+from .conversation import Conversation, answered_checks, count_samples
 
-_SHRINK = 8  # a batch is made smaller when one row in so many has ended
+CHECK_TEMPERATURE = 0.7
+_SHRINK = 8  # a batch is made smaller when one of so many conversations has ended
 _STEP = 64  # tokens that keys and values grow by: conversations are short
+_ENOUGH = 0.9  # of the samples asked for: not another batch for the last few
+_FEWEST_TOGETHER = 16  # conversations: with fewer, sampling is slow on any machine
+_CHECK_SEED = 1_000_003  # of the answers to the check questions, added to that of the fit
 
 
-Split = Literal["train", "held_out", "check"]
+class Prompts(Protocol):
+    """Makes conversations number first, first + 1, … about a text, their answers still to come."""
+
+    def __call__(
+        self, tokenizer: Tokenizer, text: Sequence[int], *, first: int, count: int, seed: int
+    ) -> list[Conversation]: ...
 
 
-@dataclass
-class Conversation:
-    """A prompt that continues the prefix and the answer that the model gave with its full cache.
+def study(run: FitRun, context: Context) -> list[Conversation]:
+    """Samples conversations about a context until they give every head its samples, and those of the check."""
+    conversations, config = run.checkpoint.load_conversations(), run.config
+    wanted = run.n_samples(run.n_heads)
+    with run.progress("sampling answers", wanted) as done:
+        try:
+            while (samples := count_samples(conversations, group=run.group)) < _ENOUGH * wanted:
+                number = sum(c.split != "check" for c in conversations)
+                batch = training_conversations(
+                    run.tokenizer,
+                    context.prefix,
+                    first=number,
+                    count=side_by_side(run, missing=wanted - samples),
+                    seed=config.seed,
+                )
+                answer(
+                    run,
+                    context,
+                    batch,
+                    seed=config.seed + number,
+                    temperature=config.temperature,
+                    progress=batch_progress(run, batch, samples, wanted, done),
+                )
+                conversations += batch
+            if not answered_checks(conversations):
+                batch = check_conversations(
+                    run.tokenizer, context.prefix, first=0, count=config.checks, seed=config.seed
+                )
+                answer(run, context, batch, seed=config.seed + _CHECK_SEED, temperature=CHECK_TEMPERATURE)
+                conversations += batch
+        finally:
+            run.checkpoint.save_conversations(conversations)
+    return conversations
 
-    split: heads are trained on "train" and compared on "held_out", which is of the same kind; the finished file is
-    checked on "check", which is not.
-    """
 
-    prompt: list[int]
-    answer: list[int] = field(default_factory=list)
-    split: Split = "train"
-
-
-def fed_tokens(conversation: Conversation) -> int:
-    """Tokens that the model was fed: the last one of an answer is only kept."""
-    return len(conversation.prompt) + max(0, len(conversation.answer) - 1)
+def side_by_side(run: FitRun, *, missing: int) -> int:
+    """How many conversations are sampled together: as many as give the missing samples, and as the memory holds."""
+    config, g = run.config, run.geometry
+    fit = max(_FEWEST_TOGETHER, run.memory // 4 // g.cache_bytes(2 * config.answer_tokens))
+    needed = missing // (run.group * config.answer_tokens) + 1
+    return min(config.conversations, fit, max(_FEWEST_TOGETHER, needed))
 
 
-def n_samples(
-    conversations: Sequence[Conversation], geometry: Geometry, *, split: Split = "train", until: int | None = None
-) -> int:
-    """Rows a KV head that the conversations of a split give when they are heard: one a query head and token. until: how
-    many tokens of each there are so far, at most."""
-    group = geometry.n_heads // geometry.n_kv_heads
-    fed = [fed_tokens(c) for c in conversations if c.split == split]
-    return group * sum(tokens if until is None else min(tokens, until) for tokens in fed)
+def batch_progress(
+    run: FitRun, batch: Sequence[Conversation], before: int, wanted: int, done: Callable[[int], None]
+) -> Callable[[int], None]:
+    """For `sample_answers`: tells `done` the samples so far. before: those of earlier batches."""
+    return lambda tokens: done(min(wanted, before + count_samples(batch, group=run.group, until=tokens)))
+
+
+def answer(
+    run: FitRun,
+    context: Context,
+    batch: Sequence[Conversation],
+    *,
+    seed: int,
+    temperature: float,
+    progress: Callable[[int], None] = lambda tokens: None,
+) -> None:
+    """Samples the answers of a batch, as long as the run's configuration says."""
+    sample_answers(
+        run.model,
+        context,
+        sorted(batch, key=lambda c: len(c.prompt)),
+        stop=set(run.tokenizer.eos_token_ids),
+        max_tokens=run.config.answer_tokens,
+        temperature=temperature,
+        key=mx.random.key(seed),
+        progress=progress,
+    )
 
 
 def training_conversations(
-    tokenizer: Any, text: Sequence[int], *, first: int, count: int, seed: int
+    tokenizer: Tokenizer, text: Sequence[int], *, first: int, count: int, seed: int
 ) -> list[Conversation]:
     """Conversations number first, first + 1, … about a text, their answers still to come; one in ten is held out,
-    whatever the batches: were it one of each batch, a batch of one would give no rows.
+    whatever the batches: were it one of each batch, a batch of one would give no samples.
     """
     questions = instructions.training(partial(instructions.passage, tokenizer, text), seed=seed + first)
     prompted = [prompts.prompt(tokenizer, question) for question in itertools.islice(questions, count)]
@@ -65,7 +119,7 @@ def training_conversations(
 
 
 def check_conversations(
-    tokenizer: Any, text: Sequence[int], *, first: int, count: int, seed: int
+    tokenizer: Tokenizer, text: Sequence[int], *, first: int, count: int, seed: int
 ) -> list[Conversation]:
     """Conversations about a text by which a finished file is checked, their answers still to come. first: as above."""
     questions = instructions.checking(partial(instructions.passage, tokenizer, text), seed=seed + first)
@@ -79,9 +133,9 @@ class StepCache(NectarCache):
         super().__init__(*rest)
         self.live.step = _STEP
 
-    def filter(self, rows: mx.array) -> None:
+    def filter(self, kept: mx.array) -> None:
         live: Any = self.live
-        live.keys, live.values = live.keys[rows], live.values[rows]
+        live.keys, live.values = live.keys[kept], live.values[kept]
 
 
 def sample_answers(
@@ -95,17 +149,18 @@ def sample_answers(
     key: mx.array,
     progress: Callable[[int], None] = lambda tokens: None,
 ) -> None:
-    """Samples the answers of a batch with the full cache, all rows in step; the shortest prompt comes first.
+    """Samples the answers of a batch with the full cache, all conversations in step; the shortest prompt comes first.
     progress is told how many tokens of each there are.
 
-    Every row starts at the same position: the longer prompts are still being read while the shorter ones are
-    answered, so no row is padded and positions are exact.
+    Every conversation starts at the same position: the longer prompts are still being read while the shorter ones are
+    answered, so none is padded and positions are exact.
     """
     caches = context.make_cache(StepCache)
-    rows = list(batch)
-    tokens = mx.array([r.prompt[: min(len(r.prompt) for r in rows)] for r in rows])
+    going = list(batch)
+    shortest = min(len(c.prompt) for c in going)
+    tokens = mx.array([c.prompt[:shortest] for c in going])
     at = tokens.shape[1]
-    if at > 1:  # nobody asks for the logits of these places, so the vocabulary-wide product is never computed
+    if at > 1:  # the logits of these tokens are not needed, so the vocabulary-wide product is never computed
         model(tokens[:, :-1], cache=caches)
         mx.eval([c.state for c in caches])
         tokens = tokens[:, -1:]
@@ -113,16 +168,16 @@ def sample_answers(
         logits = model(tokens, cache=caches)[:, -1]
         key, now = mx.random.split(key)
         drawn: Any = sample(logits, temperature=temperature, key=now).tolist()
-        done = [_extend(row, token, at, stop, max_tokens) for row, token in zip(rows, drawn, strict=True)]
+        ended = [_extend(c, token, at, stop, max_tokens) for c, token in zip(going, drawn, strict=True)]
         progress(at)
-        if all(done):
+        if all(ended):
             return
-        if sum(done) * _SHRINK >= len(done):  # the ended rows are fed zeros until it is worth dropping them
-            going = [i for i, d in enumerate(done) if not d]
-            rows, done = [rows[i] for i in going], [False] * len(going)
+        if sum(ended) * _SHRINK >= len(ended):  # those are fed zeros until it is worth dropping them
+            kept = [i for i, end in enumerate(ended) if not end]
+            going, ended = [going[i] for i in kept], [False] * len(kept)
             for cache in caches:
-                cache.filter(mx.array(going))
-        tokens = mx.array([[(r.prompt + r.answer)[at] if not d else 0] for r, d in zip(rows, done, strict=True)])
+                cache.filter(mx.array(kept))
+        tokens = mx.array([[0 if end else (c.prompt + c.answer)[at]] for c, end in zip(going, ended, strict=True)])
         at += 1
 
 
@@ -137,10 +192,11 @@ def sample(logits: mx.array, *, temperature: float, key: mx.array) -> mx.array:
     return (cumulative > point).argmax(-1)
 
 
-def _extend(row: Conversation, token: int, at: int, stop: set[int], max_tokens: int) -> bool:
-    """Adds the sampled token if the row's prompt is read; True if the row has ended (a stop token is not fed)."""
-    ended = bool(row.answer) and (row.answer[-1] in stop or len(row.answer) >= max_tokens)
-    if ended or at < len(row.prompt):
+def _extend(conversation: Conversation, token: int, at: int, stop: set[int], max_tokens: int) -> bool:
+    """Adds the sampled token if the prompt is read; True if the answer has ended (a stop token is not fed)."""
+    answer = conversation.answer
+    ended = bool(answer) and (answer[-1] in stop or len(answer) >= max_tokens)
+    if ended or at < len(conversation.prompt):
         return ended
-    row.answer.append(token)
-    return token in stop or len(row.answer) >= max_tokens
+    answer.append(token)
+    return token in stop or len(answer) >= max_tokens

@@ -19,40 +19,40 @@ _RIDGE = 1e-2  # relative to the mean diagonal: a head of many nodes would fit i
 _NNLS_STEPS = 300
 
 
-def attention_weights(rows: Samples, keys: mx.array, *, scale: float, bias: mx.array | None = None) -> mx.array:
-    """The exact softmax weights of rows [M, N, D] on keys [M, S, D] -> [M, N, S], float32. bias [M, S]: of scores.
+def attention_weights(samples: Samples, keys: mx.array, *, scale: float, bias: mx.array | None = None) -> mx.array:
+    """The exact softmax weights of samples [M, N, D] on keys [M, S, D] -> [M, N, S], float32. bias [M, S]: of scores.
 
     A score never exceeds its log-normaliser; where the two were computed in different ways it may by a rounding error,
     which would be a factor.
     """
-    scores = scale * (rows.queries.astype(mx.float32) @ keys.astype(mx.float32).swapaxes(1, 2))
+    scores = scale * (samples.queries.astype(mx.float32) @ keys.astype(mx.float32).swapaxes(1, 2))
     if bias is not None:
         scores = scores + bias[:, None]
-    return exp(mx.minimum(scores - rows.log_normalizer[..., None], 0.0))
+    return exp(mx.minimum(scores - samples.log_normalizer[..., None], 0.0))
 
 
-def importance(rows: Samples, keys: mx.array, *, scale: float, bias: mx.array | None = None) -> mx.array:
-    """Root-mean-square attention that each key of [M, n, D] receives from the rows -> [M, n]. bias [M, n]: as above."""
+def importance(samples: Samples, keys: mx.array, *, scale: float, bias: mx.array | None = None) -> mx.array:
+    """Root-mean-square attention that each key of [M, n, D] receives -> [M, n]. bias [M, n]: as above."""
     total = mx.zeros(keys.shape[:2])
-    for part in _parts(rows, total.size):
+    for part in _parts(samples, total.size):
         total = total + mx.square(attention_weights(part, keys, scale=scale, bias=bias)).sum(1)
         mx.eval(total)
-    return mx.sqrt(total / rows.queries.shape[1])
+    return mx.sqrt(total / samples.queries.shape[1])
 
 
-def costs(rows: Samples, bank: Bank) -> HeadArrays:
+def costs(samples: Samples, bank: Bank) -> HeadArrays:
     """What an error of 1 in one number of a node's key or value adds to the squared error of a bank's merged output, on
-    average over the rows: {"keys", "values"} [M, m]. A value's counts by the square of its share of the output, a key's
-    also by its value's distance from the output, and by the queries' mean square about their mean: what errs alike for
-    all queries is the bias's."""
+    average over the samples: {"keys", "values"} [M, m]. A value's counts by the square of its share of the output, a
+    key's also by its value's distance from the output, and by the queries' mean square about their mean: what errs
+    alike for all queries is the bias's."""
     p = bank.parameters
-    queries, values = rows.queries.astype(mx.float32), p["values"].astype(mx.float32)
+    queries, values = samples.queries.astype(mx.float32), p["values"].astype(mx.float32)
     square = mx.square(queries - queries.mean(1, keepdims=True)).mean((1, 2)) * bank.scale**2
     total = {n: mx.zeros(p["bias"].shape) for n in ("keys", "values")}
-    for part in _parts(rows, p["bias"].size):
+    for part in _parts(samples, p["bias"].size):
         answer = bank(part.queries)
-        told = part._replace(log_normalizer=answer.log_normalizer)
-        weights = attention_weights(told, p["keys"], scale=bank.scale, bias=p["bias"])
+        own = part._replace(log_normalizer=answer.log_normalizer)
+        weights = attention_weights(own, p["keys"], scale=bank.scale, bias=p["bias"])
         gate = sigmoid(answer.log_normalizer - part.live_log_normalizer)[..., None]
         share, merged = mx.square(gate * weights), gate * answer.output + (1 - gate) * part.live_output
         far = mx.square(merged).sum(-1, keepdims=True) - 2 * merged @ values.swapaxes(1, 2)
@@ -60,15 +60,15 @@ def costs(rows: Samples, bank: Bank) -> HeadArrays:
         total["values"] = total["values"] + share.sum(1)
         total["keys"] = total["keys"] + (share * mx.maximum(far, 0)).sum(1)
         mx.eval(total)
-    count = rows.queries.shape[1]
+    count = samples.queries.shape[1]
     return {"keys": total["keys"] * square[:, None] / count, "values": total["values"] / count}
 
 
-def _parts(rows: Samples, scores: int) -> Iterator[Samples]:
-    """Rows, so many at a time that there is room for the scores; scores: of one row of all heads."""
+def _parts(samples: Samples, scores: int) -> Iterator[Samples]:
+    """Samples, so many at a time that there is room for the scores; scores: of one row of all heads."""
     step = max(1, device().max_scores // scores)
-    for start in range(0, rows.queries.shape[1], step):
-        yield Samples(*(x[:, start : start + step] for x in rows))
+    for start in range(0, samples.queries.shape[1], step):
+        yield Samples(*(x[:, start : start + step] for x in samples))
 
 
 def most_important(weights: mx.array, count: int) -> mx.array:
@@ -76,22 +76,22 @@ def most_important(weights: mx.array, count: int) -> mx.array:
     return mx.sort(mx.argpartition(-weights, count - 1)[:count])
 
 
-def match(rows: Samples, keys: Sequence[mx.array], values: Sequence[mx.array], *, scale: float) -> list[HeadArrays]:
+def match(samples: Samples, keys: Sequence[mx.array], values: Sequence[mx.array], *, scale: float) -> list[HeadArrays]:
     """Nodes of M heads from chosen keys of each.
 
-    rows: queries and outputs [M, N, D]; keys and values: M arrays [m_i, D], the chosen ones -> M quadrature heads.
+    samples: queries and outputs [M, N, D]; keys and values: M arrays [m_i, D], the chosen ones -> M quadrature heads.
     """
     count = max(k.shape[0] for k in keys)
     padded = mx.stack([mx.pad(k.astype(mx.float32), [(0, count - k.shape[0]), (0, 0)]) for k in keys])
     alive = mx.stack([mx.arange(count) < k.shape[0] for k in keys])
     gram, ones, right = (mx.zeros((*alive.shape, width)) for width in (count, 1, values[0].shape[1]))
-    for part in _parts(rows, alive.size):
+    for part in _parts(samples, alive.size):
         weights = attention_weights(part, padded, scale=scale) * alive[:, None]
         gram, ones = mx.addmm(gram, weights.swapaxes(1, 2), weights), ones + weights.sum(1)[..., None]
         mx.eval(gram, ones)
-    mass = _nonnegative(gram, ones)
+    mass = nonnegative_least_squares(gram, ones)
     gram = mx.zeros_like(gram)
-    for part in _parts(rows, alive.size):
+    for part in _parts(samples, alive.size):
         shares = attention_weights(part, padded, scale=scale) * (alive * mass)[:, None]
         shares = shares / mx.maximum(shares.sum(-1, keepdims=True), 1e-20)
         by_node = shares.swapaxes(1, 2)
@@ -105,7 +105,7 @@ def match(rows: Samples, keys: Sequence[mx.array], values: Sequence[mx.array], *
     return heads
 
 
-def _nonnegative(gram: mx.array, ones: mx.array) -> mx.array:
+def nonnegative_least_squares(gram: mx.array, ones: mx.array) -> mx.array:
     """argmin over w >= 0 of |weights · w - 1|², by accelerated projected gradient, from weights' Gram [M, m, m] and
     column sums [M, m, 1] -> [M, m], kept above 1e-4.
     """

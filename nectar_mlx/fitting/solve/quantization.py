@@ -1,4 +1,5 @@
-"""Nodes on the grids that they will be stored on, a part at a time, while what is still free is trained to make up.
+"""Quantization-aware rounding: nodes come onto the grids that they will be stored on, an eighth at a time, while the
+others are trained to make up.
 
 How finely a node must be kept follows from what its errors cost: those of a value count by the square of the node's
 weight, those of a key also by how far the value lies from the answer. Each row of a head gets the step that makes all
@@ -13,12 +14,12 @@ queries and answers notice most comes first, as in incremental network quantisat
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from ...core import rans
+from ...core.types import FloatArray, IntArray
 from ...heads import Bank, HeadArrays
 from ...store import MEAN_BITS
 from ...store.grids import column_scales, log2_scales
@@ -27,78 +28,85 @@ from . import attention_matching, regression
 from .initial import Init
 
 PARTS = 8
-_SHARE = 0.4  # of a regression's steps that quantization takes on top of them
-N_PROBE = 2048  # rows by which costs are judged
-_FLOOR = 1e-4  # of the mean cost: a node that these rows hardly notice may matter to others
-_LARGEST = 1024  # number in a row, to begin with: `store` finds rows with four times as much
+_SHARE = 0.4  # of a regression's steps that rounding takes on top of them
+_N_PROBE = 2048  # samples by which costs are measured
+_FLOOR = 1e-4  # of the mean cost: a node that these samples hardly notice may matter to others
+_LARGEST = 1024  # integer in a row, to begin with: `store` finds rows with four times as much
 _MATRICES = ("keys", "values")
 
 
-def round_nodes(bank: Bank, rows: Samples, *, steps: int, batch: int, rate: float, bits: float = MEAN_BITS) -> Bank:
+def round_nodes(bank: Bank, samples: Samples, *, steps: int, batch: int, rate: float, bits: float = MEAN_BITS) -> Bank:
     """A bank of nodes that `store` keeps as they are, in about so many bits a number.
 
-    rows: as for `regression.train`; steps, batch, rate: of the regression before. With no steps nothing is trained.
+    samples: as for `regression.train`; steps, batch, rate: of the regression before. With no steps nothing is trained.
     """
-    plan, each = _Plan.of(bank, rows, bits=bits), math.ceil(_SHARE * steps / PARTS)
-    for part in range(1, PARTS + 1):
-        held = plan.held(bank.parameters, part)
-        first = (part - 1) * each
-        bank = regression.train(Init.of(bank, rows), rows, steps=each, batch=batch, rate=rate, first=first, held=held)
+    plan, part_steps = RoundingPlan.of(bank, samples, bits=bits), math.ceil(_SHARE * steps / PARTS)
+    for part in range(PARTS):
+        bank = regression.train(
+            Init.of_nodes(bank, samples),
+            samples,
+            steps=part_steps,
+            batch=batch,
+            rate=rate,
+            first=part * part_steps,
+            held=plan.held(bank.parameters, part),
+        )
     return bank
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Plan:
-    """steps: of the grids of keys and values [M, m, 1]. turns: in which part each entry is rounded, 0 … PARTS - 1, keys
-    [M, 1, D] and values [M, m, 1].
+class RoundingPlan:
+    """steps: of the rows' grids, keys and values [M, m, 1]. part: in which part each entry is rounded, 0 … PARTS - 1,
+    keys [M, 1, D] and values [M, m, 1].
     """
 
     steps: HeadArrays
-    turns: HeadArrays
+    part: HeadArrays
 
     @classmethod
-    def of(cls, bank: Bank, rows: Samples, *, bits: float) -> "_Plan":
-        some = Samples(*(x[:, :N_PROBE] for x in rows))
-        queries, counts = some.queries.astype(mx.float32), [count for (count,) in bank.sizes]
-        costs = attention_matching.costs(some, bank)
+    def of(cls, bank: Bank, samples: Samples, *, bits: float) -> "RoundingPlan":
+        probe = samples.some(slice(_N_PROBE))
+        queries, counts = probe.queries.astype(mx.float32), [count for (count,) in bank.sizes]
+        costs = attention_matching.costs(probe, bank)
         return cls(
-            steps=_steps(bank, costs, bits=bits),
-            turns={
-                "keys": _turns(mx.square(queries).mean(1), [bank.head_dim] * len(counts))[:, None],
-                "values": _turns(costs["values"], counts)[..., None],
+            steps=row_steps(bank, costs, bits=bits),
+            part={
+                "keys": _parts(mx.square(queries).mean(1), [bank.head_dim] * len(counts))[:, None],
+                "values": _parts(costs["values"], counts)[..., None],
             },
         )
 
     def held(self, parameters: HeadArrays, part: int) -> regression.Held:
-        """What is rounded in the first `part` parts, at its nearest values."""
+        """What is rounded up to this part, at its nearest values."""
         nearest = {n: mx.round(parameters[n] / step) * step for n, step in self.steps.items()}
-        held = regression.Held(where={n: turn < part for n, turn in self.turns.items()}, values=nearest)
+        held = regression.Held(where={n: at <= part for n, at in self.part.items()}, values=nearest)
         mx.eval(held)
         return held
 
 
-def _turns(notice: mx.array, counts: Sequence[int]) -> mx.array:
-    """[M, n] -> which of PARTS equal parts each of a head's first entries belongs to, the largest first; counts: how
-    many they are, the rest is padding.
+def _parts(effect: mx.array, counts: Sequence[int]) -> mx.array:
+    """[M, n] -> which of PARTS equal parts each of a head's first entries belongs to, those of the largest effect
+    first; counts: how many they are, the rest is padding.
     """
-    rank = mx.argsort(mx.argsort(-notice, axis=1), axis=1)
+    rank = mx.argsort(mx.argsort(-effect, axis=1), axis=1)
     return mx.minimum(rank * PARTS // mx.array(list(counts))[:, None], PARTS - 1)
 
 
-def _steps(bank: Bank, costs: HeadArrays, *, bits: float) -> HeadArrays:
+def row_steps(bank: Bank, costs: HeadArrays, *, bits: float) -> HeadArrays:
     """The step of every row; costs [M, m]: of an error of 1 in one number of it, squared."""
     most = max(count for (count,) in bank.sizes)
-    found: dict[str, Any] = {n: np.ones((len(bank.sizes), most, 1), np.float32) for n in _MATRICES}
-    told = {n: np.array(costs[n]) for n in _MATRICES}
+    steps = {n: np.ones((len(bank.sizes), most, 1), np.float32) for n in _MATRICES}
+    row_costs = {n: np.array(costs[n]) for n in _MATRICES}
     for m, head in enumerate(bank.unstack()):
         values = [np.array(head[n].astype(mx.float32)) for n in _MATRICES]
-        dear = [np.maximum(x, _FLOOR * x.mean() + 1e-30) for x in (told[n][m, : len(values[0])] for n in _MATRICES)]
-        for name, exponents in zip(_MATRICES, _exponents(values, dear, bits=bits), strict=True):
-            found[name][m, : len(exponents), 0] = np.exp2(exponents / 2)
-    return {n: mx.array(x) for n, x in found.items()}
+        head_costs = [row_costs[n][m, : len(values[0])] for n in _MATRICES]
+        floored = [np.maximum(x, _FLOOR * x.mean() + 1e-30) for x in head_costs]
+        for name, exponents in zip(_MATRICES, _exponents(values, floored, bits=bits), strict=True):
+            steps[name][m, : len(exponents), 0] = np.exp2(exponents / 2)
+    return {n: mx.array(x) for n, x in steps.items()}
 
 
-def _exponents(values: Sequence[Any], costs: Sequence[Any], *, bits: float) -> list[Any]:
+def _exponents(values: Sequence[FloatArray], costs: Sequence[FloatArray], *, bits: float) -> list[IntArray]:
     """Of matrices [rows, D] with the costs of their rows: the rows' steps, twice their binary logarithms, for which the
     numbers take so many bits on average."""
     sizes = [column_scales(x) for x in values]

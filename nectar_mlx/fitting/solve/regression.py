@@ -25,7 +25,7 @@ _PLAIN = 0.1
 
 
 class Scales(NamedTuple):
-    """Per head [M]: variance of the output's entries and of the log-normaliser over the captured rows."""
+    """Per head [M]: variance of the output's entries and of the log-normaliser over the captured samples."""
 
     output: mx.array
     log_normalizer: mx.array
@@ -41,23 +41,23 @@ class Held(NamedTuple):
         return parameters | {n: mx.where(w, self.values[n], parameters[n]) for n, w in self.where.items()}
 
 
-def scales(rows: Samples) -> Scales:
+def scales(samples: Samples) -> Scales:
     spread = []
-    for head in rows.output:  # one by one: in float32 they would take twice the memory
+    for head in samples.output:  # one by one: in float32 they would take twice the memory
         spread.append(head.astype(mx.float32).var(0).mean())
         mx.eval(spread[-1])
-    return Scales(mx.stack(spread) + 1e-8, rows.log_normalizer.var(1) + 1e-6)
+    return Scales(mx.stack(spread) + 1e-8, samples.log_normalizer.var(1) + 1e-6)
 
 
-_NOTHING = Held({}, {})
+_NONE_HELD = Held({}, {})
 
 
-def merged_error(part: Partial, rows: Samples, metric: mx.array) -> mx.array:
-    """Mean of |Δ · metric|² over the rows, Δ the error of the merged output [M, N, D], metric [M, D, D] -> [M]."""
-    gate = sigmoid(part.log_normalizer - rows.live_log_normalizer)[..., None]
-    exact = sigmoid(rows.log_normalizer - rows.live_log_normalizer)[..., None]
-    live = rows.live_output.astype(mx.float32)
-    error = gate * (part.output - live) - exact * (rows.output.astype(mx.float32) - live)
+def merged_error(part: Partial, samples: Samples, metric: mx.array) -> mx.array:
+    """Mean of |Δ · metric|² over the samples, Δ the error of the merged output [M, N, D], metric [M, D, D] -> [M]."""
+    gate = sigmoid(part.log_normalizer - samples.live_log_normalizer)[..., None]
+    exact = sigmoid(samples.log_normalizer - samples.live_log_normalizer)[..., None]
+    live = samples.live_output.astype(mx.float32)
+    error = gate * (part.output - live) - exact * (samples.output.astype(mx.float32) - live)
     return mx.square(error @ metric).sum(-1).mean(1)
 
 
@@ -66,34 +66,34 @@ def relative(scale: Scales, head_dim: int) -> mx.array:
     return mx.eye(head_dim) / mx.sqrt(head_dim * scale.output)[:, None, None]
 
 
-def plain_error(part: Partial, rows: Samples, scale: Scales) -> mx.array:
-    output = mx.square(part.output - rows.output.astype(mx.float32)).mean((1, 2)) / scale.output
-    return output + mx.square(part.log_normalizer - rows.log_normalizer).mean(1) / scale.log_normalizer
+def plain_error(part: Partial, samples: Samples, scale: Scales) -> mx.array:
+    output = mx.square(part.output - samples.output.astype(mx.float32)).mean((1, 2)) / scale.output
+    return output + mx.square(part.log_normalizer - samples.log_normalizer).mean(1) / scale.log_normalizer
 
 
 def train(
-    start: Init,
-    rows: Samples,
+    init: Init,
+    samples: Samples,
     *,
     steps: int,
     batch: int,
     rate: float,
     muon_rate: float = 0.02,
     first: int = 0,
-    held: Held = _NOTHING,
+    held: Held = _NONE_HELD,
     progress: Callable[[int], None] = lambda step: None,
 ) -> Bank:
-    """The trained bank. rows: of its M heads, shuffled; batches are consecutive slices.
+    """The trained bank. samples: of its M heads, shuffled; batches are consecutive slices.
 
     first: which slice to start with. held: what of the parameters is not trained.
     """
-    bank, norm = start.bank, scales(rows)
+    bank, norm = init.bank, scales(samples)
     metric = relative(norm, bank.head_dim)
-    count = rows.queries.shape[1]
+    count = samples.queries.shape[1]
     batch = min(batch, count)
 
     def loss(parameters: HeadArrays, part: Samples) -> mx.array:
-        estimate = bank.apply(start.fold(parameters), part.queries)
+        estimate = bank.apply(init.to_bank(parameters), part.queries)
         return (merged_error(estimate, part, metric) + _PLAIN * plain_error(estimate, part, norm)).sum()
 
     def step(
@@ -106,35 +106,36 @@ def train(
             state,
             rate=rate * factor,
             muon_rate=muon_rate * factor,
-            muon=start.muon,
-            units=start.units,
+            muon=init.muon,
+            units=init.units,
         )
         return held.over(following), state
 
     run = mx.compile(step) if device().compile_steps else step
-    parameters, state = held.over(start.parameters), optimizers.start(start.parameters)
+    parameters, state = held.over(init.parameters), optimizers.start(init.parameters)
     starts = range(0, count - batch + 1, batch)
     for i in range(steps):
         at = starts[(first + i) % len(starts)]
-        part = Samples(*(mx.contiguous(x[:, at : at + batch]) for x in rows))
+        part = Samples(*(mx.contiguous(x[:, at : at + batch]) for x in samples))
         following, state = run(parameters, state, part, mx.array(optimizers.schedule(i, steps)))
         mx.async_eval(following, state)
         mx.eval(parameters)  # of the step before: one step runs while the next one is built
         parameters = following
         progress(i + 1)
     trained = copy(bank)  # with what a kind keeps besides
-    trained.parameters = start.fold(parameters)
+    trained.parameters = init.to_bank(parameters)
     return trained
 
 
-def errors(bank: Bank, rows: Samples, *, metric: mx.array | None = None) -> mx.array:
-    """The merged error of each head over all rows, [M]; metric [M, D, D]: as for `merged_error`, default `relative`."""
-    measure, count = relative(scales(rows), bank.head_dim) if metric is None else metric, int(rows.queries.shape[1])
+def errors(bank: Bank, samples: Samples, *, metric: mx.array | None = None) -> mx.array:
+    """The merged error of each head over all samples, [M]; metric: as for `merged_error`, default `relative`."""
+    count = int(samples.queries.shape[1])
+    measure = relative(scales(samples), bank.head_dim) if metric is None else metric
     widest = max(bank.head_dim, *(size[0] for size in bank.sizes))
     chunk = min(4096, max(1, device().max_batch_scores // (len(bank.sizes) * widest)))
     total = mx.zeros(len(bank.sizes))
     for start in range(0, count, chunk):
-        part = Samples(*(x[:, start : start + chunk] for x in rows))
+        part = samples.some(slice(start, start + chunk))
         total = total + merged_error(bank(part.queries), part, measure) * part.queries.shape[1]
         mx.eval(total)
     return total / count
