@@ -91,7 +91,7 @@ def test_fit_reports_every_stage_at_every_context(capsys, monkeypatch):
     monkeypatch.setattr(measure_fit, "stages", lambda m, s, n, config: real(m, s, n, replace(config, **SHORT)))
     assert bench.main([*FIT, "--budget", "0.2", "--json"]) == 0
     out, err = capsys.readouterr()
-    assert len(err.splitlines()) == 2 * len(measure_fit.STAGES), "a stage is told as soon as it is over"
+    assert len(err.splitlines()) == 2 * len(measure_fit.STAGES), "a stage is reported as soon as it is over"
     result = json.loads(out)
     rows = result["rows"]
     assert [(row["context"], row["stage"]) for row in rows] == [(n, s) for n in (200, 300) for s in measure_fit.STAGES]

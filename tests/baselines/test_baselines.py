@@ -44,12 +44,12 @@ def windowed():
 
 
 def divergence(ctx, view):
-    asked = [Conversation(ctx.ask("Who was her master?"), toys.random_tokens(9, seed=3))]
-    asked += [Conversation(ctx.ask("How many casks?"), toys.random_tokens(4, seed=4))]
-    found = fidelity.compare(
-        ctx.model, ctx.context.make_cache, {"it": view.make_cache}, asked, prompts={"it": view.prompt}
+    conversations = [Conversation(ctx.ask("Who was her master?"), toys.random_tokens(9, seed=3))]
+    conversations += [Conversation(ctx.ask("How many casks?"), toys.random_tokens(4, seed=4))]
+    divergences = fidelity.compare(
+        ctx.model, ctx.context.make_cache, {"it": view.make_cache}, conversations, prompts={"it": view.prompt}
     )
-    return float(found["it"].kl.mean())
+    return float(divergences["it"].kl.mean())
 
 
 @pytest.fixture(scope="module")
@@ -171,11 +171,11 @@ def test_sparse_prefill_is_all_keys_of_the_sparse_way_of_reading(ctx):
 
 def test_passages_are_put_in_front_of_the_question(ctx):
     view = BASELINES["BM25 passages"].build(ctx, int(0.5 * ctx.geometry.cache_bytes(ctx.length)))
-    asked = Conversation(ctx.ask("Who was Anna Velde?"))
+    conversation = Conversation(ctx.ask("Who was Anna Velde?"))
     assert view.prompt is not None
-    shown = TOKENIZER.decode(view.prompt(asked))
+    shown = TOKENIZER.decode(view.prompt(conversation))
     assert shown.startswith(prompts.INTRODUCTION) and "Velde" in shown.split("Who was")[0]
-    assert view.prompt(asked)[-len(asked.prompt) :] == asked.prompt
+    assert view.prompt(conversation)[-len(conversation.prompt) :] == conversation.prompt
 
 
 @pytest.mark.parametrize("name", ["Attention Matching", "Attention Matching + budgets"])
@@ -191,8 +191,8 @@ def test_samples_are_the_same_where_they_stay_on_the_device(ctx):
     samples, conversations = ctx.samples, ctx.conversations
     with using(replace(device(), linux_cpu=False)):
         on_device = ctx.replay(conversations)
-    assert isinstance(on_device, DeviceSampleStore) and on_device.rows == samples.rows
-    every_seventh = np.arange(0, samples.rows, 7)
+    assert isinstance(on_device, DeviceSampleStore) and on_device.count == samples.count
+    every_seventh = np.arange(0, samples.count, 7)
     for ours, theirs in zip(on_device.heads([1, 5], every_seventh), samples.heads([1, 5], every_seventh), strict=True):
         np.testing.assert_allclose(np.array(ours), np.array(theirs), rtol=1e-3, atol=1e-3)  # of 16-bit floats
 
@@ -203,8 +203,8 @@ def test_training_a_cartridge_lowers_the_loss(ctx):
     assert trained.nbytes <= nbytes
     answered = ctx.answered[:8]
     views = {"start": start.make_cache, "trained": trained.make_cache}
-    found = fidelity.compare(ctx.model, ctx.context.make_cache, views, answered)
-    assert found["trained"].kl.mean() < 0.8 * found["start"].kl.mean()
+    divergences = fidelity.compare(ctx.model, ctx.context.make_cache, views, answered)
+    assert divergences["trained"].kl.mean() < 0.8 * divergences["start"].kl.mean()
 
 
 def test_names_are_chosen_as_they_are_typed():

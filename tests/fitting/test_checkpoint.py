@@ -37,7 +37,7 @@ def test_what_was_kept_comes_back(checkpoint):
 
 def test_only_the_rest_of_a_finished_part_is_kept(checkpoint):
     checkpoint.save_plan(PLAN)
-    (checkpoint.spill() / "study.rows").mkdir()
+    (checkpoint.spill() / "train.samples").mkdir()
     checkpoint.save_chunk({"layers.0.sizes": mx.array([[3]])}, {"errors": [0.5], "windows": {}})
     assert {p.name for p in checkpoint.folder.iterdir()} == {"fit.json", "done.safetensors"}
     arrays, report = checkpoint.load_chunk()

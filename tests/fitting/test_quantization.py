@@ -82,7 +82,7 @@ def test_costs_are_what_errors_add(samples, trained):
     exact = samples._replace(output=answer.output, log_normalizer=answer.log_normalizer)
     metric = mx.broadcast_to(mx.eye(D), (2, D, D))
     for name, row in (("values", 3), ("keys", 5)):
-        found = []
+        errors = []
         for _ in range(40):
             p = dict(trained.parameters)
             sign = mx.array(rng.choice([-1e-3, 1e-3], size=D).astype(np.float32))
@@ -91,8 +91,8 @@ def test_costs_are_what_errors_add(samples, trained):
                 shift = -trained.scale * (samples.queries.mean(1) @ sign)
                 p["bias"] = p["bias"] + mx.where(mx.arange(p["bias"].shape[1]) == row, shift[:, None], 0)
             bank = Quadrature(parameters=p, sizes=trained.sizes, scale=trained.scale)
-            found.append(np.array(regression.merged_error(bank(samples.queries), exact, metric)))
-        np.testing.assert_allclose(np.mean(found, 0), np.array(costs[name])[:, row] * D * 1e-6, rtol=0.5, err_msg=name)
+            errors.append(np.array(regression.merged_error(bank(samples.queries), exact, metric)))
+        np.testing.assert_allclose(np.mean(errors, 0), np.array(costs[name])[:, row] * D * 1e-6, rtol=0.5, err_msg=name)
 
 
 def test_rounded_nodes_are_stored_unchanged_and_take_the_bits_they_were_given(samples, trained):

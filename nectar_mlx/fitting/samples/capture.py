@@ -62,8 +62,8 @@ def capture(
     folder = None
     if store.nbytes(run.n_heads, wanted + spare, run.geometry.head_dim) > run.memory:
         folder = run.checkpoint.spill()
-    train = _empty(run, wanted, folder and folder / "study.rows")
-    held_out = _empty(run, spare, folder and folder / "held_out.rows")
+    train = _empty(run, wanted, folder and folder / "train.samples")
+    held_out = _empty(run, spare, folder and folder / "held_out.samples")
     replayed = [c for c in conversations if c.split != "check"]
     with run.progress("capturing attention", sum(c.fed_tokens for c in replayed)) as done:
         replay(
