@@ -18,7 +18,7 @@ from ..core.clock import Clock
 from ..core.progress import Progress, silent
 from ..core.types import JsonObject, Tokenizer
 from ..errors import NectarError
-from ..heads import Bank
+from ..heads import AUTO, Bank
 from ..mlxlm import attention_patch, prompts
 from ..mlxlm.window import window as _window
 from ..store import chunking, load
@@ -101,7 +101,7 @@ def _fit_whole(
     clock.lap("read")
     finite.check_banks("reading", context.banks, run.geometry)
     contents = partial(store.contents, prefix=prefix, windows=context.windows, offsets=context.offsets)
-    if run.layout.kind == "exact":
+    if not run.layout.bank.fitted:
         return contents(run.layout, [head for bank in context.banks for head in bank.unstack()]), {}, None
     share = share_of(run.config, run.geometry, len(prefix))
     affordable = partial(
@@ -144,11 +144,11 @@ def _chunk_lengths(run: FitRun, prefix: Sequence[int]) -> list[int]:
     preamble, window = prompts.preamble(run.tokenizer), _window(run.model)
     room = (window or 1 << 62) - preamble - _QUESTION_TOKENS
     tokens = len(prefix) - preamble
-    if run.layout.kind == "exact" or tokens <= room:
+    if not run.layout.bank.fitted or tokens <= room:
         return [tokens]
-    if room < 64 or run.layout.kind != "quadrature":
+    if room < 64 or not run.layout.bank.joinable:
         raise NectarError(
             f"the text has {len(prefix):,} tokens; the model's window of {window:,} leaves room for {max(0, room):,}: "
-            f"cut it with --context-tokens {max(0, room)}, or fit it chunk by chunk with --kind quadrature"
+            f"cut it with --context-tokens {max(0, room)}, or fit it chunk by chunk with --kind {AUTO}"
         )
     return chunking.split(tokens, room)

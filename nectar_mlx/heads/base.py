@@ -33,7 +33,9 @@ class Bank:
     # Of a stored matrix entry unless a fit sets another; None: every row in as many as it needs.
     default_bits: ClassVar[int | None] = 8
     learning_rate: ClassVar[float] = 6e-3  # of its regression
-    trainable: ClassVar[bool] = True
+    fitted: ClassVar[bool] = True  # whether it is fitted at all; else the heads are the context's own keys
+    trainable: ClassVar[bool] = True  # whether its parameters are trained
+    joinable: ClassVar[bool] = False  # whether the heads of a text's chunks can be joined (`store.chunking`)
     keeps_keys: ClassVar[bool] = False  # whether the context's own keys are kept, in the heads or beside them
     decodes_stored: ClassVar[bool] = True  # whether the decode kernel can read the parameters as they are stored
     padding: ClassVar[dict[str, float]] = {}  # what neutral padding is where it is not zero

@@ -16,6 +16,7 @@ class Exact(Bank):
 
     kind = "exact"
     default_bits = 16
+    fitted = trainable = False
     keeps_keys = True
 
     def apply(self, parameters: HeadArrays, queries: mx.array) -> Partial:

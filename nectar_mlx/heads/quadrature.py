@@ -20,6 +20,7 @@ class Quadrature(Bank):
     kind = "quadrature"
     default_bits = None
     learning_rate = 1.5e-2
+    joinable = True
     padding: ClassVar = {"bias": EMPTY}
 
     def apply(self, parameters: HeadArrays, queries: mx.array) -> Partial:

@@ -22,6 +22,17 @@ class Reading(NamedTuple):
     scores: mx.array
 
 
+class LayerKeys(NamedTuple):
+    """The exact keys and values of one layer."""
+
+    file: KeyFile
+    layer: int
+
+    def read(self, positions: mx.array) -> tuple[mx.array, mx.array]:
+        """Keys and values [K, ..., D] at positions [K, ...]."""
+        return self.file.read(self.layer, np.array(positions))
+
+
 class HybridBank(Bank):
     """`summary` with `count` keys a KV head and step read exactly from `keys`, chosen by `selector`.
 
@@ -29,13 +40,10 @@ class HybridBank(Bank):
     of the layer's summary, as stored. group: query heads a KV head, in whose order queries come (`SampleStore`).
     """
 
-    kind = "hybrid"
-
     def __init__(
         self,
         summary: HybridHead,
-        keys: KeyFile,
-        layer: int,
+        keys: LayerKeys,
         selector: Selector,
         *,
         count: int,
@@ -43,7 +51,7 @@ class HybridBank(Bank):
         group: int = 1,
     ):
         super().__init__(parameters=summary.parameters, sizes=summary.sizes, scale=summary.scale, offset=summary.offset)
-        self.summary, self.keys, self.layer, self.selector = summary, keys, layer, selector
+        self.summary, self.keys, self.selector = summary, keys, selector
         self.count, self.summary_bytes, self.group = count, summary_bytes, group
 
     @property
@@ -53,7 +61,7 @@ class HybridBank(Bank):
     @property
     def step_bytes(self) -> int:
         """Bytes read for one token: keys and values, what the selector scans, and the summary."""
-        rows = len(self.sizes) * self.count * self.keys.format.nbytes
+        rows = len(self.sizes) * self.count * self.keys.file.format.nbytes
         return rows + self.selector.step_bytes(self.count) + self.summary_bytes
 
     def apply(self, parameters: HeadArrays, queries: mx.array) -> Partial:
@@ -81,7 +89,7 @@ class HybridBank(Bank):
         K = len(self.sizes)
         G = H // K
         rows = queries.reshape(B, K, G, T, D).transpose(1, 0, 3, 2, 4).reshape(K, B * T, G, D)
-        step = max(1, device().max_scores // (K * max(2 * self.count * D, 32 * self.count + 4 * self.keys.tokens)))
+        step = max(1, device().max_scores // (K * max(2 * self.count * D, 32 * self.count + 4 * self.keys.file.tokens)))
         readings = []
         for start in range(0, B * T, step):
             readings.append(self._read(rows[:, start : start + step]))
@@ -104,7 +112,7 @@ class HybridBank(Bank):
         anchors = self.summary.anchors(self.parameters, queries)
         choice = self.selector.choose(queries, anchors.log_normalizer, count=self.count)
         positions = choice.positions + SINKS
-        keys, values = self.keys.read(self.layer, np.array(positions))
+        keys, values = self.keys.read(positions)
         scores = (queries * self.scale) @ keys.swapaxes(-1, -2)
         retrieved = Retrieved(keys, values, scores, choice.scores, choice.threshold)
         part = self.summary.complete(queries, retrieved)
@@ -130,5 +138,7 @@ def hybrid_banks(
     layer_bytes, hybrids = nbytes // len(banks), []
     for layer, (bank, selector) in enumerate(zip(banks, selectors, strict=True)):
         assert isinstance(bank, HybridHead), bank.kind
-        hybrids.append(HybridBank(bank, keys, layer, selector, count=count, summary_bytes=layer_bytes, group=group))
+        hybrids.append(
+            HybridBank(bank, LayerKeys(keys, layer), selector, count=count, summary_bytes=layer_bytes, group=group)
+        )
     return hybrids

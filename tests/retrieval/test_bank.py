@@ -7,7 +7,7 @@ import pytest
 from nectar_mlx.core.attention import EMPTY
 from nectar_mlx.heads import Completion, Exact, Quadrature, Retrieval, ThresholdedNodes
 from nectar_mlx.heads.hybrid import ANCHORS, EVERYTHING, Retrieved, anchor_positions, middle
-from nectar_mlx.retrieval.bank import HybridBank
+from nectar_mlx.retrieval.bank import HybridBank, LayerKeys
 from nectar_mlx.retrieval.selection import best
 from nectar_mlx.store.kv_file import KeyFile
 from tests import oracle
@@ -35,7 +35,9 @@ class Context:
         return kind(parameters=parameters, sizes=sizes, scale=SCALE)
 
     def hybrid_bank(self, summary, count):
-        return HybridBank(summary, self.file, 0, oracle.Selector(self.middle[0], scale=SCALE), count=count, group=G)
+        return HybridBank(
+            summary, LayerKeys(self.file, 0), oracle.Selector(self.middle[0], scale=SCALE), count=count, group=G
+        )
 
     def queries(self, *shape):
         return mx.array(2 * self.random.normal(size=(*shape, D)).astype(np.float32))
