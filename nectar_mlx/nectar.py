@@ -61,7 +61,7 @@ class Nectar:
 
     def __repr__(self) -> str:
         share = f"{self.nbytes / max(1, self.cache_nbytes):.2%} of the KV cache"
-        parts = [f"{len(self.prefix):,} tokens for {self.metadata['model']}", self.layout.kind]
+        parts = [f"{len(self.prefix):,} tokens for {self.metadata['model'] or 'an unnamed model'}", self.layout.kind]
         parts += [f"{self.nbytes:,} bytes", share]
         parts += [f"{len(self.chunks)} chunks"] if self.chunks else []
         return f"<Nectar: {', '.join(parts)}>"
