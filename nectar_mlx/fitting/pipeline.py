@@ -75,7 +75,7 @@ def fit(
         "source": source,
     }
     lengths = _chunk_lengths(run, prefix)
-    layerwise = _needs_layers(run, len(prefix) - sum(lengths) + max(lengths))
+    layerwise = needs_layers(run, len(prefix) - sum(lengths) + max(lengths))
     if len(lengths) > 1 or layerwise:
         tensors, report = chunks.fit(run, prefix, chunks=lengths, layerwise=layerwise, clock=clock)
     else:
@@ -126,7 +126,7 @@ def _fit_whole(
     return tensors, report, keys
 
 
-def _needs_layers(run: FitRun, n: int) -> bool:
+def needs_layers(run: FitRun, n: int) -> bool:
     """Whether the fit goes layer by layer: when that was chosen, or when the KV cache would not fit the memory."""
     config, kind = run.config, run.layout.bank
     if config.layerwise and kind.keeps_keys:

@@ -6,7 +6,8 @@ import pytest
 
 from nectar_mlx import NectarError
 from nectar_mlx.fitting import auto_budget, verdict
-from nectar_mlx.fitting.config import FitConfig, parse_budget, share_of
+from nectar_mlx.fitting.budget import share_of
+from nectar_mlx.fitting.config import FitConfig, parse_budget
 from nectar_mlx.fitting.fidelity import Divergence
 from nectar_mlx.mlxlm import attention_patch
 from tests import toys
@@ -20,35 +21,37 @@ FAST = {
     "answer_tokens": 8,
     "checks": 3,
     "batch": 64,
-    "samples": 200,
+    "matching_samples": 200,
 }
 
 
 def power_law(share_at_target, exponent):
     """What a short fit leaves where KL falls with this power of the share and is on target at that share."""
-    asked = []
+    measured = []
 
     def measure(share):
-        asked.append(share)
+        measured.append(share)
         kl = (1 - auto_budget.TARGET) * FLOOR * (share_at_target / share) ** exponent
         return {"kl": kl, "kl_no_context": FLOOR}
 
-    return measure, asked
+    return measure, measured
 
 
 @pytest.mark.parametrize("exponent", [0.7, 1.7, 3.0])
 @pytest.mark.parametrize("wanted", [0.004, 0.0123, 0.02, 0.037, 0.08, 0.21])
 def test_the_smallest_share_on_target_is_found(wanted, exponent):
-    measure, asked = power_law(wanted, exponent)
+    measure, measured = power_law(wanted, exponent)
     choice = auto_budget.choose(measure)
     assert choice.share == pytest.approx(wanted, rel=0.01) and choice.exponent == pytest.approx(exponent, rel=0.01)
-    assert len(asked) <= 1 + np.ceil(abs(np.log2(wanted / auto_budget.FIRST))) + 1 and len(set(asked)) == len(asked)
+    assert len(measured) <= 1 + np.ceil(abs(np.log2(wanted / auto_budget.FIRST))) + 1 and len(set(measured)) == len(
+        measured
+    )
 
 
 @pytest.mark.parametrize("wanted, share", [(1e-6, auto_budget.LEAST), (50.0, auto_budget.MOST)])
 def test_what_no_share_can_do_ends_at_the_bounds(wanted, share):
-    measure, asked = power_law(wanted, 1.0)
-    assert auto_budget.choose(measure).share == share and len(asked) < 8
+    measure, measured = power_law(wanted, 1.0)
+    assert auto_budget.choose(measure).share == share and len(measured) < 8
 
 
 def test_noise_does_not_leave_the_bracket():
@@ -95,9 +98,9 @@ def test_a_size_is_a_share_of_the_cache():
 
 
 @pytest.mark.parametrize("layerwise", [None, True])
-def test_the_default_fits_a_text_and_says_how_well(layerwise):
+def test_the_default_fits_a_text_and_says_how_well(tokenizer, layerwise):
     text = " ".join(f"The brig number {i} left with {i * 37 % 91} casks." for i in range(16))
-    nectar = toys.fit(toys.toy("llama"), toys.tokenizer(), text, config=FitConfig(**FAST, layerwise=layerwise))
+    nectar = toys.fit(toys.toy("llama"), tokenizer, text, config=FitConfig(**FAST, layerwise=layerwise))
     report = nectar.report
     assert auto_budget.LEAST <= report["budget"] <= auto_budget.MOST
     assert report["verdict"] == nectar.verdict and "%" in nectar.verdict
@@ -105,13 +108,13 @@ def test_the_default_fits_a_text_and_says_how_well(layerwise):
 
 
 @pytest.mark.parametrize("text", ["Hi.", "One short note.", "Anna's tram leaves at 8:14."])
-def test_a_short_note_never_fails_on_the_default(text):
-    nectar = toys.fit(toys.toy("llama"), toys.tokenizer(), text, config=FitConfig(**FAST))
-    assert nectar.report["gap_closed"] is not None and mx.isfinite(nectar.banks[0].parameters["keys"]).all().item()
+def test_a_short_note_never_fails_on_the_default(tokenizer, text):
+    nectar = toys.fit(toys.toy("llama"), tokenizer, text, config=FitConfig(**FAST))
+    assert np.isfinite(nectar.report["kl"]) and nectar.report["kl"] < max(0.05, nectar.report["kl_no_context"])
+    assert all(mx.isfinite(bank.parameters["keys"]).all().item() for bank in nectar.banks)
 
 
-def test_what_was_left_out_is_counted():
-    tokenizer = toys.tokenizer()
+def test_what_was_left_out_is_counted(tokenizer):
     text = " ".join(f"The brig number {i} left with {i * 37 % 91} casks." for i in range(30))
     whole = toys.fit(toys.toy("llama"), tokenizer, text, config=FitConfig(**FAST, kind="exact"))
     cut = toys.fit(toys.toy("llama"), tokenizer, text, config=FitConfig(**FAST, kind="exact", context_tokens=100))
@@ -119,9 +122,9 @@ def test_what_was_left_out_is_counted():
     assert cut.report["left_out_tokens"] == len(whole.prefix) - len(cut.prefix) > 100
 
 
-def test_a_size_is_kept_to(tmp_path):
+def test_a_size_is_kept_to(tokenizer):
     text = " ".join(f"The brig number {i} left with {i * 37 % 91} casks." for i in range(30))
-    nectar = toys.fit(toys.toy("llama"), toys.tokenizer(), text, config=FitConfig(**FAST, size=60_000))
+    nectar = toys.fit(toys.toy("llama"), tokenizer, text, config=FitConfig(**FAST, size=60_000))
     assert 45_000 < nectar.nbytes <= 60_000
 
 

@@ -6,15 +6,17 @@ import pytest
 
 from nectar_mlx import NectarError, store
 from nectar_mlx.core import attention
-from nectar_mlx.fitting import finite, prefill
+from nectar_mlx.fitting import finite, prefill, stages
 from nectar_mlx.fitting.config import FitConfig
-from nectar_mlx.fitting.fitter import Fitter
+from nectar_mlx.fitting.kinds import kind_fit
+from nectar_mlx.fitting.samples import capture
 from nectar_mlx.fitting.samples.sample_store import Samples
 from nectar_mlx.fitting.solve import attention_matching
 from nectar_mlx.heads import Exact
 from nectar_mlx.mlxlm import attention_patch
 from nectar_mlx.mlxlm.cache import NectarCache
 from tests import toys
+from tests.fitting.toy_fit import fit_run
 
 TEXT = " ".join(f"The brig number {i} left with {i * 37 % 91} casks, and the sly fox saw it." for i in range(24))
 FAST = {
@@ -25,17 +27,12 @@ FAST = {
     "answer_tokens": 12,
     "checks": 4,
     "batch": 128,
-    "samples": 300,
+    "matching_samples": 300,
     "context_tokens": 160,
     "budget": 0.5,
 }
 B, K, G, T, D, CONTEXT, LIVE = 2, 2, 3, 4, 32, 40, 9
 SCALE = D**-0.5
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return toys.tokenizer()
 
 
 def layer(dtype, *, common, size=1.0, values=1.0, seed=0):
@@ -104,8 +101,8 @@ def test_merging_is_the_same_relative_to_an_offset():
 
 
 def test_weights_never_exceed_one_where_the_normaliser_came_out_lower():
-    rows = Samples(mx.full((1, 3, D), 30.0), *[mx.zeros((1, 3, D))] * 2, mx.full((1, 3), 4_000.0), mx.zeros((1, 3)))
-    weights = attention_matching.attention_weights(rows, mx.full((1, 2, D), 30.0), scale=SCALE)
+    samples = Samples(mx.full((1, 3, D), 30.0), *[mx.zeros((1, 3, D))] * 2, mx.full((1, 3), 4_000.0), mx.zeros((1, 3)))
+    weights = attention_matching.attention_weights(samples, mx.full((1, 2, D), 30.0), scale=SCALE)
     assert weights.max() == 1.0
 
 
@@ -190,11 +187,10 @@ def test_every_kind_of_head_takes_large_numbers(tokenizer, kind, make, size):
         np.testing.assert_allclose(ours, full, atol=5e-3)
 
 
-def test_large_scores_are_fitted_chunk_by_chunk_and_layer_by_layer(tokenizer):
-    model = large_scores(2e4)
-    for layerwise in (False, True):
-        nectar = toys.fit(model, tokenizer, TEXT, config=FitConfig(**FAST, layerwise=layerwise))
-        assert nectar.report["gap_closed"] > 0.8
+def test_large_scores_are_fitted_layer_by_layer(tokenizer):
+    """All layers at once: one of the hostile models."""
+    nectar = toys.fit(large_scores(2e4), tokenizer, TEXT, config=FitConfig(**FAST, layerwise=True))
+    assert nectar.report["layerwise"] and nectar.report["gap_closed"] > 0.8
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -213,15 +209,15 @@ def test_a_captured_number_that_is_not_finite_is_named():
 
 def test_a_number_that_rounding_broke_is_named(tokenizer, monkeypatch):
     """A bias of 1e6 is more than a file's float16 holds."""
-    monkeypatch.setattr(Fitter, "regress", lambda self, sizes: [
+    monkeypatch.setattr(stages, "train_heads", lambda kind, sizes, *, bits: [
         {"keys": mx.zeros((4, 16)), "values": mx.zeros((4, 16)), "bias": mx.full(4, 1e6 if index == 3 else 0.0)}
-        for index in range(self.n_heads)
+        for index in range(kind.n_heads)
     ])  # fmt: skip
     with pytest.raises(NectarError, match="rounding: layer 1, KV head 1 is not finite, so nothing is written"):
         toys.fit(toys.toy("llama"), tokenizer, TEXT, config=FitConfig(**FAST))
 
 
-def test_a_head_that_training_made_worse_keeps_its_start(tokenizer, monkeypatch):
+def test_a_head_that_training_made_worse_keeps_its_start(tokenizer):
     model = toys.toy("llama")
     budgets = FAST | {"budget": 0.15}
     trained = toys.fit(model, tokenizer, TEXT, config=FitConfig(**budgets))
@@ -241,9 +237,12 @@ def test_bfloat16_windows_and_offsets_are_read_back(tmp_path):
 
 
 def test_offsets_are_means_and_keys_relative_to_them(tokenizer):
+    """Of what is read, of what heads are fitted to, and of what is stored."""
     model = large_scores(2e4)
-    context = prefill.read_text(model, toys.random_tokens(80), attention_patch.route(model))
+    run = fit_run(model, tokenizer, **FAST)
+    context = prefill.read_text(model, toys.random_tokens(80), run.geometry)
     bank = context.banks[0]
     assert mx.abs(bank.offset).max() > 50 and mx.abs(bank.parameters["keys"].mean(1)).max() < 1
-    fitter = Fitter(model, tokenizer, context, attention_patch.route(model), FitConfig(**FAST))
-    assert fitter.banks[0].offset is not None
+    fitted = kind_fit(run, capture.collect(run, context)).banks[0]
+    assert mx.array_equal(fitted.offset, bank.offset)
+    assert mx.array_equal(fitted.parameters["keys"], bank.parameters["keys"])

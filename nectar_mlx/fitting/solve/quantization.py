@@ -69,7 +69,7 @@ class RoundingPlan:
         queries, counts = probe.queries.astype(mx.float32), [count for (count,) in bank.sizes]
         costs = attention_matching.costs(probe, bank)
         return cls(
-            steps=_steps(bank, costs, bits=bits),
+            steps=row_steps(bank, costs, bits=bits),
             part={
                 "keys": _parts(mx.square(queries).mean(1), [bank.head_dim] * len(counts))[:, None],
                 "values": _parts(costs["values"], counts)[..., None],
@@ -92,7 +92,7 @@ def _parts(effect: mx.array, counts: Sequence[int]) -> mx.array:
     return mx.minimum(rank * PARTS // mx.array(list(counts))[:, None], PARTS - 1)
 
 
-def _steps(bank: Bank, costs: HeadArrays, *, bits: float) -> HeadArrays:
+def row_steps(bank: Bank, costs: HeadArrays, *, bits: float) -> HeadArrays:
     """The step of every row; costs [M, m]: of an error of 1 in one number of it, squared."""
     most = max(count for (count,) in bank.sizes)
     steps = {n: np.ones((len(bank.sizes), most, 1), np.float32) for n in _MATRICES}
