@@ -91,10 +91,10 @@ def stock_caches(model, prefix, lengths, opening):
     ]
 
 
-def agree(model, ours, oracle):
+def agree(model, ours, oracle, *, tolerance=1e-3):
     for tokens in (toys.random_tokens(7), toys.random_tokens(1), toys.random_tokens(3, seed=1)):
         expected = model(mx.array([tokens]), cache=oracle)
-        np.testing.assert_allclose(model(mx.array([tokens]), cache=ours), expected, atol=1e-3)
+        np.testing.assert_allclose(model(mx.array([tokens]), cache=ours), expected, atol=tolerance)
 
 
 @pytest.mark.parametrize("layerwise", [False, True])
@@ -126,7 +126,8 @@ def test_chunks_weigh_as_much_as_one(tokenizer, monkeypatch, architecture, room,
     built = Nectar(tensors, store.description(tensors, layout, geometry, **told))
     context = chunks.read_chunks(model, prefix, geometry, chunks=lengths)
     assert context.start == built.start == opening + max(lengths)
-    agree(model, built.make_cache(), stock_caches(model, prefix, lengths, opening))
+    # Heads of 16 bits are rounded; without the weights of the chunks the difference is far larger.
+    agree(model, built.make_cache(), stock_caches(model, prefix, lengths, opening), tolerance=1e-2)
     agree(model, context.make_cache(), stock_caches(model, prefix, lengths, opening))
 
 

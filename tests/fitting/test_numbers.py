@@ -4,7 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from nectar_mlx import NectarError, store
+from nectar_mlx import Nectar, NectarError, store
 from nectar_mlx.core import attention
 from nectar_mlx.fitting import finite, prefill, stages
 from nectar_mlx.fitting.config import FitConfig
@@ -246,3 +246,18 @@ def test_offsets_are_means_and_keys_relative_to_them(tokenizer):
     fitted = kind_fit(run, capture.collect(run, context)).banks[0]
     assert mx.array_equal(fitted.offset, bank.offset)
     assert mx.array_equal(fitted.parameters["keys"], bank.parameters["keys"])
+
+
+@pytest.mark.parametrize("kind", ["quadrature", "corrected", "mlp"])
+def test_heads_of_16_bits_keep_to_their_budget(tokenizer, tmp_path, kind):
+    model = toys.toy("llama")
+    config = FitConfig(
+        **FAST | {"kind": kind, "budget": 0.4, "bits": 16, "steps": 10, "queries": 300, "context_tokens": 300}
+    )
+    nectar = toys.fit(model, tokenizer, TEXT, config=config)
+    assert len({size for bank in nectar.banks for size in bank.sizes}) > 1 or kind == "mlp"
+    assert nectar.nbytes <= 0.4 * nectar.cache_nbytes
+    nectar.save(tmp_path / "x.nectar")
+    tokens = mx.array([nectar.prompt(tokenizer, "Who left?")])
+    ours, again = (model(tokens, cache=n.make_cache()) for n in (nectar, Nectar.load(tmp_path / "x.nectar", model)))
+    np.testing.assert_allclose(again, ours, atol=1e-5)
