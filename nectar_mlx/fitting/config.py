@@ -12,6 +12,8 @@ from ..heads import ALIASES, KINDS
 from ..store import BITS
 from .prefill_attention import Prefill
 
+_LARGEST_SIZE = 1e18  # bytes; more is taken for as many
+
 
 @dataclass(frozen=True, kw_only=True)
 class FitConfig:
@@ -77,6 +79,8 @@ class FitConfig:
             value = getattr(self, name)
             if value is not None and value < (0 if name == "seed" else 1):
                 raise NectarError(f"{name} must be positive, not {value}")
+        if self.seed >= 1 << 63:  # other seeds are derived from it, and MLX takes 64 bits
+            raise NectarError(f"seed must be below 2^63, not {self.seed}")
 
 
 def parse_budget(text: str) -> JsonObject:
@@ -88,8 +92,8 @@ def parse_budget(text: str) -> JsonObject:
         number, unit = (float(match[1]), match[2] or "") if match else (math.nan, "")
     except ValueError:
         number = math.nan
-    if math.isnan(number):
+    if not math.isfinite(number):
         raise NectarError(f"a budget is auto, a share such as 0.02 or 2%, or a size such as 500K or 20M, not {text!r}")
     if unit and unit != "%":
-        return {"size": int(number * 1000 ** " KMG".index(unit[0].upper()))}
+        return {"size": int(min(number * 1000 ** " KMG".index(unit[0].upper()), _LARGEST_SIZE))}
     return {"budget": number / 100 if unit else number}

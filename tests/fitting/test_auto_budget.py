@@ -4,7 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from nectar_mlx import NectarError
+from nectar_mlx import NectarError, cli
 from nectar_mlx.fitting import auto_budget, verdict
 from nectar_mlx.fitting.budget import share_of
 from nectar_mlx.fitting.config import FitConfig, parse_budget
@@ -169,3 +169,16 @@ def test_a_check_that_is_not_finite_is_refused(kl, floor):
 
 def test_files_that_were_not_checked_have_no_verdict():
     assert verdict.grade({"kl": 0.1}) is None and verdict.sentence({}, share=0.1) == ""
+
+
+def test_sizes_that_no_disk_has_are_very_large_and_no_traceback():
+    assert parse_budget("1e308G") == {"size": 10**18} and cli.size("9" * 400) == 10**18
+    for text in ("1e400", "1e400M", "-1e400"):
+        with pytest.raises(NectarError, match="2%"):
+            parse_budget(text)
+
+
+def test_a_seed_has_63_bits():
+    assert FitConfig(seed=2**63 - 1).seed == 2**63 - 1
+    with pytest.raises(NectarError, match=r"seed must be below 2\^63"):
+        FitConfig(seed=2**63)
