@@ -37,7 +37,7 @@ def choose(measure: Callable[[float], Figures], *, least: float = LEAST, most: f
     def excess(share: float) -> float:
         """The expected divergence as a multiple of the one that is wanted."""
         figures = measure(share)
-        return float(figures["kl"] / max((1 - TARGET) * figures["kl_no_context"], 1e-9))
+        return float(max(figures["kl"], 1e-9) / max((1 - TARGET) * figures["kl_no_context"], 1e-9))
 
     at = min(max(FIRST, least), most)
     ratio = excess(at)

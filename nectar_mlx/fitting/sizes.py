@@ -9,7 +9,7 @@ from ..core.device import device
 from ..core.types import JsonObject
 from ..heads import HeadArrays, Size
 from ..store import MEAN_BITS
-from . import auto_budget, fisher
+from . import auto_budget, finite, fisher
 from .budget import head_sizes, size_for
 from .check import check
 from .checkpoint import Plan
@@ -62,6 +62,7 @@ def trial_errors(kind: KindFit, nbytes: float) -> np.ndarray:
     probes = [c for c in kind.data.conversations if c.answer and c.split == "train"][: fisher.N_PROBE]
     with run.progress("measuring sensitivity", len(probes)) as done:
         information = fisher.fisher(run.model, kind.data.context, probes, geometry=run.geometry, progress=done)
+        finite.check_heads("measuring sensitivity", finite.not_finite([information]), run.geometry)
         metric = fisher.metric(information)
     with run.progress("deciding sizes", len(trials)) as done:
         for number, group in enumerate(trials):

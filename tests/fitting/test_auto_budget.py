@@ -159,6 +159,7 @@ def test_the_budget_that_is_advised_grows_with_what_is_lost():
 def test_where_a_text_changes_little_its_share_says_nothing():
     report = verdict.measured(divergence([0.004]), divergence([0.01]))
     assert report["gap_closed"] == 0.6 and verdict.grade(report) == "close"
+    assert "KL 0.0040, where the whole text changes answers by 0.0100" in verdict.sentence(report, share=0.1)
 
 
 @pytest.mark.parametrize("kl, floor", [(float("nan"), 1.0), (0.1, float("inf"))])
@@ -182,3 +183,14 @@ def test_a_seed_has_63_bits():
     assert FitConfig(seed=2**63 - 1).seed == 2**63 - 1
     with pytest.raises(NectarError, match=r"seed must be below 2\^63"):
         FitConfig(seed=2**63)
+
+
+@pytest.mark.parametrize("kl, floor", [(0.0, 0.0), (-2e-7, -3e-9), (2e-7, -1e-9), (1e-6, 0.0)])
+def test_where_a_text_changes_nothing_but_rounding_errors_all_of_it_is_kept(kl, floor):
+    report = verdict.measured(divergence([kl]), divergence([floor]))
+    assert report["gap_closed"] == 1.0 and report["kl"] >= 0 and "100.0%" in verdict.sentence(report, share=0.1)
+
+
+def test_what_is_kept_is_no_less_than_nothing():
+    report = verdict.measured(divergence([2 * FLOOR]), divergence([FLOOR]))
+    assert report["gap_closed"] == -1.0 and ": 0.0% of what the text changes" in verdict.sentence(report, share=0.1)

@@ -261,3 +261,8 @@ def test_heads_of_16_bits_keep_to_their_budget(tokenizer, tmp_path, kind):
     tokens = mx.array([nectar.prompt(tokenizer, "Who left?")])
     ours, again = (model(tokens, cache=n.make_cache()) for n in (nectar, Nectar.load(tmp_path / "x.nectar", model)))
     np.testing.assert_allclose(again, ours, atol=1e-5)
+
+
+def test_a_gradient_that_is_not_finite_is_named(tokenizer):
+    with pytest.raises(NectarError, match="measuring sensitivity: layer 0, KV head 0 is not finite"):
+        toys.fit(large_values(1e-30), tokenizer, TEXT, config=FitConfig(**FAST))
