@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 
+import mlx.core as mx
 import mlx.nn as nn
 
 from .. import models, store
@@ -100,6 +101,7 @@ def _fit_whole(
         context = read_text(run.model, prefix, run.geometry, prefill=run.config.prefill, progress=done)
     clock.lap("read")
     finite.check_banks("reading", context.banks, run.geometry)
+    finite.check_logits(run.model(mx.array([prefix[-1:]]), cache=context.make_cache()))
     contents = partial(store.contents, prefix=prefix, windows=context.windows, offsets=context.offsets)
     if run.layout.kind == "exact":
         return contents(run.layout, [head for bank in context.banks for head in bank.unstack()]), {}, None

@@ -266,3 +266,26 @@ def test_heads_of_16_bits_keep_to_their_budget(tokenizer, tmp_path, kind):
 def test_a_gradient_that_is_not_finite_is_named(tokenizer):
     with pytest.raises(NectarError, match="measuring sensitivity: layer 0, KV head 0 is not finite"):
         toys.fit(large_values(1e-30), tokenizer, TEXT, config=FitConfig(**FAST))
+
+
+def overflowing_window():
+    """A sliding-window layer behind all others, whose values float16 cannot hold."""
+    model = toys.toy("mistral", layer_types=["full_attention", "full_attention", "sliding_attention"])
+    model.layers[2].self_attn.v_proj.weight *= 6e4
+    return model
+
+
+def overflowing_feed_forward():
+    model = toys.toy("llama")
+    model.layers[2].mlp.down_proj.weight *= 1e5
+    model.layers[2].mlp.up_proj.weight *= 1e4
+    return model
+
+
+@pytest.mark.parametrize("make", [overflowing_window, overflowing_feed_forward])
+@pytest.mark.parametrize("options", [{"kind": "exact"}, {"kind": "quadrature"}, {"layerwise": True}])
+def test_what_overflows_behind_the_last_keys_is_refused(tokenizer, make, options):
+    model = make()
+    model.set_dtype(mx.float16)
+    with pytest.raises(NectarError, match="own logits are not finite"):
+        toys.fit(model, tokenizer, TEXT, config=FitConfig(**FAST | options))
