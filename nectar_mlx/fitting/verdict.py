@@ -40,7 +40,7 @@ def _figures(kl: float, agree: float, floor: float) -> JsonObject:
 
 def grade(report: JsonObject) -> Grade | None:
     """None for files that do not say, and for those that keep every key."""
-    if "gap_closed" not in report:
+    if not all(isinstance(report.get(name), int | float) for name in ("gap_closed", "kl")):
         return None
     gap, kl = report["gap_closed"], report["kl"]
     if gap >= CLOSE or kl <= CLOSE_KL:
