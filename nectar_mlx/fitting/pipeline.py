@@ -36,6 +36,7 @@ from .stages import fit_context
 from .train import merged_errors
 
 _QUESTION_TOKENS = 1024  # of the window, that questions and answers need
+_SMALLEST_CHUNK = 64  # tokens of a text that are worth reading at a time
 
 
 def fit(
@@ -148,9 +149,14 @@ def _chunk_lengths(run: FitRun, prefix: Sequence[int]) -> list[int]:
     tokens = len(prefix) - preamble
     if run.layout.kind == "exact" or tokens <= room:
         return [tokens]
-    if room < 64 or run.layout.kind != "quadrature":
+    if room < _SMALLEST_CHUNK:
         raise NectarError(
-            f"the text has {len(prefix):,} tokens; the model's window of {window:,} leaves room for {max(0, room):,}: "
-            f"cut it with --context-tokens {max(0, room)}, or fit it chunk by chunk with --kind quadrature"
+            f"the model's window of {window:,} tokens is too small: beside a text, questions and answers take "
+            f"{_QUESTION_TOKENS:,}"
+        )
+    if run.layout.kind != "quadrature":
+        raise NectarError(
+            f"the text has {len(prefix):,} tokens; the model's window of {window:,} leaves room for {room:,}: "
+            f"cut it with --context-tokens {room}, or fit it chunk by chunk with --kind quadrature"
         )
     return chunking.split(tokens, room)

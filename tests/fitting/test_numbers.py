@@ -289,3 +289,11 @@ def test_what_overflows_behind_the_last_keys_is_refused(tokenizer, make, options
     model.set_dtype(mx.float16)
     with pytest.raises(NectarError, match="own logits are not finite"):
         toys.fit(model, tokenizer, TEXT, config=FitConfig(**FAST | options))
+
+
+@pytest.mark.parametrize("kind", ["quadrature", "mlp"])
+def test_a_window_that_leaves_no_room_is_too_small(tokenizer, kind):
+    model = toys.toy("llama")
+    model.args.max_position_embeddings = 64
+    with pytest.raises(NectarError, match=r"the model's window of 64 tokens is too small: .* 1,024"):
+        toys.fit(model, tokenizer, TEXT, config=FitConfig(**FAST | {"kind": kind}))
