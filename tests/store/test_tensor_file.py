@@ -176,7 +176,7 @@ def test_a_kv_file_is_the_bytes_that_its_layout_says(tmp_path):
 @pytest.mark.parametrize("kind", ["quadrature", "retrieval"])
 def test_equal_fits_give_equal_bytes(tmp_path, kind):
     text = " ".join(f"The ship {n} sailed at dawn with barley." for n in range(6))
-    options = {"steps": 2, "trial_steps": 1, "queries": 100, "samples": 100, "batch": 64, "answer_tokens": 8}
+    options = {"steps": 2, "trial_steps": 1, "queries": 100, "matching_samples": 100, "batch": 64, "answer_tokens": 8}
     for name in ("one", "two"):
         fitted = Nectar.fit(
             toys.toy("llama"), toys.tokenizer(), text, budget=0.3, kind=kind, conversations=4, checks=1, **options
