@@ -194,3 +194,33 @@ def test_where_a_text_changes_nothing_but_rounding_errors_all_of_it_is_kept(kl, 
 def test_what_is_kept_is_no_less_than_nothing():
     report = verdict.measured(divergence([2 * FLOOR]), divergence([FLOOR]))
     assert report["gap_closed"] == -1.0 and ": 0.0% of what the text changes" in verdict.sentence(report, share=0.1)
+
+
+NOTES = [
+    "One short note.",
+    "Anna's tram leaves at 8:14 from the old harbour, and the brig has 37 casks of rum.",
+    "The brig number 7 left with 37 casks. " * 4,
+]
+
+
+@pytest.mark.parametrize("text", NOTES)
+def test_the_default_for_a_short_note_is_close_to_it(tokenizer, text):
+    """Where all keys are kept, rounding alone is what separates them from the full cache."""
+    nectar = toys.fit(toys.toy("llama"), tokenizer, text, config=FitConfig(**FAST))
+    assert nectar.verdict.startswith("Close to the full text") and nectar.report["gap_closed"] > verdict.CLOSE
+    assert nectar.nbytes < 0.5 * nectar.cache_nbytes
+
+
+def test_the_largest_budget_keeps_all_keys_in_eleven_bits(tokenizer):
+    nectar = toys.fit(toys.toy("llama"), tokenizer, NOTES[1], config=FitConfig(**FAST, budget=auto_budget.MOST))
+    assert all(size == (len(nectar.prefix),) for bank in nectar.banks for size in bank.sizes)
+    assert nectar.bits == pytest.approx(11, abs=0.5) and nectar.report["gap_closed"] > 0.999
+
+
+@pytest.mark.parametrize("wanted", [0.33, 0.4, 0.5, 0.63, 0.7])
+def test_more_bits_of_the_same_keys_are_found_too(wanted):
+    """KL falls by a factor of 4 with each bit, 14 bits a number where the share is 1."""
+    choice = auto_budget.choose(
+        lambda share: {"kl": (1 - auto_budget.TARGET) * FLOOR * 4 ** (14 * (wanted - share)), "kl_no_context": FLOOR}
+    )
+    assert choice.share == pytest.approx(wanted, rel=0.01)
