@@ -67,7 +67,7 @@ def sentence(report: JsonObject, *, share: float) -> str:
 
 def _larger(report: JsonObject, share: float) -> str:
     """The budget at which the gap is expected to be closed, as a percentage."""
-    target = (1 - CLOSE) * report["kl_no_context"]
-    needed = share * (report["kl"] / max(target, 1e-9)) ** (1 / report.get("exponent", EXPONENT))
+    target = max((1 - CLOSE) * report["kl_no_context"], CLOSE_KL)
+    needed = share * (report["kl"] / target) ** (1 / report.get("exponent", EXPONENT))
     percent = 100 * min(1.0, max(needed, 1.25 * share))
     return f"{percent:.0f}%" if percent >= 2 else f"{percent:.1g}%"

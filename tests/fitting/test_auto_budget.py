@@ -224,3 +224,15 @@ def test_more_bits_of_the_same_keys_are_found_too(wanted):
         lambda share: {"kl": (1 - auto_budget.TARGET) * FLOOR * 4 ** (14 * (wanted - share)), "kl_no_context": FLOOR}
     )
     assert choice.share == pytest.approx(wanted, rel=0.01)
+
+
+@pytest.mark.parametrize("floor", [1e-9, 1e-4, 0.02, 0.099])
+def test_where_a_text_changes_little_a_thousandth_of_a_nat_is_enough(floor):
+    choice = auto_budget.choose(lambda share: {"kl": 1e-3 * (0.03 / share) ** 1.7, "kl_no_context": floor})
+    assert choice.share == pytest.approx(0.03, rel=0.01)
+    assert auto_budget.choose(lambda share: {"kl": 1e-6, "kl_no_context": floor}).share == auto_budget.LEAST
+
+
+def test_no_more_is_advised_than_would_be_called_close():
+    report = verdict.measured(divergence([0.04]), divergence([0.1])) | {"exponent": 1.0}
+    assert "about 8%" in verdict.sentence(report, share=0.02), "a KL of 0.01 is close, four times the bytes away"
