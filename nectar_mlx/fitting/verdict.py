@@ -12,6 +12,7 @@ from .fidelity import Divergence
 CLOSE, USABLE = 0.98, 0.90  # of the gap closed
 # In nats a token: where a text changes little, a share of that little says nothing.
 CLOSE_KL, USABLE_KL = 0.01, 0.05
+USABLE_KL_GAP = 0.5  # of the gap closed, that `USABLE_KL` needs: with less, answers are more those without the text
 _ROUNDING = 1e-5  # nats that rounding errors come to
 EXPONENT = 1.7  # KL falls with so much of a power of the bytes, where nothing better is known (docs/log/budgets.md)
 
@@ -45,7 +46,8 @@ def grade(report: JsonObject) -> Grade | None:
     gap, kl = report["gap_closed"], report["kl"]
     if gap >= CLOSE or kl <= CLOSE_KL:
         return "close"
-    return "usable" if gap >= USABLE or kl <= USABLE_KL else "not faithful"
+    usable = gap >= USABLE or (kl <= USABLE_KL and gap >= USABLE_KL_GAP)
+    return "usable" if usable else "not faithful"
 
 
 def sentence(report: JsonObject, *, share: float) -> str:

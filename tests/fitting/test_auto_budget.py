@@ -236,3 +236,16 @@ def test_where_a_text_changes_little_a_thousandth_of_a_nat_is_enough(floor):
 def test_no_more_is_advised_than_would_be_called_close():
     report = verdict.measured(divergence([0.04]), divergence([0.1])) | {"exponent": 1.0}
     assert "about 8%" in verdict.sentence(report, share=0.02), "a KL of 0.01 is close, four times the bytes away"
+
+
+@pytest.mark.parametrize("kl, floor, grade", [
+    (0.045, 0.05, "not faithful"),
+    (0.03, 0.05, "not faithful"),
+    (0.025, 0.05, "usable"),
+    (0.06, 0.15, "not faithful"),
+    (0.009, 0.01, "close"),
+])  # fmt: skip
+def test_a_small_divergence_is_usable_where_most_of_the_text_is_kept(kl, floor, grade):
+    report = verdict.measured(divergence([kl]), divergence([floor]))
+    assert verdict.grade(report) == grade
+    assert ("of what the text changes is kept" in verdict.sentence(report, share=0.02)) == (grade == "not faithful")
