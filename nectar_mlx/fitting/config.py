@@ -85,15 +85,32 @@ class FitConfig:
 
 def parse_budget(text: str) -> JsonObject:
     """What a person writes, "auto", "0.02", "2%" or "20M", as fields of a `FitConfig`. NectarError for all else."""
-    match = re.fullmatch(r"\s*(-?[\d.]+(?:e-?\d+)?)\s*(%|[kKMG]B?)?\s*", text)
     if text.strip() == "auto":
         return {"budget": "auto"}
-    try:
-        number, unit = (float(match[1]), match[2] or "") if match else (math.nan, "")
-    except ValueError:
-        number = math.nan
+    number, unit = _number_and_unit(text)
     if not math.isfinite(number):
         raise NectarError(f"a budget is auto, a share such as 0.02 or 2%, or a size such as 500K or 20M, not {text!r}")
-    if unit and unit != "%":
-        return {"size": int(min(number * 1000 ** " KMG".index(unit[0].upper()), _LARGEST_SIZE))}
-    return {"budget": number / 100 if unit else number}
+    if unit in ("", "%"):
+        return {"budget": number / 100 if unit else number}
+    return {"size": _bytes(number, unit)}
+
+
+def parse_size(text: str) -> int:
+    """Bytes from "20M", "500K" or "5000B". NectarError for all else: a number alone could be meant as a share."""
+    number, unit = _number_and_unit(text)
+    if not math.isfinite(number) or unit in ("", "%"):
+        raise NectarError(f"a size is a number with a unit, such as 20M, 500K or 5000B, not {text!r}")
+    return _bytes(number, unit)
+
+
+def _number_and_unit(text: str) -> tuple[float, str]:
+    """NaN where there is none."""
+    match = re.fullmatch(r"\s*(-?[\d.]+(?:e-?\d+)?)\s*(%|B|[kKMG]B?|)\s*", text)
+    try:
+        return (float(match[1]), match[2]) if match else (math.nan, "")
+    except ValueError:
+        return math.nan, ""
+
+
+def _bytes(number: float, unit: str) -> int:
+    return int(min(number * 1000 ** "BKMG".index(unit[0].upper()), _LARGEST_SIZE))

@@ -4,10 +4,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from nectar_mlx import NectarError, cli
+from nectar_mlx import NectarError, cli, fit
 from nectar_mlx.fitting import auto_budget, verdict
 from nectar_mlx.fitting.budget import share_of
-from nectar_mlx.fitting.config import FitConfig, parse_budget
+from nectar_mlx.fitting.config import FitConfig, parse_budget, parse_size
 from nectar_mlx.fitting.fidelity import Divergence
 from nectar_mlx.mlxlm import attention_patch
 from tests import toys
@@ -249,3 +249,26 @@ def test_a_small_divergence_is_usable_where_most_of_the_text_is_kept(kl, floor, 
     report = verdict.measured(divergence([kl]), divergence([floor]))
     assert verdict.grade(report) == grade
     assert ("of what the text changes is kept" in verdict.sentence(report, share=0.02)) == (grade == "not faithful")
+
+
+def test_a_size_has_a_unit():
+    assert [parse_size(text) for text in ("5000B", "20M", "500 kB", "1.5G")] == [
+        5000,
+        20_000_000,
+        500_000,
+        1_500_000_000,
+    ]
+    assert parse_budget("5000B") == {"size": 5000}
+    for text in ("1", "5000", "2%", "auto", "0.02", "20X", "", "inf"):
+        with pytest.raises(NectarError, match="a size is a number with a unit") as error:
+            parse_size(text)
+        assert repr(text) in str(error.value) and "budget" not in str(error.value)
+
+
+@pytest.mark.parametrize("size", ["1", "5000", ""])
+def test_the_command_asks_for_a_unit(tmp_path, capsys, size):
+    (tmp_path / "note.txt").write_text(NOTES[0])
+    arguments = ["--model", "none", "--context", str(tmp_path / "note.txt"), "--output", str(tmp_path / "x.nectar")]
+    assert fit.main([*arguments, "--size", size]) == cli.FAULT
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and f"a size is a number with a unit, such as 20M, 500K or 5000B, not {size!r}" in err
