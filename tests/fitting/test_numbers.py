@@ -1,5 +1,7 @@
 """Models whose numbers are large: the file is right, or the fit says where it went wrong and writes nothing."""
 
+from dataclasses import replace
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -7,6 +9,7 @@ import pytest
 from nectar_mlx import Nectar, NectarError, store
 from nectar_mlx.core import attention
 from nectar_mlx.fitting import finite, prefill, stages
+from nectar_mlx.fitting.check import check
 from nectar_mlx.fitting.config import FitConfig
 from nectar_mlx.fitting.kinds import kind_fit
 from nectar_mlx.fitting.samples import capture
@@ -297,3 +300,15 @@ def test_a_window_that_leaves_no_room_is_too_small(tokenizer, kind):
     model.args.max_position_embeddings = 64
     with pytest.raises(NectarError, match=r"the model's window of 64 tokens is too small: .* 1,024"):
         toys.fit(model, tokenizer, TEXT, config=FitConfig(**FAST | {"kind": kind}))
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+def test_the_first_layer_that_answers_are_not_finite_behind_is_named(tokenizer, layer):
+    run = fit_run(toys.toy("llama"), tokenizer, **FAST)
+    data = capture.collect(run, prefill.read_text(run.model, toys.random_tokens(80), run.geometry))
+    banks = data.context.banks
+    assert np.isfinite(check(run, data, banks)["kl"])
+    values = banks[layer].parameters["values"]
+    broken = replace(banks[layer], parameters=banks[layer].parameters | {"values": values * float("inf")})
+    with pytest.raises(NectarError, match=f"checking: the output of layer {layer} is not finite"):
+        check(run, data, [*banks[:layer], broken, *banks[layer + 1 :]])
