@@ -182,7 +182,8 @@ def size(text: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMGT]?)B?", text, re.IGNORECASE)
     if not match:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 500M or 4G")
-    return int(float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " "))
+    number = float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " ")
+    return int(min(number, 1e18))  # a text of enough digits is an infinity
 
 
 def generate(

@@ -31,7 +31,7 @@ def _parser() -> argparse.ArgumentParser:
         help="bytes to keep / bytes of the bf16 KV cache: 0.02 or 2%%; a size: 20M; or auto, the smallest at which "
         "answers are expected to be close to those of the full text (auto)",
     )
-    parser.add_argument("--size", metavar="SIZE", help="size of the file, e.g. 20M: the same as --budget 20M")
+    parser.add_argument("--size", metavar="SIZE", help="size of the file: 20M, 500K or 5000B")
     parser.add_argument(
         "--kind",
         default="auto",
@@ -78,12 +78,16 @@ def _work(arguments: argparse.Namespace) -> None:
     from . import models
     from .fitting import pipeline
     from .fitting.checkpoint import Checkpoint
-    from .fitting.config import FitConfig, parse_budget
+    from .fitting.config import FitConfig, parse_budget, parse_size
     from .nectar import Nectar
 
     names = ("kind", "bits", "queries", "steps", "seed", "context_tokens", "memory", "layerwise", "prefill")
     options = {name: value for name in names if (value := getattr(arguments, name)) is not None}
-    config = FitConfig(**options, **parse_budget(arguments.size or arguments.budget or "auto"))
+    if arguments.size is None:
+        options |= parse_budget(arguments.budget or "auto")
+    else:
+        options["size"] = parse_size(arguments.size)
+    config = FitConfig(**options)
     model, tokenizer = models.load(arguments.model, log=cli.say)
     folder = output.with_name(output.name + ".partial")
     if folder.exists() and not arguments.resume:

@@ -53,9 +53,12 @@ class Nectar:
         self._text = ChunkedPrefix.checked(self.prefix, metadata.get("chunks", []))
         self.chunks = list(self._text.lengths)
         self.report: JsonObject = metadata["report"]
+        if not isinstance(self.report, dict):
+            raise NectarError("the file is damaged: its report is none")
         self.banks = load.banks(self.layout, tensors)
         self.windows = load.windows(tensors, self.geometry, self.start)
-        if len(self.banks) != len(self.geometry.fitted):
+        alike = all(getattr(self.layout, n) == getattr(self.geometry, n) for n in ("n_kv_heads", "head_dim", "scale"))
+        if len(self.banks) != len(self.geometry.fitted) or not alike:
             raise NectarError("the file is damaged: its heads are not those of its model")
         self._index: ChunkIndex | None = None
 
@@ -108,7 +111,7 @@ class Nectar:
         tensors, metadata = store.read(hub.nectar_file(path))
         try:
             return cls(tensors, metadata)
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
             raise NectarError(f"{path} is damaged: {error}") from None
 
     def save(self, path: str | Path) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 
+import mlx.core as mx
 import mlx.nn as nn
 
 from .. import models, store
@@ -35,6 +36,7 @@ from .stages import fit_context
 from .train import merged_errors
 
 _QUESTION_TOKENS = 1024  # of the window, that questions and answers need
+_SMALLEST_CHUNK = 64  # tokens of a text that are worth reading at a time
 
 
 def fit(
@@ -100,6 +102,7 @@ def _fit_whole(
         context = read_text(run.model, prefix, run.geometry, prefill=run.config.prefill, progress=done)
     clock.lap("read")
     finite.check_banks("reading", context.banks, run.geometry)
+    finite.check_logits(run.model(mx.array([prefix[-1:]]), cache=context.make_cache()))
     contents = partial(store.contents, prefix=prefix, windows=context.windows, offsets=context.offsets)
     if not run.layout.bank.fitted:
         return contents(run.layout, [head for bank in context.banks for head in bank.unstack()]), {}, None
@@ -146,9 +149,14 @@ def _chunk_lengths(run: FitRun, prefix: Sequence[int]) -> list[int]:
     tokens = len(prefix) - preamble
     if not run.layout.bank.fitted or tokens <= room:
         return [tokens]
-    if room < 64 or not run.layout.bank.joinable:
+    if room < _SMALLEST_CHUNK:
         raise NectarError(
-            f"the text has {len(prefix):,} tokens; the model's window of {window:,} leaves room for {max(0, room):,}: "
-            f"cut it with --context-tokens {max(0, room)}, or fit it chunk by chunk with --kind {AUTO}"
+            f"the model's window of {window:,} tokens is too small: beside a text, questions and answers take "
+            f"{_QUESTION_TOKENS:,}"
+        )
+    if not run.layout.bank.joinable:
+        raise NectarError(
+            f"the text has {len(prefix):,} tokens; the model's window of {window:,} leaves room for {room:,}: "
+            f"cut it with --context-tokens {room}, or fit it chunk by chunk with --kind {AUTO}"
         )
     return chunking.split(tokens, room)

@@ -20,6 +20,7 @@ from .variants import LIVE_SLICE, Variant
 
 NODES, UNITS = 40, 24  # of a head, about: every head has a few more or less
 LIVE, BEHIND = LIVE_SLICE + 6, 5  # tokens: two slices of them; and what the buffers hold behind them
+COUNTS = (LIVE, LIVE_SLICE, 3 * LIVE_SLICE + 9)  # of live tokens that are tried: a whole slice, and several uneven ones
 # Largest error / largest number. Far below what leaving out one token does, four times what rounding the output does.
 TOLERANCE = {"float32": 2e-5, "float16": 1.5e-3, "bfloat16": 1e-2}
 _MATMUL_TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-2}  # where hidden layers are stock matmuls, by storage
@@ -35,7 +36,7 @@ _OF_QUERIES = ("w_in", "w_gate", "w_up", "skip")  # whose rows are multiplied by
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Probe:
-    """A decode step, of shapes as in `DecodeKernel.attend`, S = LIVE + BEHIND. `bank` holds the values that `packed`
+    """A decode step, of shapes as in `DecodeKernel.attend`, S = live + BEHIND. `bank` holds the values that `packed`
     keeps."""
 
     packed: Packed
@@ -44,11 +45,12 @@ class Probe:
     keys: mx.array
     values: mx.array
     left_padding: mx.array | None
+    live: int
     tolerance: float
 
     def reference(self) -> mx.array:
         """What the kernel should return, by plain operations in float32."""
-        live = [x[:, :, :LIVE] for x in (self.keys, self.values)]
+        live = [x[:, :, : self.live] for x in (self.keys, self.values)]
         return reference(self.bank, self.queries, *live, left_padding=self.left_padding)
 
     def mismatch(self, result: mx.array) -> str | None:
@@ -57,14 +59,15 @@ class Probe:
         return None if error <= self.tolerance else difference(error, self.tolerance)
 
 
-def probe(variant: Variant, *, one_launch: bool) -> Probe:
-    """The layer and the decode step for which `variant` is the kernel's text, with as many query rows as it holds."""
+def probe(variant: Variant, *, one_launch: bool, live: int = LIVE) -> Probe:
+    """The layer and the decode step for which `variant` is the kernel's text, with as many query rows as it holds, and
+    so many live tokens."""
     rng = np.random.default_rng(0)
     unit = math.sqrt(
         _SPREAD / (variant.scale * math.sqrt(variant.head_dim))
     )  # of queries, keys: scores are what they are
-    queries, keys, values, padding = _live(variant, rng)
-    bank = _bank(variant, unit, rng)
+    queries, keys, values, padding = _live(variant, live, rng)
+    bank = _bank(variant, live, unit, rng)
     if variant.offset:
         level = math.sqrt(COMMON_SCORE * _APART / _SPREAD) / variant.head_dim**0.25
         offset = rng.standard_normal((variant.n_kv_heads, variant.head_dim))
@@ -90,11 +93,14 @@ def probe(variant: Variant, *, one_launch: bool) -> Probe:
         keys=_rounded(unit * keys, variant.element),
         values=_rounded(values, variant.element),
         left_padding=mx.array(padding, mx.int32) if variant.padded else None,
+        live=live,
         tolerance=max(TOLERANCE[variant.element], hidden),
     )
 
 
-def _live(variant: Variant, rng: np.random.Generator) -> tuple[DoubleArray, DoubleArray, DoubleArray, IntArray]:
+def _live(
+    variant: Variant, live: int, rng: np.random.Generator
+) -> tuple[DoubleArray, DoubleArray, DoubleArray, IntArray]:
     """Queries [B, T, H, D], keys and values [B, K, S, D], and left padding [B]."""
     K, D, T = variant.n_kv_heads, variant.head_dim, variant.length
     B = max(1, variant.tile * variant.tiles // (variant.group * T)) + variant.full
@@ -103,10 +109,11 @@ def _live(variant: Variant, rng: np.random.Generator) -> tuple[DoubleArray, Doub
     common *= math.sqrt(_RAISED / _SPREAD * math.sqrt(D)) / np.linalg.norm(common)
     queries = rng.standard_normal((B, T, K * variant.group, D))
     queries += (1.0 - (queries @ common) / (common @ common))[..., None] * common
-    keys, values = rng.standard_normal((2, B, K, LIVE + BEHIND, D))
+    keys, values = rng.standard_normal((2, B, K, live + BEHIND, D))
     padding = (3 + 2 * np.arange(B, dtype=np.int32)) % 8 if variant.padded else np.zeros(B, np.int32)
-    at = np.arange(LIVE + BEHIND)
-    raised = (at >= LIVE - T - 1) | (at == LIVE // 2 - 1) | (at == LIVE // 2) | (at <= padding[:, None])
+    at, in_slice = np.arange(live + BEHIND), -(-live // -(-live // LIVE_SLICE))
+    beside_seam = (at % in_slice == 0) | (at % in_slice == in_slice - 1)
+    raised = (at >= live - T - 1) | beside_seam | (at <= padding[:, None])
     keys = np.where(raised[:, None, :, None], common + 0.2 * keys, keys)
     return queries, keys, values, padding
 
@@ -115,25 +122,25 @@ def _rounded(x: AnyArray, element: str) -> mx.array:
     return mx.array(x.astype(np.float32)).astype(DTYPES[element])
 
 
-def _bank(variant: Variant, unit: float, rng: np.random.Generator) -> Bank:
+def _bank(variant: Variant, live: int, unit: float, rng: np.random.Generator) -> Bank:
     """Random heads of the variant's kind, as heavy as the live tokens. unit: of a query."""
     kind, layers = KINDS[variant.kind], _DEEP_LAYERS if variant.given_activations else 1
     heads = []
     for k in range(variant.n_kv_heads):
         nodes, units = NODES + 7 * k % 13 - 6, UNITS + 5 * k % 11 - 5
         size = kind.size_with(nodes=nodes, units=units, layers=layers)
-        heads.append({n: _parameter(n, s, unit, rng) for n, s in kind.shapes(size, variant.head_dim).items()})
+        heads.append({n: _parameter(n, s, live, unit, rng) for n, s in kind.shapes(size, variant.head_dim).items()})
     return kind.stack(heads, scale=variant.scale)
 
 
-def _parameter(name: str, shape: tuple[int, ...], unit: float, rng: np.random.Generator) -> mx.array:
+def _parameter(name: str, shape: tuple[int, ...], live: int, unit: float, rng: np.random.Generator) -> mx.array:
     """Hidden units and outputs of about one, and log-normalisers that vary little about the live tokens' own."""
     x = rng.standard_normal(shape)
     of_score, last = "score" in name, name.rpartition(".")[2]
     if name == "keys":
         x *= unit
     elif name == "bias":
-        x += math.log(LIVE / NODES) + _RAISED_MASS
+        x += math.log(live / NODES) + _RAISED_MASS
     elif last in _OF_QUERIES:
         x /= unit * math.sqrt(shape[-1])
     elif last in ("w_out", "w_score"):
@@ -145,7 +152,7 @@ def _parameter(name: str, shape: tuple[int, ...], unit: float, rng: np.random.Ge
     if of_score and last in ("w_out", "w_score", "skip"):
         x *= 0.4
     if name == "score.b_out":
-        x += math.log(LIVE) + _SPREAD**2 / 2 + _RAISED_MASS
+        x += math.log(live) + _SPREAD**2 / 2 + _RAISED_MASS
     if name == "keys" or last in _OF_QUERIES:  # whatever is common to all queries, heads do not see it
         x[..., ::_APART] = 0.0
     return mx.array(x.astype(np.float32))

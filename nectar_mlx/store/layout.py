@@ -88,7 +88,8 @@ def pack(layout: Layout, heads: Sequence[HeadArrays], *, offsets: Sequence[mx.ar
         if array.ndim == 1:
             tensors[f"heads.{name}"] = mx.concatenate(flat).astype(mx.float16)
         elif layout.bits == 16:
-            tensors[f"heads.{name}"] = mx.concatenate([a.reshape(-1) for a in flat])
+            matrices = mx.concatenate([a.reshape(-1) for a in flat])
+            tensors[f"heads.{name}"] = matrices if layout.kind == "exact" else _in_16_bits(matrices)
         elif layout.bits is not None:
             parts = [quantize(a.reshape(-1, group_size(layout.head_dim)), bits=layout.bits) for a in flat]
             tensors[f"heads.{name}"] = mx.concatenate([p.data for p in parts])
@@ -98,6 +99,12 @@ def pack(layout: Layout, heads: Sequence[HeadArrays], *, offsets: Sequence[mx.ar
         tensors |= _coded(GridMatrix.of(np.array(h[n].astype(mx.float32))) for h in heads for n in names)
     mx.eval(tensors)
     return tensors
+
+
+def _in_16_bits(matrices: mx.array) -> mx.array:
+    """Fitted matrices are float32, and budgets count two bytes an entry."""
+    fits = not matrices.size or bool(mx.abs(matrices).max() < HALF_MAX)
+    return matrices.astype(mx.float16 if fits else mx.bfloat16)
 
 
 def _coded(matrices: Iterable[GridMatrix]) -> Tensors:
@@ -218,7 +225,8 @@ def _floats(layout: Layout, tensors: Tensors, name: str, start: int, shape: tupl
     data, stop = tensors[f"heads.{name}"], start + math.prod(shape)
     if data.ndim == 1:
         plain = data[start:stop].reshape(shape)
-        return plain if layout.bits == 16 else plain.astype(mx.float32)
+        # Vectors are small. In float16 the number that pads a bias would be an infinity.
+        return plain if layout.bits == 16 and len(shape) > 1 else plain.astype(mx.float32)
     bits, scales, group = layout.bits, _tensor(tensors, f"heads.{name}.scales"), group_size(layout.head_dim)
     assert bits is not None, "entropy-coded matrices are read elsewhere"
     if scales.shape[0] != data.shape[0] or data.nbytes * 8 != data.shape[0] * group * bits:

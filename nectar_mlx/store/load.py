@@ -62,8 +62,12 @@ def _fit_half(banks: Sequence[Bank]) -> bool:
 
 
 def geometry(metadata: Metadata) -> Geometry:
-    """What the file knows of its model."""
-    return Geometry.from_dict(metadata["geometry"])
+    """What the file knows of its model. TypeError where its numbers are of another type."""
+    stored = Geometry.from_dict(metadata["geometry"])
+    counts = [stored.n_layers, stored.n_heads, stored.n_kv_heads, stored.head_dim, *stored.windows]
+    if not all(type(count) is int for count in counts) or not isinstance(stored.scale, int | float):
+        raise TypeError("its geometry is not numbers")
+    return stored
 
 
 def windows(tensors: Tensors, geometry: Geometry, context: int) -> dict[int, Window]:

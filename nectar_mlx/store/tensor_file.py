@@ -7,7 +7,8 @@ arrays, row-major and end to end in the header's order.
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, TypedDict
 
@@ -64,23 +65,31 @@ def metadata(path: Path) -> dict[str, str]:
     """The text beside the arrays. NectarError if there is no such file, or it is cut short or no safetensors file."""
     if not path.is_file():
         raise NectarError(f"{path}: no such file")
+    with _damage_named(path), safe_open(path, framework="numpy") as file:  # compares the header with the file's length
+        return dict(file.metadata() or {})
+
+
+@contextmanager
+def _damage_named(path: Path) -> Iterator[None]:
+    """NectarError for what is raised inside where a file is damaged."""
     try:
-        with safe_open(path, framework="numpy") as file:  # compares the header with the length of the file
-            return dict(file.metadata() or {})
-    except (SafetensorError, OSError, ValueError, TypeError) as error:
+        yield
+    except (SafetensorError, OSError, OverflowError, ValueError, TypeError) as error:
         raise NectarError(f"{path} is not a .nectar or .kv file, or is cut short ({error})") from None
 
 
 def read(path: Path) -> Tensors:
     """All arrays of a file, in memory. NectarError as for `metadata`."""
     entries, data = _mapped(path)
-    return {name: _tensor(entry, data) for name, entry in entries.items()}
+    with _damage_named(path):
+        return {name: _tensor(entry, data) for name, entry in entries.items()}
 
 
 def map_arrays(path: Path) -> Arrays:
     """All arrays of a file, on the disk until they are used, bfloat16 as uint16. NectarError as for `metadata`."""
     entries, data = _mapped(path)
-    return {name: _array(entry, data) for name, entry in entries.items()}
+    with _damage_named(path):
+        return {name: _array(entry, data) for name, entry in entries.items()}
 
 
 def _bits(array: mx.array | AnyArray) -> AnyArray:

@@ -34,3 +34,9 @@ def test_never_more_than_the_total_and_never_out_of_order(errors, total, power):
     assert sum(shares) <= max(total, len(errors)) * (1 + 1e-6)
     order = np.argsort(errors)
     assert all(shares[a] <= shares[b] + 1e-9 for a, b in pairwise(order))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_every_head_gets_the_most_where_there_are_bytes_for_it(seed):
+    errors, most = np.random.default_rng(seed).exponential(size=6), 100.1 + seed
+    assert allocate(errors.tolist(), total=1e9, power=0.6, least=1, most=most) == [most] * 6

@@ -86,10 +86,10 @@ def stock_caches(model, prefix, lengths, preamble):
     ]
 
 
-def agree(model, ours, oracle):
+def agree(model, ours, oracle, *, tolerance=1e-3):
     for tokens in (toys.random_tokens(7), toys.random_tokens(1), toys.random_tokens(3, seed=1)):
         expected = model(mx.array([tokens]), cache=oracle)
-        np.testing.assert_allclose(model(mx.array([tokens]), cache=ours), expected, atol=1e-3)
+        np.testing.assert_allclose(model(mx.array([tokens]), cache=ours), expected, atol=tolerance)
 
 
 @pytest.mark.parametrize("layerwise", [False, True])
@@ -113,7 +113,8 @@ def test_chunks_weigh_as_much_as_one(tokenizer, monkeypatch, architecture, room,
     built = Nectar(tensors, metadata)
     context = chunks.read_chunks(model, prefix, geometry, chunks=lengths)
     assert context.start == built.start == preamble + max(lengths)
-    agree(model, built.make_cache(), stock_caches(model, prefix, lengths, preamble))
+    # Heads of 16 bits are rounded; without the weights of the chunks the difference is far larger.
+    agree(model, built.make_cache(), stock_caches(model, prefix, lengths, preamble), tolerance=1e-2)
     agree(model, context.make_cache(), stock_caches(model, prefix, lengths, preamble))
 
 

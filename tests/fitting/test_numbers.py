@@ -1,12 +1,15 @@
 """Models whose numbers are large: the file is right, or the fit says where it went wrong and writes nothing."""
 
+from dataclasses import replace
+
 import mlx.core as mx
 import numpy as np
 import pytest
 
-from nectar_mlx import NectarError, store
+from nectar_mlx import Nectar, NectarError, store
 from nectar_mlx.core import attention
 from nectar_mlx.fitting import finite, prefill, stages
+from nectar_mlx.fitting.check import check
 from nectar_mlx.fitting.config import FitConfig
 from nectar_mlx.fitting.kinds import kind_fit
 from nectar_mlx.fitting.samples import capture
@@ -246,3 +249,66 @@ def test_offsets_are_means_and_keys_relative_to_them(tokenizer):
     fitted = kind_fit(run, capture.collect(run, context)).banks[0]
     assert mx.array_equal(fitted.offset, bank.offset)
     assert mx.array_equal(fitted.parameters["keys"], bank.parameters["keys"])
+
+
+@pytest.mark.parametrize("kind", ["quadrature", "corrected", "mlp"])
+def test_heads_of_16_bits_keep_to_their_budget(tokenizer, tmp_path, kind):
+    model = toys.toy("llama")
+    config = FitConfig(
+        **FAST | {"kind": kind, "budget": 0.4, "bits": 16, "steps": 10, "queries": 300, "context_tokens": 300}
+    )
+    nectar = toys.fit(model, tokenizer, TEXT, config=config)
+    assert len({size for bank in nectar.banks for size in bank.sizes}) > 1 or kind == "mlp"
+    assert nectar.nbytes <= 0.4 * nectar.cache_nbytes
+    nectar.save(tmp_path / "x.nectar")
+    tokens = mx.array([nectar.prompt(tokenizer, "Who left?")])
+    ours, again = (model(tokens, cache=n.make_cache()) for n in (nectar, Nectar.load(tmp_path / "x.nectar", model)))
+    np.testing.assert_allclose(again, ours, atol=1e-5)
+
+
+def test_a_gradient_that_is_not_finite_is_named(tokenizer):
+    with pytest.raises(NectarError, match="measuring sensitivity: layer 0, KV head 0 is not finite"):
+        toys.fit(large_values(1e-30), tokenizer, TEXT, config=FitConfig(**FAST))
+
+
+def overflowing_window():
+    """A sliding-window layer behind all others, whose values float16 cannot hold."""
+    model = toys.toy("mistral", layer_types=["full_attention", "full_attention", "sliding_attention"])
+    model.layers[2].self_attn.v_proj.weight *= 6e4
+    return model
+
+
+def overflowing_feed_forward():
+    model = toys.toy("llama")
+    model.layers[2].mlp.down_proj.weight *= 1e5
+    model.layers[2].mlp.up_proj.weight *= 1e4
+    return model
+
+
+@pytest.mark.parametrize("make", [overflowing_window, overflowing_feed_forward])
+@pytest.mark.parametrize("options", [{"kind": "exact"}, {"kind": "quadrature"}, {"layerwise": True}])
+def test_what_overflows_behind_the_last_keys_is_refused(tokenizer, make, options):
+    model = make()
+    model.set_dtype(mx.float16)
+    with pytest.raises(NectarError, match="own logits are not finite"):
+        toys.fit(model, tokenizer, TEXT, config=FitConfig(**FAST | options))
+
+
+@pytest.mark.parametrize("kind", ["quadrature", "mlp"])
+def test_a_window_that_leaves_no_room_is_too_small(tokenizer, kind):
+    model = toys.toy("llama")
+    model.args.max_position_embeddings = 64
+    with pytest.raises(NectarError, match=r"the model's window of 64 tokens is too small: .* 1,024"):
+        toys.fit(model, tokenizer, TEXT, config=FitConfig(**FAST | {"kind": kind}))
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+def test_the_first_layer_that_answers_are_not_finite_behind_is_named(tokenizer, layer):
+    run = fit_run(toys.toy("llama"), tokenizer, **FAST)
+    data = capture.collect(run, prefill.read_text(run.model, toys.random_tokens(80), run.geometry))
+    banks = data.context.banks
+    assert np.isfinite(check(run, data, banks)["kl"])
+    values = banks[layer].parameters["values"]
+    broken = replace(banks[layer], parameters=banks[layer].parameters | {"values": values * float("inf")})
+    with pytest.raises(NectarError, match=f"checking: the output of layer {layer} is not finite"):
+        check(run, data, [*banks[:layer], broken, *banks[layer + 1 :]])

@@ -137,6 +137,8 @@ PLANTED = {
     "the offset is ignored": ("x[i] -= tile.offset[i];", ""),
     "another KV head's offset": ("+ head * HEAD_DIM + lane.part * 8", "+ lane.part * 8"),
     "another scale": ("(scored ? SCALE : 1.0f)", "(scored ? 1.1f * SCALE : 1.0f)"),
+    "a slice too many for a whole one": ("(live + LIVE_SLICE - 1) / LIVE_SLICE", "(live + LIVE_SLICE) / LIVE_SLICE"),
+    "tokens of an uneven slice": ("const int each = (live + slices - 1) / slices;", "const int each = slices > 2 ? live / slices : (live + slices - 1) / slices;"),
 }  # fmt: skip
 
 
@@ -181,7 +183,7 @@ def test_a_right_kernel_passes_in_every_type(simulate, element, options):
     case = Case(sizes=SIZES[options["kind"]][:2], element=element, **options)
     assert refused(case) is None
     launches = 1 if case.packed.form.one_launch else 2
-    assert len(simulator.texts) == 3 * launches, "once for the check, and two calls"
+    assert len(simulator.texts) == (len(checking.COUNTS) + 2) * launches, "once for each check, and two calls"
     assert set(simulator.texts[:launches]) == set(simulator.texts[launches:]), "what is checked is the very text"
 
 

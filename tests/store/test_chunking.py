@@ -81,9 +81,7 @@ def test_what_is_taken_out_is_what_was_joined(parts, bits):
         for head, before, own in zip(bank.unstack(), preamble, heads, strict=True):
             for name, tolerance in (("keys", 0.05), ("values", 0.05), ("bias", 4e-3)):
                 expected = np.concatenate([before[name], own[name]])
-                np.testing.assert_allclose(
-                    head[name], expected, atol=1e-6 if bits == 16 and name != "bias" else tolerance
-                )
+                np.testing.assert_allclose(head[name], expected, atol=2e-3 if bits == 16 else tolerance)
 
 
 def test_what_is_not_there_cannot_be_taken_out(parts):

@@ -197,3 +197,12 @@ def test_the_order_in_which_a_file_was_made_leaves_no_trace(tmp_path):
     tensors, metadata = store.read(tmp_path / "one.nectar")
     store.write(tmp_path / "two.nectar", dict(reversed(tensors.items())), dict(reversed(metadata.items())))
     assert (tmp_path / "one.nectar").read_bytes() == (tmp_path / "two.nectar").read_bytes()
+
+
+@pytest.mark.parametrize("shape", [[1 << 31, 0], [1 << 62, 0], [(1 << 64) - 1, 0], [1 << 70, 0], [1] * 70, [-1]])
+def test_a_shape_that_no_array_has_is_an_error(tmp_path, shape):
+    size = 4 if shape[0] == 1 else 0
+    header = json.dumps({"x": {"dtype": "F32", "shape": shape, "data_offsets": [0, size]}}).encode()
+    (tmp_path / "x").write_bytes(len(header).to_bytes(8, "little") + header + bytes(size))
+    with pytest.raises(NectarError, match="of another format"):
+        tensor_file.read(tmp_path / "x")
