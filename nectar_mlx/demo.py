@@ -87,7 +87,7 @@ def _demonstrate(arguments: argparse.Namespace, path: Path) -> None:
         "file_bytes": path.stat().st_size,
         "read_seconds": round(read_seconds, 2),
         "load_seconds": round(load_seconds, 3),
-        "fit": nectar.report,
+        "fit": made.report,
         "answers": [asdict(answer) for answer in answers],
     }
     if arguments.json:

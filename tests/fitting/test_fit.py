@@ -36,7 +36,10 @@ def test_a_fitted_context_is_near_the_full_cache_and_within_its_budget(tokenizer
     model = toys.toy("llama")
     nectar = toy_fit(kind=kind, budget=0.5, steps=120, context_tokens=500)
     assert nectar.nbytes <= 0.5 * nectar.cache_nbytes
-    assert (nectar.bits == 8) if kind != "quadrature" else (3.5 < nectar.bits < 5)
+    if kind == "quadrature":  # there is room for every key, and what is left goes into finer bits
+        assert 6 < nectar.bits < 8 and set(nectar.banks[0].sizes) == {(len(nectar.prefix),)}
+    else:
+        assert nectar.bits == 8
     assert nectar.prefix == prompts.prefix(tokenizer, TEXT, max_tokens=500)
     tokens = nectar.prompt(tokenizer, "Who runs?")
     full = model(mx.array([nectar.prefix + tokens]))[:, len(nectar.prefix) :]
@@ -86,9 +89,11 @@ def test_what_a_report_holds(tokenizer, toy_fit, options, names, stages):
         return
     heads = toys.LAYERS * 2
     assert report["budget"] == options["budget"] and len(report["error"]) == heads
-    assert all(0 < error < 1 for error in report["error"])
+    trained = nectar.layout.bank.trainable
+    assert all(0 < error < (1 if trained else 3) for error in report["error"])
     assert [tuple(size) for size in report["sizes"]] == [size for bank in nectar.banks for size in bank.sizes]
-    assert report["queries"] == FAST["queries"]
+    # Sampling stops a little before all samples are there.
+    assert 0.9 * FAST["queries"] <= report["queries"] <= FAST["queries"]
     assert report["gap_closed"] == pytest.approx(1 - report["kl"] / report["kl_no_context"], abs=2e-4)
     assert 0 <= report["agree"] <= 1 and report["verdict"] == nectar.verdict
     assert json.loads(json.dumps(report)).keys() == names
