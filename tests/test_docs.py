@@ -22,7 +22,7 @@ from tests.test_layers import LEVELS
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "nectar_mlx"
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-README_COMMANDS = ("uv run nectar demo", "uv run pytest")  # what a stranger types first
+README_COMMANDS = ("uv run nectar demo", "uv run pytest -n auto")  # what a stranger types first
 SUFFIXES = (".py", ".md", ".metal", ".h", ".cpp", ".yml", ".toml", ".png", ".sh", ".html")
 EXAMPLE = "affine.py"  # that CONTRIBUTING has a reader type in
 TENSORS = {"heads.NAME", "heads.NAME.scales", "heads.grids", "heads.numbers"}  # in a file, not in the package
