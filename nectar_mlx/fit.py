@@ -75,7 +75,7 @@ def _work(arguments: argparse.Namespace) -> None:
     store.check_writable(output)  # a result that cannot be written is not worth computing
     from . import documents
 
-    text = documents.read(arguments.context)
+    text = documents.read(arguments.context).text
     from . import models
     from .fitting import pipeline
     from .fitting.checkpoint import Checkpoint
