@@ -45,7 +45,8 @@ def recognize(page: "PdfPage") -> list[Line]:
             rows = bitmap.to_numpy().reshape(bitmap.height, -1)[:, : bitmap.width]
             path.write_bytes(b"P5 %d %d 255\n" % (bitmap.width, bitmap.height) + rows.tobytes())
             texts = _tesseract(path)
-    return [Line(text, 0.0, -14.0 * number, 0.0, 10.0 - 14.0 * number) for number, text in enumerate(texts)]
+    # Where the lines stand is not kept, only how long they are.
+    return [Line(text, 0.0, -14.0 * place, 5.0 * len(text), 10.0 - 14.0 * place) for place, text in enumerate(texts)]
 
 
 def _vision(path: Path) -> list[str]:

@@ -91,6 +91,8 @@ class _Writer:
                 found += self.blocks(element, depth + 1)
             elif tag == "table":
                 found.append(self.table(element))
+            elif tag == "frame":
+                found += self._frame(element)
             elif tag == "notes":
                 found += [f"Notes: {text}" for text in self.blocks(element)]
             elif tag not in _NOT_SHOWN:

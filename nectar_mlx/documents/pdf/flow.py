@@ -26,6 +26,13 @@ class Block:
     right: float
     is_prose: bool = False
 
+    @property
+    def is_full(self) -> bool:
+        """Whether several lines reach the margin, so that it is one."""
+        reach = 0.06 * (self.right - self.left)
+        edges = [line.left - self.left if line.from_right else self.right - line.right for line in self.lines]
+        return sum(edge < reach for edge in edges) > 1
+
     def breaks(self, line: Line, following: Line) -> bool:
         """Whether the first word of the following line had no room left at the end of this one."""
         word = following.text[:1] if _DENSE.match(following.text) else following.text.split(maxsplit=1)[0]
@@ -40,7 +47,7 @@ def join(pages: Sequence[Sequence[Line]]) -> tuple[str, list[tuple[int, int]]]:
     Words and sentences go on over lines, columns and pages.
     """
     writer = _Writer([line for page in pages for line in page])
-    bounds = []
+    bounds: list[tuple[int, int]] = []
     for page in pages:
         start = None
         for block in _blocks(page):
@@ -48,7 +55,9 @@ def join(pages: Sequence[Sequence[Line]]) -> tuple[str, list[tuple[int, int]]]:
                 position = writer.add(line, block)
                 start = position if start is None else start
         bounds.append((writer.length if start is None else start, writer.length))
-    return "".join(writer.parts), bounds
+    # A page whose last word goes on has lost its hyphen since.
+    starts = [start for start, _ in bounds[1:]] + [writer.length]
+    return "".join(writer.parts), [(start, min(end, limit)) for (start, end), limit in zip(bounds, starts, strict=True)]
 
 
 class _Writer:
@@ -93,7 +102,7 @@ class _Writer:
         """Whether a line goes on with the sentence of the last one, which filled its width."""
         if last.is_row or line.is_row or not before.is_prose or _MARKER.match(line.text):
             return False
-        if not before.breaks(last, line):
+        if not before.breaks(last, line) or (_SENTENCE_END.search(last.text) and not before.is_full):
             return False
         if block is before:
             is_indented = line.left - last.left > 0.8 * line.size and line.left - block.left > 0.8 * line.size
@@ -162,6 +171,8 @@ def _is_prose(block: Block) -> bool:
     """Whether most lines end where the width made them, as in running text, and not where a list or code wants."""
     lines = block.lines
     if any(line.is_row for line in lines):
+        return False
+    if len(lines) > 1 and all(_SENTENCE_END.search(line.text) for line in lines):
         return False
     words = median(count_words(line.text) for line in lines)
     if words < 4 and not any(

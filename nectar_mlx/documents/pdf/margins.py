@@ -3,11 +3,14 @@
 import re
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from statistics import median
 
 from nectar_mlx.documents.pdf.layout import Line
 
 _DEPTH = 2  # lines from the top or from the bottom
-_NUMBER = re.compile(r"\d+|[ivxlc]+", re.IGNORECASE)
+_NUMBER = re.compile(r"\d+|\b[ivxlc]+\b", re.IGNORECASE)
 _PAGE_NUMBER = re.compile(
     r"\W*(?:\w{1,9}\.?\s*)?(?:\d{1,5}|[ivxlc]{1,7})(?:\s*(?:/|of|von|de|из|di|sur|van)\s*\d{1,5})?\W*|第\s*\d+\s*[页頁]",
     re.IGNORECASE,
@@ -19,20 +22,13 @@ def removed(pages: Sequence[list[Line]]) -> tuple[list[list[Line]], list[str]]:
     """The pages without what repeats at their edges, and what that was."""
     if len(pages) < 2:
         return list(pages), []
-    edges = [_edge_lines(page) for page in pages]
-    repeated = _repeated(edges, len(pages))
-    numbered = _numbered(edges)
+    edges = [_edges(page) for page in pages]
+    numbers = _page_numbers(edges)
+    heads = _heads(edges, numbers)
     kept, notes = [], Counter[str]()
-    for number, page in enumerate(pages):
-        gone = []
-        for line in edges[number]:
-            if _key(line, number) in repeated:
-                notes[f"running head “{line.text[:60]}”" if not _is_number(line) else "page numbers"] += 1
-            elif id(line) in numbered:
-                notes["page numbers"] += 1
-            else:
-                continue
-            gone.append(id(line))
+    for page, edge in zip(pages, edges, strict=True):
+        gone = {id(line) for line in edge.lines if id(line) in numbers or id(line) in heads}
+        notes.update("page numbers" if id(line) in numbers else heads[id(line)] for line in page if id(line) in gone)
         kept.append([line for line in page if id(line) not in gone])
     return kept, [f"{what} (on {count} pages)" for what, count in _merged(notes).items()]
 
@@ -46,33 +42,75 @@ def _merged(notes: Counter[str]) -> Counter[str]:
     return merged
 
 
-def _edge_lines(page: Sequence[Line]) -> list[Line]:
-    """The lines at the top and at the bottom, as long as the page holds more than those."""
-    by_height = sorted(page, key=lambda line: -line.top)
-    if len(by_height) < 3:
-        return [line for line in by_height if len(by_height) > 1 and _is_number(line)]
-    depth = min(_DEPTH, (len(by_height) - 1) // 2)
-    return by_height[:depth] + by_height[-depth:]
+@dataclass
+class _Edge:
+    """The lines near the top and the bottom of a page, from the outside; `apart` are set off from the text."""
+
+    top: list[Line]
+    bottom: list[Line]
+    apart: set[int]
+
+    @property
+    def lines(self) -> list[Line]:
+        return self.top + self.bottom
 
 
-def _key(line: Line, page: int) -> tuple[str, int]:
-    """What two running heads share: the text but for the page's number, and the height."""
+def _edges(page: Sequence[Line]) -> _Edge:
+    """The edges of a page, as long as it holds more than those."""
+    lines = sorted(page, key=lambda line: -line.top)
+    pitches = [pitch for above, below in pairwise(lines) if (pitch := above.bottom - below.bottom) > 2]
+    usual = median(pitches) if pitches else 0.0
+    depth = min(_DEPTH, (len(lines) - 1) // 2) if len(lines) > 2 else 0
+    apart: set[int] = set()
+    for inward in (lines, lines[::-1]):
+        for number in range(depth):
+            gap = abs(inward[number].bottom - inward[number + 1].bottom)
+            is_other = abs(inward[number].size - inward[number + 1].size) > 0.1 * inward[number].size
+            if gap > 1.4 * usual or is_other:
+                apart |= {id(line) for line in inward[: number + 1]}
+    bottom = (
+        lines[::-1][:depth] if depth else [line for line in lines[::-1][:1] if len(lines) == 2 and _is_number(line)]
+    )
+    return _Edge(lines[:depth], bottom, apart)
+
+
+def _heads(edges: Sequence[_Edge], numbers: set[int]) -> dict[int, str]:
+    """The running heads and feet, each with what it is called in the report.
+
+    One that is set off from the text may hold the page's number; one that is not must be the same on most pages.
+    """
+    sides = [(page, side) for page, edge in enumerate(edges) for side in (edge.top, edge.bottom)]
+    apart = [(page, line) for page, side in sides for line in side if id(line) in edges[page].apart]
+    outer = [
+        (page, line)
+        for page, side in sides
+        for line in [other for other in side if id(other) not in numbers][:1]
+        if id(line) not in edges[page].apart
+    ]
+    least = 2 if len(edges) == 2 else max(3, len(edges) // 5)
+    found: dict[int, str] = {}
+    for lines, key, enough in (
+        (apart, _same_but_number, least),
+        (apart, _same, least),
+        (outer + apart, _same, max(3, 0.6 * len(edges))),
+    ):
+        counts = Counter(key(line, page) for page, line in lines)
+        chosen = [line for page, line in lines if counts[key(line, page)] >= enough]
+        found |= {id(line): f"running head “{line.text[:60]}”" for line in chosen if id(line) not in numbers}
+    return found
+
+
+def _same(line: Line, page: int) -> tuple[str, int]:
+    """What two running heads share: the text and the height."""
+    return " ".join(line.text.split()).casefold(), round(line.bottom / 6)
+
+
+def _same_but_number(line: Line, page: int) -> tuple[str, int]:
+    """What two running heads share that count the pages; another text for what is no title."""
+    if not _is_title(line):
+        return f"{page} {line.text}", -1
     text = re.sub(r"\d{1,5}", lambda number: f"#{int(number[0]) - page}", line.text)
     return " ".join(text.split()).casefold(), round(line.bottom / 6)
-
-
-def _repeated(edges: Sequence[Sequence[Line]], pages: int) -> set[tuple[str, int]]:
-    # With another number on each page only a short line that is no sentence is a head.
-    keys = Counter(
-        key for number, lines in enumerate(edges) for key in {_key(line, number) for line in lines if _is_title(line)}
-    )
-    plain = Counter(key for lines in edges for key in {_key(line, 0) for line in lines})
-    least = 2 if pages == 2 else max(3, pages // 5)
-    found = {key for key, count in keys.items() if count >= least}
-    # A head with a fixed number in it ("Report 2023") has another key on each page.
-    for number, lines in enumerate(edges):
-        found |= {_key(line, number) for line in lines if plain[_key(line, 0)] >= least}
-    return found
 
 
 def _is_title(line: Line) -> bool:
@@ -83,12 +121,12 @@ def _is_number(line: Line) -> bool:
     return _PAGE_NUMBER.fullmatch(line.text) is not None
 
 
-def _numbered(edges: Sequence[Sequence[Line]]) -> set[int]:
+def _page_numbers(edges: Sequence[_Edge]) -> set[int]:
     """The lines that count the pages: their number goes up by one from page to page."""
     candidates = [
         (value - page, id(line))
-        for page, lines in enumerate(edges)
-        for line in lines
+        for page, edge in enumerate(edges)
+        for line in edge.lines
         if _is_number(line)
         for value in _values(line.text)
     ]
