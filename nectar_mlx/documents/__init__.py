@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from nectar_mlx.documents import worker
 from nectar_mlx.documents.files import Source, find
-from nectar_mlx.documents.formats import parse
+from nectar_mlx.documents.formats import needs_process, parse
 from nectar_mlx.documents.normalize import normalized, position_map
 from nectar_mlx.documents.reading import Document, Edit, FileReport, Place, Reading, Unreadable
 from nectar_mlx.errors import NectarError
@@ -43,7 +44,8 @@ def read(
 def _document(source: Source) -> Document | str:
     """The document, or the reason why it cannot be read."""
     try:
-        return parse(source.bytes(), source.name)
+        data = source.bytes()
+        return (worker.parse if needs_process(data, source.name) else parse)(data, source.name)
     except Unreadable as error:
         return " ".join(str(error).split())
 

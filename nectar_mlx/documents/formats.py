@@ -122,6 +122,16 @@ def parse(data: bytes, name: str, *, depth: int = 0) -> Document:
     return document
 
 
+def needs_process(data: bytes, name: str) -> bool:
+    """Whether a reader in C will see the bytes of a file whose maker may want it to hang or crash."""
+    suffix = PurePath(name).suffix.lower().removeprefix(".")
+    return _is_pdf(data) or suffix == "pdf" or (suffix in _MAILS and b"pdf" in data.lower())
+
+
+def _is_pdf(data: bytes) -> bool:
+    return re.search(rb"\A[^%]{0,1000}%PDF-", data[:1024]) is not None
+
+
 def _reader(data: bytes, suffix: str, depth: int) -> Reader:
     if found := _by_content(data, suffix):
         return READERS[found]
@@ -145,7 +155,7 @@ def _unknown(data: bytes, name: str) -> Document:
 
 def _by_content(data: bytes, suffix: str) -> str:
     """The suffix that the first bytes stand for, whatever the file is called; empty if they do not tell."""
-    if re.search(rb"\A[^%]{0,1000}%PDF-", data[:1024]):
+    if _is_pdf(data):
         return "pdf"
     if data.startswith(b"{\\rtf"):
         return "rtf"

@@ -1,5 +1,6 @@
 """PDF files: the order of reading, paragraphs, columns, tables, and pages that are pictures."""
 
+import zlib
 from pathlib import Path
 
 import pypdf
@@ -7,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nectar_mlx.documents import ocr
+from nectar_mlx import documents
+from nectar_mlx.documents import ocr, worker
 from nectar_mlx.documents.formats import parse
 from nectar_mlx.documents.reading import Document, Unreadable
 from tests.documents.makers import (
@@ -15,10 +17,11 @@ from tests.documents.makers import (
     Text,
     column,
     pdf,
+    pdf_file,
     pdf_pages,
     refusal,
-    report_of,
     shown,
+    stream,
     text_of,
     write,
 )
@@ -271,17 +274,16 @@ class TestPages:
 
     def test_pictures_are_named(self, tmp_path: Path) -> None:
         text = shown(column([FOX]))
-        path = write(tmp_path / "a.pdf", pdf_pages([text, PICTURE, text, PICTURE, PICTURE, b""]))
-        assert report_of(path).left_out == [
-            "pages 2, 4–5: only a picture, without text (no text recognition is installed)"
-        ]
-        assert "OCR" in refusal(write(tmp_path / "b.pdf", pdf_pages([PICTURE, PICTURE])))
+        document = parse(pdf_pages([text, PICTURE, text, PICTURE, PICTURE, b""]), "a.pdf")
+        assert document.left_out == ["pages 2, 4–5: only a picture, without text (no text recognition is installed)"]
+        with pytest.raises(Unreadable, match="OCR"):
+            parse(pdf_pages([PICTURE, PICTURE]), "b.pdf")
         assert "no text" in refusal(write(tmp_path / "c.pdf", pdf_pages([b""])))
 
-    def test_a_picture_with_a_little_text_is_named(self, tmp_path: Path) -> None:
+    def test_a_picture_with_a_little_text_is_named(self) -> None:
         page = PICTURE + b"\n" + shown([(50, 800, 9, "Scanned by Acme")])
-        path = write(tmp_path / "a.pdf", pdf_pages([page, shown(column([FOX]))]))
-        assert "page 1: only a picture" in str(report_of(path).left_out) and "Scanned by Acme" in text_of(path)
+        document = parse(pdf_pages([page, shown(column([FOX]))]), "a.pdf")
+        assert "page 1: only a picture" in str(document.left_out) and "Scanned by Acme" in document.text
 
     @pytest.mark.parametrize("rotate", [0, 90, 180, 270])
     def test_turned_pages(self, rotate: int) -> None:
@@ -305,6 +307,46 @@ class TestPages:
             assert text_of(tmp_path / "a.pdf") == "Some text"
 
 
+class TestProcess:
+    def test_forms_that_multiply_are_stopped(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(worker, "SECONDS", 1.0)
+        calls = [stream(b"/N Do /N Do", form(7 + level)) for level in range(40)]
+        font = b"<< /Type /Font /Subtype /Type1 /BaseFont /Helvetica >>"
+        objects = [
+            b"<< /Type /Catalog /Pages 2 0 R >>",
+            b"<< /Type /Pages /Count 1 /Kids [3 0 R] >>",
+            b"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 600 800] /Contents 5 0 R "
+            b"/Resources << /XObject << /N 6 0 R >> >> >>",
+            font,
+            stream(b"/N Do"),
+            *calls,
+            stream(b"BT /F1 12 Tf (x) Tj ET", form(4)),
+        ]
+        write(tmp_path / "a.pdf", pdf_file(objects))
+        write(tmp_path / "b.pdf", pdf(column([FOX])))
+        reading = documents.read([tmp_path])
+        assert reading.text == f"# b.pdf\n\n{FOX}"
+        assert reading.files[0].reason == "page 1 takes more than 1 seconds to read"
+
+    def test_memory_is_bounded(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(worker, "MOST_BYTES", 1 << 28)
+        twice = zlib.compress(zlib.compress(bytes(1 << 29)))
+        content = b"<< /Length %d /Filter [/FlateDecode /FlateDecode] >>\nstream\n%b\nendstream" % (len(twice), twice)
+        objects = [
+            b"<< /Type /Catalog /Pages 2 0 R >>",
+            b"<< /Type /Pages /Count 1 /Kids [3 0 R] >>",
+            b"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 600 800] /Contents 4 0 R >>",
+            content,
+        ]
+        reason = refusal(write(tmp_path / "a.pdf", pdf_file(objects)))
+        assert "of memory" in reason or "no text" in reason
+
+
+def form(number: int) -> bytes:
+    resources = b"/Resources << /Font << /F1 4 0 R >> /XObject << /N %d 0 R >> >>" % number
+    return b"/Type /XObject /Subtype /Form /BBox [0 0 600 800] " + resources
+
+
 class TestRecognition:
     def test_tesseract_is_asked(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         script = '#!/bin/sh\nhead -c 2 "$1"\necho " was what I saw in the picture of"\necho "the page."\n'
@@ -312,11 +354,12 @@ class TestRecognition:
         program.chmod(0o755)
         monkeypatch.setenv("PATH", f"{program.parent}:/usr/bin:/bin")
         monkeypatch.setattr(ocr, "available", lambda: "tesseract")
-        path = write(tmp_path / "a.pdf", pdf_pages([shown(column([FOX])), PICTURE]))
-        assert text_of(path) == f"{FOX}\n\nP5 was what I saw in the picture of the page."
-        assert report_of(path).left_out == []
+        data = pdf_pages([shown(column([FOX])), PICTURE])
+        document = parse(data, "a.pdf")
+        assert document.text == f"{FOX}\n\nP5 was what I saw in the picture of the page."
+        assert document.left_out == []
         program.write_text("#!/bin/sh\nexit 1\n")
-        assert "page 2: only a picture" in str(report_of(path).left_out)
+        assert "page 2: only a picture" in str(parse(data, "a.pdf").left_out)
 
 
 class TestDamage:

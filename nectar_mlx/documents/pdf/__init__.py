@@ -1,7 +1,6 @@
 """PDF files: text in the order of reading, with a place for each page; pages without text are named."""
 
-import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from nectar_mlx.documents import ocr
@@ -17,7 +16,14 @@ MOST_PAGES = 20_000
 MOST_CHARACTERS = 1 << 26
 _IMAGE, _FORM = 3, 5
 _REGIONS = 1 << 20  # more than one page has columns
-_log = logging.getLogger(__name__)
+
+
+def _nothing(number: int) -> None:
+    pass
+
+
+page_read: Callable[[int], None] = _nothing
+"""Called after each page with its number: a sign of life."""
 
 
 def read_pdf(data: bytes, name: str) -> Document:
@@ -41,6 +47,7 @@ def _document(pdf: "PdfDocument") -> Document:
     count = len(pdf)
     for number in range(1, min(count, MOST_PAGES) + 1):
         pages.read(pdf, number)
+        page_read(number)
         if pages.characters > MOST_CHARACTERS:
             raise Unreadable(f"more than {MOST_CHARACTERS:,} characters")
     kept, left_out = margins.removed(pages.lines)
