@@ -1,8 +1,7 @@
 """What reading gives: the text, its places, and what became of each file."""
 
 from bisect import bisect_left
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
 
 class Unreadable(Exception):
@@ -143,19 +142,26 @@ class Reading:
         return None
 
     def summary(self) -> str:
-        """One line: "read 26 of 53 files", and each file that was not read with its reason."""
+        """One line: "read 26 of 53 files", what was not read and why, and what was read only in part."""
         skipped = [report.describe() for report in self.files if not report.was_read]
-        read = f"read {len(self.files) - len(skipped)} of {_counted(self.files)}"
-        return f"{read}: {_listed(skipped)}" if skipped else read
+        partly = [f"{report.name} ({', '.join(report.left_out)})" for report in self.files if report.left_out]
+        line = f"read {len(self.files) - len(skipped)} of {len(self.files)} file{'s' * (len(self.files) != 1)}"
+        line += f": {'; '.join(skipped)}" if skipped else ""
+        return line + (f"; left out: {'; '.join(partly)}" if partly else "")
 
     def as_list(self) -> list[dict[str, object]]:
-        """The reports as JSON can hold them."""
-        return [asdict(report) for report in self.files]
-
-
-def _counted(files: Sequence[FileReport]) -> str:
-    return f"{len(files)} file{'s' * (len(files) != 1)}"
-
-
-def _listed(lines: Sequence[str]) -> str:
-    return "; ".join(lines)
+        """The reports as a file can hold them: places as their name, start and end."""
+        return [
+            {
+                "name": report.name,
+                "kind": report.kind,
+                "characters": report.characters,
+                "start": report.start,
+                "end": report.end,
+                "unit": report.places[0].unit if report.places else "",
+                "places": [[place.name, place.start, place.end] for place in report.places],
+                "left_out": report.left_out,
+                "reason": report.reason,
+            }
+            for report in self.files
+        ]

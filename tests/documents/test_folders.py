@@ -92,7 +92,8 @@ def test_strict_refuses_what_is_not_whole(tmp_path: Path) -> None:
     write(tmp_path / "a.txt", FOX)
     assert documents.read([tmp_path], strict=True).text == FOX
     write(tmp_path / "b.txt", "naïve, déjà vu, cœur ".encode() + b"\xff")
-    assert documents.read([tmp_path]).summary() == "read 2 of 2 files"
+    line = "read 2 of 2 files; left out: b.txt (1 character that is not valid UTF-8)"
+    assert documents.read([tmp_path]).summary() == line
     with pytest.raises(NectarError, match=r"^not everything can be read: b.txt: .*not valid UTF-8$"):
         documents.read([tmp_path], strict=True)
     write(tmp_path / "c.pdf", "no pdf")
@@ -125,7 +126,17 @@ def test_the_report_names_ranges_of_the_text(tmp_path: Path) -> None:
     found = reading.place(second.start)
     assert found is not None and found[0] is second and found[1] is None
     assert reading.place(0) is None
-    assert reading.as_list()[0]["name"] == "a.txt"
+    assert reading.as_list()[0] == {
+        "name": "a.txt",
+        "kind": "text",
+        "characters": 10,
+        "start": 9,
+        "end": 19,
+        "unit": "",
+        "places": [],
+        "left_out": [],
+        "reason": "",
+    }
 
 
 def test_a_file_is_known_by_what_is_in_it(tmp_path: Path) -> None:
