@@ -13,6 +13,7 @@ from . import cli, store
 from .errors import NectarError
 
 if TYPE_CHECKING:
+    from .documents import Reading
     from .nectar import Nectar
 
 
@@ -24,6 +25,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = cli.Parser("fit", "Reads a text once and writes a small file that a model answers from.")
     parser.add_argument("--model", required=True, help="a name (Qwen3-1.7B), a folder, a .gguf file or a hub id")
     parser.add_argument("--context", required=True, nargs="+", metavar="FILE", help="files and folders to read")
+    parser.add_argument(
+        "--include", nargs="+", default=[], metavar="PATTERN", help="of a folder read only these: '*.md'"
+    )
+    parser.add_argument("--exclude", nargs="+", default=[], metavar="PATTERN", help="of a folder leave these aside")
+    parser.add_argument("--strict", action="store_true", help="refuse if a file, or a part of one, cannot be read")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be read, and stop")
     parser.add_argument("--output", type=Path, help="the file to write (default: the context's name with .nectar)")
     parser.add_argument("--context-tokens", type=int, metavar="N", help="read the first N tokens only")
     parser.add_argument(
@@ -72,10 +79,16 @@ def _work(arguments: argparse.Namespace) -> None:
     if arguments.budget and arguments.size:
         raise NectarError("--budget and --size both say how much to keep: give one of them")
     output = arguments.output or _default_output(arguments.context)
-    store.check_writable(output)  # a result that cannot be written is not worth computing
+    if not arguments.dry_run:
+        store.check_writable(output)  # a result that cannot be written is not worth computing
     from . import documents
 
-    text = documents.read(arguments.context).text
+    reading = documents.read(
+        arguments.context, include=arguments.include, exclude=arguments.exclude, strict=arguments.strict
+    )
+    if arguments.dry_run:
+        _show(reading, as_json=arguments.json)
+        return
     from . import models
     from .fitting import pipeline
     from .fitting.checkpoint import Checkpoint
@@ -96,7 +109,7 @@ def _work(arguments: argparse.Namespace) -> None:
         fitted = pipeline.fit(
             model,
             tokenizer,
-            text,
+            reading.text,
             config=config,
             name=arguments.model,
             source=", ".join(Path(c).name for c in arguments.context),
@@ -104,12 +117,23 @@ def _work(arguments: argparse.Namespace) -> None:
             checkpoint=checkpoint,
         )
         nectar = Nectar(*fitted)
+        nectar.report["files"] = reading.as_list()
         nectar.save(output)
     except KeyboardInterrupt:
         cli.say(f"what was done is kept in {folder}: the same command with --resume continues")
         raise
     checkpoint.clear()
     _tell(output, nectar, as_json=arguments.json)
+    cli.say(reading.summary())
+
+
+def _show(reading: "Reading", *, as_json: bool) -> None:
+    """What would be read."""
+    for report in reading.files:
+        cli.say(report.describe())
+    cli.say(f"{reading.summary()}; about {len(reading.text) // 4:,} tokens")
+    if as_json:
+        print(json.dumps({"files": reading.as_list(), "characters": len(reading.text)}))
 
 
 def _tell(output: Path, nectar: "Nectar", *, as_json: bool) -> None:
