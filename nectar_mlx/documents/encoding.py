@@ -108,7 +108,7 @@ def _is_mostly_utf8(data: bytes) -> bool:
 
 def _legacy(data: bytes) -> str:
     western = data.decode("cp1252", errors="replace")
-    sample = data[:_SAMPLE]
+    sample = data if len(data) <= _SAMPLE else data[: data.rfind(b"\n", 0, _SAMPLE) + 1 or _SAMPLE]
     # A few high bytes are accents of western languages, which detectors confuse; many are another script, and signs
     # inside words are letters of another part of Europe.
     many = sum(byte >= 0x80 for byte in sample) > len(sample) // 4

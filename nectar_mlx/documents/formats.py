@@ -78,7 +78,7 @@ READERS: dict[str, Reader] = {
     **dict.fromkeys(("docx", "docm", "dotx"), _lazy("word", "read_docx")),
     **dict.fromkeys(("pptx", "pptm", "ppsx"), _lazy("slides", "read_pptx")),
     **dict.fromkeys(("xlsx", "xlsm", "xltx"), _lazy("sheets", "read_xlsx")),
-    **dict.fromkeys(("odt", "ods", "odp", "ott", "fodt"), _lazy("opendocument", "read_opendocument")),
+    **dict.fromkeys(("odt", "ods", "odp", "ott"), _lazy("opendocument", "read_opendocument")),
     "rtf": _lazy("rtf", "read_rtf"),
     "pdf": _lazy("pdf", "read_pdf"),
     "ipynb": _lazy("notebook", "read_notebook"),

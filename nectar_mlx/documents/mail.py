@@ -18,7 +18,7 @@ _HEADERS = ("From", "To", "Cc", "Date", "Subject")
 _MOST_HEADER = 2000  # characters
 _MOST_PARTS = 1000
 _MOST_DEPTH = 20
-_START = re.compile(rb"^From \S[^\r\n]* \d{4}\s*$|^From \S+ ", re.MULTILINE)
+_START = re.compile(rb"^From \S+ [^\n]*\b\d{4}\b", re.MULTILINE)
 
 
 class _Raw(Compat32):
@@ -54,12 +54,12 @@ def read_mbox(data: bytes, name: str, *, attachment: Attachment) -> Document:
 def _mails(data: bytes) -> Iterator[bytes]:
     """The mails of a mailbox: each starts at a line "From …" that follows an empty line."""
     data = data.replace(b"\r\n", b"\n")
-    if not data.startswith(b"From "):
-        data = b"From - \n" + data
-    starts = [match.start() for match in _START.finditer(data)]
-    starts = [start for start in starts if start == 0 or data[max(0, start - 2) : start] == b"\n\n"]
+    found = [match.start() for match in _START.finditer(data)]
+    starts = [0, *(start for start in found if start > 1 and data[start - 2 : start] == b"\n\n")]
     for start, end in zip(starts, [*starts[1:], len(data)], strict=True):
-        mail = data[start:end].partition(b"\n")[2]
+        mail = data[start:end]
+        if mail.startswith(b"From "):
+            mail = mail.partition(b"\n")[2]
         yield re.sub(rb"^>(>*From )", rb"\1", mail, flags=re.MULTILINE)
 
 

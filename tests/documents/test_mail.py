@@ -78,6 +78,12 @@ def test_a_mailbox(tmp_path: Path) -> None:
     assert report_of(write(tmp_path / "Inbox", "".join(mails))).kind == "mbox"
 
 
+def test_a_line_that_starts_with_from_is_no_mail(tmp_path: Path) -> None:
+    data = f"From a@x.org Mon Jan  1 00:00:00 2024\n{PLAIN}\n\nFrom here on it is dull.\n"
+    assert len(report_of(write(tmp_path / "a.mbox", data)).places) == 1
+    assert len(report_of(write(tmp_path / "b.mbox", PLAIN)).places) == 1
+
+
 def test_bytes_in_headers(tmp_path: Path) -> None:
     data = b"Subject: caf\xe9\nContent-Type: text/plain; charset=no-such\n\ncaf\xc3\xa9"
     assert text_of(write(tmp_path / "a.eml", data)) == "# café\n\nSubject: café\n\ncafé"

@@ -79,6 +79,15 @@ class TestHyphens:
         assert document.text == "The travellers crossed the mountains at dawn."
         assert [(place.start, place.end) for place in document.places] == [(0, 31), (31, 45)]
 
+    def test_a_sentence_goes_on_over_pages(self) -> None:
+        first = [
+            "It was a long day and the rain did not stop until the evening",
+            "came, and then the whole village went out to look at what was",
+        ]
+        second = ["left of the old bridge over the river.", "Then all went home."]
+        right = "to look at what was left of the old bridge over the river.\nThen all went home."
+        assert read(column(first), column(second)).text.endswith(right)
+
     def test_a_dash_is_no_hyphen(self) -> None:
         assert lines("He came -", "and went.") == "He came - and went."
 
@@ -207,6 +216,10 @@ class TestTables:
         around = [*column([FOX + " " + FOX], top=730), *page, *column([FOX + " " + FOX], top=620)]
         assert read(around).text == f"{FOX} {FOX}\n\n{right}\n\n{FOX} {FOX}"
 
+    def test_cells_set_with_spaces(self) -> None:
+        page = column(["Item        Cost", "Roof        1200", "Wall          90"])
+        assert read(page).text == "Item | Cost\nRoof | 1200\nWall | 90"
+
     def test_empty_and_long_cells(self) -> None:
         page = [(50, 700, 11, "Oak"), (150, 700, 11, "A tree that grows slowly and lives"), (400, 700, 11, "12"),
                 (150, 687, 11, "for many hundred years"),
@@ -242,6 +255,12 @@ class TestMargins:
     def test_heads_of_two_pages(self) -> None:
         pages = [[(50.0, 800.0, 9.0, "Acme Ltd"), *column(body)] for body in BODIES[:2]]
         assert read(*pages).left_out == ["running head “Acme Ltd” (on 2 pages)"]
+
+    def test_heads_close_to_the_text(self) -> None:
+        pages = [column(["Acme Ltd - Confidential", *body, str(n)]) for n, body in enumerate(BODIES[:2], 1)]
+        assert read(*pages).text == "\n\n".join("\n".join(body) for body in BODIES[:2])
+        short = [column(["Acme Ltd", body[0]]) for body in BODIES]
+        assert "Acme" not in read(*short).text
 
     @pytest.mark.parametrize("form", ["{}", "- {} -", "Page {} of 9", "Seite {}", "{}/9", "第 {} 页"])
     def test_forms_of_page_numbers(self, form: str) -> None:

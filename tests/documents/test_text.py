@@ -45,6 +45,16 @@ def test_legacy_encodings(text: str, encoding: str) -> None:
     assert decode(text.encode(encoding)) == (text, [])
 
 
+@pytest.mark.parametrize("shift", [0, 1])
+@pytest.mark.parametrize(
+    ("line", "encoding"),
+    [("これは日本語の文章です。\n", "shift_jis"), ("天氣很好，我們去公園。這是一個句子。\n", "big5")],
+)
+def test_a_long_legacy_text(line: str, encoding: str, shift: int) -> None:
+    text = "a" * shift + line * 6000
+    assert decode(text.encode(encoding))[0] == text
+
+
 @pytest.mark.parametrize(
     ("data", "text"),
     [

@@ -108,7 +108,7 @@ class _Writer:
             is_indented = line.left - last.left > 0.8 * line.size and line.left - block.left > 0.8 * line.size
             return not is_indented or _MARKER.match(last.text) is not None or line.from_right
         starts_inside = line.text[0].islower() or bool(_DENSE.match(line.text) and _DENSE.match(last.text[-1]))
-        return last.region != line.region and block.is_prose and starts_inside and not _SENTENCE_END.search(last.text)
+        return last.region != line.region and starts_inside and not _SENTENCE_END.search(last.text)
 
     def _marked(self, line: Line, block: Block) -> str:
         """The line with the signs of a heading, or with its indentation below a line that opens something."""

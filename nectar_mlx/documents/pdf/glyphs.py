@@ -72,7 +72,7 @@ def _follows(last: Run, glyph: Run, spaces: int) -> bool:
     gap = glyph.left - last.right
     if is_right_to_left(last.text) or is_right_to_left(glyph.text):
         return abs(gap) < 0.2 * size and not spaces
-    widest = 0.15 if not spaces else 2.0 if spaces < 3 else 0.8
+    widest = 0.15 if not spaces else 1.4 if spaces < 3 else 0.8
     return -0.5 * size < gap < widest * size
 
 

@@ -68,10 +68,9 @@ def _edges(page: Sequence[Line]) -> _Edge:
             is_other = abs(inward[number].size - inward[number + 1].size) > 0.1 * inward[number].size
             if gap > 1.4 * usual or is_other:
                 apart |= {id(line) for line in inward[: number + 1]}
-    bottom = (
-        lines[::-1][:depth] if depth else [line for line in lines[::-1][:1] if len(lines) == 2 and _is_number(line)]
-    )
-    return _Edge(lines[:depth], bottom, apart)
+    if len(lines) == 2:
+        return _Edge(lines[:1], [line for line in lines[1:] if _is_number(line)], apart)
+    return _Edge(lines[:depth], lines[::-1][:depth], apart)
 
 
 def _heads(edges: Sequence[_Edge], numbers: set[int]) -> dict[int, str]:
@@ -92,7 +91,7 @@ def _heads(edges: Sequence[_Edge], numbers: set[int]) -> dict[int, str]:
     for lines, key, enough in (
         (apart, _same_but_number, least),
         (apart, _same, least),
-        (outer + apart, _same, max(3, 0.6 * len(edges))),
+        (outer + apart, _same, max(least, 0.6 * len(edges))),
     ):
         counts = Counter(key(line, page) for page, line in lines)
         chosen = [line for page, line in lines if counts[key(line, page)] >= enough]
