@@ -5,9 +5,9 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from . import cli
+from .core.types import JsonObject
 from .models import hub
 from .nectar import Nectar
 from .retrieval import kv_path
@@ -41,7 +41,7 @@ def _work(args: argparse.Namespace) -> None:
         print(f"{'file':<20}{_file(file)}")
 
 
-def describe(path: Path) -> dict[str, Any]:
+def describe(path: Path) -> JsonObject:
     """The facts of a .nectar, as `--json` prints them; NectarError if it is not a whole one."""
     nectar = Nectar.read(path)
     geometry, layout, metadata = nectar.geometry, nectar.layout, nectar.metadata
@@ -71,7 +71,7 @@ def describe(path: Path) -> dict[str, Any]:
     }
 
 
-def _file(file: dict[str, Any]) -> str:
+def _file(file: JsonObject) -> str:
     """One file that the text was read from: how much it gave, and what was left out."""
     if file["reason"]:
         return f"{file['name']}: not read: {file['reason']}"
@@ -81,8 +81,8 @@ def _file(file: dict[str, Any]) -> str:
     return f"{file['name']}: " + "; ".join([", ".join([*counts, f"{file['characters']:,} characters"]), *left_out])
 
 
-def _readable(name: str, value: Any) -> str:
-    if name.endswith("_bytes"):
+def _readable(name: str, value: object) -> str:
+    if name.endswith("_bytes") and isinstance(value, int):
         return f"{value / 2**20:.2f} MiB ({value:,} bytes)"
     if isinstance(value, dict):
         return ", ".join(f"{k}={v}" for k, v in value.items() if v is not None)

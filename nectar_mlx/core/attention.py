@@ -16,12 +16,16 @@ Shapes: B sequences, H query heads, K = n_kv_heads, G = H / K query heads per KV
 head_dim.
 """
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import mlx.core as mx
 
 from .device import device
 from .exp import exp, sigmoid
+from .gradients import Arrays, with_vjp
+
+EMPTY = -1e30  # the log-normaliser of an empty set, and the score of a hidden key: finite, so that no NaN comes of it
 
 
 class Partial(NamedTuple):
@@ -31,11 +35,21 @@ class Partial(NamedTuple):
     log_normalizer: mx.array
 
 
+def in_float32(*arrays: mx.array) -> list[mx.array]:
+    return [x.astype(mx.float32) for x in arrays]
+
+
 def merge(first: Partial, second: Partial) -> Partial:
     """Attention over the union of two disjoint sets of tokens; shapes as in the parts."""
     gate = sigmoid(first.log_normalizer - second.log_normalizer)[..., None]
     output = second.output + gate * (first.output - second.output)
     return Partial(output, mx.logaddexp(first.log_normalizer, second.log_normalizer))
+
+
+def join(parts: Sequence[Partial], *, axis: int) -> Partial:
+    """Parts for different queries, one after the other along `axis`."""
+    outputs, log_normalizers = [part.output for part in parts], [part.log_normalizer for part in parts]
+    return Partial(mx.concatenate(outputs, axis=axis), mx.concatenate(log_normalizers, axis=axis))
 
 
 def group(x: mx.array, n_kv_heads: int) -> mx.array:
@@ -61,9 +75,8 @@ def weighted(
     """
     if bias is None:
         bias = mx.zeros(keys.shape[:2])
-    queries, keys, values = (x.astype(mx.float32) for x in (queries, keys, values))
-    found: Any = _weighted(queries * scale, keys, values, bias.astype(mx.float32))
-    return Partial(*found[:2])
+    queries, keys, values, bias = in_float32(queries, keys, values, bias)
+    return Partial(*_weighted(queries * scale, keys, values, bias)[:2])
 
 
 def from_scores(scores: mx.array, values: mx.array) -> Partial:
@@ -76,7 +89,17 @@ def from_scores(scores: mx.array, values: mx.array) -> Partial:
     return Partial(output / total, (top + mx.log(total))[..., 0])
 
 
-@mx.custom_function
+def _weighted_vjp(primals: Arrays, cotangents: Arrays, outputs: Arrays) -> Arrays:
+    queries, keys, values, _ = primals
+    d_output, d_log, _ = cotangents
+    output, _, probabilities = outputs
+    constant = d_log - (d_output * output).sum(-1)
+    d_scores = probabilities * (d_output @ values.swapaxes(1, 2) + constant[..., None])
+    by_key = d_scores.swapaxes(1, 2)
+    return d_scores @ keys, by_key @ queries, probabilities.swapaxes(1, 2) @ d_output, d_scores.sum(1)
+
+
+@with_vjp(_weighted_vjp)
 def _weighted(
     queries: mx.array, keys: mx.array, values: mx.array, bias: mx.array
 ) -> tuple[mx.array, mx.array, mx.array]:
@@ -87,30 +110,18 @@ def _weighted(
     return (weights @ values) / total, (top + mx.log(total))[..., 0], weights / total
 
 
-@_weighted.vjp
-def _weighted_vjp(primals, cotangents, outputs):  # type: ignore[no-untyped-def]
-    queries, keys, values, _ = primals
-    d_output, d_log, _ = cotangents
-    output, _, probabilities = outputs
-    constant = d_log - (d_output * output).sum(-1)
-    d_scores = probabilities * (d_output @ values.swapaxes(1, 2) + constant[..., None])
-    by_key = d_scores.swapaxes(1, 2)
-    return d_scores @ keys, by_key @ queries, probabilities.swapaxes(1, 2) @ d_output, d_scores.sum(1)
-
-
 def exact(
     queries: mx.array, keys: mx.array, values: mx.array, *, scale: float, bias: mx.array | None = None
 ) -> Partial:
     """`weighted` for queries [K, N, D] over shared keys and values [K, S, D], chunked over N to bound memory."""
-    room = device().max_scores
-    step = max(1, room // (keys.shape[0] * keys.shape[1]))
+    step = max(1, device().max_scores // (keys.shape[0] * keys.shape[1]))
     if step >= queries.shape[1]:
         return weighted(queries, keys, values, scale=scale, bias=bias)
     parts = []
     for start in range(0, queries.shape[1], step):
         parts.append(weighted(queries[:, start : start + step], keys, values, scale=scale, bias=bias))
         mx.eval(parts[-1])
-    return Partial(*(mx.concatenate(list(xs), axis=1) for xs in zip(*parts, strict=True)))
+    return join(parts, axis=1)
 
 
 def common_score(queries: mx.array, offset: mx.array, *, scale: float) -> mx.array:
@@ -136,15 +147,14 @@ def causal(
     offset: [K, D]; the keys are absolute, the log-normaliser is relative to it.
 
     mask: None (all visible), "causal", or an array that broadcasts to [B, H, T, S]: bool (True = visible) or
-    additive. A row that sees nothing gets the log-normaliser -inf in effect (about -1e30) and an output of finite,
+    additive. A row that sees nothing gets the log-normaliser -inf in effect (about `EMPTY`) and an output of finite,
     meaningless values.
     """
     B, H, T, D = queries.shape
     K, S = keys.shape[1], keys.shape[2]
     if offset is not None:
         keys = keys.astype(mx.float32) - offset.astype(mx.float32)[:, None]
-    room = device().max_scores
-    step = max(1, room // (B * H * S))
+    step = max(1, device().max_scores // (B * H * S))
     parts = []
     for start in range(0, T, step):
         stop = min(T, start + step)
@@ -157,10 +167,8 @@ def causal(
         parts.append(_masked(q, keys[:, :, :seen], values[:, :, :seen], scale=scale, mask=rows))
         if step < T:
             mx.eval(parts[-1])
-    output, log_normalizer = (
-        mx.concatenate(list(xs), axis=3) if len(parts) > 1 else xs[0] for xs in zip(*parts, strict=True)
-    )
-    return Partial(output.reshape(B, H, T, D), log_normalizer.reshape(B, H, T))
+    part = parts[0] if len(parts) == 1 else join(parts, axis=3)
+    return Partial(part.output.reshape(B, H, T, D), part.log_normalizer.reshape(B, H, T))
 
 
 def _masked(
@@ -175,7 +183,7 @@ def _masked(
         scores = scores.reshape(B, K, G, T, S)
         if mask.ndim == 4:  # [B, H or 1, T, S]
             mask = mask.reshape(mask.shape[0], *((1, 1) if mask.shape[1] == 1 else (K, G)), *mask.shape[2:])
-        scores = mx.where(mask, scores, -1e30) if mask.dtype == mx.bool_ else scores + mask.astype(mx.float32)
+        scores = mx.where(mask, scores, EMPTY) if mask.dtype == mx.bool_ else scores + mask.astype(mx.float32)
         scores = scores.reshape(B, K, G * T, S)
     top = scores.max(-1, keepdims=True)
     weights = exp(scores - top)

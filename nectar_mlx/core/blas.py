@@ -33,13 +33,13 @@ def use_fast_blas() -> str | None:
     """
     global loaded
     choice = os.environ.get("NECTAR_BLAS", "")
-    if sys.platform != "linux" or choice == "off" or not _is_installed("mlx-cpu"):
+    if sys.platform != "linux" or choice == "off" or not is_installed("mlx-cpu"):
         return None
     if "mlx.core" in sys.modules:
         warnings.warn("import nectar_mlx before mlx: MLX now computes with its slow reference BLAS", stacklevel=3)
         return None
-    for library in [choice] if choice else _candidates():
-        if _works(library):
+    for library in [choice] if choice else candidates():
+        if works(library):
             ctypes.CDLL(library, ctypes.RTLD_GLOBAL)
             loaded = library
             return library
@@ -48,7 +48,7 @@ def use_fast_blas() -> str | None:
     return None
 
 
-def _is_installed(distribution: str) -> bool:
+def is_installed(distribution: str) -> bool:
     try:
         importlib.metadata.distribution(distribution)
     except importlib.metadata.PackageNotFoundError:
@@ -56,14 +56,14 @@ def _is_installed(distribution: str) -> bool:
     return True
 
 
-def _candidates() -> Iterator[str]:
-    if packaged := _unprefixed_openblas():
+def candidates() -> Iterator[str]:
+    if packaged := unprefixed_openblas():
         yield packaged
     yield from (str(path) for path in (Path(sys.prefix) / "lib").glob("libmkl_rt.so*"))
     yield from ("libopenblas.so.0", "libopenblas.so", "libmkl_rt.so")
 
 
-def _unprefixed_openblas() -> str | None:
+def unprefixed_openblas() -> str | None:
     """The path of a copy of scipy-openblas32's library with plain symbols, or None without that package."""
     package = importlib.util.find_spec("scipy_openblas32")
     if not package or not package.origin:
@@ -87,7 +87,7 @@ def _unprefixed_openblas() -> str | None:
     return str(copy)
 
 
-def _works(library: str) -> bool:
+def works(library: str) -> bool:
     """Whether the library loads and multiplies small integers exactly: old builds compute wrong on new processors."""
     try:
         sgemm = ctypes.CDLL(library).cblas_sgemm

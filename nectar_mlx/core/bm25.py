@@ -5,50 +5,51 @@ import re
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-_K1, _B = 1.2, 0.75
-PASSAGE = 64  # tokens, about
+from .types import Tokenizer
+
+_K1, _B = 1.2, 0.75  # how soon a repeated word counts no more; how much a passage's length counts
+PASSAGE = 64  # tokens of a passage
 
 
 @dataclass(frozen=True)
 class Index:
-    """Passages of token ids with their words, scored against a question. run: phrases of up to so many words count as
-    words too."""
+    """Passages of token ids and how often each has which word. phrase: so many words in a row count as a word too."""
 
     passages: list[list[int]]
-    words: list[Counter[str]]
-    run: int = 1
+    counts: list[Counter[str]]
+    phrase: int = 1
 
     @classmethod
-    def of(cls, tokenizer: Any, ids: Sequence[int], *, passage: int = PASSAGE, run: int = 1) -> "Index":
+    def of(cls, tokenizer: Tokenizer, ids: Sequence[int], *, passage: int = PASSAGE, phrase: int = 1) -> "Index":
         """Cuts ids into passages of so many tokens."""
-        cut = [list(ids[i : i + passage]) for i in range(0, len(ids), passage)]
-        return cls(cut, [Counter(words(tokenizer.decode(p), run=run)) for p in cut], run)
+        passages = [list(ids[i : i + passage]) for i in range(0, len(ids), passage)]
+        return cls(passages, [Counter(words(tokenizer.decode(p), phrase=phrase)) for p in passages], phrase)
 
     @classmethod
     def joined(cls, indices: Sequence["Index"]) -> "Index":
         """The passages of all of them, in order."""
-        passages, said = ([x for i in indices for x in getattr(i, name)] for name in ("passages", "words"))
-        return cls(passages, said, indices[0].run)
+        passages = [passage for index in indices for passage in index.passages]
+        counts = [counter for index in indices for counter in index.counts]
+        return cls(passages, counts, indices[0].phrase)
 
     @property
     def vocabulary(self) -> set[str]:
-        """Every word that a passage says."""
-        return {word for said in self.words for word in said}
+        """Every word of every passage."""
+        return {word for counter in self.counts for word in counter}
 
     def scores(self, question: str, *, without: Collection[str] = ()) -> list[float]:
         """BM25 of every passage; without: words that do not count."""
-        mean = sum(w.total() for w in self.words) / len(self.words)
+        mean = sum(counter.total() for counter in self.counts) / len(self.counts)
         weights = {}
-        for word in set(words(question, run=self.run)).difference(without):
-            holding = sum(word in w for w in self.words)
-            weights[word] = math.log(1 + (len(self.words) - holding + 0.5) / (holding + 0.5))
-        found = []
-        for said in self.words:
-            length = _K1 * (1 - _B + _B * said.total() / mean)
-            found.append(sum(v * said[w] * (_K1 + 1) / (said[w] + length) for w, v in weights.items()))
-        return found
+        for word in set(words(question, phrase=self.phrase)).difference(without):
+            frequency = sum(word in counter for counter in self.counts)
+            weights[word] = math.log(1 + (len(self.counts) - frequency + 0.5) / (frequency + 0.5))
+        scores = []
+        for counter in self.counts:
+            length = _K1 * (1 - _B + _B * counter.total() / mean)
+            scores.append(sum(v * counter[w] * (_K1 + 1) / (counter[w] + length) for w, v in weights.items()))
+        return scores
 
     def best(self, question: str, count: int) -> list[int]:
         """The ids of the best passages, in the order of the text."""
@@ -57,7 +58,7 @@ class Index:
         return [token for i in sorted(order) for token in self.passages[i]]
 
 
-def words(text: str, *, run: int = 1) -> list[str]:
-    """The words of a text, and its phrases of up to `run` words."""
+def words(text: str, *, phrase: int = 1) -> list[str]:
+    """The words of a text in lower case, and its phrases of up to `phrase` words."""
     single = re.findall(r"\w+", text.lower())
-    return [" ".join(single[i : i + n]) for n in range(1, run + 1) for i in range(len(single) - n + 1)]
+    return [" ".join(single[i : i + n]) for n in range(1, phrase + 1) for i in range(len(single) - n + 1)]

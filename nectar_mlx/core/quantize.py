@@ -1,8 +1,8 @@
-"""How parameters are kept: integers of 3 to 8 bits in groups along the last axis, one float16 scale a group; value =
-q · scale.
+"""Quantization: integers of 3 to 8 bits in groups along the last axis, one float16 scale a group;
+value = integer · scale.
 
-Symmetric, so a group costs 2 bytes of scale and zero stays zero. Vectors (biases) stay float16. Fewer than 8 bits lie
-end to end, the first value in the lowest bits, stored as q + 2^(bits - 1): of 4 bits, the even value in the low nibble.
+It is symmetric: a group costs 2 bytes of scale, and zero stays zero. Vectors (biases) stay float16. Integers of fewer
+than 8 bits are packed end to end as integer + 2^(bits - 1), the first one in the lowest bits.
 """
 
 from typing import NamedTuple
@@ -31,16 +31,16 @@ def group_size(width: int) -> int:
 
 
 def quantize(x: mx.array, *, bits: int) -> Quantized:
-    """x [..., D] -> its nearest `bits`-bit form; below 8 bits a group has the one of a few scales that loses least.
+    """x [..., D] -> its nearest form of `bits` bits; below 8 bits a group gets the best of a few scales.
 
-    Values that came out of it lose nothing when they go in again.
+    Values that were quantised before lose nothing.
     """
     size = group_size(x.shape[-1])
     groups = x.astype(mx.float32).reshape(*x.shape[:-1], -1, size)
     limit = 2 ** (bits - 1) - 1
     top = mx.maximum(mx.abs(groups).max(-1, keepdims=True), 1e-6)
     best, error = top, None
-    for steps in _steps(bits):  # that the largest entry takes
+    for steps in _steps(bits):
         scale = (top / steps).astype(mx.float16).astype(mx.float32)
         loss = mx.square(_round(groups, scale, limit) * scale - groups).sum(-1, keepdims=True)
         best = scale if error is None else mx.where(loss < error, scale, best)
@@ -50,8 +50,8 @@ def quantize(x: mx.array, *, bits: int) -> Quantized:
 
 
 def _steps(bits: int) -> list[float]:
-    """Beyond the limit the largest entry is cut off, so that the others are nearer; it may take fewer in what was
-    rounded before."""
+    """What the largest entry of a group may be, in scales: beyond the limit it is clipped, so that the others are
+    nearer; below it are values that were quantised before."""
     limit = 2 ** (bits - 1) - 1
     if bits == 8:
         return [limit]
@@ -59,21 +59,21 @@ def _steps(bits: int) -> list[float]:
 
 
 def pack_integers(integers: mx.array, *, bits: int) -> mx.array:
-    """Whole numbers [..., D] of `bits` bits with a sign, as `Quantized.data`."""
+    """Signed integers [..., D] of `bits` bits -> `Quantized.data`."""
     if bits == 8:
         return integers.astype(mx.int8)
     shifted = (integers + 2 ** (bits - 1)).astype(mx.uint8)
-    each = ((shifted[..., None] >> mx.arange(bits, dtype=mx.uint8)) & 1).reshape(*integers.shape[:-1], -1, 8)
-    octets: mx.array = (each << mx.arange(8, dtype=mx.uint8)).sum(-1)
+    ones = ((shifted[..., None] >> mx.arange(bits, dtype=mx.uint8)) & 1).reshape(*integers.shape[:-1], -1, 8)
+    octets: mx.array = (ones << mx.arange(8, dtype=mx.uint8)).sum(-1)
     return octets.astype(mx.uint8)
 
 
 def unpack_integers(data: mx.array, *, bits: int) -> mx.array:
-    """The whole numbers of `Quantized.data`, [..., D]."""
+    """`Quantized.data` -> signed integers [..., D]."""
     if bits == 8:
         return data
-    each = ((data[..., None] >> mx.arange(8, dtype=mx.uint8)) & 1).reshape(*data.shape[:-1], -1, bits)
-    shifted: mx.array = (each << mx.arange(bits, dtype=mx.uint8)).sum(-1)
+    ones = ((data[..., None] >> mx.arange(8, dtype=mx.uint8)) & 1).reshape(*data.shape[:-1], -1, bits)
+    shifted: mx.array = (ones << mx.arange(bits, dtype=mx.uint8)).sum(-1)
     return mx.subtract(shifted.astype(mx.int32), 2 ** (bits - 1))
 
 

@@ -1,11 +1,11 @@
-"""Texts written by program: a ship's log full of exact facts, with a question for each, and a long technical manual.
+"""Generated texts: a ship's log full of exact facts, with a question for each, and a long technical manual.
 
-    python -m nectar_mlx.texts log --words 3000 --output log.txt --questions log.jsonl
-    python -m nectar_mlx.texts manual --words 5000 --output manual.txt
+    python -m nectar_mlx.evaluation.texts log --words 3000 --output log.txt --questions log.jsonl
+    python -m nectar_mlx.evaluation.texts manual --words 5000 --output manual.txt
 
-The questions are JSON lines for `nectar evaluate --questions`: question, answer, depth (where the fact stands), and
-choices, the answer in a sentence and the same sentence with seven wrong ones: small models can tell which is right long
-before they can say it.
+The questions are JSON lines for `nectar evaluate --questions`: question, answer, depth (the fact's place in the
+text), and choices: a sentence with the right answer, and seven with wrong ones. Small models can choose the right one
+long before they can write it.
 """
 
 import argparse
@@ -19,7 +19,6 @@ from dataclasses import asdict, dataclass
 from datetime import date, timedelta
 from pathlib import Path
 
-from .. import cli
 from ..errors import NectarError
 
 _PORTS = "Ostend Bergen Lisbon Cadiz Genoa Smyrna Riga Danzig Leith Hull Havre Palermo Odessa Tunis Naples".split()  # noqa: SIM905
@@ -47,8 +46,9 @@ Draw = Callable[[random.Random], str]
 
 
 @dataclass(frozen=True)
-class _Told:
-    """What one sentence of the log tells. statement: with {} in the answer's place. draw: an answer of that kind."""
+class _Entry:
+    """A question about one sentence of the log. statement: with {} in the answer's place. draw: a random answer of that
+    kind."""
 
     question: str
     statement: str
@@ -67,7 +67,7 @@ class _Told:
 
 @dataclass(frozen=True)
 class Fact:
-    """A question with its one answer, how deep in the text it stands, 0 … 1, and statements of which one is true."""
+    """A question with its only answer, the answer's place in the text, 0 … 1, and statements of which one is true."""
 
     question: str
     answer: str
@@ -77,7 +77,7 @@ class Fact:
 
 @dataclass(frozen=True)
 class Facts:
-    """A text and what can be asked about it, in the order of the text."""
+    """A text and its facts, in the order of the text."""
 
     text: str
     facts: list[Fact]
@@ -88,36 +88,37 @@ class Facts:
 
 
 def ships_log(*, words: int, seed: int = 0) -> Facts:
-    """A log of about so many words, one entry a day; every entry holds a few facts that stand nowhere else.
+    """A log of about `words` words, one entry a day; every entry has a few facts that are nowhere else.
 
     Ships that are met, passengers and cargoes are each named once, so that every question has one answer.
     """
     rng = random.Random(seed)
     met, passengers = _pairs(rng, ("barque", "brig", "schooner", "ketch"), _SHIPS), _pairs(rng, _FIRST, _LAST)
-    wrong = random.Random(seed)  # another one, so that the text does not depend on the choices
+    wrong = random.Random(seed)  # a second generator, so that the text does not depend on the choices
     day = _START
-    parts = [
+    paragraphs = [
         "The log of the brig Aurora, kept by her master.\n\n"
         "We left harbour in good order, all hands aboard, the ship newly caulked and the stores complete."
     ]
-    found: list[tuple[int, _Told]] = []
+    placed: list[tuple[int, _Entry]] = []  # with the position in the text
     length = 0
     while length < words:
         day += timedelta(days=rng.randint(1, 4))
-        sentences, facts = _entry(rng, day, next(met), next(passengers))
+        sentences, templates = _day_of(rng, day, next(met), next(passengers))
         sentences.insert(rng.randint(1, len(sentences)), rng.choice(_FILL).format(wind=_wind(rng), side=_side(rng)))
         entry = f"{_date(day)}. " + " ".join(sentences)
-        at = sum(len(p) + 2 for p in parts)
-        found += [(at + entry.find(sentence), told) for sentence, told in facts]
-        parts.append(entry)
+        start = sum(len(p) + 2 for p in paragraphs)
+        placed += [(start + entry.find(sentence), template) for sentence, template in templates]
+        paragraphs.append(entry)
         length += len(entry.split())
-    text = "\n\n".join(parts) + "\n"
-    found.sort(key=lambda fact: fact[0])
-    return Facts(text, [Fact(t.question, t.answer, round(at / len(text), 4), t.choices(wrong)) for at, t in found])
+    text = "\n\n".join(paragraphs) + "\n"
+    placed.sort(key=lambda pair: pair[0])
+    facts = [Fact(t.question, t.answer, round(at / len(text), 4), t.choices(wrong)) for at, t in placed]
+    return Facts(text, facts)
 
 
-def _entry(rng: random.Random, day: date, ship: str, person: str) -> tuple[list[str], list[tuple[str, _Told]]]:
-    """The sentences of one day, and what some of them tell."""
+def _day_of(rng: random.Random, day: date, ship: str, person: str) -> tuple[list[str], list[tuple[str, _Entry]]]:
+    """The sentences of one day, and the questions about them."""
     port, goods, casks = _port(rng), _goods(rng), _casks(rng)
     cabin, fare, crew = _cabin(rng), _fare(rng), str(rng.randint(7, 60))
     master, today = _name(rng), _date(day)
@@ -125,18 +126,18 @@ def _entry(rng: random.Random, day: date, ship: str, person: str) -> tuple[list[
         (
             f"At noon we spoke the {ship}, {crew} men, master {master}, out of {port} with {casks} casks of {goods}.",
             [
-                _Told(f"How many casks did the {ship} carry?", f"The {ship} carried {{}} casks.", casks, _casks),
-                _Told(f"What was in the casks of the {ship}?", f"The {ship} carried casks of {{}}.", goods, _goods),
-                _Told(f"Who was master of the {ship}?", f"The master of the {ship} was {{}}.", master, _name),
-                _Told(f"From which port did the {ship} come?", f"The {ship} came from {{}}.", port, _port),
+                _Entry(f"How many casks did the {ship} carry?", f"The {ship} carried {{}} casks.", casks, _casks),
+                _Entry(f"What was in the casks of the {ship}?", f"The {ship} carried casks of {{}}.", goods, _goods),
+                _Entry(f"Who was master of the {ship}?", f"The master of the {ship} was {{}}.", master, _name),
+                _Entry(f"From which port did the {ship} come?", f"The {ship} came from {{}}.", port, _port),
             ],
         ),
         (
             f"A passenger, {person}, came aboard on {today} and took cabin number {cabin} for {fare} shillings.",
             [
-                _Told(f"Which cabin did {person} take?", f"{person} took cabin number {{}}.", cabin, _cabin),
-                _Told(f"How many shillings did {person} pay?", f"{person} paid {{}} shillings.", fare, _fare),
-                _Told(f"On which date did {person} come aboard?", f"{person} came aboard on {{}}.", today, _some_date),
+                _Entry(f"Which cabin did {person} take?", f"{person} took cabin number {{}}.", cabin, _cabin),
+                _Entry(f"How many shillings did {person} pay?", f"{person} paid {{}} shillings.", fare, _fare),
+                _Entry(f"On which date did {person} come aboard?", f"{person} came aboard on {{}}.", today, _some_date),
             ],
         ),
     ]
@@ -193,15 +194,15 @@ def _side(rng: random.Random) -> str:
 
 
 def manual(*, words: int, modules: Sequence[str] = MODULES) -> str:
-    """A technical text of about so many words: signatures and docstrings of Python's own library."""
-    parts, length = ["The Python library: a reference, from its own documentation."], 0
+    """A technical text of about `words` words: signatures and docstrings of Python's own library."""
+    sections, length = ["The Python library: a reference, from its own documentation."], 0
     for name in modules:
         for section in _sections(name):
             if length >= words:
-                return "\n\n".join(parts) + "\n"
-            parts.append(section)
+                return "\n\n".join(sections) + "\n"
+            sections.append(section)
             length += len(section.split())
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(sections) + "\n"
 
 
 def _sections(name: str) -> Iterator[str]:
@@ -231,16 +232,21 @@ def _described(title: str, member: object) -> Iterator[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = cli.Parser("texts", "Write a text to evaluate with.")
+    parser = argparse.ArgumentParser(prog="nectar_mlx.evaluation.texts", description="Writes a text to evaluate with.")
     parser.add_argument("kind", choices=("log", "manual"), help="a ship's log full of facts, or a technical manual")
     parser.add_argument("--words", type=int, default=3000, help="about how long (default 3000)")
-    parser.add_argument("--seed", type=int, default=0, help="of the log")
-    parser.add_argument("--output", required=True, metavar="FILE", help="where the text goes")
-    parser.add_argument("--questions", metavar="FILE", help="where the log's questions go, as JSON lines")
-    return cli.run(parser, _work, argv)
+    parser.add_argument("--seed", type=int, default=0, help="of the log (default 0)")
+    parser.add_argument("--output", required=True, metavar="FILE", help="file for the text")
+    parser.add_argument("--questions", metavar="FILE", help="file for the log's questions, as JSON lines")
+    try:
+        _write(parser.parse_args(argv))
+    except NectarError as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
-def _work(arguments: argparse.Namespace) -> None:
+def _write(arguments: argparse.Namespace) -> None:
     if arguments.words < 1:
         raise NectarError("--words must be positive")
     if arguments.kind == "log":

@@ -15,7 +15,9 @@ from ..core.types import JsonObject
 from .verdict import EXPONENT
 
 TARGET = 0.99  # of the gap closed
-FIRST, LEAST, MOST = 0.02, 0.0025, 0.3  # at 0.3 every head can keep all keys of the text
+TARGET_KL = 1e-3  # nats a token that are close, however little the text changes
+FIRST, LEAST, MOST = 0.02, 0.0025, 0.8  # from 0.3 on every head keeps all keys of the text, at 0.8 in 11 bits a number
+_STEEPEST = 4.0  # exponent of fewer nodes; where KL falls faster, the same keys get more bits
 
 Figures = JsonObject
 
@@ -29,7 +31,8 @@ class Choice:
 
 
 def choose(measure: Callable[[float], Figures], *, least: float = LEAST, most: float = MOST) -> Choice:
-    """The smallest share in [least, most] at which a whole fit is expected to close `TARGET` of the gap.
+    """The smallest share in [least, most] at which a whole fit is expected to close `TARGET` of the gap, or to leave
+    `TARGET_KL`.
 
     measure: a share -> the figures of a short fit (`verdict.measured`). most is returned where nothing is enough.
     """
@@ -37,7 +40,8 @@ def choose(measure: Callable[[float], Figures], *, least: float = LEAST, most: f
     def excess(share: float) -> float:
         """The expected divergence as a multiple of the one that is wanted."""
         figures = measure(share)
-        return float(figures["kl"] / max((1 - TARGET) * figures["kl_no_context"], 1e-9))
+        wanted = max((1 - TARGET) * figures["kl_no_context"], TARGET_KL)
+        return float(max(figures["kl"], 1e-9) / wanted)
 
     at = min(max(FIRST, least), most)
     ratio = excess(at)
@@ -45,11 +49,14 @@ def choose(measure: Callable[[float], Figures], *, least: float = LEAST, most: f
     while least < at < most or (at == least and step > 1) or (at == most and step < 1):
         following = min(max(at * step, least), most)
         further = excess(following)
-        exponent = float(np.clip(np.log(ratio / max(further, 1e-9)) / np.log(following / at), 0.5, 4.0))
+        slope = np.log(ratio / max(further, 1e-9)) / np.log(following / at)
+        exponent = float(np.clip(slope, 0.5, _STEEPEST))
         last = Choice(following, exponent)
         if (further <= 1) != (ratio <= 1):
             low, high = sorted((at, following))
             share = following * further ** (1 / exponent)
+            if slope > _STEEPEST:  # with bits KL falls exponentially
+                share = following + (at - following) * np.log(further) / np.log(further / ratio)
             return Choice(float(np.clip(share, low, high)), exponent)
         at, ratio = following, further
     return Choice(at, last.exponent)

@@ -76,6 +76,8 @@ def allocate(errors: Sequence[float], *, total: float, power: float, least: floa
     share = np.maximum(np.asarray(errors, dtype=np.float64), 1e-12) ** power
     if total <= least * len(share):
         return [least] * len(share)
+    if total >= most * len(share):  # the bisection ends a rounding error below: a node less, and no finer bits for all
+        return [most] * len(share)
     low, high = 0.0, most / share.min()
     for _ in range(100):  # bisection on the common factor: the sum grows with it
         factor = (low + high) / 2

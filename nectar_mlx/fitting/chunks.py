@@ -2,19 +2,14 @@
 
 Every chunk stands behind the template's head, at the positions that follow it, as if it were the whole text; what is
 asked comes behind the longest one. So no distance is larger than the model was made for, and every chunk is as near to
-the question as the last (parallel context windows, arXiv 2212.10947). Every chunk gets heads of its own, fitted with
-the others out of sight. All of them weigh as much as one, and the preamble, which they have in common, counts once:
-
-    L = logaddexp(L_preamble, log Σ exp(L_c) - log C),    c = 1 … C
-
-A model expects a text to weigh what one window weighs: the plain sum of many chunks drowns the preamble and the live
-tokens (docs/log/chunks.md). In heads made of nodes the rule is a bias, -log C on every node of a chunk, so that file,
-cache and kernel know nothing of chunks.
+the question as the last (parallel context windows, arXiv 2212.10947). Every chunk gets heads of its own, fitted without
+the others; `store.chunking` joins them, so that file, cache and kernel know nothing of chunks. A model expects a text
+to weigh what one window weighs: the plain sum of many chunks drowns the preamble and the live tokens
+(docs/log/chunks.md).
 
 A chunk is read without those before it: what it says about them is not understood, and their order is not known.
 """
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -31,7 +26,8 @@ from ..core.types import JsonObject
 from ..heads import Exact, HeadArrays, Weighed
 from ..mlxlm.attention_patch import Geometry
 from ..mlxlm.cache import make_caches
-from ..store import Layout, load
+from ..store import Layout, chunking, load
+from ..store.chunking import ChunkedPrefix
 from . import finite, verdict
 from .budget import affordable_bytes, share_of
 from .checkpoint import Plan
@@ -49,12 +45,6 @@ from .stages import fit_context
 from .train import merged_errors
 
 
-def split(tokens: int, room: int) -> list[int]:
-    """The lengths of chunks, at most `room`, equal but for a token; the last, nearest the question, is the longest."""
-    count = -(-tokens // room)
-    return [tokens * (i + 1) // count - tokens * i // count for i in range(count)]
-
-
 def fit(
     run: FitRun, prefix: Sequence[int], *, chunks: Sequence[int], layerwise: bool, clock: Clock
 ) -> tuple[store.Tensors, JsonObject]:
@@ -66,7 +56,8 @@ def fit(
     chosen = share is None
     if share is None:
         share = _excerpt_share(run, prefix)
-    preamble = len(prefix) - sum(chunks) if len(chunks) > 1 else 0  # tokens that are kept beside the chunks
+    whole = ChunkedPrefix(prefix, chunks)
+    preamble = whole.preamble if len(chunks) > 1 else 0  # tokens whose keys are kept beside the chunks' nodes
     nbytes = affordable_bytes(
         share,
         geometry=run.geometry,
@@ -77,7 +68,7 @@ def fit(
         at_least=chosen,
     )
     fitted: list[FittedChunk] = []
-    for number, text in enumerate(_texts(prefix, chunks)):
+    for number, text in enumerate(whole.texts()):
         chunk_run = run.part(f"chunk-{number}", progress=partial(_chunk_progress, run.progress, number, len(chunks)))
         chunk_run.claim(text, preamble=preamble)
         chunk = FittedChunk.load(chunk_run.checkpoint)
@@ -110,8 +101,7 @@ def fit(
         "queries": fitted[-1].samples,
         "error": [error for chunk in fitted for error in chunk.errors],
     }
-    start = len(prefix) - sum(chunks) + max(chunks)
-    make_cache = partial(make_caches, banks, fitted[-1].windows, start)
+    make_cache = partial(make_caches, banks, fitted[-1].windows, whole.start)
     head = read_head(run.model, run.tokenizer, prefix, run.geometry)
     checks = [chunk.check(LayerRunner(run.model, run.geometry), make_cache, head.make_cache) for chunk in fitted]
     report |= verdict.mean(checks) | ({"chunks": checks} if len(checks) > 1 else {})
@@ -179,7 +169,7 @@ def read_chunks(
 ) -> Context:
     """The exact keys and values of a prefix that ends with these chunks, or of one that has none."""
     parts, done = list[Context](), 0
-    for text in _texts(prefix, chunks or [len(prefix)]):
+    for text in ChunkedPrefix(prefix, chunks or [len(prefix)]).texts():
         offsets = parts[0].offsets if parts else ()
         before = done
         parts.append(
@@ -198,17 +188,9 @@ def read_chunks(
     tokens, banks = len(prefix) - sum(chunks), list[Exact]()
     preamble = read_text(model, prefix[:tokens], geometry, offsets=parts[0].offsets)
     for first, *behind in zip(preamble.banks, *(part.banks for part in parts), strict=True):
-        heads = _joined(first, [bank.part(slice(tokens, None)).nodes() for bank in behind])
+        heads = chunking.join(first.nodes(), [bank.part(slice(tokens, None)).nodes() for bank in behind])
         banks.append(Weighed.stack(heads, scale=geometry.scale, offset=first.offset))
     return Context(list(prefix), banks, parts[-1].windows, chunks)
-
-
-def _texts(prefix: Sequence[int], chunks: Sequence[int]) -> Iterator[list[int]]:
-    """Each chunk behind what comes before the first."""
-    start = preamble = len(prefix) - sum(chunks)
-    for length in chunks:
-        yield [*prefix[:preamble], *prefix[start : start + length]]
-        start += length
 
 
 def _heads(
@@ -218,17 +200,7 @@ def _heads(
     one = replace(layout, n_layers=1)
     for layer, parts in enumerate(zip(*fitted, strict=True)):
         heads = [store.unpack(one, part)[0].unstack() for part in parts]
-        yield from _joined(preamble[layer], heads) if len(heads) > 1 else heads[0]
-
-
-def _joined(preamble: Exact, chunks: Sequence[Sequence[HeadArrays]]) -> list[HeadArrays]:
-    """The heads of one layer: the nodes of the preamble and of the chunks, which together weigh as much as one."""
-    less = math.log(len(chunks))
-    lowered = [[head | {"bias": head["bias"] - less} for head in heads] for heads in chunks]
-    return [
-        {name: mx.concatenate([part[name] for part in parts]) for name in parts[0]}
-        for parts in zip(preamble.nodes(), *lowered, strict=True)
-    ]
+        yield from chunking.join(preamble[layer].nodes(), heads) if len(heads) > 1 else heads[0]
 
 
 def _chunk_progress(

@@ -12,6 +12,8 @@ from ..heads import ALIASES, KINDS
 from ..store import BITS
 from .prefill_attention import Prefill
 
+_LARGEST_SIZE = 1e18  # bytes; more is taken for as many
+
 
 @dataclass(frozen=True, kw_only=True)
 class FitConfig:
@@ -77,19 +79,38 @@ class FitConfig:
             value = getattr(self, name)
             if value is not None and value < (0 if name == "seed" else 1):
                 raise NectarError(f"{name} must be positive, not {value}")
+        if self.seed >= 1 << 63:  # other seeds are derived from it, and MLX takes 64 bits
+            raise NectarError(f"seed must be below 2^63, not {self.seed}")
 
 
 def parse_budget(text: str) -> JsonObject:
     """What a person writes, "auto", "0.02", "2%" or "20M", as fields of a `FitConfig`. NectarError for all else."""
-    match = re.fullmatch(r"\s*(-?[\d.]+(?:e-?\d+)?)\s*(%|[kKMG]B?)?\s*", text)
     if text.strip() == "auto":
         return {"budget": "auto"}
-    try:
-        number, unit = (float(match[1]), match[2] or "") if match else (math.nan, "")
-    except ValueError:
-        number = math.nan
-    if math.isnan(number):
+    number, unit = _number_and_unit(text)
+    if not math.isfinite(number):
         raise NectarError(f"a budget is auto, a share such as 0.02 or 2%, or a size such as 500K or 20M, not {text!r}")
-    if unit and unit != "%":
-        return {"size": int(number * 1000 ** " KMG".index(unit[0].upper()))}
-    return {"budget": number / 100 if unit else number}
+    if unit in ("", "%"):
+        return {"budget": number / 100 if unit else number}
+    return {"size": _bytes(number, unit)}
+
+
+def parse_size(text: str) -> int:
+    """Bytes from "20M", "500K" or "5000B". NectarError for all else: a number alone could be meant as a share."""
+    number, unit = _number_and_unit(text)
+    if not math.isfinite(number) or unit in ("", "%"):
+        raise NectarError(f"a size is a number with a unit, such as 20M, 500K or 5000B, not {text!r}")
+    return _bytes(number, unit)
+
+
+def _number_and_unit(text: str) -> tuple[float, str]:
+    """NaN where there is none."""
+    match = re.fullmatch(r"\s*(-?[\d.]+(?:e-?\d+)?)\s*(%|B|[kKMG]B?|)\s*", text)
+    try:
+        return (float(match[1]), match[2]) if match else (math.nan, "")
+    except ValueError:
+        return math.nan, ""
+
+
+def _bytes(number: float, unit: str) -> int:
+    return int(min(number * 1000 ** "BKMG".index(unit[0].upper()), _LARGEST_SIZE))

@@ -1,4 +1,4 @@
-"""How close two ways of seeing a context are: their next-token distributions on the same answers."""
+"""How close two views of a context are: their next-token distributions on the same answers."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -55,16 +55,16 @@ def answer_logits(
     longest, shared = max(len(s) for s in sequences), min(len(p) for p in prompts) - 1
     # Right padding is harmless: attention is causal and padded places are not read.
     tokens = mx.array([s + [0] * (longest - len(s)) for s in sequences])
-    if shared:  # nobody asks for the logits of these places, so the vocabulary-wide product is never computed
+    if shared:  # the logits of these tokens are not needed, so the vocabulary-wide product is never computed
         model(tokens[:, :shared], cache=cache)
         mx.eval([c.state for c in cache])
     logits = model(tokens[:, shared:], cache=cache)
-    rows = []
+    answers = []
     for i, (p, c) in enumerate(zip(prompts, conversations, strict=True)):
         first = len(p) - 1 - shared
-        rows.append(logits[i, first : first + len(c.answer)])
-    mx.eval(rows)
-    return rows
+        answers.append(logits[i, first : first + len(c.answer)])
+    mx.eval(answers)
+    return answers
 
 
 def compare(

@@ -23,6 +23,15 @@ def check_weights(model: nn.Module) -> None:
             )
 
 
+def check_logits(logits: mx.array) -> None:
+    """NectarError unless what the model itself predicts is finite."""
+    if not mx.isfinite(logits).all().item():
+        raise NectarError(
+            "the model's own logits are not finite, so nothing is written. Its numbers may exceed its type: use its "
+            "bfloat16 or float32 weights"
+        )
+
+
 def check_heads(stage: str, heads: Collection[int], geometry: Geometry) -> None:
     """NectarError that names the stage, layer and KV head of the first of some heads with a number that is not finite.
 

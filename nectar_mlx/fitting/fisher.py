@@ -25,7 +25,7 @@ N_PROBE = 8  # conversations that tell it well enough
 _ANSWERED = 16  # tokens whose logits are held at a time
 
 
-class _ProbedCache(NectarCache):
+class ProbedCache(NectarCache):
     """Exact attention plus `probe` [B, H, T, D], by which its effect is differentiated."""
 
     probe: mx.array
@@ -97,7 +97,7 @@ def _gradients(
         inputs, call = [before.pop()], partial(_through, runner, layer, cache)
         if isinstance(cache, NectarCache):
             inputs.append(mx.zeros((1, geometry.n_heads, len(tokens) - 1, geometry.head_dim)))
-            call = partial(_through, runner, layer, _ProbedCache(cache.bank, cache.context))
+            call = partial(_through, runner, layer, ProbedCache(cache.bank, cache.context))
         _, (change, *probe) = mx.vjp(call, inputs, [change])
         mx.eval(change, probe)
         if probe:

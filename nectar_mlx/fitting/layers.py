@@ -15,6 +15,7 @@ from mlx_lm.models.base import create_attention_mask
 
 from ..errors import NectarError
 from ..mlxlm.attention_patch import Geometry
+from . import finite
 
 
 class LayerRunner:
@@ -31,20 +32,22 @@ class LayerRunner:
         self.width: int = hidden.shape[-1]
         for layer in range(len(self._layers)):
             hidden = self.layer(layer, hidden, None)
-        if not mx.allclose(self.logits(hidden), model(tokens), rtol=1e-2, atol=1e-2):
+        expected = model(tokens)
+        finite.check_logits(expected)
+        if not mx.allclose(self.logits(hidden), expected, rtol=1e-2, atol=1e-2):
             raise NectarError(f"{geometry.model_type} models cannot be fitted layer by layer: their layers share more")
 
     def embed(self, tokens: mx.array) -> mx.array:
         """What the first layer sees of tokens [B, T]."""
-        seen: list[mx.array] = []
+        inputs: list[mx.array] = []
 
         def keep(layer: Any, hidden: mx.array, *others: Any, **named: Any) -> mx.array:
-            seen.append(hidden)
+            inputs.append(hidden)
             return hidden
 
         with self.patched_layers(keep):
             self.model(tokens)  # never evaluated: the logits that follow cost nothing
-        return seen[0]
+        return inputs[0]
 
     def layer(self, layer: int, hidden: mx.array, cache: Any) -> mx.array:
         """Through one layer, behind what its cache holds."""

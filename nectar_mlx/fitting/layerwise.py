@@ -39,8 +39,8 @@ from .samples.sample_store import SampleStore
 from .sizes import trial_errors
 from .train import merged_errors, train_heads
 
-_PASSAGE = 900  # tokens that a conversation is sampled about, at most
-_PROMPT = 96  # tokens of a long prompt
+PASSAGE = 900  # tokens that a conversation is sampled about, at most
+PROMPT = 96  # tokens of a long prompt
 _EXCERPT, _EXCERPT_SAMPLES = 1024, 3000  # tokens and samples a head by which sizes are decided, at most
 _GOLDEN = 0.6180339887  # multiples of it, modulo 1, fill the unit interval evenly at any number
 
@@ -71,12 +71,12 @@ class LayerwiseFit:
 
     @property
     def passage_tokens(self) -> int:
-        return min(_PASSAGE, self.tokens_at_once * 3 // 8)
+        return min(PASSAGE, self.tokens_at_once * 3 // 8)
 
     @property
     def side_by_side(self) -> int:
         """Conversations that are sampled together, about a passage or as large an excerpt."""
-        fit = (self.tokens_at_once - self.passage_tokens) // (_PROMPT + self.run.config.answer_tokens)
+        fit = (self.tokens_at_once - self.passage_tokens) // (PROMPT + self.run.config.answer_tokens)
         return max(1, min(device().passage_conversations, fit))
 
     @property
@@ -251,7 +251,7 @@ class LayerwiseFit:
             after = self.runner.layer(layer, piece, cache)
             if layer < g.n_layers - 1:
                 text[i] = after
-            del after, piece  # behind the last layer nobody needs the text: what is not evaluated costs nothing
+            del after, piece  # behind the last layer the text is not needed: what is not evaluated costs nothing
             mx.eval(text[i], cache.state)
             mx.clear_cache()
         offsets = dict(zip(g.fitted, self.target.offsets, strict=False))  # empty where the keys' mean is taken

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 
+import mlx.core as mx
 import mlx.nn as nn
 
 from .. import models, store
@@ -18,10 +19,10 @@ from ..core.clock import Clock
 from ..core.progress import Progress, silent
 from ..core.types import JsonObject, Tokenizer
 from ..errors import NectarError
-from ..heads import Bank
+from ..heads import AUTO, Bank
 from ..mlxlm import attention_patch, prompts
 from ..mlxlm.window import window as _window
-from ..store import load
+from ..store import chunking, load
 from ..store.kv_file import KeyFile
 from . import chunks, finite, verdict
 from .budget import affordable_bytes, share_of
@@ -35,6 +36,7 @@ from .stages import fit_context
 from .train import merged_errors
 
 _QUESTION_TOKENS = 1024  # of the window, that questions and answers need
+_SMALLEST_CHUNK = 64  # tokens of a text that are worth reading at a time
 
 
 def fit(
@@ -75,7 +77,7 @@ def fit(
         "source": source,
     }
     lengths = _chunk_lengths(run, prefix)
-    layerwise = _needs_layers(run, len(prefix) - sum(lengths) + max(lengths))
+    layerwise = needs_layers(run, len(prefix) - sum(lengths) + max(lengths))
     if len(lengths) > 1 or layerwise:
         tensors, report = chunks.fit(run, prefix, chunks=lengths, layerwise=layerwise, clock=clock)
     else:
@@ -95,13 +97,14 @@ def fit(
 def _fit_whole(
     run: FitRun, prefix: Sequence[int], *, text: str, clock: Clock
 ) -> tuple[store.Tensors, JsonObject, KeyFile | None]:
-    """All layers of all of the text at once -> tensors and report, and the keys, where the kind keeps them."""
+    """All layers of all of the text at once -> tensors and report, and the file of keys, where the kind has one."""
     with run.progress("reading", len(prefix)) as done:
         context = read_text(run.model, prefix, run.geometry, prefill=run.config.prefill, progress=done)
     clock.lap("read")
     finite.check_banks("reading", context.banks, run.geometry)
+    finite.check_logits(run.model(mx.array([prefix[-1:]]), cache=context.make_cache()))
     contents = partial(store.contents, prefix=prefix, windows=context.windows, offsets=context.offsets)
-    if run.layout.kind == "exact":
+    if not run.layout.bank.fitted:
         return contents(run.layout, [head for bank in context.banks for head in bank.unstack()]), {}, None
     share = share_of(run.config, run.geometry, len(prefix))
     affordable = partial(
@@ -126,8 +129,8 @@ def _fit_whole(
     return tensors, report, keys
 
 
-def _needs_layers(run: FitRun, n: int) -> bool:
-    """Whether the fit goes layer by layer: when it is told to, or when the KV cache would not fit the memory."""
+def needs_layers(run: FitRun, n: int) -> bool:
+    """Whether the fit goes layer by layer: when that was chosen, or when the KV cache would not fit the memory."""
     config, kind = run.config, run.layout.bank
     if config.layerwise and kind.keeps_keys:
         raise NectarError(
@@ -144,11 +147,16 @@ def _chunk_lengths(run: FitRun, prefix: Sequence[int]) -> list[int]:
     preamble, window = prompts.preamble(run.tokenizer), _window(run.model)
     room = (window or 1 << 62) - preamble - _QUESTION_TOKENS
     tokens = len(prefix) - preamble
-    if run.layout.kind == "exact" or tokens <= room:
+    if not run.layout.bank.fitted or tokens <= room:
         return [tokens]
-    if room < 64 or run.layout.kind != "quadrature":
+    if room < _SMALLEST_CHUNK:
         raise NectarError(
-            f"the text has {len(prefix):,} tokens; the model's window of {window:,} leaves room for {max(0, room):,}: "
-            f"cut it with --context-tokens {max(0, room)}, or fit it chunk by chunk with --kind quadrature"
+            f"the model's window of {window:,} tokens is too small: beside a text, questions and answers take "
+            f"{_QUESTION_TOKENS:,}"
         )
-    return chunks.split(tokens, room)
+    if not run.layout.bank.joinable:
+        raise NectarError(
+            f"the text has {len(prefix):,} tokens; the model's window of {window:,} leaves room for {room:,}: "
+            f"cut it with --context-tokens {room}, or fit it chunk by chunk with --kind {AUTO}"
+        )
+    return chunking.split(tokens, room)

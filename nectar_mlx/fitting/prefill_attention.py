@@ -6,6 +6,7 @@ attention on that they need nowhere else (attention sinks, arXiv 2309.17453). It
 and so the keys and values that are kept, are then not quite those of the model: `nectar evaluate` says what it costs.
 """
 
+from functools import partial
 from typing import Any, Literal
 
 import mlx.core as mx
@@ -19,8 +20,8 @@ from ..sparse import Fixed, sparse_attention
 Prefill = Literal["dense", "fixed"]
 
 _SUMMARY = 32  # columns of every earlier block that a head sees
-_FIRST = 16  # tokens at the start of the text that everything sees
-_ROOM = 1 << 24  # query-key pairs of one fused call: well under a second a layer on the slowest Mac
+FIRST = 16  # tokens at the start of the text that everything sees
+_FUSED_SCORES = 1 << 24  # of one fused call: well under a second a layer on the slowest Mac
 
 
 class ReadingCache(KVCache):
@@ -47,7 +48,7 @@ class ReadingCache(KVCache):
         elif device().linux_cpu:  # three times faster than MLX's own attention there
             part = attention.causal(queries, keys, values, scale=scale, mask=mask)
         else:
-            return _fused(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
+            return fused(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
         return (part if sinks is None else with_sinks(part, sinks)).output.astype(queries.dtype)
 
 
@@ -59,24 +60,33 @@ def sparse(queries: mx.array, keys: mx.array, values: mx.array, *, pattern: Fixe
     """Attention under the pattern, and to the first tokens of the text for everything after them; shapes as above."""
     T, S = queries.shape[2], keys.shape[2]
     part = sparse_attention(queries, keys, values, pattern=pattern, scale=scale)
-    first = min(_FIRST, S)
+    first = min(FIRST, S)
     position = mx.arange(S - T, S)[:, None]
     hidden = pattern.mask(T, S, heads=queries.shape[1], first=first) | (mx.arange(first) > position)
     ahead = attention.causal(queries, keys[:, :, :first], values[:, :, :first], scale=scale, mask=~hidden[None])
     return attention.merge(part, ahead)
 
 
-def _fused(queries: mx.array, keys: mx.array, values: mx.array, *, scale: float, **others: Any) -> mx.array:
-    """MLX's attention; for a great many keys, some of the queries at a time."""
+def fused(
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    *,
+    scale: float,
+    mask: Any,
+    sinks: mx.array | None = None,
+    max_scores: int = _FUSED_SCORES,
+) -> mx.array:
+    """MLX's attention; of a causal one with more than `max_scores` scores a head, some of the queries at a time."""
+    attend = partial(mx.fast.scaled_dot_product_attention, scale=scale, mask=mask, sinks=sinks)
     T, S = queries.shape[2], keys.shape[2]
-    if T * S <= _ROOM or not isinstance(others["mask"], str):
-        return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, **others)
+    if max_scores >= T * S or not isinstance(mask, str):
+        return attend(queries, keys, values)
     outputs = []
-    step = max(32, _ROOM // S)
+    step = max(32, max_scores // S)
     for start in range(0, T, step):
         stop = min(T, start + step)
-        seen = S - T + stop  # causal: aligned with the end of the keys that are shown
-        k, v = keys[:, :, :seen], values[:, :, :seen]
-        outputs.append(mx.fast.scaled_dot_product_attention(queries[:, :, start:stop], k, v, scale=scale, **others))
+        visible = S - T + stop  # causal: aligned with the end of the keys that are given
+        outputs.append(attend(queries[:, :, start:stop], keys[:, :, :visible], values[:, :, :visible]))
         mx.eval(outputs[-1])
     return mx.concatenate(outputs, axis=2)

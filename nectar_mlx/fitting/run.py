@@ -11,7 +11,7 @@ import psutil
 from ..core.device import device
 from ..core.progress import Progress, silent
 from ..core.types import Tokenizer
-from ..heads import KINDS
+from ..heads import AUTO, KINDS
 from ..mlxlm.attention_patch import Geometry
 from ..store import Layout
 from .checkpoint import Checkpoint
@@ -41,14 +41,15 @@ class FitRun:
     def layout(self) -> Layout:
         """How the heads of all layers will be stored."""
         config, g = self.config, self.geometry
-        kind = "quadrature" if config.kind == "auto" else config.kind
+        kind = AUTO if config.kind == "auto" else config.kind
+        bank = KINDS[kind]
         return Layout(
             kind=kind,
             n_layers=len(g.fitted),
             n_kv_heads=g.n_kv_heads,
             head_dim=g.head_dim,
             scale=g.scale,
-            bits=config.bits if config.bits and kind != "exact" else KINDS[kind].default_bits,
+            bits=config.bits if config.bits and bank.fitted else bank.default_bits,
         )
 
     @property

@@ -9,12 +9,12 @@ from ..core.device import device
 from ..core.types import JsonObject
 from ..heads import HeadArrays, Size
 from ..store import MEAN_BITS
-from . import auto_budget, fisher
+from . import auto_budget, finite, fisher
 from .budget import head_sizes, size_for
 from .check import check
 from .checkpoint import Plan
 from .kinds import KindFit
-from .train import groups, regress
+from .train import groups, regress, rounded, rounding_steps
 
 _TRIAL_SAMPLES = 1 << 15  # of a short fit, at most
 _MOST_BITS, _OVERHEAD_BITS = 11.0, 0.5  # of a number; the second for biases, exponents and what training adds
@@ -41,16 +41,18 @@ def _plan(kind: KindFit, affordable: Affordable, share: float | None) -> Plan:
         return Plan([layout.bank.size_for(0)] * kind.n_heads, share or auto_budget.FIRST)
     errors, exponent = trial_errors(kind, affordable(share or auto_budget.FIRST)), None
 
-    def sizes_at(share: float) -> list[Size]:
-        return head_sizes(errors, affordable(share), share=share, layout=layout, config=kind.run.config, n=kind.length)
+    def sizes_and_bits(share: float) -> tuple[list[Size], float]:
+        nbytes = affordable(share)
+        sizes = head_sizes(errors, nbytes, share=share, layout=layout, config=kind.run.config, n=kind.length)
+        return sizes, mean_bits(kind, sizes, nbytes)
 
     if share is None:
         share = auto_budget.FIRST
         if layout.bits is None:
-            choice = auto_budget.choose(lambda share: short_fit(kind, sizes_at(share)))
+            choice = auto_budget.choose(lambda share: short_fit(kind, *sizes_and_bits(share)))
             share, exponent = choice.share, choice.exponent
-    sizes = sizes_at(share)
-    return Plan(sizes, share, exponent, mean_bits(kind, sizes, affordable(share)))
+    sizes, bits = sizes_and_bits(share)
+    return Plan(sizes, share, exponent, bits)
 
 
 def trial_errors(kind: KindFit, nbytes: float) -> np.ndarray:
@@ -62,6 +64,7 @@ def trial_errors(kind: KindFit, nbytes: float) -> np.ndarray:
     probes = [c for c in kind.data.conversations if c.answer and c.split == "train"][: fisher.N_PROBE]
     with run.progress("measuring sensitivity", len(probes)) as done:
         information = fisher.fisher(run.model, kind.data.context, probes, geometry=run.geometry, progress=done)
+        finite.check_heads("measuring sensitivity", finite.not_finite([information]), run.geometry)
         metric = fisher.metric(information)
     with run.progress("deciding sizes", len(trials)) as done:
         for number, group in enumerate(trials):
@@ -73,15 +76,22 @@ def trial_errors(kind: KindFit, nbytes: float) -> np.ndarray:
     return errors
 
 
-def short_fit(kind: KindFit, sizes: Sequence[Size]) -> JsonObject:
-    """The check's figures for heads of these sizes, trained for a short time and not rounded."""
+def short_fit(kind: KindFit, sizes: Sequence[Size], bits: float) -> JsonObject:
+    """The check's figures for heads of these sizes, trained for a short time and not rounded.
+
+    Heads with room for every key are rounded, to so many bits a number: nothing else separates them from the full
+    cache.
+    """
     run, heads = kind.run, dict[int, HeadArrays]()
-    K = run.geometry.n_kv_heads
+    K, steps = run.geometry.n_kv_heads, device().trial_steps
     with run.progress("choosing a budget", kind.n_heads) as done:
         for group, whole in groups(kind, sizes):
             samples = kind.training_samples(group, _TRIAL_SAMPLES)
             init = kind.initialize(group, [sizes[i] for i in group], samples)
-            bank = init.bank if whole else regress(kind, init, samples, steps=device().trial_steps)
+            if whole:
+                bank = rounded(kind, init.bank, samples, bits=bits, steps=rounding_steps(steps, bits, train=False))
+            else:
+                bank = regress(kind, init, samples, steps=steps)
             heads |= dict(zip(group, bank.unstack(), strict=True))
             done(len(heads))
     banks = [

@@ -50,6 +50,22 @@ def regress(kind: KindFit, init: Init, samples: Samples, *, steps: int) -> Bank:
     return regression.train(init, samples, steps=steps, batch=kind.batch(), rate=rate)
 
 
+def rounded(kind: KindFit, bank: Bank, samples: Samples, *, bits: float, steps: int) -> Bank:
+    """The bank rounded as it will be stored, where that is done in the course of training. steps: of the regression,
+    to which those of rounding are proportional."""
+    if kind.run.layout.bits is not None:
+        return bank
+    config = kind.run.config
+    rate = config.rate or kind.run.layout.bank.learning_rate
+    return quantization.round_nodes(bank, samples, bits=bits, steps=steps, batch=config.batch, rate=rate)
+
+
+def rounding_steps(steps: int, bits: float, *, train: bool) -> int:
+    """The `steps` of `rounded`, where a regression takes so many. train: whether the heads were trained at all: keys
+    that were not are better left as they are, in more bits than usual."""
+    return steps if train or bits == MEAN_BITS else 0
+
+
 def merged_errors(kind: KindFit, banks: Sequence[Bank]) -> list[float]:
     """Merged error of every head on the held-out samples; banks: one a layer."""
     K, errors = kind.run.geometry.n_kv_heads, np.zeros(kind.n_heads)
@@ -70,9 +86,7 @@ def _train_group(
     finite.check_heads("initialization", [group[m] for m in finite.not_finite(first.parameters.values())], geometry)
     steps = kind.run.config.steps if train else 0
     trained = regress(kind, init, samples, steps=steps) if steps else first
-    # All keys in more bits than usual are better left as they are.
-    rounding_steps = kind.run.config.steps if train or bits == MEAN_BITS else 0
-    bank = _rounded(kind, trained, samples, bits=bits, steps=rounding_steps)
+    bank = rounded(kind, trained, samples, bits=bits, steps=rounding_steps(kind.run.config.steps, bits, train=train))
     heads = bank.unstack()
     if kind.data.held_out.count:
         heads = _better(kind, group, first, bank, samples, bits=bits)
@@ -92,15 +106,6 @@ def _better(
     worse, heads = ~(after <= before), trained.unstack()
     if not worse.any():
         return heads
-    plain = _rounded(kind, first, samples, bits=bits, steps=0)
+    plain = rounded(kind, first, samples, bits=bits, steps=0)
     better = worse & ~(np.array(regression.errors(plain, held_out)) >= after)
     return [p if b else h for p, b, h in zip(plain.unstack(), better, heads, strict=True)]
-
-
-def _rounded(kind: KindFit, bank: Bank, samples: Samples, *, bits: float, steps: int) -> Bank:
-    """The bank rounded as it will be stored, where that is done in the course of training."""
-    if kind.run.layout.bits is not None:
-        return bank
-    config = kind.run.config
-    rate = config.rate or kind.run.layout.bank.learning_rate
-    return quantization.round_nodes(bank, samples, bits=bits, steps=steps, batch=config.batch, rate=rate)

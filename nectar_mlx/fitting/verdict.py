@@ -12,6 +12,8 @@ from .fidelity import Divergence
 CLOSE, USABLE = 0.98, 0.90  # of the gap closed
 # In nats a token: where a text changes little, a share of that little says nothing.
 CLOSE_KL, USABLE_KL = 0.01, 0.05
+USABLE_KL_GAP = 0.5  # of the gap closed, that `USABLE_KL` needs: with less, answers are more those without the text
+_ROUNDING = 1e-5  # nats that rounding errors come to
 EXPONENT = 1.7  # KL falls with so much of a power of the bytes, where nothing better is known (docs/log/budgets.md)
 
 Grade = Literal["close", "usable", "not faithful"]
@@ -32,18 +34,20 @@ def mean(parts: Sequence[JsonObject]) -> JsonObject:
 
 
 def _figures(kl: float, agree: float, floor: float) -> JsonObject:
-    gap = 1 - kl / max(floor, 1e-9)
+    kl, floor = max(kl, 0.0), max(floor, 0.0)
+    gap = 1.0 if kl <= _ROUNDING else 1 - kl / max(floor, _ROUNDING)
     return {"kl": round(kl, 5), "agree": round(agree, 4), "kl_no_context": round(floor, 5), "gap_closed": round(gap, 4)}
 
 
 def grade(report: JsonObject) -> Grade | None:
     """None for files that do not say, and for those that keep every key."""
-    if "gap_closed" not in report:
+    if not all(isinstance(report.get(name), int | float) for name in ("gap_closed", "kl")):
         return None
     gap, kl = report["gap_closed"], report["kl"]
     if gap >= CLOSE or kl <= CLOSE_KL:
         return "close"
-    return "usable" if gap >= USABLE or kl <= USABLE_KL else "not faithful"
+    usable = gap >= USABLE or (kl <= USABLE_KL and gap >= USABLE_KL_GAP)
+    return "usable" if usable else "not faithful"
 
 
 def sentence(report: JsonObject, *, share: float) -> str:
@@ -51,7 +55,10 @@ def sentence(report: JsonObject, *, share: float) -> str:
     reached = grade(report)
     if reached is None:
         return ""
-    figures = f"{report['gap_closed']:.1%} of what the text changes is kept, KL {report['kl']:.4f}"
+    gap, kl = report["gap_closed"], report["kl"]
+    figures = f"{max(gap, 0):.1%} of what the text changes is kept, KL {kl:.4f}"
+    if gap < USABLE and reached != "not faithful":
+        figures = f"KL {kl:.4f}, where the whole text changes answers by {report['kl_no_context']:.4f}"
     if reached == "close":
         return f"Close to the full text: {figures}."
     more = f"a budget of about {_larger(report, share)} would be close to it"
@@ -62,7 +69,7 @@ def sentence(report: JsonObject, *, share: float) -> str:
 
 def _larger(report: JsonObject, share: float) -> str:
     """The budget at which the gap is expected to be closed, as a percentage."""
-    target = (1 - CLOSE) * report["kl_no_context"]
-    needed = share * (report["kl"] / max(target, 1e-9)) ** (1 / report.get("exponent", EXPONENT))
+    target = max((1 - CLOSE) * report["kl_no_context"], CLOSE_KL)
+    needed = share * (report["kl"] / target) ** (1 / report.get("exponent", EXPONENT))
     percent = 100 * min(1.0, max(needed, 1.25 * share))
     return f"{percent:.0f}%" if percent >= 2 else f"{percent:.1g}%"

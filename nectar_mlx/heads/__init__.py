@@ -14,10 +14,12 @@ from .thresholded import ThresholdedNodes
 
 _ALL: tuple[type[Bank], ...] = (Quadrature, TargetScore, Corrected, Exact, Retrieval, Completion, ThresholdedNodes)
 KINDS: dict[str, type[Bank]] = {bank.kind: bank for bank in _ALL}
+AUTO = Quadrature.kind  # what serves best where nothing is chosen
 ALIASES = {"retrieval+nectar": "hybrid"}  # names of before, in files and commands
 
 __all__ = [
     "ALIASES",
+    "AUTO",
     "KINDS",
     "Bank",
     "Completion",

@@ -15,18 +15,19 @@ from typing import ClassVar
 
 import mlx.core as mx
 
-from ..core.attention import Partial
+from ..core.attention import EMPTY, Partial, join
 from ..core.device import device
 from ..core.exp import exp
 from .base import HeadArrays, Size
-from .hybrid import NOTHING, HybridHead, Retrieved, shared
+from .hybrid import HybridHead, Retrieved, shared
 
 
 class Completion(HybridHead):
     """w_query, w_key, means = S / u [F, D], b_query, b_key, log_count = log u [F] a head, and anchors; size = (F,)."""
 
     kind = "completion"
-    padding: ClassVar = {"b_query": NOTHING, "b_key": NOTHING}
+    decodes_stored = False  # nodes are computed from them
+    padding: ClassVar = {"b_query": EMPTY, "b_key": EMPTY}
 
     def nodes(self, parameters: HeadArrays) -> HeadArrays:
         p = parameters
@@ -41,7 +42,7 @@ class Completion(HybridHead):
             part = Retrieved(*(x[:, start : start + step] for x in retrieved))
             parts.append(self._without(parameters, queries[:, start : start + step], part))
             mx.eval(parts[-1])
-        return Partial(*(mx.concatenate(list(xs), axis=1) for xs in zip(*parts, strict=True)))
+        return join(parts, axis=1)
 
     def _without(self, p: HeadArrays, queries: mx.array, retrieved: Retrieved) -> Partial:
         """queries [M, N, G, D]; every retrieved key's share of each feature is taken out of the summary."""
@@ -52,7 +53,7 @@ class Completion(HybridHead):
         left = count - shares.sum(2)
         alive = left > 1e-3 * count
         sums = (count[..., None] * p["means"][:, None]) - shares.swapaxes(2, 3) @ retrieved.values.astype(mx.float32)
-        remaining = mx.where(alive, mx.log(mx.maximum(left, 1e-9)), NOTHING)
+        remaining = mx.where(alive, mx.log(mx.maximum(left, 1e-9)), EMPTY)
         logs = query_features(p, queries.reshape(M, N * G, D)).reshape(M, N, G, -1) + remaining[:, :, None]
         return shared(logs, sums / mx.maximum(left, 1e-9)[..., None] * alive[..., None])
 

@@ -10,7 +10,10 @@ import mlx.core as mx
 from ..core.attention import Partial, weighted
 from .base import Bank, HeadArrays, Size
 from .mlp import silu
-from .quadrature import Quadrature
+from .quadrature import NODES, Quadrature
+from .work import DecodeWork, WorkItem, WorkKind
+
+_GATED = WorkItem(WorkKind.GATED, matrices=("w_gate", "w_up", "w_out"), scalars=("b_gate", "b_up", "w_score"))
 
 
 class Corrected(Bank):
@@ -28,6 +31,9 @@ class Corrected(Bank):
         output = nodes.output + hidden @ p["w_out"] + p["b_out"][:, None]
         return Partial(output, nodes.log_normalizer + (hidden @ p["w_score"][..., None])[..., 0] + p["b_score"])
 
+    def decode_work(self) -> DecodeWork:
+        return DecodeWork((NODES, _GATED), constants=("b_out", "b_score"))
+
     @classmethod
     def shapes(cls, size: Size, head_dim: int) -> dict[str, tuple[int, ...]]:
         nodes, units = size
@@ -38,6 +44,10 @@ class Corrected(Bank):
     @classmethod
     def size_for(cls, units: int) -> Size:
         return (units, max(4, units // 6))
+
+    @classmethod
+    def size_with(cls, *, nodes: int, units: int, layers: int) -> Size:
+        return (nodes, units)
 
     @classmethod
     def size_of(cls, head: HeadArrays) -> Size:

@@ -16,6 +16,7 @@ class Exact(Bank):
 
     kind = "exact"
     default_bits = 16
+    fitted = trainable = False
     keeps_keys = True
 
     def apply(self, parameters: HeadArrays, queries: mx.array) -> Partial:
@@ -60,8 +61,8 @@ class Weighed(Exact):
         return cls(parameters=parameters, sizes=bank.sizes, scale=bank.scale, offset=bank.offset)
 
     def apply(self, parameters: HeadArrays, queries: mx.array) -> Partial:
-        keys, values, bias = (parameters[n] for n in ("keys", "values", "bias"))
-        return exact(queries, keys, values, bias=bias, scale=self.scale)
+        p = parameters
+        return exact(queries, p["keys"], p["values"], bias=p["bias"], scale=self.scale)
 
     @classmethod
     def shapes(cls, size: Size, head_dim: int) -> dict[str, tuple[int, ...]]:

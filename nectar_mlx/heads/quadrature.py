@@ -7,8 +7,11 @@ from typing import ClassVar
 
 import mlx.core as mx
 
-from ..core.attention import Partial, weighted
+from ..core.attention import EMPTY, Partial, weighted
 from .base import Bank, HeadArrays, Size
+from .work import DecodeWork, WorkItem, WorkKind
+
+NODES = WorkItem(WorkKind.NODES, matrices=("keys", "values"), scalars=("bias",))
 
 
 class Quadrature(Bank):
@@ -17,11 +20,15 @@ class Quadrature(Bank):
     kind = "quadrature"
     default_bits = None
     learning_rate = 1.5e-2
-    padding: ClassVar = {"bias": -1e30}
+    joinable = True
+    padding: ClassVar = {"bias": EMPTY}
 
     def apply(self, parameters: HeadArrays, queries: mx.array) -> Partial:
-        keys, values, bias = (parameters[n] for n in ("keys", "values", "bias"))
-        return weighted(queries, keys, values, bias=bias, scale=self.scale)
+        p = parameters
+        return weighted(queries, p["keys"], p["values"], bias=p["bias"], scale=self.scale)
+
+    def decode_work(self) -> DecodeWork:
+        return DecodeWork((NODES,))
 
     @classmethod
     def shapes(cls, size: Size, head_dim: int) -> dict[str, tuple[int, ...]]:
@@ -31,6 +38,10 @@ class Quadrature(Bank):
     @classmethod
     def size_of(cls, head: HeadArrays) -> Size:
         return (head["bias"].shape[0],)
+
+    @classmethod
+    def size_with(cls, *, nodes: int, units: int, layers: int) -> Size:
+        return (nodes,)
 
     @property
     def head_dim(self) -> int:

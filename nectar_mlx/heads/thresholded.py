@@ -10,14 +10,15 @@ subtracted, so none can turn negative. (Subtracting the retrieved terms from a p
 against adding them back, and leave the prediction.)
 """
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import mlx.core as mx
 
-from ..core.attention import Partial
+from ..core.attention import EMPTY, Partial
 from ..core.exp import exp, sigmoid
+from ..core.gradients import Arrays, with_vjp
 from .base import HeadArrays, Size
-from .hybrid import NOTHING, HybridHead, Retrieved
+from .hybrid import HybridHead, Retrieved
 
 
 class ThresholdedNodes(HybridHead):
@@ -26,7 +27,7 @@ class ThresholdedNodes(HybridHead):
     kind = "hybrid"
     default_bits = 6
     learning_rate = 2.5e-2
-    padding: ClassVar = {"bias": NOTHING}
+    padding: ClassVar = {"bias": EMPTY}
 
     def nodes(self, parameters: HeadArrays) -> HeadArrays:
         return {n: parameters[n] for n in ("keys", "values", "bias")}
@@ -38,16 +39,12 @@ class ThresholdedNodes(HybridHead):
 
     def below(self, parameters: HeadArrays, queries: mx.array, threshold: mx.array) -> Partial:
         """Attention of queries [M, N, D] over the keys of the middle that score below threshold [M, N]."""
-        keys, values, bias, cut, sharpness = (
-            parameters[n].astype(mx.float32) for n in ("keys", "values", "bias", "cut", "sharpness")
-        )
-        found: Any = _below(
-            queries.astype(mx.float32) * self.scale, keys, values, bias, cut, mx.exp(sharpness), threshold
-        )
-        return Partial(*found[:2])
+        p = {name: x.astype(mx.float32) for name, x in parameters.items()}
+        queries, sharpness = queries.astype(mx.float32) * self.scale, mx.exp(p["sharpness"])
+        return Partial(*_below(queries, p["keys"], p["values"], p["bias"], p["cut"], sharpness, threshold)[:2])
 
     def used(self, retrieved: Retrieved) -> mx.array:
-        return mx.where(retrieved.routed >= retrieved.threshold[..., None], retrieved.scores, NOTHING)
+        return mx.where(retrieved.routed >= retrieved.threshold[..., None], retrieved.scores, EMPTY)
 
     @classmethod
     def shapes(cls, size: Size, head_dim: int) -> dict[str, tuple[int, ...]]:
@@ -62,13 +59,31 @@ class ThresholdedNodes(HybridHead):
 
 
 class TrainableThresholdedNodes(ThresholdedNodes):
-    """As it is trained: `rest` alone, of queries [M, N, D + 1] whose last number is the threshold."""
+    """As it is trained: `complement` alone, of queries [M, N, D + 1] whose last number is the threshold."""
 
     def apply(self, parameters: HeadArrays, queries: mx.array) -> Partial:
         return self.below(parameters, queries[..., :-1], queries[..., -1])
 
 
-@mx.custom_function
+def _below_vjp(primals: Arrays, cotangents: Arrays, outputs: Arrays) -> Arrays:
+    queries, keys, values, _, cut, sharpness, threshold = primals
+    d_output, d_log, *_ = cotangents
+    output, _, probabilities, counted = outputs
+    constant = d_log - (d_output * output).sum(-1)
+    d_weights = probabilities * (d_output @ values.swapaxes(1, 2) + constant[..., None])
+    d_margin = d_weights * (1 - counted)
+    by_score = d_margin * sharpness[:, None]
+    d_scores = d_weights - by_score
+    d_keys, d_values = d_scores.swapaxes(1, 2) @ queries, probabilities.swapaxes(1, 2) @ d_output
+    margin = threshold[..., None] - queries @ keys.swapaxes(1, 2) - cut[:, None]
+    d_sharpness = (d_margin * margin).sum(1)
+    return (
+        *(d_scores @ keys, d_keys, d_values, d_weights.sum(1)),
+        *(-by_score.sum(1), d_sharpness, by_score.sum(-1)),
+    )
+
+
+@with_vjp(_below_vjp)
 def _below(
     queries: mx.array,
     keys: mx.array,
@@ -88,22 +103,3 @@ def _below(
     weights = exp(plain - top) * counted
     total = weights.sum(-1, keepdims=True)
     return (weights @ values) / total, (top + mx.log(total))[..., 0], weights / total, counted
-
-
-@_below.vjp
-def _below_vjp(primals, cotangents, outputs):  # type: ignore[no-untyped-def]
-    queries, keys, values, _, cut, sharpness, threshold = primals
-    d_output, d_log, *_ = cotangents
-    output, _, probabilities, counted = outputs
-    constant = d_log - (d_output * output).sum(-1)
-    d_weights = probabilities * (d_output @ values.swapaxes(1, 2) + constant[..., None])
-    d_margin = d_weights * (1 - counted)
-    by_score = d_margin * sharpness[:, None]
-    d_scores = d_weights - by_score
-    d_keys, d_values = d_scores.swapaxes(1, 2) @ queries, probabilities.swapaxes(1, 2) @ d_output
-    margin = threshold[..., None] - queries @ keys.swapaxes(1, 2) - cut[:, None]
-    d_sharpness = (d_margin * margin).sum(1)
-    return (
-        *(d_scores @ keys, d_keys, d_values, d_weights.sum(1)),
-        *(-by_score.sum(1), d_sharpness, by_score.sum(-1)),
-    )

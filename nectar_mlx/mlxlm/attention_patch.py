@@ -1,12 +1,13 @@
-"""Routes the attention of a loaded mlx-lm model through our caches, and says which models can be routed.
+"""Routes the attention of a loaded mlx-lm model through our caches, and lists the models for which this works.
 
 mlx-lm's model files bind `scaled_dot_product_attention` by value, so the name is rebound in every module that holds
 it. A cache with an `attend` method then computes its own attention; any other takes mlx-lm's path unchanged.
 """
 
 import sys
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Self
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -14,6 +15,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.models import base
 from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
+from ..core.types import JsonObject, LayerCache
 from ..errors import NectarError
 
 SUPPORTED = (
@@ -54,10 +56,10 @@ _REASONS = {
     "rwkv7": "it has no attention",
 }
 
-_stock_attention: Any = base.scaled_dot_product_attention
+stock_attention: Callable[..., mx.array] = base.scaled_dot_product_attention
 
 
-def _attention(
+def attention(
     queries: mx.array,
     keys: mx.array,
     values: mx.array,
@@ -68,25 +70,35 @@ def _attention(
 ) -> mx.array:
     attend = getattr(cache, "attend", None)
     if attend is None:
-        return _stock_attention(queries, keys, values, cache=cache, scale=scale, mask=mask, sinks=sinks)  # type: ignore[no-any-return]
+        return stock_attention(queries, keys, values, cache=cache, scale=scale, mask=mask, sinks=sinks)
     extra = {} if sinks is None else {"sinks": sinks}
     return attend(queries, keys, values, scale=scale, mask=mask, **extra)  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Geometry:
-    """What a fitted file must know of a model. `windows[i]` is layer i's sliding window, 0 for full attention."""
+    """The shapes of a model's attention. `windows[i]` is layer i's sliding window, 0 for full attention."""
 
     model_type: str
-    n_layers: int
     n_heads: int
     n_kv_heads: int
     head_dim: int
     scale: float
     windows: tuple[int, ...]
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Self:
+        """From `to_dict`, also after JSON."""
+        names = ("model_type", "n_heads", "n_kv_heads", "head_dim", "scale")
+        return cls(**{name: fields[name] for name in names}, windows=tuple(fields["windows"]))
+
+    def to_dict(self) -> JsonObject:
+        fields = asdict(self)
+        return {"model_type": fields.pop("model_type"), "n_layers": self.n_layers} | fields
+
+    @property
+    def n_layers(self) -> int:
+        return len(self.windows)
 
     @property
     def fitted(self) -> tuple[int, ...]:
@@ -100,21 +112,21 @@ class Geometry:
 
 
 class _Probe(KVCache):
-    """Records what reaches the attention call."""
+    """Records the shapes at the attention call."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.seen: tuple[int, int, int, float] | None = None
+        self.shapes: tuple[int, int, int, float] | None = None
 
     def attend(self, queries: mx.array, keys: mx.array, values: mx.array, *, scale: float, **others: Any) -> mx.array:
-        self.seen = (queries.shape[1], keys.shape[1], queries.shape[3], float(scale))
-        return _stock_attention(queries, keys, values, cache=None, scale=scale, **others)  # type: ignore[no-any-return]
+        self.shapes = (queries.shape[1], keys.shape[1], queries.shape[3], float(scale))
+        return stock_attention(queries, keys, values, cache=None, scale=scale, **others)
 
 
 def route(model: nn.Module) -> Geometry:
     """Routes the model's attention through our caches and returns its geometry.
 
-    NectarError names an architecture that is not supported: its context would be silently ignored.
+    Raises NectarError with the name of an architecture that is not supported: it would ignore the context silently.
     """
     name = str(getattr(model, "model_type", type(model).__module__))
     if name not in SUPPORTED:
@@ -123,27 +135,26 @@ def route(model: nn.Module) -> Geometry:
     for module_name, module in list(sys.modules.items()):
         if module is base or not module_name.startswith("mlx_lm.models."):
             continue
-        if getattr(module, "scaled_dot_product_attention", None) is _stock_attention:
-            setattr(module, "scaled_dot_product_attention", _attention)  # noqa: B010
+        if getattr(module, "scaled_dot_product_attention", None) is stock_attention:
+            setattr(module, "scaled_dot_product_attention", attention)  # noqa: B010
     return _probe(model, name)
 
 
 def _probe(model: nn.Module, name: str) -> Geometry:
-    """One token through the model: every layer must show up at the attention call."""
+    """Runs one token through the model: every layer must reach the attention call."""
     stock = make_prompt_cache_of(model)
     windows = tuple(c.max_size if isinstance(c, RotatingKVCache) else 0 for c in stock)
     probes = [_Probe() for _ in stock]
     mx.eval(model(mx.zeros((1, 1), dtype=mx.int32), cache=probes))
-    missing = [i for i, p in enumerate(probes) if p.seen is None]
+    missing = [i for i, p in enumerate(probes) if p.shapes is None]
     if missing:
         raise NectarError(f"{name}: the attention of layers {missing} cannot be routed; this mlx-lm is not supported")
-    shapes = {p.seen for p in probes if p.seen is not None}
+    shapes = {p.shapes for p in probes if p.shapes is not None}
     if len(shapes) > 1:
         raise NectarError(f"{name}: layers of different shapes are not supported: {sorted(shapes)}")
     n_heads, n_kv_heads, head_dim, scale = shapes.pop()
     return Geometry(
         model_type=name,
-        n_layers=len(probes),
         n_heads=n_heads,
         n_kv_heads=n_kv_heads,
         head_dim=head_dim,
@@ -158,8 +169,8 @@ def compute_type(model: nn.Module) -> mx.Dtype:
     return next(p.dtype for _, p in parameters if mx.issubdtype(p.dtype, mx.floating))
 
 
-def make_prompt_cache_of(model: nn.Module) -> list[Any]:
-    """The model's own caches, also while a context is attached to it."""
+def make_prompt_cache_of(model: nn.Module) -> list[LayerCache]:
+    """The model's own caches, even while a context is attached to it."""
     attached = vars(model).get("make_cache")
     if attached is None:
         return make_prompt_cache(model)

@@ -6,16 +6,16 @@ tokens alone. There is deliberately no `bits` and no `to_quantized`: mlx-lm woul
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Protocol, Self
 
 import mlx.core as mx
 from mlx_lm.models.cache import BatchKVCache, KVCache, QuantizedKVCache, RotatingKVCache, _BaseCache
 
-from .. import kernels
 from ..core import attention
+from ..core.types import LayerCache
 from ..errors import NectarError
 from ..heads import Bank
-from ..kernels.packing import Packed
+from ..kernels import DecodeKernel
 
 
 class _Whole:
@@ -34,17 +34,35 @@ class WholeBatch(_Whole, BatchKVCache):
     pass
 
 
+class LiveCache(LayerCache, Protocol):
+    """What a `NectarCache` uses of mlx-lm's KVCache, QuantizedKVCache and BatchKVCache."""
+
+    step: int  # positions that are allocated at a time
+
+    @property
+    def offset(self) -> Any: ...
+
+    @property
+    def nbytes(self) -> int: ...
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> Any: ...
+
+    def make_mask(self, *args: Any, **kwargs: Any) -> Any: ...
+
+    def empty(self) -> bool: ...
+
+
 class NectarCache(_BaseCache):
     """The cache of one layer. `bank` answers for `context` tokens, `live` holds the keys and values that follow.
 
-    live: mlx-lm's KVCache (default), QuantizedKVCache, or BatchKVCache inside `BatchNectarCache`. packed: the bank
-    in the form that the decode kernel reads, where there is one; keys and values then come in whole buffers.
+    live: mlx-lm's KVCache (default), QuantizedKVCache, or BatchKVCache inside `BatchNectarCache`. kernel: the
+    bank's decode kernel, where there is one; keys and values then come in whole buffers.
     """
 
-    def __init__(self, bank: Bank, context: int, live: Any = None, packed: Packed | None = None):
-        self.bank, self.context, self.packed = bank, context, packed
-        fresh = KVCache if packed is None else WholeCache
-        self.live = fresh() if live is None else live  # type: ignore[no-untyped-call]
+    def __init__(self, bank: Bank, context: int, live: LiveCache | None = None, kernel: DecodeKernel | None = None):
+        self.bank, self.context, self.kernel = bank, context, kernel
+        fresh = KVCache if kernel is None else WholeCache
+        self.live: LiveCache = fresh() if live is None else live  # type: ignore[no-untyped-call]
 
     @property
     def offset(self) -> Any:
@@ -75,8 +93,8 @@ class NectarCache(_BaseCache):
         sinks [H]: per head, the score of one more token whose value is zero (gpt-oss).
         """
         n = self.size() if isinstance(self.live, _Whole) else keys.shape[2]
-        if self.packed is not None and sinks is None:
-            out = kernels.decode(self.packed, queries, keys, values, live=n, left_padding=self.left_padding)
+        if self.kernel is not None and sinks is None:
+            out = self.kernel.attend(queries, keys, values, live=n, left_padding=self.left_padding)
             if out is not None:
                 return out
         if n < keys.shape[2]:
@@ -113,17 +131,17 @@ class NectarCache(_BaseCache):
         return self.bank.over(queries)
 
     def observe(self, log_normalizer: mx.array) -> None:
-        """Told after every call what the whole attention's log-normaliser [B, H, T] was."""
+        """Called after every call of `attend` with the whole attention's log-normaliser [B, H, T]."""
 
     def make_mask(self, *args: Any, **kwargs: Any) -> Any:
         return self.live.make_mask(*args, **kwargs)
 
     @property
-    def state(self) -> Any:
+    def state(self) -> object:
         return self.live.state
 
     @state.setter
-    def state(self, v: Any) -> None:
+    def state(self, v: object) -> None:
         self.live.state = v
 
     @property
@@ -143,8 +161,8 @@ class NectarCache(_BaseCache):
         """Drops the last n live tokens, at most all of them: never a token of the context."""
         return int(self.live.trim(n))
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        return type(self)(self.bank, self.context, copy.deepcopy(self.live, memo), self.packed)
+    def __deepcopy__(self, memo: dict[int, object]) -> Self:
+        return type(self)(self.bank, self.context, copy.deepcopy(self.live, memo), self.kernel)
 
     @classmethod
     def merge(cls, caches: Sequence["NectarCache"]) -> "BatchNectarCache":
@@ -154,8 +172,8 @@ class NectarCache(_BaseCache):
             _check_same_context(first, cache)
             if isinstance(cache.live, QuantizedKVCache):
                 raise NectarError("sequences with a quantised cache cannot share a batch: run them one at a time")
-        live = (BatchKVCache if first.packed is None else WholeBatch).merge([c.live for c in caches])
-        return BatchNectarCache(first.bank, first.context, live, first.packed)
+        live = (BatchKVCache if first.kernel is None else WholeBatch).merge([c.live for c in caches])
+        return BatchNectarCache(first.bank, first.context, live, first.kernel)
 
 
 class BatchNectarCache(NectarCache):
@@ -170,13 +188,13 @@ class BatchNectarCache(NectarCache):
     def size(self) -> int:
         return int(self.live.size())
 
-    def prepare(self, **kwargs: Any) -> None:
+    def prepare(self, **kwargs: object) -> None:
         self.live.prepare(**kwargs)
 
     def finalize(self) -> None:
         self.live.finalize()
 
-    def filter(self, batch_indices: Any) -> None:
+    def filter(self, batch_indices: mx.array) -> None:
         self.live.filter(batch_indices)
 
     def extend(self, other: "BatchNectarCache") -> None:
@@ -184,7 +202,7 @@ class BatchNectarCache(NectarCache):
         self.live.extend(other.live)
 
     def extract(self, idx: int) -> NectarCache:
-        return NectarCache(self.bank, self.context, self.live.extract(idx), self.packed)
+        return NectarCache(self.bank, self.context, self.live.extract(idx), self.kernel)
 
 
 class WindowCache(RotatingKVCache):
@@ -228,25 +246,25 @@ def make_caches(
     context: int,
     *,
     kv_bits: int | None = None,
-    packed: Sequence[Packed] | None = None,
+    kernels: Sequence[DecodeKernel] | None = None,
     make: Callable[..., NectarCache] = NectarCache,
-) -> list[Any]:
+) -> list[NectarCache | WindowCache]:
     """Fresh caches, one a layer, that start behind a context of so many tokens.
 
     windows: the sliding-window layers, by index; banks: the others, in order. kv_bits: 4 or 8 quantises the keys and
-    values of live tokens in the layers that have a bank. packed: the banks as the decode kernel reads them. make: what
-    makes a layer's cache from the arguments of `NectarCache`.
+    values of live tokens in the layers that have a bank. kernels: the banks' decode kernels. make: makes a
+    layer's cache from the arguments of `NectarCache`.
     """
-    forms: Sequence[Packed | None] = packed or [None] * len(banks)
-    remaining = zip(banks, forms, strict=True)
-    caches: list[Any] = []
+    of_banks: Sequence[DecodeKernel | None] = kernels or [None] * len(banks)
+    remaining = zip(banks, of_banks, strict=True)
+    caches: list[NectarCache | WindowCache] = []
     for layer in range(len(banks) + len(windows)):
         if layer in windows:
             caches.append(windows[layer].make_cache(context))
         else:
-            bank, form = next(remaining)
+            bank, kernel = next(remaining)
             live = None if kv_bits is None else QuantizedKVCache(_quantization_group(bank), kv_bits)
-            caches.append(make(bank, context, live, form))
+            caches.append(make(bank, context, live, kernel))
     return caches
 
 
@@ -257,7 +275,7 @@ def with_sinks(part: attention.Partial, sinks: mx.array, common: mx.array | floa
     return attention.merge(part, attention.Partial(mx.zeros_like(part.output), scores))
 
 
-def _dequantized(live: QuantizedKVCache, x: Any) -> mx.array:
+def _dequantized(live: QuantizedKVCache, x: Sequence[mx.array]) -> mx.array:
     data, scales, biases = x
     return mx.dequantize(data, scales, biases, group_size=live.group_size, bits=live.bits)
 

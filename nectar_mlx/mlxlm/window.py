@@ -1,32 +1,32 @@
-"""The positions that a model was made for, and what of them is left for an answer."""
+"""The positions that a model supports, and how many of them are left for an answer."""
 
 import mlx.nn as nn
 
 from ..errors import NectarError
 
-ANSWER_TOKENS = 512  # of an answer whose length nobody chose
+ANSWER_TOKENS = 512  # the longest answer by default
 
 
 class NoRoom(NectarError):
-    """What was asked for would pass the model's window."""
+    """The prompt or the answer does not fit the model's window."""
 
 
 def window(model: nn.Module) -> int | None:
-    """Positions the model was made for, where its configuration (or its text part's) says."""
+    """The positions that the model supports; None if its configuration does not have the number."""
     arguments = getattr(model, "args", None)
-    found: int | None = getattr(arguments, "max_position_embeddings", None)
-    if found is None:
-        found = (getattr(arguments, "text_config", None) or {}).get("max_position_embeddings")
-    return found
+    size: int | None = getattr(arguments, "max_position_embeddings", None)
+    if size is None:
+        size = (getattr(arguments, "text_config", None) or {}).get("max_position_embeddings")
+    return size
 
 
 def answer_tokens(
     model: nn.Module, *, start: int, prompt: int, chosen: int | None = None, default: int = ANSWER_TOKENS
 ) -> int:
-    """How many tokens an answer may have: those chosen, else the default, cut to what the model's window has room for.
+    """The longest answer in tokens: the chosen number, or else the default, cut to the room in the model's window.
 
-    start: the position where the prompt begins, `Nectar.start`. prompt: its tokens. NoRoom, which says for how many
-    tokens there is room, where the prompt or the chosen tokens would pass the window.
+    start: the position of the first token of the prompt, `Nectar.start`. prompt: its number of tokens. Raises NoRoom,
+    with the room there is, if the prompt or the chosen number does not fit.
     """
     size = window(model)
     if size is None:

@@ -1,8 +1,10 @@
 """The .nectar file: how heads lie in tensors (`layout`), what else it holds, how it is written and read (`file`)."""
 
-from .file import Metadata, check_writable, contents, description, digest, is_nectar, model_name, read, write
+from . import tensor_file
+from .file import Metadata, check_writable, contents, description, is_nectar, model_name, read, write
 from .grids import MEAN_BITS
-from .layout import BITS, HALF_MAX, Layout, Tensors, head_bytes, integer_heads, pack, select_nodes, unpack
+from .layout import BITS, HALF_MAX, Layout, head_bytes, integer_heads, mean_bits, pack, select_nodes, unpack
+from .tensor_file import Tensors, digest
 
 __all__ = [
     "BITS",
@@ -18,10 +20,12 @@ __all__ = [
     "head_bytes",
     "integer_heads",
     "is_nectar",
+    "mean_bits",
     "model_name",
     "pack",
     "read",
     "select_nodes",
+    "tensor_file",
     "unpack",
     "write",
 ]

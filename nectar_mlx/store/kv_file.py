@@ -1,32 +1,28 @@
 """The file beside a .nectar: the context's own keys and values, read a row at a time, never whole.
 
-`book.nectar.kv` is a safetensors file. `rows` [layers, n_kv_heads, n, row bytes] holds for every token the key and the
-value (int8 with a scale a group, or bfloat16) side by side, so that a token that is read is one short run of bytes,
-and a checksum that also tells which row of which file it is. The rest is small, is read at once and has one checksum:
-the router's index, the text, and where each token of the prefix begins in it.
+`book.nectar.kv` is a safetensors file. `rows` [layers, n_kv_heads, n, row bytes] holds each token's key and value (int8
+with a scale a group, or bfloat16) side by side, so that reading a token is reading one short run of bytes, and a
+checksum, which differs by row and file too. The other arrays are small, are read at once and have one checksum: the
+router's index, the text, and the characters of it that each token stands for.
 """
 
-import hashlib
-import json
-import os
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
-from safetensors import SafetensorError, safe_open
+import numpy.typing as npt
 
 from ..core.quantize import group_size, quantize
 from ..errors import NectarError
+from . import tensor_file
+from .tensor_file import Arrays
 
 FORMAT = "nectar-kv-2"
 BITS = 8
-Rows = np.ndarray[Any, np.dtype[np.uint8]]
-Arrays = dict[str, np.ndarray[Any, Any]]
-_TYPES = {"uint8": "U8", "int8": "I8", "uint16": "U16", "int32": "I32", "float16": "F16", "float32": "F32"}
+Rows = npt.NDArray[np.uint8]
 
 
 class RowFormat(NamedTuple):
@@ -52,28 +48,28 @@ class RowFormat(NamedTuple):
         if self.bits == 16:
             return np.concatenate([np.array(x.astype(mx.bfloat16).view(mx.uint8)) for x in (keys, values)], axis=-1)
         parts = [quantize(x, bits=8) for x in (keys, values)]
-        wanted = [p.data for p in parts] + [p.scales for p in parts]
-        return np.concatenate([np.array(mx.contiguous(x).view(mx.uint8)) for x in wanted], axis=-1)
+        arrays = [p.data for p in parts] + [p.scales for p in parts]
+        return np.concatenate([np.array(mx.contiguous(x).view(mx.uint8)) for x in arrays], axis=-1)
 
     def unpack(self, rows: Rows) -> tuple[mx.array, mx.array]:
         """rows [..., nbytes] -> keys, values [..., D] float32."""
         D = self.head_dim
         if self.bits == 16:
-            both = np.ascontiguousarray(rows[..., : self.payload]).view(np.uint16).astype(np.uint32) << 16
-            data = both.view(np.float32)
-            return mx.array(data[..., :D]), mx.array(data[..., D:])
+            bits = np.ascontiguousarray(rows[..., : self.payload]).view(np.uint16).astype(np.uint32) << 16
+            pair = mx.array(bits.view(np.float32))
+            return pair[..., :D], pair[..., D:]
         scales = np.ascontiguousarray(rows[..., 2 * D : self.payload]).view(np.float16).astype(np.float32)
         data = rows[..., : 2 * D].view(np.int8).reshape(*rows.shape[:-1], 2 * self.groups, -1) * scales[..., None]
-        found = mx.array(data.reshape(*rows.shape[:-1], 2 * D))
-        return found[..., :D], found[..., D:]
+        pair = mx.array(data.reshape(*rows.shape[:-1], 2 * D))
+        return pair[..., :D], pair[..., D:]
 
 
 @dataclass(frozen=True, kw_only=True)
 class KeyFile:
     """Every token's key and value, in memory or in a mapped file.
 
-    rows: [layers, K, n, row bytes]. small: what else the file holds (see `index`, `sources`). nectar: the digest of
-    the .nectar that this belongs to.
+    rows: [layers, K, n, row bytes]. small: what else the file holds (`retrieval.sketch`, `retrieval.sources`). nectar:
+    the digest of the .nectar that this belongs to.
     """
 
     rows: Rows = field(repr=False)
@@ -103,11 +99,11 @@ class KeyFile:
     def nbytes(self) -> int:
         return int(self.rows.nbytes)
 
-    def read(self, layer: int, positions: np.ndarray[Any, Any]) -> tuple[mx.array, mx.array]:
+    def read(self, layer: int, positions: npt.NDArray[np.integer]) -> tuple[mx.array, mx.array]:
         """Keys and values [K, ..., D] at positions [K, ...] of one layer. NectarError if a row is damaged."""
         K = positions.shape[0]
         first = (layer * K + np.arange(K)) * self.tokens
-        # The tokens of a prompt want much the same rows.
+        # The tokens of a prompt read mostly the same rows.
         at, again = np.unique(positions + first.reshape(K, *[1] * (positions.ndim - 1)), return_inverse=True)
         rows = self.rows.reshape(-1, self.format.nbytes)[at]
         expected = _marks(rows[..., : self.format.payload], _seed(self.nectar, at))
@@ -123,50 +119,36 @@ class KeyFile:
         return self.read(layer, np.broadcast_to(np.arange(n), (K, n)))
 
     def write(self, path: Path) -> None:
-        """Writes the file in one step: all of it appears, or nothing changes."""
+        """Writes the file: all of it appears, or nothing changes. NectarError if it cannot be written."""
         metadata = {
             "format": FORMAT,
             "nectar": self.nectar,
             "head_dim": str(self.format.head_dim),
             "bits": str(self.format.bits),
-            "small_sha256": _digest(self.small),
+            "small_sha256": tensor_file.digest(self.small),
         }
-        arrays = {**self.small, "rows": self.rows}
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(_header(arrays, metadata))
-                for array in arrays.values():
-                    for part in array if array.ndim > 1 else [array]:
-                        file.write(np.ascontiguousarray(part).data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
-        except OSError as error:
-            Path(temporary).unlink(missing_ok=True)
-            raise NectarError(f"cannot write {path}: {error.strerror}") from None
+        tensor_file.write(path, {**self.small, "rows": self.rows}, metadata)
 
     @classmethod
     def open(cls, path: Path, *, nectar: str, shape: tuple[int, int, int]) -> "KeyFile":
         """Maps the file; shape: its layers, KV heads, tokens. NectarError unless it is whole and the .nectar's own."""
-        if not path.is_file():
-            raise NectarError(f"{path} is missing")
+        metadata = tensor_file.metadata(path)
+        if metadata.get("format") != FORMAT:
+            raise NectarError(f"{path} is not a .kv file of this version")
+        if metadata.get("nectar") != nectar:
+            raise NectarError(f"{path} belongs to another .nectar")
         try:
-            with safe_open(path, framework="numpy") as file:  # checks that the file has the size its header says
-                told = file.metadata() or {}
-                if told.get("format") != FORMAT:
-                    raise NectarError(f"{path} is not a .kv file of this version")
-                if told.get("nectar") != nectar:
-                    raise NectarError(f"{path} belongs to another .nectar")
-                small = {n: file.get_tensor(n) for n in file.keys() if n != "rows"}  # noqa: SIM118
-            form = RowFormat(int(told["head_dim"]), int(told["bits"]))
-            rows = _mapped(path, (*shape, form.nbytes))
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-            raise NectarError(f"{path} is cut short or not a .kv file ({error})") from None
-        if _digest(small) != told.get("small_sha256"):
+            form = RowFormat(int(metadata["head_dim"]), int(metadata["bits"]))
+        except (KeyError, ValueError) as error:
+            raise NectarError(f"{path} is damaged: {error}") from None
+        arrays = tensor_file.map_arrays(path)
+        rows = arrays.pop("rows", None)
+        if rows is None or rows.dtype != np.uint8 or rows.shape != (*shape, form.nbytes):
+            raise NectarError(f"{path} is damaged: its rows are not those of its .nectar")
+        small = {name: np.array(array) for name, array in arrays.items()}
+        if tensor_file.digest(small) != metadata.get("small_sha256"):
             raise NectarError(f"{path} is damaged: its contents do not match its checksum")
-        return cls(rows=rows, format=form, small=small, nectar=nectar)
+        return cls(rows=rows.view(np.uint8), format=form, small=small, nectar=nectar)
 
 
 def kv_path(path: str | Path) -> Path:
@@ -174,42 +156,12 @@ def kv_path(path: str | Path) -> Path:
     return Path(f"{path}.kv")
 
 
-def _mapped(path: Path, shape: tuple[int, ...]) -> Rows:
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        entry = json.loads(file.read(length))["rows"]
-    if tuple(entry["shape"]) != shape or entry["dtype"] != "U8":
-        raise ValueError("its rows are not those of its .nectar")
-    return np.memmap(path, np.uint8, "r", offset=8 + length + entry["data_offsets"][0], shape=shape)
-
-
-def _header(arrays: Mapping[str, np.ndarray[Any, Any]], metadata: Mapping[str, str]) -> bytes:
-    """A safetensors header for arrays that follow in this order."""
-    entries: dict[str, Any] = {"__metadata__": dict(metadata)}
-    at = 0
-    for name, array in arrays.items():
-        entry = {"dtype": _TYPES[str(array.dtype)], "shape": list(array.shape)}
-        entries[name] = {**entry, "data_offsets": [at, at + array.nbytes]}
-        at += array.nbytes
-    text = json.dumps(entries).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
-
-
-def _digest(arrays: Arrays) -> str:
-    sha = hashlib.sha256()
-    for name in sorted(arrays):
-        sha.update(f"{name} {arrays[name].dtype} {arrays[name].shape};".encode())
-        sha.update(np.ascontiguousarray(arrays[name]).data)
-    return sha.hexdigest()
-
-
-def _seed(nectar: str, rows: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+def _seed(nectar: str, rows: npt.NDArray[np.integer]) -> npt.NDArray[np.integer]:
     """A number that tells each row of each file from the others, uint32."""
     return rows.astype(np.uint32) * np.uint32(2654435761) + np.uint32(int(nectar[:8], 16))
 
 
-def _marks(payload: Rows, seeds: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+def _marks(payload: Rows, seeds: npt.NDArray[np.integer]) -> npt.NDArray[np.integer]:
     """Checksums of rows [..., payload], uint32: a weighted sum of their words, which any one wrong byte changes."""
     words = np.ascontiguousarray(payload).view(np.uint32)
     weights = 2 * np.arange(1, words.shape[-1] + 1, dtype=np.uint32) + 1

@@ -10,7 +10,7 @@ import pytest
 from nectar_mlx.core import blas
 
 pytestmark = pytest.mark.skipif(
-    sys.platform != "linux" or not blas._is_installed("mlx-cpu"),
+    sys.platform != "linux" or not blas.is_installed("mlx-cpu"),
     reason="only MLX's Linux CPU build has a BLAS to replace",
 )
 
@@ -53,6 +53,7 @@ def run(code: str, *args: str, **environment: str) -> subprocess.CompletedProces
     )
 
 
+@pytest.mark.process
 def test_replaces_the_reference_blas_and_stays_correct() -> None:
     # One thread and processor time, so that whatever else the machine computes does not count.
     fast, slow = (run(MULTIPLY, "strict", OPENBLAS_NUM_THREADS="1", **off) for off in ({}, {"NECTAR_BLAS": "off"}))
@@ -65,15 +66,17 @@ def test_replaces_the_reference_blas_and_stays_correct() -> None:
     assert slow_result["single"]["seconds"] > 8 * fast_result["single"]["seconds"]
 
 
+@pytest.mark.process
 def test_the_packaged_library_comes_first_and_is_kept(tmp_path) -> None:
-    code = "import sys, nectar_mlx.core.blas as b; print(next(b._candidates()), 'lief' in sys.modules)"
+    code = "import sys, nectar_mlx.core.blas as b; print(next(b.candidates()), 'lief' in sys.modules)"
     first, second = (run(code, NECTAR_CACHE=str(tmp_path), NECTAR_BLAS="off").stdout.split() for _ in range(2))
     assert first[0] == second[0]
     assert first[0].startswith(str(tmp_path)) and first[0].endswith("libopenblas.so")
     assert (first[1], second[1]) == ("True", "False")
-    assert blas._works(first[0])
+    assert blas.works(first[0])
 
 
+@pytest.mark.process
 def test_a_library_that_computes_wrong_is_refused(tmp_path) -> None:
     source, library = tmp_path / "wrong.c", tmp_path / "libwrong.so"
     source.write_text("void cblas_sgemm(void) {}\n")
@@ -81,7 +84,7 @@ def test_a_library_that_computes_wrong_is_refused(tmp_path) -> None:
     if compiler is None:
         pytest.skip("no C compiler")
     subprocess.run([compiler, "-shared", "-fPIC", "-o", str(library), str(source)], check=True)
-    assert not blas._works(str(library))
+    assert not blas.works(str(library))
     done = run(
         "import nectar_mlx, mlx.core as mx; print((mx.ones((2, 2)) @ mx.ones((2, 2))).sum().item())",
         NECTAR_BLAS=str(library),
@@ -97,6 +100,7 @@ def _runs(program: str) -> bool:
         return False
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("library", ["/nonexistent/libblas.so", __file__])
 def test_a_named_library_that_cannot_be_loaded_is_told(library: str) -> None:
     done = run("import nectar_mlx, mlx.core", NECTAR_BLAS=library)
@@ -104,13 +108,15 @@ def test_a_named_library_that_cannot_be_loaded_is_told(library: str) -> None:
     assert f"NECTAR_BLAS={library} cannot be loaded" in done.stderr
 
 
+@pytest.mark.process
 def test_a_named_library_is_taken() -> None:
-    packaged = next(blas._candidates())
+    packaged = next(blas.candidates())
     done = run("import nectar_mlx.core.blas as b, mlx.core; print(b.loaded)", NECTAR_BLAS=packaged)
     assert done.stdout.strip() == packaged
     assert not done.stderr
 
 
+@pytest.mark.process
 def test_warns_when_mlx_came_first() -> None:
     done = run("import mlx.core\nimport nectar_mlx")
     assert "import nectar_mlx before mlx" in done.stderr
@@ -126,12 +132,13 @@ def test_leaves_other_systems_and_builds_alone(monkeypatch) -> None:
     monkeypatch.setattr(blas.sys, "platform", "darwin")
     assert blas.use_fast_blas() is None
     monkeypatch.setattr(blas.sys, "platform", "linux")
-    monkeypatch.setattr(blas, "_is_installed", lambda distribution: False)
+    monkeypatch.setattr(blas, "is_installed", lambda distribution: False)
     assert blas.use_fast_blas() is None
 
 
+@pytest.mark.process
 def test_an_unwritable_cache_is_no_error(tmp_path) -> None:
     blocked = tmp_path / "file"
     blocked.write_text("")
-    code = "import nectar_mlx.core.blas as b; print(b._unprefixed_openblas())"
+    code = "import nectar_mlx.core.blas as b; print(b.unprefixed_openblas())"
     assert run(code, NECTAR_CACHE=str(blocked / "cache"), NECTAR_BLAS="off").stdout.strip() == "None"

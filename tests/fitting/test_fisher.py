@@ -12,7 +12,7 @@ from tests import toys
 
 
 @pytest.fixture(scope="module")
-def studied():
+def answered():
     model, tokenizer = toys.toy("llama"), toys.tokenizer()
     geometry = attention_patch.route(model)
     context = prefill.read_text(model, prompts.prefix(tokenizer, "one two three four five six seven " * 4), geometry)
@@ -25,11 +25,11 @@ def studied():
 
 
 @pytest.mark.parametrize("layer", [0, 2])
-def test_a_small_error_costs_what_the_information_says(studied, layer):
-    model, geometry, context, conversations = studied
-    found = fisher.fisher(model, context, conversations, geometry=geometry)
+def test_a_small_error_costs_what_the_information_says(answered, layer):
+    model, geometry, context, conversations = answered
+    information = fisher.fisher(model, context, conversations, geometry=geometry)
     K, D, G = geometry.n_kv_heads, geometry.head_dim, geometry.n_heads // geometry.n_kv_heads
-    assert found.shape == (len(context.banks) * K, D, D)
+    assert information.shape == (len(context.banks) * K, D, D)
     head = 1
     rng = np.random.default_rng(0)
     size, measured, tokens = 0.02, 0.0, 0
@@ -38,7 +38,7 @@ def test_a_small_error_costs_what_the_information_says(studied, layer):
         longest = max(len(c.prompt) + len(c.answer) for c in conversations)
         noise = np.zeros((len(conversations), geometry.n_heads, longest, D), np.float32)
         noise[:, head * G : head * G + G] = size * rng.standard_normal((len(conversations), G, longest, D))
-        caches = [fisher._ProbedCache(c.bank, c.context) for c in context.make_cache()]
+        caches = [fisher.ProbedCache(c.bank, c.context) for c in context.make_cache()]
         for i, cache in enumerate(caches):
             cache.probe = mx.array(noise * (i == layer))
             cache.attend = _in_pieces(cache)
@@ -47,7 +47,7 @@ def test_a_small_error_costs_what_the_information_says(studied, layer):
             p, q = fidelity.log_probabilities(p), fidelity.log_probabilities(q)
             measured += float((mx.exp(p) * (p - q)).sum())
     tokens = sum(len(c.prompt) + len(c.answer) - 1 for c in conversations) * G * 4
-    predicted = 0.5 * size**2 * float(mx.diagonal(found[layer * K + head]).sum()) * tokens
+    predicted = 0.5 * size**2 * float(mx.diagonal(information[layer * K + head]).sum()) * tokens
     assert measured == pytest.approx(predicted, rel=0.25)
 
 
@@ -55,8 +55,8 @@ def test_the_metric_squares_to_half_the_information():
     root = np.random.default_rng(0).standard_normal((3, 5, 4)).astype(np.float32)
     information = root.swapaxes(1, 2) @ root
     delta = np.random.default_rng(1).standard_normal((3, 7, 4)).astype(np.float32)
-    found = np.square(delta @ np.array(fisher.metric(mx.array(information)))).sum(-1)
-    np.testing.assert_allclose(found, 0.5 * np.einsum("mnd,mde,mne->mn", delta, information, delta), rtol=1e-4)
+    squares = np.square(delta @ np.array(fisher.metric(mx.array(information)))).sum(-1)
+    np.testing.assert_allclose(squares, 0.5 * np.einsum("mnd,mde,mne->mn", delta, information, delta), rtol=1e-4)
 
 
 def _in_pieces(cache):

@@ -14,7 +14,7 @@ from tests import toys
 def visible(pattern, length, heads):
     """Under the pattern, or among the first tokens of the text: [heads, T, T]."""
     i, j = np.arange(length)[:, None], np.arange(length)[None]
-    return np.array(pattern.mask(length, length, heads=heads)) | ((j < prefill_attention._FIRST) & (j <= i))
+    return np.array(pattern.mask(length, length, heads=heads)) | ((j < prefill_attention.FIRST) & (j <= i))
 
 
 def under_the_mask(queries, keys, values, *, pattern, scale):
@@ -64,21 +64,14 @@ def test_a_short_text_is_read_as_ever():
         np.testing.assert_allclose(bank.parameters["keys"], other.parameters["keys"], atol=1e-4)
 
 
-@pytest.mark.parametrize("room", [1, 3000, 1 << 24])
-def test_fused_attention_in_pieces_is_the_same(room, monkeypatch):
-    monkeypatch.setattr(prefill_attention, "_ROOM", room)
+@pytest.mark.parametrize("max_scores", [1, 3000, 1 << 24])
+def test_fused_attention_in_pieces_is_the_same(max_scores):
     q = mx.random.normal((1, 4, 70, 16))
     k, v = (mx.random.normal((1, 2, 130, 16)) for _ in range(2))
-    whole = mx.fast.scaled_dot_product_attention(q, k, v, scale=0.3, mask="causal")
-    sinks = mx.array([0.5, -1.0, 2.0, 0.0])
-    assert mx.allclose(prefill_attention._fused(q, k, v, scale=0.3, mask="causal", sinks=None), whole, atol=1e-5)
-    with_sinks = mx.fast.scaled_dot_product_attention(q, k, v, scale=0.3, mask="causal", sinks=sinks)
-    assert mx.allclose(prefill_attention._fused(q, k, v, scale=0.3, mask="causal", sinks=sinks), with_sinks, atol=1e-5)
-    assert mx.allclose(
-        prefill_attention._fused(q, k, v, scale=0.3, mask=None, sinks=None),
-        mx.fast.scaled_dot_product_attention(q, k, v, scale=0.3),
-        atol=1e-5,
-    )
+    for mask, sinks in (("causal", None), ("causal", mx.array([0.5, -1.0, 2.0, 0.0])), (None, None)):
+        whole = mx.fast.scaled_dot_product_attention(q, k, v, scale=0.3, mask=mask, sinks=sinks)
+        pieces = prefill_attention.fused(q, k, v, scale=0.3, mask=mask, sinks=sinks, max_scores=max_scores)
+        assert mx.allclose(pieces, whole, atol=1e-5)
 
 
 def test_a_reading_cache_never_grows():

@@ -1,6 +1,6 @@
 """Runs the Metal kernels on a CPU.
 
-`Simulator.launcher` takes the place of `kernels.launcher`: it has MLX generate the very text that it would hand to
+`Simulator.launcher` takes the place of `source.launcher`: it has MLX generate the very text that it would hand to
 Metal (recorded through `mx.export_function`, which needs no Metal), compiles that with vocabulary.h for the CPU, runs
 it with every thread as a fiber (simulator.cpp) and returns its outputs. Buffers have exactly their size, gaps between
 strided rows hold NaN.

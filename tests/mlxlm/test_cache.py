@@ -20,6 +20,7 @@ from mlx_lm.models.cache import (
 from nectar_mlx import NectarError, kernels
 from nectar_mlx.core import attention
 from nectar_mlx.mlxlm.cache import BatchNectarCache, NectarCache
+from nectar_mlx.store import load
 from tests import toys
 
 CONTEXT = toys.random_tokens(70)
@@ -200,7 +201,7 @@ def test_copies_share_the_context_and_nothing_else(architecture):
 
 def test_making_caches_costs_no_memory():
     _, nectar = setup("gemma3_text", "picked")
-    mx.eval(nectar._tensors)
+    mx.eval(nectar.tensors)
     before = mx.get_active_memory()
     caches = [nectar.make_cache() for _ in range(100)]
     mx.eval([c.state for cache in caches for c in cache])
@@ -311,22 +312,24 @@ def kernel(monkeypatch):
     """A stand-in for the decode kernel with its contract; returns the shapes [B, H, T, D] it was called with."""
     called = []
 
-    def decode(bank, queries, keys, values, *, live, left_padding=None):
-        if queries.shape[2] > kernels.MAX_LENGTH:
-            return None
-        called.append(queries.shape)
-        keys, values = keys[..., :live, :], values[..., :live, :]
-        T, S = queries.shape[2], keys.shape[2]
-        mask = (mx.arange(S - T, S)[:, None] >= mx.arange(S))[None, None]
-        if left_padding is not None:
-            mask = mask & (mx.arange(S) >= left_padding[:, None, None, None])
-        live = attention.causal(queries, keys, values, scale=bank.scale, mask=mask, offset=bank.offset)
-        return attention.merge(NectarCache(bank, 0).over_context(queries), live).output
+    class Kernel:
+        def __init__(self, bank):
+            self.bank = bank
 
-    monkeypatch.setattr(kernels, "backend", lambda: "metal")
-    monkeypatch.setattr(kernels, "pack", lambda bank, **options: bank)
-    monkeypatch.setattr(kernels, "decode", decode)
-    monkeypatch.setattr("nectar_mlx.nectar.Nectar._packed", property(lambda self: list(self.banks)))
+        def attend(self, queries, keys, values, *, live, left_padding=None):
+            bank = self.bank
+            if queries.shape[2] > kernels.MAX_LENGTH:
+                return None
+            called.append(queries.shape)
+            keys, values = keys[..., :live, :], values[..., :live, :]
+            T, S = queries.shape[2], keys.shape[2]
+            mask = (mx.arange(S - T, S)[:, None] >= mx.arange(S))[None, None]
+            if left_padding is not None:
+                mask = mask & (mx.arange(S) >= left_padding[:, None, None, None])
+            live = attention.causal(queries, keys, values, scale=bank.scale, mask=mask, offset=bank.offset)
+            return attention.merge(NectarCache(bank, 0).over_context(queries), live).output
+
+    monkeypatch.setattr(load, "decode_kernels", lambda banks, *_: [Kernel(bank) for bank in banks])
     return called
 
 
@@ -338,8 +341,9 @@ def test_the_decode_kernel_takes_the_short_steps_of_every_path(architecture, ker
         alone = steps(model, PROMPTS[0])
     assert {shape[0] for shape in kernel} > {1, len(PROMPTS)}
     assert {shape[2] for shape in kernel} >= {1, 4}
-    assert copy.deepcopy(nectar.make_cache()[-1]).packed is nectar.banks[-1]
-    monkeypatch.setattr("nectar_mlx.nectar.Nectar._packed", None)
+    assert copy.deepcopy(nectar.make_cache()[-1]).kernel.bank is nectar.banks[-1]
+    monkeypatch.setattr(load, "decode_kernels", lambda *_: None)
+    _, nectar = setup(architecture, "picked")
     expected = [greedy(model, nectar.make_cache(), p) for p in PROMPTS]
     assert found == expected and alone == expected[0]
 
@@ -353,11 +357,11 @@ def test_heads_that_the_kernel_cannot_take_are_answered_without_it(monkeypatch):
     model, nectar = setup("llama", "picked")
     expected = greedy(model, nectar.make_cache(), PROMPTS[0])
     _, nectar = setup("llama", "picked")
-    monkeypatch.setattr(kernels, "backend", lambda: "metal")
+    monkeypatch.setenv("NECTAR_KERNEL", "metal")
     monkeypatch.setattr(kernels, "pack", pack)
     with pytest.warns(UserWarning, match="no kernel for this"):
         caches = nectar.make_cache()
-    assert all(cache.packed is None for cache in caches if isinstance(cache, NectarCache))
+    assert all(cache.kernel is None for cache in caches if isinstance(cache, NectarCache))
     assert greedy(model, caches, PROMPTS[0]) == expected
 
 

@@ -227,6 +227,7 @@ def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     assert files.cache_folder() == Path.home() / ".cache" / "nectar_mlx"
 
 
+@pytest.mark.process
 def test_resolving_a_name_does_not_import_transformers() -> None:
     code = "import sys; from nectar_mlx import models; models.resolve('.'); print('transformers' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)

@@ -4,9 +4,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from nectar_mlx.core.attention import EMPTY
 from nectar_mlx.heads import Completion, Exact, Quadrature, Retrieval, ThresholdedNodes
-from nectar_mlx.heads.hybrid import ANCHORS, EVERYTHING, NOTHING, Retrieved, anchor_positions, middle
-from nectar_mlx.retrieval.bank import HybridBank
+from nectar_mlx.heads.hybrid import ANCHORS, EVERYTHING, Retrieved, anchor_positions, middle
+from nectar_mlx.retrieval.bank import HybridBank, LayerKeys
 from nectar_mlx.retrieval.selection import best
 from nectar_mlx.store.kv_file import KeyFile
 from tests import oracle
@@ -33,8 +34,10 @@ class Context:
         sizes = (kind.size_of({name: x[0] for name, x in parameters.items()}),) * K
         return kind(parameters=parameters, sizes=sizes, scale=SCALE)
 
-    def hybrid_banks(self, summary, count):
-        return HybridBank(summary, self.file, 0, oracle.Selector(self.middle[0], scale=SCALE), count=count, group=G)
+    def hybrid_bank(self, summary, count):
+        return HybridBank(
+            summary, LayerKeys(self.file, 0), oracle.Selector(self.middle[0], scale=SCALE), count=count, group=G
+        )
 
     def queries(self, *shape):
         return mx.array(2 * self.random.normal(size=(*shape, D)).astype(np.float32))
@@ -82,7 +85,7 @@ def test_everything_read_is_exact_attention(kind):
     """Whatever the head says, nothing is left for it to say."""
     context = Context()
     queries = context.queries(2, K * G, 3)
-    bank = context.hybrid_banks(perfect(context, kind) if kind is Completion else context.random_bank(kind), 999)
+    bank = context.hybrid_bank(perfect(context, kind) if kind is Completion else context.random_bank(kind), 999)
     close(bank.over(queries), attention(context, queries))
 
 
@@ -92,13 +95,13 @@ def test_a_perfect_rest_makes_any_budget_exact(kind, count):
     """No key is counted twice and none is lost, whichever head of a group it was read for."""
     context = Context()
     queries = context.queries(1, K * G, 5)
-    close(context.hybrid_banks(perfect(context, kind), count).over(queries), attention(context, queries), 1e-4)
+    close(context.hybrid_bank(perfect(context, kind), count).over(queries), attention(context, queries), 1e-4)
 
 
 def test_selection_alone_attends_to_anchors_and_what_was_read():
     context = Context()
     queries = context.queries(1, K * G, 4)
-    reading = context.hybrid_banks(context.random_bank(Retrieval), 5).read(queries)
+    reading = context.hybrid_bank(context.random_bank(Retrieval), 5).read(queries)
     assert reading.positions.shape == (1, K, 4, 5)
     for head in range(K * G):
         for t in range(4):
@@ -142,7 +145,7 @@ def test_completion_is_the_papers_fraction():
     arrays |= {"means": S / u[..., None], "log_count": np.log(u)}
     bank = context.bank(Completion, {n: mx.array(x.astype(np.float32)) for n, x in arrays.items()})
     queries = context.queries(1, K * G, 2)
-    reading = context.hybrid_banks(bank, 4).read(queries)
+    reading = context.hybrid_bank(bank, 4).read(queries)
     for head in range(K * G):
         for t in range(2):
             k, q = head // G, np.array(queries[0, head, t], dtype=np.float64)
@@ -165,9 +168,9 @@ def test_completion_never_gives_negative_mass():
     bank = perfect(context, Completion)
     bank.parameters["log_count"] = bank.parameters["log_count"] - 0.2
     queries = context.queries(1, K * G, 3)
-    found = context.hybrid_banks(bank, 20).over(queries)
+    found = context.hybrid_bank(bank, 20).over(queries)
     assert mx.isfinite(found.output).all() and mx.isfinite(found.log_normalizer).all()
-    selected = context.hybrid_banks(context.random_bank(Retrieval), 20).over(queries)
+    selected = context.hybrid_bank(context.random_bank(Retrieval), 20).over(queries)
     assert (found.log_normalizer >= selected.log_normalizer - 1e-4).all()
 
 
@@ -245,7 +248,7 @@ def test_alone_a_head_is_a_quadrature_and_survives_padding(kind):
 def test_rows_of_captured_queries_are_read_for_by_token():
     """[K, N, D] with a token's G heads side by side is what [B, H, T, D] gives; rows left over are read for alone."""
     context = Context()
-    bank = context.hybrid_banks(context.random_bank(Retrieval), 6)
+    bank = context.hybrid_bank(context.random_bank(Retrieval), 6)
     queries = context.queries(1, K * G, 4)
     rows = queries.reshape(K, G, 4, D).swapaxes(1, 2).reshape(K, 4 * G, D)
     whole = bank.over(queries)
@@ -253,6 +256,6 @@ def test_rows_of_captured_queries_are_read_for_by_token():
         np.array(x.reshape(K, G, 4, *x.shape[3:]).swapaxes(1, 2).reshape(K, 4 * G, *x.shape[3:])) for x in whole
     ]
     close(bank(rows), expected)
-    alone = context.hybrid_banks(perfect(context, ThresholdedNodes), 6)(rows[:, : 2 * G + 1])
+    alone = context.hybrid_bank(perfect(context, ThresholdedNodes), 6)(rows[:, : 2 * G + 1])
     close(alone, oracle.attention(rows[:, : 2 * G + 1], context.keys, context.values, scale=SCALE), 1e-4)
-    assert float(alone.log_normalizer.min()) > NOTHING
+    assert float(alone.log_normalizer.min()) > EMPTY

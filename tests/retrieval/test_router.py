@@ -14,7 +14,7 @@ K, G, N, D, SCALE = 2, 3, 20, 16, 0.3
 
 
 class Text:
-    """KeyFile of n tokens in clusters [K, n, D], queries that lie in few directions [K, N, G, D], and both routers.
+    """Keys of n tokens in clusters [K, n, D], queries that lie in few directions [K, N, G, D], and both routers.
 
     whole: heads that are searched whole; None leaves it to `build`.
     """

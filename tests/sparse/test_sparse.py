@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from nectar_mlx import NectarError, sparse
+from nectar_mlx import NectarError
 from nectar_mlx.core.attention import Partial, causal
 from nectar_mlx.sparse import Fixed, Pattern, Strided, blocks, sparse_attention
 
@@ -238,15 +238,15 @@ def test_gradients_equal_denses(seed: int, set_device: Callable[..., None]) -> N
 
 def score_counts(pattern: Pattern, length: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The size of every array of scores that one call makes."""
-    sizes, original = [], blocks._scores
+    sizes, original = [], blocks.masked_scores
 
     def counted(*args) -> mx.array:  # type: ignore[no-untyped-def]
         sizes.append(original(*args))
         return sizes[-1]
 
-    monkeypatch.setattr(blocks, "_scores", counted)
+    monkeypatch.setattr(blocks, "masked_scores", counted)
     sparse_attention(*arrays(length, heads=1, kv_heads=1), pattern=pattern, scale=1.0)
-    monkeypatch.setattr(blocks, "_scores", original)
+    monkeypatch.setattr(blocks, "masked_scores", original)
     return [x.size for x in sizes]
 
 
@@ -283,9 +283,3 @@ def test_memory_grows_as_n(kind: type[Strided] | type[Fixed], reverse: bool, set
     short, long = peak(2048), peak(8192)
     assert long < 5 * short  # dense: 16 times
     assert long < 30 * 2 * 8192 * 16 * 4  # some copies of the inputs
-
-
-def test_benchmark_reports_every_kind() -> None:
-    rows = sparse.benchmark([100, 128], heads=2, n_kv_heads=1, head_dim=8, dtype=mx.float32, repeats=1)
-    assert [row["kind"] for row in rows] == ["dense", "fixed", "strided", "fixed (o, L)"] * 2
-    assert all(row["seconds"] > 0 and row["length"] in (100, 128) for row in rows)

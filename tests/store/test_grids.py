@@ -20,21 +20,21 @@ def test_values_on_grids_lose_nothing():
     values = settled(300)
     found = GridMatrix.of(values)
     np.testing.assert_allclose(found.values, values, rtol=1e-6)
-    assert np.abs(found.numbers).max() > 127, "some rows need more than a byte"
+    assert np.abs(found.integers).max() > 127, "some rows need more than a byte"
 
 
 def test_a_grid_is_no_finer_than_it_must_be():
     """Twice whole numbers are whole numbers on a grid twice as coarse."""
-    numbers = np.array([[3, 0, -1, 7], [6, 0, -2, 14], [0, 0, 4, 0]], np.float32)
-    found = GridMatrix.of(numbers * 2**-1.5)
-    assert found.numbers.tolist() == [[3, 0, -1, 7], [3, 0, -1, 7], [0, 0, 1, 0]]
+    integers = np.array([[3, 0, -1, 7], [6, 0, -2, 14], [0, 0, 4, 0]], np.float32)
+    found = GridMatrix.of(integers * 2**-1.5)
+    assert found.integers.tolist() == [[3, 0, -1, 7], [3, 0, -1, 7], [0, 0, 1, 0]]
     assert found.exponents.tolist() == [-3, -1, 1]
 
 
 def test_other_values_are_rounded_to_a_byte():
     values = np.random.default_rng(1).normal(size=(50, 32)).astype(np.float32)
     found = GridMatrix.of(values)
-    assert (np.abs(found.numbers).max(1) <= 127).all() and (np.abs(found.numbers).max(1) > 88).all()
+    assert (np.abs(found.integers).max(1) <= 127).all() and (np.abs(found.integers).max(1) > 88).all()
     assert (np.abs(found.values - values) <= np.abs(values).max(1, keepdims=True) / 88 / 2).all()
 
 
@@ -52,16 +52,16 @@ def matrices():
 
 
 def test_matrices_come_back(matrices):
-    shapes = [m.numbers.shape for m in matrices]
+    shapes = [m.integers.shape for m in matrices]
     back = list(grids.decode(*grids.encode(matrices), shapes))
     for one, other in zip(matrices, back, strict=True):
-        np.testing.assert_array_equal(one.numbers, other.numbers)
+        np.testing.assert_array_equal(one.integers, other.integers)
         np.testing.assert_array_equal(one.exponents, other.exponents)
 
 
 def test_large_files_are_coded_in_blocks(matrices, monkeypatch):
-    monkeypatch.setattr(grids, "_BLOCK", 3000)
-    assert [b.stop - b.start for b in grids._blocks([m.numbers.size for m in matrices])] == [4, 1, 2]
+    monkeypatch.setattr(grids, "BLOCK", 3000)
+    assert [b.stop - b.start for b in grids.blocks([m.integers.size for m in matrices])] == [4, 1, 2]
     test_matrices_come_back(matrices)
 
 
@@ -78,7 +78,7 @@ def test_what_is_cut_short_is_an_error(matrices, which, cut):
     parts = list(grids.encode(matrices))
     parts[which] = parts[which][:-cut] if cut < 40 else parts[which][:1]
     with pytest.raises(NectarError, match="damaged"):
-        list(grids.decode(*parts, [m.numbers.shape for m in matrices]))
+        list(grids.decode(*parts, [m.integers.shape for m in matrices]))
 
 
 def heads(counts, width=32):

@@ -156,14 +156,14 @@ def test_a_nectar_finds_its_keys_and_reads_as_much_as_it_is_told(book):
     nectar = Nectar.load(book.path, book.model, book.tokenizer)
     tokens = nectar.prompt(book.tokenizer, "who?")
     full = np.array(book.model(mx.array([nectar.prefix + tokens]))[0, -1])
-    errors = [np.abs(answer(nectar, book.model, tokens, exact=e) - full).mean() for e in (0, 0.3, 1.0)]
+    errors = [np.abs(answer(nectar, book.model, tokens, exact_fraction=e) - full).mean() for e in (0, 0.3, 1.0)]
     assert errors[0] > 1.5 * errors[1] > 15 * errors[2] > 0
     count = int(0.3 * len(nectar.prefix)) - ANCHORS
     assert {bank.count for bank in nectar.hybrid_banks(0.3)} == {count}
     assert nectar.hybrid_banks(0.3) is nectar.hybrid_banks(0.3), "or a batch could not share it"
     for wrong in (-0.1, 1.1, float("nan")):
         with pytest.raises(NectarError):
-            nectar.make_cache(exact=wrong)
+            nectar.make_cache(exact_fraction=wrong)
 
 
 @pytest.mark.parametrize("what", ["missing", "cut", "foreign"])
@@ -179,9 +179,9 @@ def test_without_its_keys_it_answers_alone_and_says_so(book, tmp_path, what):
         nectar = Nectar.load(path, book.model, book.tokenizer)
     tokens = nectar.prompt(book.tokenizer, "who?")
     whole = Nectar.load(book.path, book.model, book.tokenizer)
-    assert np.array_equal(answer(nectar, book.model, tokens), answer(whole, book.model, tokens, exact=0))
+    assert np.array_equal(answer(nectar, book.model, tokens), answer(whole, book.model, tokens, exact_fraction=0))
     with pytest.raises(NectarError, match="no exact keys"):
-        nectar.make_cache(exact=0.1)
+        nectar.make_cache(exact_fraction=0.1)
 
 
 def test_a_whole_file_is_loaded_without_a_warning(book):
@@ -205,8 +205,8 @@ def test_kinds_without_keys_refuse_to_read_exactly(tmp_path):
     model = toys.toy("llama")
     nectar = toys.picked(model, toys.random_tokens(70), 14)
     assert nectar.hybrid_banks() == []
-    with pytest.raises(NectarError, match="retrieval"):
-        nectar.make_cache(exact=0.01)
+    with pytest.raises(NectarError, match="hybrid"):
+        nectar.make_cache(exact_fraction=0.01)
 
 
 def test_mlx_lm_goes_on_from_what_was_read(book):
@@ -218,10 +218,15 @@ def test_mlx_lm_goes_on_from_what_was_read(book):
     nectar = Nectar.load(book.path, book.model, book.tokenizer)
     tokens = nectar.prompt(book.tokenizer, "who is the quick brown fox?")
     options = {"max_tokens": 8}
-    cache = nectar.make_cache(exact=0.4)
+    cache = nectar.make_cache(exact_fraction=0.4)
     whole = mlx_lm.generate(book.model, book.tokenizer, tokens, prompt_cache=cache, **options)
     steps = mlx_lm.generate(
-        book.model, book.tokenizer, tokens, prompt_cache=nectar.make_cache(exact=0.4), prefill_step_size=3, **options
+        book.model,
+        book.tokenizer,
+        tokens,
+        prompt_cache=nectar.make_cache(exact_fraction=0.4),
+        prefill_step_size=3,
+        **options,
     )
     assert steps == whole
     again = copy.deepcopy(cache)
@@ -230,7 +235,7 @@ def test_mlx_lm_goes_on_from_what_was_read(book):
     assert mlx_lm.generate(book.model, book.tokenizer, tokens, prompt_cache=again, **options) == whole
     from mlx_lm.generate import batch_generate
 
-    caches = [nectar.make_cache(exact=0.4) for _ in range(2)]
+    caches = [nectar.make_cache(exact_fraction=0.4) for _ in range(2)]
     prompts = [tokens, nectar.prompt(book.tokenizer, "the answer?")]
     found = batch_generate(book.model, book.tokenizer, prompts, prompt_caches=caches, **options)
     assert found.texts[0] == whole
@@ -238,7 +243,7 @@ def test_mlx_lm_goes_on_from_what_was_read(book):
 
 def test_what_was_read_is_counted(book):
     nectar = Nectar.load(book.path, book.model, book.tokenizer)
-    cache = nectar.make_cache(exact=0.4)
+    cache = nectar.make_cache(exact_fraction=0.4)
     tokens = nectar.prompt(book.tokenizer, "who?")
     book.model(mx.array([tokens]), cache=cache)
     assert cache[0].record.steps == 0, "the question is not the answer"

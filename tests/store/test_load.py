@@ -4,9 +4,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from nectar_mlx import kernels, store
+from nectar_mlx import store
 from nectar_mlx.core.quantize import Quantized, dequantize
-from nectar_mlx.heads import KINDS, HybridHead
 from nectar_mlx.store import Layout, load
 
 SIZES = {
@@ -37,8 +36,8 @@ def written(kind, bits, head_dim):
 @pytest.mark.parametrize("head_dim", [64, 80])
 def test_the_kernel_gets_the_integers_of_the_file(kind, bits, head_dim):
     layout, tensors = written(kind, bits, head_dim)
-    banks = [b.without_retrieval() if isinstance(b, HybridHead) else b for b in store.unpack(layout, tensors)]
-    layers = load._stored(layout, tensors)
+    banks = [bank.without_retrieval() for bank in store.unpack(layout, tensors)]
+    layers = load.stored_heads(layout, tensors)
     for bank, heads in zip(banks, layers, strict=True):
         for head, truth in zip(heads, bank.unstack(), strict=True):
             assert head.keys() == truth.keys()
@@ -52,24 +51,23 @@ def test_the_kernel_gets_the_integers_of_the_file(kind, bits, head_dim):
 @pytest.mark.parametrize("kind, bits", [("quadrature", None), ("quadrature", 6), ("corrected", 6), ("hybrid", 6)])
 def test_a_file_is_packed_where_there_is_a_kernel(kind, bits, monkeypatch):
     layout, tensors = written(kind, bits, 64)
-    banks = [b.without_retrieval() if isinstance(b, HybridHead) else b for b in store.unpack(layout, tensors)]
-    assert load.packed(banks, layout, tensors) is None, "a CPU has no kernel"
-    monkeypatch.setattr(kernels, "backend", lambda: "metal")
-    layers = load.packed(banks, layout, tensors)
-    assert [layer.form.storage for layer in layers] == ["int8"] * 2
-    assert set(SIZES) <= set(KINDS)
+    banks = [bank.without_retrieval() for bank in store.unpack(layout, tensors)]
+    assert load.decode_kernels(banks, layout, tensors) is None, "a CPU has no kernel"
+    monkeypatch.setenv("NECTAR_KERNEL", "metal")
+    layers = load.decode_kernels(banks, layout, tensors)
+    assert [layer.packed.form.storage for layer in layers] == ["int8"] * 2
 
 
 def test_what_keys_are_relative_to_goes_to_the_kernel(monkeypatch):
     layout, tensors = written("hybrid", 6, 64)
-    monkeypatch.setattr(kernels, "backend", lambda: "metal")
+    monkeypatch.setenv("NECTAR_KERNEL", "metal")
     for offsets in (None, mx.random.normal((4, 64)).astype(mx.bfloat16)):
         tensors |= {} if offsets is None else {"offsets": offsets}
         banks = [bank.without_retrieval() for bank in store.unpack(layout, tensors)]
-        layers = load.packed(banks, layout, tensors)
-        assert [layer.form.offset for layer in layers] == [offsets is not None] * 2
-    tables = 4 * (2 + layers[1].form.blocks)
-    held = np.array(layers[1].words)[tables : tables + 128].view(np.float32)
+        layers = load.decode_kernels(banks, layout, tensors)
+        assert [layer.packed.form.offset for layer in layers] == [offsets is not None] * 2
+    tables = 4 * (2 + layers[1].packed.form.blocks)
+    held = np.array(layers[1].packed.words)[tables : tables + 128].view(np.float32)
     assert (held == np.array(offsets[2:].astype(mx.float32)).reshape(-1)).all()
 
 

@@ -16,7 +16,7 @@ from .hybrid import HybridFit
 
 
 class CompletionFit(HybridFit):
-    """Of `heads.Completion`: every trained key is weighed for every sample."""
+    """Of `heads.Completion`: every trained key takes part in every sample."""
 
     @cached_property
     def trained_positions(self) -> mx.array:

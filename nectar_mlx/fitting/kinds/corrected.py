@@ -20,14 +20,18 @@ class CorrectedFit(KindFit):
 
     def initialize(self, heads: Sequence[int], sizes: Sequence[Size], samples: Samples) -> Init:
         nodes = self.match(heads, [size[0] for size in sizes])
-        keys = mx.random.split(mx.random.key(self.run.config.seed), len(sizes))
-        D = self.run.geometry.head_dim
-        bank = Corrected.stack(
-            [node | _correction(size, D, key) for node, size, key in zip(nodes, sizes, keys, strict=True)],
-            scale=self.run.geometry.scale,
-        )
-        to_bank = _to_bank(Standardization.of(samples))
-        return Init(bank=bank, parameters=dict(bank.parameters), to_bank=to_bank, muon=_MATRICES)
+        return corrected_nodes(nodes, sizes, samples, scale=self.run.geometry.scale, seed=self.run.config.seed)
+
+
+def corrected_nodes(
+    nodes: Sequence[HeadArrays], sizes: Sequence[Size], samples: Samples, *, scale: float, seed: int
+) -> Init:
+    """Nodes with corrections to train on samples, by which inputs and outputs are standardised."""
+    keys, D = mx.random.split(mx.random.key(seed), len(sizes)), samples.queries.shape[-1]
+    heads = [node | _correction(size, D, key) for node, size, key in zip(nodes, sizes, keys, strict=True)]
+    bank = Corrected.stack(heads, scale=scale)
+    to_bank = _to_bank(Standardization.of(samples))
+    return Init(bank=bank, parameters=dict(bank.parameters), to_bank=to_bank, muon=_MATRICES)
 
 
 def _correction(size: Size, D: int, key: mx.array) -> HeadArrays:

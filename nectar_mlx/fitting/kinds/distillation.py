@@ -19,9 +19,9 @@ _SHARPEST = 0.02  # variance within clusters over that of all keys: half-precisi
 class Distilled(Completion):
     """As it is trained: the complement, of queries [M, N, D + 1] whose last number is the threshold.
 
-    keys, values: [M, n, D] of the middle, or `repeat` times fewer, and what selects among them, kept beside the
-    parameters. Every key below the threshold is weighed by the feature map one by one, which is what the summary less
-    the keys above it comes to.
+    keys, values: [M, n, D] of the middle, or `repeat` times fewer, and what selects among them, kept with the
+    parameters. Every key below the threshold gets its weight from the feature map, one by one, which is what the
+    summary less the keys above it comes to.
     """
 
     keys: mx.array
@@ -60,17 +60,17 @@ class Distilled(Completion):
 def clusters(keys: np.ndarray, queries: np.ndarray, count: int, *, scale: float, seed: int) -> HeadArrays:
     """One head's map to start from: a feature for each of `count` clusters of keys [n, D], close as queries [N, D] see
     it."""
-    asked, keys = queries.astype(np.float64), keys.astype(np.float64)
-    metric = asked.T @ asked / len(asked)
+    queries, keys = queries.astype(np.float64), keys.astype(np.float64)
+    metric = queries.T @ queries / len(queries)
     metric += 1e-3 * np.trace(metric) / len(metric) * np.eye(len(metric))
     root = np.linalg.cholesky(metric)
-    centres, spread = _kmeans(keys @ root, count, seed=seed)
+    centres, variance = _kmeans(keys @ root, count, seed=seed)
     plain = np.linalg.solve(root.T, centres.T).T
     arrays = {
         "w_query": scale * plain,
         "b_query": np.zeros(count),
-        "w_key": centres @ root.T / spread,
-        "b_key": -np.square(centres).sum(1) / (2 * spread),
+        "w_key": centres @ root.T / variance,
+        "b_key": -np.square(centres).sum(1) / (2 * variance),
     }
     return {name: mx.array(x.astype(np.float32)) for name, x in arrays.items()}
 

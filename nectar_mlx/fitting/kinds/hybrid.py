@@ -14,10 +14,11 @@ from ...errors import NectarError
 from ...heads import Bank, HeadArrays, Retrieval, Size
 from ...heads.hybrid import ANCHORS, EVERYTHING, SINKS, anchor_positions, middle
 from ...heads.thresholded import TrainableThresholdedNodes
-from ...retrieval import EXACT, sketch, sources
+from ...retrieval import EXACT_FRACTION, sketch, sources
 from ...retrieval.bank import hybrid_banks
 from ...retrieval.router import routers
-from ...store.kv_file import Arrays, KeyFile
+from ...store.kv_file import KeyFile
+from ...store.tensor_file import Arrays
 from ..prefill import Context
 from ..run import ROUTER_SAMPLES, FitRun
 from ..samples import thresholds
@@ -122,7 +123,7 @@ class HybridFit(KindFit):
         return sketch.build(keys, queries, scale=self.run.geometry.scale)
 
     def key_file(self, text: str, *, nectar: str) -> KeyFile:
-        """The exact keys that are kept beside the .nectar of this digest."""
+        """The file of exact keys that belongs to the .nectar of this digest."""
         context: Context = self.data.context
         layers = [(bank.parameters["keys"], bank.parameters["values"]) for bank in context.banks]
         small = self.sketch | sources.arrays(self.run.tokenizer, text, context.prefix)
@@ -131,7 +132,7 @@ class HybridFit(KindFit):
     def reading_banks(self, banks: Sequence[Bank], keys: KeyFile) -> Sequence[Bank]:
         """The banks as they answer unless a request says otherwise: some keys read exactly, if there are enough."""
         selectors = routers(keys, scale=self.run.geometry.scale)
-        return hybrid_banks(banks, keys, selectors, exact=EXACT, group=self.run.group) or banks
+        return hybrid_banks(banks, keys, selectors, exact_fraction=EXACT_FRACTION, group=self.run.group) or banks
 
 
 class RetrievalFit(HybridFit):

@@ -14,14 +14,17 @@ class TargetScoreFit(KindFit):
     """Of `heads.TargetScore`."""
 
     def initialize(self, heads: Sequence[int], sizes: Sequence[Size], samples: Samples) -> Init:
-        keys = mx.random.split(mx.random.key(self.run.config.seed), len(sizes))
-        D = self.run.geometry.head_dim
-        networks = [_networks(size, D, key) for size, key in zip(sizes, keys, strict=True)]
-        bank = TargetScore.stack(networks, scale=self.run.geometry.scale)
-        to_bank = _to_bank(Standardization.of(samples))
-        # The score's way out is a vector, which Muon does not train.
-        matrices = (name for name in bank.parameters if name.split(".")[-1].startswith("w_") and name != "score.w_out")
-        return Init(bank=bank, parameters=dict(bank.parameters), to_bank=to_bank, muon=frozenset(matrices))
+        return random_networks(sizes, samples, scale=self.run.geometry.scale, seed=self.run.config.seed)
+
+
+def random_networks(sizes: Sequence[Size], samples: Samples, *, scale: float, seed: int) -> Init:
+    """Networks of these sizes to train on samples, by which inputs and outputs are standardised."""
+    keys, D = mx.random.split(mx.random.key(seed), len(sizes)), samples.queries.shape[-1]
+    bank = TargetScore.stack([_networks(size, D, key) for size, key in zip(sizes, keys, strict=True)], scale=scale)
+    to_bank = _to_bank(Standardization.of(samples))
+    # The score's way out is a vector, which Muon does not train.
+    matrices = (name for name in bank.parameters if name.split(".")[-1].startswith("w_") and name != "score.w_out")
+    return Init(bank=bank, parameters=dict(bank.parameters), to_bank=to_bank, muon=frozenset(matrices))
 
 
 def _networks(size: Size, D: int, key: mx.array) -> HeadArrays:
@@ -44,14 +47,14 @@ def _to_bank(units: Standardization) -> ToBank:
     stds = {"target": units.output_std, "score": units.log_std}
 
     def to_bank(p: HeadArrays) -> HeadArrays:
-        folded = dict(p)
-        for part in ("target", "score"):
-            w_in, skip, std = p[f"{part}.w_in"], p[f"{part}.skip"], stds[part]
-            folded[f"{part}.w_in"] = units.into(w_in)
-            folded[f"{part}.b_in"] = p[f"{part}.b_in"] - units.shift(w_in)
-            folded[f"{part}.w_out"] = p[f"{part}.w_out"] * std[..., None]
-            folded[f"{part}.skip"] = units.into(skip) * std[..., None]
-            folded[f"{part}.b_out"] = means[part] + std * (p[f"{part}.b_out"] - units.shift(skip))
-        return folded
+        parameters = dict(p)
+        for network in ("target", "score"):
+            w_in, skip, std = p[f"{network}.w_in"], p[f"{network}.skip"], stds[network]
+            parameters[f"{network}.w_in"] = units.into(w_in)
+            parameters[f"{network}.b_in"] = p[f"{network}.b_in"] - units.shift(w_in)
+            parameters[f"{network}.w_out"] = p[f"{network}.w_out"] * std[..., None]
+            parameters[f"{network}.skip"] = units.into(skip) * std[..., None]
+            parameters[f"{network}.b_out"] = means[network] + std * (p[f"{network}.b_out"] - units.shift(skip))
+        return parameters
 
     return to_bank

@@ -62,8 +62,8 @@ def capture(
     folder = None
     if store.nbytes(run.n_heads, wanted + spare, run.geometry.head_dim) > run.memory:
         folder = run.checkpoint.spill()
-    train = _empty(run, wanted, folder and folder / "study.rows")
-    held_out = _empty(run, spare, folder and folder / "held_out.rows")
+    train = _empty(run, wanted, folder and folder / "train.samples")
+    held_out = _empty(run, spare, folder and folder / "held_out.samples")
     replayed = [c for c in conversations if c.split != "check"]
     with run.progress("capturing attention", sum(c.fed_tokens for c in replayed)) as done:
         replay(
@@ -81,7 +81,7 @@ def capture(
 
 
 def held_out_count(train: int) -> int:
-    """How many samples are held out beside so many that are trained on."""
+    """How many samples are held out where so many are trained on."""
     return max(train // 10, _FEWEST_HELD_OUT)
 
 
@@ -92,12 +92,12 @@ def _empty(run: FitRun, count: int, folder: Path | None) -> SampleStore:
 
 
 class CaptureCache(NectarCache):
-    """Attends exactly and keeps what it saw at the last call.
+    """Attends exactly and keeps the samples of the last call.
 
     preamble: how many of the context's first tokens are counted to the live ones, for other heads will stand for them.
     """
 
-    seen: Samples
+    captured: Samples
 
     def __init__(self, bank: Exact, context: int, *rest: Any, preamble: int = 0):
         super().__init__(bank.part(slice(preamble, None)), context, *rest)
@@ -120,15 +120,15 @@ class CaptureCache(NectarCache):
             live = attention.merge(self._preamble.over(queries), live)
         context = self.over_context(queries)
         o, live_o = (x.astype(self._type) for x in (context.output, live.output))
-        self.seen = Samples(queries, o, live_o, context.log_normalizer, live.log_normalizer)
-        mx.async_eval(self.seen)  # or all layers' would wait in float32
+        self.captured = Samples(queries, o, live_o, context.log_normalizer, live.log_normalizer)
+        mx.async_eval(self.captured)  # or all layers' would wait in float32
         return attention.merge(context, live).output.astype(queries.dtype)
 
     def take(self, places: np.ndarray) -> Samples:
-        """What was seen at some places [B, T], by KV head: [K, samples, ...]; those of a token lie side by side."""
+        """The samples of these places [B, T], by KV head: [K, samples, ...]; those of a token lie side by side."""
         K = len(self.bank.sizes)
-        B, H, T = self.seen.queries.shape[:3]
-        split = (x.reshape(B, K, H // K, T, *x.shape[3:]) for x in self.seen)
+        B, H, T = self.captured.queries.shape[:3]
+        split = (x.reshape(B, K, H // K, T, *x.shape[3:]) for x in self.captured)
         grouped = (x.swapaxes(0, 1).swapaxes(2, 3).reshape(K, B * T, H // K, *x.shape[4:]) for x in split)
         tokens = mx.array(np.flatnonzero(places))
         return Samples(*(mx.take(x, tokens, axis=1).reshape(K, -1, *x.shape[3:]) for x in grouped))
@@ -163,9 +163,10 @@ def replay_batches(
         sequences = [c.prompt + c.answer for c in batch]
         lengths = np.array([c.fed_tokens for c in batch])[:, None]
         splits = np.array([c.split for c in batch])[:, None]
-        drawn, seen = chance.random((len(batch), longest)), np.arange(longest)[None] < lengths
+        drawn, fed_places = chance.random((len(batch), longest)), np.arange(longest)[None] < lengths
         places = [
-            seen & (splits == split) & (drawn * group * fed[split] < store.capacity) for split, store in stores.items()
+            fed_places & (splits == split) & (drawn * group * fed[split] < store.capacity)
+            for split, store in stores.items()
         ]
         padded = mx.array([sequence + [0] * (longest - len(sequence)) for sequence in sequences])
         batches.append(ReplayBatch(batch, padded, places))
@@ -194,7 +195,7 @@ def replay(
         caches = context.make_cache(partial(CaptureCache, preamble=context.preamble))
         capturing = [c for c in caches if isinstance(c, CaptureCache)]
         model(batch.tokens, cache=caches)  # its logits are never evaluated
-        mx.eval([c.seen for c in capturing])
+        mx.eval([c.captured for c in capturing])
         record(capturing, stores.values(), batch.places)
         done += sum(c.fed_tokens for c in batch.conversations)
         progress(done)

@@ -24,7 +24,7 @@ _SHRINK = 8  # a batch is made smaller when one of so many conversations has end
 _STEP = 64  # tokens that keys and values grow by: conversations are short
 _ENOUGH = 0.9  # of the samples asked for: not another batch for the last few
 _FEWEST_TOGETHER = 16  # conversations: with fewer, sampling is slow on any machine
-_CHECK_SEED = 1_000_003  # of the answers to the check questions, beside that of the fit
+_CHECK_SEED = 1_000_003  # of the answers to the check questions, added to that of the fit
 
 
 class Prompts(Protocol):
@@ -133,9 +133,9 @@ class StepCache(NectarCache):
         super().__init__(*rest)
         self.live.step = _STEP
 
-    def filter(self, rows: mx.array) -> None:
+    def filter(self, kept: mx.array) -> None:
         live: Any = self.live
-        live.keys, live.values = live.keys[rows], live.values[rows]
+        live.keys, live.values = live.keys[kept], live.values[kept]
 
 
 def sample_answers(
@@ -149,17 +149,18 @@ def sample_answers(
     key: mx.array,
     progress: Callable[[int], None] = lambda tokens: None,
 ) -> None:
-    """Samples the answers of a batch with the full cache, all rows in step; the shortest prompt comes first.
+    """Samples the answers of a batch with the full cache, all conversations in step; the shortest prompt comes first.
     progress is told how many tokens of each there are.
 
-    Every row starts at the same position: the longer prompts are still being read while the shorter ones are
-    answered, so no row is padded and positions are exact.
+    Every conversation starts at the same position: the longer prompts are still being read while the shorter ones are
+    answered, so none is padded and positions are exact.
     """
     caches = context.make_cache(StepCache)
-    rows = list(batch)
-    tokens = mx.array([r.prompt[: min(len(r.prompt) for r in rows)] for r in rows])
+    going = list(batch)
+    shortest = min(len(c.prompt) for c in going)
+    tokens = mx.array([c.prompt[:shortest] for c in going])
     at = tokens.shape[1]
-    if at > 1:  # nobody asks for the logits of these places, so the vocabulary-wide product is never computed
+    if at > 1:  # the logits of these tokens are not needed, so the vocabulary-wide product is never computed
         model(tokens[:, :-1], cache=caches)
         mx.eval([c.state for c in caches])
         tokens = tokens[:, -1:]
@@ -167,16 +168,16 @@ def sample_answers(
         logits = model(tokens, cache=caches)[:, -1]
         key, now = mx.random.split(key)
         drawn: Any = sample(logits, temperature=temperature, key=now).tolist()
-        done = [_extend(row, token, at, stop, max_tokens) for row, token in zip(rows, drawn, strict=True)]
+        ended = [_extend(c, token, at, stop, max_tokens) for c, token in zip(going, drawn, strict=True)]
         progress(at)
-        if all(done):
+        if all(ended):
             return
-        if sum(done) * _SHRINK >= len(done):  # the ended rows are fed zeros until it is worth dropping them
-            going = [i for i, d in enumerate(done) if not d]
-            rows, done = [rows[i] for i in going], [False] * len(going)
+        if sum(ended) * _SHRINK >= len(ended):  # those are fed zeros until it is worth dropping them
+            kept = [i for i, end in enumerate(ended) if not end]
+            going, ended = [going[i] for i in kept], [False] * len(kept)
             for cache in caches:
-                cache.filter(mx.array(going))
-        tokens = mx.array([[(r.prompt + r.answer)[at] if not d else 0] for r, d in zip(rows, done, strict=True)])
+                cache.filter(mx.array(kept))
+        tokens = mx.array([[0 if end else (c.prompt + c.answer)[at]] for c, end in zip(going, ended, strict=True)])
         at += 1
 
 
@@ -191,10 +192,11 @@ def sample(logits: mx.array, *, temperature: float, key: mx.array) -> mx.array:
     return (cumulative > point).argmax(-1)
 
 
-def _extend(row: Conversation, token: int, at: int, stop: set[int], max_tokens: int) -> bool:
-    """Adds the sampled token if the row's prompt is read; True if the row has ended (a stop token is not fed)."""
-    ended = bool(row.answer) and (row.answer[-1] in stop or len(row.answer) >= max_tokens)
-    if ended or at < len(row.prompt):
+def _extend(conversation: Conversation, token: int, at: int, stop: set[int], max_tokens: int) -> bool:
+    """Adds the sampled token if the prompt is read; True if the answer has ended (a stop token is not fed)."""
+    answer = conversation.answer
+    ended = bool(answer) and (answer[-1] in stop or len(answer) >= max_tokens)
+    if ended or at < len(conversation.prompt):
         return ended
-    row.answer.append(token)
-    return token in stop or len(row.answer) >= max_tokens
+    answer.append(token)
+    return token in stop or len(answer) >= max_tokens

@@ -12,11 +12,11 @@ import math
 import mlx.core as mx
 import numpy as np
 
-from ...core.attention import Partial, merge
+from ...core.attention import EMPTY, Partial, merge
 from ...core.device import device
 from ...core.exp import exp
 from ...core.types import DoubleArray
-from ...heads.hybrid import EVERYTHING, NOTHING, SINKS, TAIL
+from ...heads.hybrid import EVERYTHING, SINKS, TAIL
 from ...retrieval.selection import Scoring, log_sum
 from .sample_store import Samples
 
@@ -50,7 +50,7 @@ def split(
     step = max(1, device().max_batch_scores // (M * keys.shape[1] * group))
     parts = []
     for start in range(0, N // group, step):
-        part = Samples(*(x[:, start * group : (start + step) * group] for x in samples))
+        part = samples.some(slice(start * group, (start + step) * group))
         parts.append(
             _split(part, keys, values, selector, scale=scale, ranks=ranks[start : start + step], repeat=repeat)
         )
@@ -87,8 +87,8 @@ def _split(
     rest = _part(mx.where(below, weights, 0.0), top, values)
     read = _part(mx.where(below, 0.0, weights), top, values)
     live = merge(read, Partial(samples.live_output.astype(mx.float32), samples.live_log_normalizer))
-    asked = mx.concatenate([queries, threshold[..., None]], axis=-1)
-    return Samples(asked, rest.output, live.output, rest.log_normalizer, live.log_normalizer)
+    queries = mx.concatenate([queries, threshold[..., None]], axis=-1)
+    return Samples(queries, rest.output, live.output, rest.log_normalizer, live.log_normalizer)
 
 
 def _thresholds(scores: mx.array, total: mx.array, ranks: DoubleArray) -> mx.array:
@@ -100,12 +100,12 @@ def _thresholds(scores: mx.array, total: mx.array, ranks: DoubleArray) -> mx.arr
     count = sample.shape[-1]
     at = np.clip(count - 1 - np.floor(ranks * count).astype(int), 1, count - 1)
     ends = np.stack([at - 1, at], axis=-1)
-    found = mx.take_along_axis(sample, mx.array(np.broadcast_to(ends, (M, *ends.shape))), axis=-1).mean(-1)
-    threshold = found[..., None] + total.reshape(M, len(ranks), -1)
+    shares_at = mx.take_along_axis(sample, mx.array(np.broadcast_to(ends, (M, *ends.shape))), axis=-1).mean(-1)
+    threshold = shares_at[..., None] + total.reshape(M, len(ranks), -1)
     return mx.where(mx.array(ranks)[:, None] > 0, threshold, EVERYTHING).reshape(M, N)
 
 
 def _part(weights: mx.array, top: mx.array, values: mx.array) -> Partial:
     total = weights.sum(-1, keepdims=True)
-    log = mx.where(total > 0, top + mx.log(mx.maximum(total, 1e-30)), NOTHING)
+    log = mx.where(total > 0, top + mx.log(mx.maximum(total, 1e-30)), EMPTY)
     return Partial((weights @ values.astype(mx.float32)) / mx.maximum(total, 1e-30), log[..., 0])

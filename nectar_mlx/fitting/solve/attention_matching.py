@@ -89,7 +89,7 @@ def match(samples: Samples, keys: Sequence[mx.array], values: Sequence[mx.array]
         weights = attention_weights(part, padded, scale=scale) * alive[:, None]
         gram, ones = mx.addmm(gram, weights.swapaxes(1, 2), weights), ones + weights.sum(1)[..., None]
         mx.eval(gram, ones)
-    mass = _nonnegative(gram, ones)
+    mass = nonnegative_least_squares(gram, ones)
     gram = mx.zeros_like(gram)
     for part in _parts(samples, alive.size):
         shares = attention_weights(part, padded, scale=scale) * (alive * mass)[:, None]
@@ -105,7 +105,7 @@ def match(samples: Samples, keys: Sequence[mx.array], values: Sequence[mx.array]
     return heads
 
 
-def _nonnegative(gram: mx.array, ones: mx.array) -> mx.array:
+def nonnegative_least_squares(gram: mx.array, ones: mx.array) -> mx.array:
     """argmin over w >= 0 of |weights · w - 1|², by accelerated projected gradient, from weights' Gram [M, m, m] and
     column sums [M, m, 1] -> [M, m], kept above 1e-4.
     """

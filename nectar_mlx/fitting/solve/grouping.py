@@ -20,9 +20,9 @@ def groups(sizes: Sequence[float], *, room: float, launch: float) -> list[list[i
         cost, i = min(choices)
         best.append(cost)
         start.append(i)
-    found: list[list[int]] = []
+    members: list[list[int]] = []
     j = len(order)
     while j:
-        found.insert(0, order[start[j] : j])
+        members.insert(0, order[start[j] : j])
         j = start[j]
-    return found
+    return members

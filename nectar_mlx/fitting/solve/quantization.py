@@ -22,7 +22,7 @@ from ...core import rans
 from ...core.types import FloatArray, IntArray
 from ...heads import Bank, HeadArrays
 from ...store import MEAN_BITS
-from ...store.grids import column_sizes, spreads
+from ...store.grids import column_scales, log2_scales
 from ..samples.sample_store import Samples
 from . import attention_matching, regression
 from .initial import Init
@@ -69,7 +69,7 @@ class RoundingPlan:
         queries, counts = probe.queries.astype(mx.float32), [count for (count,) in bank.sizes]
         costs = attention_matching.costs(probe, bank)
         return cls(
-            steps=_steps(bank, costs, bits=bits),
+            steps=row_steps(bank, costs, bits=bits),
             part={
                 "keys": _parts(mx.square(queries).mean(1), [bank.head_dim] * len(counts))[:, None],
                 "values": _parts(costs["values"], counts)[..., None],
@@ -92,7 +92,7 @@ def _parts(effect: mx.array, counts: Sequence[int]) -> mx.array:
     return mx.minimum(rank * PARTS // mx.array(list(counts))[:, None], PARTS - 1)
 
 
-def _steps(bank: Bank, costs: HeadArrays, *, bits: float) -> HeadArrays:
+def row_steps(bank: Bank, costs: HeadArrays, *, bits: float) -> HeadArrays:
     """The step of every row; costs [M, m]: of an error of 1 in one number of it, squared."""
     most = max(count for (count,) in bank.sizes)
     steps = {n: np.ones((len(bank.sizes), most, 1), np.float32) for n in _MATRICES}
@@ -109,7 +109,7 @@ def _steps(bank: Bank, costs: HeadArrays, *, bits: float) -> HeadArrays:
 def _exponents(values: Sequence[FloatArray], costs: Sequence[FloatArray], *, bits: float) -> list[IntArray]:
     """Of matrices [rows, D] with the costs of their rows: the rows' steps, twice their binary logarithms, for which the
     numbers take so many bits on average."""
-    sizes = [column_sizes(x) for x in values]
+    sizes = [column_scales(x) for x in values]
     finest = [np.ceil(2 * np.log2(np.abs(x).max(1) / _LARGEST + 1e-12)) for x in values]
     wanted, low, high = bits * sum(x.size for x in values), -120.0, 120.0
     for _ in range(40):  # bisection: coarser grids take fewer bits
@@ -121,6 +121,6 @@ def _exponents(values: Sequence[FloatArray], costs: Sequence[FloatArray], *, bit
         taken = 0.0
         for size, exponent in zip(sizes, exponents, strict=True):
             known, row = np.unique(exponent, return_inverse=True)
-            taken += rans.cost(spreads(size, known)).sum(1)[row].sum()
+            taken += rans.cost(log2_scales(size, known)).sum(1)[row].sum()
         low, high = (level, high) if taken > wanted else (low, level)
     return exponents

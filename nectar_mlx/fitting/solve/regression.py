@@ -49,7 +49,7 @@ def scales(samples: Samples) -> Scales:
     return Scales(mx.stack(spread) + 1e-8, samples.log_normalizer.var(1) + 1e-6)
 
 
-_NOTHING = Held({}, {})
+_NONE_HELD = Held({}, {})
 
 
 def merged_error(part: Partial, samples: Samples, metric: mx.array) -> mx.array:
@@ -80,7 +80,7 @@ def train(
     rate: float,
     muon_rate: float = 0.02,
     first: int = 0,
-    held: Held = _NOTHING,
+    held: Held = _NONE_HELD,
     progress: Callable[[int], None] = lambda step: None,
 ) -> Bank:
     """The trained bank. samples: of its M heads, shuffled; batches are consecutive slices.
@@ -135,7 +135,7 @@ def errors(bank: Bank, samples: Samples, *, metric: mx.array | None = None) -> m
     chunk = min(4096, max(1, device().max_batch_scores // (len(bank.sizes) * widest)))
     total = mx.zeros(len(bank.sizes))
     for start in range(0, count, chunk):
-        part = Samples(*(x[:, start : start + chunk] for x in samples))
+        part = samples.some(slice(start, start + chunk))
         total = total + merged_error(bank(part.queries), part, measure) * part.queries.shape[1]
         mx.eval(total)
     return total / count
