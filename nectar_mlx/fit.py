@@ -12,6 +12,7 @@ from . import cli, store
 from .errors import NectarError
 
 if TYPE_CHECKING:
+    from .documents import Reading
     from .nectar import Nectar
 
 
@@ -23,6 +24,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = cli.Parser("fit", "Reads a text once and writes a small file from which a model answers.")
     parser.add_argument("--model", required=True, help="a name (Qwen3-1.7B), a folder, a .gguf file or a hub id")
     parser.add_argument("--context", required=True, nargs="+", metavar="FILE", help="files and folders to read")
+    parser.add_argument(
+        "--include", nargs="+", default=[], metavar="PATTERN", help="of a folder read only these: '*.md'"
+    )
+    parser.add_argument("--exclude", nargs="+", default=[], metavar="PATTERN", help="of a folder leave these aside")
+    parser.add_argument("--strict", action="store_true", help="refuse if a file, or a part of one, cannot be read")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be read, and stop")
     parser.add_argument("--output", type=Path, help="the file to write (default: the context's name with .nectar)")
     parser.add_argument("--context-tokens", type=int, metavar="N", help="read the first N tokens only")
     parser.add_argument(
@@ -71,10 +78,16 @@ def _work(arguments: argparse.Namespace) -> None:
     if arguments.budget and arguments.size:
         raise NectarError("--budget and --size both set how much to keep: give one of them")
     output = arguments.output or _default_output(arguments.context)
-    store.check_writable(output)  # before hours of work
+    if not arguments.dry_run:
+        store.check_writable(output)  # before hours of work
     from . import documents
 
-    text = documents.read(arguments.context)
+    reading = documents.read(
+        arguments.context, include=arguments.include, exclude=arguments.exclude, strict=arguments.strict
+    )
+    if arguments.dry_run:
+        _show(reading, as_json=arguments.json)
+        return
     from . import models
     from .fitting import pipeline
     from .fitting.checkpoint import Checkpoint
@@ -98,7 +111,7 @@ def _work(arguments: argparse.Namespace) -> None:
         fitted = pipeline.fit(
             model,
             tokenizer,
-            text,
+            reading.text,
             config=config,
             name=arguments.model,
             source=", ".join(Path(c).name for c in arguments.context),
@@ -106,12 +119,23 @@ def _work(arguments: argparse.Namespace) -> None:
             checkpoint=checkpoint,
         )
         nectar = Nectar(*fitted)
+        nectar.report["files"] = reading.as_list()
         nectar.save(output)
     except KeyboardInterrupt:
         cli.say(f"the finished work is kept in {folder}: the same command with --resume continues")
         raise
     checkpoint.clear()
     _report(output, nectar, as_json=arguments.json)
+    cli.say(reading.summary())
+
+
+def _show(reading: "Reading", *, as_json: bool) -> None:
+    """What would be read."""
+    for report in reading.files:
+        cli.say(report.describe())
+    cli.say(f"{reading.summary()}; about {len(reading.text) // 4:,} tokens")
+    if as_json:
+        print(json.dumps({"files": reading.as_list(), "characters": len(reading.text)}))
 
 
 def _report(output: Path, nectar: "Nectar", *, as_json: bool) -> None:

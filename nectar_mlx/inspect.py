@@ -37,6 +37,8 @@ def _work(args: argparse.Namespace) -> None:
     for name, value in facts["report"].items():
         if name != "verdict" and not isinstance(value, list):  # per head: for --json
             print(f"{name.replace('_', ' '):<20}{_readable(name, value)}")
+    for file in facts["report"].get("files", []):
+        print(f"{'file':<20}{_file(file)}")
 
 
 def describe(path: Path) -> JsonObject:
@@ -67,6 +69,16 @@ def describe(path: Path) -> JsonObject:
         "config": metadata.get("config", {}),
         "report": nectar.report,
     }
+
+
+def _file(file: JsonObject) -> str:
+    """One file that the text was read from: how much it gave, and what was left out."""
+    if file["reason"]:
+        return f"{file['name']}: not read: {file['reason']}"
+    count = len(file["places"])
+    counts = [f"{count} {file['unit']}{'s' * (count > 1)}"] if count else []
+    left_out = [f"left out: {note}" for note in file["left_out"]]
+    return f"{file['name']}: " + "; ".join([", ".join([*counts, f"{file['characters']:,} characters"]), *left_out])
 
 
 def _readable(name: str, value: object) -> str:

@@ -1,165 +1,88 @@
-"""Documents as text: txt, md, html, epub, docx and pdf, one or many, files and folders."""
+"""Documents as text: files and folders go in, light Markdown with places comes out, and nothing is lost silently."""
 
-import codecs
-import importlib.util
-import io
-import logging
-import re
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from nectar_mlx.documents import markup
+from nectar_mlx.documents import worker
+from nectar_mlx.documents.files import Source, find
+from nectar_mlx.documents.formats import needs_process, parse
+from nectar_mlx.documents.normalize import normalized, position_map
+from nectar_mlx.documents.reading import Document, Edit, FileReport, Place, Reading, Unreadable
 from nectar_mlx.errors import NectarError
 
-_BOMS = {
-    codecs.BOM_UTF8: "utf-8-sig",
-    codecs.BOM_UTF32_LE: "utf-32",
-    codecs.BOM_UTF32_BE: "utf-32",
-    codecs.BOM_UTF16_LE: "utf-16",
-    codecs.BOM_UTF16_BE: "utf-16",
-}
-_CONTROLS = re.compile(r"[\x00-\x08\x0e-\x1a\x1c-\x1f\x7f]")
-_READ = "txt, md, html, epub, docx and pdf (on macOS `textutil -convert txt FILE` makes a txt of doc, rtf and odt)"
+__all__ = ["Edit", "FileReport", "Place", "Reading", "find", "read"]
 
 
-def read(paths: Sequence[str | Path]) -> str:
-    """The text of documents, in the order given; a folder stands for the documents in it, sorted by path.
+def read(
+    paths: Sequence[str | Path], *, include: Sequence[str] = (), exclude: Sequence[str] = (), strict: bool = False
+) -> Reading:
+    """The text of documents, in the order given; a folder stands for the files in it, in natural order.
 
-    A path "-" is standard input. Several documents get their names as headings. Raises NectarError, in one line, for a
-    document that is missing, empty, or has no readable text.
+    Args:
+        paths: files and folders; "-" is standard input.
+        include: patterns (`*.md`, `notes/*`); in folders only what matches one is read.
+        exclude: patterns of what is left aside in folders.
+        strict: refuse if one file cannot be read, or if a part of one cannot.
+
+    Returns:
+        The text, headed by the files' names where there are several, and a report on each file.
+
+    Raises:
+        NectarError: in one line, for what is missing, if nothing can be read, or if `strict` is not met.
     """
-    documents = [(name, load()) for path in paths for name, load in _documents(path)]
-    if not documents:
+    sources = find(paths, include=include, exclude=exclude)
+    if not paths:
         raise NectarError("no document was given")
-    if len(documents) == 1:
-        return documents[0][1]
-    return "\n\n".join(f"# {name}\n\n{text}" for name, text in documents)
+    if not sources:
+        raise NectarError(f"{', '.join(map(str, paths))}: the folder holds no document")
+    documents = [_document(source) for source in sources]
+    reading = _joined(sources, documents)
+    _check(reading, strict=strict, paths=paths)
+    return reading
 
 
-def _documents(path: str | Path) -> Iterator[tuple[str, Callable[[], str]]]:
-    """The name of each document at a path, and a function that reads it."""
-    if str(path) == "-":
-        yield "standard input", lambda: _parsed("standard input", ".txt", sys.stdin.buffer.read())
-        return
-    path = Path(path).expanduser()
-    if not path.is_dir():
-        yield path.name, lambda: _read_file(path)
-        return
-    files = [file for file in sorted(path.rglob("*")) if file.is_file() and file.suffix.lower() in _PARSERS]
-    files = [file for file in files if not any(name.startswith(".") for name in file.relative_to(path).parts)]
-    if not files:
-        raise NectarError(f"{path}: the folder holds no document; nectar reads {_READ}")
-    for file in files:
-        yield str(file.relative_to(path)), lambda file=file: _read_file(file)  # type: ignore[misc]
-
-
-def _read_file(path: Path) -> str:
+def _document(source: Source) -> Document | str:
+    """The document, or the reason why it cannot be read."""
     try:
-        return _parsed(str(path), path.suffix.lower(), path.read_bytes())
-    except FileNotFoundError as error:
-        raise NectarError(f"{path}: no such file or folder") from error
-    except OSError as error:
-        raise NectarError(f"{path}: cannot be read ({error.strerror})") from error
+        data = source.bytes()
+        return (worker.parse if needs_process(data, source.name) else parse)(data, source.name)
+    except Unreadable as error:
+        return " ".join(str(error).split())
 
 
-def _parsed(name: str, suffix: str, data: bytes) -> str:
-    if not data:
-        raise NectarError(f"{name}: the file is empty")
-    try:
-        text = _PARSERS.get(suffix, _pdf if data.startswith(b"%PDF-") else _plain)(data)
-    except markup.Unreadable as error:
-        raise NectarError(f"{name}: {error}") from error
-    if not text.strip():
-        raise NectarError(f"{name}: there is no text in it")
-    return text
+def _joined(sources: Sequence[Source], documents: Sequence[Document | str]) -> Reading:
+    several = len(sources) > 1
+    reading, parts, length = Reading("", []), list[str](), 0
+    for source, document in zip(sources, documents, strict=True):
+        if isinstance(document, str):
+            reading.files.append(FileReport(source.name, reason=document))
+            continue
+        text, edits = normalized(document.text)
+        heading = f"{chr(10) * 2 * bool(parts)}# {source.name}\n\n" if several else ""
+        parts += [heading, text]
+        start = length + len(heading)
+        length = start + len(text)
+        reading.edits += [Edit(edit.start + start, edit.end + start, edit.original) for edit in edits]
+        reading.files.append(_report(source, document, start, length, edits))
+    reading.text = "".join(parts)
+    return reading
 
 
-def _plain(data: bytes) -> str:
-    text = decode(data)
-    if text.startswith("{\\rtf"):
-        raise markup.Unreadable(f"an RTF file; nectar reads {_READ}")
-    return text.strip("\n")
+def _report(source: Source, document: Document, start: int, end: int, edits: Sequence[Edit]) -> FileReport:
+    position = position_map(edits)
+    places = [
+        Place(place.unit, place.name, start + position(place.start), start + position(place.end))
+        for place in document.places
+    ]
+    return FileReport(source.name, document.kind, end - start, start, end, places, document.left_out)
 
 
-def decode(data: bytes) -> str:
-    """Text in its byte order mark's encoding, UTF-8, or else the likeliest legacy encoding, with plain newlines.
-
-    Raises markup.Unreadable for what is not text.
-    """
-    marked = next((encoding for bom, encoding in _BOMS.items() if data.startswith(bom)), None)
-    try:
-        text = data.decode(marked or "utf-8")
-    except UnicodeDecodeError as error:
-        if marked or b"\0" in data:
-            raise markup.Unreadable(f"not a text file; nectar reads {_READ}") from error
-        text = _decode_legacy(data)
-    if len(_CONTROLS.findall(text)) > len(text) // 200:
-        raise markup.Unreadable(f"not a text file; nectar reads {_READ}")
-    return re.sub(r"\r\n?|\x0c", "\n", text)
-
-
-def _decode_legacy(data: bytes) -> str:
-    encoding = "cp1252"
-    # A few high bytes are accents of western languages, which detectors confuse; many are another script.
-    if sum(byte >= 0x80 for byte in data) > len(data) // 4 and importlib.util.find_spec("charset_normalizer"):
-        import charset_normalizer
-
-        scripts = ["cp1251", "koi8_r", "cp1253", "shift_jis", "euc_jp", "gb18030", "big5", "euc_kr"]
-        best = charset_normalizer.from_bytes(data, cp_isolation=scripts).best()
-        encoding = best.encoding if best else encoding
-    try:
-        return data.decode(encoding)
-    except UnicodeDecodeError as error:
-        raise markup.Unreadable("text in an unknown encoding; save it as UTF-8") from error
-
-
-def _html(data: bytes) -> str:
-    declared = re.search(
-        rb"<(?:meta[^>]+charset|\?xml[^>]+encoding)\s*=\s*[\"']?\s*([\w-]+)", data[:2048], re.IGNORECASE
-    )
-    try:
-        data.decode("utf-8")
-    except UnicodeDecodeError:
-        if declared and not any(data.startswith(bom) for bom in _BOMS):
-            try:
-                return markup.html_text(data.decode(declared[1].decode(), errors="replace"))
-            except LookupError:
-                pass
-    return markup.html_text(decode(data))
-
-
-def _pdf(data: bytes) -> str:
-    import pypdf
-
-    logging.getLogger("pypdf").setLevel(logging.ERROR)
-    try:
-        reader = pypdf.PdfReader(io.BytesIO(data))
-        if reader.is_encrypted and not reader.decrypt(""):
-            raise markup.Unreadable("the PDF is encrypted; save a copy without its password")
-        pages = [page.extract_text() for page in reader.pages]
-    except markup.Unreadable:
-        raise
-    except pypdf.errors.DependencyError as error:
-        raise markup.Unreadable("the PDF is encrypted; save a copy without encryption") from error
-    except Exception as error:  # pypdf raises anything at all on a damaged file
-        raise markup.Unreadable(f"a damaged PDF ({type(error).__name__})") from error
-    text = "\n\n".join(page.strip() for page in pages if page.strip())
-    if not text:
-        raise markup.Unreadable("the PDF holds no text, only pictures of it; run text recognition (OCR) on it first")
-    return _unwrapped(text)
-
-
-def _unwrapped(text: str) -> str:
-    """Lines that a page's width broke, joined: at a hyphen between small letters, and before a small letter."""
-    text = re.sub(r"(?<=[^\W\d_])[-\u00ad]\n(?=[^\W\d_A-Z])", "", text)
-    return re.sub(r" *\n(?=[^\W\d_A-Z])", lambda match: " ", text)
-
-
-_PARSERS: dict[str, Callable[[bytes], str]] = {
-    **dict.fromkeys((".txt", ".md", ".markdown", ".rst"), _plain),
-    **dict.fromkeys((".html", ".htm", ".xhtml"), _html),
-    ".epub": markup.epub_text,
-    ".docx": markup.docx_text,
-    ".pdf": _pdf,
-}
+def _check(reading: Reading, *, strict: bool, paths: Sequence[str | Path]) -> None:
+    failed = [report.describe() for report in reading.files if not report.was_read]
+    if len(failed) == len(reading.files) == 1 and len(paths) == 1 and Path(paths[0]).is_file():
+        raise NectarError(f"{paths[0]}: {reading.files[0].reason}")
+    if len(failed) == len(reading.files):
+        raise NectarError(f"none of the files can be read: {'; '.join(failed)}")
+    partly = [report.describe() for report in reading.files if report.left_out] if strict else []
+    if strict and (failed or partly):
+        raise NectarError(f"not everything can be read: {'; '.join([*failed, *partly])}")

@@ -1,0 +1,123 @@
+"""Bytes as text: the byte order mark's encoding, UTF-8 even where a few bytes are wrong, or a legacy encoding."""
+
+import codecs
+import re
+
+from nectar_mlx.documents.reading import Unreadable
+
+_MARKS = {
+    codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+_CONTROLS = re.compile(r"[\x00-\x08\x0e-\x1a\x1c-\x1f\x7f]")
+_LEGACY_NAMES = (
+    "cp1252 cp1251 koi8_r cp866 cp1253 cp1250 cp1254 cp1255 cp1256 cp874 shift_jis euc_jp gb18030 big5 euc_kr "
+    "iso8859_2 mac_roman"
+)
+_LEGACY = tuple(_LEGACY_NAMES.split())
+_NOT_WESTERN = re.compile(r"\w[¡-©«-±´-¸»-¿×÷€-™†‡‰•¤]\w|\w[¹²³]\w|[þðýÞÐÝ\ufffd]")
+_SAMPLE = 1 << 16  # bytes that a detector looks at
+
+
+def decode(data: bytes, *, declared: str = "") -> tuple[str, list[str]]:
+    """Text with plain newlines, and what had to be left out of it.
+
+    Args:
+        data: the bytes of a text.
+        declared: the encoding that the document names, tried after the byte order mark and UTF-8.
+
+    Raises:
+        Unreadable: the bytes are not text.
+    """
+    text, notes = _decoded(data, declared)
+    controls = len(_CONTROLS.findall(text))
+    if controls > len(text) // 200:
+        raise Unreadable("not a text file")
+    return re.sub(r"\r\n?|\x0c", "\n", _CONTROLS.sub("", text)), notes
+
+
+def _decoded(data: bytes, declared: str) -> tuple[str, list[str]]:
+    marked = next((encoding for mark, encoding in _MARKS.items() if data.startswith(mark)), "")
+    if not marked and b"\0" in data[:_SAMPLE]:
+        marked = _unmarked_utf16(data)
+        if not marked:
+            raise Unreadable("not a text file")
+    if marked and marked != "utf-8-sig":
+        return _tolerant(data, marked)
+    try:
+        return data.decode("utf-8-sig"), []
+    except UnicodeDecodeError:
+        if not marked and (encoding := _known(declared)) and encoding != "utf-8":
+            return _tolerant(data, encoding)
+        if marked or _is_mostly_utf8(data):
+            return _tolerant(data, "utf-8-sig")
+        return _legacy(data), []
+
+
+def _unmarked_utf16(data: bytes) -> str:
+    """UTF-16 without its mark: half of the bytes of western text are zeros, all at odd or all at even places."""
+    sample = data[:_SAMPLE]
+    even, odd = sample[::2].count(0), sample[1::2].count(0)
+    if odd > len(sample) // 5 and even == 0:
+        return "utf-16-le"
+    if even > len(sample) // 5 and odd == 0:
+        return "utf-16-be"
+    return ""
+
+
+def _known(name: str) -> str:
+    """The codec's name if it is one of a text encoding that ASCII is a part of, else nothing."""
+    try:
+        codec = codecs.lookup(name.strip())
+        # "hex" and the like turn bytes into bytes, UTF-7 and its kin hide characters in others.
+        readable = b"<a>".decode(codec.name) == "<a>" and codec.name not in ("utf-7", "unicode_escape", "idna")
+    except (LookupError, ValueError, TypeError, AttributeError, UnicodeError):
+        return ""
+    if not readable or codec.name.startswith(("raw_unicode", "punycode")):
+        return ""
+    return "cp1252" if codec.name in ("iso8859-1", "ascii") else codec.name
+
+
+def _tolerant(data: bytes, encoding: str) -> tuple[str, list[str]]:
+    text = data.decode(encoding, errors="replace")
+    # A detector is not needed to see that half of the text is not in this encoding.
+    bad = text.count("\ufffd")
+    if bad > max(1, len(text) // 20) or (len(text) <= 2 and bad):
+        raise Unreadable("not a text file" if encoding.startswith("utf") else f"not text in {encoding}")
+    what = "character that is" if bad == 1 else "characters that are"
+    return text, [f"{bad} {what} not valid {_name(encoding)}"] if bad else []
+
+
+def _name(encoding: str) -> str:
+    return encoding.removesuffix("-sig").upper().replace("_", "-")
+
+
+def _is_mostly_utf8(data: bytes) -> bool:
+    """Whether UTF-8 with a few wrong bytes is a better reading than another encoding.
+
+    Characters of several bytes that are right by chance are rare: each further byte counts for two wrong ones.
+    """
+    text = data.decode("utf-8", errors="replace")
+    wrong = text.count("\ufffd")
+    further = len(text.encode("utf-8")) - len(text) - 2 * wrong
+    return further >= 2 * wrong
+
+
+def _legacy(data: bytes) -> str:
+    western = data.decode("cp1252", errors="replace")
+    sample = data if len(data) <= _SAMPLE else data[: data.rfind(b"\n", 0, _SAMPLE) + 1 or _SAMPLE]
+    # A few high bytes are accents of western languages, which detectors confuse; many are another script, and signs
+    # inside words are letters of another part of Europe.
+    many = sum(byte >= 0x80 for byte in sample) > len(sample) // 4
+    if not many and not _NOT_WESTERN.search(western):
+        return western
+    import charset_normalizer
+
+    best = charset_normalizer.from_bytes(sample, cp_isolation=list(_LEGACY)).best()
+    text = data.decode(best.encoding, errors="replace") if best else western
+    if text.count("\ufffd") > len(text) // 50:
+        raise Unreadable("text in an unknown encoding; save it as UTF-8")
+    return text

@@ -1,0 +1,66 @@
+"""Text recognition on pages that are pictures: macOS's own, or the program `tesseract` where it is installed."""
+
+import importlib.util
+import shutil
+import subprocess
+import sys
+import tempfile
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nectar_mlx.documents.pdf.layout import Line
+
+if TYPE_CHECKING:
+    from pypdfium2 import PdfPage
+
+_DOTS_PER_POINT = 300 / 72
+_MOST_DOTS = 40_000_000
+_SECONDS = 120  # for one page
+
+
+@lru_cache
+def available() -> str:
+    """Which recognition there is on this machine: "vision", "tesseract" or none."""
+    if sys.platform == "darwin" and importlib.util.find_spec("ocrmac"):
+        return "vision"
+    return "tesseract" if shutil.which("tesseract") else ""
+
+
+def recognize(page: "PdfPage") -> list[Line]:
+    """The lines of a page's picture, from top to bottom; none where there is no recognition."""
+    which = available()
+    if not which:
+        return []
+    width, height = page.get_size()
+    scale = min(_DOTS_PER_POINT, (_MOST_DOTS / max(1.0, width * height)) ** 0.5)
+    bitmap = page.render(scale=scale, grayscale=True)
+    with tempfile.TemporaryDirectory() as folder:
+        if which == "vision":
+            path = Path(folder, "page.png")
+            bitmap.to_pil().save(path)
+            texts = _vision(path)
+        else:
+            path = Path(folder, "page.pgm")
+            rows = bitmap.to_numpy().reshape(bitmap.height, -1)[:, : bitmap.width]
+            path.write_bytes(b"P5 %d %d 255\n" % (bitmap.width, bitmap.height) + rows.tobytes())
+            texts = _tesseract(path)
+    # Where the lines stand is not kept, only how long they are.
+    return [Line(text, 0.0, -14.0 * place, 5.0 * len(text), 10.0 - 14.0 * place) for place, text in enumerate(texts)]
+
+
+def _vision(path: Path) -> list[str]:
+    from ocrmac import ocrmac
+
+    found = ocrmac.OCR(str(path)).recognize()
+    # A box is (left, bottom, width, height) in shares of the picture.
+    found = sorted(found, key=lambda item: (-round(item[2][1] + item[2][3], 2), item[2][0]))
+    return [text for text, _, _ in found if text.strip()]
+
+
+def _tesseract(path: Path) -> list[str]:
+    try:
+        done = subprocess.run(["tesseract", str(path), "-"], capture_output=True, timeout=_SECONDS, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return [line.strip() for line in done.stdout.decode("utf-8", "replace").splitlines() if line.strip()]

@@ -1,0 +1,167 @@
+"""What reading gives: the text, its places, and what became of each file."""
+
+from bisect import bisect_left
+from dataclasses import dataclass, field
+
+
+class Unreadable(Exception):
+    """A file holds no text that can be read; the message says why, in one line."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """A part of a document that a source can be named by.
+
+    Attributes:
+        unit: "page", "chapter", "sheet", "slide", "mail" or "cell".
+        name: the part's number, with its title where it has one.
+        start: the first character of the part in the text.
+        end: the character after its last one.
+    """
+
+    unit: str
+    name: str
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Edit:
+    """Characters of the text that normalisation changed: text[start:end] was `original`."""
+
+    start: int
+    end: int
+    original: str
+
+
+@dataclass
+class Document:
+    """One document as a reader gives it: text in light Markdown, places in it, and what was left out and why."""
+
+    kind: str
+    text: str
+    places: list[Place] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+
+
+class Places:
+    """Parts of one kind set one after the other, with an empty line between them."""
+
+    def __init__(self, unit: str, heading: str = "") -> None:
+        self._unit = unit
+        self._texts = [heading] if heading else []
+        self._length = len(heading)
+        self._places: list[Place] = []
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def add(self, name: str, text: str) -> None:
+        start = self._length + 2 * bool(self._texts)
+        self._length = start + len(text)
+        self._places.append(Place(self._unit, name, start, self._length))
+        self._texts.append(text)
+
+    def result(self) -> tuple[str, list[Place]]:
+        return "\n\n".join(self._texts), self._places
+
+
+@dataclass
+class FileReport:
+    """What became of one file.
+
+    Attributes:
+        name: the path below the folder that was given, or the file's name.
+        kind: "pdf", "docx", "text" …; empty where the kind is not known.
+        characters: how many the text has.
+        start: where the file's text starts in the reading.
+        end: where it ends.
+        places: its pages, chapters, sheets, slides or mails, as ranges of the reading's text.
+        left_out: what was not read of it, and why.
+        reason: why nothing of it was read; empty where it was.
+    """
+
+    name: str
+    kind: str = ""
+    characters: int = 0
+    start: int = 0
+    end: int = 0
+    places: list[Place] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+    reason: str = ""
+
+    @property
+    def was_read(self) -> bool:
+        return not self.reason
+
+    def describe(self) -> str:
+        """One line: the name and either the counts or the reason."""
+        if self.reason:
+            return f"{self.name}: {self.reason}"
+        unit = self.places[0].unit if self.places else ""
+        counts = [f"{len(self.places)} {unit}{'s' * (len(self.places) > 1)}"] if unit else []
+        notes = [f"left out: {note}" for note in self.left_out]
+        return f"{self.name}: " + "; ".join([", ".join([*counts, f"{self.characters:,} characters"]), *notes])
+
+
+@dataclass
+class Reading:
+    """The text of all files that could be read, and a report on every file.
+
+    Attributes:
+        text: the normalised text; where there are several files each part is headed by its file's name.
+        files: a report on each file, in the order of reading.
+        edits: what normalisation changed, in the order of the text.
+    """
+
+    text: str
+    files: list[FileReport]
+    edits: list[Edit] = field(default_factory=list, repr=False)
+
+    def __str__(self) -> str:
+        return self.text
+
+    def original(self, start: int, end: int) -> str:
+        """The passage text[start:end] as the document spells it, before normalisation."""
+        parts, position = [], start
+        for edit in self.edits[bisect_left(self.edits, start, key=lambda edit: edit.end) :]:
+            if edit.start > end:
+                break
+            removed_here = edit.start == edit.end
+            if removed_here or (edit.start < end and edit.end > start):
+                parts += [self.text[position : edit.start], edit.original]
+                position = edit.end
+        return "".join(parts) + self.text[position:end]
+
+    def place(self, position: int) -> tuple[FileReport, Place | None] | None:
+        """The file and the place in it that hold a character of the text; None between files."""
+        for report in self.files:
+            if report.was_read and report.start <= position < report.end:
+                inside = [place for place in report.places if place.start <= position < place.end]
+                return report, inside[-1] if inside else None
+        return None
+
+    def summary(self) -> str:
+        """One line: "read 26 of 53 files", what was not read and why, and what was read only in part."""
+        skipped = [report.describe() for report in self.files if not report.was_read]
+        partly = [f"{report.name} ({', '.join(report.left_out)})" for report in self.files if report.left_out]
+        line = f"read {len(self.files) - len(skipped)} of {len(self.files)} file{'s' * (len(self.files) != 1)}"
+        line += f": {'; '.join(skipped)}" if skipped else ""
+        return line + (f"; left out: {'; '.join(partly)}" if partly else "")
+
+    def as_list(self) -> list[dict[str, object]]:
+        """The reports as a file can hold them: places as their name, start and end."""
+        return [
+            {
+                "name": report.name,
+                "kind": report.kind,
+                "characters": report.characters,
+                "start": report.start,
+                "end": report.end,
+                "unit": report.places[0].unit if report.places else "",
+                "places": [[place.name, place.start, place.end] for place in report.places],
+                "left_out": report.left_out,
+                "reason": report.reason,
+            }
+            for report in self.files
+        ]

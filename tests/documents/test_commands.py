@@ -1,0 +1,51 @@
+"""What the commands say about the files they read."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from nectar_mlx import fit, inspect
+from tests import toys
+from tests.documents.makers import column, pdf_pages, shown, write
+
+PICTURE = b"q 500 0 0 700 40 60 cm /I Do Q"
+
+
+@pytest.fixture
+def notes(tmp_path: Path) -> Path:
+    folder = tmp_path / "notes"
+    write(folder / "a.txt", "The key is under the mat. " * 40)
+    write(folder / "b.pdf", pdf_pages([shown(column(["The lease."])), PICTURE]))
+    write(folder / "old.doc", b"\xd0\xcf\x11\xe0" + bytes(600))
+    return folder
+
+
+def test_a_dry_run_says_what_would_be_read(notes: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert fit.main(["--model", "none", "--context", str(notes), "--dry-run", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert "b.pdf: 2 pages, 10 characters; left out: page 2: only a picture" in err
+    assert "read 2 of 3 files: old.doc: an old Word file; save it as .docx" in err
+    assert [file["name"] for file in json.loads(out)["files"]] == ["a.txt", "b.pdf", "old.doc"]
+
+
+def test_strict_and_patterns(notes: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--model", "none", "--dry-run", "--strict", "--context", str(notes)]
+    assert fit.main(arguments) == 2
+    assert "not everything can be read: old.doc" in capsys.readouterr().err
+    assert fit.main([*arguments, "--include", "*.txt", "*.doc", "--exclude", "old*"]) == 0
+    assert "read 1 of 1 file" in capsys.readouterr().err
+
+
+def test_the_file_keeps_the_list(notes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer = toys.tokenizer()
+    toys.save_model(toys.toy("llama"), tmp_path / "model", tokenizer)
+    output = tmp_path / "notes.nectar"
+    small = ["--queries", "400", "--steps", "10", "--context-tokens", "200", "--budget", "0.5"]
+    arguments = ["--model", str(tmp_path / "model"), "--context", str(notes), "--output", str(output)]
+    assert fit.main([*arguments, *small]) == 0
+    assert capsys.readouterr().err.strip().splitlines()[-1].startswith("read 2 of 3 files: old.doc")
+    assert inspect.main([str(output)]) == 0
+    shown_files = capsys.readouterr().out
+    assert "b.pdf: 2 pages, 10 characters; left out: page 2" in shown_files
+    assert "old.doc: not read: an old Word file; save it as .docx" in shown_files

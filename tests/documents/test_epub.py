@@ -1,0 +1,125 @@
+"""E-books: every chapter in its order and in its encoding, and books that are not whole."""
+
+from pathlib import Path
+
+import pytest
+
+from nectar_mlx.documents import archive
+from tests.documents.makers import refusal, report_of, text_of, write, zipped
+
+CONTAINER = """<?xml version="1.0"?><container xmlns="urn:oasis:names:tc:opendocument:xmlns:container" version="1.0">
+<rootfiles><rootfile full-path="OEBPS/book.opf" media-type="application/oebps-package+xml"/></rootfiles></container>"""
+PACKAGE = """<?xml version="1.0"?><package xmlns="http://www.idpf.org/2007/opf" version="3.0">
+<metadata xmlns:dc="http://purl.org/dc/elements/1.1/"><dc:title>A Book</dc:title></metadata>
+<manifest><item id="two" href="text/two%20b.xhtml"/><item id="one" href="text/one.xhtml"/>
+<item id="css" href="a.css"/></manifest>
+<spine><itemref idref="one"/><itemref idref="two"/></spine></package>"""
+BOOK: dict[str, str | bytes] = {
+    "META-INF/container.xml": CONTAINER,
+    "OEBPS/book.opf": PACKAGE,
+    "OEBPS/text/two b.xhtml": "<html><head><title>x</title></head><body><h2>Two</h2><p>dög</p></body></html>",
+    "OEBPS/text/one.xhtml": "<html><body><h2>One</h2><p>fox</p><script/></body></html>",
+}
+BOMB = '<!DOCTYPE a [<!ENTITY a "aaaaaaaaaa"><!ENTITY b "&a;&a;&a;&a;&a;&a;&a;&a;">]>'
+
+
+def book(path: Path, changes: dict[str, str | bytes | None]) -> Path:
+    members = {name: content for name, content in (BOOK | changes).items() if content is not None}
+    return write(path, zipped(members))
+
+
+def one_chapter(path: Path, content: str | bytes) -> Path:
+    return book(path, {"OEBPS/text/one.xhtml": content, "OEBPS/text/two b.xhtml": "<p>.</p>"})
+
+
+def test_chapters_in_reading_order(tmp_path: Path) -> None:
+    path = book(tmp_path / "a.epub", {})
+    assert text_of(path) == "# A Book\n\n## One\n\nfox\n\n## Two\n\ndög"
+    report, text = report_of(path), text_of(path)
+    assert [(place.unit, place.name, text[place.start : place.end]) for place in report.places] == [
+        ("chapter", "1 One", "## One\n\nfox"),
+        ("chapter", "2 Two", "## Two\n\ndög"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "href", ["text/one.xhtml#start", "text/ONE.xhtml", "text/./one.xhtml", "/OEBPS/text/one.xhtml"]
+)
+def test_a_chapter_is_found(href: str, tmp_path: Path) -> None:
+    path = book(tmp_path / "a.epub", {"OEBPS/book.opf": PACKAGE.replace("text/one.xhtml", href)})
+    assert "fox" in text_of(path) and report_of(path).left_out == []
+
+
+def test_a_chapter_of_several_parts_is_read_once(tmp_path: Path) -> None:
+    package = PACKAGE.replace("text/two%20b.xhtml", "text/one.xhtml#second")
+    assert text_of(book(tmp_path / "a.epub", {"OEBPS/book.opf": package})).count("fox") == 1
+
+
+def test_a_missing_chapter_is_named(tmp_path: Path) -> None:
+    path = book(tmp_path / "a.epub", {"OEBPS/text/one.xhtml": None})
+    assert report_of(path).left_out == ["chapter text/one.xhtml: the book does not hold it"]
+    package = PACKAGE.replace('<itemref idref="one"/>', '<itemref idref="absent"/>')
+    path = book(tmp_path / "b.epub", {"OEBPS/book.opf": package})
+    assert report_of(path).left_out == ["chapter absent: the book does not list it"]
+
+
+@pytest.mark.parametrize("encoding", ["iso-8859-1", "utf-16", "utf-8", "windows-1251"])
+def test_encodings(encoding: str, tmp_path: Path) -> None:
+    text = "Привет" if encoding == "windows-1251" else "Café Müller, 12 £"
+    html = f'<?xml version="1.0" encoding="{encoding}"?><html><body><p>{text}</p></body></html>'
+    assert text in text_of(one_chapter(tmp_path / "a.epub", html.encode(encoding)))
+
+
+def test_soft_hyphens_and_formulas(tmp_path: Path) -> None:
+    html = "<p>Do&#173;nau&#173;schiff <math><mi>E</mi><mo>=</mo><msup><mi>c</mi><mn>2</mn></msup></math></p>"
+    assert "Donauschiff E=c^2" in text_of(one_chapter(tmp_path / "a.epub", html))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"META-INF/container.xml": None}, "has no META-INF/container.xml"),
+        ({"OEBPS/book.opf": None}, "has no contents"),
+        ({"OEBPS/book.opf": "<package"}, "damaged"),
+        ({"OEBPS/book.opf": BOMB + PACKAGE}, "entities"),
+        ({"OEBPS/book.opf": BOMB + "<package>&b;</package>"}, "entities"),
+        ({"META-INF/container.xml": "<container/>"}, "has no contents"),
+        ({"OEBPS/text/one.xhtml": None, "OEBPS/text/two b.xhtml": "<html/>"}, "no text"),
+        ({"META-INF/encryption.xml": '<CipherReference URI="OEBPS/text/one.xhtml"/>'}, "DRM"),
+        ({"META-INF/container.xml": "<a>" * 100_000}, "nested more than 200 deep"),
+    ],
+)
+def test_what_is_wrong_is_said(change: dict[str, str | bytes | None], reason: str, tmp_path: Path) -> None:
+    message = refusal(book(tmp_path / "a.epub", change))
+    assert "a.epub" in message and reason in message
+
+
+def test_encrypted_fonts_do_no_harm(tmp_path: Path) -> None:
+    fonts: dict[str, str | bytes | None] = {"META-INF/encryption.xml": '<CipherReference URI="OEBPS/font.otf"/>'}
+    assert "fox" in text_of(book(tmp_path / "a.epub", fonts))
+
+
+def test_a_zip_bomb_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(archive, "MAX_BYTES", 1 << 20)
+    path = one_chapter(tmp_path / "a.epub", "a" * (1 << 22))
+    assert path.stat().st_size < 20_000
+    assert "unpacks to more than 1 MiB" in refusal(path)
+
+
+def test_cut_and_damaged_files(tmp_path: Path) -> None:
+    whole = book(tmp_path / "a.epub", {}).read_bytes()
+    for size in (1, 30, len(whole) // 2, len(whole) - 5):
+        assert "EPUB" in refusal(write(tmp_path / "cut.epub", whole[:size]))
+    damaged = whole[:60] + b"\xff" * 40 + whole[100:]
+    assert "damaged" in refusal(write(tmp_path / "bad.epub", damaged))
+
+
+@pytest.mark.parametrize("method", [9, 12, 14, 93, 97])
+def test_other_ways_of_compressing_are_refused_in_a_line(method: int, tmp_path: Path) -> None:
+    data = bytearray(book(tmp_path / "a.epub", {}).read_bytes())
+    for mark, offset in ((b"PK\x03\x04", 8), (b"PK\x01\x02", 10)):
+        start = data.find(mark)
+        while start >= 0:
+            data[start + offset] = method
+            start = data.find(mark, start + 1)
+    assert "EPUB" in refusal(write(tmp_path / "b.epub", bytes(data)))

@@ -1,0 +1,117 @@
+"""Mails and mailboxes."""
+
+import base64
+import time
+from email.message import EmailMessage
+from pathlib import Path
+
+import pytest
+
+from nectar_mlx import documents
+from tests.documents.makers import column, pdf, report_of, text_of, write
+
+PLAIN = (
+    "Subject: Lunch\nFrom: Ann <ann@x.org>\nTo: bob@x.org\nDate: Mon, 1 Jan 2024 12:00:00 +0000\n\nThe code is 4711."
+)
+
+
+def test_a_plain_mail(tmp_path: Path) -> None:
+    assert text_of(write(tmp_path / "a.eml", PLAIN)) == (
+        "# Lunch\n\nFrom: Ann <ann@x.org>\nTo: bob@x.org\nDate: Mon, 1 Jan 2024 12:00:00 +0000\nSubject: Lunch"
+        "\n\nThe code is 4711."
+    )
+
+
+def mail(**options: str) -> EmailMessage:
+    message = EmailMessage()
+    message["Subject"] = options.get("subject", "Grüße aus Köln")
+    message["From"] = "Jörg Müller <joerg@x.org>"
+    message.set_content(options.get("text", "Der Schlüssel liegt unter der Matte."), cte="base64")
+    return message
+
+
+def test_headers_and_text_are_decoded(tmp_path: Path) -> None:
+    text = text_of(write(tmp_path / "a.eml", bytes(mail())))
+    assert text == (
+        "# Grüße aus Köln\n\nFrom: Jörg Müller <joerg@x.org>\nSubject: Grüße aus Köln"
+        "\n\nDer Schlüssel liegt unter der Matte."
+    )
+
+
+def test_of_alternatives_one_is_read(tmp_path: Path) -> None:
+    message = mail(text="plain")
+    message.add_alternative("<p>rich</p>", subtype="html")
+    assert text_of(write(tmp_path / "a.eml", bytes(message))).endswith("\n\nplain")
+    only = EmailMessage()
+    only["Subject"] = "x"
+    only.set_content(" ")
+    only.add_alternative("<p>only <b>rich</b></p>", subtype="html")
+    assert text_of(write(tmp_path / "b.eml", bytes(only))).endswith("\n\nonly rich")
+
+
+def test_attachments_are_read_or_named(tmp_path: Path) -> None:
+    message = mail()
+    message.add_attachment(pdf(column(["The annex."])), maintype="application", subtype="pdf", filename="annex.pdf")
+    message.add_attachment(b"\x89PNG\r\n", maintype="image", subtype="png", filename="Bild ä.png")
+    message.add_attachment("a;b", filename="table.csv")
+    path = write(tmp_path / "a.eml", bytes(message))
+    text, report = text_of(path), report_of(path)
+    assert text.endswith("## Attachment annex.pdf\n\nThe annex.\n\n## Attachment table.csv\n\na;b")
+    assert report.left_out == ["attachment Bild ä.png (6 bytes): a picture"]
+    assert base64.b64encode(b"%PDF").decode()[:5] not in text
+
+
+def test_a_mail_in_a_mail(tmp_path: Path) -> None:
+    outer = mail(text="outer")
+    outer.add_attachment(mail(text="inner"))
+    assert "outer" in (text := text_of(write(tmp_path / "a.eml", bytes(outer)))) and "inner" in text
+
+
+def test_a_mailbox(tmp_path: Path) -> None:
+    mails = [
+        f"From ann@x.org Mon Jan  1 00:00:00 2024\n{PLAIN.replace('4711', str(n))}\n\n>From here on\n\n" for n in (1, 2)
+    ]
+    path = write(tmp_path / "a.mbox", "".join(mails))
+    text, report = text_of(path), report_of(path)
+    assert [(place.unit, place.name) for place in report.places] == [("mail", "1"), ("mail", "2")]
+    assert text[report.places[1].start : report.places[1].end].endswith("The code is 2.\n\nFrom here on")
+    assert report_of(write(tmp_path / "Inbox", "".join(mails))).kind == "mbox"
+
+
+def test_a_line_that_starts_with_from_is_no_mail(tmp_path: Path) -> None:
+    data = f"From a@x.org Mon Jan  1 00:00:00 2024\n{PLAIN}\n\nFrom here on it is dull.\n"
+    assert len(report_of(write(tmp_path / "a.mbox", data)).places) == 1
+    assert len(report_of(write(tmp_path / "b.mbox", PLAIN)).places) == 1
+
+
+def test_bytes_in_headers(tmp_path: Path) -> None:
+    data = b"Subject: caf\xe9\nContent-Type: text/plain; charset=no-such\n\ncaf\xc3\xa9"
+    assert text_of(write(tmp_path / "a.eml", data)) == "# café\n\nSubject: café\n\ncafé"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"no mail at all",
+        b"\0" * 100,
+        b"Subject: =?x?b?!!?=\n\n",
+        b"Subject: =?utf-7?q?" + b"+AAA-" * 10 + b"?=\nContent-Type: multipart/mixed; boundary=\n\n--\n--",
+        b"Content-Type: text/plain; charset*=x''%ff\n\n\xff\xff\xff",
+        b"Content-Transfer-Encoding: base64\nMIME-Version: 1.0\n\n!!!",
+    ],
+)
+def test_damaged(data: bytes, tmp_path: Path) -> None:
+    reading = documents.read([write(tmp_path / "a.eml", data), write(tmp_path / "b.txt", "x")])
+    assert "\n" not in reading.summary()
+
+
+def test_hostile_mails_take_linear_time(tmp_path: Path) -> None:
+    start = time.process_time()
+    nested = "".join(f"Content-Type: multipart/mixed; boundary=b{n}\n\n--b{n}\n" for n in range(3000))
+    many = "Content-Type: multipart/mixed; boundary=b\n\n" + "--b\n\nx\n" * 5000
+    header = "Subject: " + "=?utf-8?q?a?= " * 30_000 + "\n\nx"
+    folded = "Subject: x\n" + " y\n" * 50_000 + "\nx"
+    for number, data in enumerate((nested, many, header, folded)):
+        write(tmp_path / f"{number}.eml", "MIME-Version: 1.0\n" + data)
+    assert len(documents.read([tmp_path]).files) == 4
+    assert time.process_time() - start < 10
