@@ -58,7 +58,9 @@ def _joined(sources: Sequence[Source], documents: Sequence[Document | str]) -> R
             reading.files.append(FileReport(source.name, reason=document))
             continue
         text, edits = normalized(document.text)
-        heading = f"{chr(10) * 2 * bool(parts)}# {source.name}\n\n" if several else ""
+        heading = f"# {source.name}\n\n" if several else ""
+        if parts:
+            heading = "\n\n" + heading
         parts += [heading, text]
         start = length + len(heading)
         length = start + len(text)
