@@ -1,4 +1,4 @@
-"""Read a long context once, keep a small file, and ask any mlx-lm model about it at a constant cost."""
+"""Read a long context once, keep a small file, and ask an mlx-lm model about it from the file alone."""
 
 import os
 from typing import TYPE_CHECKING

@@ -165,8 +165,8 @@ def add_sources(parser: argparse.ArgumentParser) -> None:
 
 def check_sources(nectar: "Nectar", args: argparse.Namespace) -> None:
     """NectarError if sources are wanted but no exact keys are read."""
-    if args.sources and not nectar.hybrid_banks(args.exact):
-        raise NectarError("sources need exact keys: fit with --kind hybrid, and leave --exact above 0")
+    if args.sources:
+        nectar.hybrid.check_reads(args.exact)
 
 
 def share(text: str) -> float:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from . import cli, store
 from .errors import NectarError
+from .heads import KINDS
 
 if TYPE_CHECKING:
     from .documents import Reading
@@ -42,7 +43,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--kind",
         default="auto",
-        help="auto, quadrature, mlp, corrected, exact; with a file of exact keys: hybrid, completion, retrieval",
+        help=f"of head function: auto, {', '.join(KINDS)} (hybrid, completion and retrieval also keep a file of exact "
+        "keys)",
     )
     parser.add_argument(
         "--bits",
@@ -139,12 +141,19 @@ def _show(reading: "Reading", *, as_json: bool) -> None:
 
 
 def _report(output: Path, nectar: "Nectar", *, as_json: bool) -> None:
+    from .retrieval import EXACT_FRACTION, kv_path
+
     size, whole, tokens = output.stat().st_size, nectar.cache_nbytes, len(nectar.prefix)
     cli.say(
         f"{output}: {size / 1e6:.2f} MB for {tokens:,} tokens: {size / whole:.1%} of the KV cache's "
         f"{whole / 1e6:.1f} MB, {size / tokens:,.0f} bytes a token; "
         f"{sum(nectar.report['seconds'].values()):.0f} s{_mode(nectar)}"
     )
+    if nectar.keys is not None:
+        keys = kv_path(output)
+        cli.say(f"{keys}: {keys.stat().st_size / 1e6:.2f} MB of exact keys and values, of which a step reads a few")
+        if not nectar.hybrid_banks():
+            cli.say(f"the text is so short that {EXACT_FRACTION:.0%} of its keys are none: ask with a larger --exact")
     if left_out := nectar.report.get("left_out_tokens"):
         cli.say(f"{left_out:,} more tokens of the text were left out, because of --context-tokens")
     if nectar.verdict:

@@ -72,7 +72,7 @@ class FitConfig:
         if self.bits not in (None, *BITS):
             raise NectarError(f"{self.bits} bits are not supported: choose {', '.join(map(str, BITS))}")
         if self.kind not in ("auto", *KINDS):
-            raise NectarError(f"unknown kind {self.kind!r}: choose one of auto, {', '.join([*KINDS, *ALIASES])}")
+            raise NectarError(f"unknown kind {self.kind!r}: choose one of auto, {', '.join(KINDS)}")
         if self.prefill not in ("dense", "fixed"):
             raise NectarError(f"unknown prefill {self.prefill!r}: choose dense or fixed")
         for name in ("size", "queries", "seed", "steps", "context_tokens", "memory"):

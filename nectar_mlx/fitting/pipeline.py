@@ -21,7 +21,7 @@ from ..core.types import JsonObject, Tokenizer
 from ..errors import NectarError
 from ..heads import AUTO, Bank
 from ..mlxlm import attention_patch, prompts
-from ..mlxlm.window import window as _window
+from ..mlxlm.window import window
 from ..store import chunking, load
 from ..store.kv_file import KeyFile
 from . import chunks, finite, verdict
@@ -144,19 +144,19 @@ def needs_layers(run: FitRun, n: int) -> bool:
 
 def _chunk_lengths(run: FitRun, prefix: Sequence[int]) -> list[int]:
     """The lengths of the chunks in which the document fits the model's window; one, wherever it can be."""
-    preamble, window = prompts.preamble(run.tokenizer), _window(run.model)
-    room = (window or 1 << 62) - preamble - _QUESTION_TOKENS
+    preamble, positions = prompts.preamble(run.tokenizer), window(run.model)
+    room = (positions or 1 << 62) - preamble - _QUESTION_TOKENS
     tokens = len(prefix) - preamble
     if not run.layout.bank.fitted or tokens <= room:
         return [tokens]
     if room < _SMALLEST_CHUNK:
         raise NectarError(
-            f"the model's window of {window:,} tokens is too small: beside a text, questions and answers take "
+            f"the model's window of {positions:,} tokens is too small: beside a text, questions and answers take "
             f"{_QUESTION_TOKENS:,}"
         )
     if not run.layout.bank.joinable:
         raise NectarError(
-            f"the text has {len(prefix):,} tokens; the model's window of {window:,} leaves room for {room:,}: "
+            f"the text has {len(prefix):,} tokens; the model's window of {positions:,} leaves room for {room:,}: "
             f"cut it with --context-tokens {room}, or fit it chunk by chunk with --kind {AUTO}"
         )
     return chunking.split(tokens, room)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from ..core.attention import EMPTY, Partial, from_scores, merge, weighted
+from ..core.attention import Partial, from_scores, merge, weighted
 from ..core.quantize import Quantized, Stored
 from .base import Bank, HeadArrays, Size
 from .quadrature import Quadrature
@@ -95,28 +95,6 @@ class HybridHead(Bank):
     @property
     def head_dim(self) -> int:
         return self.parameters["anchor_keys"].shape[-1]
-
-
-class Retrieval(HybridHead):
-    """Selection only, the baseline of arXiv 2604.05438: what is not read is nothing. size = (0,)."""
-
-    kind = "retrieval"
-    trainable = False
-
-    @classmethod
-    def size_for(cls, units: int) -> Size:
-        return (0,)
-
-    def nodes(self, parameters: HeadArrays) -> HeadArrays:
-        M = len(self.sizes)
-        return {n: mx.zeros((M, 0, self.head_dim)) for n in ("keys", "values")} | {"bias": mx.zeros((M, 0))}
-
-    def complement(self, parameters: HeadArrays, queries: mx.array, retrieved: Retrieved) -> Partial:
-        return Partial(mx.zeros(queries.shape), mx.full(queries.shape[:-1], EMPTY))
-
-    @classmethod
-    def size_of(cls, head: HeadArrays) -> Size:
-        return (0,)
 
 
 def _concatenated(parts: Sequence[mx.array | Quantized]) -> mx.array | Quantized:

@@ -7,6 +7,7 @@ from functools import cached_property
 from ..core.types import JsonObject, LayerCache
 from ..errors import NectarError
 from ..heads import Bank
+from ..heads.hybrid import ANCHORS
 from ..mlxlm.attention_patch import Geometry
 from ..store.kv_file import KeyFile
 from .bank import HybridBank, hybrid_banks
@@ -52,6 +53,18 @@ class HybridContext:
                 group=self._geometry.n_heads // self._geometry.n_kv_heads,
             )
         return self._banks[fraction]
+
+    def check_reads(self, exact_fraction: float | None = None) -> None:
+        """NectarError that says why, unless this fraction of the keys is at least one key a head."""
+        if self.banks(exact_fraction):
+            return
+        if self._keys is None or exact_fraction == 0:
+            raise NectarError("sources need exact keys: fit with --kind hybrid, and leave --exact above 0")
+        fraction = EXACT_FRACTION if exact_fraction is None else exact_fraction
+        raise NectarError(
+            f"{fraction:.1%} of {self._keys.tokens:,} tokens is not more than the {ANCHORS} that are always exact: use "
+            f"--exact {(ANCHORS + 1) / self._keys.tokens:.2f} or more"
+        )
 
     @cached_property
     def _routers(self) -> list[Router]:

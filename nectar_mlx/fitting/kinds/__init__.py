@@ -1,13 +1,15 @@
-"""How each kind of head function is fitted, a file a kind (retrieval and hybrid share one)."""
+"""How each kind of head function is fitted, a file a kind."""
 
 from ..run import FitRun
 from ..samples.capture import Collected
 from .base import KindFit
 from .completion import CompletionFit
 from .corrected import CorrectedFit
-from .hybrid import HybridFit, RetrievalFit, ThresholdedFit
+from .hybrid import HybridFit
 from .mlp import TargetScoreFit
 from .quadrature import QuadratureFit
+from .retrieval import RetrievalFit
+from .thresholded import ThresholdedFit
 
 KIND_FITS: dict[str, type[KindFit]] = {
     "quadrature": QuadratureFit,

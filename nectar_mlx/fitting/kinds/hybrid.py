@@ -1,5 +1,4 @@
-"""Fitting heads that stand for the keys that are not read exactly: what is common to the kinds of `heads.HybridHead`,
-and its two simplest ones.
+"""Fitting heads that stand for the keys that are not read exactly: what is common to the kinds of `heads.HybridHead`.
 
 They are fitted as any kind is, to the samples that `thresholds.split` makes.
 """
@@ -11,9 +10,8 @@ import mlx.core as mx
 import numpy as np
 
 from ...errors import NectarError
-from ...heads import Bank, HeadArrays, Retrieval, Size
+from ...heads import Bank, HeadArrays
 from ...heads.hybrid import ANCHORS, EVERYTHING, SINKS, anchor_positions, middle
-from ...heads.thresholded import TrainableThresholdedNodes
 from ...retrieval import EXACT_FRACTION, sketch, sources
 from ...retrieval.bank import hybrid_banks
 from ...retrieval.router import routers
@@ -23,11 +21,9 @@ from ..prefill import Context
 from ..run import ROUTER_SAMPLES, FitRun
 from ..samples import thresholds
 from ..samples.sample_store import Samples
-from ..solve.initial import Init
 from .base import KindFit
 
 _FEWEST_TOKENS = 4 * ANCHORS
-_SHARPNESS = 1.0  # its logarithm, to start from
 _UNREAD_WEIGHT = 0.02  # of errors with nothing read, where bytes are shared out
 
 
@@ -133,42 +129,3 @@ class HybridFit(KindFit):
         """The banks as they answer unless a request says otherwise: some keys read exactly, if there are enough."""
         selectors = routers(keys, scale=self.run.geometry.scale)
         return hybrid_banks(banks, keys, selectors, exact_fraction=EXACT_FRACTION, group=self.run.group) or banks
-
-
-class RetrievalFit(HybridFit):
-    """Of `heads.Retrieval`: nothing is trained."""
-
-    def initialize(self, heads: Sequence[int], sizes: Sequence[Size], samples: Samples) -> Init:
-        return Init.of(Retrieval.stack([self.anchors(head) for head in heads], scale=self.run.geometry.scale))
-
-
-class ThresholdedFit(HybridFit):
-    """Of `heads.ThresholdedNodes`: nodes of the whole middle; where to cut is learned from there."""
-
-    def prepare(self) -> None:
-        _ = self.importance
-
-    def rank_keys(self) -> list[mx.array]:
-        inside = np.zeros(self.length, np.float32)
-        inside[middle(self.length)] = 1
-        return [weights * mx.array(inside) for weights in super().rank_keys()]
-
-    def ranking_samples(self, heads: Sequence[int]) -> Samples:
-        chosen = self.shuffled(self.data.train.count)[: self.run.config.matching_samples]
-        return self._of_whole_middle(self.data.train.heads(heads, np.sort(chosen)), heads)
-
-    def matching_samples(self, heads: Sequence[int]) -> Samples:
-        return self._of_whole_middle(super().matching_samples(heads), heads)
-
-    def _of_whole_middle(self, samples: Samples, heads: Sequence[int]) -> Samples:
-        samples = self._split(samples, heads, unread=1.0)
-        return samples._replace(queries=samples.queries[..., :-1])
-
-    def initialize(self, heads: Sequence[int], sizes: Sequence[Size], samples: Samples) -> Init:
-        nodes = [
-            matched
-            | {"cut": mx.zeros(matched["bias"].shape), "sharpness": mx.full(matched["bias"].shape, _SHARPNESS)}
-            | self.anchors(index)
-            for index, matched in zip(heads, self.match(heads, [size[0] for size in sizes]), strict=True)
-        ]
-        return Init.of(TrainableThresholdedNodes.stack(nodes, scale=self.run.geometry.scale))
