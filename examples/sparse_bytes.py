@@ -115,9 +115,9 @@ class ByteTransformer(nn.Module):
         self.blocks = [Block(width, settings.heads, at) for at in patterns]
         self.norm = nn.LayerNorm(width)
         self.logits = nn.Linear(width, 256)
-        self._initialise(settings.seed)
+        self._initialize(settings.seed)
 
-    def _initialise(self, seed: int) -> None:
+    def _initialize(self, seed: int) -> None:
         """Normal weights of deviation 1/√inputs, by a further 1/√(2N) where one of the N blocks adds to its residual.
 
         Then the sum over the 2N residual branches has the same size at any depth. Embeddings have deviation 1; biases

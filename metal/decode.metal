@@ -10,7 +10,7 @@ constant constexpr int NODES = 0;        // keys, values; bias
 constant constexpr int GATED = 1;        // gate, up, out; (b_gate, b_up, w_score)
 constant constexpr int PLAIN = 2;        // in, out; b_in
 constant constexpr int SCORE = 3;        // in; (b_in, w_score)
-constant constexpr int LINEAR = 4;       // rows of a linear map; the column each one yields (HEAD_DIM: the log-normaliser)
+constant constexpr int LINEAR = 4;       // rows of a linear map; the column each one yields (HEAD_DIM: the log-normalizer)
 constant constexpr int GIVEN = 5;        // out; the index of the activation
 constant constexpr int GIVEN_SCORE = 6;  // none; (index of the activation, w_score)
 constant constexpr int LIVE = 7;
@@ -31,7 +31,7 @@ struct Tile {
   float q[TILE * 8];
   float out[TILE * 8];
   float top[TILE];  // largest score so far
-  float sum[TILE];  // of exp(score - top); for hidden units, what they add to the log-normaliser
+  float sum[TILE];  // of exp(score - top); for hidden units, what they add to the log-normalizer
 #ifdef OFFSETS
   float offset[8];  // what the keys of this KV head are relative to, this lane's columns of it
 #endif
@@ -167,7 +167,7 @@ METAL_FUNC float silu(float x) {
   return x / (1.0f + metal::fast::exp(metal::min(-x, 80.0f)));
 }
 
-// Units [0, rows) of a network: what each one adds to the output and to the log-normaliser.
+// Units [0, rows) of a network: what each one adds to the output and to the log-normalizer.
 // activations: [query rows, n_activations] of this KV head, for the kinds that are given them.
 template <typename Stored, int KIND, int DEPTH>
 METAL_FUNC void units(thread Tile& tile, Lane lane, const device uint* words, int rows, const device float* activations, int n_activations, int tile_row, int n_rows) {
@@ -237,7 +237,7 @@ METAL_FUNC void units(thread Tile& tile, Lane lane, const device uint* words, in
     for (int u = 0; u < DEPTH; ++u) {
       const bool valid = base + u * lane.step + lane.first < rows;
       const thread float* s = scalar + u * numbers;
-      float weight = 0.0f;  // in the log-normaliser
+      float weight = 0.0f;  // in the log-normalizer
       float x[8];
       float factor = 1.0f;
       if (KIND == GATED || KIND == SCORE || KIND == GIVEN_SCORE) {
@@ -402,7 +402,7 @@ METAL_FUNC void merge_rows(int rows, int slices, uint4 mine, int n_static, const
       mass[1] += simd_shuffle_xor(mass[1], static_cast<ushort>(step));
     }
 
-    // Without nodes a network's own log-normaliser is all there is: as if one node had score 0.
+    // Without nodes a network's own log-normalizer is all there is: as if one node had score 0.
     const float far_top = (HAS_NODES ? node_top : 0.0f) + found[2] + b_score;
     const float top = metal::max(far_top, live_top);
     const float far_scale = metal::fast::exp(far_top - top);

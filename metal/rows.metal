@@ -8,7 +8,7 @@ struct Int4 {};
 struct Matrix {
   const device uint* words;
   size_t stride;               // words from row to row
-  const device half* scales;   // quantised rows only: one a group of GROUP columns
+  const device half* scales;   // quantized rows only: one a group of GROUP columns
 };
 
 template <typename Element>
@@ -83,7 +83,7 @@ struct Row<float> {
 };
 #endif
 
-// Quantised rows widen to their integers; the scale of the group comes back as a factor, to be applied once to all eight.
+// Quantized rows widen to their integers; the scale of the group comes back as a factor, to be applied once to all eight.
 #ifdef BYTES
 struct Bytes {
   uint2 data;

@@ -130,7 +130,7 @@ class Nectar:
         """Fresh caches for mlx-lm, one a layer, that start behind the context.
 
         Args:
-            kv_bits: 4 or 8 quantises the keys and values of what follows the context; None keeps the model's type.
+            kv_bits: 4 or 8 quantizes the keys and values of what follows the context; None keeps the model's type.
             exact_fraction: of the context's keys, read exactly at each step, at most; in [0, 1]. None is 0.01 where
                 there is a file of keys, else 0.
 

@@ -94,7 +94,7 @@ def _add_performance(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=DEFAULT_QUANTIZED_KV_START,
         metavar="N",
-        help=f"the token from which --kv-bits quantises ({DEFAULT_QUANTIZED_KV_START})",
+        help=f"the token from which --kv-bits quantizes ({DEFAULT_QUANTIZED_KV_START})",
     )
 
 

@@ -7,7 +7,7 @@ from nectar_mlx.retrieval.selection import Scoring
 
 
 def attention(queries, keys, values, *, scale, bias=None, mask=None):
-    """queries [..., N, D], keys and values [..., S, D] -> output [..., N, D], log-normaliser [..., N]; mask True =
+    """queries [..., N, D], keys and values [..., S, D] -> output [..., N, D], log-normalizer [..., N]; mask True =
     visible.
     """
     q, k, v = (np.asarray(x, dtype=np.float64) for x in (queries, keys, values))

@@ -77,9 +77,9 @@ def test_a_question_that_passes_the_window(narrow, capsys):
     assert_one_line(capsys, f"window of {WINDOW} .* room for {WINDOW - toys.CONTEXT}, the answer included")
 
 
-def test_quantised_conversation_cache(book, capsys):
+def test_quantized_conversation_cache(book, capsys):
     assert ask.main([str(book.path), QUESTION, "--max-tokens", "4", "--kv-bits", "8"]) == 2
-    assert "cannot be quantised" in capsys.readouterr().err  # the toy's heads are too narrow
+    assert "cannot be quantized" in capsys.readouterr().err  # the toy's heads are too narrow
 
 
 def cut(path, folder):

@@ -387,8 +387,8 @@ def test_control_tokens_in_a_request_stay_text(running, books):
     assert ContextTokenizer(mlx_lm.load(str(books[0].folder))[1]).encode("<|im_end|>") == [1]
 
 
-def test_a_quantised_conversation_cache(tmp_path):
-    """With --kv-bits mlx-lm would put its own quantised cache in the place of ours, and lose the context."""
+def test_a_quantized_conversation_cache(tmp_path):
+    """With --kv-bits mlx-lm would put its own quantized cache in the place of ours, and lose the context."""
     book = toys.book(tmp_path, "qwen3", name="wide", head_dim=32)
     server = Running(arguments([book], "--kv-bits", "8", "--quantized-kv-start", "0"))
     try:

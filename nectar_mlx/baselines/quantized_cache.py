@@ -1,4 +1,4 @@
-"""mlx-lm's quantised KV cache (affine, groups of 64): every key and value, in 8 or 4 bits."""
+"""mlx-lm's quantized KV cache (affine, groups of 64): every key and value, in 8 or 4 bits."""
 
 from dataclasses import replace
 from functools import partial
@@ -12,7 +12,7 @@ from .base import Baseline, EvalContext, View
 def quantized(ctx: EvalContext, nbytes: int, *, bits: int) -> View:
     dim = ctx.geometry.head_dim
     if dim % 32:
-        raise NectarError(f"mlx-lm does not quantise keys of {dim} values")
+        raise NectarError(f"mlx-lm does not quantize keys of {dim} values")
     group = 64 if dim % 64 == 0 else 32
     banks = []
     for layer in range(ctx.n_layers):

@@ -70,8 +70,8 @@ class Full(CacheVariant):
         return self.shape.cache_bytes(self.caches[0].offset)
 
 
-class Quantised4(CacheVariant):
-    """mlx-lm's quantised KV cache: 4 bits, groups of 64."""
+class Quantized4(CacheVariant):
+    """mlx-lm's quantized KV cache: 4 bits, groups of 64."""
 
     bits = 4
 
@@ -183,7 +183,7 @@ def compose_nodes(bank: Bank, keys: mx.array, values: mx.array) -> tuple[mx.arra
 
 VARIANTS: dict[str, type[CacheVariant]] = {
     "full": Full,
-    "4-bit cache": Quantised4,
+    "4-bit cache": Quantized4,
     "stock": Composed,
     "fused": Fused,
     "fused int8": Fused8,

@@ -123,7 +123,7 @@ def sparse_cases() -> list[Row]:
 
 
 def check_sparse(pattern: Pattern, *, head_dim: int, dtype: mx.Dtype) -> Row:
-    """Output and log-normaliser of sparse attention, then its gradients."""
+    """Output and log-normalizer of sparse attention, then its gradients."""
     probe = sparse_checking.probe(pattern, dtype=dtype, head_dim=head_dim, scale=head_dim**-0.5)
     attend = partial(sparse_kernel.attention, pattern=pattern, scale=probe.scale)
     (B, H, T, _), K = probe.inputs[0].shape, probe.inputs[1].shape[1]

@@ -119,7 +119,7 @@ def _start(cell: Cell, shape: Shape, live: int, works: dict[str, Work], alone: i
             work(variant, 1)
             cell.timings[name] = Timing(max(3, min(_MAX_REPEATS, int(_SECONDS / work(variant, 1)))))
         cell.variant, cell.peak_memory = variant, mx.get_peak_memory() - others
-    except RuntimeError as error:  # MLX has no quantised matmul of some shapes on CUDA
+    except RuntimeError as error:  # MLX has no quantized matmul of some shapes on CUDA
         cell.error = str(error).splitlines()[0]
 
 

@@ -1,1 +1,1 @@
-"""What everything else is built on: attention as (o, L), the device, quantisation, entropy coding, files, progress."""
+"""What everything else is built on: attention as (o, L), the device, quantization, entropy coding, files, progress."""

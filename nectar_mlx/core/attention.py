@@ -1,7 +1,7 @@
 """Partial attention: the algebra the whole library stands on.
 
 Softmax attention of a query over a set of tokens is a pair (o, L): the output o = Σ softmax(s)_j v_j and the log-
-normaliser L = log Σ e^{s_j}, s_j = scale · q·k_j + b_j. Two disjoint sets merge exactly:
+normalizer L = log Σ e^{s_j}, s_j = scale · q·k_j + b_j. Two disjoint sets merge exactly:
 
     L = logaddexp(L1, L2),   o = e^{L1-L} o1 + e^{L2-L} o2
 
@@ -25,7 +25,7 @@ from .device import device
 from .exp import exp, sigmoid
 from .gradients import Arrays, with_vjp
 
-EMPTY = -1e30  # the log-normaliser of an empty set, and the score of a hidden key: finite, so that no NaN comes of it
+EMPTY = -1e30  # the log-normalizer of an empty set, and the score of a hidden key: finite, so that no NaN comes of it
 
 
 class Partial(NamedTuple):
@@ -144,10 +144,10 @@ def causal(
     """Attention of queries [B, H, T, D] over live keys and values [B, K, S, D], the last T of which are the queries'
     own.
 
-    offset: [K, D]; the keys are absolute, the log-normaliser is relative to it.
+    offset: [K, D]; the keys are absolute, the log-normalizer is relative to it.
 
     mask: None (all visible), "causal", or an array that broadcasts to [B, H, T, S]: bool (True = visible) or
-    additive. A row that sees nothing gets the log-normaliser -inf in effect (about `EMPTY`) and an output of finite,
+    additive. A row that sees nothing gets the log-normalizer -inf in effect (about `EMPTY`) and an output of finite,
     meaningless values.
     """
     B, H, T, D = queries.shape

@@ -27,13 +27,13 @@ def group_size(width: int) -> int:
     for size in (32, 16):
         if width % size == 0:
             return size
-    raise NectarError(f"rows of {width} values cannot be quantised: not a multiple of 16")
+    raise NectarError(f"rows of {width} values cannot be quantized: not a multiple of 16")
 
 
 def quantize(x: mx.array, *, bits: int) -> Quantized:
     """x [..., D] -> its nearest form of `bits` bits; below 8 bits a group gets the best of a few scales.
 
-    Values that were quantised before lose nothing.
+    Values that were quantized before lose nothing.
     """
     size = group_size(x.shape[-1])
     groups = x.astype(mx.float32).reshape(*x.shape[:-1], -1, size)
@@ -51,7 +51,7 @@ def quantize(x: mx.array, *, bits: int) -> Quantized:
 
 def _steps(bits: int) -> list[float]:
     """What the largest entry of a group may be, in scales: beyond the limit it is clipped, so that the others are
-    nearer; below it are values that were quantised before."""
+    nearer; below it are values that were quantized before."""
     limit = 2 ** (bits - 1) - 1
     if bits == 8:
         return [limit]

@@ -71,7 +71,7 @@ def _respelled(piece: str) -> str:
 
 
 def position_map(edits: Sequence[Edit]) -> Callable[[int], int]:
-    """A function from positions in the original text to positions in the normalised one."""
+    """A function from positions in the original text to positions in the normalized one."""
     starts: list[int] = []
     shifts: list[int] = []
     shift = 0

@@ -27,7 +27,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Edit:
-    """Characters of the text that normalisation changed: text[start:end] was `original`."""
+    """Characters of the text that normalization changed: text[start:end] was `original`."""
 
     start: int
     end: int
@@ -109,9 +109,9 @@ class Reading:
     """The text of all files that could be read, and a report on every file.
 
     Attributes:
-        text: the normalised text; where there are several files each part is headed by its file's name.
+        text: the normalized text; where there are several files each part is headed by its file's name.
         files: a report on each file, in the order of reading.
-        edits: what normalisation changed, in the order of the text.
+        edits: what normalization changed, in the order of the text.
     """
 
     text: str
@@ -122,7 +122,7 @@ class Reading:
         return self.text
 
     def original(self, start: int, end: int) -> str:
-        """The passage text[start:end] as the document spells it, before normalisation."""
+        """The passage text[start:end] as the document spells it, before normalization."""
         parts, position = [], start
         for edit in self.edits[bisect_left(self.edits, start, key=lambda edit: edit.end) :]:
             if edit.start > end:

@@ -21,7 +21,7 @@ class Bank:
     `bank(queries)` maps post-RoPE, unscaled queries [M, N, D] to `Partial(output [M, N, D], log_normalizer [M, N])`.
     `parameters` holds each array of `shapes` stacked to [M, ...]. Heads may differ in `sizes`; smaller ones are
     padded with parts that contribute exactly nothing. `scale` is the model's attention scale. `offset` [M, D] is what
-    the heads' keys, and with them their log-normalisers, are relative to (see `attention`); None is zero.
+    the heads' keys, and with them their log-normalizers, are relative to (see `attention`); None is zero.
     """
 
     parameters: HeadArrays

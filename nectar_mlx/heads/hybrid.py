@@ -2,7 +2,7 @@
 
 The first and last tokens of the context, the anchors, are kept in the head and always exact. Of the middle, a query's
 top keys may be read from the file beside the .nectar; `complement` stands for what was not read. Every part is an
-(o, L), so that merging them is the one normalisation of arXiv 2604.05438.
+(o, L), so that merging them is the one normalization of arXiv 2604.05438.
 """
 
 from collections.abc import Sequence

@@ -51,7 +51,7 @@ class TargetScore(Bank):
 
     @classmethod
     def size_for(cls, units: int) -> Size:
-        """Hidden units come in multiples that fill the groups of the quantised form."""
+        """Hidden units come in multiples that fill the groups of the quantized form."""
         return (_round_up(units, 8), 2, _round_up(max(1, units // 4), 32), 2)
 
     @classmethod

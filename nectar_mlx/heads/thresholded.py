@@ -93,7 +93,7 @@ def _below(
     sharpness: mx.array,
     threshold: mx.array,
 ) -> tuple[mx.array, mx.array, mx.array, mx.array]:
-    """Output, log-normaliser, probabilities and σ. Its own reverse pass needs half the memory traffic."""
+    """Output, log-normalizer, probabilities and σ. Its own reverse pass needs half the memory traffic."""
     scores = queries @ keys.swapaxes(1, 2)
     margin = sharpness[:, None] * (threshold[..., None] - scores - cut[:, None])
     counted = sigmoid(margin)

@@ -14,10 +14,10 @@ class WorkKind(IntEnum):
     """
 
     NODES = 0  # key, value; bias: a weighted node
-    GATED = 1  # gate, up, out; b_gate, b_up, w_score: a gated hidden unit, added to the output and the log-normaliser
+    GATED = 1  # gate, up, out; b_gate, b_up, w_score: a gated hidden unit, added to the output and the log-normalizer
     PLAIN = 2  # in, out; b_in: h · out is added to the output
-    SCORE = 3  # in; b_in, w_score: h · w_score is added to the log-normaliser
-    LINEAR = 4  # in; column of the output that the product is added to, head_dim for the log-normaliser
+    SCORE = 3  # in; b_in, w_score: h · w_score is added to the log-normalizer
+    LINEAR = 4  # in; column of the output that the product is added to, head_dim for the log-normalizer
     GIVEN = 5  # out; index: as PLAIN, h being that entry of the activations
     GIVEN_SCORE = 6  # none; index, w_score: as SCORE, h being that entry of the activations
 
@@ -49,7 +49,7 @@ Network = tuple[Layer, ...]  # hidden layers: h = silu(first(q)), and h + silu(l
 class DecodeWork:
     """The work of every head of a bank.
 
-    constants: the parameters that are added once, to the output [D] and to the log-normaliser [1].
+    constants: the parameters that are added once, to the output [D] and to the log-normalizer [1].
     networks: hidden layers that stock matmuls evaluate; their last ones side by side are the activations.
     """
 

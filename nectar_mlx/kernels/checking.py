@@ -26,7 +26,7 @@ TOLERANCE = {"float32": 2e-5, "float16": 1.5e-3, "bfloat16": 1e-2}
 _MATMUL_TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-2}  # where hidden layers are stock matmuls, by storage
 _HALF_MATMUL_TOLERANCE = 4e-3  # with other storages, whose matmuls are in float16
 _SPREAD, _RAISED = 1.5, 4.0  # standard deviation of scores; mean score of the tokens beside a limit
-_RAISED_MASS = 0.7  # what raised tokens add to the live tokens' log-normaliser, about
+_RAISED_MASS = 0.7  # what raised tokens add to the live tokens' log-normalizer, about
 _DEEP_LAYERS = 2  # hidden layers of a network that has more than one
 # Of a variant with an offset: scale * q·c of every query. It comes from one column in _APART, where no keys differ, so
 # that rounding what they have in common leaves alone what they have not.
@@ -74,7 +74,7 @@ def probe(variant: Variant, *, one_launch: bool, live: int = LIVE) -> Probe:
         queries[..., ::_APART], keys[..., ::_APART], offset[:, ::_APART] = level, 0.0, level
         bank.offset = _rounded(unit * offset, variant.element).astype(mx.float32)
         keys += np.array(bank.offset)[:, None] / unit
-    dtype, bits = (mx.float16, int(variant.storage[3:])) if variant.quantised else (DTYPES[variant.storage], 16)
+    dtype, bits = (mx.float16, int(variant.storage[3:])) if variant.quantized else (DTYPES[variant.storage], 16)
     bank, heads = stored(bank, dtype, bits)
     packed = pack(
         bank,
@@ -134,7 +134,7 @@ def _bank(variant: Variant, live: int, unit: float, rng: np.random.Generator) ->
 
 
 def _parameter(name: str, shape: tuple[int, ...], live: int, unit: float, rng: np.random.Generator) -> mx.array:
-    """Hidden units and outputs of about one, and log-normalisers that vary little about the live tokens' own."""
+    """Hidden units and outputs of about one, and log-normalizers that vary little about the live tokens' own."""
     x = rng.standard_normal(shape)
     of_score, last = "score" in name, name.rpartition(".")[2]
     if name == "keys":
@@ -194,15 +194,15 @@ def summary(error: Exception) -> str:
 def stored(bank: Bank, dtype: mx.Dtype, bits: int) -> tuple[Bank, list[Stored]]:
     """(the bank with the values that `dtype`, or `bits` < 16, keeps; its heads as they are kept).
 
-    Quantised are the matrices whose rows are as wide as a query: what the kernel reads.
+    Quantized are the matrices whose rows are as wide as a query: what the kernel reads.
     """
     heads: list[Stored] = []
     values: list[HeadArrays] = []
     for head in bank.unstack():
         kept: Stored = {}
         for name, x in head.items():
-            quantised = bits < 16 and x.ndim == 2 and x.shape[1] == bank.head_dim
-            kept[name] = quantize(x, bits=bits) if quantised else x.astype(dtype if x.ndim == 2 else mx.float32)
+            quantized = bits < 16 and x.ndim == 2 and x.shape[1] == bank.head_dim
+            kept[name] = quantize(x, bits=bits) if quantized else x.astype(dtype if x.ndim == 2 else mx.float32)
         heads.append(kept)
         values.append({n: dequantize(x, bits=bits) if isinstance(x, Quantized) else x for n, x in kept.items()})
     return type(bank).stack(values, scale=bank.scale, offset=bank.offset), heads

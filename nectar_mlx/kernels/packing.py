@@ -11,7 +11,7 @@ threadgroup streams. All places are in 32-bit words, every span starts at a mult
     constants of each head: b_out [D], b_score, 0, 0, 0 (float32)
 
 A kind of head says what its work is (`Bank.decode_work`). A matrix is rows of `HEAD_DIM` values in the storage type
-and, where it is quantised, the rows' float16 scales behind it.
+and, where it is quantized, the rows' float16 scales behind it.
 """
 
 from collections.abc import Iterator, Sequence
@@ -87,8 +87,8 @@ def pack(
 ) -> Packed:
     """Lay out one layer's bank (M = n_kv_heads heads, ragged sizes).
 
-    dtype: of the matrices with bits = 16, which means "not quantised"; by default the parameters' own. bits 8 and 4
-    quantise as `quantize` does. heads: the heads' parameters, unpadded, instead of the bank's own; matrices may be
+    dtype: of the matrices with bits = 16, which means "not quantized"; by default the parameters' own. bits 8 and 4
+    quantize as `quantize` does. heads: the heads' parameters, unpadded, instead of the bank's own; matrices may be
     `Quantized` already, in as many bits. blocks: threadgroups to cut a layer into.
     backend: where it will be read. one_launch: whether one launch will both read and merge.
     Raises NectarError for a kind or head_dim that the kernel does not know.
@@ -183,7 +183,7 @@ def _matrix(head: Stored, names: str | tuple[str, ...], storage: str) -> _Matrix
         q = x if isinstance(x, Quantized) else quantize(x, bits=int(storage[3:]))
         return _Matrix(np.array(q.data), np.array(q.scales))
     if isinstance(x, Quantized):
-        raise NectarError(f"quantised parameters cannot be packed as {storage}: pass their number of bits")
+        raise NectarError(f"quantized parameters cannot be packed as {storage}: pass their number of bits")
     return _Matrix(np.array(x.astype(DTYPES[storage]).view(mx.uint8)), None)
 
 

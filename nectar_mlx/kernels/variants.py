@@ -95,7 +95,7 @@ class Variant:
         return ", ".join(parts)
 
     @property
-    def quantised(self) -> bool:
+    def quantized(self) -> bool:
         return self.storage.startswith("int")
 
     @property
@@ -124,7 +124,7 @@ class Variant:
             "LANES": lanes,
             "ROW_WORDS": self.head_dim * bits_of(self.storage) // 32,
             "GROUP": group_size(self.head_dim),
-            "ROW_SCALES": self.head_dim // group_size(self.head_dim) if self.quantised else 0,
+            "ROW_SCALES": self.head_dim // group_size(self.head_dim) if self.quantized else 0,
             "N_KV_HEADS": self.n_kv_heads,
             "QUERY_HEADS": self.group,
             "LENGTH": self.length,

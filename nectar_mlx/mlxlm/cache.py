@@ -131,7 +131,7 @@ class NectarCache(_BaseCache):
         return self.bank.over(queries)
 
     def observe(self, log_normalizer: mx.array) -> None:
-        """Called after every call of `attend` with the whole attention's log-normaliser [B, H, T]."""
+        """Called after every call of `attend` with the whole attention's log-normalizer [B, H, T]."""
 
     def make_mask(self, *args: Any, **kwargs: Any) -> Any:
         return self.live.make_mask(*args, **kwargs)
@@ -171,7 +171,7 @@ class NectarCache(_BaseCache):
         for cache in caches:
             _check_same_context(first, cache)
             if isinstance(cache.live, QuantizedKVCache):
-                raise NectarError("sequences with a quantised cache cannot share a batch: run them one at a time")
+                raise NectarError("sequences with a quantized cache cannot share a batch: run them one at a time")
         live = (BatchKVCache if first.kernel is None else WholeBatch).merge([c.live for c in caches])
         return BatchNectarCache(first.bank, first.context, live, first.kernel)
 
@@ -219,7 +219,7 @@ class WindowCache(RotatingKVCache):
 
     @property
     def to_quantized(self) -> Any:
-        """Absent: a ring cannot be quantised, and mlx-lm's --kv-bits leaves what lacks the method alone."""
+        """Absent: a ring cannot be quantized, and mlx-lm's --kv-bits leaves what lacks the method alone."""
         raise AttributeError("to_quantized")
 
     def filter(self, rows: mx.array) -> None:
@@ -251,7 +251,7 @@ def make_caches(
 ) -> list[NectarCache | WindowCache]:
     """Fresh caches, one a layer, that start behind a context of so many tokens.
 
-    windows: the sliding-window layers, by index; banks: the others, in order. kv_bits: 4 or 8 quantises the keys and
+    windows: the sliding-window layers, by index; banks: the others, in order. kv_bits: 4 or 8 quantizes the keys and
     values of live tokens in the layers that have a bank. kernels: the banks' decode kernels. make: makes a
     layer's cache from the arguments of `NectarCache`.
     """
@@ -284,7 +284,7 @@ def _quantization_group(bank: Bank) -> int:
     for group in (64, 32):
         if bank.head_dim % group == 0:
             return group
-    raise NectarError(f"heads of {bank.head_dim} numbers cannot be quantised: leave out kv_bits")
+    raise NectarError(f"heads of {bank.head_dim} numbers cannot be quantized: leave out kv_bits")
 
 
 def _check_same_context(first: NectarCache, second: NectarCache) -> None:

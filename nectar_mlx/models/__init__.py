@@ -99,7 +99,7 @@ def fingerprint(model: nn.Module) -> str:
     """The sha256 of a model's configuration and weights, the same on the CPU in float32 and on a GPU in bfloat16.
 
     It covers the name, the shape and up to 4,096 evenly spaced values of every parameter, rounded to bfloat16: a second
-    even for large models. A fine-tuned or requantised model differs; a change of single weights may be missed.
+    even for large models. A fine-tuned or requantized model differs; a change of single weights may be missed.
     """
     arguments = getattr(model, "args", None)
     settings = dataclasses.asdict(arguments) if arguments is not None else {"class": type(model).__name__}
@@ -124,7 +124,7 @@ def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
     """The sha256 of everything that decides token ids and prompts: vocabulary, merges, chat template, an encoding."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     merges = json.loads(backend.to_str())["model"].get("merges") if backend else None
-    # The encoding covers normalisation and splitting, whose serialisation differs between library versions.
+    # The encoding covers normalization and splitting, whose serialisation differs between library versions.
     text = "We'll  see:\n\n1234 naïve ﬁnds, x_1 = [3.14];\t你好 🙂 <s>"
     contents = [
         sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0])),

@@ -1,6 +1,6 @@
 """A .gguf file as an ordinary mlx-lm folder: config.json, safetensors, tokenizer.json, chat template.
 
-Architectures llama, qwen2, qwen3 and gemma3 (its text part). Every tensor is dequantised, into the type that the model
+Architectures llama, qwen2, qwen3 and gemma3 (its text part). Every tensor is dequantized, into the type that the model
 runs in (bfloat16, or float16 or float32 where most of the file already is), one shard at a time.
 """
 
@@ -216,7 +216,7 @@ def _values(path: Path, config: JsonObject, tensor: Any) -> AnyArray:
         values: AnyArray = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
     except NotImplementedError as error:
         kind = tensor.tensor_type.name
-        raise NectarError(f"{path}: {tensor.name} is {kind}, which cannot be dequantised") from error
+        raise NectarError(f"{path}: {tensor.name} is {kind}, which cannot be dequantized") from error
     if config["model_type"] == "llama" and (match := re.search(r"attn_([qk])\.", tensor.name)):
         heads = config["num_attention_heads" if match[1] == "q" else "num_key_value_heads"]
         return _split_halves(values, heads)

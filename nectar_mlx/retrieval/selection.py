@@ -22,7 +22,7 @@ class Choice(NamedTuple):
     threshold: mx.array
 
     def scaled(self, total: mx.array) -> "Choice":
-        """Of shares of attention, as scores; total [K, N, G]: the log-normaliser of each head's attention."""
+        """Of shares of attention, as scores; total [K, N, G]: the log-normalizer of each head's attention."""
         return Choice(self.positions, self.scores + total[..., None], self.threshold + total)
 
 
@@ -38,7 +38,7 @@ class Selector(Protocol):
     def choose(self, queries: mx.array, anchors: mx.array, *, count: int) -> Choice:
         """The `count` keys of the largest share in any head's attention.
 
-        queries: [K, N, G, D], of G query heads that share what is read. anchors: the log-normaliser of their exact
+        queries: [K, N, G, D], of G query heads that share what is read. anchors: the log-normalizer of their exact
         anchors, [K, N, G].
         """
 

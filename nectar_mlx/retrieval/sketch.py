@@ -2,7 +2,7 @@
 
 Scores are products of queries and keys, so the directions that matter are those in which real queries are large and
 keys differ. With C the queries' second moment, keys are whitened by C^½, their `rank` principal directions are kept,
-and stored as int8 with a scale a key: at 32 of 64 dimensions 34 bytes instead of 256. (Product quantisation of as many
+and stored as int8 with a scale a key: at 32 of 64 dimensions 34 bytes instead of 256. (Product quantization of as many
 bytes finds as much and takes a gather for every number; log-sum-exps of consecutive keys find far less:
 docs/log/router.md.)
 """

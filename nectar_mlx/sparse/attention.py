@@ -119,7 +119,7 @@ def _near_part(
 def _far_part(queries: mx.array, k: mx.array, v: mx.array, *, pattern: Pattern, scale: float, first: int) -> Partial:
     """Attention of the rows from `first` on to the far keys of earlier ones, as `Pattern.far_keys` lays them out.
 
-    Where there are none the log-normaliser is about `EMPTY`.
+    Where there are none the log-normalizer is about `EMPTY`.
     """
     B, h, R, stride, _ = queries.shape
     M, gap = first + R, pattern.gap

@@ -96,7 +96,7 @@ def masked_scores(queries: mx.array, keys: mx.array, scale: float, mask: mx.arra
 
 
 def _softmax(scores: mx.array, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
-    """softmax(scores) in `dtype` and the log-normaliser of each row."""
+    """softmax(scores) in `dtype` and the log-normalizer of each row."""
     if mx.default_device() == mx.cpu:
         top = scores.max(-1, keepdims=True)
         weights = exp(scores - top)
@@ -107,5 +107,5 @@ def _softmax(scores: mx.array, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
 
 
 def _weights(scores: mx.array, log_normalizer: mx.array, dtype: mx.Dtype) -> mx.array:
-    """e^(score - log-normaliser) in `dtype`."""
+    """e^(score - log-normalizer) in `dtype`."""
     return exp(scores - log_normalizer).astype(dtype)

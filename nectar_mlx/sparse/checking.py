@@ -26,7 +26,7 @@ Attend = Callable[[mx.array, mx.array, mx.array], Partial]
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Probe:
     """inputs: queries [BATCH, HEADS, QUERIES, D], the last of S positions, and keys and values [BATCH, KV_HEADS, S, D].
-    weights: of the output and the log-normaliser in the sum whose gradients are compared."""
+    weights: of the output and the log-normalizer in the sum whose gradients are compared."""
 
     pattern: Pattern
     scale: float

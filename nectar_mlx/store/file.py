@@ -42,7 +42,7 @@ def contents(
     windows: "Mapping[int, Window]",
     offsets: Sequence[mx.array | None] = (),
 ) -> Tensors:
-    """All tensors of a file, quantised: writing them loses nothing more.
+    """All tensors of a file, quantized: writing them loses nothing more.
 
     heads: layer by layer. windows: of the sliding-window layers, by layer. offsets: as for `layout.pack`.
     """

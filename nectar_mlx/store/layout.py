@@ -1,7 +1,7 @@
 """How heads lie in tensors.
 
 All heads of a kind share a few tensors: a parameter's values of all layers and heads end to end (`heads.keys`), cut by
-`sizes` [layers · n_kv_heads, len(Size)]. Vectors are stored as float16, matrices in one of two ways: quantised in
+`sizes` [layers · n_kv_heads, len(Size)]. Vectors are stored as float16, matrices in one of two ways: quantized in
 groups (`heads.keys` [groups, group] and `heads.keys.scales` [groups]); or, where the layout has no `bits`,
 entropy-coded (`grids`): the integers of all matrices, head by head, in `heads.numbers`, their steps in `heads.grids`.
 `offsets` bfloat16 [layers · n_kv_heads, head_dim] are what each head's keys are relative to; older files have none,

@@ -113,7 +113,7 @@ def test_an_empty_cache_has_only_the_live_tokens(ctx):
 
 
 @pytest.mark.parametrize(("bits", "share"), [(8, 0.53125), (4, 0.28125)])
-def test_the_quantised_cache_costs_what_mlx_lm_stores(bits, share):
+def test_the_quantized_cache_costs_what_mlx_lm_stores(bits, share):
     ctx = make_context(hidden_size=256)  # heads of 64
     view = BASELINES[f"{bits}-bit KV cache"].build(ctx, 0)
     full = ctx.geometry.cache_bytes(ctx.length)
@@ -130,7 +130,7 @@ def test_the_quantised_cache_costs_what_mlx_lm_stores(bits, share):
     assert mx.array_equal(view.banks[0].parameters["keys"], expected)
 
 
-def test_heads_that_mlx_lm_cannot_quantise_are_refused(ctx):
+def test_heads_that_mlx_lm_cannot_quantize_are_refused(ctx):
     with pytest.raises(NectarError, match="16"):
         BASELINES["4-bit KV cache"].build(ctx, 0)
 

@@ -103,7 +103,7 @@ def test_merging_is_the_same_relative_to_an_offset():
     np.testing.assert_allclose(relative.log_normalizer + common, plain.log_normalizer, atol=1e-3)
 
 
-def test_weights_never_exceed_one_where_the_normaliser_came_out_lower():
+def test_weights_never_exceed_one_where_the_normalizer_came_out_lower():
     samples = Samples(mx.full((1, 3, D), 30.0), *[mx.zeros((1, 3, D))] * 2, mx.full((1, 3), 4_000.0), mx.zeros((1, 3)))
     weights = attention_matching.attention_weights(samples, mx.full((1, 2, D), 30.0), scale=SCALE)
     assert weights.max() == 1.0

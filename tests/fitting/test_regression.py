@@ -102,7 +102,7 @@ def test_a_network_before_training_returns_the_mean(samples):
     np.testing.assert_allclose(part.log_normalizer[:, 0], samples.log_normalizer.mean(1), atol=1e-4)
 
 
-def test_a_bank_is_the_standardised_network(samples):
+def test_a_bank_is_the_standardized_network(samples):
     init = networks([(16, 2, 32, 2)] * M, samples)
     q = np.array(samples.queries, np.float64)
     x = (q - q.mean(1, keepdims=True)) / (q.std(1, keepdims=True) + 1e-4)

@@ -160,7 +160,7 @@ def test_anchors_are_the_first_and_last_keys(fitted):
 
 @pytest.mark.parametrize("architecture", ["gemma3_text", "gpt_oss", "qwen3"])
 def test_architectures(tokenizer, toy_fit, architecture):
-    """Sliding windows, sinks in the denominator, normalised queries."""
+    """Sliding windows, sinks in the denominator, normalized queries."""
     model = toys.toy(architecture)
     nectar = toy_fit(architecture, **OPTIONS, kind="retrieval", context_tokens=150)
     tokens = nectar.prompt(tokenizer, "Who?")

@@ -90,7 +90,7 @@ def test_networks_compute_the_documented_formula(layers):
         np.testing.assert_allclose(ours, truth, atol=1e-4 * np.abs(truth).max())
 
 
-def test_the_correction_adds_to_output_and_log_normaliser():
+def test_the_correction_adds_to_output_and_log_normalizer():
     (head,) = heads_of("corrected", [(7, 4)])
     part = Corrected.stack([head], scale=0.3)(queries(1))
     nodes = Quadrature.stack([{n: head[n] for n in ("keys", "values", "bias")}], scale=0.3)(queries(1))

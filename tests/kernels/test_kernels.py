@@ -427,7 +427,7 @@ def test_packing_stores_every_row_once_and_little_else():
     assert (plan[:, 3] % 4 == 0).all()
 
 
-def test_packing_quantises_as_the_file_does():
+def test_packing_quantizes_as_the_file_does():
     bank = Quadrature.stack(make_heads("quadrature", ((33,), (7,)), 64, "float32")[1], scale=1.0)
     for bits in (8, 4):
         heads = [{n: quantize(a, bits=bits) if a.ndim == 2 else a for n, a in h.items()} for h in bank.unstack()]

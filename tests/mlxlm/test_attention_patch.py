@@ -139,7 +139,7 @@ def test_sinks_against_plain_softmax():
     np.testing.assert_allclose(np.array(found), expected, atol=1e-5)
 
 
-def test_compute_type_of_a_quantised_model():
+def test_compute_type_of_a_quantized_model():
     model = toys.toy("llama")
     model.set_dtype(mx.bfloat16)
     nn.quantize(model, group_size=32, bits=4)

@@ -232,7 +232,7 @@ def test_sequences_that_advance_in_step_need_no_batch_cache():
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3_text"])
 @pytest.mark.parametrize("bits, tolerance", [(8, 0.05), (4, 0.6)])
-def test_quantised_live_cache(architecture, bits, tolerance):
+def test_quantized_live_cache(architecture, bits, tolerance):
     model, nectar = setup(architecture, head_dim=32, query_pre_attn_scalar=32)
     tokens = mx.array([toys.random_tokens(50, seed=3)])
     exact = model(tokens, cache=nectar.make_cache())
@@ -244,7 +244,7 @@ def test_quantised_live_cache(architecture, bits, tolerance):
     trimmed = cache[-1].trim(10)
     assert trimmed == 10 and cache[-1].size() == 40
     if architecture == "llama":
-        with pytest.raises(NectarError, match="quantised"):
+        with pytest.raises(NectarError, match="quantized"):
             NectarCache.merge([cache[-1]])
 
 

@@ -53,7 +53,7 @@ GEMMA3_NAMES = NAMES | {
     "post_feedforward_layernorm": "post_ffw_norm",
 }
 ARCHITECTURES = {"llama": llama, "qwen2": qwen2, "qwen3": qwen3, "gemma3": gemma3_text}
-# Where a block of a K-quantised tensor keeps its float16 scales, and values that make weights of about 0.1.
+# Where a block of a K-quantized tensor keeps its float16 scales, and values that make weights of about 0.1.
 K_SCALES = {"Q4_K": {0: 4e-4, 2: 3e-3}, "Q6_K": {208: 5e-5}}
 LLAMA3 = {
     "rope_type": "llama3",
@@ -135,7 +135,7 @@ def merges_of(tokenizer: Tokenizer) -> list[list[str]]:
 def write_gguf(
     path: Path, model: Any, tokenizer: Tokenizer, kind: str = "F32", pre: str = "gpt-2"
 ) -> dict[str, mx.array]:
-    """Write a model as GGUF and give back the weights that a reader must find, quantisation included."""
+    """Write a model as GGUF and give back the weights that a reader must find, quantization included."""
     args, arch = model.args, model.args.model_type.removesuffix("_text")
     writer = gguf.GGUFWriter(path, arch)
     writer.add_block_count(args.num_hidden_layers)
@@ -156,15 +156,15 @@ def write_gguf(
     for name, array in tree_flatten(model.parameters()):
         values = np.array(array)
         stored = kind if values.ndim == 2 else "F32"
-        quantisation = gguf.GGMLQuantizationType[stored]
-        data = random_blocks(values.shape, kind) if stored in K_SCALES else gguf.quants.quantize(values, quantisation)
-        expected[name] = mx.array(gguf.quants.dequantize(data, quantisation))
+        quantization = gguf.GGMLQuantizationType[stored]
+        data = random_blocks(values.shape, kind) if stored in K_SCALES else gguf.quants.quantize(values, quantization)
+        expected[name] = mx.array(gguf.quants.dequantize(data, quantization))
         if arch == "llama" and ("q_proj" in name or "k_proj" in name):
             heads = args.num_attention_heads if "q_proj" in name else args.num_key_value_heads
             data = interleaved(data, heads)
         elif arch == "gemma3" and "norm" in name:
             data = data + 1
-        writer.add_tensor(gguf_name(name, arch), data, raw_dtype=quantisation)
+        writer.add_tensor(gguf_name(name, arch), data, raw_dtype=quantization)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -245,7 +245,7 @@ def test_the_logits_are_those_of_the_weights(arch: str, kind: str, tmp_path: Pat
 
 
 @pytest.mark.parametrize("kind", sorted(K_SCALES))
-def test_k_quantisations(kind: str, tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_k_quantizations(kind: str, tmp_path: Path, tokenizer: Tokenizer) -> None:
     model = toy_model("llama", tokenizer.get_vocab_size(), hidden_size=256, intermediate_size=256, head_dim=64)
     expected = write_gguf(tmp_path / "toy.gguf", model, tokenizer, kind)
     rounded = {name: array.astype(mx.bfloat16).astype(mx.float32) for name, array in expected.items()}

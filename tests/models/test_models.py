@@ -135,7 +135,7 @@ def test_a_models_fingerprint_is_the_same_in_every_precision() -> None:
     assert models.fingerprint(model) == fingerprint == models.fingerprint(model)
 
 
-def test_a_quantised_models_fingerprint_is_the_same_in_every_precision() -> None:
+def test_a_quantized_models_fingerprint_is_the_same_in_every_precision() -> None:
     plain, model = models.fingerprint(toy()), toy()
     model.set_dtype(mx.bfloat16)
     nn.quantize(model, group_size=32, bits=4)

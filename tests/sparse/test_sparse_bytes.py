@@ -92,7 +92,7 @@ def test_keys_and_values_kept_equal_reading_all_again(example: ModuleType, tmp_p
         assert mx.allclose(mx.concatenate(pieces, axis=1), whole, atol=1e-4)
 
 
-def test_initialisation_scales_with_depth(example: ModuleType, tmp_path: Path) -> None:
+def test_initialization_scales_with_depth(example: ModuleType, tmp_path: Path) -> None:
     small, deep = (
         example.Run(
             "fixed",

@@ -26,7 +26,7 @@ class CorrectedFit(KindFit):
 def corrected_nodes(
     nodes: Sequence[HeadArrays], sizes: Sequence[Size], samples: Samples, *, scale: float, seed: int
 ) -> Init:
-    """Nodes with corrections to train on samples, by which inputs and outputs are standardised."""
+    """Nodes with corrections to train on samples, by which inputs and outputs are standardized."""
     keys, D = mx.random.split(mx.random.key(seed), len(sizes)), samples.queries.shape[-1]
     heads = [node | _correction(size, D, key) for node, size, key in zip(nodes, sizes, keys, strict=True)]
     bank = Corrected.stack(heads, scale=scale)

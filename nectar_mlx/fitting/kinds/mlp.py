@@ -18,7 +18,7 @@ class TargetScoreFit(KindFit):
 
 
 def random_networks(sizes: Sequence[Size], samples: Samples, *, scale: float, seed: int) -> Init:
-    """Networks of these sizes to train on samples, by which inputs and outputs are standardised."""
+    """Networks of these sizes to train on samples, by which inputs and outputs are standardized."""
     keys, D = mx.random.split(mx.random.key(seed), len(sizes)), samples.queries.shape[-1]
     bank = TargetScore.stack([_networks(size, D, key) for size, key in zip(sizes, keys, strict=True)], scale=scale)
     to_bank = _to_bank(Standardization.of(samples))

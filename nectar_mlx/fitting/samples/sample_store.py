@@ -13,7 +13,7 @@ Indices = np.ndarray | Sequence[int]
 
 
 class Samples(NamedTuple):
-    """Samples of M heads: queries, context output and live output [M, N, D], log-normalisers [M, N]."""
+    """Samples of M heads: queries, context output and live output [M, N, D], log-normalizers [M, N]."""
 
     queries: mx.array
     output: mx.array

@@ -22,7 +22,7 @@ _NNLS_STEPS = 300
 def attention_weights(samples: Samples, keys: mx.array, *, scale: float, bias: mx.array | None = None) -> mx.array:
     """The exact softmax weights of samples [M, N, D] on keys [M, S, D] -> [M, N, S], float32. bias [M, S]: of scores.
 
-    A score never exceeds its log-normaliser; where the two were computed in different ways it may by a rounding error,
+    A score never exceeds its log-normalizer; where the two were computed in different ways it may by a rounding error,
     which would be a factor.
     """
     scores = scale * (samples.queries.astype(mx.float32) @ keys.astype(mx.float32).swapaxes(1, 2))

@@ -88,7 +88,7 @@ class Standardization:
         )
 
     def into(self, weights: mx.array) -> mx.array:
-        """Rows of weights [M, H, D] on standardised queries -> on plain ones."""
+        """Rows of weights [M, H, D] on standardized queries -> on plain ones."""
         return weights / self.query_std
 
     def shift(self, weights: mx.array) -> mx.array:

@@ -8,7 +8,7 @@ than eight; the head as a whole takes the bits it was given.
 
 Rounding all at once would still cost much: an eighth of the columns of all keys (a node's other columns make up for
 them) and of the nodes' values (other nodes do) is rounded, the rest trained for a while, then the next eighth: what
-queries and answers notice most comes first, as in incremental network quantisation (arXiv 1702.03044).
+queries and answers notice most comes first, as in incremental network quantization (arXiv 1702.03044).
 """
 
 import math

@@ -25,7 +25,7 @@ _PLAIN = 0.1
 
 
 class Scales(NamedTuple):
-    """Per head [M]: variance of the output's entries and of the log-normaliser over the captured samples."""
+    """Per head [M]: variance of the output's entries and of the log-normalizer over the captured samples."""
 
     output: mx.array
     log_normalizer: mx.array
