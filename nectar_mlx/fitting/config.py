@@ -52,7 +52,7 @@ class FitConfig:
     layerwise: bool | None = None
     prefill: Prefill = "dense"
     answer_tokens: int = 96
-    checks: int = 16 if SLOW_EXP else 48  # questions that a finished file is checked with
+    checks: int = 16 if SLOW_EXP else 96  # questions that a finished file is checked with
     temperature: float = 0.9
     conversations: int = 28 if SLOW_EXP else 384  # sampled side by side, at most
     power: float | None = None  # of the errors that bytes follow; default: 0.6, below a budget of 1% 0.75

@@ -294,8 +294,7 @@ class Fitter:
         first.parameters = start.fold(start.parameters)
         finite.check_heads("initialization", self._not_finite(group, first), self.geometry)
         trained = self.train(start, rows, steps) if steps else first
-        # All keys in more bits than usual are better left as they are.
-        bank = self._settled(trained, rows, train=bool(steps) or self.bits == MEAN_BITS)
+        bank = self._settled(trained, rows, train=bool(steps))  # a text's own keys are better left as they are
         heads = bank.unstack()
         if self.held_out.rows:
             held_out = self.held_out_rows(group)

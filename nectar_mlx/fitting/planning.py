@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 N_PROBE = 8  # conversations by which the Fisher information is told
 _SAMPLES = 1 << 15  # of a short fit, at most
-_CHECKS = 8 if SLOW_EXP else 32  # questions by which a budget is chosen
+_CHECKS = 8 if SLOW_EXP else 48  # questions by which a budget is chosen
 _MOST_BITS, _OVERHEAD_BITS = 11.0, 0.5  # of a number; the second for biases, exponents and what training adds
 
 Affordable = Callable[[float], float]

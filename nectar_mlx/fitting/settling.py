@@ -28,8 +28,8 @@ from .study import Captured
 
 PARTS = 8
 _SHARE = 0.4  # of a regression's steps that settling takes on top of them
-_JUDGES = 2048  # rows by which costs are judged
-_FLOOR = 1e-4  # of the mean cost: a node that these rows hardly notice may matter to others
+_JUDGES = 1 << 16  # rows by which costs are judged, at most
+_FLOOR = 1e-2  # of the mean cost: a node that these rows hardly notice is what another question asks for
 _LARGEST = 1024  # number in a row, to begin with: `store` finds rows with four times as much
 _MATRICES = ("keys", "values")
 

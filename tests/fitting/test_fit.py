@@ -180,6 +180,18 @@ def test_a_head_with_room_for_every_key_keeps_them(tokenizer, monkeypatch):
             assert nearest.max() > 1e-3, "a smaller head is trained"
 
 
+def test_a_head_that_keeps_every_key_is_rounded_and_not_trained(tokenizer, monkeypatch):
+    told, settled = set(), settling.settled
+
+    def watched(bank, rows, *, steps, **options):
+        told.update((count, steps > 0) for (count,) in bank.sizes)
+        return settled(bank, rows, steps=steps, **options)
+
+    monkeypatch.setattr(settling, "settled", watched)
+    heads_of_two_sizes(tokenizer)
+    assert told >= {(9, True), (60, False)} and (60, True) not in told
+
+
 def test_nodes_are_fitted_as_they_will_be_stored(tokenizer):
     fitter, heads = heads_of_two_sizes(tokenizer)
     stored = store.unpack(fitter.layout, store.pack(fitter.layout, heads))
