@@ -45,13 +45,13 @@ METAL_FUNC void threadgroup_barrier(mem_flags) { __syncthreads(); }
 
 // True for the threads of one threadgroup: the last of `arrivals` to come, when it sees what all the others wrote. The counter
 // is left at zero for the next launch. (The barriers order the other threads' writes before, and their reads after, the atomic.)
-METAL_FUNC bool arrives_last(const int* ticket, int arrivals, int thread_index, int* is_last) {
+METAL_FUNC bool arrives_last(const int* counter, int arrivals, int thread_index, int* is_last) {
   __syncthreads();
   if (thread_index == 0) {
     int before;
-    asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], 1;" : "=r"(before) : "l"(ticket) : "memory");
+    asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
     is_last[0] = before == arrivals - 1;
-    if (is_last[0]) { *const_cast<int*>(ticket) = 0; }
+    if (is_last[0]) { *const_cast<int*>(counter) = 0; }
   }
   __syncthreads();
   return is_last[0];

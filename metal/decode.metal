@@ -302,7 +302,7 @@ METAL_FUNC void merge_lane_groups(thread Tile& tile) {
 
 // A partial result is HEAD_DIM / 4 vectors and two numbers (largest score, sum). Vector v of a row holds columns
 // 8 * (v % PARTS) + 4 * (v / PARTS) and the next three: so lanes write side by side.
-METAL_FUNC size_t partial_slots(int rows, int slices, int n_static) {
+METAL_FUNC size_t partial_count(int rows, int slices, int n_static) {
   return static_cast<size_t>(n_static + N_KV_HEADS * slices) * static_cast<size_t>(rows);
 }
 
@@ -341,7 +341,7 @@ METAL_FUNC void merge_rows(int rows, int slices, uint4 mine, int n_static, const
   const int n_all = n_far + slices;
   const int first_live = n_static + head * slices - n_far;
   const device float4* vectors = reinterpret_cast<const device float4*>(partials);
-  const device float* numbers = partials + partial_slots(rows, slices, n_static) * HEAD_DIM;
+  const device float* numbers = partials + partial_count(rows, slices, n_static) * HEAD_DIM;
   const device float* constants = reinterpret_cast<const device float*>(parameters + mine.w);
   const float b_score = HAS_UNITS ? constants[HEAD_DIM] : 0.0f;
 
@@ -352,26 +352,26 @@ METAL_FUNC void merge_rows(int rows, int slices, uint4 mine, int n_static, const
     #pragma unroll
     for (int i = 0; i < AHEAD; ++i) {
       const int j = metal::min(part + SHARES * i, n_all - 1);
-      const int slot = ((j < n_far ? first : first_live) + j) * rows + row;
-      ahead[i] = vectors[slot * VECTORS + metal::min(lane, VECTORS - 1)];
+      const int index = ((j < n_far ? first : first_live) + j) * rows + row;
+      ahead[i] = vectors[index * VECTORS + metal::min(lane, VECTORS - 1)];
     }
     const int own = metal::min(lane, n_all - 1);
-    const int own_slot = ((own < n_far ? first : first_live) + own) * rows + row;
-    const float own_top = numbers[own_slot * 2];
-    const float own_sum = numbers[own_slot * 2 + 1];
+    const int own_index = ((own < n_far ? first : first_live) + own) * rows + row;
+    const float own_top = numbers[own_index * 2];
+    const float own_sum = numbers[own_index * 2 + 1];
 
-    // Of this lane's slots: the largest scores of nodes and of live tokens, what the units add to L; then the sums under
+    // Of this lane's partial results: the largest scores of nodes and of live tokens, what the units add to L; then the sums under
     // those scores. Reductions go side by side: each alone is a chain of waits.
     float found[3];
     found[0] = lane < n_nodes ? own_top : NEVER;
     found[1] = lane >= n_far && lane < n_all ? own_top : NEVER;
     found[2] = lane >= n_nodes && lane < n_far ? own_sum : 0.0f;
     for (int j = lane + 32; j < n_all; j += 32) {
-      const int slot = ((j < n_far ? first : first_live) + j) * rows + row;
-      const float top = numbers[slot * 2];
+      const int index = ((j < n_far ? first : first_live) + j) * rows + row;
+      const float top = numbers[index * 2];
       found[0] = j < n_nodes ? metal::max(found[0], top) : found[0];
       found[1] = j < n_far ? found[1] : metal::max(found[1], top);
-      found[2] += j >= n_nodes && j < n_far ? numbers[slot * 2 + 1] : 0.0f;
+      found[2] += j >= n_nodes && j < n_far ? numbers[index * 2 + 1] : 0.0f;
     }
     #pragma unroll
     for (int step = 16; step > 0; step /= 2) {
@@ -387,9 +387,9 @@ METAL_FUNC void merge_rows(int rows, int slices, uint4 mine, int n_static, const
     mass[0] = lane < n_nodes ? own_sum * metal::fast::exp(own_top - node_top) : 0.0f;
     mass[1] = lane >= n_far && lane < n_all ? own_sum * metal::fast::exp(own_top - live_top) : 0.0f;
     for (int j = lane + 32; j < n_all; j += 32) {
-      const int slot = ((j < n_far ? first : first_live) + j) * rows + row;
-      const float top = numbers[slot * 2];
-      const float sum = numbers[slot * 2 + 1];
+      const int index = ((j < n_far ? first : first_live) + j) * rows + row;
+      const float top = numbers[index * 2];
+      const float sum = numbers[index * 2 + 1];
       if (j < n_nodes) {
         mass[0] = metal::fma(sum, metal::fast::exp(top - node_top), mass[0]);
       } else if (j >= n_far) {

@@ -161,7 +161,7 @@
   threadgroup float tile_top[SIMDGROUPS * TILE];
   threadgroup float tile_sum[SIMDGROUPS * TILE];
   device float4* vectors = reinterpret_cast<device float4*>(partials);
-  device float* numbers = partials + partial_slots(rows, slices, n_static) * HEAD_DIM;
+  device float* numbers = partials + partial_count(rows, slices, n_static) * HEAD_DIM;
   #pragma unroll
   for (int start = 0; start < TILE; start += ROUND) {
     if (start > 0) {
@@ -210,11 +210,11 @@
           sum = metal::fma(weight, tile_sum[s * TILE + start + j], sum);
           out = scaled_sum(weight, tile_out[(s * ROUND + j) * VECTORS + v], out);
         }
-        const size_t slot = static_cast<size_t>(unit) * static_cast<size_t>(rows) + static_cast<size_t>(row);
-        vectors[slot * VECTORS + static_cast<size_t>(v)] = out;
+        const size_t index = static_cast<size_t>(unit) * static_cast<size_t>(rows) + static_cast<size_t>(row);
+        vectors[index * VECTORS + static_cast<size_t>(v)] = out;
         if (v == 0) {
-          numbers[slot * 2] = top;
-          numbers[slot * 2 + 1] = sum;
+          numbers[index * 2] = top;
+          numbers[index * 2 + 1] = sum;
         }
       }
     }
@@ -224,7 +224,7 @@
   // The threadgroup that arrives last at a KV head merges its rows. Needs a memory fence between threadgroups, which CUDA has.
   threadgroup int is_last[1];
   const int arrivals = (static_cast<int>(mine.z - mine.x) + slices) * static_cast<int>(threadgroups_per_grid.y);
-  if (arrives_last(tickets + head, arrivals, thread_index, is_last)) {
+  if (arrives_last(arrival_counters + head, arrivals, thread_index, is_last)) {
     merge_rows(rows, slices, mine, n_static, parameters, partials, output, tile_out, head, 0, rows, thread_index);
   }
 #endif

@@ -1,4 +1,4 @@
-"""`python -m nectar_mlx.ask book.nectar "Who is Filby?"`: an answer from the file, the text never read again."""
+"""`nectar ask book.nectar "Who is Filby?"`: an answer from the file, without reading the text again."""
 
 import argparse
 import json
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from . import cli
 from .errors import NectarError
-from .window import answer_tokens
+from .mlxlm.window import answer_tokens
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -16,13 +16,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = cli.Parser("ask", "Answers a question about what a .nectar holds.")
+    parser = cli.Parser("ask", "Answers a question from a .nectar.")
     cli.add_nectar(parser)
     parser.add_argument("question", help="the question, or - to read it from stdin")
     cli.add_generation(parser)
     cli.add_retrieval(parser)
     cli.add_sources(parser)
-    cli.add_parts(parser)
+    cli.add_chunks(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the answer's text")
     return parser
 
@@ -35,13 +35,13 @@ def _work(args: argparse.Namespace) -> None:
     model, tokenizer, nectar = cli.load(args.nectar, args.model)
     cli.check_sources(nectar, args)
     loaded = time.perf_counter()
-    part = cli.part_for(nectar, tokenizer, question, args)
-    if part is not None:
-        nectar = nectar.chunk(part)
+    chunk = cli.chunk_for(nectar, tokenizer, question, args)
+    if chunk is not None:
+        nectar = nectar.chunk(chunk)
     prompt = nectar.prompt(tokenizer, question.strip(), enable_thinking=args.think)
     max_tokens = answer_tokens(model, start=nectar.start, prompt=len(prompt), chosen=args.max_tokens)
     pieces, last, first = [], None, 0.0
-    cache = nectar.make_cache(kv_bits=args.kv_bits, exact=args.exact)
+    cache = nectar.make_cache(kv_bits=args.kv_bits, exact_fraction=args.exact)
     for last in cli.generate(model, tokenizer, prompt, cache, args, max_tokens=max_tokens):
         first = first or time.perf_counter()
         pieces.append(last.text)
@@ -54,7 +54,7 @@ def _work(args: argparse.Namespace) -> None:
             "finish_reason": last.finish_reason if last else None,
             "model": nectar.metadata["model"],
             "context_tokens": len(nectar.prefix),
-            "part": None if part is None else part + 1,
+            "chunk": chunk,
             "prompt_tokens": len(prompt),
             "answer_tokens": last.generation_tokens if last else 0,
             "seconds_to_load": round(loaded - start, 3),
@@ -62,7 +62,7 @@ def _work(args: argparse.Namespace) -> None:
             "tokens_per_second": round(last.generation_tps, 2) if last else 0.0,
             "peak_memory_bytes": round(last.peak_memory * 1e9) if last else 0,
         }
-        print(json.dumps(answer | nectar.reading(cache)))
+        print(json.dumps(answer | nectar.hybrid.reading(cache)))
     else:
         print()
         if args.sources:

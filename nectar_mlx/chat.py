@@ -1,94 +1,99 @@
-"""`nectar chat book.nectar`: a conversation about what a .nectar holds, at a terminal or over a pipe."""
+"""`nectar chat book.nectar`: a conversation with a .nectar, at a terminal or over a pipe."""
 
 import argparse
 import sys
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import cast
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm.generate import GenerationResponse
 from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from . import cli
+from .core.types import LayerCache, Tokenizer
 from .errors import NectarError
+from .mlxlm.cache import NectarCache
+from .mlxlm.prompts import Message
+from .mlxlm.window import answer_tokens
 from .nectar import Nectar
-from .prompts import Message
-from .window import answer_tokens
 
-_COMMANDS = "/reset forgets the conversation, /history shows it, /quit ends"
+_COMMANDS = "/reset clears the conversation, /history shows it, /quit ends"
 
 
 class Conversation:
-    """The turns so far and the caches that hold them. Of a new prompt only what the caches do not hold is read.
+    """The turns so far and the caches with their keys and values. A new prompt is read from where the caches end.
 
-    Of a text that was read in parts, a question is answered from the part nearest to it; one that tells none, from the
-    part before.
+    If the text was read in chunks, a question is answered from the chunk nearest to it, or else from the chunk of the
+    question before.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Any, nectar: Nectar, args: argparse.Namespace):
+    def __init__(self, model: nn.Module, tokenizer: Tokenizer, nectar: Nectar, args: argparse.Namespace):
         self._model, self._tokenizer, self._nectar, self._args = model, tokenizer, nectar, args
         self._whole = nectar
-        self._part: int | None = None
+        self._chunk: int | None = None
         self.reset()
 
     def reset(self) -> None:
         self.messages: list[Message] = []
-        self.cache = self._fresh()
-        self._read: list[int] = []
+        self.cache = self._new_cache()
+        self._read: list[int] = []  # the tokens in the caches
 
-    def _fresh(self) -> list[Any]:
-        return self._nectar.make_cache(kv_bits=self._args.kv_bits, exact=self._args.exact)
+    def _new_cache(self) -> list[LayerCache]:
+        return self._nectar.make_cache(kv_bits=self._args.kv_bits, exact_fraction=self._args.exact)
 
-    def answer(self, question: str) -> Any:
-        """Yields mlx-lm's responses for the next turn, and keeps the turn once it is complete (or was interrupted)."""
-        self._turn_to(question)
+    def answer(self, question: str) -> Iterator[GenerationResponse]:
+        """Yields mlx-lm's responses for the next turn, and adds the turn when it is complete or interrupted."""
+        self._select_chunk(question)
         messages: list[Message] = [*self.messages, {"role": "user", "content": question}]
         prompt = self._nectar.prompt(self._tokenizer, messages, enable_thinking=self._args.think)
         max_tokens = answer_tokens(
             self._model, start=self._nectar.start, prompt=len(prompt), chosen=self._args.max_tokens
         )
-        pieces = [self._thoughts(prompt)]
+        pieces = [self._thinking_start(prompt)]
         rest = prompt[self._resume(prompt) :]
         self._read = list(prompt)
-        self._nectar.forget_reading(self.cache)
+        self._nectar.hybrid.forget(self.cache)
         try:
-            options = {"max_tokens": max_tokens}
-            for response in cli.generate(self._model, self._tokenizer, rest, self.cache, self._args, **options):
+            for response in cli.generate(
+                self._model, self._tokenizer, rest, self.cache, self._args, max_tokens=max_tokens
+            ):
                 self._read.append(response.token)
                 pieces.append(response.text)
                 yield response
         finally:
             self.messages = [*messages, {"role": "assistant", "content": "".join(pieces).strip()}]
 
-    def _thoughts(self, prompt: Sequence[int]) -> str:
-        """What opens the thoughts of an answer whose template has done so: the next prompt's looks for it."""
-        tokenizer = self._tokenizer
+    def _thinking_start(self, prompt: Sequence[int]) -> str:
+        """The start tag of the answer's thoughts, if it is in the prompt: templates look for it in earlier answers."""
+        tokenizer = cast("TokenizerWrapper", self._tokenizer)
         if not tokenizer.has_thinking or tokenizer.rfind_think_start(prompt) <= tokenizer.rfind_think_end(prompt):
             return ""
         return f"{tokenizer.think_start}\n"
 
-    def _turn_to(self, question: str) -> None:
-        """Where the question is about another part, the conversation goes on behind that one, and is read again."""
-        part = cli.part_for(self._whole, self._tokenizer, question, self._args)
-        if part is not None and part != self._part:
-            self._part, self._nectar = part, self._whole.chunk(part)
-            self.cache, self._read = self._fresh(), []
+    def _select_chunk(self, question: str) -> None:
+        """If the question is about another chunk, continues behind that one: the conversation is read again."""
+        chunk = cli.chunk_for(self._whole, self._tokenizer, question, self._args)
+        if chunk is not None and chunk != self._chunk:
+            self._chunk, self._nectar = chunk, self._whole.chunk(chunk)
+            self.cache, self._read = self._new_cache(), []
 
     def _resume(self, prompt: Sequence[int]) -> int:
-        """How many tokens of the prompt the caches hold, once what differs is trimmed; one at least is left."""
-        held = self.cache[self._nectar.geometry.fitted[0]].size() if self._read else 0
+        """How many tokens of the prompt are in the caches, after trimming the rest; at least one is left to read."""
+        held = cast("NectarCache", self.cache[self._nectar.geometry.fitted[0]]).size() if self._read else 0
         limit = min(held, len(prompt) - 1, len(self._read))
         common = next((i for i in range(limit) if prompt[i] != self._read[i]), limit)
         if held > common:
             if not can_trim_prompt_cache(self.cache):
-                self.cache = self._fresh()
+                self.cache = self._new_cache()
                 return 0
             trim_prompt_cache(self.cache, held - common)
         return common
 
     @property
     def nbytes(self) -> int:
-        return sum(cache.nbytes for cache in self.cache)
+        return sum(cast("NectarCache", cache).nbytes for cache in self.cache)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -96,12 +101,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = cli.Parser("chat", f"Talks about what a .nectar holds. {_COMMANDS}.")
+    parser = cli.Parser("chat", f"A conversation with a .nectar. {_COMMANDS}.")
     cli.add_nectar(parser)
     cli.add_generation(parser)
     cli.add_retrieval(parser)
     cli.add_sources(parser)
-    cli.add_parts(parser)
+    cli.add_chunks(parser)
     return parser
 
 
@@ -120,7 +125,7 @@ def _work(args: argparse.Namespace) -> None:
             break
         elif command == "/reset":
             conversation.reset()
-            cli.say("the conversation is forgotten, the text is not")
+            cli.say("the conversation is cleared, the text is kept")
         elif command == "/history":
             for message in conversation.messages:
                 print(f"{message['role']}: {message['content']}", flush=True)
@@ -143,7 +148,7 @@ def _next_line(at_terminal: bool) -> str | None:
 
 
 def _turn(conversation: Conversation, question: str, at_terminal: bool) -> None:
-    """Streams one answer to stdout, then its figures to stderr. At a terminal Ctrl-C ends the answer, not the chat."""
+    """Streams one answer to stdout, then its figures to stderr. At a terminal Ctrl-C ends only the answer."""
     last = None
     try:
         for last in conversation.answer(question):

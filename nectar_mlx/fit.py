@@ -1,8 +1,7 @@
-"""`python -m nectar_mlx.fit --model Qwen3-1.7B --context book.txt`: a text goes in, a .nectar comes out."""
+"""`nectar fit --model Qwen3-1.7B --context book.txt`: reads a text and writes a .nectar."""
 
 import argparse
 import json
-import re
 import shutil
 import sys
 from collections.abc import Sequence
@@ -21,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = cli.Parser("fit", "Reads a text once and writes a small file that a model answers from.")
+    parser = cli.Parser("fit", "Reads a text once and writes a small file from which a model answers.")
     parser.add_argument("--model", required=True, help="a name (Qwen3-1.7B), a folder, a .gguf file or a hub id")
     parser.add_argument("--context", required=True, nargs="+", metavar="FILE", help="files and folders to read")
     parser.add_argument("--output", type=Path, help="the file to write (default: the context's name with .nectar)")
@@ -30,9 +29,9 @@ def _parser() -> argparse.ArgumentParser:
         "--budget",
         metavar="SHARE",
         help="bytes to keep / bytes of the bf16 KV cache: 0.02 or 2%%; a size: 20M; or auto, the smallest at which "
-        "answers are expected to be close to the full text's (auto)",
+        "answers are expected to be close to those of the full text (auto)",
     )
-    parser.add_argument("--size", metavar="SIZE", help="of the file, e.g. 20M: the same as --budget 20M")
+    parser.add_argument("--size", metavar="SIZE", help="size of the file: 20M, 500K or 5000B")
     parser.add_argument(
         "--kind",
         default="auto",
@@ -41,28 +40,28 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--bits",
         type=int,
-        help="of a stored matrix entry, rounded at once: 16, or 4 to 8 (nodes: each its own, 4 on average; those "
-        "beside exact keys 6; networks 8)",
+        help="bits of a stored matrix entry: 16, or 4 to 8 (default: a step for each node, 4 bits on average; with "
+        "exact keys 6; networks 8)",
     )
-    parser.add_argument("--queries", type=int, metavar="N", help="captured a head (20000; on a GPU up to 120000)")
-    parser.add_argument("--steps", type=int, metavar="N", help="of the regression (1500 on a GPU, 300 on a CPU)")
+    parser.add_argument("--queries", type=int, metavar="N", help="captured queries a head (20000; GPU: up to 120000)")
+    parser.add_argument("--steps", type=int, metavar="N", help="steps of the regression (1500 on a GPU, 300 on a CPU)")
     parser.add_argument(
         "--memory",
-        type=_bytes,
+        type=cli.size,
         metavar="SIZE",
-        help="e.g. 4G (half of what is free): above it the fit goes layer by layer, captured queries to disk",
+        help="memory limit, e.g. 4G (half of what is free): a larger fit goes layer by layer, with its samples on disk",
     )
     parser.add_argument(
         "--layerwise",
         action=argparse.BooleanOptionalAction,
-        help="fit layer by layer, whatever the memory: only one layer's keys and values exist at a time",
+        help="fit layer by layer whatever the memory: only one layer's keys and values exist at a time",
     )
     parser.add_argument(
         "--prefill",
         default="dense",
         help="how the text is read: dense, or fixed (sparse attention, for texts too long for dense)",
     )
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of sampling and initialization (0)")
     parser.add_argument("--resume", action="store_true", help="continue where an interrupted fit stopped")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     return parser
@@ -70,26 +69,29 @@ def _parser() -> argparse.ArgumentParser:
 
 def _work(arguments: argparse.Namespace) -> None:
     if arguments.budget and arguments.size:
-        raise NectarError("--budget and --size both say how much to keep: give one of them")
+        raise NectarError("--budget and --size both set how much to keep: give one of them")
     output = arguments.output or _default_output(arguments.context)
-    store.check_writable(output)  # a result that cannot be written is not worth computing
+    store.check_writable(output)  # before hours of work
     from . import documents
 
     text = documents.read(arguments.context)
     from . import models
     from .fitting import pipeline
     from .fitting.checkpoint import Checkpoint
-    from .fitting.config import FitConfig, parse_budget
+    from .fitting.config import FitConfig, parse_budget, parse_size
     from .nectar import Nectar
 
     names = ("kind", "bits", "queries", "steps", "seed", "context_tokens", "memory", "layerwise", "prefill")
-    told = {name: getattr(arguments, name) for name in names}
-    given = {name: value for name, value in told.items() if value is not None}
-    config = FitConfig(**given, **parse_budget(arguments.size or arguments.budget or "auto"))
+    options = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    if arguments.size is None:
+        options |= parse_budget(arguments.budget or "auto")
+    else:
+        options["size"] = parse_size(arguments.size)
+    config = FitConfig(**options)
     model, tokenizer = models.load(arguments.model, log=cli.say)
     folder = output.with_name(output.name + ".partial")
     if folder.exists() and not arguments.resume:
-        cli.say(f"starting anew: {folder}, from which --resume would have gone on, is removed")
+        cli.say(f"starting anew: {folder}, from which --resume continues, is removed")
         shutil.rmtree(folder, ignore_errors=True)
     checkpoint = Checkpoint(folder)
     try:
@@ -106,21 +108,21 @@ def _work(arguments: argparse.Namespace) -> None:
         nectar = Nectar(*fitted)
         nectar.save(output)
     except KeyboardInterrupt:
-        cli.say(f"what was done is kept in {folder}: the same command with --resume continues")
+        cli.say(f"the finished work is kept in {folder}: the same command with --resume continues")
         raise
     checkpoint.clear()
-    _tell(output, nectar, as_json=arguments.json)
+    _report(output, nectar, as_json=arguments.json)
 
 
-def _tell(output: Path, nectar: "Nectar", *, as_json: bool) -> None:
+def _report(output: Path, nectar: "Nectar", *, as_json: bool) -> None:
     size, whole, tokens = output.stat().st_size, nectar.cache_nbytes, len(nectar.prefix)
     cli.say(
-        f"{output}: {size / 1e6:.2f} MB stand for {tokens:,} tokens: {size / whole:.1%} of the KV cache's "
+        f"{output}: {size / 1e6:.2f} MB for {tokens:,} tokens: {size / whole:.1%} of the KV cache's "
         f"{whole / 1e6:.1f} MB, {size / tokens:,.0f} bytes a token; "
-        f"{sum(nectar.report['seconds'].values()):.0f} s{_way(nectar)}"
+        f"{sum(nectar.report['seconds'].values()):.0f} s{_mode(nectar)}"
     )
     if left_out := nectar.report.get("left_out_tokens"):
-        cli.say(f"{left_out:,} more tokens of the text were left out: --context-tokens cut it")
+        cli.say(f"{left_out:,} more tokens of the text were left out, because of --context-tokens")
     if nectar.verdict:
         cli.say(nectar.verdict)
     if as_json:
@@ -128,21 +130,14 @@ def _tell(output: Path, nectar: "Nectar", *, as_json: bool) -> None:
         print(json.dumps(facts | nectar.report))
 
 
-def _way(nectar: "Nectar") -> str:
-    """What of the way it was fitted a user may not expect."""
-    told = ", layer by layer" if nectar.report.get("layerwise") else ""
-    return told + (f", in {len(nectar.chunks)} chunks" if nectar.chunks else "")
+def _mode(nectar: "Nectar") -> str:
+    """How it was fitted, if not in the usual way."""
+    layerwise = ", layer by layer" if nectar.report.get("layerwise") else ""
+    return layerwise + (f", in {len(nectar.chunks)} chunks" if nectar.chunks else "")
 
 
 def _default_output(context: Sequence[str]) -> Path:
     return Path(Path(context[0]).resolve().name).with_suffix(".nectar")
-
-
-def _bytes(text: str) -> int:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMGT]?)B?", text)
-    if not match:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 500M or 4G")
-    return int(float(match[1]) * 1000 ** " kMGT".index(match[2] or " "))
 
 
 if __name__ == "__main__":

@@ -5,12 +5,12 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from . import cli
+from .core.types import JsonObject
 from .models import hub
 from .nectar import Nectar
-from .retrieval import beside
+from .retrieval import kv_path
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,11 +39,11 @@ def _work(args: argparse.Namespace) -> None:
             print(f"{name.replace('_', ' '):<20}{_readable(name, value)}")
 
 
-def describe(path: Path) -> dict[str, Any]:
+def describe(path: Path) -> JsonObject:
     """The facts of a .nectar, as `--json` prints them; NectarError if it is not a whole one."""
     nectar = Nectar.read(path)
     geometry, layout, metadata = nectar.geometry, nectar.layout, nectar.metadata
-    keys = beside(path)
+    keys = kv_path(path)
     return {
         "file": str(path),
         "file_bytes": path.stat().st_size,
@@ -59,7 +59,7 @@ def describe(path: Path) -> dict[str, Any]:
         "head_dim": geometry.head_dim,
         "parameter_bytes": nectar.nbytes,
         "kv_cache_bytes": nectar.cache_nbytes,
-        "keys_file_bytes": keys.stat().st_size if nectar.retrieves and keys.is_file() else 0,
+        "keys_file_bytes": keys.stat().st_size if nectar.is_hybrid and keys.is_file() else 0,
         "share_of_kv_cache": round(nectar.nbytes / nectar.cache_nbytes, 5),
         "model_sha256": metadata["model_sha256"],
         "tokenizer_sha256": metadata["tokenizer_sha256"],
@@ -69,8 +69,8 @@ def describe(path: Path) -> dict[str, Any]:
     }
 
 
-def _readable(name: str, value: Any) -> str:
-    if name.endswith("_bytes"):
+def _readable(name: str, value: object) -> str:
+    if name.endswith("_bytes") and isinstance(value, int):
         return f"{value / 2**20:.2f} MiB ({value:,} bytes)"
     if isinstance(value, dict):
         return ", ".join(f"{k}={v}" for k, v in value.items() if v is not None)

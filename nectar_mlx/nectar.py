@@ -1,66 +1,88 @@
 """The fitted object: what a model needs to answer about one context."""
 
-import math
-import warnings
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from functools import cached_property
-from heapq import nlargest
-from itertools import islice
 from pathlib import Path
 from typing import Any, Self
 
-import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 
-from . import adapter, decoding, models, prompts, store
-from .adapter import Geometry
-from .bm25 import Index
-from .cache import Window, make_caches
+from . import store
+from .core.types import JsonObject, LayerCache, Tokenizer
 from .errors import NectarError
 from .fitting import verdict
-from .heads import Bank, Residual
-from .kernels.packing import Packed
+from .heads import Bank, HybridHead
+from .kernels import DecodeKernel
+from .mlxlm import attention_patch, prompts
+from .mlxlm.cache import make_caches
 from .models import hub
-from .retrieval import EXACT, Keys, Record, Retrieving, beside, recorded, recording, retrieving
-from .retrieval.router import Router, routers
-from .retrieval.sources import Source, passages
-from .store import Layout
+from .retrieval import ChunkIndex, HybridBank, HybridContext, KeyFile, kv_path, recording
+from .retrieval.sources import Source
+from .store import Layout, chunking, load
+from .store.chunking import ChunkedPrefix
 
 
 class Nectar:
-    """A long context, fitted: per layer and KV head a function of the query that stands for it.
+    """A long context, fitted: per layer and KV head a function of the query that stands for the context's keys and
+    values (Nectar, arXiv 2605.09778).
 
-    Attributes: `prefix`, the token ids it stands for (positions 0 … n-1); `banks`, head functions, a bank for each
-    layer with full attention; `windows`, what the other layers keep; `keys`, the file of exact keys and values beside
-    it, where there is one; `report`, what was measured while fitting; `metadata`, where it came from.
+    Attributes:
+        prefix: the token ids that it stands for, at positions 0 … n-1.
+        chunks: lengths in tokens of the chunks that the prefix ends with, each read on its own; empty where the text
+            was read in one piece.
+        banks: the head functions, one bank for each layer with full attention.
+        windows: the exact keys and values that each sliding-window layer keeps, by layer.
+        keys: the file of exact keys and values beside it, None where there is none.
+        hybrid: the banks that read those keys, and what answers read of them.
+        report: what was measured while fitting: `kl`, `agree`, `gap_closed`, ...; `seconds` only until it is saved.
+        metadata: model, tokenizer, settings, source.
+        geometry, layout: of the model's attention, and of the heads in the file.
+        tensors: what the file holds.
     """
 
-    def __init__(self, tensors: store.Tensors, metadata: store.Metadata, keys: Keys | None = None):
-        """tensors, metadata: what a file holds (`store.contents`, `store.description`). keys: what stands beside it."""
-        self._tensors, self.metadata, self.keys = tensors, metadata, keys
-        self.geometry = Geometry(**{**metadata["geometry"], "windows": tuple(metadata["geometry"]["windows"])})
-        self.layout = Layout(**metadata["layout"])
-        self.prefix: list[int] = np.array(tensors["prefix"]).tolist()
-        self.report: dict[str, Any] = metadata["report"]
-        self.banks = decoding.banks(self.layout, tensors)
-        self._retrieving: dict[float, Sequence[Retrieving]] = {}
-        # Of all chunks: the index, how many passages each has, the words that do not count.
-        self._passages: tuple[Index, list[int], set[str]] | None = None
-        self.chunks = _chunks(metadata.get("chunks", []), len(self.prefix))
-        self.windows = _windows(tensors, self.geometry, self.start)
-        if len(self.banks) != len(self.geometry.fitted):
+    def __init__(self, tensors: store.Tensors, metadata: store.Metadata, keys: KeyFile | None = None):
+        """tensors, metadata: what a file holds (`store.contents`, `store.description`). keys: the file beside it.
+
+        NectarError where they do not fit each other.
+        """
+        self.tensors, self.metadata, self.keys = tensors, metadata, keys
+        self.geometry, self.layout = load.geometry(metadata), Layout(**metadata["layout"])
+        ids: Any = tensors["prefix"].tolist()
+        self.prefix: list[int] = ids
+        self._text = ChunkedPrefix.checked(self.prefix, metadata.get("chunks", []))
+        self.chunks = list(self._text.lengths)
+        self.report: JsonObject = metadata["report"]
+        if not isinstance(self.report, dict):
+            raise NectarError("the file is damaged: its report is none")
+        self.banks = load.banks(self.layout, tensors)
+        self.windows = load.windows(tensors, self.geometry, self.start)
+        alike = all(getattr(self.layout, n) == getattr(self.geometry, n) for n in ("n_kv_heads", "head_dim", "scale"))
+        if len(self.banks) != len(self.geometry.fitted) or not alike:
             raise NectarError("the file is damaged: its heads are not those of its model")
+        self._index: ChunkIndex | None = None
+
+    def __repr__(self) -> str:
+        share = f"{self.nbytes / max(1, self.cache_nbytes):.2%} of the KV cache"
+        parts = [f"{len(self.prefix):,} tokens for {self.metadata['model'] or 'an unnamed model'}", self.layout.kind]
+        parts += [f"{self.nbytes:,} bytes", share]
+        parts += [f"{len(self.chunks)} chunks"] if self.chunks else []
+        return f"<Nectar: {', '.join(parts)}>"
 
     @classmethod
-    def fit(cls, model: nn.Module, tokenizer: Any, text: str, *, budget: float | str = "auto", **options: Any) -> Self:
+    def fit(
+        cls, model: nn.Module, tokenizer: Tokenizer, text: str, *, budget: float | str = "auto", **options: Any
+    ) -> Self:
         """Fits a text.
 
-        budget: bytes kept / bytes of the bf16 KV cache, as a number or as "2%"; a size such as "20M"; or "auto", the
-        smallest at which answers are expected to be close to the full text's. Options: see `fitting.config.FitConfig`.
+        Args:
+            model, tokenizer: of `mlx_lm.load`.
+            text: what answers are to be about.
+            budget: bytes kept / bytes of the bf16 KV cache, as a number or as "2%"; a size such as "20M"; or "auto",
+                the smallest at which answers are expected to be close to those with the full text.
+            options: fields of `fitting.config.FitConfig`.
+
+        NectarError for a text, budget, option or model that cannot be fitted.
         """
         from .fitting.config import FitConfig, parse_budget
         from .fitting.pipeline import fit
@@ -69,140 +91,76 @@ class Nectar:
         return cls(*fit(model, tokenizer, text, config=FitConfig(**chosen, **options)))
 
     @classmethod
-    def load(cls, path: str | Path, model: nn.Module, tokenizer: Any = None) -> Self:
-        """Reads a .nectar: a file, or one on the hub (user/name).
+    def load(cls, path: str | Path, model: nn.Module, tokenizer: Tokenizer | None = None) -> Self:
+        """Reads a .nectar to answer from: a file, or one on the hub (user/name).
 
-        NectarError unless it is whole and was fitted on this very model (and tokenizer, if one is given).
+        NectarError unless it is whole and was fitted on this very model (and tokenizer, if one is given). Warns where
+        the keys beside it are missing or damaged: then no key is read exactly.
         """
         nectar = cls.read(path)
-        metadata = nectar.metadata
-        geometry = adapter.route(model)
-        if geometry != nectar.geometry or models.fingerprint(model) != metadata["model_sha256"]:
-            raise NectarError(
-                f"{path} was fitted on {metadata['model']}, which is not the model given: load that one, or fit again"
-            )
-        if tokenizer is not None and models.tokenizer_fingerprint(tokenizer) != metadata["tokenizer_sha256"]:
-            raise NectarError(
-                f"{path} was fitted with another tokenizer or chat template than the one given: fit again"
-            )
-        dtype = adapter.compute_type(model)
-        nectar.windows = {
-            i: Window(w.keys.astype(dtype), w.values.astype(dtype), w.size) for i, w in nectar.windows.items()
-        }
-        mx.eval([w[:2] for w in nectar.windows.values()])  # in this thread: MLX's streams are a thread's own
-        if nectar.retrieves:
-            nectar._open_keys(beside(hub.nectar_file(path)))
+        load.check_model(path, nectar.metadata, model, tokenizer)
+        nectar.windows = load.as_computed(nectar.windows, model)
+        if nectar.is_hybrid:
+            shape = (len(nectar.banks), nectar.geometry.n_kv_heads, len(nectar.prefix))
+            nectar.keys = load.key_file(kv_path(hub.nectar_file(path)), nectar=nectar.digest, shape=shape)
         return nectar
 
     @classmethod
     def read(cls, path: str | Path) -> Self:
-        """The same without a model to check it against: to look at, not to answer from."""
+        """Reads a .nectar without its model: to look at, not to answer from. NectarError unless it is whole."""
         tensors, metadata = store.read(hub.nectar_file(path))
         try:
             return cls(tensors, metadata)
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
             raise NectarError(f"{path} is damaged: {error}") from None
 
-    def _open_keys(self, path: Path) -> None:
-        """Answers come from the summary alone, with a warning, where the keys cannot be used."""
-        shape = (len(self.banks), self.geometry.n_kv_heads, len(self.prefix))
-        try:
-            self.keys = Keys.open(path, nectar=self.digest, shape=shape)
-        except NectarError as error:
-            warnings.warn(f"{error}: answering from the .nectar alone, no key is read exactly", stacklevel=3)
-
     def save(self, path: str | Path) -> None:
-        """Writes a .nectar, and its keys beside it, in one step each; NectarError if the path holds something else,
-        or cannot be written."""
+        """Writes a .nectar, and its keys beside it. The report's timings are left out: equal fits give equal files.
+
+        NectarError if the path holds something else, or cannot be written; then what was there stays.
+        """
         path = Path(path)
         store.check_writable(path)
         if self.keys is not None:
-            self.keys.write(beside(path))
-        store.write(path, self._tensors, self.metadata)
+            self.keys.write(kv_path(path))
+        report = {name: value for name, value in self.report.items() if name != "seconds"}
+        store.write(path, self.tensors, self.metadata | {"report": report})
 
-    def make_cache(self, *, kv_bits: int | None = None, exact: float | None = None) -> list[Any]:
-        """Fresh caches, one a layer, that start behind the context.
+    def make_cache(self, *, kv_bits: int | None = None, exact_fraction: float | None = None) -> list[Any]:
+        """Fresh caches for mlx-lm, one a layer, that start behind the context.
 
-        kv_bits: 4 or 8 quantises what comes after it. exact: the share of the context's keys that a step reads
-        exactly, at most (default: 0.01 where there is a file of keys, else 0). NectarError if there is none.
+        Args:
+            kv_bits: 4 or 8 quantises the keys and values of what follows the context; None keeps the model's type.
+            exact_fraction: of the context's keys, read exactly at each step, at most; in [0, 1]. None is 0.01 where
+                there is a file of keys, else 0.
+
+        NectarError for another number, or where there are no keys to read.
         """
-        context = self.start
-        if banks := self.retrieving(exact):
-            record = Record(context, len(banks))
-            return make_caches(banks, self.windows, context, kv_bits=kv_bits, make=recording(record))
-        return make_caches(self._alone, self.windows, context, kv_bits=kv_bits, packed=self._packed)
+        if banks := self.hybrid_banks(exact_fraction):
+            make = recording(self.hybrid.record(len(banks)))
+            return make_caches(banks, self.windows, self.start, kv_bits=kv_bits, make=make)
+        return make_caches(self._without_retrieval, self.windows, self.start, kv_bits=kv_bits, kernels=self._kernels)
 
-    def sources(self, caches: Sequence[Any], *, count: int = 3) -> list[Source]:
-        """The passages whose keys took the most exact attention since `forget_reading`, while tokens were written one
-        by one with these caches; none without a file of keys, or in a batch."""
-        record = recorded(caches)
-        return [] if record is None or self.keys is None else passages(self.keys.small, record.mass, count=count)
+    def hybrid_banks(self, exact_fraction: float | None = None) -> Sequence[HybridBank]:
+        """The banks that read a fraction of the keys exactly, one a layer; see `make_cache`. None without keys."""
+        return self.hybrid.banks(exact_fraction)
 
-    def reading(self, caches: Sequence[Any]) -> dict[str, Any]:
-        """The sources, and the bytes that were read for a token: keys and values, router, summary. For JSON."""
-        record = recorded(caches)
-        if record is None:
-            return {}
-        told = [asdict(source) for source in self.sources(caches)]
-        return {"sources": told, "bytes_read_per_token": record.bytes_per_token}
+    def sources(self, caches: Sequence[LayerCache], *, count: int = 3) -> list[Source]:
+        """The passages of the text that took the most exact attention while these caches were written to token by
+        token, most first; none without a file of keys, or in a batch."""
+        return self.hybrid.sources(caches, count=count)
 
-    def forget_reading(self, caches: Sequence[Any]) -> None:
-        """Before an answer of its own in a conversation that goes on."""
-        if (record := recorded(caches)) is not None:
-            record.clear()
+    def prompt(self, tokenizer: Tokenizer, messages: str | Sequence[prompts.Message], **template: Any) -> list[int]:
+        """The token ids that follow the prefix, up to where the answer starts.
 
-    def retrieving(self, exact: float | None = None) -> Sequence[Retrieving]:
-        """The banks that read a share of the keys exactly; none if that is not one key a head."""
-        if exact is not None and not 0 <= exact <= 1:
-            raise NectarError(f"exact = {exact:g} is not in [0, 1]: it is the share of the keys to read at each step")
-        if self.keys is None:
-            if exact:
-                raise NectarError("there are no exact keys beside this file: fit it with --kind retrieval+nectar")
-            return []
-        share = EXACT if exact is None else exact
-        if share not in self._retrieving:
-            self._retrieving[share] = retrieving(
-                self.banks,
-                self.keys,
-                self._selectors,
-                exact=share,
-                nbytes=self.nbytes,
-                group=self.geometry.n_heads // self.geometry.n_kv_heads,
-            )
-        return self._retrieving[share]
-
-    @cached_property
-    def _selectors(self) -> list[Router]:
-        assert self.keys is not None
-        return routers(self.keys, scale=self.geometry.scale)
-
-    @property
-    def retrieves(self) -> bool:
-        """Whether its heads are made to stand beside exact keys."""
-        return issubclass(self.layout.bank, Residual)
-
-    @cached_property
-    def digest(self) -> str:
-        """What ties a file of keys to this one."""
-        return store.digest(self._tensors)
-
-    @cached_property
-    def _alone(self) -> list[Bank]:
-        """The banks as they answer without retrieval."""
-        return [bank.alone() if isinstance(bank, Residual) else bank for bank in self.banks]
-
-    @cached_property
-    def _packed(self) -> list[Packed] | None:
-        return decoding.packed(self._alone, self.layout, self._tensors)
-
-    def prompt(self, tokenizer: Any, messages: str | Sequence[prompts.Message], **template: Any) -> list[int]:
-        """The tokens that follow the prefix for a question or a conversation, up to where the answer starts."""
+        messages: a question, or a conversation in mlx-lm's form. template: arguments of the chat template.
+        """
         return prompts.prompt(tokenizer, messages, **template)
 
     @contextmanager
     def attach(self, model: nn.Module) -> Iterator[nn.Module]:
         """Inside, every mlx-lm entry point that makes a cache for the model starts behind the context."""
-        adapter.route(model)
+        attention_patch.route(model)
         before = vars(model).get("make_cache")
         model.make_cache = self.make_cache
         try:
@@ -212,100 +170,77 @@ class Nectar:
             if before is not None:
                 model.make_cache = before
 
-    def nearest(self, tokenizer: Any, question: str) -> int | None:
-        """Of a text that was read in chunks, the number of the one whose three best passages are nearest to a question
-        (BM25, by the words and phrases that no more than half of the chunks say). None where none of them tells, where
-        there are no chunks, and where layers with a sliding window keep the last chunk alone."""
+    def nearest(self, tokenizer: Tokenizer, question: str) -> int | None:
+        """The number (from 0) of the chunk that a question is about, by its words (BM25).
+
+        None where no word tells, where there are no chunks, and where sliding-window layers keep the last one alone.
+        """
         if not self.chunks or self.windows:
             return None
-        if self._passages is None:  # counted once, with the first tokenizer: a file belongs to one
-            indices = [Index.of(tokenizer, self._body(n), run=3) for n in range(len(self.chunks))]
-            saying = Counter(word for index in indices for word in index.vocabulary)
-            common = {word for word, chunks in saying.items() if 2 * chunks > len(indices)}
-            self._passages = Index.joined(indices), [len(index.passages) for index in indices], common
-        whole, counts, common = self._passages
-        scores = iter(whole.scores(question, without=common))
-        found = [sum(nlargest(3, islice(scores, count))) for count in counts]
-        return int(np.argmax(found)) if max(found) > 0 else None
-
-    def _body(self, number: int) -> list[int]:
-        """A chunk's own tokens."""
-        first = len(self.prefix) - sum(self.chunks[number:])
-        return self.prefix[first : first + self.chunks[number]]
+        if self._index is None:  # counted once, with the first tokenizer: a file belongs to one
+            self._index = ChunkIndex(tokenizer, [self._text.body(n) for n in range(len(self.chunks))])
+        return self._index.nearest(question)
 
     def chunk(self, number: int) -> "Nectar":
-        """One chunk of the text, as if it alone had been fitted. NectarError if there is none of that number, or where
-        layers with a sliding window keep the last chunk alone."""
-        count, opening = len(self.chunks), len(self.prefix) - sum(self.chunks)
+        """One chunk of the text (from 0), as if it alone had been fitted.
+
+        NectarError if there is none of that number, or where sliding-window layers keep the last chunk alone.
+        """
         if self.windows:
             raise NectarError("this model's layers with a sliding window keep the last chunk alone: use all of them")
-        if not 0 <= number < count:
-            raise NectarError(f"there is no chunk {number}: the text was read in {count}, which count from 0")
-        nodes = []
-        for size in np.array(self._tensors["sizes"])[:, 0].tolist():
-            each, rest = divmod(size - opening, count)
-            if each < 1 or rest:
-                raise NectarError("the file is damaged: its heads are not those of its chunks")
-            first = opening + number * each
-            nodes.append(np.concatenate([np.arange(opening), np.arange(first, first + each)]))
-        tensors = store.choose(self.layout, self._tensors, nodes)
-        # Each chunk was stored as one of many, which weigh as much as one.
-        own = mx.array(np.concatenate([np.arange(len(n)) >= opening for n in nodes]))
-        tensors["heads.bias"] = mx.where(own, tensors["heads.bias"] + math.log(count), tensors["heads.bias"])
-        tensors["prefix"] = mx.array(self.prefix[:opening] + self._body(number), dtype=mx.int32)
+        tensors = chunking.take(self.layout, self.tensors, self._text, number)
         return type(self)(tensors, self.metadata | {"chunks": []})
 
     @property
     def start(self) -> int:
         """The position of the token that follows: behind the prefix, or behind its longest chunk."""
-        return len(self.prefix) - sum(self.chunks) + max(self.chunks, default=0)
+        return self._text.start
 
     @property
     def nbytes(self) -> int:
         """Bytes of the fitted parameters, as kept."""
-        return sum(t.nbytes for name, t in self._tensors.items() if name != "prefix")
-
-    @property
-    def bits(self) -> float:
-        """That a number of a matrix takes in the file, on average."""
-        if self.layout.bits is not None:
-            return self.layout.bits
-        matrices = (x for bank in self.banks for head in bank.unstack() for x in head.values() if x.ndim > 1)
-        return round(8 * self._tensors["heads.numbers"].nbytes / sum(x.size for x in matrices), 2)
-
-    @property
-    def verdict(self) -> str:
-        """How close its answers are to those with the whole text in view, in one sentence; "" where it keeps all keys,
-        or was fitted by a version that did not check."""
-        return str(self.report.get("verdict", ""))
-
-    @property
-    def faithful(self) -> bool:
-        """Whether the verdict is that its answers are close to those with the whole text in view, or there is none."""
-        return verdict.grade(self.report) in (None, "close")
+        return sum(tensor.nbytes for name, tensor in self.tensors.items() if name != "prefix")
 
     @property
     def cache_nbytes(self) -> int:
         """Bytes of the bf16 KV cache that it replaces."""
         return self.geometry.cache_bytes(len(self.prefix))
 
+    @property
+    def bits(self) -> float:
+        """Bits that an entry of a matrix takes in the file, on average."""
+        return store.mean_bits(self.layout, self.tensors)
 
-def _chunks(told: Any, tokens: int) -> list[int]:
-    lengths = [int(length) for length in told]
-    if any(length < 1 for length in lengths) or sum(lengths) > tokens:
-        raise NectarError("the file is damaged: its chunks are not those of its prefix")
-    return lengths
+    @property
+    def verdict(self) -> str:
+        """How close its answers are to those with the full text, in one sentence; "" where it was not checked, as
+        where every key is kept."""
+        return str(self.report.get("verdict", ""))
 
+    @property
+    def faithful(self) -> bool:
+        """Whether the verdict is that its answers are close to those with the full text, or there is none."""
+        return verdict.grade(self.report) in (None, "close")
 
-def _windows(tensors: store.Tensors, geometry: Geometry, context: int) -> dict[int, Window]:
-    """What the sliding-window layers keep; NectarError if the file does not hold it."""
-    found: dict[int, Window] = {}
-    for layer, size in enumerate(geometry.windows):
-        if not size:
-            continue
-        shape = (geometry.n_kv_heads, min(size, context), geometry.head_dim)
-        window = Window(tensors[f"windows.{layer}.keys"], tensors[f"windows.{layer}.values"], size)
-        if window.keys.shape != shape or window.values.shape != shape:
-            raise NectarError(f"the file is damaged: the window of layer {layer} has another shape")
-        found[layer] = window
-    return found
+    @property
+    def is_hybrid(self) -> bool:
+        """Whether its heads are made for exact keys beside them."""
+        return issubclass(self.layout.bank, HybridHead)
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 of the tensors: what ties a file of keys to this one."""
+        return store.digest(self.tensors)
+
+    @cached_property
+    def hybrid(self) -> HybridContext:
+        return HybridContext(self.banks, self.keys, self.geometry, nbytes=self.nbytes)
+
+    @cached_property
+    def _without_retrieval(self) -> list[Bank]:
+        """The banks as they answer without retrieval."""
+        return [bank.without_retrieval() for bank in self.banks]
+
+    @cached_property
+    def _kernels(self) -> list[DecodeKernel] | None:
+        return load.decode_kernels(self._without_retrieval, self.layout, self.tensors)

@@ -4,12 +4,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from . import cli
+from .core.types import JsonObject
 from .inspect import describe
 from .models import hub
-from .retrieval import beside
+from .retrieval import kv_path
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,7 +26,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _work(args: argparse.Namespace) -> None:
     facts = describe(args.nectar)
-    paths = [args.nectar, *[beside(args.nectar)] * bool(facts["keys_file_bytes"])]
+    paths = [args.nectar, kv_path(args.nectar)] if facts["keys_file_bytes"] else [args.nectar]
     files: dict[str, bytes | Path] = {path.name: path for path in paths}
     files["README.md"] = card(facts, args.repository).encode()
     size = facts["file_bytes"] + facts["keys_file_bytes"]
@@ -34,7 +34,7 @@ def _work(args: argparse.Namespace) -> None:
     print(hub.upload(args.repository, files, private=args.private))
 
 
-def card(facts: dict[str, Any], repository: str) -> str:
+def card(facts: JsonObject, repository: str) -> str:
     """The repository's README.md: what was fitted, on what, and how faithful it is. facts: of `inspect.describe`."""
     name = Path(facts["file"]).name
     rows = {
@@ -69,15 +69,15 @@ is needed to answer about it: share it only where you may share the text.
 """
 
 
-def _fidelity(report: dict[str, Any]) -> dict[str, str]:
+def _fidelity(report: JsonObject) -> dict[str, str]:
     """What the fit measured on answers that it was not fitted on."""
-    named = {
+    titles = {
         "kl": "divergence from full attention, held out (nats a token)",
         "agree": "same most likely token as full attention, held out",
         "gap_closed": "share of the gap between no context and full attention that it closes",
     }
-    found = {text: report[key] for key, text in named.items() if isinstance(report.get(key), int | float)}
-    return {text: f"{value:.3g}" for text, value in found.items()} or {"fidelity": "not measured"}
+    figures = {title: report[key] for key, title in titles.items() if isinstance(report.get(key), int | float)}
+    return {title: f"{value:.3g}" for title, value in figures.items()} or {"fidelity": "not measured"}
 
 
 if __name__ == "__main__":

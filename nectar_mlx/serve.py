@@ -1,119 +1,23 @@
 """`nectar serve book.nectar ...`: mlx-lm's OpenAI-compatible server, where each .nectar is a model's id.
 
-The server, its batches, its prompt cache and its flags are mlx-lm's. Ours are the models it may load, the prompts (they
-continue a context), and what keeps a server safe: a key, limits, and an orderly end. mlx-lm loads and generates in one
-thread; a batch holds requests for one id only, so contexts never mix.
+The server, its batches, its prompt cache and its options are mlx-lm's. `serving` adds the models it may load, the
+prompts (they continue a context), and what keeps a server safe: a key, limits, and an orderly end. mlx-lm loads and
+generates in one thread; a batch holds requests for one id only, so contexts never mix.
 """
 
 import argparse
-import ipaddress
+import json
 import logging
 import os
 import signal
-import socket
 import sys
-import threading
-import time
 from collections.abc import Sequence
-from contextlib import suppress
-from functools import partial
-from http.server import ThreadingHTTPServer
-from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
-from unittest.mock import patch
 
-from mlx_lm import server
+from mlx_lm import server as mlx_server
+from mlx_lm.generate import DEFAULT_QUANTIZED_KV_START
 
-from . import cli, store
-from .errors import NectarError
-from .models import hub
-from .serving.handler import Handler
-from .serving.provider import Generator, PromptCache, Provider
-
-_FOREIGN = ("adapter_path", "chat_template", "use_default_chat_template", "trust_remote_code", "pipeline")
-_HELP = {  # where mlx-lm's does not hold
-    "model": "the model to use (default: the name of the one the files were fitted on)",
-    "allowed_origins": "of web pages that may ask, separated by commas (default: none)",
-} | dict.fromkeys(_FOREIGN, argparse.SUPPRESS)
-_GRACE = 5.0  # seconds that open requests get to finish when the server is stopped
-_LAST_BREATH = 0.3
-
-
-class Server(ThreadingHTTPServer):
-    """Answers at most so many requests at a time, one thread each; the rest are told to come back."""
-
-    daemon_threads = True
-    request_queue_size = 128
-
-    def __init__(self, address: tuple[str, int], generator: server.ResponseGenerator, *, max_requests: int):
-        self.address_family = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)[0][0]
-        super().__init__(address, partial(Handler, generator, system_fingerprint=server.get_system_fingerprint()))
-        self._generator, self._max_requests = generator, max_requests
-        self._lock, self.open_requests = threading.Lock(), 0
-
-    def process_request(self, request: Any, client_address: Any) -> None:
-        with self._lock:
-            admitted = self.open_requests < self._max_requests
-            self.open_requests += admitted
-        if admitted:
-            return super().process_request(request, client_address)
-        body = b'{"error": {"message": "too many open requests", "type": "server_error"}}'
-        head = f"HTTP/1.0 503 Service Unavailable\r\nRetry-After: 1\r\nContent-Length: {len(body)}\r\n"
-        request.sendall(f"{head}Content-Type: application/json\r\n\r\n".encode() + body)
-        self.shutdown_request(request)
-
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
-        try:
-            super().process_request_thread(request, client_address)
-        finally:
-            with self._lock:
-                self.open_requests -= 1
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        error = sys.exception()
-        if isinstance(error, (ConnectionError, TimeoutError)):
-            logging.info(f"{client_address[0]} has left")
-        else:
-            logging.error(f"{type(error).__name__}: {error}", exc_info=logging.getLogger().isEnabledFor(logging.DEBUG))
-
-    def service_actions(self) -> None:
-        if not self._generator.is_healthy:
-            raise RuntimeError("generation has stopped, see above")
-
-    def stop(self) -> None:
-        """Takes no more requests, lets the open ones finish for a while, and ends the generation thread."""
-        self.server_close()
-        end = time.monotonic() + _GRACE
-        while self.open_requests and time.monotonic() < end:
-            time.sleep(0.05)
-        _end(self._generator)
-
-
-def start(args: argparse.Namespace) -> Server:
-    """A server that is bound and has loaded its models, for `serve_forever`; NectarError for a user's mistake."""
-    foreign = [f"--{name.replace('_', '-')}" for name in _FOREIGN if getattr(args, name)]
-    if foreign:
-        raise NectarError(f"{', '.join(foreign)}: a .nectar belongs to one model, with its own weights and template")
-    if not args.api_key and not _is_loopback(args.host):
-        raise NectarError(f"{args.host} can be reached from other machines: give an --api-key, or leave out --host")
-    files = {Path(name).stem if name.endswith(".nectar") else name: hub.nectar_file(name) for name in args.nectars}
-    if len(files) < len(args.nectars):
-        raise NectarError("two .nectar files have the same name, which is their id: rename one")
-    for file in files.values():
-        store.model_name(file)  # or it says what is wrong with it
-    provider = Provider(args, files)
-    generator = Generator(provider, PromptCache(args.prompt_cache_size, provider))
-    try:
-        provider.ready.wait()
-        if provider.failure is not None:
-            raise provider.failure
-        return Server((args.host, args.port), generator, max_requests=args.max_requests)
-    except BaseException as error:
-        _end(generator)
-        if isinstance(error, OSError):
-            raise NectarError(f"cannot listen on {args.host}:{args.port}: {error.strerror or error}") from None
-        raise
+from . import cli
+from .serving import server
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -121,32 +25,87 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """Our arguments and mlx-lm's: its main() builds a parser and has it parse, and here that parser is ours."""
-
-    class Complete(Exception):
-        pass
-
+    """Our options, and those that mlx-lm's server reads."""
     parser = cli.Parser("serve", "Serves .nectar files over HTTP, OpenAI-compatible; each file's name is a model's id.")
     parser.add_argument("nectars", nargs="+", metavar="nectar", help="a .nectar file, or the id of one on the hub")
+    parser.add_argument("--model", help="the model to use (default: the name of the one the files were fitted on)")
     cli.add_retrieval(parser)
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1)")
+    parser.add_argument("--port", type=int, default=8080, metavar="N", help="port to listen on (8080)")
     parser.add_argument("--api-key", default=os.environ.get("NECTAR_API_KEY"), help="(default: NECTAR_API_KEY)")
     parser.add_argument("--max-body", type=int, default=8 << 20, metavar="BYTES", help="largest request (8 MiB)")
     parser.add_argument("--max-requests", type=int, default=128, metavar="N", help="open at a time (128)")
-    with (
-        suppress(Complete),
-        patch.object(parser, "parse_args", side_effect=Complete),
-        patch.object(server, "argparse", SimpleNamespace(ArgumentParser=lambda **_: parser)),
-    ):
-        server.main()
-    parser.set_defaults(allowed_origins=[])  # else any web page that is open could ask
-    for action in parser._actions:
-        action.help = _HELP.get(action.dest, action.help)
+    parser.add_argument(
+        "--allowed-origins",
+        type=lambda text: text.split(","),
+        default=[],  # mlx-lm's default lets every web page send requests
+        metavar="ORIGINS",
+        help="web pages that may send requests, separated by commas (none)",
+    )
+    parser.add_argument(
+        "--log-level", choices=("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"), default="INFO", help="(INFO)"
+    )
+    _add_generation(parser)
+    _add_performance(parser)
+    for name in server.FOREIGN:
+        flag = f"--{name.replace('_', '-')}"
+        if name in ("adapter_path", "chat_template"):
+            parser.add_argument(flag, default="", help=argparse.SUPPRESS)
+        else:
+            parser.add_argument(flag, action="store_true", help=argparse.SUPPRESS)
     return parser
+
+
+def _add_generation(parser: argparse.ArgumentParser) -> None:
+    """Defaults of a request."""
+    parser.add_argument("--temp", type=float, default=0.0, help="sampling temperature (0.0)")
+    parser.add_argument("--top-p", type=float, default=1.0, help="sample from the likeliest tokens of this mass (1.0)")
+    parser.add_argument("--top-k", type=int, default=0, metavar="N", help="sample from the N likeliest tokens (0: all)")
+    parser.add_argument("--min-p", type=float, default=0.0, help="least probability relative to the likeliest (0.0)")
+    parser.add_argument("--max-tokens", type=int, default=512, metavar="N", help="the longest answer (512)")
+    parser.add_argument(
+        "--chat-template-args",
+        type=json.loads,
+        default={},
+        metavar="JSON",
+        help="""arguments for the chat template, e.g. '{"enable_thinking":false}'""",
+    )
+
+
+def _add_performance(parser: argparse.ArgumentParser) -> None:
+    """Batches, caches and speculative decoding."""
+    parser.add_argument("--draft-model", help="a smaller model for speculative decoding")
+    parser.add_argument("--num-draft-tokens", type=int, default=3, metavar="N", help="tokens to draft at a time (3)")
+    parser.add_argument(
+        "--decode-concurrency", type=int, default=32, metavar="N", help="requests that are decoded in one batch (32)"
+    )
+    parser.add_argument(
+        "--prompt-concurrency", type=int, default=8, metavar="N", help="prompts that are read in one batch (8)"
+    )
+    parser.add_argument("--prefill-step-size", type=int, default=2048, metavar="N", help="tokens a step (2048)")
+    parser.add_argument("--prompt-cache-size", type=int, default=10, metavar="N", help="prompts kept in memory (10)")
+    parser.add_argument("--prompt-cache-bytes", type=cli.size, metavar="SIZE", help="largest size of these, e.g. 2G")
+    parser.add_argument(
+        "--kv-bits", type=int, help="bits of the live tokens' cache, 4 or 8; requests are then served one at a time"
+    )
+    parser.add_argument("--kv-group-size", type=int, default=64, metavar="N", help="group size of --kv-bits (64)")
+    parser.add_argument(
+        "--quantized-kv-start",
+        type=int,
+        default=DEFAULT_QUANTIZED_KV_START,
+        metavar="N",
+        help=f"the token from which --kv-bits quantises ({DEFAULT_QUANTIZED_KV_START})",
+    )
+
+
+def start(args: argparse.Namespace) -> server.Server:
+    """A server that is bound and has its models loaded; NectarError for an error in the user's input."""
+    return server.start(args, cli.load_nectar, log=cli.say)
 
 
 def _work(args: argparse.Namespace) -> None:
     logging.basicConfig(level=args.log_level, format="%(asctime)s %(levelname)s %(message)s")
-    server.maybe_set_recommended_wired_limit()
+    mlx_server.maybe_set_recommended_wired_limit()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     httpd = start(args)
     host, port = httpd.server_address[:2]
@@ -157,20 +116,6 @@ def _work(args: argparse.Namespace) -> None:
         cli.say("stopping")
     finally:
         httpd.stop()
-
-
-def _end(generator: server.ResponseGenerator) -> None:
-    generator.stop_and_join()
-    # Joined, the thread still frees what MLX keeps for it, and needs the interpreter to do so: without one it aborts.
-    time.sleep(_LAST_BREATH)
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        found = socket.getaddrinfo(host or "0.0.0.0", None)
-    except OSError:
-        raise NectarError(f"there is no host {host}") from None
-    return all(ipaddress.ip_address(str(entry[4][0]).partition("%")[0]).is_loopback for entry in found)
 
 
 if __name__ == "__main__":

@@ -3,5 +3,39 @@
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:  # a core for each process
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
 
 import nectar_mlx  # noqa: F401
+from nectar_mlx.core.device import device, using
+
+
+@pytest.fixture
+def set_device() -> Iterator[Callable[..., None]]:
+    """Changes numbers of the device's profile for the rest of the test."""
+    with ExitStack() as stack:
+        yield lambda **changes: stack.enter_context(using(replace(device(), **changes)))
+
+
+HERE = Path(__file__).parent
+# What a marker stands for, by folder or module; `process` and `slow` are given where they are needed.
+AREAS = {
+    "kernel": ("kernels", "metal", "sparse"),
+    "fit": ("baselines", "fitting", "test_bench.py", "test_demo.py", "test_evaluate.py", "test_serve.py"),
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks the tests that build kernels or fit models, so that the edit loop can leave them out."""
+    for item in items:
+        part = item.path.relative_to(HERE).parts[0]
+        for marker, parts in AREAS.items():
+            if part in parts:
+                item.add_marker(marker)

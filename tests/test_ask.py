@@ -1,6 +1,8 @@
 """`nectar ask`: the answer, the JSON, and every way its input can be wrong."""
 
+import io
 import json
+import re
 import subprocess
 import sys
 
@@ -41,11 +43,12 @@ def test_json(book, capsys):
     assert answer["tokens_per_second"] > 0 and answer["seconds_to_first_token"] > 0
 
 
-def test_question_from_stdin(book):
-    command = [sys.executable, "-m", "nectar_mlx.ask", str(book.path), "-", "--max-tokens", "4"]
-    done = subprocess.run(command, input=QUESTION, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip()
+def test_question_from_stdin(book, monkeypatch, capsys):
+    assert ask.main([str(book.path), QUESTION, "--max-tokens", "4"]) == 0
+    expected = capsys.readouterr().out
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{QUESTION}\n"))
+    assert ask.main([str(book.path), "-", "--max-tokens", "4"]) == 0
+    assert capsys.readouterr().out == expected
 
 
 WINDOW = 200
@@ -156,6 +159,7 @@ def test_an_interrupt(book, monkeypatch, capsys):
     assert_one_line(capsys, "interrupted")
 
 
+@pytest.mark.process
 def test_a_reader_that_leaves(book):
     command = f"{sys.executable} -m nectar_mlx.ask {book.path} fox --max-tokens 4 | true; echo ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
@@ -179,8 +183,6 @@ def test_metadata_is_read_without_the_tensors(book):
 
 
 def assert_one_line(capsys, complaint: str) -> None:
-    import re
-
     out, err = capsys.readouterr()
     assert out == ""
     last = err.strip().splitlines()[-1]

@@ -6,9 +6,10 @@ from dataclasses import replace
 import mlx.core as mx
 import pytest
 
-from nectar_mlx import bench, kernels
-from nectar_mlx.attention import Partial
-from nectar_mlx.benchmarks import checks, measure, measure_decode, measure_fit, roofline, tune
+from nectar_mlx import bench
+from nectar_mlx.benchmarks import cache_variants, checks, measure, measure_decode, measure_fit, roofline, tune
+from nectar_mlx.core.attention import Partial
+from nectar_mlx.kernels import DecodeKernel
 from nectar_mlx.sparse import kernel, sparse_attention
 
 TOY = ["decode", "--shape", "toy", "--contexts", "1k,2k", "--rounds", "1"]
@@ -17,14 +18,14 @@ TOY = ["decode", "--shape", "toy", "--contexts", "1k,2k", "--rounds", "1"]
 def test_decode_reports_every_method_at_every_context(capsys):
     assert bench.main([*TOY, "--json", "--rounds", "2"]) == 0
     out, err = capsys.readouterr()
-    assert len(err.splitlines()) == 2 * len(measure.KEEPERS), "a method's figures are told after every round"
+    assert len(err.splitlines()) == 2 * len(cache_variants.VARIANTS), "a method's figures are told after every round"
     result = json.loads(out)
     assert [(row["context"], row["method"]) for row in result["rows"]] == [
-        (context, method) for context in (1024, 2048) for method in measure.KEEPERS
+        (context, method) for context in (1024, 2048) for method in cache_variants.VARIANTS
     ]
     assert all(row["step_ms"] > 0 and row["bytes"] > row["attention_bytes"] > 0 for row in result["rows"])
     assert all(row["step_quartiles_ms"][0] <= row["step_ms"] <= row["step_quartiles_ms"][1] for row in result["rows"])
-    assert [row["method"] for row in result["growth"]] == list(measure.KEEPERS)
+    assert [row["method"] for row in result["growth"]] == list(cache_variants.VARIANTS)
 
 
 def test_decode_is_immune_to_a_host_that_changes(capsys, monkeypatch):
@@ -32,19 +33,19 @@ def test_decode_is_immune_to_a_host_that_changes(capsys, monkeypatch):
     cache twice as long behind twice the tokens."""
     calls = []
 
-    def seconds(keeper, repeats):
-        tokens = keeper.caches[0].offset - keeper.live if isinstance(keeper, measure.Full) else 1024
+    def seconds(variant, repeats):
+        tokens = variant.caches[0].offset - variant.live if isinstance(variant, cache_variants.Full) else 1024
         calls.append(repeats)
         return 2.0 ** ((len(calls) - 1) // 4) * tokens / 1024  # four cells a round
 
-    monkeypatch.setattr(measure_decode, "_works", lambda *_: {"queued_step": seconds})
-    monkeypatch.setattr(measure_decode, "_row", lambda cell, *_: {"context": cell.context, "seconds": cell.seconds})
+    monkeypatch.setattr(measure_decode, "works_of", lambda *_: {"queued_step": seconds})
+    monkeypatch.setattr(measure_decode, "row_of", lambda cell, *_: {"seconds": cell.timings["queued_step"].seconds})
     assert bench.main([*TOY, "--json", "--methods", "full,fused", "--rounds", "4"]) == 0
     result = json.loads(capsys.readouterr().out)
     full, fused = result["growth"]
     assert (fused["method"], fused["from"], fused["to"], fused["queued_step"]) == ("fused", 1024, 2048, [0, 0, 0])
     assert full["queued_step"] == [1, 1, 1]
-    assert max(result["rows"][1]["seconds"]["queued_step"]) == 8 * min(result["rows"][1]["seconds"]["queued_step"])
+    assert max(result["rows"][1]["seconds"]) == 8 * min(result["rows"][1]["seconds"])
 
 
 def test_decode_counts_the_bytes_that_are_read(capsys):
@@ -90,7 +91,7 @@ def test_fit_reports_every_stage_at_every_context(capsys, monkeypatch):
     monkeypatch.setattr(measure_fit, "stages", lambda m, s, n, config: real(m, s, n, replace(config, **SHORT)))
     assert bench.main([*FIT, "--budget", "0.2", "--json"]) == 0
     out, err = capsys.readouterr()
-    assert len(err.splitlines()) == 2 * len(measure_fit.STAGES), "a stage is told as soon as it is over"
+    assert len(err.splitlines()) == 2 * len(measure_fit.STAGES), "a stage is reported as soon as it is over"
     result = json.loads(out)
     rows = result["rows"]
     assert [(row["context"], row["stage"]) for row in rows] == [(n, s) for n in (200, 300) for s in measure_fit.STAGES]
@@ -103,7 +104,7 @@ def test_fit_reports_every_stage_at_every_context(capsys, monkeypatch):
     assert (result["layers"], result["queries"], result["steps"]) == (1, 300, 3)
 
 
-SHORT = {"conversations": 2, "answer_tokens": 4, "scout_steps": 2}
+SHORT = {"conversations": 2, "answer_tokens": 4, "trial_steps": 2}
 
 
 def test_fit_as_a_table_and_a_plot(capsys, monkeypatch, tmp_path):
@@ -152,12 +153,12 @@ def test_selftest_needs_a_gpu(capsys, monkeypatch):
 
 def test_selftest_says_which_kernel_is_wrong(capsys, monkeypatch):
     """With a kernel that answers zeros, its checks are red and the command fails; with a right one they are green."""
-    monkeypatch.setattr(kernels, "backend", lambda: "metal")
+    monkeypatch.setenv("NECTAR_KERNEL", "metal")
     decoding, sparse = checks.cases()[:3], checks.sparse_cases()[:3]
     monkeypatch.setattr(checks, "cases", lambda: decoding)
     monkeypatch.setattr(checks, "sparse_cases", lambda: sparse)
     monkeypatch.setattr(kernel, "attention", on_the_cpu)
-    monkeypatch.setattr(kernels, "decode", lambda packed, queries, *_, **__: mx.zeros_like(queries))
+    monkeypatch.setattr(DecodeKernel, "attend", lambda kernel, queries, *_, **__: mx.zeros_like(queries))
     monkeypatch.setitem(measure.SHAPES, "qwen3-1.7b", measure.SHAPES["toy"])
     assert bench.main(["selftest"]) == 2
     out = capsys.readouterr().out
@@ -165,7 +166,8 @@ def test_selftest_says_which_kernel_is_wrong(capsys, monkeypatch):
     wrong, first_calls = out.split("Seconds of the first call")
     assert "| quadrature | 64 |" in wrong and "sparse" not in wrong
     lines = [line for line in first_calls.splitlines() if line.startswith(("| quadrature", "| sparse"))]
-    assert len(lines) == 6 and all(float(line.split("|")[-2].split("/")[0]) >= 0 for line in lines)
+    counts = [len(line.split("|")[-2].split("/")) for line in lines]
+    assert counts == [1, 1, 1, 2, 2, 2], "of sparse kernels: forwards / backwards"
     monkeypatch.setattr(kernel, "attention", lambda *given, **options: zeros(on_the_cpu(*given, **options)))
     assert bench.main(["selftest"]) == 2
     out = capsys.readouterr().out
@@ -174,7 +176,7 @@ def test_selftest_says_which_kernel_is_wrong(capsys, monkeypatch):
 
 def test_selftest_goes_on_when_a_text_does_not_compile(capsys, monkeypatch):
     decoding, sparse = checks.cases()[:2], checks.sparse_cases()[:1]
-    monkeypatch.setattr(kernels, "backend", lambda: "metal")
+    monkeypatch.setenv("NECTAR_KERNEL", "metal")
     monkeypatch.setattr(checks, "cases", lambda: decoding)
     monkeypatch.setattr(checks, "sparse_cases", lambda: sparse)
     monkeypatch.setattr(measure, "timed", lambda *_, **__: 1.0)
@@ -186,14 +188,26 @@ def test_selftest_goes_on_when_a_text_does_not_compile(capsys, monkeypatch):
 
 
 def test_tune_sweeps_every_choice(capsys, monkeypatch):
-    monkeypatch.setattr(kernels, "backend", lambda: "metal")
+    monkeypatch.setenv("NECTAR_KERNEL", "metal")
     monkeypatch.setattr(tune, "BLOCKS", (64, 96))
     monkeypatch.setattr(tune, "FLIGHTS", (2, 4))
     monkeypatch.setattr(tune, "NODES", 200)
     seen = []
-    monkeypatch.setattr(kernels, "supports", lambda packed, *_: packed.form.tile != 1)
-    monkeypatch.setattr(kernels, "decode", lambda packed, queries, *_, **__: seen.append(packed.form) or queries)
-    monkeypatch.setattr(measure, "timed", lambda work, **_: mx.eval(work()) or len(seen) / 1000)
+
+    def decode(kernel, queries, *_, **__):
+        if kernel.packed.form.tile == 1:
+            return None
+        seen.append(kernel.packed.form)
+        return queries
+
+    def timed(work, **_):
+        before = len(seen)
+        mx.eval(work())
+        calls = len(seen) - before
+        return calls / 1000 if calls else 1.0  # what else is timed is the bandwidth
+
+    monkeypatch.setattr(DecodeKernel, "attend", decode)
+    monkeypatch.setattr(measure, "timed", timed)
     assert bench.main(["selftest", "--tune", "--shape", "toy"]) == 0
     out, err = capsys.readouterr()
     lines = [line for line in out.splitlines() if line.startswith(("| float16", "| int8"))]

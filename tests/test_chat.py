@@ -1,15 +1,16 @@
 """`nectar chat`: several turns, what is re-read of them, and the commands, over a pipe."""
 
 import argparse
+import io
 import subprocess
 import sys
 
 import mlx_lm
 import pytest
 
-from nectar_mlx import Nectar
+from nectar_mlx import Nectar, chat, cli
 from nectar_mlx.chat import Conversation
-from nectar_mlx.window import NoRoom
+from nectar_mlx.mlxlm.window import NoRoom
 from tests import toys
 
 QUESTIONS = ["who is the fox?", "and the dog?", "the answer"]
@@ -40,67 +41,67 @@ def options(**changed):
 def test_turns_equal_reading_the_whole_conversation_anew(architecture):
     model, tokenizer = toys.toy(architecture), toys.tokenizer()
     nectar = toys.exact(model, toys.random_tokens(60), tokenizer)
-    chat = Conversation(model, tokenizer, nectar, options())
-    talk = []
+    talk = Conversation(model, tokenizer, nectar, options())
+    turns = []
     for question in QUESTIONS:
-        talk.append({"role": "user", "content": question})
-        prompt = nectar.prompt(tokenizer, talk)
+        turns.append({"role": "user", "content": question})
+        prompt = nectar.prompt(tokenizer, turns)
         expected = mlx_lm.generate(model, tokenizer, prompt, max_tokens=9, prompt_cache=nectar.make_cache())
-        found = "".join(r.text for r in chat.answer(question))
+        found = "".join(r.text for r in talk.answer(question))
         assert found == expected
-        talk.append({"role": "assistant", "content": expected.strip()})
-    assert chat.messages == talk
+        turns.append({"role": "assistant", "content": expected.strip()})
+    assert talk.messages == turns
 
 
 def test_a_turn_reads_only_what_is_new():
     model, tokenizer = toys.toy("llama"), toys.tokenizer()
     nectar = toys.exact(model, toys.random_tokens(60), tokenizer)
-    chat = Conversation(model, tokenizer, nectar, options())
+    talk = Conversation(model, tokenizer, nectar, options())
     read = []
     for question in QUESTIONS[:2]:
-        read.append([response.prompt_tokens for response in chat.answer(question)][-1])
-    whole = nectar.prompt(tokenizer, chat.messages[:-1])
+        read.append([response.prompt_tokens for response in talk.answer(question)][-1])
+    whole = nectar.prompt(tokenizer, talk.messages[:-1])
     assert read[1] < len(whole) - read[0] + 12  # the first question and most of its answer are not read again
 
 
 def test_an_interrupted_answer_does_not_confuse_the_next():
     model, tokenizer = toys.toy("llama"), toys.tokenizer()
     nectar = toys.exact(model, toys.random_tokens(60), tokenizer)
-    chat = Conversation(model, tokenizer, nectar, options())
-    for number, _ in enumerate(answer := chat.answer(QUESTIONS[0])):
+    talk = Conversation(model, tokenizer, nectar, options())
+    for number, _ in enumerate(answer := talk.answer(QUESTIONS[0])):
         if number == 3:
             answer.close()
-    assert len(chat.messages) == 2
-    found = "".join(r.text for r in chat.answer(QUESTIONS[1]))
-    prompt = nectar.prompt(tokenizer, chat.messages[:3])
+    assert len(talk.messages) == 2
+    found = "".join(r.text for r in talk.answer(QUESTIONS[1]))
+    prompt = nectar.prompt(tokenizer, talk.messages[:3])
     assert found == mlx_lm.generate(model, tokenizer, prompt, max_tokens=9, prompt_cache=nectar.make_cache())
 
 
 def test_reset():
     model, tokenizer = toys.toy("llama"), toys.tokenizer()
     nectar = toys.exact(model, toys.random_tokens(60), tokenizer)
-    chat = Conversation(model, tokenizer, nectar, options())
-    first = "".join(r.text for r in chat.answer(QUESTIONS[0]))
-    assert chat.nbytes > 0
-    chat.reset()
-    assert chat.messages == [] and chat.nbytes == 0
-    assert "".join(r.text for r in chat.answer(QUESTIONS[0])) == first
+    talk = Conversation(model, tokenizer, nectar, options())
+    first = "".join(r.text for r in talk.answer(QUESTIONS[0]))
+    assert talk.nbytes > 0
+    talk.reset()
+    assert talk.messages == [] and talk.nbytes == 0
+    assert "".join(r.text for r in talk.answer(QUESTIONS[0])) == first
 
 
 def test_a_conversation_that_passes_the_window_is_refused_and_goes_on_anew():
     window, tokenizer = 200, toys.tokenizer()
     model = toys.toy("llama", max_position_embeddings=window)
-    chat = Conversation(model, tokenizer, toys.exact(model, toys.random_tokens(60), tokenizer), options())
+    talk = Conversation(model, tokenizer, toys.exact(model, toys.random_tokens(60), tokenizer), options())
     with pytest.raises(NoRoom, match="room for 140, the answer included"):
         while True:
-            assert "".join(r.text for r in chat.answer(QUESTIONS[0]))
-            assert len(chat.messages) < 40
-    talk = list(chat.messages)
+            assert "".join(r.text for r in talk.answer(QUESTIONS[0]))
+            assert len(talk.messages) < 40
+    turns = list(talk.messages)
     with pytest.raises(NoRoom):
-        next(chat.answer(QUESTIONS[1]))
-    assert chat.messages == talk, "what was refused is no turn"
-    chat.reset()
-    assert list(chat.answer(QUESTIONS[0]))
+        next(talk.answer(QUESTIONS[1]))
+    assert talk.messages == turns, "what was refused is no turn"
+    talk.reset()
+    assert list(talk.answer(QUESTIONS[0]))
 
 
 def test_thoughts_that_the_template_opens_are_kept_apart_from_the_answer():
@@ -109,44 +110,54 @@ def test_thoughts_that_the_template_opens_are_kept_apart_from_the_answer():
     drops = opens.replace("{{ m.content }}", "{{ m.content.split('</think>')[-1] }}")
     model, tokenizer = toys.toy("llama"), toys.tokenizer(drops)
     nectar = toys.exact(model, toys.random_tokens(60), tokenizer)
-    chat = Conversation(model, tokenizer, nectar, options(think=True))
-    answer = "".join(r.text for r in chat.answer(QUESTIONS[0]))
-    assert chat.messages[-1]["content"] == f"<think>\n{answer}".strip()
-    chat.messages[-1]["content"] = "<think>\nhm</think>the fox"
-    chat.messages.append({"role": "user", "content": QUESTIONS[1]})
-    prompt = tokenizer.decode(nectar.prompt(tokenizer, chat.messages))
+    talk = Conversation(model, tokenizer, nectar, options(think=True))
+    answer = "".join(r.text for r in talk.answer(QUESTIONS[0]))
+    assert talk.messages[-1]["content"] == f"<think>\n{answer}".strip()
+    talk.messages[-1]["content"] = "<think>\nhm</think>the fox"
+    talk.messages.append({"role": "user", "content": QUESTIONS[1]})
+    prompt = tokenizer.decode(nectar.prompt(tokenizer, talk.messages))
     assert "hm" not in prompt and "assistant\nthe fox" in prompt
 
 
-def run(book, lines, *arguments):
-    command = [sys.executable, "-m", "nectar_mlx", "chat", str(book.path), "--max-tokens", "6", *arguments]
-    return subprocess.run(command, input=lines, capture_output=True, text=True, timeout=120)
+@pytest.fixture
+def run(book, monkeypatch, capsys):
+    """The command with these lines on stdin: exit code, stdout and stderr."""
+
+    def run(lines):
+        monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+        code = chat.main([str(book.path), "--max-tokens", "6"])
+        return code, *capsys.readouterr()
+
+    return run
 
 
-def test_over_a_pipe(book):
-    done = run(book, f"{QUESTIONS[0]}\n\n/history\n/reset\n/history\n/nonsense\n{QUESTIONS[0]}\n/quit\nnot reached\n")
-    assert done.returncode == 0, done.stderr
+def test_commands_and_answers(book, run):
+    lines = f"{QUESTIONS[0]}\n\n/history\n/reset\n/history\n/nonsense\n{QUESTIONS[0]}\n/quit\nnot reached\n"
+    code, out, err = run(lines)
+    assert code == 0, err
     model, tokenizer = mlx_lm.load(str(book.folder))
     nectar = Nectar.load(book.path, model, tokenizer)
     answer = mlx_lm.generate(
         model, tokenizer, nectar.prompt(tokenizer, QUESTIONS[0]), max_tokens=6, prompt_cache=nectar.make_cache()
     )
     history = f"user: {QUESTIONS[0]}\nassistant: {answer.strip()}\n"
-    assert done.stdout == f"{answer}\n{history}{answer}\n"
+    assert out == f"{answer}\n{history}{answer}\n"
+    assert err.count("tokens/s") == 2 and "there is no /nonsense" in err
+
+
+def test_the_end_of_input_ends_the_chat(run):
+    assert run(QUESTIONS[0])[:2] == run(f"{QUESTIONS[0]}\n")[:2], "with and without a last newline"
+
+
+@pytest.mark.process
+def test_over_a_pipe(book):
+    command = [sys.executable, "-m", "nectar_mlx", "chat", str(book.path), "--max-tokens", "6"]
+    done = subprocess.run(command, input=QUESTIONS[0], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and done.stdout.strip(), done.stderr
     assert "\x1b" not in done.stdout + done.stderr and "> " not in done.stdout
-    assert done.stderr.count("tokens/s") == 2
-    assert "there is no /nonsense" in done.stderr
 
 
-def test_the_end_of_input_ends_the_chat(book):
-    done = run(book, QUESTIONS[0])  # without a last newline
-    assert done.returncode == 0
-    assert done.stdout.strip()
-
-
-def test_a_bad_file(book, tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-m", "nectar_mlx.chat", str(tmp_path / "no.nectar")], capture_output=True, text=True
-    )
-    assert done.returncode == 2
-    assert done.stderr.count("\n") == 1 and "no such file" in done.stderr
+def test_a_bad_file(tmp_path, capsys):
+    assert chat.main([str(tmp_path / "no.nectar")]) == cli.FAULT
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "no such file" in err

@@ -3,23 +3,27 @@
 import itertools
 import json
 import math
+from dataclasses import replace
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
 
-from nectar_mlx import NectarError, adapter, evaluate, prompts
-from nectar_mlx.baselines import Task
-from nectar_mlx.evaluate import Options
+from nectar_mlx import NectarError, evaluate
+from nectar_mlx.baselines import EvalConfig, EvalContext
 from nectar_mlx.evaluation import answers, methods, questions, similarity, summary
-from nectar_mlx.fitting import reading
-from nectar_mlx.fitting.dialogue import Conversation
+from nectar_mlx.evaluation.run import Options, QuestionOptions
+from nectar_mlx.evaluation.run import evaluate as run_evaluation
+from nectar_mlx.fitting import prefill
+from nectar_mlx.fitting.samples.conversation import Conversation
+from nectar_mlx.mlxlm import attention_patch, prompts
 from tests import toys
 
 TEXT = "The brig left Ostend on 4 May 1847. Her master was Anna Velde, and she carried 299 casks of amber. " * 4
 TOKENIZER = toys.tokenizer()
-FAST = Options(questions=4, answer_tokens=8, rows=300, baselines="none", answers=False)
+FOUR = QuestionOptions(count=4)
+FAST = Options(questions=FOUR, answer_tokens=8, samples=300, baselines="none", answers=False)
 
 
 @pytest.fixture(scope="module")
@@ -35,11 +39,11 @@ def prefix():
 @pytest.fixture(scope="module")
 def result(model, prefix):
     files = {"large": toys.picked(model, prefix, 60, TOKENIZER), "small": toys.picked(model, prefix, 12, TOKENIZER)}
-    return evaluate.evaluate(
+    return run_evaluation(
         model,
         TOKENIZER,
         files,
-        options=Options(questions=4, answer_tokens=8, rows=300, baselines="attention-matching,sinks-window"),
+        options=Options(questions=FOUR, answer_tokens=8, samples=300, baselines="attention-matching,sinks-window"),
     )
 
 
@@ -51,7 +55,7 @@ def own_states():
         raise NectarError("no network in this test")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(similarity, "_fetched", refuse)
+        patch.setattr(similarity, "fetch_minilm", refuse)
         yield
 
 
@@ -82,12 +86,12 @@ def test_baselines_get_at_most_the_bytes_of_the_file(result):
 def test_the_result_is_json_and_repeatable(result, model, prefix):
     assert json.loads(json.dumps(result))["methods"] == result["methods"]
     files = {"it": toys.picked(model, prefix, 20, TOKENIZER)}
-    first, second = (evaluate.evaluate(model, TOKENIZER, files, options=FAST) for _ in range(2))
+    first, second = (run_evaluation(model, TOKENIZER, files, options=FAST) for _ in range(2))
     assert first["methods"][0]["kl"] == second["methods"][0]["kl"]
 
 
 def test_an_exact_file_closes_the_whole_gap(model, prefix):
-    found = evaluate.evaluate(model, TOKENIZER, {"exact": toys.exact(model, prefix, TOKENIZER)}, options=FAST)
+    found = run_evaluation(model, TOKENIZER, {"exact": toys.exact(model, prefix, TOKENIZER)}, options=FAST)
     exact = found["methods"][0]
     assert exact["gap_closed"] > 0.999 and exact["agree"] == 1 and max(found["heads"]) < 1e-4
 
@@ -120,8 +124,8 @@ def test_similarity_is_to_both_answers_of_the_full_cache():
         return np.array([vectors[t] for t in texts])
 
     sampled = [
-        answers.Sampled(question="1", full="a", again="c", nothing="b", files={"x": "c", "y": "a"}),
-        answers.Sampled(question="2", full="a", again="a", nothing="d", files={"x": "a", "y": "d"}),
+        answers.SampledAnswers(question="1", full="a", again="c", no_context="b", files={"x": "c", "y": "a"}),
+        answers.SampledAnswers(question="2", full="a", again="a", no_context="d", files={"x": "a", "y": "d"}),
     ]
     told = answers.meaning(sampled, by="a table", embed=embed)
     assert told["again"] == pytest.approx((0.6 + 1) / 2) and told["nothing"] == pytest.approx((0.4 - 1) / 2)
@@ -137,8 +141,8 @@ def test_similarity_is_over_all_pairs_of_answers_to_a_question():
     vectors = {f"{name} {i}": rng.normal(size=6) for name in names for i in range(4)}
     vectors = {text: v / np.linalg.norm(v) for text, v in vectors.items()}
     sampled = [
-        answers.Sampled(
-            question=q, full=f"full {i}", again=f"again {i}", nothing=f"nothing {i}", files={"f": f"it {i}"}
+        answers.SampledAnswers(
+            question=q, full=f"full {i}", again=f"again {i}", no_context=f"nothing {i}", files={"f": f"it {i}"}
         )
         for i, q in enumerate(questions)
     ]
@@ -159,18 +163,18 @@ def test_the_table_names_every_method(result):
     long = {**methods[-1], "method": "a method with quite a long name, of which nothing is cut off"}
     facts = [{"method": f"nectar @ {file}", "found": 0.5, "found_interval": [0.25, 0.75], "quarters": [None] * 4}
              for file in files]  # fmt: skip
-    table = evaluate.table({**result, "files": files, "methods": [*methods, long], "facts": facts})
+    table = summary.table({**result, "files": files, "methods": [*methods, long], "facts": facts})
     for m in (*methods, long):
         name = f"{m['method']} {m['file'].removeprefix('/a/folder/')}" if m["bytes"] else m["method"]
         assert any(line.startswith(f"{name} ") and f"{m['bytes']:,}" in line for line in table.splitlines())
     assert "nectar small.nectar" in table.split("facts found")[1] and "(25%–75%)" in table and "folder" not in table
-    assert max(map(len, evaluate.table(result).splitlines())) < 100
+    assert max(map(len, summary.table(result).splitlines())) < 100
 
 
 def test_a_sparsely_read_file_is_told_what_that_costs(model, prefix):
     nectar = toys.picked(model, prefix, 20, TOKENIZER)
     nectar.metadata["config"]["prefill"] = "fixed"
-    told = evaluate.evaluate(model, TOKENIZER, {"it": nectar}, options=FAST)["methods"]
+    told = run_evaluation(model, TOKENIZER, {"it": nectar}, options=FAST)["methods"]
     (sparse,) = [m for m in told if m["method"] == "sparse prefill"]
     assert sparse["bytes"] == nectar.cache_nbytes and 0 <= sparse["kl"] < told[1]["kl"]
 
@@ -178,29 +182,30 @@ def test_a_sparsely_read_file_is_told_what_that_costs(model, prefix):
 def test_files_of_different_texts_are_refused(model, prefix):
     files = {"a": toys.picked(model, prefix, 9), "b": toys.picked(model, prefix[:-4], 9)}
     with pytest.raises(NectarError, match="different texts"):
-        evaluate.evaluate(model, TOKENIZER, files, options=FAST)
+        run_evaluation(model, TOKENIZER, files, options=FAST)
 
 
-def make_task(model, prefix):
-    geometry = adapter.route(model)
-    return Task(
+def make_context(model, prefix):
+    geometry = attention_patch.route(model)
+    return EvalContext(
         model=model,
         tokenizer=TOKENIZER,
         geometry=geometry,
-        context=reading.read(model, prefix, geometry),
-        answer_tokens=8,
+        context=prefill.read_text(model, prefix, geometry),
+        config=EvalConfig(answer_tokens=8),
     )
 
 
 def test_questions_from_a_file(model, prefix, tmp_path):
     own = tmp_path / "questions.txt"
     own.write_text('Who was master?\n\n{"question": "Which year?", "answer": 1847, "depth": 0.1}\n')
-    found = questions.from_file(own, make_task(model, prefix).ask)
-    assert [(a.question, a.expected, a.depth) for a in found] == [
-        ("Who was master?", None, None),
-        ("Which year?", "1847", 0.1),
+    found = questions.from_file(own, make_context(model, prefix).ask)
+    assert [(q.text, q.expected) for q in found] == [
+        ("Who was master?", None),
+        ("Which year?", questions.Expected(answer="1847", depth=0.1)),
     ]
-    told = evaluate.evaluate(model, TOKENIZER, {"it": toys.exact(model, prefix, TOKENIZER)}, options=FAST, own=own)
+    options = replace(FAST, questions=replace(FOUR, file=own))
+    told = run_evaluation(model, TOKENIZER, {"it": toys.exact(model, prefix, TOKENIZER)}, options=options)
     full, file, nothing = told["facts"]
     assert file["quarters"] == [file["found"], None, None, None]
     assert (full["method"], nothing["method"]) == ("full cache", "no context")
@@ -208,14 +213,14 @@ def test_questions_from_a_file(model, prefix, tmp_path):
 
 
 @pytest.mark.parametrize("together", [1, 2])
-def test_the_likeliest_choice_is_the_answer(model, prefix, tmp_path, monkeypatch, together):
-    monkeypatch.setattr(answers, "_WEIGHED", together)
-    task = make_task(model, prefix)
+def test_the_likeliest_choice_is_the_answer(model, prefix, tmp_path, set_device, together):
+    set_device(choices_batch=together)
+    ctx = make_context(model, prefix)
     own = tmp_path / "questions.jsonl"
     choices = ["She carried 299 casks.", "She carried 300 casks.", "She carried 17 casks of tar and salt."]
     lines = [{"question": "What cargo?", "answer": answer, "choices": choices} for answer in ("299", "300", "17")]
     own.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    asked = questions.numbered(questions.from_file(own, task.ask), samples=2)
+    asked = questions.numbered(questions.from_file(own, ctx.ask), samples=2)
     scores = []
     for choice in choices:
         ids = prompts.encode(TOKENIZER, choice, specials=False)
@@ -224,7 +229,7 @@ def test_the_likeliest_choice_is_the_answer(model, prefix, tmp_path, monkeypatch
         scores.append(sum(float(rows[i, token]) for i, token in enumerate(ids)))
     exact = toys.exact(model, prefix, TOKENIZER)
     view = answers.View(banks=exact.banks, start=len(prefix), nbytes=0)
-    (told,) = answers.facts(task, asked, {"it": view}, seed=0)
+    (told,) = answers.facts(ctx, asked, {"it": view}, seed=0)
     best = max(range(3), key=lambda i: scores[i])
     assert [hit for _, hit in told["right"]] == [i == best for i in range(3)]
     assert told["found"] == pytest.approx(1 / 3, abs=1e-4)
@@ -242,35 +247,35 @@ def test_broken_question_files_are_refused(model, prefix, tmp_path, content, com
     path = tmp_path / "broken.jsonl"
     path.write_text(content)
     with pytest.raises(NectarError, match=complaint):
-        questions.from_file(path, make_task(model, prefix).ask)
+        questions.from_file(path, make_context(model, prefix).ask)
     with pytest.raises(NectarError, match="cannot read"):
-        questions.from_file(tmp_path / "none", make_task(model, prefix).ask)
+        questions.from_file(tmp_path / "none", make_context(model, prefix).ask)
 
 
 def test_held_out_questions_are_not_the_ones_of_a_fit(model, prefix):
-    from nectar_mlx.fitting import instructions
+    from nectar_mlx.fitting.samples import instructions
 
-    task = make_task(model, prefix)
-    asked = questions.held_out(task, count=8, seed=1)
+    ctx = make_context(model, prefix)
+    asked = questions.held_out(ctx, count=8, seed=1)
     kinds = [a.kind for a in asked]
     assert [kinds.count(k) for k in ("on-context", "off-context", "re-reading", "continuation")] == [8, 4, 2, 2]
     trained = {t.split("{")[0] for t in instructions.GENERIC + instructions.ABOUT + instructions.UNRELATED}
-    assert not any(a.question.startswith(t) for a in asked for t in trained if t)
+    assert not any(a.text.startswith(t) for a in asked for t in trained if t)
     again = next(a for a in asked if a.kind == "re-reading").conversation
     shown = again.prompt[-4:] + again.answer
     assert any(prefix[i : i + len(shown)] == shown for i in range(len(prefix)))
 
 
 def test_several_answers_to_a_question_are_one_resample(model, prefix):
-    task = make_task(model, prefix)
-    asked = questions.numbered(questions.held_out(task, count=2, seed=1), samples=3)
+    ctx = make_context(model, prefix)
+    asked = questions.numbered(questions.held_out(ctx, count=2, seed=1), samples=3)
     assert [a.number for a in asked if a.kind == "on-context"] == [0, 0, 0, 1, 1, 1]
     assert [a.kind for a in asked].count("re-reading") == 1, "its answer is the text's own"
-    questions.sample_answers(task, asked, seed=0)
+    questions.sample_answers(ctx, asked, seed=0)
     answered = [tuple(a.conversation.answer) for a in asked if a.number == 0]
     assert all(answered) and len(set(answered)) > 1
-    compared = methods.build(task, {"it": toys.picked(model, prefix, 9, TOKENIZER)}, [])
-    methods.measure(task, compared, asked)
+    compared = methods.build(ctx, {"it": toys.picked(model, prefix, 9, TOKENIZER)}, [])
+    compared = methods.measure(ctx, compared, asked)
     told = summary.summaries(compared, asked, {m.label: [] for m in compared}, questions.recited(prefix, asked))[0]
     figures = told["kinds"]["off-context"]
     assert figures["kl_interval"] == [figures["kl"]] * 2, "three answers to one question: nothing to resample"
@@ -279,13 +284,13 @@ def test_several_answers_to_a_question_are_one_resample(model, prefix):
 
 def test_what_an_answer_recites_is_not_in_its_own_words(model, prefix):
     asked = [
-        questions.Asked(question="?", kind="on-context", conversation=Conversation([9], answer), number=number)
+        questions.Question(text="?", kind="on-context", conversation=Conversation([9], answer), number=number)
         for number, answer in enumerate(([7, *prefix[20:30], 7, *prefix[3:10]], prefix[:8], [5, 6]))
     ]
     mask = questions.recited(prefix, asked)
     assert mask.tolist() == [False, *[True] * 10, *[False] * 8, *[True] * 8, False, False]
-    compared = methods.build(make_task(model, prefix), {"it": toys.picked(model, prefix, 9, TOKENIZER)}, [])
-    methods.measure(make_task(model, prefix), compared, asked)
+    compared = methods.build(make_context(model, prefix), {"it": toys.picked(model, prefix, 9, TOKENIZER)}, [])
+    compared = methods.measure(make_context(model, prefix), compared, asked)
     told = summary.summaries(compared, asked, {m.label: [] for m in compared}, mask)[0]["kinds"]
     assert (told["own words"]["tokens"], told["on-context"]["tokens"]) == (11, 29)
     kl = compared[0].divergence.kl
@@ -294,27 +299,27 @@ def test_what_an_answer_recites_is_not_in_its_own_words(model, prefix):
 
 def test_files_of_one_size_share_their_baselines(model, prefix):
     files = {str(n): toys.picked(model, prefix, n, TOKENIZER) for n in (30, 60, 61)}
-    assert methods.different(files) == {"30": files["30"].nbytes, "60": files["60"].nbytes}
-    assert methods.different({n: files[n] for n in ("61", "60")}) == {"61": files["60"].nbytes}
+    assert methods.distinct_sizes(files) == {"30": files["30"].nbytes, "60": files["60"].nbytes}
+    assert methods.distinct_sizes({n: files[n] for n in ("61", "60")}) == {"61": files["60"].nbytes}
 
 
 def test_files_of_several_kinds_are_told_apart(model, prefix):
     files = {"a": toys.picked(model, prefix, 30, TOKENIZER), "b": toys.exact(model, prefix, TOKENIZER)}
-    told = evaluate.evaluate(model, TOKENIZER, files, options=FAST)
+    told = run_evaluation(model, TOKENIZER, files, options=FAST)
     assert [m["method"] for m in told["methods"]] == ["nectar, quadrature", "nectar, exact", "no context"]
-    assert "nectar, exact" in evaluate.table(told)
+    assert "nectar, exact" in summary.table(told)
 
 
 def test_generation_keeps_the_order_of_questions(model, prefix):
-    task = make_task(model, prefix)
+    ctx = make_context(model, prefix)
     asked = [
-        questions.Asked(question=q, kind="on-context", conversation=Conversation(task.ask(q)))
+        questions.Question(text=q, kind="on-context", conversation=Conversation(ctx.ask(q)))
         for q in ("A rather long question about the casks of amber?", "Who?", "Which year was it?")
     ]
     exact = toys.exact(model, prefix, TOKENIZER)
     view = answers.View(banks=exact.banks, start=len(prefix), nbytes=0)
-    together = answers.generate(task, view, asked, seed=0, temperature=1e-6, max_tokens=4)
-    alone = [answers.generate(task, view, [a], seed=0, temperature=1e-6, max_tokens=4)[0] for a in asked]
+    together = answers.generate(ctx, view, asked, seed=0, temperature=1e-6, max_tokens=4)
+    alone = [answers.generate(ctx, view, [a], seed=0, temperature=1e-6, max_tokens=4)[0] for a in asked]
     assert together == alone
 
 

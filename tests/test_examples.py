@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from nectar_mlx import ask
 from tests import toys
 
 SCRIPT = Path(__file__).parent.parent / "examples" / "quick_ask.sh"
@@ -43,33 +44,25 @@ def run(tmp_path):
     return run
 
 
-def test_a_question_is_answered_in_a_dialog(run, tmp_path):
+@pytest.mark.process
+def test_a_question_is_answered_in_a_dialog(run, tmp_path, capsys):
     book = toys.book(tmp_path)
-    code, (asked, told) = run(str(book.path))
-    assert code == 0 and asked == ["Ask about book"]
-    expected = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "nectar_mlx",
-            "ask",
-            str(book.path),
-            'who is the "fox"? $(touch hacked)',
-            "--max-tokens",
-            "300",
-        ],
-        capture_output=True,
-        text=True,
-    ).stdout
-    assert told[0] == "book" and told[1].strip().endswith(expected.strip()) and expected.strip()
+    code, (question, shown) = run(str(book.path))
+    assert code == 0 and question == ["Ask about book"]
+    assert ask.main([str(book.path), 'who is the "fox"? $(touch hacked)', "--max-tokens", "300"]) == 0
+    expected = capsys.readouterr().out
+    assert shown[0] == "book" and shown[1].strip().endswith(expected.strip()) and expected.strip()
     assert not (tmp_path / "hacked").exists()
 
 
+@pytest.mark.process
 def test_a_cancelled_dialog_asks_nothing(run):
     code, shown = run("missing.nectar", CANCEL="1")
     assert code == 0 and shown == [["Ask about missing"]]
 
 
-def test_what_is_wrong_is_told(run):
-    code, (_, told) = run("missing.nectar")
-    assert code == 0 and told[1].startswith("No answer: ") and "missing.nectar" in told[1]
+@pytest.mark.process
+def test_an_error_is_shown(run, tmp_path):
+    (tmp_path / "tools" / "nectar").write_text('#!/bin/sh\necho "nectar ask: $2: no such file" >&2\nexit 2\n')
+    code, (_, shown) = run("missing.nectar")
+    assert code == 0 and shown[1] == "No answer: nectar ask: missing.nectar: no such file"

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from nectar_mlx import cli, inspect
+from nectar_mlx import Nectar, cli, inspect, store
 from tests import toys
 
 
@@ -39,3 +39,26 @@ def test_a_damaged_file(path, tmp_path, capsys):
     (tmp_path / "cut.nectar").write_bytes(path.read_bytes()[:200])
     assert inspect.main([str(tmp_path / "cut.nectar")]) == cli.FAULT
     assert "cut short" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name, value", [
+    ("report", None),
+    ("report", [float("nan")]),
+    ("chunks", [float("inf")]),
+    ("geometry", {"n_kv_heads": [2]}),
+    ("geometry", {"scale": "0.25"}),
+    ("layout", {"scale": None}),
+])  # fmt: skip
+def test_a_file_whose_settings_are_of_another_type_is_damaged(path, tmp_path, capsys, name, value):
+    tensors, metadata = store.read(path)
+    changed = metadata[name] | value if name in ("geometry", "layout") else value
+    store.write(tmp_path / "other.nectar", tensors, metadata | {name: changed})
+    assert inspect.main([str(tmp_path / "other.nectar")]) == cli.FAULT
+    assert "damaged" in capsys.readouterr().err
+
+
+def test_a_report_without_numbers_is_no_verdict(path, tmp_path):
+    tensors, metadata = store.read(path)
+    store.write(tmp_path / "other.nectar", tensors, metadata | {"report": {"gap_closed": "much", "kl": None}})
+    assert inspect.main([str(tmp_path / "other.nectar")]) == cli.DONE
+    assert Nectar.read(tmp_path / "other.nectar").faithful

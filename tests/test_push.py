@@ -2,19 +2,19 @@
 
 import base64
 import json
-import os
-import subprocess
-import sys
 import threading
 from pathlib import Path
+from typing import NamedTuple
 from urllib.parse import unquote
 
 import pytest
+from huggingface_hub import constants
+from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 
-from nectar_mlx import push
+from nectar_mlx import __main__, push
 from tests import toys
 from tests.models.test_hub import Handler, Hub
-from tests.retrieval.test_keys import Book as Kept
+from tests.store.test_kv_file import Book as Kept
 
 
 class Upload(Handler):
@@ -88,19 +88,33 @@ def book(tmp_path_factory):
     return toys.book(tmp_path_factory.mktemp("book"))
 
 
-def nectar(hub: Hub, cache: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    variables = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(cache), "HF_TOKEN": "hf_token"}
-    quiet = {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
-    return subprocess.run(
-        [sys.executable, "-m", "nectar_mlx", *arguments],
-        env={**os.environ, **variables, **quiet, **environment},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+class Done(NamedTuple):
+    returncode: int
+    stdout: str
+    stderr: str
 
 
-def test_up_and_down_again(hub, book, tmp_path):
+@pytest.fixture
+def nectar(monkeypatch, capsys):
+    """`nectar ARGUMENTS` in this process, against a hub and with a cache of its own."""
+
+    def nectar(hub: Hub, cache: Path, *arguments: str, token: str = "hf_token", offline: bool = False) -> Done:
+        monkeypatch.setenv("HF_TOKEN", token)
+        settings = {"ENDPOINT": hub.url, "HF_HUB_OFFLINE": offline, "HF_HUB_CACHE": str(cache)}
+        settings |= {"HUGGINGFACE_CO_URL_TEMPLATE": f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"}
+        for name, value in {**settings, "HF_HUB_DISABLE_XET": True, "HF_HUB_DISABLE_TELEMETRY": True}.items():
+            monkeypatch.setattr(constants, name, value)
+        monkeypatch.setattr(constants, "is_offline_mode", lambda: offline)
+        capsys.readouterr()
+        code = __main__.main(arguments)
+        return Done(code, *capsys.readouterr())
+
+    disable_progress_bars()
+    yield nectar
+    enable_progress_bars()
+
+
+def test_up_and_down_again(hub, nectar, book, tmp_path):
     pushed = nectar(hub, tmp_path, "push", str(book.path), "someone/book")
     assert pushed.returncode == 0, pushed.stderr
     assert pushed.stdout == f"{hub.url}/someone/book\n"
@@ -116,11 +130,11 @@ def test_up_and_down_again(hub, book, tmp_path):
     facts = nectar(hub, tmp_path, "inspect", "someone/book", "--json")
     assert json.loads(facts.stdout)["context_tokens"] == toys.CONTEXT
     asked = len(hub.requests)
-    offline = nectar(hub, tmp_path, "inspect", "someone/book", "--json", HF_HUB_OFFLINE="1")
+    offline = nectar(hub, tmp_path, "inspect", "someone/book", "--json", offline=True)
     assert offline.stdout == facts.stdout and len(hub.requests) == asked
 
 
-def test_keys_go_along(hub, tmp_path):
+def test_keys_go_along(hub, nectar, tmp_path):
     book = Kept(tmp_path / "kept")
     assert nectar(hub, tmp_path, "push", str(book.path), "someone/kept").returncode == 0
     name = book.path.name
@@ -141,7 +155,7 @@ def test_keys_go_along(hub, tmp_path):
         (("inspect", "someone/none"), "holds no .nectar"),
     ],
 )
-def test_what_cannot_be_shared(hub, book, tmp_path, arguments, complaint):
+def test_what_cannot_be_shared(hub, nectar, book, tmp_path, arguments, complaint):
     hub.repositories |= {"someone/two": {"a.nectar": b"1", "b.nectar": b"2"}, "someone/none": {"README.md": b""}}
     (tmp_path / "text.nectar").write_text("text")
     named = {"missing": tmp_path / "missing.nectar", "text": tmp_path / "text.nectar", "book": book.path}
@@ -151,13 +165,13 @@ def test_what_cannot_be_shared(hub, book, tmp_path, arguments, complaint):
     assert "Traceback" not in done.stderr
 
 
-def test_no_token(hub, book, tmp_path):
-    done = nectar(hub, tmp_path, "push", str(book.path), "someone/book", HF_TOKEN="hf_wrong")
+def test_no_token(hub, nectar, book, tmp_path):
+    done = nectar(hub, tmp_path, "push", str(book.path), "someone/book", token="hf_wrong")
     assert done.returncode == 2
     assert "hf auth login" in done.stderr.splitlines()[-1]
 
 
-def test_a_hub_that_is_away(book, tmp_path):
+def test_a_hub_that_is_away(nectar, tmp_path):
     server = Hub()
     server.server_close()
     done = nectar(server, tmp_path, "inspect", "someone/book")

@@ -13,8 +13,9 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers import models as tokenizer_models
 from transformers import PreTrainedTokenizerFast
 
-from nectar_mlx import Nectar, adapter, models, store
-from nectar_mlx.fitting import pipeline, reading
+from nectar_mlx import Nectar, models, store
+from nectar_mlx.fitting import pipeline, prefill
+from nectar_mlx.mlxlm import attention_patch
 from nectar_mlx.store import Layout
 
 VOCABULARY = 320
@@ -106,8 +107,8 @@ def random_tokens(n: int, *, seed: int = 0) -> list[int]:
 
 def exact(model: nn.Module, prefix: Sequence[int], tokenizer: Any = None, *, name: str = "toy") -> Nectar:
     """A Nectar that keeps the context's own keys and values."""
-    geometry = adapter.route(model)
-    context = reading.read(model, prefix, geometry)
+    geometry = attention_patch.route(model)
+    context = prefill.read_text(model, prefix, geometry)
     heads = [head for bank in context.banks for head in bank.unstack()]
     return build(
         _layout(geometry, "exact", 16),
@@ -123,8 +124,8 @@ def exact(model: nn.Module, prefix: Sequence[int], tokenizer: Any = None, *, nam
 
 def picked(model: nn.Module, prefix: Sequence[int], nodes: int, tokenizer: Any = None, *, bits: int = 8) -> Nectar:
     """A quadrature Nectar that stands on every so-many-th key of the context: far from exact, and quick to make."""
-    geometry = adapter.route(model)
-    context = reading.read(model, prefix, geometry)
+    geometry = attention_patch.route(model)
+    context = prefill.read_text(model, prefix, geometry)
     n = len(prefix)
     heads = []
     for index, head in enumerate(head for bank in context.banks for head in bank.unstack()):
@@ -159,7 +160,7 @@ def build(
     heads: Sequence[Any],
     *,
     prefix: Sequence[int],
-    geometry: adapter.Geometry,
+    geometry: attention_patch.Geometry,
     windows: Any = None,
     offsets: Sequence[Any] = (),
     chunks: Sequence[int] = (),
@@ -171,7 +172,7 @@ def build(
     return Nectar(tensors, described)
 
 
-def _layout(geometry: adapter.Geometry, kind: str, bits: int) -> Layout:
+def _layout(geometry: attention_patch.Geometry, kind: str, bits: int) -> Layout:
     return Layout(
         kind=kind,
         n_layers=len(geometry.fitted),

@@ -1,7 +1,8 @@
-"""Other ways to keep a context in few bytes, each a small file behind one interface: `build(task, nbytes) -> View`.
+"""Other methods to keep a context in few bytes, one file each, all with one function: `build(ctx, nbytes) -> View`.
 
-Every method is stored the way that is best for it: the context's own keys in 8 bits, Attention Matching's nodes in 5
-(groups of 32), for more of them outweigh the rounding, and in 8 where the name says so. Its bytes are what it takes.
+Each method is stored in the format that is best for it: the context's own keys in 8 bits, Attention Matching's nodes in
+5 bits (groups of 32), because more nodes outweigh the rounding; in 8 bits if the name says so. Its bytes are its stored
+size.
 """
 
 from ..errors import NectarError
@@ -11,19 +12,19 @@ from . import (
     expected_attention,
     fixed_pattern,
     most_attended,
-    nothing,
+    no_context,
     passages,
     quantized_cache,
     sinks_window,
     snap,
     summary,
 )
-from .base import TOGETHER, Baseline, Task, View, slug
+from .base import Baseline, EvalConfig, EvalContext, LiveText, View, slug
 
 BASELINES = {
     b.name: b
     for b in (
-        *nothing.BASELINES,
+        *no_context.BASELINES,
         *sinks_window.BASELINES,
         *fixed_pattern.BASELINES,
         *most_attended.BASELINES,
@@ -40,15 +41,15 @@ NO_CONTEXT = "no context"
 
 
 def choose(names: str) -> list[Baseline]:
-    """Names with commas between; `all` stands for those that are not extra, `none` for no baseline."""
+    """The baselines of a comma-separated list of names; `all` means all that are not extra, `none` means none."""
     by_slug = {b.slug: b for b in BASELINES.values()}
     groups = {"all": [b for b in BASELINES.values() if not b.extra], "none": []}
-    found: list[Baseline] = []
+    chosen: list[Baseline] = []
     for name in map(slug, names.split(",")):
         if name not in groups and name not in by_slug:
             raise NectarError(f"there is no baseline {name!r}; there are: all, none, {', '.join(by_slug)}")
-        found += groups[name] if name in groups else [by_slug[name]]
-    return list(dict.fromkeys(found))
+        chosen += groups[name] if name in groups else [by_slug[name]]
+    return list(dict.fromkeys(chosen))
 
 
-__all__ = ["BASELINES", "NO_CONTEXT", "TOGETHER", "Baseline", "Task", "View", "choose"]
+__all__ = ["BASELINES", "NO_CONTEXT", "Baseline", "EvalConfig", "EvalContext", "LiveText", "View", "choose"]

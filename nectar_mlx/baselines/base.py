@@ -1,40 +1,51 @@
-"""What every baseline is given, and what it returns."""
+"""What every baseline gets, the `EvalContext`, and what it returns, a `View`."""
 
 import random
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from .. import prompts, store
-from .._exp import SLOW_EXP
-from ..adapter import Geometry
-from ..cache import Window, make_caches
+from .. import store
+from ..core.device import device
+from ..core.types import LayerCache, Tokenizer
 from ..errors import NectarError
-from ..fitting import capture, dialogue, instructions, matching, reading, sensitivity
-from ..fitting.dialogue import Conversation
+from ..fitting import fisher, prefill
 from ..fitting.fidelity import Prompt
-from ..fitting.planning import N_PROBE
-from ..fitting.reading import Context
-from ..fitting.study import Captured, DeviceStudy, Study
-from ..heads import Bank, HeadArrays, Weighed
+from ..fitting.fisher import N_PROBE
+from ..fitting.prefill import Context
+from ..fitting.samples import capture, instructions, self_study
+from ..fitting.samples.conversation import Conversation, count_samples
+from ..fitting.samples.sample_store import DeviceSampleStore, Samples, SampleStore
+from ..fitting.solve import attention_matching
+from ..heads import Bank, Exact, HeadArrays, Weighed
+from ..mlxlm import prompts
+from ..mlxlm.attention_patch import Geometry
+from ..mlxlm.cache import Window, make_caches
 from ..store import Layout
 
-TOGETHER = 16 if SLOW_EXP else 128  # conversations sampled side by side; on a GPU ten take as long
-BITS = {"quadrature": 5, "exact": 8}  # of a matrix entry, unless told: what serves each best (docs/log/baselines.md)
+BITS = {"quadrature": 5, "exact": 8}  # of a matrix entry, by default: the best for each (docs/log/baselines.md)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LiveText:
+    """Text that a view reads with each question, as live tokens. prompt: makes the prompt with the text in it, from a
+    conversation. kv_bits: of the live tokens' cache; None for the model's own type."""
+
+    prompt: Prompt
+    kv_bits: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class View:
-    """One way of seeing a context: a bank a layer, the position of the first live token, and what it costs.
+    """A replacement of the full KV cache: a bank a layer, the position of the first live token, and its size.
 
-    windows: what sliding-window layers keep. nbytes: what has to be kept to answer a question. prompt: what it reads
-    instead of a conversation's own prompt. kv_bits: of the live tokens' cache, for methods that keep their text there.
-    detail: its settings, for a person.
+    windows: what sliding-window layers keep, by layer. nbytes: what has to be kept to answer a question. detail: the
+    method's settings, for a person. live_text: what it reads with each question, if anything.
     """
 
     banks: Sequence[Bank]
@@ -42,30 +53,48 @@ class View:
     nbytes: int
     windows: Mapping[int, Window] = field(default_factory=dict)
     detail: str = ""
-    prompt: Prompt | None = None
-    kv_bits: int | None = None
+    live_text: LiveText | None = None
 
-    def make_cache(self) -> list[Any]:
-        return make_caches(self.banks, self.windows, self.start, kv_bits=self.kv_bits)
+    @property
+    def prompt(self) -> Prompt | None:
+        """Makes the prompt from a conversation; None for the conversation's own."""
+        return self.live_text.prompt if self.live_text else None
+
+    def make_cache(self) -> Sequence[LayerCache]:
+        kv_bits = self.live_text.kv_bits if self.live_text else None
+        return make_caches(self.banks, self.windows, self.start, kv_bits=kv_bits)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Task:
-    """A context to be kept in few bytes, and what may be used for it.
+class EvalConfig:
+    """What methods may learn from, and how long answers get.
 
-    rows: how many captured rows a head the methods that need queries get. conversations: how many conversations these
-    are from, at least, and how many a method gets that is trained on them. seed: of those conversations; another one
-    than the evaluation's.
+    samples: captured queries a head for the methods that need queries. conversations: how many conversations these come
+    from, at least; None for the device's number. A method that is trained on conversations gets all of them. seed: of
+    these conversations; not the evaluation's. answer_tokens: the longest answer.
     """
 
-    model: nn.Module
-    tokenizer: Any
-    geometry: Geometry
-    context: Context
-    rows: int = 4096
-    conversations: int = 8 if SLOW_EXP else 128
+    samples: int = 4096
+    conversations: int | None = None
     seed: int = 77
     answer_tokens: int = 96
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalContext:
+    """The context that every method has to keep in few bytes, and what a method may use for it: the model, the exact
+    keys and values, and self-study conversations with the samples captured from them."""
+
+    model: nn.Module
+    tokenizer: Tokenizer
+    geometry: Geometry
+    context: Context
+    config: EvalConfig = field(default_factory=EvalConfig)
+
+    @property
+    def full_cache(self) -> View:
+        """The exact keys and values, what every method is compared with. It counts no bytes."""
+        return View(banks=self.context.banks, windows=self.context.windows, start=self.context.start, nbytes=0)
 
     @property
     def n_layers(self) -> int:
@@ -96,57 +125,68 @@ class Task:
         return text.removeprefix(prompts.INTRODUCTION).strip()
 
     @cached_property
-    def studied(self) -> tuple[Study, list[Conversation]]:
-        """Captured rows of all heads, and the conversations they are from; training templates, full cache in view."""
-        asked = instructions.training(self.passage, seed=self.seed)
-        size = min(TOGETHER, max(8, self.conversations, self.rows // 400))
+    def conversations(self) -> list[Conversation]:
+        """Self-study conversations: training templates, answered with the full cache."""
+        config, wanted = self.config, self.config.conversations or device().baseline_conversations
+        questions = instructions.training(self.passage, seed=config.seed)
+        size = min(device().baseline_batch, max(8, wanted, config.samples // 400))
         conversations: list[Conversation] = []
-        while len(conversations) < self.conversations or dialogue.rows(conversations, self.geometry) < self.rows:
-            batch = [Conversation(self.ask(next(asked))) for _ in range(size)]
-            self.converse(self.context, batch, seed=self.seed + len(conversations), temperature=0.9)
+        group = self.geometry.n_heads // self.geometry.n_kv_heads
+        while len(conversations) < wanted or count_samples(conversations, group=group) < config.samples:
+            batch = [Conversation(self.ask(next(questions))) for _ in range(size)]
+            self.sample_answers(self.full_cache, batch, seed=config.seed + len(conversations), temperature=0.9)
             conversations += batch
-        return self.heard(conversations), conversations
+        return conversations
 
-    def heard(self, conversations: Sequence[Conversation]) -> Study:
-        """What attention sees in the conversations, at most `rows` rows a head, with the full cache in view."""
-        if SLOW_EXP:
-            study = Study(self.n_heads, self.rows, self.geometry.head_dim, folder=None)
+    @property
+    def answered(self) -> list[Conversation]:
+        """The self-study conversations whose answer is not empty."""
+        return [c for c in self.conversations if c.answer]
+
+    @cached_property
+    def samples(self) -> SampleStore:
+        """Captured queries of all heads, from the self-study conversations."""
+        return self.replay(self.conversations)
+
+    def replay(self, conversations: Sequence[Conversation]) -> SampleStore:
+        """Samples of all heads from a teacher-forced pass over the conversations behind the full cache: at most
+        `config.samples` a head."""
+        if device().linux_cpu:
+            store = SampleStore(self.n_heads, self.config.samples, self.geometry.head_dim, folder=None)
         else:
-            study = DeviceStudy(self.rows)
-        capture.hear(self.model, self.context, conversations, {"train": study}, n_heads=self.geometry.n_heads)
-        return study
+            store = DeviceSampleStore(self.config.samples)
+        capture.replay(self.model, self.context, conversations, {"train": store}, n_heads=self.geometry.n_heads)
+        return store
 
     @cached_property
     def metric(self) -> mx.array:
-        """What counts the errors of the heads in nats, [n_heads, D, D] (fitting/sensitivity.py)."""
-        told = [c for c in self.studied[1] if c.answer][:N_PROBE]
-        information = sensitivity.fisher(self.model, self.context, told, geometry=self.geometry)
-        return sensitivity.metric(information)
+        """The metric that measures the heads' errors in nats, [n_heads, D, D] (fitting/fisher.py)."""
+        information = fisher.fisher(self.model, self.context, self.answered[:N_PROBE], geometry=self.geometry)
+        return fisher.metric(information)
 
     def ask(self, question: str) -> list[int]:
         return prompts.prompt(self.tokenizer, question)
 
     def passage(self, rng: random.Random) -> str:
-        """Some 20 to 60 tokens of the document."""
+        """A random passage of 20 to 60 tokens of the document."""
         return instructions.passage(self.tokenizer, self.context.prefix[len(self.head) :], rng)
 
-    def converse(
+    def sample_answers(
         self,
-        context: Context | View,
+        view: View,
         batch: Sequence[Conversation],
         *,
         seed: int,
         temperature: float,
         max_tokens: int | None = None,
     ) -> None:
-        """Samples the answers of a batch with some view of the context."""
-        start = context.start
-        dialogue.converse(
+        """Samples the answers of a batch with a view of the context."""
+        self_study.sample_answers(
             self.model,
-            Context(self.context.prefix[:start], list(context.banks), dict(context.windows)),  # type: ignore[arg-type]
+            Context(self.context.prefix[: view.start], list(view.banks), dict(view.windows)),  # type: ignore[arg-type]
             sorted(batch, key=lambda c: len(c.prompt)),
             stop=set(self.tokenizer.eos_token_ids),
-            max_tokens=max_tokens or self.answer_tokens,
+            max_tokens=max_tokens or self.config.answer_tokens,
             temperature=temperature,
             key=mx.random.key(seed),
         )
@@ -162,21 +202,23 @@ class Task:
         return mx.zeros((self.geometry.n_kv_heads, self.geometry.head_dim)) if offset is None else offset
 
     def bias(self, layer: int) -> mx.array:
-        """What is added to the scores of these keys, [K, n]: not nothing where the chunks of a text are weighed."""
+        """What is added to the scores of these keys, [K, n]: zero unless the text was read in chunks."""
         parameters = self.context.banks[layer].parameters
         return parameters.get("bias", mx.zeros(parameters["keys"].shape[:2]))
 
-    def captured(self, layer: int) -> Captured:
-        """The studied rows of one layer's heads."""
+    def captured(self, layer: int) -> Samples:
+        """The samples of one layer's heads."""
         K = self.geometry.n_kv_heads
-        return self.studied[0].heads(range(layer * K, layer * K + K))
+        return self.samples.heads(range(layer * K, layer * K + K))
 
     @cached_property
     def importance(self) -> list[mx.array]:
         """Per layer, the root-mean-square attention of every key, [K, n]."""
         scale = self.geometry.scale
         return [
-            matching.importance(self.captured(layer), self.layer(layer)[0], bias=self.bias(layer), scale=scale)
+            attention_matching.importance(
+                self.captured(layer), self.layer(layer)[0], bias=self.bias(layer), scale=scale
+            )
             for layer in range(self.n_layers)
         ]
 
@@ -192,13 +234,13 @@ class Task:
         )
 
     def affordable(self, nbytes: int, kind: str, bits: int | None = None) -> int:
-        """How many nodes or keys, all heads together, fit in nbytes when stored as the file stores them."""
+        """How many nodes or keys, over all heads, fit in nbytes when stored as a file stores them."""
         layout = self.layout(kind, bits)
-        besides = self.window_bytes + (4 + 2 * self.geometry.head_dim) * self.n_heads  # sizes and offsets
-        return int((nbytes - besides) / store.head_bytes(layout, (1,)))
+        fixed = self.window_bytes + (4 + 2 * self.geometry.head_dim) * self.n_heads  # sizes and offsets
+        return int((nbytes - fixed) / store.head_bytes(layout, (1,)))
 
     def affordable_each(self, nbytes: int, kind: str, bits: int | None = None) -> int:
-        """The same, shared evenly by the heads. NectarError where not even one fits."""
+        """`affordable` for each head, shared evenly; NectarError if not even one fits."""
         count = min(self.length, self.affordable(nbytes, kind, bits) // self.n_heads)
         if count < 1:
             raise NectarError(f"{nbytes:,} bytes do not hold one key a head")
@@ -213,9 +255,9 @@ class Task:
         offsets: Sequence[mx.array | None] | None = None,
         **options: Any,
     ) -> View:
-        """The view that heads (layer by layer) give once they were stored in few bits, at what they then take.
+        """The view of heads, layer by layer, after rounding them to the bits of a file; nbytes is their stored size.
 
-        offsets: what their keys are relative to (default: what the context's are)."""
+        offsets: what their keys are relative to, by layer (default: the context's)."""
         layout = self.layout(kind, bits)
         tensors = store.pack(layout, heads, offsets=self.context.offsets if offsets is None else offsets)
         view = View(
@@ -227,7 +269,7 @@ class Task:
         return replace(view, **options)
 
     def keep(self, chosen: Callable[[int], mx.array], **options: Any) -> View:
-        """The context's own keys and values at chosen(layer) [K, m], each weighed as it was, nothing else."""
+        """The context's own keys and values at the positions chosen(layer) [K, m], with their biases."""
         heads, biases = list[HeadArrays](), list[mx.array]()
         for layer in range(self.n_layers):
             keys, values = self.layer(layer)
@@ -236,37 +278,37 @@ class Task:
             heads += [{"keys": k, "values": v} for k, v in zip(*kept, strict=True)]
             biases.append(mx.take_along_axis(self.bias(layer), index, axis=1))
         view = self.stored("exact", heads, **options)
-        banks: Any = zip(view.banks, biases, strict=True)
-        return replace(view, banks=[Weighed.of(bank, bias) for bank, bias in banks])
+        banks = cast("Sequence[Exact]", view.banks)
+        return replace(view, banks=[Weighed.of(bank, bias) for bank, bias in zip(banks, biases, strict=True)])
 
     def keep_best(self, scores: Callable[[int], mx.array], nbytes: int, **options: Any) -> View:
-        """The keys of the highest scores(layer) [K, n], the same number for every head, as many as fit in nbytes."""
+        """The keys of the highest scores(layer) [K, n]: the same number for every head, as many as fit in nbytes."""
         count = self.affordable_each(nbytes, "exact")
         options.setdefault("detail", f"{count} keys a head")
         return self.keep(lambda layer: mx.sort(mx.argsort(-scores(layer), axis=1)[:, :count], axis=1), **options)
 
     def text(self, ids: Sequence[int], **options: Any) -> View:
-        """Other tokens behind the template's head instead of the document, their keys and values in int8."""
+        """Other tokens in the document's place, behind the template's head; keys and values in int8."""
         prefix = self.head + list(ids)
-        read = reading.read(self.model, prefix, self.geometry)
+        read = prefill.read_text(self.model, prefix, self.geometry)
         heads = [head for bank in read.banks for head in bank.unstack()]
         options |= {"start": len(prefix), "windows": read.windows}
         return self.stored("exact", heads, offsets=read.offsets, **options)
 
     @property
     def text_bytes(self) -> float:
-        """What one token of text takes, its keys and values in int8 in all heads."""
+        """Bytes of one token's keys and values in int8, all heads."""
         return self.n_heads * store.head_bytes(self.layout("exact"), (1,))
 
 
-Method = Callable[[Task, int], View]
+Method = Callable[[EvalContext, int], View]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Baseline:
-    """A method's name and how it is built: `build(task, nbytes)` returns a view of at most nbytes where `sized`.
+    """A method: `build(ctx, nbytes)` returns a view, of at most nbytes if `sized`.
 
-    extra: left out unless it is named: minutes of work even on a GPU, or a weaker form of another one.
+    extra: left out unless the user names it, because it takes minutes on a GPU or is a weaker form of another one.
     """
 
     name: str

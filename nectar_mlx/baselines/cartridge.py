@@ -1,7 +1,7 @@
 """Cartridges (arXiv 2506.06266): keys and values trained end to end to give the full cache's distributions.
 
-Started from the context's first tokens, the sink frozen, Adam with a linear decay, on self-study conversations. It
-takes minutes of forward and backward passes through the whole model: left out unless asked for by name.
+Initialized from the context's first tokens, with a frozen sink; Adam with linear decay, on self-study conversations. It
+takes minutes of forward and backward passes through the whole model, so it runs only when named.
 """
 
 from collections.abc import Sequence
@@ -12,15 +12,17 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx_lm.models.cache import KVCache
 
-from .._exp import SLOW_EXP
-from ..cache import NectarCache
+from ..core.device import device
 from ..errors import NectarError
 from ..fitting import fidelity
-from ..fitting.dialogue import Conversation
+from ..fitting.samples.conversation import Conversation
 from ..heads import HeadArrays
-from .base import Baseline, Task, View
+from ..mlxlm.cache import NectarCache
+from .base import Baseline, EvalContext, View
 
-_RATE, _STEPS, _BATCH = 2e-2, 20 if SLOW_EXP else 300, 8
+_RATE, _BATCH = 2e-2, 8  # of Adam; conversations a step
+
+Layers = list[list[mx.array]]  # a layer: keys and values, [K, p, D] each
 
 
 class _TrainedCache(KVCache):
@@ -37,29 +39,31 @@ class _TrainedCache(KVCache):
         return full[0], full[1]
 
     def make_mask(self, N: int, **kwargs: Any) -> mx.array:
-        """[N, p + N]: everything trained, and the live tokens causally."""
-        seen = mx.ones((N, self.trained[0].shape[1]), dtype=mx.bool_)
-        return mx.concatenate([seen, mx.tril(mx.ones((N, N), dtype=mx.bool_))], axis=1)
+        """[N, p + N]: all trained positions, and the live tokens causally."""
+        visible = mx.ones((N, self.trained[0].shape[1]), dtype=mx.bool_)
+        return mx.concatenate([visible, mx.tril(mx.ones((N, N), dtype=mx.bool_))], axis=1)
 
 
-def cartridge(task: Task, nbytes: int, *, steps: int = _STEPS) -> View:
-    if task.context.windows:
+def cartridge(ctx: EvalContext, nbytes: int, *, steps: int | None = None) -> View:
+    """steps: of the training; None for the device's number."""
+    steps = device().cartridge_steps if steps is None else steps
+    if ctx.context.windows:
         raise NectarError("models with sliding windows are not trained")
-    count = task.affordable_each(nbytes, "exact")
-    conversations = [c for c in task.studied[1] if c.answer]
-    truth = [x.astype(mx.float16) for x in _reference(task, conversations)]
-    start = [[x[:, :count].astype(mx.float32) for x in task.layer(layer)] for layer in range(task.n_layers)]
-    offsets = [task.offset(layer).astype(mx.float32)[:, None] for layer in range(task.n_layers)]
+    count = ctx.affordable_each(nbytes, "exact")
+    conversations = ctx.answered
+    truth = [x.astype(mx.float16) for x in _reference(ctx, conversations)]
+    start = [[x[:, :count].astype(mx.float32) for x in ctx.layer(layer)] for layer in range(ctx.n_layers)]
+    offsets = [ctx.offset(layer).astype(mx.float32)[:, None] for layer in range(ctx.n_layers)]
     start = [[keys + offset, values] for (keys, values), offset in zip(start, offsets, strict=True)]
-    sinks: Any = [[x[:, :1] for x in pair] for pair in start]
-    trained: Any = [[x[:, 1:] for x in pair] for pair in start]
+    sinks: Layers = [[x[:, :1] for x in pair] for pair in start]
+    trained: Layers = [[x[:, 1:] for x in pair] for pair in start]
 
-    def whole(free: Any) -> list[list[mx.array]]:
+    def whole(free: Layers) -> Layers:
         layers = zip(sinks, free, strict=True)
         return [[mx.concatenate([s, t], axis=1) for s, t in zip(*layer, strict=True)] for layer in layers]
 
-    def loss(free: Any, batch: list[int]) -> mx.array:
-        logits = _answers(task, whole(free), [conversations[i] for i in batch])
+    def loss(free: Layers, batch: list[int]) -> mx.array:
+        logits = _answers(ctx, whole(free), [conversations[i] for i in batch])
         total = mx.array(0.0)
         for i, ours in zip(batch, logits, strict=True):
             p = truth[i].astype(mx.float32)
@@ -77,29 +81,29 @@ def cartridge(task: Task, nbytes: int, *, steps: int = _STEPS) -> View:
     heads: list[HeadArrays] = []
     for (keys, values), offset in zip(whole(trained), offsets, strict=True):
         heads += [{"keys": k, "values": v} for k, v in zip(keys - offset, values, strict=True)]
-    return task.stored("exact", heads, detail=f"{count} keys a head, {steps} steps of {size} conversations")
+    return ctx.stored("exact", heads, detail=f"{count} keys a head, {steps} steps of {size} conversations")
 
 
-def _reference(task: Task, conversations: list[Conversation]) -> list[mx.array]:
+def _reference(ctx: EvalContext, conversations: list[Conversation]) -> list[mx.array]:
     """log-probabilities of the full cache, [answer, vocabulary] a conversation."""
-    found = []
+    reference = []
     for i in range(0, len(conversations), 4):
-        part = fidelity.answer_logits(task.model, task.context.make_cache(), conversations[i : i + 4])
-        found += [fidelity.log_probabilities(x) for x in part]
-        mx.eval(found)
-    return found
+        logits = fidelity.answer_logits(ctx.model, ctx.context.make_cache(), conversations[i : i + 4])
+        reference += [fidelity.log_probabilities(x) for x in logits]
+        mx.eval(reference)
+    return reference
 
 
-def _answers(task: Task, pairs: Any, conversations: list[Conversation]) -> list[mx.array]:
+def _answers(ctx: EvalContext, pairs: Layers, conversations: list[Conversation]) -> list[mx.array]:
     """Teacher-forced logits of the answers behind trained keys and values, in one differentiable pass."""
     remaining = iter(pairs)
     caches = [
-        _TrainedCache(next(remaining), task.context.start) if isinstance(c, NectarCache) else c
-        for c in task.context.make_cache()
+        _TrainedCache(next(remaining), ctx.context.start) if isinstance(c, NectarCache) else c
+        for c in ctx.context.make_cache()
     ]
     sequences = [c.prompt + c.answer for c in conversations]
     longest = max(len(s) for s in sequences)
-    logits = task.model(mx.array([s + [0] * (longest - len(s)) for s in sequences]), cache=caches)
+    logits = ctx.model(mx.array([s + [0] * (longest - len(s)) for s in sequences]), cache=caches)
     rows = zip(logits, conversations, strict=True)
     return [x[len(c.prompt) - 1 : len(c.prompt) + len(c.answer) - 1] for x, c in rows]
 

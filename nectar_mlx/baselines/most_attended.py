@@ -1,10 +1,10 @@
-"""Keep the keys that the queries of real answers attend to most (the selection of H2O and of Attention Matching)."""
+"""The keys that the queries of real answers attend to most (the selection of H2O and of Attention Matching)."""
 
-from .base import Baseline, Task, View
+from .base import Baseline, EvalContext, View
 
 
-def most_attended(task: Task, nbytes: int) -> View:
-    return task.keep_best(lambda layer: task.importance[layer], nbytes)
+def most_attended(ctx: EvalContext, nbytes: int) -> View:
+    return ctx.keep_best(lambda layer: ctx.importance[layer], nbytes)
 
 
 BASELINES = (Baseline(name="keep most attended", build=most_attended),)

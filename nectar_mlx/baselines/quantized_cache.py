@@ -6,30 +6,30 @@ from functools import partial
 import mlx.core as mx
 
 from ..errors import NectarError
-from .base import Baseline, Task, View
+from .base import Baseline, EvalContext, View
 
 
-def quantized(task: Task, nbytes: int, *, bits: int) -> View:
-    dim = task.geometry.head_dim
+def quantized(ctx: EvalContext, nbytes: int, *, bits: int) -> View:
+    dim = ctx.geometry.head_dim
     if dim % 32:
         raise NectarError(f"mlx-lm does not quantise keys of {dim} values")
     group = 64 if dim % 64 == 0 else 32
     banks = []
-    for layer in range(task.n_layers):
+    for layer in range(ctx.n_layers):
         rounded = [
             mx.dequantize(*mx.quantize(x, group_size=group, bits=bits), group_size=group, bits=bits)
-            for x in task.layer(layer)
+            for x in ctx.layer(layer)
         ]
-        bank = task.context.banks[layer]
+        bank = ctx.context.banks[layer]
         banks.append(replace(bank, parameters=bank.parameters | dict(zip(("keys", "values"), rounded, strict=True))))
         mx.eval(banks[-1].parameters)
-    # Scale and offset of a group take two bytes each: mlx-lm keeps them in the model's type, which is 16 bits wide.
+    # A group's scale and offset take two bytes each: mlx-lm keeps them in the model's 16-bit type.
     per_row = dim * bits / 8 + 4 * dim / group
     return View(
         banks=banks,
-        windows=task.context.windows,
-        start=task.context.start,
-        nbytes=int(2 * task.n_heads * task.length * per_row) + task.window_bytes,
+        windows=ctx.context.windows,
+        start=ctx.context.start,
+        nbytes=int(2 * ctx.n_heads * ctx.length * per_row) + ctx.window_bytes,
         detail=f"groups of {group}",
     )
 

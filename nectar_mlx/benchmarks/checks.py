@@ -1,29 +1,28 @@
-"""Whether every kernel is right on this machine: what it computes beside plain operations in float32."""
+"""Whether every kernel is right on this machine: its result against plain operations in float32."""
 
 import math
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import mlx.core as mx
 
 from .. import kernels
+from ..core.types import JsonObject
 from ..heads import Bank
-from ..kernels import checking
+from ..kernels import DecodeKernel, checking
 from ..sparse import Fixed, Pattern, Strided
 from ..sparse import checking as sparse_checking
 from ..sparse import kernel as sparse_kernel
 from . import measure
-from .measure import Shape
+from .measure import Heads, Shape, Widths
 
-Row = dict[str, Any]
+Row = JsonObject
 
 
 def rows() -> list[Row]:
-    """One row a case: what it was, its largest error as a share of the largest number, whether that will do, and the
-    seconds of the first call of its texts."""
+    """One row a case: the case, its largest error relative to the largest number, whether that is small enough, and the
+    seconds of the first call of each kernel."""
     decoding = [check(bank, **case) for case, bank in cases()]
     return decoding + [check_sparse(**case) for case in sparse_cases()]
 
@@ -47,7 +46,7 @@ def cases() -> list[tuple[Row, Bank]]:
     for i, head_dim in enumerate(kernels.HEAD_DIMS):
         for j in range(4):
             group, length, batch = _GROUPINGS[(i + j) % 5]
-            shape = Shape("case", 1, 3 * group, 3, head_dim, 0, 0, 0)
+            shape = Shape("case", 1, Heads(3 * group, 3, head_dim), Widths(0, 0, 0))
             storages = _STORAGES if j < 2 else _STORAGES[(i + j) % 5 :][:1]
             if j < 2:
                 bank = measure.random_bank(shape, 90, 24 * j, seed=i)
@@ -65,37 +64,45 @@ def check(
 ) -> Row:
     K = len(bank.sizes)
     queries = mx.random.normal((batch, K * group, length, head_dim)).astype(dtype)
-    keys, values = (mx.random.normal((batch, K, 80, head_dim)) for _ in range(2))
+    keys = mx.random.normal((batch, K, 80, head_dim))
+    values = mx.random.normal((batch, K, 80, head_dim))
     if bank.offset is not None:
         keys = keys + bank.offset[:, None]
-    keys, values = (x.astype(dtype)[:, :, 3:76] for x in (keys, values))
-    kept, heads = checking.stored(bank, storage, bits)
-    packed = replace(kernels.pack(kept, dtype=storage, bits=bits, heads=heads), checked=False)
-    wanted = checking.reference(kept, queries, keys, values)
+    keys, values = keys.astype(dtype)[:, :, 3:76], values.astype(dtype)[:, :, 3:76]
+    rounded, heads = checking.stored(bank, storage, bits)
+    packed = kernels.pack(rounded, dtype=storage, bits=bits, heads=heads)
+    kernel = DecodeKernel(packed, checked=False)
+    expected = checking.reference(rounded, queries, keys, values)
     mx.eval(queries, keys, values)
 
     def decode() -> float:
-        out = kernels.decode(packed, queries, keys, values)
+        out = kernel.attend(queries, keys, values)
         assert out is not None
-        return checking.relative_error(out, wanted)
+        return checking.relative_error(out, expected)
 
     tolerance = {mx.float32: 2e-5, mx.float16: 1.5e-3, mx.bfloat16: 1e-2}[dtype]
-    if packed.deep:  # their hidden layers are stock matmuls of the storage type, float32 ones in TF32 on NVIDIA
+    if packed.networks:  # their hidden layers are stock matmuls of the storage type, float32 ones in TF32 on NVIDIA
         tolerance = {mx.float32: 1e-3, mx.float16: 1.5e-2, mx.bfloat16: 5e-2}[storage]
-    row: Row = {"kind": packed.form.kind, "head_dim": head_dim, "group": group, "length": length, "batch": batch}
+    row: Row = {
+        "kind": "deep" if packed.networks else bank.kind,
+        "head_dim": head_dim,
+        "group": group,
+        "length": length,
+        "batch": batch,
+    }
     row |= {"dtype": str(dtype).removeprefix("mlx.core."), "storage": packed.form.storage}
     return row | _tried(tolerance, decode)
 
 
 def _tried(tolerance: float, *calls: Callable[[], float]) -> Row:
-    """The largest error that the calls return, whether it will do, and the seconds of each, which are those of building
-    its texts for the most part. A call that fails is as good as an infinite error, and says why."""
+    """The largest error of the calls, whether it is small enough, and the seconds of each call, most of them for
+    compilation. A call that fails counts as an infinite error, with its reason."""
     errors, seconds, reason = [], [], None
     for call in calls:
         start = time.perf_counter()
         try:
             errors.append(call())
-        except Exception as error:  # of a compiler; the other kernels are still to be tried
+        except Exception as error:  # of a compiler; the other kernels must still be tried
             errors.append(math.inf)
             reason = reason or checking.summary(error)
         seconds.append(time.perf_counter() - start)

@@ -1,42 +1,65 @@
-"""What `bench` measures: a model's decode step with a context kept in different ways, all weights and keys random."""
+"""A model's decode step with the context's cache in several variants; all weights and keys are random."""
 
-import functools
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.models import qwen3
-from mlx_lm.models.base import quantized_scaled_dot_product_attention
-from mlx_lm.models.cache import KVCache, QuantizedKVCache
 
-from .. import adapter, kernels
-from ..cache import NectarCache
 from ..heads import Bank, Corrected, Quadrature, Size, TargetScore
-from ..kernels import checking
+from ..mlxlm import attention_patch
 
 DTYPE = mx.bfloat16
-ROOM = 256  # live positions that mlx-lm's caches allocate at a time
+CACHE_STEP = 256  # live positions that mlx-lm's caches allocate at a time
+
+
+class Heads(NamedTuple):
+    """Query heads, KV heads, and the size of a head."""
+
+    query: int
+    kv: int
+    dim: int
+
+
+class Widths(NamedTuple):
+    """Of the hidden states, the MLP and the vocabulary."""
+
+    hidden: int
+    intermediate: int
+    vocabulary: int
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What of a model matters to the speed of a decode step."""
+    """The sizes of a model that decide the speed of a decode step. batch: sequences that share the context."""
 
     name: str
     layers: int
-    n_heads: int
-    n_kv_heads: int
-    head_dim: int
-    hidden: int
-    intermediate: int
-    vocabulary: int
+    heads: Heads
+    widths: Widths
     batch: int = 1
+
+    @property
+    def n_heads(self) -> int:
+        return self.heads.query
+
+    @property
+    def n_kv_heads(self) -> int:
+        return self.heads.kv
+
+    @property
+    def head_dim(self) -> int:
+        return self.heads.dim
+
+    @property
+    def vocabulary(self) -> int:
+        return self.widths.vocabulary
 
     @property
     def scale(self) -> float:
@@ -49,9 +72,9 @@ class Shape:
     def model(self) -> nn.Module:
         arguments = qwen3.ModelArgs(
             model_type="qwen3",
-            hidden_size=self.hidden,
+            hidden_size=self.widths.hidden,
             num_hidden_layers=self.layers,
-            intermediate_size=self.intermediate,
+            intermediate_size=self.widths.intermediate,
             num_attention_heads=self.n_heads,
             rms_norm_eps=1e-6,
             vocab_size=self.vocabulary,
@@ -70,24 +93,31 @@ class Shape:
 SHAPES = {
     s.name: s
     for s in (
-        Shape("toy", 2, 4, 2, 64, 128, 256, 512),
-        Shape("qwen3-1.7b", 28, 16, 8, 128, 2048, 6144, 151936),
-        Shape("qwen3-4b", 36, 32, 8, 128, 2560, 9728, 151936),
-        Shape("qwen3-8b", 36, 32, 8, 128, 4096, 12288, 151936),
+        Shape("toy", 2, Heads(4, 2, 64), Widths(128, 256, 512)),
+        Shape("qwen3-1.7b", 28, Heads(16, 8, 128), Widths(2048, 6144, 151936)),
+        Shape("qwen3-4b", 36, Heads(32, 8, 128), Widths(2560, 9728, 151936)),
+        Shape("qwen3-8b", 36, Heads(32, 8, 128), Widths(4096, 12288, 151936)),
     )
 }
 
 
 def random_bank(shape: Shape, nodes: int, units: int = 0, *, seed: int = 0) -> Bank:
     """Heads of `nodes` nodes on average (in turn 2/5 and 8/5 of it), and of `units` gated hidden units each."""
-    sizes = [(nodes * (2 if k % 2 else 8) // 5, *[units] * (units > 0)) for k in range(shape.n_kv_heads)]
-    return _random(Corrected if units else Quadrature, sizes, shape, seed)
+    counts = _uneven(nodes, shape.n_kv_heads)
+    if units:
+        return _random(Corrected, [(count, units) for count in counts], shape, seed)
+    return _random(Quadrature, [(count,) for count in counts], shape, seed)
 
 
 def random_networks(shape: Shape, units: int, layers: int, *, seed: int = 0) -> Bank:
     """Target networks of `units` hidden units a layer (in turn 2/5 and 8/5 of it), score networks of a third."""
-    each = [units * (2 if k % 2 else 8) // 5 for k in range(shape.n_kv_heads)]
-    return _random(TargetScore, [(n, layers, -(-n // 3), layers) for n in each], shape, seed)
+    counts = _uneven(units, shape.n_kv_heads)
+    return _random(TargetScore, [(n, layers, -(-n // 3), layers) for n in counts], shape, seed)
+
+
+def _uneven(mean: int, heads: int) -> list[int]:
+    """In turn 8/5 and 2/5 of the mean: heads of a file differ in size."""
+    return [mean * (2 if k % 2 else 8) // 5 for k in range(heads)]
 
 
 def _random(kind: type[Bank], sizes: Sequence[Size], shape: Shape, seed: int) -> Bank:
@@ -98,164 +128,6 @@ def _random(kind: type[Bank], sizes: Sequence[Size], shape: Shape, seed: int) ->
         spread = {n: 1.0 if n in ("keys", "values", "bias") else 0.1 for n in shapes}
         heads.append({n: mx.array((rng.standard_normal(s) * spread[n]).astype(np.float32)) for n, s in shapes.items()})
     return kind.stack(heads, scale=shape.scale)
-
-
-class Keeper:
-    """One way to keep a context. A layer's cache, as mlx-lm calls it, is what `caches` returns, `live` tokens old."""
-
-    def __init__(self, shape: Shape, context: int, live: int):
-        self.shape, self.live = shape, live
-        self.caches: list[Any] = [self.cache(context) for _ in range(shape.layers)]
-        mx.eval([c.state for c in self.caches])
-
-    def cache(self, context: int) -> Any:
-        raise NotImplementedError
-
-    def attend(self, cache: Any, queries: mx.array) -> mx.array:
-        """Attention of queries [B, H, 1, D] of one layer over everything that its cache holds."""
-        raise NotImplementedError
-
-    def nbytes(self) -> int:
-        """Read by the attention of one decode step, all layers."""
-        raise NotImplementedError
-
-    def attention_step(self, queries: mx.array) -> mx.array:
-        for cache in self.caches:
-            queries = self.attend(cache, queries)
-        return queries
-
-    def model_step(self, model: nn.Module, tokens: mx.array) -> mx.array:
-        """The likeliest next tokens [B, 1]. Every step is the same step: what it adds, the next one overwrites."""
-        logits: mx.array = model(tokens, cache=self.caches)
-        for cache in self.caches:
-            cache.trim(1)
-        return logits[:, -1].argmax(-1, keepdims=True).astype(mx.int32)
-
-    def random(self, tokens: int) -> mx.array:
-        shape = (self.shape.batch, self.shape.n_kv_heads, tokens, self.shape.head_dim)
-        return mx.random.normal(shape).astype(DTYPE)
-
-
-class Full(Keeper):
-    """Every key and value of the context, stock attention."""
-
-    def cache(self, context: int) -> KVCache:
-        cache = KVCache()
-        cache.keys, cache.values = self.random(context + self.live + 1), self.random(context + self.live + 1)
-        cache.offset = context + self.live
-        return cache
-
-    def attend(self, cache: Any, queries: mx.array) -> mx.array:
-        keys, values = cache.keys[..., : cache.offset, :], cache.values[..., : cache.offset, :]
-        return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=self.shape.scale)
-
-    def nbytes(self) -> int:
-        return self.shape.cache_bytes(self.caches[0].offset)
-
-
-class Quantised4(Keeper):
-    """mlx-lm's quantised KV cache: 4 bits, groups of 64."""
-
-    bits = 4
-
-    def cache(self, context: int) -> Any:
-        cache: Any = QuantizedKVCache(group_size=64, bits=self.bits)
-        tokens = -(-(context + self.live + 1) // ROOM) * ROOM
-        cache.keys, cache.values = (mx.quantize(self.random(tokens), group_size=64, bits=self.bits) for _ in range(2))
-        cache.offset = context + self.live
-        return cache
-
-    def attend(self, cache: Any, queries: mx.array) -> mx.array:
-        keys, values = (tuple(x[..., : cache.offset, :] for x in part) for part in (cache.keys, cache.values))
-        return quantized_scaled_dot_product_attention(
-            queries, keys, values, scale=self.shape.scale, mask=None, group_size=64, bits=self.bits
-        )
-
-    def nbytes(self) -> int:
-        return int(self.shape.cache_bytes(self.caches[0].offset) * (self.bits + 32 / 64) / 16)  # scale and bias a group
-
-
-class Fused(Keeper):
-    """The method: `nodes` nodes a head, live keys and values, one kernel."""
-
-    nodes, bits = 655, 16
-
-    def __init__(self, shape: Shape, context: int, live: int):
-        self.bank, self.packed = _packed(shape, self.nodes, self.bits)
-        super().__init__(shape, context, live)
-
-    def cache(self, context: int) -> NectarCache:
-        cache = NectarCache(self.bank, context, packed=self.packed.copy())  # every layer reads memory of its own
-        cache.state = self.random(ROOM), self.random(ROOM), self.live
-        return cache
-
-    def attend(self, cache: Any, queries: mx.array) -> mx.array:
-        out: mx.array = cache.attend(queries, *cache.live.keys_and_values(), scale=self.shape.scale, mask=None)
-        return out
-
-    def nbytes(self) -> int:
-        return int(sum(c.packed.nbytes for c in self.caches)) + self.shape.cache_bytes(self.live)
-
-
-@functools.lru_cache(maxsize=2)
-def _packed(shape: Shape, nodes: int, bits: int) -> tuple[Bank, kernels.Packed]:
-    bank, heads = checking.stored(random_bank(shape, nodes), DTYPE, bits)
-    return bank, kernels.pack(bank, dtype=DTYPE, bits=bits, heads=heads)
-
-
-class Fused8(Fused):
-    """The same with 8-bit parameters."""
-
-    bits = 8
-
-
-class Composed(Keeper):
-    """The best that stock operations make of a quadrature: attention over [nodes, live] with an additive mask."""
-
-    nodes = Fused.nodes
-
-    def __init__(self, shape: Shape, context: int, live: int):
-        self.bank = random_bank(shape, self.nodes)
-        super().__init__(shape, context, live)
-
-    def cache(self, context: int) -> "ComposedCache":
-        return ComposedCache(self.bank, self.random(self.live), self.random(self.live), self.shape.n_heads)
-
-    def attend(self, cache: Any, queries: mx.array) -> mx.array:
-        out: mx.array = cache.attend(queries, None, None, scale=self.shape.scale)
-        return out
-
-    def nbytes(self) -> int:
-        return self.shape.cache_bytes(self.caches[0].keys.shape[2])
-
-
-class ComposedCache(KVCache):
-    """Nodes and live tokens side by side, made once: what a cache that keeps them so would hand to stock attention."""
-
-    def __init__(self, bank: Bank, keys: mx.array, values: mx.array, n_heads: int):
-        super().__init__()  # type: ignore[no-untyped-call]
-        assert isinstance(bank, Quadrature)
-        self.both = kernels.compose_nodes(bank, keys, values, DTYPE)
-        self.keys, self.values, mask = self.both
-        self.mask = mx.contiguous(mx.repeat(mask, n_heads // mask.shape[1], axis=1))
-        mx.eval(self.mask)
-        self.offset = self.keys.shape[2]
-
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        self.offset += keys.shape[2]
-        return self.both[:2]
-
-    def attend(self, queries: mx.array, keys: Any, values: Any, *, scale: float, mask: Any = None) -> mx.array:
-        return mx.fast.scaled_dot_product_attention(queries, *self.both[:2], scale=scale, mask=self.mask)
-
-
-KEEPERS: dict[str, type[Keeper]] = {
-    "full": Full,
-    "4-bit cache": Quantised4,
-    "stock": Composed,
-    "fused": Fused,
-    "fused int8": Fused8,
-}
 
 
 def timed(work: Callable[[], mx.array | list[mx.array]], *, repeats: int = 20, warm: int = 3) -> float:
@@ -270,12 +142,12 @@ def timed(work: Callable[[], mx.array | list[mx.array]], *, repeats: int = 20, w
     return statistics.median(seconds)
 
 
-def queued(step: Callable[[mx.array], mx.array], given: mx.array, *, repeats: int = 20, warm: int = 3) -> float:
-    """Median seconds a step when the next one is queued before this one is waited for, as mlx-lm's loop does.
+def queued(step: Callable[[mx.array], mx.array], first: mx.array, *, repeats: int = 20, warm: int = 3) -> float:
+    """Median seconds of a step. As in mlx-lm's loop, the next step is queued before the current one is waited for.
 
-    A step takes what the one before it returns, the first one `given`.
+    A step's argument is the previous step's result; `first` is the argument of the first step.
     """
-    now = step(given)
+    now = step(first)
     mx.async_eval(now)
     seconds = []
     for _ in range(warm + repeats):
@@ -298,15 +170,15 @@ def bandwidth() -> float:
 
 
 def memory() -> int:
-    """Bytes that the device has, or a large number where it does not say."""
+    """Bytes of the device's memory, or a large number if it is not known."""
     info = mx.device_info()
     return int(info.get("memory_size") or info.get("total_memory") or 1 << 50)
 
 
 def routed(shape: Shape) -> nn.Module:
-    """The shape's model, its attention routed to caches that have their own."""
+    """The shape's model, with its attention routed through our caches."""
     model = shape.model()
-    adapter.route(model)
+    attention_patch.route(model)
     return model
 
 

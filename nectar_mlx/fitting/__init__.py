@@ -1,1 +1,1 @@
-"""From a text to its heads: what the model is asked, what attention saw, and the regression."""
+"""From a text to its heads: questions and answers, captured attention, and the regression."""

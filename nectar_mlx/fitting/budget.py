@@ -1,12 +1,74 @@
-"""Where the capacity goes: head budgets in proportion to a power of the error of a short uniform fit.
+"""Where the bytes go: what a budget leaves for heads, and what each head gets of it.
 
 Fitting every head with the same number of bytes first and giving more to the heads that err more is the largest
 single gain after the choice of queries: it halves the divergence at the same size.
 """
 
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
+
+from .. import store
+from ..errors import NectarError
+from ..heads import Size
+from ..mlxlm.attention_patch import Geometry
+from ..store import Layout
+from .config import FitConfig
+
+
+def share_of(config: FitConfig, geometry: Geometry, n: int) -> float | None:
+    """The share of the KV cache of n tokens that is asked for; None where it is still to be chosen."""
+    if config.size is not None:
+        return config.size / geometry.cache_bytes(n)
+    return None if config.budget == "auto" else config.budget
+
+
+def affordable_bytes(
+    share: float,
+    *,
+    geometry: Geometry,
+    layout: Layout,
+    n: int,
+    chunks: int = 1,
+    preamble: int = 0,
+    at_least: bool = False,
+) -> float:
+    """What a share of the KV cache leaves for the heads of n tokens; what else the file holds is subtracted where that
+    matters.
+
+    chunks: of the text, each of which gets heads of its own. preamble: tokens whose keys are kept beside those of the
+    chunks, whatever the budget. at_least: the smallest heads where the share is too small for them, instead of a
+    NectarError.
+    """
+    n_heads = layout.n_layers * layout.n_kv_heads
+    whole = geometry.cache_bytes(n)
+    windows = whole - replace(geometry, windows=(0,) * layout.n_layers).cache_bytes(n)
+    kept = share * whole
+    besides = windows + 4 * n + (24 + 2 * layout.head_dim) * n_heads + 6000
+    # Keys that are kept as they are take more than nodes that were trained for their grids.
+    plain = replace(layout, bits=layout.bits or 8)
+    preamble_bytes = n_heads * store.head_bytes(plain, (preamble,)) if preamble else 0.0
+    available = kept - min(besides, kept / 10) - preamble_bytes
+    needed = chunks * n_heads * smallest_bytes(layout)
+    if available < needed and not at_least:
+        smallest = (needed + preamble_bytes) / 0.9
+        raise NectarError(
+            f"a budget of {share:.2%} ({kept / 1e6:.2g} MB) is too small for {n:,} tokens: it takes at least "
+            f"{math.ceil(1000 * smallest / whole) / 10:g}% ({smallest / 1e6:.2g} MB); --budget auto chooses one"
+        )
+    return max(available, needed)
+
+
+def head_sizes(
+    errors: np.ndarray, nbytes: float, *, share: float, layout: Layout, config: FitConfig, n: int
+) -> list[Size]:
+    """Every head's size for n tokens, by the errors [n_heads] that it made among equals. share: of the KV cache."""
+    least, most = smallest_bytes(layout), store.head_bytes(layout, size_for(layout, float("inf"), most=n))
+    power = config.power or (0.6 if share >= 0.01 else 0.75)  # of few bytes the heads that matter need more
+    head_bytes = allocate(errors.tolist(), total=nbytes, power=power, least=least, most=most)
+    return [size_for(layout, b, most=n) for b in head_bytes]
 
 
 def allocate(errors: Sequence[float], *, total: float, power: float, least: float, most: float) -> list[float]:
@@ -14,6 +76,8 @@ def allocate(errors: Sequence[float], *, total: float, power: float, least: floa
     share = np.maximum(np.asarray(errors, dtype=np.float64), 1e-12) ** power
     if total <= least * len(share):
         return [least] * len(share)
+    if total >= most * len(share):  # the bisection ends a rounding error below: a node less, and no finer bits for all
+        return [most] * len(share)
     low, high = 0.0, most / share.min()
     for _ in range(100):  # bisection on the common factor: the sum grows with it
         factor = (low + high) / 2
@@ -22,3 +86,22 @@ def allocate(errors: Sequence[float], *, total: float, power: float, least: floa
         else:
             low = factor
     return [float(x) for x in np.clip(low * share, least, most)]
+
+
+def size_for(layout: Layout, nbytes: float, *, most: int) -> Size:
+    """The largest head of the kind that these bytes buy, the smallest one if they buy none. most: of nodes or hidden
+    units.
+    """
+    low, high = 1, most
+    while low < high:
+        middle = (low + high + 1) // 2
+        if store.head_bytes(layout, layout.bank.size_for(middle)) <= nbytes:
+            low = middle
+        else:
+            high = middle - 1
+    return layout.bank.size_for(low)
+
+
+def smallest_bytes(layout: Layout) -> float:
+    """Bytes of the smallest head worth fitting: four nodes, or the smallest network."""
+    return store.head_bytes(layout, layout.bank.size_for(4))

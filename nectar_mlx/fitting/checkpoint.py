@@ -4,18 +4,21 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import mlx.core as mx
 import numpy as np
 
+from ..core.files import write_atomically
 from ..errors import NectarError
 from ..heads import HeadArrays, Size
-from ..store import MEAN_BITS
-from .dialogue import Conversation
+from ..store import MEAN_BITS, tensor_file
+from .samples.conversation import Conversation
+
+_T = TypeVar("_T")
 
 
 class Plan(NamedTuple):
@@ -42,14 +45,17 @@ class Checkpoint:
         if self.folder is None:
             return
         ids = hashlib.sha256(np.array(prefix, dtype="<i4").data).hexdigest()
-        mine = json.dumps({"config": config, "prefix": ids}, sort_keys=True)
-        told = self.folder / "fit.json"
-        if told.exists() and told.read_text() != mine:
+        mine = {"config": config, "prefix": ids}
+        path = self.folder / "fit.json"
+        kept = _read_json(path)
+        if kept is None and path.exists():
+            self._remove()  # nobody can tell whose fit it is
+        elif kept not in (None, json.loads(json.dumps(mine))):
             raise NectarError(
                 f"{self.folder} holds a fit with other settings or another text: remove it, or do not --resume"
             )
         self.folder.mkdir(parents=True, exist_ok=True)
-        told.write_text(mine)
+        _write_json(path, mine)
 
     def part(self, name: str) -> "Checkpoint":
         """That of a part of the fit, within this one."""
@@ -64,59 +70,68 @@ class Checkpoint:
 
     def save_conversations(self, conversations: Sequence[Conversation]) -> None:
         if self.folder is not None:
-            (self.folder / "conversations.json").write_text(json.dumps([asdict(c) for c in conversations]))
+            _write_json(self.folder / "conversations.json", [asdict(c) for c in conversations])
 
     def load_conversations(self) -> list[Conversation]:
-        if self.folder is None or not (self.folder / "conversations.json").exists():
-            return []
-        return [Conversation(**c) for c in json.loads((self.folder / "conversations.json").read_text())]
+        """None where there are none, or none that can be read; as of all that follows."""
+        return self._parsed("conversations.json", lambda kept: [Conversation(**c) for c in kept]) or []
 
     def save_plan(self, plan: Plan) -> None:
         if self.folder is not None:
-            (self.folder / "plan.json").write_text(json.dumps(plan._asdict()))
+            _write_json(self.folder / "plan.json", plan._asdict())
 
     def load_plan(self) -> Plan | None:
-        if self.folder is None or not (self.folder / "plan.json").exists():
-            return None
-        kept = json.loads((self.folder / "plan.json").read_text())
-        return Plan(**kept | {"sizes": [tuple(size) for size in kept["sizes"]]})
+        return self._parsed("plan.json", lambda kept: Plan(**kept | {"sizes": [tuple(s) for s in kept["sizes"]]}))
 
     def save_heads(self, heads: dict[int, HeadArrays]) -> None:
         """Keeps a group of fitted heads, by their numbers."""
         if self.folder is not None:
-            flat = {f"{i}.{name}": array for i, head in heads.items() for name, array in head.items()}
-            temporary = self.folder / "group.safetensors"
-            mx.save_safetensors(str(temporary), flat)
-            temporary.replace(self.folder / f"heads-{min(heads)}.safetensors")
+            arrays = {f"{i}.{name}": array for i, head in heads.items() for name, array in head.items()}
+            tensor_file.write(self.folder / f"heads-{min(heads)}.safetensors", arrays, {})
 
     def load_heads(self) -> dict[int, HeadArrays]:
         heads: dict[int, HeadArrays] = {}
         for path in self.folder.glob("heads-*.safetensors") if self.folder is not None else ():
-            arrays = mx.load(str(path))
-            assert isinstance(arrays, dict)
+            try:
+                arrays = tensor_file.read(path)
+            except NectarError:
+                continue
             for key, array in arrays.items():
                 index, name = key.split(".", 1)
                 heads.setdefault(int(index), {})[name] = array
         return heads
 
-    def save_part(self, arrays: Mapping[str, mx.array], told: Mapping[str, Any]) -> None:
-        """Keeps what is left of a part that is done: arrays by name, and what goes with them. The rest is removed."""
+    def save_chunk(self, arrays: Mapping[str, mx.array], report: Mapping[str, object]) -> None:
+        """Keeps what is left of a chunk that is done: arrays by name, and a report that goes with them. The rest is
+        removed."""
         if self.folder is not None:
-            temporary = self.folder / "half.safetensors"
-            mx.save_safetensors(str(temporary), dict(arrays), {"told": json.dumps(told)})
-            done = temporary.replace(self.folder / "done.safetensors")
-            for path in self.folder.iterdir():
-                if path.is_dir():
-                    shutil.rmtree(path)
-                elif path not in (done, self.folder / "fit.json"):
-                    path.unlink()
+            tensor_file.write(self.folder / "done.safetensors", arrays, {"report": json.dumps(report)})
+            self._remove(but=("done.safetensors", "fit.json"))
 
-    def load_part(self) -> tuple[dict[str, mx.array], dict[str, Any]] | None:
-        if self.folder is None or not (self.folder / "done.safetensors").exists():
+    def load_chunk(self) -> tuple[dict[str, mx.array], dict[str, Any]] | None:
+        if self.folder is None:
             return None
-        loaded: Any = mx.load(str(self.folder / "done.safetensors"), return_metadata=True)
-        arrays, metadata = loaded
-        return arrays, json.loads(metadata["told"])
+        path = self.folder / "done.safetensors"
+        try:
+            return tensor_file.read(path), json.loads(tensor_file.metadata(path)["report"])
+        except (NectarError, KeyError, ValueError):
+            return None
+
+    def _parsed(self, name: str, parse: Callable[[Any], _T]) -> _T | None:
+        kept = None if self.folder is None else _read_json(self.folder / name)
+        try:
+            return None if kept is None else parse(kept)
+        except (TypeError, KeyError, ValueError):  # JSON, but of something else
+            return None
+
+    def _remove(self, *, but: Sequence[str] = ()) -> None:
+        """Removes all that the folder holds, but for some names."""
+        assert self.folder is not None
+        for path in self.folder.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name not in but:
+                path.unlink()
 
     def clear(self) -> None:
         """Removes what was kept: the fit is done."""
@@ -124,3 +139,15 @@ class Checkpoint:
             shutil.rmtree(self.folder, ignore_errors=True)
         if self._temporary is not None:
             self._temporary.cleanup()
+
+
+def _write_json(path: Path, value: object) -> None:
+    write_atomically(path, lambda file: file.write(json.dumps(value, sort_keys=True).encode()))
+
+
+def _read_json(path: Path) -> Any:
+    """None where there is no file, or none that can be read."""
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None

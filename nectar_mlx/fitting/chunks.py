@@ -2,207 +2,163 @@
 
 Every chunk stands behind the template's head, at the positions that follow it, as if it were the whole text; what is
 asked comes behind the longest one. So no distance is larger than the model was made for, and every chunk is as near to
-the question as the last (parallel context windows, arXiv 2212.10947). Every chunk gets heads of its own, fitted with
-the others out of sight. All of them weigh as much as one, and the opening, which they have in common, counts once:
-
-    L = logaddexp(L_opening, log Σ exp(L_c) - log C),    c = 1 … C
-
-A model expects a text to weigh what one window weighs: the plain sum of many chunks drowns the opening and the live
-tokens (docs/log/chunks.md). In heads made of nodes the rule is a bias, -log C on every node of a chunk, so that file,
-cache and kernel know nothing of chunks.
+the question as the last (parallel context windows, arXiv 2212.10947). Every chunk gets heads of its own, fitted without
+the others; `store.chunking` joins them, so that file, cache and kernel know nothing of chunks. A model expects a text
+to weigh what one window weighs: the plain sum of many chunks drowns the preamble and the live tokens
+(docs/log/chunks.md).
 
 A chunk is read without those before it: what it says about them is not understood, and their order is not known.
 """
 
-import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, replace
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from .. import decoding, store
-from .._exp import SLOW_EXP
-from ..adapter import Geometry
-from ..cache import make_caches
-from ..clock import Clock
-from ..heads import Exact, HeadArrays, Size, Weighed
-from ..store import Layout
-from . import finite, reading, verdict
-from .checkpoint import Checkpoint, Plan
-from .config import FitConfig, affordable_bytes, layout_for, share_of
-from .fitter import Fitter, Progress
-from .layerwise import LayerwiseFitter
-from .part import Part, checked, heard
-from .prefill import Prefill
-from .reading import Context
-from .walk import Walk
-
-_EXCERPT = 1024 if SLOW_EXP else 4096  # tokens on which a budget is chosen
-
-
-def split(tokens: int, room: int) -> list[int]:
-    """The lengths of chunks, at most `room`, equal but for a token; the last, nearest the question, is the longest."""
-    count = -(-tokens // room)
-    return [tokens * (i + 1) // count - tokens * i // count for i in range(count)]
+from .. import store
+from ..core.clock import Clock
+from ..core.device import device
+from ..core.progress import Progress
+from ..core.types import JsonObject
+from ..heads import Exact, HeadArrays, Weighed
+from ..mlxlm.attention_patch import Geometry
+from ..mlxlm.cache import make_caches
+from ..store import Layout, chunking, load
+from ..store.chunking import ChunkedPrefix
+from . import finite, verdict
+from .budget import affordable_bytes, share_of
+from .checkpoint import Plan
+from .fitted_chunk import Answer, ChunkTarget, FittedChunk
+from .kinds import kind_fit
+from .layers import LayerRunner
+from .layerwise import LayerwiseFit
+from .prefill import Context, read_head, read_text
+from .prefill_attention import Prefill
+from .run import FitRun
+from .samples.capture import collect
+from .samples.conversation import answered_checks
+from .sizes import plan_sizes
+from .stages import fit_context
+from .train import merged_errors
 
 
 def fit(
-    model: nn.Module,
-    tokenizer: Any,
-    prefix: Sequence[int],
-    geometry: Geometry,
-    *,
-    chunks: Sequence[int],
-    layerwise: bool,
-    config: FitConfig,
-    progress: Progress,
-    checkpoint: Checkpoint,
-    clock: Clock,
-) -> tuple[Layout, store.Tensors, dict[str, Any]]:
-    """Fits a prefix that ends with these chunks (their lengths in tokens) -> heads and report.
+    run: FitRun, prefix: Sequence[int], *, chunks: Sequence[int], layerwise: bool, clock: Clock
+) -> tuple[store.Tensors, JsonObject]:
+    """Fits a prefix that ends with these chunks (their lengths in tokens) -> tensors and report.
 
     layerwise: whether the keys and values of only one layer of a chunk may exist at a time.
     """
-    if len(chunks) > 1:
-        config = replace(config, kind="quadrature")  # heads made of nodes can be joined
-    share = share_of(config, geometry, len(prefix))
+    share = share_of(run.config, run.geometry, len(prefix))
     chosen = share is None
     if share is None:
-        share = _excerpt_share(model, tokenizer, prefix, geometry, config, progress=progress, checkpoint=checkpoint)
-    layout = layout_for(config, geometry, n_layers=len(geometry.fitted))
-    opening = len(prefix) - sum(chunks) if len(chunks) > 1 else 0  # tokens that are kept beside the chunks
-    finely = replace(layout, bits=layout.bits or 8)  # what is kept as it was takes more than what is settled
-    aside = layout.n_layers * layout.n_kv_heads * store.head_bytes(finely, (opening,)) if opening else 0
-    affordable = partial(affordable_bytes, geometry=geometry, layout=layout, n=len(prefix), parts=len(chunks))
-    nbytes = affordable(share, aside=aside, at_least=chosen)
-    parts: list[Part] = []
-    for number, text in enumerate(_texts(prefix, chunks)):
-        saved = checkpoint.part(f"chunk-{number}")
-        saved.claim(asdict(config) | {"skip": opening}, text)
-        part = Part.load(saved)
-        if part is None:
-            part = _fit_chunk(
-                model,
-                tokenizer,
+        share = _excerpt_share(run, prefix)
+    whole = ChunkedPrefix(prefix, chunks)
+    preamble = whole.preamble if len(chunks) > 1 else 0  # tokens whose keys are kept beside the chunks' nodes
+    nbytes = affordable_bytes(
+        share,
+        geometry=run.geometry,
+        layout=run.layout,
+        n=len(prefix),
+        chunks=len(chunks),
+        preamble=preamble,
+        at_least=chosen,
+    )
+    fitted: list[FittedChunk] = []
+    for number, text in enumerate(whole.texts()):
+        chunk_run = run.part(f"chunk-{number}", progress=partial(_chunk_progress, run.progress, number, len(chunks)))
+        chunk_run.claim(text, preamble=preamble)
+        chunk = FittedChunk.load(chunk_run.checkpoint)
+        if chunk is None:
+            # Which heads need most is a matter of the model; heads that are to be joined share their offsets.
+            plan = Plan(fitted[0].sizes, share) if fitted else None
+            offsets = fitted[0].offsets if fitted else []
+            fit_chunk = _fit_layerwise if layerwise else _fit_at_once
+            chunk = fit_chunk(
+                chunk_run,
                 text,
-                geometry,
-                config,
-                layerwise=layerwise,
-                nbytes=nbytes / len(chunks),
-                share=share,
-                sizes=parts[0].sizes if parts else [],  # which heads need most is a matter of the model
-                offsets=parts[0].offsets if parts else [],  # heads that are to be joined share them
-                skip=opening,
-                progress=partial(_of, progress, number, len(chunks)),
-                checkpoint=saved,
+                ChunkTarget(nbytes / len(chunks), share, plan, preamble=preamble, offsets=offsets),
                 clock=clock,
             )
-            part.save(saved)
+            chunk.save(chunk_run.checkpoint)
             mx.clear_cache()
-        if parts:
-            parts[-1].windows = {}  # of the last chunk alone: questions follow it
-        parts.append(part)
-    offsets = parts[0].offsets
-    before = reading.read(model, prefix[:opening], geometry, offsets=offsets).banks if opening else []
-    heads = list(_heads(layout, before, [part.layers for part in parts]))
-    tensors = store.contents(layout, heads, prefix=prefix, windows=parts[-1].windows, offsets=offsets)
-    start = len(prefix) - sum(chunks) + max(chunks)
-    banks = decoding.banks(layout, tensors)
-    finite.check_banks("rounding", banks, geometry)
-    make_cache = partial(make_caches, banks, parts[-1].windows, start)
+        if fitted:
+            fitted[-1].windows = {}  # of the last chunk alone: questions follow it
+        fitted.append(chunk)
+    offsets = fitted[0].offsets
+    before = read_text(run.model, prefix[:preamble], run.geometry, offsets=offsets).banks if preamble else []
+    heads = list(_heads(run.layout, before, [chunk.layers for chunk in fitted]))
+    tensors = store.contents(run.layout, heads, prefix=prefix, windows=fitted[-1].windows, offsets=offsets)
+    banks = load.banks(run.layout, tensors)
+    finite.check_banks("rounding", banks, run.geometry)
     report = {
         "budget": share,
         "layerwise": layerwise,
-        "sizes": parts[0].sizes,
-        "queries": parts[-1].rows,
-        "error": [error for each in parts for error in each.errors],
+        "sizes": fitted[0].sizes,
+        "queries": fitted[-1].samples,
+        "error": [error for chunk in fitted for error in chunk.errors],
     }
-    head = reading.read_head(model, tokenizer, prefix, geometry)
-    checks = [part.fidelity(Walk(model, geometry), make_cache, head.make_cache) for part in parts]
+    make_cache = partial(make_caches, banks, fitted[-1].windows, whole.start)
+    head = read_head(run.model, run.tokenizer, prefix, run.geometry)
+    checks = [chunk.check(LayerRunner(run.model, run.geometry), make_cache, head.make_cache) for chunk in fitted]
     report |= verdict.mean(checks) | ({"chunks": checks} if len(checks) > 1 else {})
     clock.lap("check")
-    return layout, tensors, report
+    return tensors, report
 
 
-def _fit_chunk(
-    model: nn.Module,
-    tokenizer: Any,
-    text: Sequence[int],
-    geometry: Geometry,
-    config: FitConfig,
-    *,
-    layerwise: bool,
-    nbytes: float,
-    share: float,
-    sizes: Sequence[Size],
-    offsets: Sequence[mx.array | None],
-    skip: int,
-    progress: Progress,
-    checkpoint: Checkpoint,
-    clock: Clock,
-) -> Part:
-    """One chunk, behind what comes before the first, in so many bytes, a share of its KV cache. sizes, offsets: of its
-    heads, where they are known."""
-    plan = Plan(list(sizes), share) if sizes else None
-    if layerwise:
-        by_layer = LayerwiseFitter(
-            model,
-            tokenizer,
+def _fit_layerwise(run: FitRun, text: Sequence[int], target: ChunkTarget, *, clock: Clock) -> FittedChunk:
+    """A chunk, behind the preamble, layer by layer."""
+    return LayerwiseFit(run, text, target).fit(clock=clock)
+
+
+def _fit_at_once(run: FitRun, text: Sequence[int], target: ChunkTarget, *, clock: Clock) -> FittedChunk:
+    """A chunk, behind the preamble, all of its layers at once."""
+    geometry = run.geometry
+    with run.progress("reading", len(text)) as done:
+        context = read_text(
+            run.model,
             text,
             geometry,
-            config,
-            progress=progress,
-            checkpoint=checkpoint,
-            skip=skip,
-            offsets=offsets,
+            prefill=run.config.prefill,
+            offsets=target.offsets,
+            preamble=target.preamble,
+            progress=done,
         )
-        return by_layer.fit(nbytes, share, plan=plan, clock=clock)
-    with progress("reading", len(text)) as done:
-        context = reading.read(model, text, geometry, prefill=config.prefill, offsets=offsets, progress=done)
     clock.lap("read")
-    fitter = Fitter(model, tokenizer, context, geometry, config, progress=progress, checkpoint=checkpoint, skip=skip)
-    _, heads = fitter.fit(lambda share: nbytes, share, plan=plan, clock=clock)
-    one, K = replace(fitter.layout, n_layers=1), geometry.n_kv_heads
+    kind, _, heads = fit_context(run, context, lambda share: target.nbytes, target.share, plan=target.plan, clock=clock)
+    one, K = replace(run.layout, n_layers=1), geometry.n_kv_heads
     layers = [
         store.pack(one, heads[i : i + K], offsets=[bank.offset])
         for i, bank in zip(range(0, len(heads), K), context.banks, strict=True)
     ]
-    walk = Walk(model, geometry)
-    return Part(
+    runner = LayerRunner(run.model, geometry)
+    return FittedChunk(
         layers=layers,
-        errors=fitter.errors([store.unpack(one, layer)[0] for layer in layers]),
-        rows=fitter.study.rows,
+        errors=merged_errors(kind, [store.unpack(one, layer)[0] for layer in layers]),
+        samples=kind.data.train.count,
         windows=context.windows,
-        answers=[heard(walk, context, c) for c in checked(fitter.conversations)],
+        answers=[Answer.replayed(runner, context, c) for c in answered_checks(kind.data.conversations)],
     )
 
 
-def _excerpt_share(
-    model: nn.Module,
-    tokenizer: Any,
-    prefix: Sequence[int],
-    geometry: Geometry,
-    config: FitConfig,
-    *,
-    progress: Progress,
-    checkpoint: Checkpoint,
-) -> float:
+def _excerpt_share(run: FitRun, prefix: Sequence[int]) -> float:
     """The budget that is expected to do for the first tokens of a text, which is kept to for all of it."""
-    kept = checkpoint.part("excerpt")
-    if plan := kept.load_plan():
+    excerpt_run = run.part("excerpt")
+    if plan := excerpt_run.checkpoint.load_plan():
         return plan.share
-    excerpt = reading.read(model, prefix[:_EXCERPT], geometry)
-    fitter = Fitter(model, tokenizer, excerpt, geometry, config, progress=progress, checkpoint=kept)
-    fitter.collect()
-    n = len(excerpt.prefix)
-    affordable = partial(affordable_bytes, geometry=geometry, layout=fitter.layout, n=n, at_least=True)
-    return fitter.plan(affordable, None).share
+    excerpt = read_text(run.model, prefix[: device().excerpt_tokens], run.geometry)
+    excerpt_run.claim(excerpt.prefix)
+    kind = kind_fit(excerpt_run, collect(excerpt_run, excerpt))
+    affordable = partial(
+        affordable_bytes, geometry=run.geometry, layout=run.layout, n=len(excerpt.prefix), at_least=True
+    )
+    return plan_sizes(kind, affordable, None).share
 
 
-def read(
+def read_chunks(
     model: nn.Module,
     prefix: Sequence[int],
     geometry: Geometry,
@@ -213,50 +169,41 @@ def read(
 ) -> Context:
     """The exact keys and values of a prefix that ends with these chunks, or of one that has none."""
     parts, done = list[Context](), 0
-    for text in _texts(prefix, chunks or [len(prefix)]):
+    for text in ChunkedPrefix(prefix, chunks or [len(prefix)]).texts():
         offsets = parts[0].offsets if parts else ()
-        after = partial(_after, progress, done)
-        parts.append(reading.read(model, text, geometry, prefill=prefill, offsets=offsets, progress=after))
+        before = done
+        parts.append(
+            read_text(
+                model,
+                text,
+                geometry,
+                prefill=prefill,
+                offsets=offsets,
+                progress=lambda n, before=before: progress(before + n),  # type: ignore[misc]
+            )
+        )
         done += len(text)
     if len(parts) == 1:
         return parts[0]
-    before, banks = prefix[: len(prefix) - sum(chunks)], list[Exact]()
-    opening = reading.read(model, before, geometry, offsets=parts[0].offsets)
-    for first, *behind in zip(opening.banks, *(part.banks for part in parts), strict=True):
-        heads = _joined(first, [bank.part(slice(len(before), None)).nodes() for bank in behind])
+    tokens, banks = len(prefix) - sum(chunks), list[Exact]()
+    preamble = read_text(model, prefix[:tokens], geometry, offsets=parts[0].offsets)
+    for first, *behind in zip(preamble.banks, *(part.banks for part in parts), strict=True):
+        heads = chunking.join(first.nodes(), [bank.part(slice(tokens, None)).nodes() for bank in behind])
         banks.append(Weighed.stack(heads, scale=geometry.scale, offset=first.offset))
     return Context(list(prefix), banks, parts[-1].windows, chunks)
 
 
-def _after(progress: Callable[[int], None], done: int, more: int) -> None:
-    progress(done + more)
-
-
-def _texts(prefix: Sequence[int], chunks: Sequence[int]) -> Iterator[list[int]]:
-    """Each chunk behind what comes before the first."""
-    start = opening = len(prefix) - sum(chunks)
-    for length in chunks:
-        yield [*prefix[:opening], *prefix[start : start + length]]
-        start += length
-
-
-def _heads(layout: Layout, opening: Sequence[Exact], fitted: Sequence[Sequence[store.Tensors]]) -> Iterator[HeadArrays]:
-    """All heads, layer by layer, each for the whole text. opening: a bank a layer, where there are several chunks."""
+def _heads(
+    layout: Layout, preamble: Sequence[Exact], fitted: Sequence[Sequence[store.Tensors]]
+) -> Iterator[HeadArrays]:
+    """All heads, layer by layer, each for the whole text. preamble: a bank a layer, where there are several chunks."""
     one = replace(layout, n_layers=1)
     for layer, parts in enumerate(zip(*fitted, strict=True)):
         heads = [store.unpack(one, part)[0].unstack() for part in parts]
-        yield from _joined(opening[layer], heads) if len(heads) > 1 else heads[0]
+        yield from chunking.join(preamble[layer].nodes(), heads) if len(heads) > 1 else heads[0]
 
 
-def _joined(opening: Exact, chunks: Sequence[Sequence[HeadArrays]]) -> list[HeadArrays]:
-    """The heads of one layer: the nodes of the opening and those of the chunks, which together weigh as much as one."""
-    less = math.log(len(chunks))
-    lowered = [[head | {"bias": head["bias"] - less} for head in heads] for heads in chunks]
-    return [
-        {name: mx.concatenate([part[name] for part in parts]) for name in parts[0]}
-        for parts in zip(opening.nodes(), *lowered, strict=True)
-    ]
-
-
-def _of(progress: Progress, number: int, count: int, description: str, total: int) -> Any:
+def _chunk_progress(
+    progress: Progress, number: int, count: int, description: str, total: int
+) -> AbstractContextManager[Callable[[int], None]]:
     return progress(description if count == 1 else f"chunk {number + 1} of {count}: {description}", total)

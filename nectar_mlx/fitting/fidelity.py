@@ -1,4 +1,4 @@
-"""How close two ways of seeing a context are: their next-token distributions on the same answers."""
+"""How close two views of a context are: their next-token distributions on the same answers."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -7,13 +7,14 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from .._exp import SLOW_EXP, exp
-from .dialogue import Conversation
+from ..core.device import device
+from ..core.exp import exp
+from .samples.conversation import Conversation
 
 MakeCache = Callable[[], Any]
 Prompt = Callable[[Conversation], list[int]]
 
-_ROOM = 1 << 24  # entries of a vocabulary-wide array at a time: 64 MB, whatever the vocabulary
+MAX_ENTRIES = 1 << 24  # entries of a vocabulary-wide array at a time: 64 MB, whatever the vocabulary
 
 
 class Divergence(NamedTuple):
@@ -54,16 +55,16 @@ def answer_logits(
     longest, shared = max(len(s) for s in sequences), min(len(p) for p in prompts) - 1
     # Right padding is harmless: attention is causal and padded places are not read.
     tokens = mx.array([s + [0] * (longest - len(s)) for s in sequences])
-    if shared:  # nobody asks for the logits of these places, so the vocabulary-wide product is never computed
+    if shared:  # the logits of these tokens are not needed, so the vocabulary-wide product is never computed
         model(tokens[:, :shared], cache=cache)
         mx.eval([c.state for c in cache])
     logits = model(tokens[:, shared:], cache=cache)
-    rows = []
+    answers = []
     for i, (p, c) in enumerate(zip(prompts, conversations, strict=True)):
         first = len(p) - 1 - shared
-        rows.append(logits[i, first : first + len(c.answer)])
-    mx.eval(rows)
-    return rows
+        answers.append(logits[i, first : first + len(c.answer)])
+    mx.eval(answers)
+    return answers
 
 
 def compare(
@@ -73,7 +74,6 @@ def compare(
     conversations: Sequence[Conversation],
     *,
     prompts: Mapping[str, Prompt | None] | None = None,
-    batch: int = 4 if SLOW_EXP else 8,
     progress: Callable[[int], None] = lambda done: None,
 ) -> dict[str, Divergence]:
     """Every other view of the context against the reference, teacher-forced on the same answers.
@@ -81,16 +81,17 @@ def compare(
     prompts: for a view that reads something else than the conversation's own prompt, what it reads. progress is told
     how many conversations are done.
     """
-    found: dict[str, list[Divergence]] = {name: [] for name in others}
+    divergences: dict[str, list[Divergence]] = {name: [] for name in others}
+    batch = device().check_batch
     for start in range(0, len(conversations), batch):
         part = conversations[start : start + batch]
         truth = answer_logits(model, reference(), part)
         for name, make_cache in others.items():
             ours = answer_logits(model, make_cache(), part, (prompts or {}).get(name))
             for i, conversation in enumerate(part):
-                found[name].append(divergence(truth[i], ours[i], conversation.answer, start + i))
+                divergences[name].append(divergence(truth[i], ours[i], conversation.answer, start + i))
         progress(start + len(part))
-    return {n: joined(parts) for n, parts in found.items()}
+    return {n: joined(parts) for n, parts in divergences.items()}
 
 
 def joined(parts: Sequence[Divergence]) -> Divergence:
@@ -101,11 +102,12 @@ def joined(parts: Sequence[Divergence]) -> Divergence:
 def divergence(reference: mx.array, other: mx.array, answer: Sequence[int], conversation: int) -> Divergence:
     """reference, other: logits [answer, vocabulary] of the same answer tokens."""
     parts = []
-    step = max(1, _ROOM // reference.shape[1])
+    step = max(1, MAX_ENTRIES // reference.shape[1])
     for at in range(0, len(answer), step):
         p, q = (log_probabilities(x[at : at + step]) for x in (reference, other))
         token, top, ours = mx.array(list(answer[at : at + step])), p.argmax(-1), q.argmax(-1)
-        found = (exp(p) * (p - q)).sum(-1), top == ours, mx.full(token.shape, conversation), ours == token, top == token
-        mx.eval(found)  # at once: each array by itself would be waited for
-        parts.append([np.array(x) for x in found])
-    return Divergence(*(np.concatenate(x) for x in zip(*parts, strict=True)))
+        kl = (exp(p) * (p - q)).sum(-1)
+        fields = kl, top == ours, mx.full(token.shape, conversation), ours == token, top == token
+        mx.eval(fields)  # at once: each array by itself would be waited for
+        parts.append(Divergence(*(np.array(x) for x in fields)))
+    return joined(parts)

@@ -7,9 +7,9 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from ..adapter import Geometry
 from ..errors import NectarError
 from ..heads import Bank
+from ..mlxlm.attention_patch import Geometry
 
 
 def check_weights(model: nn.Module) -> None:
@@ -21,6 +21,15 @@ def check_weights(model: nn.Module) -> None:
                 f"the model's weight {name} holds a NaN or an infinity: the file is damaged or was converted wrongly; "
                 "fetch or convert the model again"
             )
+
+
+def check_logits(logits: mx.array) -> None:
+    """NectarError unless what the model itself predicts is finite."""
+    if not mx.isfinite(logits).all().item():
+        raise NectarError(
+            "the model's own logits are not finite, so nothing is written. Its numbers may exceed its type: use its "
+            "bfloat16 or float32 weights"
+        )
 
 
 def check_heads(stage: str, heads: Collection[int], geometry: Geometry) -> None:

@@ -1,266 +1,274 @@
 """Fitting layer by layer: a context is read and fitted while the keys and values of only one layer exist.
 
-    sample conversations, a passage of the text in view -> decide each head's budget on an excerpt
-    -> for each layer: read the text, hear the conversations behind all of it, fit the layer's heads, forget its keys
+    sample conversations about passages of the text -> decide each head's size on an excerpt
+    -> for each layer: read the text, replay the conversations behind all of it, fit the layer's heads, forget its keys
 
-Memory is then the hidden states of all tokens, one layer's keys and values and its training rows. The conversations
+Memory is then the hidden states of all tokens, one layer's keys and values and its training samples. The conversations
 are not those that the full context would have brought about, but the attention that heads are fitted to is the full
-context's own: the divergence is somewhat larger than where answers are sampled with everything in view, by a quarter in
-a prototype (docs/log/layerwise.md).
+context's own: the divergence is somewhat larger than where answers are sampled with the full cache, by a quarter in a
+prototype (docs/log/layerwise.md).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 
-from .. import prompts, store
-from .._exp import SLOW_EXP
-from ..adapter import Geometry, compute_type
-from ..cache import Window
-from ..clock import Clock
+from .. import store
+from ..core.clock import Clock
+from ..core.device import device
+from ..core.progress import silent
 from ..heads import Exact, Size
-from . import capture, dialogue, finite, planning, reading, starts
-from .capture import Heard, StudyCache
-from .checkpoint import Checkpoint, Plan
-from .config import FitConfig, allocate, layout_for, rows_for
-from .dialogue import Conversation, Split
-from .fitter import CHECK_TEMPERATURE, Fitter, Progress
-from .part import Answer, Part, checked
-from .reading import READ, Context
-from .study import Study
-from .walk import Walk
+from ..mlxlm import prompts
+from ..mlxlm.attention_patch import compute_type
+from ..mlxlm.cache import Window
+from . import finite
+from .budget import head_sizes, size_for
+from .checkpoint import Plan
+from .fitted_chunk import Answer, ChunkTarget, FittedChunk
+from .kinds import KindFit, kind_fit
+from .layers import LayerRunner
+from .prefill import READ, Context, read_text, reading_cache, what_was_read
+from .run import FitRun
+from .samples import self_study
+from .samples.capture import CaptureCache, Collected, ReplayBatch, capture, held_out_count, record, replay_batches
+from .samples.conversation import Conversation, Split, answered_checks, count_samples
+from .samples.sample_store import SampleStore
+from .sizes import trial_errors
+from .train import merged_errors, train_heads
 
-_LEAST = 1024 if SLOW_EXP else 4096  # tokens in all layers at once, whatever the memory
-_PASSAGE = 900  # tokens in view while a conversation is sampled, at most
-_TOGETHER = 8 if SLOW_EXP else 16  # conversations about one passage, sampled side by side, at most
-_PROMPT = 96  # tokens of a long prompt
-_SCORES = 1 << 16 if SLOW_EXP else 1 << 22  # of a training batch, at least: on a GPU those of a layer's heads together
-_EXCERPT, _EXCERPT_QUERIES = 1024, 3000  # at most
-_SAID = 128 if SLOW_EXP else 256  # tokens of conversations that go through all layers together
+PASSAGE = 900  # tokens that a conversation is sampled about, at most
+PROMPT = 96  # tokens of a long prompt
+_EXCERPT, _EXCERPT_SAMPLES = 1024, 3000  # tokens and samples a head by which sizes are decided, at most
 _GOLDEN = 0.6180339887  # multiples of it, modulo 1, fill the unit interval evenly at any number
 
 
-class LayerwiseFitter:
-    """The model, the text, and what was said about it. Heads are numbered as in `Fitter`, and `skip` means the same."""
+class LayerwiseFit:
+    """The fit of a text, or of a chunk of one, layer by layer. Heads are numbered as in `KindFit`."""
 
-    conversations: list[Conversation]
-    answers: list[Answer]  # to the last layer's end, once all layers were heard
-
-    def __init__(
-        self,
-        model: nn.Module,
-        tokenizer: Any,
-        prefix: Sequence[int],
-        geometry: Geometry,
-        config: FitConfig,
-        *,
-        progress: Progress,
-        checkpoint: Checkpoint,
-        skip: int = 0,
-        offsets: Sequence[mx.array | None] = (),
-    ):
-        self.model, self.tokenizer, self.prefix, self.geometry = model, tokenizer, list(prefix), geometry
-        self._offsets = dict(zip(geometry.fitted, offsets, strict=False))  # of layers whose keys' mean is not taken
-        self.config, self.progress, self.checkpoint, self.skip = config, progress, checkpoint, skip
-        self.layout = layout_for(config, geometry, n_layers=len(geometry.fitted))
-        self.windows: dict[int, Window] = {}
-        self._walk = Walk(model, geometry)
-        self.queries = rows_for(config, heads=geometry.n_kv_heads, head_dim=geometry.head_dim)
-        self._wanted: dict[Split, int] = {"train": self.queries, "held_out": max(self.queries // 10, 64)}  # rows a head
-        self.rows = 0  # a head, that it was fitted to
-        checkpoint.claim(asdict(config) | {"skip": skip}, prefix)
+    def __init__(self, run: FitRun, prefix: Sequence[int], target: ChunkTarget):
+        self.run, self.prefix, self.target = run, list(prefix), target
+        self.runner = LayerRunner(run.model, run.geometry)
+        train = run.n_samples(run.geometry.n_kv_heads)
+        self.wanted: dict[Split, int] = {"train": train, "held_out": held_out_count(train)}  # samples a head
 
     @cached_property
-    def _memory(self) -> int:
+    def memory(self) -> int:
         """Bytes that every phase keeps to: about what must exist while a layer is fitted, 1.5 times its keys and
-        values, 3 times the hidden states, and its rows."""
-        g = self.geometry
-        numbers = len(self.prefix) * (3 * g.n_kv_heads * g.head_dim + 3 * self._walk.width)
-        return numbers * compute_type(self.model).size + Study.nbytes(g.n_kv_heads, self.queries, g.head_dim)
+        values, 3 times the hidden states, and its samples."""
+        g = self.run.geometry
+        numbers = len(self.prefix) * (3 * g.n_kv_heads * g.head_dim + 3 * self.runner.width)
+        samples = SampleStore.nbytes(g.n_kv_heads, self.wanted["train"], g.head_dim)
+        return numbers * compute_type(self.run.model).size + samples
 
     @cached_property
-    def _tokens(self) -> int:
-        """Tokens whose keys and values may be in all layers at once: three eighths are read, the others said."""
-        token = self.geometry.cache_bytes(1) * compute_type(self.model).size // 2
-        return max(_LEAST, self._memory * 15 // 16 // token)
+    def tokens_at_once(self) -> int:
+        """Tokens whose keys and values may be in all layers at once: three eighths are read, the others sampled."""
+        token = self.run.geometry.cache_bytes(1) * compute_type(self.run.model).size // 2
+        return max(device().layerwise_tokens, self.memory * 15 // 16 // token)
 
     @property
-    def _seen(self) -> int:
-        """Tokens of a passage."""
-        return min(_PASSAGE, self._tokens * 3 // 8)
+    def passage_tokens(self) -> int:
+        return min(PASSAGE, self.tokens_at_once * 3 // 8)
 
     @property
-    def _together(self) -> int:
-        """Conversations that are sampled side by side, with a passage or as large an excerpt in view."""
-        return max(1, min(_TOGETHER, (self._tokens - self._seen) // (_PROMPT + self.config.answer_tokens)))
+    def side_by_side(self) -> int:
+        """Conversations that are sampled together, about a passage or as large an excerpt."""
+        fit = (self.tokens_at_once - self.passage_tokens) // (PROMPT + self.run.config.answer_tokens)
+        return max(1, min(device().passage_conversations, fit))
 
-    def fit(self, nbytes: float, share: float, *, clock: Clock, plan: Plan | None = None) -> Part:
-        """All heads, in so many bytes, a share of the KV cache. plan: what each head gets, where it was decided
-        elsewhere."""
-        plan = plan or self.plan(nbytes, share)
+    @property
+    def training_scores(self) -> int:
+        """Scores of a training batch: few, for heads that are trained together have their samples there together."""
+        return max(device().layer_training_scores, self.memory // 768)
+
+    def fit(self, *, clock: Clock) -> FittedChunk:
+        """All heads."""
+        plan = self.target.plan or self.plan()
         clock.lap("budgets")
-        self.converse()
+        conversations = self.study()
         clock.lap("study")
-        part = self.regress(plan.sizes)
+        chunk = self.train(plan.sizes, conversations)
         clock.lap("regression")
-        return part
+        return chunk
 
-    def converse(self) -> None:
-        """Samples conversations until every head has its rows, about passages spread evenly over the text."""
-        self.conversations = self.checkpoint.load_conversations()
-        with self.progress("conversing about it", self.queries) as done:
+    def study(self) -> list[Conversation]:
+        """Samples conversations until every head has its samples, about passages spread evenly over the text."""
+        run, config = self.run, self.run.config
+        conversations = run.checkpoint.load_conversations()
+        with run.progress("sampling answers", self.wanted["train"]) as done:
             try:
-                while any(self._rows(split) < wanted for split, wanted in self._wanted.items()):
-                    self.conversations += self._ask_batch(dialogue.asked, self.config.temperature, done)
-                while len(checked(self.conversations)) < self.config.checks:
-                    self.conversations += self._ask_batch(dialogue.checks, CHECK_TEMPERATURE, done)
+                while any(
+                    count_samples(conversations, group=run.group, split=split) < wanted
+                    for split, wanted in self.wanted.items()
+                ):
+                    conversations += self._sample_batch(
+                        conversations, self_study.training_conversations, config.temperature, done
+                    )
+                while len(answered_checks(conversations)) < config.checks:
+                    conversations += self._sample_batch(
+                        conversations, self_study.check_conversations, self_study.CHECK_TEMPERATURE, done
+                    )
             finally:
-                self.checkpoint.save_conversations(self.conversations)
+                run.checkpoint.save_conversations(conversations)
+        return conversations
 
-    def _rows(self, split: Split) -> int:
-        """Rows a head that the conversations of a split so far will give."""
-        return dialogue.rows(self.conversations, self.geometry, split=split)
+    def passage(self, number: int) -> list[int]:
+        """The tokens that conversations of one batch are about."""
+        preamble = prompts.preamble(self.run.tokenizer)
+        last = max(preamble, len(self.prefix) - self.passage_tokens)
+        start = preamble + int((number * _GOLDEN + 0.5) % 1 * (last - preamble + 1))
+        return self.prefix[:preamble] + self.prefix[start : start + self.passage_tokens]
 
-    def _passage(self, number: int) -> list[int]:
-        opening = prompts.opening(self.tokenizer)
-        last = max(opening, len(self.prefix) - self._seen)
-        start = opening + int((number * _GOLDEN + 0.5) % 1 * (last - opening + 1))
-        return self.prefix[:opening] + self.prefix[start : start + self._seen]
-
-    def _ask_batch(
-        self, make: Callable[..., list[Conversation]], temperature: float, done: Callable[[int], None]
+    def _sample_batch(
+        self,
+        before: Sequence[Conversation],
+        make: self_study.Prompts,
+        temperature: float,
+        done: Callable[[int], None],
     ) -> list[Conversation]:
-        """Conversations about the next passage. make: `dialogue.asked` or `dialogue.checks`."""
-        config, number, rows = self.config, len(self.conversations), self._rows("train")
-        passage = self._passage(number // self._together)
-        batch = make(self.tokenizer, passage, first=number, count=self._together, seed=config.seed)
-        dialogue.converse(
-            self.model,
-            reading.read(self.model, passage, self.geometry),
-            sorted(batch, key=lambda c: len(c.prompt)),
-            stop=set(self.tokenizer.eos_token_ids),
-            max_tokens=config.answer_tokens,
+        """Conversations about the next passage."""
+        run, number = self.run, len(before)
+        passage = self.passage(number // self.side_by_side)
+        batch = make(run.tokenizer, passage, first=number, count=self.side_by_side, seed=run.config.seed)
+        samples = count_samples(before, group=run.group)
+        self_study.answer(
+            run,
+            read_text(run.model, passage, run.geometry),
+            batch,
+            seed=run.config.seed + number,
             temperature=temperature,
-            key=mx.random.key(config.seed + number),
-            progress=lambda at: done(min(self.queries, rows + dialogue.rows(batch, self.geometry, until=at))),
+            progress=self_study.batch_progress(run, batch, samples, self.wanted["train"], done),
         )
         mx.clear_cache()
         return batch
 
-    def plan(self, nbytes: float, share: float) -> Plan:
+    def plan(self) -> Plan:
         """Every head's size, by the errors of a short uniform fit to an excerpt of the text, as long as is quick.
 
         Which heads need most is far more a matter of the model than of the text.
         """
-        plan = self.checkpoint.load_plan()
+        run, target = self.run, self.target
+        plan = run.checkpoint.load_plan()
         if plan is None:
-            n = len(self.prefix) - prompts.opening(self.tokenizer)
-            excerpt = reading.read(self.model, self.prefix[: min(_EXCERPT, self._tokens * 3 // 8)], self.geometry)
+            tokens = min(_EXCERPT, self.tokens_at_once * 3 // 8)
+            excerpt = read_text(run.model, self.prefix[:tokens], run.geometry)
             config = replace(
-                self.config,
-                queries=min(self.queries, _EXCERPT_QUERIES),
-                conversations=self._together,
-                memory=self._memory,
+                run.config,
+                queries=min(self.wanted["train"], _EXCERPT_SAMPLES),
+                conversations=self.side_by_side,
+                memory=self.memory,
             )
-            trial = Fitter(self.model, self.tokenizer, excerpt, self.geometry, config, progress=self.progress)
-            trial.converse()
-            trial.hear(together=_SAID)
-            trial.prepare()
-            few = nbytes * len(excerpt.prefix) / len(self.prefix)
-            nodes, *_ = starts.size_for(trial.layout, few / trial.n_heads, most=trial.length)
-            # Rows of heads that are tried together are there at once.
-            heads = self._memory // 8 // Study.nbytes(1, trial.queries, self.geometry.head_dim)
-            trial.room = min(self._room, heads * nodes * config.batch)
-            errors = planning.trial_errors(trial, few)
-            plan = Plan(allocate(errors, nbytes, share=share, layout=self.layout, config=self.config, n=n), share)
-            self.checkpoint.save_plan(plan)
+            trial = run.part("excerpt", config=config)
+            trial.claim(excerpt.prefix)
+            conversations = self_study.study(trial, excerpt)
+            data = capture(trial, excerpt, conversations, tokens=device().layerwise_replay_tokens)
+            nbytes = target.nbytes * len(excerpt.prefix) / len(self.prefix)
+            nodes, *_ = size_for(run.layout, nbytes / run.n_heads, most=excerpt.length)
+            # Samples of heads that are tried together are there at once.
+            samples = SampleStore.nbytes(1, trial.n_samples(run.n_heads), run.geometry.head_dim)
+            together = self.memory // 8 // samples
+            kind = kind_fit(trial, data, training_scores=min(self.training_scores, together * nodes * run.config.batch))
+            sizes = head_sizes(
+                trial_errors(kind, nbytes),
+                target.nbytes,
+                share=target.share,
+                layout=run.layout,
+                config=run.config,
+                n=len(self.prefix) - prompts.preamble(run.tokenizer),
+            )
+            plan = Plan(sizes, target.share)
+            run.checkpoint.save_plan(plan)
         return plan
 
-    def regress(self, sizes: Sequence[Size]) -> Part:
+    def train(self, sizes: Sequence[Size], conversations: Sequence[Conversation]) -> FittedChunk:
         """All heads, trained at their own sizes; each layer's are kept as they will be stored, which is how little they
         take from now on."""
-        K, layers, errors = self.geometry.n_kv_heads, list[store.Tensors](), list[float]()
-        with self.progress("fitting layers", self.layout.n_layers) as done:
-            for fitter in self.layers():
-                fitter.prepare()
-                heads = fitter.regress(sizes[len(errors) : len(errors) + K])
-                layers.append(store.pack(fitter.layout, heads, offsets=fitter.context.offsets))
-                errors += fitter.errors(store.unpack(fitter.layout, layers[-1]))
-                done(len(layers))
-        return Part(layers=layers, errors=errors, rows=self.rows, windows=self.windows, answers=self.answers)
+        chunk = FittedChunk(layers=[], errors=[], samples=0, windows={}, answers=[])
+        K, one = self.run.geometry.n_kv_heads, replace(self.run.layout, n_layers=1)
+        with self.run.progress("fitting layers", self.run.layout.n_layers) as done:
+            for kind in self.layers(conversations, chunk):
+                heads = train_heads(kind, sizes[len(chunk.errors) : len(chunk.errors) + K])
+                chunk.layers.append(store.pack(one, heads, offsets=kind.data.context.offsets))
+                chunk.errors += merged_errors(kind, store.unpack(one, chunk.layers[-1]))
+                done(len(chunk.layers))
+        return chunk
 
-    def layers(self) -> Iterator[Fitter]:
-        """For each layer with full attention, a Fitter of that layer alone that has heard the conversations."""
-        text = [self._walk.embed(mx.array([self.prefix[a : a + READ]])) for a in range(0, len(self.prefix), READ)]
-        group = self.geometry.n_heads // self.geometry.n_kv_heads
-        K, D = self.geometry.n_kv_heads, self.geometry.head_dim
-        studies = {split: Study(K, rows, D, folder=None) for split, rows in self._wanted.items()}
-        batches = capture.together(self.conversations, studies, group=group, tokens=READ)
-        heard = [self._walk.embed(batch.tokens) for batch in batches]
-        mx.eval(text, heard)
-        for layer in range(self.geometry.n_layers):
+    def layers(self, conversations: Sequence[Conversation], chunk: FittedChunk) -> Iterator[KindFit]:
+        """How the heads of each layer with full attention are fitted, one layer after the other.
+
+        What is left of the others goes into the chunk, and at last the answers that it is checked by.
+        """
+        g, embed = self.run.geometry, self.runner.embed
+        text = [embed(mx.array([self.prefix[a : a + READ]])) for a in range(0, len(self.prefix), READ)]
+        stores = {
+            split: SampleStore(g.n_kv_heads, count, g.head_dim, folder=None) for split, count in self.wanted.items()
+        }
+        batches = replay_batches(conversations, stores, group=self.run.group, tokens=READ)
+        hidden = [embed(batch.tokens) for batch in batches]
+        mx.eval(text, hidden)
+        for layer in range(g.n_layers):
             part = self._read(layer, text)
             if isinstance(part, Window):
-                self.windows[layer] = part
-                self._hear(layer, partial(part.make_cache, len(self.prefix)), batches, heard, studies)
+                chunk.windows[layer] = part
+                self._replay(layer, partial(part.make_cache, len(self.prefix)), batches, hidden, stores)
             else:
-                for study in studies.values():
-                    study.rows = 0
-                make_cache = partial(StudyCache, part, len(self.prefix), skip=self.skip)
-                self._hear(layer, make_cache, batches, heard, studies)
-                yield self._fitter(layer, part, studies)
+                for store_ in stores.values():
+                    store_.clear()
+                make_cache = partial(CaptureCache, part, len(self.prefix), preamble=self.target.preamble)
+                self._replay(layer, make_cache, batches, hidden, stores)
+                yield self._kind_fit(layer, part, stores)
             del part
             mx.clear_cache()
-        self.rows = studies["train"].rows
+        chunk.samples = stores["train"].count
         places = {id(c): (b, i) for b, batch in enumerate(batches) for i, c in enumerate(batch.conversations)}
-        found = ((c, *places[id(c)]) for c in checked(self.conversations))
-        self.answers = [Answer.of(c, heard[b][i]) for c, b, i in found]
+        for conversation in answered_checks(conversations):
+            b, i = places[id(conversation)]
+            chunk.answers.append(Answer.of(conversation, hidden[b][i]))
 
-    def _fitter(self, layer: int, bank: Exact, studies: Mapping[Split, Study]) -> Fitter:
-        """One layer's, with the rows that were just captured."""
-        context, K = Context(self.prefix, [bank]), self.geometry.n_kv_heads
-        checkpoint = self.checkpoint.part(f"layer-{layer}")
-        fitter = Fitter(
-            self.model, self.tokenizer, context, self.geometry, self.config, checkpoint=checkpoint, skip=self.skip
+    def _kind_fit(self, layer: int, bank: Exact, stores: Mapping[Split, SampleStore]) -> KindFit:
+        """One layer's, with the samples that were just captured."""
+        run, K = self.run.part(f"layer-{layer}", progress=silent), self.run.geometry.n_kv_heads
+        run.claim(self.prefix, preamble=self.target.preamble)
+        first = K * run.geometry.fitted.index(layer)
+        broken = {first + head for store_ in stores.values() for head in store_.not_finite}
+        finite.check_heads("capturing attention", broken, run.geometry)
+        data = Collected(
+            context=Context(self.prefix, [bank], preamble=self.target.preamble),
+            conversations=[],
+            train=stores["train"],
+            held_out=stores["held_out"],
         )
-        fitter.study, fitter.held_out, fitter.room = studies["train"], studies["held_out"], self._room
-        broken = {at + K * self.geometry.fitted.index(layer) for study in studies.values() for at in study.not_finite}
-        finite.check_heads("capturing attention", broken, self.geometry)
-        return fitter
-
-    @property
-    def _room(self) -> int:
-        """Scores of a training batch: few, for heads that are trained together have their rows there together."""
-        return max(_SCORES, self._memory // 768)
+        return kind_fit(run, data, training_scores=self.training_scores)
 
     def _read(self, layer: int, text: list[mx.array]) -> Exact | Window:
         """The text through one layer, its hidden states [1, READ, E] replaced piece by piece."""
-        cache = reading.reading_cache(len(self.prefix), self.geometry.windows[layer], prefill=self.config.prefill)
+        g = self.run.geometry
+        cache = reading_cache(len(self.prefix), g.windows[layer], prefill=self.run.config.prefill)
         for i, piece in enumerate(text):
-            after = self._walk.layer(layer, piece, cache)
-            if layer < self.geometry.n_layers - 1:
+            after = self.runner.layer(layer, piece, cache)
+            if layer < g.n_layers - 1:
                 text[i] = after
-            del after, piece  # behind the last layer nobody needs the text: what is not evaluated costs nothing
+            del after, piece  # behind the last layer the text is not needed: what is not evaluated costs nothing
             mx.eval(text[i], cache.state)
             mx.clear_cache()
-        return reading.what_was_read(cache, scale=self.geometry.scale, offset=self._offsets.get(layer))
+        offsets = dict(zip(g.fitted, self.target.offsets, strict=False))  # empty where the keys' mean is taken
+        return what_was_read(cache, scale=g.scale, offset=offsets.get(layer))
 
-    def _hear(
+    def _replay(
         self,
         layer: int,
         make_cache: Callable[[], Any],
-        batches: Sequence[Heard],
-        heard: list[mx.array],
-        studies: Mapping[Split, Study],
+        batches: Sequence[ReplayBatch],
+        hidden: list[mx.array],
+        stores: Mapping[Split, SampleStore],
     ) -> None:
-        """The conversations through one layer behind the whole text; what its attention saw goes to the studies."""
+        """The conversations through one layer behind the whole text; what its attention saw goes to the stores."""
         for i, batch in enumerate(batches):
             cache = make_cache()
-            heard[i] = self._walk.layer(layer, heard[i], cache)
-            mx.eval(heard[i], cache.state)
-            if isinstance(cache, StudyCache):
-                capture.record([cache], studies.values(), batch.places)
+            hidden[i] = self.runner.layer(layer, hidden[i], cache)
+            mx.eval(hidden[i], cache.state)
+            if isinstance(cache, CaptureCache):
+                record([cache], stores.values(), batch.places)

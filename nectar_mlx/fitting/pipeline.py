@@ -1,7 +1,8 @@
 """Fitting: a text goes in, what a .nectar holds comes out.
 
-read the text once -> converse about it -> capture what attention sees in that -> decide each head's budget
--> start every head from Attention Matching at its own budget -> regress -> round, and train on meanwhile -> report
+read the text once -> sample questions and answers about it -> capture what attention sees in them -> decide each
+head's size -> start every head from Attention Matching at its own size -> regress -> round, and train on meanwhile ->
+check
 
 Where the text does not fit the model's window, or its keys and values the memory: chunks.py.
 """
@@ -9,28 +10,38 @@ Where the text does not fit the model's window, or its keys and values the memor
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
-from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
 
-from .. import adapter, decoding, models, prompts, store
-from ..adapter import Geometry
-from ..clock import Clock
+from .. import models, store
+from ..core.clock import Clock
+from ..core.progress import Progress, silent
+from ..core.types import JsonObject, Tokenizer
 from ..errors import NectarError
-from ..heads import KINDS, Bank, Quadrature, Residual
-from ..retrieval.keys import Keys
-from ..store import Layout
-from ..window import window as _window
-from . import chunks, finite, reading, verdict
+from ..heads import AUTO, Bank
+from ..mlxlm import attention_patch, prompts
+from ..mlxlm.window import window as _window
+from ..store import chunking, load
+from ..store.kv_file import KeyFile
+from . import chunks, finite, verdict
+from .budget import affordable_bytes, share_of
+from .check import check
 from .checkpoint import Checkpoint
-from .config import FitConfig, affordable_bytes, free_memory, layout_for, share_of
-from .fitter import Fitter, Progress, silent
-from .retrieval.fitter import RetrievalFitter
+from .config import FitConfig
+from .kinds import HybridFit
+from .prefill import read_text
+from .run import FitRun, free_memory
+from .stages import fit_context
+from .train import merged_errors
+
+_QUESTION_TOKENS = 1024  # of the window, that questions and answers need
+_SMALLEST_CHUNK = 64  # tokens of a text that are worth reading at a time
 
 
 def fit(
     model: nn.Module,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     text: str,
     *,
     config: FitConfig,
@@ -38,7 +49,7 @@ def fit(
     source: str = "",
     progress: Progress = silent,
     checkpoint: Checkpoint | None = None,
-) -> tuple[store.Tensors, store.Metadata, Keys | None]:
+) -> tuple[store.Tensors, store.Metadata, KeyFile | None]:
     """Fits a text -> what a Nectar is made of; see the module's first lines.
 
     name, source: what the file says of the model and the text. checkpoint: where an interrupted fit leaves its work,
@@ -46,11 +57,18 @@ def fit(
     """
     clock, keys = Clock(), None
     finite.check_weights(model)
-    geometry = adapter.route(model)
-    whole = _checked_prefix(tokenizer, text)
-    prefix = whole
-    if config.context_tokens is not None:
-        prefix = prompts.cut(tokenizer, whole, config.context_tokens)
+    run = FitRun(
+        model=model,
+        tokenizer=tokenizer,
+        geometry=attention_patch.route(model),
+        config=config,
+        progress=progress,
+        checkpoint=checkpoint or Checkpoint(None),
+    )
+    if not text.strip():
+        raise NectarError("the text is empty")
+    whole = prompts.prefix(tokenizer, text)
+    prefix = whole if config.context_tokens is None else prompts.cut(tokenizer, whole, config.context_tokens)
     provenance = {
         "model": name or getattr(tokenizer, "name_or_path", ""),
         "model_sha256": models.fingerprint(model),
@@ -58,95 +76,87 @@ def fit(
         "config": asdict(config),
         "source": source,
     }
-    lengths = _chunks(model, tokenizer, prefix, config)
-    layerwise = _needs_layers(model, geometry, config, len(prefix) - sum(lengths) + max(lengths))
-    checkpoint = checkpoint or Checkpoint(None)
-    told: dict[str, Any] = {"config": config, "progress": progress, "checkpoint": checkpoint, "clock": clock}
+    lengths = _chunk_lengths(run, prefix)
+    layerwise = needs_layers(run, len(prefix) - sum(lengths) + max(lengths))
     if len(lengths) > 1 or layerwise:
-        layout, tensors, report = chunks.fit(
-            model, tokenizer, prefix, geometry, chunks=lengths, layerwise=layerwise, **told
-        )
+        tensors, report = chunks.fit(run, prefix, chunks=lengths, layerwise=layerwise, clock=clock)
     else:
-        layout, tensors, report, keys = _fit_whole(model, tokenizer, prefix, geometry, text=text, **told)
+        tensors, report, keys = _fit_whole(run, prefix, text=text, clock=clock)
     kept = sum(x.nbytes for name, x in tensors.items() if name != "prefix")
-    if sentence := verdict.sentence(report, share=kept / geometry.cache_bytes(len(prefix))):
+    if sentence := verdict.sentence(report, share=kept / run.geometry.cache_bytes(len(prefix))):
         report["verdict"] = sentence
     if left_out := len(whole) - len(prefix):
         report["left_out_tokens"] = left_out
     report["seconds"] = clock.laps
-    metadata = store.description(tensors, layout, geometry, provenance=provenance, report=report, chunks=lengths)
+    metadata = store.description(
+        tensors, run.layout, run.geometry, provenance=provenance, report=report, chunks=lengths
+    )
     return tensors, metadata, keys
 
 
 def _fit_whole(
-    model: nn.Module,
-    tokenizer: Any,
-    prefix: Sequence[int],
-    geometry: Geometry,
-    *,
-    text: str,
-    config: FitConfig,
-    progress: Progress,
-    checkpoint: Checkpoint,
-    clock: Clock,
-) -> tuple[Layout, store.Tensors, dict[str, Any], Keys | None]:
-    """All layers of all of the text at once -> heads and report, and the keys, where the kind keeps them."""
-    with progress("reading", len(prefix)) as done:
-        context = reading.read(model, prefix, geometry, prefill=config.prefill, progress=done)
+    run: FitRun, prefix: Sequence[int], *, text: str, clock: Clock
+) -> tuple[store.Tensors, JsonObject, KeyFile | None]:
+    """All layers of all of the text at once -> tensors and report, and the file of keys, where the kind has one."""
+    with run.progress("reading", len(prefix)) as done:
+        context = read_text(run.model, prefix, run.geometry, prefill=run.config.prefill, progress=done)
     clock.lap("read")
-    finite.check_banks("reading", context.banks, geometry)
-    if config.kind == "exact":
-        layout = layout_for(config, geometry, n_layers=len(context.banks))
-        heads = [head for bank in context.banks for head in bank.unstack()]
-        tensors = store.contents(layout, heads, prefix=prefix, windows=context.windows, offsets=context.offsets)
-        return layout, tensors, {}, None
-    make = RetrievalFitter if issubclass(KINDS.get(config.kind, Quadrature), Residual) else Fitter
-    fitter = make(model, tokenizer, context, geometry, config, progress=progress, checkpoint=checkpoint)
-    layout, keys = fitter.layout, None
-    share = share_of(config, geometry, len(prefix))
-    affordable = partial(affordable_bytes, geometry=geometry, layout=layout, n=len(prefix), at_least=share is None)
-    plan, heads = fitter.fit(affordable, share, clock=clock)
-    tensors = store.contents(layout, heads, prefix=prefix, windows=context.windows, offsets=context.offsets)
-    banks: Sequence[Bank] = decoding.banks(layout, tensors)
-    finite.check_banks("rounding", banks, geometry)
-    if isinstance(fitter, RetrievalFitter):
-        keys = fitter.keys(text, nectar=store.digest(tensors))
-        banks = fitter.reading(banks, keys)
+    finite.check_banks("reading", context.banks, run.geometry)
+    finite.check_logits(run.model(mx.array([prefix[-1:]]), cache=context.make_cache()))
+    contents = partial(store.contents, prefix=prefix, windows=context.windows, offsets=context.offsets)
+    if not run.layout.bank.fitted:
+        return contents(run.layout, [head for bank in context.banks for head in bank.unstack()]), {}, None
+    share = share_of(run.config, run.geometry, len(prefix))
+    affordable = partial(
+        affordable_bytes, geometry=run.geometry, layout=run.layout, n=len(prefix), at_least=share is None
+    )
+    kind, plan, heads = fit_context(run, context, affordable, share, clock=clock)
+    tensors, keys = contents(run.layout, heads), None
+    banks: Sequence[Bank] = load.banks(run.layout, tensors)
+    finite.check_banks("rounding", banks, run.geometry)
+    if isinstance(kind, HybridFit):
+        keys = kind.key_file(text, nectar=store.digest(tensors))
+        banks = kind.reading_banks(banks, keys)
         clock.lap("keys")
-    report = {"budget": plan.share, "sizes": plan.sizes, "queries": fitter.study.rows, "error": fitter.errors(banks)}
-    report |= ({"exponent": plan.exponent} if plan.exponent else {}) | fitter.fidelity(banks)
+    report: JsonObject = {
+        "budget": plan.share,
+        "sizes": plan.sizes,
+        "queries": kind.data.train.count,
+        "error": merged_errors(kind, banks),
+    }
+    report |= ({"exponent": plan.exponent} if plan.exponent else {}) | check(run, kind.data, banks)
     clock.lap("check")
-    return layout, tensors, report, keys
+    return tensors, report, keys
 
 
-def _needs_layers(model: nn.Module, geometry: Geometry, config: FitConfig, n: int) -> bool:
-    """Whether the fit goes layer by layer: when it is told to, or when the KV cache would not fit the memory."""
-    keeps_keys = config.kind == "exact" or issubclass(KINDS.get(config.kind, Quadrature), Residual)
-    if config.layerwise and keeps_keys:
+def needs_layers(run: FitRun, n: int) -> bool:
+    """Whether the fit goes layer by layer: when that was chosen, or when the KV cache would not fit the memory."""
+    config, kind = run.config, run.layout.bank
+    if config.layerwise and kind.keeps_keys:
         raise NectarError(
             f"kind {config.kind} keeps the text's keys, and --layerwise forgets them: leave one of them out"
         )
-    if config.layerwise is not None or keeps_keys:
+    if config.layerwise is not None or kind.keeps_keys:
         return bool(config.layerwise)
-    return geometry.cache_bytes(n) * adapter.compute_type(model).size // 2 > (config.memory or free_memory() // 2)
+    cache_bytes = run.geometry.cache_bytes(n) * attention_patch.compute_type(run.model).size // 2
+    return cache_bytes > (config.memory or free_memory() // 2)
 
 
-def _checked_prefix(tokenizer: Any, text: str) -> list[int]:
-    if not text.strip():
-        raise NectarError("the text is empty")
-    return prompts.prefix(tokenizer, text)
-
-
-def _chunks(model: nn.Module, tokenizer: Any, prefix: Sequence[int], config: FitConfig) -> list[int]:
-    """The lengths of the pieces in which the document fits the model's window; one, wherever it can be."""
-    opening, window = prompts.opening(tokenizer), _window(model)
-    room = (window or 1 << 62) - opening - 1024  # questions and answers need positions too
-    tokens = len(prefix) - opening
-    if config.kind == "exact" or tokens <= room:
+def _chunk_lengths(run: FitRun, prefix: Sequence[int]) -> list[int]:
+    """The lengths of the chunks in which the document fits the model's window; one, wherever it can be."""
+    preamble, window = prompts.preamble(run.tokenizer), _window(run.model)
+    room = (window or 1 << 62) - preamble - _QUESTION_TOKENS
+    tokens = len(prefix) - preamble
+    if not run.layout.bank.fitted or tokens <= room:
         return [tokens]
-    if room < 64 or config.kind not in ("auto", "quadrature"):
+    if room < _SMALLEST_CHUNK:
         raise NectarError(
-            f"the text has {len(prefix):,} tokens; the model's window of {window:,} leaves room for {max(0, room):,}: "
-            f"cut it with --context-tokens {max(0, room)}, or fit it chunk by chunk with --kind quadrature"
+            f"the model's window of {window:,} tokens is too small: beside a text, questions and answers take "
+            f"{_QUESTION_TOKENS:,}"
         )
-    return chunks.split(tokens, room)
+    if not run.layout.bank.joinable:
+        raise NectarError(
+            f"the text has {len(prefix):,} tokens; the model's window of {window:,} leaves room for {room:,}: "
+            f"cut it with --context-tokens {room}, or fit it chunk by chunk with --kind {AUTO}"
+        )
+    return chunking.split(tokens, room)

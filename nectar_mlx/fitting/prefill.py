@@ -1,82 +1,119 @@
-"""How a long context is read: the attention of a prefill, dense or sparse, in pieces that no GPU watchdog minds.
+"""Reading a text with the full model: its exact keys and values."""
 
-A sparse prefill reads a context whose dense one would take too long: every token sees its own block and the one
-before it, some columns of all earlier blocks (patterns.Fixed), and the first tokens of the text, which models put the
-attention on that they need nowhere else (attention sinks, arXiv 2309.17453). Its cost grows as n·√n. The hidden states,
-and so the keys and values that are kept, are then not quite those of the model: `nectar evaluate` says what it costs.
-"""
-
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import mlx.core as mx
-from mlx_lm.models.cache import KVCache
+import mlx.nn as nn
+from mlx_lm.models.cache import RotatingKVCache
 
-from .. import attention
-from .._exp import SLOW_EXP
-from ..cache import with_sinks
-from ..sparse import Fixed, sparse_attention
+from ..core.types import Tokenizer
+from ..heads import Exact
+from ..mlxlm import prompts
+from ..mlxlm.attention_patch import Geometry
+from ..mlxlm.cache import NectarCache, Window, make_caches
+from .prefill_attention import Prefill, ReadingCache
 
-Prefill = Literal["dense", "fixed"]
-
-_SUMMARY = 32  # columns of every earlier block that a head sees
-_FIRST = 16  # tokens at the start of the text that everything sees
-_ROOM = 1 << 24  # query-key pairs of one fused call: well under a second a layer on the slowest Mac
+READ = 512  # tokens of a text that are read at a time
 
 
-class ReadingCache(KVCache):
-    """A plain KV cache that holds the `length` tokens of a text without ever growing; prefill: how it attends."""
+@dataclass(frozen=True)
+class Context:
+    """A prefix and its exact keys and values: one `Exact` bank a layer with full attention ([K, n, D] each, positions
+    0 … n-1), and the last window of each other layer, by its index. chunks: lengths of the prefix's last pieces, where
+    each was read on its own (chunks.py). preamble: how many of the first tokens the heads that are fitted here do not
+    stand for, for others will."""
 
-    def __init__(self, length: int, *, prefill: Prefill = "dense"):
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.step = length  # what mlx-lm allocates at a time
-        self._pattern = pattern_for(length) if prefill == "fixed" else None
+    prefix: list[int]
+    banks: list[Exact]
+    windows: dict[int, Window] = field(default_factory=dict)
+    chunks: Sequence[int] = ()
+    preamble: int = 0
 
-    def attend(
-        self,
-        queries: mx.array,
-        keys: mx.array,
-        values: mx.array,
-        *,
-        scale: float,
-        mask: Any,
-        sinks: mx.array | None = None,
-    ) -> mx.array:
-        """queries [B, H, T, D], the last T of the S positions of keys and values [B, K, S, D] -> [B, H, T, D]."""
-        if self._pattern is not None:
-            part = sparse(queries, keys, values, pattern=self._pattern, scale=scale)
-        elif SLOW_EXP:  # three times faster than MLX's own attention there
-            part = attention.causal(queries, keys, values, scale=scale, mask=mask)
+    @property
+    def fitted(self) -> list[Exact]:
+        """The keys and values that heads are fitted to."""
+        return [bank.part(slice(self.preamble, None)) for bank in self.banks]
+
+    @property
+    def length(self) -> int:
+        """How many tokens the heads stand for."""
+        return len(self.prefix) - self.preamble
+
+    @property
+    def start(self) -> int:
+        """The position of the token that follows."""
+        return len(self.prefix) - sum(self.chunks) + max(self.chunks, default=0)
+
+    @property
+    def offsets(self) -> list[mx.array | None]:
+        """What each layer's keys are relative to, [K, D]."""
+        return [bank.offset for bank in self.banks]
+
+    def make_cache(self, make: Callable[..., NectarCache] = NectarCache) -> list[Any]:
+        """One cache a layer; make: as for `make_caches`."""
+        return make_caches(self.banks, self.windows, self.start, make=make)
+
+
+def read_text(
+    model: nn.Module,
+    prefix: Sequence[int],
+    geometry: Geometry,
+    *,
+    prefill: Prefill = "dense",
+    offsets: Sequence[mx.array | None] = (),
+    preamble: int = 0,
+    progress: Callable[[int], None] = lambda n: None,
+) -> Context:
+    """Prefills the prefix, some tokens at a time. progress is told how many tokens are done.
+
+    preamble: as in `Context`. offsets: one [K, D] for each layer with full attention, relative to which its keys are
+    kept (default: their mean).
+    """
+    caches: list[Any] = [reading_cache(len(prefix), window, prefill=prefill) for window in geometry.windows]
+    tokens = mx.array(list(prefix))[None]
+    for start in range(0, len(prefix), READ):
+        model(tokens[:, start : start + READ], cache=caches)
+        mx.eval([c.state for c in caches])
+        mx.clear_cache()
+        progress(min(start + READ, len(prefix)))
+    context = Context(list(prefix), [], preamble=preamble)
+    for layer, cache in enumerate(caches):
+        offset = offsets[len(context.banks)] if len(offsets) > len(context.banks) else None
+        part = what_was_read(cache, scale=geometry.scale, offset=offset)
+        if isinstance(part, Window):
+            context.windows[layer] = part
         else:
-            return _fused(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
-        return (part if sinks is None else with_sinks(part, sinks)).output.astype(queries.dtype)
+            context.banks.append(part)
+    return context
 
 
-def pattern_for(length: int) -> Fixed:
-    return Fixed.balanced(length, summary=_SUMMARY, overlap=True)
+def read_head(model: nn.Module, tokenizer: Tokenizer, prefix: Sequence[int], geometry: Geometry) -> Context:
+    """What a conversation without the text starts behind: the chat template's own tokens in front of it, or the first
+    token of the prefix where there are none."""
+    return read_text(model, prefix[: max(1, len(prompts.head(tokenizer)))], geometry)
 
 
-def sparse(queries: mx.array, keys: mx.array, values: mx.array, *, pattern: Fixed, scale: float) -> attention.Partial:
-    """Attention under the pattern, and to the first tokens of the text for everything after them; shapes as above."""
-    T, S = queries.shape[2], keys.shape[2]
-    part = sparse_attention(queries, keys, values, pattern=pattern, scale=scale)
-    first = min(_FIRST, S)
-    position = mx.arange(S - T, S)[:, None]
-    hidden = pattern.mask(T, S, heads=queries.shape[1], first=first) | (mx.arange(first) > position)
-    ahead = attention.causal(queries, keys[:, :, :first], values[:, :, :first], scale=scale, mask=~hidden[None])
-    return attention.merge(part, ahead)
+def reading_cache(length: int, window: int, *, prefill: Prefill = "dense") -> Any:
+    """For one layer and a text of `length` tokens. window: the layer's sliding window, 0 for full attention."""
+    return RotatingKVCache(window) if window else ReadingCache(length, prefill=prefill)
 
 
-def _fused(queries: mx.array, keys: mx.array, values: mx.array, *, scale: float, **others: Any) -> mx.array:
-    """MLX's attention; for a great many keys, some of the queries at a time."""
-    T, S = queries.shape[2], keys.shape[2]
-    if T * S <= _ROOM or not isinstance(others["mask"], str):
-        return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, **others)
-    outputs = []
-    step = max(32, _ROOM // S)
-    for start in range(0, T, step):
-        stop = min(T, start + step)
-        seen = S - T + stop  # causal: aligned with the end of the keys that are shown
-        k, v = keys[:, :, :seen], values[:, :, :seen]
-        outputs.append(mx.fast.scaled_dot_product_attention(queries[:, :, start:stop], k, v, scale=scale, **others))
-        mx.eval(outputs[-1])
-    return mx.concatenate(outputs, axis=2)
+def what_was_read(cache: Any, *, scale: float, offset: mx.array | None = None) -> Exact | Window:
+    """Takes the keys and values of a whole text out of a `reading_cache`. offset: [K, D], as for `read`."""
+    ring = isinstance(cache, RotatingKVCache)
+    pair = [cache._temporal_order(x) for x in cache.state[:2]] if ring else cache.keys_and_values()
+    window = cache.max_size if ring else 0
+    keys, values = (mx.contiguous(x[0, :, -window:]) for x in pair)  # read in chunks, a ring outgrows its window
+    cache.keys = cache.values = None
+    mx.eval(keys, values)
+    if ring:
+        return Window(keys, values, window)
+    sizes = ((keys.shape[1],),) * keys.shape[0]
+    if offset is None:
+        offset = keys.astype(mx.float32).mean(1).astype(mx.bfloat16)  # as a file keeps it
+    # 16 bits hold the difference of two such numbers of about one size exactly.
+    keys = (keys.astype(mx.float32) - offset.astype(mx.float32)[:, None]).astype(keys.dtype)
+    mx.eval(keys, offset)
+    return Exact(parameters={"keys": keys, "values": values}, sizes=sizes, scale=scale, offset=offset)

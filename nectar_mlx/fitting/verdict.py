@@ -1,22 +1,25 @@
 """How close a finished file's answers are to those with the whole text in view, in figures and in one sentence."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 
+from ..core.types import JsonObject
 from ..errors import NectarError
 from .fidelity import Divergence
 
 CLOSE, USABLE = 0.98, 0.90  # of the gap closed
 # In nats a token: where a text changes little, a share of that little says nothing.
 CLOSE_KL, USABLE_KL = 0.01, 0.05
+USABLE_KL_GAP = 0.5  # of the gap closed, that `USABLE_KL` needs: with less, answers are more those without the text
+_ROUNDING = 1e-5  # nats that rounding errors come to
 EXPONENT = 1.7  # KL falls with so much of a power of the bytes, where nothing better is known (docs/log/budgets.md)
 
 Grade = Literal["close", "usable", "not faithful"]
 
 
-def measured(ours: Divergence, no_context: Divergence) -> dict[str, Any]:
+def measured(ours: Divergence, no_context: Divergence) -> JsonObject:
     """The check's figures, for the report: `kl` and `agree` with the full cache, `kl_no_context` of the model that
     never saw the text, and `gap_closed` = 1 - kl / kl_no_context. NectarError if one is not finite."""
     kl, floor = float(ours.kl.mean()), float(no_context.kl.mean())
@@ -25,32 +28,37 @@ def measured(ours: Divergence, no_context: Divergence) -> dict[str, Any]:
     return _figures(kl, float(ours.agree.mean()), floor)
 
 
-def mean(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def mean(parts: Sequence[JsonObject]) -> JsonObject:
     """The figures of several chunks as one."""
     return _figures(*(sum(p[name] for p in parts) / len(parts) for name in ("kl", "agree", "kl_no_context")))
 
 
-def _figures(kl: float, agree: float, floor: float) -> dict[str, Any]:
-    gap = 1 - kl / max(floor, 1e-9)
+def _figures(kl: float, agree: float, floor: float) -> JsonObject:
+    kl, floor = max(kl, 0.0), max(floor, 0.0)
+    gap = 1.0 if kl <= _ROUNDING else 1 - kl / max(floor, _ROUNDING)
     return {"kl": round(kl, 5), "agree": round(agree, 4), "kl_no_context": round(floor, 5), "gap_closed": round(gap, 4)}
 
 
-def grade(report: Mapping[str, Any]) -> Grade | None:
+def grade(report: JsonObject) -> Grade | None:
     """None for files that do not say, and for those that keep every key."""
-    if "gap_closed" not in report:
+    if not all(isinstance(report.get(name), int | float) for name in ("gap_closed", "kl")):
         return None
     gap, kl = report["gap_closed"], report["kl"]
     if gap >= CLOSE or kl <= CLOSE_KL:
         return "close"
-    return "usable" if gap >= USABLE or kl <= USABLE_KL else "not faithful"
+    usable = gap >= USABLE or (kl <= USABLE_KL and gap >= USABLE_KL_GAP)
+    return "usable" if usable else "not faithful"
 
 
-def sentence(report: Mapping[str, Any], *, share: float) -> str:
+def sentence(report: JsonObject, *, share: float) -> str:
     """The verdict for a person. share: bytes kept / bytes of the bf16 KV cache."""
     reached = grade(report)
     if reached is None:
         return ""
-    figures = f"{report['gap_closed']:.1%} of what the text changes is kept, KL {report['kl']:.4f}"
+    gap, kl = report["gap_closed"], report["kl"]
+    figures = f"{max(gap, 0):.1%} of what the text changes is kept, KL {kl:.4f}"
+    if gap < USABLE and reached != "not faithful":
+        figures = f"KL {kl:.4f}, where the whole text changes answers by {report['kl_no_context']:.4f}"
     if reached == "close":
         return f"Close to the full text: {figures}."
     more = f"a budget of about {_larger(report, share)} would be close to it"
@@ -59,9 +67,9 @@ def sentence(report: Mapping[str, Any], *, share: float) -> str:
     return f"Not faithful to the text: {figures}. Fit it again with a larger budget: {more}."
 
 
-def _larger(report: Mapping[str, Any], share: float) -> str:
+def _larger(report: JsonObject, share: float) -> str:
     """The budget at which the gap is expected to be closed, as a percentage."""
-    target = (1 - CLOSE) * report["kl_no_context"]
-    needed = share * (report["kl"] / max(target, 1e-9)) ** (1 / report.get("exponent", EXPONENT))
+    target = max((1 - CLOSE) * report["kl_no_context"], CLOSE_KL)
+    needed = share * (report["kl"] / target) ** (1 / report.get("exponent", EXPONENT))
     percent = 100 * min(1.0, max(needed, 1.25 * share))
     return f"{percent:.0f}%" if percent >= 2 else f"{percent:.1g}%"

@@ -7,26 +7,30 @@ from .base import Bank, HeadArrays, Size
 from .completion import Completion
 from .corrected import Corrected
 from .exact import Exact, Weighed
+from .hybrid import HybridHead, Retrieval
 from .mlp import TargetScore
 from .quadrature import Quadrature
-from .remainder import Remainder
-from .residual import Residual, Retrieval
+from .thresholded import ThresholdedNodes
 
-_ALL: tuple[type[Bank], ...] = (Quadrature, TargetScore, Corrected, Exact, Retrieval, Completion, Remainder)
+_ALL: tuple[type[Bank], ...] = (Quadrature, TargetScore, Corrected, Exact, Retrieval, Completion, ThresholdedNodes)
 KINDS: dict[str, type[Bank]] = {bank.kind: bank for bank in _ALL}
+AUTO = Quadrature.kind  # what serves best where nothing is chosen
+ALIASES = {"retrieval+nectar": "hybrid"}  # names of before, in files and commands
 
 __all__ = [
+    "ALIASES",
+    "AUTO",
     "KINDS",
     "Bank",
     "Completion",
     "Corrected",
     "Exact",
     "HeadArrays",
+    "HybridHead",
     "Quadrature",
-    "Remainder",
-    "Residual",
     "Retrieval",
     "Size",
     "TargetScore",
+    "ThresholdedNodes",
     "Weighed",
 ]

@@ -6,7 +6,9 @@ from typing import ClassVar, Self
 
 import mlx.core as mx
 
-from ..attention import Partial, group, ungroup
+from ..core.attention import Partial, group, ungroup
+from ..core.quantize import Stored
+from .work import DecodeWork
 
 HeadArrays = dict[str, mx.array]  # the parameters of one head, unpadded, as they are stored; or of a bank, stacked
 Size = tuple[int, ...]
@@ -28,6 +30,14 @@ class Bank:
     offset: mx.array | None = None
 
     kind: ClassVar[str]
+    # Of a stored matrix entry unless a fit sets another; None: every row in as many as it needs.
+    default_bits: ClassVar[int | None] = 8
+    learning_rate: ClassVar[float] = 6e-3  # of its regression
+    fitted: ClassVar[bool] = True  # whether it is fitted at all; else the heads are the context's own keys
+    trainable: ClassVar[bool] = True  # whether its parameters are trained
+    joinable: ClassVar[bool] = False  # whether the heads of a text's chunks can be joined (`store.chunking`)
+    keeps_keys: ClassVar[bool] = False  # whether the context's own keys are kept, in the heads or beside them
+    decodes_stored: ClassVar[bool] = True  # whether the decode kernel can read the parameters as they are stored
     padding: ClassVar[dict[str, float]] = {}  # what neutral padding is where it is not zero
 
     def __call__(self, queries: mx.array) -> Partial:
@@ -42,6 +52,19 @@ class Bank:
         """The functions with other parameters of the same shapes: pure, and differentiable in `parameters`."""
         raise NotImplementedError
 
+    def without_retrieval(self) -> "Bank":
+        """The heads as they answer if no key is read exactly."""
+        return self
+
+    @classmethod
+    def stored_without_retrieval(cls, head: Stored) -> Stored:
+        """The parameters of a head of `without_retrieval`, as they are stored."""
+        return head
+
+    def decode_work(self) -> DecodeWork | None:
+        """What the decode kernel does for these heads; None if plain operations alone evaluate them."""
+        return None
+
     @classmethod
     def shapes(cls, size: Size, head_dim: int) -> dict[str, tuple[int, ...]]:
         """The name and shape of every parameter of one head of this size, in storage order."""
@@ -50,6 +73,16 @@ class Bank:
     @classmethod
     def size_of(cls, head: HeadArrays) -> Size:
         """The size that `shapes` needs to describe this head."""
+        raise NotImplementedError
+
+    @classmethod
+    def size_for(cls, units: int) -> Size:
+        """The one size of this kind with so many nodes or hidden units: budgets buy units."""
+        return (units,)
+
+    @classmethod
+    def size_with(cls, *, nodes: int, units: int, layers: int) -> Size:
+        """The size with so many nodes, hidden units and hidden layers, of which a kind takes what it has."""
         raise NotImplementedError
 
     @classmethod

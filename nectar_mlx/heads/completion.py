@@ -15,34 +15,34 @@ from typing import ClassVar
 
 import mlx.core as mx
 
-from .._exp import SLOW_EXP, exp
-from ..attention import Partial
+from ..core.attention import EMPTY, Partial, join
+from ..core.device import device
+from ..core.exp import exp
 from .base import HeadArrays, Size
-from .residual import NOTHING, Residual, Retrieved, shared
-
-_ROOM = 1 << 22 if SLOW_EXP else 1 << 28  # numbers about the features, a token at a time
+from .hybrid import HybridHead, Retrieved, shared
 
 
-class Completion(Residual):
+class Completion(HybridHead):
     """w_query, w_key, means = S / u [F, D], b_query, b_key, log_count = log u [F] a head, and anchors; size = (F,)."""
 
     kind = "completion"
-    padding: ClassVar = {"b_query": NOTHING, "b_key": NOTHING}
+    decodes_stored = False  # nodes are computed from them
+    padding: ClassVar = {"b_query": EMPTY, "b_key": EMPTY}
 
     def nodes(self, parameters: HeadArrays) -> HeadArrays:
         p = parameters
         return {"keys": p["w_query"] / self.scale, "values": p["means"], "bias": p["b_query"] + p["log_count"]}
 
-    def rest(self, parameters: HeadArrays, queries: mx.array, retrieved: Retrieved) -> Partial:
+    def complement(self, parameters: HeadArrays, queries: mx.array, retrieved: Retrieved) -> Partial:
         M, F = parameters["b_key"].shape
         k, D = retrieved.keys.shape[2:]
-        step = max(1, _ROOM // (M * F * max(k, D)))
+        step = max(1, device().max_batch_scores // (M * F * max(k, D)))
         parts = []
         for start in range(0, queries.shape[1], step):
             part = Retrieved(*(x[:, start : start + step] for x in retrieved))
             parts.append(self._without(parameters, queries[:, start : start + step], part))
             mx.eval(parts[-1])
-        return Partial(*(mx.concatenate(list(xs), axis=1) for xs in zip(*parts, strict=True)))
+        return join(parts, axis=1)
 
     def _without(self, p: HeadArrays, queries: mx.array, retrieved: Retrieved) -> Partial:
         """queries [M, N, G, D]; every retrieved key's share of each feature is taken out of the summary."""
@@ -53,7 +53,7 @@ class Completion(Residual):
         left = count - shares.sum(2)
         alive = left > 1e-3 * count
         sums = (count[..., None] * p["means"][:, None]) - shares.swapaxes(2, 3) @ retrieved.values.astype(mx.float32)
-        remaining = mx.where(alive, mx.log(mx.maximum(left, 1e-9)), NOTHING)
+        remaining = mx.where(alive, mx.log(mx.maximum(left, 1e-9)), EMPTY)
         logs = query_features(p, queries.reshape(M, N * G, D)).reshape(M, N, G, -1) + remaining[:, :, None]
         return shared(logs, sums / mx.maximum(left, 1e-9)[..., None] * alive[..., None])
 

@@ -7,10 +7,13 @@ from typing import ClassVar
 
 import mlx.core as mx
 
-from ..attention import Partial, weighted
+from ..core.attention import Partial, weighted
 from .base import Bank, HeadArrays, Size
 from .mlp import silu
-from .quadrature import Quadrature
+from .quadrature import NODES, Quadrature
+from .work import DecodeWork, WorkItem, WorkKind
+
+_GATED = WorkItem(WorkKind.GATED, matrices=("w_gate", "w_up", "w_out"), scalars=("b_gate", "b_up", "w_score"))
 
 
 class Corrected(Bank):
@@ -28,12 +31,23 @@ class Corrected(Bank):
         output = nodes.output + hidden @ p["w_out"] + p["b_out"][:, None]
         return Partial(output, nodes.log_normalizer + (hidden @ p["w_score"][..., None])[..., 0] + p["b_score"])
 
+    def decode_work(self) -> DecodeWork:
+        return DecodeWork((NODES, _GATED), constants=("b_out", "b_score"))
+
     @classmethod
     def shapes(cls, size: Size, head_dim: int) -> dict[str, tuple[int, ...]]:
         nodes, units = size
         hidden = {"w_gate": (units, head_dim), "b_gate": (units,), "w_up": (units, head_dim), "b_up": (units,)}
         out = {"w_out": (units, head_dim), "w_score": (units,), "b_out": (head_dim,), "b_score": (1,)}
         return Quadrature.shapes((nodes,), head_dim) | hidden | out
+
+    @classmethod
+    def size_for(cls, units: int) -> Size:
+        return (units, max(4, units // 6))
+
+    @classmethod
+    def size_with(cls, *, nodes: int, units: int, layers: int) -> Size:
+        return (nodes, units)
 
     @classmethod
     def size_of(cls, head: HeadArrays) -> Size:

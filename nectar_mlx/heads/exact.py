@@ -6,7 +6,7 @@ from typing import Self
 
 import mlx.core as mx
 
-from ..attention import Partial, exact
+from ..core.attention import Partial, exact
 from .base import Bank, HeadArrays, Size
 
 
@@ -15,6 +15,9 @@ class Exact(Bank):
     the same for all heads."""
 
     kind = "exact"
+    default_bits = 16
+    fitted = trainable = False
+    keeps_keys = True
 
     def apply(self, parameters: HeadArrays, queries: mx.array) -> Partial:
         return exact(queries, parameters["keys"], parameters["values"], scale=self.scale)
@@ -58,8 +61,8 @@ class Weighed(Exact):
         return cls(parameters=parameters, sizes=bank.sizes, scale=bank.scale, offset=bank.offset)
 
     def apply(self, parameters: HeadArrays, queries: mx.array) -> Partial:
-        keys, values, bias = (parameters[n] for n in ("keys", "values", "bias"))
-        return exact(queries, keys, values, bias=bias, scale=self.scale)
+        p = parameters
+        return exact(queries, p["keys"], p["values"], bias=p["bias"], scale=self.scale)
 
     @classmethod
     def shapes(cls, size: Size, head_dim: int) -> dict[str, tuple[int, ...]]:

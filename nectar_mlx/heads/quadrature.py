@@ -7,19 +7,28 @@ from typing import ClassVar
 
 import mlx.core as mx
 
-from ..attention import Partial, weighted
+from ..core.attention import EMPTY, Partial, weighted
 from .base import Bank, HeadArrays, Size
+from .work import DecodeWork, WorkItem, WorkKind
+
+NODES = WorkItem(WorkKind.NODES, matrices=("keys", "values"), scalars=("bias",))
 
 
 class Quadrature(Bank):
     """keys, values [m, D] and bias [m] a head; size = (m,). Padding nodes have weight zero."""
 
     kind = "quadrature"
-    padding: ClassVar = {"bias": -1e30}
+    default_bits = None
+    learning_rate = 1.5e-2
+    joinable = True
+    padding: ClassVar = {"bias": EMPTY}
 
     def apply(self, parameters: HeadArrays, queries: mx.array) -> Partial:
-        keys, values, bias = (parameters[n] for n in ("keys", "values", "bias"))
-        return weighted(queries, keys, values, bias=bias, scale=self.scale)
+        p = parameters
+        return weighted(queries, p["keys"], p["values"], bias=p["bias"], scale=self.scale)
+
+    def decode_work(self) -> DecodeWork:
+        return DecodeWork((NODES,))
 
     @classmethod
     def shapes(cls, size: Size, head_dim: int) -> dict[str, tuple[int, ...]]:
@@ -29,6 +38,10 @@ class Quadrature(Bank):
     @classmethod
     def size_of(cls, head: HeadArrays) -> Size:
         return (head["bias"].shape[0],)
+
+    @classmethod
+    def size_with(cls, *, nodes: int, units: int, layers: int) -> Size:
+        return (nodes,)
 
     @property
     def head_dim(self) -> int:

@@ -5,47 +5,46 @@ hidden units or rows of a linear path. Each block is one contiguous span (its ma
 threadgroup streams. All places are in 32-bit words, every span starts at a multiple of 16 bytes:
 
     heads   n_kv_heads x (first block, end of its node blocks, end of its blocks, place of its constants)
-    plan    blocks x (KV head, kind, rows, place)
+    plan    blocks x (KV head, `WorkKind`, rows, place)
     offsets n_kv_heads x [D] float32: what a head's keys are relative to (`Bank.offset`), if there is anything
     spans   one a block
     constants of each head: b_out [D], b_score, 0, 0, 0 (float32)
 
-metal/decode.metal gives the meaning of the kinds. A matrix is rows of `HEAD_DIM` values in the storage type and, where
-it is quantised, the rows' float16 scales behind it.
+A kind of head says what its work is (`Bank.decode_work`). A matrix is rows of `HEAD_DIM` values in the storage type
+and, where it is quantised, the rows' float16 scales behind it.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 import numpy as np
 
+from ..core.quantize import Quantized, Stored, quantize
+from ..core.types import AnyArray, FloatArray, WordArray
 from ..errors import NectarError
-from ..heads import Bank, Corrected, HeadArrays, Quadrature, TargetScore
-from ..quantize import Quantized, Stored, group_size, quantize
+from ..heads import Bank
+from ..heads.work import Layer, Network, WorkItem, WorkKind
 
-NODES, GATED, PLAIN, SCORE, LINEAR, GIVEN, GIVEN_SCORE = range(7)
-SLOTS = 64
 DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
-Words = np.ndarray[Any, np.dtype[np.uint32]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Form:
-    """What of a packed layer the choice of a kernel depends on; `slots` is the number of counters for one launch.
+    """What of a packed layer the choice of a kernel depends on.
 
     `flight` and `tile` are for trials: what `Variant` calls so, instead of what is known to be good.
     """
 
-    kind: str
+    kind: str  # of the heads
+    work: frozenset[WorkKind]
     storage: str  # float16, bfloat16, float32, int8 or int4
     n_kv_heads: int
     head_dim: int
     scale: float
     blocks: int
-    slots: int
     backend: str
+    one_launch: bool = False  # whether one launch both reads and merges
     offset: bool = False  # whether keys are relative to something
     flight: int | None = None
     tile: int | None = None
@@ -53,20 +52,12 @@ class Form:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Packed:
-    """One layer's parameters for the decode kernel, `words` as described above.
-
-    `deep` holds the hidden layers of networks with more than one, stacked to [K, ...]: those run as stock matmuls.
-    `tickets` count the threadgroups that are done with a KV head, [K] each, where one launch does everything: launches
-    of one layer that may be under way at once take different ones. `checked`: whether a kernel must have computed the
-    right thing elsewhere before it is launched on this layer.
-    """
+    """One layer's parameters for the decode kernel: `words` as described above, and the hidden layers of networks that
+    have more than one, which run as stock matmuls."""
 
     words: mx.array
     form: Form
-    deep: HeadArrays = field(default_factory=dict)
-    tickets: list[mx.array] = field(default_factory=list)
-    plans: dict[Any, Any] = field(default_factory=dict)  # by shapes: what `kernels` launches
-    checked: bool = True
+    networks: tuple[Network, ...] = ()
 
     @property
     def n_kv_heads(self) -> int:
@@ -74,45 +65,14 @@ class Packed:
 
     def copy(self) -> "Packed":
         """The same in memory of its own."""
-        words, tickets = self.words + mx.array(0, mx.uint32), [t + mx.array(0, mx.int32) for t in self.tickets]
-        mx.eval(words, tickets, self.deep)
-        return replace(self, words=words, tickets=tickets, plans={})
+        words = self.words + mx.array(0, mx.uint32)
+        mx.eval(words, self.networks)
+        return replace(self, words=words)
 
     @property
     def nbytes(self) -> int:
-        return int(self.words.nbytes) + sum(a.nbytes for a in self.deep.values())
-
-
-@dataclass(frozen=True)
-class _Work:
-    """Rows of one kind for one head: matrices [rows, D] and scalars [rows, n]."""
-
-    kind: int
-    matrices: tuple["_Matrix", ...]
-    scalars: np.ndarray[Any, np.dtype[np.float32]]
-
-    @property
-    def row_bytes(self) -> int:
-        return sum(m.row_bytes for m in self.matrices) + 4 * int(self.scalars.shape[1])
-
-    def span(self, start: int, stop: int) -> list[Words]:
-        return [*(m.words(start, stop) for m in self.matrices), _words(self.scalars[start:stop])]
-
-
-@dataclass(frozen=True)
-class _Matrix:
-    """Rows as the bytes that the kernel reads: data [rows, n] and scales [rows, D / group] (or none)."""
-
-    data: np.ndarray[Any, Any]
-    scales: np.ndarray[Any, Any] | None
-
-    @property
-    def row_bytes(self) -> int:
-        return int(self.data[:1].nbytes) + (0 if self.scales is None else int(self.scales[:1].nbytes))
-
-    def words(self, start: int, stop: int) -> Words:
-        data = self.data[start:stop].tobytes()
-        return _words(data if self.scales is None else data + self.scales[start:stop].tobytes())
+        layers = [layer for network in self.networks for layer in network]
+        return int(self.words.nbytes) + sum(layer.weights.nbytes + layer.bias.nbytes for layer in layers)
 
 
 def pack(
@@ -125,37 +85,37 @@ def pack(
     backend: str = "metal",
     one_launch: bool = False,
 ) -> Packed:
-    """Lay out one layer's bank (M = n_kv_heads heads of kind quadrature, mlp or corrected, ragged sizes).
+    """Lay out one layer's bank (M = n_kv_heads heads, ragged sizes).
 
     dtype: of the matrices with bits = 16, which means "not quantised"; by default the parameters' own. bits 8 and 4
     quantise as `quantize` does. heads: the heads' parameters, unpadded, instead of the bank's own; matrices may be
     `Quantized` already, in as many bits. blocks: threadgroups to cut a layer into.
-    backend: where it will be read. one_launch: keep the counters that merging in one launch needs.
+    backend: where it will be read. one_launch: whether one launch will both read and merge.
     Raises NectarError for a kind or head_dim that the kernel does not know.
     """
     heads = heads or [dict(head) for head in bank.unstack()]
-    if bank.kind not in _WORK:
-        raise NectarError(f"no kernel evaluates heads of kind {bank.kind!r}: use one of {', '.join(_WORK)}")
+    work = bank.decode_work()
+    if work is None:
+        raise NectarError(f"no kernel evaluates heads of kind {bank.kind!r}: decode with plain operations")
     storage = f"int{bits}" if bits < 16 else _name(dtype or next(iter(bank.parameters.values())).dtype)
-    deep = _deep(bank, dtype or mx.float16) if isinstance(bank, TargetScore) and max(bank.sizes[0][1::2]) > 1 else {}
-    target_units = deep["target.b_in"].shape[1] if deep else 0
-    work = [_WORK[bank.kind](_Reader(head, storage, target_units)) for head in heads]
     offset = None if bank.offset is None else np.array(bank.offset.astype(mx.float32))
-    words, n = _layout([w for w, _ in work], [c for _, c in work], blocks, offset)
-    tickets = [mx.array(np.zeros(len(heads), np.int32)) for _ in range(SLOTS * one_launch)]
+    rows = [[_rows(head, item, storage) for item in work.items] for head in heads]
+    words, n_blocks = _layout(rows, [_constants(head, work.constants) for head in heads], blocks, offset)
     form = Form(
-        kind="deep" if deep else bank.kind,
+        kind=bank.kind,
+        work=work.kinds,
         storage=storage,
         n_kv_heads=len(heads),
         head_dim=bank.head_dim,
         scale=bank.scale,
-        blocks=n,
-        slots=len(tickets),
+        blocks=n_blocks,
         backend=backend,
+        one_launch=one_launch,
         offset=offset is not None,
     )
+    networks = tuple(_cast(network, dtype or mx.float16) for network in work.networks)
     # Results of a computation lie in the device's memory; on CUDA what numpy hands over does not.
-    return Packed(words=mx.array(words), form=form, deep=deep, tickets=tickets).copy()
+    return Packed(words=mx.array(words), form=form, networks=networks).copy()
 
 
 def _name(dtype: mx.Dtype) -> str:
@@ -165,146 +125,147 @@ def _name(dtype: mx.Dtype) -> str:
     raise NectarError(f"parameters of type {dtype} cannot be packed: use float16, bfloat16 or float32")
 
 
-class _Reader:
-    """One head's parameters in the form the kernel wants."""
-
-    def __init__(self, head: Stored, storage: str, target_units: int) -> None:
-        self.head, self.storage, self.target_units = head, storage, target_units
-
-    def matrix(self, *names: str) -> _Matrix:
-        parts = [self._matrix(self.head[n]) for n in names]
-        scales = [p.scales for p in parts if p.scales is not None]
-        return _Matrix(np.concatenate([p.data for p in parts]), np.concatenate(scales) if scales else None)
-
-    def _matrix(self, x: mx.array | Quantized) -> _Matrix:
-        if self.storage.startswith("int"):
-            q = x if isinstance(x, Quantized) else quantize(x, bits=int(self.storage[3:]))
-            return _Matrix(np.array(q.data), np.array(q.scales))
-        if isinstance(x, Quantized):
-            raise NectarError(f"quantised parameters cannot be packed as {self.storage}: pass their number of bits")
-        return _Matrix(np.array(x.astype(DTYPES[self.storage]).view(mx.uint8)), None)
-
-    def vector(self, name: str) -> np.ndarray[Any, np.dtype[np.float32]]:
-        x = self.head[name]
-        assert isinstance(x, mx.array), name
-        return np.array(x.astype(mx.float32)).reshape(-1)
-
-    def constants(self, out: str, score: str) -> np.ndarray[Any, np.dtype[np.float32]]:
-        return np.concatenate([self.vector(out), self.vector(score)[:1]])
+def _cast(network: Network, dtype: mx.Dtype) -> Network:
+    """In the type that stock matmuls take it in."""
+    return tuple(Layer(layer.weights.astype(dtype), layer.bias.astype(dtype)) for layer in network)
 
 
-def _columns(*vectors: Any) -> np.ndarray[Any, np.dtype[np.float32]]:
-    return np.stack(vectors, axis=1).astype(np.float32)
+@dataclass(frozen=True)
+class _Matrix:
+    """Rows as the bytes that the kernel reads: data [rows, n] and scales [rows, D / group] (or none)."""
+
+    data: AnyArray
+    scales: AnyArray | None
+
+    @property
+    def row_bytes(self) -> int:
+        return int(self.data[:1].nbytes) + (0 if self.scales is None else int(self.scales[:1].nbytes))
+
+    def words(self, start: int, stop: int) -> WordArray:
+        data = self.data[start:stop].tobytes()
+        return _words(data if self.scales is None else data + self.scales[start:stop].tobytes())
 
 
-def _quadrature(r: _Reader) -> tuple[list[_Work], Any]:
-    return [_Work(NODES, (r.matrix("keys"), r.matrix("values")), _columns(r.vector("bias")))], np.zeros(0, np.float32)
+@dataclass(frozen=True)
+class _Rows:
+    """A `WorkItem` of one head: matrices [rows, D] and scalars [rows, n]."""
+
+    kind: WorkKind
+    matrices: list[_Matrix]
+    scalars: FloatArray
+
+    def __len__(self) -> int:
+        return len(self.scalars)
+
+    @property
+    def nbytes(self) -> int:
+        return len(self) * (sum(m.row_bytes for m in self.matrices) + 4 * int(self.scalars.shape[1]))
+
+    def span(self, start: int, stop: int) -> list[WordArray]:
+        return [*(m.words(start, stop) for m in self.matrices), _words(self.scalars[start:stop].tobytes())]
 
 
-def _corrected(r: _Reader) -> tuple[list[_Work], Any]:
-    scalars = _columns(r.vector("b_gate"), r.vector("b_up"), r.vector("w_score"))
-    gated = _Work(GATED, (r.matrix("w_gate"), r.matrix("w_up"), r.matrix("w_out")), scalars)
-    return [*_quadrature(r)[0], gated], r.constants("b_out", "b_score")
+def _rows(head: Stored, item: WorkItem, storage: str) -> _Rows:
+    matrices = [_matrix(head, names, storage) for names in item.matrices]
+    vectors = {name: _vector(head, name) for name in item.scalars if isinstance(name, str)}
+    count = len(matrices[0].data) if matrices else len(next(iter(vectors.values())))
+    columns = [vectors[x] if isinstance(x, str) else x + np.arange(count) for x in item.scalars]
+    return _Rows(item.kind, matrices, np.stack(columns, axis=1).astype(np.float32))
 
 
-def _networks(r: _Reader) -> tuple[list[_Work], Any]:
-    w_score = r.vector("score.w_out")
-    skip = r.matrix("target.skip", "score.skip")
-    work = [_Work(LINEAR, (skip,), _columns(np.arange(len(skip.data))))]
-    if r.target_units:
-        n = len(r.vector("target.b_in"))
-        work += [
-            _Work(GIVEN, (r.matrix("target.w_out"),), _columns(np.arange(n))),
-            _Work(GIVEN_SCORE, (), _columns(r.target_units + np.arange(len(w_score)), w_score)),
-        ]
-    else:
-        target = (r.matrix("target.w_in"), r.matrix("target.w_out"))
-        work += [
-            _Work(PLAIN, target, _columns(r.vector("target.b_in"))),
-            _Work(SCORE, (r.matrix("score.w_in"),), _columns(r.vector("score.b_in"), w_score)),
-        ]
-    return work, r.constants("target.b_out", "score.b_out")
+def _matrix(head: Stored, names: str | tuple[str, ...], storage: str) -> _Matrix:
+    if isinstance(names, tuple):
+        parts = [_matrix(head, name, storage) for name in names]
+        scales = [part.scales for part in parts if part.scales is not None]
+        return _Matrix(np.concatenate([part.data for part in parts]), np.concatenate(scales) if scales else None)
+    x = head[names]
+    if storage.startswith("int"):
+        q = x if isinstance(x, Quantized) else quantize(x, bits=int(storage[3:]))
+        return _Matrix(np.array(q.data), np.array(q.scales))
+    if isinstance(x, Quantized):
+        raise NectarError(f"quantised parameters cannot be packed as {storage}: pass their number of bits")
+    return _Matrix(np.array(x.astype(DTYPES[storage]).view(mx.uint8)), None)
 
 
-_WORK = {Quadrature.kind: _quadrature, Corrected.kind: _corrected, TargetScore.kind: _networks}
+def _vector(head: Stored, name: str) -> FloatArray:
+    x = head[name]
+    assert isinstance(x, mx.array), name
+    return np.array(x.astype(mx.float32)).reshape(-1)
 
 
-def _deep(bank: TargetScore, dtype: mx.Dtype) -> HeadArrays:
-    """The hidden layers only, in the type that stock matmuls take them in."""
-    outer = ("w_out", "b_out", "skip")
-    return {n: a.astype(dtype) for n, a in bank.parameters.items() if not n.endswith(outer)}
+def _constants(head: Stored, names: tuple[str, str] | None) -> WordArray:
+    vectors = [_vector(head, name) for name in names or ()]
+    return _words(b"".join(vector.tobytes() for vector in vectors))
 
 
 def _layout(
-    work: Sequence[Sequence[_Work]], constants: Sequence[Any], blocks: int, offset: np.ndarray[Any, Any] | None
-) -> tuple[Words, int]:
-    """All heads' work -> the buffer and the number of blocks. offset: `Bank.offset`."""
-    flat = [w for head in work for w in head]
-    heads: list[tuple[int, ...]] = []
+    heads: Sequence[Sequence[_Rows]], constants: Sequence[WordArray], blocks: int, offset: FloatArray | None
+) -> tuple[WordArray, int]:
+    """All heads' rows -> the buffer and the number of blocks. offset: `Bank.offset`."""
+    table: list[tuple[int, ...]] = []  # of heads
     plan: list[tuple[int, ...]] = []
-    spans: list[Words] = []
-    at = 0  # words after the tables
-
-    def place(parts: list[Words]) -> int:
-        nonlocal at
-        start = at
-        spans.extend(parts)
-        at += sum(len(p) for p in parts)
-        return start
-
-    pieces = iter(_pieces([w.row_bytes * len(w.scalars) for w in flat], [len(w.scalars) for w in flat], blocks))
-    for k, head in enumerate(work):
-        first = nodes = len(plan)
-        for w in head:
-            rows, cut = len(w.scalars), next(pieces)
-            for i in range(cut):
-                start, stop = rows * i // cut, rows * (i + 1) // cut
-                plan.append((k, w.kind, stop - start, place(w.span(start, stop))))
-            nodes = len(plan) if w.kind == NODES else nodes
-        heads.append((first, nodes, len(plan), place([_words(constants[k])])))
-    table = np.array([*heads, *plan], np.uint32)
-    before = [table.reshape(-1), _words(b"" if offset is None else offset)]
-    table[:, 3] += sum(len(part) for part in before)
+    spans: list[WordArray] = []
+    place = 0  # of the next span, in words after the tables
+    cuts = _cuts([rows for head in heads for rows in head], blocks)
+    for k, (head, constant) in enumerate(zip(heads, constants, strict=True)):
+        first = node_stop = len(plan)
+        for rows in head:
+            for start, stop in _evenly(len(rows), next(cuts)):
+                plan.append((k, rows.kind, stop - start, place))
+                span = rows.span(start, stop)
+                spans += span
+                place += sum(len(words) for words in span)
+            node_stop = len(plan) if rows.kind == WorkKind.NODES else node_stop
+        table.append((first, node_stop, len(plan), place))
+        spans.append(constant)
+        place += len(constant)
+    tables = np.array([*table, *plan], np.uint32)
+    offsets = _words(b"" if offset is None else offset.tobytes())
+    tables[:, 3] += tables.size + len(offsets)
     padding = np.zeros(4, np.uint32)  # Metal: a buffer of at least eight values stays in the device address space
-    return np.concatenate([*before, *spans, padding]), len(plan)
+    return np.concatenate([tables.reshape(-1), offsets, *spans, padding]), len(plan)
 
 
-def _pieces(nbytes: Sequence[int], rows: Sequence[int], blocks: int) -> list[int]:
-    """How many blocks each piece of work is cut into: `blocks` in all where there are rows enough, the largest block
-    as small as can be."""
-    pieces = [min(1, n) for n in rows]
-    for _ in range(blocks - sum(pieces)):
-        largest = max(range(len(rows)), key=lambda i: nbytes[i] / pieces[i] if pieces[i] < rows[i] else 0)
-        pieces[largest] += pieces[largest] < rows[largest]
-    return pieces
+def _cuts(items: Sequence[_Rows], blocks: int) -> Iterator[int]:
+    """How many blocks each item is cut into: `blocks` in all where there are rows enough, the largest block as small as
+    can be."""
+    cuts = [min(1, len(rows)) for rows in items]
+    for _ in range(blocks - sum(cuts)):
+        divisible = [i for i, rows in enumerate(items) if cuts[i] < len(rows)]
+        if not divisible:
+            break
+        cuts[max(divisible, key=lambda i: items[i].nbytes / cuts[i])] += 1
+    return iter(cuts)
 
 
-def _words(x: Any) -> Words:
-    """Bytes or an array -> 32-bit words, filled up with zeros to a multiple of 16 bytes."""
-    data = x if isinstance(x, bytes) else np.ascontiguousarray(x).tobytes()
+def _evenly(rows: int, blocks: int) -> Iterator[tuple[int, int]]:
+    """Start and stop of each block."""
+    for i in range(blocks):
+        yield rows * i // blocks, rows * (i + 1) // blocks
+
+
+def _words(data: bytes) -> WordArray:
+    """32-bit words, filled up with zeros to a multiple of 16 bytes."""
     return np.frombuffer(data + bytes(-len(data) % 16), np.uint32)
 
 
-def activations(deep: HeadArrays, queries: mx.array) -> mx.array:
-    """Both networks' last hidden layers, [K, N, target units + score units] float32, for queries [K, N, D]."""
-    parts = []
-    for name in ("target", "score"):
-        p = {n.removeprefix(f"{name}."): a for n, a in deep.items() if n.startswith(f"{name}.")}
-        hidden = _silu(_affine(queries, p["w_in"], p["b_in"]))
-        for layer in range(1, len(p) // 2):
-            hidden = hidden + _silu(_affine(hidden, p[f"w_{layer}"], p[f"b_{layer}"]))
-        parts.append(hidden)
-    both = mx.concatenate(parts, axis=-1)
-    missing = max(0, 8 - both.size)  # Metal: fewer than eight values would lie in another address space
-    return mx.pad(both, [(0, 0), (0, 0), (0, missing)])
+def activations(networks: Sequence[Network], queries: mx.array) -> mx.array:
+    """The networks' last hidden layers side by side, [K, N, units] float32, for queries [K, N, D]."""
+    outputs = []
+    for first, *others in networks:
+        hidden = _silu(_affine(queries, first))
+        for layer in others:
+            hidden = hidden + _silu(_affine(hidden, layer))
+        outputs.append(hidden)
+    joined = mx.concatenate(outputs, axis=-1)
+    missing = max(0, 8 - joined.size)  # Metal: fewer than eight values would lie in another address space
+    return mx.pad(joined, [(0, 0), (0, 0), (0, missing)])
 
 
-def _affine(x: mx.array, w: mx.array, b: mx.array) -> mx.array:
+def _affine(x: mx.array, layer: Layer) -> mx.array:
+    w, b = layer
     return mx.addmm(b[:, None].astype(w.dtype), x.astype(w.dtype), w.swapaxes(1, 2)).astype(mx.float32)
 
 
 def _silu(x: mx.array) -> mx.array:
     return x * mx.sigmoid(x)
-
-
-__all__ = ["Packed", "activations", "group_size", "pack"]

@@ -10,11 +10,24 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..folders import cache_folder
+from ..core.files import cache_folder, write_atomically
+from ..errors import NectarError
 
 Kernel = Callable[..., list[mx.array]]
 # What MLX's own text in front of ours does not include.
 _METAL_HEADERS = "#include <metal_simdgroup>\n#include <metal_simdgroup_matrix>\n"
+
+
+def backend() -> str:
+    """What evaluates a decode step here: "metal", "cuda" or "ops". NECTAR_KERNEL overrides it."""
+    chosen = os.environ.get("NECTAR_KERNEL", "")
+    if chosen:
+        if chosen not in ("metal", "cuda", "ops"):
+            raise NectarError(f"NECTAR_KERNEL={chosen}: use metal, cuda or ops")
+        return chosen
+    if mx.default_device() == mx.cpu:
+        return "ops"
+    return "metal" if mx.metal.is_available() else "cuda" if mx.cuda.is_available() else "ops"
 
 
 def kernel(
@@ -44,6 +57,28 @@ def kernel(
         ensure_row_contiguous=ensure_row_contiguous,
     )
     return made
+
+
+def launcher(
+    kernel: Kernel,
+    grid: tuple[int, int, int],
+    output_shapes: list[tuple[int, ...]],
+    output_dtypes: list[mx.Dtype],
+    threads: int,
+) -> Kernel:
+    """The kernel with all but its inputs given; the tests put a simulator here. threads: of a threadgroup."""
+    threadgroup = (threads, 1, 1)
+
+    def launch(inputs: list[mx.array]) -> list[mx.array]:  # functools.partial costs the host more
+        return kernel(
+            inputs=inputs,
+            grid=grid,
+            threadgroup=threadgroup,
+            output_shapes=output_shapes,
+            output_dtypes=output_dtypes,
+        )
+
+    return launch
 
 
 def _folder() -> Path:
@@ -92,7 +127,7 @@ def to_cuda(header: str, body: str) -> tuple[str, str]:
     wanted = " ".join(sorted(set(re.findall(r"\w+_(?:shape|strides)\b", body))))
     try:
         return f'#include "{_file(header)}"\n', f'// {wanted}\n#include "{_file(body)}"\n'
-    except OSError:  # no folder to write to
+    except (OSError, NectarError):  # no folder to write to
         return header, body
 
 
@@ -100,7 +135,5 @@ def _file(text: str) -> Path:
     path = cache_folder() / "cuda" / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.h"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = path.with_suffix(f".{os.getpid()}")
-        scratch.write_text(text)
-        scratch.replace(path)
+        write_atomically(path, lambda file: file.write(text.encode()))
     return path

@@ -5,10 +5,13 @@ import functools
 import re
 from dataclasses import dataclass
 
-from ..quantize import group_size
+from ..core.quantize import group_size
+from ..heads.work import WorkKind
 from . import source
 from .packing import Form
 
+HEAD_DIMS = (64, 80, 96, 128, 256)
+MAX_LENGTH = 8  # query tokens; more go through matmuls
 SIMDGROUPS = 8
 MAX_TILE = 4  # query rows that a simdgroup holds
 LIVE_SLICE, MAX_SLICES = 64, 32  # live tokens a threadgroup; threadgroups for the live tokens of one KV head, at most
@@ -28,13 +31,14 @@ def variant_for(form: Form, rows: int, group: int, length: int, element: str, pa
     tile = -(-rows // _tiles(rows, MAX_TILE)) if rows < MAX_TILE * SIMDGROUPS else MAX_TILE
     tile = form.tile or tile
     halved = 2 if tile > 2 and form.backend == "metal" else 1
-    few = form.backend == "cuda" and form.kind == "quadrature" and tile <= 2
+    few = form.backend == "cuda" and form.work == {WorkKind.NODES} and tile <= 2
     flight = FLIGHT["cuda nodes" if few else form.backend]
     return Variant(
         backend=form.backend,
         element=element,
         storage=form.storage,
         kind=form.kind,
+        work=form.work,
         head_dim=form.head_dim,
         scale=form.scale,
         n_kv_heads=form.n_kv_heads,
@@ -69,7 +73,8 @@ class Variant:
     backend: str
     element: str  # type of queries, keys, values and output
     storage: str  # of the parameters
-    kind: str
+    kind: str  # of the heads
+    work: frozenset[WorkKind]
     head_dim: int
     scale: float
     n_kv_heads: int
@@ -83,13 +88,20 @@ class Variant:
     offset: bool  # whether keys are relative to an offset
 
     def __str__(self) -> str:
-        of = f"{self.kind} heads of {self.head_dim} ({self.storage}), {self.element} queries, "
-        of += f"{self.group} to a KV head x {self.length} tokens, {self.tiles} x {self.tile} rows"
-        return of + ", an offset of keys" * self.offset + ", left padding" * self.padded
+        parts = [f"{self.kind} heads of {self.head_dim} ({self.storage})", f"{self.element} queries"]
+        parts += [f"{self.group} to a KV head x {self.length} tokens", f"{self.tiles} x {self.tile} rows"]
+        parts += ["an offset of keys"] if self.offset else []
+        parts += ["left padding"] if self.padded else []
+        return ", ".join(parts)
 
     @property
     def quantised(self) -> bool:
         return self.storage.startswith("int")
+
+    @property
+    def given_activations(self) -> bool:
+        """Whether stock matmuls evaluate the hidden layers."""
+        return WorkKind.GIVEN in self.work
 
     @property
     def full(self) -> bool:
@@ -103,6 +115,7 @@ class Variant:
 
     def text(self, stage: str) -> tuple[str, str]:
         """The kernel's header and body in Metal. stage: "partial" and "merge", or "fused", which is both."""
+        has_units = self.work != {WorkKind.NODES}
         lanes = 1 << (self.head_dim // 8 - 1).bit_length()
         numbers = {
             "HEAD_DIM": self.head_dim,
@@ -125,8 +138,8 @@ class Variant:
             "AHEAD": 8,
             "LIVE_SLICE": LIVE_SLICE,
             "MAX_SLICES": MAX_SLICES,
-            "HAS_NODES": int(self.kind in ("quadrature", "corrected")),
-            "HAS_UNITS": int(self.kind != "quadrature"),
+            "HAS_NODES": int(WorkKind.NODES in self.work),
+            "HAS_UNITS": int(has_units),
         }
         flags = {
             "READS": stage != "merge",
@@ -136,11 +149,11 @@ class Variant:
             "NO_HINTS": self.backend != "cuda",
             "LATE_QUERIES": self.backend == "cuda",
             "EARLY_QUERIES": self.backend != "cuda",
-            "UNITS": self.kind != "quadrature",
-            "GATED_UNITS": self.kind == "corrected",
-            "NETWORKS": self.kind == "mlp",
-            "DEEP_NETWORKS": self.kind == "deep",
-            "LINEAR_UNITS": self.kind in ("mlp", "deep"),
+            "UNITS": has_units,
+            "GATED_UNITS": WorkKind.GATED in self.work,
+            "NETWORKS": WorkKind.PLAIN in self.work,
+            "DEEP_NETWORKS": self.given_activations,
+            "LINEAR_UNITS": WorkKind.LINEAR in self.work,
             "PADDED": self.padded,
             "OFFSETS": self.offset,
             "FLOATS": "float32" in (self.element, self.storage),
@@ -173,9 +186,10 @@ def build(variant: Variant, stage: str) -> source.Kernel:
 
 
 def inputs_of(variant: Variant, stage: str) -> list[str]:
-    """What a stage is given, in order."""
+    """The inputs of a stage, in order."""
     if stage == "merge":
         return ["queries", "parameters", "live_tokens", "partials"]
     inputs = ["queries", "keys", "values", "parameters", "live_tokens"]
-    inputs += ["left_padding"] * variant.padded + ["activations"] * (variant.kind == "deep")
-    return inputs + ["tickets"] * (stage == "fused")
+    inputs += ["left_padding"] if variant.padded else []
+    inputs += ["activations"] if variant.given_activations else []
+    return inputs + (["arrival_counters"] if stage == "fused" else [])

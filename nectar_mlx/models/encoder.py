@@ -1,8 +1,7 @@
-"""From text to token ids, where only a chat template's own text may hold control tokens.
+"""From text to token ids, where only a chat template's own text may have control tokens.
 
-What a template writes as `<|im_end|>` is one token; the same characters in a document or a message are text. The two
-are encoded by different tokenizers made of the model's one: `Encoder.text` knows no control tokens at all, and what
-finds them in a template's text knows nothing else.
+`<|im_end|>` in a template is one token; the same characters in a document or a message are text. Two tokenizers made
+from the model's one encode them: `Encoder.text` knows no control tokens, `Encoder.control` knows nothing else.
 """
 
 import json
@@ -12,19 +11,22 @@ from weakref import WeakKeyDictionary
 
 from tokenizers import AddedToken, Tokenizer, models
 
-Behind = Literal["nothing", "control", "text"]
+from nectar_mlx.core import types
+from nectar_mlx.core.types import JsonObject
+
+Preceding = Literal["start", "control", "text"]
 Span = tuple[int, int]
 
 _encoders: "WeakKeyDictionary[Any, tuple[Any, Encoder]]" = WeakKeyDictionary()
 
 
 class Encoder:
-    """Encodes a text in pieces, to the ids that it has as a whole.
+    """Encodes a text in pieces, with the ids of the whole text.
 
-    A piece that begins where the whole text does, or behind a control token, may get a space in front (SentencePiece's
-    `▁`); one that continues another piece gets none. So the ids are those of the whole, unless one of its tokens
-    reaches over a seam. Control tokens never do. Byte-level BPE joins a word with the letters in front of it, and
-    punctuation or spaces with the line breaks behind them; SentencePiece joins what its vocabulary has in one piece.
+    A piece at the start of the text or after a control token may get a space in front (SentencePiece's `▁`); a piece
+    that continues another one gets none. So the ids are those of the whole text, unless one of its tokens crosses a
+    seam. Control tokens never do. Byte-level BPE joins a word with the letters before it, and punctuation or spaces
+    with the line breaks after them; SentencePiece joins what is one piece in its vocabulary.
     """
 
     def __init__(self, backend: Tokenizer, template: str):
@@ -42,40 +44,40 @@ class Encoder:
             self._finder.normalizer = backend.normalizer
         self._finder.add_tokens(list(control.values()))
 
-    def text(self, text: str, behind: Behind) -> tuple[list[int], list[Span]]:
-        """The ids of a text without control tokens, and the characters [start, end) that each stands for.
+    def text(self, text: str, preceding: Preceding) -> tuple[list[int], list[Span]]:
+        """The ids of a text without control tokens, and the characters [start, end) of each.
 
-        behind: what comes before the text.
+        preceding: what comes before the text.
         """
-        tokenizer = {"nothing": self._start, "control": self._section, "text": self._continued}[behind]
-        found = tokenizer.encode(text, add_special_tokens=False)
-        return found.ids, found.offsets
+        tokenizer = {"start": self._start, "control": self._section, "text": self._continued}[preceding]
+        encoding = tokenizer.encode(text, add_special_tokens=False)
+        return encoding.ids, encoding.offsets
 
     def control(self, text: str) -> list[tuple[int, Span]]:
         """The control tokens in a template's text: ids, and the characters [start, end) of each."""
-        found = self._finder.encode(text, add_special_tokens=False)
-        return [(self._ids[token], span) for token, span in zip(found.tokens, found.offsets, strict=True)]
+        encoding = self._finder.encode(text, add_special_tokens=False)
+        return [(self._ids[token], span) for token, span in zip(encoding.tokens, encoding.offsets, strict=True)]
 
 
 class _SlowEncoder(Encoder):
-    """For a tokenizer that cannot be taken apart: no spans, and control tokens are what it calls special."""
+    """For a tokenizer without a fast backend: no spans, and its special tokens are the control tokens."""
 
     def __init__(self, tokenizer: Any):
         self._tokenizer = tokenizer
         self._specials = [token for token in getattr(tokenizer, "all_special_tokens", []) if token]
 
-    def text(self, text: str, behind: Behind) -> tuple[list[int], list[Span]]:
+    def text(self, text: str, preceding: Preceding) -> tuple[list[int], list[Span]]:
         options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
         return list(self._tokenizer.encode(text, **options)), []
 
     def control(self, text: str) -> list[tuple[int, Span]]:
         if not self._specials:
             return []
-        found = re.finditer("|".join(map(re.escape, self._specials)), text)
-        return [(self._tokenizer.convert_tokens_to_ids(match[0]), match.span()) for match in found]
+        matches = re.finditer("|".join(map(re.escape, self._specials)), text)
+        return [(self._tokenizer.convert_tokens_to_ids(match[0]), match.span()) for match in matches]
 
 
-def encoder(tokenizer: Any) -> Encoder:
+def encoder(tokenizer: types.Tokenizer) -> Encoder:
     """The encoder of mlx-lm's or transformers' tokenizer, made once for its vocabulary and chat template."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
@@ -88,12 +90,12 @@ def encoder(tokenizer: Any) -> Encoder:
 
 
 def hidden(encoder: Encoder, text: str, mark: str) -> str:
-    """The text with the mark between the characters of what would be control tokens in a template's text; the mark
-    is one that the text does not hold.
+    """The text with the mark between the characters of everything that would be a control token in a template's text.
+    mark: not in the text.
     """
-    while found := encoder.control(text):
+    while tokens := encoder.control(text):
         pieces, at = list[str](), 0
-        for _, (start, end) in found:
+        for _, (start, end) in tokens:
             pieces += [text[at:start], mark.join(text[start:end])]
             at = end
         before, text = text, "".join(pieces) + text[at:]
@@ -103,8 +105,8 @@ def hidden(encoder: Encoder, text: str, mark: str) -> str:
 
 
 def _pieces(backend: Tokenizer) -> set[str]:
-    """SentencePiece's own pieces. It splits them off wherever they are written, such as Gemma's `<b>` or line breaks;
-    byte-level BPE has no such pieces.
+    """SentencePiece's own pieces, such as Gemma's `<b>` or line breaks, which it splits off everywhere; none for
+    byte-level BPE.
     """
     if not getattr(backend.model, "byte_fallback", False):
         return set()
@@ -112,31 +114,31 @@ def _pieces(backend: Tokenizer) -> set[str]:
 
 
 def _is_text(token: AddedToken, pieces: set[str], template: str) -> bool:
-    """Whether an added token is ordinary text: not special, one of SentencePiece's, and no word of the template's."""
+    """Whether an added token is ordinary text: not special, one of SentencePiece's, and not in the template."""
     named = bool(token.content.strip()) and token.content in template
     return not token.special and token.content in pieces and not named
 
 
-def _settings(backend: Tokenizer) -> dict[str, Any]:
+def _settings(backend: Tokenizer) -> JsonObject:
     """The tokenizer's serialisation without its vocabulary, which takes long to write."""
     shell = Tokenizer(models.BPE())
-    for part in ("normalizer", "pre_tokenizer", "decoder"):
-        if getattr(backend, part) is not None:
-            setattr(shell, part, getattr(backend, part))
-    settings: dict[str, Any] = json.loads(shell.to_str())
+    for name in ("normalizer", "pre_tokenizer", "decoder"):
+        if getattr(backend, name) is not None:
+            setattr(shell, name, getattr(backend, name))
+    settings: JsonObject = json.loads(shell.to_str())
     return settings
 
 
-def _tokenizer(settings: dict[str, Any], backend: Tokenizer, added: list[AddedToken]) -> Tokenizer:
+def _tokenizer(settings: JsonObject, backend: Tokenizer, added: list[AddedToken]) -> Tokenizer:
     tokenizer = Tokenizer.from_str(json.dumps(settings))
     tokenizer.model = backend.model
     tokenizer.add_tokens(added)
     return tokenizer
 
 
-def _without_prefix(settings: dict[str, Any]) -> tuple[dict[str, Any], bool]:
-    """The settings that put no space in front of a text, and whether the given ones put one behind a control token."""
-    changed: dict[str, Any] = json.loads(json.dumps(settings))
+def _without_prefix(settings: JsonObject) -> tuple[JsonObject, bool]:
+    """The settings without a space in front of a text, and whether the original ones add one after a control token."""
+    changed: JsonObject = json.loads(json.dumps(settings))
     sections = True
     for whole in (changed["normalizer"] or {}, changed["pre_tokenizer"] or {}):
         for step in whole.get("normalizers", whole.get("pretokenizers", [whole])):

@@ -19,6 +19,7 @@ import transformers
 from rich.console import Console
 from rich.progress import track
 
+from nectar_mlx.core.types import AnyArray, JsonObject
 from nectar_mlx.errors import NectarError
 from nectar_mlx.models import gguf_tokenizer
 
@@ -67,7 +68,7 @@ def convert(path: Path, folder: Path) -> None:
     Raises NectarError for a file that is no GGUF, or whose architecture, weights or tokenizer are not supported.
     """
     try:
-        metadata, tensors = _read(path)
+        metadata, tensors = read(path)
         config = _config(path, metadata, tensors)
         gguf_tokenizer.build(path, metadata).save_pretrained(folder)
         for number, shard in enumerate(_shards(path, config, tensors), start=1):
@@ -78,7 +79,7 @@ def convert(path: Path, folder: Path) -> None:
         raise NectarError(f"{path}: its settings do not describe a model ({reason})") from error
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def read(path: Path) -> tuple[JsonObject, JsonObject]:
     try:
         file = gguf.GGUFReader(path)
         metadata = {name: field.contents() for name, field in file.fields.items()}
@@ -87,7 +88,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return metadata, {tensor.name: tensor for tensor in file.tensors}
 
 
-def _config(path: Path, metadata: dict[str, Any], tensors: dict[str, Any]) -> dict[str, Any]:
+def _config(path: Path, metadata: JsonObject, tensors: JsonObject) -> JsonObject:
     arch = metadata.get("general.architecture")
     if arch not in _ARCHITECTURES:
         raise NectarError(f"{path}: architecture {arch!r} is not supported as GGUF; take an mlx-community folder of it")
@@ -129,7 +130,7 @@ def _config(path: Path, metadata: dict[str, Any], tensors: dict[str, Any]) -> di
     return {key: item for key, item in config.items() if item is not None}
 
 
-def _gemma3(path: Path, value: Any, *, head_dim: int) -> dict[str, Any]:
+def _gemma3(path: Path, value: Any, *, head_dim: int) -> JsonObject:
     """What only Gemma 3 has. The file leaves out what llama.cpp assumes: the pattern of the sliding windows, their RoPE
     base, and the scale of the scores, which follows from head_dim in all models but the one of 27B.
     """
@@ -145,7 +146,7 @@ def _gemma3(path: Path, value: Any, *, head_dim: int) -> dict[str, Any]:
     }
 
 
-def _rope_scaling(path: Path, value: Any, tensors: dict[str, Any]) -> dict[str, Any] | None:
+def _rope_scaling(path: Path, value: Any, tensors: JsonObject) -> JsonObject | None:
     if "rope_freqs.weight" in tensors:
         return _llama3_scaling(path, value, np.asarray(tensors["rope_freqs.weight"].data, np.float64))
     kind = value("rope.scaling.type", "none")
@@ -163,7 +164,7 @@ def _rope_scaling(path: Path, value: Any, tensors: dict[str, Any]) -> dict[str, 
     raise NectarError(f"{path}: RoPE scaling {kind!r} is not supported as GGUF; take an mlx-community folder of it")
 
 
-def _llama3_scaling(path: Path, value: Any, divisors: np.ndarray) -> dict[str, Any]:
+def _llama3_scaling(path: Path, value: Any, divisors: AnyArray) -> JsonObject:
     """Name the Llama 3 scaling whose frequency divisors these are: the file keeps only their values."""
     low, high, original = 1.0, 4.0, 8192
     wavelengths = 2 * np.pi * value("rope.freq_base", 10000.0) ** (np.arange(len(divisors)) / len(divisors))
@@ -181,7 +182,7 @@ def _llama3_scaling(path: Path, value: Any, divisors: np.ndarray) -> dict[str, A
     }
 
 
-def _end_tokens(metadata: dict[str, Any]) -> list[int]:
+def _end_tokens(metadata: JsonObject) -> list[int]:
     ids = [metadata.get(f"tokenizer.ggml.{name}") for name in ("eos_token_id", "eot_token_id")]
     if metadata["general.architecture"] == "gemma3" and "tokenizer.chat_template" in metadata:
         # llama.cpp knows the end of a turn by its name, so files need not say which token it is.
@@ -189,7 +190,7 @@ def _end_tokens(metadata: dict[str, Any]) -> list[int]:
     return list(dict.fromkeys(token for token in ids if token is not None))
 
 
-def _shards(path: Path, config: dict[str, Any], tensors: dict[str, Any]) -> Iterator[dict[str, mx.array]]:
+def _shards(path: Path, config: JsonObject, tensors: JsonObject) -> Iterator[dict[str, mx.array]]:
     sizes: Counter[str] = Counter()
     for tensor in tensors.values():
         sizes[tensor.tensor_type.name] += int(tensor.n_elements)
@@ -210,9 +211,9 @@ def _shards(path: Path, config: dict[str, Any], tensors: dict[str, Any]) -> Iter
         yield shard
 
 
-def _values(path: Path, config: dict[str, Any], tensor: Any) -> np.ndarray:
+def _values(path: Path, config: JsonObject, tensor: Any) -> AnyArray:
     try:
-        values: np.ndarray = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        values: AnyArray = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
     except NotImplementedError as error:
         kind = tensor.tensor_type.name
         raise NectarError(f"{path}: {tensor.name} is {kind}, which cannot be dequantised") from error
@@ -227,16 +228,16 @@ def _weight_name(path: Path, model_type: str, name: str) -> str:
     """The name that mlx-lm gives a GGUF tensor."""
     names = _LAYER_NAMES | (_GEMMA3_NAMES if model_type == "gemma3_text" else {})
     if match := re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name):
-        layer, part, suffix = match.groups()
-        if part in names:
-            return f"model.layers.{layer}.{names[part]}.{suffix}"
+        layer, tensor, suffix = match.groups()
+        if tensor in names:
+            return f"model.layers.{layer}.{names[tensor]}.{suffix}"
     elif match := re.fullmatch(r"(\w+)\.(weight|bias)", name):
-        part, suffix = match.groups()
-        if part in _GLOBAL_NAMES:
-            return f"{_GLOBAL_NAMES[part]}.{suffix}"
+        tensor, suffix = match.groups()
+        if tensor in _GLOBAL_NAMES:
+            return f"{_GLOBAL_NAMES[tensor]}.{suffix}"
     raise NectarError(f"{path}: the tensor {name} has no place in mlx-lm's model; take an mlx-community folder of it")
 
 
-def _split_halves(rows: np.ndarray, heads: int) -> np.ndarray:
+def _split_halves(rows: AnyArray, heads: int) -> AnyArray:
     """Undo the interleaving of llama's query and key rows [H*D, ...]: pairs (2i, 2i+1) become (i, i + D/2)."""
     return rows.reshape(heads, -1, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)

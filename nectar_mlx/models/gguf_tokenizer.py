@@ -34,7 +34,7 @@ _SPACE = "▁"  # SentencePiece's
 
 
 class _Settings:
-    """A file's `tokenizer.ggml.*`: the pieces, one type each, and what else it says."""
+    """A file's `tokenizer.ggml.*`: the pieces with their types, and the other settings."""
 
     def __init__(self, metadata: Mapping[str, Any]):
         self._metadata = metadata
@@ -146,7 +146,7 @@ def _merges(settings: _Settings, vocabulary: Mapping[str, int]) -> list[tuple[st
     long runs of spaces are split. With a space prefix, as in Llama 2, the order is that of the vocabulary and makes no
     difference to the ids; fingerprints of tokenizers depend on it.
     """
-    scores, found = settings("scores"), []
+    scores, merges = settings("scores"), []
     for piece, index in vocabulary.items():
         if settings.types[index] in (_CONTROL, _BYTE):
             continue
@@ -154,7 +154,7 @@ def _merges(settings: _Settings, vocabulary: Mapping[str, int]) -> list[tuple[st
         for cut in range(1, len(piece)):
             left, right = piece[:cut], piece[cut:]
             if left in vocabulary and right in vocabulary:
-                found.append((-score, -len(left), -len(right), left, right))
+                merges.append((-score, -len(left), -len(right), left, right))
     decisive = 1 if settings("add_space_prefix", True) else 3
-    found.sort(key=lambda merge: merge[:decisive])
-    return [(left, right) for *_, left, right in found]
+    merges.sort(key=lambda merge: merge[:decisive])
+    return [(left, right) for *_, left, right in merges]

@@ -1,9 +1,8 @@
-"""Models and .nectar files on the Hugging Face hub, and in its local cache: what a name means, and its files."""
+"""Models and .nectar files on the Hugging Face hub and in its local cache: repositories of a name, and their files."""
 
 import json
 import os
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import huggingface_hub
@@ -18,18 +17,18 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.hf_api import ModelInfo
 
+from nectar_mlx.core.progress import Log
 from nectar_mlx.errors import NectarError
 
 _FILES = ["*.json", "model*.safetensors", "tokenizer.model", "*.tiktoken", "*.txt", "*.jinja"]
 _OWNERS = ("Qwen", "HuggingFaceTB", "meta-llama", "mistralai", "google", "microsoft", "ibm-granite", "allenai")
 _REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-_SECONDS = 5.0
-# Of the machine's memory, what a model's weights may take so that a context and its fit have room beside them.
-_MEMORY_SHARE = 0.5
+_TIMEOUT = 5.0  # seconds
+_MEMORY_SHARE = 0.5  # the largest share of the memory for weights: a context and its fit need room too
 
 
 class Unreachable(Exception):
-    """The hub gave no answer; the message says why."""
+    """The hub gives no answer; the message has the reason."""
 
 
 def repositories(name: str) -> list[str]:
@@ -63,7 +62,7 @@ def find(name: str) -> str | None:
 
     None where the hub has none of them. Raises Unreachable.
     """
-    limit = _MEMORY_SHARE * _memory()
+    limit = _MEMORY_SHARE * memory()
     too_large: dict[str, int] = {}
     for repository in repositories(name):
         size = _weight_bytes(repository)
@@ -75,7 +74,7 @@ def find(name: str) -> str | None:
     return min(too_large, key=lambda repository: too_large[repository], default=None)
 
 
-def download(repository: str, *, log: Callable[[str], None]) -> Path:
+def download(repository: str, *, log: Log) -> Path:
     """Fetch what mlx-lm needs of a repository into the hub's cache.
 
     Raises Unreachable, or NectarError for a repository that is gated or holds nothing that mlx-lm reads.
@@ -93,7 +92,7 @@ def download(repository: str, *, log: Callable[[str], None]) -> Path:
     return folder
 
 
-def _memory() -> int:
+def memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
@@ -142,7 +141,7 @@ def upload(repository: str, files: dict[str, bytes | Path], *, private: bool) ->
 def _weight_bytes(repository: str) -> int | None:
     """The size of a repository's weights, or None where mlx-lm has nothing to read. Raises Unreachable."""
     try:
-        info: ModelInfo = huggingface_hub.HfApi().model_info(repository, files_metadata=True, timeout=_SECONDS)
+        info: ModelInfo = huggingface_hub.HfApi().model_info(repository, files_metadata=True, timeout=_TIMEOUT)
     except (RepositoryNotFoundError, HFValidationError):
         return None
     except (HTTPError, OSError) as error:

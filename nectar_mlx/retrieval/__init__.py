@@ -1,13 +1,26 @@
-"""Reading some keys of a context exactly, for every query anew, and completing them by a head function of the rest.
+"""Reading some keys of a context exactly, for every query anew, and completing them by a head function of the others.
 
-`keys` is the file beside a .nectar, `sketch` the router, `selection` what a query should read, `bank` the context of a
-layer as a cache sees it, `sources` what an answer rests on. The heads are made in `fitting.retrieval`.
+`sketch` approximates keys, `router` searches the sketches, `selection` chooses what a query reads, `bank` is the
+context of a layer as a cache sees it, `sources` are the passages that an answer attended to, `hybrid_context` is all of
+it for one file. `store.kv_file` is the file of keys, `fitting.kinds.hybrid` fits the heads. `chunk_index` finds the
+chunk of a long text that a question is about.
 """
 
-from .bank import Retrieving, retrieving
+from ..store.kv_file import KeyFile, kv_path
+from .bank import HybridBank, hybrid_banks
 from .cache import Record, recorded, recording
-from .keys import Keys, beside
+from .chunk_index import ChunkIndex
+from .hybrid_context import EXACT_FRACTION, HybridContext
 
-EXACT = 0.01  # of the keys, read at a step unless a request says otherwise
-
-__all__ = ["EXACT", "Keys", "Record", "Retrieving", "beside", "recorded", "recording", "retrieving"]
+__all__ = [
+    "EXACT_FRACTION",
+    "ChunkIndex",
+    "HybridBank",
+    "HybridContext",
+    "KeyFile",
+    "Record",
+    "hybrid_banks",
+    "kv_path",
+    "recorded",
+    "recording",
+]

@@ -1,15 +1,18 @@
-"""The cache of one layer whose context is partly retrieved, and what an answer is remembered to have read."""
+"""The cache of one layer whose context is partly retrieved, and the record of what answers read."""
 
 import copy
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Self
+from typing import Self
 
 import mlx.core as mx
 import numpy as np
 
-from ..cache import NectarCache
-from .bank import Reading, Retrieving
+from ..core.attention import Partial
+from ..core.types import FloatArray, IntArray
+from ..kernels import DecodeKernel
+from ..mlxlm.cache import LiveCache, NectarCache
+from .bank import HybridBank, Reading
 
 
 class Record:
@@ -27,7 +30,7 @@ class Record:
         self.mass[:] = 0
         self._calls, self._bytes = 0, 0
 
-    def add(self, positions: np.ndarray[Any, Any], mass: np.ndarray[Any, Any], nbytes: int) -> None:
+    def add(self, positions: IntArray, mass: FloatArray, nbytes: int) -> None:
         """positions, mass: of the same shape."""
         np.add.at(self.mass, positions, mass)
         self._calls += 1
@@ -46,14 +49,22 @@ class Record:
 class RetrievalCache(NectarCache):
     """`record` is shared by the layers of one conversation; a copy of the conversation has its own."""
 
-    bank: Retrieving
+    bank: HybridBank
 
-    def __init__(self, bank: Retrieving, context: int, live: Any = None, packed: Any = None, *, record: Record):
+    def __init__(
+        self,
+        bank: HybridBank,
+        context: int,
+        live: LiveCache | None = None,
+        kernel: DecodeKernel | None = None,
+        *,
+        record: Record,
+    ):
         super().__init__(bank, context, live)
         self.record = record
         self._reading: Reading | None = None
 
-    def over_context(self, queries: mx.array) -> Any:
+    def over_context(self, queries: mx.array) -> Partial:
         self._reading = self.bank.read(queries)
         return self._reading.part
 
@@ -65,7 +76,7 @@ class RetrievalCache(NectarCache):
         mass = mx.exp(reading.scores - log_normalizer[..., None]).reshape(K, -1, k).sum(1)
         self.record.add(np.array(reading.positions).reshape(K, k), np.array(mass), self.bank.step_bytes)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+    def __deepcopy__(self, memo: dict[int, object]) -> Self:
         live, record = copy.deepcopy(self.live, memo), copy.deepcopy(self.record, memo)
         return type(self)(self.bank, self.context, live, record=record)
 
@@ -75,6 +86,6 @@ def recording(record: Record) -> Callable[..., NectarCache]:
     return partial(RetrievalCache, record=record)
 
 
-def recorded(caches: Sequence[Any]) -> Record | None:
+def recorded(caches: Sequence[object]) -> Record | None:
     """The record of a conversation's caches, where they have one."""
     return next((cache.record for cache in caches if isinstance(cache, RetrievalCache)), None)

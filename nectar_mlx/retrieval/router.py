@@ -1,8 +1,8 @@
 """The router: finds the keys to read without scoring them all.
 
 Keys whose sketches lie close together, as queries see them, form clusters. A token's queries score the clusters'
-centres, then the sketches of the best clusters. A few heads copy: they look for single keys, which no centre tells;
-there all sketches are scored. Captured queries tell which heads those are, and how much the others need.
+centres, then the sketches of the best clusters. A few heads copy: they look for single keys, which the centres do not
+show; for those all sketches are scored. Captured queries decide which heads those are, and how much the others need.
 """
 
 import math
@@ -10,22 +10,23 @@ import math
 import mlx.core as mx
 import numpy as np
 
-from ..heads.residual import NOTHING
+from ..core.attention import EMPTY
+from ..store.kv_file import KeyFile
+from ..store.tensor_file import Arrays
 from . import sketch
-from .keys import Arrays, Keys
 from .selection import Choice, Selector, best, log_sum, top
 from .sketch import CLUSTER, PER_KEY, decode, encode
 
-_MOST = 0.2  # of the clusters: heads that need more are searched whole
-_MANY = 4  # tokens at once, from which on scoring all sketches takes less time than collecting some
+_MAX_SCANNED = 0.2  # of the clusters: heads that need more are searched whole
+_DENSE_TOKENS = 4  # at once, from which on scoring all sketches takes less time than collecting some
 
 
 class Router:
-    """One layer's."""
+    """The selector of one layer."""
 
     def __init__(self, small: Arrays, layer: int, *, scale: float):
         """small: what `sketch.build` made."""
-        searched = small["sketch.scanned"][layer] > _MOST
+        searched = small["sketch.scanned"][layer] > _MAX_SCANNED
         whole, parts = np.flatnonzero(searched), np.flatnonzero(~searched)
         self._selectors: list[tuple[mx.array, Selector]] = []
         if len(whole):
@@ -44,13 +45,13 @@ class Router:
         return sum(selector.step_bytes(count) for _, selector in self._selectors)
 
     def choose(self, queries: mx.array, anchors: mx.array, *, count: int) -> Choice:
-        found = [selector.choose(queries[at], anchors[at], count=count) for at, selector in self._selectors]
-        if len(found) == 1:
-            return found[0]
-        return Choice(*(mx.concatenate(list(xs))[self._order] for xs in zip(*found, strict=True)))
+        choices = [selector.choose(queries[at], anchors[at], count=count) for at, selector in self._selectors]
+        if len(choices) == 1:
+            return choices[0]
+        return Choice(*(mx.concatenate(list(xs))[self._order] for xs in zip(*choices, strict=True)))
 
 
-def routers(keys: Keys, *, scale: float) -> list[Router]:
+def routers(keys: KeyFile, *, scale: float) -> list[Router]:
     """One a layer."""
     return [Router(keys.small, layer, scale=scale) for layer in range(len(keys.rows))]
 
@@ -59,12 +60,10 @@ class _Clusters:
     """K heads of n keys each."""
 
     def __init__(self, small: Arrays, layer: int, heads: np.ndarray, *, scale: float):
-        codes, scales, projection, mean, order, scanned = (
-            small[f"sketch.{name}"][layer, heads]
-            for name in ("codes", "scales", "projection", "mean", "order", "scanned")
-        )
+        names = ("codes", "scales", "projection", "mean", "order", "scanned")
+        codes, scales, projection, mean, order, scanned = [small[f"sketch.{name}"][layer, heads] for name in names]
         K, n, rank = codes.shape
-        spare = [(0, 0), (0, -n % CLUSTER)]  # places in the last cluster; a scale of zero tells them
+        spare = [(0, 0), (0, -n % CLUSTER)]  # places in the last cluster; their scale is zero
         at = np.pad(order, spare)
         codes = np.take_along_axis(codes, at[..., None], axis=1)
         scales = np.pad(np.take_along_axis(scales, order, axis=1), spare)
@@ -74,8 +73,8 @@ class _Clusters:
         self._n, self._clusters, self._scale = int(n), int(members.shape[1]), scale
         self._codes, self._scales = mx.array(codes.reshape(-1, CLUSTER, rank)), mx.array(scales.reshape(-1, CLUSTER))
         self._positions, self._log_members = mx.array(at), mx.array(np.log(members).astype(np.float32))
-        self._centres, self._centre_scales = (mx.array(x) for x in encode(centres))
-        self._projection, self._mean = (mx.array(x.astype(np.float32)) for x in (projection, mean))
+        self._centres, self._centre_scales = [mx.array(x) for x in encode(centres)]
+        self._projection, self._mean = [mx.array(x.astype(np.float32)) for x in (projection, mean)]
         mx.eval([x for x in vars(self).values() if isinstance(x, mx.array)])  # MLX's streams are a thread's own
 
     @property
@@ -98,11 +97,11 @@ class _Clusters:
         count = min(count, self._n)
         queries = queries.astype(mx.float32).reshape(K, N * G, D) * self._scale
         projected, common = queries @ self._projection, (queries @ self._mean[..., None]).reshape(K, N, G)
-        found = projected @ self._centres.astype(mx.float32).swapaxes(1, 2) * self._centre_scales[:, None]
-        centres = found.reshape(K, N, G, -1)
+        centres = projected @ self._centres.astype(mx.float32).swapaxes(1, 2) * self._centre_scales[:, None]
+        centres = centres.reshape(K, N, G, -1)
         # Of the keys' scores less what they have in common; so are the totals.
         total = mx.logaddexp(log_sum(centres + self._log_members[:, None, None]), anchors - common)
-        if N >= _MANY:
+        if N >= _DENSE_TOKENS:
             near, shares = None, self._all(projected, total)
         else:
             near = top((centres - total[..., None]).max(2), self._scanned(count))
@@ -115,11 +114,11 @@ class _Clusters:
         K, N, G = total.shape
         scales = self._scales.astype(mx.float32)[..., None]
         codes = (self._codes.astype(mx.float32) * scales).reshape(K, -1, projected.shape[-1])
-        empty = mx.where(scales > 0, 0, NOTHING).reshape(K, -1, 1)
+        empty = mx.where(scales > 0, 0, EMPTY).reshape(K, -1, 1)
         keys = mx.concatenate([codes, mx.ones(empty.shape), empty], axis=-1)
         flat = -total.reshape(K, N * G, 1)
-        asked = mx.concatenate([projected, flat, mx.ones(flat.shape)], axis=-1)
-        return (asked @ keys.swapaxes(1, 2)).reshape(K, N, G, -1)
+        extended = mx.concatenate([projected, flat, mx.ones(flat.shape)], axis=-1)
+        return (extended @ keys.swapaxes(1, 2)).reshape(K, N, G, -1)
 
     def _near(self, projected: mx.array, total: mx.array, near: mx.array) -> mx.array:
         """The same of some clusters' keys, near [K, N, m] -> [K, N, G, m · CLUSTER]; projected [K, N, G, rank]."""
@@ -127,8 +126,8 @@ class _Clusters:
         rows = near + mx.arange(K)[:, None, None] * self._clusters
         codes = self._codes[rows].astype(mx.float32).reshape(K, N, m * CLUSTER, -1)
         scales = self._scales[rows].astype(mx.float32).reshape(K, N, 1, -1)
-        found = projected @ codes.swapaxes(2, 3) * scales
-        return mx.where(scales > 0, found, NOTHING) - total[..., None]
+        scores = projected @ codes.swapaxes(2, 3) * scales
+        return mx.where(scales > 0, scores, EMPTY) - total[..., None]
 
     def _at(self, places: mx.array, near: mx.array | None) -> mx.array:
         """Positions in the middle of places [K, N, k] among the keys that were scored."""

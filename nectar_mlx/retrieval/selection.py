@@ -5,15 +5,16 @@ from typing import NamedTuple, Protocol
 import mlx.core as mx
 import numpy as np
 
-from .._exp import SLOW_EXP, exp
-from ..heads.residual import EVERYTHING
+from ..core.device import device
+from ..core.exp import exp
+from ..heads.hybrid import EVERYTHING
 
 
 class Choice(NamedTuple):
     """What to read for each of N tokens of K KV heads.
 
-    positions: [K, N, k] in the middle. scores: [K, N, G, k], what the selector took them for. threshold: [K, N, G],
-    what it took the scores of all other keys for stays below it.
+    positions: [K, N, k] in the middle. scores: [K, N, G, k], as the selector estimates them. threshold: [K, N, G],
+    above its estimate of the scores of all other keys.
     """
 
     positions: mx.array
@@ -76,19 +77,19 @@ def best(shares: mx.array, *, count: int) -> Choice:
     """
     n = shares.shape[-1]
     if count >= n:
-        every = mx.broadcast_to(mx.arange(n), (*shares.shape[:2], n))
-        return Choice(every, shares, mx.full(shares.shape[:3], -EVERYTHING))
+        positions = mx.broadcast_to(mx.arange(n), (*shares.shape[:2], n))
+        return Choice(positions, shares, mx.full(shares.shape[:3], -EVERYTHING))
     largest = shares.max(2)
     order = top(largest, count + 1)
     chosen = order[..., :count]
-    last, first = (mx.take_along_axis(largest, x, axis=-1).min(-1) for x in (chosen, order[..., count:]))
-    found = mx.take_along_axis(shares, chosen[:, :, None], axis=-1)
-    return Choice(chosen, found, mx.broadcast_to(((last + first) / 2)[..., None], shares.shape[:3]))
+    last, first = [mx.take_along_axis(largest, x, axis=-1).min(-1) for x in (chosen, order[..., count:])]
+    scores = mx.take_along_axis(shares, chosen[:, :, None], axis=-1)
+    return Choice(chosen, scores, mx.broadcast_to(((last + first) / 2)[..., None], shares.shape[:3]))
 
 
 def top(x: mx.array, count: int) -> mx.array:
     """Indices of the `count` largest along the last axis, the smallest of them last."""
-    if not SLOW_EXP:
+    if not device().linux_cpu:
         return mx.argpartition(-x, count - 1, axis=-1)[..., :count]
-    found = np.argpartition(-np.array(x), count - 1, axis=-1)  # MLX sorts them all there
-    return mx.array(found[..., :count].astype(np.int32))
+    indices = np.argpartition(-np.array(x), count - 1, axis=-1)  # MLX sorts them all there
+    return mx.array(indices[..., :count].astype(np.int32))

@@ -12,15 +12,16 @@ from collections.abc import Sequence
 import mlx.core as mx
 import numpy as np
 
-from ..heads.residual import anchor_positions, middle
-from .keys import Arrays
+from ..heads.hybrid import anchor_positions, middle
+from ..store.tensor_file import Arrays
 from .selection import Scoring
 
 CLUSTER = 16  # keys that lie close together, by their sketches
 PER_KEY = 4  # sketches that are scored for each key that will be read
-_BUDGETS, _LOST, _TRIED = (0.01, 0.04), 0.03, 128  # shares of keys, of missed attention, and queries to tell them by
-_TURNS = 3  # of the power iteration that finds a principal direction
-_NAMES = ("codes", "scales", "projection", "mean")
+# `_scanned` is chosen for these fractions of keys read, so that the share of attention that is missed grows by at most
+# _MAX_LOSS, on so many queries.
+_FRACTIONS, _MAX_LOSS, _TRIAL_QUERIES = (0.01, 0.04), 0.03, 128
+_ITERATIONS = 3  # of the power iteration that finds a principal direction
 
 
 class Sketch(Scoring):
@@ -37,8 +38,8 @@ class Sketch(Scoring):
 
     def scores(self, queries: mx.array) -> mx.array:
         queries = queries.astype(mx.float32) * self._scale
-        found = (queries @ self._projection) @ self._codes.astype(mx.float32).swapaxes(1, 2)
-        return found * self._scales.astype(mx.float32)[:, None] + queries @ self._mean[..., None]
+        scores = (queries @ self._projection) @ self._codes.astype(mx.float32).swapaxes(1, 2)
+        return scores * self._scales.astype(mx.float32)[:, None] + queries @ self._mean[..., None]
 
 
 def build(keys: Sequence[mx.array], queries: Sequence[np.ndarray], *, scale: float, rank: int | None = None) -> Arrays:
@@ -48,8 +49,8 @@ def build(keys: Sequence[mx.array], queries: Sequence[np.ndarray], *, scale: flo
     """
     D = keys[0].shape[-1]
     heads = [
-        _head(np.array(layer[head].astype(mx.float32)), asked[head], rank or max(1, D // 2), scale)
-        for layer, asked in zip(keys, queries, strict=True)
+        _head(np.array(layer[head].astype(mx.float32)), captured[head], rank or max(1, D // 2), scale)
+        for layer, captured in zip(keys, queries, strict=True)
         for head in range(layer.shape[0])
     ]
     shape = (len(keys), keys[0].shape[0])
@@ -61,9 +62,10 @@ def load(
     small: Arrays, heads: Sequence[tuple[int, int]], *, scale: float, keys: np.ndarray | slice = slice(None)
 ) -> Sketch:
     """The sketches of some heads, (layer, KV head) each. keys: those of the middle that are to be scored."""
-    layers, which = (list(x) for x in zip(*heads, strict=True))
-    codes, scales, projection, mean = (small[f"sketch.{name}"][layers, which] for name in _NAMES)
-    return Sketch(*(mx.array(x) for x in (codes[:, keys], scales[:, keys], projection, mean)), scale=scale)
+    layers, kv_heads = [layer for layer, _ in heads], [head for _, head in heads]
+    arrays = {name: small[f"sketch.{name}"][layers, kv_heads] for name in ("codes", "scales", "projection", "mean")}
+    arrays |= {name: arrays[name][:, keys] for name in ("codes", "scales")}
+    return Sketch(**{name: mx.array(x) for name, x in arrays.items()}, scale=scale)
 
 
 def encode(numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -80,9 +82,9 @@ def _head(keys: np.ndarray, queries: np.ndarray, rank: int, scale: float) -> Arr
     """keys [n, D] of the whole context, queries [N, D]."""
     inside = keys[middle(len(keys))].astype(np.float64)
     mean = inside.mean(0)
-    asked = queries.astype(np.float64)
-    size, directions = np.linalg.eigh(asked.T @ asked / len(asked))
-    spread = np.sqrt(np.maximum(size, 1e-3 * size.max()))  # what was never asked may still be
+    wide = queries.astype(np.float64)
+    size, directions = np.linalg.eigh(wide.T @ wide / len(wide))
+    spread = np.sqrt(np.maximum(size, 1e-3 * size.max()))  # other queries may have what none of these has
     whitened = (inside - mean) @ (directions * spread)
     _, axes = np.linalg.eigh(whitened.T @ whitened)
     kept = axes[:, ::-1][:, :rank]
@@ -90,15 +92,15 @@ def _head(keys: np.ndarray, queries: np.ndarray, rank: int, scale: float) -> Arr
     projection = (directions / spread) @ kept
     points = decode(codes, scales)
     order = np.concatenate(_halved(points, np.arange(len(points))))
-    some = scale * queries[:: max(1, len(queries) // _TRIED)].astype(np.float32)
-    anchors = some @ keys[anchor_positions(len(keys))].T - (some @ mean.astype(np.float32))[:, None]
+    trial = scale * queries[:: max(1, len(queries) // _TRIAL_QUERIES)].astype(np.float32)
+    anchors = trial @ keys[anchor_positions(len(keys))].T - (trial @ mean.astype(np.float32))[:, None]
     return {
         "codes": codes,
         "scales": scales,
         "projection": projection.astype(np.float16),
         "mean": mean.astype(np.float16),
         "order": order.astype(np.int32),
-        "scanned": np.float32(_scanned(points[order], some @ projection.astype(np.float32), anchors)),
+        "scanned": np.float32(_scanned(points[order], trial @ projection.astype(np.float32), anchors)),
     }
 
 
@@ -117,12 +119,12 @@ def _scanned(points: np.ndarray, queries: np.ndarray, anchors: np.ndarray) -> fl
     weights = np.exp(scores - top)
     shares = weights / (weights.sum(1) + np.exp(anchors - top).sum(1))[:, None]
     needed = 0.0
-    for budget in _BUDGETS:
-        read = max(1, int(budget * n))
+    for fraction in _FRACTIONS:
+        read = max(1, int(fraction * n))
         chosen = np.where(shares >= -np.partition(-shares, read - 1, axis=1)[:, read - 1 : read], shares, 0)
-        found = np.take_along_axis(np.add.reduceat(chosen, starts, axis=1), nearest, axis=1).mean(0).cumsum()
-        missed = shares.sum(1).mean() - found
-        clusters = 1 + int((missed <= (1 + _LOST) * missed[-1] + 1e-4).argmax())
+        covered = np.take_along_axis(np.add.reduceat(chosen, starts, axis=1), nearest, axis=1).mean(0).cumsum()
+        missed = shares.sum(1).mean() - covered
+        clusters = 1 + int((missed <= (1 + _MAX_LOSS) * missed[-1] + 1e-4).argmax())
         needed = max(needed, clusters / count - PER_KEY * read / n)
     return needed
 
@@ -135,7 +137,7 @@ def _halved(points: np.ndarray, rows: np.ndarray) -> list[np.ndarray]:
         return [rows]
     inside = points[rows] - points[rows].mean(0)
     along = inside[:, inside.var(0).argmax()]
-    for _ in range(_TURNS):
+    for _ in range(_ITERATIONS):
         along = inside @ (along @ inside) / (np.linalg.norm(along) + 1e-30)
     half = count // 2 * CLUSTER
     order = np.argpartition(along, half - 1)

@@ -1,13 +1,13 @@
-"""What an answer rests on: the passages of the text whose keys took the most exact attention while it was written."""
+"""The sources of an answer: the passages of the text whose keys took the most exact attention while it was written."""
 
 import re
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-from .. import prompts
-from .keys import Arrays
+from ..core.types import DoubleArray, FloatArray, Tokenizer
+from ..mlxlm import prompts
+from ..store.tensor_file import Arrays
 
 _WINDOW = 32  # tokens whose attention is taken together
 _REACH = 240  # characters to the end of a sentence, at most
@@ -29,40 +29,40 @@ class Source:
         return f"[{self.start:,}–{self.end:,}, {self.share:.0%}] {words}"
 
 
-def arrays(tokenizer: Any, text: str, prefix: list[int]) -> Arrays:
+def arrays(tokenizer: Tokenizer, text: str, prefix: list[int]) -> Arrays:
     """The text, and for each token of the prefix the characters [start, end) that it stands for, -1 for the template's
-    own. Nothing for tokenizers that cannot tell.
+    own. Empty for tokenizers without character offsets.
     """
-    ids, found = prompts.located(tokenizer, text)
-    if not found or ids[: len(prefix)] != prefix:
+    ids, located = prompts.located(tokenizer, text)
+    if not located or ids[: len(prefix)] != prefix:
         return {}
-    spans = np.array(found[: len(prefix)])
+    spans = np.array(located[: len(prefix)])
     offsets = np.where(spans[:, :1] < 0, -1, spans).astype(np.int32)
     read = text[: max(0, int(offsets[:, 1].max()))]
     return {"sources.offsets": offsets, "sources.text": np.frombuffer(read.encode(), np.uint8)}
 
 
-def passages(small: Arrays, mass: np.ndarray[Any, Any], *, count: int = 3) -> list[Source]:
+def passages(small: Arrays, mass: FloatArray | DoubleArray, *, count: int = 3) -> list[Source]:
     """The `count` passages with the most of mass [n], in that order; they do not overlap."""
     if "sources.offsets" not in small or mass.sum() <= 0:
         return []
     offsets, text = small["sources.offsets"], small["sources.text"].tobytes().decode()
     inside = np.where(offsets[:, 0] >= 0, mass, 0.0)
-    left, total, found = inside.copy(), inside.sum(), list[Source]()
-    while len(found) < count and left.sum() > 0.01 * total:
+    left, total, sources = inside.copy(), inside.sum(), list[Source]()
+    while len(sources) < count and left.sum() > 0.01 * total:
         around = np.convolve(left, np.bartlett(_WINDOW + 1), mode="same")
         centre = int(around.argmax())
         tokens = slice(max(0, centre - _WINDOW // 2), centre + _WINDOW // 2 + 1)
         spans = offsets[tokens][offsets[tokens][:, 0] >= 0]
         start, end = _sentences(text, int(spans[:, 0].min()), int(spans[:, 1].max()))
-        for other in found:  # what is told already is not told again
+        for other in sources:  # passages do not overlap
             start, end = (max(start, other.end), end) if other.start <= start else (start, min(end, other.start))
         covered = (offsets[:, 0] >= start) & (offsets[:, 1] <= end)
         share = float(left[covered].sum() / total)
         left[covered], left[tokens] = 0, 0
         if end > start and text[start:end].strip():
-            found.append(Source(start, end, round(share, 4), text[start:end]))
-    return found
+            sources.append(Source(start, end, round(share, 4), text[start:end]))
+    return sources
 
 
 def _sentences(text: str, start: int, end: int) -> tuple[int, int]:

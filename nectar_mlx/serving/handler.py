@@ -1,4 +1,4 @@
-"""Requests, admitted and checked: what would end mlx-lm's generation thread must not reach it."""
+"""Requests, checked before mlx-lm sees them: an error in its generation thread would end the server."""
 
 import hmac
 import json
@@ -7,40 +7,42 @@ from typing import Any
 
 from mlx_lm import server
 
+from ..core.types import JsonObject
 from ..errors import NectarError
-from .provider import Provider, loaded_id
+from .provider import Provider, Target
 
-_IDLE = 60.0  # seconds that a connection may be silent
+_IDLE = 60.0  # seconds after which a silent connection is closed
 
 
 class _Refusal(BaseException):
     """A NectarError on its way through mlx-lm's handler, which would answer 404 to any Exception."""
 
 
-class _Kept:
-    """A generator for one request that keeps its `GenerationContext`. chosen: the client chose the answer's length."""
+class _RequestGenerator:
+    """The generator of one request, which keeps its `GenerationContext`. target: what it is answered from. chosen:
+    whether the client chose the answer's length."""
 
-    def __init__(self, generator: Any, *, chosen: bool):
-        self._generator, self._chosen, self.context = generator, chosen, None
+    def __init__(self, generator: Any, target: Target, *, chosen: bool):
+        self._generator, self._target, self._chosen, self.context = generator, target, chosen, None
 
     def generate(self, request: Any, arguments: Any, **options: Any) -> Any:
-        arguments.chosen = self._chosen
+        arguments.model.model, arguments.chosen = self._target, self._chosen
         try:
-            found = self._generator.generate(request, arguments, **options)
+            self.context, responses = self._generator.generate(request, arguments, **options)
         except NectarError as error:
             raise _Refusal(str(error)) from error
-        self.context = found[0]
-        return found
+        return self.context, responses
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._generator, name)
 
 
 class Handler(server.APIHandler):
-    """mlx-lm's requests, admitted and checked: what would end its generation thread must not reach it."""
+    """mlx-lm's request handler, with a key, limits and checks."""
 
     timeout = _IDLE
-    response_generator: Any  # a ResponseGenerator, or one that is kept for a request
+    response_generator: Any  # a ResponseGenerator; during a request, its _RequestGenerator
+    _chunk: int | None = None
 
     @property
     def _provider(self) -> Provider:
@@ -75,7 +77,7 @@ class Handler(server.APIHandler):
         kind = "invalid_request_error" if status < 500 else "server_error"
         self._answer(status, {"error": {"message": message, "type": kind, "code": None, "param": None}})
 
-    def _answer(self, status: int, body: dict[str, Any]) -> None:
+    def _answer(self, status: int, body: JsonObject) -> None:
         content = json.dumps(body).encode()
         self._set_completion_headers(status)
         self.send_header("Content-Length", str(len(content)))
@@ -84,7 +86,7 @@ class Handler(server.APIHandler):
         self.wfile.flush()
 
     def _discard(self, length: int) -> None:
-        """Reads on for a while: a client that is still sending would not see the answer to a closed connection."""
+        """Reads up to `length` bytes more: a client that is still sending sees no answer on a closed connection."""
         while length > 0 and (piece := self.rfile.read(min(length, 1 << 16))):
             length -= len(piece)
 
@@ -104,8 +106,8 @@ class Handler(server.APIHandler):
         if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
             raise NectarError("messages must be a list of objects")
         for message in messages:
-            parts = message.get("content")
-            if isinstance(parts, list) and any(not isinstance(p, dict) or p.get("type") != "text" for p in parts):
+            content = message.get("content")
+            if isinstance(content, list) and any(not isinstance(p, dict) or p.get("type") != "text" for p in content):
                 raise NectarError("only text is supported in messages")
         return super().handle_chat_completions()
 
@@ -115,38 +117,38 @@ class Handler(server.APIHandler):
         if problem := self._problem(stop_words):
             return self._refuse(400, problem)
         chosen = any(self.body.get(name) is not None for name in ("max_tokens", "max_completion_tokens"))
-        self._asked, self.response_generator = self.requested_model, _Kept(self.response_generator, chosen=chosen)
-        known, exact = self._provider.files, self.body.get("exact")
-        name = self._asked if self._asked in known else next(iter(known))
-        self._part = self._provider.nearest(name, self._questions())
-        if exact is not None or self._part is not None:
-            self.requested_model = loaded_id(name, part=self._part, exact=exact)
+        files = self._provider.files
+        name = self.requested_model if self.requested_model in files else next(iter(files))
+        self._chunk = self._provider.nearest(name, self._questions())
+        target = Target(name, self._chunk, self.body.get("exact"))
+        self.response_generator = _RequestGenerator(self.response_generator, target, chosen=chosen)
         try:
             super().handle_completion(request, stop_words)
         except _Refusal as refusal:
             self._refuse(400, str(refusal))
 
     def _questions(self) -> list[str]:
-        """What the user asked, the last question first; nothing for one who wants the whole text in view."""
+        """The user's questions, the last one first; none if the answer is to use the whole text."""
         if self.body.get("whole"):
             return []
         if not self.path.endswith("/chat/completions"):
             prompt = self.body.get("prompt")
             return [prompt] if isinstance(prompt, str) else []
-        asked = [m.get("content") for m in reversed(self.body["messages"]) if m.get("role") == "user"]
-        return [c if isinstance(c, str) else "\n".join(str(part.get("text", "")) for part in c or []) for c in asked]
+        contents = [m.get("content") for m in reversed(self.body["messages"]) if m.get("role") == "user"]
+        return [
+            c if isinstance(c, str) else "\n".join(str(piece.get("text", "")) for piece in c or []) for c in contents
+        ]
 
-    def generate_response(self, text: str, finish_reason: Any, *args: Any, **options: Any) -> dict[str, Any]:
-        response: dict[str, Any] = super().generate_response(text, finish_reason, *args, **options)
-        response["model"] = self._asked
-        if self._part is not None:
-            response["part"] = self._part + 1
+    def generate_response(self, text: str, finish_reason: Any, *args: Any, **options: Any) -> JsonObject:
+        response: JsonObject = super().generate_response(text, finish_reason, *args, **options)
+        if self._chunk is not None:
+            response["chunk"] = self._chunk
         if finish_reason is not None:
             response |= getattr(self.response_generator.context, "reading", {})
         return response
 
     def _problem(self, stop_words: Any) -> str | None:
-        """What mlx-lm does not check before the request is in its generation thread."""
+        """Errors that mlx-lm would find only in its generation thread."""
         if self.adapter is not None or self.requested_draft_model != "default_model":
             return "adapters and draft models cannot be chosen by a request"
         if not isinstance(stop_words, list) or not all(isinstance(w, str) and w for w in stop_words):

@@ -1,125 +1,144 @@
-"""What mlx-lm's server loads and generates with: a .nectar for every model's id, prompts that continue its context."""
+"""What mlx-lm's server loads and generates with: a .nectar for each id, and prompts that continue its context."""
 
 import argparse
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import mlx.nn as nn
 from mlx_lm import server
 from mlx_lm.models.cache import LRUPromptCache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from .. import cli, models, prompts, store
+from .. import models, store
+from ..core.progress import Log, no_log
+from ..core.types import LayerCache, Tokenizer
 from ..errors import NectarError
+from ..mlxlm import prompts
+from ..mlxlm.window import answer_tokens
 from ..nectar import Nectar
-from ..window import answer_tokens
 
-_PART, _EXACT = "@part=", "@exact="
+LoadNectar = Callable[[Path, nn.Module, Tokenizer], Nectar]
+"""Reads a file for a model that is loaded; shows its warnings."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a request is answered from; to mlx-lm, the id of the model to load. name: of the file. chunk: of its text,
+    None for the whole. exact: the share of keys to read exactly, None for the server's default."""
+
+    name: str
+    chunk: int | None = None
+    exact: float | None = None
 
 
 class ContextTokenizer(TokenizerWrapper):
-    """The model's tokenizer, except that what it encodes continues a context: no template head, no BOS."""
+    """The model's tokenizer, but its prompts continue a context: they have no template head and no BOS."""
 
-    has_chat_template = True  # `prompts` has a way for models without one
+    has_chat_template = True  # `prompts` also works without one
 
     def __init__(self, tokenizer: TokenizerWrapper):
         vars(self).update(vars(tokenizer))
-        self._whole = tokenizer
+        self._base = tokenizer
 
     def apply_chat_template(self, messages: Any, tokenize: bool = True, **template: Any) -> Any:  # type: ignore[override]
-        tokens = prompts.prompt(self._whole, messages, **template)
-        return tokens if tokenize else self._whole.decode(tokens)
+        tokens = prompts.prompt(self._base, messages, **template)
+        return tokens if tokenize else self._base.decode(tokens)
 
     def encode(self, text: str, **options: Any) -> list[int]:
-        """Words that end an answer, which may be control tokens."""
-        return prompts.encode(self._whole, text, specials=True)
+        """The ids of stop words, which may be control tokens."""
+        return prompts.encode(self._base, text, specials=True)
 
-    def completion(self, prompt: Any) -> list[int]:
-        """A text that goes on where the document ends."""
+    def completion(self, prompt: object) -> list[int]:
+        """The ids of a text that continues the document."""
         if not isinstance(prompt, str) or not prompt:
             raise NectarError("the prompt must be one non-empty string")
-        return prompts.encode(self._whole, prompt)
+        return prompts.encode(self._base, prompt)
 
 
 class Provider(server.ModelProvider):
-    """Loads what the server may serve: the given .nectar files, whose shared model is loaded once."""
+    """Loads the given .nectar files and nothing else; their common model is loaded once."""
 
     model: Any
     tokenizer: Any
     draft_model: Any
     model_key: Any
     serving: Nectar
-    reading: list[Any]  # the caches of the request that is served alone
+    caches: Sequence[LayerCache]  # of the latest request that is served on its own
 
-    def __init__(self, args: argparse.Namespace, files: dict[str, Path]):
+    def __init__(self, args: argparse.Namespace, files: dict[str, Path], load_nectar: LoadNectar, *, log: Log = no_log):
         super().__init__(args)
-        self.files = files
-        self._model_map["default_model"] = next(iter(files))
-        self._base: tuple[str, Any, Any] | None = None
-        self._nectars: dict[str, Nectar] = {}
-        self.reading = []
+        self.files, self._load_nectar, self._log = files, load_nectar, log
+        self._model_map["default_model"] = Target(next(iter(files)))
+        self._base: tuple[str, nn.Module, TokenizerWrapper] | None = None
+        self._nectars: dict[tuple[str, int | None], Nectar] = {}  # by file and chunk
+        self.caches = []
         self.ready = threading.Event()
         self.failure: Exception | None = None
 
     def no_model(self, name: str) -> str:
-        """What to say to a request for a model that is not served."""
+        """The message for a request for a model that is not served."""
         return f"there is no model {name!r}; there are: {', '.join(self.files)}"
 
     def load_default(self) -> None:
-        """Loads every file once, so that what is wrong is known before the first request; the first one stays."""
+        """Loads every file once, the first one last, so that errors show before the first request."""
         try:
             for name in reversed(self.files):
-                self.load(name, None, "default_model")  # type: ignore[no-untyped-call]
+                self.load(Target(name), None, "default_model")  # type: ignore[no-untyped-call]
         except Exception as error:
             self.failure = error
         self.ready.set()
 
-    def _load(self, model_path: str, adapter_path: str | None = None, draft_model_path: str | None = None) -> None:
-        name, part, exact = _parted(model_path, self.cli_args.exact)
-        if name not in self.files:
-            raise NectarError(self.no_model(name))
-        nectar, model, tokenizer = self._nectar(name)
-        if part is not None:
-            whole, key = nectar, loaded_id(name, part=part)
-            nectar = self._nectars[key] = self._nectars.get(key) or whole.chunk(part)
-        retrieves = bool(nectar.retrieving(exact))
+    def _load(self, model_path: Target, adapter_path: str | None = None, draft_model_path: str | None = None) -> None:
+        target = model_path
+        exact = self.cli_args.exact if target.exact is None else target.exact
+        nectar, model, tokenizer = self._nectar(target)
+        hybrid = bool(nectar.hybrid_banks(exact))
 
-        def make_cache() -> list[Any]:
-            self.reading = nectar.make_cache(kv_bits=self.cli_args.kv_bits, exact=exact)
-            return self.reading
+        def make_cache() -> Sequence[LayerCache]:
+            self.caches = nectar.make_cache(kv_bits=self.cli_args.kv_bits, exact_fraction=exact)
+            return self.caches
 
         model.make_cache = make_cache
         if draft_model_path is not None and self.draft_model is None:
-            self.draft_model, _ = models.load(draft_model_path, log=cli.say)
+            self.draft_model, _ = models.load(draft_model_path, log=self._log)
         self.model, self.tokenizer = model, ContextTokenizer(tokenizer)
-        self.is_batchable = self.draft_model is None and not retrieves  # what an answer read is known of one alone
+        self.is_batchable = self.draft_model is None and not hybrid  # what was read is known for single requests only
         self.serving = nectar
-        self.model_key = (model_path, adapter_path, draft_model_path)
+        self.model_key = (target, adapter_path, draft_model_path)
 
     def nearest(self, name: str, questions: Iterable[str]) -> int | None:
-        """The part of a text read in parts that the first question which tells is about."""
-        nectar, base = self._nectars.get(name), self._base
+        """The chunk for the first of the questions that has a nearest chunk; None if none has, or without chunks."""
+        nectar, base = self._nectars.get((name, None)), self._base
         if nectar is None or base is None:
             return None
-        return next((part for q in questions if (part := nectar.nearest(base[2], q)) is not None), None)
+        chunks = (nectar.nearest(base[2], question) for question in questions)
+        return next((chunk for chunk in chunks if chunk is not None), None)
 
-    def _nectar(self, name: str) -> tuple[Nectar, Any, Any]:
-        file = self.files[name]
+    def _nectar(self, target: Target) -> tuple[Nectar, nn.Module, TokenizerWrapper]:
+        if target.name not in self.files:
+            raise NectarError(self.no_model(target.name))
+        file = self.files[target.name]
         wanted = self.cli_args.model or store.model_name(file)
         if self._base is None or self._base[0] != wanted:
             self._base = None
             self._nectars.clear()
             self.reset()
-            self._base = (wanted, *models.load(wanted, log=cli.say))
+            self._base = (wanted, *models.load(wanted, log=self._log))
         _, model, tokenizer = self._base
-        if name not in self._nectars:
-            self._nectars[name] = cli.load_nectar(file, model, tokenizer)
-        return self._nectars[name], model, tokenizer
+        key, whole = (target.name, target.chunk), (target.name, None)
+        if whole not in self._nectars:
+            self._nectars[whole] = self._load_nectar(file, model, tokenizer)
+        if target.chunk is not None and key not in self._nectars:
+            self._nectars[key] = self._nectars[whole].chunk(target.chunk)
+        return self._nectars[key], model, tokenizer
 
 
 class PromptCache(LRUPromptCache):
-    """mlx-lm's, which may hold the whole of a prompt; its batches need at least one token that is still to be read."""
+    """mlx-lm's cache of prompts. It may have a whole prompt, but a batch needs at least one token that is still to be
+    read."""
 
     def __init__(self, max_size: int, provider: Provider | None = None):
         super().__init__(max_size)
@@ -128,8 +147,8 @@ class PromptCache(LRUPromptCache):
     def fetch_nearest_cache(self, model: Any, tokens: list[int]) -> tuple[Any, list[int]]:
         cache, rest = super().fetch_nearest_cache(model, tokens)
         if cache is not None and self._provider is not None:
-            self._provider.reading = cache
-            self._provider.serving.forget_reading(cache)
+            self._provider.caches = cache
+            self._provider.serving.hybrid.forget(cache)
         if rest:
             return cache, rest
         if all(layer.is_trimmable() for layer in cache):
@@ -140,30 +159,31 @@ class PromptCache(LRUPromptCache):
 
 
 class Generator(server.ResponseGenerator):
-    """mlx-lm's, within the model's window; what an answer that was served alone has read of its context becomes a field
-    of the request's.
-    """
+    """mlx-lm's generator, with answers limited to the model's window. For a request that is served on its own, the
+    `GenerationContext` gets a field `reading`: what the answer has read of its context."""
 
     model_provider: Provider
 
     def _tokenize(self, tokenizer: Any, request: Any, args: Any) -> Any:
         if request.request_type == "chat":
-            found = super()._tokenize(tokenizer, request, args)  # type: ignore[no-untyped-call]
+            tokenized = super()._tokenize(tokenizer, request, args)  # type: ignore[no-untyped-call]
         else:
             prompt = tokenizer.completion(request.prompt)
-            found = prompt, [prompt], ["assistant"], "normal", None
+            tokenized = prompt, [prompt], ["assistant"], "normal", None
         length = {"chosen" if args.chosen else "default": args.max_tokens}
         provider = self.model_provider
-        args.max_tokens = answer_tokens(provider.model, start=provider.serving.start, prompt=len(found[0]), **length)
-        return found
+        args.max_tokens = answer_tokens(
+            provider.model, start=provider.serving.start, prompt=len(tokenized[0]), **length
+        )
+        return tokenized
 
     def _serve_single(self, request: Any, stream: Any) -> None:
         queue, *others = request
-        super()._serve_single((_Told(queue, self.model_provider), *others), stream)  # type: ignore[no-untyped-call]
+        super()._serve_single((_ResponseQueue(queue, self.model_provider), *others), stream)  # type: ignore[no-untyped-call]
 
 
-class _Told:
-    """A request's queue: the first item is its `GenerationContext`, the last is None."""
+class _ResponseQueue:
+    """A request's queue, which adds `reading` to its `GenerationContext`: the first item. The last item is None."""
 
     def __init__(self, queue: Any, provider: Provider):
         self._queue, self._provider, self._context = queue, provider, None
@@ -172,17 +192,5 @@ class _Told:
         if self._context is None:
             self._context = item
         elif item is None:
-            self._context.reading = self._provider.serving.reading(self._provider.reading)
+            self._context.reading = self._provider.serving.hybrid.reading(self._provider.caches)
         self._queue.put(item)
-
-
-def loaded_id(name: str, *, part: int | None = None, exact: float | None = None) -> str:
-    """The id that is loaded: a file's, with the part and the share of exact keys that a request is answered from."""
-    return name + (f"{_PART}{part}" if part is not None else "") + (f"{_EXACT}{exact}" if exact is not None else "")
-
-
-def _parted(loaded: str, exact: float | None) -> tuple[str, int | None, float | None]:
-    """A file's id, the part, and the share of keys to read exactly, the server's own unless the request said so."""
-    rest, at, told = loaded.partition(_EXACT)
-    name, _, part = rest.partition(_PART)
-    return name, int(part) if part else None, float(told) if at else exact

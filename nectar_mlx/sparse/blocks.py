@@ -11,17 +11,9 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from .._exp import exp
-from ..attention import Partial
-
-_ROOM = 1 << 20  # scores held at a time on the CPU: what stays in its caches
-_ROOM_GPU = 1 << 27
-_NOTHING = -1e30  # the score of a hidden key
-
-
-def room() -> int:
-    """How many scores a chunk should have at most."""
-    return _ROOM if mx.default_device() == mx.cpu else _ROOM_GPU
+from ..core.attention import EMPTY, Partial, join
+from ..core.exp import exp
+from ..core.gradients import Arrays, with_vjp
 
 
 class Chunk(NamedTuple):
@@ -44,36 +36,36 @@ def blockwise(
     def part(x: mx.array, which: slice) -> mx.array:
         return x[(slice(None),) * axis + (which,)]
 
-    @mx.custom_function
-    def attend(queries: mx.array, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        parts: list[Partial] = []
+    def attend_vjp(primals: Arrays, cotangents: Arrays, outputs: Arrays) -> Arrays:
+        d_queries: list[mx.array] = []
+        d_keys, d_values = [mx.zeros(x.shape) for x in primals[1:]]
         for chunk in chunks:
-            q, k, v = part(queries, chunk.queries), part(keys, chunk.keys), part(values, chunk.keys)
-            q = _after(parts[-1] if parts else (), q)
-            weights, log_normalizer = _softmax(_scores(q, k, scale, chunk.mask()), values.dtype)
-            parts.append(Partial(*_settle((weights @ v).astype(mx.float32), log_normalizer)))
-        return join(parts, axis=axis)
-
-    @attend.vjp
-    def attend_vjp(primals, cotangents, outputs):  # type: ignore[no-untyped-def]
-        d_queries, d_keys, d_values = [], *(mx.zeros(x.shape) for x in primals[1:])
-        for chunk in chunks:
-            which = chunk.queries, chunk.keys, chunk.keys
-            q, k, v = (part(x, at).astype(mx.float32) for x, at in zip(primals, which, strict=True))
+            chosen = chunk.queries, chunk.keys, chunk.keys
+            q, k, v = [part(x, rows).astype(mx.float32) for x, rows in zip(primals, chosen, strict=True)]
             q = _after((d_keys, d_values), q)
-            d_output, d_log, output, log_normalizer = (part(x, chunk.queries) for x in (*cotangents, *outputs))
-            weights = _weights(_scores(q, k, scale, chunk.mask()), log_normalizer[..., None], mx.float32)
+            d_output, d_log, output, log_normalizer = [part(x, chunk.queries) for x in (*cotangents, *outputs)]
+            weights = _weights(masked_scores(q, k, scale, chunk.mask()), log_normalizer[..., None], mx.float32)
             constant = d_log - (d_output * output).sum(-1)
             d_scores = weights * (d_output @ v.swapaxes(-1, -2) + constant[..., None]) * scale
             seen = (slice(None),) * axis + (chunk.keys,)
             d_keys[seen] += d_scores.swapaxes(-1, -2) @ q
             d_values[seen] += weights.swapaxes(-1, -2) @ d_output
-            d_chunk, d_keys, d_values = _settle(d_scores @ k, d_keys, d_values)
+            d_chunk, d_keys, d_values = _evaluated(d_scores @ k, d_keys, d_values)
             d_queries.append(d_chunk)
         grads = mx.concatenate(d_queries, axis=axis), d_keys, d_values
         return tuple(grad.astype(x.dtype) for grad, x in zip(grads, primals, strict=True))
 
-    return Partial(*attend(queries, keys, values))  # type: ignore[misc]
+    @with_vjp(attend_vjp)
+    def attend(queries: mx.array, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        parts: list[Partial] = []
+        for chunk in chunks:
+            q, k, v = part(queries, chunk.queries), part(keys, chunk.keys), part(values, chunk.keys)
+            q = _after(parts[-1] if parts else (), q)
+            weights, log_normalizer = _softmax(masked_scores(q, k, scale, chunk.mask()), values.dtype)
+            parts.append(Partial(*_evaluated((weights @ v).astype(mx.float32), log_normalizer)))
+        return join(parts, axis=axis)
+
+    return Partial(*attend(queries, keys, values))
 
 
 def _after(done: Sequence[mx.array], x: mx.array) -> mx.array:
@@ -84,7 +76,7 @@ def _after(done: Sequence[mx.array], x: mx.array) -> mx.array:
     return mx.depends([x], list(done))[0] if done else x
 
 
-def _settle(*arrays: mx.array) -> Sequence[mx.array]:
+def _evaluated(*arrays: mx.array) -> Sequence[mx.array]:
     """On the CPU: the same values, evaluated, without the graph that led to them.
 
     `exp` evaluates its argument there, and what is evaluated within `mx.grad` keeps all that led to it alive.
@@ -98,9 +90,9 @@ def _settle(*arrays: mx.array) -> Sequence[mx.array]:
     return [mx.array(np.array(x, copy=False)) for x in arrays]
 
 
-def _scores(queries: mx.array, keys: mx.array, scale: float, mask: mx.array | None) -> mx.array:
+def masked_scores(queries: mx.array, keys: mx.array, scale: float, mask: mx.array | None) -> mx.array:
     products = (queries.astype(mx.float32) * scale) @ keys.astype(mx.float32).swapaxes(-1, -2)
-    return products if mask is None else mx.where(mask, products, _NOTHING)
+    return products if mask is None else mx.where(mask, products, EMPTY)
 
 
 def _softmax(scores: mx.array, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
@@ -117,9 +109,3 @@ def _softmax(scores: mx.array, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
 def _weights(scores: mx.array, log_normalizer: mx.array, dtype: mx.Dtype) -> mx.array:
     """e^(score - log-normaliser) in `dtype`."""
     return exp(scores - log_normalizer).astype(dtype)
-
-
-def join(parts: Sequence[Partial], *, axis: int) -> Partial:
-    """Parts for different queries, one after the other along `axis`."""
-    output, log_normalizer = (mx.concatenate(list(xs), axis=axis) for xs in zip(*parts, strict=True))
-    return Partial(output, log_normalizer)

@@ -7,18 +7,17 @@ score: whatever a kernel leaves out or should not see shows in the result.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
-from ..attention import Partial
+from ..core.attention import EMPTY, Partial, in_float32
 from ..kernels.checking import difference, relative_error
-from .patterns import Fixed, Pattern
+from .patterns import Pattern
 
 BATCH, HEADS, KV_HEADS, QUERIES = 2, 4, 2, 70
 TOLERANCE = {mx.float16: 4e-3, mx.bfloat16: 2e-2}  # largest error / largest number, of each result
-_LEAST, _MOST = 150, 1 << 14  # positions: far keys of larger strides than any text needs are left out
+_MIN_POSITIONS, _MAX_POSITIONS = 150, 1 << 14  # the far keys of strides larger than any text needs are left out
 _SPREAD = 1.0  # standard deviation of scores
 
 Attend = Callable[[mx.array, mx.array, mx.array], Partial]
@@ -47,16 +46,15 @@ class Probe:
             output, log_normalizer = attend(*inputs)
             return mx.add((output * self.weights[0]).sum(), (log_normalizer * self.weights[1]).sum())
 
-        gradients: Any = mx.grad(loss, argnums=(0, 1, 2))(*self.inputs)
-        return list(gradients)
+        return list(mx.grad(loss, argnums=(0, 1, 2))(*self.inputs))
 
     def errors(self, attend: Attend, *, backwards: bool) -> list[float]:
         """Of each result: largest difference from the reference's / its largest number."""
-        found = self.results(attend, backwards=backwards)
+        results = self.results(attend, backwards=backwards)
         with mx.stream(mx.cpu):  # elsewhere float32 products may be rounded to TF32
-            wanted = self.results(self.reference, backwards=backwards)
-            mx.eval(wanted)
-        return [relative_error(x, y) for x, y in zip(found, wanted, strict=True)]
+            expected = self.results(self.reference, backwards=backwards)
+            mx.eval(expected)
+        return [relative_error(x, y) for x, y in zip(results, expected, strict=True)]
 
     def mismatch(self, attend: Attend, *, backwards: bool) -> str | None:
         """What is wrong with the results of the kernels; None where nothing is."""
@@ -68,8 +66,7 @@ class Probe:
 def probe(pattern: Pattern, *, dtype: mx.Dtype, head_dim: int, scale: float) -> Probe:
     """Queries whose row is far enough down the grid of the pattern to see far keys."""
     rng = np.random.default_rng(0)
-    gap, summary = (int(pattern.overlap), pattern.summary) if isinstance(pattern, Fixed) else (0, 1)
-    S = min(max((gap + 2) * pattern.stride + pattern.stride // 2 + 3, _LEAST), _MOST)
+    S = min(max((pattern.gap + 2) * pattern.stride + pattern.stride // 2 + 3, _MIN_POSITIONS), _MAX_POSITIONS)
     unit = math.sqrt(_SPREAD / (scale * math.sqrt(head_dim)))  # of queries and keys, so that scores are what they are
     common = rng.standard_normal(head_dim)  # what all queries have in common, and far keys have too
     common *= math.sqrt(2 * math.sqrt(head_dim)) / np.linalg.norm(common)
@@ -78,18 +75,19 @@ def probe(pattern: Pattern, *, dtype: mx.Dtype, head_dim: int, scale: float) -> 
     group, first = HEADS // KV_HEADS, S - QUERIES  # the position of the first query
     raised = _SPREAD * queries[:, ::group, :-1] / math.sqrt(head_dim)
     keys[:, :, first + 1 :] += math.log(4 * pattern.stride) * raised
-    keys[:, :, : max(0, first - (gap + 1) * pattern.stride)] += math.log(pattern.stride / summary) / 2 * common
+    far = slice(max(0, first - (pattern.gap + 1) * pattern.stride))
+    keys[:, :, far] += math.log(pattern.stride / pattern.columns) / 2 * common
     weights = [rng.standard_normal(queries.shape), rng.standard_normal(queries.shape[:3])]
     arrays = [mx.array(x.astype(np.float32)) for x in (unit * (queries + common), unit * keys, values, *weights)]
     return Probe(pattern=pattern, scale=scale, inputs=[x.astype(dtype) for x in arrays[:3]], weights=arrays[3:])
 
 
 def dense(queries: mx.array, keys: mx.array, values: mx.array, *, pattern: Pattern, scale: float) -> Partial:
-    """`sparse_attention` without a thought: dense attention in float32 under the pattern's mask."""
+    """The definition: dense attention in float32 under the pattern's mask."""
     (B, H, T, D), (K, S) = queries.shape, keys.shape[1:3]
-    queries, keys, values = (x.astype(mx.float32) for x in (queries, keys, values))
+    queries, keys, values = in_float32(queries, keys, values)
     scores = scale * queries.reshape(B, K, H // K * T, D) @ keys.swapaxes(-1, -2)
-    scores = mx.where(pattern.mask(T, S, heads=H), scores.reshape(B, H, T, S), -1e30)
+    scores = mx.where(pattern.mask(T, S, heads=H), scores.reshape(B, H, T, S), EMPTY)
     log_normalizer = mx.logsumexp(scores, axis=-1)
     weights = mx.exp(scores - log_normalizer[..., None]).reshape(B, K, H // K * T, S)
     return Partial((weights @ values).reshape(B, H, T, D), log_normalizer)

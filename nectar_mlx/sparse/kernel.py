@@ -9,21 +9,20 @@ import functools
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
 
 import mlx.core as mx
 
 from .. import kernels
-from ..attention import Partial, merge
+from ..core.attention import Partial, merge
+from ..core.gradients import Arrays, with_vjp
 from ..kernels import source
 from ..kernels.checking import summary
+from ..kernels.source import Kernel
 from . import checking
-from .patterns import Fixed, Pattern
+from .patterns import Pattern, Step
 
 HEAD_DIMS = (64, 80, 96, 128)
 _ELEMENTS = {mx.bfloat16: ("bfloat16_t", "BFLOAT"), mx.float16: ("half", "HALF")}
-
-Step = Literal["BLOCKS", "WINDOW", "LANES"]
 
 
 def supports(queries: mx.array, keys: mx.array, values: mx.array) -> bool:
@@ -70,13 +69,7 @@ def attention(
     """
     launches = launches_of(pattern, queries.shape[1], keys.shape[1], scale, kernels.backend())
 
-    @mx.custom_function
-    def attend(queries: mx.array, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        parts = [launch.forward(queries, keys, values) for launch in launches]
-        return functools.reduce(merge, parts)
-
-    @attend.vjp
-    def attend_vjp(primals, cotangents, outputs):  # type: ignore[no-untyped-def]
+    def attend_vjp(primals: Arrays, cotangents: Arrays, outputs: Arrays) -> Arrays:
         queries, keys, values = primals
         if plain is not None and not works(queries, pattern=pattern, scale=scale, backwards=True):
             return tuple(mx.vjp(plain, list(primals), list(cotangents))[1])
@@ -86,20 +79,24 @@ def attention(
         gradients = zip(*(launch.backward(*given) for launch in launches), strict=True)
         return tuple(sum(of[1:], of[0]).astype(x.dtype) for of, x in zip(gradients, primals, strict=True))
 
-    return Partial(*attend(queries, keys, values))  # type: ignore[misc]
+    @with_vjp(attend_vjp)
+    def attend(queries: mx.array, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        parts = [launch.forward(queries, keys, values) for launch in launches]
+        return functools.reduce(merge, parts)
+
+    return Partial(*attend(queries, keys, values))
 
 
 @functools.lru_cache(maxsize=64)
 def launches_of(pattern: Pattern, n_heads: int, n_kv_heads: int, scale: float, backend: str) -> list["Launch"]:
     far = any(pattern.steps(head)[1] for head in range(n_heads))
-    steps: tuple[Step, ...] = ("BLOCKS",) if isinstance(pattern, Fixed) else ("WINDOW", "LANES")
     rows = []
     for head in range(n_heads):
-        first = pattern.first_column(head) if isinstance(pattern, Fixed) else 0
-        rows.append([head * n_kv_heads // n_heads, first, *map(int, pattern.steps(head))])
+        rows.append([head * n_kv_heads // n_heads, pattern.first_column(head), *map(int, pattern.steps(head))])
+    steps = pattern.kernel_steps if far else pattern.kernel_steps[:1]
     plan = mx.array([*rows, [0] * 4], mx.int32)  # Metal keeps what has fewer than eight entries elsewhere
     mx.eval(plan)
-    return [Launch(step, pattern, plan, scale, backend) for step in steps[: 1 + far]]
+    return [Launch(step, pattern, plan, scale, backend) for step in steps]
 
 
 @dataclass(frozen=True)
@@ -147,14 +144,10 @@ class Launch:
     scale: float
     backend: str
 
-    @property
-    def _summary(self) -> int:
-        return self.pattern.summary if isinstance(self.pattern, Fixed) else 1
-
     def forward(self, queries: mx.array, keys: mx.array, values: mx.array) -> Partial:
         B, H, T, D = queries.shape
         shapes = [(B, H, T, D), (B, H, T)]
-        run = self._kernel("forward", queries, blocks=self._blocks("forward", queries), shapes=shapes)
+        run = self.kernel("forward", queries, blocks=self._blocks("forward", queries), shapes=shapes)
         return Partial(*run(inputs=[queries, keys, values, self.plan]))
 
     def backward(
@@ -171,19 +164,19 @@ class Launch:
         given = [queries, keys, values, d_output, log_normalizer, constants, self.plan]
         shapes: list[tuple[int, ...]] = [(B, H, S, D)] * 2
         blocks = self._blocks("queries", queries)
-        (d_queries,) = self._kernel("queries", queries, blocks=blocks, shapes=[queries.shape])(inputs=given)
+        (d_queries,) = self.kernel("queries", queries, blocks=blocks, shapes=[queries.shape])(inputs=given)
         rows, held = -(-S // self.pattern.stride), tiling("keys", D, self.backend).rows
         if self.step == "LANES":
             blocks = self.pattern.stride * -(-rows // held)
-            pair = self._kernel("keys", queries, "FAR_KEYS", blocks=blocks, shapes=shapes)(inputs=given)
+            pair = self.kernel("keys", queries, "FAR_KEYS", blocks=blocks, shapes=shapes)(inputs=given)
         else:
             flags = ["NEAR_KEYS"]
             if self.step == "BLOCKS" and any(self.pattern.steps(head)[1] for head in range(H)):
-                blocks = -(-rows * self._summary // held)
-                given = given + self._kernel("keys", queries, "FAR_KEYS", blocks=blocks, shapes=shapes)(inputs=given)
+                blocks = -(-rows * self.pattern.columns // held)
+                given = given + self.kernel("keys", queries, "FAR_KEYS", blocks=blocks, shapes=shapes)(inputs=given)
                 flags.append("JOIN")
-            pair = self._kernel("keys", queries, *flags, blocks=-(-S // held), shapes=shapes)(inputs=given)
-        d_keys, d_values = (x.reshape(B, K, H // K, S, D).sum(2) for x in pair)
+            pair = self.kernel("keys", queries, *flags, blocks=-(-S // held), shapes=shapes)(inputs=given)
+        d_keys, d_values = [x.reshape(B, K, H // K, S, D).sum(2) for x in pair]
         return d_queries, d_keys, d_values
 
     def _blocks(self, stage: str, queries: mx.array) -> int:
@@ -191,33 +184,32 @@ class Launch:
         (T, D), columns = queries.shape[2:], self.pattern.stride if self.step == "LANES" else 1
         return columns * -(-T // (columns * tiling(stage, D, self.backend).rows))
 
-    def _kernel(
-        self, stage: str, queries: mx.array, *flags: str, blocks: int, shapes: list[tuple[int, ...]]
-    ) -> Callable[..., Any]:
+    def kernel(self, stage: str, queries: mx.array, *flags: str, blocks: int, shapes: list[tuple[int, ...]]) -> Kernel:
+        """The kernel of a stage for so many blocks of a head; shapes: of its outputs."""
         B, H, _, D = queries.shape
         tiles = tiling(stage, D, self.backend)
-        gap = self.pattern.overlap if isinstance(self.pattern, Fixed) else 0
         numbers = {"HEAD_DIM": D, "COLUMNS": tiles.columns, "SLICE": tiles.piece, "ROWS": tiles.rows}
         numbers |= {"SIMDGROUPS": tiles.simdgroups, "SUMS": tiles.sums}
         numbers |= {"PARTS": D // 16, "PIECES": D // 8, "TILE_STRIDE": D + 8}
-        numbers |= {"STRIDE": self.pattern.stride, "SUMMARY": self._summary, "GAP": int(gap)}
+        numbers |= {"STRIDE": self.pattern.stride, "SUMMARY": self.pattern.columns, "GAP": self.pattern.gap}
         steps = (self.step, *(() if self.step == "LANES" else ("CONTIGUOUS",)))
-        kernel = _build(
+        kernel = build(
             stage, self.backend, queries.dtype, tuple(numbers.items()), self.scale, (*steps, tiles.held, *flags)
         )
         threads = 32 * tiles.simdgroups
-        return kernels.launcher(kernel, (threads * blocks, H, B), shapes, [mx.float32] * len(shapes), threads)
+        return source.launcher(kernel, (threads * blocks, H, B), shapes, [mx.float32] * len(shapes), threads)
 
 
 @functools.lru_cache(maxsize=256)
-def _build(
+def build(
     stage: str,
     backend: str,
     dtype: mx.Dtype,
     numbers: tuple[tuple[str, int], ...],
     scale: float,
     flags: tuple[str, ...],
-) -> Callable[..., Any]:
+) -> Kernel:
+    """The kernel of a stage: metal/sparse_{stage}.metal, with such constants and flags."""
     element, flag = _ELEMENTS[dtype]
     lines = [
         "namespace nectar {",

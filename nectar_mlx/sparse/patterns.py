@@ -9,20 +9,21 @@ Write positions 0, 1, 2, … row by row into a grid of `stride` columns. A query
 With a stride of about √n either set has about √n keys, and two such steps connect every pair of positions. Strided
 suits data with a period (images), Fixed suits text: what the summary columns hold, every later token can read.
 
-`mask` is the definition. The private half of the interface lays the grid out so that both sets become dense attention:
-near inside rows, far between rows (sparse.py). Shapes: B sequences, h heads, R rows with queries, M rows with keys,
+`mask` is the definition. `near_*` and `far_*` lay the grid out so that both sets become dense attention: near inside
+rows, far between rows (attention.py). Shapes: B sequences, h heads, R rows with queries, M rows with keys,
 l = stride columns, D head_dim.
 """
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 import mlx.core as mx
 
 from ..errors import NectarError
 
 Combine = Literal["merged", "interleaved", "heads"]
+Step = Literal["BLOCKS", "WINDOW", "LANES"]  # a launch of the kernel, by its name in metal/sparse.metal
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class Pattern(ABC):
     stride: int
     combine: Combine = "merged"
     layer: int = 0
+
+    kernel_steps: ClassVar[tuple[Step, ...]]
 
     def __post_init__(self) -> None:
         if self.stride < 1:
@@ -75,9 +78,9 @@ class Pattern(ABC):
             seen = seen | self._far(i, j, head)
         return seen & (j <= i)
 
-    def _near_mask(self, heads: list[int]) -> mx.array:
-        """What a row's queries see of the `_near_rows` rows that end with it: bool [1 or h, 1, l, l · _near_rows]."""
-        end = self.stride * self._near_rows
+    def near_mask(self, heads: list[int]) -> mx.array:
+        """What a row's queries see of the `near_rows` rows that end with it: bool [1 or h, 1, l, l · near_rows]."""
+        end = self.stride * self.near_rows
         i, j = mx.arange(end - self.stride, end)[:, None], mx.arange(end)[None]
         alike = all(self.steps(head) == (True, False) for head in heads) or self.combine == "merged"
         seen = [self._visible(i, j, head) & self._near(i, j) for head in (heads[:1] if alike else heads)]
@@ -85,11 +88,20 @@ class Pattern(ABC):
 
     @property
     @abstractmethod
-    def _near_rows(self) -> int:
+    def columns(self) -> int:
+        """How many columns of an earlier row a query sees."""
+
+    def first_column(self, head: int) -> int:
+        """The first of the columns that a head sees, if it is the same for all queries."""
+        return 0
+
+    @property
+    @abstractmethod
+    def near_rows(self) -> int:
         """How many rows the near keys of one row's queries lie in."""
 
     @property
-    def _gap(self) -> int:
+    def gap(self) -> int:
         """How many rows before its own no query's far keys lie in."""
         return 0
 
@@ -102,25 +114,27 @@ class Pattern(ABC):
         """Is key j ≤ i in the far set of query i?"""
 
     @abstractmethod
-    def _near_keys(self, keys: mx.array) -> mx.array:
-        """[B, h, M, l, D] -> [B, h, M, l · _near_rows, D]: the rows that each row's queries see, zeros for row -1."""
+    def near_keys(self, keys: mx.array) -> mx.array:
+        """[B, h, M, l, D] -> [B, h, M, l · near_rows, D]: the rows that each row's queries see, zeros for row -1."""
 
     @abstractmethod
-    def _far_queries(self, queries: mx.array) -> mx.array:
+    def far_queries(self, queries: mx.array) -> mx.array:
         """[B, h, R, l, D] -> [B, h, lanes, R · queries per row, D]: queries of one lane share their far keys."""
 
     @abstractmethod
-    def _far_keys(self, keys: mx.array, heads: list[int], owners: list[int]) -> mx.array:
+    def far_keys(self, keys: mx.array, heads: list[int], owners: list[int]) -> mx.array:
         """[B, K, M, l, D] -> [B, h, lanes, M · keys per row, D]; owners: the KV head of each of `heads`."""
 
     @abstractmethod
-    def _far_result(self, x: mx.array) -> mx.array:
-        """[B, h, lanes, R · queries per row, ...] -> [B, h, R, l, ...], the inverse of `_far_queries`."""
+    def far_result(self, x: mx.array) -> mx.array:
+        """[B, h, lanes, R · queries per row, ...] -> [B, h, R, l, ...], the inverse of `far_queries`."""
 
 
 @dataclass(frozen=True)
 class Strided(Pattern):
     """The last `stride` positions, and every `stride`-th before them (section 4.3, figure 3b)."""
+
+    kernel_steps = ("WINDOW", "LANES")
 
     @classmethod
     def balanced(cls, length: int) -> Self:
@@ -128,7 +142,11 @@ class Strided(Pattern):
         return cls(_power_of_two(length**0.5))
 
     @property
-    def _near_rows(self) -> int:
+    def columns(self) -> int:
+        return 1
+
+    @property
+    def near_rows(self) -> int:
         return 2
 
     def _near(self, i: mx.array, j: mx.array) -> mx.array:
@@ -137,16 +155,16 @@ class Strided(Pattern):
     def _far(self, i: mx.array, j: mx.array, head: int) -> mx.array:
         return (i - j) % self.stride == 0
 
-    def _near_keys(self, keys: mx.array) -> mx.array:
+    def near_keys(self, keys: mx.array) -> mx.array:
         return _with_row_before(keys)
 
-    def _far_queries(self, queries: mx.array) -> mx.array:
+    def far_queries(self, queries: mx.array) -> mx.array:
         return queries.swapaxes(2, 3)
 
-    def _far_keys(self, keys: mx.array, heads: list[int], owners: list[int]) -> mx.array:
+    def far_keys(self, keys: mx.array, heads: list[int], owners: list[int]) -> mx.array:
         return take_heads(keys.swapaxes(2, 3), owners)
 
-    def _far_result(self, x: mx.array) -> mx.array:
+    def far_result(self, x: mx.array) -> mx.array:
         return x.swapaxes(2, 3)
 
 
@@ -164,6 +182,8 @@ class Fixed(Pattern):
     summary: int = 8
     overlap: bool = False
 
+    kernel_steps = ("BLOCKS",)
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 1 <= self.summary <= self.stride:
@@ -175,42 +195,45 @@ class Fixed(Pattern):
         return cls(max(summary, _power_of_two((summary * length / 2) ** 0.5)), summary=summary, overlap=overlap)
 
     @property
-    def _near_rows(self) -> int:
-        return 1 + self._gap
+    def columns(self) -> int:
+        return self.summary
 
     @property
-    def _gap(self) -> int:
+    def near_rows(self) -> int:
+        return 1 + self.gap
+
+    @property
+    def gap(self) -> int:
         return int(self.overlap)
 
     def _near(self, i: mx.array, j: mx.array) -> mx.array:
-        return i // self.stride - j // self.stride <= self._gap
+        return i // self.stride - j // self.stride <= self.gap
 
     def _far(self, i: mx.array, j: mx.array, head: int) -> mx.array:
         first, column = self.first_column(head), j % self.stride
         return (column >= first) & (column < first + self.summary)
 
     def first_column(self, head: int) -> int:
-        """The first of the columns that a head reads."""
-        return self.stride - self.summary * (self._columns(head) + 1)
+        return self.stride - self.summary * (self._group(head) + 1)
 
-    def _columns(self, head: int) -> int:
+    def _group(self, head: int) -> int:
         """Which `summary` columns a head reads, counted from the end of the block."""
         return (head // 2 if self.combine == "heads" else head) % (self.stride // self.summary)
 
-    def _near_keys(self, keys: mx.array) -> mx.array:
+    def near_keys(self, keys: mx.array) -> mx.array:
         return _with_row_before(keys) if self.overlap else keys
 
-    def _far_queries(self, queries: mx.array) -> mx.array:
+    def far_queries(self, queries: mx.array) -> mx.array:
         return queries.flatten(2, 3)[:, :, None]
 
-    def _far_keys(self, keys: mx.array, heads: list[int], owners: list[int]) -> mx.array:
+    def far_keys(self, keys: mx.array, heads: list[int], owners: list[int]) -> mx.array:
         choices = self.stride // self.summary
         columns = mx.unflatten(keys[:, :, :, self.stride - choices * self.summary :], 3, (choices, self.summary))
         columns = columns.transpose(0, 1, 3, 2, 4, 5).flatten(1, 2)
-        choice = [(n + 1) * choices - 1 - self._columns(head) for n, head in zip(owners, heads, strict=True)]
+        choice = [(n + 1) * choices - 1 - self._group(head) for n, head in zip(owners, heads, strict=True)]
         return columns[:, mx.array(choice)].flatten(2, 3)[:, :, None]
 
-    def _far_result(self, x: mx.array) -> mx.array:
+    def far_result(self, x: mx.array) -> mx.array:
         return mx.unflatten(x[:, :, 0], 2, (-1, self.stride))
 
 

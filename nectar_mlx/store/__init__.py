@@ -1,8 +1,10 @@
 """The .nectar file: how heads lie in tensors (`layout`), what else it holds, how it is written and read (`file`)."""
 
-from .file import Metadata, check_writable, contents, description, digest, is_nectar, model_name, read, write
-from .layout import BITS, HALF_MAX, Layout, Tensors, choose, head_bytes, pack, stored, unpack
-from .rows import MEAN_BITS
+from . import tensor_file
+from .file import Metadata, check_writable, contents, description, is_nectar, model_name, read, write
+from .grids import MEAN_BITS
+from .layout import BITS, HALF_MAX, Layout, head_bytes, integer_heads, mean_bits, pack, select_nodes, unpack
+from .tensor_file import Tensors, digest
 
 __all__ = [
     "BITS",
@@ -12,16 +14,18 @@ __all__ = [
     "Metadata",
     "Tensors",
     "check_writable",
-    "choose",
     "contents",
     "description",
     "digest",
     "head_bytes",
+    "integer_heads",
     "is_nectar",
+    "mean_bits",
     "model_name",
     "pack",
     "read",
-    "stored",
+    "select_nodes",
+    "tensor_file",
     "unpack",
     "write",
 ]

@@ -1,36 +1,38 @@
 """How heads lie in tensors.
 
-All heads of a kind share a few tensors: each parameter's values of all layers and heads end to end (`heads.keys`), cut
-by the sizes in `sizes` [layers · n_kv_heads, numbers a head]. Vectors are stored as float16, matrices in one of two
-ways: quantised in groups (`heads.keys` [groups, group] and `heads.keys.scales` [groups]), or, where the layout has no
-`bits`, coded (`rows`): all matrices of all heads, head by head, in `heads.numbers`, and how those are to be read in
-`heads.grids`. `offsets` bfloat16 [layers · n_kv_heads, head_dim] are what each head's keys are relative to; files of
-before have none, their keys are absolute.
+All heads of a kind share a few tensors: a parameter's values of all layers and heads end to end (`heads.keys`), cut by
+`sizes` [layers · n_kv_heads, len(Size)]. Vectors are stored as float16, matrices in one of two ways: quantised in
+groups (`heads.keys` [groups, group] and `heads.keys.scales` [groups]); or, where the layout has no `bits`,
+entropy-coded (`grids`): the integers of all matrices, head by head, in `heads.numbers`, their steps in `heads.grids`.
+`offsets` bfloat16 [layers · n_kv_heads, head_dim] are what each head's keys are relative to; older files have none,
+their keys are absolute.
 """
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import mlx.core as mx
 import numpy as np
 
+from ..core.quantize import Quantized, Stored, dequantize, group_size, quantize, unpack_integers
 from ..errors import NectarError
-from ..heads import KINDS, Bank, HeadArrays
-from ..quantize import Quantized, Stored, dequantize, group_size, quantize, unpack_integers
-from . import rows
-from .rows import Rows
+from ..heads import ALIASES, KINDS, Bank, HeadArrays
+from . import grids
+from .grids import GridMatrix
+from .tensor_file import Tensors
 
 BITS = (4, 5, 6, 7, 8, 16)  # of a matrix entry; 16 = float
-Tensors = dict[str, mx.array]
-HALF_MAX = 65504.0  # the largest number of float16
+HALF_MAX = 65504.0  # the largest float16
+_CODED = ("heads.grids", "heads.numbers")
+_Parameter = TypeVar("_Parameter", bound=mx.array | Quantized)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """How heads lie in tensors: their kind, how many and how wide, and the bits a matrix entry takes, one of BITS, or
-    None: every row in as many as it needs."""
+    """How heads lie in tensors: their kind, how many there are and how wide they are. bits: of a matrix entry, one of
+    BITS, or None: every row in as many as it needs."""
 
     kind: str
     n_layers: int
@@ -40,12 +42,17 @@ class Layout:
     bits: int | None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "kind", ALIASES.get(self.kind, self.kind))
         if self.kind not in KINDS or self.bits not in (*BITS, None) or self.head_dim < 1:
             raise ValueError(f"unknown layout: {self}")
 
     @property
     def bank(self) -> type[Bank]:
         return KINDS[self.kind]
+
+
+# (layout, tensors, name, start, shape): one parameter of one head; start: where it lies among the values of all heads.
+_Read = Callable[[Layout, Tensors, str, int, tuple[int, ...]], _Parameter]
 
 
 def head_bytes(layout: Layout, size: tuple[int, ...]) -> float:
@@ -57,8 +64,16 @@ def _parameter_bytes(layout: Layout, shape: tuple[int, ...]) -> float:
     if len(shape) == 1 or layout.bits == 16:
         return 2 * math.prod(shape)
     if layout.bits is None:
-        return rows.expected_bytes(shape[0], shape[1])
+        return grids.expected_bytes(shape[0], shape[1])
     return math.prod(shape) * (layout.bits / 8 + 2 / group_size(layout.head_dim))
+
+
+def mean_bits(layout: Layout, tensors: Tensors) -> float:
+    """Bits that an entry of a matrix takes in the file, on average."""
+    if layout.bits is not None:
+        return layout.bits
+    shapes = [shape for size in _sizes(layout, tensors) for shape in _matrix_shapes(layout, size).values()]
+    return round(8 * tensors["heads.numbers"].nbytes / max(1, sum(map(math.prod, shapes))), 2)
 
 
 def pack(layout: Layout, heads: Sequence[HeadArrays], *, offsets: Sequence[mx.array | None] = ()) -> Tensors:
@@ -66,33 +81,41 @@ def pack(layout: Layout, heads: Sequence[HeadArrays], *, offsets: Sequence[mx.ar
     sizes = [layout.bank.size_of(h) for h in heads]
     tensors: Tensors = {"sizes": mx.array(sizes, dtype=mx.int32)}
     if any(offset is not None for offset in offsets):
-        nothing = mx.zeros((layout.n_kv_heads, layout.head_dim))
-        tensors["offsets"] = mx.concatenate([nothing if x is None else x for x in offsets]).astype(mx.bfloat16)
+        zero = mx.zeros((layout.n_kv_heads, layout.head_dim))
+        tensors["offsets"] = mx.concatenate([zero if x is None else x for x in offsets]).astype(mx.bfloat16)
     for name, array in heads[0].items():
         flat = [h[name].reshape(-1, h[name].shape[-1]) if array.ndim > 1 else h[name] for h in heads]
         if array.ndim == 1:
             tensors[f"heads.{name}"] = mx.concatenate(flat).astype(mx.float16)
         elif layout.bits == 16:
-            tensors[f"heads.{name}"] = mx.concatenate([a.reshape(-1) for a in flat])
+            matrices = mx.concatenate([a.reshape(-1) for a in flat])
+            tensors[f"heads.{name}"] = matrices if layout.kind == "exact" else _in_16_bits(matrices)
         elif layout.bits is not None:
             parts = [quantize(a.reshape(-1, group_size(layout.head_dim)), bits=layout.bits) for a in flat]
             tensors[f"heads.{name}"] = mx.concatenate([p.data for p in parts])
             tensors[f"heads.{name}.scales"] = mx.concatenate([p.scales for p in parts])[:, 0]
     if layout.bits is None:
         names = _matrix_shapes(layout, sizes[0])
-        tensors |= _coded(Rows.of(np.array(h[n].astype(mx.float32))) for h in heads for n in names)
+        tensors |= _coded(GridMatrix.of(np.array(h[n].astype(mx.float32))) for h in heads for n in names)
     mx.eval(tensors)
     return tensors
 
 
-def _coded(matrices: Iterable[Rows]) -> Tensors:
-    grids, numbers = rows.encode(list(matrices))
-    return {"heads.grids": mx.array(grids), "heads.numbers": mx.array(numbers)}
+def _in_16_bits(matrices: mx.array) -> mx.array:
+    """Fitted matrices are float32, and budgets count two bytes an entry."""
+    fits = not matrices.size or bool(mx.abs(matrices).max() < HALF_MAX)
+    return matrices.astype(mx.float16 if fits else mx.bfloat16)
+
+
+def _coded(matrices: Iterable[GridMatrix]) -> Tensors:
+    scales, integers = grids.encode(list(matrices))
+    return {"heads.grids": mx.array(scales), "heads.numbers": mx.array(integers)}
 
 
 def unpack(layout: Layout, tensors: Tensors, *, half: bool = False) -> list[Bank]:
-    """The tensors of the file -> one bank a layer. half: matrices that were rounded in float16 instead of float32,
-    which rounds them by far less than their bits did. NectarError if the tensors do not fit each other.
+    """The tensors of the file -> one bank a layer. NectarError if the tensors do not fit each other.
+
+    half: matrices of fewer than 16 bits in float16 instead of float32, which changes them far less than rounding did.
     """
     banks, halved, offsets = list[Bank](), half and layout.bits != 16, _offsets(layout, tensors)
     for heads, offset in zip(_layers(layout, tensors, _floats), offsets, strict=True):
@@ -117,35 +140,36 @@ def _offsets(layout: Layout, tensors: Tensors) -> list[mx.array | None]:
     return list(offsets.astype(mx.float32).reshape(layout.n_layers, layout.n_kv_heads, -1))
 
 
-def stored(layout: Layout, tensors: Tensors) -> list[list[Stored]]:
+def integer_heads(layout: Layout, tensors: Tensors) -> list[list[Stored]]:
     """Every layer's heads with the file's own integers, a byte each, in all matrices whose rows are whole groups."""
     return list(_layers(layout, tensors, _integers))
 
 
-def choose(layout: Layout, tensors: Tensors, nodes: Sequence[np.ndarray]) -> Tensors:
-    """The same heads with some of their nodes only, nodes[i] of head i: nothing is rounded again. For quadratures,
-    whose every parameter is a row a node."""
+def select_nodes(layout: Layout, tensors: Tensors, nodes: Sequence[np.ndarray]) -> Tensors:
+    """The same heads with some of their nodes only, nodes[i] (indices) of head i; nothing is rounded again. For
+    quadratures, whose parameters all have one row a node."""
     sizes = np.array(tensors["sizes"])[:, 0]
-    at = np.concatenate([start + chosen for start, chosen in zip(np.cumsum(sizes) - sizes, nodes, strict=True)])
-    found: Tensors = {"sizes": mx.array([[len(chosen)] for chosen in nodes], dtype=mx.int32)}
-    found |= {name: tensors[name] for name in ("offsets",) if name in tensors}
-    for name in tensors.keys() - {"heads.grids", "heads.numbers"}:
-        if name.startswith("heads."):
-            each = tensors[name].shape[0] // int(sizes.sum())
-            found[name] = tensors[name][mx.array((at[:, None] * each + np.arange(each)).ravel())]
+    rows = np.concatenate([start + chosen for start, chosen in zip(np.cumsum(sizes) - sizes, nodes, strict=True)])
+    selected: Tensors = {"sizes": mx.array([[len(chosen)] for chosen in nodes], dtype=mx.int32)}
+    if "offsets" in tensors:
+        selected["offsets"] = tensors["offsets"]
+    for name, tensor in tensors.items():
+        if name.startswith("heads.") and name not in _CODED:
+            groups = tensor.shape[0] // int(sizes.sum())  # of a node
+            selected[name] = tensor[mx.array((rows[:, None] * groups + np.arange(groups)).ravel())]
     if layout.bits is None:
         chosen = [n for n in nodes for _ in _matrix_shapes(layout, (1,))]
         matrices = zip(_matrices(layout, tensors), chosen, strict=True)
-        found |= _coded(Rows(m.numbers[n], m.exponents[n]) for m, n in matrices)
-    mx.eval(found)
-    return found
+        selected |= _coded(GridMatrix(m.integers[n], m.exponents[n]) for m, n in matrices)
+    mx.eval(selected)
+    return selected
 
 
-def _matrices(layout: Layout, tensors: Tensors) -> Iterator[Rows]:
-    """What is coded, head by head."""
+def _matrices(layout: Layout, tensors: Tensors) -> Iterator[GridMatrix]:
+    """The entropy-coded matrices, head by head."""
     shapes = [shape for size in _sizes(layout, tensors) for shape in _matrix_shapes(layout, size).values()]
-    grids, numbers = (np.array(_tensor(tensors, f"heads.{name}")) for name in ("grids", "numbers"))
-    return rows.decode(grids, numbers, shapes)
+    scales, integers = [np.array(_tensor(tensors, name)) for name in _CODED]
+    return grids.decode(scales, integers, shapes)
 
 
 def _matrix_shapes(layout: Layout, size: tuple[int, ...]) -> dict[str, tuple[int, int]]:
@@ -155,8 +179,8 @@ def _matrix_shapes(layout: Layout, size: tuple[int, ...]) -> dict[str, tuple[int
 
 
 def _sizes(layout: Layout, tensors: Tensors) -> list[tuple[int, ...]]:
-    told: Any = tensors["sizes"].tolist()
-    sizes = [tuple(row) for row in told]
+    rows: Any = tensors["sizes"].tolist()
+    sizes = [tuple(row) for row in rows]
     if len(sizes) != layout.n_layers * layout.n_kv_heads:
         raise NectarError("the file is damaged: its heads are not those of its model")
     if min(map(min, sizes), default=0) < 0:
@@ -164,17 +188,16 @@ def _sizes(layout: Layout, tensors: Tensors) -> list[tuple[int, ...]]:
     return sizes
 
 
-def _layers(layout: Layout, tensors: Tensors, read: Callable[..., Any]) -> Iterator[list[dict[str, Any]]]:
-    """The heads of each layer; read(layout, tensors, name, start, shape) gives one parameter of one head that is not
-    coded, start being where it lies among the values of all heads."""
+def _layers(layout: Layout, tensors: Tensors, read: _Read[_Parameter]) -> Iterator[list[dict[str, _Parameter]]]:
+    """The heads of each layer. read: how a parameter that is not entropy-coded is taken from its tensor."""
     sizes, K, ends = _sizes(layout, tensors), layout.n_kv_heads, dict[str, int]()
     coded = _matrices(layout, tensors) if layout.bits is None else iter(())
     for i in range(0, len(sizes), K):
-        heads: list[dict[str, Any]] = [{} for _ in range(K)]
+        heads: list[dict[str, _Parameter]] = [{} for _ in range(K)]
         for head, size in zip(heads, sizes[i : i + K], strict=True):
             for name, shape in layout.bank.shapes(size, layout.head_dim).items():
                 if layout.bits is None and len(shape) > 1:
-                    head[name] = mx.array(next(coded).values)
+                    head[name] = cast(_Parameter, mx.array(next(coded).values))
                     continue
                 start = ends.get(name, 0)
                 ends[name] = start + math.prod(shape)
@@ -202,9 +225,10 @@ def _floats(layout: Layout, tensors: Tensors, name: str, start: int, shape: tupl
     data, stop = tensors[f"heads.{name}"], start + math.prod(shape)
     if data.ndim == 1:
         plain = data[start:stop].reshape(shape)
-        return plain if layout.bits == 16 else plain.astype(mx.float32)
+        # Vectors are small. In float16 the number that pads a bias would be an infinity.
+        return plain if layout.bits == 16 and len(shape) > 1 else plain.astype(mx.float32)
     bits, scales, group = layout.bits, _tensor(tensors, f"heads.{name}.scales"), group_size(layout.head_dim)
-    assert bits is not None, "coded matrices are read elsewhere"
+    assert bits is not None, "entropy-coded matrices are read elsewhere"
     if scales.shape[0] != data.shape[0] or data.nbytes * 8 != data.shape[0] * group * bits:
         raise NectarError(f"the file is damaged: {name} is not as long as its scales and bits say")
     groups = slice(start // group, -(-stop // group))
@@ -217,7 +241,7 @@ def _integers(layout: Layout, tensors: Tensors, name: str, start: int, shape: tu
     if data.ndim == 1 or len(shape) < 2 or shape[-1] % group or start % group:
         return _floats(layout, tensors, name, start, shape)
     groups = slice(start // group, (start + math.prod(shape)) // group)
-    assert layout.bits is not None, "coded matrices are read elsewhere"
-    whole = unpack_integers(data[groups], bits=layout.bits).astype(mx.int8)
+    assert layout.bits is not None, "entropy-coded matrices are read elsewhere"
+    integers = unpack_integers(data[groups], bits=layout.bits).astype(mx.int8)
     scales = tensors[f"heads.{name}.scales"][groups]
-    return Quantized(whole.reshape(shape), scales.reshape(*shape[:-1], shape[-1] // group))
+    return Quantized(integers.reshape(shape), scales.reshape(*shape[:-1], shape[-1] // group))

@@ -1,15 +1,18 @@
 """Every baseline on a toy: at most the bytes it was given, deterministic, exact where it keeps everything."""
 
+from dataclasses import replace
+
 import mlx.core as mx
 import numpy as np
 import pytest
 
-from nectar_mlx import adapter, prompts
-from nectar_mlx.baselines import BASELINES, NO_CONTEXT, Task, base, cartridge, choose, fixed_pattern, snap
+from nectar_mlx.baselines import BASELINES, NO_CONTEXT, EvalConfig, EvalContext, cartridge, choose, fixed_pattern, snap
+from nectar_mlx.core.device import device, using
 from nectar_mlx.errors import NectarError
-from nectar_mlx.fitting import fidelity, reading
-from nectar_mlx.fitting.dialogue import Conversation
-from nectar_mlx.fitting.study import DeviceStudy
+from nectar_mlx.fitting import fidelity, prefill
+from nectar_mlx.fitting.samples.conversation import Conversation
+from nectar_mlx.fitting.samples.sample_store import DeviceSampleStore
+from nectar_mlx.mlxlm import attention_patch, prompts
 from tests import toys
 
 TEXT = "The brig left Ostend on 4 May. Her master was Anna Velde, and she carried 299 casks of amber. " * 4
@@ -17,59 +20,65 @@ TOKENIZER = toys.tokenizer()
 SIZED = [b for b in BASELINES.values() if b.sized]
 
 
-def make_task(architecture="llama", **arguments):
+def make_context(architecture="llama", **arguments):
     model = toys.toy(architecture, **arguments)
-    geometry = adapter.route(model)
-    context = reading.read(model, prompts.prefix(TOKENIZER, TEXT), geometry)
-    return Task(model=model, tokenizer=TOKENIZER, geometry=geometry, context=context, rows=400, answer_tokens=6, seed=1)
+    geometry = attention_patch.route(model)
+    context = prefill.read_text(model, prompts.prefix(TOKENIZER, TEXT), geometry)
+    return EvalContext(
+        model=model,
+        tokenizer=TOKENIZER,
+        geometry=geometry,
+        context=context,
+        config=EvalConfig(samples=400, answer_tokens=6, seed=1),
+    )
 
 
 @pytest.fixture(scope="module")
-def task():
-    return make_task()
+def ctx():
+    return make_context()
 
 
 @pytest.fixture(scope="module")
 def windowed():
-    return make_task("gemma3_text")
+    return make_context("gemma3_text")
 
 
-def divergence(task, view):
-    asked = [Conversation(task.ask("Who was her master?"), toys.random_tokens(9, seed=3))]
-    asked += [Conversation(task.ask("How many casks?"), toys.random_tokens(4, seed=4))]
-    found = fidelity.compare(
-        task.model, task.context.make_cache, {"it": view.make_cache}, asked, prompts={"it": view.prompt}
+def divergence(ctx, view):
+    conversations = [Conversation(ctx.ask("Who was her master?"), toys.random_tokens(9, seed=3))]
+    conversations += [Conversation(ctx.ask("How many casks?"), toys.random_tokens(4, seed=4))]
+    divergences = fidelity.compare(
+        ctx.model, ctx.context.make_cache, {"it": view.make_cache}, conversations, prompts={"it": view.prompt}
     )
-    return float(found["it"].kl.mean())
+    return float(divergences["it"].kl.mean())
 
 
 @pytest.fixture(scope="module")
-def floor(task):
-    return divergence(task, BASELINES[NO_CONTEXT].build(task, 0))
+def floor(ctx):
+    return divergence(ctx, BASELINES[NO_CONTEXT].build(ctx, 0))
 
 
 @pytest.mark.parametrize("name", [b.name for b in SIZED if b.name != "Cartridge"])
 @pytest.mark.parametrize("share", [0.1, 0.3])
-def test_a_sized_method_stays_within_its_bytes(task, name, share):
-    nbytes = int(share * task.geometry.cache_bytes(task.length))
-    view = BASELINES[name].build(task, nbytes)
+def test_a_sized_method_stays_within_its_bytes(ctx, name, share):
+    nbytes = int(share * ctx.geometry.cache_bytes(ctx.length))
+    view = BASELINES[name].build(ctx, nbytes)
     assert 0.6 * nbytes < view.nbytes <= nbytes
-    assert np.isfinite(divergence(task, view))
+    assert np.isfinite(divergence(ctx, view))
 
 
 @pytest.mark.parametrize("name", [b.name for b in SIZED if b.name != "Cartridge"])
-def test_a_sized_method_refuses_what_cannot_be_kept(task, name):
+def test_a_sized_method_refuses_what_cannot_be_kept(ctx, name):
     with pytest.raises(NectarError):
-        BASELINES[name].build(task, 40)
+        BASELINES[name].build(ctx, 40)
 
 
 @pytest.mark.parametrize(
     "name", ["sinks + window", "fixed pattern", "keep most attended", "SnapKV", "expected attention"]
 )
-def test_a_method_that_keeps_every_key_is_exact_to_rounding(task, name, floor):
-    view = BASELINES[name].build(task, 10 * task.geometry.cache_bytes(task.length))
-    assert view.banks[0].sizes[0] == (task.length,)
-    assert divergence(task, view) < 0.01 * floor
+def test_a_method_that_keeps_every_key_is_exact_to_rounding(ctx, name, floor):
+    view = BASELINES[name].build(ctx, 10 * ctx.geometry.cache_bytes(ctx.length))
+    assert view.banks[0].sizes[0] == (ctx.length,)
+    assert divergence(ctx, view) < 0.01 * floor
 
 
 @pytest.mark.parametrize("name", ["keep most attended", "SnapKV", "Attention Matching"])
@@ -80,65 +89,65 @@ def test_sliding_windows_are_kept_and_counted(windowed, name):
     assert view.windows.keys() == windowed.context.windows.keys()
 
 
-def test_more_bytes_bring_attention_matching_closer(task, floor):
-    full = task.geometry.cache_bytes(task.length)
-    few, many = (divergence(task, BASELINES["Attention Matching"].build(task, int(s * full))) for s in (0.05, 0.3))
+def test_more_bytes_bring_attention_matching_closer(ctx, floor):
+    full = ctx.geometry.cache_bytes(ctx.length)
+    few, many = (divergence(ctx, BASELINES["Attention Matching"].build(ctx, int(s * full))) for s in (0.05, 0.3))
     assert many < few < floor
 
 
-def test_no_context_is_an_ordinary_chat_about_the_question(task):
-    view = BASELINES[NO_CONTEXT].build(task, 0)
-    prompt = task.ask("Who?")
-    stock = task.model(mx.array([task.head + prompt]))[0, -1]
-    ours = task.model(mx.array([prompt]), cache=view.make_cache())[0, -1]
+def test_no_context_is_an_ordinary_chat_about_the_question(ctx):
+    view = BASELINES[NO_CONTEXT].build(ctx, 0)
+    prompt = ctx.ask("Who?")
+    stock = ctx.model(mx.array([ctx.head + prompt]))[0, -1]
+    ours = ctx.model(mx.array([prompt]), cache=view.make_cache())[0, -1]
     np.testing.assert_allclose(np.array(ours), np.array(stock), atol=1e-4)
-    assert TOKENIZER.decode(task.head) == "<|im_start|>user\n"
-    assert task.document == TEXT.strip()
+    assert TOKENIZER.decode(ctx.head) == "<|im_start|>user\n"
+    assert ctx.document == TEXT.strip()
 
 
-def test_nothing_sees_only_the_live_tokens(task):
-    view, prompt = BASELINES["nothing"].build(task, 0), task.ask("Who?")
-    ours = task.model(mx.array([prompt]), cache=view.make_cache())[0, -1]
-    stock = task.model(mx.array([prompt]))[0, -1]  # RoPE is relative: alone, positions do not matter
+def test_an_empty_cache_has_only_the_live_tokens(ctx):
+    view, prompt = BASELINES["nothing"].build(ctx, 0), ctx.ask("Who?")
+    ours = ctx.model(mx.array([prompt]), cache=view.make_cache())[0, -1]
+    stock = ctx.model(mx.array([prompt]))[0, -1]  # RoPE is relative: alone, positions do not matter
     np.testing.assert_allclose(np.array(ours), np.array(stock), atol=2e-3)
 
 
 @pytest.mark.parametrize(("bits", "share"), [(8, 0.53125), (4, 0.28125)])
 def test_the_quantised_cache_costs_what_mlx_lm_stores(bits, share):
-    task = make_task(hidden_size=256)  # heads of 64
-    view = BASELINES[f"{bits}-bit KV cache"].build(task, 0)
-    full = task.geometry.cache_bytes(task.length)
+    ctx = make_context(hidden_size=256)  # heads of 64
+    view = BASELINES[f"{bits}-bit KV cache"].build(ctx, 0)
+    full = ctx.geometry.cache_bytes(ctx.length)
     assert view.nbytes == int(share * full)
     from mlx_lm.models.cache import QuantizedKVCache
 
-    stock, (keys, values) = QuantizedKVCache(64, bits), task.layer(0)
+    stock, (keys, values) = QuantizedKVCache(64, bits), ctx.layer(0)
     stock.update_and_fetch(keys[None].astype(mx.bfloat16), values[None].astype(mx.bfloat16))
     n = stock.offset
     stored = sum(x[..., :n, :].nbytes for part in (stock.keys, stock.values) for x in part)
-    assert stored * task.n_layers == view.nbytes
+    assert stored * ctx.n_layers == view.nbytes
     form = {"group_size": 64, "bits": bits}
     expected = mx.dequantize(*mx.quantize(keys, **form), **form)
     assert mx.array_equal(view.banks[0].parameters["keys"], expected)
 
 
-def test_heads_that_mlx_lm_cannot_quantise_are_refused(task):
+def test_heads_that_mlx_lm_cannot_quantise_are_refused(ctx):
     with pytest.raises(NectarError, match="16"):
-        BASELINES["4-bit KV cache"].build(task, 0)
+        BASELINES["4-bit KV cache"].build(ctx, 0)
 
 
-def test_most_attended_keeps_the_keys_that_matter(task):
-    nbytes = int(0.1 * task.geometry.cache_bytes(task.length))
-    view = BASELINES["keep most attended"].build(task, nbytes)
+def test_most_attended_keeps_the_keys_that_matter(ctx):
+    nbytes = int(0.1 * ctx.geometry.cache_bytes(ctx.length))
+    view = BASELINES["keep most attended"].build(ctx, nbytes)
     (count,) = view.banks[1].sizes[0]
-    best = np.sort(np.argsort(-np.array(task.importance[1][0]))[:count])
-    keys = np.array(task.layer(1)[0][0])[best]
+    best = np.sort(np.argsort(-np.array(ctx.importance[1][0]))[:count])
+    keys = np.array(ctx.layer(1)[0][0])[best]
     error = np.abs(np.array(view.banks[1].parameters["keys"][0]) - keys).max()
     assert error <= np.abs(keys).max() / 127  # int8 with a scale a group
 
 
 def test_snap_pools_over_neighbours():
     weights = mx.zeros((1, 30)).at[0, 10].add(1.0)
-    kept = np.flatnonzero(np.array(snap._pooled(weights))[0])
+    kept = np.flatnonzero(np.array(snap.pooled(weights))[0])
     assert kept.tolist() == list(range(7, 14))
 
 
@@ -151,51 +160,51 @@ def test_the_fixed_pattern_keeps_different_places_evenly(length, count):
     assert gaps.max(initial=1) <= max(length // 2, 2 * 8 * length // count)
 
 
-def test_sparse_prefill_is_all_keys_of_the_sparse_way_of_reading(task):
-    view = BASELINES["sparse prefill"].build(task, 0)
-    read = reading.read(task.model, task.context.prefix, task.geometry, prefill="fixed")
-    assert view.nbytes == task.geometry.cache_bytes(task.length)
+def test_sparse_prefill_is_all_keys_of_the_sparse_way_of_reading(ctx):
+    view = BASELINES["sparse prefill"].build(ctx, 0)
+    read = prefill.read_text(ctx.model, ctx.context.prefix, ctx.geometry, prefill="fixed")
+    assert view.nbytes == ctx.geometry.cache_bytes(ctx.length)
     for ours, expected in zip(view.banks, read.banks, strict=True):
         assert mx.array_equal(ours.parameters["keys"], expected.parameters["keys"])
-    assert not mx.allclose(view.banks[-1].parameters["keys"], task.layer(task.n_layers - 1)[0], atol=1e-3)
+    assert not mx.allclose(view.banks[-1].parameters["keys"], ctx.layer(ctx.n_layers - 1)[0], atol=1e-3)
 
 
-def test_passages_are_put_in_front_of_the_question(task):
-    view = BASELINES["BM25 passages"].build(task, int(0.5 * task.geometry.cache_bytes(task.length)))
-    asked = Conversation(task.ask("Who was Anna Velde?"))
+def test_passages_are_put_in_front_of_the_question(ctx):
+    view = BASELINES["BM25 passages"].build(ctx, int(0.5 * ctx.geometry.cache_bytes(ctx.length)))
+    conversation = Conversation(ctx.ask("Who was Anna Velde?"))
     assert view.prompt is not None
-    shown = TOKENIZER.decode(view.prompt(asked))
+    shown = TOKENIZER.decode(view.prompt(conversation))
     assert shown.startswith(prompts.INTRODUCTION) and "Velde" in shown.split("Who was")[0]
-    assert view.prompt(asked)[-len(asked.prompt) :] == asked.prompt
+    assert view.prompt(conversation)[-len(conversation.prompt) :] == conversation.prompt
 
 
 @pytest.mark.parametrize("name", ["Attention Matching", "Attention Matching + budgets"])
-def test_nodes_in_int8_are_fewer_in_as_many_bytes(task, name):
-    nbytes = int(0.2 * task.geometry.cache_bytes(task.length))
-    best, plain = (BASELINES[n].build(task, nbytes) for n in (name, f"{name} in int8"))
+def test_nodes_in_int8_are_fewer_in_as_many_bytes(ctx, name):
+    nbytes = int(0.2 * ctx.geometry.cache_bytes(ctx.length))
+    best, plain = (BASELINES[n].build(ctx, nbytes) for n in (name, f"{name} in int8"))
     nodes, fewer = (sum(count for bank in view.banks for (count,) in bank.sizes) for view in (best, plain))
     # 16 numbers of 5 bits with a scale of 16, twice, and a bias: 26 bytes; of 8 bits: 38.
     assert fewer / nodes == pytest.approx(26 / 38, abs=0.03)
 
 
-def test_rows_are_the_same_where_they_stay_on_the_device(task, monkeypatch):
-    study, conversations = task.studied
-    monkeypatch.setattr(base, "SLOW_EXP", False)
-    on_device = task.heard(conversations)
-    assert isinstance(on_device, DeviceStudy) and on_device.rows == study.rows
-    some = np.arange(0, study.rows, 7)
-    for ours, theirs in zip(on_device.heads([1, 5], some), study.heads([1, 5], some), strict=True):
-        assert mx.array_equal(ours, theirs)
+def test_samples_are_the_same_where_they_stay_on_the_device(ctx):
+    samples, conversations = ctx.samples, ctx.conversations
+    with using(replace(device(), linux_cpu=False)):
+        on_device = ctx.replay(conversations)
+    assert isinstance(on_device, DeviceSampleStore) and on_device.count == samples.count
+    every_seventh = np.arange(0, samples.count, 7)
+    for ours, theirs in zip(on_device.heads([1, 5], every_seventh), samples.heads([1, 5], every_seventh), strict=True):
+        np.testing.assert_allclose(np.array(ours), np.array(theirs), rtol=1e-3, atol=1e-3)  # of 16-bit floats
 
 
-def test_training_a_cartridge_lowers_the_loss(task):
-    nbytes = int(0.1 * task.geometry.cache_bytes(task.length))
-    start, trained = (cartridge.cartridge(task, nbytes, steps=steps) for steps in (0, 12))
+def test_training_a_cartridge_lowers_the_loss(ctx):
+    nbytes = int(0.1 * ctx.geometry.cache_bytes(ctx.length))
+    start, trained = (cartridge.cartridge(ctx, nbytes, steps=steps) for steps in (0, 12))
     assert trained.nbytes <= nbytes
-    studied = [c for c in task.studied[1] if c.answer][:8]
+    answered = ctx.answered[:8]
     views = {"start": start.make_cache, "trained": trained.make_cache}
-    found = fidelity.compare(task.model, task.context.make_cache, views, studied)
-    assert found["trained"].kl.mean() < 0.8 * found["start"].kl.mean()
+    divergences = fidelity.compare(ctx.model, ctx.context.make_cache, views, answered)
+    assert divergences["trained"].kl.mean() < 0.8 * divergences["start"].kl.mean()
 
 
 def test_names_are_chosen_as_they_are_typed():

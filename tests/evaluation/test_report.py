@@ -217,6 +217,7 @@ FLAGS = (
 )
 
 
+@pytest.mark.process
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 @pytest.mark.parametrize("width", [1100, 480])
 def test_a_browser_lays_it_out_inside_the_window(tmp_path, width):
@@ -237,6 +238,7 @@ def test_a_browser_lays_it_out_inside_the_window(tmp_path, width):
     assert measured["marks"] >= 10
 
 
+@pytest.mark.process
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 def test_a_browser_draws_it(tmp_path):
     path, shot = tmp_path / "page.html", tmp_path / "page.png"
@@ -244,3 +246,12 @@ def test_a_browser_draws_it(tmp_path):
     command = [CHROMIUM, *FLAGS, f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1000,1600"]
     subprocess.run([*command, f"--screenshot={shot}", Path(path).as_uri()], capture_output=True, timeout=120)
     assert shot.stat().st_size > 40_000, "a blank page is far smaller"
+
+
+def test_files_that_do_not_say_how_long_they_took():
+    files = {f"{name}.nectar": make()["files"]["book.nectar"] for name in ("long", "small", "quick", "networks")}
+    known = report.page(make(methods=TIMED, files=files))
+    unknown = report.page(make(methods=[{**m, "seconds": 0.0} for m in TIMED], files=files))
+    for text in ("against time", "<td>31.0</td>", ", 31 s,"):
+        assert text in known and text not in unknown
+    assert "<td>0.0</td>" not in unknown and ", 0 s" not in unknown

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from nectar_mlx import NectarError
+from nectar_mlx.core.files import cache_folder
 from nectar_mlx.evaluation import similarity
-from nectar_mlx.folders import cache_folder
 from tests import toys
 
 
@@ -20,7 +20,7 @@ def test_without_a_network_the_model_stands_in(monkeypatch):
     def refuse(log):
         raise NectarError("it cannot be fetched")
 
-    monkeypatch.setattr(similarity, "_fetched", refuse)
+    monkeypatch.setattr(similarity, "fetch_minilm", refuse)
     said = []
     name, _ = similarity.load(toys.toy("llama"), toys.tokenizer(), log=said.append)
     assert "hidden states" in name and "cannot be fetched" in said[0]

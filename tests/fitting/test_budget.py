@@ -5,22 +5,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nectar_mlx.fitting import budget
+from nectar_mlx.fitting.budget import allocate
 
 
 def test_heads_that_err_more_get_more():
-    shares = budget.allocate([1.0, 4.0, 16.0], total=700.0, power=0.5, least=1, most=1e9)
+    shares = allocate([1.0, 4.0, 16.0], total=700.0, power=0.5, least=1, most=1e9)
     np.testing.assert_allclose(shares, [100, 200, 400])
 
 
 def test_bounds_hold_and_the_rest_is_shared():
-    shares = budget.allocate([1e-9, 1.0, 1.0, 1e9], total=100.0, power=1.0, least=5, most=40)
+    shares = allocate([1e-9, 1.0, 1.0, 1e9], total=100.0, power=1.0, least=5, most=40)
     assert shares[0] == 5 and shares[3] == 40
     assert shares[1] == pytest.approx(27.5) and shares[2] == pytest.approx(27.5)
 
 
 def test_too_little_for_all_gives_each_the_least():
-    assert budget.allocate([1.0, 2.0], total=3.0, power=1.0, least=4, most=10) == [4, 4]
+    assert allocate([1.0, 2.0], total=3.0, power=1.0, least=4, most=10) == [4, 4]
 
 
 @given(
@@ -29,8 +29,14 @@ def test_too_little_for_all_gives_each_the_least():
     power=st.sampled_from([0.0, 0.5, 0.75, 1.0]),
 )
 def test_never_more_than_the_total_and_never_out_of_order(errors, total, power):
-    shares = budget.allocate(errors, total=total, power=power, least=1.0, most=1e4)
+    shares = allocate(errors, total=total, power=power, least=1.0, most=1e4)
     assert all(1.0 <= s <= 1e4 for s in shares)
     assert sum(shares) <= max(total, len(errors)) * (1 + 1e-6)
     order = np.argsort(errors)
     assert all(shares[a] <= shares[b] + 1e-9 for a, b in pairwise(order))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_every_head_gets_the_most_where_there_are_bytes_for_it(seed):
+    errors, most = np.random.default_rng(seed).exponential(size=6), 100.1 + seed
+    assert allocate(errors.tolist(), total=1e9, power=0.6, least=1, most=most) == [most] * 6

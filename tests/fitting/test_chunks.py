@@ -3,32 +3,31 @@
 import io
 import json
 import re
+from functools import cache
 
 import mlx.core as mx
 import numpy as np
 import pytest
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 
-from nectar_mlx import Nectar, NectarError, adapter, ask, chat, cli, evaluate, fit, prompts, store
-from nectar_mlx.baselines import Task
-from nectar_mlx.clock import Clock
-from nectar_mlx.fitting import chunks, matching
+from nectar_mlx import Nectar, NectarError, ask, chat, cli, fit, store
+from nectar_mlx.baselines import EvalContext
+from nectar_mlx.core.clock import Clock
+from nectar_mlx.evaluation.run import Options, QuestionOptions, evaluate
+from nectar_mlx.fitting import chunks, stages
 from nectar_mlx.fitting.checkpoint import Checkpoint, Plan
 from nectar_mlx.fitting.config import FitConfig
-from nectar_mlx.fitting.fitter import Fitter, silent
-from nectar_mlx.fitting.layerwise import LayerwiseFitter
-from nectar_mlx.fitting.study import Captured
+from nectar_mlx.fitting.layerwise import LayerwiseFit
+from nectar_mlx.fitting.samples.sample_store import Samples
+from nectar_mlx.fitting.solve import attention_matching
+from nectar_mlx.mlxlm import attention_patch, prompts
+from nectar_mlx.store import chunking
 from tests import toys
-from tests.fitting.test_fit import FAST, TEXT
+from tests.fitting.toy_fit import FAST, TEXT, fit_run
 
 SMALL = FAST | {"budget": 0.5, "queries": 300}
 WINDOW = 1024 + 200
 SLOW_LLAMA = pytest.param("llama", True, marks=pytest.mark.slow)
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return toys.tokenizer()
 
 
 def small_window(architecture="llama"):
@@ -37,22 +36,14 @@ def small_window(architecture="llama"):
     return model
 
 
-@pytest.mark.parametrize("tokens, room", [(1, 1), (10, 3), (11, 3), (9, 3), (100_000, 7_133), (7, 100)])
-def test_chunks_are_equal_but_for_a_token(tokens, room):
-    lengths = chunks.split(tokens, room)
-    assert sum(lengths) == tokens and max(lengths) <= room
-    assert max(lengths) - min(lengths) <= 1 and lengths[-1] == max(lengths)
-    assert len(lengths) == -(-tokens // room)
-
-
 class Weighed(KVCache):
-    """The oracle's cache: the opening's keys, those of all chunks, the live ones, in one stock attention call. Its mask
-    takes log C from the scores of the chunks' keys, for C chunks."""
+    """The oracle's cache: the preamble's keys, those of all chunks, the live ones, in one stock attention call. Its
+    mask takes log C from the scores of the chunks' keys, for C chunks."""
 
-    def __init__(self, keys, values, *, opening, chunks, start):
+    def __init__(self, keys, values, *, preamble, chunks, start):
         super().__init__()
         self.before, self.start = (keys, values), start
-        own = mx.arange(keys.shape[2]) >= opening
+        own = mx.arange(keys.shape[2]) >= preamble
         self.less = mx.where(own, -np.log(chunks), 0.0)
 
     @property
@@ -74,20 +65,20 @@ class Weighed(KVCache):
         return mx.concatenate([context, mx.where(live, 0.0, -np.inf)], axis=1)
 
 
-def stock_caches(model, prefix, lengths, opening):
-    """Keys and values of each chunk behind the opening, by the stock model alone; the opening's own once."""
+def stock_caches(model, prefix, lengths, preamble):
+    """Keys and values of each chunk behind the preamble, by the stock model alone; the preamble's own once."""
     kept = []
     for number, end in enumerate(np.cumsum(lengths)):
-        text = prefix[:opening] + prefix[opening + end - lengths[number] : opening + end]
+        text = prefix[:preamble] + prefix[preamble + end - lengths[number] : preamble + end]
         whole = make_prompt_cache(model)
         mx.eval(model(mx.array([text]), cache=whole))
-        skip = opening if number else 0
-        kept.append([[x[:, :, skip : len(text)] for x in (cache.keys, cache.values)] for cache in whole])
-    start = opening + max(lengths)
+        first = preamble if number else 0
+        kept.append([[x[:, :, first : len(text)] for x in (cache.keys, cache.values)] for cache in whole])
+    start = preamble + max(lengths)
     return [
         Weighed(
             *(mx.concatenate(x, axis=2) for x in zip(*layer, strict=True)),
-            opening=opening,
+            preamble=preamble,
             chunks=len(lengths),
             start=start,
         )
@@ -95,10 +86,10 @@ def stock_caches(model, prefix, lengths, opening):
     ]
 
 
-def agree(model, ours, oracle):
+def agree(model, ours, oracle, *, tolerance=1e-3):
     for tokens in (toys.random_tokens(7), toys.random_tokens(1), toys.random_tokens(3, seed=1)):
         expected = model(mx.array([tokens]), cache=oracle)
-        np.testing.assert_allclose(model(mx.array([tokens]), cache=ours), expected, atol=1e-3)
+        np.testing.assert_allclose(model(mx.array([tokens]), cache=ours), expected, atol=tolerance)
 
 
 @pytest.mark.parametrize("layerwise", [False, True])
@@ -107,31 +98,24 @@ def agree(model, ours, oracle):
 def test_chunks_weigh_as_much_as_one(tokenizer, monkeypatch, architecture, room, layerwise):
     """Heads with room for every key of their chunk, and the exact reference, against one stock attention call."""
     model = toys.toy(architecture)
-    geometry = adapter.route(model)
-    opening = prompts.opening(tokenizer)
+    geometry = attention_patch.route(model)
+    preamble = prompts.preamble(tokenizer)
     prefix = prompts.prefix(tokenizer, TEXT, max_tokens=150)
-    lengths = chunks.split(len(prefix) - opening, room)
+    lengths = chunking.split(len(prefix) - preamble, room)
     assert len(lengths) == (3 if room == 60 else 1)
-    for fitter in (Fitter, LayerwiseFitter):
-        monkeypatch.setattr(fitter, "plan", lambda self, *given: Plan([(1000,)] * self.layout.n_layers * 2, 1.0))
-    layout, tensors, report = chunks.fit(
-        model,
-        tokenizer,
-        prefix,
-        geometry,
-        chunks=lengths,
-        layerwise=layerwise,
-        config=FitConfig(**SMALL | {"bits": 16, "budget": 1.0, "queries": 100}),
-        progress=silent,
-        checkpoint=Checkpoint(None),
-        clock=Clock(),
-    )
-    told = {"provenance": toys.provenance(model, tokenizer), "report": report, "chunks": lengths}
-    built = Nectar(tensors, store.description(tensors, layout, geometry, **told))
-    context = chunks.read(model, prefix, geometry, chunks=lengths)
-    assert context.start == built.start == opening + max(lengths)
-    agree(model, built.make_cache(), stock_caches(model, prefix, lengths, opening))
-    agree(model, context.make_cache(), stock_caches(model, prefix, lengths, opening))
+    every_key = Plan([(1000,)] * len(geometry.fitted) * geometry.n_kv_heads, 1.0)
+    monkeypatch.setattr(stages, "plan_sizes", lambda *_: every_key)
+    monkeypatch.setattr(LayerwiseFit, "plan", lambda self: every_key)
+    run = fit_run(model, tokenizer, **SMALL | {"bits": 16, "budget": 1.0, "queries": 100})
+    tensors, report = chunks.fit(run, prefix, chunks=lengths, layerwise=layerwise, clock=Clock())
+    provenance = toys.provenance(model, tokenizer)
+    metadata = store.description(tensors, run.layout, geometry, provenance=provenance, report=report, chunks=lengths)
+    built = Nectar(tensors, metadata)
+    context = chunks.read_chunks(model, prefix, geometry, chunks=lengths)
+    assert context.start == built.start == preamble + max(lengths)
+    # Heads of 16 bits are rounded; without the weights of the chunks the difference is far larger.
+    agree(model, built.make_cache(), stock_caches(model, prefix, lengths, preamble), tolerance=1e-2)
+    agree(model, context.make_cache(), stock_caches(model, prefix, lengths, preamble))
 
 
 @pytest.mark.parametrize("layerwise", [None, True])
@@ -141,9 +125,9 @@ def test_every_chunk_is_answered_about(tokenizer, tmp_path, layerwise):
     fitted = toys.fit(model, tokenizer, TEXT, config=config)
     assert len(fitted.chunks) >= 3 and fitted.start <= 200
     assert fitted.nbytes <= 0.8 * fitted.cache_nbytes
-    assert min(size for (size,) in fitted.banks[0].sizes) > prompts.opening(tokenizer)
+    assert min(size for (size,) in fitted.banks[0].sizes) > prompts.preamble(tokenizer)
     assert len(fitted.report["chunks"]) == len(fitted.chunks) and fitted.report["layerwise"] == bool(layerwise)
-    assert all(told["kl"] < told["kl_no_context"] for told in fitted.report["chunks"])
+    assert all(chunk["kl"] < chunk["kl_no_context"] for chunk in fitted.report["chunks"])
     fitted.save(tmp_path / "book.nectar")
     again = Nectar.load(tmp_path / "book.nectar", model, tokenizer)
     assert again.chunks == fitted.chunks and again.start == fitted.start
@@ -156,34 +140,34 @@ def test_every_chunk_is_answered_about(tokenizer, tmp_path, layerwise):
 def parted(tokenizer):
     """Three chunks, each with a word of its own."""
     model = small_window()
-    room = WINDOW - prompts.opening(tokenizer) - 1024
+    room = WINDOW - prompts.preamble(tokenizer) - 1024
     filler = tokenizer.encode(TEXT)
     texts = [f" The {word} is in the garden. " for word in ("copper", "velvet", "marble")]
     pieces = [tokenizer.decode(filler[: room // 2]) + t + tokenizer.decode(filler[: room // 3]) for t in texts]
     return model, toys.fit(model, tokenizer, "".join(pieces), config=FitConfig(**SMALL))
 
 
-def test_a_chunk_alone_is_its_own_nodes_and_the_openings(parted, tokenizer):
+def test_a_chunk_alone_is_its_own_nodes_and_the_preambles(parted, tokenizer):
     model, fitted = parted
-    opening, count = len(fitted.prefix) - sum(fitted.chunks), len(fitted.chunks)
+    preamble, count = len(fitted.prefix) - sum(fitted.chunks), len(fitted.chunks)
     assert count >= 3
-    after = np.cumsum(fitted.chunks) + opening
+    after = np.cumsum(fitted.chunks) + preamble
     for number in range(count):
         alone = fitted.chunk(number)
         body = fitted.prefix[after[number] - fitted.chunks[number] : after[number]]
-        assert alone.prefix == fitted.prefix[:opening] + body and not alone.chunks
-        assert alone.start == opening + len(body)
-        assert alone.nbytes < fitted.nbytes / count + 4 * opening * alone.nbytes / len(alone.prefix)
+        assert alone.prefix == fitted.prefix[:preamble] + body and not alone.chunks
+        assert alone.start == preamble + len(body)
+        assert alone.nbytes < fitted.nbytes / count + 4 * preamble * alone.nbytes / len(alone.prefix)
         for bank, joined in zip(alone.banks, fitted.banks, strict=True):
             for head, whole in zip(bank.unstack(), joined.unstack(), strict=True):
-                each = head["bias"].size - opening
-                own = slice(opening + number * each, opening + (number + 1) * each)
+                each = head["bias"].size - preamble
+                own = slice(preamble + number * each, preamble + (number + 1) * each)
                 for name in ("keys", "values"):
-                    expected = mx.concatenate([whole[name][:opening], whole[name][own]])
+                    expected = mx.concatenate([whole[name][:preamble], whole[name][own]])
                     assert mx.array_equal(head[name], expected)
-                less = np.array(head["bias"]) - np.concatenate([whole["bias"][:opening], whole["bias"][own]])
-                np.testing.assert_allclose(less[:opening], 0, atol=1e-6)
-                np.testing.assert_allclose(less[opening:], np.log(count), atol=1e-2)
+                difference = np.array(head["bias"]) - np.concatenate([whole["bias"][:preamble], whole["bias"][own]])
+                np.testing.assert_allclose(difference[:preamble], 0, atol=1e-6)
+                np.testing.assert_allclose(difference[preamble:], np.log(count), atol=1e-2)
     tokens = mx.array([toys.random_tokens(5)])
     assert mx.isfinite(model(tokens, cache=fitted.chunk(0).make_cache())).all()
 
@@ -195,17 +179,17 @@ def test_a_chunk_that_is_not_there(parted, number):
 
 
 def test_heads_that_are_not_those_of_the_chunks(parted):
-    fitted = Nectar(dict(parted[1]._tensors), parted[1].metadata)
-    fitted.chunks = [*fitted.chunks[:-2], sum(fitted.chunks[-2:])]
+    lengths = parted[1].chunks
+    fitted = Nectar(parted[1].tensors, parted[1].metadata | {"chunks": [*lengths[:-2], sum(lengths[-2:])]})
     with pytest.raises(NectarError, match="not those of its chunks"):
         [fitted.chunk(n) for n in range(len(fitted.chunks))]
 
 
 def test_the_nearest_chunk_says_what_the_question_says(parted, tokenizer):
     fitted = parted[1]
-    told = [tokenizer.decode(fitted.chunk(n).prefix) for n in range(len(fitted.chunks))]
+    texts = [tokenizer.decode(fitted.chunk(n).prefix) for n in range(len(fitted.chunks))]
     for word in ("copper", "velvet", "marble"):
-        assert f" {word} " in told[fitted.nearest(tokenizer, f"Where is the {word}?")]
+        assert f" {word} " in texts[fitted.nearest(tokenizer, f"Where is the {word}?")]
     assert fitted.nearest(tokenizer, "zebra zebra zebra") is None
     assert fitted.nearest(tokenizer, "the") is None, "every chunk says it"
 
@@ -215,62 +199,75 @@ def test_a_text_without_chunks_has_no_nearest(tokenizer):
     assert exact.nearest(tokenizer, "copper") is None
 
 
-def test_ask_and_chat_answer_from_the_nearest_part(parted, tokenizer, tmp_path, monkeypatch, capsys):
+def test_ask_and_chat_answer_from_the_nearest_chunk(parted, tokenizer, tmp_path, monkeypatch, capsys):
     model, fitted = parted
     fitted.save(tmp_path / "it.nectar")
     monkeypatch.setattr(cli, "load", lambda *others: (model, tokenizer, fitted))
     argv = [str(tmp_path / "it.nectar"), "Where is the velvet?", "--max-tokens", "3", "--json"]
     assert ask.main(argv) == 0
-    told = capsys.readouterr()
-    part = json.loads(told.out)["part"]
-    assert part == fitted.nearest(tokenizer, "Where is the velvet?") + 1
-    assert f"from part {part} of {len(fitted.chunks)}" in told.err
-    assert json.loads(told.out)["context_tokens"] == len(fitted.chunk(part - 1).prefix)
+    out, err = capsys.readouterr()
+    chunk = json.loads(out)["chunk"]
+    assert chunk == fitted.nearest(tokenizer, "Where is the velvet?")
+    assert f"from chunk {chunk + 1} of {len(fitted.chunks)}" in err
+    assert json.loads(out)["context_tokens"] == len(fitted.chunk(chunk).prefix)
     assert ask.main([*argv, "--whole"]) == 0
-    told = capsys.readouterr()
-    assert json.loads(told.out)["part"] is None and "from part" not in told.err
+    out, err = capsys.readouterr()
+    assert json.loads(out)["chunk"] is None and "from chunk" not in err
     turns = "Where is the copper?\nzebra\nWhere is the marble?\n"
     monkeypatch.setattr("sys.stdin", io.StringIO(turns))
     assert chat.main([str(tmp_path / "it.nectar"), "--max-tokens", "3"]) == 0
     expected = [fitted.nearest(tokenizer, f"Where is the {w}?") + 1 for w in ("copper", "marble")]
-    assert re.findall(r"from part (\d+)", capsys.readouterr().err) == [str(n) for n in expected]
+    assert re.findall(r"from chunk (\d+)", capsys.readouterr().err) == [str(n) for n in expected]
 
 
 def check_evaluation(model, tokenizer, fitted):
     """Against the exact keys of all chunks, weighed as one; what must read the text again is left out."""
     names = "snapkv,sinks-window,keep-most-attended,expected-attention,attention-matching,sparse-prefill"
-    options = evaluate.Options(questions=4, answer_tokens=6, rows=200, baselines=names, answers=False)
-    told = {m["method"]: m for m in evaluate.evaluate(model, tokenizer, {"it": fitted}, options=options)["methods"]}
-    assert "SnapKV" not in told and len(told) == 7
-    assert told["sparse prefill"]["kl"] < 0.02 * told["no context"]["kl"]  # all keys, read and weighed the same way
+    options = Options(questions=QuestionOptions(count=4), answer_tokens=6, samples=200, baselines=names, answers=False)
+    methods = {m["method"]: m for m in evaluate(model, tokenizer, {"it": fitted}, options=options)["methods"]}
+    assert "SnapKV" not in methods and len(methods) == 7
+    assert (
+        methods["sparse prefill"]["kl"] < 0.02 * methods["no context"]["kl"]
+    )  # all keys, read and weighed the same way
     for name in ("sinks + window", "keep most attended", "expected attention", "Attention Matching"):
-        assert told[name]["bytes"] <= told["nectar"]["bytes"], name
-    assert told["nectar"]["kl"] < 0.5 * told["no context"]["kl"]
-    assert told["nectar"]["error"] is not None
+        assert methods[name]["bytes"] <= methods["nectar"]["bytes"], name
+    assert methods["nectar"]["kl"] < 0.5 * methods["no context"]["kl"]
+    assert methods["nectar"]["error"] is not None
 
 
-@pytest.mark.parametrize("architecture, layerwise", [("llama", False), SLOW_LLAMA, ("gemma3_text", False)])
-def test_a_chunk_that_is_done_is_not_read_again(tokenizer, tmp_path, monkeypatch, architecture, layerwise):
-    model = small_window(architecture)
+@pytest.fixture(scope="module")
+def chunked(tokenizer):
+    """The fit of a small window's model to TEXT, made once for each architecture and way."""
+
+    @cache
+    def fit(architecture, layerwise=None):
+        config = FitConfig(**SMALL, layerwise=layerwise)
+        return toys.fit(small_window(architecture), tokenizer, TEXT, config=config)
+
+    return fit
+
+
+@pytest.mark.parametrize("architecture, layerwise", [("llama", None), SLOW_LLAMA, ("gemma3_text", None)])
+def test_a_chunk_that_is_done_is_not_read_again(tokenizer, chunked, tmp_path, monkeypatch, architecture, layerwise):
+    model, whole = small_window(architecture), chunked(architecture, layerwise)
     config = FitConfig(**SMALL, layerwise=layerwise)
-    whole = toys.fit(model, tokenizer, TEXT, config=config)
-    kind, name = (LayerwiseFitter, "layers") if layerwise else (Fitter, "prepare")
-    method, called = getattr(kind, name), []
+    owner, name = (LayerwiseFit, "layers") if layerwise else (stages, "kind_fit")
+    real, called = getattr(owner, name), []
 
-    def interrupted(self):
+    def interrupted(*arguments):
         called.append(1)
         if len(called) == 3:
             raise KeyboardInterrupt
-        return method(self)
+        return real(*arguments)
 
-    monkeypatch.setattr(kind, name, interrupted)
+    monkeypatch.setattr(owner, name, interrupted)
     with pytest.raises(KeyboardInterrupt):
         toys.fit(model, tokenizer, TEXT, config=config, checkpoint=Checkpoint(tmp_path / "part"))
     for chunk in ("chunk-0", "chunk-1"):  # what led to its heads is gone
         assert {p.name for p in (tmp_path / "part" / chunk).iterdir()} == {"fit.json", "done.safetensors"}
     resumed = toys.fit(model, tokenizer, TEXT, config=config, checkpoint=Checkpoint(tmp_path / "part"))
     assert len(called) == len(whole.chunks) + 1
-    assert store.digest(resumed._tensors) == store.digest(whole._tensors)
+    assert resumed.digest == whole.digest
     report, expected = (dict(f.report, seconds=None) for f in (resumed, whole))
     assert json.loads(json.dumps(report)) == json.loads(json.dumps(expected))
 
@@ -279,17 +276,16 @@ def test_a_chunk_that_is_done_is_not_read_again(tokenizer, tmp_path, monkeypatch
 def test_a_chunk_that_fits_the_memory_is_fitted_at_once(tokenizer, memory, layerwise):
     """Whatever the whole text takes. memory: of what the longest chunk's keys and values take."""
     model = small_window()
-    opening = prompts.opening(tokenizer)
-    longest = opening + chunks.split(590, 200 - opening)[-1]
-    bytes_of = 2 * adapter.route(model).cache_bytes(longest)  # float32
+    preamble = prompts.preamble(tokenizer)
+    longest = preamble + chunking.split(590, 200 - preamble)[-1]
+    bytes_of = 2 * attention_patch.route(model).cache_bytes(longest)  # float32
     config = FitConfig(**SMALL | {"steps": 1}, context_tokens=590, memory=int(memory * bytes_of))
     fitted = toys.fit(model, tokenizer, TEXT, config=config)
     assert len(fitted.chunks) == 4 and fitted.report["layerwise"] is layerwise
 
 
-def test_sliding_windows_keep_the_end_of_the_last_chunk(tokenizer):
-    model = small_window("gemma3_text")
-    fitted = toys.fit(model, tokenizer, TEXT, config=FitConfig(**SMALL))
+def test_sliding_windows_keep_the_end_of_the_last_chunk(tokenizer, chunked):
+    model, fitted = small_window("gemma3_text"), chunked("gemma3_text")
     assert len(fitted.chunks) > 1
     assert {w.keys.shape[1] for w in fitted.windows.values()} == {model.args.sliding_window}
     assert mx.isfinite(model(mx.array([toys.random_tokens(9)]), cache=fitted.make_cache())).all()
@@ -300,25 +296,25 @@ def test_sliding_windows_keep_the_end_of_the_last_chunk(tokenizer):
 
 def test_baselines_keep_what_a_key_weighs(tokenizer):
     model = toys.toy("llama")
-    opening, prefix = prompts.opening(tokenizer), prompts.prefix(tokenizer, TEXT, max_tokens=100)
-    lengths, geometry = chunks.split(len(prefix) - opening, 40), adapter.route(model)
-    context = chunks.read(model, prefix, geometry, chunks=lengths)
-    task = Task(model=model, tokenizer=tokenizer, geometry=geometry, context=context)
-    places = mx.array([[0, opening - 1, opening, len(prefix) - 1]] * geometry.n_kv_heads)
-    for bank in task.keep(lambda layer: places).banks:
+    preamble, prefix = prompts.preamble(tokenizer), prompts.prefix(tokenizer, TEXT, max_tokens=100)
+    lengths, geometry = chunking.split(len(prefix) - preamble, 40), attention_patch.route(model)
+    context = chunks.read_chunks(model, prefix, geometry, chunks=lengths)
+    given = EvalContext(model=model, tokenizer=tokenizer, geometry=geometry, context=context)
+    positions = mx.array([[0, preamble - 1, preamble, len(prefix) - 1]] * geometry.n_kv_heads)
+    for bank in given.keep(lambda layer: positions).banks:
         less = -np.log(len(lengths))
         np.testing.assert_allclose(bank.parameters["bias"], [[0, 0, less, less]] * geometry.n_kv_heads, atol=1e-6)
     queries = mx.random.normal((geometry.n_kv_heads, 5, geometry.head_dim))
-    rows = Captured(queries, None, None, context.banks[1](queries).log_normalizer, None)
-    weights = matching.attention_weights(rows, task.layer(1)[0], bias=task.bias(1), scale=geometry.scale)
+    samples = Samples(queries, None, None, context.banks[1](queries).log_normalizer, None)
+    weights = attention_matching.attention_weights(samples, given.layer(1)[0], bias=given.bias(1), scale=geometry.scale)
     np.testing.assert_allclose(weights.sum(-1), np.ones((geometry.n_kv_heads, 5)), atol=1e-4)
 
 
 def test_a_budget_that_does_not_hold_every_chunk_is_refused_with_one_that_does(tokenizer):
     model = small_window()
-    with pytest.raises(NectarError, match="too small") as told:
+    with pytest.raises(NectarError, match="too small") as error:
         toys.fit(model, tokenizer, TEXT, config=FitConfig(**SMALL | {"budget": 0.02}))
-    least = float(re.search(r"at least (\S+)%", str(told.value))[1]) / 100
+    least = float(re.search(r"at least (\S+)%", str(error.value))[1]) / 100
     assert 0.02 < least < 1
     toys.fit(model, tokenizer, TEXT, config=FitConfig(**SMALL | {"steps": 1, "budget": 1.02 * least}))
 
@@ -331,7 +327,9 @@ def test_memory_does_not_grow_with_the_text(tokenizer, layerwise):
         mx.clear_cache()
         before = mx.get_active_memory()
         mx.reset_peak_memory()
-        config = FitConfig(**SMALL | {"steps": 2, "scout_steps": 1, "samples": 100, "budget": 0.1}, layerwise=layerwise)
+        config = FitConfig(
+            **SMALL | {"steps": 2, "trial_steps": 1, "matching_samples": 100, "budget": 0.1}, layerwise=layerwise
+        )
         fitted = toys.fit(model, tokenizer, TEXT * repeats, config=config)
         return mx.get_peak_memory() - before, len(fitted.chunks)
 
@@ -340,12 +338,12 @@ def test_memory_does_not_grow_with_the_text(tokenizer, layerwise):
     assert long < 1.2 * short
 
 
-@pytest.mark.parametrize("told", ["[0, 5]", "[100000]", '"many"', "[[1]]", "3"])
-def test_chunks_that_cannot_be(tokenizer, tmp_path, told):
+@pytest.mark.parametrize("lengths", ["[0, 5]", "[100000]", '"many"', "[[1]]", "3"])
+def test_chunks_that_cannot_be(tokenizer, tmp_path, lengths):
     model = toys.toy("llama")
     exact = toys.exact(model, toys.random_tokens(40), tokenizer)
-    exact.metadata["chunks"] = json.loads(told)
-    store.write(tmp_path / "bad.nectar", exact._tensors, exact.metadata)
+    exact.metadata["chunks"] = json.loads(lengths)
+    store.write(tmp_path / "bad.nectar", exact.tensors, exact.metadata)
     with pytest.raises(NectarError, match="damaged"):
         Nectar.read(tmp_path / "bad.nectar")
 
@@ -355,6 +353,6 @@ def test_what_cannot_be_joined_is_refused_with_what_fits(tokenizer, tmp_path, ca
     (tmp_path / "book.txt").write_text(TEXT)
     arguments = ["--model", tmp_path / "model", "--context", tmp_path / "book.txt", "--output", tmp_path / "o.nectar"]
     assert fit.main([*map(str, arguments), "--kind", "mlp", "--budget", "0.5"]) == 2
-    told = capsys.readouterr().err
-    room = WINDOW - 1024 - prompts.opening(tokenizer)
-    assert f"--context-tokens {room}" in told and f"{WINDOW:,}" in told and "quadrature" in told
+    error = capsys.readouterr().err
+    room = WINDOW - 1024 - prompts.preamble(tokenizer)
+    assert f"--context-tokens {room}" in error and f"{WINDOW:,}" in error and "quadrature" in error

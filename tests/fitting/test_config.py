@@ -1,36 +1,57 @@
+"""What follows from a configuration: samples a head, and bits."""
+
 from types import SimpleNamespace
 
+import psutil
 import pytest
 
-from nectar_mlx.adapter import Geometry
-from nectar_mlx.fitting import config as configuration
-from nectar_mlx.fitting.config import FitConfig, layout_for, rows_for
-from nectar_mlx.fitting.study import Study
+from nectar_mlx.fitting.config import FitConfig
+from nectar_mlx.fitting.run import FitRun
+from nectar_mlx.fitting.samples.sample_store import DeviceSampleStore, SampleStore
+from nectar_mlx.mlxlm.attention_patch import Geometry
 
 HEADS, DIM = 224, 128
+GEOMETRY = Geometry(model_type="llama", n_heads=4, n_kv_heads=2, head_dim=DIM, scale=0.1, windows=(0, 0))
+
+
+def run(**options):
+    return FitRun(model=None, tokenizer=None, geometry=GEOMETRY, config=FitConfig(**options))
 
 
 @pytest.fixture
-def memory(monkeypatch):
-    monkeypatch.setattr(configuration, "_FEWEST_ROWS", 20_000)
-    monkeypatch.setattr(configuration, "_MOST_ROWS", 120_000)
-    return lambda total: monkeypatch.setattr(configuration, "_machine", lambda: SimpleNamespace(total=total))
+def memory(monkeypatch, set_device):
+    set_device(fit_samples=120_000)
+    return lambda total: monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=total))
 
 
 @pytest.mark.parametrize(
-    "total, rows", [(16 << 30, 20_000), (64 << 30, (8 << 30) // Study.nbytes(HEADS, 1, DIM)), (1 << 40, 120_000)]
+    "total, samples",
+    [(16 << 30, 20_000), (64 << 30, (8 << 30) // SampleStore.nbytes(HEADS, 1, DIM)), (1 << 40, 120_000)],
 )
-def test_as_many_rows_as_the_memory_easily_holds(memory, total, rows):
+def test_as_many_samples_as_the_memory_easily_holds(memory, set_device, total, samples):
+    set_device(linux_cpu=True)
     memory(total)
-    assert rows_for(FitConfig(), heads=HEADS, head_dim=DIM) == rows
-    assert rows_for(FitConfig(queries=7), heads=HEADS, head_dim=DIM) == 7
+    assert run().n_samples(HEADS) == samples
+    assert run(queries=7).n_samples(HEADS) == 7
 
 
-def test_a_memory_that_is_told_counts_instead(memory):
+def test_samples_on_the_device_take_half_as_much(memory, set_device):
+    set_device(linux_cpu=False)
+    memory(64 << 30)
+    assert run().n_samples(HEADS) == (8 << 30) // DeviceSampleStore.nbytes(HEADS, 1, DIM)
+
+
+def test_the_memory_that_is_asked_for_counts_instead(memory, set_device):
+    set_device(linux_cpu=True)
     memory(1 << 40)
-    one = Study.nbytes(HEADS, 1, DIM)
-    assert rows_for(FitConfig(memory=30_000 * one), heads=HEADS, head_dim=DIM) == 30_000
-    assert rows_for(FitConfig(memory=10 * one), heads=HEADS, head_dim=DIM) == 20_000
+    one = SampleStore.nbytes(HEADS, 1, DIM)
+    assert run(memory=30_000 * one).n_samples(HEADS) == 30_000
+    assert run(memory=10 * one).n_samples(HEADS) == 20_000
+
+
+def test_a_kind_that_is_not_trained_needs_those_of_the_router_alone():
+    assert run(kind="retrieval").n_samples(HEADS) == run(kind="retrieval", queries=10**6).n_samples(HEADS) == 2048
+    assert run(kind="retrieval", queries=7).n_samples(HEADS) == 7
 
 
 @pytest.mark.parametrize(
@@ -39,13 +60,11 @@ def test_a_memory_that_is_told_counts_instead(memory):
         ({}, None),
         ({"kind": "quadrature", "bits": 6}, 6),
         ({"budget": 0.005, "bits": 8}, 8),
-        ({"budget": 0.005, "kind": "retrieval+nectar"}, 6),
+        ({"budget": 0.005, "kind": "hybrid"}, 6),
         ({"budget": 0.005, "kind": "mlp"}, 8),
         ({"kind": "exact"}, 16),
+        ({"kind": "exact", "bits": 4}, 16),
     ],
 )
 def test_each_kind_has_its_bits(options, bits):
-    geometry = Geometry(
-        model_type="llama", n_layers=2, n_heads=4, n_kv_heads=2, head_dim=DIM, scale=0.1, windows=(0, 0)
-    )
-    assert layout_for(FitConfig(**options), geometry, n_layers=2).bits == bits
+    assert run(**options).layout.bits == bits

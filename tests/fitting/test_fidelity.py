@@ -4,9 +4,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from nectar_mlx import adapter
-from nectar_mlx.fitting import fidelity, reading
-from nectar_mlx.fitting.dialogue import Conversation
+from nectar_mlx.fitting import fidelity, prefill
+from nectar_mlx.fitting.samples.conversation import Conversation
+from nectar_mlx.mlxlm import attention_patch
 from tests import toys
 
 PREFIX = toys.random_tokens(60)
@@ -33,38 +33,39 @@ def plain(model, prefix, conversation):
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3_text"])
 @pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("room", [400, 1 << 24])
-def test_divergence_equals_the_one_written_out(architecture, batch, room, monkeypatch):
-    monkeypatch.setattr(fidelity, "_ROOM", room)
+@pytest.mark.parametrize("max_entries", [400, 1 << 24])
+def test_divergence_equals_the_one_written_out(architecture, batch, max_entries, monkeypatch, set_device):
+    monkeypatch.setattr(fidelity, "MAX_ENTRIES", max_entries)
+    set_device(check_batch=batch)
     model = toys.toy(architecture)
-    full, part = (reading.read(model, p, adapter.route(model)) for p in (PREFIX, PREFIX[:5]))
-    asked = conversations()
-    found = fidelity.compare(model, full.make_cache, {"part": part.make_cache}, asked, batch=batch)["part"]
-    for i, c in enumerate(asked):
+    full, part = (prefill.read_text(model, p, attention_patch.route(model)) for p in (PREFIX, PREFIX[:5]))
+    answered = conversations()
+    divergence = fidelity.compare(model, full.make_cache, {"part": part.make_cache}, answered)["part"]
+    for i, c in enumerate(answered):
         p, q = plain(model, PREFIX, c), plain(model, PREFIX[:5], c)
-        mine = found.of([i])
+        mine = divergence.of([i])
         np.testing.assert_allclose(mine.kl, (np.exp(p) * (p - q)).sum(-1), atol=2e-4, rtol=2e-3)
         np.testing.assert_array_equal(mine.agree, p.argmax(-1) == q.argmax(-1))
         np.testing.assert_array_equal(mine.correct, q.argmax(-1) == np.array(c.answer))
         np.testing.assert_array_equal(mine.reference_correct, p.argmax(-1) == np.array(c.answer))
-    assert found.kl.mean() > 0.01, "the two contexts must differ, or this test proves nothing"
+    assert divergence.kl.mean() > 0.01, "the two contexts must differ, or this test proves nothing"
 
 
 def test_a_view_does_not_diverge_from_itself():
     model = toys.toy("llama")
-    context = reading.read(model, PREFIX, adapter.route(model))
-    found = fidelity.compare(model, context.make_cache, {"same": context.make_cache}, conversations())["same"]
-    assert np.abs(found.kl).max() < 1e-5 and found.agree.all()
+    context = prefill.read_text(model, PREFIX, attention_patch.route(model))
+    divergence = fidelity.compare(model, context.make_cache, {"same": context.make_cache}, conversations())["same"]
+    assert np.abs(divergence.kl).max() < 1e-5 and divergence.agree.all()
 
 
 def test_a_view_may_read_another_prompt():
     model = toys.toy("llama")
-    geometry = adapter.route(model)
-    full, head = (reading.read(model, p, geometry) for p in (PREFIX, PREFIX[:7]))
+    geometry = attention_patch.route(model)
+    full, head = (prefill.read_text(model, p, geometry) for p in (PREFIX, PREFIX[:7]))
     prompts = {"whole": lambda c: PREFIX[7:] + c.prompt, "head": None}
     views = {"whole": head.make_cache, "head": head.make_cache}
-    found = fidelity.compare(model, full.make_cache, views, conversations(), prompts=prompts)
-    assert found["whole"].kl.max() < 1e-3 < found["head"].kl.mean()
+    divergence = fidelity.compare(model, full.make_cache, views, conversations(), prompts=prompts)
+    assert divergence["whole"].kl.max() < 1e-3 < divergence["head"].kl.mean()
 
 
 def test_log_probabilities_of_extreme_logits():

@@ -3,7 +3,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -11,36 +10,21 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from nectar_mlx import Nectar, NectarError, adapter, fit, prompts, store
-from nectar_mlx.fitting import capture, checkpoint, dialogue, reading, settling
+from nectar_mlx import Nectar, NectarError, fit, store
+from nectar_mlx.fitting import prefill
+from nectar_mlx.fitting.checkpoint import Checkpoint
 from nectar_mlx.fitting.config import FitConfig
-from nectar_mlx.fitting.dialogue import Conversation
-from nectar_mlx.fitting.fitter import Fitter
-from nectar_mlx.fitting.study import DeviceStudy, Study
+from nectar_mlx.fitting.kinds import kind_fit
+from nectar_mlx.fitting.samples import capture, self_study
+from nectar_mlx.fitting.samples.conversation import Conversation, count_samples
+from nectar_mlx.fitting.samples.sample_store import DeviceSampleStore, SampleStore
+from nectar_mlx.fitting.solve import quantization, regression
+from nectar_mlx.fitting.train import train_heads
+from nectar_mlx.mlxlm import attention_patch, prompts
 from tests import toys
+from tests.fitting.toy_fit import FAST, TEXT, fit_run, read
 
-TEXT = " ".join(f"The {a} dog sees fox number {i}, and the {b} fox runs." for i, (a, b) in enumerate(
-    (a, b) for a in ("quick", "lazy", "brown", "old") for b in ("red", "sly", "young", "tired")
-))  # fmt: skip
-FAST = {
-    "queries": 600,
-    "conversations": 8,
-    "steps": 30,
-    "scout_steps": 5,
-    "answer_tokens": 16,
-    "checks": 2,
-    "batch": 128,
-    "samples": 400,
-}
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return toys.tokenizer()
-
-
-def fitted(model, tokenizer, **options):
-    return toys.fit(model, tokenizer, TEXT, config=FitConfig(**FAST | options))
+SHORT = {"budget": 0.5, "context_tokens": 150}
 
 
 def logits(model, nectar, tokens):
@@ -48,40 +32,76 @@ def logits(model, nectar, tokens):
 
 
 @pytest.mark.parametrize("kind", ["quadrature", "mlp", "corrected"])
-def test_a_fitted_context_is_near_the_full_cache_and_within_its_budget(tokenizer, kind):
+def test_a_fitted_context_is_near_the_full_cache_and_within_its_budget(tokenizer, toy_fit, kind):
     model = toys.toy("llama")
-    nectar = fitted(model, tokenizer, kind=kind, budget=0.5, steps=120, context_tokens=500)
+    nectar = toy_fit(kind=kind, budget=0.5, steps=120, context_tokens=500)
     assert nectar.nbytes <= 0.5 * nectar.cache_nbytes
-    assert (nectar.bits == 8) if kind != "quadrature" else (3.5 < nectar.bits < 5)
-    context = reading.read(model, nectar.prefix, adapter.route(model))
+    if kind == "quadrature":  # there is room for every key, and what is left goes into finer bits
+        assert 6 < nectar.bits < 8 and set(nectar.banks[0].sizes) == {(len(nectar.prefix),)}
+    else:
+        assert nectar.bits == 8
+    assert nectar.prefix == prompts.prefix(tokenizer, TEXT, max_tokens=500)
     tokens = nectar.prompt(tokenizer, "Who runs?")
     full = model(mx.array([nectar.prefix + tokens]))[:, len(nectar.prefix) :]
     none = model(mx.array([tokens]))
     ours = logits(model, nectar, tokens)
     assert mx.abs(ours - full).mean() < 0.4 * mx.abs(none - full).mean()
-    assert nectar.report["kl"] >= 0 and len(nectar.report["error"]) == 6
-    assert context.prefix == nectar.prefix
+    assert nectar.report["kl"] < 0.4 * nectar.report["kl_no_context"] and len(nectar.report["error"]) == 6
 
 
 @pytest.mark.parametrize("architecture", ["gemma3_text", "qwen3", "phi3", "mistral", "granite"])
-def test_every_architecture_can_be_fitted(tokenizer, architecture):
+def test_every_architecture_can_be_fitted(tokenizer, toy_fit, architecture):
     model = toys.toy(architecture)
-    nectar = fitted(model, tokenizer, budget=0.6, context_tokens=200)
+    nectar = toy_fit(architecture, budget=0.6, context_tokens=200)
     tokens = nectar.prompt(tokenizer, "Who?")
     full = model(mx.array([nectar.prefix + tokens]))[:, len(nectar.prefix) :]
     assert mx.isfinite(logits(model, nectar, tokens)).all()
     assert mx.abs(logits(model, nectar, tokens) - full).mean() < mx.abs(model(mx.array([tokens])) - full).mean()
 
 
-def test_a_seed_decides_every_bit(tokenizer):
-    model = toys.toy("qwen2")
-    first, second, other = (fitted(model, tokenizer, budget=0.5, context_tokens=150, seed=s) for s in (1, 1, 2))
-    assert store.digest(first._tensors) == store.digest(second._tensors) != store.digest(other._tensors)
+def test_equal_seeds_give_equal_tensors(tokenizer, toy_fit):
+    model, first = toys.toy("llama"), toy_fit(**SHORT)
+    second, other = (
+        toys.fit(model, tokenizer, TEXT, config=FitConfig(**FAST | SHORT | {"seed": seed})) for seed in (0, 1)
+    )
+    assert first.digest == second.digest != other.digest
+    assert first.report | {"seconds": None} == second.report | {"seconds": None}
 
 
-def test_exact_reproduces_the_stock_model(tokenizer):
+FIGURES = {"kl", "agree", "kl_no_context", "gap_closed", "verdict"}
+WHOLE = FIGURES | {"budget", "sizes", "queries", "error", "seconds"}
+STAGES = {"read", "study", "budgets", "regression", "check"}
+
+
+@pytest.mark.parametrize("options, names, stages", [
+    (SHORT, WHOLE | {"left_out_tokens"}, STAGES),
+    ({"kind": "retrieval", "steps": 40, "budget": 0.3}, WHOLE, STAGES | {"keys"}),
+    (SHORT | {"context_tokens": 300, "layerwise": True}, WHOLE | {"layerwise", "left_out_tokens"}, STAGES - {"read"}),
+    ({"kind": "exact", "context_tokens": 300}, {"left_out_tokens", "seconds"}, {"read"}),
+])  # fmt: skip
+def test_what_a_report_holds(tokenizer, toy_fit, options, names, stages):
+    nectar = toy_fit(**options)
+    report = nectar.report
+    assert report.keys() == names and report["seconds"].keys() == stages
+    whole = len(prompts.prefix(tokenizer, TEXT))
+    assert report.get("left_out_tokens", 0) == whole - len(nectar.prefix)
+    if "error" not in names:
+        return
+    heads = toys.LAYERS * 2
+    assert report["budget"] == options["budget"] and len(report["error"]) == heads
+    trained = nectar.layout.bank.trainable
+    assert all(0 < error < (1 if trained else 3) for error in report["error"])
+    assert [tuple(size) for size in report["sizes"]] == [size for bank in nectar.banks for size in bank.sizes]
+    # Sampling stops a little before all samples are there.
+    assert 0.9 * FAST["queries"] <= report["queries"] <= FAST["queries"]
+    assert report["gap_closed"] == pytest.approx(1 - report["kl"] / report["kl_no_context"], abs=2e-4)
+    assert 0 <= report["agree"] <= 1 and report["verdict"] == nectar.verdict
+    assert json.loads(json.dumps(report)).keys() == names
+
+
+def test_exact_reproduces_the_stock_model(tokenizer, toy_fit):
     model = toys.toy("llama")
-    nectar = fitted(model, tokenizer, kind="exact", context_tokens=300)
+    nectar = toy_fit(kind="exact", context_tokens=300)
     tokens = nectar.prompt(tokenizer, "Who runs, and why?")
     full = model(mx.array([nectar.prefix + tokens]))[:, len(nectar.prefix) :]
     np.testing.assert_allclose(logits(model, nectar, tokens), full, atol=2e-4 * float(mx.abs(full).max()))
@@ -89,89 +109,81 @@ def test_exact_reproduces_the_stock_model(tokenizer):
 
 def test_an_interrupted_fit_continues_where_it_stopped(tokenizer, tmp_path, monkeypatch):
     model = toys.toy("llama")
-    config = FitConfig(**FAST | {"budget": 0.5, "context_tokens": 150, "queries": 2500})
-    whole = toys.fit(model, tokenizer, TEXT, config=config)
-    asked = []
-    converse = dialogue.converse
+    config = FitConfig(**FAST | SHORT | {"queries": 2500})
+    batches, sample_answers = [], self_study.sample_answers
 
-    def interrupted(*arguments, **options):
-        asked.append(1)
-        if len(asked) == 2:
+    def counted(*arguments, **options):
+        batches.append(1)
+        if len(batches) == interrupt_at:
             raise KeyboardInterrupt
-        converse(*arguments, **options)
+        sample_answers(*arguments, **options)
 
-    monkeypatch.setattr(dialogue, "converse", interrupted)
+    monkeypatch.setattr(self_study, "sample_answers", counted)
+    interrupt_at = None
+    whole = toys.fit(model, tokenizer, TEXT, config=config)
+    needed = len(batches)
+    interrupt_at = needed + 2
     with pytest.raises(KeyboardInterrupt):
-        toys.fit(model, tokenizer, TEXT, config=config, checkpoint=checkpoint.Checkpoint(tmp_path / "part"))
-    monkeypatch.setattr(dialogue, "converse", converse)
-    resumed = toys.fit(model, tokenizer, TEXT, config=config, checkpoint=checkpoint.Checkpoint(tmp_path / "part"))
-    assert store.digest(resumed._tensors) == store.digest(whole._tensors)
+        toys.fit(model, tokenizer, TEXT, config=config, checkpoint=Checkpoint(tmp_path / "part"))
+    resumed = toys.fit(model, tokenizer, TEXT, config=config, checkpoint=Checkpoint(tmp_path / "part"))
+    assert resumed.digest == whole.digest
+    assert needed >= 3 and len(batches) == 2 * needed + 1, "only the interrupted batch was sampled again"
 
 
-def test_fitted_heads_are_not_fitted_again(tokenizer, tmp_path, monkeypatch):
-    model = toys.toy("llama")
-    config = FitConfig(**FAST | {"budget": 0.5, "context_tokens": 150})
-    first = toys.fit(model, tokenizer, TEXT, config=config, checkpoint=checkpoint.Checkpoint(tmp_path))
-    monkeypatch.setattr("nectar_mlx.fitting.regression.train", lambda *a, **k: pytest.fail("trained again"))
-    monkeypatch.setattr(dialogue, "converse", lambda *a, **k: pytest.fail("asked again"))
-    second = toys.fit(model, tokenizer, TEXT, config=config, checkpoint=checkpoint.Checkpoint(tmp_path))
-    assert store.digest(second._tensors) == store.digest(first._tensors)
+@pytest.fixture(scope="module")
+def finished(tokenizer, tmp_path_factory):
+    """A finished fit, and the folder in which it left its work."""
+    folder = tmp_path_factory.mktemp("finished")
+    config = FitConfig(**FAST | SHORT)
+    return toys.fit(toys.toy("llama"), tokenizer, TEXT, config=config, checkpoint=Checkpoint(folder)), folder
 
 
-def test_resuming_with_other_settings_is_refused(tokenizer, tmp_path):
-    model = toys.toy("llama")
-    toys.fit(
-        model,
-        tokenizer,
-        TEXT,
-        config=FitConfig(**FAST | {"budget": 0.5, "context_tokens": 150}),
-        checkpoint=checkpoint.Checkpoint(tmp_path),
-    )
+def test_fitted_heads_are_not_fitted_again(tokenizer, finished, monkeypatch):
+    first, folder = finished
+    monkeypatch.setattr(regression, "train", lambda *a, **k: pytest.fail("trained again"))
+    monkeypatch.setattr(self_study, "sample_answers", lambda *a, **k: pytest.fail("answers were sampled again"))
+    config = FitConfig(**FAST | SHORT)
+    second = toys.fit(toys.toy("llama"), tokenizer, TEXT, config=config, checkpoint=Checkpoint(folder))
+    assert second.digest == first.digest
+
+
+def test_resuming_with_other_settings_is_refused(tokenizer, finished):
+    config = FitConfig(**FAST | SHORT | {"budget": 0.6})
     with pytest.raises(NectarError, match="other settings"):
-        toys.fit(
-            model,
-            tokenizer,
-            TEXT,
-            config=FitConfig(**FAST | {"budget": 0.6, "context_tokens": 150}),
-            checkpoint=checkpoint.Checkpoint(tmp_path),
-        )
+        toys.fit(toys.toy("llama"), tokenizer, TEXT, config=config, checkpoint=Checkpoint(finished[1]))
 
 
 def test_as_many_conversations_side_by_side_as_are_needed_and_fit(tokenizer):
     model = toys.toy("llama")
-    geometry = adapter.route(model)
-    context = reading.read(model, toys.random_tokens(20), geometry)
-    each = geometry.cache_bytes(2 * FAST["answer_tokens"])
+    geometry = attention_patch.route(model)
+    each, group = geometry.cache_bytes(2 * FAST["answer_tokens"]), geometry.n_heads // geometry.n_kv_heads
 
-    def together(**options):
-        return Fitter(model, tokenizer, context, geometry, FitConfig(**FAST | options))._together()
+    def side_by_side(missing, **options):
+        return self_study.side_by_side(fit_run(model, tokenizer, **options), missing=missing)
 
-    group = geometry.n_heads // geometry.n_kv_heads
-    assert together(queries=50 * group * 16, conversations=1000) == 51
-    assert together(queries=50 * group * 16, conversations=30) == 30
-    assert together(queries=10**6, conversations=1000, memory=400 * each) == 100
-    assert together(queries=10**6, conversations=1000, memory=1) == 16
+    assert side_by_side(50 * group * 16, conversations=1000) == 51
+    assert side_by_side(50 * group * 16, conversations=30) == 30
+    assert side_by_side(10**6, conversations=1000, memory=400 * each) == 100
+    assert side_by_side(10**6, conversations=1000, memory=1) == 16
 
 
-def heads_of_two_sizes(tokenizer):
-    """Every other one has room for all 60 keys."""
-    model = toys.toy("llama")
-    geometry = adapter.route(model)
-    context = reading.read(model, toys.random_tokens(60), geometry)
-    fitter = Fitter(model, tokenizer, context, geometry, FitConfig(**FAST))
-    fitter.converse()
-    fitter.hear()
-    fitter.prepare()
-    heads = fitter.regress([(60,) if i % 2 else (9,) for i in range(fitter.n_heads)])
-    return fitter, heads
+@pytest.fixture(scope="module")
+def collected(tokenizer):
+    """How the heads of 60 tokens are fitted."""
+    run = fit_run(toys.toy("llama"), tokenizer)
+    return kind_fit(run, capture.collect(run, read(run, toys.random_tokens(60))))
 
 
-def test_a_head_with_room_for_every_key_keeps_them(tokenizer, monkeypatch):
-    monkeypatch.setattr(settling, "settled", lambda bank, rows, **options: bank)
-    fitter, heads = heads_of_two_sizes(tokenizer)
-    for i, head in enumerate(heads):
-        layer, k = divmod(i, fitter.geometry.n_kv_heads)
-        keys = fitter.context.banks[layer].parameters["keys"][k]
+def heads_of_two_sizes(collected):
+    """Every other head has room for all 60 keys."""
+    return train_heads(collected, [(60,) if i % 2 else (9,) for i in range(collected.n_heads)])
+
+
+def test_a_head_with_room_for_every_key_keeps_them(collected, monkeypatch):
+    monkeypatch.setattr(quantization, "round_nodes", lambda bank, samples, **options: bank)
+    for i, head in enumerate(heads_of_two_sizes(collected)):
+        layer, k = divmod(i, collected.run.geometry.n_kv_heads)
+        keys = collected.data.context.banks[layer].parameters["keys"][k]
         assert head["keys"].shape[0] == (60 if i % 2 else 9)
         if i % 2:
             assert mx.array_equal(head["keys"], keys) and not mx.any(head["bias"])
@@ -180,96 +192,89 @@ def test_a_head_with_room_for_every_key_keeps_them(tokenizer, monkeypatch):
             assert nearest.max() > 1e-3, "a smaller head is trained"
 
 
-def test_a_head_that_keeps_every_key_is_rounded_and_not_trained(tokenizer, monkeypatch):
-    told, settled = set(), settling.settled
-
-    def watched(bank, rows, *, steps, **options):
-        told.update((count, steps > 0) for (count,) in bank.sizes)
-        return settled(bank, rows, steps=steps, **options)
-
-    monkeypatch.setattr(settling, "settled", watched)
-    heads_of_two_sizes(tokenizer)
-    assert told >= {(9, True), (60, False)} and (60, True) not in told
-
-
-def test_nodes_are_fitted_as_they_will_be_stored(tokenizer):
-    fitter, heads = heads_of_two_sizes(tokenizer)
-    stored = store.unpack(fitter.layout, store.pack(fitter.layout, heads))
+def test_nodes_are_fitted_as_they_will_be_stored(collected):
+    heads, layout = heads_of_two_sizes(collected), collected.run.layout
+    stored = store.unpack(layout, store.pack(layout, heads))
     for head, kept in zip(heads, [h for bank in stored for h in bank.unstack()], strict=True):
         assert mx.array_equal(head["keys"], kept["keys"]) and mx.array_equal(head["values"], kept["values"])
 
 
-def test_progress_is_told_while_a_batch_is_sampled(tokenizer):
-    model = toys.toy("llama")
-    geometry, told = adapter.route(model), []
-    context = reading.read(model, toys.random_tokens(20), geometry)
-    config = FitConfig(**FAST | {"queries": 5000, "conversations": 12})
-    fitter = Fitter(model, tokenizer, context, geometry, config, progress=lambda *of: nullcontext(told.append))
-    fitter.converse()
-    batches = len(fitter.conversations) / 12
-    assert told == sorted(told) and told[-1] == min(fitter._rows(), 5000)
-    assert len(set(told)) > 8 * batches > 8
+def test_progress_is_reported_while_a_batch_is_sampled(tokenizer):
+    reports = []
+    run = fit_run(
+        toys.toy("llama"),
+        tokenizer,
+        queries=5000,
+        conversations=12,
+        progress=lambda *_: nullcontext(reports.append),
+    )
+    conversations = self_study.study(run, read(run, toys.random_tokens(20)))
+    batches = len(conversations) / 12
+    assert reports == sorted(reports) and reports[-1] == min(count_samples(conversations, group=run.group), 5000)
+    assert len(set(reports)) > 8 * batches > 8
 
 
 @pytest.mark.parametrize("queries", [1, 30, 90])
 def test_a_fit_that_needs_few_conversations_ends(tokenizer, queries):
-    """The first one of a batch is held out: were it alone, it would give no rows."""
-    model = toys.toy("llama")
-    geometry = adapter.route(model)
-    context = reading.read(model, toys.random_tokens(20), geometry)
-    fitter = Fitter(model, tokenizer, context, geometry, FitConfig(**FAST | {"queries": queries, "conversations": 1}))
-    fitter.converse()
-    assert fitter._rows() >= 0.9 * queries and any(c.split == "held_out" for c in fitter.conversations)
+    """The first conversation is held out: a batch of it alone gives no samples to train on."""
+    run = fit_run(toys.toy("llama"), tokenizer, queries=queries, conversations=1)
+    conversations = self_study.study(run, read(run, toys.random_tokens(20)))
+    assert count_samples(conversations, group=run.group) >= 0.9 * queries
+    assert any(c.split == "held_out" for c in conversations)
 
 
-def test_where_rows_are_kept_changes_nothing(tokenizer, tmp_path, monkeypatch):
+def test_where_samples_are_kept_changes_nothing(tokenizer, toy_fit, tmp_path, monkeypatch):
     """In memory, on disk beyond the memory bound, and where a GPU computes."""
-    model = toys.toy("llama")
-    options = FAST | {"budget": 0.5, "context_tokens": 150}
-    kept = toys.fit(model, tokenizer, TEXT, config=FitConfig(**options))
+    model, kept = toys.toy("llama"), toy_fit(**SHORT)
     spilled = toys.fit(
         model,
         tokenizer,
         TEXT,
-        config=FitConfig(**options, memory=1, layerwise=False),
-        checkpoint=checkpoint.Checkpoint(tmp_path),
+        config=FitConfig(**FAST | SHORT, memory=1, layerwise=False),
+        checkpoint=Checkpoint(tmp_path),
     )
-    assert list(tmp_path.glob("study.rows/*.npy"))
-    monkeypatch.setattr(Fitter, "_empty", lambda self, rows, folder: DeviceStudy(rows))
-    near = toys.fit(model, tokenizer, TEXT, config=FitConfig(**options))
-    assert store.digest(kept._tensors) == store.digest(spilled._tensors) == store.digest(near._tensors)
+    assert list(tmp_path.glob("train.samples/*.npy"))
+    stores = []
+
+    def on_device(heads, capacity, head_dim, *, folder):
+        stores.append(DeviceSampleStore(capacity))
+        return stores[-1]
+
+    on_device.nbytes = SampleStore.nbytes
+    monkeypatch.setattr(capture, "SampleStore", on_device)
+    near = toys.fit(model, tokenizer, TEXT, config=FitConfig(**FAST | SHORT))
+    assert len(stores) == 2 and kept.digest == spilled.digest == near.digest
 
 
 def test_what_is_captured_is_exact_attention(tokenizer):
     model = toys.toy("llama")
-    geometry = adapter.route(model)
-    context = reading.read(model, toys.random_tokens(50), geometry)
+    geometry = attention_patch.route(model)
+    context = prefill.read_text(model, toys.random_tokens(50), geometry)
     K, D, G = geometry.n_kv_heads, geometry.head_dim, geometry.n_heads // geometry.n_kv_heads
-    studies = [Study(geometry.n_layers * K, 4000, D, folder=None) for _ in range(2)]
+    train, held_out = (SampleStore(geometry.n_layers * K, 4000, D, folder=None) for _ in range(2))
     splits = ("train", "train", "held_out", "train")
     batch = [Conversation(toys.random_tokens(5 + i % 3, seed=i), split=split) for i, split in enumerate(splits)]
-    dialogue.converse(model, context, batch, stop={3}, max_tokens=20, temperature=1.0, key=mx.random.key(0))
-    kept = {"train": studies[0], "held_out": studies[1]}
-    capture.hear(model, context, batch, kept, n_heads=geometry.n_heads)
+    self_study.sample_answers(model, context, batch, stop={3}, max_tokens=20, temperature=1.0, key=mx.random.key(0))
+    capture.replay(model, context, batch, {"train": train, "held_out": held_out}, n_heads=geometry.n_heads)
     # the last token of an answer is kept but never fed, so nothing is captured for it
     expected = [
         sum(len(c.prompt) + len(c.answer) - 1 for c in batch if c.split == split) * G for split in ("train", "held_out")
     ]
-    assert [s.rows for s in studies] == expected
+    assert [train.count, held_out.count] == expected
     for layer, bank in enumerate(context.banks):
-        rows = studies[0].heads(range(layer * K, layer * K + K))
-        part = bank(rows.queries.astype(mx.float32))
-        np.testing.assert_allclose(rows.output, part.output, atol=2e-2)
-        np.testing.assert_allclose(rows.log_normalizer, part.log_normalizer, atol=2e-2)
+        samples = train.heads(range(layer * K, layer * K + K))
+        part = bank(samples.queries.astype(mx.float32))
+        np.testing.assert_allclose(samples.output, part.output, atol=2e-2)
+        np.testing.assert_allclose(samples.log_normalizer, part.log_normalizer, atol=2e-2)
 
 
 def test_answers_sampled_in_a_batch_follow_the_full_model(tokenizer):
     """At a temperature near zero, batched sampling is greedy decoding of prefix + prompt."""
     model = toys.toy("llama")
     prefix = toys.random_tokens(40)
-    context = reading.read(model, prefix, adapter.route(model))
+    context = prefill.read_text(model, prefix, attention_patch.route(model))
     batch = [Conversation(toys.random_tokens(4 + 3 * i, seed=i)) for i in range(3)]
-    dialogue.converse(model, context, batch, stop=set(), max_tokens=6, temperature=1e-4, key=mx.random.key(0))
+    self_study.sample_answers(model, context, batch, stop=set(), max_tokens=6, temperature=1e-4, key=mx.random.key(0))
     for conversation in batch:
         tokens = prefix + conversation.prompt
         for token in conversation.answer:
@@ -280,7 +285,7 @@ def test_answers_sampled_in_a_batch_follow_the_full_model(tokenizer):
 
 def test_sampling_follows_the_distribution():
     logits = mx.array([[0.0, 1.0, 2.0, -50.0]] * 4000)
-    drawn = np.bincount(np.array(dialogue.sample(logits, temperature=0.5, key=mx.random.key(0))), minlength=4) / 4000
+    drawn = np.bincount(np.array(self_study.sample(logits, temperature=0.5, key=mx.random.key(0))), minlength=4) / 4000
     truth = np.exp([0.0, 2.0, 4.0, -100.0]) / np.exp([0.0, 2.0, 4.0, -100.0]).sum()
     np.testing.assert_allclose(drawn, truth, atol=0.03)
 
@@ -308,15 +313,15 @@ def test_the_command_writes_a_file_that_answers(folder, capsys):
     assert fit.main([*command(folder), "--json"]) == 0
     out, err = capsys.readouterr()
     assert "starting anew" in err
-    told = json.loads(out)
-    assert told["bytes"] == (folder / "out.nectar").stat().st_size
-    assert told["seconds"].keys() >= {"read", "study", "budgets", "regression", "check"}
+    report = json.loads(out)
+    assert report["bytes"] == (folder / "out.nectar").stat().st_size
+    assert report["seconds"].keys() >= STAGES
     assert not (folder / "out.nectar.partial").exists()
     import mlx_lm
 
     model, tokenizer = mlx_lm.load(str(folder / "model"))
     nectar = Nectar.load(folder / "out.nectar", model, tokenizer)
-    assert len(nectar.prefix) == told["tokens"]
+    assert len(nectar.prefix) == report["tokens"]
 
 
 def test_the_output_is_named_after_the_context(folder, monkeypatch):
@@ -330,9 +335,9 @@ def test_the_output_is_named_after_the_context(folder, monkeypatch):
 def fault(capsys, arguments, *words):
     """Exit code 2, one line on stderr with these words, nothing on stdout."""
     assert fit.main(arguments) == 2
-    told = capsys.readouterr()
-    line = told.err.strip().splitlines()[-1]
-    assert told.out == "" and "Traceback" not in told.err
+    out, err = capsys.readouterr()
+    line = err.strip().splitlines()[-1]
+    assert out == "" and "Traceback" not in err
     for word in words:
         assert word in line, line
 
@@ -394,23 +399,24 @@ def test_an_unsupported_architecture_is_named(folder, capsys, tokenizer):
     fault(capsys, command(folder, model=folder / "stable"), "stablelm", "not supported")
 
 
-def test_ctrl_c_keeps_the_work_and_resume_finishes_it(folder):
+def test_ctrl_c_keeps_the_work(folder):
     output = folder / "interrupted.nectar"
     arguments = command(
         folder, "--queries", "100000", "--steps", "10", "--context-tokens", "200", "--budget", "0.5", output=output
     )
-    environment = os.environ | {"PYTHONPATH": str(Path(fit.__file__).parents[1])}
+    terminal = {"FORCE_COLOR": "1", "TERM": "xterm"}  # or no progress is shown
+    environment = os.environ | terminal | {"PYTHONPATH": str(Path(fit.__file__).parents[1])}
     process = subprocess.Popen(
-        [sys.executable, "-m", "nectar_mlx.fit", *arguments], env=environment, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "nectar_mlx.fit", *arguments], env=environment, stderr=subprocess.PIPE
     )
-    partial = output.with_name("interrupted.nectar.partial")
-    deadline = time.time() + 90
-    while not (partial / "fit.json").exists() and time.time() < deadline:
-        time.sleep(0.1)
-    time.sleep(3)  # into the conversations
+    shown = b""
+    while b"sampling answers" not in shown and (more := os.read(process.stderr.fileno(), 1 << 16)):
+        shown += more
     process.send_signal(signal.SIGINT)
-    _, told = process.communicate(timeout=60)
-    assert process.returncode == 130 and "--resume" in told and "Traceback" not in told
+    _, rest = process.communicate(timeout=60)
+    error = (shown + rest).decode()
+    assert process.returncode == 130 and "--resume" in error and "Traceback" not in error
+    partial = output.with_name("interrupted.nectar.partial")
     assert not output.exists() and (partial / "conversations.json").exists()
 
 

@@ -1,18 +1,18 @@
 import numpy as np
 import pytest
 
-from nectar_mlx.fitting.grouping import groups
+from nectar_mlx.fitting.solve.grouping import groups
 
 
-def cost(found, sizes, launch):
-    return sum(launch + len(g) * max(sizes[i] for i in g) for g in found)
+def cost(split, sizes, launch):
+    return sum(launch + len(g) * max(sizes[i] for i in g) for g in split)
 
 
 def test_every_head_is_in_one_group_and_groups_fit():
     sizes = np.random.default_rng(0).integers(1, 500, 90).tolist()
-    found = groups(sizes, room=2000, launch=50)
-    assert sorted(i for g in found for i in g) == list(range(90))
-    assert all(len(g) == 1 or len(g) * max(sizes[i] for i in g) <= 2000 for g in found)
+    split = groups(sizes, room=2000, launch=50)
+    assert sorted(i for g in split for i in g) == list(range(90))
+    assert all(len(g) == 1 or len(g) * max(sizes[i] for i in g) <= 2000 for g in split)
 
 
 def test_equal_heads_share_a_group_and_a_giant_has_its_own():

@@ -1,38 +1,41 @@
 """Models whose numbers are large: the file is right, or the fit says where it went wrong and writes nothing."""
 
+from dataclasses import replace
+
 import mlx.core as mx
 import numpy as np
 import pytest
 
-from nectar_mlx import NectarError, adapter, attention, store
-from nectar_mlx.cache import NectarCache
-from nectar_mlx.fitting import finite, matching, reading
+from nectar_mlx import Nectar, NectarError, store
+from nectar_mlx.core import attention
+from nectar_mlx.fitting import finite, prefill, stages
+from nectar_mlx.fitting.check import check
 from nectar_mlx.fitting.config import FitConfig
-from nectar_mlx.fitting.fitter import Fitter
-from nectar_mlx.fitting.study import Captured
+from nectar_mlx.fitting.kinds import kind_fit
+from nectar_mlx.fitting.samples import capture
+from nectar_mlx.fitting.samples.sample_store import Samples
+from nectar_mlx.fitting.solve import attention_matching
 from nectar_mlx.heads import Exact
+from nectar_mlx.mlxlm import attention_patch
+from nectar_mlx.mlxlm.cache import NectarCache
 from tests import toys
+from tests.fitting.toy_fit import fit_run
 
 TEXT = " ".join(f"The brig number {i} left with {i * 37 % 91} casks, and the sly fox saw it." for i in range(24))
 FAST = {
     "queries": 500,
     "conversations": 8,
     "steps": 40,
-    "scout_steps": 5,
+    "trial_steps": 5,
     "answer_tokens": 12,
     "checks": 4,
     "batch": 128,
-    "samples": 300,
+    "matching_samples": 300,
     "context_tokens": 160,
     "budget": 0.5,
 }
 B, K, G, T, D, CONTEXT, LIVE = 2, 2, 3, 4, 32, 40, 9
 SCALE = D**-0.5
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return toys.tokenizer()
 
 
 def layer(dtype, *, common, size=1.0, values=1.0, seed=0):
@@ -101,8 +104,8 @@ def test_merging_is_the_same_relative_to_an_offset():
 
 
 def test_weights_never_exceed_one_where_the_normaliser_came_out_lower():
-    rows = Captured(mx.full((1, 3, D), 30.0), *[mx.zeros((1, 3, D))] * 2, mx.full((1, 3), 4_000.0), mx.zeros((1, 3)))
-    weights = matching.attention_weights(rows, mx.full((1, 2, D), 30.0), scale=SCALE)
+    samples = Samples(mx.full((1, 3, D), 30.0), *[mx.zeros((1, 3, D))] * 2, mx.full((1, 3), 4_000.0), mx.zeros((1, 3)))
+    weights = attention_matching.attention_weights(samples, mx.full((1, 2, D), 30.0), scale=SCALE)
     assert weights.max() == 1.0
 
 
@@ -170,11 +173,11 @@ def test_a_hostile_model_is_right_or_refused(tokenizer, name):
     assert np.isfinite(nectar.report["kl"]) and nectar.report["gap_closed"] > 0.8, nectar.report["verdict"]
 
 
-@pytest.mark.parametrize("kind", ["mlp", "corrected", "completion", "retrieval", "retrieval+nectar", "exact"])
+@pytest.mark.parametrize("kind", ["mlp", "corrected", "completion", "retrieval", "hybrid", "exact"])
 @pytest.mark.parametrize("make, size", [(large_scores, 2e4), (large_values, 1e5), (large_keys, 1e6)])
 def test_every_kind_of_head_takes_large_numbers(tokenizer, kind, make, size):
     model, config = make(size), FitConfig(**FAST | {"kind": kind, "budget": 0.8})
-    if make is large_keys and kind == "retrieval+nectar":  # its router's half-precision index cannot hold them
+    if make is large_keys and kind == "hybrid":  # its router's half-precision index cannot hold them
         with pytest.raises(NectarError, match="not finite, so nothing is written"):
             toys.fit(model, tokenizer, TEXT, config=config)
         return
@@ -187,11 +190,10 @@ def test_every_kind_of_head_takes_large_numbers(tokenizer, kind, make, size):
         np.testing.assert_allclose(ours, full, atol=5e-3)
 
 
-def test_large_scores_are_fitted_chunk_by_chunk_and_layer_by_layer(tokenizer):
-    model = large_scores(2e4)
-    for layerwise in (False, True):
-        nectar = toys.fit(model, tokenizer, TEXT, config=FitConfig(**FAST, layerwise=layerwise))
-        assert nectar.report["gap_closed"] > 0.8
+def test_large_scores_are_fitted_layer_by_layer(tokenizer):
+    """All layers at once: one of the hostile models."""
+    nectar = toys.fit(large_scores(2e4), tokenizer, TEXT, config=FitConfig(**FAST, layerwise=True))
+    assert nectar.report["layerwise"] and nectar.report["gap_closed"] > 0.8
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -202,7 +204,7 @@ def test_a_weight_that_is_not_finite_is_named(tokenizer, value):
 
 
 def test_a_captured_number_that_is_not_finite_is_named():
-    geometry = adapter.route(toys.toy("gemma3_text"))  # its third layer alone has full attention
+    geometry = attention_patch.route(toys.toy("gemma3_text"))  # its third layer alone has full attention
     with pytest.raises(NectarError, match=r"capturing attention: layer 2, KV head 1 is not finite"):
         finite.check_heads("capturing attention", {1}, geometry)
     assert finite.not_finite([mx.zeros((3, 2)), mx.array([[0.0], [np.nan], [0.0]])]) == [1]
@@ -210,15 +212,15 @@ def test_a_captured_number_that_is_not_finite_is_named():
 
 def test_a_number_that_rounding_broke_is_named(tokenizer, monkeypatch):
     """A bias of 1e6 is more than a file's float16 holds."""
-    monkeypatch.setattr(Fitter, "regress", lambda self, sizes: [
+    monkeypatch.setattr(stages, "train_heads", lambda kind, sizes, *, bits: [
         {"keys": mx.zeros((4, 16)), "values": mx.zeros((4, 16)), "bias": mx.full(4, 1e6 if index == 3 else 0.0)}
-        for index in range(self.n_heads)
+        for index in range(kind.n_heads)
     ])  # fmt: skip
     with pytest.raises(NectarError, match="rounding: layer 1, KV head 1 is not finite, so nothing is written"):
         toys.fit(toys.toy("llama"), tokenizer, TEXT, config=FitConfig(**FAST))
 
 
-def test_a_head_that_training_made_worse_keeps_its_start(tokenizer, monkeypatch):
+def test_a_head_that_training_made_worse_keeps_its_start(tokenizer):
     model = toys.toy("llama")
     budgets = FAST | {"budget": 0.15}
     trained = toys.fit(model, tokenizer, TEXT, config=FitConfig(**budgets))
@@ -238,9 +240,75 @@ def test_bfloat16_windows_and_offsets_are_read_back(tmp_path):
 
 
 def test_offsets_are_means_and_keys_relative_to_them(tokenizer):
+    """Of what is read, of what heads are fitted to, and of what is stored."""
     model = large_scores(2e4)
-    context = reading.read(model, toys.random_tokens(80), adapter.route(model))
+    run = fit_run(model, tokenizer, **FAST)
+    context = prefill.read_text(model, toys.random_tokens(80), run.geometry)
     bank = context.banks[0]
     assert mx.abs(bank.offset).max() > 50 and mx.abs(bank.parameters["keys"].mean(1)).max() < 1
-    fitter = Fitter(model, tokenizer, context, adapter.route(model), FitConfig(**FAST))
-    assert fitter.banks[0].offset is not None
+    fitted = kind_fit(run, capture.collect(run, context)).banks[0]
+    assert mx.array_equal(fitted.offset, bank.offset)
+    assert mx.array_equal(fitted.parameters["keys"], bank.parameters["keys"])
+
+
+@pytest.mark.parametrize("kind", ["quadrature", "corrected", "mlp"])
+def test_heads_of_16_bits_keep_to_their_budget(tokenizer, tmp_path, kind):
+    model = toys.toy("llama")
+    config = FitConfig(
+        **FAST | {"kind": kind, "budget": 0.4, "bits": 16, "steps": 10, "queries": 300, "context_tokens": 300}
+    )
+    nectar = toys.fit(model, tokenizer, TEXT, config=config)
+    assert len({size for bank in nectar.banks for size in bank.sizes}) > 1 or kind == "mlp"
+    assert nectar.nbytes <= 0.4 * nectar.cache_nbytes
+    nectar.save(tmp_path / "x.nectar")
+    tokens = mx.array([nectar.prompt(tokenizer, "Who left?")])
+    ours, again = (model(tokens, cache=n.make_cache()) for n in (nectar, Nectar.load(tmp_path / "x.nectar", model)))
+    np.testing.assert_allclose(again, ours, atol=1e-5)
+
+
+def test_a_gradient_that_is_not_finite_is_named(tokenizer):
+    with pytest.raises(NectarError, match="measuring sensitivity: layer 0, KV head 0 is not finite"):
+        toys.fit(large_values(1e-30), tokenizer, TEXT, config=FitConfig(**FAST))
+
+
+def overflowing_window():
+    """A sliding-window layer behind all others, whose values float16 cannot hold."""
+    model = toys.toy("mistral", layer_types=["full_attention", "full_attention", "sliding_attention"])
+    model.layers[2].self_attn.v_proj.weight *= 6e4
+    return model
+
+
+def overflowing_feed_forward():
+    model = toys.toy("llama")
+    model.layers[2].mlp.down_proj.weight *= 1e5
+    model.layers[2].mlp.up_proj.weight *= 1e4
+    return model
+
+
+@pytest.mark.parametrize("make", [overflowing_window, overflowing_feed_forward])
+@pytest.mark.parametrize("options", [{"kind": "exact"}, {"kind": "quadrature"}, {"layerwise": True}])
+def test_what_overflows_behind_the_last_keys_is_refused(tokenizer, make, options):
+    model = make()
+    model.set_dtype(mx.float16)
+    with pytest.raises(NectarError, match="own logits are not finite"):
+        toys.fit(model, tokenizer, TEXT, config=FitConfig(**FAST | options))
+
+
+@pytest.mark.parametrize("kind", ["quadrature", "mlp"])
+def test_a_window_that_leaves_no_room_is_too_small(tokenizer, kind):
+    model = toys.toy("llama")
+    model.args.max_position_embeddings = 64
+    with pytest.raises(NectarError, match=r"the model's window of 64 tokens is too small: .* 1,024"):
+        toys.fit(model, tokenizer, TEXT, config=FitConfig(**FAST | {"kind": kind}))
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+def test_the_first_layer_that_answers_are_not_finite_behind_is_named(tokenizer, layer):
+    run = fit_run(toys.toy("llama"), tokenizer, **FAST)
+    data = capture.collect(run, prefill.read_text(run.model, toys.random_tokens(80), run.geometry))
+    banks = data.context.banks
+    assert np.isfinite(check(run, data, banks)["kl"])
+    values = banks[layer].parameters["values"]
+    broken = replace(banks[layer], parameters=banks[layer].parameters | {"values": values * float("inf")})
+    with pytest.raises(NectarError, match=f"checking: the output of layer {layer} is not finite"):
+        check(run, data, [*banks[:layer], broken, *banks[layer + 1 :]])

@@ -4,7 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from nectar_mlx.fitting import optimizers
+from nectar_mlx.fitting.solve import optimizers
 
 
 def run(parameters, gradient, steps, **options):

@@ -4,8 +4,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from nectar_mlx import adapter, attention
-from nectar_mlx.fitting import prefill, reading
+from nectar_mlx.core import attention
+from nectar_mlx.fitting import prefill, prefill_attention
+from nectar_mlx.mlxlm import attention_patch
 from nectar_mlx.sparse import Fixed
 from tests import toys
 
@@ -13,7 +14,7 @@ from tests import toys
 def visible(pattern, length, heads):
     """Under the pattern, or among the first tokens of the text: [heads, T, T]."""
     i, j = np.arange(length)[:, None], np.arange(length)[None]
-    return np.array(pattern.mask(length, length, heads=heads)) | ((j < prefill._FIRST) & (j <= i))
+    return np.array(pattern.mask(length, length, heads=heads)) | ((j < prefill_attention.FIRST) & (j <= i))
 
 
 def under_the_mask(queries, keys, values, *, pattern, scale):
@@ -31,7 +32,7 @@ def test_reading_sparsely_is_attention_under_the_mask(pattern, length, read):
     for start in range(0, length, read):
         stop = min(length, start + read)
         arrays = q[:, :, start:stop], k[:, :, :stop], v[:, :, :stop]
-        ours = prefill.sparse(*arrays, pattern=pattern, scale=0.5)
+        ours = prefill_attention.sparse(*arrays, pattern=pattern, scale=0.5)
         expected = under_the_mask(*arrays, pattern=pattern, scale=0.5)
         np.testing.assert_allclose(ours.output, expected.output, atol=1e-5)
         np.testing.assert_allclose(ours.log_normalizer, expected.log_normalizer, atol=1e-5)
@@ -40,12 +41,12 @@ def test_reading_sparsely_is_attention_under_the_mask(pattern, length, read):
 @pytest.mark.parametrize("architecture", ["llama", "gemma3_text", "gpt_oss"])
 def test_a_model_reads_through_the_pattern(architecture, monkeypatch):
     model = toys.toy(architecture)
-    geometry = adapter.route(model)
+    geometry = attention_patch.route(model)
     tokens = toys.random_tokens(700)
-    ours = reading.read(model, tokens, geometry, prefill="fixed")
-    monkeypatch.setattr(prefill, "sparse", under_the_mask)
-    expected = reading.read(model, tokens, geometry, prefill="fixed")
-    dense = reading.read(model, tokens, geometry)
+    ours = prefill.read_text(model, tokens, geometry, prefill="fixed")
+    monkeypatch.setattr(prefill_attention, "sparse", under_the_mask)
+    expected = prefill.read_text(model, tokens, geometry, prefill="fixed")
+    dense = prefill.read_text(model, tokens, geometry)
     for bank, other in zip(ours.banks, expected.banks, strict=True):
         np.testing.assert_allclose(bank.parameters["keys"], other.parameters["keys"], atol=1e-3)
     if len(ours.banks) > 1:  # the first layer's keys do not depend on any attention
@@ -55,33 +56,26 @@ def test_a_model_reads_through_the_pattern(architecture, monkeypatch):
 def test_a_short_text_is_read_as_ever():
     """Two blocks that see each other whole: nothing is left out."""
     model = toys.toy("llama")
-    geometry = adapter.route(model)
+    geometry = attention_patch.route(model)
     tokens = toys.random_tokens(60)
-    assert 2 * prefill.pattern_for(len(tokens)).stride >= len(tokens)
-    ours, dense = (reading.read(model, tokens, geometry, prefill=way) for way in ("fixed", "dense"))
+    assert 2 * prefill_attention.pattern_for(len(tokens)).stride >= len(tokens)
+    ours, dense = (prefill.read_text(model, tokens, geometry, prefill=way) for way in ("fixed", "dense"))
     for bank, other in zip(ours.banks, dense.banks, strict=True):
         np.testing.assert_allclose(bank.parameters["keys"], other.parameters["keys"], atol=1e-4)
 
 
-@pytest.mark.parametrize("room", [1, 3000, 1 << 24])
-def test_fused_attention_in_pieces_is_the_same(room, monkeypatch):
-    monkeypatch.setattr(prefill, "_ROOM", room)
+@pytest.mark.parametrize("max_scores", [1, 3000, 1 << 24])
+def test_fused_attention_in_pieces_is_the_same(max_scores):
     q = mx.random.normal((1, 4, 70, 16))
     k, v = (mx.random.normal((1, 2, 130, 16)) for _ in range(2))
-    whole = mx.fast.scaled_dot_product_attention(q, k, v, scale=0.3, mask="causal")
-    sinks = mx.array([0.5, -1.0, 2.0, 0.0])
-    assert mx.allclose(prefill._fused(q, k, v, scale=0.3, mask="causal", sinks=None), whole, atol=1e-5)
-    with_sinks = mx.fast.scaled_dot_product_attention(q, k, v, scale=0.3, mask="causal", sinks=sinks)
-    assert mx.allclose(prefill._fused(q, k, v, scale=0.3, mask="causal", sinks=sinks), with_sinks, atol=1e-5)
-    assert mx.allclose(
-        prefill._fused(q, k, v, scale=0.3, mask=None, sinks=None),
-        mx.fast.scaled_dot_product_attention(q, k, v, scale=0.3),
-        atol=1e-5,
-    )
+    for mask, sinks in (("causal", None), ("causal", mx.array([0.5, -1.0, 2.0, 0.0])), (None, None)):
+        whole = mx.fast.scaled_dot_product_attention(q, k, v, scale=0.3, mask=mask, sinks=sinks)
+        pieces = prefill_attention.fused(q, k, v, scale=0.3, mask=mask, sinks=sinks, max_scores=max_scores)
+        assert mx.allclose(pieces, whole, atol=1e-5)
 
 
 def test_a_reading_cache_never_grows():
-    cache = prefill.ReadingCache(1000)
+    cache = prefill_attention.ReadingCache(1000)
     for start in range(0, 1000, 300):
         n = min(300, 1000 - start)
         keys, _ = cache.update_and_fetch(mx.ones((1, 2, n, 8)), mx.ones((1, 2, n, 8)))

@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 
 from nectar_mlx.heads import KINDS, Corrected, Exact, Quadrature, TargetScore
+from nectar_mlx.heads.work import WorkKind
 from tests.oracle import attention as oracle
 
 SIZES = {
@@ -100,3 +101,25 @@ def test_the_correction_adds_to_output_and_log_normaliser():
     np.testing.assert_allclose(
         part.log_normalizer[0] - nodes.log_normalizer[0], h @ p["w_score"] + p["b_score"], atol=1e-4
     )
+
+
+WORK = {"quadrature": [(7,)], "corrected": [(7, 4)], "mlp": [(8, 1, 5, 1), (8, 2, 5, 3)]}
+
+
+@pytest.mark.parametrize("kind, size", [(kind, size) for kind, sizes in WORK.items() for size in sizes])
+def test_the_kernel_reads_every_parameter_once(kind, size):
+    (head,) = heads_of(kind, [size])
+    work = KINDS[kind].stack([head], scale=1.0).decode_work()
+    read = list(work.constants or ())
+    for item in work.items:
+        names = [name for part in item.matrices for name in (part if isinstance(part, tuple) else (part,))]
+        rows = {len(head[name]) for name in (*names, *item.scalars) if name in head}
+        assert len(rows) == 1 or item.kind == WorkKind.LINEAR, "as many numbers as rows"
+        read += [*names, *(name for name in item.scalars if isinstance(name, str))]
+    hidden = [name for name in head if name not in read]
+    assert len(read) == len(set(read)) and len(hidden) == sum(2 * len(network) for network in work.networks)
+
+
+def test_heads_that_the_kernel_does_not_evaluate_have_no_work_for_it():
+    exact = Exact.stack(heads_of("exact", [(9,)]), scale=1.0)
+    assert exact.decode_work() is None and exact.without_retrieval() is exact

@@ -3,10 +3,11 @@
 import mlx.core as mx
 import numpy as np
 
-from nectar_mlx import kernels
+from nectar_mlx.core.quantize import dequantize, quantize
 from nectar_mlx.heads import Corrected, Quadrature, TargetScore
+from nectar_mlx.heads.work import WorkKind
+from nectar_mlx.kernels import DecodeKernel
 from nectar_mlx.kernels.packing import DTYPES, pack
-from nectar_mlx.quantize import dequantize, quantize
 
 BACKEND = "cuda" if mx.cuda.is_available() else "metal"
 # What is stored in 16 bits is exact here; of deep networks the hidden layers round to it.
@@ -116,7 +117,9 @@ class Case:
         bits = int(storage[3:]) if storage.startswith("int") else 16
         dtype = mx.float16 if bits < 16 else DTYPES[storage]
         backend = "cuda" if fused else BACKEND
-        self.packed = pack(bank, dtype=dtype, bits=bits, heads=stored, blocks=blocks, backend=backend, one_launch=fused)
+        self.kernel = DecodeKernel(
+            pack(bank, dtype=dtype, bits=bits, heads=stored, blocks=blocks, backend=backend, one_launch=fused)
+        )
         K = len(sizes)
         self.queries = normal(batch, length, K * group, head_dim).swapaxes(1, 2) * spread
         self.keys, self.values = normal(batch, K, live + 7, head_dim), normal(batch, K, live + 5, head_dim)[:, :, :live]
@@ -127,10 +130,14 @@ class Case:
             self.keys = (self.keys + self.offset[:, None]).astype(DTYPES[element])
         self.keys = self.keys[:, :, 2 : live + 2]
 
+    @property
+    def packed(self):
+        return self.kernel.packed
+
     def run(self):
         padding = None if self.padding is None else mx.array(self.padding, mx.int32)
-        self.packed.plans.clear()  # of another simulator
-        return kernels.decode(self.packed, self.queries, self.keys, self.values, left_padding=padding)
+        kernel = DecodeKernel(self.packed)  # whose plans are of this simulator
+        return kernel.attend(self.queries, self.keys, self.values, left_padding=padding)
 
     def error(self):
         live = self.queries, self.keys, self.values
@@ -140,6 +147,12 @@ class Case:
         return np.abs(got - want).max() / np.abs(want).max() if np.isfinite(got).all() else np.inf
 
 
+WORK = {
+    "quadrature": frozenset({WorkKind.NODES}),
+    "corrected": frozenset({WorkKind.NODES, WorkKind.GATED}),
+    "mlp": frozenset({WorkKind.LINEAR, WorkKind.PLAIN, WorkKind.SCORE}),
+    "deep": frozenset({WorkKind.LINEAR, WorkKind.GIVEN, WorkKind.GIVEN_SCORE}),
+}
 SIZES = {
     "quadrature": ((40,), (105,), (1,)),
     "corrected": ((40, 13), (5, 30), (90, 1)),

@@ -3,8 +3,7 @@
 import mlx.core as mx
 import pytest
 
-from nectar_mlx import kernels
-from nectar_mlx.kernels import source, variants
+from nectar_mlx.kernels import decode, source, variants
 from tests.metal import harness
 from tests.metal.harness import Simulator
 
@@ -15,16 +14,16 @@ def simulate(monkeypatch):
 
     What CUDA would be given is generated as Metal too: the same text, address spaces not yet taken out.
     """
-    works = kernels.works
+    works = decode.works
     monkeypatch.setenv("NECTAR_KERNEL", "metal")
     monkeypatch.setattr(mx.fast, "cuda_kernel", mx.fast.metal_kernel)
     monkeypatch.setattr(source, "to_cuda", lambda header, body: (header, body))
 
     def start(*, checked=False, **options):
-        monkeypatch.setattr(kernels, "works", works if checked else lambda *_, **__: True)
+        monkeypatch.setattr(decode, "works", works if checked else lambda *_, **__: True)
         works.cache_clear()
         simulator = Simulator(**{"mode": harness.default_mode(), **options})
-        monkeypatch.setattr(kernels, "launcher", simulator.launcher)
+        monkeypatch.setattr(source, "launcher", simulator.launcher)
         variants.build.cache_clear()
         return simulator
 

@@ -8,12 +8,12 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from nectar_mlx import attention, kernels
-from nectar_mlx.cache import NectarCache
-from nectar_mlx.kernels import checking
+from nectar_mlx.core import attention
+from nectar_mlx.kernels import DecodeKernel, checking, source
 from nectar_mlx.kernels.packing import DTYPES, Form
 from nectar_mlx.kernels.variants import variant_for
-from tests.kernels.cases import BANKS, SIZES, TOLERANCE, Case
+from nectar_mlx.mlxlm.cache import NectarCache
+from tests.kernels.cases import BANKS, SIZES, TOLERANCE, WORK, Case
 from tests.metal import harness
 
 needs_compiler = pytest.mark.skipif(harness.default_mode() is None, reason="neither clang nor ziglang is installed")
@@ -21,8 +21,9 @@ LIVE = checking.LIVE
 
 
 def variant(kind="quadrature", storage="int8", element="bfloat16", group=2, length=1, batch=1, padded=False, **form):
-    of = {"n_kv_heads": 3, "head_dim": 64, "scale": 0.1, "blocks": 9, "slots": 0, "backend": "metal"} | form
-    return variant_for(Form(kind=kind, storage=storage, **of), batch * group * length, group, length, element, padded)
+    of = {"n_kv_heads": 3, "head_dim": 64, "scale": 0.1, "blocks": 9, "backend": "metal"} | form
+    of |= {"kind": BANKS[kind].kind, "work": WORK[kind], "storage": storage}
+    return variant_for(Form(**of), batch * group * length, group, length, element, padded)
 
 
 @pytest.mark.parametrize(("group", "length"), list(itertools.product((1, 2, 3, 7, 16), (1, 2, 3, 8))))
@@ -136,16 +137,19 @@ PLANTED = {
     "the offset is ignored": ("x[i] -= tile.offset[i];", ""),
     "another KV head's offset": ("+ head * HEAD_DIM + lane.part * 8", "+ lane.part * 8"),
     "another scale": ("(scored ? SCALE : 1.0f)", "(scored ? 1.1f * SCALE : 1.0f)"),
+    "a slice too many for a whole one": ("(live + LIVE_SLICE - 1) / LIVE_SLICE", "(live + LIVE_SLICE) / LIVE_SLICE"),
+    "tokens of an uneven slice": ("const int each = (live + slices - 1) / slices;", "const int each = slices > 2 ? live / slices : (live + slices - 1) / slices;"),
 }  # fmt: skip
 
 
 def refused(case):
     """Whether the case's layer is answered by plain operations, with one warning; by the kernel it is without any."""
     padding = None if case.padding is None else mx.array(case.padding, mx.int32)
+    kernel = DecodeKernel(case.packed)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(2):
-            found = kernels.decode(case.packed, case.queries, case.keys, case.values, left_padding=padding)
+            found = kernel.attend(case.queries, case.keys, case.values, left_padding=padding)
     assert (found is None) == (len(caught) == 1), [str(w.message) for w in caught]
     return str(caught[0].message) if caught else None
 
@@ -178,8 +182,8 @@ def test_a_right_kernel_passes_in_every_type(simulate, element, options):
     simulator = simulate(checked=True, mode="plain")
     case = Case(sizes=SIZES[options["kind"]][:2], element=element, **options)
     assert refused(case) is None
-    launches = 1 if case.packed.form.slots else 2
-    assert len(simulator.texts) == 3 * launches, "once for the check, and two calls"
+    launches = 1 if case.packed.form.one_launch else 2
+    assert len(simulator.texts) == (len(checking.COUNTS) + 2) * launches, "once for each check, and two calls"
     assert set(simulator.texts[:launches]) == set(simulator.texts[launches:]), "what is checked is the very text"
 
 
@@ -194,7 +198,7 @@ def test_an_answer_does_not_fail_with_the_compiler(simulate, monkeypatch):
         return launch
 
     simulate(checked=True)
-    monkeypatch.setattr(kernels, "launcher", launcher)
+    monkeypatch.setattr(source, "launcher", launcher)
     assert "error: no such word" in refused(Case())
 
 
@@ -204,9 +208,9 @@ def test_a_refused_kernel_leaves_the_plain_result(simulate):
     simulate(checked=True, mode="plain", edit=lambda text: text.replace(*PLANTED["live tokens are ignored"]))
     case = Case()
     results = []
-    for packed in (case.packed, None):
+    for kernel in (case.kernel, None):
         mx.random.seed(0)
-        cache = NectarCache(BANKS[case.kind].stack(case.heads, scale=case.scale), 40, packed=packed)
+        cache = NectarCache(BANKS[case.kind].stack(case.heads, scale=case.scale), 40, kernel=kernel)
         for length in (9, 1, 1):
             q, k, v = (mx.random.normal((1, heads, length, 64)) for heads in (4, 2, 2))
             mask = cache.make_mask(length, return_array=True, window_size=None)

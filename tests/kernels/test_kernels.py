@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from nectar_mlx import kernels
-from nectar_mlx.cache import NectarCache
+from nectar_mlx.core.quantize import quantize
 from nectar_mlx.errors import NectarError
 from nectar_mlx.heads import Corrected, Exact, Quadrature
-from nectar_mlx.kernels import variants
+from nectar_mlx.kernels import DecodeKernel, variants
 from nectar_mlx.kernels.packing import DTYPES, Form, pack
-from nectar_mlx.quantize import quantize
-from tests.kernels.cases import BANKS, SIZES, TOLERANCE, Case, make_heads, reference, softmax_part
+from nectar_mlx.mlxlm.cache import NectarCache
+from tests.kernels.cases import BANKS, SIZES, TOLERANCE, WORK, Case, make_heads, softmax_part
 from tests.metal import harness
 from tests.metal.harness import KernelError
 
@@ -297,7 +297,8 @@ def test_scores_that_have_20_000_in_common(simulate, options):
     assert scores.min() > 19_000
     error = case.error()
     assert error < TOLERANCE[options["element"]]
-    case.packed = pack(BANKS[case.kind].stack(case.heads, scale=case.scale), dtype=DTYPES[options["storage"]])
+    bank = BANKS[case.kind].stack(case.heads, scale=case.scale)
+    case.kernel = DecodeKernel(pack(bank, dtype=DTYPES[options["storage"]]))
     assert case.error() > 10 * max(error, TOLERANCE[options["element"]])
 
 
@@ -326,8 +327,8 @@ def test_a_cache_relative_to_an_offset(simulate):
     simulate(mode="plain")
     case = Case(element="float16", common=20_000.0)
     bank, results = BANKS[case.kind].stack(case.heads, scale=case.scale, offset=case.offset), []
-    for packed in (case.packed, None):
-        cache = NectarCache(bank, 40, packed=packed)
+    for kernel in (case.kernel, None):
+        cache = NectarCache(bank, 40, kernel=kernel)
         for start, stop in ((0, 7), (7, 9)):
             mx.random.seed(start)
             queries = mx.repeat(case.queries, stop - start, axis=2)
@@ -362,7 +363,6 @@ def test_refuses_what_it_has_no_kernel_for(simulate, change):
     simulate()
     case = Case(**change)
     assert case.run() is None
-    assert not kernels.supports(case.packed, case.queries, case.keys)
 
 
 def test_whole_buffers_and_a_length(simulate):
@@ -372,9 +372,9 @@ def test_whole_buffers_and_a_length(simulate):
     rest = mx.full((2, 2, 5, 64), mx.nan)
     keys, values = (mx.concatenate([x, rest], axis=2) for x in (case.keys, case.values))
     padding = mx.array(case.padding, mx.int32)
-    got = kernels.decode(case.packed, case.queries, keys, values, live=70, left_padding=padding)
+    got = case.kernel.attend(case.queries, keys, values, live=70, left_padding=padding)
     assert (got == case.run()).all().item()
-    assert kernels.decode(case.packed, case.queries, keys, values, live=76) is None
+    assert case.kernel.attend(case.queries, keys, values, live=76) is None
 
 
 def test_a_batch_of_caches(simulate):
@@ -383,11 +383,11 @@ def test_a_batch_of_caches(simulate):
     case = Case(element="float32")
     bank = Quadrature.stack(case.heads, scale=case.scale)
 
-    def steps(packed):
-        caches, found = [NectarCache(bank, 40, packed=packed) for _ in range(2)], []
+    def steps(kernel):
+        caches, found = [NectarCache(bank, 40, kernel=kernel) for _ in range(2)], []
         for cache, prompt in zip(caches, (9, 12), strict=True):
             found += [step(cache, 1, length) for length in (prompt, 2)]
-        assert caches[0].live.keys_and_values()[0].shape[2] == (11 if packed is None else 256), "not sliced"
+        assert caches[0].live.keys_and_values()[0].shape[2] == (11 if kernel is None else 256), "not sliced"
         batch = NectarCache.merge(caches)
         found.append(step(batch, 2, 1))
         batch.filter(mx.array([1]))
@@ -400,27 +400,17 @@ def test_a_batch_of_caches(simulate):
         mask = cache.make_mask(length, return_array=True, window_size=None)
         return cache.attend(q, *cache.update_and_fetch(k, v), scale=case.scale, mask=mask)
 
-    for got, want in zip(steps(case.packed), steps(None), strict=True):
+    for got, want in zip(steps(case.kernel), steps(None), strict=True):
         assert mx.abs(got - want).max() < 2e-5
 
 
 def test_refuses_other_types_and_heads(simulate):
     simulate()
     case = Case()
-    assert kernels.decode(case.packed, case.queries.astype(mx.float16), case.keys, case.values) is None
-    assert kernels.decode(case.packed, case.queries[:, :3], case.keys, case.values) is None
-    assert kernels.decode(case.packed, case.queries, case.keys[:, :1], case.values[:, :1]) is None
-    assert kernels.decode(case.packed, case.queries, case.keys[:, :, :0], case.values[:, :, :0]) is None
-
-
-def test_compose_nodes_is_the_same_function():
-    case = Case(sizes=SIZES["quadrature"], group=2)
-    bank = Quadrature.stack(case.heads, scale=case.scale)
-    keys, values, mask = kernels.compose_nodes(bank, case.keys, case.values, mx.float32)
-    mask = mx.repeat(mask, 2, axis=1)
-    got = np.array(mx.fast.scaled_dot_product_attention(case.queries, keys, values, scale=case.scale, mask=mask))
-    want = reference(case.kind, case.heads, case.queries, case.keys, case.values, case.scale)
-    assert np.abs(got - want).max() < 1e-4 * np.abs(want).max()
+    assert case.kernel.attend(case.queries.astype(mx.float16), case.keys, case.values) is None
+    assert case.kernel.attend(case.queries[:, :3], case.keys, case.values) is None
+    assert case.kernel.attend(case.queries, case.keys[:, :1], case.values[:, :1]) is None
+    assert case.kernel.attend(case.queries, case.keys[:, :, :0], case.values[:, :, :0]) is None
 
 
 def test_packing_stores_every_row_once_and_little_else():
@@ -473,13 +463,20 @@ def test_ultra_chips_get_more_blocks(monkeypatch, chip, blocks):
 
 def test_apple_has_registers_for_fewer_rows_in_flight():
     form = Form(
-        kind="quadrature", storage="int8", n_kv_heads=8, head_dim=128, scale=1, blocks=96, slots=0, backend="metal"
+        kind="quadrature",
+        work=WORK["quadrature"],
+        storage="int8",
+        n_kv_heads=8,
+        head_dim=128,
+        scale=1,
+        blocks=96,
+        backend="metal",
     )
     flights = [variants.variant_for(form, rows, rows, 1, "bfloat16", False).flight for rows in (1, 2, 4)]
     assert flights == [4, 4, 2]
     few, many = (variants.variant_for(form, rows, rows, 1, "bfloat16", False).text("partial") for rows in (2, 4))
     assert "if (base == begin)" not in few[0] + many[0], "queries are made floats before the loop"
-    cuda = variants.variant_for(replace(form, backend="cuda", slots=64), 2, 2, 1, "bfloat16", False)
+    cuda = variants.variant_for(replace(form, backend="cuda", one_launch=True), 2, 2, 1, "bfloat16", False)
     assert "if (base == begin)" in cuda.text("fused")[0]
 
 
@@ -490,7 +487,8 @@ def test_metal_text_includes_what_it_calls(simulate):
 
 def test_backend_here(monkeypatch):
     monkeypatch.delenv("NECTAR_KERNEL", raising=False)
-    assert kernels.backend() == ("ops" if mx.default_device() == mx.cpu else kernels.backend())
+    gpu = "metal" if mx.metal.is_available() else "cuda"
+    assert kernels.backend() == ("ops" if mx.default_device() == mx.cpu else gpu)
     monkeypatch.setenv("NECTAR_KERNEL", "ops")
     assert kernels.backend() == "ops"
 
@@ -503,12 +501,13 @@ def test_cuda_text_has_no_metal_left(monkeypatch, tmp_path, kind):
     variants.build.cache_clear()
     form = Form(
         kind=kind,
+        work=WORK[kind],
         storage="int4",
         n_kv_heads=8,
         head_dim=128,
         scale=0.1,
         blocks=124,
-        slots=64,
+        one_launch=True,
         backend="cuda",
         offset=True,
     )

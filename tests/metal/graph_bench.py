@@ -50,7 +50,7 @@ def source(variant, stage):
     finally:
         mx.fast.cuda_kernel = real
     element = {"bfloat16": "__nv_bfloat16", "float16": "__half", "float32": "float"}[variant.element]
-    kinds = {"parameters": "unsigned", "tickets": "int"} | dict.fromkeys(
+    kinds = {"parameters": "unsigned", "arrival_counters": "int"} | dict.fromkeys(
         ("queries", "keys", "values", "output"), element
     )
     names = made["input_names"] + made["output_names"]
@@ -85,7 +85,7 @@ class Layer:
             "values": normal(B, K, live, D),
             "parameters": cupy.array(np.array(packed.words)),
             "live_tokens": cupy.broadcast_to(cupy.zeros(8, cupy.float32), (live, 8)),
-            "tickets": cupy.zeros(K, cupy.int32),
+            "arrival_counters": cupy.zeros(K, cupy.int32),
             "partials": cupy.zeros(slots * B * (H // K) * (D + 2), cupy.float32),
             "output": cupy.zeros((B, H, 1, D), cupy.uint16),
         }

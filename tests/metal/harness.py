@@ -1,6 +1,6 @@
 """Runs the Metal kernels on a CPU.
 
-`Simulator.launcher` takes the place of `kernels.launcher`: it has MLX generate the very text that it would hand to
+`Simulator.launcher` takes the place of `source.launcher`: it has MLX generate the very text that it would hand to
 Metal (recorded through `mx.export_function`, which needs no Metal), compiles that with vocabulary.h for the CPU, runs
 it with every thread as a fiber (simulator.cpp) and returns its outputs. Buffers have exactly their size, gaps between
 strided rows hold NaN.
@@ -250,7 +250,7 @@ class Simulator:
             elif (x := next(named, None)) is not None:
                 # A kernel that is not told strides asks MLX for rows that lie side by side.
                 data, strides = strided_bytes(x if f"{name}_strides" in names else mx.contiguous(x))
-                buffers.append((2 if name == "tickets" else 0, data))
+                buffers.append((2 if name == "arrival_counters" else 0, data))
             else:
                 shape, dtype = next(outputs)
                 buffers.append((1, int(np.prod(shape)) * dtype.size))

@@ -16,9 +16,10 @@ import nectar_mlx  # noqa: F401  # isort: skip  (it comes before mlx)
 import mlx.core as mx
 
 from nectar_mlx import kernels
-from nectar_mlx.kernels import variants
+from nectar_mlx.kernels import source, variants
 from nectar_mlx.kernels.packing import DTYPES, Form
 from nectar_mlx.sparse import Fixed, Strided, kernel
+from tests.kernels.cases import WORK
 from tests.metal import harness
 
 K = 2  # KV heads
@@ -43,12 +44,12 @@ def decode_texts() -> Iterator[tuple[str, str]]:
         head_dim, (group, length, batch) = kernels.HEAD_DIMS[i % 5], SHAPES[i % 6]
         form = Form(
             kind=kind,
+            work=WORK[kind],
             storage=storage,
             n_kv_heads=K,
             head_dim=head_dim,
             scale=head_dim**-0.5,
             blocks=8,
-            slots=0,
             backend="metal",
             offset=i % 2 == 0,
         )
@@ -76,7 +77,7 @@ def sparse_texts() -> Iterator[tuple[str, str]]:
         queries = mx.zeros((1, 2 * K, 40, head_dim), dtype)
         keys = mx.zeros((1, K, 40, head_dim), dtype)
         found: list[str] = []
-        with mock.patch.object(kernels, "launcher", partial(_recorder, found)):
+        with mock.patch.object(source, "launcher", partial(_recorder, found)):
             for launch in kernel.launches_of(pattern, 2 * K, K, head_dim**-0.5, "metal"):
                 part = launch.forward(queries, keys, keys)
                 launch.backward(queries, keys, keys, queries, part.log_normalizer, part.log_normalizer)
@@ -87,7 +88,7 @@ def sparse_texts() -> Iterator[tuple[str, str]]:
 
 
 def _recorder(found, run, grid, shapes, dtypes, threads):  # type: ignore[no-untyped-def]
-    """In the place of `kernels.launcher`: launches leave their text in `found` and return zeros."""
+    """In the place of `source.launcher`: launches leave their text in `found` and return zeros."""
 
     def launch(inputs: list[mx.array]) -> list[mx.array]:
         found.append(_text(run, inputs, shapes, dtypes))

@@ -346,14 +346,14 @@ def test_what_is_not_supported_is_named(
     from nectar_mlx.models import gguf as converter
 
     write_gguf(tmp_path / "toy.gguf", toy_model("llama", tokenizer.get_vocab_size()), tokenizer)
-    read = converter._read
+    read = converter.read
 
     def changed(path: Path) -> Any:
         metadata, tensors = read(path)
         metadata |= change
         return {key: value for key, value in metadata.items() if value is not None}, tensors
 
-    monkeypatch.setattr(converter, "_read", changed)
+    monkeypatch.setattr(converter, "read", changed)
     with pytest.raises(NectarError, match=said) as error:
         models.load(str(tmp_path / "toy.gguf"))
     assert "\n" not in str(error.value)

@@ -151,6 +151,7 @@ def resolve(
     )
 
 
+@pytest.mark.process
 def test_a_short_name_is_downloaded_then_found_offline(hub: Hub, model_files: dict[str, bytes], tmp_path: Path) -> None:
     hub.repositories["Qwen/Qwen3-1.7B"] = model_files | {
         "README.md": b"not fetched",
@@ -186,11 +187,12 @@ def test_the_first_that_fits_memory_is_taken(
     monkeypatch.setattr(library.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(library.constants, "is_offline_mode", lambda: False)
     for memory, expected in ((8000, names[0]), (6000, names[1]), (4001, names[2]), (2, names[3])):
-        monkeypatch.setattr(library, "_memory", lambda memory=memory: memory)
+        monkeypatch.setattr(library, "memory", lambda memory=memory: memory)
         assert library.find("Toy") == expected
     assert library.find("Absent") is None
 
 
+@pytest.mark.process
 def test_a_full_name_is_taken_as_it_is(hub: Hub, model_files: dict[str, bytes], tmp_path: Path) -> None:
     hub.repositories["someone/toy"] = model_files
     hub.repositories["mlx-community/toy"] = model_files
@@ -198,6 +200,7 @@ def test_a_full_name_is_taken_as_it_is(hub: Hub, model_files: dict[str, bytes], 
     assert "someone/toy from the hub" in json.loads(done.stdout)["description"]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("name", "said"),
     [
@@ -212,6 +215,7 @@ def test_what_the_hub_lacks(name: str, said: str, hub: Hub, tmp_path: Path) -> N
     assert message.startswith(f"{name}: no such folder or .gguf file") and said in message and hub.url in message
 
 
+@pytest.mark.process
 def test_a_gated_model_says_what_to_do(hub: Hub, model_files: dict[str, bytes], tmp_path: Path) -> None:
     hub.repositories["meta-llama/Llama-9"] = model_files
     hub.gated.add("meta-llama/Llama-9")
@@ -219,6 +223,7 @@ def test_a_gated_model_says_what_to_do(hub: Hub, model_files: dict[str, bytes], 
     assert message.startswith("meta-llama/Llama-9 is gated") and "hf auth login" in message
 
 
+@pytest.mark.process
 def test_nothing_reachable_is_told_in_one_line_and_soon(tmp_path: Path) -> None:
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
@@ -228,6 +233,7 @@ def test_nothing_reachable_is_told_in_one_line_and_soon(tmp_path: Path) -> None:
     assert seconds < 5
 
 
+@pytest.mark.process
 def test_a_silent_hub_is_given_up_on(tmp_path: Path) -> None:
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
@@ -238,6 +244,7 @@ def test_a_silent_hub_is_given_up_on(tmp_path: Path) -> None:
     assert seconds < 15
 
 
+@pytest.mark.process
 def test_offline_is_honoured(hub: Hub, model_files: dict[str, bytes], tmp_path: Path) -> None:
     hub.repositories["Qwen/Qwen3-1.7B"] = model_files
     message, _ = assert_one_line(resolve("Qwen3-1.7B", cache=tmp_path, endpoint=hub.url, HF_HUB_OFFLINE="1"))
@@ -245,6 +252,7 @@ def test_offline_is_honoured(hub: Hub, model_files: dict[str, bytes], tmp_path: 
     assert not hub.requests
 
 
+@pytest.mark.process
 def test_half_a_download_is_not_a_model(hub: Hub, model_files: dict[str, bytes], tmp_path: Path) -> None:
     index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
     folder = tmp_path / "hub" / "models--Qwen--Toy" / "snapshots" / COMMIT

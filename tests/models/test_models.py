@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx_lm.models import llama
 
-from nectar_mlx import NectarError, folders, models
+from nectar_mlx import NectarError, models
+from nectar_mlx.core import files
 
 
 @pytest.fixture(scope="module")
@@ -195,7 +196,7 @@ def test_of_two_writers_the_first_wins_and_nothing_is_left(tmp_path: Path) -> No
     barrier = threading.Barrier(4)
 
     def write(number: int) -> None:
-        with folders.written_at_once(tmp_path / "model") as scratch:
+        with files.written_at_once(tmp_path / "model") as scratch:
             barrier.wait()
             (scratch / "a").write_text(str(number))
             (scratch / "b").write_text(str(number))
@@ -210,7 +211,7 @@ def test_of_two_writers_the_first_wins_and_nothing_is_left(tmp_path: Path) -> No
 
 
 def test_a_write_that_fails_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError), folders.written_at_once(tmp_path / "model") as scratch:
+    with pytest.raises(RuntimeError), files.written_at_once(tmp_path / "model") as scratch:
         (scratch / "a").write_text("half")
         raise RuntimeError
     assert not list(tmp_path.iterdir())
@@ -218,14 +219,15 @@ def test_a_write_that_fails_leaves_nothing(tmp_path: Path) -> None:
 
 def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("NECTAR_CACHE", str(tmp_path))
-    assert folders.cache_folder() == tmp_path
+    assert files.cache_folder() == tmp_path
     monkeypatch.delenv("NECTAR_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert folders.cache_folder() == tmp_path / "nectar_mlx"
+    assert files.cache_folder() == tmp_path / "nectar_mlx"
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert folders.cache_folder() == Path.home() / ".cache" / "nectar_mlx"
+    assert files.cache_folder() == Path.home() / ".cache" / "nectar_mlx"
 
 
+@pytest.mark.process
 def test_resolving_a_name_does_not_import_transformers() -> None:
     code = "import sys; from nectar_mlx import models; models.resolve('.'); print('transformers' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)

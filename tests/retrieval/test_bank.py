@@ -4,11 +4,12 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from nectar_mlx.heads import Completion, Exact, Quadrature, Remainder, Retrieval
-from nectar_mlx.heads.residual import ANCHORS, EVERYTHING, NOTHING, Retrieved, anchor_positions, middle
-from nectar_mlx.retrieval.bank import Retrieving
-from nectar_mlx.retrieval.keys import Keys
+from nectar_mlx.core.attention import EMPTY
+from nectar_mlx.heads import Completion, Exact, Quadrature, Retrieval, ThresholdedNodes
+from nectar_mlx.heads.hybrid import ANCHORS, EVERYTHING, Retrieved, anchor_positions, middle
+from nectar_mlx.retrieval.bank import HybridBank, LayerKeys
 from nectar_mlx.retrieval.selection import best
+from nectar_mlx.store.kv_file import KeyFile
 from tests import oracle
 
 K, G, D, SCALE = 2, 3, 16, 0.3
@@ -23,7 +24,7 @@ class Context:
         self.keys, self.values = (
             mx.array(random.normal(size=(K, n, D))).astype(mx.bfloat16).astype(mx.float32) for _ in range(2)
         )
-        self.file = Keys.of([(self.keys, self.values)], small={}, nectar="0123456789", bits=16)
+        self.file = KeyFile.of([(self.keys, self.values)], small={}, nectar="0123456789", bits=16)
         at = anchor_positions(n)
         self.anchors = {"anchor_keys": self.keys[:, mx.array(at)], "anchor_values": self.values[:, mx.array(at)]}
         self.middle = self.keys[:, middle(n)], self.values[:, middle(n)]
@@ -33,8 +34,10 @@ class Context:
         sizes = (kind.size_of({name: x[0] for name, x in parameters.items()}),) * K
         return kind(parameters=parameters, sizes=sizes, scale=SCALE)
 
-    def retrieving(self, summary, count):
-        return Retrieving(summary, self.file, 0, oracle.Selector(self.middle[0], scale=SCALE), count=count, group=G)
+    def hybrid_bank(self, summary, count):
+        return HybridBank(
+            summary, LayerKeys(self.file, 0), oracle.Selector(self.middle[0], scale=SCALE), count=count, group=G
+        )
 
     def queries(self, *shape):
         return mx.array(2 * self.random.normal(size=(*shape, D)).astype(np.float32))
@@ -51,7 +54,7 @@ def perfect(context, kind):
     """A head whose rest is exact: one node, or one feature, for every key of the middle."""
     keys, values = context.middle
     zeros = mx.zeros(keys.shape[:2])
-    if kind is Remainder:
+    if kind is ThresholdedNodes:
         nodes = {"keys": keys, "values": values, "bias": zeros, "cut": zeros, "sharpness": zeros + 12}
         return context.bank(kind, nodes)
     sharp = 50.0
@@ -77,28 +80,28 @@ def close(part, expected, tolerance=1e-5):
     np.testing.assert_allclose(np.array(part.log_normalizer), expected[1], rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("kind", [Retrieval, Completion, Remainder])
+@pytest.mark.parametrize("kind", [Retrieval, Completion, ThresholdedNodes])
 def test_everything_read_is_exact_attention(kind):
     """Whatever the head says, nothing is left for it to say."""
     context = Context()
     queries = context.queries(2, K * G, 3)
-    bank = context.retrieving(perfect(context, kind) if kind is Completion else context.random_bank(kind), 999)
+    bank = context.hybrid_bank(perfect(context, kind) if kind is Completion else context.random_bank(kind), 999)
     close(bank.over(queries), attention(context, queries))
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 30])
-@pytest.mark.parametrize("kind", [Completion, Remainder])
+@pytest.mark.parametrize("kind", [Completion, ThresholdedNodes])
 def test_a_perfect_rest_makes_any_budget_exact(kind, count):
     """No key is counted twice and none is lost, whichever head of a group it was read for."""
     context = Context()
     queries = context.queries(1, K * G, 5)
-    close(context.retrieving(perfect(context, kind), count).over(queries), attention(context, queries), 1e-4)
+    close(context.hybrid_bank(perfect(context, kind), count).over(queries), attention(context, queries), 1e-4)
 
 
 def test_selection_alone_attends_to_anchors_and_what_was_read():
     context = Context()
     queries = context.queries(1, K * G, 4)
-    reading = context.retrieving(context.random_bank(Retrieval), 5).read(queries)
+    reading = context.hybrid_bank(context.random_bank(Retrieval), 5).read(queries)
     assert reading.positions.shape == (1, K, 4, 5)
     for head in range(K * G):
         for t in range(4):
@@ -142,7 +145,7 @@ def test_completion_is_the_papers_fraction():
     arrays |= {"means": S / u[..., None], "log_count": np.log(u)}
     bank = context.bank(Completion, {n: mx.array(x.astype(np.float32)) for n, x in arrays.items()})
     queries = context.queries(1, K * G, 2)
-    reading = context.retrieving(bank, 4).read(queries)
+    reading = context.hybrid_bank(bank, 4).read(queries)
     for head in range(K * G):
         for t in range(2):
             k, q = head // G, np.array(queries[0, head, t], dtype=np.float64)
@@ -165,15 +168,15 @@ def test_completion_never_gives_negative_mass():
     bank = perfect(context, Completion)
     bank.parameters["log_count"] = bank.parameters["log_count"] - 0.2
     queries = context.queries(1, K * G, 3)
-    found = context.retrieving(bank, 20).over(queries)
+    found = context.hybrid_bank(bank, 20).over(queries)
     assert mx.isfinite(found.output).all() and mx.isfinite(found.log_normalizer).all()
-    selected = context.retrieving(context.random_bank(Retrieval), 20).over(queries)
+    selected = context.hybrid_bank(context.random_bank(Retrieval), 20).over(queries)
     assert (found.log_normalizer >= selected.log_normalizer - 1e-4).all()
 
 
 def test_remainder_below_a_threshold():
     context = Context()
-    bank = context.random_bank(Remainder)
+    bank = context.random_bank(ThresholdedNodes)
     p = {n: np.array(x, dtype=np.float64) for n, x in bank.parameters.items()}
     queries = context.queries(K, 5)
     threshold = np.linspace(-2, 2, K * 5).reshape(K, 5)
@@ -192,7 +195,11 @@ def test_remainder_below_a_threshold():
 
 def test_the_gradient_of_a_remainder_is_that_of_its_formula():
     context = Context()
-    bank, queries, threshold = context.random_bank(Remainder), context.queries(K, 30), context.queries(K, 30)[..., 0]
+    bank, queries, threshold = (
+        context.random_bank(ThresholdedNodes),
+        context.queries(K, 30),
+        context.queries(K, 30)[..., 0],
+    )
     threshold = mx.where(threshold > 1, EVERYTHING, threshold)
     weights = context.queries(K, 30), context.queries(K, 30)[..., 0]
 
@@ -213,12 +220,12 @@ def test_the_gradient_of_a_remainder_is_that_of_its_formula():
     np.testing.assert_allclose(np.array(found[1]), np.array(expected[1]), rtol=2e-3, atol=2e-4)
 
 
-@pytest.mark.parametrize("kind", [Retrieval, Completion, Remainder])
+@pytest.mark.parametrize("kind", [Retrieval, Completion, ThresholdedNodes])
 def test_alone_a_head_is_a_quadrature_and_survives_padding(kind):
     context = Context()
     bank = context.random_bank(kind)
     queries = context.queries(K, 4)
-    close(bank.alone()(queries), [np.array(x) for x in bank(queries)])
+    close(bank.without_retrieval()(queries), [np.array(x) for x in bank(queries)])
     if kind is Retrieval:
         at = mx.array(anchor_positions(context.n))
         exact = Exact(parameters={"keys": context.keys[:, at], "values": context.values[:, at]}, sizes=(), scale=SCALE)
@@ -241,7 +248,7 @@ def test_alone_a_head_is_a_quadrature_and_survives_padding(kind):
 def test_rows_of_captured_queries_are_read_for_by_token():
     """[K, N, D] with a token's G heads side by side is what [B, H, T, D] gives; rows left over are read for alone."""
     context = Context()
-    bank = context.retrieving(context.random_bank(Retrieval), 6)
+    bank = context.hybrid_bank(context.random_bank(Retrieval), 6)
     queries = context.queries(1, K * G, 4)
     rows = queries.reshape(K, G, 4, D).swapaxes(1, 2).reshape(K, 4 * G, D)
     whole = bank.over(queries)
@@ -249,6 +256,6 @@ def test_rows_of_captured_queries_are_read_for_by_token():
         np.array(x.reshape(K, G, 4, *x.shape[3:]).swapaxes(1, 2).reshape(K, 4 * G, *x.shape[3:])) for x in whole
     ]
     close(bank(rows), expected)
-    alone = context.retrieving(perfect(context, Remainder), 6)(rows[:, : 2 * G + 1])
+    alone = context.hybrid_bank(perfect(context, ThresholdedNodes), 6)(rows[:, : 2 * G + 1])
     close(alone, oracle.attention(rows[:, : 2 * G + 1], context.keys, context.values, scale=SCALE), 1e-4)
-    assert float(alone.log_normalizer.min()) > NOTHING
+    assert float(alone.log_normalizer.min()) > EMPTY

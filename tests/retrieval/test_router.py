@@ -4,7 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from nectar_mlx.heads.residual import ANCHORS, middle
+from nectar_mlx.heads.hybrid import ANCHORS, middle
 from nectar_mlx.retrieval import sketch
 from nectar_mlx.retrieval.router import Router
 from nectar_mlx.retrieval.selection import Choice, best, log_sum

@@ -7,10 +7,11 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from nectar_mlx import ask, chat, prompts, serve
+from nectar_mlx import ask, chat, serve
+from nectar_mlx.mlxlm import prompts
 from nectar_mlx.retrieval import sources
 from tests import toys
-from tests.retrieval.test_keys import Book
+from tests.store.test_kv_file import Book
 
 TEXT = "The fox ran. It was quick! A dog saw it; nobody else did.\n\nThen came the café, and the answer — naïve. " * 6
 

@@ -10,7 +10,7 @@ from functools import partial
 import mlx.core as mx
 import pytest
 
-from nectar_mlx import kernels
+from nectar_mlx.kernels import source
 from nectar_mlx.sparse import Fixed, Strided, checking, kernel, sparse_attention
 from tests.metal import harness
 from tests.metal.harness import KernelError, Simulator
@@ -75,7 +75,7 @@ def simulate(monkeypatch):
             return text
 
         simulator = Simulator(mode="plain", edit=edit)
-        monkeypatch.setattr(kernels, "launcher", partial(_as_mlx_raises, simulator))
+        monkeypatch.setattr(source, "launcher", partial(_as_mlx_raises, simulator))
         kernel.tried.cache_clear()
         return simulator
 

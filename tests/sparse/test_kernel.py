@@ -7,8 +7,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from nectar_mlx import kernels
-from nectar_mlx.attention import Partial
+from nectar_mlx.core.attention import Partial
+from nectar_mlx.kernels import source
 from nectar_mlx.sparse import Fixed, Strided, kernel, sparse_attention
 from tests.metal import harness
 from tests.metal.harness import KernelError, Simulator
@@ -28,7 +28,7 @@ def simulate(monkeypatch):
 
     def start(**options):
         simulator = Simulator(**{"mode": MODE, **options})
-        monkeypatch.setattr(kernels, "launcher", simulator.launcher)
+        monkeypatch.setattr(source, "launcher", simulator.launcher)
         return simulator
 
     return start
@@ -208,16 +208,16 @@ def test_cuda_text_has_no_metal_left(monkeypatch, tmp_path):
     monkeypatch.setenv("NECTAR_CACHE", str(tmp_path))
     made = {}
     monkeypatch.setattr(mx.fast, "cuda_kernel", lambda **options: made.update(options) or print)
-    kernel._build.cache_clear()
+    kernel.build.cache_clear()
     (launch,) = kernel.launches_of(Fixed(512), 2, 2, 0.125, "cuda")
     for stage, flags in (("forward", ()), ("queries", ()), ("keys", ("FAR_KEYS",)), ("keys", ("NEAR_KEYS", "JOIN"))):
-        launch._kernel(stage, mx.zeros((1, 2, 8, 64), mx.bfloat16), *flags, blocks=1, shapes=[])
+        launch.kernel(stage, mx.zeros((1, 2, 8, 64), mx.bfloat16), *flags, blocks=1, shapes=[])
         files = [Path(p) for part in ("header", "source") for p in re.findall(r'#include "(.+)"', made[part])]
         text = "".join(file.read_text() for file in files)
         assert not re.search(r"\b(device|constant|threadgroup|thread) |#ifdef|//", text.split("namespace nectar")[1])
         assert "mma.sync" in text and "simdgroup_matrix" not in text
         assert all(name in made["source"] for name in re.findall(r"\w+_(?:shape|strides)\b", text))
-    kernel._build.cache_clear()
+    kernel.build.cache_clear()
 
 
 def test_what_it_has_no_kernel_for(simulate):

@@ -2,13 +2,14 @@
 
 import itertools
 import random
+from collections.abc import Callable
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
-from nectar_mlx import NectarError, sparse
-from nectar_mlx.attention import Partial, causal
+from nectar_mlx import NectarError
+from nectar_mlx.core.attention import Partial, causal
 from nectar_mlx.sparse import Fixed, Pattern, Strided, blocks, sparse_attention
 
 COMBINE = ["merged", "interleaved", "heads"]
@@ -119,13 +120,13 @@ def test_shapes_that_do_not_fit(length: int, keys_length: int, heads: int) -> No
 
 
 @pytest.mark.parametrize("seed", range(60))
-def test_equals_dense(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_equals_dense(seed: int, set_device: Callable[..., None]) -> None:
     rng = random.Random(seed)
     pattern = some_pattern(rng)
     kv_heads, groups = rng.choice([1, 2, 3]), rng.choice([1, 2, 4])
     keys_length = rng.choice([1, 2, 7, 16, 33, 100, 255, 256, 401, 1023, 1024])
     length = rng.choice([keys_length, rng.randint(1, keys_length)])
-    monkeypatch.setattr(blocks, "_ROOM", rng.choice([1 if keys_length < 300 else 10_000, 5000, 1 << 20]))
+    set_device(max_scores=rng.choice([1 if keys_length < 300 else 10_000, 5000, 1 << 20]))
     q, k, v = arrays(length, keys_length, batch=rng.choice([1, 2]), heads=kv_heads * groups, kv_heads=kv_heads)
     ours = sparse_attention(q, k, v, pattern=pattern, scale=0.5)
     assert ours.output.dtype == ours.log_normalizer.dtype == mx.float32
@@ -146,8 +147,8 @@ def test_equals_dense(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
         Fixed(6, "heads", summary=2, overlap=True),
     ],
 )
-def test_every_short_length(length: int, pattern: Pattern, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blocks, "_ROOM", 1)  # every row a chunk of its own, and never the masked path
+def test_every_short_length(length: int, pattern: Pattern, set_device: Callable[..., None]) -> None:
+    set_device(max_scores=1)  # every row a chunk of its own, and never the masked path
     q, k, v = arrays(length, heads=4)
     assert difference(sparse_attention(q, k, v, pattern=pattern, scale=1.0), dense(q, k, v, pattern, 1.0)) < 1e-5
 
@@ -210,12 +211,12 @@ def test_compiles() -> None:
 
 
 @pytest.mark.parametrize("seed", range(25))
-def test_gradients_equal_denses(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradients_equal_denses(seed: int, set_device: Callable[..., None]) -> None:
     rng = random.Random(seed)
     pattern = some_pattern(rng)
     keys_length = rng.choice([2, 7, 16, 33, 100])
     length = rng.choice([keys_length, rng.randint(1, keys_length)])
-    monkeypatch.setattr(blocks, "_ROOM", rng.choice([1, 500, 1 << 20]))
+    set_device(max_scores=rng.choice([1, 500, 1 << 20]))
     inputs = arrays(length, keys_length, batch=2, heads=4, kv_heads=rng.choice([1, 2, 4]))
     by_output, by_log = mx.random.normal(inputs[0].shape), mx.random.normal(inputs[0].shape[:3])
 
@@ -237,21 +238,23 @@ def test_gradients_equal_denses(seed: int, monkeypatch: pytest.MonkeyPatch) -> N
 
 def score_counts(pattern: Pattern, length: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The size of every array of scores that one call makes."""
-    sizes, original = [], blocks._scores
+    sizes, original = [], blocks.masked_scores
 
     def counted(*args) -> mx.array:  # type: ignore[no-untyped-def]
         sizes.append(original(*args))
         return sizes[-1]
 
-    monkeypatch.setattr(blocks, "_scores", counted)
+    monkeypatch.setattr(blocks, "masked_scores", counted)
     sparse_attention(*arrays(length, heads=1, kv_heads=1), pattern=pattern, scale=1.0)
-    monkeypatch.setattr(blocks, "_scores", original)
+    monkeypatch.setattr(blocks, "masked_scores", original)
     return [x.size for x in sizes]
 
 
 @pytest.mark.parametrize("kind", [Strided, Fixed])
-def test_cost_grows_as_n_root_n(kind: type[Strided] | type[Fixed], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blocks, "_ROOM", 1 << 15)
+def test_cost_grows_as_n_root_n(
+    kind: type[Strided] | type[Fixed], monkeypatch: pytest.MonkeyPatch, set_device: Callable[..., None]
+) -> None:
+    set_device(max_scores=1 << 15)
     counts = {n: score_counts(kind.balanced(n), n, monkeypatch) for n in (1024, 4096, 16384)}
     for n, sizes in counts.items():
         assert max(sizes) <= max(1 << 15, 8 * n)  # a chunk, or one row's queries with their far keys
@@ -262,8 +265,8 @@ def test_cost_grows_as_n_root_n(kind: type[Strided] | type[Fixed], monkeypatch: 
 
 @pytest.mark.parametrize("kind", [Strided, Fixed])
 @pytest.mark.parametrize("reverse", [False, True])
-def test_memory_grows_as_n(kind: type[Strided] | type[Fixed], reverse: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blocks, "_ROOM", 1 << 15)
+def test_memory_grows_as_n(kind: type[Strided] | type[Fixed], reverse: bool, set_device: Callable[..., None]) -> None:
+    set_device(max_scores=1 << 15)
 
     def peak(length: int) -> int:
         inputs = arrays(length, dim=16)
@@ -280,9 +283,3 @@ def test_memory_grows_as_n(kind: type[Strided] | type[Fixed], reverse: bool, mon
     short, long = peak(2048), peak(8192)
     assert long < 5 * short  # dense: 16 times
     assert long < 30 * 2 * 8192 * 16 * 4  # some copies of the inputs
-
-
-def test_benchmark_reports_every_kind() -> None:
-    rows = sparse.benchmark([100, 128], heads=2, n_kv_heads=1, head_dim=8, dtype=mx.float32, repeats=1)
-    assert [row["kind"] for row in rows] == ["dense", "fixed", "strided", "fixed (o, L)"] * 2
-    assert all(row["seconds"] > 0 and row["length"] in (100, 128) for row in rows)

@@ -1,0 +1,1 @@
+"""What everything else is built on: attention as (o, L), the device, quantisation, entropy coding, files, progress."""

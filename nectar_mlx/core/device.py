@@ -1,0 +1,137 @@
+"""What the machine suggests: how much work a call may hold, and how much work a fit may be.
+
+A module asks `device()` where it needs a number, so that every such number stands here, once, for every device.
+"""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+
+@dataclass(frozen=True, kw_only=True)
+class Device:
+    """A profile of a machine.
+
+    linux_cpu: whether MLX runs on its Linux CPU build, where numpy is faster at exponentials, top-k and gathers.
+    compile_steps: whether `mx.compile` pays for a training step. Under CUDA each fused kernel takes seconds to build
+    and a step has dozens; under Metal it takes milliseconds.
+
+    Scores are float32 numbers, one a query and key.
+    max_scores: that plain attention holds at a time; on a CPU what stays in its caches.
+    max_batch_scores: that a pass over training samples holds at a time.
+    replay_scores: of one layer, that conversations replayed together may have.
+    training_scores: of a training batch, of all heads that are trained together.
+    layer_training_scores: the same where only one layer exists at a time, at least.
+    launch_scores: what starting a group of heads costs, in scores of a step.
+
+    fit_steps, fit_batch, fit_samples, fit_conversations, fit_checks: defaults of `FitConfig`.
+    trial_steps, trial_checks: of the short fits that choose a budget. excerpt_tokens: on which it is chosen where the
+    text is read in chunks. layerwise_tokens: in all layers at once, at least, where a fit goes layer by layer;
+    layerwise_replay_tokens: of conversations replayed through all layers. passage_conversations: about one passage,
+    sampled side by side. completion_keys: of the context that a completion is trained on.
+    check_batch: conversations compared at a time. baseline_conversations, baseline_batch, cartridge_steps: of the
+    methods that `evaluate` builds. choices_batch: multiple-choice questions read at a time.
+    """
+
+    linux_cpu: bool
+    compile_steps: bool
+    max_scores: int
+    max_batch_scores: int
+    replay_scores: int
+    training_scores: int
+    layer_training_scores: int
+    launch_scores: int
+    fit_steps: int
+    fit_batch: int
+    fit_samples: int
+    fit_conversations: int
+    fit_checks: int
+    trial_steps: int
+    trial_checks: int
+    excerpt_tokens: int
+    layerwise_tokens: int
+    layerwise_replay_tokens: int
+    passage_conversations: int
+    completion_keys: int
+    check_batch: int
+    baseline_conversations: int
+    baseline_batch: int
+    cartridge_steps: int
+    choices_batch: int
+
+
+LINUX_CPU = Device(
+    linux_cpu=True,
+    compile_steps=False,
+    max_scores=1 << 20,
+    max_batch_scores=1 << 20,
+    replay_scores=1 << 23,
+    training_scores=1 << 19,
+    layer_training_scores=1 << 16,
+    launch_scores=1 << 14,
+    fit_steps=300,
+    fit_batch=512,
+    fit_samples=20_000,
+    fit_conversations=28,
+    fit_checks=16,
+    trial_steps=40,
+    trial_checks=8,
+    excerpt_tokens=1024,
+    layerwise_tokens=1024,
+    layerwise_replay_tokens=128,
+    passage_conversations=8,
+    completion_keys=1024,
+    check_batch=4,
+    baseline_conversations=8,
+    baseline_batch=16,
+    cartridge_steps=20,
+    choices_batch=1,
+)
+GPU = Device(
+    linux_cpu=False,
+    compile_steps=sys.platform == "darwin",
+    max_scores=1 << 27,
+    max_batch_scores=1 << 28,
+    replay_scores=1 << 28,
+    training_scores=1 << 28,
+    layer_training_scores=1 << 22,
+    launch_scores=1 << 24,
+    fit_steps=1500,
+    fit_batch=2048,
+    fit_samples=120_000,
+    fit_conversations=384,
+    fit_checks=48,
+    trial_steps=100,
+    trial_checks=32,
+    excerpt_tokens=4096,
+    layerwise_tokens=4096,
+    layerwise_replay_tokens=256,
+    passage_conversations=16,
+    completion_keys=2048,
+    check_batch=8,
+    baseline_conversations=128,
+    baseline_batch=128,
+    cartridge_steps=300,
+    choices_batch=8,
+)
+
+_current = LINUX_CPU if sys.platform == "linux" and mx.default_device() == mx.cpu else GPU
+
+
+def device() -> Device:
+    """The profile of the machine MLX computes on: a Mac, or an NVIDIA GPU (`GPU`), or a Linux CPU (`LINUX_CPU`)."""
+    return _current
+
+
+@contextmanager
+def using(profile: Device) -> Iterator[None]:
+    """Inside, `device()` is another profile: for tests, and to try other numbers."""
+    global _current
+    before, _current = _current, profile
+    try:
+        yield
+    finally:
+        _current = before

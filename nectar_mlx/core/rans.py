@@ -1,0 +1,186 @@
+"""Entropy coding of integers: asymmetric numeral systems (rANS, arXiv 1311.2540).
+
+Every integer comes with a guess of its size, its log2 scale in half octaves: 2·log2 of a standard deviation. It tells
+the encoder and the decoder which of a few logistic distributions the integer is coded under. Where the scale is large
+the lowest bits are as good as random: those are stored as they are. Integers are coded in parallel lanes of about
+`_STEPS` each, which makes numpy fast enough; a lane costs two bytes.
+"""
+
+from decimal import Decimal, localcontext
+from functools import cache
+from itertools import pairwise
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import NectarError
+from .types import ByteArray, DoubleArray, IntArray, WordArray
+
+_AnyInteger = TypeVar("_AnyInteger", bound=np.integer)
+
+# Files depend on all of these.
+_LEAST, _MOST = -8, 6  # log2 scales with a distribution of their own; larger ones store low bits verbatim
+_PRECISION = 14  # bits of a probability
+_STEPS = 1024  # integers of a lane
+
+
+class Models(NamedTuple):
+    """The distributions, by log2 scale, from the smallest on.
+
+    limits: the symbols of a model are the integers -limit … limit, counted from 0. frequencies, cumulative [models,
+    symbols]: of each symbol in 2^_PRECISION, and of all symbols before it. For the decoder, at [model · 2^_PRECISION +
+    slot]: symbols, the one that has this slot; and moves, its frequency and the slot's place among its slots, in one
+    word. costs: bits that an integer takes on average.
+    """
+
+    limits: IntArray
+    frequencies: npt.NDArray[np.int64]
+    cumulative: npt.NDArray[np.int64]
+    symbols: ByteArray
+    moves: WordArray
+    costs: DoubleArray
+
+
+def limit(log2_scales: IntArray) -> IntArray:
+    """The largest integers, of either sign, that can be coded with these log2 scales."""
+    low = _low_bits(log2_scales)
+    return (models().limits.take(_model(log2_scales)) << low) - (1 << low >> 1)
+
+
+def cost(log2_scales: IntArray) -> DoubleArray:
+    """The bits that an integer of each log2 scale takes on average."""
+    return np.asarray(models().costs.take(_model(log2_scales)) + _low_bits(log2_scales))
+
+
+def encode(integers: IntArray, log2_scales: IntArray) -> ByteArray:
+    """Integers [N] with their log2 scales [N] -> bytes. ValueError for an integer beyond its `limit`."""
+    if (np.abs(integers) > limit(log2_scales)).any():
+        raise ValueError("an integer is larger than its log2 scale allows")
+    low = _low_bits(log2_scales)
+    raised = integers + (1 << low >> 1)
+    high = raised >> low
+    verbatim = _bits(raised - (high << low), low)
+    table, model = models(), _model(log2_scales)
+    symbols, model = _lanes(high + table.limits.take(model), int(table.limits[0])), _lanes(model)
+    states, words = np.full(model.shape[1], 1 << 16, np.uint64), list[ByteArray]()
+    for of, symbol in zip(model[::-1], symbols[::-1], strict=True):  # backwards: what is coded last is decoded first
+        frequency = table.frequencies[of, symbol].astype(np.uint64)
+        full = states >= frequency << np.uint64(32 - _PRECISION)
+        words.append((states[full] & np.uint64(0xFFFF)).astype("<u2").view(np.uint8))
+        states = np.where(full, states >> np.uint64(16), states)
+        states = (states // frequency << np.uint64(_PRECISION)) + states % frequency
+        states += table.cumulative[of, symbol].astype(np.uint64)
+    parts = [states.astype("<u4").view(np.uint8), *reversed(words), verbatim]
+    return np.concatenate(parts) if len(integers) else np.zeros(0, np.uint8)
+
+
+def decode(data: ByteArray, log2_scales: IntArray) -> IntArray:
+    """The integers [N] with these log2 scales. NectarError if the bytes are not those of so many integers."""
+    low, model, table = _low_bits(log2_scales), _model(log2_scales), models()
+    places = _lanes(model).astype(np.uint32) << np.uint32(_PRECISION)
+    lanes, tail = places.shape[1], (int(low.sum()) + 7) // 8
+    if len(data) < 4 * lanes + tail or (len(data) - tail) % 2 or (len(data) > 0) != (len(log2_scales) > 0):
+        raise NectarError("the file is damaged: its coded numbers are cut short")
+    end = len(data) - tail
+    states = data[: 4 * lanes].view("<u4").astype(np.uint32)
+    words = data[4 * lanes : end].view("<u2").astype(np.uint32)
+    at, shift, slot = 0, np.uint32(_PRECISION), np.uint32((1 << _PRECISION) - 1)
+    for place in places:  # of a model in the table, then of the integer's slot
+        np.bitwise_or(place, states & slot, out=place)
+        moves = table.moves.take(place)
+        states = (moves >> shift) * (states >> shift) + (moves & slot)
+        short = np.flatnonzero(states < 1 << 16)
+        if at + len(short) > len(words):
+            raise NectarError("the file is damaged: its coded numbers are cut short")
+        states[short] = states[short] << np.uint32(16) | words[at : at + len(short)]
+        at += len(short)
+    if at != len(words) or (states != 1 << 16).any():
+        raise NectarError("the file is damaged: its coded numbers do not end where they should")
+    integers: IntArray = table.symbols.take(places.reshape(-1)[: len(log2_scales)]).astype(np.int32)
+    integers -= table.limits.take(model)
+    wide = np.flatnonzero(low)
+    integers[wide] = (integers[wide] << low[wide]) + _unbits(data[end:], low[wide]) - (1 << low[wide] >> 1)
+    return integers
+
+
+def _model(log2_scales: IntArray) -> ByteArray:
+    """Which model codes an integer once its low bits are gone."""
+    return np.asarray(_MODELS.take(log2_scales - _SCALES[0], mode="clip"))
+
+
+def _low_bits(log2_scales: IntArray) -> IntArray:
+    """How many low bits are stored verbatim."""
+    return np.asarray(_LOW_BITS.take(log2_scales - _SCALES[0], mode="clip"))
+
+
+# By log2 scale: looking up is faster than computing, for every integer of a file.
+_SCALES = np.arange(-128, 128, dtype=np.int32)
+_LOW_BITS = np.maximum(0, (_SCALES - _MOST + 1) // 2).astype(np.int32)
+_MODELS = (np.maximum(_SCALES - 2 * _LOW_BITS, _LEAST) - _LEAST).astype(np.uint8)
+
+
+def _lanes(values: npt.NDArray[_AnyInteger], fill: int = 0) -> npt.NDArray[_AnyInteger]:
+    """[N] -> [steps, lanes], filled up."""
+    lanes = -(-len(values) // _STEPS)
+    steps = -(-len(values) // lanes) if lanes else 0
+    whole = np.full(steps * lanes, fill, values.dtype)
+    whole[: len(values)] = values
+    return whole.reshape(steps, lanes)
+
+
+def _bits(values: IntArray, counts: IntArray) -> ByteArray:
+    """The lowest counts[i] bits of every value, end to end, those with equal counts side by side."""
+    parts = [np.zeros(0, np.uint8)]
+    for count in range(1, int(counts.max(initial=0)) + 1):
+        parts.append((values[counts == count, None] >> np.arange(count) & 1).astype(np.uint8).reshape(-1))
+    return np.packbits(np.concatenate(parts))
+
+
+def _unbits(data: ByteArray, counts: IntArray) -> IntArray:
+    """The inverse of `_bits`."""
+    values, bits, at = np.zeros(len(counts), np.int32), np.unpackbits(data), 0
+    for count in range(1, int(counts.max(initial=0)) + 1):
+        chosen = counts == count
+        taken = bits[at : at + count * int(chosen.sum())].reshape(-1, count)
+        values[chosen] = (taken.astype(np.int32) << np.arange(count, dtype=np.int32)).sum(1)
+        at += taken.size
+    return values
+
+
+@cache
+def models() -> Models:
+    """Made in decimal arithmetic, whose exponentials are the same to the last digit on every machine."""
+    count = 1 << _PRECISION
+    limits = np.array([int(np.ceil(8 * 2 ** (scale / 2))) + 1 for scale in range(_LEAST, _MOST + 1)], np.int32)
+    frequencies = np.zeros((len(limits), 2 * int(limits.max()) + 1), np.int64)
+    costs = np.zeros(len(limits))
+    for i, top in enumerate(limits.tolist()):
+        shares = _logistic(_LEAST + i, top)
+        rest = count - len(shares)  # every symbol occurs once at least
+        counts = np.array([1 + int(share * rest) for share in shares])
+        counts[top] += count - counts.sum()
+        frequencies[i, : len(counts)] = counts
+        costs[i] = -sum(float(share) * np.log2(c / count) for share, c in zip(shares, counts, strict=True))
+    cumulative = np.cumsum(frequencies, axis=1) - frequencies
+    symbols = np.stack([np.repeat(np.arange(frequencies.shape[1]), row) for row in frequencies])
+    first = np.take_along_axis(cumulative, symbols, axis=1)
+    moves = np.take_along_axis(frequencies, symbols, axis=1) << _PRECISION | np.arange(count) - first
+    return Models(
+        limits=limits,
+        frequencies=frequencies,
+        cumulative=cumulative,
+        symbols=symbols.astype(np.uint8).reshape(-1),
+        moves=moves.astype(np.uint32).reshape(-1),
+        costs=costs,
+    )
+
+
+def _logistic(log2_scale: int, top: int) -> list[Decimal]:
+    """The shares of -top … top under a logistic distribution of standard deviation 2^(log2_scale / 2)."""
+    with localcontext() as context:
+        context.prec = 30
+        pi = Decimal("3.14159265358979323846264338328")
+        scale = Decimal(2) ** (Decimal(log2_scale) / 2) * Decimal(3).sqrt() / pi
+        below = [1 / (1 + (-(Decimal(n) + Decimal("0.5")) / scale).exp()) for n in range(-top - 1, top + 1)]
+        return [high - low for low, high in pairwise(below)]

@@ -1,0 +1,52 @@
+"""The check of a finished fit: its answers compared with those of the full cache."""
+
+from collections.abc import Sequence
+from functools import partial
+
+import mlx.core as mx
+import numpy as np
+
+from ..core.types import JsonObject, LayerCache
+from ..errors import NectarError
+from ..heads import Bank
+from ..mlxlm.cache import make_caches
+from . import fidelity
+from .layers import LayerRunner
+from .prefill import read_head
+from .run import FitRun
+from .samples.capture import Collected
+from .samples.conversation import Conversation, answered_checks
+from .verdict import measured
+
+
+def check(run: FitRun, data: Collected, banks: Sequence[Bank], *, questions: int | None = None) -> JsonObject:
+    """How far the answers to the check questions, or the first so many, are from the full cache's (`verdict`); banks:
+    one a layer."""
+    context = data.context
+    head = read_head(run.model, run.tokenizer, context.prefix, run.geometry)
+    conversations = answered_checks(data.conversations)[:questions]
+    make_cache = partial(make_caches, banks, context.windows, context.start)
+    with run.progress("checking", len(conversations)) as done:
+        divergences = fidelity.compare(
+            run.model,
+            context.make_cache,
+            {"nectar": make_cache, "no context": head.make_cache},
+            conversations,
+            progress=done,
+        )
+    if broken := np.flatnonzero(~np.isfinite(divergences["nectar"].kl)).tolist():
+        _name_layer(run, make_cache(), conversations[divergences["nectar"].conversation[broken[0]]])
+    return measured(divergences["nectar"], divergences["no context"])
+
+
+def _name_layer(run: FitRun, caches: Sequence[LayerCache], conversation: Conversation) -> None:
+    """NectarError that names the first layer whose output is not finite, if one layer after the other shows it."""
+    try:
+        runner = LayerRunner(run.model, run.geometry)
+    except NectarError:  # an architecture that does more between its layers
+        return
+    hidden = runner.embed(mx.array([conversation.prompt + conversation.answer]))
+    for layer, cache in enumerate(caches):
+        hidden = runner.layer(layer, hidden, cache)
+        if not mx.isfinite(hidden).all().item():
+            raise NectarError(f"checking: the output of layer {layer} is not finite, so nothing is written")

@@ -1,0 +1,111 @@
+"""Fisher information: which errors of a head the answers notice.
+
+An error δ in what a head gives to the model moves the next-token distributions by about ½ δᵀFδ nats, where
+F = E[g gᵀ] is the Fisher information and g the gradient of log p(answer) by the head's output, for answers that the
+model drew itself. With it the errors of all heads are counted in one currency, nats, and bytes go where they buy most.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from ..core import attention
+from ..mlxlm.attention_patch import Geometry
+from ..mlxlm.cache import NectarCache
+from .fidelity import log_probabilities
+from .layers import LayerRunner
+from .prefill import Context
+from .samples.conversation import Conversation
+
+N_PROBE = 8  # conversations that tell it well enough
+_ANSWERED = 16  # tokens whose logits are held at a time
+
+
+class ProbedCache(NectarCache):
+    """Exact attention plus `probe` [B, H, T, D], by which its effect is differentiated."""
+
+    probe: mx.array
+
+    def attend(self, queries: mx.array, *rest: Any, **options: Any) -> mx.array:
+        return super().attend(queries, *rest, **options) + self.probe.astype(queries.dtype)
+
+
+def metric(information: mx.array) -> mx.array:
+    """What turns an output's error Δ [N, D] into nats, |Δ · metric|² = ½ ΔᵀFΔ: half of F [M, D, D], its root."""
+    values, vectors = np.linalg.eigh(np.array(information, dtype=np.float64) / 2)
+    roots = np.sqrt(np.maximum(values, 0))[:, None]
+    return mx.array(((vectors * roots) @ vectors.swapaxes(1, 2)).astype(np.float32))
+
+
+def fisher(
+    model: nn.Module,
+    context: Context,
+    conversations: Sequence[Conversation],
+    *,
+    geometry: Geometry,
+    progress: Callable[[int], None] = lambda done: None,
+) -> mx.array:
+    """E[g gᵀ] per fitted layer and KV head, [M, D, D], in nats: over the tokens of the conversations and the query
+    heads of the group. progress is told how many conversations are done.
+    """
+    runner = LayerRunner(model, geometry)
+    K, D = geometry.n_kv_heads, geometry.head_dim
+    total = mx.zeros((len(context.banks), K, D, D))
+    count = 0
+    for done, conversation in enumerate(conversations, 1):
+        for fitted, g in _gradients(runner, context, conversation, geometry):
+            grouped = attention.group(g, K)
+            total[fitted] = total[fitted] + grouped.swapaxes(1, 2) @ grouped
+            mx.eval(total)
+            count += grouped.shape[1]
+        mx.clear_cache()
+        progress(done)
+    return total.reshape(-1, D, D) * len(context.banks) / max(count, 1)
+
+
+def _gradients(
+    runner: LayerRunner, context: Context, conversation: Conversation, geometry: Geometry
+) -> Iterator[tuple[int, mx.array]]:
+    """∇ log p(answer) by what a fitted layer's attention gives, [1, H, T, D], for each of them, the last one first.
+
+    Only one layer's reverse pass exists at a time, the layer computed again for it: through the whole model at once it
+    would be gigabytes.
+    """
+    tokens, first = conversation.prompt + conversation.answer, len(conversation.prompt) - 1
+    answer = mx.array(conversation.answer)[None, :, None]
+    before, hidden = list[mx.array](), runner.embed(mx.array([tokens[:-1]]))
+    for layer, cache in enumerate(context.make_cache()):
+        before.append(hidden)
+        hidden = runner.layer(layer, hidden, cache)
+        mx.eval(hidden)
+
+    def log_likelihood(last: mx.array, start: int) -> mx.array:
+        logits = runner.logits(last[:, first + start : first + start + _ANSWERED])
+        return mx.take_along_axis(log_probabilities(logits), answer[:, start : start + _ANSWERED], axis=-1).sum()
+
+    change = mx.zeros_like(hidden)
+    for start in range(0, len(conversation.answer), _ANSWERED):
+        change = change + mx.grad(log_likelihood)(hidden, start)
+        mx.eval(change)
+    fitted, caches = len(context.banks), context.make_cache()
+    for layer in reversed(range(geometry.n_layers)):
+        cache = caches.pop()
+        inputs, call = [before.pop()], partial(_through, runner, layer, cache)
+        if isinstance(cache, NectarCache):
+            inputs.append(mx.zeros((1, geometry.n_heads, len(tokens) - 1, geometry.head_dim)))
+            call = partial(_through, runner, layer, ProbedCache(cache.bank, cache.context))
+        _, (change, *probe) = mx.vjp(call, inputs, [change])
+        mx.eval(change, probe)
+        if probe:
+            fitted -= 1
+            yield fitted, probe[0]
+
+
+def _through(runner: LayerRunner, layer: int, cache: Any, hidden: mx.array, *probe: mx.array) -> mx.array:
+    if probe:
+        (cache.probe,) = probe
+    return runner.layer(layer, hidden, cache)

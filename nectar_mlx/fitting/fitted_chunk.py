@@ -1,0 +1,134 @@
+"""What is left of a text, or of a chunk of one, once its heads are fitted: so little that many can wait for the others.
+
+Its keys and values, and the samples its heads were trained on, are gone. What its answers would be with its full cache
+can still be computed, for the hidden states that follow the last layer are kept where a few held-out answers were
+predicted.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple, Self
+
+import mlx.core as mx
+
+from .. import store
+from ..core.types import JsonObject
+from ..heads import Size
+from ..mlxlm.cache import Window
+from . import fidelity
+from .checkpoint import Checkpoint, Plan
+from .layers import LayerRunner
+from .prefill import Context
+from .samples.conversation import Conversation
+from .verdict import measured
+
+
+class Answer(NamedTuple):
+    """A conversation that a finished fit is checked with, and the hidden states [A, E] that follow the last layer where
+    the tokens of its answer were predicted, with the full cache."""
+
+    conversation: Conversation
+    hidden: mx.array
+
+    @classmethod
+    def of(cls, conversation: Conversation, hidden: mx.array) -> Self:
+        """hidden: of all its tokens [T, E]."""
+        first = len(conversation.prompt) - 1
+        kept = mx.contiguous(hidden[first : first + len(conversation.answer)])
+        mx.eval(kept)
+        return cls(conversation, kept)
+
+    @classmethod
+    def replayed(cls, runner: LayerRunner, context: Context, conversation: Conversation) -> Self:
+        """What follows the last layer behind the context's own keys and values."""
+        hidden = runner.embed(mx.array([conversation.prompt + conversation.answer]))
+        for layer, cache in enumerate(context.make_cache()):
+            hidden = runner.layer(layer, hidden, cache)
+        return cls.of(conversation, hidden[0])
+
+
+class ChunkTarget(NamedTuple):
+    """What a chunk's heads are to be.
+
+    nbytes: for all of them, a share of the chunk's KV cache. plan: what each head gets, where that was decided
+    elsewhere. preamble: how many of the text's first tokens they do not stand for. offsets: what each layer's keys are
+    relative to, [K, D], where it is not their mean.
+    """
+
+    nbytes: float
+    share: float
+    plan: Plan | None = None
+    preamble: int = 0
+    offsets: Sequence[mx.array | None] = ()
+
+
+@dataclass(kw_only=True)
+class FittedChunk:
+    """A chunk's heads, and what it is checked by.
+
+    layers: each layer's heads as they will be stored. errors: of every head on held-out samples. samples: a head, that
+    it was fitted to. windows: what sliding-window layers keep, by layer.
+    """
+
+    layers: list[store.Tensors]
+    errors: list[float]
+    samples: int
+    windows: dict[int, Window]
+    answers: list[Answer]
+
+    @property
+    def sizes(self) -> list[Size]:
+        """Of every head."""
+        rows: list[Any] = [row for layer in self.layers for row in layer["sizes"].tolist()]  # type: ignore[union-attr]
+        return [tuple(row) for row in rows]
+
+    @property
+    def offsets(self) -> list[mx.array | None]:
+        """What each layer's keys are relative to, [K, D]."""
+        return [layer.get("offsets") for layer in self.layers]
+
+    def check(self, runner: LayerRunner, make_cache: fidelity.MakeCache, no_context: fidelity.MakeCache) -> JsonObject:
+        """How far the file's answers and those without a context are from those with this chunk's full cache
+        (`verdict`)."""
+        with_file, without = list[fidelity.Divergence](), list[fidelity.Divergence]()
+        for number, (conversation, hidden) in enumerate(self.answers):
+            truth = runner.logits(hidden[None])[0]
+            for divergences, make in ((with_file, make_cache), (without, no_context)):
+                (logits,) = fidelity.answer_logits(runner.model, make(), [conversation])
+                divergences.append(fidelity.divergence(truth, logits, conversation.answer, number))
+        return measured(fidelity.joined(with_file), fidelity.joined(without))
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Keeps it, so that an interrupted fit does not read this text again."""
+        arrays = {f"layers.{i}.{name}": x for i, layer in enumerate(self.layers) for name, x in layer.items()}
+        arrays |= {f"answers.{i}.hidden": answer.hidden for i, answer in enumerate(self.answers)}
+        for i, window in self.windows.items():
+            arrays |= {f"windows.{i}.keys": window.keys, f"windows.{i}.values": window.values}
+        record = {
+            "errors": self.errors,
+            "samples": self.samples,
+            "layers": len(self.layers),
+            "windows": {i: window.size for i, window in self.windows.items()},
+            "answers": [asdict(answer.conversation) for answer in self.answers],
+        }
+        checkpoint.save_chunk(arrays, record)
+
+    @classmethod
+    def load(cls, checkpoint: Checkpoint) -> Self | None:
+        """What `save` kept, if it did."""
+        saved = checkpoint.load_chunk()
+        if saved is None:
+            return None
+        arrays, record = saved
+        groups: dict[tuple[str, int], store.Tensors] = {}
+        for key, array in arrays.items():
+            group, number, name = key.split(".", 2)
+            groups.setdefault((group, int(number)), {})[name] = array
+        conversations = [Conversation(**c) for c in record["answers"]]
+        return cls(
+            layers=[groups["layers", i] for i in range(record["layers"])],
+            errors=record["errors"],
+            samples=record["samples"],
+            windows={int(i): Window(**groups["windows", int(i)], size=size) for i, size in record["windows"].items()},
+            answers=[Answer(c, groups["answers", i]["hidden"]) for i, c in enumerate(conversations)],
+        )

@@ -1,0 +1,120 @@
+"""How heads of one kind are fitted: the samples they see, where they start, what they cost."""
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import mlx.core as mx
+import numpy as np
+
+from ...core.device import device
+from ...heads import Bank, HeadArrays, Size
+from ..prefill import Context
+from ..run import FitRun
+from ..samples.capture import Collected
+from ..samples.sample_store import Samples
+from ..solve import attention_matching, grouping, regression
+from ..solve.initial import Init
+
+
+class KindFit:
+    """A kind of head function, as it is fitted to what was collected of a context.
+
+    Heads are numbered layer by layer, the sliding-window layers left out. training_scores: of a training batch, of all
+    heads that are trained together (default: the device's).
+    """
+
+    def __init__(self, run: FitRun, data: Collected, *, training_scores: int | None = None):
+        self.run, self.data = run, data
+        self.training_scores = training_scores or device().training_scores
+        self.banks = data.context.fitted  # exact keys and values, a bank a layer
+        self.n_heads = len(self.banks) * run.geometry.n_kv_heads
+        self.length = data.context.length
+
+    @classmethod
+    def check(cls, run: FitRun, context: Context) -> None:
+        """NectarError if this kind cannot stand for the context."""
+
+    def prepare(self) -> None:
+        """Computes ahead what all heads need."""
+
+    def initialize(self, heads: Sequence[int], sizes: Sequence[Size], samples: Samples) -> Init:
+        """Where the regression of some heads starts. samples: what they will be trained on."""
+        raise NotImplementedError
+
+    def training_samples(self, heads: Sequence[int], count: int | None = None) -> Samples:
+        """What some heads are trained on, shuffled: all samples, or so many of them."""
+        return self.data.train.heads(heads, self.order[:count])
+
+    def held_out_samples(self, heads: Sequence[int]) -> Samples:
+        """What some heads are judged by."""
+        return self.data.held_out.heads(heads)
+
+    def matching_samples(self, heads: Sequence[int]) -> Samples:
+        """What Attention Matching solves on."""
+        return self.data.train.heads(heads, np.sort(self.order[: self.run.config.matching_samples]))
+
+    def ranking_samples(self, heads: Sequence[int]) -> Samples:
+        """By what the keys of the context are ranked."""
+        return self.matching_samples(heads)
+
+    def keeps_every_key(self, size: Size) -> bool:
+        """Whether a head of this size has room for every key, so that nothing is trained."""
+        return False
+
+    def batch(self) -> int:
+        """Samples of a step."""
+        return self.run.config.batch
+
+    def judge(self, bank: Bank, samples: Samples, metric: mx.array) -> np.ndarray:
+        """What the errors of some heads cost, [M], by which they get their bytes. metric: as in `regression.errors`."""
+        return np.array(regression.errors(bank, samples, metric=metric))
+
+    def finish(self, index: int, head: HeadArrays) -> HeadArrays:
+        """A trained head as it will be stored."""
+        return head
+
+    def step_scores(self, size: Size) -> int:
+        """What a head of this size costs a training step, in scores."""
+        return size[0] * self.run.config.batch
+
+    def groups(self, sizes: Sequence[Size]) -> list[list[int]]:
+        """Heads that are trained together."""
+        costs = [self.step_scores(size) for size in sizes]
+        return grouping.groups(costs, room=self.training_scores, launch=device().launch_scores)
+
+    @cached_property
+    def order(self) -> np.ndarray:
+        """The training samples, shuffled: their indices."""
+        return self.shuffled(self.data.train.count)
+
+    def shuffled(self, count: int) -> np.ndarray:
+        """The numbers 0 … count - 1, always in the same random order."""
+        return np.random.default_rng(self.run.config.seed).permutation(count)
+
+    @cached_property
+    def importance(self) -> list[mx.array]:
+        """Per head, the root-mean-square attention of every key of the context, [n]."""
+        return self.rank_keys()
+
+    def rank_keys(self) -> list[mx.array]:
+        """Computes `importance`."""
+        importance: list[mx.array] = []
+        K = self.run.geometry.n_kv_heads
+        with self.run.progress("ranking keys", len(self.banks)) as done:
+            for layer, bank in enumerate(self.banks):
+                samples = self.ranking_samples(range(layer * K, layer * K + K))
+                keys = bank.parameters["keys"]
+                importance += list(attention_matching.importance(samples, keys, scale=self.run.geometry.scale))
+                done(layer + 1)
+        return importance
+
+    def match(self, heads: Sequence[int], counts: Sequence[int]) -> list[HeadArrays]:
+        """Attention Matching for some heads, each with its own count of nodes."""
+        keys, values = [], []
+        for index, count in zip(heads, counts, strict=True):
+            layer, k = divmod(index, self.run.geometry.n_kv_heads)
+            parameters = self.banks[layer].parameters
+            chosen = attention_matching.most_important(self.importance[index], count)
+            keys.append(parameters["keys"][k][chosen])
+            values.append(parameters["values"][k][chosen])
+        return attention_matching.match(self.matching_samples(heads), keys, values, scale=self.run.geometry.scale)

@@ -1,0 +1,32 @@
+"""Fitting quadratures: nodes from Attention Matching, or every key where there is room."""
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+
+from ...heads import Quadrature, Size
+from ..samples.sample_store import Samples
+from ..solve.initial import Init
+from .base import KindFit
+
+
+class QuadratureFit(KindFit):
+    """Of `heads.Quadrature`."""
+
+    def keeps_every_key(self, size: Size) -> bool:
+        return size[0] >= self.length
+
+    def prepare(self) -> None:
+        _ = self.importance
+
+    def initialize(self, heads: Sequence[int], sizes: Sequence[Size], samples: Samples) -> Init:
+        scale = self.run.geometry.scale
+        if all(self.keeps_every_key(size) for size in sizes):
+            return Init.of(Quadrature.stack([self._keys(index) for index in heads], scale=scale))
+        nodes = self.match(heads, [size[0] for size in sizes])
+        return Init.of_nodes(Quadrature.stack(nodes, scale=scale), samples)
+
+    def _keys(self, index: int) -> dict[str, mx.array]:
+        """A head's own keys and values, as nodes."""
+        layer, k = divmod(index, self.run.geometry.n_kv_heads)
+        return {name: x.astype(mx.float32) for name, x in self.banks[layer].nodes()[k].items()}

@@ -1,0 +1,74 @@
+"""A model's layers one at a time, so that only one layer's keys and values need to exist.
+
+mlx-lm's models run all their layers in one call. Here the layers are called one by one; what stands before the first
+(embeddings, their scale) and after the last (norm, logits) is had from the model itself, its layers replaced by a
+function. Hidden states are [B, T, E].
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.base import create_attention_mask
+
+from ..errors import NectarError
+from ..mlxlm.attention_patch import Geometry
+from . import finite
+
+
+class LayerRunner:
+    """The layers of a model; `width` is E.
+
+    NectarError names an architecture that does more between its layers than call them.
+    """
+
+    def __init__(self, model: nn.Module, geometry: Geometry):
+        self.model, self._windows = model, geometry.windows
+        self._layers: list[Any] = list(model.layers)
+        tokens = mx.zeros((1, 3), dtype=mx.int32)
+        hidden = self.embed(tokens)
+        self.width: int = hidden.shape[-1]
+        for layer in range(len(self._layers)):
+            hidden = self.layer(layer, hidden, None)
+        expected = model(tokens)
+        finite.check_logits(expected)
+        if not mx.allclose(self.logits(hidden), expected, rtol=1e-2, atol=1e-2):
+            raise NectarError(f"{geometry.model_type} models cannot be fitted layer by layer: their layers share more")
+
+    def embed(self, tokens: mx.array) -> mx.array:
+        """What the first layer sees of tokens [B, T]."""
+        inputs: list[mx.array] = []
+
+        def keep(layer: Any, hidden: mx.array, *others: Any, **named: Any) -> mx.array:
+            inputs.append(hidden)
+            return hidden
+
+        with self.patched_layers(keep):
+            self.model(tokens)  # never evaluated: the logits that follow cost nothing
+        return inputs[0]
+
+    def layer(self, layer: int, hidden: mx.array, cache: Any) -> mx.array:
+        """Through one layer, behind what its cache holds."""
+        mask = create_attention_mask(hidden, cache, window_size=self._windows[layer] or None)
+        result: mx.array = self._layers[layer](hidden, mask, cache)
+        return result
+
+    def logits(self, hidden: mx.array) -> mx.array:
+        """What follows the last layer: [B, T, E] -> [B, T, V]."""
+        with self.patched_layers(lambda layer, before, *others, **named: hidden):
+            result: mx.array = self.model(mx.zeros(hidden.shape[:2], dtype=mx.int32))
+        return result
+
+    @contextmanager
+    def patched_layers(self, call: Callable[..., mx.array]) -> Iterator[None]:
+        """Inside, every layer of the model is `call`."""
+        kinds: dict[Any, Any] = {type(layer): type(layer).__call__ for layer in self._layers}
+        for kind in kinds:
+            kind.__call__ = call
+        try:
+            yield
+        finally:
+            for kind, original in kinds.items():
+                kind.__call__ = original

@@ -1,1 +1,0 @@
-"""Fitting heads that stand for what is not read exactly, and the keys beside them."""

@@ -1,0 +1,93 @@
+"""What all stages of one fit are given."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from typing import Any, Self
+
+import mlx.nn as nn
+import psutil
+
+from ..core.device import device
+from ..core.progress import Progress, silent
+from ..core.types import Tokenizer
+from ..heads import AUTO, KINDS
+from ..mlxlm.attention_patch import Geometry
+from ..store import Layout
+from .checkpoint import Checkpoint
+from .config import FitConfig
+from .samples.sample_store import DeviceSampleStore, SampleStore
+
+_FEWEST_SAMPLES = 20_000  # a head
+ROUTER_SAMPLES = 2048  # whose queries the router is made from: all that a kind needs which is not trained
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitRun:
+    """One fit: a model and its tokenizer, what was chosen, whom to report progress to, and where an interrupted fit
+    leaves its work. The stages are functions of it and of each other's results:
+
+        read -> collect -> plan -> train -> check
+    """
+
+    model: nn.Module
+    tokenizer: Tokenizer
+    geometry: Geometry
+    config: FitConfig
+    progress: Progress = silent
+    checkpoint: Checkpoint = field(default_factory=lambda: Checkpoint(None))
+
+    @cached_property
+    def layout(self) -> Layout:
+        """How the heads of all layers will be stored."""
+        config, g = self.config, self.geometry
+        kind = AUTO if config.kind == "auto" else config.kind
+        bank = KINDS[kind]
+        return Layout(
+            kind=kind,
+            n_layers=len(g.fitted),
+            n_kv_heads=g.n_kv_heads,
+            head_dim=g.head_dim,
+            scale=g.scale,
+            bits=config.bits if config.bits and bank.fitted else bank.default_bits,
+        )
+
+    @property
+    def n_heads(self) -> int:
+        """KV heads of all layers with full attention."""
+        return self.layout.n_layers * self.layout.n_kv_heads
+
+    @property
+    def group(self) -> int:
+        """Query heads a KV head."""
+        return self.geometry.n_heads // self.geometry.n_kv_heads
+
+    @cached_property
+    def memory(self) -> int:
+        """Bytes that keys and values, or captured samples, may take."""
+        return self.config.memory or free_memory() // 2
+
+    def n_samples(self, heads: int) -> int:
+        """Samples a head, of so many heads at a time: as asked for, or as many as are useful and the memory holds."""
+        if not self.layout.bank.trainable:
+            return min(self.config.queries or ROUTER_SAMPLES, ROUTER_SAMPLES)
+        if self.config.queries:
+            return self.config.queries
+        # Of all memory, not of what is free: an interrupted fit goes on with the same samples.
+        room = self.config.memory or psutil.virtual_memory().total // 8
+        store = SampleStore if device().linux_cpu else DeviceSampleStore
+        most = room // store.nbytes(heads, 1, self.geometry.head_dim)
+        return int(max(_FEWEST_SAMPLES, min(device().fit_samples, most)))
+
+    def claim(self, prefix: Sequence[int], *, preamble: int = 0) -> None:
+        """Starts or continues the fit of this prefix; NectarError if the checkpoint holds another fit."""
+        self.checkpoint.claim(asdict(self.config) | {"skip": preamble}, prefix)
+
+    def part(self, name: str, **changes: Any) -> Self:
+        """The same fit for a part of its work, which has a checkpoint of its own."""
+        return replace(self, checkpoint=self.checkpoint.part(name), **changes)
+
+
+def free_memory() -> int:
+    """Bytes of memory that no process uses."""
+    return int(psutil.virtual_memory().available)

@@ -1,0 +1,1 @@
+"""What heads are fitted to: conversations about the text, and what attention saw in them."""

@@ -1,0 +1,213 @@
+"""Replaying conversations: what attention sees in them becomes samples.
+
+A conversation is replayed (teacher-forced) in one pass behind the context. Every attention call keeps its post-RoPE
+queries, the exact (o, L) of the context and the (o, L) of the live tokens: what the regression needs.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from ...core import attention
+from ...core.device import device
+from ...heads import Exact
+from ...mlxlm.cache import NectarCache
+from .. import finite
+from ..prefill import Context
+from ..run import FitRun
+from .conversation import Conversation, Split
+from .sample_store import DeviceSampleStore, Samples, SampleStore
+from .self_study import study
+
+_SMALL = 4096.0  # a sixteenth of what float16 holds
+_FEWEST_TOKENS = 256  # that are replayed together
+_FEWEST_HELD_OUT = 64  # samples a head
+
+
+@dataclass(frozen=True, kw_only=True)
+class Collected:
+    """What heads are fitted to: the conversations about a context, and what attention saw in them, by head.
+
+    train, held_out: samples of the conversations of these splits, heads numbered layer by layer, the sliding-window
+    layers left out.
+    """
+
+    context: Context
+    conversations: Sequence[Conversation]
+    train: SampleStore
+    held_out: SampleStore
+
+
+def collect(run: FitRun, context: Context) -> Collected:
+    """Samples conversations about a context and captures what attention sees in them.
+
+    NectarError that names the layer and head where a number is not finite.
+    """
+    return capture(run, context, study(run, context))
+
+
+def capture(
+    run: FitRun, context: Context, conversations: Sequence[Conversation], *, tokens: int | None = None
+) -> Collected:
+    """The samples of conversations. tokens: how many are replayed together (default: as many as is quick)."""
+    wanted = run.n_samples(run.n_heads)
+    spare = held_out_count(wanted)
+    store = SampleStore if device().linux_cpu else DeviceSampleStore
+    folder = None
+    if store.nbytes(run.n_heads, wanted + spare, run.geometry.head_dim) > run.memory:
+        folder = run.checkpoint.spill()
+    train = _empty(run, wanted, folder and folder / "train.samples")
+    held_out = _empty(run, spare, folder and folder / "held_out.samples")
+    replayed = [c for c in conversations if c.split != "check"]
+    with run.progress("capturing attention", sum(c.fed_tokens for c in replayed)) as done:
+        replay(
+            run.model,
+            context,
+            replayed,
+            {"train": train, "held_out": held_out},
+            n_heads=run.geometry.n_heads,
+            tokens=tokens,
+            progress=done,
+        )
+    for samples in (train, held_out):
+        finite.check_heads("capturing attention", samples.not_finite, run.geometry)
+    return Collected(context=context, conversations=conversations, train=train, held_out=held_out)
+
+
+def held_out_count(train: int) -> int:
+    """How many samples are held out where so many are trained on."""
+    return max(train // 10, _FEWEST_HELD_OUT)
+
+
+def _empty(run: FitRun, count: int, folder: Path | None) -> SampleStore:
+    if folder or device().linux_cpu:
+        return SampleStore(run.n_heads, count, run.geometry.head_dim, folder=folder)
+    return DeviceSampleStore(count)
+
+
+class CaptureCache(NectarCache):
+    """Attends exactly and keeps the samples of the last call.
+
+    preamble: how many of the context's first tokens are counted to the live ones, for other heads will stand for them.
+    """
+
+    captured: Samples
+
+    def __init__(self, bank: Exact, context: int, *rest: Any, preamble: int = 0):
+        super().__init__(bank.part(slice(preamble, None)), context, *rest)
+        self._preamble = bank.part(slice(preamble)) if preamble else None
+        # Outputs are means of values: float16 holds them if it holds the values, with room for those to come.
+        self._type = mx.float16 if bank.largest_value < _SMALL else mx.float32
+
+    def attend(
+        self,
+        queries: mx.array,
+        keys: mx.array,
+        values: mx.array,
+        *,
+        scale: float,
+        mask: mx.array | str | None,
+        sinks: mx.array | None = None,
+    ) -> mx.array:
+        live = self.over_live(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
+        if self._preamble is not None:
+            live = attention.merge(self._preamble.over(queries), live)
+        context = self.over_context(queries)
+        o, live_o = (x.astype(self._type) for x in (context.output, live.output))
+        self.captured = Samples(queries, o, live_o, context.log_normalizer, live.log_normalizer)
+        mx.async_eval(self.captured)  # or all layers' would wait in float32
+        return attention.merge(context, live).output.astype(queries.dtype)
+
+    def take(self, places: np.ndarray) -> Samples:
+        """The samples of these places [B, T], by KV head: [K, samples, ...]; those of a token lie side by side."""
+        K = len(self.bank.sizes)
+        B, H, T = self.captured.queries.shape[:3]
+        split = (x.reshape(B, K, H // K, T, *x.shape[3:]) for x in self.captured)
+        grouped = (x.swapaxes(0, 1).swapaxes(2, 3).reshape(K, B * T, H // K, *x.shape[4:]) for x in split)
+        tokens = mx.array(np.flatnonzero(places))
+        return Samples(*(mx.take(x, tokens, axis=1).reshape(K, -1, *x.shape[3:]) for x in grouped))
+
+
+class ReplayBatch(NamedTuple):
+    """Conversations of about one length that are replayed together: tokens [B, T], right-padded, and for each store
+    the places [B, T] whose samples it keeps."""
+
+    conversations: list[Conversation]
+    tokens: mx.array
+    places: list[np.ndarray]
+
+
+def replay_batches(
+    conversations: Sequence[Conversation], stores: Mapping[Split, SampleStore], *, group: int, tokens: int
+) -> list[ReplayBatch]:
+    """Conversations in batches of at most so many tokens, the longest first, so that little is padding.
+
+    stores: of each split; each keeps as many samples as it has room for, `group` a token, of tokens drawn at random
+    from all. Conversations of other splits are replayed and give none. The last token of an answer was never fed to
+    the model: no sample.
+    """
+    ordered = sorted(conversations, key=lambda c: -len(c.prompt) - len(c.answer))
+    fed = {split: sum(c.fed_tokens for c in ordered if c.split == split) for split in stores}
+    chance = np.random.default_rng(0)
+    batches, start = [], 0
+    while start < len(ordered):
+        longest = len(ordered[start].prompt) + len(ordered[start].answer)
+        batch = ordered[start : start + max(1, tokens // longest)]
+        start += len(batch)
+        sequences = [c.prompt + c.answer for c in batch]
+        lengths = np.array([c.fed_tokens for c in batch])[:, None]
+        splits = np.array([c.split for c in batch])[:, None]
+        drawn, fed_places = chance.random((len(batch), longest)), np.arange(longest)[None] < lengths
+        places = [
+            fed_places & (splits == split) & (drawn * group * fed[split] < store.capacity)
+            for split, store in stores.items()
+        ]
+        padded = mx.array([sequence + [0] * (longest - len(sequence)) for sequence in sequences])
+        batches.append(ReplayBatch(batch, padded, places))
+    return batches
+
+
+def replay(
+    model: nn.Module,
+    context: Context,
+    conversations: Sequence[Conversation],
+    stores: Mapping[Split, SampleStore],
+    *,
+    n_heads: int,
+    tokens: int | None = None,
+    progress: Callable[[int], None] = lambda tokens: None,
+) -> None:
+    """Replays conversations behind the context; what attention sees goes into the stores of their splits.
+
+    n_heads: of queries. tokens: how many are replayed together, about; default: as many as is quick. progress is told
+    how many are done.
+    """
+    group = n_heads // len(context.banks[0].sizes)
+    tokens = tokens or max(_FEWEST_TOKENS, device().replay_scores // (n_heads * len(context.prefix)))
+    done = 0
+    for batch in replay_batches(conversations, stores, group=group, tokens=tokens):
+        caches = context.make_cache(partial(CaptureCache, preamble=context.preamble))
+        capturing = [c for c in caches if isinstance(c, CaptureCache)]
+        model(batch.tokens, cache=caches)  # its logits are never evaluated
+        mx.eval([c.captured for c in capturing])
+        record(capturing, stores.values(), batch.places)
+        done += sum(c.fed_tokens for c in batch.conversations)
+        progress(done)
+
+
+def record(caches: Sequence[CaptureCache], stores: Iterable[SampleStore], places: Iterable[np.ndarray]) -> None:
+    """Writes what the caches saw into each store, from its places [B, T]."""
+    for store, chosen in zip(stores, places, strict=True):
+        if store.full or not chosen.any():
+            continue
+        for layer, cache in enumerate(caches):
+            samples = cache.take(chosen)
+            mx.eval(samples)
+            store.add(layer * samples.queries.shape[0], samples)
+        store.advance(samples.queries.shape[1])

@@ -1,0 +1,41 @@
+"""A question about a text and the answer that the model gave to it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+Split = Literal["train", "held_out", "check"]
+
+
+@dataclass
+class Conversation:
+    """A prompt that continues the prefix, and the answer that the model gave with its full cache, as token ids.
+
+    split: heads are trained on "train" and compared on "held_out", which is of the same kind; the finished file is
+    checked on "check", which is not.
+    """
+
+    prompt: list[int]
+    answer: list[int] = field(default_factory=list)
+    split: Split = "train"
+
+    @property
+    def fed_tokens(self) -> int:
+        """Tokens that the model is fed: the last one of an answer is only kept."""
+        return len(self.prompt) + max(0, len(self.answer) - 1)
+
+
+def count_samples(
+    conversations: Sequence[Conversation], *, group: int, split: Split = "train", until: int | None = None
+) -> int:
+    """Samples a KV head that the conversations of a split give when they are replayed: one a query head and token.
+
+    group: query heads a KV head. until: how many tokens of each conversation there are so far, at most.
+    """
+    fed = [c.fed_tokens for c in conversations if c.split == split]
+    return group * sum(tokens if until is None else min(tokens, until) for tokens in fed)
+
+
+def answered_checks(conversations: Sequence[Conversation]) -> list[Conversation]:
+    """Those that a finished fit is measured on."""
+    return [c for c in conversations if c.split == "check" and c.answer]

@@ -1,0 +1,123 @@
+"""The samples that heads are fitted to: what attention saw in conversations, kept until all heads are fitted."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import numpy as np
+
+from ..finite import not_finite
+
+Indices = np.ndarray | Sequence[int]
+
+
+class Samples(NamedTuple):
+    """Samples of M heads: queries, context output and live output [M, N, D], log-normalisers [M, N]."""
+
+    queries: mx.array
+    output: mx.array
+    live_output: mx.array
+    log_normalizer: mx.array
+    live_log_normalizer: mx.array
+
+    def some(self, chosen: slice) -> "Samples":
+        """Some of the samples of every head."""
+        return Samples(*(x[:, chosen] for x in self))
+
+    def take(self, indices: mx.array) -> "Samples":
+        """The samples at these indices, of every head."""
+        return Samples(*(mx.take(x, indices, axis=1) for x in self))
+
+
+class SampleStore:
+    """Samples of all heads, layer by layer, float32, in memory or in a mapped file.
+
+    count: of each head, so far. capacity: at most. not_finite: the heads that were given a NaN or an infinity.
+    """
+
+    def __init__(self, heads: int, capacity: int, head_dim: int, *, folder: Path | None):
+        self.count, self.capacity, self.not_finite = 0, capacity, set[int]()
+        wide, narrow = (heads, capacity, head_dim), (heads, capacity)
+        arrays = []
+        for name, shape in zip(Samples._fields, (wide, wide, wide, narrow, narrow), strict=True):
+            if folder is None:
+                arrays.append(np.empty(shape, np.float32))
+            else:
+                folder.mkdir(parents=True, exist_ok=True)
+                path = folder / f"{name}.npy"
+                arrays.append(np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape))
+        self._data = arrays
+
+    @property
+    def full(self) -> bool:
+        return self.count >= self.capacity
+
+    def clear(self) -> None:
+        """Forgets all samples."""
+        self.count = 0
+
+    def add(self, first_head: int, samples: Samples) -> None:
+        """Writes samples [K, n, ...] of one layer at the current end; call `advance` once all layers are in."""
+        self._note_not_finite(first_head, samples)
+        K, n = samples.queries.shape[0], min(samples.queries.shape[1], self.capacity - self.count)
+        for kept, new in zip(self._data, samples, strict=True):
+            kept[first_head : first_head + K, self.count : self.count + n] = np.array(new.astype(mx.float32))[:, :n]
+
+    def _note_not_finite(self, first_head: int, samples: Samples) -> None:
+        self.not_finite |= {first_head + k for k in not_finite(samples)}
+
+    def advance(self, count: int) -> None:
+        self.count = min(self.capacity, self.count + count)
+
+    def heads(self, indices: Sequence[int], samples: Indices | None = None) -> Samples:
+        """The samples of some heads as mx arrays. samples: the indices of those to take, in order (default: all)."""
+        few = samples is not None and 2 * len(samples) < self.count  # then nothing else is read
+        read: Any = samples if few else slice(self.count)
+        # Ordering on the device also moves the arrays there: made from numpy, they stay in host memory under CUDA.
+        order = mx.arange(len(samples) if few and samples is not None else self.count)
+        if samples is not None and not few:
+            order = mx.array(np.asarray(samples))
+        taken = []
+        for kept in self._data:
+            taken.append(mx.contiguous(mx.take(mx.array(np.stack([kept[i][read] for i in indices])), order, axis=1)))
+            mx.eval(taken[-1])  # one by one: each is there twice for a moment
+        return Samples(*taken)
+
+    @staticmethod
+    def nbytes(heads: int, count: int, head_dim: int) -> int:
+        return heads * count * 4 * (3 * head_dim + 2)
+
+
+class DeviceSampleStore(SampleStore):
+    """Samples of all heads where the model computes, so that none is copied there to be trained on, in the types in
+    which they were captured."""
+
+    def __init__(self, capacity: int):
+        self.count, self.capacity, self.not_finite = 0, capacity, set[int]()
+        self._layers = dict[int, list[Samples]]()  # by their first head, in the order of capture
+
+    def clear(self) -> None:
+        super().clear()
+        self._layers = {}
+
+    def add(self, first_head: int, samples: Samples) -> None:
+        self._note_not_finite(first_head, samples)
+        self._layers.setdefault(first_head, []).append(samples.some(slice(self.capacity - self.count)))
+
+    def heads(self, indices: Sequence[int], samples: Indices | None = None) -> Samples:
+        order = mx.arange(self.count) if samples is None else mx.array(np.asarray(samples))
+        taken = []
+        for field in range(len(Samples._fields)):
+            taken.append(mx.stack([mx.take(self._head(i, field), order, axis=0) for i in indices]))
+            mx.eval(taken[-1])
+        return Samples(*taken)
+
+    @staticmethod
+    def nbytes(heads: int, count: int, head_dim: int) -> int:
+        """Of a model of 16 bits."""
+        return heads * count * (2 * 3 * head_dim + 4 * 2)
+
+    def _head(self, index: int, field: int) -> mx.array:
+        first = max(head for head in self._layers if head <= index)
+        return mx.concatenate([layer[field][index - first] for layer in self._layers[first]])

@@ -1,0 +1,202 @@
+"""Self-study: questions about a text, and answers sampled with the full cache, for the queries that matter are those of
+real answers. Replaying the text alone gives three times the divergence (docs/log/sampling.md).
+"""
+
+import itertools
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Protocol
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ...core.exp import exp
+from ...core.types import Tokenizer
+from ...mlxlm import prompts
+from ...mlxlm.cache import NectarCache
+from ..prefill import Context
+from ..run import FitRun
+from . import instructions
+from .conversation import Conversation, answered_checks, count_samples
+
+CHECK_TEMPERATURE = 0.7
+_SHRINK = 8  # a batch is made smaller when one of so many conversations has ended
+_STEP = 64  # tokens that keys and values grow by: conversations are short
+_ENOUGH = 0.9  # of the samples asked for: not another batch for the last few
+_FEWEST_TOGETHER = 16  # conversations: with fewer, sampling is slow on any machine
+_CHECK_SEED = 1_000_003  # of the answers to the check questions, added to that of the fit
+
+
+class Prompts(Protocol):
+    """Makes conversations number first, first + 1, … about a text, their answers still to come."""
+
+    def __call__(
+        self, tokenizer: Tokenizer, text: Sequence[int], *, first: int, count: int, seed: int
+    ) -> list[Conversation]: ...
+
+
+def study(run: FitRun, context: Context) -> list[Conversation]:
+    """Samples conversations about a context until they give every head its samples, and those of the check."""
+    conversations, config = run.checkpoint.load_conversations(), run.config
+    wanted = run.n_samples(run.n_heads)
+    with run.progress("sampling answers", wanted) as done:
+        try:
+            while (samples := count_samples(conversations, group=run.group)) < _ENOUGH * wanted:
+                number = sum(c.split != "check" for c in conversations)
+                batch = training_conversations(
+                    run.tokenizer,
+                    context.prefix,
+                    first=number,
+                    count=side_by_side(run, missing=wanted - samples),
+                    seed=config.seed,
+                )
+                answer(
+                    run,
+                    context,
+                    batch,
+                    seed=config.seed + number,
+                    temperature=config.temperature,
+                    progress=batch_progress(run, batch, samples, wanted, done),
+                )
+                conversations += batch
+            if not answered_checks(conversations):
+                batch = check_conversations(
+                    run.tokenizer, context.prefix, first=0, count=config.checks, seed=config.seed
+                )
+                answer(run, context, batch, seed=config.seed + _CHECK_SEED, temperature=CHECK_TEMPERATURE)
+                conversations += batch
+        finally:
+            run.checkpoint.save_conversations(conversations)
+    return conversations
+
+
+def side_by_side(run: FitRun, *, missing: int) -> int:
+    """How many conversations are sampled together: as many as give the missing samples, and as the memory holds."""
+    config, g = run.config, run.geometry
+    fit = max(_FEWEST_TOGETHER, run.memory // 4 // g.cache_bytes(2 * config.answer_tokens))
+    needed = missing // (run.group * config.answer_tokens) + 1
+    return min(config.conversations, fit, max(_FEWEST_TOGETHER, needed))
+
+
+def batch_progress(
+    run: FitRun, batch: Sequence[Conversation], before: int, wanted: int, done: Callable[[int], None]
+) -> Callable[[int], None]:
+    """For `sample_answers`: tells `done` the samples so far. before: those of earlier batches."""
+    return lambda tokens: done(min(wanted, before + count_samples(batch, group=run.group, until=tokens)))
+
+
+def answer(
+    run: FitRun,
+    context: Context,
+    batch: Sequence[Conversation],
+    *,
+    seed: int,
+    temperature: float,
+    progress: Callable[[int], None] = lambda tokens: None,
+) -> None:
+    """Samples the answers of a batch, as long as the run's configuration says."""
+    sample_answers(
+        run.model,
+        context,
+        sorted(batch, key=lambda c: len(c.prompt)),
+        stop=set(run.tokenizer.eos_token_ids),
+        max_tokens=run.config.answer_tokens,
+        temperature=temperature,
+        key=mx.random.key(seed),
+        progress=progress,
+    )
+
+
+def training_conversations(
+    tokenizer: Tokenizer, text: Sequence[int], *, first: int, count: int, seed: int
+) -> list[Conversation]:
+    """Conversations number first, first + 1, … about a text, their answers still to come; one in ten is held out,
+    whatever the batches: were it one of each batch, a batch of one would give no samples.
+    """
+    questions = instructions.training(partial(instructions.passage, tokenizer, text), seed=seed + first)
+    prompted = [prompts.prompt(tokenizer, question) for question in itertools.islice(questions, count)]
+    return [Conversation(p, split="train" if number % 10 else "held_out") for number, p in enumerate(prompted, first)]
+
+
+def check_conversations(
+    tokenizer: Tokenizer, text: Sequence[int], *, first: int, count: int, seed: int
+) -> list[Conversation]:
+    """Conversations about a text by which a finished file is checked, their answers still to come. first: as above."""
+    questions = instructions.checking(partial(instructions.passage, tokenizer, text), seed=seed + first)
+    return [Conversation(prompts.prompt(tokenizer, q), split="check") for q in itertools.islice(questions, count)]
+
+
+class StepCache(NectarCache):
+    """Of several sequences that advance in step; some may end before the others."""
+
+    def __init__(self, *rest: Any):
+        super().__init__(*rest)
+        self.live.step = _STEP
+
+    def filter(self, kept: mx.array) -> None:
+        live: Any = self.live
+        live.keys, live.values = live.keys[kept], live.values[kept]
+
+
+def sample_answers(
+    model: nn.Module,
+    context: Context,
+    batch: Sequence[Conversation],
+    *,
+    stop: set[int],
+    max_tokens: int,
+    temperature: float,
+    key: mx.array,
+    progress: Callable[[int], None] = lambda tokens: None,
+) -> None:
+    """Samples the answers of a batch with the full cache, all conversations in step; the shortest prompt comes first.
+    progress is told how many tokens of each there are.
+
+    Every conversation starts at the same position: the longer prompts are still being read while the shorter ones are
+    answered, so none is padded and positions are exact.
+    """
+    caches = context.make_cache(StepCache)
+    going = list(batch)
+    shortest = min(len(c.prompt) for c in going)
+    tokens = mx.array([c.prompt[:shortest] for c in going])
+    at = tokens.shape[1]
+    if at > 1:  # the logits of these tokens are not needed, so the vocabulary-wide product is never computed
+        model(tokens[:, :-1], cache=caches)
+        mx.eval([c.state for c in caches])
+        tokens = tokens[:, -1:]
+    while True:
+        logits = model(tokens, cache=caches)[:, -1]
+        key, now = mx.random.split(key)
+        drawn: Any = sample(logits, temperature=temperature, key=now).tolist()
+        ended = [_extend(c, token, at, stop, max_tokens) for c, token in zip(going, drawn, strict=True)]
+        progress(at)
+        if all(ended):
+            return
+        if sum(ended) * _SHRINK >= len(ended):  # those are fed zeros until it is worth dropping them
+            kept = [i for i, end in enumerate(ended) if not end]
+            going, ended = [going[i] for i in kept], [False] * len(kept)
+            for cache in caches:
+                cache.filter(mx.array(kept))
+        tokens = mx.array([[0 if end else (c.prompt + c.answer)[at]] for c, end in zip(going, ended, strict=True)])
+        at += 1
+
+
+def sample(logits: mx.array, *, temperature: float, key: mx.array) -> mx.array:
+    """Tokens [B] drawn from softmax(logits / temperature), logits [B, V], by inverting the distribution function.
+
+    (`mx.random.categorical` takes two logarithms an entry, a third of a decode step on a Linux CPU.)
+    """
+    logits = logits.astype(mx.float32)
+    cumulative = mx.cumsum(exp((logits - logits.max(-1, keepdims=True)) / temperature), axis=-1)
+    point = mx.random.uniform(shape=(logits.shape[0], 1), key=key) * cumulative[:, -1:]
+    return (cumulative > point).argmax(-1)
+
+
+def _extend(conversation: Conversation, token: int, at: int, stop: set[int], max_tokens: int) -> bool:
+    """Adds the sampled token if the prompt is read; True if the answer has ended (a stop token is not fed)."""
+    answer = conversation.answer
+    ended = bool(answer) and (answer[-1] in stop or len(answer) >= max_tokens)
+    if ended or at < len(conversation.prompt):
+        return ended
+    answer.append(token)
+    return token in stop or len(answer) >= max_tokens

@@ -1,0 +1,109 @@
+"""What each head gets: its size, from the errors of short fits, and for all of them the budget, where none is given."""
+
+from collections.abc import Callable, Sequence
+
+import mlx.core as mx
+import numpy as np
+
+from ..core.device import device
+from ..core.types import JsonObject
+from ..heads import HeadArrays, Size
+from ..store import MEAN_BITS
+from . import auto_budget, finite, fisher
+from .budget import head_sizes, size_for
+from .check import check
+from .checkpoint import Plan
+from .kinds import KindFit
+from .train import groups, regress, rounded, rounding_steps
+
+_TRIAL_SAMPLES = 1 << 15  # of a short fit, at most
+_MOST_BITS, _OVERHEAD_BITS = 11.0, 0.5  # of a number; the second for biases, exponents and what training adds
+
+Affordable = Callable[[float], float]
+
+
+def plan_sizes(kind: KindFit, affordable: Affordable, share: float | None) -> Plan:
+    """Every head's size, from the errors of a short uniform fit.
+
+    affordable: a share of the KV cache -> the bytes that it leaves for heads. share: None to choose the smallest that
+    is expected to do (`auto_budget`); kinds whose short fits do not tell it get the first candidate.
+    """
+    result = kind.run.checkpoint.load_plan()
+    if result is None:
+        result = _plan(kind, affordable, share)
+        kind.run.checkpoint.save_plan(result)
+    return result
+
+
+def _plan(kind: KindFit, affordable: Affordable, share: float | None) -> Plan:
+    layout = kind.run.layout
+    if not layout.bank.trainable:
+        return Plan([layout.bank.size_for(0)] * kind.n_heads, share or auto_budget.FIRST)
+    errors, exponent = trial_errors(kind, affordable(share or auto_budget.FIRST)), None
+
+    def sizes_and_bits(share: float) -> tuple[list[Size], float]:
+        nbytes = affordable(share)
+        sizes = head_sizes(errors, nbytes, share=share, layout=layout, config=kind.run.config, n=kind.length)
+        return sizes, mean_bits(kind, sizes, nbytes)
+
+    if share is None:
+        share = auto_budget.FIRST
+        if layout.bits is None:
+            choice = auto_budget.choose(lambda share: short_fit(kind, *sizes_and_bits(share)))
+            share, exponent = choice.share, choice.exponent
+    sizes, bits = sizes_and_bits(share)
+    return Plan(sizes, share, exponent, bits)
+
+
+def trial_errors(kind: KindFit, nbytes: float) -> np.ndarray:
+    """Every head's error [n_heads], in nats, after a short fit in which all heads have the same size."""
+    run = kind.run
+    size = size_for(run.layout, nbytes / kind.n_heads, most=kind.length)
+    errors = np.zeros(kind.n_heads)
+    trials = kind.groups([size] * kind.n_heads)
+    probes = [c for c in kind.data.conversations if c.answer and c.split == "train"][: fisher.N_PROBE]
+    with run.progress("measuring sensitivity", len(probes)) as done:
+        information = fisher.fisher(run.model, kind.data.context, probes, geometry=run.geometry, progress=done)
+        finite.check_heads("measuring sensitivity", finite.not_finite([information]), run.geometry)
+        metric = fisher.metric(information)
+    with run.progress("deciding sizes", len(trials)) as done:
+        for number, group in enumerate(trials):
+            samples = kind.training_samples(group, _TRIAL_SAMPLES)
+            init = kind.initialize(group, [size] * len(group), samples)
+            bank = regress(kind, init, samples, steps=run.config.trial_steps)
+            errors[group] = kind.judge(bank, samples, metric[mx.array(group)])
+            done(number + 1)
+    return errors
+
+
+def short_fit(kind: KindFit, sizes: Sequence[Size], bits: float) -> JsonObject:
+    """The check's figures for heads of these sizes, trained for a short time and not rounded.
+
+    Heads with room for every key are rounded, to so many bits a number: nothing else separates them from the full
+    cache.
+    """
+    run, heads = kind.run, dict[int, HeadArrays]()
+    K, steps = run.geometry.n_kv_heads, device().trial_steps
+    with run.progress("choosing a budget", kind.n_heads) as done:
+        for group, whole in groups(kind, sizes):
+            samples = kind.training_samples(group, _TRIAL_SAMPLES)
+            init = kind.initialize(group, [sizes[i] for i in group], samples)
+            if whole:
+                bank = rounded(kind, init.bank, samples, bits=bits, steps=rounding_steps(steps, bits, train=False))
+            else:
+                bank = regress(kind, init, samples, steps=steps)
+            heads |= dict(zip(group, bank.unstack(), strict=True))
+            done(len(heads))
+    banks = [
+        run.layout.bank.stack([heads[layer * K + k] for k in range(K)], scale=run.geometry.scale, offset=offset)
+        for layer, offset in enumerate(kind.data.context.offsets)
+    ]
+    return check(run, kind.data, banks, questions=device().trial_checks)
+
+
+def mean_bits(kind: KindFit, sizes: Sequence[Size], nbytes: float) -> float:
+    """How many bits a number of a node gets: more, where every head keeps all keys and bytes are left."""
+    if kind.run.layout.bits is not None or not all(kind.keeps_every_key(size) for size in sizes):
+        return MEAN_BITS
+    numbers = 2 * kind.run.geometry.head_dim * kind.length * kind.n_heads
+    return max(MEAN_BITS, min(_MOST_BITS, 8 * nbytes / numbers - _OVERHEAD_BITS))

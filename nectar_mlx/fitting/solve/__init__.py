@@ -1,0 +1,1 @@
+"""How heads are solved for: initialization, regression, quantization-aware rounding."""

@@ -1,0 +1,140 @@
+"""Attention Matching in closed form (arXiv 2602.16284): the context's own keys, reweighted, with values solved for.
+
+Per head: keep the m keys with the largest root-mean-square attention over the queries; biases by non-negative least
+squares, so that the kept keys carry the context's whole mass; values by least squares, so that they give its output.
+A baseline, and the start of every quadrature.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import mlx.core as mx
+import numpy as np
+
+from ...core.device import device
+from ...core.exp import exp, sigmoid
+from ...heads import Bank, HeadArrays
+from ..samples.sample_store import Samples
+
+_RIDGE = 1e-2  # relative to the mean diagonal: a head of many nodes would fit its samples and nothing else
+_NNLS_STEPS = 300
+
+
+def attention_weights(samples: Samples, keys: mx.array, *, scale: float, bias: mx.array | None = None) -> mx.array:
+    """The exact softmax weights of samples [M, N, D] on keys [M, S, D] -> [M, N, S], float32. bias [M, S]: of scores.
+
+    A score never exceeds its log-normaliser; where the two were computed in different ways it may by a rounding error,
+    which would be a factor.
+    """
+    scores = scale * (samples.queries.astype(mx.float32) @ keys.astype(mx.float32).swapaxes(1, 2))
+    if bias is not None:
+        scores = scores + bias[:, None]
+    return exp(mx.minimum(scores - samples.log_normalizer[..., None], 0.0))
+
+
+def importance(samples: Samples, keys: mx.array, *, scale: float, bias: mx.array | None = None) -> mx.array:
+    """Root-mean-square attention that each key of [M, n, D] receives -> [M, n]. bias [M, n]: as above."""
+    total = mx.zeros(keys.shape[:2])
+    for part in _parts(samples, total.size):
+        total = total + mx.square(attention_weights(part, keys, scale=scale, bias=bias)).sum(1)
+        mx.eval(total)
+    return mx.sqrt(total / samples.queries.shape[1])
+
+
+def costs(samples: Samples, bank: Bank) -> HeadArrays:
+    """What an error of 1 in one number of a node's key or value adds to the squared error of a bank's merged output, on
+    average over the samples: {"keys", "values"} [M, m]. A value's counts by the square of its share of the output, a
+    key's also by its value's distance from the output, and by the queries' mean square about their mean: what errs
+    alike for all queries is the bias's."""
+    p = bank.parameters
+    queries, values = samples.queries.astype(mx.float32), p["values"].astype(mx.float32)
+    square = mx.square(queries - queries.mean(1, keepdims=True)).mean((1, 2)) * bank.scale**2
+    total = {n: mx.zeros(p["bias"].shape) for n in ("keys", "values")}
+    for part in _parts(samples, p["bias"].size):
+        answer = bank(part.queries)
+        own = part._replace(log_normalizer=answer.log_normalizer)
+        weights = attention_weights(own, p["keys"], scale=bank.scale, bias=p["bias"])
+        gate = sigmoid(answer.log_normalizer - part.live_log_normalizer)[..., None]
+        share, merged = mx.square(gate * weights), gate * answer.output + (1 - gate) * part.live_output
+        far = mx.square(merged).sum(-1, keepdims=True) - 2 * merged @ values.swapaxes(1, 2)
+        far = far + mx.square(values).sum(-1)[:, None]
+        total["values"] = total["values"] + share.sum(1)
+        total["keys"] = total["keys"] + (share * mx.maximum(far, 0)).sum(1)
+        mx.eval(total)
+    count = samples.queries.shape[1]
+    return {"keys": total["keys"] * square[:, None] / count, "values": total["values"] / count}
+
+
+def _parts(samples: Samples, scores: int) -> Iterator[Samples]:
+    """Samples, so many at a time that there is room for the scores; scores: of one row of all heads."""
+    step = max(1, device().max_scores // scores)
+    for start in range(0, samples.queries.shape[1], step):
+        yield Samples(*(x[:, start : start + step] for x in samples))
+
+
+def most_important(weights: mx.array, count: int) -> mx.array:
+    """Indices of the `count` largest of weights [n], in the order of the text."""
+    return mx.sort(mx.argpartition(-weights, count - 1)[:count])
+
+
+def match(samples: Samples, keys: Sequence[mx.array], values: Sequence[mx.array], *, scale: float) -> list[HeadArrays]:
+    """Nodes of M heads from chosen keys of each.
+
+    samples: queries and outputs [M, N, D]; keys and values: M arrays [m_i, D], the chosen ones -> M quadrature heads.
+    """
+    count = max(k.shape[0] for k in keys)
+    padded = mx.stack([mx.pad(k.astype(mx.float32), [(0, count - k.shape[0]), (0, 0)]) for k in keys])
+    alive = mx.stack([mx.arange(count) < k.shape[0] for k in keys])
+    gram, ones, right = (mx.zeros((*alive.shape, width)) for width in (count, 1, values[0].shape[1]))
+    for part in _parts(samples, alive.size):
+        weights = attention_weights(part, padded, scale=scale) * alive[:, None]
+        gram, ones = mx.addmm(gram, weights.swapaxes(1, 2), weights), ones + weights.sum(1)[..., None]
+        mx.eval(gram, ones)
+    mass = nonnegative_least_squares(gram, ones)
+    gram = mx.zeros_like(gram)
+    for part in _parts(samples, alive.size):
+        shares = attention_weights(part, padded, scale=scale) * (alive * mass)[:, None]
+        shares = shares / mx.maximum(shares.sum(-1, keepdims=True), 1e-20)
+        by_node = shares.swapaxes(1, 2)
+        gram, right = (mx.addmm(x, by_node, y) for x, y in ((gram, shares), (right, part.output.astype(mx.float32))))
+        mx.eval(gram, right)
+    heads = []
+    for i, (k, v) in enumerate(zip(keys, values, strict=True)):
+        m = k.shape[0]
+        fitted = _ridge(np.array(gram[i, :m, :m]), np.array(right[i, :m]), towards=np.array(v.astype(mx.float32)))
+        heads.append({"keys": padded[i, :m], "values": mx.array(fitted), "bias": mx.log(mass[i, :m])})
+    return heads
+
+
+def nonnegative_least_squares(gram: mx.array, ones: mx.array) -> mx.array:
+    """argmin over w >= 0 of |weights · w - 1|², by accelerated projected gradient, from weights' Gram [M, m, m] and
+    column sums [M, m, 1] -> [M, m], kept above 1e-4.
+    """
+    step = 1 / _largest_eigenvalue(gram)
+    w = y = mx.ones_like(ones)
+    t = 1.0
+    for i in range(_NNLS_STEPS):
+        following = mx.maximum(y - step * (gram @ y - ones), 0)
+        t_following = (1 + (1 + 4 * t * t) ** 0.5) / 2
+        y, w, t = following + (t - 1) / t_following * (following - w), following, t_following
+        if i % 50 == 0:
+            mx.eval(w, y)
+    return mx.maximum(w[..., 0], 1e-4)
+
+
+def _largest_eigenvalue(gram: mx.array) -> mx.array:
+    """An upper estimate by power iteration, [M, m, m] -> [M, 1, 1]; no entry is negative, so the start is near."""
+    v = mx.ones((*gram.shape[:2], 1))
+    for _ in range(20):
+        v = gram @ v
+        v = v / mx.linalg.norm(v, axis=1, keepdims=True)
+    return 1.05 * mx.linalg.norm(gram @ v, axis=1, keepdims=True)
+
+
+def _ridge(gram: np.ndarray, right: np.ndarray, *, towards: np.ndarray) -> np.ndarray:
+    """The V that minimises |shares · V - outputs|² + ridge · |V - towards|², from shares' Gram [m, m] and right side
+    [m, D].
+    """
+    left, right = gram.astype(np.float64), right.astype(np.float64)
+    ridge = _RIDGE * np.diag(left).mean()
+    left[np.diag_indices_from(left)] += ridge
+    return np.linalg.solve(left, right + ridge * towards).astype(np.float32)

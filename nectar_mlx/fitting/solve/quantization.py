@@ -1,0 +1,126 @@
+"""Quantization-aware rounding: nodes come onto the grids that they will be stored on, an eighth at a time, while the
+others are trained to make up.
+
+How finely a node must be kept follows from what its errors cost: those of a value count by the square of the node's
+weight, those of a key also by how far the value lies from the answer. Each row of a head gets the step that makes all
+rows cost the same (reverse water-filling), so that most nodes take three to five bits a number, some one and a few more
+than eight; the head as a whole takes the bits it was given.
+
+Rounding all at once would still cost much: an eighth of the columns of all keys (a node's other columns make up for
+them) and of the nodes' values (other nodes do) is rounded, the rest trained for a while, then the next eighth: what
+queries and answers notice most comes first, as in incremental network quantisation (arXiv 1702.03044).
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+
+from ...core import rans
+from ...core.types import FloatArray, IntArray
+from ...heads import Bank, HeadArrays
+from ...store import MEAN_BITS
+from ...store.grids import column_scales, log2_scales
+from ..samples.sample_store import Samples
+from . import attention_matching, regression
+from .initial import Init
+
+PARTS = 8
+_SHARE = 0.4  # of a regression's steps that rounding takes on top of them
+_N_PROBE = 2048  # samples by which costs are measured
+_FLOOR = 1e-4  # of the mean cost: a node that these samples hardly notice may matter to others
+_LARGEST = 1024  # integer in a row, to begin with: `store` finds rows with four times as much
+_MATRICES = ("keys", "values")
+
+
+def round_nodes(bank: Bank, samples: Samples, *, steps: int, batch: int, rate: float, bits: float = MEAN_BITS) -> Bank:
+    """A bank of nodes that `store` keeps as they are, in about so many bits a number.
+
+    samples: as for `regression.train`; steps, batch, rate: of the regression before. With no steps nothing is trained.
+    """
+    plan, part_steps = RoundingPlan.of(bank, samples, bits=bits), math.ceil(_SHARE * steps / PARTS)
+    for part in range(PARTS):
+        bank = regression.train(
+            Init.of_nodes(bank, samples),
+            samples,
+            steps=part_steps,
+            batch=batch,
+            rate=rate,
+            first=part * part_steps,
+            held=plan.held(bank.parameters, part),
+        )
+    return bank
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundingPlan:
+    """steps: of the rows' grids, keys and values [M, m, 1]. part: in which part each entry is rounded, 0 … PARTS - 1,
+    keys [M, 1, D] and values [M, m, 1].
+    """
+
+    steps: HeadArrays
+    part: HeadArrays
+
+    @classmethod
+    def of(cls, bank: Bank, samples: Samples, *, bits: float) -> "RoundingPlan":
+        probe = samples.some(slice(_N_PROBE))
+        queries, counts = probe.queries.astype(mx.float32), [count for (count,) in bank.sizes]
+        costs = attention_matching.costs(probe, bank)
+        return cls(
+            steps=row_steps(bank, costs, bits=bits),
+            part={
+                "keys": _parts(mx.square(queries).mean(1), [bank.head_dim] * len(counts))[:, None],
+                "values": _parts(costs["values"], counts)[..., None],
+            },
+        )
+
+    def held(self, parameters: HeadArrays, part: int) -> regression.Held:
+        """What is rounded up to this part, at its nearest values."""
+        nearest = {n: mx.round(parameters[n] / step) * step for n, step in self.steps.items()}
+        held = regression.Held(where={n: at <= part for n, at in self.part.items()}, values=nearest)
+        mx.eval(held)
+        return held
+
+
+def _parts(effect: mx.array, counts: Sequence[int]) -> mx.array:
+    """[M, n] -> which of PARTS equal parts each of a head's first entries belongs to, those of the largest effect
+    first; counts: how many they are, the rest is padding.
+    """
+    rank = mx.argsort(mx.argsort(-effect, axis=1), axis=1)
+    return mx.minimum(rank * PARTS // mx.array(list(counts))[:, None], PARTS - 1)
+
+
+def row_steps(bank: Bank, costs: HeadArrays, *, bits: float) -> HeadArrays:
+    """The step of every row; costs [M, m]: of an error of 1 in one number of it, squared."""
+    most = max(count for (count,) in bank.sizes)
+    steps = {n: np.ones((len(bank.sizes), most, 1), np.float32) for n in _MATRICES}
+    row_costs = {n: np.array(costs[n]) for n in _MATRICES}
+    for m, head in enumerate(bank.unstack()):
+        values = [np.array(head[n].astype(mx.float32)) for n in _MATRICES]
+        head_costs = [row_costs[n][m, : len(values[0])] for n in _MATRICES]
+        floored = [np.maximum(x, _FLOOR * x.mean() + 1e-30) for x in head_costs]
+        for name, exponents in zip(_MATRICES, _exponents(values, floored, bits=bits), strict=True):
+            steps[name][m, : len(exponents), 0] = np.exp2(exponents / 2)
+    return {n: mx.array(x) for n, x in steps.items()}
+
+
+def _exponents(values: Sequence[FloatArray], costs: Sequence[FloatArray], *, bits: float) -> list[IntArray]:
+    """Of matrices [rows, D] with the costs of their rows: the rows' steps, twice their binary logarithms, for which the
+    numbers take so many bits on average."""
+    sizes = [column_scales(x) for x in values]
+    finest = [np.ceil(2 * np.log2(np.abs(x).max(1) / _LARGEST + 1e-12)) for x in values]
+    wanted, low, high = bits * sum(x.size for x in values), -120.0, 120.0
+    for _ in range(40):  # bisection: coarser grids take fewer bits
+        level = (low + high) / 2
+        exponents = [
+            np.maximum(np.rint(level - np.log2(cost)), least).astype(int)
+            for cost, least in zip(costs, finest, strict=True)
+        ]
+        taken = 0.0
+        for size, exponent in zip(sizes, exponents, strict=True):
+            known, row = np.unique(exponent, return_inverse=True)
+            taken += rans.cost(log2_scales(size, known)).sum(1)[row].sum()
+        low, high = (level, high) if taken > wanted else (low, level)
+    return exponents

@@ -1,0 +1,111 @@
+"""Training heads: groups of them side by side, rounded as they will be stored."""
+
+from collections.abc import Iterator, Sequence
+from copy import copy
+
+import mlx.core as mx
+import numpy as np
+
+from ..heads import Bank, HeadArrays, Size
+from ..store import MEAN_BITS
+from . import finite
+from .kinds import KindFit
+from .samples.sample_store import Samples
+from .solve import quantization, regression
+from .solve.initial import Init
+
+
+def train_heads(kind: KindFit, sizes: Sequence[Size], *, bits: float = MEAN_BITS) -> list[HeadArrays]:
+    """All heads, trained at their own sizes. bits: of a number of a node, on average, where nodes are rounded row by
+    row."""
+    heads, n_heads = kind.run.checkpoint.load_heads(), kind.n_heads
+    if not kind.run.layout.bank.trainable:
+        samples = kind.data.held_out.heads(range(n_heads))
+        return kind.initialize(range(n_heads), sizes, samples).bank.unstack()
+    with kind.run.progress("fitting heads", n_heads) as done:
+        for group, whole in groups(kind, sizes):
+            left = [i for i in group if i not in heads]
+            if left:
+                fitted = _train_group(kind, left, [sizes[i] for i in left], train=not whole, bits=bits)
+                kind.run.checkpoint.save_heads(fitted)
+                heads |= fitted
+            done(len(heads))
+    return [kind.finish(i, heads[i]) for i in range(n_heads)]
+
+
+def groups(kind: KindFit, sizes: Sequence[Size]) -> Iterator[tuple[list[int], bool]]:
+    """Heads that are fitted together, and whether they have room for every key, so that nothing is trained."""
+    for group in kind.groups(sizes):
+        whole = [i for i in group if kind.keeps_every_key(sizes[i])]
+        others = [i for i in group if not kind.keeps_every_key(sizes[i])]
+        for members, keeps in ((whole, True), (others, False)):
+            if members:
+                yield sorted(members), keeps
+
+
+def regress(kind: KindFit, init: Init, samples: Samples, *, steps: int) -> Bank:
+    """A bank trained from its start for so many steps."""
+    config = kind.run.config
+    rate = config.rate or kind.run.layout.bank.learning_rate
+    return regression.train(init, samples, steps=steps, batch=kind.batch(), rate=rate)
+
+
+def rounded(kind: KindFit, bank: Bank, samples: Samples, *, bits: float, steps: int) -> Bank:
+    """The bank rounded as it will be stored, where that is done in the course of training. steps: of the regression,
+    to which those of rounding are proportional."""
+    if kind.run.layout.bits is not None:
+        return bank
+    config = kind.run.config
+    rate = config.rate or kind.run.layout.bank.learning_rate
+    return quantization.round_nodes(bank, samples, bits=bits, steps=steps, batch=config.batch, rate=rate)
+
+
+def rounding_steps(steps: int, bits: float, *, train: bool) -> int:
+    """The `steps` of `rounded`, where a regression takes so many. train: whether the heads were trained at all: keys
+    that were not are better left as they are, in more bits than usual."""
+    return steps if train or bits == MEAN_BITS else 0
+
+
+def merged_errors(kind: KindFit, banks: Sequence[Bank]) -> list[float]:
+    """Merged error of every head on the held-out samples; banks: one a layer."""
+    K, errors = kind.run.geometry.n_kv_heads, np.zeros(kind.n_heads)
+    for layer, bank in enumerate(banks):
+        heads = range(layer * K, layer * K + K)
+        errors[heads] = np.array(regression.errors(bank, kind.data.held_out.heads(heads)))
+    return [float(f"{x:.3g}") for x in errors]
+
+
+def _train_group(
+    kind: KindFit, group: Sequence[int], sizes: Sequence[Size], *, train: bool, bits: float
+) -> dict[int, HeadArrays]:
+    """Some heads, trained and rounded; those whose error on held-out samples grew in that are as they started."""
+    geometry, samples = kind.run.geometry, kind.training_samples(group)
+    init = kind.initialize(group, sizes, samples)
+    first = copy(init.bank)
+    first.parameters = init.to_bank(init.parameters)
+    finite.check_heads("initialization", [group[m] for m in finite.not_finite(first.parameters.values())], geometry)
+    steps = kind.run.config.steps if train else 0
+    trained = regress(kind, init, samples, steps=steps) if steps else first
+    bank = rounded(kind, trained, samples, bits=bits, steps=rounding_steps(kind.run.config.steps, bits, train=train))
+    heads = bank.unstack()
+    if kind.data.held_out.count:
+        heads = _better(kind, group, first, bank, samples, bits=bits)
+    broken = [
+        i for i, head in zip(group, heads, strict=True) if not all(mx.isfinite(x).all().item() for x in head.values())
+    ]
+    finite.check_heads("training", broken, geometry)
+    return dict(zip(group, heads, strict=True))
+
+
+def _better(
+    kind: KindFit, group: Sequence[int], first: Bank, trained: Bank, samples: Samples, *, bits: float
+) -> list[HeadArrays]:
+    """Of each head the trained one, or the first, rounded, where that errs less on held-out samples."""
+    held_out = kind.held_out_samples(group)
+    before, after = (np.array(regression.errors(bank, held_out)) for bank in (first, trained))
+    worse, heads = ~(after <= before), trained.unstack()
+    if not worse.any():
+        return heads
+    plain = rounded(kind, first, samples, bits=bits, steps=0)
+    better = worse & ~(np.array(regression.errors(plain, held_out)) >= after)
+    return [p if b else h for p, b, h in zip(plain.unstack(), better, heads, strict=True)]

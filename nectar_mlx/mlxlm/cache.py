@@ -1,0 +1,292 @@
+"""mlx-lm's cache protocol over a fitted context: head functions for the context, an ordinary KV cache for live tokens.
+
+`offset` counts the context too (it is the position of the next token); masks, sizes and bytes are those of the live
+tokens alone. There is deliberately no `bits` and no `to_quantized`: mlx-lm would replace it and lose the context.
+"""
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, Self
+
+import mlx.core as mx
+from mlx_lm.models.cache import BatchKVCache, KVCache, QuantizedKVCache, RotatingKVCache, _BaseCache
+
+from ..core import attention
+from ..core.types import LayerCache
+from ..errors import NectarError
+from ..heads import Bank
+from ..kernels import DecodeKernel
+
+
+class _Whole:
+    """A cache that hands out its whole buffers: the kernel needs no slices, and they take as long to make as its
+    call."""
+
+    def keys_and_values(self: Any) -> tuple[mx.array, mx.array]:
+        return self.keys, self.values
+
+
+class WholeCache(_Whole, KVCache):
+    pass
+
+
+class WholeBatch(_Whole, BatchKVCache):
+    pass
+
+
+class LiveCache(LayerCache, Protocol):
+    """What a `NectarCache` uses of mlx-lm's KVCache, QuantizedKVCache and BatchKVCache."""
+
+    step: int  # positions that are allocated at a time
+
+    @property
+    def offset(self) -> Any: ...
+
+    @property
+    def nbytes(self) -> int: ...
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> Any: ...
+
+    def make_mask(self, *args: Any, **kwargs: Any) -> Any: ...
+
+    def empty(self) -> bool: ...
+
+
+class NectarCache(_BaseCache):
+    """The cache of one layer. `bank` answers for `context` tokens, `live` holds the keys and values that follow.
+
+    live: mlx-lm's KVCache (default), QuantizedKVCache, or BatchKVCache inside `BatchNectarCache`. kernel: the
+    bank's decode kernel, where there is one; keys and values then come in whole buffers.
+    """
+
+    def __init__(self, bank: Bank, context: int, live: LiveCache | None = None, kernel: DecodeKernel | None = None):
+        self.bank, self.context, self.kernel = bank, context, kernel
+        fresh = KVCache if kernel is None else WholeCache
+        self.live: LiveCache = fresh() if live is None else live  # type: ignore[no-untyped-call]
+
+    @property
+    def offset(self) -> Any:
+        return self.context + self.live.offset
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        if not isinstance(self.live, QuantizedKVCache):
+            return self.live.update_and_fetch(keys, values)  # type: ignore[no-any-return]
+        # What all keys have in common would take the few bits that tell them apart.
+        offset = mx.array(0.0) if self.bank.offset is None else self.bank.offset[:, None]
+        relative = (keys - offset).astype(keys.dtype)
+        stored_keys, stored_values = self.live.update_and_fetch(relative, values)
+        absolute = (_dequantized(self.live, stored_keys) + offset).astype(keys.dtype)
+        return absolute, _dequantized(self.live, stored_values)
+
+    def attend(
+        self,
+        queries: mx.array,
+        keys: mx.array,
+        values: mx.array,
+        *,
+        scale: float,
+        mask: mx.array | str | None,
+        sinks: mx.array | None = None,
+    ) -> mx.array:
+        """Attention of queries [B, H, T, D] over the context and the live keys and values [B, K, S, D] -> [B, H, T, D].
+
+        sinks [H]: per head, the score of one more token whose value is zero (gpt-oss).
+        """
+        n = self.size() if isinstance(self.live, _Whole) else keys.shape[2]
+        if self.kernel is not None and sinks is None:
+            out = self.kernel.attend(queries, keys, values, live=n, left_padding=self.left_padding)
+            if out is not None:
+                return out
+        if n < keys.shape[2]:
+            keys, values = keys[..., :n, :], values[..., :n, :]
+        live = self.over_live(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
+        merged = attention.merge(self.over_context(queries), live)
+        self.observe(merged.log_normalizer)
+        return merged.output.astype(queries.dtype)
+
+    @property
+    def left_padding(self) -> mx.array | None:
+        """Of a batch [B]: each sequence's first live position with a token; beside it every mask is causal."""
+        return None
+
+    def over_live(
+        self,
+        queries: mx.array,
+        keys: mx.array,
+        values: mx.array,
+        *,
+        scale: float,
+        mask: mx.array | str | None,
+        sinks: mx.array | None = None,
+    ) -> attention.Partial:
+        """The live tokens' share, relative to the bank's offset as the context's is; arguments as for `attend`."""
+        offset = self.bank.offset
+        live = attention.causal(queries, keys, values, scale=scale, mask=mask, offset=offset)
+        if sinks is None:
+            return live
+        return with_sinks(live, sinks, 0.0 if offset is None else attention.common_score(queries, offset, scale=scale))
+
+    def over_context(self, queries: mx.array) -> attention.Partial:
+        """The context's share, [B, H, T, D] -> Partial of [B, H, T, ...]."""
+        return self.bank.over(queries)
+
+    def observe(self, log_normalizer: mx.array) -> None:
+        """Called after every call of `attend` with the whole attention's log-normaliser [B, H, T]."""
+
+    def make_mask(self, *args: Any, **kwargs: Any) -> Any:
+        return self.live.make_mask(*args, **kwargs)
+
+    @property
+    def state(self) -> object:
+        return self.live.state
+
+    @state.setter
+    def state(self, v: object) -> None:
+        self.live.state = v
+
+    @property
+    def nbytes(self) -> int:
+        return 0 if self.live.empty() else int(self.live.nbytes)
+
+    def size(self) -> int:
+        return int(self.live.offset)
+
+    def empty(self) -> bool:
+        return bool(self.live.empty())
+
+    def is_trimmable(self) -> bool:
+        return bool(self.live.is_trimmable())
+
+    def trim(self, n: int) -> int:
+        """Drops the last n live tokens, at most all of them: never a token of the context."""
+        return int(self.live.trim(n))
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Self:
+        return type(self)(self.bank, self.context, copy.deepcopy(self.live, memo), self.kernel)
+
+    @classmethod
+    def merge(cls, caches: Sequence["NectarCache"]) -> "BatchNectarCache":
+        """One batch cache from single sequences behind the same context; NectarError if they cannot share one."""
+        first = caches[0]
+        for cache in caches:
+            _check_same_context(first, cache)
+            if isinstance(cache.live, QuantizedKVCache):
+                raise NectarError("sequences with a quantised cache cannot share a batch: run them one at a time")
+        live = (BatchKVCache if first.kernel is None else WholeBatch).merge([c.live for c in caches])
+        return BatchNectarCache(first.bank, first.context, live, first.kernel)
+
+
+class BatchNectarCache(NectarCache):
+    """Several sequences behind one context, left-padded as in mlx-lm's BatchKVCache; `offset` is an array [B]."""
+
+    live: BatchKVCache
+
+    @property
+    def left_padding(self) -> mx.array:
+        return self.live.left_padding
+
+    def size(self) -> int:
+        return int(self.live.size())
+
+    def prepare(self, **kwargs: object) -> None:
+        self.live.prepare(**kwargs)
+
+    def finalize(self) -> None:
+        self.live.finalize()
+
+    def filter(self, batch_indices: mx.array) -> None:
+        self.live.filter(batch_indices)
+
+    def extend(self, other: "BatchNectarCache") -> None:
+        _check_same_context(self, other)
+        self.live.extend(other.live)
+
+    def extract(self, idx: int) -> NectarCache:
+        return NectarCache(self.bank, self.context, self.live.extract(idx), self.kernel)
+
+
+class WindowCache(RotatingKVCache):
+    """A sliding-window layer's own cache, filled as if it had read the context: exact, and shared until written."""
+
+    keys: Any
+    values: Any
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        if self.keys is not None and self.keys.shape[0] < keys.shape[0]:
+            self.keys = mx.repeat(self.keys, keys.shape[0], axis=0)
+            self.values = mx.repeat(self.values, keys.shape[0], axis=0)
+        return super().update_and_fetch(keys, values)  # type: ignore[no-untyped-call, no-any-return]
+
+    @property
+    def to_quantized(self) -> Any:
+        """Absent: a ring cannot be quantised, and mlx-lm's --kv-bits leaves what lacks the method alone."""
+        raise AttributeError("to_quantized")
+
+    def filter(self, rows: mx.array) -> None:
+        """Keeps some sequences of a batch that advances in step."""
+        self.keys, self.values = self.keys[rows], self.values[rows]
+
+
+class Window(NamedTuple):
+    """The context's last keys and values in a sliding-window layer: [K, w, D] each, w <= `size`, the layer's window."""
+
+    keys: mx.array
+    values: mx.array
+    size: int
+
+    def make_cache(self, context: int) -> WindowCache:
+        cache = WindowCache(max_size=self.size)  # type: ignore[no-untyped-call]
+        cache.state = (self.keys[None], self.values[None], context, 0, self.size, self.keys.shape[1])
+        return cache
+
+
+def make_caches(
+    banks: Sequence[Bank],
+    windows: Mapping[int, Window],
+    context: int,
+    *,
+    kv_bits: int | None = None,
+    kernels: Sequence[DecodeKernel] | None = None,
+    make: Callable[..., NectarCache] = NectarCache,
+) -> list[NectarCache | WindowCache]:
+    """Fresh caches, one a layer, that start behind a context of so many tokens.
+
+    windows: the sliding-window layers, by index; banks: the others, in order. kv_bits: 4 or 8 quantises the keys and
+    values of live tokens in the layers that have a bank. kernels: the banks' decode kernels. make: makes a
+    layer's cache from the arguments of `NectarCache`.
+    """
+    of_banks: Sequence[DecodeKernel | None] = kernels or [None] * len(banks)
+    remaining = zip(banks, of_banks, strict=True)
+    caches: list[NectarCache | WindowCache] = []
+    for layer in range(len(banks) + len(windows)):
+        if layer in windows:
+            caches.append(windows[layer].make_cache(context))
+        else:
+            bank, kernel = next(remaining)
+            live = None if kv_bits is None else QuantizedKVCache(_quantization_group(bank), kv_bits)
+            caches.append(make(bank, context, live, kernel))
+    return caches
+
+
+def with_sinks(part: attention.Partial, sinks: mx.array, common: mx.array | float = 0.0) -> attention.Partial:
+    """Attention [B, H, T, ...] with one more token a head, of score sinks [H] and value zero, in the denominator.
+    common: what the part's scores lack (`attention.common_score`)."""
+    scores = mx.broadcast_to(sinks.astype(mx.float32)[:, None] - common, part.log_normalizer.shape)
+    return attention.merge(part, attention.Partial(mx.zeros_like(part.output), scores))
+
+
+def _dequantized(live: QuantizedKVCache, x: Sequence[mx.array]) -> mx.array:
+    data, scales, biases = x
+    return mx.dequantize(data, scales, biases, group_size=live.group_size, bits=live.bits)
+
+
+def _quantization_group(bank: Bank) -> int:
+    for group in (64, 32):
+        if bank.head_dim % group == 0:
+            return group
+    raise NectarError(f"heads of {bank.head_dim} numbers cannot be quantised: leave out kv_bits")
+
+
+def _check_same_context(first: NectarCache, second: NectarCache) -> None:
+    if second.bank is not first.bank:
+        raise NectarError("sequences with different contexts cannot share a batch: run them separately")

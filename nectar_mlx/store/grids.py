@@ -1,0 +1,167 @@
+"""Matrices whose rows have a step of their own: entry = integer · 2^(exponent / 2), an exponent a row.
+
+A node that few answers depend on can be kept coarsely, one that many do must be kept finely:
+`fitting.solve.quantization` chooses the steps and rounds the values to them. Here the steps are found again in the
+values, and nothing is lost. Integers are entropy-coded (`core.rans`); an integer's log2 scale is that of its column
+less its row's exponent, and the columns' scales and the rows' exponents are coded in front of the integers. All three
+are in half octaves: twice a binary logarithm.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+
+from ..core import rans
+from ..core.types import AnyArray, ByteArray, FloatArray, IntArray
+from ..errors import NectarError
+
+_LARGEST = 4096  # integer of a row whose step is found
+_LARGEST_ROUNDED = 127  # integer of a row that must be rounded
+BLOCK = 1 << 22  # integers that are coded together, at most; files depend on it
+_WORKERS = os.cpu_count() or 1
+MEAN_BITS = 4.0  # that an entry is to take on average: fewer leave more room for nodes, which are then too coarse
+
+
+class GridMatrix(NamedTuple):
+    """integers [rows, D], exponents [rows]."""
+
+    integers: IntArray
+    exponents: IntArray
+
+    @classmethod
+    def of(cls, values: AnyArray) -> "GridMatrix":
+        """values [rows, D] with the coarsest steps that lose nothing; rows without such are rounded to integers up to
+        _LARGEST_ROUNDED."""
+        values = values.astype(np.float64)
+        top = np.abs(values).max(1, initial=0)
+        left = np.flatnonzero(top > 0)
+        integers, exponents = np.zeros(values.shape, np.int32), np.zeros(len(values), np.int32)
+        coarsest = np.floor(2 * np.log2(np.maximum(top, 1e-30))).astype(np.int32) + 1  # the largest entry is 1
+        for finer in range(2 * int(np.log2(_LARGEST)) + 1):
+            steps = np.exp2((coarsest[left] - finer) / 2)[:, None]
+            few = values[left, :8] / steps  # a few entries refute most steps
+            possible = np.abs(few - np.rint(few)).max(1, initial=0) < 1e-3
+            scaled = values[left[possible]] / steps[possible]
+            rounded = np.rint(scaled)
+            fits = (np.abs(scaled - rounded).max(1, initial=0) < 1e-3) & (np.abs(rounded).max(1, initial=0) > 0)
+            rows = left[possible][fits]
+            integers[rows], exponents[rows] = rounded[fits], coarsest[rows] - finer
+            possible[possible] = fits
+            left = left[~possible]
+        exponents[left] = np.ceil(2 * np.log2(top[left] / _LARGEST_ROUNDED))
+        exponents[top == 0] = exponents[top > 0].min(initial=0)
+        integers[left] = np.rint(values[left] / np.exp2(exponents[left] / 2)[:, None])
+        return cls(integers, exponents)
+
+    @property
+    def values(self) -> FloatArray:
+        """[rows, D]"""
+        steps = np.exp2(self.exponents / 2).astype(np.float32)
+        return self.integers.astype(np.float32) * steps[:, None]
+
+    def column_scales(self) -> IntArray:
+        """`column_scales` of the values, or more where an integer could not be coded otherwise; [D]."""
+        if not len(self.integers):
+            return np.zeros(self.integers.shape[1], np.int32)
+        columns: IntArray = np.maximum(column_scales(self.values), self.exponents.min() - 12)
+        while (beyond := (np.abs(self.integers) > rans.limit(log2_scales(columns, self.exponents))).any(0)).any():
+            columns += beyond
+        return columns
+
+
+def column_scales(values: AnyArray) -> IntArray:
+    """2·log2 of the root mean square of each column: [rows, D] -> [D]."""
+    mean = np.sqrt(np.square(values.astype(np.float64)).mean(0))
+    return np.asarray(np.rint(2 * np.log2(np.maximum(mean, 1e-9))), np.int32)
+
+
+def log2_scales(columns: IntArray, exponents: IntArray) -> IntArray:
+    """Of the integers of every row and column, [rows, D]. columns: `column_scales`."""
+    return np.asarray(columns[None] - exponents[:, None])
+
+
+def expected_bytes(rows: int, width: int) -> float:
+    """Bytes that a matrix takes in the file once it was rounded to MEAN_BITS; measured: training moves what is still
+    free away from the steps that were chosen for it."""
+    return rows * (width * (MEAN_BITS + 0.11) / 8 + 0.4) + 0.4 * width + 4 if rows else 0
+
+
+def encode(matrices: Sequence[GridMatrix]) -> tuple[ByteArray, ByteArray]:
+    """Several matrices -> their exponents and column scales, and their integers."""
+    header, vectors, columns = list[int](), list[_Coded](), [matrix.column_scales() for matrix in matrices]
+    for matrix, scales in zip(matrices, columns, strict=True):
+        for vector in (matrix.exponents, scales):
+            middle = round(float(vector.mean())) if len(vector) else 0
+            scale = _common_scale(vector - middle)
+            vectors.append(_Coded(vector - middle, np.full(len(vector), scale)))
+            header += [middle, scale]
+
+    def write(block: slice) -> ByteArray:
+        pairs = zip(matrices[block], columns[block], strict=True)
+        return _encoded([_Coded(m.integers.reshape(-1), log2_scales(c, m.exponents).reshape(-1)) for m, c in pairs])
+
+    parts = [np.array(header, np.int8).view(np.uint8), _encoded(vectors)]
+    with ThreadPoolExecutor(_WORKERS) as threads:
+        coded = list(threads.map(write, blocks([matrix.integers.size for matrix in matrices])))
+    lengths = np.array([len(x) for x in coded], "<u4").view(np.uint8)
+    return np.concatenate(parts), np.concatenate([lengths, *coded])
+
+
+def decode(scales: ByteArray, integers: ByteArray, shapes: Sequence[tuple[int, int]]) -> Iterator[GridMatrix]:
+    """The inverse of `encode`, for matrices of these shapes. NectarError if the bytes are not those of such."""
+    lengths = [n for shape in shapes for n in shape]
+    if len(scales) < 2 * len(lengths):
+        raise NectarError("the file is damaged: it does not hold the steps of all its matrices")
+    header = scales[: 2 * len(lengths)].view(np.int8).reshape(-1, 2).astype(np.int32)
+    vectors = rans.decode(scales[2 * len(lengths) :], np.repeat(header[:, 1], lengths))
+    parts = np.split(vectors + np.repeat(header[:, 0], lengths), np.cumsum(lengths)[:-1])
+    exponents, columns = parts[::2], parts[1::2]
+
+    def read(block: slice, data: ByteArray) -> list[GridMatrix]:
+        known = [log2_scales(c, e) for c, e in zip(columns[block], exponents[block], strict=True)]
+        decoded = rans.decode(data, np.concatenate([x.reshape(-1) for x in known]))
+        flat = np.split(decoded, np.cumsum([x.size for x in known])[:-1])
+        return [GridMatrix(x.reshape(s.shape), e) for x, s, e in zip(flat, known, exponents[block], strict=True)]
+
+    slices = blocks([rows * width for rows, width in shapes])
+    table = integers[: 4 * len(slices)]
+    ends = np.cumsum(table[: len(table) // 4 * 4].view("<u4"), dtype=np.int64)
+    if len(table) < 4 * len(slices) or len(integers) != len(table) + (ends[-1] if len(ends) else 0):
+        raise NectarError("the file is damaged: it has more or fewer integers than its sizes say")
+    data = np.split(integers[len(table) :], ends[:-1])
+    with ThreadPoolExecutor(_WORKERS) as threads:
+        for first in range(0, len(slices), _WORKERS):  # decoding takes far more memory than its result
+            now = slice(first, first + _WORKERS)
+            for matrices in threads.map(read, slices[now], data[now]):
+                yield from matrices
+
+
+def blocks(counts: Sequence[int]) -> list[slice]:
+    """Which matrices are coded together, given how many integers each has: at most BLOCK, or one matrix."""
+    slices, start, total = list[slice](), 0, 0
+    for i, count in enumerate(counts):
+        if total and total + count > BLOCK:
+            slices.append(slice(start, i))
+            start, total = i, 0
+        total += count
+    return [*slices, slice(start, len(counts))] if len(counts) > start else slices
+
+
+class _Coded(NamedTuple):
+    integers: IntArray
+    log2_scales: IntArray
+
+
+def _common_scale(integers: IntArray) -> int:
+    """The one log2 scale for all that is nearest to their size and holds the largest."""
+    scale = round(2 * np.log2(np.sqrt(np.square(integers).mean()) + 0.1)) if len(integers) else 0
+    while np.abs(integers).max(initial=0) > rans.limit(np.array([scale]))[0]:
+        scale += 1
+    return int(scale)
+
+
+def _encoded(parts: Sequence[_Coded]) -> ByteArray:
+    return rans.encode(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))

@@ -1,0 +1,168 @@
+"""The file beside a .nectar: the context's own keys and values, read a row at a time, never whole.
+
+`book.nectar.kv` is a safetensors file. `rows` [layers, n_kv_heads, n, row bytes] holds each token's key and value (int8
+with a scale a group, or bfloat16) side by side, so that reading a token is reading one short run of bytes, and a
+checksum, which differs by row and file too. The other arrays are small, are read at once and have one checksum: the
+router's index, the text, and the characters of it that each token stands for.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+
+from ..core.quantize import group_size, quantize
+from ..errors import NectarError
+from . import tensor_file
+from .tensor_file import Arrays
+
+FORMAT = "nectar-kv-2"
+BITS = 8
+Rows = npt.NDArray[np.uint8]
+
+
+class RowFormat(NamedTuple):
+    """How one token's key and value lie in a row."""
+
+    head_dim: int
+    bits: int
+
+    @property
+    def groups(self) -> int:
+        return self.head_dim // group_size(self.head_dim) if self.bits == 8 else 0
+
+    @property
+    def nbytes(self) -> int:
+        return self.payload + 4
+
+    @property
+    def payload(self) -> int:
+        return 2 * (self.head_dim * self.bits // 8 + 2 * self.groups)
+
+    def pack(self, keys: mx.array, values: mx.array) -> Rows:
+        """keys, values [K, n, D] -> rows without checksums, [K, n, payload]."""
+        if self.bits == 16:
+            return np.concatenate([np.array(x.astype(mx.bfloat16).view(mx.uint8)) for x in (keys, values)], axis=-1)
+        parts = [quantize(x, bits=8) for x in (keys, values)]
+        arrays = [p.data for p in parts] + [p.scales for p in parts]
+        return np.concatenate([np.array(mx.contiguous(x).view(mx.uint8)) for x in arrays], axis=-1)
+
+    def unpack(self, rows: Rows) -> tuple[mx.array, mx.array]:
+        """rows [..., nbytes] -> keys, values [..., D] float32."""
+        D = self.head_dim
+        if self.bits == 16:
+            bits = np.ascontiguousarray(rows[..., : self.payload]).view(np.uint16).astype(np.uint32) << 16
+            pair = mx.array(bits.view(np.float32))
+            return pair[..., :D], pair[..., D:]
+        scales = np.ascontiguousarray(rows[..., 2 * D : self.payload]).view(np.float16).astype(np.float32)
+        data = rows[..., : 2 * D].view(np.int8).reshape(*rows.shape[:-1], 2 * self.groups, -1) * scales[..., None]
+        pair = mx.array(data.reshape(*rows.shape[:-1], 2 * D))
+        return pair[..., :D], pair[..., D:]
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeyFile:
+    """Every token's key and value, in memory or in a mapped file.
+
+    rows: [layers, K, n, row bytes]. small: what else the file holds (`retrieval.sketch`, `retrieval.sources`). nectar:
+    the digest of the .nectar that this belongs to.
+    """
+
+    rows: Rows = field(repr=False)
+    format: RowFormat
+    small: Arrays = field(repr=False)
+    nectar: str
+
+    @classmethod
+    def of(
+        cls, layers: Sequence[tuple[mx.array, mx.array]], *, small: Arrays, nectar: str, bits: int = BITS
+    ) -> "KeyFile":
+        """layers: keys and values [K, n, D] of each layer with full attention."""
+        K, n, D = layers[0][0].shape
+        form = RowFormat(D, bits)
+        rows = np.empty((len(layers), K, n, form.nbytes), np.uint8)
+        for layer, (keys, values) in enumerate(layers):
+            rows[layer, ..., : form.payload] = payload = form.pack(keys, values)
+            at = np.arange(layer * K * n, (layer + 1) * K * n).reshape(K, n)
+            rows[layer, ..., form.payload :] = _marks(payload, _seed(nectar, at))[..., None].view(np.uint8)
+        return cls(rows=rows, format=form, small=small, nectar=nectar)
+
+    @property
+    def tokens(self) -> int:
+        return int(self.rows.shape[2])
+
+    @property
+    def nbytes(self) -> int:
+        return int(self.rows.nbytes)
+
+    def read(self, layer: int, positions: npt.NDArray[np.integer]) -> tuple[mx.array, mx.array]:
+        """Keys and values [K, ..., D] at positions [K, ...] of one layer. NectarError if a row is damaged."""
+        K = positions.shape[0]
+        first = (layer * K + np.arange(K)) * self.tokens
+        # The tokens of a prompt read mostly the same rows.
+        at, again = np.unique(positions + first.reshape(K, *[1] * (positions.ndim - 1)), return_inverse=True)
+        rows = self.rows.reshape(-1, self.format.nbytes)[at]
+        expected = _marks(rows[..., : self.format.payload], _seed(self.nectar, at))
+        if not np.array_equal(rows[..., self.format.payload :].view(np.uint32)[..., 0], expected):
+            raise NectarError("the .kv file is damaged: fit again, or delete it and answer from the .nectar alone")
+        places = mx.array(again.reshape(positions.shape).astype(np.int32))
+        keys, values = self.format.unpack(rows)
+        return keys[places], values[places]
+
+    def layer(self, layer: int) -> tuple[mx.array, mx.array]:
+        """All of a layer's keys and values, [K, n, D]."""
+        K, n = self.rows.shape[1:3]
+        return self.read(layer, np.broadcast_to(np.arange(n), (K, n)))
+
+    def write(self, path: Path) -> None:
+        """Writes the file: all of it appears, or nothing changes. NectarError if it cannot be written."""
+        metadata = {
+            "format": FORMAT,
+            "nectar": self.nectar,
+            "head_dim": str(self.format.head_dim),
+            "bits": str(self.format.bits),
+            "small_sha256": tensor_file.digest(self.small),
+        }
+        tensor_file.write(path, {**self.small, "rows": self.rows}, metadata)
+
+    @classmethod
+    def open(cls, path: Path, *, nectar: str, shape: tuple[int, int, int]) -> "KeyFile":
+        """Maps the file; shape: its layers, KV heads, tokens. NectarError unless it is whole and the .nectar's own."""
+        metadata = tensor_file.metadata(path)
+        if metadata.get("format") != FORMAT:
+            raise NectarError(f"{path} is not a .kv file of this version")
+        if metadata.get("nectar") != nectar:
+            raise NectarError(f"{path} belongs to another .nectar")
+        try:
+            form = RowFormat(int(metadata["head_dim"]), int(metadata["bits"]))
+        except (KeyError, ValueError) as error:
+            raise NectarError(f"{path} is damaged: {error}") from None
+        arrays = tensor_file.map_arrays(path)
+        rows = arrays.pop("rows", None)
+        if rows is None or rows.dtype != np.uint8 or rows.shape != (*shape, form.nbytes):
+            raise NectarError(f"{path} is damaged: its rows are not those of its .nectar")
+        small = {name: np.array(array) for name, array in arrays.items()}
+        if tensor_file.digest(small) != metadata.get("small_sha256"):
+            raise NectarError(f"{path} is damaged: its contents do not match its checksum")
+        return cls(rows=rows.view(np.uint8), format=form, small=small, nectar=nectar)
+
+
+def kv_path(path: str | Path) -> Path:
+    """Where the keys of a .nectar are."""
+    return Path(f"{path}.kv")
+
+
+def _seed(nectar: str, rows: npt.NDArray[np.integer]) -> npt.NDArray[np.integer]:
+    """A number that tells each row of each file from the others, uint32."""
+    return rows.astype(np.uint32) * np.uint32(2654435761) + np.uint32(int(nectar[:8], 16))
+
+
+def _marks(payload: Rows, seeds: npt.NDArray[np.integer]) -> npt.NDArray[np.integer]:
+    """Checksums of rows [..., payload], uint32: a weighted sum of their words, which any one wrong byte changes."""
+    words = np.ascontiguousarray(payload).view(np.uint32)
+    weights = 2 * np.arange(1, words.shape[-1] + 1, dtype=np.uint32) + 1
+    return np.asarray((words * weights).sum(-1, dtype=np.uint32) + seeds)

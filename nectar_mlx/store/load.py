@@ -1,0 +1,114 @@
+"""From a file's tensors and metadata to what answers: banks, decode kernels, windows, exact keys."""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .. import kernels, models, store
+from ..core.quantize import Stored
+from ..core.types import Tokenizer
+from ..errors import NectarError
+from ..heads import Bank
+from ..kernels import DecodeKernel
+from ..mlxlm import attention_patch
+from ..mlxlm.attention_patch import Geometry
+from ..mlxlm.cache import Window
+from . import HALF_MAX, Layout, Metadata, Tensors
+from .kv_file import KeyFile
+
+
+def banks(layout: Layout, tensors: Tensors) -> list[Bank]:
+    """The heads that a file holds, one bank a layer."""
+    # Where a kernel decodes from the packed integers, these are for prompts alone: half as many bytes will do.
+    return store.unpack(layout, tensors, half=kernels.backend() != "ops")
+
+
+def decode_kernels(banks: Sequence[Bank], layout: Layout, tensors: Tensors) -> list[DecodeKernel] | None:
+    """One a layer; None if there are none, with a warning where there should have been.
+
+    banks: what the tensors hold, as it answers without retrieval.
+    """
+    if kernels.backend() == "ops" or any(bank.decode_work() is None for bank in banks):
+        return None
+    # The kernel takes the file's own integers, each in a byte, or coded numbers rounded to a byte, which is little
+    # beside what they were rounded before.
+    in_bytes = layout.bits != 16 and layout.bank.decodes_stored
+    heads = stored_heads(layout, tensors) if in_bytes and layout.bits is not None else [None] * len(banks)
+    dtype = mx.float16 if in_bytes or _fit_half(banks) else mx.float32
+    try:
+        return [
+            DecodeKernel(kernels.pack(bank, dtype=dtype, bits=8 if in_bytes else 16, heads=stored))
+            for bank, stored in zip(banks, heads, strict=True)
+        ]
+    except (NectarError, RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+    warnings.warn(f"decoding without the fused kernel: {reason}", stacklevel=2)
+    return None
+
+
+def stored_heads(layout: Layout, tensors: Tensors) -> list[list[Stored]]:
+    """Every layer's heads in the integers of the file, as they answer without retrieval."""
+    layers = store.integer_heads(layout, tensors)
+    return [[layout.bank.stored_without_retrieval(head) for head in heads] for heads in layers]
+
+
+def _fit_half(banks: Sequence[Bank]) -> bool:
+    """Whether float16 can hold all matrices."""
+    matrices = (x for bank in banks for x in bank.parameters.values() if x.ndim > 2)
+    return all(bool(mx.abs(x).max() < HALF_MAX) for x in matrices if x.size)
+
+
+def geometry(metadata: Metadata) -> Geometry:
+    """What the file knows of its model. TypeError where its numbers are of another type."""
+    stored = Geometry.from_dict(metadata["geometry"])
+    counts = [stored.n_layers, stored.n_heads, stored.n_kv_heads, stored.head_dim, *stored.windows]
+    if not all(type(count) is int for count in counts) or not isinstance(stored.scale, int | float):
+        raise TypeError("its geometry is not numbers")
+    return stored
+
+
+def windows(tensors: Tensors, geometry: Geometry, context: int) -> dict[int, Window]:
+    """The exact keys and values that each sliding-window layer keeps of `context` positions, by layer.
+
+    NectarError if the file does not hold them.
+    """
+    kept: dict[int, Window] = {}
+    for layer, size in enumerate(geometry.windows):
+        if not size:
+            continue
+        shape = (geometry.n_kv_heads, min(size, context), geometry.head_dim)
+        window = Window(tensors[f"windows.{layer}.keys"], tensors[f"windows.{layer}.values"], size)
+        if window.keys.shape != shape or window.values.shape != shape:
+            raise NectarError(f"the file is damaged: the window of layer {layer} has another shape")
+        kept[layer] = window
+    return kept
+
+
+def as_computed(windows: Mapping[int, Window], model: nn.Module) -> dict[int, Window]:
+    """The windows in the type that the model computes in."""
+    dtype = attention_patch.compute_type(model)
+    converted = {i: Window(w.keys.astype(dtype), w.values.astype(dtype), w.size) for i, w in windows.items()}
+    mx.eval([w[:2] for w in converted.values()])  # in this thread: MLX's streams are a thread's own
+    return converted
+
+
+def check_model(path: str | Path, metadata: Metadata, model: nn.Module, tokenizer: Tokenizer | None = None) -> None:
+    """NectarError unless a file was fitted on this very model, and tokenizer, if one is given. path: for the error."""
+    if attention_patch.route(model) != geometry(metadata) or models.fingerprint(model) != metadata["model_sha256"]:
+        raise NectarError(
+            f"{path} was fitted on {metadata['model']}, which is not the model given: load that one, or fit again"
+        )
+    if tokenizer is not None and models.tokenizer_fingerprint(tokenizer) != metadata["tokenizer_sha256"]:
+        raise NectarError(f"{path} was fitted with another tokenizer or chat template than the one given: fit again")
+
+
+def key_file(path: Path, *, nectar: str, shape: tuple[int, int, int]) -> KeyFile | None:
+    """The keys beside a .nectar; arguments as for `KeyFile.open`. None, with a warning, where they cannot be used."""
+    try:
+        return KeyFile.open(path, nectar=nectar, shape=shape)
+    except NectarError as error:
+        warnings.warn(f"{error}: answering from the .nectar alone, no key is read exactly", stacklevel=3)
+        return None

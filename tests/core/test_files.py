@@ -1,0 +1,94 @@
+"""A file appears whole or not at all."""
+
+import os
+import resource
+import stat
+import threading
+
+import pytest
+
+from nectar_mlx.core.files import write_atomically
+from nectar_mlx.errors import NectarError
+
+
+@pytest.fixture
+def path(tmp_path):
+    (tmp_path / "file").write_bytes(b"before")
+    return tmp_path / "file"
+
+
+def names(path):
+    return [p.name for p in path.parent.iterdir()]
+
+
+@pytest.mark.parametrize("mask, mode", [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_the_file_has_the_content_and_the_mode_of_any_other(path, mask, mode):
+    before = os.umask(mask)
+    try:
+        write_atomically(path, lambda file: file.write(b"after"))
+    finally:
+        os.umask(before)
+    assert path.read_bytes() == b"after" and stat.S_IMODE(path.stat().st_mode) == mode
+    assert names(path) == ["file"]
+
+
+def test_until_it_is_whole_the_old_content_stays(path):
+    def write(file):
+        file.write(b"half")
+        file.flush()
+        assert path.read_bytes() == b"before"
+        file.write(b", whole")
+
+    write_atomically(path, write)
+    assert path.read_bytes() == b"half, whole"
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError("no")])
+def test_an_interrupted_write_leaves_nothing(path, error):
+    def write(file):
+        file.write(b"half")
+        raise error
+
+    with pytest.raises(error if isinstance(error, type) else type(error)):
+        write_atomically(path, write)
+    assert path.read_bytes() == b"before" and names(path) == ["file"]
+
+
+def test_a_file_that_grows_too_large_is_an_error_with_its_reason(path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(NectarError, match=rf"cannot write {path}: File too large"):
+            write_atomically(path, lambda file: file.write(bytes(100_000)))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == b"before" and names(path) == ["file"]
+
+
+def test_a_missing_folder_and_a_folder_in_its_place_are_errors(path):
+    with pytest.raises(NectarError, match="No such file"):
+        write_atomically(path.parent / "none" / "file", lambda file: file.write(b""))
+    (path.parent / "folder").mkdir()
+    with pytest.raises(NectarError, match=r"cannot write .*folder"):
+        write_atomically(path.parent / "folder", lambda file: file.write(b""))
+    assert sorted(names(path)) == ["file", "folder"]
+
+
+def test_file_and_folder_reach_the_disk_in_this_order(path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda handle: synced.append(stat.S_ISDIR(os.fstat(handle).st_mode)))
+    write_atomically(path, lambda file: file.write(b"after"))
+    assert synced == [False, True]
+
+
+def test_of_many_writers_one_wins_whole(path):
+    contents = [bytes([i]) * 100_000 for i in range(8)]
+    threads = [
+        threading.Thread(target=write_atomically, args=(path, lambda file, content=content: file.write(content)))
+        for content in contents
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert path.read_bytes() in contents and names(path) == ["file"]

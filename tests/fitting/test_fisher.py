@@ -1,0 +1,72 @@
+"""The Fisher information predicts what small errors of a head cost, in nats."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from nectar_mlx.fitting import fidelity, fisher, prefill
+from nectar_mlx.fitting.samples import self_study
+from nectar_mlx.fitting.samples.conversation import Conversation
+from nectar_mlx.mlxlm import attention_patch, prompts
+from tests import toys
+
+
+@pytest.fixture(scope="module")
+def answered():
+    model, tokenizer = toys.toy("llama"), toys.tokenizer()
+    geometry = attention_patch.route(model)
+    context = prefill.read_text(model, prompts.prefix(tokenizer, "one two three four five six seven " * 4), geometry)
+    conversations = [Conversation(prompts.prompt(tokenizer, f"tell me {i} " + "more " * (i % 3))) for i in range(96)]
+    conversations.sort(key=lambda c: len(c.prompt))
+    self_study.sample_answers(
+        model, context, conversations, stop=set(), max_tokens=12, temperature=1.0, key=mx.random.key(0)
+    )
+    return model, geometry, context, conversations
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+def test_a_small_error_costs_what_the_information_says(answered, layer):
+    model, geometry, context, conversations = answered
+    information = fisher.fisher(model, context, conversations, geometry=geometry)
+    K, D, G = geometry.n_kv_heads, geometry.head_dim, geometry.n_heads // geometry.n_kv_heads
+    assert information.shape == (len(context.banks) * K, D, D)
+    head = 1
+    rng = np.random.default_rng(0)
+    size, measured, tokens = 0.02, 0.0, 0
+    truth = fidelity.answer_logits(model, context.make_cache(), conversations)
+    for _ in range(4):
+        longest = max(len(c.prompt) + len(c.answer) for c in conversations)
+        noise = np.zeros((len(conversations), geometry.n_heads, longest, D), np.float32)
+        noise[:, head * G : head * G + G] = size * rng.standard_normal((len(conversations), G, longest, D))
+        caches = [fisher.ProbedCache(c.bank, c.context) for c in context.make_cache()]
+        for i, cache in enumerate(caches):
+            cache.probe = mx.array(noise * (i == layer))
+            cache.attend = _in_pieces(cache)
+        ours = fidelity.answer_logits(model, caches, conversations)
+        for p, q in zip(truth, ours, strict=True):
+            p, q = fidelity.log_probabilities(p), fidelity.log_probabilities(q)
+            measured += float((mx.exp(p) * (p - q)).sum())
+    tokens = sum(len(c.prompt) + len(c.answer) - 1 for c in conversations) * G * 4
+    predicted = 0.5 * size**2 * float(mx.diagonal(information[layer * K + head]).sum()) * tokens
+    assert measured == pytest.approx(predicted, rel=0.25)
+
+
+def test_the_metric_squares_to_half_the_information():
+    root = np.random.default_rng(0).standard_normal((3, 5, 4)).astype(np.float32)
+    information = root.swapaxes(1, 2) @ root
+    delta = np.random.default_rng(1).standard_normal((3, 7, 4)).astype(np.float32)
+    squares = np.square(delta @ np.array(fisher.metric(mx.array(information)))).sum(-1)
+    np.testing.assert_allclose(squares, 0.5 * np.einsum("mnd,mde,mne->mn", delta, information, delta), rtol=1e-4)
+
+
+def _in_pieces(cache):
+    """`attend` with the part of the probe that belongs to the tokens it is given."""
+    whole, attend, at = cache.probe, cache.attend, 0
+
+    def piecewise(queries, *rest, **options):
+        nonlocal at
+        cache.probe = whole[:, :, at : at + queries.shape[2]]
+        at += queries.shape[2]
+        return attend(queries, *rest, **options)
+
+    return piecewise

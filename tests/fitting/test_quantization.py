@@ -1,0 +1,152 @@
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from nectar_mlx.fitting.samples.sample_store import Samples
+from nectar_mlx.fitting.solve import attention_matching, quantization, regression
+from nectar_mlx.fitting.solve.initial import Init
+from nectar_mlx.heads import Quadrature
+from nectar_mlx.store import Layout, pack, unpack
+from nectar_mlx.store.grids import GridMatrix
+from tests.oracle import attention as oracle
+
+N, S, D = 1500, 60, 32
+COUNTS = [24, 11]  # ragged: the second head is padded
+
+
+@pytest.fixture(scope="module")
+def samples():
+    """Queries far from isotropic, with a mean, as a model's are."""
+    rng = np.random.default_rng(0)
+    q = rng.normal(size=(2, N, D)) * np.exp(rng.normal(size=(2, 1, D))) + rng.normal(size=(2, 1, D))
+    live = rng.normal(size=(2, N, D))
+    keys, values = rng.normal(size=(2, 2, S, D))
+    output, log_normalizer = oracle(q, keys, values, scale=0.2)
+    return Samples(*(mx.array(x.astype(np.float32)) for x in (q, output, live, log_normalizer, log_normalizer - 1)))
+
+
+@pytest.fixture(scope="module")
+def trained(samples):
+    rng = np.random.default_rng(1)
+    nodes = [
+        {n: mx.array(rng.normal(size=(m, D)).astype(np.float32)) for n in ("keys", "values")} | {"bias": mx.zeros(m)}
+        for m in COUNTS
+    ]
+    return regression.train(
+        Init.of_nodes(Quadrature.stack(nodes, scale=0.2), samples), samples, steps=200, batch=250, rate=1.5e-2
+    )
+
+
+LAYOUT = Layout(kind="quadrature", n_layers=1, n_kv_heads=2, head_dim=D, scale=0.2, bits=None)
+
+
+def at_once(bank, samples, bits):
+    """The same grids, all rounded at the start."""
+    held = quantization.RoundingPlan.of(bank, samples, bits=bits).held(bank.parameters, quantization.PARTS)
+    return Quadrature(parameters=held.over(bank.parameters), sizes=bank.sizes, scale=bank.scale)
+
+
+def test_less_is_lost_than_by_rounding_at_once(samples, trained):
+    for bits in (3, 4):
+        ours = quantization.round_nodes(trained, samples, bits=bits, steps=200, batch=250, rate=1.5e-2)
+        banks = (trained, at_once(trained, samples, bits), ours)
+        before, rounded, trained_on = (np.array(regression.errors(b, samples)) for b in banks)
+        assert (rounded > before).all()
+        assert (trained_on - before < 0.5 * (rounded - before)).all()
+
+
+def test_less_is_lost_than_with_the_same_step_in_all_rows(samples, trained):
+    """At the same number of bits."""
+    costs = attention_matching.costs(samples, trained)
+    flat = {n: mx.zeros_like(x) + x.mean(1, keepdims=True) for n, x in costs.items()}
+    errors = []
+    init = Init.of_nodes(trained, samples)
+    for row_costs in (costs, flat):
+        steps = quantization.row_steps(trained, row_costs, bits=3.5)
+        near = {n: mx.round(trained.parameters[n] / s) * s for n, s in steps.items()}
+        mirrored = {n: 2 * trained.parameters[n] - x for n, x in near.items()}  # training has not ended: slopes cancel
+        both = []
+        for moved in (near, mirrored):
+            parameters = init.to_bank(init.parameters | moved)
+            bank = Quadrature(parameters=parameters, sizes=trained.sizes, scale=trained.scale)
+            both.append(np.array(regression.errors(bank, samples)))
+        errors.append(np.mean(both, axis=0))
+    lost = np.array(errors) - np.array(regression.errors(trained, samples))
+    assert (lost[0] < lost[1]).all() and lost[0].sum() < 0.8 * lost[1].sum()
+
+
+def test_costs_are_what_errors_add(samples, trained):
+    """An error of 1e-3 in every number of one row, of either sign, adds its cost, on average over signs."""
+    costs, rng = attention_matching.costs(samples, trained), np.random.default_rng(0)
+    answer = trained(samples.queries)
+    exact = samples._replace(output=answer.output, log_normalizer=answer.log_normalizer)
+    metric = mx.broadcast_to(mx.eye(D), (2, D, D))
+    for name, row in (("values", 3), ("keys", 5)):
+        errors = []
+        for _ in range(40):
+            p = dict(trained.parameters)
+            sign = mx.array(rng.choice([-1e-3, 1e-3], size=D).astype(np.float32))
+            p[name] = p[name] + mx.where(mx.arange(p[name].shape[1])[:, None] == row, sign, 0)
+            if name == "keys":  # what errs alike for all queries is the bias's
+                shift = -trained.scale * (samples.queries.mean(1) @ sign)
+                p["bias"] = p["bias"] + mx.where(mx.arange(p["bias"].shape[1]) == row, shift[:, None], 0)
+            bank = Quadrature(parameters=p, sizes=trained.sizes, scale=trained.scale)
+            errors.append(np.array(regression.merged_error(bank(samples.queries), exact, metric)))
+        np.testing.assert_allclose(np.mean(errors, 0), np.array(costs[name])[:, row] * D * 1e-6, rtol=0.5, err_msg=name)
+
+
+def test_rounded_nodes_are_stored_unchanged_and_take_the_bits_they_were_given(samples, trained):
+    sizes = []
+    for bits in (3, 5):
+        ours = quantization.round_nodes(trained, samples, bits=bits, steps=20, batch=250, rate=1.5e-2)
+        tensors = pack(LAYOUT, ours.unstack())
+        (back,) = unpack(LAYOUT, tensors)
+        assert back.sizes == ours.sizes
+        for name in ("keys", "values"):
+            np.testing.assert_allclose(back.parameters[name], ours.parameters[name], atol=1e-6)
+        sizes.append(8 * tensors["heads.numbers"].size / (2 * D * sum(COUNTS)))
+        assert bits - 0.3 < sizes[-1] < bits + 0.6  # two lanes of 1,024 numbers cost a tenth of a bit here
+    assert sizes[1] - sizes[0] > 1.5
+
+
+def test_no_row_gets_a_finer_grid_than_can_be_found_again():
+    """However much more one row costs than all others."""
+    x, costs = np.random.default_rng(0).normal(size=(50, D)), np.full(50, 1e-3)
+    costs[7] = 1e9
+    matrix = mx.array(x.astype(np.float32))
+    bank = Quadrature.stack([{"keys": matrix, "values": matrix, "bias": mx.zeros(50)}], scale=0.2)
+    row_costs = {name: mx.array(costs.astype(np.float32))[None] for name in ("keys", "values")}
+    steps = np.array(quantization.row_steps(bank, row_costs, bits=4.0)["keys"][0], np.float64)
+    numbers = np.rint(x / steps)
+    assert 700 < np.abs(numbers[7]).max() <= 1024
+    kept = GridMatrix.of((numbers * steps).astype(np.float32))
+    assert np.array_equal(np.abs(kept.integers[7]), np.abs(numbers[7]))
+
+
+def test_every_entry_has_its_part_and_a_small_head_as_many_parts_as_a_large_one(samples, trained):
+    plan = quantization.RoundingPlan.of(trained, samples, bits=5)
+    keys, values = (np.array(plan.part[n]) for n in ("keys", "values"))
+    assert [np.bincount(x.ravel()).tolist() for x in keys] == [[D // quantization.PARTS] * quantization.PARTS] * 2
+    for parts, count in zip(values[..., 0], COUNTS, strict=True):
+        assert set(parts[:count]) == set(range(quantization.PARTS))
+        assert (parts < quantization.PARTS).all()
+
+
+def test_what_is_held_does_not_move(samples, trained):
+    where = {"keys": mx.arange(D)[None, None] < 5, "values": mx.arange(max(COUNTS))[None, :, None] < 7}
+    held = regression.Held(where=where, values={n: trained.parameters[n] + 1 for n in where})
+    init = Init.of(trained)
+    after = regression.train(init, samples, steps=4, batch=250, rate=1e-2, held=held).parameters
+    assert mx.array_equal(after["keys"][..., :5], trained.parameters["keys"][..., :5] + 1)
+    assert mx.array_equal(after["values"][:, :7], trained.parameters["values"][:, :7] + 1)
+    assert (after["keys"][0, :, 5:] != trained.parameters["keys"][0, :, 5:]).all()
+    assert (after["values"][0, 7:] != trained.parameters["values"][0, 7:]).all()
+
+
+def test_other_samples_can_come_first(samples, trained):
+    init = Init.of(trained)
+    rotated = Samples(*(mx.concatenate([x[:, 500:], x[:, :500]], axis=1) for x in samples))
+    runs = [regression.train(init, s, steps=2, batch=250, rate=1e-2, first=f) for s, f in ((samples, 2), (rotated, 0))]
+    for name in runs[0].parameters:
+        # (The loss is scaled by the variance over all samples, which is the same sum in another order.)
+        np.testing.assert_allclose(runs[0].parameters[name], runs[1].parameters[name], atol=1e-5)

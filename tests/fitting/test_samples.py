@@ -1,0 +1,61 @@
+"""Samples in memory, in a mapped file and on the device are the same samples."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from nectar_mlx.fitting.samples.sample_store import DeviceSampleStore, Samples, SampleStore
+
+LAYERS, K, D, CAPACITY = 3, 2, 4, 25
+
+
+def stores(folder):
+    return [
+        SampleStore(LAYERS * K, CAPACITY, D, folder=None),
+        SampleStore(LAYERS * K, CAPACITY, D, folder=folder / "samples"),
+        DeviceSampleStore(CAPACITY),
+    ]
+
+
+def filled(store, batches):
+    """What went in, [heads, samples, ...] a field; a batch is one array a layer."""
+    rng, kept = np.random.default_rng(0), []
+    for n in batches:
+        wide = [rng.normal(size=(LAYERS * K, n, D)).astype(np.float16) for _ in range(3)]
+        samples = Samples(*wide, *(rng.normal(size=(LAYERS * K, n)).astype(np.float32) for _ in range(2)))
+        kept.append(samples)
+        for layer in range(LAYERS):
+            store.add(layer * K, Samples(*(mx.array(x[layer * K : layer * K + K]) for x in samples)))
+        store.advance(n)
+    return Samples(*(np.concatenate(x, axis=1)[:, :CAPACITY] for x in zip(*kept, strict=True)))
+
+
+@pytest.mark.parametrize("batches", [(7,), (7, 9), (7, 9, 20)])
+@pytest.mark.parametrize("chosen", [None, [3], [6, 0, 2], [5, 4, 3, 2, 1, 0, 6]])
+@pytest.mark.parametrize("heads", [[0], [5, 0, 3], range(6)])
+def test_every_store_gives_the_samples_that_went_in(tmp_path, batches, chosen, heads):
+    for store in stores(tmp_path):
+        expected = filled(store, batches)
+        assert store.count == min(sum(batches), CAPACITY) and store.full == (sum(batches) >= CAPACITY)
+        samples = store.heads(heads, None if chosen is None else np.array(chosen))
+        for ours, truth in zip(samples, expected, strict=True):
+            whole = truth[list(heads)]
+            wanted = whole if chosen is None else whole[:, chosen]
+            assert np.array_equal(np.array(ours), wanted)
+
+
+def test_a_cleared_store_takes_samples_again(tmp_path):
+    for store in stores(tmp_path):
+        filled(store, (7, 9))
+        store.clear()
+        assert store.count == 0
+        expected = filled(store, (5,))
+        for ours, truth in zip(store.heads([4]), expected, strict=True):
+            assert np.array_equal(np.array(ours), truth[[4]])
+
+
+def test_heads_that_were_given_what_is_not_finite_are_noted(tmp_path):
+    for store in stores(tmp_path):
+        wide, narrow = mx.zeros((K, 3, D)), mx.zeros((K, 3))
+        store.add(2, Samples(wide, wide, wide, narrow, mx.array([[0.0, 0, 0], [0, np.inf, 0]])))
+        assert store.not_finite == {3}
