@@ -422,7 +422,7 @@ def test_ctrl_c_keeps_the_work(folder):
         [sys.executable, "-m", "nectar_mlx.fit", *arguments], env=environment, stderr=subprocess.PIPE
     )
     shown = b""
-    while b"sampling answers" not in shown and (more := os.read(process.stderr.fileno(), 1 << 16)):
+    while shown.count(b"sampling answers") < 3 and (more := os.read(process.stderr.fileno(), 1 << 16)):
         shown += more
     process.send_signal(signal.SIGINT)
     _, rest = process.communicate(timeout=60)
