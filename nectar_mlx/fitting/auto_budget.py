@@ -3,7 +3,8 @@
 The bytes that a faithful file takes differ from model to model: with two KV heads 2% of the cache are few. The trial
 fit's errors in nats rank heads, but do not tell the divergence (docs/log/budgets.md), so it is measured: all heads are
 given their sizes at a candidate budget, trained for a short time, and asked the check questions. The whole fit is
-expected to leave as much: it trains longer, and rounds. Candidates double or halve until the target lies between two.
+expected to leave as much: it trains longer, and rounds. Candidates double or halve until the target lies between two,
+and are then drawn together: where a head that looks for single tokens gets room for all keys, divergence drops at once.
 """
 
 from collections.abc import Callable
@@ -17,7 +18,8 @@ from .verdict import EXPONENT
 TARGET = 0.99  # of the gap closed
 TARGET_KL = 1e-3  # nats a token that are close, however little the text changes
 FIRST, LEAST, MOST = 0.02, 0.0025, 0.8  # from 0.3 on every head keeps all keys of the text, at 0.8 in 11 bits a number
-_STEEPEST = 4.0  # exponent of fewer nodes; where KL falls faster, the same keys get more bits
+_AIM = 0.9  # of the wanted divergence: what a share between two candidates is to leave
+_WORTH, _MORE = 1.2, 3  # how much smaller a share must be for one more short fit; how many more, at most
 
 Figures = JsonObject
 
@@ -30,33 +32,45 @@ class Choice:
     exponent: float
 
 
+@dataclass(frozen=True)
+class _Candidate:
+    """excess: the divergence that a share leaves, as a multiple of the one that is wanted."""
+
+    share: float
+    excess: float
+
+
 def choose(measure: Callable[[float], Figures], *, least: float = LEAST, most: float = MOST) -> Choice:
-    """The smallest share in [least, most] at which a whole fit is expected to close `TARGET` of the gap, or to leave
-    `TARGET_KL`.
+    """A share in [least, most] whose short fit closed `TARGET` of the gap, or left `TARGET_KL`, and not much less.
 
     measure: a share -> the figures of a short fit (`verdict.measured`). most is returned where nothing is enough.
     """
 
-    def excess(share: float) -> float:
-        """The expected divergence as a multiple of the one that is wanted."""
+    def candidate(share: float) -> _Candidate:
         figures = measure(share)
         wanted = max((1 - TARGET) * figures["kl_no_context"], TARGET_KL)
-        return float(max(figures["kl"], 1e-9) / wanted)
+        return _Candidate(share, float(max(figures["kl"], 1e-9) / wanted))
 
-    at = min(max(FIRST, least), most)
-    ratio = excess(at)
-    step, last = (0.5 if ratio <= 1 else 2.0), Choice(at, EXPONENT)
-    while least < at < most or (at == least and step > 1) or (at == most and step < 1):
-        following = min(max(at * step, least), most)
-        further = excess(following)
-        slope = np.log(ratio / max(further, 1e-9)) / np.log(following / at)
-        exponent = float(np.clip(slope, 0.5, _STEEPEST))
-        last = Choice(following, exponent)
-        if (further <= 1) != (ratio <= 1):
-            low, high = sorted((at, following))
-            share = following * further ** (1 / exponent)
-            if slope > _STEEPEST:  # with bits KL falls exponentially
-                share = following + (at - following) * np.log(further) / np.log(further / ratio)
-            return Choice(float(np.clip(share, low, high)), exponent)
-        at, ratio = following, further
-    return Choice(at, last.exponent)
+    low = high = candidate(min(max(FIRST, least), most))
+    while high.excess > 1 and high.share < most:
+        low, high = high, candidate(min(2 * high.share, most))
+    while low.excess <= 1 and low.share > least:
+        low, high = candidate(max(low.share / 2, least)), low
+    if low.share == high.share:
+        return Choice(high.share, EXPONENT)
+    exponent = float(np.clip(_exponent(low, high), 0.5, 4.0))
+    if low.excess <= 1:
+        return Choice(low.share, exponent)
+    smaller = high.share * (high.excess / _AIM) ** (1 / _exponent(low, high))
+    for _ in range(_MORE):
+        if high.excess > 1 or _WORTH * smaller > high.share:
+            break
+        between = candidate(smaller)
+        if between.excess <= 1:
+            return Choice(between.share, exponent)
+        low, smaller = between, (between.share * high.share) ** 0.5  # no power law
+    return Choice(high.share, exponent)
+
+
+def _exponent(low: _Candidate, high: _Candidate) -> float:
+    return float(np.log(low.excess / high.excess) / np.log(high.share / low.share))

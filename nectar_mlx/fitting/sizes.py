@@ -14,7 +14,7 @@ from .budget import head_sizes, size_for
 from .check import check
 from .checkpoint import Plan
 from .kinds import KindFit
-from .train import groups, regress, rounded, rounding_steps
+from .train import groups, regress, rounded
 
 _TRIAL_SAMPLES = 1 << 15  # of a short fit, at most
 _MOST_BITS, _OVERHEAD_BITS = 11.0, 0.5  # of a number; the second for biases, exponents and what training adds
@@ -89,7 +89,7 @@ def short_fit(kind: KindFit, sizes: Sequence[Size], bits: float) -> JsonObject:
             samples = kind.training_samples(group, _TRIAL_SAMPLES)
             init = kind.initialize(group, [sizes[i] for i in group], samples)
             if whole:
-                bank = rounded(kind, init.bank, samples, bits=bits, steps=rounding_steps(steps, bits, train=False))
+                bank = rounded(kind, init.bank, samples, bits=bits, steps=0)
             else:
                 bank = regress(kind, init, samples, steps=steps)
             heads |= dict(zip(group, bank.unstack(), strict=True))

@@ -60,12 +60,6 @@ def rounded(kind: KindFit, bank: Bank, samples: Samples, *, bits: float, steps: 
     return quantization.round_nodes(bank, samples, bits=bits, steps=steps, batch=config.batch, rate=rate)
 
 
-def rounding_steps(steps: int, bits: float, *, train: bool) -> int:
-    """The `steps` of `rounded`, where a regression takes so many. train: whether the heads were trained at all: keys
-    that were not are better left as they are, in more bits than usual."""
-    return steps if train or bits == MEAN_BITS else 0
-
-
 def merged_errors(kind: KindFit, banks: Sequence[Bank]) -> list[float]:
     """Merged error of every head on the held-out samples; banks: one a layer."""
     K, errors = kind.run.geometry.n_kv_heads, np.zeros(kind.n_heads)
@@ -86,7 +80,7 @@ def _train_group(
     finite.check_heads("initialization", [group[m] for m in finite.not_finite(first.parameters.values())], geometry)
     steps = kind.run.config.steps if train else 0
     trained = regress(kind, init, samples, steps=steps) if steps else first
-    bank = rounded(kind, trained, samples, bits=bits, steps=rounding_steps(kind.run.config.steps, bits, train=train))
+    bank = rounded(kind, trained, samples, bits=bits, steps=steps)  # the text's own keys are better left as they are
     heads = bank.unstack()
     if kind.data.held_out.count:
         heads = _better(kind, group, first, bank, samples, bits=bits)

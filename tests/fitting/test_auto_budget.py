@@ -37,15 +37,15 @@ def power_law(share_at_target, exponent):
     return measure, measured
 
 
-@pytest.mark.parametrize("exponent", [0.7, 1.7, 3.0])
-@pytest.mark.parametrize("wanted", [0.004, 0.0123, 0.02, 0.037, 0.08, 0.21])
-def test_the_smallest_share_on_target_is_found(wanted, exponent):
+@pytest.mark.parametrize("exponent", [0.7, 1.7, 3.0, 7.0])
+@pytest.mark.parametrize("wanted", [0.004, 0.0123, 0.02, 0.021, 0.037, 0.08, 0.21])
+def test_a_share_on_target_is_found_that_is_hardly_too_large(wanted, exponent):
     measure, measured = power_law(wanted, exponent)
     choice = auto_budget.choose(measure)
-    assert choice.share == pytest.approx(wanted, rel=0.01) and choice.exponent == pytest.approx(exponent, rel=0.01)
-    assert len(measured) <= 1 + np.ceil(abs(np.log2(wanted / auto_budget.FIRST))) + 1 and len(set(measured)) == len(
-        measured
-    )
+    assert wanted * (1 - 1e-9) <= choice.share < 1.3 * wanted and choice.share in measured
+    assert choice.exponent == pytest.approx(min(exponent, 4), rel=0.01)
+    most = 1 + np.ceil(abs(np.log2(wanted / auto_budget.FIRST))) + 1
+    assert len(measured) <= most and len(set(measured)) == len(measured)
 
 
 @pytest.mark.parametrize("wanted, share", [(1e-6, auto_budget.LEAST), (50.0, auto_budget.MOST)])
@@ -58,7 +58,19 @@ def test_noise_does_not_leave_the_bracket():
     """More bytes that came out worse are taken for no better."""
     kl = {0.02: 0.011, 0.04: 0.02, 0.08: 0.006}
     choice = auto_budget.choose(lambda share: {"kl": kl[round(share, 4)], "kl_no_context": FLOOR})
-    assert 0.04 <= choice.share <= 0.08 and 0.5 <= choice.exponent <= 4
+    assert choice.share == 0.08 and 0.5 <= choice.exponent <= 4
+
+
+def test_a_share_between_two_is_measured_before_it_is_taken():
+    """With room for all keys of a head the divergence may fall at once: below it is far from any power law."""
+    measured = []
+
+    def cliff(share):
+        measured.append(share)
+        return {"kl": 0.0005 if share > 0.14 else 0.09 * (0.08 / share), "kl_no_context": FLOOR}
+
+    choice = auto_budget.choose(cliff)
+    assert 0.14 < choice.share <= 0.16 and len(measured) <= 4 + 3
 
 
 @pytest.mark.parametrize("text, fields", [
@@ -223,13 +235,13 @@ def test_more_bits_of_the_same_keys_are_found_too(wanted):
     choice = auto_budget.choose(
         lambda share: {"kl": (1 - auto_budget.TARGET) * FLOOR * 4 ** (14 * (wanted - share)), "kl_no_context": FLOOR}
     )
-    assert choice.share == pytest.approx(wanted, rel=0.01)
+    assert wanted <= choice.share < 1.44 * wanted
 
 
 @pytest.mark.parametrize("floor", [1e-9, 1e-4, 0.02, 0.099])
 def test_where_a_text_changes_little_a_thousandth_of_a_nat_is_enough(floor):
     choice = auto_budget.choose(lambda share: {"kl": 1e-3 * (0.03 / share) ** 1.7, "kl_no_context": floor})
-    assert choice.share == pytest.approx(0.03, rel=0.01)
+    assert 0.03 <= choice.share < 1.2 * 0.03
     assert auto_budget.choose(lambda share: {"kl": 1e-6, "kl_no_context": floor}).share == auto_budget.LEAST
 
 

@@ -192,6 +192,18 @@ def test_a_head_with_room_for_every_key_keeps_them(collected, monkeypatch):
             assert nearest.max() > 1e-3, "a smaller head is trained"
 
 
+def test_a_head_that_keeps_every_key_is_rounded_and_not_trained(collected, monkeypatch):
+    calls, round_nodes = set(), quantization.round_nodes
+
+    def watched(bank, samples, *, steps, **options):
+        calls.update((count, steps > 0) for (count,) in bank.sizes)
+        return round_nodes(bank, samples, steps=steps, **options)
+
+    monkeypatch.setattr(quantization, "round_nodes", watched)
+    heads_of_two_sizes(collected)
+    assert calls >= {(9, True), (60, False)} and (60, True) not in calls
+
+
 def test_nodes_are_fitted_as_they_will_be_stored(collected):
     heads, layout = heads_of_two_sizes(collected), collected.run.layout
     stored = store.unpack(layout, store.pack(layout, heads))
@@ -410,7 +422,7 @@ def test_ctrl_c_keeps_the_work(folder):
         [sys.executable, "-m", "nectar_mlx.fit", *arguments], env=environment, stderr=subprocess.PIPE
     )
     shown = b""
-    while b"sampling answers" not in shown and (more := os.read(process.stderr.fileno(), 1 << 16)):
+    while shown.count(b"sampling answers") < 3 and (more := os.read(process.stderr.fileno(), 1 << 16)):
         shown += more
     process.send_signal(signal.SIGINT)
     _, rest = process.communicate(timeout=60)

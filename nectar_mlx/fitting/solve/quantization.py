@@ -29,8 +29,8 @@ from .initial import Init
 
 PARTS = 8
 _SHARE = 0.4  # of a regression's steps that rounding takes on top of them
-_N_PROBE = 2048  # samples by which costs are measured
-_FLOOR = 1e-4  # of the mean cost: a node that these samples hardly notice may matter to others
+_N_PROBE = 1 << 16  # samples by which costs are measured, at most
+_FLOOR = 1e-2  # of the mean cost: a node that these samples hardly notice is what another question asks for
 _LARGEST = 1024  # integer in a row, to begin with: `store` finds rows with four times as much
 _MATRICES = ("keys", "values")
 
