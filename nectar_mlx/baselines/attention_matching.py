@@ -58,7 +58,9 @@ def _matched(ctx: EvalContext, sizes: Sequence[int], detail: str, *, bits: int |
             attention_matching.most_important(ctx.importance[layer][k], min(sizes[layer * K + k], ctx.length))
             for k in range(K)
         ]
-        keys, values = ([x[k][index] for k, index in enumerate(chosen)] for x in ctx.layer(layer))
+        layer_keys, layer_values = ctx.layer(layer)
+        keys = [layer_keys[k][index] for k, index in enumerate(chosen)]
+        values = [layer_values[k][index] for k, index in enumerate(chosen)]
         heads += attention_matching.match(ctx.captured(layer), keys, values, scale=ctx.geometry.scale)
     return ctx.stored("quadrature", heads, bits=bits, detail=detail)
 

@@ -175,7 +175,8 @@ def compose_nodes(bank: Bank, keys: mx.array, values: mx.array) -> tuple[mx.arra
     for one query token, as exact as biases rounded to `DTYPE` allow.
     """
     nodes = {name: x.astype(DTYPE) for name, x in bank.parameters.items()}
-    node_keys, node_values = (mx.repeat(nodes[name][None], keys.shape[0], axis=0) for name in ("keys", "values"))
+    node_keys = mx.repeat(nodes["keys"][None], keys.shape[0], axis=0)
+    node_values = mx.repeat(nodes["values"][None], keys.shape[0], axis=0)
     mask = mx.pad(nodes["bias"], [(0, 0), (0, keys.shape[2])])[None, :, None]
     return mx.concatenate([node_keys, keys], axis=2), mx.concatenate([node_values, values], axis=2), mask
 

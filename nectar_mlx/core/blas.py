@@ -95,7 +95,8 @@ def works(library: str) -> bool:
         return False
     sgemm.restype = None
     m, n, k = 67, 131, 129
-    left, right = (np.random.default_rng(0).integers(-4, 5, shape).astype(np.float32) for shape in ((m, k), (k, n)))
+    left = np.random.default_rng(0).integers(-4, 5, (m, k)).astype(np.float32)
+    right = np.random.default_rng(0).integers(-4, 5, (k, n)).astype(np.float32)
     for transposed in (False, True):
         b, order, stride = (right.T.copy(), _TRANSPOSE, k) if transposed else (right, _NO_TRANSPOSE, n)
         out = np.full((m, n), np.nan, np.float32)

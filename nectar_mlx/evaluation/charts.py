@@ -111,7 +111,7 @@ class _Chart:
     def _point(self, m: JsonObject, x: Axis, y: Axis, names: Sequence[str]) -> str:
         """A mark with its interval."""
         name, a, b = m["method"], x(m[self.x]), y(m["kl"])
-        low, high = (y(min(max(v, y.low), y.high)) for v in m["kl_interval"])
+        low, high = [y(min(max(v, y.low), y.high)) for v in m["kl_interval"]]
         title = Path(m["file"]).name if is_file(name) else name
         time = f", {m['seconds']:.3g} s" if m["seconds"] else ""
         note = f"{title}: {size(m['bytes'])}{time}, KL {m['kl']:.4f}, agree {m['agree']:.1%}"

@@ -104,7 +104,7 @@ def divergence(reference: mx.array, other: mx.array, answer: Sequence[int], conv
     parts = []
     step = max(1, MAX_ENTRIES // reference.shape[1])
     for at in range(0, len(answer), step):
-        p, q = (log_probabilities(x[at : at + step]) for x in (reference, other))
+        p, q = log_probabilities(reference[at : at + step]), log_probabilities(other[at : at + step])
         token, top, ours = mx.array(list(answer[at : at + step])), p.argmax(-1), q.argmax(-1)
         kl = (exp(p) * (p - q)).sum(-1)
         fields = kl, top == ours, mx.full(token.shape, conversation), ours == token, top == token

@@ -105,7 +105,8 @@ def what_was_read(cache: Any, *, scale: float, offset: mx.array | None = None) -
     ring = isinstance(cache, RotatingKVCache)
     pair = [cache._temporal_order(x) for x in cache.state[:2]] if ring else cache.keys_and_values()
     window = cache.max_size if ring else 0
-    keys, values = (mx.contiguous(x[0, :, -window:]) for x in pair)  # read in chunks, a ring outgrows its window
+    # Read some tokens at a time, a ring outgrows its window.
+    keys, values = mx.contiguous(pair[0][0, :, -window:]), mx.contiguous(pair[1][0, :, -window:])
     cache.keys = cache.values = None
     mx.eval(keys, values)
     if ring:

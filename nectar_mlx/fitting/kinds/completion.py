@@ -36,9 +36,9 @@ class CompletionFit(HybridFit):
 
     def initialize(self, heads: Sequence[int], sizes: Sequence[Size], samples: Samples) -> Init:
         positions, scale = self.trained_positions, self.run.geometry.scale
-        keys, values = (
-            x[:, positions][:, middle(positions.size)].astype(mx.float32) for x in self.keys_and_values(heads)
-        )
+        keys, values = self.keys_and_values(heads)
+        inside = positions[middle(positions.size)]
+        keys, values = keys[:, inside].astype(mx.float32), values[:, inside].astype(mx.float32)
         queries = np.array(samples.queries[..., :-1].astype(mx.float32))
         maps = [
             distillation.clusters(np.array(keys[i]), queries[i], count, scale=scale, seed=self.run.config.seed)
@@ -49,7 +49,8 @@ class CompletionFit(HybridFit):
         return Init.of(bank)
 
     def finish(self, index: int, head: HeadArrays) -> HeadArrays:
-        keys, values = (x[0, middle(self.length)] for x in self.keys_and_values([index]))
+        keys, values = self.keys_and_values([index])
+        inside = middle(self.length)
         bits = self.run.layout.bits
         assert bits is not None, "these kinds are not coded"
-        return distillation.summarise(head, keys, values, bits=bits)
+        return distillation.summarise(head, keys[0, inside], values[0, inside], bits=bits)

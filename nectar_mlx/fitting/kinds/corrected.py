@@ -37,7 +37,9 @@ def corrected_nodes(
 def _correction(size: Size, D: int, key: mx.array) -> HeadArrays:
     """A gated layer that corrects nothing yet: its way out is zero."""
     _, units = size
-    gate, up = (mx.random.normal((units, D), key=k) * D**-0.5 for k in mx.random.split(key))
+    gate_key, up_key = mx.random.split(key)
+    gate = mx.random.normal((units, D), key=gate_key) * D**-0.5
+    up = mx.random.normal((units, D), key=up_key) * D**-0.5
     hidden = {"w_gate": gate, "b_gate": mx.zeros(units), "w_up": up, "b_up": mx.zeros(units)}
     out = {"w_out": mx.zeros((units, D)), "w_score": mx.zeros(units), "b_out": mx.zeros(D), "b_score": mx.zeros(1)}
     return hidden | out

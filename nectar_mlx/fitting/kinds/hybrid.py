@@ -96,11 +96,11 @@ class HybridFit(KindFit):
         return {"anchor_keys": keys[0, at].astype(mx.float32), "anchor_values": values[0, at].astype(mx.float32)}
 
     def _split(self, samples: Samples, heads: Sequence[int], unread: float, *, group: int = 1) -> Samples:
-        keys, values = (x[:, self.trained_positions] for x in self.keys_and_values(heads))
+        keys, values = self.keys_and_values(heads)
         return thresholds.split(
             samples,
-            keys,
-            values,
+            keys[:, self.trained_positions],
+            values[:, self.trained_positions],
             self.selector(heads),
             scale=self.run.geometry.scale,
             seed=self.run.config.seed,

@@ -119,8 +119,8 @@ class CaptureCache(NectarCache):
         if self._preamble is not None:
             live = attention.merge(self._preamble.over(queries), live)
         context = self.over_context(queries)
-        o, live_o = (x.astype(self._type) for x in (context.output, live.output))
-        self.captured = Samples(queries, o, live_o, context.log_normalizer, live.log_normalizer)
+        output, live_output = context.output.astype(self._type), live.output.astype(self._type)
+        self.captured = Samples(queries, output, live_output, context.log_normalizer, live.log_normalizer)
         mx.async_eval(self.captured)  # or all layers' would wait in float32
         return attention.merge(context, live).output.astype(queries.dtype)
 

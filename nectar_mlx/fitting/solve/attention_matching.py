@@ -84,7 +84,8 @@ def match(samples: Samples, keys: Sequence[mx.array], values: Sequence[mx.array]
     count = max(k.shape[0] for k in keys)
     padded = mx.stack([mx.pad(k.astype(mx.float32), [(0, count - k.shape[0]), (0, 0)]) for k in keys])
     alive = mx.stack([mx.arange(count) < k.shape[0] for k in keys])
-    gram, ones, right = (mx.zeros((*alive.shape, width)) for width in (count, 1, values[0].shape[1]))
+    gram, ones = mx.zeros((*alive.shape, count)), mx.zeros((*alive.shape, 1))
+    right = mx.zeros((*alive.shape, values[0].shape[1]))
     for part in _parts(samples, alive.size):
         weights = attention_weights(part, padded, scale=scale) * alive[:, None]
         gram, ones = mx.addmm(gram, weights.swapaxes(1, 2), weights), ones + weights.sum(1)[..., None]
@@ -95,7 +96,8 @@ def match(samples: Samples, keys: Sequence[mx.array], values: Sequence[mx.array]
         shares = attention_weights(part, padded, scale=scale) * (alive * mass)[:, None]
         shares = shares / mx.maximum(shares.sum(-1, keepdims=True), 1e-20)
         by_node = shares.swapaxes(1, 2)
-        gram, right = (mx.addmm(x, by_node, y) for x, y in ((gram, shares), (right, part.output.astype(mx.float32))))
+        gram = mx.addmm(gram, by_node, shares)
+        right = mx.addmm(right, by_node, part.output.astype(mx.float32))
         mx.eval(gram, right)
     heads = []
     for i, (k, v) in enumerate(zip(keys, values, strict=True)):

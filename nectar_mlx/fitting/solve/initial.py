@@ -38,7 +38,8 @@ class Init:
         With q̄ the mean query, a node's score scale · q·k + b is trained as scale · (q - q̄)·k + b': what all queries
         have in common then does not couple k and b, and what rounding does to it in k, b makes up for.
         """
-        queries, output = (x[:, :_UNIT_SAMPLES].astype(mx.float32) for x in (samples.queries, samples.output))
+        few = samples.some(slice(_UNIT_SAMPLES))
+        queries, output = few.queries.astype(mx.float32), few.output.astype(mx.float32)
         mean = queries.mean(1)[..., None]
 
         def common(parameters: HeadArrays) -> mx.array:
@@ -75,7 +76,8 @@ class Standardization:
 
     @classmethod
     def of(cls, samples: Samples) -> "Standardization":
-        queries, output, log = (x.astype(mx.float32) for x in (samples.queries, samples.output, samples.log_normalizer))
+        queries, output = samples.queries.astype(mx.float32), samples.output.astype(mx.float32)
+        log = samples.log_normalizer.astype(mx.float32)
         return cls(
             queries.mean(1, keepdims=True),
             mx.sqrt(queries.var(1, keepdims=True)) + 1e-4,
