@@ -71,17 +71,17 @@ def _respelled(piece: str) -> str:
 
 
 def position_map(edits: Sequence[Edit]) -> Callable[[int], int]:
-    """A function from positions in the original text to positions in the normalized one."""
-    starts: list[int] = []
-    shifts: list[int] = []
-    shift = 0
+    """A function from positions in the original text to positions in the normalized one; a position within an edit goes
+    no further than to its end."""
+    ends: list[int] = []  # of the edits, in the original text
+    shifts = [0]
     for edit in edits:
-        starts.append(edit.start - shift + len(edit.original))
-        shift += edit.end - edit.start - len(edit.original)
-        shifts.append(shift)
+        ends.append(edit.start - shifts[-1] + len(edit.original))
+        shifts.append(shifts[-1] + edit.end - edit.start - len(edit.original))
 
     def position(original: int) -> int:
-        before = bisect_right(starts, original)
-        return original + (shifts[before - 1] if before else 0)
+        before = bisect_right(ends, original)
+        moved = original + shifts[before]
+        return min(moved, edits[before].end) if before < len(edits) and moved > edits[before].start else moved
 
     return position

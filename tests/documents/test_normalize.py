@@ -4,7 +4,7 @@ import time
 import unicodedata
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from nectar_mlx.documents.normalize import normalized, position_map
@@ -34,6 +34,7 @@ def test_spelling(text: str, right: str) -> None:
     assert normalized(text)[0] == right
 
 
+@example("\u1112\u1161\u11ab")  # a position within what became one character
 @given(st.text(alphabet="abé\u0301\u0323\u00adﬁ한\u1112\u1161\u11ab \n\u212b", max_size=60))
 @settings(max_examples=300, deadline=None)
 def test_the_original_can_be_had_back(text: str) -> None:

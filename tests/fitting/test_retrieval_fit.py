@@ -9,7 +9,7 @@ import pytest
 from nectar_mlx import Nectar, NectarError, ask, evaluate, fit
 from nectar_mlx.core.attention import Partial, merge
 from nectar_mlx.fitting.config import FitConfig
-from nectar_mlx.fitting.kinds import distillation, hybrid, kind_fit
+from nectar_mlx.fitting.kinds import distillation, hybrid, kind_fit, retrieval
 from nectar_mlx.fitting.samples import capture, thresholds
 from nectar_mlx.fitting.samples.sample_store import Samples
 from nectar_mlx.fitting.solve import regression
@@ -225,7 +225,7 @@ def test_the_router_is_made_for_the_queries_of_all_heads(collected, monkeypatch)
     assert run.group > 1
     monkeypatch.setattr(sketch, "build", lambda keys, queries, *, scale: built.append(queries))
     monkeypatch.setattr(hybrid, "ROUTER_SAMPLES", count)
-    _ = hybrid.RetrievalFit(run, collected.data).sketch
+    _ = retrieval.RetrievalFit(run, collected.data).sketch
     captured = np.array(train.heads([0]).queries[0].astype(mx.float32))
     drawn = [int((captured == query).all(-1).argmax()) for query in built[0][0][0]]
     counts = np.bincount(np.array(drawn) % run.group, minlength=run.group)
