@@ -46,8 +46,8 @@ def costs(samples: Samples, bank: Bank) -> HeadArrays:
     key's also by its value's distance from the output, and by the queries' mean square about their mean: what errs
     alike for all queries is the bias's."""
     p = bank.parameters
-    queries, values = samples.queries.astype(mx.float32), p["values"].astype(mx.float32)
-    square = mx.square(queries - queries.mean(1, keepdims=True)).mean((1, 2)) * bank.scale**2
+    values = p["values"].astype(mx.float32)
+    square = mean_squares(samples.queries, centered=True).mean(1) * bank.scale**2
     total = {n: mx.zeros(p["bias"].shape) for n in ("keys", "values")}
     for part in _parts(samples, p["bias"].size):
         answer = bank(part.queries)
@@ -62,6 +62,16 @@ def costs(samples: Samples, bank: Bank) -> HeadArrays:
         mx.eval(total)
     count = samples.queries.shape[1]
     return {"keys": total["keys"] * square[:, None] / count, "values": total["values"] / count}
+
+
+def mean_squares(queries: mx.array, *, centered: bool = False) -> mx.array:
+    """The mean square of each coordinate of queries [M, N, D], about zero or about their mean -> [M, D]."""
+    squares = []
+    for head in queries:  # one by one: all at once would be there twice
+        head = head.astype(mx.float32)
+        squares.append(mx.square(head - head.mean(0) if centered else head).mean(0))
+        mx.eval(squares[-1])
+    return mx.stack(squares)
 
 
 def _parts(samples: Samples, scores: int) -> Iterator[Samples]:

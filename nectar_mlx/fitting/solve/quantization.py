@@ -66,12 +66,13 @@ class RoundingPlan:
     @classmethod
     def of(cls, bank: Bank, samples: Samples, *, bits: float) -> "RoundingPlan":
         probe = samples.some(slice(_N_PROBE))
-        queries, counts = probe.queries.astype(mx.float32), [count for (count,) in bank.sizes]
+        counts = [count for (count,) in bank.sizes]
+        effects = attention_matching.mean_squares(probe.queries)
         costs = attention_matching.costs(probe, bank)
         return cls(
             steps=row_steps(bank, costs, bits=bits),
             part={
-                "keys": _parts(mx.square(queries).mean(1), [bank.head_dim] * len(counts))[:, None],
+                "keys": _parts(effects, [bank.head_dim] * len(counts))[:, None],
                 "values": _parts(costs["values"], counts)[..., None],
             },
         )
