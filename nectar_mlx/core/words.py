@@ -39,7 +39,7 @@ def folded(text: str) -> str:
         return text
     text = _UNSEEN.sub("", _SPACE.sub(" ", text))
     text = _POINTED.sub(lambda m: "" if unicodedata.combining(m[0]) in _POINTS else m[0], text)
-    return _DIGITS.sub(lambda m: str(unicodedata.digit(m[0])), text)
+    return str(_DIGITS.sub(lambda m: str(unicodedata.digit(m[0])), text))
 
 
 def _words(piece: "regex.Match[str]") -> list[str]:
