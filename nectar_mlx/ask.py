@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from . import cli
 from .errors import NectarError
+from .from_library import Questions, add_options
 from .mlxlm.window import answer_tokens
 
 
@@ -18,6 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = cli.Parser("ask", "Answers a question from a .nectar.")
     cli.add_nectar(parser)
+    add_options(parser)
     parser.add_argument("question", help="the question, or - to read it from stdin")
     cli.add_generation(parser)
     cli.add_retrieval(parser)
@@ -32,10 +34,15 @@ def _work(args: argparse.Namespace) -> None:
     if not question.strip():
         raise NectarError("the question is empty")
     start = time.perf_counter()
-    model, tokenizer, nectar = cli.load(args.nectar, args.model)
+    library = Questions.open(args)
+    loaded_from = library.find(question) if library else cli.load(args.nectar, args.model)
+    if loaded_from is None:
+        _say_none(library, question, as_json=args.json)
+        return
+    model, tokenizer, nectar = loaded_from
     cli.check_sources(nectar, args)
     loaded = time.perf_counter()
-    chunk = cli.chunk_for(nectar, tokenizer, question, args)
+    chunk = cli.chunk_for(nectar, model, tokenizer, question, args)
     if chunk is not None:
         nectar = nectar.chunk(chunk)
     prompt = nectar.prompt(tokenizer, question.strip(), enable_thinking=args.think)
@@ -62,12 +69,20 @@ def _work(args: argparse.Namespace) -> None:
             "tokens_per_second": round(last.generation_tps, 2) if last else 0.0,
             "peak_memory_bytes": round(last.peak_memory * 1e9) if last else 0,
         }
-        print(json.dumps(answer | nectar.hybrid.reading(cache)))
+        print(json.dumps(answer | nectar.hybrid.reading(cache) | (library.facts() if library else {})))
     else:
         print()
         if args.sources:
             for source in nectar.sources(cache):
                 cli.say(source.quoted())
+
+
+def _say_none(library: Questions | None, question: str, *, as_json: bool) -> None:
+    """That no document of the library answers."""
+    if library is not None and as_json:
+        print(json.dumps({"question": question.strip(), "answer": None} | library.facts()))
+    elif library is not None:
+        print(library.none())
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from . import cli
 from .core.types import LayerCache, Tokenizer
 from .errors import NectarError
+from .from_library import Questions, add_options
 from .mlxlm.cache import NectarCache
 from .mlxlm.prompts import Message
 from .mlxlm.window import answer_tokens
@@ -30,7 +31,7 @@ class Conversation:
     """
 
     def __init__(self, model: nn.Module, tokenizer: Tokenizer, nectar: Nectar, args: argparse.Namespace):
-        self._model, self._tokenizer, self._nectar, self._args = model, tokenizer, nectar, args
+        self._model, self._tokenizer, self.nectar, self._args = model, tokenizer, nectar, args
         self._whole = nectar
         self._chunk: int | None = None
         self.reset()
@@ -40,21 +41,27 @@ class Conversation:
         self.cache = self._new_cache()
         self._read: list[int] = []  # the tokens in the caches
 
+    def switch(self, model: nn.Module, tokenizer: Tokenizer, nectar: Nectar) -> None:
+        """Continues behind another file: the conversation is read again."""
+        if nectar is not self._whole:
+            self._model, self._tokenizer, self.nectar, self._whole = model, tokenizer, nectar, nectar
+            self._chunk, self.cache, self._read = None, self._new_cache(), []
+
     def _new_cache(self) -> list[LayerCache]:
-        return self._nectar.make_cache(kv_bits=self._args.kv_bits, exact_fraction=self._args.exact)
+        return self.nectar.make_cache(kv_bits=self._args.kv_bits, exact_fraction=self._args.exact)
 
     def answer(self, question: str) -> Iterator[GenerationResponse]:
         """Yields mlx-lm's responses for the next turn, and adds the turn when it is complete or interrupted."""
         self._select_chunk(question)
         messages: list[Message] = [*self.messages, {"role": "user", "content": question}]
-        prompt = self._nectar.prompt(self._tokenizer, messages, enable_thinking=self._args.think)
+        prompt = self.nectar.prompt(self._tokenizer, messages, enable_thinking=self._args.think)
         max_tokens = answer_tokens(
-            self._model, start=self._nectar.start, prompt=len(prompt), chosen=self._args.max_tokens
+            self._model, start=self.nectar.start, prompt=len(prompt), chosen=self._args.max_tokens
         )
         pieces = [self._thinking_start(prompt)]
         rest = prompt[self._resume(prompt) :]
         self._read = list(prompt)
-        self._nectar.hybrid.forget(self.cache)
+        self.nectar.hybrid.forget(self.cache)
         try:
             for response in cli.generate(
                 self._model, self._tokenizer, rest, self.cache, self._args, max_tokens=max_tokens
@@ -74,14 +81,14 @@ class Conversation:
 
     def _select_chunk(self, question: str) -> None:
         """If the question is about another chunk, continues behind that one: the conversation is read again."""
-        chunk = cli.chunk_for(self._whole, self._tokenizer, question, self._args)
+        chunk = cli.chunk_for(self._whole, self._model, self._tokenizer, question, self._args, before=self._chunk)
         if chunk is not None and chunk != self._chunk:
-            self._chunk, self._nectar = chunk, self._whole.chunk(chunk)
+            self._chunk, self.nectar = chunk, self._whole.chunk(chunk)
             self.cache, self._read = self._new_cache(), []
 
     def _resume(self, prompt: Sequence[int]) -> int:
         """How many tokens of the prompt are in the caches, after trimming the rest; at least one is left to read."""
-        held = cast("NectarCache", self.cache[self._nectar.geometry.fitted[0]]).size() if self._read else 0
+        held = cast("NectarCache", self.cache[self.nectar.geometry.fitted[0]]).size() if self._read else 0
         limit = min(held, len(prompt) - 1, len(self._read))
         common = next((i for i in range(limit) if prompt[i] != self._read[i]), limit)
         if held > common:
@@ -103,6 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = cli.Parser("chat", f"A conversation with a .nectar. {_COMMANDS}.")
     cli.add_nectar(parser)
+    add_options(parser)
     cli.add_generation(parser)
     cli.add_retrieval(parser)
     cli.add_sources(parser)
@@ -111,14 +119,16 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _work(args: argparse.Namespace) -> None:
-    model, tokenizer, nectar = cli.load(args.nectar, args.model)
+    library = Questions.open(args)
+    model, tokenizer, nectar = library.start() if library else cli.load(args.nectar, args.model)
     cli.check_sources(nectar, args)
     conversation = Conversation(model, tokenizer, nectar, args)
     at_terminal = sys.stdin.isatty()
     if at_terminal:
         import readline  # noqa: F401  (line editing and history)
 
-        cli.say(f"{len(nectar.prefix):,} tokens are read. {_COMMANDS}.")
+        read = f"{len(library.library.documents()):,} documents" if library else f"{len(nectar.prefix):,} tokens"
+        cli.say(f"{read} are read. {_COMMANDS}.")
     while (line := _next_line(at_terminal)) is not None:
         command = line.strip()
         if command in ("/quit", "/exit"):
@@ -132,9 +142,30 @@ def _work(args: argparse.Namespace) -> None:
         elif command.startswith("/"):
             cli.say(f"there is no {command.split()[0]}: {_COMMANDS}")
         elif command:
+            if library and not _turn_to(library, conversation, command):
+                continue
             _turn(conversation, command, at_terminal)
-            for source in nectar.sources(conversation.cache) if args.sources else ():
+            for source in conversation.nectar.sources(conversation.cache) if args.sources else ():
                 cli.say(source.quoted())
+
+
+def _turn_to(library: Questions, conversation: Conversation, question: str) -> bool:
+    """Goes on with the document of the library that a question is about; where none is told, with the one before.
+    Whether there is one.
+    """
+    begun = bool(conversation.messages)
+    try:
+        found = library.find(question)
+    except NectarError as error:
+        cli.say(str(error))
+        return False
+    if found is not None:
+        conversation.switch(*found)
+    elif begun and library.document is not None:
+        cli.say(f"the question names no document: still from {library.document.name}")
+    else:
+        print(library.none(), flush=True)
+    return found is not None or begun
 
 
 def _next_line(at_terminal: bool) -> str | None:

@@ -150,11 +150,31 @@ def add_chunks(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def chunk_for(nectar: "Nectar", tokenizer: Tokenizer, question: str, args: argparse.Namespace) -> int | None:
-    """The chunk nearest to the question, with a line that names it; None for the whole text."""
-    chunk = None if args.whole else nectar.nearest(tokenizer, question)
+def chunk_for(
+    nectar: "Nectar",
+    model: "nn.Module",
+    tokenizer: Tokenizer,
+    question: str,
+    args: argparse.Namespace,
+    *,
+    before: int | None = None,
+) -> int | None:
+    """The chunk nearest to the question, with a line that names it; None for the whole text.
+
+    Where no word tells, the chunk of the question before, or else that behind which the question is likeliest.
+    """
+    if args.whole:
+        return None
+    chunk = nectar.nearest(tokenizer, question)
     if chunk is not None:
         say(f"from chunk {chunk + 1} of {len(nectar.chunks)}")
+        return chunk
+    if before is not None:
+        say(f"no word of the question tells a chunk: it stays with chunk {before + 1} of {len(nectar.chunks)}")
+        return before
+    chunk = nectar.likeliest_chunk(model, tokenizer, question)
+    if chunk is not None:
+        say(f"no word of the question tells a chunk: it is likeliest behind chunk {chunk + 1} of {len(nectar.chunks)}")
     return chunk
 
 

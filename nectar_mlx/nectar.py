@@ -18,6 +18,7 @@ from .mlxlm import attention_patch, prompts
 from .mlxlm.cache import make_caches
 from .models import hub
 from .retrieval import ChunkIndex, HybridBank, HybridContext, KeyFile, kv_path, recording
+from .retrieval.likelihood import log_likelihood
 from .retrieval.sources import Source
 from .store import Layout, chunking, load
 from .store.chunking import ChunkedPrefix
@@ -180,6 +181,20 @@ class Nectar:
         if self._index is None:  # counted once, with the first tokenizer: a file belongs to one
             self._index = ChunkIndex(tokenizer, [self._text.body(n) for n in range(len(self.chunks))])
         return self._index.nearest(question)
+
+    def log_likelihood(self, model: nn.Module, prompt: Sequence[int]) -> float:
+        """How likely a prompt is behind the context, in nats. prompt: the token ids of `prompt`."""
+        return log_likelihood(model, self.make_cache(), prompt)
+
+    def likeliest_chunk(self, model: nn.Module, tokenizer: Tokenizer, question: str) -> int | None:
+        """The number (from 0) of the chunk behind which a question is likeliest; reads it once a chunk.
+
+        None where there are no chunks, and where sliding-window layers keep the last one alone.
+        """
+        if not self.chunks or self.windows:
+            return None
+        prompt = self.prompt(tokenizer, question)
+        return max(range(len(self.chunks)), key=lambda number: self.chunk(number).log_likelihood(model, prompt))
 
     def chunk(self, number: int) -> "Nectar":
         """One chunk of the text (from 0), as if it alone had been fitted.

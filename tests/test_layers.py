@@ -21,8 +21,8 @@ LEVELS = (
     ("__init__", "baselines", "library"),
     ("evaluation", "benchmarks", "serving"),
     ("cli",),
-    ("inspect",),
-    ("ask", "bench", "chat", "demo", "evaluate", "fit", "push", "serve"),
+    ("from_library", "inspect"),
+    ("add", "ask", "bench", "chat", "demo", "evaluate", "fit", "list", "push", "remove", "serve", "update"),
     ("__main__",),
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}

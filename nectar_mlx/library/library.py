@@ -7,8 +7,9 @@ import time
 import zlib
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..core.progress import Log, Progress, no_log, silent
 from ..core.types import JsonObject
@@ -41,8 +42,8 @@ class Removed:
     """What `remove` did. documents: their paths. waiting: names of documents that shared a file with one of them, and
     have none until the next `update`."""
 
-    documents: list[str] = field(default_factory=list)
-    waiting: list[str] = field(default_factory=list)
+    documents: list[str]
+    waiting: list[str]
 
 
 class Library:
@@ -61,12 +62,13 @@ class Library:
     def identity(self) -> Identity | None:
         """The model that its documents are fitted on; None before the first fit."""
         kept = self._setting("identity")
-        return Identity(*kept) if kept else None
+        return Identity(*kept) if isinstance(kept, list) else None
 
     @property
     def options(self) -> JsonObject:
         """Fields of `FitConfig` for its fits."""
-        return dict(self._setting("options") or {})
+        kept: JsonObject = self._setting("options") or {}
+        return kept
 
     @options.setter
     def options(self, options: JsonObject) -> None:
@@ -146,7 +148,7 @@ class Library:
         paths: files, folders, or names of documents. missing: also all that is gone from the disk. A file is not added
         again with its folder, only by its own path. NectarError for what is not in the library.
         """
-        removed = Removed()
+        gone: list[bytes] = []
         with self._database.writing() as rows:
             known = [row[0] for row in rows.execute("SELECT path FROM files ORDER BY path")]
             roots = [row[0] for row in rows.execute("SELECT path FROM roots")]
@@ -154,27 +156,26 @@ class Library:
                 wanted, within = _named(given, known, roots)
                 rows.executemany("DELETE FROM roots WHERE path = ?", [(root,) for root in within])
                 roots = [root for root in roots if root not in within]
-                removed.documents += wanted
+                gone += wanted
             if missing:
-                removed.documents += [r[0] for r in rows.execute("SELECT path FROM files WHERE missing ORDER BY path")]
+                gone += [r[0] for r in rows.execute("SELECT path FROM files WHERE missing ORDER BY path")]
             before = {document.path for document in self.documents() if document.file is not None}
-            for path in removed.documents:
+            for path in gone:
                 rows.execute("DELETE FROM files WHERE path = ?", (path,))
                 if any(path != root and path.startswith(root + b"/") for root in roots):
                     rows.execute("INSERT OR IGNORE INTO ignored VALUES (?)", (path,))
             volumes.forget_texts(rows, at_once=True)
             if identity := self.identity:
                 volumes.plan(rows, identity)
-            removed.waiting = [d.name for d in self.documents() if d.file is None and d.path in before]
+            waiting = [d.name for d in self.documents() if d.file is None and d.path in before]
         self._sweep()
-        removed.documents = [shown(path) for path in dict.fromkeys(removed.documents)]
-        return removed
+        return Removed([shown(path) for path in dict.fromkeys(gone)], waiting)
 
     def route(self, question: str, *, evidence: Evidence | None = None) -> Routing:
         """The documents that answer a question, or the answer that none does: by words, and, where these leave doubt,
-        by what the heads of the first few say.
+        by how likely the question is behind the files of the first few.
 
-        evidence: `evidence.HeadEvidence`, which needs the model; None for words alone.
+        evidence: how likely the question is behind documents' files, which takes the model; None for words alone.
         """
         known = [document for document in self.documents() if document.text is not None]
         by_text: dict[int, Document] = {}
@@ -222,7 +223,7 @@ class Library:
         with self._database.writing() as rows:  # nobody claims a volume meanwhile
             self.folder.sweep({row[0] for row in rows.execute("SELECT id FROM volumes")})
 
-    def _setting(self, name: str) -> object:
+    def _setting(self, name: str) -> Any:
         with self._database.reading() as rows:
             row = rows.execute("SELECT value FROM settings WHERE name = ?", (name,)).fetchone()
         return json.loads(row[0]) if row else None

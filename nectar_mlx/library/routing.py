@@ -1,7 +1,7 @@
 """From a question to the documents that answer it, or to "none of them"."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from .documents import Document
@@ -11,11 +11,12 @@ from .search import Match
 _BIAS, _GAP, _RAREST, _MISSING, _EVIDENCE, _FOCUS = -3.78, 2.01, 3.67, -5.16, 1.71, 2.18
 _CLOSE = 0.85  # of the best document's score: from there on another one is close
 _UNSURE = 2.0  # log-odds within which the model's own view is asked for, where there is one
-_HEADS = 3  # documents that the model looks at
-_AGREES = 1.0  # log-odds that the model's agreement gives or takes
+_LOOKS = 3  # documents that the model looks at
+_LIKELIER = 10.0  # nats by which a question is likelier behind the document that it is about (docs/log/library.md)
+_TELLS = 2.0  # log-odds that this gives or takes
 
 Evidence = Callable[[Sequence[Document]], Sequence[float]]
-"""How much of a question's attention each document's heads are predicted to take, in [0, 1]; NaN where unknown."""
+"""How likely a question is behind the files of some documents, in nats; NaN where that is not known."""
 
 
 @dataclass(frozen=True)
@@ -26,13 +27,13 @@ class Candidate:
         document: the document.
         score: of its words; candidates are in this order.
         place: the page, chapter, sheet or mail where most of the words are, as [unit, name]; None where it has none.
-        mass: of attention that its heads are predicted to take; None where they were not asked.
+        log_likelihood: of the question behind its file; None where the model was not asked.
     """
 
     document: Document
     score: float
     place: tuple[str, str] | None = None
-    mass: float | None = None
+    log_likelihood: float | None = None
 
     def describe(self) -> str:
         """The name with the place, for a person."""
@@ -76,19 +77,22 @@ def odds(found: Sequence[Match]) -> float:
 
 
 def with_evidence(routing: Routing, evidence: Evidence) -> Routing:
-    """The routing with the heads' view of its first candidates. It is asked for only where the words leave doubt:
-    whether any document answers, or which of close ones. Where both agree on the first, the odds rise; else they fall.
+    """The routing with the model's view of its first candidates. It is asked for only where the words leave doubt:
+    whether any document answers, or which of close ones.
+
+    A document behind which the question is far likelier than behind the others comes first, and the odds rise. Where
+    there is none, they fall, unless documents are close by their words: then several may answer.
     """
-    first = [c for c in routing.candidates[:_HEADS] if c.document.file is not None]
-    doubtful = abs(routing.odds) < _UNSURE or (routing.found and bool(routing.close))
-    if len(first) < 2 or not doubtful:
+    first = [c for c in routing.candidates[:_LOOKS] if c.document.file is not None]
+    if len(first) < 2 or not (abs(routing.odds) < _UNSURE or routing.close):
         return routing
-    masses = evidence([candidate.document for candidate in first])
-    seen = [replace(c, mass=mass) for c, mass in zip(first, masses, strict=True) if not math.isnan(mass)]
-    if not seen:
+    nats = evidence([candidate.document for candidate in first])
+    seen = [replace(c, log_likelihood=x) for c, x in zip(first, nats, strict=True) if not math.isnan(x)]
+    ranked = sorted(seen, key=lambda candidate: -(candidate.log_likelihood or 0.0))
+    if len(ranked) < 2:
         return routing
-    favourite = max(seen, key=lambda candidate: candidate.mass or 0.0)
-    by_path: Mapping[bytes, Candidate] = {c.document.path: c for c in seen}
-    candidates = [by_path.get(c.document.path, c) for c in routing.candidates]
-    agree = favourite.document.path == candidates[0].document.path
-    return Routing(candidates, routing.odds + (_AGREES if agree else -_AGREES))
+    others = [c for c in routing.candidates if all(c.document.path != s.document.path for s in seen)]
+    best, second = ranked[0].log_likelihood or 0.0, ranked[1].log_likelihood or 0.0
+    if best - second >= _LIKELIER:
+        return Routing([ranked[0], *(c for c in seen if c is not ranked[0]), *others], routing.odds + _TELLS)
+    return Routing([*seen, *others], routing.odds - (0 if routing.close else _TELLS))

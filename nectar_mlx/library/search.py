@@ -22,6 +22,7 @@ _CANDIDATES = 32  # texts whose passages are looked at
 _BACKGROUND = 20  # texts that a small library is thought to have beside its own, which hold none of its words
 _ASKING = 0.15  # how much words count with which questions are asked
 _PROPER = 1.5  # how much proper names count
+_UNKNOWN = 0.5  # how much a word counts that no text holds, and that is no name: some other word may stand for it
 _FORM = 0.8  # how much another form of a word counts
 _NAME = 0.8  # how much a word of the name counts
 _WHOLE = 0.3  # how much the whole text counts beside its best window
@@ -86,10 +87,10 @@ def _asked(rows: sqlite3.Connection, question: str, names: Mapping[int, Collecti
     asked, total, proper = [], len(names) + _BACKGROUND, _proper(question)
     for word, stem in stems.items():
         exact, forms = found.get(word, {}), found.get(stem, {})
-        weight = _weight(total, len(exact or forms)) * (
-            _ASKING if word in question_words() else _PROPER if word in proper else 1
-        )
-        asked.append(_Asked(word, stem, weight, exact, forms))
+        factor = _ASKING if word in question_words() else _PROPER if word in proper else 1.0
+        if not exact and not forms and factor == 1 and word.upper() != word:
+            factor = _UNKNOWN
+        asked.append(_Asked(word, stem, factor * _weight(total, len(exact or forms)), exact, forms))
     return asked
 
 

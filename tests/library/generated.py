@@ -32,6 +32,55 @@ class Language:
     unrelated: tuple[str, ...]
 
 
+# Facts in everyday words, without a name, each used once in a library.
+PLAIN_A = {
+    "en": (
+        ("Buy milk, bread and a new kettle.", "which kettles do I need to buy?"),
+        ("The lynx eats two hares a week.", "What does the lynx eat?"),
+        ("Our landlord allows dogs but no parrots.", "May I keep a parrot in the flat?"),
+        ("The boiler was serviced by a plumber on 3 May.", "When did someone service the boiler?"),
+        ("Grandmother soaked the lentils overnight before cooking.", "How long should lentils soak?"),
+        ("The violin needs a new string, the thinnest one.", "What is wrong with the violin?"),
+    ),
+    "de": (
+        ("Die Kaution beträgt drei Monatsmieten.", "Wie hoch ist die Kaution?"),
+        ("Der Zahnarzt hat donnerstags geschlossen.", "An welchem Tag kann ich nicht zum Zahnarzt?"),
+        ("Die Linsen müssen über Nacht quellen.", "Wie lange quellen Linsen?"),
+        ("Unsere Versicherung zahlt bei Hagel, nicht bei Sturm.", "Bekomme ich nach Hagel Geld von der Versicherung?"),
+    ),
+    "fr": (
+        ("La chaudière a été réparée par le plombier en mai.", "Qui s'est occupé de la chaudière ?"),
+        ("Le chat ne mange que du poisson.", "Que mangent les chats ?"),
+    ),
+    "ru": (
+        ("Котёл чинил сантехник третьего мая.", "Кто починил котёл?"),
+        ("Бабушка замачивала чечевицу на ночь.", "Сколько надо замачивать чечевицу?"),
+    ),
+    "tr": (("Kedi yalnızca balık yer.", "Kediler ne yer?"),),
+}
+PLAIN_B = {
+    "en": (
+        ("Remember to water the fig tree every second day.", "How often do I have to water the figs?"),
+        ("The passport expires in October.", "Until when can I use my passport?"),
+        ("Refunds take ten working days after we receive the parcel.", "When do I get my refund?"),
+        ("The hamster escaped twice through the broken lid.", "How did the hamster get out?"),
+        ("Dinner guests: Tom is allergic to peanuts.", "Who can't eat peanuts?"),
+        ("The washing machine leaks when the drum is overfilled.", "Why is the washing machine leaking?"),
+    ),
+    "de": (
+        ("Die Waschmaschine tropft, wenn die Trommel zu voll ist.", "Warum ist die Waschmaschine undicht?"),
+        ("Der Reisepass läuft im Oktober ab.", "Bis wann gilt mein Reisepass?"),
+        ("Rücksendungen sind innerhalb von dreißig Tagen möglich.", "Wann muss ich eine Rücksendung abschicken?"),
+        ("Den Feigenbaum nur alle zwei Tage gießen.", "Wie oft soll ich den Feigenbaum gießen?"),
+    ),
+    "fr": (
+        ("Le passeport expire en octobre.", "Jusqu'à quand mon passeport est-il valable ?"),
+        ("Le hamster s'est échappé par le couvercle cassé.", "Par où le hamster est-il sorti ?"),
+    ),
+    "pl": (("Paszport traci ważność w październiku.", "Do kiedy ważny jest mój paszport?"),),
+    "fi": (("Passi vanhenee lokakuussa.", "Milloin passini vanhenee?"),),
+}
+
 A = {
     "en": Language(
         "latin",
@@ -365,16 +414,28 @@ class Generated:
     questions: list[Question]
 
 
-def generate(languages: dict[str, Language], *, seed: int, documents: int = 100, facts: int = 2) -> Generated:
-    """Documents of 8 to 200 sentences, and questions: on each fact, and half as many on none of them. Two thirds of
+def generate(
+    languages: dict[str, Language],
+    plain: dict[str, tuple[tuple[str, str], ...]],
+    *,
+    seed: int,
+    documents: int = 100,
+    facts: int = 2,
+) -> Generated:
+    """Documents of 3 to 200 sentences, and questions: on each fact, and half as many on none of them. Two thirds of
     these ask in the words of a fact about a name that is nowhere; the others ask something else altogether."""
     draw, used = random.Random(seed), set[str]()
     texts, questions = list[str](), list[Question]()
+    everyday = {code: draw.sample(pairs, len(pairs)) for code, pairs in plain.items()}
     for number in range(documents):
         code = list(languages)[number % len(languages)]
         spoken = languages[code]
-        sentences = _filler(draw, spoken, draw.choice((8, 20, 60, 200)))
+        sentences = _filler(draw, spoken, draw.choice((3, 8, 20, 60, 200)))
         for place in draw.sample(range(len(sentences)), facts):
+            if everyday.get(code) and draw.random() < 0.5:
+                sentences[place], asked = everyday[code].pop()
+                questions.append(Question(asked, number, code))
+                continue
             statement, question = draw.choice(spoken.facts)
             name = _name(draw, spoken, used)
             sentences[place] = statement.format(name=name, value=draw.randint(100, 9999))
