@@ -38,16 +38,15 @@ class Match:
     Attributes:
         text: its number.
         score: what texts are ranked by.
-        evidence: the weight of the words that its best window holds.
-        rarest: the heaviest of these, by the weight of a word that only one text holds.
-        focus: their share of the question's words, by their weights' cubes: of the few words that tell most.
+        rarest: the weight of the heaviest word that its best window holds, by that of a word that only one text holds.
+        focus: the share of the question's words that this window holds, by their weights' cubes: of the few words that
+            tell most.
         missing: the weight of the heaviest word that the text does not hold, by that of the heaviest word of all.
         passage: the first passage of that window.
     """
 
     text: int
     score: float
-    evidence: float
     rarest: float
     focus: float
     missing: float
@@ -88,7 +87,7 @@ def _asked(rows: sqlite3.Connection, question: str, names: Mapping[int, Collecti
     for word, stem in stems.items():
         exact, forms = found.get(word, {}), found.get(stem, {})
         factor = _ASKING if word in question_words() else _PROPER if word in proper else 1.0
-        if not exact and not forms and factor == 1 and word.upper() != word:
+        if not exact and not forms and factor == 1:
             factor = _UNKNOWN
         asked.append(_Asked(word, stem, factor * _weight(total, len(exact or forms)), exact, forms))
     return asked
@@ -113,7 +112,6 @@ def _match(rows: sqlite3.Connection, text: int, asked: list[_Asked], name: Colle
     return Match(
         text=text,
         score=float(windows[best] + _WHOLE * weights @ whole),
-        evidence=float(windows[best]),
         rarest=float(found.max()) / _weight(total + _BACKGROUND, 1),
         focus=float((found**3).sum() / (weights**3).sum()),
         missing=float((weights * (whole == 0)).max()) / max(word.weight for word in asked),

@@ -1,4 +1,5 @@
-"""A fitter that needs no model: its file is the text and its settings. Also a program that adds folders with it."""
+"""A fitter that needs no model: its file is the text and its settings. Also a program that adds a folder with it, or
+with a toy model."""
 
 import hashlib
 import sys
@@ -6,7 +7,10 @@ import time
 from pathlib import Path
 
 from nectar_mlx.errors import NectarError
-from nectar_mlx.library import Identity, Library
+from nectar_mlx.library import Identity, Library, ModelFitter
+from tests.fitting.toy_fit import FAST as TOY
+
+FAST = TOY | {"budget": 0.5, "steps": 4, "checks": 1}
 
 
 class CheapFitter:
@@ -38,5 +42,6 @@ class CheapFitter:
 
 
 if __name__ == "__main__":
-    library, folder, seconds = sys.argv[1:]
-    Library(Path(library)).add([folder], CheapFitter(seconds=float(seconds)))
+    library, folder, how = sys.argv[1:]
+    fitter = CheapFitter(seconds=float(how)) if how[0].isdigit() else ModelFitter(how, FAST)
+    Library(Path(library)).add([folder], fitter)

@@ -10,6 +10,7 @@ import time
 import pytest
 
 from nectar_mlx.library import Library
+from tests import toys
 
 KILLS = 20
 
@@ -36,9 +37,15 @@ def contents(library):
 
 
 @pytest.mark.process
-def test_killed_at_random_moments(tmp_path, notes):
+@pytest.mark.parametrize("fitter", ["cheap", pytest.param("toy", marks=pytest.mark.slow)])
+def test_killed_at_random_moments(tmp_path, notes, fitter):
+    model = tmp_path / "toy"
+    if fitter == "toy":
+        toys.save_model(toys.toy("llama"), model, toys.tokenizer())
+
     def add(library):
-        return [sys.executable, "-m", "tests.library.cheap", str(tmp_path / library), str(notes), "0.1"]
+        how = str(model) if fitter == "toy" else "0.1"
+        return [sys.executable, "-m", "tests.library.cheap", str(tmp_path / library), str(notes), how]
 
     (notes / "broken.pdf").write_bytes(b"%PDF-1.4 no more")
     (notes / "deep" / "worse.md").write_text("unfittable")

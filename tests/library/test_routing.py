@@ -21,9 +21,13 @@ def filled(folder: Path, made: generated.Generated) -> Library:
     return library
 
 
-@pytest.mark.parametrize("languages, seed", [(generated.A, 21), (generated.B, 22)], ids=["A", "B"])
-def test_planted_facts_are_found_and_none_is_an_answer(tmp_path, languages, seed):
-    made = generated.generate(languages, seed=seed)
+@pytest.mark.parametrize(
+    "languages, plain, seed",
+    [(generated.A, generated.PLAIN_A, 23), (generated.B, generated.PLAIN_B, 24)],
+    ids=["A", "B"],
+)
+def test_planted_facts_are_found_and_none_is_an_answer(tmp_path, languages, plain, seed):
+    made = generated.generate(languages, plain, seed=seed)
     library = filled(tmp_path, made)
     first = three = refused = recognised = 0
     asked = [question for question in made.questions if question.document is not None]
