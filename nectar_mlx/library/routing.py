@@ -8,12 +8,12 @@ from .documents import Document
 from .search import Match
 
 # Log-odds that the best document answers. Chosen on generated set A by logistic regression; docs/log/library.md.
-_BIAS, _GAP, _RAREST, _MISSING, _FOCUS = -2.20, 2.61, 2.45, -3.10, 3.11
+_BIAS, _GAP, _RAREST, _MISSING, _FOCUS = -2.65, 2.65, 2.36, -3.17, 3.03
 _CLOSE = 0.85  # of the best document's score: from there on another one is close
 _UNSURE = 2.0  # log-odds within which the model's own view is asked for, where there is one
 _LOOKS = 3  # documents that the model looks at
 _LIKELIER = 10.0  # nats by which a question is likelier behind the document that it is about (docs/log/library.md)
-_TELLS = 2.0  # log-odds that this gives or takes
+_TELLS = _UNSURE  # log-odds that this gives
 
 Evidence = Callable[[Sequence[Document]], Sequence[float]]
 """How likely a question is behind the files of some documents, in nats; NaN where that is not known."""
@@ -79,8 +79,8 @@ def with_evidence(routing: Routing, evidence: Evidence) -> Routing:
     """The routing with the model's view of its first candidates. It is asked for only where the words leave doubt:
     whether any document answers, or which of close ones.
 
-    A document behind which the question is far likelier than behind the others comes first, and the odds rise. Where
-    there is none, they fall, unless documents are close by their words: then several may answer.
+    A document behind which the question is far likelier than behind the others comes first, and answers. Where there
+    is none, it stays as the words have it.
     """
     first = [c for c in routing.candidates[:_LOOKS] if c.document.file is not None]
     if len(first) < 2 or not (abs(routing.odds) < _UNSURE or routing.close):
@@ -94,4 +94,4 @@ def with_evidence(routing: Routing, evidence: Evidence) -> Routing:
     best, second = ranked[0].log_likelihood or 0.0, ranked[1].log_likelihood or 0.0
     if best - second >= _LIKELIER:
         return Routing([ranked[0], *(c for c in seen if c is not ranked[0]), *others], routing.odds + _TELLS)
-    return Routing([*seen, *others], routing.odds - (0 if routing.close else _TELLS))
+    return Routing([*seen, *others], routing.odds)

@@ -23,6 +23,7 @@ _BACKGROUND = 20  # texts that a small library is thought to have beside its own
 _ASKING = 0.15  # how much words count with which questions are asked
 _PROPER = 1.5  # how much proper names count
 _UNKNOWN = 0.5  # how much a word counts that no text holds, and that is no name: some other word may stand for it
+_COMMON = 0.5  # how much less a word counts that all passages of a text hold
 _FORM = 0.8  # how much another form of a word counts
 _NAME = 0.8  # how much a word of the name counts
 _WHOLE = 0.3  # how much the whole text counts beside its best window
@@ -125,8 +126,8 @@ def _weight(total: int, holding: int) -> float:
 
 
 def _weight_within(word: _Asked, text: int, count: int) -> float:
-    """Held by most passages, a word tells nothing about one of them; there must be some for that to be known."""
-    return word.weight * (1 - (word.exact.get(text) or word.forms.get(text, 0)) / (count + 3))
+    """Held by most passages, a word tells less about one of them; there must be some for that to be known."""
+    return word.weight * (1 - _COMMON * (word.exact.get(text) or word.forms.get(text, 0)) / (count + 3))
 
 
 def _held(rows: sqlite3.Connection, word: _Asked, text: int, count: int, name: Collection[str]) -> DoubleArray:
