@@ -16,7 +16,8 @@ from mlx_lm.models.cache import KVCache, RotatingKVCache, save_prompt_cache
 
 from .core.files import write_atomically
 from .errors import NectarError
-from .heads import Exact, Quadrature
+from .heads import Exact
+from .heads.nodes import plain_nodes
 from .nectar import Nectar
 
 FORMAT, VERSION = "nectar-nodes", "1"
@@ -34,7 +35,7 @@ def write_nodes(nectar: Nectar, path: str | Path, *, dtype: str = "float16") -> 
     layers = [layer for layer in range(len(nectar.banks) + len(nectar.windows)) if layer not in nectar.windows]
     tensors = {"prefix": mx.array(nectar.prefix, dtype=mx.int32)}
     for layer, bank in zip(layers, nectar.banks, strict=True):
-        nodes = _nodes(bank.without_retrieval())
+        nodes = plain_nodes(bank)
         tensors |= {f"layers.{layer}.{name}": nodes[name].astype(DTYPES[dtype]) for name in ("keys", "values")}
         tensors[f"layers.{layer}.bias"] = nodes["bias"].astype(mx.float32)
     for layer, window in nectar.windows.items():
@@ -65,18 +66,8 @@ def write_prompt_cache(nectar: Nectar, path: str | Path) -> None:
         if layer in nectar.windows:  # mlx-lm knows its own class alone
             caches[layer] = RotatingKVCache.from_state(cache.state)
         else:
-            nodes = _nodes(cache.bank)
+            nodes = plain_nodes(cache.bank)
             keys, values = (nodes[name].astype(cache.bank.parameters[name].dtype)[None] for name in ("keys", "values"))
             caches[layer] = KVCache.from_state((keys, values, nectar.start))
     metadata = {"model": str(nectar.metadata["model"])}
     write_atomically(Path(path), lambda file: save_prompt_cache(cast(str, file), caches, metadata))
-
-
-def _nodes(bank: object) -> dict[str, mx.array]:
-    """keys, values [K, m, D] and bias [K, m] of a layer's heads, keys absolute."""
-    if not isinstance(bank, Quadrature | Exact):
-        raise NectarError("these heads are networks, not nodes: fit with --kind quadrature to export them")
-    nodes = {name: x.astype(mx.float32) for name, x in bank.parameters.items()}
-    if bank.offset is not None:
-        nodes["keys"] = nodes["keys"] + bank.offset[:, None]
-    return {"bias": mx.zeros(nodes["keys"].shape[:2])} | nodes

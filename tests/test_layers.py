@@ -18,7 +18,7 @@ LEVELS = (
     ("retrieval",),
     ("fitting",),
     ("nectar",),
-    ("__init__", "baselines", "interchange"),
+    ("__init__", "baselines", "composition", "interchange"),
     ("evaluation", "benchmarks", "serving"),
     ("cli",),
     ("inspect",),
