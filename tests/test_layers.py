@@ -18,11 +18,11 @@ LEVELS = (
     ("retrieval",),
     ("fitting",),
     ("nectar",),
-    ("__init__", "baselines", "library"),
+    ("__init__", "baselines", "composition", "interchange", "library"),
     ("evaluation", "benchmarks", "serving"),
     ("cli",),
     ("from_library", "inspect"),
-    ("add", "ask", "bench", "chat", "demo", "evaluate", "fit", "list", "push", "remove", "serve", "update"),
+    ("add", "ask", "bench", "chat", "demo", "evaluate", "export", "fit", "list", "push", "remove", "serve", "update"),
     ("__main__",),
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
