@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NoReturn, cast
 
+from .core.clock import duration
 from .core.progress import Overall, Status, Update
 from .core.types import LayerCache, Tokenizer
 from .errors import NectarError
@@ -131,14 +132,6 @@ def _stage(status: Status) -> str:
 def _times(status: Status) -> str:
     total = f" of about {duration(status.total_seconds)}" if status.total_seconds is not None else ""
     return f"{duration(status.elapsed)}{total}"
-
-
-def duration(seconds: float) -> str:
-    """As a person says it: 40 s, 7 min, 2.5 h, 12 days."""
-    for limit, unit, name in ((90, 1, "s"), (90 * 60, 60, "min"), (48 * 3600, 3600, "h")):
-        if seconds < limit:
-            return f"{seconds / unit:.{1 if name == 'h' and seconds < 36000 else 0}f} {name}"
-    return f"{seconds / 86400:,.0f} days"
 
 
 def add_nectar(parser: argparse.ArgumentParser) -> None:

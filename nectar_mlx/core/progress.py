@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol, TypeAlias
 
 _LAST = 0.99  # what is shown while something is still under way, at most
-_PRIOR = 0.02  # of the expected time, for which the expectation counts as much as what was seen
+_PRIOR = 0.005  # of the expected time, for which the expectation counts as much as what was seen
 
 Update: TypeAlias = Callable[[int], None]
 """Takes how much of a stage's total is done."""

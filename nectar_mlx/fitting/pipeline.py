@@ -16,7 +16,8 @@ import mlx.nn as nn
 
 from .. import store
 from ..core.clock import Clock
-from ..core.progress import Log, Progress, no_log, silent
+from ..core.files import free_space
+from ..core.progress import Log, Overall, Progress, no_log, silent
 from ..core.types import JsonObject, Tokenizer
 from ..errors import NectarError
 from ..heads import AUTO, Bank
@@ -29,12 +30,15 @@ from .budget import affordable_bytes, share_of
 from .check import check
 from .checkpoint import Checkpoint
 from .config import FitConfig
+from .estimate import estimate
 from .kinds import HybridFit
+from .machines import here, shape_of
 from .prefill import read_text
 from .run import FitRun, identity
 from .stages import fit_context
 from .train import merged_errors
 
+LONG = 600.0  # seconds of a fit that is announced
 _QUESTION_TOKENS = 1024  # of the window, that questions and answers need
 _SMALLEST_CHUNK = 64  # tokens of a text that are worth reading at a time
 
@@ -74,6 +78,8 @@ def fit(
     prefix = whole if config.context_tokens is None else prompts.cut(tokenizer, whole, config.context_tokens)
     run.claim(prefix)
     run = replace(run, free=run.checkpoint.decided("memory", lambda: run.free))
+    lengths = _chunk_lengths(run, prefix)
+    _announce(run, len(prefix), len(lengths), name=name, log=log)
     provenance = {
         "model": name or getattr(tokenizer, "name_or_path", ""),
         "model_sha256": run.facts["model"],
@@ -81,7 +87,6 @@ def fit(
         "config": asdict(config),
         "source": source,
     }
-    lengths = _chunk_lengths(run, prefix)
     layerwise = needs_layers(run, len(prefix) - sum(lengths) + max(lengths))
     if len(lengths) > 1 or layerwise:
         tensors, report = chunks.fit(run, prefix, chunks=lengths, layerwise=layerwise, clock=clock)
@@ -132,6 +137,25 @@ def _fit_whole(
     report |= ({"exponent": plan.exponent} if plan.exponent else {}) | check(run, kind.data, banks)
     clock.lap("check")
     return tensors, report, keys
+
+
+def _announce(run: FitRun, tokens: int, chunks: int, *, name: str, log: Log) -> None:
+    """Tells what the fit is expected to take: the progress, a person where it is long, and NectarError where the disk
+    has no room for it."""
+    shape = shape_of(run.model, run.geometry, name)
+    expected = estimate(shape, here(), run.config, tokens, chunks=chunks)
+    if run.checkpoint.folder is not None:
+        folder = run.checkpoint.folder.parent.resolve()
+        needed, free = expected.size + expected.disk, free_space(folder)
+        if needed > free:
+            raise NectarError(
+                f"the fit writes about {needed / 1e6:,.1f} MB; {folder} has room for {free / 1e6:,.1f} MB: free some, "
+                "or choose another --output"
+            )
+    if isinstance(run.progress, Overall):
+        run.progress.expect(expected.stages)
+    if expected.seconds > LONG:
+        log(f"this takes {expected.sentence()}")
 
 
 def needs_layers(run: FitRun, n: int) -> bool:

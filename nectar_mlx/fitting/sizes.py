@@ -98,7 +98,7 @@ def short_fit(kind: KindFit, sizes: Sequence[Size], bits: float) -> JsonObject:
         run.layout.bank.stack([heads[layer * K + k] for k in range(K)], scale=run.geometry.scale, offset=offset)
         for layer, offset in enumerate(kind.data.context.offsets)
     ]
-    return check(run, kind.data, banks, questions=device().trial_checks)
+    return check(run, kind.data, banks, questions=device().trial_checks, stage="checking a budget")
 
 
 def mean_bits(layout: Layout, sizes: Sequence[Size], nbytes: float, *, n: int) -> float:
