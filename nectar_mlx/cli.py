@@ -9,12 +9,14 @@ import os
 import re
 import sys
 import textwrap
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NoReturn, cast
 
-from .core.progress import Update
+from .core.clock import duration
+from .core.progress import Overall, Status, Update
 from .core.types import LayerCache, Tokenizer
 from .errors import NectarError
 
@@ -24,10 +26,12 @@ if TYPE_CHECKING:
     import mlx.nn as nn
     from mlx_lm.generate import GenerationResponse
     from mlx_lm.tokenizer_utils import TokenizerWrapper
+    from rich.console import RenderableType
 
     from .nectar import Nectar
 
 DONE, FAULT, INTERRUPTED = 0, 2, 130
+LINE_SECONDS = 10.0  # between lines of progress, where there is no terminal
 
 
 class _HelpFormatter(argparse.HelpFormatter):
@@ -74,16 +78,60 @@ def say(line: str) -> None:
 
 @contextmanager
 def progress(description: str, total: int, /) -> Iterator[Update]:
-    """A `core.progress.Progress` that draws a bar on stderr, if that is a terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+    """A `core.progress.Progress` of a task that has one stage, or tells each on its own."""
+    with overall() as task, task(description, total) as update:
+        yield update
 
-    console = Console(stderr=True)
-    label = TextColumn("{task.description}")
-    columns = (SpinnerColumn(), label, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
-        task = bar.add_task(description, total=total)
-        yield lambda done: bar.update(task, completed=done)
+
+@contextmanager
+def overall() -> "Iterator[Overall]":
+    """A progress of all stages of a task: one bar on a terminal, else a line every LINE_SECONDS, on stderr."""
+    from rich.console import Console
+    from rich.live import Live
+
+    task, console = Overall(), Console(stderr=True)
+    if console.is_terminal:
+        with Live(console=console, get_renderable=lambda: _bar(task.status()), refresh_per_second=4, transient=True):
+            yield task
+        return
+    ended = threading.Event()
+    thread = threading.Thread(target=_say_status, args=(task, ended), daemon=True)
+    thread.start()
+    try:
+        yield task
+    finally:
+        ended.set()
+        thread.join()
+
+
+def _say_status(task: Overall, ended: threading.Event) -> None:
+    while not ended.wait(LINE_SECONDS):
+        status = task.status()
+        if status.description:
+            say(f"{_stage(status)}: {status.share:.0%}, {_times(status)}")
+
+
+def _bar(status: Status) -> "RenderableType":
+    from rich.progress_bar import ProgressBar
+    from rich.table import Table
+    from rich.text import Text
+
+    row = Table.grid(padding=(0, 1))
+    bar = ProgressBar(total=1, completed=status.share, width=30)
+    row.add_row(Text(_stage(status)), bar, Text(f"{status.share:3.0%}  {_times(status)}"))
+    return row
+
+
+def _stage(status: Status) -> str:
+    """The stage, its number where there are several, and how much of it is done."""
+    number = f"stage {status.stage} of {status.stages}, " if status.stages > 1 else ""
+    part = f" ({min(status.done, status.total):,} of {status.total:,})" if status.total > 1 else ""
+    return f"{number}{status.description}{part}"
+
+
+def _times(status: Status) -> str:
+    total = f" of about {duration(status.total_seconds)}" if status.total_seconds is not None else ""
+    return f"{duration(status.elapsed)}{total}"
 
 
 def add_nectar(parser: argparse.ArgumentParser) -> None:
@@ -98,7 +146,7 @@ def load(path: str, model_name: str | None = None) -> "tuple[nn.Module, Tokenize
     from .models import hub
 
     file = hub.nectar_file(path)
-    model, tokenizer = models.load(model_name or store.model_name(file), log=say)
+    model, tokenizer = models.load(model_name or store.model_name(file), log=say, progress=progress)
     return model, tokenizer, load_nectar(file, model, tokenizer)
 
 

@@ -22,7 +22,7 @@ LEVELS = (
     ("evaluation", "benchmarks", "serving"),
     ("cli",),
     ("inspect",),
-    ("ask", "bench", "chat", "demo", "evaluate", "export", "fit", "push", "serve"),
+    ("ask", "bench", "chat", "demo", "evaluate", "export", "fit", "plan", "push", "serve"),
     ("__main__",),
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}

@@ -21,6 +21,7 @@ from nectar_mlx.core.progress import Log
 from nectar_mlx.errors import NectarError
 
 _FILES = ["*.json", "model*.safetensors", "tokenizer.model", "*.tiktoken", "*.txt", "*.jinja"]
+_NECTAR_FILES = ["*.nectar", "*.nectar.kv", "*.nectar.*.kv"]
 _OWNERS = ("Qwen", "HuggingFaceTB", "meta-llama", "mistralai", "google", "microsoft", "ibm-granite", "allenai")
 _REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _TIMEOUT = 5.0  # seconds
@@ -107,7 +108,9 @@ def nectar_file(name: str | Path) -> Path:
     if path.exists() or path.suffix == ".nectar" or not _REPOSITORY.fullmatch(repository):
         return path
     try:
-        folder = Path(huggingface_hub.snapshot_download(repository, allow_patterns=["*.nectar", "*.nectar.kv"]))
+        folder = Path(
+            huggingface_hub.snapshot_download(repository, allow_patterns=["*.nectar", "*.nectar.kv", "*.nectar.*.kv"])
+        )
     except RepositoryNotFoundError:
         raise NectarError(f"{name}: no such file here, and no such repository at {constants.ENDPOINT}") from None
     except (HTTPError, OSError) as error:
