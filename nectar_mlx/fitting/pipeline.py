@@ -8,15 +8,15 @@ Where the text does not fit the model's window, or its keys and values the memor
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from .. import models, store
+from .. import store
 from ..core.clock import Clock
-from ..core.progress import Progress, silent
+from ..core.progress import Log, Progress, no_log, silent
 from ..core.types import JsonObject, Tokenizer
 from ..errors import NectarError
 from ..heads import AUTO, Bank
@@ -31,7 +31,7 @@ from .checkpoint import Checkpoint
 from .config import FitConfig
 from .kinds import HybridFit
 from .prefill import read_text
-from .run import FitRun, free_memory
+from .run import FitRun, identity
 from .stages import fit_context
 from .train import merged_errors
 
@@ -49,14 +49,18 @@ def fit(
     source: str = "",
     progress: Progress = silent,
     checkpoint: Checkpoint | None = None,
+    log: Log = no_log,
 ) -> tuple[store.Tensors, store.Metadata, KeyFile | None]:
     """Fits a text -> what a Nectar is made of; see the module's first lines.
 
     name, source: what the file says of the model and the text. checkpoint: where an interrupted fit leaves its work,
-    and a resumed one finds it. NectarError for a text, budget or model that cannot be fitted.
+    and a resumed one finds it. log: is told before it takes long. NectarError for a text, budget or model that cannot
+    be fitted.
     """
     clock, keys = Clock(), None
     finite.check_weights(model)
+    if not text.strip():
+        raise NectarError("the text is empty")
     run = FitRun(
         model=model,
         tokenizer=tokenizer,
@@ -64,15 +68,16 @@ def fit(
         config=config,
         progress=progress,
         checkpoint=checkpoint or Checkpoint(None),
+        facts=identity(model, tokenizer, text),
     )
-    if not text.strip():
-        raise NectarError("the text is empty")
     whole = prompts.prefix(tokenizer, text)
     prefix = whole if config.context_tokens is None else prompts.cut(tokenizer, whole, config.context_tokens)
+    run.claim(prefix)
+    run = replace(run, free=run.checkpoint.decided("memory", lambda: run.free))
     provenance = {
         "model": name or getattr(tokenizer, "name_or_path", ""),
-        "model_sha256": models.fingerprint(model),
-        "tokenizer_sha256": models.tokenizer_fingerprint(tokenizer),
+        "model_sha256": run.facts["model"],
+        "tokenizer_sha256": run.facts["tokenizer"],
         "config": asdict(config),
         "source": source,
     }
@@ -139,7 +144,7 @@ def needs_layers(run: FitRun, n: int) -> bool:
     if config.layerwise is not None or kind.keeps_keys:
         return bool(config.layerwise)
     cache_bytes = run.geometry.cache_bytes(n) * attention_patch.compute_type(run.model).size // 2
-    return cache_bytes > (config.memory or free_memory() // 2)
+    return cache_bytes > run.memory
 
 
 def _chunk_lengths(run: FitRun, prefix: Sequence[int]) -> list[int]:

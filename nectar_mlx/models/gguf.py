@@ -17,9 +17,8 @@ import mlx.core as mx
 import mlx_lm  # noqa: F401  keeps transformers from advising to install PyTorch
 import numpy as np
 import transformers
-from rich.console import Console
-from rich.progress import track
 
+from nectar_mlx.core.progress import Progress, silent
 from nectar_mlx.core.types import AnyArray, JsonObject
 from nectar_mlx.errors import NectarError
 from nectar_mlx.models import gguf_settings, gguf_tokenizer
@@ -64,7 +63,7 @@ _REQUIRED = (
 _TYPES = {"F32": mx.float32, "F16": mx.float16}
 
 
-def convert(path: Path, folder: Path) -> None:
+def convert(path: Path, folder: Path, *, progress: Progress = silent) -> None:
     """Write the model in `path` (.gguf) into `folder`, which exists and is empty, the way `mlx_lm.load` reads it.
 
     Raises NectarError for a file that is no GGUF, or whose architecture, weights or tokenizer are not supported.
@@ -74,7 +73,7 @@ def convert(path: Path, folder: Path) -> None:
         config = _config(path, metadata, tensors)
         gguf_settings.check_tensors(metadata, config, tensors)
         gguf_tokenizer.build(path, metadata).save_pretrained(folder)
-        for number, shard in enumerate(_shards(path, config, tensors), start=1):
+        for number, shard in enumerate(_shards(path, config, tensors, progress), start=1):
             mx.save_safetensors(str(folder / f"model-{number:05}.safetensors"), shard, {"format": "mlx"})
         (folder / "config.json").write_text(json.dumps(config, indent=2))
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
@@ -192,23 +191,25 @@ def _end_tokens(metadata: JsonObject) -> list[int]:
     return list(dict.fromkeys(token for token in ids if token is not None))
 
 
-def _shards(path: Path, config: JsonObject, tensors: Mapping[str, Tensor]) -> Iterator[dict[str, mx.array]]:
+def _shards(
+    path: Path, config: JsonObject, tensors: Mapping[str, Tensor], progress: Progress
+) -> Iterator[dict[str, mx.array]]:
     sizes: Counter[str] = Counter()
     for tensor in tensors.values():
         sizes[tensor.tensor_type.name] += math.prod(tensor.shape)
     dtype = _TYPES.get(sizes.most_common(1)[0][0], mx.bfloat16)
-    console = Console(stderr=True)
-    steps = track(tensors.values(), path.name, console=console, transient=True, disable=not console.is_terminal)
     shard: dict[str, mx.array] = {}
-    for tensor in steps:
-        if tensor.name.startswith("rope_freqs."):
-            continue
-        name = _weight_name(path, config["model_type"], tensor.name)
-        shard[name] = mx.array(_values(path, config, tensor)).astype(dtype)
-        mx.eval(shard[name])
-        if sum(array.nbytes for array in shard.values()) >= SHARD_BYTES:
-            yield shard
-            shard = {}
+    with progress(f"converting {path.name}", len(tensors)) as done:
+        for number, tensor in enumerate(tensors.values(), 1):
+            if tensor.name.startswith("rope_freqs."):
+                continue
+            name = _weight_name(path, config["model_type"], tensor.name)
+            shard[name] = mx.array(_values(path, config, tensor)).astype(dtype)
+            mx.eval(shard[name])
+            done(number)
+            if sum(array.nbytes for array in shard.values()) >= SHARD_BYTES:
+                yield shard
+                shard = {}
     if shard:
         yield shard
 

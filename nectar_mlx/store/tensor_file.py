@@ -1,8 +1,9 @@
-"""The safetensors files under .nectar and .kv: equal arrays and metadata give equal bytes, and one digest.
+"""The safetensors files under .nectar, .kv and checkpoints: equal arrays and metadata give equal bytes, and one digest.
 
 8 bytes: the header's length, little-endian. The header, JSON, padded with spaces to a multiple of 8:
 `{"__metadata__": {name: text}, name: {"dtype": ..., "shape": [...], "data_offsets": [start, end]}, ...}`. Then the
-arrays, row-major and end to end in the header's order.
+arrays, row-major and end to end in the header's order. A sealed file ends with the array `checksum`, uint8 [32]: the
+sha256 of every byte before it.
 """
 
 import hashlib
@@ -34,6 +35,8 @@ _TYPES = {
     "U8": "uint8",
     "U16": "uint16",
 }
+_CHECKSUM, _CHECKSUM_BYTES = "checksum", 32
+_PIECE = 1 << 20  # bytes that are read at a time
 _NAMES = {dtype: name for name, dtype in _TYPES.items()}
 _MOST_ARRAYS = 4096
 _Size = Annotated[int, msgspec.Meta(ge=0, le=(1 << 31) - 1)]  # MLX's largest
@@ -64,11 +67,47 @@ def write(path: Path, arrays: Mapping[str, mx.array | AnyArray], metadata: Mappi
     """Writes the arrays in their order; the file appears whole or not at all. NectarError if it cannot be written."""
 
     def write_to(file: BinaryIO) -> None:
-        file.write(_header(arrays, metadata))
-        for array in arrays.values():
-            file.write(_bits(array).data)
+        for piece in _pieces(arrays, metadata):
+            file.write(piece)
 
     write_atomically(path, write_to)
+
+
+def write_sealed(path: Path, arrays: Mapping[str, mx.array | AnyArray], metadata: Mapping[str, str]) -> None:
+    """The same with a checksum at its end, for `read_sealed`."""
+
+    def write_to(file: BinaryIO) -> None:
+        sha = hashlib.sha256()
+        *pieces, _ = _pieces({**arrays, _CHECKSUM: np.zeros(_CHECKSUM_BYTES, np.uint8)}, metadata)
+        for piece in pieces:
+            file.write(piece)
+            sha.update(piece)
+        file.write(sha.digest())
+
+    write_atomically(path, write_to)
+
+
+def _pieces(arrays: Mapping[str, mx.array | AnyArray], metadata: Mapping[str, str]) -> Iterator[bytes | memoryview]:
+    """What a file consists of: its header, then array by array."""
+    yield _header(arrays, metadata)
+    for array in arrays.values():
+        yield _bits(array).data.cast("B") if array.nbytes else b""
+
+
+def read_sealed(path: Path) -> Tensors:
+    """All arrays of a file that `write_sealed` wrote. NectarError as for `metadata`, and where a byte was changed."""
+    if not path.is_file():
+        raise NectarError(f"{path}: no such file")
+    sha, left = hashlib.sha256(), path.stat().st_size - _CHECKSUM_BYTES
+    with open(path, "rb") as file:
+        while left > 0 and (piece := file.read(min(left, _PIECE))):
+            sha.update(piece)
+            left -= len(piece)
+        if left or file.read() != sha.digest():
+            raise NectarError(f"{path} is damaged: its bytes do not match its checksum")
+    tensors = read(path)
+    tensors.pop(_CHECKSUM, None)
+    return tensors
 
 
 def digest(arrays: Mapping[str, mx.array | AnyArray]) -> str:
@@ -79,6 +118,12 @@ def digest(arrays: Mapping[str, mx.array | AnyArray]) -> str:
         sha.update(f"{name} {array.dtype} {array.shape};".encode())
         sha.update(_bits(array).data)
     return sha.hexdigest()
+
+
+def metadata_digest(metadata: Mapping[str, str]) -> str:
+    """sha256 (hex) over all text beside the arrays but `digest`, in the order of names."""
+    covered = {name: text for name, text in metadata.items() if name != "digest"}
+    return hashlib.sha256(json.dumps(covered, sort_keys=True).encode()).hexdigest()
 
 
 def metadata(path: Path) -> dict[str, str]:
