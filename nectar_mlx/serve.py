@@ -29,6 +29,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = cli.Parser("serve", "Serves .nectar files over HTTP, OpenAI-compatible; each file's name is a model's id.")
     parser.add_argument("nectars", nargs="+", metavar="nectar", help="a .nectar file, or the id of one on the hub")
     parser.add_argument("--model", help="the model to use (default: the name of the one the files were fitted on)")
+    cli.add_fetch(parser)
     cli.add_retrieval(parser)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1)")
     parser.add_argument("--port", type=int, default=8080, metavar="N", help="port to listen on (8080)")

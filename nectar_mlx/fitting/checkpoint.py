@@ -73,7 +73,7 @@ class Checkpoint:
     def _lock(self, folder: Path, lock: ExitStack) -> None:
         path = folder / _LOCK
         try:
-            folder.mkdir(exist_ok=True)
+            folder.mkdir(mode=0o700, exist_ok=True)
             path.touch()
             lock.enter_context(locked(path))
             path.write_text(str(os.getpid()))
@@ -107,7 +107,7 @@ class Checkpoint:
                     "out to start anew"
                 )
             self.log(f"starting anew: {self.folder} holds a fit with another {what}")
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._remove(but=(_LOCK,))
         _write_json(self.folder / _CLAIM, mine)
 

@@ -126,7 +126,8 @@ class Provider(server.ModelProvider):
             self._base = None
             self._nectars.clear()
             self.reset()
-            self._base = (wanted, *models.load(wanted, log=self._log))
+            allowed = None if self.cli_args.model else lambda _: bool(self.cli_args.fetch)
+            self._base = (wanted, *models.load(wanted, log=self._log, may_fetch=allowed))
         _, model, tokenizer = self._base
         key, whole = (target.name, target.chunk), (target.name, None)
         if whole not in self._nectars:
