@@ -18,7 +18,7 @@ LEVELS = (
     ("retrieval",),
     ("fitting",),
     ("nectar",),
-    ("__init__", "baselines"),
+    ("__init__", "answering", "baselines"),
     ("evaluation", "benchmarks", "serving"),
     ("cli",),
     ("inspect",),
