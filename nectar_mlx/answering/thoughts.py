@@ -10,7 +10,6 @@ from typing import NamedTuple, Self
 
 from ..core.types import Tokenizer
 
-
 _MOST_BLANK = 4  # characters of white space before thoughts; an answer that begins with more has none
 
 
