@@ -35,11 +35,11 @@ def _work(args: argparse.Namespace) -> None:
         raise NectarError("the question is empty")
     start = time.perf_counter()
     library = Questions.open(args)
-    loaded_from = library.find(question) if library else cli.load(args.nectar, args.model)
-    if loaded_from is None:
+    found = library.find(question) if library else cli.load(args.nectar, args.model, fetch=args.fetch)
+    if found is None:
         _say_none(library, question, as_json=args.json)
         return
-    model, tokenizer, nectar = loaded_from
+    model, tokenizer, nectar = found
     cli.check_sources(nectar, args)
     loaded = time.perf_counter()
     chunk = cli.chunk_for(nectar, model, tokenizer, question, args)
@@ -53,7 +53,7 @@ def _work(args: argparse.Namespace) -> None:
         first = first or time.perf_counter()
         pieces.append(last.text)
         if not args.json:
-            print(last.text, end="", flush=True)
+            cli.show(last.text, end="")
     if args.json:
         answer = {
             "question": question.strip(),
@@ -71,7 +71,7 @@ def _work(args: argparse.Namespace) -> None:
         }
         print(json.dumps(answer | nectar.hybrid.reading(cache) | (library.facts() if library else {})))
     else:
-        print()
+        cli.show()
         if args.sources:
             for source in nectar.sources(cache):
                 cli.say(source.quoted())
@@ -82,7 +82,7 @@ def _say_none(library: Questions | None, question: str, *, as_json: bool) -> Non
     if library is not None and as_json:
         print(json.dumps({"question": question.strip(), "answer": None} | library.facts()))
     elif library is not None:
-        print(library.none())
+        cli.show(library.none())
 
 
 if __name__ == "__main__":

@@ -13,16 +13,20 @@ LEVELS = (
     ("heads", "documents"),
     ("kernels",),
     ("sparse", "models"),
-    ("mlxlm",),
+    ("answering", "mlxlm"),
     ("store",),
     ("retrieval",),
     ("fitting",),
     ("nectar",),
     ("__init__", "baselines", "composition", "interchange", "library"),
-    ("evaluation", "benchmarks", "serving"),
+    ("evaluation", "benchmarks"),
+    ("serving",),
     ("cli",),
     ("from_library", "inspect"),
-    ("add", "ask", "bench", "chat", "demo", "evaluate", "export", "fit", "list", "push", "remove", "serve", "update"),
+    (
+        *("add", "ask", "bench", "chat", "demo", "evaluate", "export", "fit", "list", "plan", "push", "remove"),
+        *("serve", "update"),
+    ),
     ("__main__",),
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}

@@ -10,7 +10,7 @@ from nectar_mlx.errors import NectarError
 from nectar_mlx.library import Identity, Library, ModelFitter
 from tests.fitting.toy_fit import FAST as TOY
 
-FAST = TOY | {"budget": 0.5, "steps": 4, "checks": 1}
+FAST = TOY | {"budget": 0.5, "steps": 4, "checks": 1, "context_tokens": 120}
 
 
 class CheapFitter:
