@@ -1,11 +1,12 @@
 """The fitted object: what a model needs to answer about one context."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
+import mlx.core as mx
 import mlx.nn as nn
 
 from . import store
@@ -20,6 +21,7 @@ from .mlxlm.cache import make_caches
 from .models import hub
 from .retrieval import ChunkIndex, HybridBank, HybridContext, KeyFile, find_keys, kv_path, recording
 from .retrieval.likelihood import log_likelihood
+from .retrieval.recall import Recall
 from .retrieval.sources import Source
 from .store import Layout, chunking, load
 from .store.chunking import ChunkedPrefix
@@ -174,6 +176,13 @@ class Nectar:
         """
         return prompts.prompt(tokenizer, messages, **template)
 
+    def logits_processors(self) -> list[Callable[[mx.array, mx.array], mx.array]]:
+        """For one conversation with mlx-lm: recall (`retrieval.recall`), where the fit found that it helps; else none.
+
+        mlx_lm.generate(…, prompt_cache=nectar.make_cache(), logits_processors=nectar.logits_processors())
+        """
+        return [self.recall.processor(self.prefix)] if self.recall.weight else []
+
     @contextmanager
     def attach(self, model: nn.Module) -> Iterator[nn.Module]:
         """Inside, every mlx-lm entry point that makes a cache for the model starts behind the context."""
@@ -262,6 +271,11 @@ class Nectar:
     def digest(self) -> str:
         """sha256 of the tensors: what ties a file of keys to this one."""
         return store.digest(self.tensors)
+
+    @cached_property
+    def recall(self) -> Recall:
+        """How much of the text's own wording counts where an answer quotes it, as the fit found best."""
+        return Recall.of(self.report)
 
     @cached_property
     def hybrid(self) -> HybridContext:
