@@ -11,6 +11,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..answering import Answer, Markers, Piece
 from ..answering.sampling import Processor, Sampler
+from ..core.types import JsonObject
 from ..nectar import Nectar
 from .job import Finished, Started, Ticket, TokenLogprob, Written
 from .kept import Caches
@@ -87,9 +88,16 @@ class AnswerSequence:
             self.ticket.deliver(Written(piece.answer, piece.thoughts, self._logprobs))
             self._logprobs = []
         if stopped or cut:
-            reading = self.nectar.hybrid.reading(self.caches) if self.single else {}
-            self.ticket.deliver(Finished("stop" if stopped else "length", self.count, reading))
+            self.ticket.deliver(Finished("stop" if stopped else "length", self.count, self._read_of_the_text()))
         return stopped or cut
+
+    def _read_of_the_text(self) -> JsonObject:
+        """What the answer has read exactly, and where it is asked for, its sources."""
+        reading = self.nectar.hybrid.reading(self.caches) if self.single else {}
+        job = self.ticket.job
+        if job.sources and job.sources_of is not None and "sources" not in reading:
+            reading["sources"] = job.sources_of(self.nectar, self.caches, self.answer.text)
+        return reading
 
     def _note(self, token: int, logprobs: mx.array) -> None:
         """Notes the token's log-probability, where it is asked for."""

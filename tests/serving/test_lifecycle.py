@@ -13,7 +13,8 @@ import pytest
 
 from nectar_mlx import Nectar, NectarError, serve
 from nectar_mlx.serving import decoding
-from nectar_mlx.serving.engine import Engine, Settings
+from nectar_mlx.serving.admission import Settings
+from nectar_mlx.serving.engine import Engine
 from nectar_mlx.serving.job import Failed, Finished, Job, Started, Ticket
 from nectar_mlx.serving.shelf import Shelf
 from tests import toys
