@@ -23,7 +23,7 @@ LEVELS = (
     ("serving",),
     ("cli",),
     ("inspect",),
-    ("ask", "bench", "chat", "demo", "evaluate", "export", "fit", "push", "serve"),
+    ("ask", "bench", "chat", "demo", "evaluate", "export", "fit", "plan", "push", "serve"),
     ("__main__",),
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
