@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
+from ..answering import Markers
 from ..mlxlm.attention_patch import compute_type
 from ..mlxlm.window import answer_tokens
 from ..nectar import Nectar
@@ -37,6 +38,7 @@ class Admission:
 
     def __init__(self, shelf: Shelf, kept: KeptPrompts, settings: Settings):
         self._shelf, self._kept, self._settings = shelf, kept, settings
+        self._markers = Markers.of(shelf.tokenizer)  # looks through the vocabulary
         self._memory = settings.memory or _half_of_free()
         self._token_bytes = compute_type(shelf.model).size / 2  # relative to bfloat16
 
@@ -64,6 +66,7 @@ class Admission:
             ticket,
             nectar,
             shelf.tokenizer,
+            self._markers,
             chunk=chunk,
             caches=caches,
             cached=cached,

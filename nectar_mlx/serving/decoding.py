@@ -23,9 +23,9 @@ T = TypeVar("T")
 class AnswerSequence:
     """One answer: its prompt, what of it has been read, its caches, and the text so far.
 
-    nectar: what it is answered from; chunk: of its text. cached: tokens of the prompt that the caches hold already.
-    limit: the longest answer in tokens. reserved: bytes that its caches may come to have. single: whether it is
-    decoded on its own.
+    nectar: what it is answered from; chunk: of its text. markers: of the model's thoughts. cached: tokens of the prompt
+    that the caches hold already. limit: the longest answer in tokens. reserved: bytes that its caches may come to have.
+    single: whether it is decoded on its own.
     """
 
     def __init__(
@@ -33,6 +33,7 @@ class AnswerSequence:
         ticket: Ticket,
         nectar: Nectar,
         tokenizer: TokenizerWrapper,
+        markers: Markers | None,
         *,
         chunk: int | None,
         caches: Caches,
@@ -44,7 +45,7 @@ class AnswerSequence:
         job = ticket.job
         self.ticket, self.nectar, self.chunk, self.caches, self.single = ticket, nectar, chunk, caches, single
         self.prompt, self.read, self.limit, self.reserved = list(job.prompt), cached, limit, reserved
-        markers = Markers.of(tokenizer) if job.thinks else None
+        markers = markers if job.thinks else None
         opened = markers is not None and markers.opened(tokenizer, self.prompt)
         self.answer = Answer(job.stops, markers, opened=opened)
         self.started = Started(len(self.prompt), cached, chunk)
