@@ -59,6 +59,7 @@ class Engine:
         self._lock, self._open = threading.Lock(), 0
         self._step_seconds = 0.0  # of the last decoding step, 0 where nothing is decoded
         self._usual_step = 0.01  # seconds, lately
+        self._debt = 0.0  # seconds of reading that decoding has not had, yet
         self._rate = 1000.0  # prompt tokens read in a second, lately
         self._oldest_next = False
         self._steps = 0
@@ -182,7 +183,10 @@ class Engine:
         return self._reading + [member for group in self._groups for member in group.members]
 
     def _read(self) -> None:
-        """Reads prompts for about as long as a decoding step takes; without one, a single piece."""
+        """Reads prompts for about as long as a decoding step takes; without one, a single piece. A piece that took
+        longer is made up for by steps without reading."""
+        if self._debt > 0 and self._groups:
+            return
         start = time.perf_counter()
         while self._reading:
             sequence = self._next_to_read()
@@ -196,7 +200,8 @@ class Engine:
                 if sequence in self._reading:
                     self._reading.remove(sequence)
                 self._fail(sequence.ticket, error)
-            if not self._arrivals.empty() or time.perf_counter() - start >= self._step_seconds:
+            self._debt = time.perf_counter() - start
+            if not self._arrivals.empty() or self._debt >= self._step_seconds:
                 return
 
     def _next_to_read(self) -> AnswerSequence:
@@ -241,6 +246,7 @@ class Engine:
                 self._leave(group, ended)
         self._groups = [group for group in self._groups if group.members]
         self._step_seconds = time.perf_counter() - start if self._groups else 0.0
+        self._debt -= self._step_seconds
         if self._groups:
             self._usual_step += 0.1 * (self._step_seconds - self._usual_step)
 
