@@ -87,7 +87,7 @@ def start(args: argparse.Namespace) -> "server.Server":
     """A server that is bound and has its model loaded; NectarError for an error in the user's input."""
     from .answering import Sampling
     from .serving import server
-    from .serving.engine import Settings
+    from .serving.admission import Settings
     from .serving.guard import Access
     from .serving.service import Defaults
 

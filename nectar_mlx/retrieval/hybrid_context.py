@@ -15,6 +15,7 @@ from .cache import Record, recorded
 from .router import Router, routers
 from .sources import Source, passages
 
+_MAX_FRACTIONS = 8  # whose banks are kept
 EXACT_FRACTION = 0.01  # of the keys, read at a step unless a request says otherwise
 
 
@@ -29,7 +30,7 @@ class HybridContext:
         self._banks: dict[float, Sequence[HybridBank]] = {}
 
     def banks(self, exact_fraction: float | None = None) -> Sequence[HybridBank]:
-        """One bank a layer, the same ones for the same fraction; none where it is less than one key a head.
+        """One bank a layer, the same ones for the last few fractions; none where that is less than one key a head.
 
         exact_fraction: of the context's keys, read exactly at each step, in [0, 1]; None: EXACT_FRACTION.
         NectarError for another number, or where there are no keys to read.
@@ -44,6 +45,8 @@ class HybridContext:
             return []
         fraction = EXACT_FRACTION if exact_fraction is None else exact_fraction
         if fraction not in self._banks:
+            while len(self._banks) >= _MAX_FRACTIONS:  # a request to a server may choose it
+                del self._banks[next(iter(self._banks))]
             self._banks[fraction] = hybrid_banks(
                 self._heads,
                 self._keys,

@@ -11,6 +11,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..answering import Answer, Markers, Piece
 from ..answering.sampling import Processor, Sampler
+from ..core.types import JsonObject
 from ..nectar import Nectar
 from .job import Finished, Started, Ticket, TokenLogprob, Written
 from .kept import Caches
@@ -22,9 +23,9 @@ T = TypeVar("T")
 class AnswerSequence:
     """One answer: its prompt, what of it has been read, its caches, and the text so far.
 
-    nectar: what it is answered from; chunk: of its text. cached: tokens of the prompt that the caches hold already.
-    limit: the longest answer in tokens. reserved: bytes that its caches may come to have. single: whether it is
-    decoded on its own.
+    nectar: what it is answered from; chunk: of its text. markers: of the model's thoughts. cached: tokens of the prompt
+    that the caches hold already. limit: the longest answer in tokens. reserved: bytes that its caches may come to have.
+    single: whether it is decoded on its own.
     """
 
     def __init__(
@@ -32,6 +33,7 @@ class AnswerSequence:
         ticket: Ticket,
         nectar: Nectar,
         tokenizer: TokenizerWrapper,
+        markers: Markers | None,
         *,
         chunk: int | None,
         caches: Caches,
@@ -43,7 +45,7 @@ class AnswerSequence:
         job = ticket.job
         self.ticket, self.nectar, self.chunk, self.caches, self.single = ticket, nectar, chunk, caches, single
         self.prompt, self.read, self.limit, self.reserved = list(job.prompt), cached, limit, reserved
-        markers = Markers.of(tokenizer) if job.thinks else None
+        markers = markers if job.thinks else None
         opened = markers is not None and markers.opened(tokenizer, self.prompt)
         self.answer = Answer(job.stops, markers, opened=opened)
         self.started = Started(len(self.prompt), cached, chunk)
@@ -87,9 +89,16 @@ class AnswerSequence:
             self.ticket.deliver(Written(piece.answer, piece.thoughts, self._logprobs))
             self._logprobs = []
         if stopped or cut:
-            reading = self.nectar.hybrid.reading(self.caches) if self.single else {}
-            self.ticket.deliver(Finished("stop" if stopped else "length", self.count, reading))
+            self.ticket.deliver(Finished("stop" if stopped else "length", self.count, self._read_of_the_text()))
         return stopped or cut
+
+    def _read_of_the_text(self) -> JsonObject:
+        """What the answer has read exactly, and where it is asked for, its sources."""
+        reading = self.nectar.hybrid.reading(self.caches) if self.single else {}
+        job = self.ticket.job
+        if job.sources and job.sources_of is not None and "sources" not in reading:
+            reading["sources"] = job.sources_of(self.nectar, self.caches, self.answer.text)
+        return reading
 
     def _note(self, token: int, logprobs: mx.array) -> None:
         """Notes the token's log-probability, where it is asked for."""

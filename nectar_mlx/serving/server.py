@@ -17,9 +17,10 @@ from .. import store
 from ..core.progress import Log, no_log
 from ..errors import NectarError
 from ..models import hub
+from .admission import Settings
 from .app import make_app
 from .connection import Connection
-from .engine import Engine, Settings
+from .engine import Engine
 from .guard import Access
 from .service import Defaults, Service
 from .shelf import Shelf

@@ -12,7 +12,7 @@ from ..mlxlm.window import window
 from .constraint import Constraints
 from .engine import Engine
 from .errors import as_api_error
-from .job import Event, Failed, Finished, Job, Started, Ticket, TokenLogprob, Written
+from .job import Event, Failed, Finished, Job, SourcesOf, Started, Ticket, TokenLogprob, Written
 from .prompting import Prompting
 from .schema import Generation
 from .shelf import UnknownModel, listed
@@ -106,10 +106,10 @@ class Reply:
 
 
 class Service:
-    """An engine, and what turns requests into its jobs."""
+    """An engine, and what turns requests into its jobs. sources_of: see `Job`."""
 
-    def __init__(self, engine: Engine, defaults: Defaults):
-        self.engine, self.defaults = engine, defaults
+    def __init__(self, engine: Engine, defaults: Defaults, sources_of: SourcesOf | None = None):
+        self.engine, self.defaults, self.sources_of = engine, defaults, sources_of
         shelf = engine.shelf
         self.prompting = Prompting(shelf.tokenizer, window(shelf.model), defaults.template)
         self.constraints = Constraints(shelf.tokenizer)
@@ -142,7 +142,7 @@ class Service:
         """A job of a conversation. schema: of the answer, None for text. fields: of `Job`, over the request's."""
         name = self.name(request.model)
         questions = [] if request.whole else [m["content"] for m in reversed(messages) if m["role"] == "user"]
-        constraint = self.constraints.of(schema) if schema is not None else None
+        constraint = await self.prompting.run(self.constraints.of, schema) if schema is not None else None
         job = self._fields(request) | {"constraint": constraint, "questions": questions} | fields
         prompt = await self.prompting.chat(messages, template)
         return Job(name=name, prompt=prompt, **job)
@@ -164,6 +164,7 @@ class Service:
             "default_tokens": self.defaults.max_tokens,
             "exact": request.exact,
             "sources": bool(request.sources),
+            "sources_of": self.sources_of,
         }
 
     @asynccontextmanager

@@ -1,7 +1,7 @@
 """Sources: characters of tokens, passages of attention, and where people see them."""
 
 import json
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
 import numpy as np
@@ -11,6 +11,7 @@ from nectar_mlx import ask, chat, serve
 from nectar_mlx.mlxlm import prompts
 from nectar_mlx.retrieval import sources
 from tests import toys
+from tests.serving.running import Running
 from tests.store.test_kv_file import Book
 
 TEXT = "The fox ran. It was quick! A dog saw it; nobody else did.\n\nThen came the café, and the answer — naïve. " * 6
@@ -107,19 +108,13 @@ def test_chat(book, capsys, monkeypatch):
 
 
 def test_serve(book):
-    import http.client
-
-    httpd = serve.start(serve.make_parser().parse_args([str(book.path), "--port", "0", "--log-level", "ERROR"]))
-    thread = threading.Thread(target=httpd.serve_forever, args=(0.05,))
-    thread.start()
+    server = Running(serve.make_parser().parse_args([str(book.path), "--port", "0", "--log-level", "ERROR"]))
 
     def post(**body):
-        connection = http.client.HTTPConnection("127.0.0.1", httpd.server_address[1], timeout=60)
         messages = [{"role": "user", "content": "who?"}]
-        content = json.dumps({"messages": messages, "max_tokens": 4, "temperature": 0, **body})
-        connection.request("POST", "/v1/chat/completions", content.encode())
-        response = connection.getresponse()
-        return response.status, response.read().decode()
+        request = {"messages": messages, "max_tokens": 4, "temperature": 0, **body}
+        status, content, _ = server.request("POST", "/v1/chat/completions", request)
+        return status, content.decode()
 
     try:
         answers = {}
@@ -141,7 +136,12 @@ def test_serve(book):
             status, body = post(model="book", exact=wrong)
             assert status == 400 and "exact" in body
         assert post(model="green", exact=0.5)[0] == 404
+        with ThreadPoolExecutor(8) as pool:  # side by side, each on its own; more shares than are kept
+            shares = [0.5, 1, 0.5, *np.linspace(0.31, 0.92, 20).tolist()]
+            for exact, (status, body) in zip(shares, pool.map(lambda share: post(exact=share), shares), strict=True):
+                assert status == 200
+                check(json.loads(body), book)
+                text = json.loads(body)["choices"][0]["message"]["content"]
+                assert exact not in answers or answers[exact] == {text}
     finally:
-        httpd.shutdown()
-        thread.join()
-        httpd.stop()
+        server.close()
