@@ -157,9 +157,7 @@ def add_nectar(parser: argparse.ArgumentParser) -> None:
 
 def add_fetch(parser: argparse.ArgumentParser) -> None:
     """Adds the option of `may_fetch`."""
-    parser.add_argument(
-        "--fetch", action="store_true", help="download the model that the file names if it is not here"
-    )
+    parser.add_argument("--fetch", action="store_true", help="download the model that the file names if it is not here")
 
 
 def may_fetch(name: str, *, fetch: bool) -> bool:
