@@ -145,7 +145,7 @@ def _metadata(path: Path) -> Metadata:
 
 
 @contextmanager
-def damage_named(path: Path) -> Iterator[None]:
+def damage_named(path: str | Path) -> Iterator[None]:
     """NectarError, with the path, for what is raised inside where a file is damaged."""
     try:
         yield

@@ -28,6 +28,15 @@ TOKENS = [
 ]
 TEMPLATE = "{% for m in messages %}<s>{{ m.role }} {{ m.content }}</s>{% endfor %}"
 HIDDEN, HEADS, D, INNER, LAYERS = 32, 2, 16, 48, 1
+CONFIG = {
+    "model_type": "llama",
+    "hidden_size": HIDDEN,
+    "head_dim": D,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": 1,
+    "intermediate_size": INNER,
+    "num_hidden_layers": LAYERS,
+}
 Setting = tuple[int, Any]
 
 
