@@ -127,7 +127,8 @@ class Nectar:
     def read(cls, path: str | Path) -> Self:
         """Reads a .nectar without its model: to look at, not to answer from. NectarError unless it is whole."""
         tensors, metadata = store.read(hub.nectar_file(path))
-        return cls(tensors, metadata)
+        with store.damage_named(path):
+            return cls(tensors, metadata)
 
     def save(self, path: str | Path) -> None:
         """Writes a .nectar, and its keys beside it. The report's timings are left out: equal fits give equal files.

@@ -62,7 +62,7 @@ def load(
     log(source.description)
     try:
         model, tokenizer = mlx_lm.load(str(source.path), lazy=True)[:2]
-    except (OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
+    except Exception as error:  # a folder from anyone: mlx-lm, transformers and tokenizers raise what they like
         raise NectarError(f"{name}: mlx-lm cannot load {source.path} ({_first_line(error)})") from error
     if mx.default_device() == mx.cpu:
         model.set_dtype(mx.float32)

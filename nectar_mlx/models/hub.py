@@ -123,6 +123,12 @@ def nectar_file(name: str | Path) -> Path:
     return files[0]
 
 
+def sha256(path: Path) -> str:
+    """Of a file, hex: what a card says of the files beside it, so that a copy can be compared with what was pushed."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def upload(repository: str, files: dict[str, bytes | Path], *, private: bool) -> str:
     """Puts files into a repository, which is made where there is none, in one commit; returns its address.
 
