@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from . import cli
 from .errors import NectarError
 from .mlxlm.window import answer_tokens
+from .retrieval.sources import Source, sources_as_json
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,9 +34,9 @@ def _work(args: argparse.Namespace) -> None:
         raise NectarError("the question is empty")
     start = time.perf_counter()
     model, tokenizer, nectar = cli.load(args.nectar, args.model)
-    cli.check_sources(nectar, args)
     loaded = time.perf_counter()
     chunk = cli.chunk_for(nectar, tokenizer, question, args)
+    whole = nectar
     if chunk is not None:
         nectar = nectar.chunk(chunk)
     prompt = nectar.prompt(tokenizer, question.strip(), enable_thinking=args.think)
@@ -45,12 +46,16 @@ def _work(args: argparse.Namespace) -> None:
     for last in cli.generate(model, tokenizer, prompt, cache, args, max_tokens=max_tokens):
         first = first or time.perf_counter()
         pieces.append(last.text)
-        if not args.json:
+        if not args.json and not args.cite:
             print(last.text, end="", flush=True)
+    text, found = "".join(pieces), list[Source]()
+    if args.sources or args.cite or args.json:
+        found = whole.sources(tokenizer, question, text, caches=cache, chunk=chunk)
+    cited = whole.cite(tokenizer, question, text, found) if args.cite else None
     if args.json:
         answer = {
             "question": question.strip(),
-            "answer": "".join(pieces),
+            "answer": text,
             "finish_reason": last.finish_reason if last else None,
             "model": nectar.metadata["model"],
             "context_tokens": len(nectar.prefix),
@@ -62,12 +67,13 @@ def _work(args: argparse.Namespace) -> None:
             "tokens_per_second": round(last.generation_tps, 2) if last else 0.0,
             "peak_memory_bytes": round(last.peak_memory * 1e9) if last else 0,
         }
+        answer |= {"sources": sources_as_json(cited.sources if cited else found)}
+        answer |= {"cited": cited.text} if cited else {}
         print(json.dumps(answer | nectar.hybrid.reading(cache)))
     else:
-        print()
-        if args.sources:
-            for source in nectar.sources(cache):
-                cli.say(source.quoted())
+        print(cited.text if cited else "")
+        if args.sources or cited:
+            cli.show_sources(cited.sources if cited else found)
 
 
 if __name__ == "__main__":

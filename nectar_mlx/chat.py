@@ -18,6 +18,7 @@ from .mlxlm.cache import NectarCache
 from .mlxlm.prompts import Message
 from .mlxlm.window import answer_tokens
 from .nectar import Nectar
+from .retrieval.sources import Source
 
 _COMMANDS = "/reset clears the conversation, /history shows it, /quit ends"
 
@@ -91,6 +92,11 @@ class Conversation:
             trim_prompt_cache(self.cache, held - common)
         return common
 
+    def sources(self) -> list[Source]:
+        """The passages that say what the last answer says."""
+        question, answer = (message["content"] for message in self.messages[-2:])
+        return self._whole.sources(self._tokenizer, question, answer, caches=self.cache, chunk=self._chunk)
+
     @property
     def nbytes(self) -> int:
         return sum(cast("NectarCache", cache).nbytes for cache in self.cache)
@@ -112,7 +118,6 @@ def _parser() -> argparse.ArgumentParser:
 
 def _work(args: argparse.Namespace) -> None:
     model, tokenizer, nectar = cli.load(args.nectar, args.model)
-    cli.check_sources(nectar, args)
     conversation = Conversation(model, tokenizer, nectar, args)
     at_terminal = sys.stdin.isatty()
     if at_terminal:
@@ -133,8 +138,8 @@ def _work(args: argparse.Namespace) -> None:
             cli.say(f"there is no {command.split()[0]}: {_COMMANDS}")
         elif command:
             _turn(conversation, command, at_terminal)
-            for source in nectar.sources(conversation.cache) if args.sources else ():
-                cli.say(source.quoted())
+            if args.sources:
+                cli.show_sources(conversation.sources())
 
 
 def _next_line(at_terminal: bool) -> str | None:

@@ -121,7 +121,7 @@ def _work(arguments: argparse.Namespace) -> None:
             checkpoint=checkpoint,
         )
         nectar = Nectar(*fitted)
-        nectar.report["files"] = reading.as_list()
+        nectar.keep(reading, tokenizer)
         nectar.save(output)
     except KeyboardInterrupt:
         cli.say(f"the finished work is kept in {folder}: the same command with --resume continues")

@@ -24,6 +24,13 @@ class Place:
     start: int
     end: int
 
+    def label(self) -> str:
+        """As a person names it: "page 12", "chapter 3: The Storm"."""
+        number, _, title = self.name.partition(" ")
+        if self.unit in ("chapter", "mail", "slide") and number.isdigit() and title:
+            return f"{self.unit} {number}: {title}"
+        return f"{self.unit} {self.name}"
+
 
 @dataclass(frozen=True)
 class Edit:

@@ -14,11 +14,12 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from .. import models, store
 from ..core.progress import Log, no_log
-from ..core.types import LayerCache, Tokenizer
+from ..core.types import JsonObject, LayerCache, Tokenizer
 from ..errors import NectarError
 from ..mlxlm import prompts
 from ..mlxlm.window import answer_tokens
 from ..nectar import Nectar
+from ..retrieval.sources import sources_as_json
 
 LoadNectar = Callable[[Path, nn.Module, Tokenizer], Nectar]
 """Reads a file for a model that is loaded; shows its warnings."""
@@ -109,6 +110,13 @@ class Provider(server.ModelProvider):
         self.serving = nectar
         self.model_key = (target, adapter_path, draft_model_path)
 
+    def reading(self) -> JsonObject:
+        """What the latest answer read exactly of its text, and the passages that its attention went to."""
+        read = self.serving.hybrid.reading(self.caches)
+        if read and self._base is not None:
+            read["sources"] = sources_as_json(self.serving.sources(self._base[2], "", "", caches=self.caches))
+        return read
+
     def nearest(self, name: str, questions: Iterable[str]) -> int | None:
         """The chunk for the first of the questions that has a nearest chunk; None if none has, or without chunks."""
         nectar, base = self._nectars.get((name, None)), self._base
@@ -192,5 +200,5 @@ class _ResponseQueue:
         if self._context is None:
             self._context = item
         elif item is None:
-            self._context.reading = self._provider.serving.hybrid.reading(self._provider.caches)
+            self._context.reading = self._provider.reading()
         self._queue.put(item)

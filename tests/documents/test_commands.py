@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from nectar_mlx import fit, inspect
+from nectar_mlx import ask, fit, inspect
 from tests import toys
 from tests.documents.makers import column, pdf_pages, shown, write
 
@@ -47,5 +47,8 @@ def test_the_file_keeps_the_list(notes: Path, tmp_path: Path, capsys: pytest.Cap
     assert capsys.readouterr().err.strip().splitlines()[-1].startswith("read 2 of 3 files: old.doc")
     assert inspect.main([str(output)]) == 0
     shown_files = capsys.readouterr().out
-    assert "b.pdf: 2 pages, 10 characters; left out: page 2" in shown_files
+    assert "b.pdf: 2 pages, 10 characters; left out: page 2" in shown_files and "edits" not in shown_files
     assert "old.doc: not read: an old Word file; save it as .docx" in shown_files
+    assert ask.main([str(output), "What is under the mat?", "--json", "--max-tokens", "3"]) == 0
+    source = json.loads(capsys.readouterr().out)["sources"][0]
+    assert (source["document"], source["place"]) == ("a.txt", "line 1") and "under the mat" in source["text"]
