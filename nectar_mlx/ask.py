@@ -33,7 +33,7 @@ def _work(args: argparse.Namespace) -> None:
     if not question.strip():
         raise NectarError("the question is empty")
     start = time.perf_counter()
-    model, tokenizer, nectar = cli.load(args.nectar, args.model)
+    model, tokenizer, nectar = cli.load(args.nectar, args.model, fetch=args.fetch)
     loaded = time.perf_counter()
     chunk = cli.chunk_for(nectar, tokenizer, question, args)
     whole = nectar
@@ -47,7 +47,7 @@ def _work(args: argparse.Namespace) -> None:
         first = first or time.perf_counter()
         pieces.append(last.text)
         if not args.json and not args.cite:
-            print(last.text, end="", flush=True)
+            cli.show(last.text, end="")
     text, found = "".join(pieces), list[Source]()
     if args.sources or args.cite or args.json:
         found = whole.sources(tokenizer, question, text, caches=cache, chunk=chunk)
@@ -71,7 +71,7 @@ def _work(args: argparse.Namespace) -> None:
         answer |= {"cited": cited.text} if cited else {}
         print(json.dumps(answer | nectar.hybrid.reading(cache)))
     else:
-        print(cited.text if cited else "")
+        cli.show(cited.text if cited else "")
         if args.sources or cited:
             cli.show_sources(cited.sources if cited else found)
 

@@ -5,7 +5,6 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from typing import Protocol
-from xml.parsers.expat import ExpatError
 
 from nectar_mlx.documents import formula
 from nectar_mlx.documents.encoding import decode
@@ -72,7 +71,7 @@ def read_webarchive(data: bytes, name: str) -> Document:
         page = plistlib.loads(data)["WebMainResource"]
         content, kind = bytes(page["WebResourceData"]), str(page.get("WebResourceMIMEType", "text/html"))
         declared = declared_encoding(content) or str(page.get("WebResourceTextEncodingName", ""))
-    except (AttributeError, KeyError, TypeError, ValueError, OverflowError, RecursionError, ExpatError) as error:
+    except Exception as error:  # whatever a damaged property list makes of its parser
         raise Unreadable("a damaged web archive") from error
     if not kind.startswith(("text/", "application/xhtml")):
         raise Unreadable(f"a web archive of the kind {kind}")

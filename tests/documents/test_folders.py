@@ -104,11 +104,9 @@ def test_strict_refuses_what_is_not_whole(tmp_path: Path) -> None:
 def test_nothing_can_be_read(tmp_path: Path) -> None:
     assert "holds no document" in refusal(tmp_path)
     picture = write(tmp_path / "picture.png", "x")
-    assert (
-        refusal(tmp_path)
-        == "none of the files can be read: picture.png: a picture, and no text recognition is installed"
-    )
-    assert refusal(picture) == f"{picture}: a picture"
+    reason = "a picture, and no text recognition is installed"
+    assert refusal(tmp_path) == f"none of the files can be read: picture.png: {reason}"
+    assert refusal(picture) == f"{picture}: {reason}"
     assert refusal() == "no document was given"
     assert refusal(tmp_path / "absent.txt") == f"{tmp_path / 'absent.txt'}: no such file or folder"
     assert refusal("a\0b").endswith("no such file or folder")

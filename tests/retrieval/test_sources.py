@@ -1,7 +1,6 @@
 """Sources: characters of tokens, passages of attention, and where people see them."""
 
 import json
-import threading
 
 import numpy as np
 import pytest
@@ -11,6 +10,7 @@ from nectar_mlx.mlxlm import prompts
 from nectar_mlx.retrieval import citing, sources
 from nectar_mlx.retrieval.passages import Passages
 from tests import toys
+from tests.serving.running import Running
 from tests.store.test_kv_file import Book
 
 TEXT = "The fox ran. It was quick! A dog saw it; nobody else did.\n\nThen came the café, and the answer — naïve. " * 6
@@ -178,41 +178,21 @@ def test_chat(book, capsys, monkeypatch):
 
 
 def test_serve(book):
-    import http.client
-
-    httpd = serve.start(serve.make_parser().parse_args([str(book.path), "--port", "0", "--log-level", "ERROR"]))
-    thread = threading.Thread(target=httpd.serve_forever, args=(0.05,))
-    thread.start()
+    running = Running(serve.make_parser().parse_args([str(book.path), "--port", "0"]))
 
     def post(**body):
-        connection = http.client.HTTPConnection("127.0.0.1", httpd.server_address[1], timeout=60)
         messages = [{"role": "user", "content": "who?"}]
-        content = json.dumps({"messages": messages, "max_tokens": 4, "temperature": 0, **body})
-        connection.request("POST", "/v1/chat/completions", content.encode())
-        response = connection.getresponse()
-        return response.status, response.read().decode()
+        return running.post("/v1/chat/completions", {"messages": messages, "max_tokens": 4, "temperature": 0, **body})
 
     try:
-        answers = {}
-        for exact in (0.5, 0, 0.5, 1, 0.5):
-            status, body = post(model="book", exact=exact)
-            told = json.loads(body)
-            assert status == 200 and told["model"] == "book"
+        for exact in (0.5, 0, 1):
+            status, told = post(model="book", exact=exact)
+            assert status == 200
             if exact:
                 check(told, book)
             else:
                 assert "sources" not in told
-            answers.setdefault(exact, set()).add(told["choices"][0]["message"]["content"])
-        assert all(len(found) == 1 for found in answers.values())
-        status, body = post(exact=0.5, stream=True)
-        chunks = [json.loads(line[6:]) for line in body.splitlines() if line.startswith("data: {")]
-        check(chunks[-1], book)
-        assert not any("sources" in chunk for chunk in chunks[:-1])
-        for wrong in (-1, 2, "much", True, [1]):
-            status, body = post(model="book", exact=wrong)
-            assert status == 400 and "exact" in body
-        assert post(model="green", exact=0.5)[0] == 404
+        status, told = post(model="book", exact=0, sources=True)
+        assert status == 200 and isinstance(told["sources"], list) and "bytes_read_per_token" not in told
     finally:
-        httpd.shutdown()
-        thread.join()
-        httpd.stop()
+        running.close()
