@@ -10,7 +10,7 @@ from nectar_mlx.documents.reading import Document, Places, Unreadable
 _SKIPPED_NAMES = "VERSION PRODID UID REV SEQUENCE DTSTAMP CREATED LAST-MODIFIED CALSCALE METHOD TRANSP STATUS CLASS N"
 _SKIPPED = frozenset(_SKIPPED_NAMES.split())
 _PARTS = {"VCARD": "contact", "VEVENT": "event", "VTODO": "event", "VJOURNAL": "event"}
-_ENTRY = re.compile(r"(?:[\w-]+\.)?([\w-]+)((?:;[^:\"]*(?:\"[^\"]*\"[^:\"]*)*)*):(.*)", re.DOTALL)
+_ENTRY = re.compile(r"(?:[\w-]+\.)?([\w-]+)((?:;(?:[^:;\"]|\"[^\"]*\")*+)*+):(.*)", re.DOTALL)
 _ESCAPED = re.compile(r"\\([nN,;:\\])")
 
 

@@ -50,6 +50,10 @@ def test_contacts() -> None:
     assert [place.label() for place in document.places] == ["contact 1: Ada Lovelace", "contact 2: Karl"]
 
 
+def test_an_entry_without_a_value_takes_linear_time() -> None:
+    assert parse(f"BEGIN:VCARD\nFN:x\nTEL{';a=b' * 20_000}\nEND:VCARD".encode(), "a.vcf").text == "FN: x"
+
+
 def test_calendars() -> None:
     document = parse(CALENDAR.replace("\n", "\r\n").encode(), "a.ics")
     lines = ["DTSTART: 2024-03-05 14:00", "SUMMARY: Dentist, upper floor", "DESCRIPTION: Bring the card; and a coat"]
