@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from .nectar import Nectar
+    from .retrieval.sources import Source
 
 DONE, FAULT, INTERRUPTED = 0, 2, 130
 LINE_SECONDS = 10.0  # between lines of progress, where there is no terminal
@@ -254,14 +255,19 @@ def chunk_for(
 
 
 def add_sources(parser: argparse.ArgumentParser) -> None:
-    """Adds the option of `check_sources`."""
-    parser.add_argument("--sources", action="store_true", help="show the passages that the answer used most")
+    """Adds the options of `show_sources`."""
+    parser.add_argument("--sources", action="store_true", help="show the passages that say what the answer says")
+    parser.add_argument(
+        "--cite", action="store_true", help="mark each sentence with its source's number, or [?] if none supports it"
+    )
 
 
-def check_sources(nectar: "Nectar", args: argparse.Namespace) -> None:
-    """NectarError if sources are wanted but no exact keys are read."""
-    if args.sources:
-        nectar.hybrid.check_reads(args.exact)
+def show_sources(sources: "Sequence[Source]") -> None:
+    """A line each, numbered from 1."""
+    for number, source in enumerate(sources, 1):
+        say(f"[{number}] {source.quoted()}")
+    if not sources:
+        say("no passage of the text says this")
 
 
 def share(text: str) -> float:

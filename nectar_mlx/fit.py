@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import cli, store
+from .core.clock import duration
+from .core.types import JsonObject
 from .errors import NectarError
 from .heads import KINDS
 
@@ -89,7 +91,7 @@ def _work(arguments: argparse.Namespace) -> None:
         arguments.context, include=arguments.include, exclude=arguments.exclude, strict=arguments.strict
     )
     if arguments.dry_run:
-        _show(reading, as_json=arguments.json)
+        _show(reading, arguments)
         return
     from . import models
     from .fitting import pipeline
@@ -124,7 +126,7 @@ def _work(arguments: argparse.Namespace) -> None:
                     log=cli.say,
                 )
                 nectar = Nectar(*fitted)
-                nectar.report["files"] = reading.as_list()
+                nectar.keep(reading, tokenizer)
                 nectar.save(output)
         except (KeyboardInterrupt, NectarError):
             if checkpoint.holds_work():
@@ -135,13 +137,46 @@ def _work(arguments: argparse.Namespace) -> None:
     cli.say(reading.summary())
 
 
-def _show(reading: "Reading", *, as_json: bool) -> None:
-    """What would be read."""
+def _show(reading: "Reading", arguments: argparse.Namespace) -> None:
+    """What would be read, and what the fit would take."""
     for report in reading.files:
         cli.say(report.describe())
-    cli.say(f"{reading.summary()}; about {len(reading.text) // 4:,} tokens")
-    if as_json:
-        print(json.dumps({"files": reading.as_list(), "characters": len(reading.text)}))
+    tokens, counted = _tokens(reading.text, Path(arguments.model).expanduser())
+    cli.say(f"{reading.summary()}; {'' if counted else 'about '}{tokens:,} tokens")
+    facts: JsonObject = {"files": reading.as_list(), "characters": len(reading.text), "tokens": tokens}
+    try:
+        facts |= _estimate(arguments, tokens)
+    except NectarError as error:
+        cli.say(f"time and size are not estimated: {error}")
+    else:
+        seconds, size = facts["seconds"], facts["file_bytes"]
+        cli.say(f"estimated: {duration(seconds)} here, a file of {size / 1e6:,.1f} MB ({facts['basis']})")
+    if arguments.json:
+        print(json.dumps(facts))
+
+
+def _tokens(text: str, model: Path) -> tuple[int, bool]:
+    """How many tokens a text has; counted where the model is a folder, else four characters each."""
+    if not (model / "tokenizer.json").is_file():
+        return len(text) // 4, False
+    from tokenizers import Tokenizer
+
+    try:
+        return len(Tokenizer.from_file(str(model / "tokenizer.json")).encode(text, add_special_tokens=False)), True
+    except Exception:  # the library raises nothing more special for a damaged file
+        return len(text) // 4, False
+
+
+def _estimate(arguments: argparse.Namespace, tokens: int) -> JsonObject:
+    """Seconds and bytes of a fit on this machine, as `nectar plan` estimates them."""
+    from .fitting.estimate import estimate
+    from .fitting.machines import here, named_shape, settings
+
+    machine = here()
+    options = settings(machine, budget=arguments.size or arguments.budget or "auto", kind=arguments.kind)
+    count = min(tokens, arguments.context_tokens or tokens)
+    expected = estimate(named_shape(arguments.model), machine, options, max(1, count))
+    return {"seconds": round(expected.seconds, 1), "file_bytes": int(expected.size), "basis": machine.basis}
 
 
 def _report(output: Path, nectar: "Nectar", *, as_json: bool) -> None:

@@ -12,6 +12,8 @@ from .models import hub
 from .nectar import Nectar
 from .retrieval import find_keys
 
+_PACKED = {"verdict", "edits", "text"}  # shown first, or packed
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     return cli.run(_parser(), _work, argv)
@@ -35,7 +37,7 @@ def _work(args: argparse.Namespace) -> None:
         if name != "report":
             cli.show(f"{name.replace('_', ' '):<20}{_readable(name, value)}")
     for name, value in facts["report"].items():
-        if name != "verdict" and not isinstance(value, list):  # per head: for --json
+        if name not in _PACKED and not isinstance(value, list):  # per head: for --json
             cli.show(f"{name.replace('_', ' '):<20}{_readable(name, value)}")
     for file in facts["report"].get("files", []):
         cli.show(f"{'file':<20}{_file(file)}")

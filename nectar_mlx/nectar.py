@@ -12,6 +12,7 @@ import mlx.nn as nn
 from . import store
 from .core.progress import Progress, silent
 from .core.types import JsonObject, LayerCache, Tokenizer
+from .documents import Reading
 from .errors import NectarError
 from .fitting import verdict
 from .heads import Bank, HybridHead
@@ -19,11 +20,14 @@ from .kernels import DecodeKernel
 from .mlxlm import attention_patch, prompts
 from .mlxlm.cache import make_caches
 from .models import hub
-from .retrieval import ChunkIndex, HybridBank, HybridContext, KeyFile, find_keys, kv_path, recording
+from .retrieval import ChunkIndex, HybridBank, HybridContext, KeyFile, citing, find_keys, kv_path, recording, sources
+from .retrieval.citing import Cited
 from .retrieval.likelihood import log_likelihood
+from .retrieval.passages import Passages
 from .retrieval.recall import Recall
 from .retrieval.sources import Source
 from .store import Layout, chunking, load
+from .store import text as kept_text
 from .store.chunking import ChunkedPrefix
 from .store.kv_file import remove_stale_keys
 
@@ -66,6 +70,7 @@ class Nectar:
         if len(self.banks) != len(self.geometry.fitted) or not alike:
             raise NectarError("the file is damaged: its heads are not those of its model")
         self._index: ChunkIndex | None = None
+        self._passages: Passages | None = None
 
     def __repr__(self) -> str:
         share = f"{self.nbytes / max(1, self.cache_nbytes):.2%} of the KV cache"
@@ -165,10 +170,54 @@ class Nectar:
         """The banks that read a fraction of the keys exactly, one a layer; see `make_cache`. None without keys."""
         return self.hybrid.banks(exact_fraction)
 
-    def sources(self, caches: Sequence[LayerCache], *, count: int = 3) -> list[Source]:
-        """The passages of the text that took the most exact attention while these caches were written to token by
-        token, most first; none without a file of keys, or in a batch."""
-        return self.hybrid.sources(caches, count=count)
+    def sources(
+        self,
+        tokenizer: Tokenizer,
+        question: str,
+        answer: str,
+        *,
+        caches: Sequence[LayerCache] = (),
+        chunk: int | None = None,
+        count: int = 3,
+    ) -> list[Source]:
+        """The passages of the text that say what an answer says, the best first, at most `count`.
+
+        caches: those that the answer was written with, token by token; where they read exact keys, attention counts.
+        chunk: the one that it was answered from (from 0); None for the whole text.
+        """
+        passages = self.passages(tokenizer)
+        attention = self.hybrid.attended(caches, passages)
+        within = None if chunk is None else self._characters(tokenizer, chunk)
+        return sources.find(passages, question, answer, attention=attention, within=within, count=count)
+
+    def cite(self, tokenizer: Tokenizer, question: str, answer: str, found: Sequence[Source]) -> Cited:
+        """The answer with a mark behind each sentence: the source that supports it, or that none does."""
+        return citing.cite(self.passages(tokenizer), question, answer, found)
+
+    def text(self, tokenizer: Tokenizer) -> Reading:
+        """The text that it stands for, with its documents and their pages, chapters, sheets, mails.
+
+        NectarError if what the file holds of them is damaged.
+        """
+        name = str(self.metadata.get("source") or "")
+        return kept_text.kept(self.report, tokenizer, self.prefix, name=name)
+
+    def passages(self, tokenizer: Tokenizer) -> Passages:
+        """The passages of `text`; made once, for a file belongs to one tokenizer."""
+        if self._passages is None:
+            self._passages = Passages(self.text(tokenizer))
+        return self._passages
+
+    def keep(self, reading: Reading, tokenizer: Tokenizer) -> None:
+        """Keeps in the report which documents it was fitted to, so that sources can name them."""
+        self.report |= kept_text.keep(reading, tokenizer, self.prefix)
+
+    def _characters(self, tokenizer: Tokenizer, chunk: int) -> tuple[int, int]:
+        """Where a chunk starts and ends in the text."""
+        start, end = self._text.bounds(chunk)
+        return len(prompts.document(tokenizer, self.prefix[:start])), len(
+            prompts.document(tokenizer, self.prefix[:end])
+        )
 
     def prompt(self, tokenizer: Tokenizer, messages: str | Sequence[prompts.Message], **template: Any) -> list[int]:
         """The token ids that follow the prefix, up to where the answer starts.

@@ -46,7 +46,7 @@ class Admission:
         """A job with its caches; None while there is no room for them beside the active ones. NectarError for a job
         that cannot be done."""
         job, shelf = ticket.job, self._shelf
-        nectar = shelf.get(job.name)
+        nectar = whole = shelf.get(job.name)
         chunks = (nectar.nearest(shelf.tokenizer, question) for question in job.questions)
         chunk = next((number for number in chunks if number is not None), None)
         if chunk is not None:
@@ -67,6 +67,7 @@ class Admission:
             nectar,
             shelf.tokenizer,
             self._markers,
+            whole=whole,
             chunk=chunk,
             caches=caches,
             cached=cached,

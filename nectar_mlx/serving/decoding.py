@@ -13,6 +13,7 @@ from ..answering import Answer, Markers, Piece
 from ..answering.sampling import Processor, Sampler
 from ..core.types import JsonObject
 from ..nectar import Nectar
+from ..retrieval.sources import sources_as_json
 from .job import Finished, Started, Ticket, TokenLogprob, Written
 from .kept import Caches
 
@@ -23,8 +24,8 @@ T = TypeVar("T")
 class AnswerSequence:
     """One answer: its prompt, what of it has been read, its caches, and the text so far.
 
-    nectar: what it is answered from; chunk: of its text. markers: of the model's thoughts. cached: tokens of the prompt
-    that the caches hold already. limit: the longest answer in tokens. reserved: bytes that its caches may come to have.
+    nectar: what it is answered from, a chunk of `whole` or all of it. markers: of the model's thoughts. cached: tokens of
+    the prompt that the caches hold already. limit: the longest answer in tokens. reserved: bytes that its caches may come to have.
     single: whether it is decoded on its own.
     """
 
@@ -35,6 +36,7 @@ class AnswerSequence:
         tokenizer: TokenizerWrapper,
         markers: Markers | None,
         *,
+        whole: Nectar,
         chunk: int | None,
         caches: Caches,
         cached: int,
@@ -50,6 +52,7 @@ class AnswerSequence:
         self.answer = Answer(job.stops, markers, opened=opened)
         self.started = Started(len(self.prompt), cached, chunk)
         self.error: Exception | None = None
+        self._whole, self._said = whole, list[str]()
         self.count = 0
         self._tokenizer, self._detokenizer = tokenizer, tokenizer.detokenizer
         self._logprobs: list[TokenLogprob] = []
@@ -86,19 +89,22 @@ class AnswerSequence:
             piece = Piece(piece.thoughts + last.thoughts + rest.thoughts, piece.answer + last.answer + rest.answer)
         stopped = ended or self.answer.stopped
         if any(piece) or self._logprobs:
+            self._said.append(piece.answer)
             self.ticket.deliver(Written(piece.answer, piece.thoughts, self._logprobs))
             self._logprobs = []
         if stopped or cut:
-            self.ticket.deliver(Finished("stop" if stopped else "length", self.count, self._read_of_the_text()))
+            self.ticket.deliver(Finished("stop" if stopped else "length", self.count, self._read_of_text()))
         return stopped or cut
 
-    def _read_of_the_text(self) -> JsonObject:
-        """What the answer has read exactly, and where it is asked for, its sources."""
-        reading = self.nectar.hybrid.reading(self.caches) if self.single else {}
-        job = self.ticket.job
-        if job.sources and job.sources_of is not None and "sources" not in reading:
-            reading["sources"] = job.sources_of(self.nectar, self.caches, self.answer.text)
-        return reading
+    def _read_of_text(self) -> JsonObject:
+        """What the answer read of the text's exact keys; its sources, where it did or they are asked for."""
+        read, job = self.nectar.hybrid.reading(self.caches) if self.single else {}, self.ticket.job
+        if not read and not job.sources:
+            return {}
+        question, caches = next(iter(job.questions), ""), self.caches if self.single else ()
+        answer = "".join(self._said)
+        found = self._whole.sources(self._tokenizer, question, answer, caches=caches, chunk=self.chunk)
+        return read | {"sources": sources_as_json(found)}
 
     def _note(self, token: int, logprobs: mx.array) -> None:
         """Notes the token's log-probability, where it is asked for."""

@@ -2,15 +2,12 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from ..answering import Sampling, StopStrings
 from ..answering.sampling import Processor
 from ..core.types import JsonObject
 from ..mlxlm.window import ANSWER_TOKENS
-from ..nectar import Nectar
-
-SourcesOf: TypeAlias = Callable[[Nectar, Sequence[Any], str], Sequence[JsonObject]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,8 +19,7 @@ class Job:
     exactly, None for the server's default. stops: the strings that end the answer. max_tokens: of the answer; None for
     `default_tokens`, cut to the room there is. top_logprobs: how many alternatives to name for each token, None for no
     log-probabilities. constraint: makes a processor of logits for one answer. thinks: whether thoughts are told from
-    the answer. sources: whether the answer is to name its sources. sources_of: finds them for a file without exact
-    keys, from the file, the answer's caches and its text.
+    the answer. sources: whether the answer is to name its sources.
     """
 
     name: str
@@ -38,7 +34,6 @@ class Job:
     constraint: Callable[[], Processor] | None = None
     thinks: bool = True
     sources: bool = False
-    sources_of: SourcesOf | None = None
 
     def __post_init__(self) -> None:
         StopStrings(self.stops)  # NectarError here, not in the engine

@@ -12,7 +12,7 @@ from ..mlxlm.window import window
 from .constraint import Constraints
 from .engine import Engine
 from .errors import as_api_error
-from .job import Event, Failed, Finished, Job, SourcesOf, Started, Ticket, TokenLogprob, Written
+from .job import Event, Failed, Finished, Job, Started, Ticket, TokenLogprob, Written
 from .prompting import Prompting
 from .schema import Generation
 from .shelf import UnknownModel, listed
@@ -106,10 +106,10 @@ class Reply:
 
 
 class Service:
-    """An engine, and what turns requests into its jobs. sources_of: see `Job`."""
+    """An engine, and what turns requests into its jobs."""
 
-    def __init__(self, engine: Engine, defaults: Defaults, sources_of: SourcesOf | None = None):
-        self.engine, self.defaults, self.sources_of = engine, defaults, sources_of
+    def __init__(self, engine: Engine, defaults: Defaults):
+        self.engine, self.defaults = engine, defaults
         shelf = engine.shelf
         self.prompting = Prompting(shelf.tokenizer, window(shelf.model), defaults.template)
         self.constraints = Constraints(shelf.tokenizer)
@@ -164,7 +164,6 @@ class Service:
             "default_tokens": self.defaults.max_tokens,
             "exact": request.exact,
             "sources": bool(request.sources),
-            "sources_of": self.sources_of,
         }
 
     @asynccontextmanager
