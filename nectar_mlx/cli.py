@@ -5,17 +5,21 @@ with one line that says what is wrong and what to do; 130 interrupted.
 """
 
 import argparse
+import math
 import os
 import re
+import shutil
 import sys
 import textwrap
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, NoReturn, cast
 
+from .core import terminal
 from .core.progress import Update
-from .core.types import LayerCache, Tokenizer
+from .core.repetition import Repetition
 from .errors import NectarError
 
 if TYPE_CHECKING:
@@ -25,9 +29,11 @@ if TYPE_CHECKING:
     from mlx_lm.generate import GenerationResponse
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+    from .core.types import LayerCache, Tokenizer
     from .nectar import Nectar
 
 DONE, FAULT, INTERRUPTED = 0, 2, 130
+_quiet = False  # of the command that runs: no notices
 
 
 class _HelpFormatter(argparse.HelpFormatter):
@@ -46,30 +52,70 @@ class Parser(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
-        self.exit(FAULT, f"{self.prog}: {message} (see {self.prog} --help)\n")
+        self.exit(FAULT, terminal.one_line(f"{self.prog}: {message} (see {self.prog} --help)") + "\n")
 
 
 def run(parser: argparse.ArgumentParser, work: Callable[[argparse.Namespace], None], argv: Sequence[str] | None) -> int:
     """Parses the arguments and does the work. An error becomes an exit code and one line."""
+    global _quiet
+    _quiet = False
+    for stream in (sys.stdout, sys.stderr):  # what an encoding has no character for is written out, not an error
+        if reconfigure := getattr(stream, "reconfigure", None):
+            reconfigure(errors="backslashreplace")
     try:
-        work(parser.parse_args(argv))
+        args = parser.parse_args(argv)
+        _quiet = getattr(args, "quiet", False)
+        work(args)
         sys.stdout.flush()
     except SystemExit as exit:  # argparse: after --help, or after its message about an error
         return exit.code if isinstance(exit.code, int) else FAULT
     except NectarError as error:
-        say(f"{parser.prog}: {error}")
+        complain(f"{parser.prog}: {error}")
         return FAULT
     except BrokenPipeError:  # the reader of our output is gone, so there is no message
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
-        say(f"{parser.prog}: interrupted")
+        complain(f"{parser.prog}: interrupted")
         return INTERRUPTED
     return DONE
 
 
 def say(line: str) -> None:
-    """One line for a person, on stderr."""
-    print(line, file=sys.stderr, flush=True)
+    """One line for a person, on stderr; nothing with --quiet."""
+    if not _quiet:
+        complain(line)
+
+
+def complain(line: str) -> None:
+    """One line for a person, on stderr, with --quiet, too: what is wrong."""
+    print(terminal.one_line(line), file=sys.stderr, flush=True)
+
+
+def show(text: str, *, end: str = "\n") -> None:
+    """Text of an answer or a file, on stdout: as it is in a file or a pipe, without escape sequences on a terminal."""
+    print(terminal.shown_on(sys.stdout, text), end=end, flush=True)
+
+
+def paragraph(text: str) -> None:
+    """A text on stdout, in lines as wide as the terminal."""
+    show(textwrap.fill(text, _width(), break_on_hyphens=False, break_long_words=False))
+
+
+def row(label: str, value: str) -> None:
+    """A name and its value on stdout, side by side."""
+    indent = " " * 20
+    lines = textwrap.fill(f"{label:<19} {value}", _width(), subsequent_indent=indent, break_on_hyphens=False)
+    show(lines if value else label)
+
+
+def _width() -> int:
+    """Columns of the terminal, 100 at most; a file or a pipe gets 100."""
+    return max(40, min(100, shutil.get_terminal_size().columns if sys.stdout.isatty() else 100))
+
+
+def add_quiet(parser: argparse.ArgumentParser) -> None:
+    """Adds the option that `run` looks for."""
+    parser.add_argument("--quiet", "-q", action="store_true", help="the answer alone: no notices, no progress")
 
 
 @contextmanager
@@ -81,7 +127,7 @@ def progress(description: str, total: int, /) -> Iterator[Update]:
     console = Console(stderr=True)
     label = TextColumn("{task.description}")
     columns = (SpinnerColumn(), label, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+    with Progress(*columns, console=console, disable=_quiet or not console.is_terminal, transient=True) as bar:
         task = bar.add_task(description, total=total)
         yield lambda done: bar.update(task, completed=done)
 
@@ -102,7 +148,7 @@ def load(path: str, model_name: str | None = None) -> "tuple[nn.Module, Tokenize
     return model, tokenizer, load_nectar(file, model, tokenizer)
 
 
-def load_nectar(file: "Path", model: "nn.Module", tokenizer: Tokenizer) -> "Nectar":
+def load_nectar(file: "Path", model: "nn.Module", tokenizer: "Tokenizer") -> "Nectar":
     """`Nectar.load` with its warnings as lines on stderr."""
     from .nectar import Nectar
 
@@ -124,9 +170,14 @@ def add_generation(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="the longest answer (512, or fewer if the model's window is nearly full)",
     )
-    parser.add_argument("--temp", type=float, default=0.0, help="sampling temperature (0: the likeliest token)")
-    parser.add_argument("--top-p", type=float, default=1.0, help="sample from the likeliest tokens of this mass (1)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the sampling (0)")
+    parser.add_argument(
+        "--temp", type=_temperature, default=0.0, metavar="T", help="sampling temperature (0: the likeliest token)"
+    )
+    parser.add_argument(
+        "--top-p", type=_mass, default=1.0, metavar="P", help="sample from the likeliest tokens of this mass (1)"
+    )
+    parser.add_argument("--seed", type=_seed, default=0, metavar="N", help="seed of the sampling (0)")
+    parser.add_argument("--allow-loops", action="store_true", help="do not stop a model that repeats itself")
     parser.add_argument("--think", action="store_true", help="let the model think before it answers, if it can")
     parser.add_argument("--kv-bits", type=int, choices=(4, 8), help="bits of the conversation's own cache")
 
@@ -150,7 +201,7 @@ def add_chunks(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def chunk_for(nectar: "Nectar", tokenizer: Tokenizer, question: str, args: argparse.Namespace) -> int | None:
+def chunk_for(nectar: "Nectar", tokenizer: "Tokenizer", question: str, args: argparse.Namespace) -> int | None:
     """The chunk nearest to the question, with a line that names it; None for the whole text."""
     chunk = None if args.whole else nectar.nearest(tokenizer, question)
     if chunk is not None:
@@ -169,12 +220,83 @@ def check_sources(nectar: "Nectar", args: argparse.Namespace) -> None:
         nectar.hybrid.check_reads(args.exact)
 
 
+def generate(
+    model: "nn.Module",
+    tokenizer: "Tokenizer",
+    prompt: Sequence[int],
+    cache: "Sequence[LayerCache]",
+    args: argparse.Namespace,
+    *,
+    max_tokens: int,
+) -> "Iterator[GenerationResponse]":
+    """mlx-lm's responses to a prompt behind a cache, with the options of `add_generation`. max_tokens: the longest
+    answer, from `window.answer_tokens`. An answer that repeats itself ends with the finish reason "repetition".
+    """
+    import mlx.core as mx
+    from mlx_lm import stream_generate
+    from mlx_lm.sample_utils import make_sampler
+
+    mx.random.seed(args.seed)
+    repetition = Repetition()
+    for response in stream_generate(
+        model,
+        cast("TokenizerWrapper", tokenizer),
+        list(prompt),
+        max_tokens=max_tokens,
+        sampler=make_sampler(args.temp, top_p=args.top_p),
+        prompt_cache=list(cache),
+    ):
+        if repetition.add(response.text) and not args.allow_loops and response.finish_reason is None:
+            yield replace(response, finish_reason="repetition")
+            return
+        yield response
+
+
+def say_how_it_ended(reason: str | None, tokens: int, args: argparse.Namespace) -> None:
+    """A line where an answer ended before the model ended it. reason: `finish_reason` of its last response."""
+    if reason == "length" and args.max_tokens:
+        say(f"the answer is cut at {tokens:,} tokens: --max-tokens {2 * args.max_tokens} allows more")
+    elif reason == "length":
+        say(f"the answer is cut at {tokens:,} tokens: --max-tokens allows more, as far as the model's window goes")
+    elif reason == "repetition":
+        say(f"stopped after {tokens:,} tokens: the model repeats itself; another wording or --temp 0.7 may help")
+
+
+def _number(text: str, low: float, high: float, wanted: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not low <= number <= high:  # NaN, too
+        raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+    return number
+
+
 def share(text: str) -> float:
     """A number from 0 to 1."""
-    number = float(text)
-    if not 0 <= number <= 1:
-        raise argparse.ArgumentTypeError("must be from 0 to 1")
-    return number
+    return _number(text, 0, 1, "a number from 0 to 1")
+
+
+def _temperature(text: str) -> float:
+    return _number(text, 0, 100, "a temperature from 0 to 100")
+
+
+def _mass(text: str) -> float:
+    return _number(text, 1e-9, 1, "above 0 and at most 1")
+
+
+def _seed(text: str) -> int:
+    return _integer(text, 0, 2**64 - 1, "a whole number from 0 to 2^64 - 1")
+
+
+def _positive(text: str) -> int:
+    return _integer(text, 1, 10**9, "a whole number from 1 to a billion")
+
+
+def _integer(text: str, low: int, high: int, wanted: str) -> int:
+    if not re.fullmatch(r"[+-]?[0-9]{1,20}", text) or not low <= int(text) <= high:
+        raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+    return int(text)
 
 
 def size(text: str) -> int:
@@ -184,38 +306,3 @@ def size(text: str) -> int:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 500M or 4G")
     number = float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " ")
     return int(min(number, 1e18))  # a text of enough digits is an infinity
-
-
-def generate(
-    model: "nn.Module",
-    tokenizer: Tokenizer,
-    prompt: Sequence[int],
-    cache: Sequence[LayerCache],
-    args: argparse.Namespace,
-    *,
-    max_tokens: int,
-) -> "Iterator[GenerationResponse]":
-    """mlx-lm's responses to a prompt behind a cache, with the options of `add_generation`. max_tokens: the longest
-    answer, from `window.answer_tokens`.
-    """
-    import mlx.core as mx
-    from mlx_lm import stream_generate
-    from mlx_lm.sample_utils import make_sampler
-
-    mx.random.seed(args.seed)
-    sampler = make_sampler(args.temp, top_p=args.top_p)
-    yield from stream_generate(
-        model,
-        cast("TokenizerWrapper", tokenizer),
-        list(prompt),
-        max_tokens=max_tokens,
-        sampler=sampler,
-        prompt_cache=list(cache),
-    )
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return number

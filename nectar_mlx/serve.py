@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from mlx_lm import server as mlx_server
 from mlx_lm.generate import DEFAULT_QUANTIZED_KV_START
 
-from . import cli
+from . import agent, cli
 from .serving import server
 
 
@@ -29,6 +29,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = cli.Parser("serve", "Serves .nectar files over HTTP, OpenAI-compatible; each file's name is a model's id.")
     parser.add_argument("nectars", nargs="+", metavar="nectar", help="a .nectar file, or the id of one on the hub")
     parser.add_argument("--model", help="the model to use (default: the name of the one the files were fitted on)")
+    agent.add_options(parser, cli.say)
     cli.add_retrieval(parser)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1)")
     parser.add_argument("--port", type=int, default=8080, metavar="N", help="port to listen on (8080)")
@@ -104,6 +105,8 @@ def start(args: argparse.Namespace) -> server.Server:
 
 
 def _work(args: argparse.Namespace) -> None:
+    if args.install_agent:
+        return agent.install(args.nectars, log=cli.say)
     logging.basicConfig(level=args.log_level, format="%(asctime)s %(levelname)s %(message)s")
     mlx_server.maybe_set_recommended_wired_limit()
     signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -19,11 +19,13 @@ LEVELS = (
     ("fitting",),
     ("nectar",),
     ("__init__", "baselines"),
-    ("evaluation", "benchmarks", "serving"),
+    ("evaluation", "benchmarks", "serving", "settings", "output", "editor", "agent"),
+    ("installed",),
     ("cli",),
     ("inspect",),
-    ("ask", "bench", "chat", "demo", "evaluate", "fit", "push", "serve"),
+    ("ask", "bench", "chat", "demo", "doctor", "evaluate", "fit", "push", "serve"),
     ("__main__",),
+    ("completion",),
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 

@@ -24,7 +24,7 @@ _FILES = ["*.json", "model*.safetensors", "tokenizer.model", "*.tiktoken", "*.tx
 _OWNERS = ("Qwen", "HuggingFaceTB", "meta-llama", "mistralai", "google", "microsoft", "ibm-granite", "allenai")
 _REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _TIMEOUT = 5.0  # seconds
-_MEMORY_SHARE = 0.5  # the largest share of the memory for weights: a context and its fit need room too
+MEMORY_SHARE = 0.5  # the largest share of the memory for weights: a context and its fit need room too
 
 
 class Unreachable(Exception):
@@ -62,7 +62,7 @@ def find(name: str) -> str | None:
 
     None where the hub has none of them. Raises Unreachable.
     """
-    limit = _MEMORY_SHARE * memory()
+    limit = MEMORY_SHARE * memory()
     too_large: dict[str, int] = {}
     for repository in repositories(name):
         size = _weight_bytes(repository)
@@ -118,6 +118,19 @@ def nectar_file(name: str | Path) -> Path:
         held = ", ".join(file.name for file in files) or "no .nectar"
         raise NectarError(f"{name}: the repository holds {held}; it must hold exactly one")
     return files[0]
+
+
+def is_public(repository: str) -> bool | None:
+    """Whether everybody can see a repository; None where there is none that we can see. NectarError where the hub does
+    not say."""
+    try:
+        return not huggingface_hub.HfApi().model_info(repository, timeout=_TIMEOUT).private
+    except RepositoryNotFoundError:
+        return None
+    except HFValidationError as error:
+        raise NectarError(f"{repository} is not a repository's name (user/name): {_reason(error)}") from None
+    except (HTTPError, OSError) as error:
+        raise NectarError(f"{constants.ENDPOINT} does not say who sees {repository} ({_reason(error)})") from None
 
 
 def upload(repository: str, files: dict[str, bytes | Path], *, private: bool) -> str:
