@@ -4,16 +4,16 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from . import cli
+from . import cli, remote, writing
 from .core import terminal
-from .core.types import JsonObject
 from .errors import NectarError
+from .writing import Written
 
 if TYPE_CHECKING:
-    from mlx_lm.generate import GenerationResponse
+    from .core.types import JsonObject
 
 
 class _Parser(cli.Parser):
@@ -35,6 +35,7 @@ def _parser() -> argparse.ArgumentParser:
     cli.add_retrieval(parser)
     cli.add_sources(parser)
     cli.add_chunks(parser)
+    remote.add_options(parser)
     cli.add_quiet(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the answer's text")
     return parser
@@ -42,42 +43,58 @@ def _parser() -> argparse.ArgumentParser:
 
 def _work(args: argparse.Namespace) -> None:
     question = _question(args.question)
-    from .mlxlm.window import answer_tokens
-
-    start = time.perf_counter()
-    model, tokenizer, nectar = cli.load(args.nectar, args.model)
-    cli.check_sources(nectar, args)
-    loaded = time.perf_counter()
-    chunk = cli.chunk_for(nectar, tokenizer, question, args)
-    if chunk is not None:
-        nectar = nectar.chunk(chunk)
-    prompt = nectar.prompt(tokenizer, question, enable_thinking=args.think)
-    max_tokens = answer_tokens(model, start=nectar.start, prompt=len(prompt), chosen=args.max_tokens)
-    pieces, last, first = [], None, 0.0
-    cache = nectar.make_cache(kv_bits=args.kv_bits, exact_fraction=args.exact)
-    for last in cli.generate(model, tokenizer, prompt, cache, args, max_tokens=max_tokens):
-        first = first or time.perf_counter()
-        pieces.append(last.text)
-        if not args.json:
-            cli.show(last.text, end="")
-    if args.json:
-        facts = {
-            "question": question,
-            "answer": "".join(pieces),
-            "model": nectar.metadata["model"],
-            "context_tokens": len(nectar.prefix),
-            "chunk": chunk,
-            "prompt_tokens": len(prompt),
-            "seconds_to_load": round(loaded - start, 3),
-            "seconds_to_first_token": round(first - loaded, 3),
-        }
-        print(json.dumps(facts | _figures(last) | nectar.hybrid.reading(cache)))
+    started = time.perf_counter()
+    reply = remote.reply(args, [{"role": "user", "content": question}]) or _Here(args, question)
+    if not args.json:
+        ended = writing.show(iter(reply))
+        writing.say_how_it_ended(ended, args)
+        for source in reply.sources() if args.sources else ():
+            cli.say(source)
         return
-    print()
-    if last is not None:
-        cli.say_how_it_ended(last.finish_reason, last.generation_tokens, args)
-    for source in nectar.sources(cache) if args.sources else ():
-        cli.say(source.quoted())
+    answer, thoughts, first, ended = "", "", 0.0, None
+    for piece in reply:
+        first = first or time.perf_counter()
+        answer, thoughts, ended = answer + piece.answer, thoughts + piece.thoughts, piece.ended
+    said = {"question": question, "answer": answer, **({"thoughts": thoughts} if thoughts else {})}
+    facts = reply.facts()
+    seconds = round((first or time.perf_counter()) - started - facts["seconds_to_load"], 3)
+    print(json.dumps(said | writing.as_json(ended) | facts | {"seconds_to_first_token": seconds}))
+
+
+class _Here:
+    """An answer by the model loaded here. NectarError for a question that has no place in its window."""
+
+    def __init__(self, args: argparse.Namespace, question: str):
+        from .mlxlm.window import answer_tokens
+
+        start = time.perf_counter()
+        model, tokenizer, self._nectar = cli.load(args.nectar, args.model)
+        cli.check_sources(self._nectar, args)
+        self._seconds = time.perf_counter() - start
+        self._chunk = cli.chunk_for(self._nectar, tokenizer, question, args)
+        if self._chunk is not None:
+            self._nectar = self._nectar.chunk(self._chunk)
+        self._prompt = self._nectar.prompt(tokenizer, question, enable_thinking=args.think)
+        size = answer_tokens(model, start=self._nectar.start, prompt=len(self._prompt), chosen=args.max_tokens)
+        self._cache = self._nectar.make_cache(kv_bits=args.kv_bits, exact_fraction=args.exact)
+        self._pieces = writing.write(model, tokenizer, self._prompt, self._cache, args, max_tokens=size)
+
+    def __iter__(self) -> Iterator[Written]:
+        return self._pieces
+
+    def sources(self) -> list[str]:
+        return [source.quoted() for source in self._nectar.sources(self._cache)]
+
+    def facts(self) -> "JsonObject":
+        """For `--json`, once the answer has ended."""
+        return {
+            "model": self._nectar.metadata["model"],
+            "context_tokens": len(self._nectar.prefix),
+            "chunk": self._chunk,
+            "prompt_tokens": len(self._prompt),
+            "seconds_to_load": round(self._seconds, 3),
+            **self._nectar.hybrid.reading(self._cache),
+        }
 
 
 def _question(words: Sequence[str]) -> str:
@@ -86,16 +103,6 @@ def _question(words: Sequence[str]) -> str:
     if not question.strip():
         raise NectarError("the question is empty")
     return question.strip()
-
-
-def _figures(last: "GenerationResponse | None") -> JsonObject:
-    """What mlx-lm measured."""
-    return {
-        "finish_reason": last.finish_reason if last else None,
-        "answer_tokens": last.generation_tokens if last else 0,
-        "tokens_per_second": round(last.generation_tps, 2) if last else 0.0,
-        "peak_memory_bytes": round(last.peak_memory * 1e9) if last else 0,
-    }
 
 
 if __name__ == "__main__":

@@ -14,22 +14,18 @@ import textwrap
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
-from typing import TYPE_CHECKING, NoReturn, cast
+from typing import TYPE_CHECKING, NoReturn
 
 from .core import terminal
 from .core.progress import Update
-from .core.repetition import Repetition
 from .errors import NectarError
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     import mlx.nn as nn
-    from mlx_lm.generate import GenerationResponse
-    from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-    from .core.types import LayerCache, Tokenizer
+    from .core.types import Tokenizer
     from .nectar import Nectar
 
 DONE, FAULT, INTERRUPTED = 0, 2, 130
@@ -94,6 +90,12 @@ def complain(line: str) -> None:
 def show(text: str, *, end: str = "\n") -> None:
     """Text of an answer or a file, on stdout: as it is in a file or a pipe, without escape sequences on a terminal."""
     print(terminal.shown_on(sys.stdout, text), end=end, flush=True)
+
+
+def hint(text: str) -> None:
+    """Text on stderr as it comes, such as a model's thoughts; nothing with --quiet."""
+    if not _quiet:
+        print(terminal.shown_on(sys.stderr, text), end="", file=sys.stderr, flush=True)
 
 
 def paragraph(text: str) -> None:
@@ -163,7 +165,7 @@ def load_nectar(file: "Path", model: "nn.Module", tokenizer: "Tokenizer") -> "Ne
 
 
 def add_generation(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments of `generate`."""
+    """Adds the arguments of `writing.write`."""
     parser.add_argument(
         "--max-tokens",
         type=_positive,
@@ -220,48 +222,6 @@ def check_sources(nectar: "Nectar", args: argparse.Namespace) -> None:
         nectar.hybrid.check_reads(args.exact)
 
 
-def generate(
-    model: "nn.Module",
-    tokenizer: "Tokenizer",
-    prompt: Sequence[int],
-    cache: "Sequence[LayerCache]",
-    args: argparse.Namespace,
-    *,
-    max_tokens: int,
-) -> "Iterator[GenerationResponse]":
-    """mlx-lm's responses to a prompt behind a cache, with the options of `add_generation`. max_tokens: the longest
-    answer, from `window.answer_tokens`. An answer that repeats itself ends with the finish reason "repetition".
-    """
-    import mlx.core as mx
-    from mlx_lm import stream_generate
-    from mlx_lm.sample_utils import make_sampler
-
-    mx.random.seed(args.seed)
-    repetition = Repetition()
-    for response in stream_generate(
-        model,
-        cast("TokenizerWrapper", tokenizer),
-        list(prompt),
-        max_tokens=max_tokens,
-        sampler=make_sampler(args.temp, top_p=args.top_p),
-        prompt_cache=list(cache),
-    ):
-        if repetition.add(response.text) and not args.allow_loops and response.finish_reason is None:
-            yield replace(response, finish_reason="repetition")
-            return
-        yield response
-
-
-def say_how_it_ended(reason: str | None, tokens: int, args: argparse.Namespace) -> None:
-    """A line where an answer ended before the model ended it. reason: `finish_reason` of its last response."""
-    if reason == "length" and args.max_tokens:
-        say(f"the answer is cut at {tokens:,} tokens: --max-tokens {2 * args.max_tokens} allows more")
-    elif reason == "length":
-        say(f"the answer is cut at {tokens:,} tokens: --max-tokens allows more, as far as the model's window goes")
-    elif reason == "repetition":
-        say(f"stopped after {tokens:,} tokens: the model repeats itself; another wording or --temp 0.7 may help")
-
-
 def _number(text: str, low: float, high: float, wanted: str) -> float:
     try:
         number = float(text)
@@ -278,7 +238,7 @@ def share(text: str) -> float:
 
 
 def _temperature(text: str) -> float:
-    return _number(text, 0, 100, "a temperature from 0 to 100")
+    return _number(text, 0, 5, "a temperature from 0 to 5")
 
 
 def _mass(text: str) -> float:

@@ -91,14 +91,18 @@ class Nectar:
         return cls(*fit(model, tokenizer, text, config=FitConfig(**chosen, **options)))
 
     @classmethod
-    def load(cls, path: str | Path, model: nn.Module, tokenizer: Tokenizer | None = None) -> Self:
-        """Reads a .nectar to answer from: a file, or one on the hub (user/name).
+    def load(
+        cls, path: str | Path, model: nn.Module, tokenizer: Tokenizer | None = None, *, like: JsonObject | None = None
+    ) -> Self:
+        """Reads a .nectar to answer from: a file, or one on the hub (user/name). like: the metadata of one that
+        was loaded with this model and tokenizer: where both name the same, it is not computed again that they fit.
 
         NectarError unless it is whole and was fitted on this very model (and tokenizer, if one is given). Warns where
         the keys beside it are missing or damaged: then no key is read exactly.
         """
         nectar = cls.read(path)
-        load.check_model(path, nectar.metadata, model, tokenizer)
+        if like is None or not load.same_model(nectar.metadata, like):
+            load.check_model(path, nectar.metadata, model, tokenizer)
         nectar.windows = load.as_computed(nectar.windows, model)
         if nectar.is_hybrid:
             shape = (len(nectar.banks), nectar.geometry.n_kv_heads, len(nectar.prefix))

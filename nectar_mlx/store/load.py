@@ -105,6 +105,12 @@ def check_model(path: str | Path, metadata: Metadata, model: nn.Module, tokenize
         raise NectarError(f"{path} was fitted with another tokenizer or chat template than the one given: fit again")
 
 
+def same_model(metadata: Metadata, other: Metadata) -> bool:
+    """Whether two files were fitted on the same model and tokenizer."""
+    names = ("model_sha256", "tokenizer_sha256", "geometry")
+    return all(metadata.get(name) == other.get(name) for name in names)
+
+
 def key_file(path: Path, *, nectar: str, shape: tuple[int, int, int]) -> KeyFile | None:
     """The keys beside a .nectar; arguments as for `KeyFile.open`. None, with a warning, where they cannot be used."""
     try:
