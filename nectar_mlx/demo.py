@@ -58,7 +58,7 @@ def manual() -> str:
 def _work(arguments: argparse.Namespace) -> None:
     if arguments.output:
         store.check_writable(arguments.output)
-        output.check(arguments.output, force=arguments.force, fit={"source": SOURCE, "model": arguments.model})
+        output.check(arguments.output, arguments.force, {"source": SOURCE, "model": arguments.model})
     with tempfile.TemporaryDirectory() as folder:
         _demonstrate(arguments, arguments.output or Path(folder) / "manual.nectar")
 

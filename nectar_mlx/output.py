@@ -10,19 +10,19 @@ from .core.types import JsonObject
 from .errors import NectarError
 
 
-def check(path: Path, *, force: bool, fit: Mapping[str, object], files: object = None) -> None:
+def check(path: Path, force: bool, fit: Mapping[str, object], files: object = None) -> None:
     """Asks before a .nectar is replaced by a different one. A fit of the same text, by the same model, with the same
-    settings may always be made again.
+    settings may always be made again, and an interrupted one, whose folder is beside it, goes on.
 
     Args:
         path: where the file will be written.
-        force: replace it whatever it holds; also for a fit that is resumed, whose start was allowed.
+        force: replace it whatever it holds.
         fit: what the new file's metadata will say, as far as it is known: `model`, `config`.
         files: what its report will say of the files that were read, `Reading.as_list()`.
 
     NectarError if the answer is no, or if there is no terminal to ask at.
     """
-    if force or not path.exists():
+    if force or not path.exists() or path.with_name(f"{path.name}.partial").exists():
         return
     held = _held(path)
     wanted = json.loads(json.dumps({**fit, "files": files}))

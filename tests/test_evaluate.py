@@ -346,7 +346,7 @@ def test_the_command(model, prefix, tmp_path, capsys):
     toys.picked(model, prefix, 20, TOKENIZER).save(file)
     page = tmp_path / "page.html"
     common = [str(file), "--model", str(folder), "--count", "2", "--answer-tokens", "6", "--rows", "200"]
-    code = evaluate.main([*common, "--baselines", "sinks-window", "--json", "--report", str(page)])
+    code = evaluate.main([*common, "--baselines", "sinks-window", "--yes", "--json", "--report", str(page)])
     out, err = capsys.readouterr()
     assert code == 0, err
     told = json.loads(out)

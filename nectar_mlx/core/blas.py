@@ -10,8 +10,6 @@ they get the cores that are idle when MLX is imported.
 """
 
 import ctypes
-import importlib.abc
-import importlib.util
 import os
 import sys
 import time
@@ -32,7 +30,7 @@ _THREADS_CHOSEN = ("OPENBLAS_NUM_THREADS", "GOTO_NUM_THREADS", "OMP_NUM_THREADS"
 _ROW_MAJOR, _NO_TRANSPOSE, _TRANSPOSE = 101, 111, 112
 
 
-class _BeforeMlx(importlib.abc.MetaPathFinder):
+class _BeforeMlx:
     """Finds nothing. It puts the BLAS in place when MLX is imported for the first time, and then goes away."""
 
     def find_spec(self, name: str, path: object = None, target: ModuleType | None = None) -> None:
