@@ -107,7 +107,7 @@ def _command(text: str) -> tuple[str, str]:
     if name == "/save" or (name in _COMMANDS and not argument):
         return name, argument.strip()
     if re.fullmatch(r"/[a-z]+", text):
-        raise NectarError(f"there is no {text}: /help shows the commands; put a blank in front to ask about it")
+        raise NectarError(f"there is no {text}: /help shows the commands")
     return "", ""
 
 

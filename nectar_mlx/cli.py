@@ -106,8 +106,8 @@ def paragraph(text: str) -> None:
 def row(label: str, value: str) -> None:
     """A name and its value on stdout, side by side."""
     indent = " " * 20
-    lines = textwrap.fill(f"{label:<19} {value}", _width(), subsequent_indent=indent, break_on_hyphens=False)
-    show(lines if value else label)
+    whole = {"break_on_hyphens": False, "break_long_words": False}  # so that a path can be copied
+    show(textwrap.fill(f"{label:<19} {value}", _width(), subsequent_indent=indent, **whole) if value else label)
 
 
 def _width() -> int:

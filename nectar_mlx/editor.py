@@ -27,7 +27,7 @@ class Editor:
             multiline=True,
             prompt_continuation=lambda width, line, wrapped: "  ",
             key_bindings=_keys(),
-            completer=_Commands(commands),
+            completer=Commands(commands),
             complete_while_typing=False,
             history=_history(),
             output=create_output(stdout=sys.stderr),  # stdout has the answers alone
@@ -67,7 +67,7 @@ def _keys() -> KeyBindings:
     return keys
 
 
-class _Commands(Completer):
+class Commands(Completer):
     """Completes a command at the start of the text."""
 
     def __init__(self, commands: Mapping[str, str]):

@@ -45,6 +45,8 @@ def reply(args: argparse.Namespace, messages: Sequence[Mapping[str, str]]) -> "R
         connection.request("POST", "/v1/chat/completions", _body(found.name, args, messages), _headers(found))
         response = connection.getresponse()
         if response.status == 200:
+            if len(messages) == 1:
+                cli.say(f"answered by the server that runs here{_not_faithful(_header(path))}")
             return Reply(response, args, _header(path))
         message = json.loads(response.read())["error"]["message"]
     except (ConnectionRefusedError, FileNotFoundError):
@@ -76,7 +78,6 @@ class Reply:
     def __iter__(self) -> Iterator[Written]:
         """NectarError where the server ends in the middle of the answer."""
         loops, reason, started, pieces = Repetition(), None, 0.0, 0
-        cli.say(f"answered by the server that runs here{_not_faithful(self._header)}")
         for event in self._events():
             self._usage = event.get("usage") or self._usage
             self._extra |= {name: event[name] for name in ("chunk", *_READING) if name in event}
