@@ -68,7 +68,7 @@ class _Here:
         from .mlxlm.window import answer_tokens
 
         start = time.perf_counter()
-        model, tokenizer, self._nectar = cli.load(args.nectar, args.model)
+        model, tokenizer, self._nectar = cli.load(args.nectar, args.model, fetch=args.fetch)
         cli.check_sources(self._nectar, args)
         self._seconds = time.perf_counter() - start
         self._chunk = cli.chunk_for(self._nectar, tokenizer, question, args)

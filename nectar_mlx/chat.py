@@ -74,7 +74,7 @@ def _here(args: argparse.Namespace) -> Conversation:
     """A conversation with the model loaded here."""
     from .conversation import LocalConversation
 
-    model, tokenizer, nectar = cli.load(args.nectar, args.model)
+    model, tokenizer, nectar = cli.load(args.nectar, args.model, fetch=args.fetch)
     cli.check_sources(nectar, args)
     return LocalConversation(model, tokenizer, nectar, args)
 

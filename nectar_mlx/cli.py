@@ -5,30 +5,35 @@ with one line that says what is wrong and what to do; 130 interrupted.
 """
 
 import argparse
-import math
 import os
-import re
 import shutil
 import sys
 import textwrap
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, NoReturn
 
-from .core import terminal
-from .core.progress import Update
+from .core import numbers, terminal
+from .core.clock import duration
+from .core.numbers import share as share
+from .core.numbers import size as size
+from .core.progress import Overall, Status, Update
 from .errors import NectarError
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     import mlx.nn as nn
+    from rich.console import RenderableType
 
     from .core.types import Tokenizer
     from .nectar import Nectar
 
 DONE, FAULT, INTERRUPTED = 0, 2, 130
+LINE_SECONDS = 10.0  # between lines of progress, where there is no terminal
 _quiet = False  # of the command that runs: no notices
 
 
@@ -48,7 +53,7 @@ class Parser(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
-        self.exit(FAULT, terminal.one_line(f"{self.prog}: {message} (see {self.prog} --help)") + "\n")
+        self.exit(FAULT, terminal.printable(f"{self.prog}: {message} (see {self.prog} --help)", one_line=True) + "\n")
 
 
 def run(parser: argparse.ArgumentParser, work: Callable[[argparse.Namespace], None], argv: Sequence[str] | None) -> int:
@@ -84,18 +89,18 @@ def say(line: str) -> None:
 
 def complain(line: str) -> None:
     """One line for a person, on stderr, with --quiet, too: what is wrong."""
-    print(terminal.one_line(line), file=sys.stderr, flush=True)
+    print(terminal.printable(line, one_line=True), file=sys.stderr, flush=True)
 
 
-def show(text: str, *, end: str = "\n") -> None:
-    """Text of an answer or a file, on stdout: as it is in a file or a pipe, without escape sequences on a terminal."""
-    print(terminal.shown_on(sys.stdout, text), end=end, flush=True)
+def show(text: str = "", *, end: str = "\n") -> None:
+    """An answer, or a part of one, on stdout."""
+    print(terminal.printable(text), end=end, flush=True)
 
 
 def hint(text: str) -> None:
     """Text on stderr as it comes, such as a model's thoughts; nothing with --quiet."""
     if not _quiet:
-        print(terminal.shown_on(sys.stderr, text), end="", file=sys.stderr, flush=True)
+        print(terminal.printable(text), end="", file=sys.stderr, flush=True)
 
 
 def paragraph(text: str) -> None:
@@ -106,8 +111,9 @@ def paragraph(text: str) -> None:
 def row(label: str, value: str) -> None:
     """A name and its value on stdout, side by side."""
     indent = " " * 20
-    whole = {"break_on_hyphens": False, "break_long_words": False}  # so that a path can be copied
-    show(textwrap.fill(f"{label:<19} {value}", _width(), subsequent_indent=indent, **whole) if value else label)
+    wrapper = textwrap.TextWrapper(_width(), subsequent_indent=indent, break_on_hyphens=False)
+    wrapper.break_long_words = False  # so that a path can be copied
+    show(wrapper.fill(f"{label:<19} {value}") if value else label)
 
 
 def _width() -> int:
@@ -122,31 +128,96 @@ def add_quiet(parser: argparse.ArgumentParser) -> None:
 
 @contextmanager
 def progress(description: str, total: int, /) -> Iterator[Update]:
-    """A `core.progress.Progress` that draws a bar on stderr, if that is a terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+    """A `core.progress.Progress` of a task that has one stage, or tells each on its own."""
+    with overall() as task, task(description, total) as update:
+        yield update
 
-    console = Console(stderr=True)
-    label = TextColumn("{task.description}")
-    columns = (SpinnerColumn(), label, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=_quiet or not console.is_terminal, transient=True) as bar:
-        task = bar.add_task(description, total=total)
-        yield lambda done: bar.update(task, completed=done)
+
+@contextmanager
+def overall() -> "Iterator[Overall]":
+    """A progress of all stages of a task: one bar on a terminal, else a line every LINE_SECONDS, on stderr."""
+    from rich.console import Console
+    from rich.live import Live
+
+    task, console = Overall(), Console(stderr=True)
+    if _quiet:
+        yield task
+        return
+    if console.is_terminal:
+        with Live(console=console, get_renderable=lambda: _bar(task.status()), refresh_per_second=4, transient=True):
+            yield task
+        return
+    ended = threading.Event()
+    thread = threading.Thread(target=_say_status, args=(task, ended), daemon=True)
+    thread.start()
+    try:
+        yield task
+    finally:
+        ended.set()
+        thread.join()
+
+
+def _say_status(task: Overall, ended: threading.Event) -> None:
+    while not ended.wait(LINE_SECONDS):
+        status = task.status()
+        if status.description:
+            say(f"{_stage(status)}: {status.share:.0%}, {_times(status)}")
+
+
+def _bar(status: Status) -> "RenderableType":
+    from rich.progress_bar import ProgressBar
+    from rich.table import Table
+    from rich.text import Text
+
+    row = Table.grid(padding=(0, 1))
+    bar = ProgressBar(total=1, completed=status.share, width=30)
+    row.add_row(Text(_stage(status)), bar, Text(f"{status.share:3.0%}  {_times(status)}"))
+    return row
+
+
+def _stage(status: Status) -> str:
+    """The stage, its number where there are several, and how much of it is done."""
+    number = f"stage {status.stage} of {status.stages}, " if status.stages > 1 else ""
+    part = f" ({min(status.done, status.total):,} of {status.total:,})" if status.total > 1 else ""
+    return f"{number}{status.description}{part}"
+
+
+def _times(status: Status) -> str:
+    total = f" of about {duration(status.total_seconds)}" if status.total_seconds is not None else ""
+    return f"{duration(status.elapsed)}{total}"
 
 
 def add_nectar(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `load`."""
     parser.add_argument("nectar", help="a .nectar file, or the id of one on the hub (user/name)")
     parser.add_argument("--model", help="the model to use (default: the name of the one it was fitted on)")
+    add_fetch(parser)
 
 
-def load(path: str, model_name: str | None = None) -> "tuple[nn.Module, Tokenizer, Nectar]":
-    """The model, the tokenizer and the .nectar; NectarError if it is damaged or was fitted on another model."""
+def add_fetch(parser: argparse.ArgumentParser) -> None:
+    """Adds the option of `may_fetch`."""
+    parser.add_argument("--fetch", action="store_true", help="download the model that the file names if it is not here")
+
+
+def may_fetch(name: str, *, fetch: bool) -> bool:
+    """Whether to download the model that a file names: whoever made the file chose it, so the user is asked."""
+    if fetch or not terminal.at_terminal():
+        return fetch
+    return terminal.confirm(f"The file names the model {name}, which is not here. Download it?", otherwise="")
+
+
+def load(path: str, model_name: str | None = None, *, fetch: bool = False) -> "tuple[nn.Module, Tokenizer, Nectar]":
+    """The model, the tokenizer and the .nectar; NectarError if it is damaged or was fitted on another model.
+
+    model_name: which the user gave. fetch: whether one that only the file names may be downloaded without asking.
+    """
     from . import models, store
     from .models import hub
 
     file = hub.nectar_file(path)
-    model, tokenizer = models.load(model_name or store.model_name(file), log=say)
+    allowed = None if model_name else partial(may_fetch, fetch=fetch)
+    name = model_name or store.model_name(file)
+    model, tokenizer = models.load(name, log=say, progress=progress, may_fetch=allowed)
     return model, tokenizer, load_nectar(file, model, tokenizer)
 
 
@@ -168,17 +239,21 @@ def add_generation(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `writing.write`."""
     parser.add_argument(
         "--max-tokens",
-        type=_positive,
+        type=numbers.positive,
         metavar="N",
         help="the longest answer (512, or fewer if the model's window is nearly full)",
     )
     parser.add_argument(
-        "--temp", type=_temperature, default=0.0, metavar="T", help="sampling temperature (0: the likeliest token)"
+        "--temp",
+        type=numbers.temperature,
+        default=0.0,
+        metavar="T",
+        help="sampling temperature (0: the likeliest token)",
     )
     parser.add_argument(
-        "--top-p", type=_mass, default=1.0, metavar="P", help="sample from the likeliest tokens of this mass (1)"
+        "--top-p", type=numbers.mass, default=1.0, metavar="P", help="sample from the likeliest tokens of this mass (1)"
     )
-    parser.add_argument("--seed", type=_seed, default=0, metavar="N", help="seed of the sampling (0)")
+    parser.add_argument("--seed", type=numbers.seed, default=0, metavar="N", help="seed of the sampling (0)")
     parser.add_argument("--allow-loops", action="store_true", help="do not stop a model that repeats itself")
     parser.add_argument("--think", action="store_true", help="let the model think before it answers, if it can")
     parser.add_argument("--kv-bits", type=int, choices=(4, 8), help="bits of the conversation's own cache")
@@ -220,49 +295,3 @@ def check_sources(nectar: "Nectar", args: argparse.Namespace) -> None:
     """NectarError if sources are wanted but no exact keys are read."""
     if args.sources:
         nectar.hybrid.check_reads(args.exact)
-
-
-def _number(text: str, low: float, high: float, wanted: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not low <= number <= high:  # NaN, too
-        raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
-    return number
-
-
-def share(text: str) -> float:
-    """A number from 0 to 1."""
-    return _number(text, 0, 1, "a number from 0 to 1")
-
-
-def _temperature(text: str) -> float:
-    return _number(text, 0, 5, "a temperature from 0 to 5")
-
-
-def _mass(text: str) -> float:
-    return _number(text, 1e-9, 1, "above 0 and at most 1")
-
-
-def _seed(text: str) -> int:
-    return _integer(text, 0, 2**64 - 1, "a whole number from 0 to 2^64 - 1")
-
-
-def _positive(text: str) -> int:
-    return _integer(text, 1, 10**9, "a whole number from 1 to a billion")
-
-
-def _integer(text: str, low: int, high: int, wanted: str) -> int:
-    if not re.fullmatch(r"[+-]?[0-9]{1,20}", text) or not low <= int(text) <= high:
-        raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
-    return int(text)
-
-
-def size(text: str) -> int:
-    """Bytes from a text such as 500M or 4G (powers of ten)."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMGT]?)B?", text, re.IGNORECASE)
-    if not match:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 500M or 4G")
-    number = float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " ")
-    return int(min(number, 1e18))  # a text of enough digits is an infinity

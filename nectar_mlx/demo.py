@@ -71,7 +71,7 @@ def _demonstrate(arguments: argparse.Namespace, path: Path) -> None:
     from .mlxlm import attention_patch
     from .nectar import Nectar
 
-    model, tokenizer = models.load(arguments.model, log=cli.say)
+    model, tokenizer = models.load(arguments.model, log=cli.say, progress=cli.progress)
     options = {name: getattr(arguments, name) for name in ("budget", "queries", "steps", "context_tokens")}
     config = FitConfig(**options, trial_steps=40, conversations=16)
     cli.say(f"Reading {config.context_tokens:,} tokens of the Python manual, once, and fitting it.")
@@ -122,7 +122,7 @@ def _show(result: JsonObject, answers: "Sequence[Answer]") -> None:
         table = Table(title=answer.question, title_justify="left", show_lines=False)
         table.add_column(f"full KV cache, {answer.full_seconds:.1f} s", ratio=1)
         table.add_column(f"the file, {answer.nectar_seconds:.1f} s, agreement {answer.agreement:.0%}", ratio=1)
-        table.add_row(*(Text(terminal.shown_on(sys.stdout, text)) for text in (answer.full, answer.nectar)))
+        table.add_row(*(Text(terminal.printable(text)) for text in (answer.full, answer.nectar)))
         console.print(table)
 
 

@@ -10,7 +10,7 @@ from . import cli
 from .core.types import JsonObject
 from .models import hub
 from .nectar import Nectar
-from .retrieval import kv_path
+from .retrieval import find_keys
 
 _UNCHECKED = "How close this file is to the full text has not been measured: `nectar evaluate` measures it."
 _LEGEND = (
@@ -51,7 +51,7 @@ def describe(path: Path) -> JsonObject:
     """The facts of a .nectar, as `--json` prints them; NectarError if it is not a whole one."""
     nectar = Nectar.read(path)
     geometry, layout, metadata = nectar.geometry, nectar.layout, nectar.metadata
-    keys = kv_path(path)
+    keys = find_keys(path, nectar.digest)
     return {
         "file": str(path),
         "file_bytes": path.stat().st_size,

@@ -6,13 +6,13 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from . import cli
+from . import cli, store
 from .core import terminal
 from .core.types import JsonObject
 from .errors import NectarError
 from .inspect import describe
 from .models import hub
-from .retrieval import kv_path
+from .retrieval import find_keys
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,7 +31,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _work(args: argparse.Namespace) -> None:
     facts = describe(args.nectar)
-    paths = [args.nectar, kv_path(args.nectar)] if facts["keys_file_bytes"] else [args.nectar]
+    paths: list[Path] = [args.nectar]
+    if facts["keys_file_bytes"]:
+        paths.append(find_keys(args.nectar, store.tensors_digest(args.nectar)))
     sums = {path.name: _sha256(path) for path in paths}
     files: dict[str, bytes | Path] = {path.name: path for path in paths}
     files["README.md"] = card(facts, args.repository, sums).encode()

@@ -25,6 +25,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("nectars", nargs="+", metavar="nectar", help="a file, a folder of files, or an id on the hub")
     parser.add_argument("--model", help="the model to use (default: the name of the one the files were fitted on)")
     agent.add_options(parser, cli.say)
+    cli.add_fetch(parser)
     cli.add_retrieval(parser)
     _add_access(parser)
     _add_generation(parser)
@@ -113,7 +114,7 @@ def start(args: argparse.Namespace) -> "server.Server":
             memory=args.memory,
         ),
     )
-    return server.start(args.nectars, args.model, options, log=cli.say)
+    return server.start(args.nectars, args.model, options, fetch=args.fetch, log=cli.say)
 
 
 def _work(args: argparse.Namespace) -> None:

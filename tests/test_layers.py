@@ -13,7 +13,7 @@ LEVELS = (
     ("heads", "documents"),
     ("kernels",),
     ("sparse", "models"),
-    ("mlxlm",),
+    ("answering", "mlxlm"),
     ("store",),
     ("retrieval",),
     ("fitting",),
@@ -26,7 +26,7 @@ LEVELS = (
     ("cli",),
     ("inspect", "writing"),
     ("conversation", "remote"),
-    ("ask", "bench", "chat", "demo", "doctor", "evaluate", "export", "fit", "push", "serve"),
+    ("ask", "bench", "chat", "demo", "doctor", "evaluate", "export", "fit", "plan", "push", "serve"),
     ("__main__",),
     ("completion",),
 )

@@ -99,10 +99,11 @@ def test_another_fit_is_not_replaced_without_a_question(tmp_path, monkeypatch):
     same = {"model": "toy", "config": {"budget": 0.1, "seed": 0}}
     output.check(path, False, same)
     nectar = toys.picked(model, toys.random_tokens(40), 8)
-    nectar.report["files"] = [{"name": "book.txt", "characters": 9}]
+    read = {"name": "book.txt", "unit": "", "places": [], "left_out": [], "reason": None}
+    nectar.report["files"] = [{**read, "characters": 9}]
     nectar.save(path)
     output.check(path, False, same, nectar.report["files"])
-    others = [(same | {"model": "other"}, nectar.report["files"]), (same, [{"name": "book.txt", "characters": 10}])]
+    others = [(same | {"model": "other"}, nectar.report["files"]), (same, [{**read, "characters": 10}])]
     for fit, files in others:
         with pytest.raises(NectarError, match=r"holds another fit \(40 tokens of tests, by toy\).*--force replaces it"):
             output.check(path, False, fit, files)

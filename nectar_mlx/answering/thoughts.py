@@ -10,6 +10,8 @@ from typing import NamedTuple, Self
 
 from ..core.types import Tokenizer
 
+_MOST_BLANK = 4  # characters of white space before thoughts; an answer that begins with more has none
+
 
 @dataclass(frozen=True)
 class Markers:
@@ -84,7 +86,8 @@ class ThoughtSplitter:
             if beginning.startswith(opening):
                 self._held, self._state, self._trim = beginning[len(opening) :], state, True
                 return ""
-        if not any(opening.startswith(beginning) for opening in openings):
+        blank = len(self._held) - len(beginning)
+        if blank > _MOST_BLANK or not any(opening.startswith(beginning) for opening in openings):
             self._state = "answer"
         return ""
 

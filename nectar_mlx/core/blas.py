@@ -93,11 +93,11 @@ def _set_threads(library: ctypes.CDLL) -> int | None:
 
 
 def is_installed(distribution: str) -> bool:
-    import importlib.metadata
+    from importlib import metadata
 
     try:
-        importlib.metadata.distribution(distribution)
-    except importlib.metadata.PackageNotFoundError:
+        metadata.distribution(distribution)
+    except metadata.PackageNotFoundError:
         return False
     return True
 
@@ -111,12 +111,12 @@ def candidates() -> Iterator[str]:
 
 def unprefixed_openblas() -> str | None:
     """The path of a copy of scipy-openblas32's library with plain symbols, or None without that package."""
-    import importlib.metadata
+    from importlib import metadata, util
 
-    package = importlib.util.find_spec("scipy_openblas32")
+    package = util.find_spec("scipy_openblas32")
     if not package or not package.origin:
         return None
-    version = importlib.metadata.version("scipy-openblas32")
+    version = metadata.version("scipy-openblas32")
     folder = cache_folder() / f"openblas-{version}-{os.uname().machine}"
     copy = folder / "libopenblas.so"
     if not copy.exists():

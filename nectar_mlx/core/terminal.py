@@ -2,27 +2,21 @@
 
 import re
 import sys
-from typing import TextIO
 
 from ..errors import NectarError
 
-# Control characters but tab and newline, marks that reverse the direction of writing, and halves of surrogate pairs.
-_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+# Control characters but tab and line break, what turns the direction of the text around it, and lone surrogates.
+_ACTIVE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+_ACTIVE_OR_BREAK = re.compile(f"{_ACTIVE.pattern}|[\t\n]")
 
 
-def printable(text: str) -> str:
-    """A text in which control characters are written out: an escape sequence is shown as `\\x1b[31m`, not obeyed."""
-    return _UNPRINTABLE.sub(lambda match: ascii(match[0])[1:-1], text)
+def printable(text: str, *, one_line: bool = False) -> str:
+    """The text with what a terminal would obey instead of show written out, as Python does: ESC is `\\x1b`.
 
-
-def one_line(text: str) -> str:
-    """The same, and line breaks are written out, too: a file's name cannot pass for a message of its own."""
-    return printable(text).replace("\n", "\\n")
-
-
-def shown_on(stream: TextIO, text: str) -> str:
-    """`printable` where the stream is a terminal; a file or a program gets the text as it is."""
-    return printable(text) if stream.isatty() else text
+    one_line: line breaks and tabs are, too, so that a name cannot pretend to be the next line.
+    """
+    pattern = _ACTIVE_OR_BREAK if one_line else _ACTIVE
+    return pattern.sub(lambda match: repr(match[0])[1:-1], text)
 
 
 def typed(text: str, where: str) -> str:
@@ -53,9 +47,9 @@ def confirm(question: str, *, otherwise: str) -> bool:
     """Asks a yes-or-no question on stderr; the end of input is a no. Where there is no terminal, NectarError with the
     question's reason and what to do otherwise."""
     if not at_terminal():
-        raise NectarError(f"{one_line(question)} There is no terminal to answer at: {otherwise}")
+        raise NectarError(f"{printable(question, one_line=True)} There is no terminal to answer at: {otherwise}")
     while True:
-        print(f"{one_line(question)} [y/N] ", end="", file=sys.stderr, flush=True)
+        print(f"{printable(question, one_line=True)} [y/N] ", end="", file=sys.stderr, flush=True)
         answer = sys.stdin.readline()
         if not answer:
             print(file=sys.stderr)

@@ -12,6 +12,8 @@ from ..errors import NectarError
 from .errors import ApiError, refused
 
 MAX_SCHEMA = 64 << 10  # bytes
+# With flexible white space an answer may be endless.
+_STYLE: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
 class Constraints:
@@ -41,7 +43,7 @@ class Constraints:
             ends = sorted(self._tokenizer.eos_token_ids)
             self._lexer = llguidance.hf.from_tokenizer(fast, eos_token=ends)
         try:
-            grammar = llguidance.LLMatcher.grammar_from_json_schema(text.decode())
+            grammar = llguidance.LLMatcher.grammar_from_json_schema(text.decode(), overrides=_STYLE)
             problem = llguidance.LLMatcher.validate_grammar(grammar, self._lexer)
         except (TypeError, ValueError) as error:
             problem = str(error)

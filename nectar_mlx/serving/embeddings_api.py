@@ -29,7 +29,7 @@ class Embeddings:
         folder = similarity.minilm_folder()
         if not folder.exists():
             raise ApiError(
-                501,
+                400,
                 f"embeddings need {NAME} (84 MB), which is not on this machine: `nectar evaluate` fetches it",
                 code="encoder_missing",
             )

@@ -116,11 +116,13 @@ class _Uvicorn(uvicorn.Server):
         self.should_exit = True
 
 
-def start(nectars: Sequence[str], model: str | None, options: Options, *, log: Log = no_log) -> Server:
+def start(
+    nectars: Sequence[str], model: str | None, options: Options, *, fetch: bool = False, log: Log = no_log
+) -> Server:
     """A server for these files, ready to `run`.
 
-    nectars: .nectar files, folders of them, or ids on the hub. model: its name, None for the one they were fitted on.
-    NectarError for an error in the user's input.
+    nectars: .nectar files, folders of them, or ids on the hub. model: its name, None for the one they were fitted on,
+    which is downloaded only with fetch. NectarError for an error in the user's input.
     """
     if not options.access.key and not _is_loopback(options.host):
         raise NectarError(
@@ -130,7 +132,8 @@ def start(nectars: Sequence[str], model: str | None, options: Options, *, log: L
     files = find_files(nectars)
     name = model or _common_model(files)
     listener = _listen(options.host, options.port)
-    engine = Engine(lambda: Shelf(name, files, log=log), options.settings)
+    may_fetch = None if model else lambda _: fetch  # whoever made the files chose their model
+    engine = Engine(lambda: Shelf(name, files, may_fetch=may_fetch, log=log), options.settings)
     try:
         engine.start()
         return Server(engine, options, listener, log=log)

@@ -14,6 +14,7 @@ from .. import models
 from ..core.progress import Log, no_log
 from ..core.types import JsonObject
 from ..errors import NectarError
+from ..models import MayFetch
 from ..nectar import Nectar
 
 Key = tuple[str, int | None]  # a file's name, and the chunk of its text
@@ -26,14 +27,17 @@ class UnknownModel(NectarError):
 class Shelf:
     """Belongs to the engine's thread, where MLX computes. Only `files` may be read from another one.
 
-    model_name: of the model, which is loaded once. files: by name. on_close: called with what is put away.
+    model_name: of the model, which is loaded once; may_fetch: as for `models.load`. files: by name. on_close: called
+    with what is put away.
     """
 
-    def __init__(self, model_name: str, files: Mapping[str, Path], *, log: Log = no_log):
+    def __init__(
+        self, model_name: str, files: Mapping[str, Path], *, may_fetch: MayFetch | None = None, log: Log = no_log
+    ):
         self.files, self._log = dict(files), log
         self.model: nn.Module
         self.tokenizer: TokenizerWrapper
-        self.model, self.tokenizer = models.load(model_name, log=log)
+        self.model, self.tokenizer = models.load(model_name, log=log, may_fetch=may_fetch)
         self.on_close: Callable[[Nectar], None] = lambda nectar: None
         self._open: OrderedDict[Key, Nectar] = OrderedDict()
         self._alive: weakref.WeakSet[Nectar] = weakref.WeakSet()  # also those that a running answer still uses

@@ -94,6 +94,13 @@ def test_thoughts_are_apart_from_the_answer(text, opened, thoughts, answer, cuts
     assert (found.thoughts, found.text) == (thoughts, text if answer is None else answer)
 
 
+def test_white_space_is_not_held_back_for_long():
+    answer = Answer(["\n\n\n\n\n\n"], THINK)
+    assert [answer.feed("\n").answer for _ in range(6)] == [""] * 6
+    assert answer.stopped and answer.text == ""
+    assert written([" " * 9, "<think>"], markers=THINK).text == " " * 9 + "<think>"
+
+
 @given(st.lists(st.integers(0, 99)))
 def test_a_model_that_does_not_think_writes_the_tags(cuts):
     text = "<think>x</think>y"

@@ -14,19 +14,12 @@ def test_escape_sequences_are_written_out_and_text_stays():
     assert terminal.printable("a\x1b[31mb\x9b2J\r\x00\u202ec") == "a\\x1b[31mb\\x9b2J\\r\\x00\\u202ec"
     text = "Tab\tline\nעברית हिन्दी 👩‍👩‍👧 é"
     assert terminal.printable(text) == text
-    assert terminal.one_line("a\nnectar: b") == "a\\nnectar: b"
+    assert terminal.printable("a\nnectar: b", one_line=True) == "a\\nnectar: b"
 
 
-class Screen(io.StringIO):
-    def isatty(self):
-        return True
-
-
-def test_an_answer_is_escaped_on_a_terminal_and_left_alone_in_a_pipe(monkeypatch):
-    for stream, shown in ((Screen(), "\\x1b]0;title\\x07"), (io.StringIO(), "\x1b]0;title\x07")):
-        monkeypatch.setattr("sys.stdout", stream)
-        cli.show("\x1b]0;title\x07", end="")
-        assert stream.getvalue() == shown
+def test_an_answer_is_escaped(capsys):
+    cli.show("a\n\x1b]0;title\x07", end="")
+    assert capsys.readouterr().out == "a\n\\x1b]0;title\\x07"
 
 
 def test_messages_are_one_line_whatever_a_file_is_called(capsys):
