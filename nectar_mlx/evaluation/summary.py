@@ -1,5 +1,6 @@
 """The results of the comparison: figures with their intervals, errors by head, rank correlations, a table."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -135,7 +136,7 @@ def _figures(ours: Divergence, floor: Divergence, questions: Sequence[int]) -> J
 
 
 LEGEND = (
-    "KL      how far a method's answers are from the full text's, nats a token (interval of 95%); 0: none",
+    "KL      how far answers are from the full text's, nats a token (95% interval)",
     "agree   share of tokens that are the same as with the full text",
     "gap     100%: answers as with the full text; 0%: as without it",
 )
@@ -174,7 +175,7 @@ def _verdicts(result: JsonObject) -> list[str]:
         if is_file(m["method"]):
             figures = {"kl": m["kl"], "gap_closed": m["gap_closed"], "kl_no_context": floor}
             words = verdict.sentence(figures, share=m["bytes"] / result["cache_bytes"])
-            lines.append(f"{_name(m['method'], m['file'])}: {words}")
+            lines += textwrap.wrap(f"{_name(m['method'], m['file'])}: {words}", 78, break_on_hyphens=False)
     return lines
 
 
