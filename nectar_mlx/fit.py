@@ -4,14 +4,16 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import cli, store
+from . import cli, settings, store
 from .core.clock import duration
 from .core.types import JsonObject
 from .errors import NectarError
 from .heads import KINDS
+from .output import check as check_output
 
 if TYPE_CHECKING:
     from .documents import Reading
@@ -24,7 +26,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = cli.Parser("fit", "Reads a text once and writes a small file from which a model answers.")
-    parser.add_argument("--model", required=True, help="a name (Qwen3-1.7B), a folder, a .gguf file or a hub id")
+    parser.add_argument(
+        "--model", help="a name (Qwen3-1.7B), a folder, a .gguf file or a hub id (default: what is here)"
+    )
     parser.add_argument("--context", required=True, nargs="+", metavar="FILE", help="files and folders to read")
     parser.add_argument(
         "--include", nargs="+", default=[], metavar="PATTERN", help="of a folder read only these: '*.md'"
@@ -33,6 +37,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--strict", action="store_true", help="refuse if a file, or a part of one, cannot be read")
     parser.add_argument("--dry-run", action="store_true", help="say what would be read, and stop")
     parser.add_argument("--output", type=Path, help="the file to write (default: the context's name with .nectar)")
+    parser.add_argument("--force", action="store_true", help="replace the file, though it holds another fit")
     parser.add_argument("--context-tokens", type=int, metavar="N", help="read the first N tokens only")
     parser.add_argument(
         "--budget",
@@ -97,15 +102,18 @@ def _work(arguments: argparse.Namespace) -> None:
     from .fitting import pipeline
     from .fitting.checkpoint import Checkpoint
     from .fitting.config import FitConfig, parse_budget, parse_size
+    from .installed import default_model
     from .nectar import Nectar
 
     names = ("kind", "bits", "queries", "steps", "seed", "context_tokens", "memory", "layerwise", "prefill")
     options = {name: value for name in names if (value := getattr(arguments, name)) is not None}
     if arguments.size is None:
-        options |= parse_budget(arguments.budget or "auto")
+        options |= parse_budget(arguments.budget or settings.read().budget or "auto")
     else:
         options["size"] = parse_size(arguments.size)
     config = FitConfig(**options)
+    arguments.model = arguments.model or default_model(log=cli.say)
+    check_output(output, arguments.force, {"model": arguments.model, "config": asdict(config)}, reading.as_list())
     folder = output.with_name(output.name + ".partial")
     checkpoint = Checkpoint(folder, must_match=arguments.resume, log=cli.say)
     with checkpoint.held():

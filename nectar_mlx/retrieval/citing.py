@@ -10,8 +10,8 @@ from itertools import pairwise
 
 import numpy as np
 
-from ..core.bm25 import words
 from ..core.types import DoubleArray
+from ..core.words import words
 from .passages import Passages, names, numbers, sentences
 from .sources import Source, source_of, without_thoughts
 

@@ -16,8 +16,8 @@ from itertools import pairwise
 
 import numpy as np
 
-from ..core.bm25 import words
 from ..core.types import DoubleArray
+from ..core.words import words
 from ..documents import FileReport, Place, Reading
 
 _LONGEST = 360  # characters of a passage of several sentences

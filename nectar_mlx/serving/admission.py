@@ -49,6 +49,8 @@ class Admission:
         nectar = whole = shelf.get(job.name)
         chunks = (nectar.nearest(shelf.tokenizer, question) for question in job.questions)
         chunk = next((number for number in chunks if number is not None), None)
+        if chunk is None and job.questions:  # no word tells
+            chunk = nectar.likeliest_chunk(shelf.model, shelf.tokenizer, job.questions[0])
         if chunk is not None:
             nectar = shelf.get(job.name, chunk)
         limit = answer_tokens(

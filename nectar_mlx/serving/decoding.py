@@ -24,9 +24,9 @@ T = TypeVar("T")
 class AnswerSequence:
     """One answer: its prompt, what of it has been read, its caches, and the text so far.
 
-    nectar: what it is answered from, a chunk of `whole` or all of it. markers: of the model's thoughts. cached: tokens of
-    the prompt that the caches hold already. limit: the longest answer in tokens. reserved: bytes that its caches may come to have.
-    single: whether it is decoded on its own.
+    nectar: what it is answered from, a chunk of `whole` or all of it. markers: of the model's thoughts. cached: tokens
+    of the prompt that the caches hold already. limit: the longest answer in tokens. reserved: bytes that its caches may
+    come to have. single: whether it is decoded on its own.
     """
 
     def __init__(
@@ -56,7 +56,8 @@ class AnswerSequence:
         self.count = 0
         self._tokenizer, self._detokenizer = tokenizer, tokenizer.detokenizer
         self._logprobs: list[TokenLogprob] = []
-        made = job.sampling.processors() + ([job.constraint()] if job.constraint else [])
+        recall = nectar.logits_processors() if job.recall else []
+        made = [*recall, *job.sampling.processors(), *([job.constraint()] if job.constraint else [])]
         self.processors = [self._guarded(processor) for processor in made]
         sampler = job.sampling.sampler()
         self.sampler: Sampler = sampler if job.sampling.greedy else self._guarded_sampler(sampler)

@@ -164,6 +164,7 @@ class Service:
             "default_tokens": self.defaults.max_tokens,
             "exact": request.exact,
             "sources": bool(request.sources),
+            "recall": request.recall is not False,
         }
 
     @asynccontextmanager
