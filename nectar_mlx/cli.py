@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from .core import numbers, terminal
@@ -24,8 +25,6 @@ from .core.progress import Overall, Status, Update
 from .errors import NectarError
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     import mlx.nn as nn
     from rich.console import RenderableType
 
@@ -223,7 +222,7 @@ def load(path: str, model_name: str | None = None, *, fetch: bool = False) -> "t
     return model, tokenizer, load_nectar(file, model, tokenizer)
 
 
-def load_nectar(file: "Path", model: "nn.Module", tokenizer: "Tokenizer") -> "Nectar":
+def load_nectar(file: Path, model: "nn.Module", tokenizer: "Tokenizer") -> "Nectar":
     """`Nectar.load` with its warnings as lines on stderr."""
     from .nectar import Nectar
 

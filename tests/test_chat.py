@@ -33,6 +33,7 @@ def options(**changed):
             "exact": None,
             "whole": False,
             "allow_loops": True,
+            "recall": True,
             **changed,
         }
     )
