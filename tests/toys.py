@@ -17,6 +17,7 @@ from nectar_mlx import Nectar, models, store
 from nectar_mlx.fitting import pipeline, prefill
 from nectar_mlx.mlxlm import attention_patch
 from nectar_mlx.store import Layout
+from tests.families import FAMILIES
 
 VOCABULARY = 320
 LAYERS = 3
@@ -77,7 +78,9 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 def toy(model_type: str, *, seed: int = 0, **arguments: Any) -> nn.Module:
     """A random model in float32 whose attention is far from uniform."""
     module = importlib.import_module(f"mlx_lm.models.{ {'mistral': 'llama'}.get(model_type, model_type) }")
-    config = {**_DENSE, **ARCHITECTURES[model_type], **arguments, "model_type": model_type}
+    config = {**_DENSE, **(ARCHITECTURES | FAMILIES)[model_type], **arguments, "model_type": model_type}
+    if "text_config" in config:
+        config["text_config"] = {**_DENSE, **config["text_config"]}
     mx.random.seed(seed)
     model = module.Model(module.ModelArgs.from_dict(config))
     model.update(_tree_map(model.parameters()))

@@ -9,7 +9,7 @@ import numpy as np
 from ..core.types import JsonObject, LayerCache
 from ..errors import NectarError
 from ..heads import Bank
-from ..mlxlm.cache import make_caches
+from ..mlxlm.kept import make_caches
 from . import fidelity
 from .layers import LayerRunner
 from .prefill import read_head

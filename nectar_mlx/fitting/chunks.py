@@ -25,7 +25,7 @@ from ..core.progress import Progress
 from ..core.types import JsonObject
 from ..heads import Exact, HeadArrays, Weighed
 from ..mlxlm.attention_patch import Geometry
-from ..mlxlm.cache import make_caches
+from ..mlxlm.kept import make_caches
 from ..store import Layout, chunking, load
 from ..store.chunking import ChunkedPrefix
 from . import finite, verdict
@@ -71,7 +71,7 @@ def fit(
     for number, text in enumerate(whole.texts()):
         chunk_run = run.part(f"chunk-{number}", progress=partial(_chunk_progress, run.progress, number, len(chunks)))
         chunk_run.claim(text, preamble=preamble)
-        chunk = FittedChunk.load(chunk_run.checkpoint)
+        chunk = FittedChunk.load(chunk_run.checkpoint, run.geometry, len(text))
         if chunk is None:
             # Which heads need most is a matter of the model; heads that are to be joined share their offsets.
             plan = Plan(fitted[0].sizes, share) if fitted else None

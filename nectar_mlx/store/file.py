@@ -1,6 +1,6 @@
 """The .nectar: one safetensors file with all that a model needs to answer about a context.
 
-Tensors: the prefix's token ids, the heads (`layout`), and the keys and values that sliding-window layers keep. Metadata
+Tensors: the prefix's token ids, the heads (`layout`), and what the other layers keep (`states`). Metadata
 are text or JSON; `digest` covers every tensor. Tensors and metadata are in the order of their names, so that equal
 contents give equal bytes.
 """
@@ -26,7 +26,7 @@ from .tensor_file import Tensors
 
 if TYPE_CHECKING:  # commands import this module, and mlx-lm takes seconds
     from ..mlxlm.attention_patch import Geometry
-    from ..mlxlm.cache import Window
+    from ..mlxlm.kept import Kept
 
 FORMAT = "nectar-1"
 _TEXTS = {"format", "digest", "prefix_sha256", "model", "model_sha256", "tokenizer_sha256", "nectar_mlx", "source"}
@@ -39,17 +39,15 @@ def contents(
     heads: Sequence[HeadArrays],
     *,
     prefix: Sequence[int],
-    windows: "Mapping[int, Window]",
+    windows: "Mapping[int, Kept]",
     offsets: Sequence[mx.array | None] = (),
 ) -> Tensors:
     """All tensors of a file, quantized: writing them loses nothing more.
 
-    heads: layer by layer. windows: of the sliding-window layers, by layer. offsets: as for `layout.pack`.
+    heads: layer by layer. windows: what the layers without heads keep, by layer. offsets: as for `layout.pack`.
     """
     tensors = {"prefix": mx.array(list(prefix), dtype=mx.int32)} | pack(layout, heads, offsets=offsets)
-    for layer, window in windows.items():
-        tensors |= {f"windows.{layer}.keys": window.keys, f"windows.{layer}.values": window.values}
-    return tensors
+    return tensors | {f"windows.{layer}.{name}": x for layer, k in windows.items() for name, x in k.tensors().items()}
 
 
 def description(

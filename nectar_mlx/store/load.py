@@ -15,8 +15,8 @@ from ..heads import Bank
 from ..kernels import DecodeKernel
 from ..mlxlm import attention_patch
 from ..mlxlm.attention_patch import Geometry
-from ..mlxlm.cache import Window
-from . import HALF_MAX, Layout, Metadata, Tensors
+from ..mlxlm.kept import Kept, State
+from . import HALF_MAX, Layout, Metadata, Tensors, states
 from .kv_file import KeyFile
 
 
@@ -62,36 +62,21 @@ def _fit_half(banks: Sequence[Bank]) -> bool:
 
 
 def geometry(metadata: Metadata) -> Geometry:
-    """What the file knows of its model. TypeError where its numbers are of another type."""
-    stored = Geometry.from_dict(metadata["geometry"])
-    counts = [stored.n_layers, stored.n_heads, stored.n_kv_heads, stored.head_dim, *stored.windows]
-    if not all(type(count) is int for count in counts) or not isinstance(stored.scale, int | float):
-        raise TypeError("its geometry is not numbers")
-    return stored
+    """What the file knows of its model. TypeError or ValueError where its numbers are none of a model."""
+    return Geometry.from_dict(metadata["geometry"])
 
 
-def windows(tensors: Tensors, geometry: Geometry, context: int) -> dict[int, Window]:
-    """The exact keys and values that each sliding-window layer keeps of `context` positions, by layer.
-
-    NectarError if the file does not hold them.
-    """
-    kept: dict[int, Window] = {}
-    for layer, size in enumerate(geometry.windows):
-        if not size:
-            continue
-        shape = (geometry.n_kv_heads, min(size, context), geometry.head_dim)
-        window = Window(tensors[f"windows.{layer}.keys"], tensors[f"windows.{layer}.values"], size)
-        if window.keys.shape != shape or window.values.shape != shape:
-            raise NectarError(f"the file is damaged: the window of layer {layer} has another shape")
-        kept[layer] = window
-    return kept
+def windows(tensors: Tensors, geometry: Geometry, context: int) -> dict[int, Kept]:
+    """What the layers without heads keep of `context` positions, by layer. NectarError if the file does not hold it."""
+    return states.read(tensors, geometry, context)
 
 
-def as_computed(windows: Mapping[int, Window], model: nn.Module) -> dict[int, Window]:
-    """The windows in the type that the model computes in."""
-    dtype = attention_patch.compute_type(model)
-    converted = {i: Window(w.keys.astype(dtype), w.values.astype(dtype), w.size) for i, w in windows.items()}
-    mx.eval([w[:2] for w in converted.values()])  # in this thread: MLX's streams are a thread's own
+def as_computed(windows: Mapping[int, Kept], model: nn.Module) -> dict[int, Kept]:
+    """The same in the types that the model computes in."""
+    types = attention_patch.state_types(model)
+    converted = {layer: kept.astype(types[layer]) for layer, kept in windows.items()}
+    mx.eval([kept.tensors() for kept in converted.values()])  # in this thread: MLX's streams are a thread's own
+    mx.eval([kept.arrays for kept in converted.values() if isinstance(kept, State)])
     return converted
 
 

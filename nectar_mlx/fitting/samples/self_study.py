@@ -155,8 +155,8 @@ def sample_answers(
     Every conversation starts at the same position: the longer prompts are still being read while the shorter ones are
     answered, so none is padded and positions are exact.
     """
-    caches = context.make_cache(StepCache)
     going = list(batch)
+    caches = context.make_cache(StepCache, sequences=len(going))
     shortest = min(len(c.prompt) for c in going)
     tokens = mx.array([c.prompt[:shortest] for c in going])
     at = tokens.shape[1]
