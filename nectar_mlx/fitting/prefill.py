@@ -97,14 +97,14 @@ def read_head(model: nn.Module, tokenizer: Tokenizer, prefix: Sequence[int], geo
 
 def reading_cache(length: int, layer: Layer, *, prefill: Prefill = "dense") -> Any:
     """For one layer and a text of `length` tokens."""
-    state: Any = ArraysCache(len(layer.states))  # type: ignore[no-untyped-call]
+    state: Any = ArraysCache(len(layer.states))
     if layer.kind == STATE:
         return state
     if layer.window:
         attention: Any = RotatingKVCache(layer.window)
     elif layer.kind == LATENT:  # mlx-lm's own way is the faster one for many tokens
-        attention = KVCache()  # type: ignore[no-untyped-call]
+        attention = KVCache()
         attention.step = length
     else:
         attention = ReadingCache(length, prefill=prefill)
-    return CacheList(state, attention) if layer.states else attention  # type: ignore[no-untyped-call]
+    return CacheList(state, attention) if layer.states else attention

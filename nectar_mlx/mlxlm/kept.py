@@ -101,9 +101,9 @@ class State(Kept):
     window: Window | None = None
 
     def make_cache(self, context: int) -> Any:
-        cache: Any = ArraysCache(len(self.arrays))  # type: ignore[no-untyped-call]
+        cache: Any = ArraysCache(len(self.arrays))
         cache.cache = list(self.arrays)
-        return cache if self.window is None else CacheList(cache, self.window.make_cache(context))  # type: ignore[no-untyped-call]
+        return cache if self.window is None else CacheList(cache, self.window.make_cache(context))
 
     def tensors(self) -> dict[str, mx.array]:
         plain = {f"state.{i}": array[0] for i, array in enumerate(self.arrays)}
@@ -185,6 +185,17 @@ class SharedCache(PassedOn):
         """Of a batch: the padding is in the masks that plain operations take, so the bank is all that is needed."""
         owner = caches[0].owner
         return cls(NectarCache(owner.bank, owner.context))
+
+
+def plain_windows(geometry: Geometry, kept: Mapping[int, Kept], purpose: str) -> dict[int, Window]:
+    """What is kept, where it is sliding windows alone. NectarError that names the purpose for a model with recurrent
+    states, shared keys or latent attention."""
+    windows = {layer: k for layer, k in kept.items() if isinstance(k, Window)}
+    if len(windows) < len(kept) or any(layer.kind == LATENT for layer in geometry.layers):
+        raise NectarError(
+            f"files of {geometry.model_type} models cannot be {purpose}: their layers keep more than keys"
+        )
+    return windows
 
 
 def shared_layers(geometry: Geometry) -> dict[int, Kept]:
@@ -291,7 +302,8 @@ def widened(caches: Sequence[LayerCache], sequences: int) -> Sequence[LayerCache
         state: Any = cache[0] if isinstance(cache, CacheList) else cache
         if isinstance(state, ArraysCache):
             arrays: Any = state.cache
-            state.cache = [mx.repeat(x, sequences, axis=0) if x.shape[0] == 1 else x for x in arrays]
+            repeated: Any = [mx.repeat(x, sequences, axis=0) if x.shape[0] == 1 else x for x in arrays]
+            state.cache = repeated
     return caches
 
 

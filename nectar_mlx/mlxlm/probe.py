@@ -98,7 +98,7 @@ def _probe_for(cache: Any, name: str, number: int) -> Any:
     if kind is ArraysCache:
         return cache
     if kind is CacheList and [type(part) for part in cache.caches[:-1]] == [ArraysCache] and len(cache.caches) == 2:
-        return CacheList(cache[0], _probe_for(cache[1], name, number))  # type: ignore[no-untyped-call]
+        return CacheList(cache[0], _probe_for(cache[1], name, number))
     parts = f" of {', '.join(type(part).__name__ for part in cache.caches)}" if kind is CacheList else ""
     raise NectarError(
         f"{name} models are not supported: layer {number} keeps its keys in a {kind.__name__}{parts}, "
