@@ -199,7 +199,7 @@ WINDOWED: dict[str, Arguments] = {
     "olmo3": {"sliding_window": 24, "layer_types": _LAYERS},
 }
 HYBRID: dict[str, Arguments] = {
-    "falcon_h1": _MAMBA | {"head_dim": 16, "mamba_d_ssm": 64},
+    "falcon_h1": _MAMBA | {"head_dim": 16, "mamba_d_ssm": 64, "lm_head_multiplier": 1.0, "key_multiplier": 3.0},
     "granitemoehybrid": _GRANITE
     | _MAMBA
     | {"layer_types": ["mamba", "attention", "mamba"], "num_local_experts": 4, "num_experts_per_tok": 2}

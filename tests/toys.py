@@ -183,6 +183,7 @@ def _layout(geometry: attention_patch.Geometry, kind: str, bits: int) -> Layout:
         head_dim=geometry.head_dim,
         scale=geometry.scale,
         bits=bits,
+        value_dim=0 if geometry.value_dim == geometry.head_dim else geometry.value_dim,
     )
 
 

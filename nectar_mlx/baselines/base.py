@@ -230,6 +230,7 @@ class EvalContext:
             n_kv_heads=g.n_kv_heads,
             head_dim=g.head_dim,
             scale=g.scale,
+            value_dim=0 if g.value_dim == g.head_dim else g.value_dim,
             bits=bits or BITS[kind],
         )
 

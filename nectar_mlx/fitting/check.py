@@ -1,6 +1,6 @@
 """The check of a finished fit: its answers compared with those of the full cache."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import mlx.core as mx
@@ -9,7 +9,7 @@ import numpy as np
 from ..core.types import JsonObject, LayerCache
 from ..errors import NectarError
 from ..heads import Bank
-from ..mlxlm.kept import make_caches
+from ..mlxlm.kept import Kept, make_caches
 from . import fidelity
 from .layers import LayerRunner
 from .prefill import read_head
@@ -19,13 +19,20 @@ from .samples.conversation import Conversation, answered_checks
 from .verdict import measured
 
 
-def check(run: FitRun, data: Collected, banks: Sequence[Bank], *, questions: int | None = None) -> JsonObject:
+def check(
+    run: FitRun,
+    data: Collected,
+    banks: Sequence[Bank],
+    *,
+    windows: Mapping[int, Kept] | None = None,
+    questions: int | None = None,
+) -> JsonObject:
     """How far the answers to the check questions, or the first so many, are from the full cache's (`verdict`); banks:
-    one a layer."""
+    one a layer. windows: what the layers without heads keep (default: the context's)."""
     context = data.context
     head = read_head(run.model, run.tokenizer, context.prefix, run.geometry)
     conversations = answered_checks(data.conversations)[:questions]
-    make_cache = partial(make_caches, banks, context.windows, context.start)
+    make_cache = partial(make_caches, banks, context.windows if windows is None else windows, context.start)
     with run.progress("checking", len(conversations)) as done:
         divergences = fidelity.compare(
             run.model,

@@ -26,7 +26,7 @@ from ..core.types import JsonObject
 from ..heads import Exact, HeadArrays, Weighed
 from ..mlxlm.attention_patch import Geometry
 from ..mlxlm.kept import make_caches
-from ..store import Layout, chunking, load
+from ..store import Layout, chunking, load, states
 from ..store.chunking import ChunkedPrefix
 from . import finite, verdict
 from .budget import affordable_bytes, share_of
@@ -91,7 +91,8 @@ def fit(
     offsets = fitted[0].offsets
     before = read_text(run.model, prefix[:preamble], run.geometry, offsets=offsets).banks if preamble else []
     heads = list(_heads(run.layout, before, [chunk.layers for chunk in fitted]))
-    tensors = store.contents(run.layout, heads, prefix=prefix, windows=fitted[-1].windows, offsets=offsets)
+    windows = states.coded(fitted[-1].windows, 16)
+    tensors = store.contents(run.layout, heads, prefix=prefix, windows=windows, offsets=offsets)
     banks = load.banks(run.layout, tensors)
     finite.check_banks("rounding", banks, run.geometry)
     report = {
@@ -101,7 +102,7 @@ def fit(
         "queries": fitted[-1].samples,
         "error": [error for chunk in fitted for error in chunk.errors],
     }
-    make_cache = partial(make_caches, banks, fitted[-1].windows, whole.start)
+    make_cache = partial(make_caches, banks, windows, whole.start)
     head = read_head(run.model, run.tokenizer, prefix, run.geometry)
     checks = [chunk.check(LayerRunner(run.model, run.geometry), make_cache, head.make_cache) for chunk in fitted]
     report |= verdict.mean(checks) | ({"chunks": checks} if len(checks) > 1 else {})

@@ -281,7 +281,7 @@ def make_caches(
             if kv_bits is not None:
                 live = QuantizedKVCache(_quantization_group(bank), kv_bits)
             elif layer in sources:  # whoever shares its keys gets those that are written, not whole buffers
-                live = KVCache()  # type: ignore[no-untyped-call]
+                live = KVCache()
             cache = make(bank, context, live, kernel)
             caches.append(cache if kept is None else CacheList(kept.make_cache(context), cache))
     return caches

@@ -33,6 +33,9 @@ def decode_kernels(banks: Sequence[Bank], layout: Layout, tensors: Tensors) -> l
     """
     if kernels.backend() == "ops" or any(bank.decode_work() is None for bank in banks):
         return None
+    if reason := no_kernel(layout):
+        warnings.warn(f"decoding without the fused kernel: {reason}", stacklevel=2)
+        return None
     # The kernel takes the file's own integers, each in a byte, or coded numbers rounded to a byte, which is little
     # beside what they were rounded before.
     in_bytes = layout.bits != 16 and layout.bank.decodes_stored
@@ -47,6 +50,15 @@ def decode_kernels(banks: Sequence[Bank], layout: Layout, tensors: Tensors) -> l
         reason = str(error).splitlines()[0]
     warnings.warn(f"decoding without the fused kernel: {reason}", stacklevel=2)
     return None
+
+
+def no_kernel(layout: Layout) -> str:
+    """Why the decode kernel cannot take heads of this shape; "" where it can."""
+    if layout.value_dim:
+        return f"it takes no values ({layout.value_dim}) narrower than keys ({layout.head_dim})"
+    if layout.head_dim not in kernels.HEAD_DIMS:
+        return f"it takes heads of {', '.join(map(str, kernels.HEAD_DIMS))} numbers, not of {layout.head_dim}"
+    return ""
 
 
 def stored_heads(layout: Layout, tensors: Tensors) -> list[list[Stored]]:
