@@ -11,6 +11,7 @@ FULL, LATENT, WINDOW, SHARED, STATE = "full", "latent", "window", "shared", "sta
 """Kinds of layers: full attention; full attention over latent vectors, of which a token has one for all heads; a
 sliding window; attention over the keys and values of an earlier layer; a recurrent state and no attention."""
 
+_SUMMARY = ("n_heads", "n_kv_heads", "head_dim", "scale")  # of the layers with full attention
 KINDS = (FULL, LATENT, WINDOW, SHARED, STATE)
 
 
@@ -91,17 +92,17 @@ class Geometry:
             ]
             geometry = cls(model_type=fields["model_type"], layers=tuple(shapes[i] for i in fields["layers"]))
         geometry.check()
+        if any(fields[name] != getattr(geometry, name) for name in _SUMMARY):
+            raise ValueError("its geometry is not that of its layers")
         return geometry
 
     def to_dict(self) -> JsonObject:
         """For JSON: every distinct layer once in `shapes`, and which of them each layer is."""
         shapes = list(dict.fromkeys(self.layers))
-        summary = {"n_heads": self.n_heads, "n_kv_heads": self.n_kv_heads, "head_dim": self.head_dim}
         return {
             "model_type": self.model_type,
             "n_layers": self.n_layers,
-            **summary,
-            "scale": self.scale,
+            **{name: getattr(self, name) for name in _SUMMARY},
             "shapes": [asdict(shape) for shape in shapes],
             "layers": [shapes.index(layer) for layer in self.layers],
         }

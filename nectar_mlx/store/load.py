@@ -33,8 +33,8 @@ def decode_kernels(banks: Sequence[Bank], layout: Layout, tensors: Tensors) -> l
     """
     if kernels.backend() == "ops" or any(bank.decode_work() is None for bank in banks):
         return None
-    if reason := no_kernel(layout):
-        warnings.warn(f"decoding without the fused kernel: {reason}", stacklevel=2)
+    if layout.value_dim:
+        warnings.warn(f"decoding without the fused kernel: {no_kernel(layout)}", stacklevel=2)
         return None
     # The kernel takes the file's own integers, each in a byte, or coded numbers rounded to a byte, which is little
     # beside what they were rounded before.

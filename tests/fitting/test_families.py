@@ -84,3 +84,21 @@ def test_a_sensitivity_layer_by_layer_is_the_same_as_at_once():
     at_once = dict(fisher._gradients_at_once(model, context, conversation, geometry=geometry))
     for layer, gradient in at_once.items():
         np.testing.assert_allclose(np.array(by_layers[layer]), np.array(gradient), atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("chunked", [False, True], ids=["layerwise", "chunks"])
+def test_a_hybrid_is_fitted_layer_by_layer_and_in_chunks(chunked):
+    """In chunks, the states kept are those behind the last one: the question follows it."""
+    model, tokenizer = toys.toy("qwen3_next"), toys.tokenizer()
+    options = {"layerwise": True} if not chunked else {}
+    text = TEXT * (3 if chunked else 1)
+    if chunked:
+        model.args.max_position_embeddings = 1900
+    nectar = toys.fit(model, tokenizer, text, config=FitConfig(**FAST, budget=0.5, **options))
+    assert bool(nectar.chunks) == chunked
+    assert nectar.report["kl"] < nectar.report["kl_no_context"]
+    last = nectar.prefix if not chunked else nectar._text.text(len(nectar.chunks) - 1)
+    context = prefill.read_text(model, last, nectar.geometry)
+    for layer, kept in context.windows.items():
+        for found, expected in zip(nectar.windows[layer].arrays, kept.arrays, strict=True):
+            np.testing.assert_allclose(np.array(found), np.array(expected), atol=2e-3, rtol=2e-3)
