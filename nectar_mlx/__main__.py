@@ -8,6 +8,7 @@ from . import __version__
 
 COMMANDS = {
     "fit": "read a context once and write a .nectar",
+    "plan": "estimate time, memory and size of a fit",
     "ask": "answer a question from a .nectar",
     "chat": "talk about what a .nectar holds",
     "serve": "serve .nectar files over HTTP, OpenAI-compatible",

@@ -26,14 +26,15 @@ def check(
     *,
     windows: Mapping[int, Kept] | None = None,
     questions: int | None = None,
+    stage: str = "checking",
 ) -> JsonObject:
     """How far the answers to the check questions, or the first so many, are from the full cache's (`verdict`); banks:
-    one a layer. windows: what the layers without heads keep (default: the context's)."""
+    one a layer. windows: what the layers without heads keep (default: the context's). stage: what progress calls it."""
     context = data.context
     head = read_head(run.model, run.tokenizer, context.prefix, run.geometry)
     conversations = answered_checks(data.conversations)[:questions]
     make_cache = partial(make_caches, banks, context.windows if windows is None else windows, context.start)
-    with run.progress("checking", len(conversations)) as done:
+    with run.progress(stage, len(conversations)) as done:
         divergences = fidelity.compare(
             run.model,
             context.make_cache,

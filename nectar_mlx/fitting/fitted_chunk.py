@@ -7,13 +7,12 @@ predicted.
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple, Self
 
 import mlx.core as mx
 
 from .. import store
 from ..core.types import JsonObject
-from ..heads import Size
 from ..mlxlm.geometry import Geometry
 from ..mlxlm.kept import Kept
 from ..store import states
@@ -68,21 +67,16 @@ class ChunkTarget(NamedTuple):
 class FittedChunk:
     """A chunk's heads, and what it is checked by.
 
-    layers: each layer's heads as they will be stored. errors: of every head on held-out samples. samples: a head, that
-    it was fitted to. windows: what layers without heads keep, by layer.
+    plan: what each head got. layers: each layer's heads as they will be stored. errors: of every head on held-out
+    samples. samples: a head, that it was fitted to. windows: what layers without heads keep, by layer.
     """
 
+    plan: Plan
     layers: list[store.Tensors]
     errors: list[float]
     samples: int
     windows: dict[int, Kept]
     answers: list[Answer]
-
-    @property
-    def sizes(self) -> list[Size]:
-        """Of every head."""
-        rows: list[Any] = [row for layer in self.layers for row in layer["sizes"].tolist()]  # type: ignore[union-attr]
-        return [tuple(row) for row in rows]
 
     @property
     def offsets(self) -> list[mx.array | None]:
@@ -106,6 +100,7 @@ class FittedChunk:
         arrays |= {f"answers.{i}.hidden": answer.hidden for i, answer in enumerate(self.answers)}
         arrays |= {f"windows.{i}.{name}": x for i, kept in self.windows.items() for name, x in kept.tensors().items()}
         record = {
+            "plan": self.plan._asdict(),
             "errors": self.errors,
             "samples": self.samples,
             "windows": bool(self.windows),
@@ -127,6 +122,7 @@ class FittedChunk:
             groups.setdefault((group, int(number)), {})[name] = array
         conversations = [Conversation(**c) for c in record["answers"]]
         return cls(
+            plan=Plan.of(record["plan"]),
             layers=[groups["layers", i] for i in range(record["layers"])],
             errors=record["errors"],
             samples=record["samples"],

@@ -4,13 +4,12 @@ Each of these makes a layer's cache for one conversation, as if the layer had re
 replace the arrays of a state and never write into them, so conversations share them until then.
 """
 
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, QuantizedKVCache, RotatingKVCache, _BaseCache
+from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, QuantizedKVCache, RotatingKVCache
 
 from ..core.types import LayerCache
 from ..errors import NectarError
@@ -18,6 +17,7 @@ from ..heads import Bank, Exact
 from ..kernels import DecodeKernel
 from .cache import NectarCache
 from .geometry import FULL, LATENT, SHARED, STATE, Geometry, Layer
+from .shared import PassedOn, SharedCache
 
 
 class Kept:
@@ -128,63 +128,6 @@ class Shared(Kept):
 
     def make_cache(self, context: int) -> Any:
         return PassedOn()
-
-
-class PassedOn(_BaseCache):
-    """The cache of a layer that is given another layer's keys and values: it has none of its own."""
-
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        return keys, values
-
-    def is_trimmable(self) -> bool:
-        return True
-
-    def trim(self, n: int) -> int:
-        return n
-
-    def empty(self) -> bool:
-        return True
-
-    @property
-    def nbytes(self) -> int:
-        return 0
-
-    def __deepcopy__(self, memo: dict[int, object]) -> "PassedOn":
-        return self
-
-    @classmethod
-    def merge(cls, caches: Sequence["PassedOn"]) -> "PassedOn":
-        return caches[0]
-
-    def prepare(self, **kwargs: object) -> None: ...
-
-    def finalize(self) -> None: ...
-
-    def filter(self, batch_indices: mx.array) -> None: ...
-
-    def extend(self, other: "PassedOn") -> None: ...
-
-    def extract(self, idx: int) -> "PassedOn":
-        return self
-
-
-class SharedCache(PassedOn):
-    """The same, where heads stand for the text in the other layer, whose cache `owner` is."""
-
-    def __init__(self, owner: NectarCache):
-        self.owner = owner
-
-    def attend(self, queries: mx.array, keys: mx.array, values: mx.array, **options: Any) -> mx.array:
-        return self.owner.attend(queries, keys, values, **options)
-
-    def __deepcopy__(self, memo: dict[int, object]) -> "SharedCache":
-        return SharedCache(copy.deepcopy(self.owner, memo))
-
-    @classmethod
-    def merge(cls, caches: Sequence[Any]) -> "SharedCache":
-        """Of a batch: the padding is in the masks that plain operations take, so the bank is all that is needed."""
-        owner = caches[0].owner
-        return cls(NectarCache(owner.bank, owner.context))
 
 
 def plain_windows(geometry: Geometry, kept: Mapping[int, Kept], purpose: str) -> dict[int, Window]:

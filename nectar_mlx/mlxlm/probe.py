@@ -16,7 +16,8 @@ from ..errors import NectarError
 from ..heads import Exact
 from . import hook
 from .geometry import FULL, LATENT, SHARED, STATE, WINDOW, Geometry, Layer
-from .kept import Kept, PassedOn, make_caches, shared_layers, what_is_kept
+from .kept import make_caches, shared_layers, what_is_kept
+from .shared import PassedOn
 
 _CONTEXT, _LIVE = 16, (4, 1)  # tokens of the proof: read, and behind them in a prompt's way and in an answer's
 _CLOSE, _ROUNDING = 0.1, 0.02  # of what the context changes; of the size of logits
@@ -187,6 +188,3 @@ def _continued(model: nn.Module, ids: mx.array, caches: Sequence[Any]) -> np.nda
         mx.eval(logits[-1])
         start += length
     return np.array(mx.concatenate(logits))
-
-
-__all__ = ["Described", "Kept", "describe", "prove"]

@@ -136,7 +136,7 @@ def test_states_of_a_file_of_another_shape_are_damage(tmp_path):
     nectar = toys.picked(model, PREFIX, 12)
     nectar.tensors["windows.0.state.1"] = nectar.tensors["windows.0.state.1"][:, :-1]
     nectar.save(tmp_path / "toy.nectar")
-    with pytest.raises(NectarError, match="damaged: the state of layer 0"):
+    with pytest.raises(NectarError, match="damaged"):
         Nectar.load(tmp_path / "toy.nectar", model)
 
 

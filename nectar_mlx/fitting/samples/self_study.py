@@ -40,33 +40,39 @@ def study(run: FitRun, context: Context) -> list[Conversation]:
     conversations, config = run.checkpoint.load_conversations(), run.config
     wanted = run.n_samples(run.n_heads)
     with run.progress("sampling answers", wanted) as done:
-        try:
-            while (samples := count_samples(conversations, group=run.group)) < _ENOUGH * wanted:
-                number = sum(c.split != "check" for c in conversations)
-                batch = training_conversations(
-                    run.tokenizer,
-                    context.prefix,
-                    first=number,
-                    count=side_by_side(run, missing=wanted - samples),
-                    seed=config.seed,
-                )
-                answer(
-                    run,
-                    context,
-                    batch,
-                    seed=config.seed + number,
-                    temperature=config.temperature,
-                    progress=batch_progress(run, batch, samples, wanted, done),
-                )
-                conversations += batch
-            if not answered_checks(conversations):
-                batch = check_conversations(
-                    run.tokenizer, context.prefix, first=0, count=config.checks, seed=config.seed
-                )
-                answer(run, context, batch, seed=config.seed + _CHECK_SEED, temperature=CHECK_TEMPERATURE)
-                conversations += batch
-        finally:
+        while (samples := count_samples(conversations, group=run.group)) < _ENOUGH * wanted:
+            number = sum(c.split != "check" for c in conversations)
+            batch = training_conversations(
+                run.tokenizer,
+                context.prefix,
+                first=number,
+                count=side_by_side(run, missing=wanted - samples),
+                seed=config.seed,
+            )
+            answer(
+                run,
+                context,
+                batch,
+                seed=config.seed + number,
+                temperature=config.temperature,
+                progress=batch_progress(run, batch, samples, wanted, done),
+            )
+            conversations += batch
             run.checkpoint.save_conversations(conversations)
+    if not answered_checks(conversations):
+        batch = check_conversations(run.tokenizer, context.prefix, first=0, count=config.checks, seed=config.seed)
+        longest = max(len(c.prompt) for c in batch) + config.answer_tokens
+        with run.progress("answering check questions", longest) as done:
+            answer(
+                run,
+                context,
+                batch,
+                seed=config.seed + _CHECK_SEED,
+                temperature=CHECK_TEMPERATURE,
+                progress=done,
+            )
+        conversations += batch
+        run.checkpoint.save_conversations(conversations)
     return conversations
 
 
@@ -94,16 +100,23 @@ def answer(
     temperature: float,
     progress: Callable[[int], None] = lambda tokens: None,
 ) -> None:
-    """Samples the answers of a batch, as long as the run's configuration says."""
+    """Samples the answers of a batch, as long as the run's configuration says; an interrupted one is continued."""
+    ordered = sorted(batch, key=lambda c: len(c.prompt))
+
+    def sampled(at: int) -> None:
+        progress(at)
+        run.checkpoint.save_answers(ordered, seed=seed, at=at)
+
     sample_answers(
         run.model,
         context,
-        sorted(batch, key=lambda c: len(c.prompt)),
+        ordered,
         stop=set(run.tokenizer.eos_token_ids),
         max_tokens=run.config.answer_tokens,
         temperature=temperature,
         key=mx.random.key(seed),
-        progress=progress,
+        progress=sampled,
+        at=run.checkpoint.load_answers(ordered, seed=seed),
     )
 
 
@@ -148,22 +161,31 @@ def sample_answers(
     temperature: float,
     key: mx.array,
     progress: Callable[[int], None] = lambda tokens: None,
+    at: int = 0,
 ) -> None:
     """Samples the answers of a batch with the full cache, all conversations in step; the shortest prompt comes first.
-    progress is told how many tokens of each there are.
+    progress is told how many tokens of each there are. at: how many there were when it was interrupted, 0 to begin.
 
     Every conversation starts at the same position: the longer prompts are still being read while the shorter ones are
     answered, so none is padded and positions are exact.
     """
-    going = list(batch)
+    going, first = list(batch), min(len(c.prompt) for c in batch)
+    for step in range(first, at + 1):  # those that were sampled before
+        key, _ = mx.random.split(key)
+        ended = [_has_ended(c, stop, max_tokens) and len(c.prompt) + len(c.answer) <= step + 1 for c in going]
+        if all(ended):
+            return
+        if sum(ended) * _SHRINK >= len(ended):
+            going = [c for c, end in zip(going, ended, strict=True) if not end]
     caches = context.make_cache(StepCache, sequences=len(going))
-    shortest = min(len(c.prompt) for c in going)
-    tokens = mx.array([c.prompt[:shortest] for c in going])
-    at = tokens.shape[1]
-    if at > 1:  # the logits of these tokens are not needed, so the vocabulary-wide product is never computed
-        model(tokens[:, :-1], cache=caches)
-        mx.eval([c.state for c in caches])
-        tokens = tokens[:, -1:]
+    at = max(at + 1, first)
+    tokens = mx.array([(c.prompt + c.answer + [0] * at)[:at] for c in going])
+    # The logits of these tokens are not needed, so the vocabulary-wide product is never computed.
+    for start, end in itertools.pairwise([0, *range(first - 1, at - 1, _STEP), at - 1]):
+        if start < end:
+            model(tokens[:, start:end], cache=caches)
+            mx.eval([c.state for c in caches])
+    tokens = tokens[:, -1:]
     while True:
         logits = model(tokens, cache=caches)[:, -1]
         key, now = mx.random.split(key)
@@ -192,11 +214,15 @@ def sample(logits: mx.array, *, temperature: float, key: mx.array) -> mx.array:
     return (cumulative > point).argmax(-1)
 
 
+def _has_ended(conversation: Conversation, stop: set[int], max_tokens: int) -> bool:
+    answer = conversation.answer
+    return bool(answer) and (answer[-1] in stop or len(answer) >= max_tokens)
+
+
 def _extend(conversation: Conversation, token: int, at: int, stop: set[int], max_tokens: int) -> bool:
     """Adds the sampled token if the prompt is read; True if the answer has ended (a stop token is not fed)."""
-    answer = conversation.answer
-    ended = bool(answer) and (answer[-1] in stop or len(answer) >= max_tokens)
+    ended = _has_ended(conversation, stop, max_tokens)
     if ended or at < len(conversation.prompt):
         return ended
-    answer.append(token)
-    return token in stop or len(answer) >= max_tokens
+    conversation.answer.append(token)
+    return _has_ended(conversation, stop, max_tokens)
