@@ -148,6 +148,23 @@ def test_what_a_hybrid_keeps():
 
 
 REFUSED = {
+    "deepseek_v32": (
+        families.LATENT["glm4_moe_lite"] | {"index_head_dim": 32, "index_n_heads": 2, "index_topk": 16},
+        "CacheList of KVCache, KVCache",
+    ),
+    "llama4": (
+        {
+            "text_config": {"model_type": "llama4_text", "attention_bias": False, "attention_chunk_size": 64}
+            | {"head_dim": 16, "interleave_moe_layer_step": 1, "intermediate_size_mlp": 64, "num_experts_per_tok": 1}
+            | {"num_local_experts": 2, "rope_scaling": None, "use_qk_norm": True}
+        },
+        "ChunkedKVCache",
+    ),
+    "openelm": (
+        {"head_dim": 16, "num_transformer_layers": 3, "model_dim": 64, "ffn_dim_divisor": 16}
+        | {"num_query_heads": [4, 4, 6], "num_kv_heads": [2, 2, 3], "ffn_multipliers": [1.0, 1.0, 1.0]},
+        "full attention differ",
+    ),
     "gemma2": ({"head_dim": 16}, "caps its attention scores"),
     "mamba2": (
         {"num_heads": 4, "head_dim": 16, "state_size": 16, "layer_norm_epsilon": 1e-5, "conv_kernel": 4, "n_groups": 1}
