@@ -18,7 +18,7 @@ from .fitting import verdict
 from .heads import Bank, HybridHead
 from .kernels import DecodeKernel
 from .mlxlm import attention_patch, prompts
-from .mlxlm.cache import make_caches
+from .mlxlm.kept import make_caches
 from .models import hub
 from .retrieval import ChunkIndex, HybridBank, HybridContext, KeyFile, citing, find_keys, kv_path, recording, sources
 from .retrieval.citing import Cited
@@ -41,7 +41,7 @@ class Nectar:
         chunks: lengths in tokens of the chunks that the prefix ends with, each read on its own; empty where the text
             was read in one piece.
         banks: the head functions, one bank for each layer with full attention.
-        windows: the exact keys and values that each sliding-window layer keeps, by layer.
+        windows: what each layer without heads keeps, by layer: a sliding window's exact keys and values, a state.
         keys: the file of exact keys and values beside it, None where there is none.
         hybrid: the banks that read those keys, and what answers read of them.
         report: what was measured while fitting: `kl`, `agree`, `gap_closed`, ...; `seconds` only until it is saved.
@@ -66,8 +66,8 @@ class Nectar:
             raise NectarError("the file is damaged: its report is none")
         self.banks = load.banks(self.layout, tensors)
         self.windows = load.windows(tensors, self.geometry, self.start)
-        alike = all(getattr(self.layout, n) == getattr(self.geometry, n) for n in ("n_kv_heads", "head_dim", "scale"))
-        if len(self.banks) != len(self.geometry.fitted) or not alike:
+        shapes = {(x.n_kv_heads, x.head_dim, x.scale) for x in (self.layout, self.geometry)}
+        if len(self.banks) != len(self.geometry.fitted) or len(shapes) > 1:
             raise NectarError("the file is damaged: its heads are not those of its model")
         self._index: ChunkIndex | None = None
         self._passages: Passages | None = None
