@@ -14,6 +14,7 @@ COMMANDS = {
     "serve": "serve .nectar files over HTTP, OpenAI-compatible",
     "evaluate": "compare a .nectar with full attention and with other ways to shrink a cache",
     "inspect": "show what is in a .nectar",
+    "export": "write the nodes of a .nectar for other engines",
     "push": "share a .nectar on the Hugging Face hub",
     "bench": "measure speed and memory",
     "demo": "fit, save and ask on a small model that comes along",

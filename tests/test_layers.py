@@ -18,11 +18,11 @@ LEVELS = (
     ("retrieval",),
     ("fitting",),
     ("nectar",),
-    ("__init__", "baselines"),
+    ("__init__", "baselines", "composition", "interchange"),
     ("evaluation", "benchmarks", "serving"),
     ("cli",),
     ("inspect",),
-    ("ask", "bench", "chat", "demo", "evaluate", "fit", "plan", "push", "serve"),
+    ("ask", "bench", "chat", "demo", "evaluate", "export", "fit", "plan", "push", "serve"),
     ("__main__",),
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
