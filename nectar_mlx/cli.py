@@ -13,10 +13,12 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, NoReturn, cast
 
 from .core.clock import duration
 from .core.progress import Overall, Status, Update
+from .core.terminal import printable
 from .core.types import LayerCache, Tokenizer
 from .errors import NectarError
 
@@ -50,7 +52,7 @@ class Parser(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
-        self.exit(FAULT, f"{self.prog}: {message} (see {self.prog} --help)\n")
+        self.exit(FAULT, f"{self.prog}: {printable(message, one_line=True)} (see {self.prog} --help)\n")
 
 
 def run(parser: argparse.ArgumentParser, work: Callable[[argparse.Namespace], None], argv: Sequence[str] | None) -> int:
@@ -61,7 +63,7 @@ def run(parser: argparse.ArgumentParser, work: Callable[[argparse.Namespace], No
     except SystemExit as exit:  # argparse: after --help, or after its message about an error
         return exit.code if isinstance(exit.code, int) else FAULT
     except NectarError as error:
-        say(f"{parser.prog}: {error}")
+        say(f"{parser.prog}: {printable(str(error), one_line=True)}")
         return FAULT
     except BrokenPipeError:  # the reader of our output is gone, so there is no message
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -72,8 +74,13 @@ def run(parser: argparse.ArgumentParser, work: Callable[[argparse.Namespace], No
 
 
 def say(line: str) -> None:
-    """One line for a person, on stderr."""
-    print(line, file=sys.stderr, flush=True)
+    """A line for a person, on stderr."""
+    print(printable(line), file=sys.stderr, flush=True)
+
+
+def show(text: str = "", *, end: str = "\n") -> None:
+    """An answer, or a part of one, on stdout."""
+    print(printable(text), end=end, flush=True)
 
 
 @contextmanager
@@ -138,15 +145,35 @@ def add_nectar(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `load`."""
     parser.add_argument("nectar", help="a .nectar file, or the id of one on the hub (user/name)")
     parser.add_argument("--model", help="the model to use (default: the name of the one it was fitted on)")
+    add_fetch(parser)
 
 
-def load(path: str, model_name: str | None = None) -> "tuple[nn.Module, Tokenizer, Nectar]":
-    """The model, the tokenizer and the .nectar; NectarError if it is damaged or was fitted on another model."""
+def add_fetch(parser: argparse.ArgumentParser) -> None:
+    """Adds the option of `may_fetch`."""
+    parser.add_argument("--fetch", action="store_true", help="download the model that the file names if it is not here")
+
+
+def may_fetch(name: str, *, fetch: bool) -> bool:
+    """Whether to download the model that a file names: whoever made the file chose it, so the user is asked."""
+    if fetch or not (sys.stdin.isatty() and sys.stderr.isatty()):
+        return fetch
+    print(f"The file names the model {printable(name, one_line=True)}, which is not here. Download it? [y/N] ", end="",
+          file=sys.stderr, flush=True)  # fmt: skip
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
+def load(path: str, model_name: str | None = None, *, fetch: bool = False) -> "tuple[nn.Module, Tokenizer, Nectar]":
+    """The model, the tokenizer and the .nectar; NectarError if it is damaged or was fitted on another model.
+
+    model_name: which the user gave. fetch: whether one that only the file names may be downloaded without asking.
+    """
     from . import models, store
     from .models import hub
 
     file = hub.nectar_file(path)
-    model, tokenizer = models.load(model_name or store.model_name(file), log=say, progress=progress)
+    allowed = None if model_name else partial(may_fetch, fetch=fetch)
+    name = model_name or store.model_name(file)
+    model, tokenizer = models.load(name, log=say, progress=progress, may_fetch=allowed)
     return model, tokenizer, load_nectar(file, model, tokenizer)
 
 

@@ -30,15 +30,15 @@ def _work(args: argparse.Namespace) -> None:
         print(json.dumps(facts))
         return
     if sentence := facts["report"].get("verdict"):
-        print(sentence)
+        cli.show(sentence)
     for name, value in facts.items():
         if name != "report":
-            print(f"{name.replace('_', ' '):<20}{_readable(name, value)}")
+            cli.show(f"{name.replace('_', ' '):<20}{_readable(name, value)}")
     for name, value in facts["report"].items():
         if name != "verdict" and not isinstance(value, list):  # per head: for --json
-            print(f"{name.replace('_', ' '):<20}{_readable(name, value)}")
+            cli.show(f"{name.replace('_', ' '):<20}{_readable(name, value)}")
     for file in facts["report"].get("files", []):
-        print(f"{'file':<20}{_file(file)}")
+        cli.show(f"{'file':<20}{_file(file)}")
 
 
 def describe(path: Path) -> JsonObject:

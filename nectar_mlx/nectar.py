@@ -101,30 +101,30 @@ class Nectar:
         return cls(*fit(model, tokenizer, text, config=FitConfig(**chosen, **options), progress=progress))
 
     @classmethod
-    def load(cls, path: str | Path, model: nn.Module, tokenizer: Tokenizer | None = None) -> Self:
-        """Reads a .nectar to answer from: a file, or one on the hub (user/name).
+    def load(
+        cls, path: str | Path, model: nn.Module, tokenizer: Tokenizer | None = None, *, like: JsonObject | None = None
+    ) -> Self:
+        """Reads a .nectar to answer from: a file, or one on the hub (user/name). like: the metadata of one that
+        was loaded with this model and tokenizer: where both name the same, it is not computed again that they fit.
 
         NectarError unless it is whole and was fitted on this very model (and tokenizer, if one is given). Warns where
         the keys beside it are missing or damaged: then no key is read exactly.
         """
         nectar = cls.read(path)
-        load.check_model(path, nectar.metadata, model, tokenizer)
+        if like is None or not load.same_model(nectar.metadata, like):
+            load.check_model(path, nectar.metadata, model, tokenizer)
         nectar.windows = load.as_computed(nectar.windows, model)
         if nectar.is_hybrid:
             shape = (len(nectar.banks), nectar.geometry.n_kv_heads, len(nectar.prefix))
-            nectar.keys = load.key_file(
-                find_keys(hub.nectar_file(path), nectar.digest), nectar=nectar.digest, shape=shape
-            )
+            keys = find_keys(hub.nectar_file(path), nectar.digest)
+            nectar.keys = load.key_file(keys, nectar=nectar.digest, shape=shape, head_dim=nectar.geometry.head_dim)
         return nectar
 
     @classmethod
     def read(cls, path: str | Path) -> Self:
         """Reads a .nectar without its model: to look at, not to answer from. NectarError unless it is whole."""
         tensors, metadata = store.read(hub.nectar_file(path))
-        try:
-            return cls(tensors, metadata)
-        except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
-            raise NectarError(f"{path} is damaged: {error}") from None
+        return cls(tensors, metadata)
 
     def save(self, path: str | Path) -> None:
         """Writes a .nectar, and its keys beside it. The report's timings are left out: equal fits give equal files.

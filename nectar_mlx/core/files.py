@@ -25,6 +25,8 @@ def cache_folder() -> Path:
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Writes a file that appears whole, on the disk, or leaves what was there; `write` gets the open file.
 
+    Only the user may read it, whatever the umask: most files hold a text, in some form.
+
     What a killed writer of the same file left is removed. NectarError where it cannot be written.
     """
     temporary, prefix = None, _prefix(path)
@@ -35,7 +37,6 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
             write(file)
             file.flush()
             os.fsync(handle)
-            temporary.chmod(0o666 & ~_umask())  # mkstemp's own mode is for the user alone
             temporary.replace(path)  # while it is locked: no other writer takes it for abandoned
     except OSError as error:
         raise NectarError(f"cannot write {path}: {error.strerror or error}") from None
@@ -78,12 +79,6 @@ def locked(path: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _sync_folder(folder: Path) -> None:

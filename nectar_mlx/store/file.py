@@ -9,7 +9,8 @@ give equal bytes. Versions: docs/format.md.
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,10 +19,11 @@ import mlx.core as mx
 import numpy as np
 
 from .. import __version__
+from ..core import json_text
 from ..core.types import JsonObject
 from ..errors import NectarError
 from ..heads import HeadArrays
-from . import tensor_file
+from . import schema, tensor_file
 from .layout import Layout, pack
 from .tensor_file import Tensors
 
@@ -112,6 +114,8 @@ def read(path: Path) -> tuple[Tensors, Metadata]:
         raise NectarError(f"{path} is damaged: its contents do not match its checksum; fit it again")
     if "prefix" not in tensors or _prefix_digest(tensors) != metadata["prefix_sha256"]:
         raise NectarError(f"{path} is damaged: its prefix does not match its checksum; fit it again")
+    with _damage_named(path):
+        schema.check(metadata, tensors)
     return tensors, metadata
 
 
@@ -136,10 +140,18 @@ def _metadata(path: Path) -> Metadata:
         raise NectarError(f"{path} is damaged: {', '.join(sorted(missing))} missing; fit it again")
     if version == FORMAT and strings["digest"] != tensor_file.metadata_digest(strings):
         raise NectarError(f"{path} is damaged: its metadata do not match their checksum; fit it again")
+    with _damage_named(path):
+        return {k: v if k in _TEXTS else json_text.decode(v) for k, v in strings.items()}
+
+
+@contextmanager
+def _damage_named(path: Path) -> Iterator[None]:
+    """NectarError, with the path, for what is raised inside where a file is damaged."""
     try:
-        return {k: v if k in _TEXTS else json.loads(v) for k, v in strings.items()}
-    except (ValueError, RecursionError) as error:
-        raise NectarError(f"{path} is damaged: {error}") from None
+        yield
+    except (NectarError, ValueError) as error:
+        reason = str(error).removeprefix("the file is damaged: ")
+        raise NectarError(f"{path} is damaged: {reason}; fit it again") from None
 
 
 def _of_another_version(version: str) -> str:

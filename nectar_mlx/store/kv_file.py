@@ -117,6 +117,8 @@ class KeyFile:
             raise NectarError("the .kv file is damaged: fit again, or delete it and answer from the .nectar alone")
         places = mx.array(again.reshape(positions.shape).astype(np.int32))
         keys, values = self.format.unpack(rows)
+        if not (mx.isfinite(keys).all() & mx.isfinite(values).all()).item():
+            raise NectarError("the .kv file is damaged: it holds numbers that are not finite; fit again, or delete it")
         return keys[places], values[places]
 
     def layer(self, layer: int) -> tuple[mx.array, mx.array]:
@@ -146,10 +148,10 @@ class KeyFile:
             raise NectarError(f"{path} is damaged: its metadata do not match their checksum")
         if metadata.get("nectar") != nectar:
             raise NectarError(f"{path} belongs to another .nectar")
-        try:
-            form = RowFormat(int(metadata["head_dim"]), int(metadata["bits"]))
-        except (KeyError, ValueError) as error:
-            raise NectarError(f"{path} is damaged: {error}") from None
+        head_dim, bits = metadata.get("head_dim", ""), metadata.get("bits", "")
+        if not re.fullmatch(r"[1-9][0-9]{0,4}", head_dim) or bits not in ("8", "16"):
+            raise NectarError(f"{path} is damaged: its rows are of no known form")
+        form = RowFormat(int(head_dim), int(bits))
         arrays = tensor_file.map_arrays(path)
         rows = arrays.pop("rows", None)
         if rows is None or rows.dtype != np.uint8 or rows.shape != (*shape, form.nbytes):

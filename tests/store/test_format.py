@@ -43,7 +43,7 @@ def test_a_file_of_every_version_is_read(name):
     np.testing.assert_allclose(np.array(partial.log_normalizer).ravel(), log_normalizer, rtol=1e-3)
     if kind == "hybrid":
         path = find_keys(DATA / f"{name}.nectar", nectar.digest)
-        keys = load.key_file(path, nectar=nectar.digest, shape=(1, 2, 74))
+        keys = load.key_file(path, nectar=nectar.digest, shape=(1, 2, 74), head_dim=16)
         assert keys is not None and keys.read(0, np.array([[0], [73]]))[0].shape == (2, 1, 16)
 
 
@@ -117,7 +117,7 @@ def test_changed_metadata_of_the_keys_are_refused(book):
     for name, text in metadata.items():
         tensor_file.write(path, arrays, metadata | {name: text.replace("8", "9") if "8" in text else f"{text}0"})
         with pytest.warns(UserWarning, match="alone"):
-            assert load.key_file(path, nectar=nectar.digest, shape=(1, 2, 74)) is None
+            assert load.key_file(path, nectar=nectar.digest, shape=(1, 2, 74), head_dim=16) is None
 
 
 def test_a_later_version_says_what_to_do(book):
@@ -141,7 +141,7 @@ def another_hybrid():
     """Another fit than those in the files, with keys of its own."""
     before = Nectar.read(DATA / "hybrid-nectar-2.nectar")
     kept = load.key_file(
-        find_keys(DATA / "hybrid-nectar-2.nectar", before.digest), nectar=before.digest, shape=(1, 2, 74)
+        find_keys(DATA / "hybrid-nectar-2.nectar", before.digest), nectar=before.digest, shape=(1, 2, 74), head_dim=16
     )
     other = Nectar(before.tensors | {"prefix": before.tensors["prefix"][::-1]}, before.metadata)
     other.metadata["prefix_sha256"] = store.file._prefix_digest(other.tensors)
@@ -151,7 +151,9 @@ def another_hybrid():
 
 def keys_that_answer(path):
     nectar = Nectar.read(path)
-    return load.key_file(find_keys(path, nectar.digest), nectar=nectar.digest, shape=(1, 2, 74)) is not None
+    return (
+        load.key_file(find_keys(path, nectar.digest), nectar=nectar.digest, shape=(1, 2, 74), head_dim=16) is not None
+    )
 
 
 @pytest.mark.parametrize("name", ["nectar-1", "nectar-2"])
