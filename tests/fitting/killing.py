@@ -118,7 +118,7 @@ def main(argv):
 
 if __name__ == "__main__":
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ["NECTAR_BLAS"] = os.environ.get("NECTAR_BLAS", "off")  # its threads do not survive a fork
+    os.environ["OPENBLAS_NUM_THREADS"] = "1"  # threads do not survive a fork
     import nectar_mlx  # noqa: F401  before mlx.core
 
     main(sys.argv[1:])
