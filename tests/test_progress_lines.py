@@ -1,12 +1,14 @@
 """What a command shows of its progress where there is no terminal, and where there is one."""
 
+import io
 import time
 
 import pytest
+from rich.console import Console
 
 from nectar_mlx import cli
 from nectar_mlx.core.clock import duration
-from nectar_mlx.core.progress import Stage
+from nectar_mlx.core.progress import Stage, Status
 
 
 def test_off_a_terminal_there_is_a_line_now_and_then(capsys, monkeypatch):
@@ -36,3 +38,21 @@ def test_a_short_command_says_nothing(capsys):
 ])  # fmt: skip
 def test_a_duration_as_a_person_says_it(seconds, said):
     assert duration(seconds) == said
+
+
+@pytest.mark.parametrize("width", [40, 80, 200])
+def test_the_bar_is_one_line_at_any_width(width):
+    status = Status(
+        description="answering check questions",
+        stage=3,
+        stages=12,
+        done=1200,
+        total=120_000,
+        share=0.34,
+        elapsed=130,
+        total_seconds=4000,
+    )
+    console = Console(width=width, file=io.StringIO())
+    console.print(cli._bar(status))
+    (line,) = console.file.getvalue().splitlines()
+    assert "34% 2 min of about 67 min" in line and (width < 80 or "stage 3 of 12, answering" in line)

@@ -110,6 +110,9 @@ def main(argv):
         identical += same
         if not same:
             others.append([number, round(at, 2), kept_answers, log.read_text()[-300:]])
+        print(
+            f"{number}: killed at {at:.1f} s, {'identical' if same else 'NOT identical'}", file=sys.stderr, flush=True
+        )
         left |= {p.name for p in place.iterdir()} - {"book.nectar"}
         shutil.rmtree(place)
     figures = {"kills": arguments.kills, "killed": killed, "identical": identical, "kept": kept, "left": sorted(left)}
