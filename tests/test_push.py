@@ -137,8 +137,8 @@ def test_up_and_down_again(hub, nectar, book, tmp_path):
 def test_keys_go_along(hub, nectar, tmp_path):
     book = Kept(tmp_path / "kept")
     assert nectar(hub, tmp_path, "push", str(book.path), "someone/kept").returncode == 0
-    name = book.path.name
-    assert hub.repositories["someone/kept"][f"{name}.kv"] == book.path.with_name(f"{name}.kv").read_bytes()
+    keys = toys.key_file(book.path)
+    assert hub.repositories["someone/kept"][keys.name] == keys.read_bytes()
     assert "exact keys" in hub.repositories["someone/kept"]["README.md"].decode()
     found = nectar(hub, tmp_path, "ask", "someone/kept", "who?", "--exact", "0.5", "--sources", "--max-tokens", "3")
     assert found.returncode == 0, found.stderr
