@@ -159,7 +159,7 @@ def test_a_fit_of_anything_else_is_not_resumed(tokenizer, finished, what, change
     given = {"model": toys.toy("llama"), "tokenizer": tokenizer, "text": TEXT, "config": FitConfig(**FAST | SHORT)}
     given |= changed
     positional = [given.pop(name) for name in ("model", "tokenizer", "text")]
-    with pytest.raises(NectarError, match=f"another .*{what}"):
+    with pytest.raises(NectarError, match=f"other .*{what}"):
         toys.fit(*positional, **given, checkpoint=Checkpoint(finished[1], must_match=True))
 
 
