@@ -69,7 +69,7 @@ def test_equal_seeds_give_equal_tensors(tokenizer, toy_fit):
     assert first.report | {"seconds": None} == second.report | {"seconds": None}
 
 
-FIGURES = {"kl", "agree", "kl_no_context", "gap_closed", "verdict"}
+FIGURES = {"kl", "agree", "kl_no_context", "gap_closed", "recall", "verdict"}
 WHOLE = FIGURES | {"budget", "sizes", "queries", "error", "seconds"}
 STAGES = {"read", "study", "budgets", "regression", "check"}
 
