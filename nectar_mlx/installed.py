@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
 import huggingface_hub
@@ -11,6 +10,7 @@ from huggingface_hub.errors import CacheNotFound
 from . import models, settings
 from .core.progress import Log
 from .errors import NectarError
+from .mlxlm import hook
 from .models import hub
 
 
@@ -77,5 +77,4 @@ def _can_be_asked(folder: Path) -> bool:
     except (OSError, ValueError):
         return False
     has_template = bool(tokenizer.get("chat_template")) or (folder / "chat_template.jinja").exists()
-    name = str(config.get("model_type") if isinstance(config, dict) else "")
-    return has_template and name.isidentifier() and find_spec(f"mlx_lm.models.{name}") is not None
+    return has_template and isinstance(config, dict) and hook.may_route(str(config.get("model_type")))

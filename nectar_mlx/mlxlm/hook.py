@@ -8,11 +8,13 @@ ours: latent attention (`latent`), and modules that call MLX's attention by its 
 
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import base
+from mlx_lm.utils import MODEL_REMAPPING
 
 from . import direct, latent
 
@@ -22,6 +24,12 @@ REASONS = {
 """Why the attention of some models cannot be routed, by their type."""
 
 stock_attention: Callable[..., mx.array] = base.scaled_dot_product_attention
+
+
+def may_route(model_type: str) -> bool:
+    """Whether mlx-lm reads models of this type and nothing speaks against them; the proof at load decides."""
+    name = MODEL_REMAPPING.get(model_type, model_type)
+    return model_type.isidentifier() and model_type not in REASONS and find_spec(f"mlx_lm.models.{name}") is not None
 
 
 def attention(
