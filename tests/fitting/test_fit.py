@@ -18,7 +18,8 @@ from nectar_mlx.fitting.kinds import kind_fit
 from nectar_mlx.fitting.samples import capture, self_study
 from nectar_mlx.fitting.samples.conversation import Conversation, count_samples
 from nectar_mlx.fitting.samples.sample_store import DeviceSampleStore, SampleStore
-from nectar_mlx.fitting.solve import quantization, regression
+from nectar_mlx.fitting.solve import quantization
+from nectar_mlx.fitting.solve.node_training import NodeTraining
 from nectar_mlx.fitting.train import train_heads
 from nectar_mlx.mlxlm import attention_patch, prompts
 from tests import toys
@@ -127,7 +128,7 @@ def test_an_interrupted_fit_continues_where_it_stopped(tokenizer, tmp_path, monk
         toys.fit(model, tokenizer, TEXT, config=config, checkpoint=Checkpoint(tmp_path / "part"))
     resumed = toys.fit(model, tokenizer, TEXT, config=config, checkpoint=Checkpoint(tmp_path / "part"))
     assert resumed.digest == whole.digest
-    assert needed >= 3 and len(batches) == 2 * needed + 1, "only the interrupted batch was sampled again"
+    assert needed >= 2 and len(batches) == 2 * needed + 1, "only the interrupted batch was sampled again"
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +141,7 @@ def finished(tokenizer, tmp_path_factory):
 
 def test_fitted_heads_are_not_fitted_again(tokenizer, finished, monkeypatch):
     first, folder = finished
-    monkeypatch.setattr(regression, "train", lambda *a, **k: pytest.fail("trained again"))
+    monkeypatch.setattr(NodeTraining, "train", lambda *a, **k: pytest.fail("trained again"))
     monkeypatch.setattr(self_study, "sample_answers", lambda *a, **k: pytest.fail("answers were sampled again"))
     config = FitConfig(**FAST | SHORT)
     second = toys.fit(toys.toy("llama"), tokenizer, TEXT, config=config, checkpoint=Checkpoint(folder))

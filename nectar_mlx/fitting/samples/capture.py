@@ -15,15 +15,17 @@ import mlx.nn as nn
 import numpy as np
 
 from ...core import attention
+from ...core.attention import Partial
 from ...core.device import device
+from ...core.gather import take
 from ...heads import Exact
-from ...mlxlm.cache import NectarCache
 from .. import finite
 from ..prefill import Context
 from ..run import FitRun
 from .conversation import Conversation, Split
 from .sample_store import DeviceSampleStore, Samples, SampleStore
 from .self_study import study
+from .study_cache import StudyCache, allow_half
 
 _SMALL = 4096.0  # a sixteenth of what float16 holds
 _FEWEST_TOKENS = 256  # that are replayed together
@@ -49,7 +51,11 @@ def collect(run: FitRun, context: Context) -> Collected:
 
     NectarError that names the layer and head where a number is not finite.
     """
-    return capture(run, context, study(run, context))
+    allow_half(run.model, context)
+    collected = capture(run, context, study(run, context))
+    for bank in context.banks:
+        bank.forget_half()
+    return collected
 
 
 def capture(
@@ -91,8 +97,8 @@ def _empty(run: FitRun, count: int, folder: Path | None) -> SampleStore:
     return DeviceSampleStore(count)
 
 
-class CaptureCache(NectarCache):
-    """Attends exactly and keeps the samples of the last call.
+class CaptureCache(StudyCache):
+    """Keeps the samples of the last call.
 
     preamble: how many of the context's first tokens are counted to the live ones, for other heads will stand for them.
     """
@@ -105,24 +111,17 @@ class CaptureCache(NectarCache):
         # Outputs are means of values: float16 holds them if it holds the values, with room for those to come.
         self._type = mx.float16 if bank.largest_value < _SMALL else mx.float32
 
-    def attend(
-        self,
-        queries: mx.array,
-        keys: mx.array,
-        values: mx.array,
-        *,
-        scale: float,
-        mask: mx.array | str | None,
-        sinks: mx.array | None = None,
-    ) -> mx.array:
-        live = self.over_live(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
-        if self._preamble is not None:
-            live = attention.merge(self._preamble.over(queries), live)
-        context = self.over_context(queries)
+    def over_live(self, queries: mx.array, *rest: Any, **options: Any) -> Partial:
+        live = super().over_live(queries, *rest, **options)
+        if self._preamble is None:
+            return live
+        merged = attention.merge(self._preamble.over(queries), live)
+        return merged._replace(output=merged.output.astype(live.output.dtype))
+
+    def see(self, queries: mx.array, context: Partial, live: Partial) -> None:
         output, live_output = context.output.astype(self._type), live.output.astype(self._type)
         self.captured = Samples(queries, output, live_output, context.log_normalizer, live.log_normalizer)
         mx.async_eval(self.captured)  # or all layers' would wait in float32
-        return attention.merge(context, live).output.astype(queries.dtype)
 
     def take(self, places: np.ndarray) -> Samples:
         """The samples of these places [B, T], by KV head: [K, samples, ...]; those of a token lie side by side."""
@@ -130,8 +129,8 @@ class CaptureCache(NectarCache):
         B, H, T = self.captured.queries.shape[:3]
         split = (x.reshape(B, K, H // K, T, *x.shape[3:]) for x in self.captured)
         grouped = (x.swapaxes(0, 1).swapaxes(2, 3).reshape(K, B * T, H // K, *x.shape[4:]) for x in split)
-        tokens = mx.array(np.flatnonzero(places))
-        return Samples(*(mx.take(x, tokens, axis=1).reshape(K, -1, *x.shape[3:]) for x in grouped))
+        tokens = mx.array(np.flatnonzero(places).astype(np.int32))
+        return Samples(*(take(x, tokens, axis=1).reshape(K, -1, *x.shape[3:]) for x in grouped))
 
 
 class ReplayBatch(NamedTuple):
@@ -195,8 +194,9 @@ def replay(
         caches = context.make_cache(partial(CaptureCache, preamble=context.preamble))
         capturing = [c for c in caches if isinstance(c, CaptureCache)]
         model(batch.tokens, cache=caches)  # its logits are never evaluated
-        mx.eval([c.captured for c in capturing])
+        mx.async_eval([c.captured for c in capturing])
         record(capturing, stores.values(), batch.places)
+        mx.eval([c.captured for c in capturing])  # not more than a batch is under way
         done += sum(c.fed_tokens for c in batch.conversations)
         progress(done)
 
@@ -208,6 +208,6 @@ def record(caches: Sequence[CaptureCache], stores: Iterable[SampleStore], places
             continue
         for layer, cache in enumerate(caches):
             samples = cache.take(chosen)
-            mx.eval(samples)
+            mx.async_eval(samples)
             store.add(layer * samples.queries.shape[0], samples)
         store.advance(samples.queries.shape[1])

@@ -9,22 +9,24 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
+from ...core.device import device
 from ...core.exp import exp
+from ...core.gather import take
 from ...core.types import Tokenizer
 from ...mlxlm import prompts
-from ...mlxlm.cache import NectarCache
 from ..prefill import Context
 from ..run import FitRun
 from . import instructions
 from .conversation import Conversation, answered_checks, count_samples
+from .study_cache import StudyCache
 
 CHECK_TEMPERATURE = 0.7
 _SHRINK = 8  # a batch is made smaller when one of so many conversations has ended
 _STEP = 64  # tokens that keys and values grow by: conversations are short
 _ENOUGH = 0.9  # of the samples asked for: not another batch for the last few
 _FEWEST_TOGETHER = 16  # conversations: with fewer, sampling is slow on any machine
-_CHECK_SEED = 1_000_003  # of the answers to the check questions, added to that of the fit
 
 
 class Prompts(Protocol):
@@ -41,29 +43,23 @@ def study(run: FitRun, context: Context) -> list[Conversation]:
     wanted = run.n_samples(run.n_heads)
     with run.progress("sampling answers", wanted) as done:
         try:
-            while (samples := count_samples(conversations, group=run.group)) < _ENOUGH * wanted:
+            while True:
+                samples = count_samples(conversations, group=run.group)
                 number = sum(c.split != "check" for c in conversations)
-                batch = training_conversations(
-                    run.tokenizer,
-                    context.prefix,
-                    first=number,
-                    count=side_by_side(run, missing=wanted - samples),
-                    seed=config.seed,
-                )
-                answer(
-                    run,
-                    context,
-                    batch,
-                    seed=config.seed + number,
-                    temperature=config.temperature,
-                    progress=batch_progress(run, batch, samples, wanted, done),
-                )
-                conversations += batch
-            if not answered_checks(conversations):
-                batch = check_conversations(
-                    run.tokenizer, context.prefix, first=0, count=config.checks, seed=config.seed
-                )
-                answer(run, context, batch, seed=config.seed + _CHECK_SEED, temperature=CHECK_TEMPERATURE)
+                batch: list[Conversation] = []
+                if samples < _ENOUGH * wanted:
+                    count = side_by_side(run, missing=wanted - samples)
+                    batch += training_conversations(
+                        run.tokenizer, context.prefix, first=number, count=count, seed=config.seed
+                    )
+                if not answered_checks(conversations):  # beside the others they cost little
+                    batch += check_conversations(
+                        run.tokenizer, context.prefix, first=0, count=config.checks, seed=config.seed
+                    )
+                if not batch:
+                    break
+                told = batch_progress(run, batch, samples, wanted, done)
+                answer(run, context, batch, seed=config.seed + number, progress=told)
                 conversations += batch
         finally:
             run.checkpoint.save_conversations(conversations)
@@ -91,17 +87,17 @@ def answer(
     batch: Sequence[Conversation],
     *,
     seed: int,
-    temperature: float,
     progress: Callable[[int], None] = lambda tokens: None,
 ) -> None:
-    """Samples the answers of a batch, as long as the run's configuration says."""
+    """Samples the answers of a batch, as long and at the temperatures that the run's configuration says."""
+    ordered = sorted(batch, key=lambda c: len(c.prompt))
     sample_answers(
         run.model,
         context,
-        sorted(batch, key=lambda c: len(c.prompt)),
+        ordered,
         stop=set(run.tokenizer.eos_token_ids),
         max_tokens=run.config.answer_tokens,
-        temperature=temperature,
+        temperature=[CHECK_TEMPERATURE if c.split == "check" else run.config.temperature for c in ordered],
         key=mx.random.key(seed),
         progress=progress,
     )
@@ -126,7 +122,7 @@ def check_conversations(
     return [Conversation(prompts.prompt(tokenizer, q), split="check") for q in itertools.islice(questions, count)]
 
 
-class StepCache(NectarCache):
+class StepCache(StudyCache):
     """Of several sequences that advance in step; some may end before the others."""
 
     def __init__(self, *rest: Any):
@@ -135,7 +131,7 @@ class StepCache(NectarCache):
 
     def filter(self, kept: mx.array) -> None:
         live: Any = self.live
-        live.keys, live.values = live.keys[kept], live.values[kept]
+        live.keys, live.values = take(live.keys, kept), take(live.values, kept)
 
 
 def sample_answers(
@@ -145,51 +141,65 @@ def sample_answers(
     *,
     stop: set[int],
     max_tokens: int,
-    temperature: float,
+    temperature: float | Sequence[float],
     key: mx.array,
     progress: Callable[[int], None] = lambda tokens: None,
 ) -> None:
     """Samples the answers of a batch with the full cache, all conversations in step; the shortest prompt comes first.
-    progress is told how many tokens of each there are.
+    temperature: of all, or of each. progress is told how many tokens of each there are.
 
     Every conversation starts at the same position: the longer prompts are still being read while the shorter ones are
-    answered, so none is padded and positions are exact.
+    answered, so none is padded and positions are exact. Several steps are queued before the first one's tokens are
+    looked at; what is drawn behind the end of an answer is dropped.
     """
-    caches = context.make_cache(StepCache)
-    going = list(batch)
-    shortest = min(len(c.prompt) for c in going)
-    tokens = mx.array([c.prompt[:shortest] for c in going])
-    at = tokens.shape[1]
+    caches, going = context.make_cache(StepCache), list(batch)
+    shortest, longest = (choose(len(c.prompt) for c in going) for choose in (min, max))
+    prompts_ = mx.array([c.prompt + [-1] * (longest + max_tokens - len(c.prompt)) for c in going])
+    heats = [temperature] * len(going) if isinstance(temperature, float | int) else list(temperature)
+    heat = mx.array(heats)[:, None]
+    tokens, at = prompts_[:, :shortest], shortest
     if at > 1:  # the logits of these tokens are not needed, so the vocabulary-wide product is never computed
         model(tokens[:, :-1], cache=caches)
         mx.eval([c.state for c in caches])
         tokens = tokens[:, -1:]
+    queued: list[mx.array] = []
     while True:
         logits = model(tokens, cache=caches)[:, -1]
         key, now = mx.random.split(key)
-        drawn: Any = sample(logits, temperature=temperature, key=now).tolist()
-        ended = [_extend(c, token, at, stop, max_tokens) for c, token in zip(going, drawn, strict=True)]
-        progress(at)
+        queued.append(sample(logits, temperature=heat, key=now))
+        last = at + 1 >= longest + max_tokens
+        if not last:
+            tokens = mx.where(prompts_[:, at : at + 1] >= 0, prompts_[:, at : at + 1], queued[-1][:, None])
+            mx.async_eval(tokens)
+            mx.eval(queued[-2:-1])  # no more than two steps are under way: they take memory
+        at += 1
+        if len(queued) < device().steps_ahead and not last:
+            continue
+        first = at - len(queued)
+        for step, drawn in enumerate(np.array(mx.stack(queued)).tolist()):
+            ended = [_extend(c, token, first + step, stop, max_tokens) for c, token in zip(going, drawn, strict=True)]
+        queued = []
+        progress(at - 1)
         if all(ended):
             return
-        if sum(ended) * _SHRINK >= len(ended):  # those are fed zeros until it is worth dropping them
-            kept = [i for i, end in enumerate(ended) if not end]
-            going, ended = [going[i] for i in kept], [False] * len(kept)
+        if sum(ended) * _SHRINK >= len(ended):  # some go on for nothing until it is worth dropping them
+            kept = mx.array([i for i, end in enumerate(ended) if not end], mx.int32)
+            going = [c for c, end in zip(going, ended, strict=True) if not end]
+            prompts_, heat, tokens = (take(x, kept) for x in (prompts_, heat, tokens))
             for cache in caches:
-                cache.filter(mx.array(kept))
-        tokens = mx.array([[0 if end else (c.prompt + c.answer)[at]] for c, end in zip(going, ended, strict=True)])
-        at += 1
+                cache.filter(kept)
 
 
-def sample(logits: mx.array, *, temperature: float, key: mx.array) -> mx.array:
+def sample(logits: mx.array, *, temperature: float | mx.array, key: mx.array) -> mx.array:
     """Tokens [B] drawn from softmax(logits / temperature), logits [B, V], by inverting the distribution function.
+    temperature: of all, or of each, [B, 1].
 
     (`mx.random.categorical` takes two logarithms an entry, a third of a decode step on a Linux CPU.)
     """
     logits = logits.astype(mx.float32)
     cumulative = mx.cumsum(exp((logits - logits.max(-1, keepdims=True)) / temperature), axis=-1)
     point = mx.random.uniform(shape=(logits.shape[0], 1), key=key) * cumulative[:, -1:]
-    return (cumulative > point).argmax(-1)
+    return (cumulative > point).argmax(-1).astype(mx.int32)
 
 
 def _extend(conversation: Conversation, token: int, at: int, stop: set[int], max_tokens: int) -> bool:
