@@ -16,6 +16,7 @@ use_fast_blas()
 # Where MLX multiplies float32 numbers in 10 bits on a GPU, scores of thousands are wrong by several units. A fit was
 # no slower with exact products (docs/log/numbers.md).
 os.environ.setdefault("MLX_ENABLE_TF32", "0")
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"  # read when huggingface_hub is first imported; tests/test_privacy.py
 
 
 def __getattr__(name: str) -> object:

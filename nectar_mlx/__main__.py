@@ -8,11 +8,13 @@ from . import __version__
 
 COMMANDS = {
     "fit": "read a context once and write a .nectar",
+    "plan": "estimate time, memory and size of a fit",
     "ask": "answer a question from a .nectar",
     "chat": "talk about what a .nectar holds",
     "serve": "serve .nectar files over HTTP, OpenAI-compatible",
     "evaluate": "compare a .nectar with full attention and with other ways to shrink a cache",
     "inspect": "show what is in a .nectar",
+    "export": "write the nodes of a .nectar for other engines",
     "push": "share a .nectar on the Hugging Face hub",
     "bench": "measure speed and memory",
     "demo": "fit, save and ask on a small model that comes along",

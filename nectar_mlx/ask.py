@@ -32,7 +32,7 @@ def _work(args: argparse.Namespace) -> None:
     if not question.strip():
         raise NectarError("the question is empty")
     start = time.perf_counter()
-    model, tokenizer, nectar = cli.load(args.nectar, args.model)
+    model, tokenizer, nectar = cli.load(args.nectar, args.model, fetch=args.fetch)
     cli.check_sources(nectar, args)
     loaded = time.perf_counter()
     chunk = cli.chunk_for(nectar, tokenizer, question, args)
@@ -46,7 +46,7 @@ def _work(args: argparse.Namespace) -> None:
         first = first or time.perf_counter()
         pieces.append(last.text)
         if not args.json:
-            print(last.text, end="", flush=True)
+            cli.show(last.text, end="")
     if args.json:
         answer = {
             "question": question.strip(),
@@ -64,7 +64,7 @@ def _work(args: argparse.Namespace) -> None:
         }
         print(json.dumps(answer | nectar.hybrid.reading(cache)))
     else:
-        print()
+        cli.show()
         if args.sources:
             for source in nectar.sources(cache):
                 cli.say(source.quoted())

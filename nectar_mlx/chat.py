@@ -111,7 +111,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _work(args: argparse.Namespace) -> None:
-    model, tokenizer, nectar = cli.load(args.nectar, args.model)
+    model, tokenizer, nectar = cli.load(args.nectar, args.model, fetch=args.fetch)
     cli.check_sources(nectar, args)
     conversation = Conversation(model, tokenizer, nectar, args)
     at_terminal = sys.stdin.isatty()
@@ -128,7 +128,7 @@ def _work(args: argparse.Namespace) -> None:
             cli.say("the conversation is cleared, the text is kept")
         elif command == "/history":
             for message in conversation.messages:
-                print(f"{message['role']}: {message['content']}", flush=True)
+                cli.show(f"{message['role']}: {message['content']}")
         elif command.startswith("/"):
             cli.say(f"there is no {command.split()[0]}: {_COMMANDS}")
         elif command:
@@ -152,7 +152,7 @@ def _turn(conversation: Conversation, question: str, at_terminal: bool) -> None:
     last = None
     try:
         for last in conversation.answer(question):
-            print(last.text, end="", flush=True)
+            cli.show(last.text, end="")
     except KeyboardInterrupt:
         if not at_terminal:
             raise

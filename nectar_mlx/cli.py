@@ -9,12 +9,16 @@ import os
 import re
 import sys
 import textwrap
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, NoReturn, cast
 
-from .core.progress import Update
+from .core.clock import duration
+from .core.progress import Overall, Status, Update
+from .core.terminal import printable
 from .core.types import LayerCache, Tokenizer
 from .errors import NectarError
 
@@ -24,10 +28,12 @@ if TYPE_CHECKING:
     import mlx.nn as nn
     from mlx_lm.generate import GenerationResponse
     from mlx_lm.tokenizer_utils import TokenizerWrapper
+    from rich.console import RenderableType
 
     from .nectar import Nectar
 
 DONE, FAULT, INTERRUPTED = 0, 2, 130
+LINE_SECONDS = 10.0  # between lines of progress, where there is no terminal
 
 
 class _HelpFormatter(argparse.HelpFormatter):
@@ -46,7 +52,7 @@ class Parser(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
-        self.exit(FAULT, f"{self.prog}: {message} (see {self.prog} --help)\n")
+        self.exit(FAULT, f"{self.prog}: {printable(message, one_line=True)} (see {self.prog} --help)\n")
 
 
 def run(parser: argparse.ArgumentParser, work: Callable[[argparse.Namespace], None], argv: Sequence[str] | None) -> int:
@@ -57,7 +63,7 @@ def run(parser: argparse.ArgumentParser, work: Callable[[argparse.Namespace], No
     except SystemExit as exit:  # argparse: after --help, or after its message about an error
         return exit.code if isinstance(exit.code, int) else FAULT
     except NectarError as error:
-        say(f"{parser.prog}: {error}")
+        say(f"{parser.prog}: {printable(str(error), one_line=True)}")
         return FAULT
     except BrokenPipeError:  # the reader of our output is gone, so there is no message
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -68,37 +74,106 @@ def run(parser: argparse.ArgumentParser, work: Callable[[argparse.Namespace], No
 
 
 def say(line: str) -> None:
-    """One line for a person, on stderr."""
-    print(line, file=sys.stderr, flush=True)
+    """A line for a person, on stderr."""
+    print(printable(line), file=sys.stderr, flush=True)
+
+
+def show(text: str = "", *, end: str = "\n") -> None:
+    """An answer, or a part of one, on stdout."""
+    print(printable(text), end=end, flush=True)
 
 
 @contextmanager
 def progress(description: str, total: int, /) -> Iterator[Update]:
-    """A `core.progress.Progress` that draws a bar on stderr, if that is a terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+    """A `core.progress.Progress` of a task that has one stage, or tells each on its own."""
+    with overall() as task, task(description, total) as update:
+        yield update
 
-    console = Console(stderr=True)
-    label = TextColumn("{task.description}")
-    columns = (SpinnerColumn(), label, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
-        task = bar.add_task(description, total=total)
-        yield lambda done: bar.update(task, completed=done)
+
+@contextmanager
+def overall() -> "Iterator[Overall]":
+    """A progress of all stages of a task: one bar on a terminal, else a line every LINE_SECONDS, on stderr."""
+    from rich.console import Console
+    from rich.live import Live
+
+    task, console = Overall(), Console(stderr=True)
+    if console.is_terminal:
+        with Live(console=console, get_renderable=lambda: _bar(task.status()), refresh_per_second=4, transient=True):
+            yield task
+        return
+    ended = threading.Event()
+    thread = threading.Thread(target=_say_status, args=(task, ended), daemon=True)
+    thread.start()
+    try:
+        yield task
+    finally:
+        ended.set()
+        thread.join()
+
+
+def _say_status(task: Overall, ended: threading.Event) -> None:
+    while not ended.wait(LINE_SECONDS):
+        status = task.status()
+        if status.description:
+            say(f"{_stage(status)}: {status.share:.0%}, {_times(status)}")
+
+
+def _bar(status: Status) -> "RenderableType":
+    from rich.progress_bar import ProgressBar
+    from rich.table import Table
+    from rich.text import Text
+
+    row = Table.grid(padding=(0, 1))
+    bar = ProgressBar(total=1, completed=status.share, width=30)
+    row.add_row(Text(_stage(status)), bar, Text(f"{status.share:3.0%}  {_times(status)}"))
+    return row
+
+
+def _stage(status: Status) -> str:
+    """The stage, its number where there are several, and how much of it is done."""
+    number = f"stage {status.stage} of {status.stages}, " if status.stages > 1 else ""
+    part = f" ({min(status.done, status.total):,} of {status.total:,})" if status.total > 1 else ""
+    return f"{number}{status.description}{part}"
+
+
+def _times(status: Status) -> str:
+    total = f" of about {duration(status.total_seconds)}" if status.total_seconds is not None else ""
+    return f"{duration(status.elapsed)}{total}"
 
 
 def add_nectar(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `load`."""
     parser.add_argument("nectar", help="a .nectar file, or the id of one on the hub (user/name)")
     parser.add_argument("--model", help="the model to use (default: the name of the one it was fitted on)")
+    add_fetch(parser)
 
 
-def load(path: str, model_name: str | None = None) -> "tuple[nn.Module, Tokenizer, Nectar]":
-    """The model, the tokenizer and the .nectar; NectarError if it is damaged or was fitted on another model."""
+def add_fetch(parser: argparse.ArgumentParser) -> None:
+    """Adds the option of `may_fetch`."""
+    parser.add_argument("--fetch", action="store_true", help="download the model that the file names if it is not here")
+
+
+def may_fetch(name: str, *, fetch: bool) -> bool:
+    """Whether to download the model that a file names: whoever made the file chose it, so the user is asked."""
+    if fetch or not (sys.stdin.isatty() and sys.stderr.isatty()):
+        return fetch
+    print(f"The file names the model {printable(name, one_line=True)}, which is not here. Download it? [y/N] ", end="",
+          file=sys.stderr, flush=True)  # fmt: skip
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
+def load(path: str, model_name: str | None = None, *, fetch: bool = False) -> "tuple[nn.Module, Tokenizer, Nectar]":
+    """The model, the tokenizer and the .nectar; NectarError if it is damaged or was fitted on another model.
+
+    model_name: which the user gave. fetch: whether one that only the file names may be downloaded without asking.
+    """
     from . import models, store
     from .models import hub
 
     file = hub.nectar_file(path)
-    model, tokenizer = models.load(model_name or store.model_name(file), log=say)
+    allowed = None if model_name else partial(may_fetch, fetch=fetch)
+    name = model_name or store.model_name(file)
+    model, tokenizer = models.load(name, log=say, progress=progress, may_fetch=allowed)
     return model, tokenizer, load_nectar(file, model, tokenizer)
 
 

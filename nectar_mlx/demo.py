@@ -63,7 +63,7 @@ def _demonstrate(arguments: argparse.Namespace, path: Path) -> None:
     from .mlxlm import attention_patch
     from .nectar import Nectar
 
-    model, tokenizer = models.load(arguments.model, log=cli.say)
+    model, tokenizer = models.load(arguments.model, log=cli.say, progress=cli.progress)
     options = {name: getattr(arguments, name) for name in ("budget", "queries", "steps", "context_tokens")}
     config = FitConfig(**options, trial_steps=40, conversations=16)
     cli.say(f"Reading {config.context_tokens:,} tokens of the Python manual, once, and fitting it.")

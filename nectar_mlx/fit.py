@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -74,7 +73,9 @@ def _parser() -> argparse.ArgumentParser:
         help="how the text is read: dense, or fixed (sparse attention, for texts too long for dense)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of sampling and initialization (0)")
-    parser.add_argument("--resume", action="store_true", help="continue where an interrupted fit stopped")
+    kept = parser.add_mutually_exclusive_group()
+    kept.add_argument("--resume", action="store_true", help="continue an interrupted fit; fail if it was another one")
+    kept.add_argument("--fresh", action="store_true", help="start anew (default: continue an interrupted fit)")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     return parser
 
@@ -107,30 +108,33 @@ def _work(arguments: argparse.Namespace) -> None:
     else:
         options["size"] = parse_size(arguments.size)
     config = FitConfig(**options)
-    model, tokenizer = models.load(arguments.model, log=cli.say)
     folder = output.with_name(output.name + ".partial")
-    if folder.exists() and not arguments.resume:
-        cli.say(f"starting anew: {folder}, from which --resume continues, is removed")
-        shutil.rmtree(folder, ignore_errors=True)
-    checkpoint = Checkpoint(folder)
-    try:
-        fitted = pipeline.fit(
-            model,
-            tokenizer,
-            reading.text,
-            config=config,
-            name=arguments.model,
-            source=", ".join(Path(c).name for c in arguments.context),
-            progress=cli.progress,
-            checkpoint=checkpoint,
-        )
-        nectar = Nectar(*fitted)
-        nectar.report["files"] = reading.as_list()
-        nectar.save(output)
-    except KeyboardInterrupt:
-        cli.say(f"the finished work is kept in {folder}: the same command with --resume continues")
-        raise
-    checkpoint.clear()
+    checkpoint = Checkpoint(folder, must_match=arguments.resume, log=cli.say)
+    with checkpoint.held():
+        if arguments.fresh:
+            checkpoint.empty()
+        model, tokenizer = models.load(arguments.model, log=cli.say, progress=cli.progress)
+        try:
+            with cli.overall() as progress:
+                fitted = pipeline.fit(
+                    model,
+                    tokenizer,
+                    reading.text,
+                    config=config,
+                    name=arguments.model,
+                    source=", ".join(Path(c).name for c in arguments.context),
+                    progress=progress,
+                    checkpoint=checkpoint,
+                    log=cli.say,
+                )
+                nectar = Nectar(*fitted)
+                nectar.report["files"] = reading.as_list()
+                nectar.save(output)
+        except (KeyboardInterrupt, NectarError):
+            if checkpoint.holds_work():
+                cli.say(f"the finished work is kept in {folder}: the same command continues")
+            raise
+        checkpoint.clear()
     _report(output, nectar, as_json=arguments.json)
     cli.say(reading.summary())
 
@@ -154,7 +158,7 @@ def _report(output: Path, nectar: "Nectar", *, as_json: bool) -> None:
         f"{sum(nectar.report['seconds'].values()):.0f} s{_mode(nectar)}"
     )
     if nectar.keys is not None:
-        keys = kv_path(output)
+        keys = kv_path(output, nectar.digest)
         cli.say(f"{keys}: {keys.stat().st_size / 1e6:.2f} MB of exact keys and values, of which a step reads a few")
         if not nectar.hybrid_banks():
             cli.say(f"the text is so short that {EXACT_FRACTION:.0%} of its keys are none: ask with a larger --exact")

@@ -10,7 +10,7 @@ from . import cli
 from .core.types import JsonObject
 from .models import hub
 from .nectar import Nectar
-from .retrieval import kv_path
+from .retrieval import find_keys
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,22 +30,22 @@ def _work(args: argparse.Namespace) -> None:
         print(json.dumps(facts))
         return
     if sentence := facts["report"].get("verdict"):
-        print(sentence)
+        cli.show(sentence)
     for name, value in facts.items():
         if name != "report":
-            print(f"{name.replace('_', ' '):<20}{_readable(name, value)}")
+            cli.show(f"{name.replace('_', ' '):<20}{_readable(name, value)}")
     for name, value in facts["report"].items():
         if name != "verdict" and not isinstance(value, list):  # per head: for --json
-            print(f"{name.replace('_', ' '):<20}{_readable(name, value)}")
+            cli.show(f"{name.replace('_', ' '):<20}{_readable(name, value)}")
     for file in facts["report"].get("files", []):
-        print(f"{'file':<20}{_file(file)}")
+        cli.show(f"{'file':<20}{_file(file)}")
 
 
 def describe(path: Path) -> JsonObject:
     """The facts of a .nectar, as `--json` prints them; NectarError if it is not a whole one."""
     nectar = Nectar.read(path)
     geometry, layout, metadata = nectar.geometry, nectar.layout, nectar.metadata
-    keys = kv_path(path)
+    keys = find_keys(path, nectar.digest)
     return {
         "file": str(path),
         "file_bytes": path.stat().st_size,

@@ -9,6 +9,7 @@ from typing import Any, Self
 import mlx.nn as nn
 
 from . import store
+from .core.progress import Progress, silent
 from .core.types import JsonObject, LayerCache, Tokenizer
 from .errors import NectarError
 from .fitting import verdict
@@ -17,10 +18,11 @@ from .kernels import DecodeKernel
 from .mlxlm import attention_patch, prompts
 from .mlxlm.cache import make_caches
 from .models import hub
-from .retrieval import ChunkIndex, HybridBank, HybridContext, KeyFile, kv_path, recording
+from .retrieval import ChunkIndex, HybridBank, HybridContext, KeyFile, find_keys, kv_path, recording
 from .retrieval.sources import Source
 from .store import Layout, chunking, load
 from .store.chunking import ChunkedPrefix
+from .store.kv_file import remove_stale_keys
 
 
 class Nectar:
@@ -71,7 +73,14 @@ class Nectar:
 
     @classmethod
     def fit(
-        cls, model: nn.Module, tokenizer: Tokenizer, text: str, *, budget: float | str = "auto", **options: Any
+        cls,
+        model: nn.Module,
+        tokenizer: Tokenizer,
+        text: str,
+        *,
+        budget: float | str = "auto",
+        progress: Progress = silent,
+        **options: Any,
     ) -> Self:
         """Fits a text.
 
@@ -80,6 +89,7 @@ class Nectar:
             text: what answers are to be about.
             budget: bytes kept / bytes of the bf16 KV cache, as a number or as "2%"; a size such as "20M"; or "auto",
                 the smallest at which answers are expected to be close to those with the full text.
+            progress: whom the fit reports to (`core.progress`); `Overall` makes one of all stages.
             options: fields of `fitting.config.FitConfig`.
 
         NectarError for a text, budget, option or model that cannot be fitted.
@@ -88,43 +98,49 @@ class Nectar:
         from .fitting.pipeline import fit
 
         chosen = parse_budget(budget) if isinstance(budget, str) else {"budget": budget}
-        return cls(*fit(model, tokenizer, text, config=FitConfig(**chosen, **options)))
+        return cls(*fit(model, tokenizer, text, config=FitConfig(**chosen, **options), progress=progress))
 
     @classmethod
-    def load(cls, path: str | Path, model: nn.Module, tokenizer: Tokenizer | None = None) -> Self:
-        """Reads a .nectar to answer from: a file, or one on the hub (user/name).
+    def load(
+        cls, path: str | Path, model: nn.Module, tokenizer: Tokenizer | None = None, *, like: JsonObject | None = None
+    ) -> Self:
+        """Reads a .nectar to answer from: a file, or one on the hub (user/name). like: the metadata of one that
+        was loaded with this model and tokenizer: where both name the same, it is not computed again that they fit.
 
         NectarError unless it is whole and was fitted on this very model (and tokenizer, if one is given). Warns where
         the keys beside it are missing or damaged: then no key is read exactly.
         """
         nectar = cls.read(path)
-        load.check_model(path, nectar.metadata, model, tokenizer)
+        if like is None or not load.same_model(nectar.metadata, like):
+            load.check_model(path, nectar.metadata, model, tokenizer)
         nectar.windows = load.as_computed(nectar.windows, model)
         if nectar.is_hybrid:
             shape = (len(nectar.banks), nectar.geometry.n_kv_heads, len(nectar.prefix))
-            nectar.keys = load.key_file(kv_path(hub.nectar_file(path)), nectar=nectar.digest, shape=shape)
+            keys = find_keys(hub.nectar_file(path), nectar.digest)
+            nectar.keys = load.key_file(keys, nectar=nectar.digest, shape=shape, head_dim=nectar.geometry.head_dim)
         return nectar
 
     @classmethod
     def read(cls, path: str | Path) -> Self:
         """Reads a .nectar without its model: to look at, not to answer from. NectarError unless it is whole."""
         tensors, metadata = store.read(hub.nectar_file(path))
-        try:
-            return cls(tensors, metadata)
-        except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
-            raise NectarError(f"{path} is damaged: {error}") from None
+        return cls(tensors, metadata)
 
     def save(self, path: str | Path) -> None:
         """Writes a .nectar, and its keys beside it. The report's timings are left out: equal fits give equal files.
 
-        NectarError if the path holds something else, or cannot be written; then what was there stays.
+        The keys are written first, under a name of their own, and those of a file that was there are removed last: a
+        process that is killed in between leaves the old pair or the new one. NectarError if the path holds something
+        else, or cannot be written; then what was there stays.
         """
-        path = Path(path)
+        path, keys = Path(path), None
         store.check_writable(path)
         if self.keys is not None:
-            self.keys.write(kv_path(path))
+            keys = kv_path(path, self.digest)
+            self.keys.write(keys)
         report = {name: value for name, value in self.report.items() if name != "seconds"}
         store.write(path, self.tensors, self.metadata | {"report": report})
+        remove_stale_keys(path, but=keys)
 
     def make_cache(self, *, kv_bits: int | None = None, exact_fraction: float | None = None) -> list[Any]:
         """Fresh caches for mlx-lm, one a layer, that start behind the context.

@@ -5,11 +5,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import cli
+from . import cli, store
 from .core.types import JsonObject
 from .inspect import describe
 from .models import hub
-from .retrieval import kv_path
+from .retrieval import find_keys
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,7 +26,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _work(args: argparse.Namespace) -> None:
     facts = describe(args.nectar)
-    paths = [args.nectar, kv_path(args.nectar)] if facts["keys_file_bytes"] else [args.nectar]
+    paths: list[Path] = [args.nectar]
+    if facts["keys_file_bytes"]:
+        paths.append(find_keys(args.nectar, store.tensors_digest(args.nectar)))
     files: dict[str, bytes | Path] = {path.name: path for path in paths}
     files["README.md"] = card(facts, args.repository).encode()
     size = facts["file_bytes"] + facts["keys_file_bytes"]

@@ -1,23 +1,19 @@
-"""`nectar serve book.nectar ...`: mlx-lm's OpenAI-compatible server, where each .nectar is a model's id.
-
-The server, its batches, its prompt cache and its options are mlx-lm's. `serving` adds the models it may load, the
-prompts (they continue a context), and what keeps a server safe: a key, limits, and an orderly end. mlx-lm loads and
-generates in one thread; a batch holds requests for one id only, so contexts never mix.
-"""
+"""`nectar serve book.nectar ...`: answers over HTTP as OpenAI's and Ollama's servers do; each file is a model."""
 
 import argparse
 import json
 import logging
 import os
-import signal
 import sys
 from collections.abc import Sequence
-
-from mlx_lm import server as mlx_server
-from mlx_lm.generate import DEFAULT_QUANTIZED_KV_START
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from . import cli
-from .serving import server
+from .errors import NectarError
+
+if TYPE_CHECKING:
+    from .serving import server
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,35 +21,34 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """Our options, and those that mlx-lm's server reads."""
-    parser = cli.Parser("serve", "Serves .nectar files over HTTP, OpenAI-compatible; each file's name is a model's id.")
-    parser.add_argument("nectars", nargs="+", metavar="nectar", help="a .nectar file, or the id of one on the hub")
+    parser = cli.Parser("serve", "Serves .nectar files over HTTP, as OpenAI and Ollama do; a file's name is a model's.")
+    parser.add_argument("nectars", nargs="+", metavar="nectar", help="a file, a folder of files, or an id on the hub")
     parser.add_argument("--model", help="the model to use (default: the name of the one the files were fitted on)")
+    cli.add_fetch(parser)
     cli.add_retrieval(parser)
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1)")
-    parser.add_argument("--port", type=int, default=8080, metavar="N", help="port to listen on (8080)")
-    parser.add_argument("--api-key", default=os.environ.get("NECTAR_API_KEY"), help="(default: NECTAR_API_KEY)")
-    parser.add_argument("--max-body", type=int, default=8 << 20, metavar="BYTES", help="largest request (8 MiB)")
-    parser.add_argument("--max-requests", type=int, default=128, metavar="N", help="open at a time (128)")
-    parser.add_argument(
-        "--allowed-origins",
-        type=lambda text: text.split(","),
-        default=[],  # mlx-lm's default lets every web page send requests
-        metavar="ORIGINS",
-        help="web pages that may send requests, separated by commas (none)",
-    )
-    parser.add_argument(
-        "--log-level", choices=("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"), default="INFO", help="(INFO)"
-    )
+    _add_access(parser)
     _add_generation(parser)
     _add_performance(parser)
-    for name in server.FOREIGN:
-        flag = f"--{name.replace('_', '-')}"
-        if name in ("adapter_path", "chat_template"):
-            parser.add_argument(flag, default="", help=argparse.SUPPRESS)
-        else:
-            parser.add_argument(flag, action="store_true", help=argparse.SUPPRESS)
     return parser
+
+
+def _add_access(parser: argparse.ArgumentParser) -> None:
+    """Where it listens, and to whom."""
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1)")
+    parser.add_argument("--port", type=int, default=8080, metavar="N", help="port to listen on (8080; 0: a free one)")
+    parser.add_argument(
+        "--api-key-file", metavar="FILE", help="its first line is the key that clients need (default: NECTAR_API_KEY)"
+    )
+    parser.add_argument(
+        "--allowed-origins", type=_names, default=[], metavar="ORIGINS", help="web pages elsewhere that may ask (none)"
+    )
+    parser.add_argument(
+        "--allowed-hosts", type=_names, default=[], metavar="NAMES", help="names of this machine, besides its own"
+    )
+    parser.add_argument("--max-body", type=cli.size, default=8 << 20, metavar="SIZE", help="largest request (8 MiB)")
+    parser.add_argument("--max-requests", type=int, default=512, metavar="N", help="open at a time (512)")
+    levels = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
+    parser.add_argument("--log-level", choices=levels, default="INFO", help="(INFO: a line for each request)")
 
 
 def _add_generation(parser: argparse.ArgumentParser) -> None:
@@ -65,57 +60,98 @@ def _add_generation(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-tokens", type=int, default=512, metavar="N", help="the longest answer (512)")
     parser.add_argument(
         "--chat-template-args",
-        type=json.loads,
+        type=_object,
         default={},
         metavar="JSON",
-        help="""arguments for the chat template, e.g. '{"enable_thinking":false}'""",
+        help="""arguments for the chat template, e.g. '{"enable_thinking":true}'""",
     )
 
 
 def _add_performance(parser: argparse.ArgumentParser) -> None:
-    """Batches, caches and speculative decoding."""
-    parser.add_argument("--draft-model", help="a smaller model for speculative decoding")
-    parser.add_argument("--num-draft-tokens", type=int, default=3, metavar="N", help="tokens to draft at a time (3)")
+    """Batches, caches and memory."""
+    parser.add_argument("--memory", type=cli.size, metavar="SIZE", help="for files and answers (half of what is free)")
     parser.add_argument(
-        "--decode-concurrency", type=int, default=32, metavar="N", help="requests that are decoded in one batch (32)"
+        "--decode-concurrency", type=int, default=32, metavar="N", help="answers that are written at a time (32)"
     )
     parser.add_argument(
-        "--prompt-concurrency", type=int, default=8, metavar="N", help="prompts that are read in one batch (8)"
+        "--prefill-step-size", type=int, default=512, metavar="N", help="tokens of a prompt read at a time (512)"
     )
-    parser.add_argument("--prefill-step-size", type=int, default=2048, metavar="N", help="tokens a step (2048)")
-    parser.add_argument("--prompt-cache-size", type=int, default=10, metavar="N", help="prompts kept in memory (10)")
+    parser.add_argument("--prompt-cache-size", type=int, default=32, metavar="N", help="conversations kept (32)")
     parser.add_argument("--prompt-cache-bytes", type=cli.size, metavar="SIZE", help="largest size of these, e.g. 2G")
     parser.add_argument(
-        "--kv-bits", type=int, help="bits of the live tokens' cache, 4 or 8; requests are then served one at a time"
-    )
-    parser.add_argument("--kv-group-size", type=int, default=64, metavar="N", help="group size of --kv-bits (64)")
-    parser.add_argument(
-        "--quantized-kv-start",
-        type=int,
-        default=DEFAULT_QUANTIZED_KV_START,
-        metavar="N",
-        help=f"the token from which --kv-bits quantizes ({DEFAULT_QUANTIZED_KV_START})",
+        "--kv-bits", type=int, choices=(4, 8), help="bits of the live tokens' cache; answers are then not batched"
     )
 
 
-def start(args: argparse.Namespace) -> server.Server:
-    """A server that is bound and has its models loaded; NectarError for an error in the user's input."""
-    return server.start(args, cli.load_nectar, log=cli.say)
+def start(args: argparse.Namespace) -> "server.Server":
+    """A server that is bound and has its model loaded; NectarError for an error in the user's input."""
+    from .answering import Sampling
+    from .serving import server
+    from .serving.engine import Settings
+    from .serving.guard import Access
+    from .serving.service import Defaults
+
+    for name in ("max_body", "max_requests", "max_tokens", "decode_concurrency", "prefill_step_size"):
+        if getattr(args, name) < 1:
+            raise NectarError(f"--{name.replace('_', '-')} must be at least 1")
+    sampling = {"temperature": args.temp, "top_p": args.top_p, "top_k": args.top_k, "min_p": args.min_p}
+    Sampling(**sampling)
+    options = server.Options(
+        host=args.host,
+        port=args.port,
+        max_body=args.max_body,
+        access=Access(hosts=[*args.allowed_hosts, args.host], origins=args.allowed_origins, key=_key(args)),
+        defaults=Defaults(sampling=sampling, max_tokens=args.max_tokens, template=args.chat_template_args),
+        settings=Settings(
+            concurrency=args.decode_concurrency,
+            max_open=args.max_requests,
+            prefill_step=args.prefill_step_size,
+            kv_bits=args.kv_bits,
+            exact=args.exact,
+            kept_prompts=max(0, args.prompt_cache_size),
+            kept_bytes=1 << 62 if args.prompt_cache_bytes is None else args.prompt_cache_bytes,
+            memory=args.memory,
+        ),
+    )
+    return server.start(args.nectars, args.model, options, fetch=args.fetch, log=cli.say)
 
 
 def _work(args: argparse.Namespace) -> None:
+    from mlx_lm.generate import maybe_set_recommended_wired_limit
+
     logging.basicConfig(level=args.log_level, format="%(asctime)s %(levelname)s %(message)s")
-    mlx_server.maybe_set_recommended_wired_limit()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    httpd = start(args)
-    host, port = httpd.server_address[:2]
-    cli.say(f"serving {', '.join(args.nectars)} at http://{host!s}:{port}/v1")
+    logging.getLogger("uvicorn").setLevel("ERROR")
+    maybe_set_recommended_wired_limit()
+    running = start(args)
+    host = f"[{running.host}]" if ":" in running.host else running.host
+    names = running.service.names
+    which = ", ".join(names) if len(names) <= 8 else f"{len(names):,} files"
+    cli.say(f"serving {which} at http://{host}:{running.port}/v1")
+    running.run()
+
+
+def _key(args: argparse.Namespace) -> str:
+    """From the file or the environment: other users of the machine see a command's arguments."""
+    if args.api_key_file is None:
+        return os.environ.get("NECTAR_API_KEY", "").strip()
     try:
-        httpd.serve_forever()
-    except KeyboardInterrupt:
-        cli.say("stopping")
-    finally:
-        httpd.stop()
+        key = (Path(args.api_key_file).read_text().splitlines() or [""])[0].strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise NectarError(f"{args.api_key_file}: no key can be read ({error})") from None
+    if not key:
+        raise NectarError(f"{args.api_key_file}: its first line is empty, which is no key")
+    return key
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _object(text: str) -> dict[str, object]:
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError("must be a JSON object")
+    return value
 
 
 if __name__ == "__main__":

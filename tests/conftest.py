@@ -28,7 +28,7 @@ HERE = Path(__file__).parent
 # What a marker stands for, by folder or module; `process` and `slow` are given where they are needed.
 AREAS = {
     "kernel": ("kernels", "metal", "sparse"),
-    "fit": ("baselines", "fitting", "test_bench.py", "test_demo.py", "test_evaluate.py", "test_serve.py"),
+    "fit": ("baselines", "fitting", "test_bench.py", "test_demo.py", "test_evaluate.py", "serving"),
 }
 
 

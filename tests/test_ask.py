@@ -151,7 +151,7 @@ def test_bad_arguments(argv, capsys):
 
 
 def test_an_interrupt(book, monkeypatch, capsys):
-    def interrupted(*args):
+    def interrupted(*args, **options):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cli, "load", interrupted)

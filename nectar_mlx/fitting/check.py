@@ -19,14 +19,21 @@ from .samples.conversation import Conversation, answered_checks
 from .verdict import measured
 
 
-def check(run: FitRun, data: Collected, banks: Sequence[Bank], *, questions: int | None = None) -> JsonObject:
+def check(
+    run: FitRun,
+    data: Collected,
+    banks: Sequence[Bank],
+    *,
+    questions: int | None = None,
+    stage: str = "checking",
+) -> JsonObject:
     """How far the answers to the check questions, or the first so many, are from the full cache's (`verdict`); banks:
-    one a layer."""
+    one a layer. stage: what progress calls it."""
     context = data.context
     head = read_head(run.model, run.tokenizer, context.prefix, run.geometry)
     conversations = answered_checks(data.conversations)[:questions]
     make_cache = partial(make_caches, banks, context.windows, context.start)
-    with run.progress("checking", len(conversations)) as done:
+    with run.progress(stage, len(conversations)) as done:
         divergences = fidelity.compare(
             run.model,
             context.make_cache,

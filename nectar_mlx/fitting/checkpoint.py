@@ -1,10 +1,16 @@
-"""Where an interrupted fit leaves its work, and a resumed one finds it: a folder beside the output."""
+"""Where an interrupted fit leaves its work, and a resumed one finds it: a folder beside the output.
+
+Everything in it has a checksum; what is torn, altered or of another fit counts as not there and is computed again.
+"""
 
 import hashlib
 import json
+import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -12,12 +18,16 @@ from typing import Any, NamedTuple, TypeVar
 import mlx.core as mx
 import numpy as np
 
-from ..core.files import write_atomically
+from ..core.files import locked, write_atomically
+from ..core.progress import Log, no_log
 from ..errors import NectarError
 from ..heads import HeadArrays, Size
 from ..store import MEAN_BITS, tensor_file
 from .samples.conversation import Conversation
 
+FORMAT = 2  # of the folder: another one counts as another fit
+SAVE_SECONDS = 15.0  # between two savings of what is under way
+_CLAIM, _LOCK = "fit.json", "lock"
 _T = TypeVar("_T")
 
 
@@ -30,36 +40,90 @@ class Plan(NamedTuple):
     exponent: float | None = None
     bits: float = MEAN_BITS
 
+    @classmethod
+    def of(cls, kept: Mapping[str, Any]) -> "Plan":
+        """From what JSON makes of one."""
+        return cls(**{**kept, "sizes": [tuple(size) for size in kept["sizes"]]})
+
 
 class Checkpoint:
     """The folder of one fit. With folder=None nothing is kept, and what does not fit in memory goes to a temporary
     folder.
+
+    must_match: whether a folder of another fit is an error; else that one is removed, and log is told why.
     """
 
-    def __init__(self, folder: Path | None):
-        self.folder = folder
+    def __init__(self, folder: Path | None, *, must_match: bool = False, log: Log = no_log):
+        self.folder, self.must_match, self.log = folder, must_match, log
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
+        self._saved = time.monotonic()
 
-    def claim(self, config: dict[str, Any], prefix: Sequence[int]) -> None:
-        """Starts or continues the fit of this text with these settings; NectarError if the folder holds another fit."""
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Inside, the folder is this process's alone; NectarError that names the other process where it is not.
+
+        A folder that holds no work at the end is removed.
+        """
+        with ExitStack() as lock:
+            if self.folder is not None:
+                lock.callback(self._remove_empty)
+                self._lock(self.folder, lock)
+            yield
+
+    def _lock(self, folder: Path, lock: ExitStack) -> None:
+        path = folder / _LOCK
+        try:
+            folder.mkdir(mode=0o700, exist_ok=True)
+            path.touch()
+            lock.enter_context(locked(path))
+            path.write_text(str(os.getpid()))
+        except BlockingIOError:
+            lock.pop_all()  # the folder is the other's
+            raise NectarError(
+                f"another fit to the same output is running (process {path.read_text() or 'unknown'}): wait for it, or "
+                "choose another --output"
+            ) from None
+        except OSError as error:
+            raise NectarError(f"{folder} cannot be used for the work of the fit: {error.strerror}") from None
+
+    def _remove_empty(self) -> None:
+        if self.folder is not None and self.folder.is_dir() and not self.holds_work():
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def claim(self, claim: Mapping[str, Any]) -> None:
+        """Starts or continues the fit that these facts decide. Where the folder holds another one it is removed, or a
+        NectarError says what is different (`must_match`)."""
         if self.folder is None:
             return
-        ids = hashlib.sha256(np.array(prefix, dtype="<i4").data).hexdigest()
-        mine = {"config": config, "prefix": ids}
-        path = self.folder / "fit.json"
-        kept = _read_json(path)
-        if kept is None and path.exists():
-            self._remove()  # nobody can tell whose fit it is
-        elif kept not in (None, json.loads(json.dumps(mine))):
-            raise NectarError(
-                f"{self.folder} holds a fit with other settings or another text: remove it, or do not --resume"
-            )
-        self.folder.mkdir(parents=True, exist_ok=True)
-        _write_json(path, mine)
+        mine = json.loads(json.dumps({"format": FORMAT, **claim}))
+        kept = _read_json(self.folder / _CLAIM)
+        if kept == mine:
+            return
+        if isinstance(kept, dict) and self.holds_work():
+            what = ", ".join(name for name in mine if kept.get(name) != mine[name]) or "facts"
+            if self.must_match:
+                raise NectarError(
+                    f"{self.folder} holds a fit with another {what}, which --resume cannot continue: leave --resume "
+                    "out to start anew"
+                )
+            self.log(f"starting anew: {self.folder} holds a fit with another {what}")
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._remove(but=(_LOCK,))
+        _write_json(self.folder / _CLAIM, mine)
+
+    def empty(self) -> None:
+        """Removes what an interrupted fit left, but for the lock."""
+        if self.folder is not None:
+            self._remove(but=(_LOCK,))
 
     def part(self, name: str) -> "Checkpoint":
         """That of a part of the fit, within this one."""
         return Checkpoint(self.folder and self.folder / name)
+
+    def holds_work(self) -> bool:
+        """Whether there is anything that a resumed fit would not compute again."""
+        files = self.folder.rglob("*") if self.folder is not None else ()
+        return any(path.suffix in (".json", ".safetensors") and path.name != _CLAIM for path in files)
 
     def spill(self) -> Path:
         """A folder for arrays that do not fit in memory."""
@@ -68,32 +132,63 @@ class Checkpoint:
         self._temporary = self._temporary or tempfile.TemporaryDirectory(prefix="nectar-")
         return Path(self._temporary.name)
 
+    def decided(self, name: str, decide: Callable[[], _T]) -> _T:
+        """What the first run of this fit decided or measured, a JSON value: a resumed one goes on with it."""
+        path = self.folder and self.folder / f"{name}.decided"
+        kept: _T | None = _read_json(path) if path else None
+        if kept is None:
+            kept = decide()
+            if path:
+                _write_json(path, kept)
+        return kept
+
     def save_conversations(self, conversations: Sequence[Conversation]) -> None:
         if self.folder is not None:
             _write_json(self.folder / "conversations.json", [asdict(c) for c in conversations])
+            (self.folder / "answers.json").unlink(missing_ok=True)
 
     def load_conversations(self) -> list[Conversation]:
         """None where there are none, or none that can be read; as of all that follows."""
         return self._parsed("conversations.json", lambda kept: [Conversation(**c) for c in kept]) or []
+
+    def save_answers(self, batch: Sequence[Conversation], *, seed: int, at: int) -> None:
+        """Keeps answers that are being sampled, every SAVE_SECONDS. at: as for `self_study.sample_answers`."""
+        if self.folder is not None and time.monotonic() - self._saved > SAVE_SECONDS:
+            record = {"seed": seed, "at": at, "conversations": [asdict(c) for c in batch]}
+            _write_json(self.folder / "answers.json", record)
+            self._saved = time.monotonic()
+
+    def load_answers(self, batch: Sequence[Conversation], *, seed: int) -> int:
+        """Puts what was kept of a batch's answers into it -> up to where they were sampled; 0 where nothing was."""
+
+        def parse(kept: dict[str, Any]) -> tuple[int, list[Conversation]]:
+            return int(kept["at"]) if kept["seed"] == seed else 0, [Conversation(**c) for c in kept["conversations"]]
+
+        at, kept = self._parsed("answers.json", parse) or (0, [])
+        if not at or [c.prompt for c in kept] != [c.prompt for c in batch]:
+            return 0
+        for conversation, answered in zip(batch, kept, strict=True):
+            conversation.answer = answered.answer
+        return at
 
     def save_plan(self, plan: Plan) -> None:
         if self.folder is not None:
             _write_json(self.folder / "plan.json", plan._asdict())
 
     def load_plan(self) -> Plan | None:
-        return self._parsed("plan.json", lambda kept: Plan(**kept | {"sizes": [tuple(s) for s in kept["sizes"]]}))
+        return self._parsed("plan.json", Plan.of)
 
     def save_heads(self, heads: dict[int, HeadArrays]) -> None:
         """Keeps a group of fitted heads, by their numbers."""
         if self.folder is not None:
             arrays = {f"{i}.{name}": array for i, head in heads.items() for name, array in head.items()}
-            tensor_file.write(self.folder / f"heads-{min(heads)}.safetensors", arrays, {})
+            tensor_file.write_sealed(self.folder / f"heads-{min(heads)}.safetensors", arrays, {})
 
     def load_heads(self) -> dict[int, HeadArrays]:
         heads: dict[int, HeadArrays] = {}
         for path in self.folder.glob("heads-*.safetensors") if self.folder is not None else ():
             try:
-                arrays = tensor_file.read(path)
+                arrays = tensor_file.read_sealed(path)
             except NectarError:
                 continue
             for key, array in arrays.items():
@@ -105,15 +200,15 @@ class Checkpoint:
         """Keeps what is left of a chunk that is done: arrays by name, and a report that goes with them. The rest is
         removed."""
         if self.folder is not None:
-            tensor_file.write(self.folder / "done.safetensors", arrays, {"report": json.dumps(report)})
-            self._remove(but=("done.safetensors", "fit.json"))
+            tensor_file.write_sealed(self.folder / "done.safetensors", arrays, {"report": json.dumps(report)})
+            self._remove(but=("done.safetensors", _CLAIM, _LOCK))
 
     def load_chunk(self) -> tuple[dict[str, mx.array], dict[str, Any]] | None:
         if self.folder is None:
             return None
         path = self.folder / "done.safetensors"
         try:
-            return tensor_file.read(path), json.loads(tensor_file.metadata(path)["report"])
+            return tensor_file.read_sealed(path), json.loads(tensor_file.metadata(path)["report"])
         except (NectarError, KeyError, ValueError):
             return None
 
@@ -141,13 +236,22 @@ class Checkpoint:
             self._temporary.cleanup()
 
 
+def text_digest(text: str | Sequence[int]) -> str:
+    """sha256 of a text, or of token ids as little-endian int32."""
+    data = text.encode(errors="surrogatepass") if isinstance(text, str) else np.array(text, dtype="<i4").tobytes()
+    return hashlib.sha256(data).hexdigest()
+
+
 def _write_json(path: Path, value: object) -> None:
-    write_atomically(path, lambda file: file.write(json.dumps(value, sort_keys=True).encode()))
+    """One line with the sha256 of the JSON that follows."""
+    text = json.dumps(value, sort_keys=True).encode()
+    write_atomically(path, lambda file: file.write(hashlib.sha256(text).hexdigest().encode() + b"\n" + text))
 
 
 def _read_json(path: Path) -> Any:
     """None where there is no file, or none that can be read."""
     try:
-        return json.loads(path.read_bytes())
+        checksum, _, text = path.read_bytes().partition(b"\n")
+        return json.loads(text) if checksum.decode() == hashlib.sha256(text).hexdigest() else None
     except (OSError, ValueError, RecursionError):
         return None

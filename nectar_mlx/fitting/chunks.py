@@ -30,7 +30,6 @@ from ..store import Layout, chunking, load
 from ..store.chunking import ChunkedPrefix
 from . import finite, verdict
 from .budget import affordable_bytes, share_of
-from .checkpoint import Plan
 from .fitted_chunk import Answer, ChunkTarget, FittedChunk
 from .kinds import kind_fit
 from .layers import LayerRunner
@@ -74,7 +73,7 @@ def fit(
         chunk = FittedChunk.load(chunk_run.checkpoint)
         if chunk is None:
             # Which heads need most is a matter of the model; heads that are to be joined share their offsets.
-            plan = Plan(fitted[0].sizes, share) if fitted else None
+            plan = fitted[0].plan if fitted else None
             offsets = fitted[0].offsets if fitted else []
             fit_chunk = _fit_layerwise if layerwise else _fit_at_once
             chunk = fit_chunk(
@@ -97,13 +96,17 @@ def fit(
     report = {
         "budget": share,
         "layerwise": layerwise,
-        "sizes": fitted[0].sizes,
+        "sizes": fitted[0].plan.sizes,
         "queries": fitted[-1].samples,
         "error": [error for chunk in fitted for error in chunk.errors],
     }
     make_cache = partial(make_caches, banks, fitted[-1].windows, whole.start)
     head = read_head(run.model, run.tokenizer, prefix, run.geometry)
-    checks = [chunk.check(LayerRunner(run.model, run.geometry), make_cache, head.make_cache) for chunk in fitted]
+    runner, checks = LayerRunner(run.model, run.geometry), list[JsonObject]()
+    with run.progress("checking", len(fitted)) as done:
+        for number, chunk in enumerate(fitted, 1):
+            checks.append(chunk.check(runner, make_cache, head.make_cache))
+            done(number)
     report |= verdict.mean(checks) | ({"chunks": checks} if len(checks) > 1 else {})
     clock.lap("check")
     return tensors, report
@@ -128,7 +131,9 @@ def _fit_at_once(run: FitRun, text: Sequence[int], target: ChunkTarget, *, clock
             progress=done,
         )
     clock.lap("read")
-    kind, _, heads = fit_context(run, context, lambda share: target.nbytes, target.share, plan=target.plan, clock=clock)
+    kind, plan, heads = fit_context(
+        run, context, lambda share: target.nbytes, target.share, plan=target.plan, clock=clock
+    )
     one, K = replace(run.layout, n_layers=1), geometry.n_kv_heads
     layers = [
         store.pack(one, heads[i : i + K], offsets=[bank.offset])
@@ -136,6 +141,7 @@ def _fit_at_once(run: FitRun, text: Sequence[int], target: ChunkTarget, *, clock
     ]
     runner = LayerRunner(run.model, geometry)
     return FittedChunk(
+        plan=plan,
         layers=layers,
         errors=merged_errors(kind, [store.unpack(one, layer)[0] for layer in layers]),
         samples=kind.data.train.count,

@@ -7,13 +7,12 @@ predicted.
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple, Self
 
 import mlx.core as mx
 
 from .. import store
 from ..core.types import JsonObject
-from ..heads import Size
 from ..mlxlm.cache import Window
 from . import fidelity
 from .checkpoint import Checkpoint, Plan
@@ -66,21 +65,16 @@ class ChunkTarget(NamedTuple):
 class FittedChunk:
     """A chunk's heads, and what it is checked by.
 
-    layers: each layer's heads as they will be stored. errors: of every head on held-out samples. samples: a head, that
-    it was fitted to. windows: what sliding-window layers keep, by layer.
+    plan: what each head got. layers: each layer's heads as they will be stored. errors: of every head on held-out
+    samples. samples: a head, that it was fitted to. windows: what sliding-window layers keep, by layer.
     """
 
+    plan: Plan
     layers: list[store.Tensors]
     errors: list[float]
     samples: int
     windows: dict[int, Window]
     answers: list[Answer]
-
-    @property
-    def sizes(self) -> list[Size]:
-        """Of every head."""
-        rows: list[Any] = [row for layer in self.layers for row in layer["sizes"].tolist()]  # type: ignore[union-attr]
-        return [tuple(row) for row in rows]
 
     @property
     def offsets(self) -> list[mx.array | None]:
@@ -105,6 +99,7 @@ class FittedChunk:
         for i, window in self.windows.items():
             arrays |= {f"windows.{i}.keys": window.keys, f"windows.{i}.values": window.values}
         record = {
+            "plan": self.plan._asdict(),
             "errors": self.errors,
             "samples": self.samples,
             "layers": len(self.layers),
@@ -126,6 +121,7 @@ class FittedChunk:
             groups.setdefault((group, int(number)), {})[name] = array
         conversations = [Conversation(**c) for c in record["answers"]]
         return cls(
+            plan=Plan.of(record["plan"]),
             layers=[groups["layers", i] for i in range(record["layers"])],
             errors=record["errors"],
             samples=record["samples"],

@@ -19,8 +19,8 @@ import mlx.core as mx
 from .. import store
 from ..core.clock import Clock
 from ..core.device import device
-from ..core.progress import silent
-from ..heads import Exact, Size
+from ..core.progress import no_update, silent
+from ..heads import Exact
 from ..mlxlm import prompts
 from ..mlxlm.attention_patch import compute_type
 from ..mlxlm.cache import Window
@@ -36,7 +36,7 @@ from .samples import self_study
 from .samples.capture import CaptureCache, Collected, ReplayBatch, capture, held_out_count, record, replay_batches
 from .samples.conversation import Conversation, Split, answered_checks, count_samples
 from .samples.sample_store import SampleStore
-from .sizes import trial_errors
+from .sizes import mean_bits, trial_errors
 from .train import merged_errors, train_heads
 
 PASSAGE = 900  # tokens that a conversation is sampled about, at most
@@ -90,7 +90,7 @@ class LayerwiseFit:
         clock.lap("budgets")
         conversations = self.study()
         clock.lap("study")
-        chunk = self.train(plan.sizes, conversations)
+        chunk = self.train(plan, conversations)
         clock.lap("regression")
         return chunk
 
@@ -99,15 +99,16 @@ class LayerwiseFit:
         run, config = self.run, self.run.config
         conversations = run.checkpoint.load_conversations()
         with run.progress("sampling answers", self.wanted["train"]) as done:
-            try:
-                while any(
-                    count_samples(conversations, group=run.group, split=split) < wanted
-                    for split, wanted in self.wanted.items()
-                ):
-                    conversations += self._sample_batch(conversations, self_study.training_conversations, done)
-                while len(answered_checks(conversations)) < config.checks:
-                    conversations += self._sample_batch(conversations, self_study.check_conversations, done)
-            finally:
+            while any(
+                count_samples(conversations, group=run.group, split=split) < wanted
+                for split, wanted in self.wanted.items()
+            ):
+                conversations += self._sample_batch(conversations, self_study.training_conversations, done)
+                run.checkpoint.save_conversations(conversations)
+        with run.progress("answering check questions", config.checks) as done:
+            while len(answered := answered_checks(conversations)) < config.checks:
+                done(len(answered))
+                conversations += self._sample_batch(conversations, self_study.check_conversations, no_update)
                 run.checkpoint.save_conversations(conversations)
         return conversations
 
@@ -165,26 +166,22 @@ class LayerwiseFit:
             samples = SampleStore.nbytes(1, trial.n_samples(run.n_heads), run.geometry.head_dim)
             together = self.memory // 8 // samples
             kind = kind_fit(trial, data, training_scores=min(self.training_scores, together * nodes * run.config.batch))
-            sizes = head_sizes(
-                trial_errors(kind, nbytes),
-                target.nbytes,
-                share=target.share,
-                layout=run.layout,
-                config=run.config,
-                n=len(self.prefix) - prompts.preamble(run.tokenizer),
-            )
-            plan = Plan(sizes, target.share)
+            n = len(self.prefix) - prompts.preamble(run.tokenizer)
+            errors = trial_errors(kind, nbytes)
+            sizes = head_sizes(errors, target.nbytes, share=target.share, layout=run.layout, config=run.config, n=n)
+            plan = Plan(sizes, target.share, bits=mean_bits(run.layout, sizes, target.nbytes, n=n))
             run.checkpoint.save_plan(plan)
         return plan
 
-    def train(self, sizes: Sequence[Size], conversations: Sequence[Conversation]) -> FittedChunk:
-        """All heads, trained at their own sizes; each layer's are kept as they will be stored, which is how little they
+    def train(self, plan: Plan, conversations: Sequence[Conversation]) -> FittedChunk:
+        """All heads, trained as planned; each layer's are kept as they will be stored, which is how little they
         take from now on."""
-        chunk = FittedChunk(layers=[], errors=[], samples=0, windows={}, answers=[])
+        chunk = FittedChunk(plan=plan, layers=[], errors=[], samples=0, windows={}, answers=[])
         K, one = self.run.geometry.n_kv_heads, replace(self.run.layout, n_layers=1)
         with self.run.progress("fitting layers", self.run.layout.n_layers) as done:
             for kind in self.layers(conversations, chunk):
-                heads = train_heads(kind, sizes[len(chunk.errors) : len(chunk.errors) + K])
+                own = plan.sizes[len(chunk.errors) : len(chunk.errors) + K]
+                heads = train_heads(kind, own, bits=plan.bits)
                 chunk.layers.append(store.pack(one, heads, offsets=kind.data.context.offsets))
                 chunk.errors += merged_errors(kind, store.unpack(one, chunk.layers[-1]))
                 done(len(chunk.layers))

@@ -8,15 +8,16 @@ Where the text does not fit the model's window, or its keys and values the memor
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from .. import models, store
+from .. import store
 from ..core.clock import Clock
-from ..core.progress import Progress, silent
+from ..core.files import free_space
+from ..core.progress import Log, Overall, Progress, no_log, silent
 from ..core.types import JsonObject, Tokenizer
 from ..errors import NectarError
 from ..heads import AUTO, Bank
@@ -29,12 +30,15 @@ from .budget import affordable_bytes, share_of
 from .check import check
 from .checkpoint import Checkpoint
 from .config import FitConfig
+from .estimate import estimate
 from .kinds import HybridFit
+from .machines import here, shape_of
 from .prefill import read_text
-from .run import FitRun, free_memory
+from .run import FitRun, identity
 from .stages import fit_context
 from .train import merged_errors
 
+LONG = 600.0  # seconds of a fit that is announced
 _QUESTION_TOKENS = 1024  # of the window, that questions and answers need
 _SMALLEST_CHUNK = 64  # tokens of a text that are worth reading at a time
 
@@ -49,14 +53,18 @@ def fit(
     source: str = "",
     progress: Progress = silent,
     checkpoint: Checkpoint | None = None,
+    log: Log = no_log,
 ) -> tuple[store.Tensors, store.Metadata, KeyFile | None]:
     """Fits a text -> what a Nectar is made of; see the module's first lines.
 
     name, source: what the file says of the model and the text. checkpoint: where an interrupted fit leaves its work,
-    and a resumed one finds it. NectarError for a text, budget or model that cannot be fitted.
+    and a resumed one finds it. log: is told before it takes long. NectarError for a text, budget or model that cannot
+    be fitted.
     """
     clock, keys = Clock(), None
     finite.check_weights(model)
+    if not text.strip():
+        raise NectarError("the text is empty")
     run = FitRun(
         model=model,
         tokenizer=tokenizer,
@@ -64,19 +72,21 @@ def fit(
         config=config,
         progress=progress,
         checkpoint=checkpoint or Checkpoint(None),
+        facts=identity(model, tokenizer, text),
     )
-    if not text.strip():
-        raise NectarError("the text is empty")
     whole = prompts.prefix(tokenizer, text)
     prefix = whole if config.context_tokens is None else prompts.cut(tokenizer, whole, config.context_tokens)
+    run.claim(prefix)
+    run = replace(run, free=run.checkpoint.decided("memory", lambda: run.free))
+    lengths = _chunk_lengths(run, prefix)
+    _announce(run, len(prefix), len(lengths), name=name, log=log)
     provenance = {
         "model": name or getattr(tokenizer, "name_or_path", ""),
-        "model_sha256": models.fingerprint(model),
-        "tokenizer_sha256": models.tokenizer_fingerprint(tokenizer),
+        "model_sha256": run.facts["model"],
+        "tokenizer_sha256": run.facts["tokenizer"],
         "config": asdict(config),
         "source": source,
     }
-    lengths = _chunk_lengths(run, prefix)
     layerwise = needs_layers(run, len(prefix) - sum(lengths) + max(lengths))
     if len(lengths) > 1 or layerwise:
         tensors, report = chunks.fit(run, prefix, chunks=lengths, layerwise=layerwise, clock=clock)
@@ -129,6 +139,25 @@ def _fit_whole(
     return tensors, report, keys
 
 
+def _announce(run: FitRun, tokens: int, chunks: int, *, name: str, log: Log) -> None:
+    """Tells what the fit is expected to take: the progress, a person where it is long, and NectarError where the disk
+    has no room for it."""
+    shape = shape_of(run.model, run.geometry, name)
+    expected = estimate(shape, here(), run.config, tokens, chunks=chunks)
+    if run.checkpoint.folder is not None:
+        folder = run.checkpoint.folder.parent.resolve()
+        needed, free = expected.size + expected.disk, free_space(folder)
+        if needed > free:
+            raise NectarError(
+                f"the fit writes about {needed / 1e6:,.1f} MB; {folder} has room for {free / 1e6:,.1f} MB: free some, "
+                "or choose another --output"
+            )
+    if isinstance(run.progress, Overall):
+        run.progress.expect(expected.stages)
+    if expected.seconds > LONG:
+        log(f"this takes {expected.sentence()}")
+
+
 def needs_layers(run: FitRun, n: int) -> bool:
     """Whether the fit goes layer by layer: when that was chosen, or when the KV cache would not fit the memory."""
     config, kind = run.config, run.layout.bank
@@ -139,7 +168,7 @@ def needs_layers(run: FitRun, n: int) -> bool:
     if config.layerwise is not None or kind.keeps_keys:
         return bool(config.layerwise)
     cache_bytes = run.geometry.cache_bytes(n) * attention_patch.compute_type(run.model).size // 2
-    return cache_bytes > (config.memory or free_memory() // 2)
+    return cache_bytes > run.memory
 
 
 def _chunk_lengths(run: FitRun, prefix: Sequence[int]) -> list[int]:

@@ -1,20 +1,22 @@
 """What all stages of one fit are given."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
+from importlib.metadata import version
 from typing import Any, Self
 
 import mlx.nn as nn
 import psutil
 
+from .. import __version__, kernels, models
 from ..core.device import device
 from ..core.progress import Progress, silent
 from ..core.types import Tokenizer
 from ..heads import AUTO, KINDS
 from ..mlxlm.attention_patch import Geometry
 from ..store import Layout
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, text_digest
 from .config import FitConfig
 from .samples.sample_store import DeviceSampleStore, SampleStore
 
@@ -29,6 +31,9 @@ class FitRun:
     leaves its work. The stages are functions of it and of each other's results:
 
         read -> collect -> plan -> train -> check
+
+    facts: what decides the result beside the settings and the prefix (`identity`). free: bytes of memory that the fit
+    may take where the settings do not say it; a resumed one goes on with those of its first run.
     """
 
     model: nn.Module
@@ -37,6 +42,8 @@ class FitRun:
     config: FitConfig
     progress: Progress = silent
     checkpoint: Checkpoint = field(default_factory=lambda: Checkpoint(None))
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    free: int = field(default_factory=lambda: free_memory() // 2)
 
     @cached_property
     def layout(self) -> Layout:
@@ -63,10 +70,10 @@ class FitRun:
         """Query heads a KV head."""
         return self.geometry.n_heads // self.geometry.n_kv_heads
 
-    @cached_property
+    @property
     def memory(self) -> int:
         """Bytes that keys and values, or captured samples, may take."""
-        return self.config.memory or free_memory() // 2
+        return self.config.memory or self.free
 
     def n_samples(self, heads: int) -> int:
         """Samples a head, of so many heads at a time: as asked for, or as many as are useful and the memory holds."""
@@ -82,12 +89,24 @@ class FitRun:
         return int(max(min(_FEWEST_SAMPLES, wanted), min(wanted, most)))
 
     def claim(self, prefix: Sequence[int], *, preamble: int = 0) -> None:
-        """Starts or continues the fit of this prefix; NectarError if the checkpoint holds another fit."""
-        self.checkpoint.claim(asdict(self.config) | {"skip": preamble}, prefix)
+        """Starts or continues the fit of this prefix; see `Checkpoint.claim`."""
+        settings = {"settings": asdict(self.config), "prefix": text_digest(prefix), "preamble": preamble}
+        self.checkpoint.claim({**self.facts, **settings})
 
     def part(self, name: str, **changes: Any) -> Self:
         """The same fit for a part of its work, which has a checkpoint of its own."""
         return replace(self, checkpoint=self.checkpoint.part(name), **changes)
+
+
+def identity(model: nn.Module, tokenizer: Tokenizer, text: str) -> dict[str, Any]:
+    """What decides the result of a fit beside its settings: the model, the text, the library and the machine."""
+    return {
+        "model": models.fingerprint(model),
+        "tokenizer": models.tokenizer_fingerprint(tokenizer),
+        "text": text_digest(text),
+        "version": {"nectar_mlx": __version__, "mlx": version("mlx")},
+        "machine": {"device": asdict(device()), "kernel": kernels.backend(), "memory": psutil.virtual_memory().total},
+    }
 
 
 def free_memory() -> int:

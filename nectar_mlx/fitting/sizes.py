@@ -9,7 +9,7 @@ from ..core.device import device
 from ..core.gather import take
 from ..core.types import JsonObject
 from ..heads import HeadArrays, Size
-from ..store import MEAN_BITS
+from ..store import MEAN_BITS, Layout
 from . import auto_budget, finite, fisher
 from .budget import head_sizes, size_for
 from .check import check
@@ -45,7 +45,7 @@ def _plan(kind: KindFit, affordable: Affordable, share: float | None) -> Plan:
     def sizes_and_bits(share: float) -> tuple[list[Size], float]:
         nbytes = affordable(share)
         sizes = head_sizes(errors, nbytes, share=share, layout=layout, config=kind.run.config, n=kind.length)
-        return sizes, mean_bits(kind, sizes, nbytes)
+        return sizes, mean_bits(layout, sizes, nbytes, n=kind.length)
 
     if share is None:
         share = auto_budget.FIRST
@@ -99,12 +99,13 @@ def short_fit(kind: KindFit, sizes: Sequence[Size], bits: float) -> JsonObject:
         run.layout.bank.stack([heads[layer * K + k] for k in range(K)], scale=run.geometry.scale, offset=offset)
         for layer, offset in enumerate(kind.data.context.offsets)
     ]
-    return check(run, kind.data, banks, questions=device().trial_checks)
+    return check(run, kind.data, banks, questions=device().trial_checks, stage="checking a budget")
 
 
-def mean_bits(kind: KindFit, sizes: Sequence[Size], nbytes: float) -> float:
-    """How many bits a number of a node gets: more, where every head keeps all keys and bytes are left."""
-    if kind.run.layout.bits is not None or not all(kind.keeps_every_key(size) for size in sizes):
+def mean_bits(layout: Layout, sizes: Sequence[Size], nbytes: float, *, n: int) -> float:
+    """How many bits a number of a node gets: more, where every head keeps the keys of all n tokens and bytes are
+    left."""
+    if layout.bits is not None or any(size != size_for(layout, float("inf"), most=n) for size in sizes):
         return MEAN_BITS
-    numbers = 2 * kind.run.geometry.head_dim * kind.length * kind.n_heads
+    numbers = 2 * layout.head_dim * n * len(sizes)
     return max(MEAN_BITS, min(_MOST_BITS, 8 * nbytes / numbers - _OVERHEAD_BITS))

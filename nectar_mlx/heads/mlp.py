@@ -9,8 +9,11 @@ import mlx.core as mx
 
 from ..core.attention import Partial
 from ..core.exp import sigmoid
+from ..errors import NectarError
 from .base import Bank, HeadArrays, Size
 from .work import DecodeWork, Layer, Network, WorkItem, WorkKind
+
+MOST_LAYERS = 8
 
 
 def silu(x: mx.array) -> mx.array:
@@ -93,6 +96,8 @@ def _hidden_layers(parameters: HeadArrays, name: str) -> Network:
 
 
 def _shapes(name: str, units: int, layers: int, head_dim: int, outputs: int) -> dict[str, tuple[int, ...]]:
+    if not 1 <= layers <= MOST_LAYERS:
+        raise NectarError(f"a network of {layers} hidden layers is none")
     shapes: dict[str, tuple[int, ...]] = {"w_in": (units, head_dim), "b_in": (units,)}
     for layer in range(1, layers):
         shapes |= {f"w_{layer}": (units, units), f"b_{layer}": (units,)}

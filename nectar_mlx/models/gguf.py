@@ -5,9 +5,10 @@ runs in (bfloat16, or float16 or float32 where most of the file already is), one
 """
 
 import json
+import math
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,12 @@ import mlx.core as mx
 import mlx_lm  # noqa: F401  keeps transformers from advising to install PyTorch
 import numpy as np
 import transformers
-from rich.console import Console
-from rich.progress import track
 
+from nectar_mlx.core.progress import Progress, silent
 from nectar_mlx.core.types import AnyArray, JsonObject
 from nectar_mlx.errors import NectarError
-from nectar_mlx.models import gguf_tokenizer
+from nectar_mlx.models import gguf_settings, gguf_tokenizer
+from nectar_mlx.models.gguf_file import Tensor, read
 
 SHARD_BYTES = 1 << 30
 
@@ -62,7 +63,7 @@ _REQUIRED = (
 _TYPES = {"F32": mx.float32, "F16": mx.float16}
 
 
-def convert(path: Path, folder: Path) -> None:
+def convert(path: Path, folder: Path, *, progress: Progress = silent) -> None:
     """Write the model in `path` (.gguf) into `folder`, which exists and is empty, the way `mlx_lm.load` reads it.
 
     Raises NectarError for a file that is no GGUF, or whose architecture, weights or tokenizer are not supported.
@@ -70,25 +71,17 @@ def convert(path: Path, folder: Path) -> None:
     try:
         metadata, tensors = read(path)
         config = _config(path, metadata, tensors)
+        gguf_settings.check_tensors(metadata, config, tensors)
         gguf_tokenizer.build(path, metadata).save_pretrained(folder)
-        for number, shard in enumerate(_shards(path, config, tensors), start=1):
+        for number, shard in enumerate(_shards(path, config, tensors, progress), start=1):
             mx.save_safetensors(str(folder / f"model-{number:05}.safetensors"), shard, {"format": "mlx"})
         (folder / "config.json").write_text(json.dumps(config, indent=2))
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:  # settings of another type
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise NectarError(f"{path}: its settings do not describe a model ({reason})") from error
 
 
-def read(path: Path) -> tuple[JsonObject, JsonObject]:
-    try:
-        file = gguf.GGUFReader(path)
-        metadata = {name: field.contents() for name, field in file.fields.items()}
-    except (ValueError, KeyError, IndexError, OverflowError, MemoryError) as error:
-        raise NectarError(f"{path}: not a whole GGUF file ({str(error).splitlines()[0]})") from error
-    return metadata, {tensor.name: tensor for tensor in file.tensors}
-
-
-def _config(path: Path, metadata: JsonObject, tensors: JsonObject) -> JsonObject:
+def _config(path: Path, metadata: JsonObject, tensors: Mapping[str, Tensor]) -> JsonObject:
     arch = metadata.get("general.architecture")
     if arch not in _ARCHITECTURES:
         raise NectarError(f"{path}: architecture {arch!r} is not supported as GGUF; take an mlx-community folder of it")
@@ -100,6 +93,7 @@ def _config(path: Path, metadata: JsonObject, tensors: JsonObject) -> JsonObject
         raise NectarError(f"{path}: mixtures of experts are not supported as GGUF; take an mlx-community folder of it")
     if lacking := [f"{arch}.{key}" for key in _REQUIRED if not value(key)]:
         raise NectarError(f"{path}: not a whole {arch} model: it lacks {', '.join(lacking)}")
+    gguf_settings.check_model(arch, metadata)
     if "token_embd.weight" not in tensors:
         raise NectarError(f"{path}: not a whole {arch} model: it lacks token_embd.weight")
     hidden, heads = value("embedding_length"), value("attention.head_count")
@@ -146,9 +140,9 @@ def _gemma3(path: Path, value: Any, *, head_dim: int) -> JsonObject:
     }
 
 
-def _rope_scaling(path: Path, value: Any, tensors: JsonObject) -> JsonObject | None:
+def _rope_scaling(path: Path, value: Any, tensors: Mapping[str, Tensor]) -> JsonObject | None:
     if "rope_freqs.weight" in tensors:
-        return _llama3_scaling(path, value, np.asarray(tensors["rope_freqs.weight"].data, np.float64))
+        return _llama3_scaling(path, value, _divisors(tensors["rope_freqs.weight"]))
     kind = value("rope.scaling.type", "none")
     if kind == "none":
         return None
@@ -182,6 +176,13 @@ def _llama3_scaling(path: Path, value: Any, divisors: AnyArray) -> JsonObject:
     }
 
 
+def _divisors(tensor: Tensor) -> AnyArray:
+    divisors = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float64)
+    if not (np.isfinite(divisors) & (divisors > 0)).all():
+        raise ValueError("its RoPE frequencies are none")
+    return divisors
+
+
 def _end_tokens(metadata: JsonObject) -> list[int]:
     ids = [metadata.get(f"tokenizer.ggml.{name}") for name in ("eos_token_id", "eot_token_id")]
     if metadata["general.architecture"] == "gemma3" and "tokenizer.chat_template" in metadata:
@@ -190,33 +191,37 @@ def _end_tokens(metadata: JsonObject) -> list[int]:
     return list(dict.fromkeys(token for token in ids if token is not None))
 
 
-def _shards(path: Path, config: JsonObject, tensors: JsonObject) -> Iterator[dict[str, mx.array]]:
+def _shards(
+    path: Path, config: JsonObject, tensors: Mapping[str, Tensor], progress: Progress
+) -> Iterator[dict[str, mx.array]]:
     sizes: Counter[str] = Counter()
     for tensor in tensors.values():
-        sizes[tensor.tensor_type.name] += int(tensor.n_elements)
+        sizes[tensor.tensor_type.name] += math.prod(tensor.shape)
     dtype = _TYPES.get(sizes.most_common(1)[0][0], mx.bfloat16)
-    console = Console(stderr=True)
-    steps = track(tensors.values(), path.name, console=console, transient=True, disable=not console.is_terminal)
     shard: dict[str, mx.array] = {}
-    for tensor in steps:
-        if tensor.name.startswith("rope_freqs."):
-            continue
-        name = _weight_name(path, config["model_type"], tensor.name)
-        shard[name] = mx.array(_values(path, config, tensor)).astype(dtype)
-        mx.eval(shard[name])
-        if sum(array.nbytes for array in shard.values()) >= SHARD_BYTES:
-            yield shard
-            shard = {}
+    with progress(f"converting {path.name}", len(tensors)) as done:
+        for number, tensor in enumerate(tensors.values(), 1):
+            if tensor.name.startswith("rope_freqs."):
+                continue
+            name = _weight_name(path, config["model_type"], tensor.name)
+            shard[name] = mx.array(_values(path, config, tensor)).astype(dtype)
+            mx.eval(shard[name])
+            done(number)
+            if sum(array.nbytes for array in shard.values()) >= SHARD_BYTES:
+                yield shard
+                shard = {}
     if shard:
         yield shard
 
 
-def _values(path: Path, config: JsonObject, tensor: Any) -> AnyArray:
+def _values(path: Path, config: JsonObject, tensor: Tensor) -> AnyArray:
     try:
         values: AnyArray = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
     except NotImplementedError as error:
         kind = tensor.tensor_type.name
         raise NectarError(f"{path}: {tensor.name} is {kind}, which cannot be dequantized") from error
+    if not np.isfinite(values).all():
+        raise NectarError(f"{path}: {tensor.name} holds numbers that are not finite")
     if config["model_type"] == "llama" and (match := re.search(r"attn_([qk])\.", tensor.name)):
         heads = config["num_attention_heads" if match[1] == "q" else "num_key_value_heads"]
         return _split_halves(values, heads)

@@ -12,6 +12,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import PreTrainedTokenizerFast
 
 from nectar_mlx.errors import NectarError
+from nectar_mlx.models import gguf_settings
 
 _GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _WORDS = (
@@ -39,7 +40,7 @@ class _Settings:
     def __init__(self, metadata: Mapping[str, Any]):
         self._metadata = metadata
         self.kind, self.tokens = self("model"), self("tokens") or []
-        self.types = self("token_type", [_NORMAL] * len(self.tokens))
+        self.types = list(self("token_type", [_NORMAL] * len(self.tokens)))
         if self.kind == "llama":  # llama.cpp keeps user-defined pieces as they are written, with spaces
             pairs = zip(self.tokens, self.types, strict=True)
             self.tokens = [token.replace(" ", _SPACE) if type_ == _USER_DEFINED else token for token, type_ in pairs]
@@ -58,12 +59,17 @@ def build(path: Path, metadata: Mapping[str, Any]) -> PreTrainedTokenizerFast:
     supported.
     """
     try:
+        gguf_settings.check_tokenizer(dict(metadata))
         return _build(path, metadata)
     except NectarError:
         raise
     except Exception as error:  # the tokenizers library raises nothing more special
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise NectarError(f"{path}: its tokenizer is damaged ({reason})") from error
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # Rust's, which is no Exception
+            raise
+        raise NectarError(f"{path}: its tokenizer is damaged") from None
 
 
 def _build(path: Path, metadata: Mapping[str, Any]) -> PreTrainedTokenizerFast:

@@ -1,8 +1,11 @@
 """Models and .nectar files on the Hugging Face hub and in its local cache: repositories of a name, and their files."""
 
+import hashlib
 import json
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import huggingface_hub
@@ -10,7 +13,6 @@ from huggingface_hub import CommitOperationAdd, constants
 from huggingface_hub.errors import (
     GatedRepoError,
     HFValidationError,
-    HTTPError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
@@ -21,9 +23,12 @@ from nectar_mlx.core.progress import Log
 from nectar_mlx.errors import NectarError
 
 _FILES = ["*.json", "model*.safetensors", "tokenizer.model", "*.tiktoken", "*.txt", "*.jinja"]
+_NECTAR_FILES = ["*.nectar", "*.nectar.kv", "*.nectar.*.kv"]
 _OWNERS = ("Qwen", "HuggingFaceTB", "meta-llama", "mistralai", "google", "microsoft", "ibm-granite", "allenai")
 _REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _TIMEOUT = 5.0  # seconds
+_MOST_HASHED = 64 << 20  # bytes of a file
+_MOST_HEADER = 100 << 20  # bytes of safetensors' header, its own limit
 _MEMORY_SHARE = 0.5  # the largest share of the memory for weights: a context and its fit need room too
 
 
@@ -50,9 +55,9 @@ def cached(name: str) -> tuple[str, Path] | None:
     for repository in repositories(name):
         try:
             folder = huggingface_hub.snapshot_download(repository, allow_patterns=_FILES, local_files_only=True)
-        except (LocalEntryNotFoundError, HFValidationError):
+        except (LocalEntryNotFoundError, HFValidationError, OSError):
             continue
-        if _is_whole(Path(folder)):
+        if _is_model(Path(folder)) and not damaged(Path(folder)):
             return repository, Path(folder)
     return None
 
@@ -81,13 +86,11 @@ def download(repository: str, *, log: Log) -> Path:
     """
     log(f"downloading {repository} from {constants.ENDPOINT}")
     try:
-        folder = Path(huggingface_hub.snapshot_download(repository, allow_patterns=_FILES))
+        folder = _snapshot(repository, _FILES)
     except GatedRepoError as error:
         advice = "accept its licence on its page, then run `hf auth login`"
         raise NectarError(f"{repository} is gated: {advice}") from error
-    except (HTTPError, OSError) as error:
-        raise Unreachable(_reason(error)) from error
-    if not _is_whole(folder):
+    if not _is_model(folder):
         raise NectarError(f"{repository} holds no safetensors weights that mlx-lm could read")
     return folder
 
@@ -104,13 +107,13 @@ def nectar_file(name: str | Path) -> Path:
     """
     path = Path(name)
     repository = str(name)
-    if path.exists() or path.suffix == ".nectar" or not _REPOSITORY.fullmatch(repository):
+    if os.path.exists(path) or path.suffix == ".nectar" or not _REPOSITORY.fullmatch(repository):
         return path
     try:
-        folder = Path(huggingface_hub.snapshot_download(repository, allow_patterns=["*.nectar", "*.nectar.kv"]))
+        folder = _snapshot(repository, ["*.nectar", "*.nectar.kv", "*.nectar.*.kv"])
     except RepositoryNotFoundError:
         raise NectarError(f"{name}: no such file here, and no such repository at {constants.ENDPOINT}") from None
-    except (HTTPError, OSError) as error:
+    except (Unreachable, GatedRepoError) as error:
         problem = f"{constants.ENDPOINT} gives no answer ({_reason(error)})"
         raise NectarError(f"{name}: no such file here or in the hub's cache, and {problem}") from None
     files = sorted(folder.glob("*.nectar"))
@@ -125,14 +128,15 @@ def upload(repository: str, files: dict[str, bytes | Path], *, private: bool) ->
 
     Raises NectarError where the hub does not take them.
     """
-    api = huggingface_hub.HfApi()
     operations = [CommitOperationAdd(name, content) for name, content in files.items()]
     try:
-        api.create_repo(repository, private=private, exist_ok=True)
-        api.create_commit(repository, operations, commit_message="Upload a .nectar")
+        with _asking():
+            api = huggingface_hub.HfApi()
+            api.create_repo(repository, private=private, exist_ok=True)
+            api.create_commit(repository, operations, commit_message="Upload a .nectar")
     except HFValidationError as error:
         raise NectarError(f"{repository} is not a repository's name (user/name): {_reason(error)}") from None
-    except (HTTPError, OSError) as error:
+    except (Unreachable, RepositoryNotFoundError, GatedRepoError) as error:
         advice = "is the name yours, and are you logged in (`hf auth login`)?"
         raise NectarError(f"{constants.ENDPOINT} does not take {repository} ({_reason(error)}); {advice}") from None
     return f"{constants.ENDPOINT}/{repository}"
@@ -141,24 +145,91 @@ def upload(repository: str, files: dict[str, bytes | Path], *, private: bool) ->
 def _weight_bytes(repository: str) -> int | None:
     """The size of a repository's weights, or None where mlx-lm has nothing to read. Raises Unreachable."""
     try:
-        info: ModelInfo = huggingface_hub.HfApi().model_info(repository, files_metadata=True, timeout=_TIMEOUT)
+        with _asking():
+            info: ModelInfo = huggingface_hub.HfApi().model_info(repository, files_metadata=True, timeout=_TIMEOUT)
     except (RepositoryNotFoundError, HFValidationError):
         return None
-    except (HTTPError, OSError) as error:
-        raise Unreachable(_reason(error)) from error
     files = {file.rfilename: file.size or 0 for file in info.siblings or []}
     weights = [size for file, size in files.items() if file.startswith("model") and file.endswith(".safetensors")]
     return sum(weights) if weights and "config.json" in files else None
 
 
-def _is_whole(folder: Path) -> bool:
+@contextmanager
+def _asking() -> Iterator[None]:
+    """Unreachable for whatever comes out of the libraries under huggingface_hub: no answer, an address that is none, a
+    token with characters that no header takes, a proxy whose package is missing. What the hub says of a repository is
+    raised as it is."""
+    try:
+        yield
+    except (RepositoryNotFoundError, GatedRepoError, HFValidationError):
+        raise
+    except Exception as error:
+        raise Unreachable(_reason(error)) from error
+
+
+def _snapshot(repository: str, patterns: list[str]) -> Path:
+    """The folder of a repository in the hub's cache, downloaded where needed; damaged files are fetched again.
+
+    Raises Unreachable, or what huggingface_hub raises for a repository that is gated or is not there.
+    """
+    with _asking():
+        folder = Path(huggingface_hub.snapshot_download(repository, allow_patterns=patterns))
+        for name in damaged(folder):
+            huggingface_hub.hf_hub_download(repository, name, force_download=True)
+        if broken := damaged(folder):
+            raise OSError(f"{broken[0]} does not arrive whole")
+    return folder
+
+
+def damaged(folder: Path) -> list[str]:
+    """The files of a snapshot that are not what the hub said, by their names.
+
+    The cache names a file by its hash: git's of small files, the sha256 of large ones. Those of some hundred MB are not
+    hashed at each start; weights of any size must be as long as their header says.
+    """
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() or path.is_symlink()]
+    return [path.relative_to(folder).as_posix() for path in files if not (_has_its_hash(path) and _fills_header(path))]
+
+
+def _has_its_hash(path: Path) -> bool:
+    blob = path.resolve()
+    size, known = blob.stat().st_size if blob.is_file() else -1, blob.name
+    if size < 0 or not re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", known) or size > _MOST_HASHED:
+        return size >= 0
+    content = blob.read_bytes()
+    if len(known) == 40:
+        return hashlib.sha1(b"blob %d\0" % size + content, usedforsecurity=False).hexdigest() == known
+    return hashlib.sha256(content).hexdigest() == known
+
+
+def _fills_header(path: Path) -> bool:
+    """Whether a file of weights is as long as its header says; any other file is."""
+    if path.suffix != ".safetensors":
+        return True
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if not 2 <= length <= min(size, _MOST_HEADER):
+            return False
+        try:
+            entries = json.loads(file.read(length))
+            ends = [entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"]
+            return bool(8 + length + max(ends, default=0) == size)
+        except (AttributeError, LookupError, RecursionError, TypeError, ValueError):
+            return False
+
+
+def _is_model(folder: Path) -> bool:
     """Whether a folder has a configuration and every weight file that it names."""
     index = folder / "model.safetensors.index.json"
     if not (folder / "config.json").exists():
         return False
-    if index.exists():
+    if not index.exists():
+        return any(folder.glob("model*.safetensors"))
+    try:
         return all((folder / file).exists() for file in set(json.loads(index.read_text())["weight_map"].values()))
-    return any(folder.glob("model*.safetensors"))
+    except (AttributeError, LookupError, RecursionError, TypeError, ValueError):
+        return False
 
 
 def _reason(error: Exception) -> str:

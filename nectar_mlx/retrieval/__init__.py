@@ -6,7 +6,7 @@ it for one file. `store.kv_file` is the file of keys, `fitting.kinds.hybrid` fit
 chunk of a long text that a question is about.
 """
 
-from ..store.kv_file import KeyFile, kv_path
+from ..store.kv_file import KeyFile, find_keys, kv_path
 from .bank import HybridBank, hybrid_banks
 from .cache import Record, recorded, recording
 from .chunk_index import ChunkIndex
@@ -19,6 +19,7 @@ __all__ = [
     "HybridContext",
     "KeyFile",
     "Record",
+    "find_keys",
     "hybrid_banks",
     "kv_path",
     "recorded",

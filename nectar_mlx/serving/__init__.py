@@ -1,1 +1,1 @@
-"""What makes mlx-lm's server answer behind a context, safely."""
+"""The HTTP server: one thread computes (`engine`), the event loop speaks HTTP (`app`); validated values go between."""

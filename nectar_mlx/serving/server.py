@@ -1,113 +1,175 @@
-"""The HTTP server: how many requests it takes at a time, how it starts, and how it ends in order."""
+"""How the server starts, and how it ends in order."""
 
-import argparse
+import contextlib
 import ipaddress
-import logging
+import os
+import signal
 import socket
-import sys
 import threading
-import time
-from functools import partial
-from http.server import ThreadingHTTPServer
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import FrameType
 
-from mlx_lm import server
+import uvicorn
 
 from .. import store
 from ..core.progress import Log, no_log
 from ..errors import NectarError
 from ..models import hub
-from .handler import Handler
-from .provider import Generator, LoadNectar, PromptCache, Provider
+from .app import make_app
+from .connection import Connection
+from .engine import Engine, Settings
+from .guard import Access
+from .service import Defaults, Service
+from .shelf import Shelf
 
-FOREIGN = ("adapter_path", "chat_template", "use_default_chat_template", "trust_remote_code", "pipeline")
-"""Options of mlx-lm's server that change the model, so that a .nectar would no longer fit it."""
+_GRACE = 5  # seconds that open requests get to finish when the server is stopped
+_THREAD_EXIT = 0.3  # seconds that an ended engine may need to free MLX's memory
+_KEEP_ALIVE = 30  # seconds that a connection may stay open between two requests
+_HEAD_BYTES = 64 << 10  # of a request
 
-_GRACE = 5.0  # seconds that open requests get to finish when the server is stopped
-_THREAD_EXIT = 0.3  # seconds that a joined generation thread may need to free MLX's memory
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How to serve. host, port: where to listen; port 0 takes a free one. max_body: bytes of a request."""
+
+    host: str = "127.0.0.1"
+    port: int = 8080
+    max_body: int = 8 << 20
+    access: Access = field(default_factory=Access)
+    defaults: Defaults = field(default_factory=Defaults)
+    settings: Settings = field(default_factory=Settings)
 
 
-class Server(ThreadingHTTPServer):
-    """Answers at most `max_requests` requests at a time, one thread each; the others get a 503 with Retry-After."""
+class Server:
+    """A server whose model is loaded and whose socket is bound; `run` serves until a signal or `shutdown`."""
 
-    daemon_threads = True
-    request_queue_size = 128
+    def __init__(self, engine: Engine, options: Options, listener: socket.socket, *, log: Log = no_log):
+        self.engine, self.service = engine, Service(engine, options.defaults)
+        self._listener = listener
+        self.host, self.port = listener.getsockname()[:2]
+        app = make_app(self.service, options.access, max_body=options.max_body)
+        config = uvicorn.Config(
+            app,
+            http=Connection,
+            loop="asyncio",
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_keep_alive=_KEEP_ALIVE,
+            timeout_graceful_shutdown=_GRACE,
+            h11_max_incomplete_event_size=_HEAD_BYTES,
+        )
+        self._uvicorn = _Uvicorn(config, log)
 
-    def __init__(self, address: tuple[str, int], generator: server.ResponseGenerator, *, max_requests: int):
-        self.address_family = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)[0][0]
-        super().__init__(address, partial(Handler, generator, system_fingerprint=server.get_system_fingerprint()))
-        self.generator, self._max_requests = generator, max_requests
-        self._lock, self.open_requests = threading.Lock(), 0
-
-    def process_request(self, request: Any, client_address: Any) -> None:
-        with self._lock:
-            admitted = self.open_requests < self._max_requests
-            self.open_requests += admitted
-        if admitted:
-            return super().process_request(request, client_address)
-        body = b'{"error": {"message": "too many open requests", "type": "server_error"}}'
-        head = f"HTTP/1.0 503 Service Unavailable\r\nRetry-After: 1\r\nContent-Length: {len(body)}\r\n"
-        request.sendall(f"{head}Content-Type: application/json\r\n\r\n".encode() + body)
-        self.shutdown_request(request)
-
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
+    def run(self) -> None:
+        """Serves until the end; then no request is open, and the engine has stopped."""
         try:
-            super().process_request_thread(request, client_address)
+            self._uvicorn.run(sockets=[self._listener])
         finally:
-            with self._lock:
-                self.open_requests -= 1
+            self.close()
 
-    def handle_error(self, request: object, client_address: Any) -> None:
-        error = sys.exception()
-        if isinstance(error, (ConnectionError, TimeoutError)):
-            logging.info(f"{client_address[0]} closed the connection")
-        else:
-            logging.error(f"{type(error).__name__}: {error}", exc_info=logging.getLogger().isEnabledFor(logging.DEBUG))
+    def shutdown(self) -> None:
+        """Makes `run` end; from any thread."""
+        self._uvicorn.should_exit = True
 
-    def service_actions(self) -> None:
-        if not self.generator.is_healthy:
-            raise RuntimeError("generation has stopped, see above")
-
-    def stop(self) -> None:
-        """Takes no more requests, gives the open ones time to finish, and ends the generation thread."""
-        self.server_close()
-        end = time.monotonic() + _GRACE
-        while self.open_requests and time.monotonic() < end:
-            time.sleep(0.05)
-        _stop(self.generator)
+    def close(self) -> None:
+        """Ends the engine. Where it does not end, as in a long computation, the process does."""
+        self._listener.close()
+        self.service.prompting.close()
+        ended = self.engine.stop(timeout=_GRACE)
+        if not ended and self._uvicorn.signals:
+            os._exit(0)
+        threading.Event().wait(_THREAD_EXIT)  # the thread frees MLX's memory, for which it needs the interpreter
 
 
-def start(args: argparse.Namespace, load_nectar: LoadNectar, *, log: Log = no_log) -> Server:
-    """A server that is bound and has its models loaded, ready for `serve_forever`. args: of `nectar serve`. NectarError
-    for an error in the user's input."""
-    if foreign := [f"--{name.replace('_', '-')}" for name in FOREIGN if getattr(args, name)]:
-        raise NectarError(f"{', '.join(foreign)}: a .nectar belongs to one model, with its own weights and template")
-    if not args.api_key and not _is_loopback(args.host):
-        raise NectarError(f"{args.host} can be reached from other machines: give an --api-key, or leave out --host")
-    files = {Path(name).stem if name.endswith(".nectar") else name: hub.nectar_file(name) for name in args.nectars}
-    if len(files) < len(args.nectars):
-        raise NectarError("two .nectar files have the same name, which is their id: rename one")
-    for file in files.values():
-        store.model_name(file)  # NectarError if it is not a .nectar
-    provider = Provider(args, files, load_nectar, log=log)
-    generator = Generator(provider, PromptCache(args.prompt_cache_size, provider))
+class _Uvicorn(uvicorn.Server):
+    """Ends in order at the first SIGINT or SIGTERM, and at once at the second."""
+
+    def __init__(self, config: uvicorn.Config, log: Log):
+        super().__init__(config)
+        self._log, self.signals = log, 0
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            # Signals that come while the engine stops end the process at once, too.
+            self._before = before
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self.signals += 1
+        if self.signals > 1:
+            os._exit(130)
+        self._log("stopping: answers get a few seconds to end; once more ends at once")
+        self.should_exit = True
+
+
+def start(
+    nectars: Sequence[str], model: str | None, options: Options, *, fetch: bool = False, log: Log = no_log
+) -> Server:
+    """A server for these files, ready to `run`.
+
+    nectars: .nectar files, folders of them, or ids on the hub. model: its name, None for the one they were fitted on,
+    which is downloaded only with fetch. NectarError for an error in the user's input.
+    """
+    if not options.access.key and not _is_loopback(options.host):
+        raise NectarError(
+            f"{options.host} can be reached from other machines: set NECTAR_API_KEY or give --api-key-file, or leave "
+            "out --host"
+        )
+    files = find_files(nectars)
+    name = model or _common_model(files)
+    listener = _listen(options.host, options.port)
+    may_fetch = None if model else lambda _: fetch  # whoever made the files chose their model
+    engine = Engine(lambda: Shelf(name, files, may_fetch=may_fetch, log=log), options.settings)
     try:
-        provider.ready.wait()
-        if provider.failure is not None:
-            raise provider.failure
-        return Server((args.host, args.port), generator, max_requests=args.max_requests)
-    except BaseException as error:
-        _stop(generator)
-        if isinstance(error, OSError):
-            raise NectarError(f"cannot listen on {args.host}:{args.port}: {error.strerror or error}") from None
+        engine.start()
+        return Server(engine, options, listener, log=log)
+    except BaseException:
+        listener.close()
         raise
 
 
-def _stop(generator: server.ResponseGenerator) -> None:
-    generator.stop_and_join()
-    # After the join the thread still frees its MLX memory, for which it needs the interpreter; else it aborts.
-    time.sleep(_THREAD_EXIT)
+def find_files(nectars: Sequence[str]) -> dict[str, Path]:
+    """The files by the name under which they are served."""
+    files: dict[str, Path] = {}
+    for nectar in nectars:
+        folder = Path(nectar)
+        found = sorted(folder.glob("*.nectar")) if folder.is_dir() else [hub.nectar_file(nectar)]
+        if not found:
+            raise NectarError(f"{nectar}: no .nectar file in this folder")
+        for file in found:
+            name = file.stem if folder.is_dir() or nectar.endswith(".nectar") else nectar
+            if name in files:
+                raise NectarError(f"two .nectar files have the same name, {name}, which is their id: rename one")
+            files[name] = file
+    return files
+
+
+def _common_model(files: Mapping[str, Path]) -> str:
+    models = {store.model_name(file): name for name, file in files.items()}
+    if len(models) > 1:
+        which = ", ".join(f"{name} on {model}" for model, name in list(models.items())[:4])
+        raise NectarError(f"these files are of different models ({which}): serve those of one model at a time")
+    return next(iter(models))
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        family = socket.getaddrinfo(host or "0.0.0.0", port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family, backlog=1024)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise NectarError(f"cannot listen on {host}:{port}: {reason}") from None
 
 
 def _is_loopback(host: str) -> bool:

@@ -1,7 +1,7 @@
 """The .nectar file: how heads lie in tensors (`layout`), what else it holds, how it is written and read (`file`)."""
 
 from . import tensor_file
-from .file import Metadata, check_writable, contents, description, is_nectar, model_name, read, write
+from .file import Metadata, check_writable, contents, description, is_nectar, model_name, read, tensors_digest, write
 from .grids import MEAN_BITS
 from .layout import BITS, HALF_MAX, Layout, head_bytes, integer_heads, mean_bits, pack, select_nodes, unpack
 from .tensor_file import Tensors, digest
@@ -26,6 +26,7 @@ __all__ = [
     "read",
     "select_nodes",
     "tensor_file",
+    "tensors_digest",
     "unpack",
     "write",
 ]

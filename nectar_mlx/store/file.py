@@ -1,14 +1,16 @@
 """The .nectar: one safetensors file with all that a model needs to answer about a context.
 
 Tensors: the prefix's token ids, the heads (`layout`), and the keys and values that sliding-window layers keep. Metadata
-are text or JSON; `digest` covers every tensor. Tensors and metadata are in the order of their names, so that equal
-contents give equal bytes.
+are text or JSON. `digest` covers all of them, `tensors_sha256`, which covers every tensor, among them; the file's own
+checksum covers every byte (`tensor_file`). Tensors and metadata are in the order of their names, so that equal contents
+give equal bytes. Versions: docs/format.md.
 """
 
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,10 +19,11 @@ import mlx.core as mx
 import numpy as np
 
 from .. import __version__
+from ..core import json_text
 from ..core.types import JsonObject
 from ..errors import NectarError
 from ..heads import HeadArrays
-from . import tensor_file
+from . import schema, tensor_file
 from .layout import Layout, pack
 from .tensor_file import Tensors
 
@@ -28,8 +31,9 @@ if TYPE_CHECKING:  # commands import this module, and mlx-lm takes seconds
     from ..mlxlm.attention_patch import Geometry
     from ..mlxlm.cache import Window
 
-FORMAT = "nectar-1"
-_TEXTS = {"format", "digest", "prefix_sha256", "model", "model_sha256", "tokenizer_sha256", "nectar_mlx", "source"}
+FORMAT, _FIRST = "nectar-2", "nectar-1"  # in the first one `digest` is of the tensors, and nothing covers the metadata
+_DIGESTS = {"digest", "tensors_sha256", "prefix_sha256", "model_sha256", "tokenizer_sha256"}
+_TEXTS = _DIGESTS | {"format", "model", "nectar_mlx", "source"}
 _NEEDED = _TEXTS - {"source"} | {"geometry", "layout", "report"}
 Metadata = JsonObject
 
@@ -85,8 +89,9 @@ def _prefix_digest(tensors: Tensors) -> str:
 def write(path: Path, tensors: Tensors, metadata: Metadata) -> None:
     """Writes the file: all of it appears, or nothing changes. NectarError if it cannot be written."""
     strings = {k: v if k in _TEXTS else json.dumps(v) for k, v in metadata.items()}
-    strings |= {"format": FORMAT, "digest": tensor_file.digest(tensors)}
-    tensor_file.write(path, dict(sorted(tensors.items())), dict(sorted(strings.items())))
+    strings |= {"format": FORMAT, "tensors_sha256": tensor_file.digest(tensors)}
+    strings["digest"] = tensor_file.metadata_digest(strings)
+    tensor_file.write_sealed(path, dict(sorted(tensors.items())), dict(sorted(strings.items())))
 
 
 def check_writable(path: Path) -> None:
@@ -102,12 +107,15 @@ def check_writable(path: Path) -> None:
 
 
 def read(path: Path) -> tuple[Tensors, Metadata]:
-    """The file's tensors and metadata, checked against its digest; NectarError for anything but a whole .nectar."""
-    metadata, tensors = _metadata(path), tensor_file.read(path)
-    if tensor_file.digest(tensors) != metadata["digest"]:
+    """The file's tensors and metadata, checked against its digests; NectarError for anything but a whole .nectar."""
+    metadata = _metadata(path)
+    tensors = (tensor_file.read if metadata["format"] == _FIRST else tensor_file.read_sealed)(path)
+    if tensor_file.digest(tensors) != metadata["tensors_sha256"]:
         raise NectarError(f"{path} is damaged: its contents do not match its checksum; fit it again")
     if "prefix" not in tensors or _prefix_digest(tensors) != metadata["prefix_sha256"]:
         raise NectarError(f"{path} is damaged: its prefix does not match its checksum; fit it again")
+    with _damage_named(path):
+        schema.check(metadata, tensors)
     return tensors, metadata
 
 
@@ -116,16 +124,42 @@ def model_name(path: Path) -> str:
     return str(_metadata(path)["model"])
 
 
+def tensors_digest(path: Path) -> str:
+    """The digest of a file's tensors, to which its key file belongs; they are neither read nor checked."""
+    return str(_metadata(path)["tensors_sha256"])
+
+
 def _metadata(path: Path) -> Metadata:
     strings = tensor_file.metadata(path)
-    if strings.get("format") != FORMAT:
-        raise NectarError(f"{path} is not a .nectar of this version (expected {FORMAT}): fit the text again")
+    version = strings.get("format", "")
+    if version == _FIRST and "digest" in strings:
+        strings["tensors_sha256"] = strings["digest"]
+    elif version != FORMAT:
+        raise NectarError(f"{path} {_of_another_version(version)}")
     if missing := _NEEDED - strings.keys():
         raise NectarError(f"{path} is damaged: {', '.join(sorted(missing))} missing; fit it again")
+    if version == FORMAT and strings["digest"] != tensor_file.metadata_digest(strings):
+        raise NectarError(f"{path} is damaged: its metadata do not match their checksum; fit it again")
+    with _damage_named(path):
+        return {k: v if k in _TEXTS else json_text.decode(v) for k, v in strings.items()}
+
+
+@contextmanager
+def _damage_named(path: Path) -> Iterator[None]:
+    """NectarError, with the path, for what is raised inside where a file is damaged."""
     try:
-        return {k: v if k in _TEXTS else json.loads(v) for k, v in strings.items()}
-    except (ValueError, RecursionError) as error:
-        raise NectarError(f"{path} is damaged: {error}") from None
+        yield
+    except (NectarError, ValueError) as error:
+        reason = str(error).removeprefix("the file is damaged: ")
+        raise NectarError(f"{path} is damaged: {reason}; fit it again") from None
+
+
+def _of_another_version(version: str) -> str:
+    """Why a file of this format cannot be read."""
+    number = version.removeprefix("nectar-")
+    if number.isdecimal() and len(number) < 6 and int(number) > int(FORMAT.removeprefix("nectar-")):
+        return f"is of a later version ({version}, known up to {FORMAT}): install a newer nectar_mlx"
+    return f"is not a .nectar of this version (expected {FORMAT}): fit the text again"
 
 
 def is_nectar(path: Path) -> bool:

@@ -20,6 +20,7 @@ from ..errors import NectarError
 
 _LARGEST = 4096  # integer of a row whose step is found
 _LARGEST_ROUNDED = 127  # integer of a row that must be rounded
+_LEAST_EXPONENT, _MOST_EXPONENT = -300, 100  # of a row's step or a column's scale
 BLOCK = 1 << 22  # integers that are coded together, at most; files depend on it
 _WORKERS = os.cpu_count() or 1
 MEAN_BITS = 4.0  # that an entry is to take on average: fewer leave more room for nodes, which are then too coarse
@@ -119,6 +120,8 @@ def decode(scales: ByteArray, integers: ByteArray, shapes: Sequence[tuple[int, i
     vectors = rans.decode(scales[2 * len(lengths) :], np.repeat(header[:, 1], lengths))
     parts = np.split(vectors + np.repeat(header[:, 0], lengths), np.cumsum(lengths)[:-1])
     exponents, columns = parts[::2], parts[1::2]
+    if any(part.min(initial=0) < _LEAST_EXPONENT or part.max(initial=0) > _MOST_EXPONENT for part in parts):
+        raise NectarError("the file is damaged: its steps are none of numbers")
 
     def read(block: slice, data: ByteArray) -> list[GridMatrix]:
         known = [log2_scales(c, e) for c, e in zip(columns[block], exponents[block], strict=True)]

@@ -1,12 +1,17 @@
 """The file beside a .nectar: the context's own keys and values, read a row at a time, never whole.
 
-`book.nectar.kv` is a safetensors file. `rows` [layers, n_kv_heads, n, row bytes] holds each token's key and value (int8
+`book.nectar.0123456789abcdef.kv` is a safetensors file, named by the digest of the tensors that it belongs to, so that
+the keys of an old and of a new .nectar can lie side by side while one replaces the other. Before, there was one name,
+`book.nectar.kv`, which is still read.
+ `rows` [layers, n_kv_heads, n, row bytes] holds each token's key and value (int8
 with a scale a group, or bfloat16) side by side, so that reading a token is reading one short run of bytes, and a
-checksum, which differs by row and file too. The other arrays are small, are read at once and have one checksum: the
-router's index, the text, and the characters of it that each token stands for.
+checksum, which differs by row and file too. The other arrays are small, are read at once and have one checksum with the
+metadata: the router's index, the text, and the characters of it that each token stands for.
 """
 
+import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -20,7 +25,8 @@ from ..errors import NectarError
 from . import tensor_file
 from .tensor_file import Arrays
 
-FORMAT = "nectar-kv-2"
+FORMAT, _BEFORE = "nectar-kv-3", "nectar-kv-2"  # before, nothing covered the metadata
+_DIGITS = 16  # of the digest, in the file's name
 BITS = 8
 Rows = npt.NDArray[np.uint8]
 
@@ -111,6 +117,8 @@ class KeyFile:
             raise NectarError("the .kv file is damaged: fit again, or delete it and answer from the .nectar alone")
         places = mx.array(again.reshape(positions.shape).astype(np.int32))
         keys, values = self.format.unpack(rows)
+        if not (mx.isfinite(keys).all() & mx.isfinite(values).all()).item():
+            raise NectarError("the .kv file is damaged: it holds numbers that are not finite; fit again, or delete it")
         return keys[places], values[places]
 
     def layer(self, layer: int) -> tuple[mx.array, mx.array]:
@@ -127,20 +135,23 @@ class KeyFile:
             "bits": str(self.format.bits),
             "small_sha256": tensor_file.digest(self.small),
         }
+        metadata["digest"] = tensor_file.metadata_digest(metadata)
         tensor_file.write(path, {**self.small, "rows": self.rows}, metadata)
 
     @classmethod
     def open(cls, path: Path, *, nectar: str, shape: tuple[int, int, int]) -> "KeyFile":
         """Maps the file; shape: its layers, KV heads, tokens. NectarError unless it is whole and the .nectar's own."""
         metadata = tensor_file.metadata(path)
-        if metadata.get("format") != FORMAT:
+        if metadata.get("format") not in (FORMAT, _BEFORE):
             raise NectarError(f"{path} is not a .kv file of this version")
+        if metadata["format"] == FORMAT and metadata.get("digest") != tensor_file.metadata_digest(metadata):
+            raise NectarError(f"{path} is damaged: its metadata do not match their checksum")
         if metadata.get("nectar") != nectar:
             raise NectarError(f"{path} belongs to another .nectar")
-        try:
-            form = RowFormat(int(metadata["head_dim"]), int(metadata["bits"]))
-        except (KeyError, ValueError) as error:
-            raise NectarError(f"{path} is damaged: {error}") from None
+        head_dim, bits = metadata.get("head_dim", ""), metadata.get("bits", "")
+        if not re.fullmatch(r"[1-9][0-9]{0,4}", head_dim) or bits not in ("8", "16"):
+            raise NectarError(f"{path} is damaged: its rows are of no known form")
+        form = RowFormat(int(head_dim), int(bits))
         arrays = tensor_file.map_arrays(path)
         rows = arrays.pop("rows", None)
         if rows is None or rows.dtype != np.uint8 or rows.shape != (*shape, form.nbytes):
@@ -151,9 +162,31 @@ class KeyFile:
         return cls(rows=rows.view(np.uint8), format=form, small=small, nectar=nectar)
 
 
-def kv_path(path: str | Path) -> Path:
-    """Where the keys of a .nectar are."""
-    return Path(f"{path}.kv")
+def kv_path(nectar: str | Path, digest: str) -> Path:
+    """Where the keys of a .nectar are written. digest: of its tensors."""
+    return Path(f"{nectar}.{digest[:_DIGITS]}.kv")
+
+
+def find_keys(nectar: str | Path, digest: str) -> Path:
+    """Where the keys of a .nectar are, if there are any: older versions had a name without a digest."""
+    path, before = kv_path(nectar, digest), Path(f"{nectar}.kv")
+    return before if before.is_file() and not path.is_file() else path
+
+
+def remove_stale_keys(nectar: Path, *, but: Path | None) -> None:
+    """Removes the keys of a .nectar that stood there before. but: what belongs to the one that is there now."""
+    pattern = re.escape(nectar.name) + rf"(\.[0-9a-f]{{{_DIGITS}}})?\.kv"
+    for path in nectar.parent.iterdir():
+        if path != but and re.fullmatch(pattern, path.name) and _is_key_file(path):
+            with suppress(OSError):  # it belongs to no file any more, so no answer reads it
+                path.unlink()
+
+
+def _is_key_file(path: Path) -> bool:
+    try:
+        return tensor_file.metadata(path).get("format", "").startswith("nectar-kv-")
+    except NectarError:
+        return False
 
 
 def _seed(nectar: str, rows: npt.NDArray[np.integer]) -> npt.NDArray[np.integer]:

@@ -25,7 +25,8 @@ from .tensor_file import Tensors
 
 BITS = (4, 5, 6, 7, 8, 16)  # of a matrix entry; 16 = float
 HALF_MAX = 65504.0  # the largest float16
-_CODED = ("heads.grids", "heads.numbers")
+CODED = ("heads.grids", "heads.numbers")  # tensors of entropy-coded matrices
+LARGEST = 1e9  # of any number in a file: those of models are far smaller, and products of these stay finite
 _Parameter = TypeVar("_Parameter", bound=mx.array | Quantized)
 
 
@@ -119,10 +120,20 @@ def unpack(layout: Layout, tensors: Tensors, *, half: bool = False) -> list[Bank
     """
     banks, halved, offsets = list[Bank](), half and layout.bits != 16, _offsets(layout, tensors)
     for heads, offset in zip(_layers(layout, tensors, _floats), offsets, strict=True):
+        check_finite((name, x) for head in heads for name, x in head.items())
         heads = [{n: _halved(x) if halved and x.ndim > 1 else x for n, x in head.items()} for head in heads]
         banks.append(layout.bank.stack(heads, scale=layout.scale, offset=offset))
         mx.eval(banks[-1].parameters)  # layer by layer: on the way from bits to floats there is far more
     return banks
+
+
+def check_finite(arrays: Iterable[tuple[str, mx.array]]) -> None:
+    """NectarError that names the first array with a number that is not finite, or that no model has."""
+    for name, x in arrays:
+        if not mx.issubdtype(x.dtype, mx.floating) or not x.size:
+            continue
+        if not (mx.abs(x.astype(mx.float32)) <= LARGEST).all().item():
+            raise NectarError(f"the file is damaged: {name} holds numbers that are not finite or far too large")
 
 
 def _halved(x: mx.array) -> mx.array:
@@ -154,7 +165,7 @@ def select_nodes(layout: Layout, tensors: Tensors, nodes: Sequence[np.ndarray]) 
     if "offsets" in tensors:
         selected["offsets"] = tensors["offsets"]
     for name, tensor in tensors.items():
-        if name.startswith("heads.") and name not in _CODED:
+        if name.startswith("heads.") and name not in CODED:
             groups = tensor.shape[0] // int(sizes.sum())  # of a node
             selected[name] = tensor[mx.array((rows[:, None] * groups + np.arange(groups)).ravel())]
     if layout.bits is None:
@@ -168,7 +179,7 @@ def select_nodes(layout: Layout, tensors: Tensors, nodes: Sequence[np.ndarray]) 
 def _matrices(layout: Layout, tensors: Tensors) -> Iterator[GridMatrix]:
     """The entropy-coded matrices, head by head."""
     shapes = [shape for size in _sizes(layout, tensors) for shape in _matrix_shapes(layout, size).values()]
-    scales, integers = [np.array(_tensor(tensors, name)) for name in _CODED]
+    scales, integers = [np.array(_tensor(tensors, name)) for name in CODED]
     return grids.decode(scales, integers, shapes)
 
 

@@ -16,7 +16,7 @@ from ..kernels import DecodeKernel
 from ..mlxlm import attention_patch
 from ..mlxlm.attention_patch import Geometry
 from ..mlxlm.cache import Window
-from . import HALF_MAX, Layout, Metadata, Tensors
+from . import HALF_MAX, Layout, Metadata, Tensors, schema
 from .kv_file import KeyFile
 
 
@@ -62,12 +62,8 @@ def _fit_half(banks: Sequence[Bank]) -> bool:
 
 
 def geometry(metadata: Metadata) -> Geometry:
-    """What the file knows of its model. TypeError where its numbers are of another type."""
-    stored = Geometry.from_dict(metadata["geometry"])
-    counts = [stored.n_layers, stored.n_heads, stored.n_kv_heads, stored.head_dim, *stored.windows]
-    if not all(type(count) is int for count in counts) or not isinstance(stored.scale, int | float):
-        raise TypeError("its geometry is not numbers")
-    return stored
+    """What the file knows of its model."""
+    return Geometry.from_dict(metadata["geometry"])
 
 
 def windows(tensors: Tensors, geometry: Geometry, context: int) -> dict[int, Window]:
@@ -105,10 +101,18 @@ def check_model(path: str | Path, metadata: Metadata, model: nn.Module, tokenize
         raise NectarError(f"{path} was fitted with another tokenizer or chat template than the one given: fit again")
 
 
-def key_file(path: Path, *, nectar: str, shape: tuple[int, int, int]) -> KeyFile | None:
+def same_model(metadata: Metadata, other: Metadata) -> bool:
+    """Whether two files were fitted on the same model and tokenizer."""
+    names = ("model_sha256", "tokenizer_sha256", "geometry")
+    return all(metadata.get(name) == other.get(name) for name in names)
+
+
+def key_file(path: Path, *, nectar: str, shape: tuple[int, int, int], head_dim: int) -> KeyFile | None:
     """The keys beside a .nectar; arguments as for `KeyFile.open`. None, with a warning, where they cannot be used."""
     try:
-        return KeyFile.open(path, nectar=nectar, shape=shape)
-    except NectarError as error:
+        keys = KeyFile.open(path, nectar=nectar, shape=shape)
+        schema.check_keys(keys.small, shape=shape, head_dim=head_dim)
+        return keys
+    except (NectarError, ValueError) as error:
         warnings.warn(f"{error}: answering from the .nectar alone, no key is read exactly", stacklevel=3)
         return None

@@ -1,23 +1,27 @@
-"""The safetensors files under .nectar and .kv: equal arrays and metadata give equal bytes, and one digest.
+"""The safetensors files under .nectar, .kv and checkpoints: equal arrays and metadata give equal bytes, and one digest.
 
 8 bytes: the header's length, little-endian. The header, JSON, padded with spaces to a multiple of 8:
 `{"__metadata__": {name: text}, name: {"dtype": ..., "shape": [...], "data_offsets": [start, end]}, ...}`. Then the
-arrays, row-major and end to end in the header's order.
+arrays, row-major and end to end in the header's order. A sealed file ends with the array `checksum`, uint8 [32]: the
+sha256 of every byte before it.
 """
 
 import hashlib
 import json
+import math
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, TypedDict
+from typing import Annotated, Any, BinaryIO, NamedTuple
 
 import mlx.core as mx
+import msgspec
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
+from ..core import json_text
 from ..core.files import write_atomically
-from ..core.types import AnyArray, ByteArray
+from ..core.types import AnyArray
 from ..errors import NectarError
 
 Tensors = dict[str, mx.array]
@@ -31,24 +35,79 @@ _TYPES = {
     "U8": "uint8",
     "U16": "uint16",
 }
+_CHECKSUM, _CHECKSUM_BYTES = "checksum", 32
+_PIECE = 1 << 20  # bytes that are read at a time
 _NAMES = {dtype: name for name, dtype in _TYPES.items()}
+_MOST_ARRAYS = 4096
+_Size = Annotated[int, msgspec.Meta(ge=0, le=(1 << 31) - 1)]  # MLX's largest
+_Offset = Annotated[int, msgspec.Meta(ge=0, le=1 << 60)]
 
 
-class _Entry(TypedDict):
+class _Entry(msgspec.Struct, forbid_unknown_fields=True):
+    """Where an array lies: its bytes [start, end) behind the header."""
+
     dtype: str
-    shape: list[int]
-    data_offsets: list[int]
+    shape: Annotated[list[_Size], msgspec.Meta(max_length=8)]
+    data_offsets: tuple[_Offset, _Offset]
+
+    @property
+    def span(self) -> tuple[int, int]:
+        return self.data_offsets
+
+
+class _Header(NamedTuple):
+    """metadata: text beside the arrays. start: where the arrays' bytes begin in the file."""
+
+    metadata: dict[str, str]
+    entries: dict[str, _Entry]
+    start: int
 
 
 def write(path: Path, arrays: Mapping[str, mx.array | AnyArray], metadata: Mapping[str, str]) -> None:
     """Writes the arrays in their order; the file appears whole or not at all. NectarError if it cannot be written."""
 
     def write_to(file: BinaryIO) -> None:
-        file.write(_header(arrays, metadata))
-        for array in arrays.values():
-            file.write(_bits(array).data)
+        for piece in _pieces(arrays, metadata):
+            file.write(piece)
 
     write_atomically(path, write_to)
+
+
+def write_sealed(path: Path, arrays: Mapping[str, mx.array | AnyArray], metadata: Mapping[str, str]) -> None:
+    """The same with a checksum at its end, for `read_sealed`."""
+
+    def write_to(file: BinaryIO) -> None:
+        sha = hashlib.sha256()
+        *pieces, _ = _pieces({**arrays, _CHECKSUM: np.zeros(_CHECKSUM_BYTES, np.uint8)}, metadata)
+        for piece in pieces:
+            file.write(piece)
+            sha.update(piece)
+        file.write(sha.digest())
+
+    write_atomically(path, write_to)
+
+
+def _pieces(arrays: Mapping[str, mx.array | AnyArray], metadata: Mapping[str, str]) -> Iterator[bytes | memoryview]:
+    """What a file consists of: its header, then array by array."""
+    yield _header(arrays, metadata)
+    for array in arrays.values():
+        yield _bits(array).data.cast("B") if array.nbytes else b""
+
+
+def read_sealed(path: Path) -> Tensors:
+    """All arrays of a file that `write_sealed` wrote. NectarError as for `metadata`, and where a byte was changed."""
+    if not path.is_file():
+        raise NectarError(f"{path}: no such file")
+    sha, left = hashlib.sha256(), path.stat().st_size - _CHECKSUM_BYTES
+    with open(path, "rb") as file:
+        while left > 0 and (piece := file.read(min(left, _PIECE))):
+            sha.update(piece)
+            left -= len(piece)
+        if left or file.read() != sha.digest():
+            raise NectarError(f"{path} is damaged: its bytes do not match its checksum")
+    tensors = read(path)
+    tensors.pop(_CHECKSUM, None)
+    return tensors
 
 
 def digest(arrays: Mapping[str, mx.array | AnyArray]) -> str:
@@ -61,12 +120,33 @@ def digest(arrays: Mapping[str, mx.array | AnyArray]) -> str:
     return sha.hexdigest()
 
 
+def metadata_digest(metadata: Mapping[str, str]) -> str:
+    """sha256 (hex) over all text beside the arrays but `digest`, in the order of names."""
+    covered = {name: text for name, text in metadata.items() if name != "digest"}
+    return hashlib.sha256(json.dumps(covered, sort_keys=True).encode()).hexdigest()
+
+
 def metadata(path: Path) -> dict[str, str]:
     """The text beside the arrays. NectarError if there is no such file, or it is cut short or no safetensors file."""
-    if not path.is_file():
-        raise NectarError(f"{path}: no such file")
-    with _damage_named(path), safe_open(path, framework="numpy") as file:  # compares the header with the file's length
-        return dict(file.metadata() or {})
+    return _header_of(path).metadata
+
+
+def read(path: Path) -> Tensors:
+    """All arrays of a file, in memory. NectarError as for `metadata`."""
+    header = _header_of(path)
+    with _damage_named(path), open(path, "rb") as file:
+        return {name: _tensor(entry, file, header.start) for name, entry in header.entries.items()}
+
+
+def map_arrays(path: Path) -> Arrays:
+    """All arrays of a file, on the disk until they are used, bfloat16 as uint16. NectarError as for `metadata`."""
+    header = _header_of(path)
+    with _damage_named(path):
+        data = np.memmap(path, np.uint8, "r", offset=0)[header.start :]
+        return {
+            name: data[slice(*entry.span)].view(_numpy_type(entry)).reshape(entry.shape)
+            for name, entry in header.entries.items()
+        }
 
 
 @contextmanager
@@ -74,22 +154,48 @@ def _damage_named(path: Path) -> Iterator[None]:
     """NectarError for what is raised inside where a file is damaged."""
     try:
         yield
-    except (SafetensorError, OSError, OverflowError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise NectarError(f"{path} is not a .nectar or .kv file, or is cut short ({error})") from None
 
 
-def read(path: Path) -> Tensors:
-    """All arrays of a file, in memory. NectarError as for `metadata`."""
-    entries, data = _mapped(path)
+def _header_of(path: Path) -> _Header:
+    """The header, of which nothing is believed: the arrays lie end to end and fill the file, and each has as many bytes
+    as its type and shape say. Nothing is allocated by a number in it."""
+    if not path.is_file():
+        raise NectarError(f"{path}: no such file")
+    with _damage_named(path), open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        length = int.from_bytes(file.read(8), "little")
+        if not 2 <= length <= min(size - 8, json_text.MOST_BYTES):
+            raise ValueError("it has no header")
+        fields = json_text.decode(file.read(length))
     with _damage_named(path):
-        return {name: _tensor(entry, data) for name, entry in entries.items()}
+        return _checked(fields, start=8 + length, size=size)
 
 
-def map_arrays(path: Path) -> Arrays:
-    """All arrays of a file, on the disk until they are used, bfloat16 as uint16. NectarError as for `metadata`."""
-    entries, data = _mapped(path)
-    with _damage_named(path):
-        return {name: _array(entry, data) for name, entry in entries.items()}
+def _checked(fields: object, *, start: int, size: int) -> _Header:
+    """ValueError unless the header describes the rest of a file of this size."""
+    if not isinstance(fields, dict) or len(fields) > _MOST_ARRAYS:
+        raise ValueError("its header is no object, or has too many arrays")
+    metadata = json_text.typed(fields.pop("__metadata__", {}), dict[str, str])
+    entries = json_text.typed(fields, dict[str, _Entry])
+    if unknown := {entry.dtype for entry in entries.values()} - _TYPES.keys():
+        raise ValueError(f"arrays of a type that is not read: {', '.join(sorted(unknown))[:80]}")
+    end = 0
+    for entry in sorted(entries.values(), key=lambda entry: entry.span):
+        count = math.prod(max(1, n) for n in entry.shape)  # of an empty array as well: numpy has limits there, too
+        if count > 1 << 48 or entry.span != (end, end + math.prod(entry.shape) * _numpy_type(entry).itemsize):
+            raise ValueError("its arrays are not as long as their shapes say, or not end to end")
+        end = entry.span[1]
+    if start + end != size:
+        raise ValueError("its arrays do not fill it")
+    return _Header(metadata, entries, start)
+
+
+def _numpy_type(entry: _Entry) -> np.dtype[Any]:
+    """bfloat16, which numpy does not have, is uint16."""
+    dtype = _TYPES[entry.dtype]
+    return np.dtype("uint16" if dtype == "bfloat16" else dtype)
 
 
 def _bits(array: mx.array | AnyArray) -> AnyArray:
@@ -111,24 +217,7 @@ def _header(arrays: Mapping[str, mx.array | AnyArray], metadata: Mapping[str, st
     return len(text).to_bytes(8, "little") + text
 
 
-def _mapped(path: Path) -> tuple[dict[str, _Entry], ByteArray]:
-    """The header's entries, and the bytes behind the header."""
-    metadata(path)
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        entries = json.loads(file.read(length))
-    entries.pop("__metadata__", None)
-    if unknown := {entry["dtype"] for entry in entries.values()} - _TYPES.keys():
-        raise NectarError(f"{path} holds arrays of a type that is not read: {', '.join(sorted(unknown))}")
-    data = np.memmap(path, np.uint8, "r")
-    return entries, data[8 + length :]
-
-
-def _array(entry: _Entry, data: ByteArray) -> AnyArray:
-    (start, end), dtype = entry["data_offsets"], _TYPES[entry["dtype"]]
-    return data[start:end].view("uint16" if dtype == "bfloat16" else dtype).reshape(entry["shape"])
-
-
-def _tensor(entry: _Entry, data: ByteArray) -> mx.array:
-    array = mx.array(np.array(_array(entry, data)))  # a copy: the file's own arrays may begin anywhere
-    return array.view(mx.bfloat16) if entry["dtype"] == "BF16" else array
+def _tensor(entry: _Entry, file: BinaryIO, start: int) -> mx.array:
+    file.seek(start + entry.span[0])
+    array = mx.array(np.fromfile(file, _numpy_type(entry), math.prod(entry.shape)).reshape(entry.shape))
+    return array.view(mx.bfloat16) if entry.dtype == "BF16" else array

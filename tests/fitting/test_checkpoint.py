@@ -1,5 +1,7 @@
 """What an interrupted fit left is found again; what cannot be read counts as not there."""
 
+import os
+
 import mlx.core as mx
 import pytest
 
@@ -8,13 +10,14 @@ from nectar_mlx.fitting.checkpoint import Checkpoint, Plan
 from nectar_mlx.fitting.samples.self_study import Conversation
 
 PLAN = Plan([(3,), (5,)], 0.1, 1.5)
+CLAIM = {"model": "a", "text": "b", "settings": {"seed": 0}}
 CONVERSATIONS = [Conversation([1, 2], [3], "held_out"), Conversation([4])]
 
 
 @pytest.fixture
 def checkpoint(tmp_path):
     checkpoint = Checkpoint(tmp_path / "fit")
-    checkpoint.claim({"seed": 0}, [1, 2, 3])
+    checkpoint.claim(CLAIM)
     return checkpoint
 
 
@@ -29,7 +32,7 @@ def test_what_was_kept_comes_back(checkpoint):
     for group in (heads(0), heads(2)):
         checkpoint.save_heads(group)
     again = Checkpoint(checkpoint.folder)
-    again.claim({"seed": 0}, [1, 2, 3])
+    again.claim(CLAIM)
     assert again.load_plan() == PLAN and again.load_conversations() == CONVERSATIONS
     found = again.load_heads()
     assert sorted(found) == [0, 1, 2, 3] and mx.array_equal(found[3]["keys"], mx.full((2, 4), 3.0))
@@ -67,22 +70,105 @@ def test_heads_and_parts_that_are_cut_short_are_not_there(checkpoint, cut):
     assert checkpoint.load_chunk() is None
 
 
-def test_another_fits_folder_is_refused(checkpoint):
-    for settings, prefix in (({"seed": 1}, [1, 2, 3]), ({"seed": 0}, [1, 2])):
-        with pytest.raises(NectarError, match="other settings"):
-            Checkpoint(checkpoint.folder).claim(settings, prefix)
+@pytest.mark.parametrize("changed", [{"model": "z"}, {"text": "z"}, {"settings": {"seed": 1}}, {"version": "2"}])
+def test_another_fits_folder_is_refused_or_emptied(checkpoint, changed):
+    (what,) = changed
+    checkpoint.save_plan(PLAN)
+    with pytest.raises(NectarError, match=f"another {what}"):
+        Checkpoint(checkpoint.folder, must_match=True).claim(CLAIM | changed)
+    assert checkpoint.load_plan() == PLAN
+    said = []
+    again = Checkpoint(checkpoint.folder, log=said.append)
+    again.claim(CLAIM | changed)
+    assert again.load_plan() is None and len(said) == 1 and f"another {what}" in said[0]
+    again.claim(CLAIM | changed)
+    assert len(said) == 1
 
 
-def test_where_it_cannot_be_told_whose_the_work_is_it_starts_anew(checkpoint):
+def test_of_an_empty_folder_nothing_is_said(checkpoint):
+    Checkpoint(checkpoint.folder, must_match=True, log=pytest.fail).claim(CLAIM | {"model": "z"})
+
+
+@pytest.mark.parametrize("content", [b'{"config"', b"", b"null", b"[1]"])
+def test_where_it_cannot_be_told_whose_the_work_is_it_starts_anew(checkpoint, content):
     checkpoint.save_plan(PLAN)
     checkpoint.save_heads(heads(0))
-    (checkpoint.folder / "fit.json").write_text('{"config"')
+    (checkpoint.folder / "fit.json").write_bytes(content)
     again = Checkpoint(checkpoint.folder)
-    again.claim({"seed": 1}, [1, 2, 3])
+    again.claim(CLAIM)
     assert again.load_plan() is None and again.load_heads() == {}
     again.save_plan(PLAN)
-    Checkpoint(checkpoint.folder).claim({"seed": 1}, [1, 2, 3])
+    Checkpoint(checkpoint.folder).claim(CLAIM)
     assert again.load_plan() == PLAN
+
+
+def test_any_changed_byte_is_noticed(checkpoint):
+    """In every file: whatever byte is another one, that part is not there, and the others are."""
+
+    def found(name):
+        return {
+            "plan.json": lambda: checkpoint.load_plan(),
+            "conversations.json": lambda: checkpoint.load_conversations() or None,
+            "heads-0.safetensors": lambda: checkpoint.load_heads() or None,
+            "done.safetensors": lambda: checkpoint.load_chunk(),
+        }[name]()
+
+    checkpoint.save_chunk({"x": mx.zeros(3)}, {"errors": [0.5]})
+    checkpoint.save_plan(PLAN)
+    checkpoint.save_conversations(CONVERSATIONS)
+    checkpoint.save_heads(heads(0))
+    paths = [p for p in checkpoint.folder.iterdir() if p.name != "fit.json"]
+    assert len(paths) == 4
+    for path in paths:
+        content = path.read_bytes()
+        for at in range(0, len(content), 3):
+            path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+            assert found(path.name) is None, (path.name, at)
+        path.write_bytes(content)
+        assert found(path.name) is not None
+
+
+def test_answers_under_way_come_back_for_their_batch_alone(checkpoint, monkeypatch):
+    monkeypatch.setattr("nectar_mlx.fitting.checkpoint.SAVE_SECONDS", 0.0)
+    batch = [Conversation([1, 2], [3, 4]), Conversation([5, 6, 7])]
+    checkpoint.save_answers(batch, seed=7, at=3)
+    again = [Conversation([1, 2]), Conversation([5, 6, 7])]
+    assert checkpoint.load_answers(again, seed=8) == 0 and again[0].answer == []
+    assert checkpoint.load_answers(again[:1], seed=7) == 0
+    assert checkpoint.load_answers(again, seed=7) == 3 and again == batch
+    checkpoint.save_conversations(batch)
+    assert checkpoint.load_answers(again, seed=7) == 0, "a finished batch is kept elsewhere"
+
+
+def test_between_savings_there_is_some_time(checkpoint):
+    checkpoint.save_answers(CONVERSATIONS, seed=0, at=3)
+    assert checkpoint.load_answers(CONVERSATIONS, seed=0) == 0
+
+
+def test_what_was_decided_stays(checkpoint):
+    assert checkpoint.decided("memory", lambda: 5) == 5
+    assert Checkpoint(checkpoint.folder).decided("memory", lambda: 6) == 5
+    assert not checkpoint.holds_work() and Checkpoint(None).decided("memory", lambda: 6) == 6
+
+
+def test_a_folder_has_one_holder(tmp_path):
+    folder = tmp_path / "fit"
+    with Checkpoint(folder).held():
+        with pytest.raises(NectarError, match=rf"process {os.getpid()}\)"), Checkpoint(folder).held():
+            pass
+        Checkpoint(folder).claim(CLAIM)
+        assert (folder / "fit.json").exists(), "the other took nothing away"
+    assert not folder.exists(), "nothing was kept"
+    with Checkpoint(folder).held():
+        Checkpoint(folder).save_plan(PLAN)
+    assert Checkpoint(folder).load_plan() == PLAN
+
+
+def test_a_file_in_the_folders_place_is_one_line(tmp_path):
+    (tmp_path / "fit").write_text("x")
+    with pytest.raises(NectarError, match="cannot be used"), Checkpoint(tmp_path / "fit").held():
+        pass
+    assert (tmp_path / "fit").read_text() == "x"
 
 
 def test_a_full_disk_is_an_error_with_its_reason(checkpoint, monkeypatch):
@@ -105,7 +191,7 @@ def test_a_full_disk_is_an_error_with_its_reason(checkpoint, monkeypatch):
 
 def test_without_a_folder_nothing_is_kept():
     checkpoint = Checkpoint(None)
-    checkpoint.claim({}, [1])
+    checkpoint.claim({})
     checkpoint.save_plan(PLAN)
     checkpoint.save_heads(heads(0))
     assert checkpoint.load_plan() is None and checkpoint.load_heads() == {} and checkpoint.load_chunk() is None

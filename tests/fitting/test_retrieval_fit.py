@@ -18,7 +18,7 @@ from nectar_mlx.heads import Completion, Retrieval, ThresholdedNodes
 from nectar_mlx.heads.completion import key_features
 from nectar_mlx.heads.hybrid import ANCHORS, EVERYTHING, SINKS, TAIL, anchor_positions, middle
 from nectar_mlx.mlxlm import prompts
-from nectar_mlx.retrieval import kv_path, sketch
+from nectar_mlx.retrieval import sketch
 from tests import oracle, toys
 from tests.fitting.toy_fit import TEXT, fit_run, read
 
@@ -182,7 +182,7 @@ def test_from_text_to_sources_and_evaluation(tmp_path, capsys, monkeypatch):
     assert fit.main(["--model", str(folder), "--context", "book.txt", *options]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["kl"] < report["kl_no_context"] and report["budget"] == 0.3
-    assert kv_path("book.nectar").is_file()
+    assert toys.key_file("book.nectar").is_file()
     assert ask.main(["book.nectar", "Who?", "--json", "--exact", "0.2", "--max-tokens", "4"]) == 0
     sources = json.loads(capsys.readouterr().out)["sources"]
     assert sources and all(TEXT[s["start"] : s["end"]] == s["text"] for s in sources)

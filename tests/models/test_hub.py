@@ -38,6 +38,11 @@ except NectarError as error:
 """
 
 
+def git_hash(content: bytes) -> str:
+    """By which the hub names a small file."""
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
 class Hub(ThreadingHTTPServer):
     """The part of the hub's HTTP interface that downloads use: model_info, the list of files, and the files."""
 
@@ -60,7 +65,7 @@ class Handler(BaseHTTPRequestHandler):
         path = self.path.partition("?")[0].strip("/")
         self.server.requests.append(path)
         for name, files in self.server.repositories.items():
-            etags = {file: hashlib.sha1(content).hexdigest() for file, content in files.items()}
+            etags = {file: git_hash(content) for file, content in files.items()}
             if path in (f"api/models/{name}", f"api/models/{name}/revision/main"):
                 siblings = [{"rfilename": file, "size": len(content)} for file, content in files.items()]
                 return self.answer({"id": name, "sha": COMMIT, "siblings": siblings})

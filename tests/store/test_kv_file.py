@@ -7,7 +7,7 @@ import mlx_lm
 import numpy as np
 import pytest
 
-from nectar_mlx import Nectar, NectarError, ask
+from nectar_mlx import Nectar, NectarError, ask, store
 from nectar_mlx.core.quantize import dequantize, quantize
 from nectar_mlx.fitting import prefill
 from nectar_mlx.heads.hybrid import ANCHORS, anchor_positions
@@ -171,10 +171,10 @@ def test_without_its_keys_it_answers_alone_and_says_so(book, tmp_path, what):
     path = tmp_path / "copy.nectar"
     path.write_bytes(book.path.read_bytes())
     if what != "missing":
-        content = bytearray(kv_path(book.path).read_bytes())
+        content = bytearray(toys.key_file(book.path).read_bytes())
         if what == "foreign":
             content = content.replace(bytes(Nectar.read(book.path).digest, "ascii"), b"0" * 64)
-        kv_path(path).write_bytes(content[: -99 if what == "cut" else None])
+        kv_path(path, store.tensors_digest(path)).write_bytes(content[: -99 if what == "cut" else None])
     with pytest.warns(UserWarning, match="alone"):
         nectar = Nectar.load(path, book.model, book.tokenizer)
     tokens = nectar.prompt(book.tokenizer, "who?")
@@ -193,10 +193,10 @@ def test_a_whole_file_is_loaded_without_a_warning(book):
 def test_damage_ends_an_answer_with_one_line(book, tmp_path, capsys):
     path = tmp_path / "copy.nectar"
     path.write_bytes(book.path.read_bytes())
-    content = bytearray(kv_path(book.path).read_bytes())
+    content = bytearray(toys.key_file(book.path).read_bytes())
     rows = Nectar.load(book.path, book.model, book.tokenizer).keys.rows
     content[-rows.nbytes :: 40] = bytes(b ^ 1 for b in content[-rows.nbytes :: 40])
-    kv_path(path).write_bytes(content)
+    kv_path(path, store.tensors_digest(path)).write_bytes(content)
     assert ask.main([str(path), "who?", "--exact", "0.5", "--max-tokens", "3"]) == 2
     assert "damaged" in capsys.readouterr().err
 

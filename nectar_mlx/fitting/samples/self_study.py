@@ -42,26 +42,24 @@ def study(run: FitRun, context: Context) -> list[Conversation]:
     conversations, config = run.checkpoint.load_conversations(), run.config
     wanted = run.n_samples(run.n_heads)
     with run.progress("sampling answers", wanted) as done:
-        try:
-            while True:
-                samples = count_samples(conversations, group=run.group)
-                number = sum(c.split != "check" for c in conversations)
-                batch: list[Conversation] = []
-                if samples < _ENOUGH * wanted:
-                    count = side_by_side(run, missing=wanted - samples)
-                    batch += training_conversations(
-                        run.tokenizer, context.prefix, first=number, count=count, seed=config.seed
-                    )
-                if not answered_checks(conversations):  # beside the others they cost little
-                    batch += check_conversations(
-                        run.tokenizer, context.prefix, first=0, count=config.checks, seed=config.seed
-                    )
-                if not batch:
-                    break
-                told = batch_progress(run, batch, samples, wanted, done)
-                answer(run, context, batch, seed=config.seed + number, progress=told)
-                conversations += batch
-        finally:
+        while True:
+            samples = count_samples(conversations, group=run.group)
+            number = sum(c.split != "check" for c in conversations)
+            batch: list[Conversation] = []
+            if samples < _ENOUGH * wanted:
+                count = side_by_side(run, missing=wanted - samples)
+                batch += training_conversations(
+                    run.tokenizer, context.prefix, first=number, count=count, seed=config.seed
+                )
+            if not answered_checks(conversations):  # beside the others they cost little
+                batch += check_conversations(
+                    run.tokenizer, context.prefix, first=0, count=config.checks, seed=config.seed
+                )
+            if not batch:
+                break
+            told = batch_progress(run, batch, samples, wanted, done)
+            answer(run, context, batch, seed=config.seed + number, progress=told)
+            conversations += batch
             run.checkpoint.save_conversations(conversations)
     return conversations
 
@@ -89,8 +87,14 @@ def answer(
     seed: int,
     progress: Callable[[int], None] = lambda tokens: None,
 ) -> None:
-    """Samples the answers of a batch, as long and at the temperatures that the run's configuration says."""
+    """Samples the answers of a batch, as long and at the temperatures that the run's configuration
+    says; an interrupted one is continued."""
     ordered = sorted(batch, key=lambda c: len(c.prompt))
+
+    def sampled(at: int) -> None:
+        progress(at)
+        run.checkpoint.save_answers(ordered, seed=seed, at=at)
+
     sample_answers(
         run.model,
         context,
@@ -99,7 +103,8 @@ def answer(
         max_tokens=run.config.answer_tokens,
         temperature=[CHECK_TEMPERATURE if c.split == "check" else run.config.temperature for c in ordered],
         key=mx.random.key(seed),
-        progress=progress,
+        progress=sampled,
+        at=run.checkpoint.load_answers(ordered, seed=seed),
     )
 
 
@@ -144,24 +149,38 @@ def sample_answers(
     temperature: float | Sequence[float],
     key: mx.array,
     progress: Callable[[int], None] = lambda tokens: None,
+    at: int = 0,
 ) -> None:
     """Samples the answers of a batch with the full cache, all conversations in step; the shortest prompt comes first.
-    temperature: of all, or of each. progress is told how many tokens of each there are.
+    temperature: of all, or of each. progress is told how many tokens of each there are. at: how many there were when it
+    was interrupted, 0 to begin.
 
     Every conversation starts at the same position: the longer prompts are still being read while the shorter ones are
     answered, so none is padded and positions are exact. Several steps are queued before the first one's tokens are
     looked at; what is drawn behind the end of an answer is dropped.
     """
-    caches, going = context.make_cache(StepCache), list(batch)
-    shortest, longest = (choose(len(c.prompt) for c in going) for choose in (min, max))
+    caches, going, first = context.make_cache(StepCache), list(batch), min(len(c.prompt) for c in batch)
+    ahead, longest = device().steps_ahead, max(len(c.prompt) for c in batch)
+    heats = [temperature] * len(batch) if isinstance(temperature, float | int) else temperature
+    heat_of = {id(c): heat for c, heat in zip(batch, heats, strict=True)}
+    for step in range(first, at + 1):  # those that were sampled before
+        key, _ = mx.random.split(key)
+        if (step - first + 1) % ahead == 0:
+            ended = [_has_ended(c, stop, max_tokens) and len(c.prompt) + len(c.answer) <= step + 1 for c in going]
+            if all(ended):
+                return
+            if sum(ended) * _SHRINK >= len(ended):
+                going = [c for c, end in zip(going, ended, strict=True) if not end]
+    at = max(at + 1, first)
+    tokens = mx.array([(c.prompt + c.answer + [0] * at)[:at] for c in going])
+    # The logits of these tokens are not needed, so the vocabulary-wide product is never computed.
+    for start, end in itertools.pairwise([0, *range(first - 1, at - 1, _STEP), at - 1]):
+        if start < end:
+            model(tokens[:, start:end], cache=caches)
+            mx.eval([c.state for c in caches])
+    tokens = tokens[:, -1:]
     prompts_ = mx.array([c.prompt + [-1] * (longest + max_tokens - len(c.prompt)) for c in going])
-    heats = [temperature] * len(going) if isinstance(temperature, float | int) else list(temperature)
-    heat = mx.array(heats)[:, None]
-    tokens, at = prompts_[:, :shortest], shortest
-    if at > 1:  # the logits of these tokens are not needed, so the vocabulary-wide product is never computed
-        model(tokens[:, :-1], cache=caches)
-        mx.eval([c.state for c in caches])
-        tokens = tokens[:, -1:]
+    heat = mx.array([heat_of[id(c)] for c in going])[:, None]
     queued: list[mx.array] = []
     while True:
         logits = model(tokens, cache=caches)[:, -1]
@@ -173,11 +192,11 @@ def sample_answers(
             mx.async_eval(tokens)
             mx.eval(queued[-2:-1])  # no more than two steps are under way: they take memory
         at += 1
-        if len(queued) < device().steps_ahead and not last:
+        if len(queued) < ahead and not last:
             continue
-        first = at - len(queued)
+        known = at - len(queued)
         for step, drawn in enumerate(np.array(mx.stack(queued)).tolist()):
-            ended = [_extend(c, token, first + step, stop, max_tokens) for c, token in zip(going, drawn, strict=True)]
+            ended = [_extend(c, token, known + step, stop, max_tokens) for c, token in zip(going, drawn, strict=True)]
         queued = []
         progress(at - 1)
         if all(ended):
@@ -202,11 +221,15 @@ def sample(logits: mx.array, *, temperature: float | mx.array, key: mx.array) ->
     return (cumulative > point).argmax(-1).astype(mx.int32)
 
 
+def _has_ended(conversation: Conversation, stop: set[int], max_tokens: int) -> bool:
+    answer = conversation.answer
+    return bool(answer) and (answer[-1] in stop or len(answer) >= max_tokens)
+
+
 def _extend(conversation: Conversation, token: int, at: int, stop: set[int], max_tokens: int) -> bool:
     """Adds the sampled token if the prompt is read; True if the answer has ended (a stop token is not fed)."""
-    answer = conversation.answer
-    ended = bool(answer) and (answer[-1] in stop or len(answer) >= max_tokens)
+    ended = _has_ended(conversation, stop, max_tokens)
     if ended or at < len(conversation.prompt):
         return ended
-    answer.append(token)
-    return token in stop or len(answer) >= max_tokens
+    conversation.answer.append(token)
+    return _has_ended(conversation, stop, max_tokens)

@@ -17,6 +17,7 @@ from ..samples.sample_store import Samples
 _RIDGE = 1e-2  # relative to the mean diagonal: a head of many nodes would fit its samples and nothing else
 _NNLS_STEPS = 300
 _RIDGE_STEPS = 48
+_SCORE_ARRAYS = 8  # as large as the scores, that `costs` holds at the same time
 
 
 def attention_weights(samples: Samples, keys: mx.array, *, scale: float, bias: mx.array | None = None) -> mx.array:
@@ -49,7 +50,7 @@ def costs(samples: Samples, bank: Bank) -> HeadArrays:
     values = p["values"].astype(mx.float32)
     square = mean_squares(samples.queries, centered=True).mean(1) * bank.scale**2
     total = {n: mx.zeros(p["bias"].shape) for n in ("keys", "values")}
-    for part in _parts(samples, p["bias"].size):
+    for part in _parts(samples, _SCORE_ARRAYS * p["bias"].size):
         answer = bank(part.queries)
         own = part._replace(log_normalizer=answer.log_normalizer)
         weights = attention_weights(own, p["keys"], scale=bank.scale, bias=p["bias"])

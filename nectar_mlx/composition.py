@@ -1,0 +1,106 @@
+"""Several fitted texts in one conversation, fitted apart and put together when a question is asked.
+
+Every file stands for its text behind the chat template's head, its preamble. Side by side, all texts are at the same
+positions (parallel context windows, arXiv 2212.10947); end to end, each is moved behind the one before it. Either way C
+texts weigh as much as one:
+
+    L = log (1/C) Σ exp(L_c)
+
+so that the preamble, which every file has, counts once. No text knows of the others: what that costs is in
+docs/log/composition.md. Where one text can be chosen, answers from it alone are better.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .errors import NectarError
+from .heads import Bank, HeadArrays, Quadrature
+from .heads.nodes import plain_nodes
+from .mlxlm.cache import Window, make_caches
+from .mlxlm.positions import shifted
+from .nectar import Nectar
+
+
+@dataclass(frozen=True)
+class Composition:
+    """What `compose` makes: used as a `Nectar` is, by its `make_cache`.
+
+    Attributes:
+        nectars: the files, in their order.
+        banks: the heads of each layer with full attention.
+        windows: of the layers with a sliding window: the last file's.
+        start: the position of the token that follows.
+    """
+
+    nectars: Sequence[Nectar]
+    banks: Sequence[Bank]
+    windows: dict[int, Window]
+    start: int
+
+    def make_cache(self, *, kv_bits: int | None = None) -> list[Any]:
+        """Fresh caches for mlx-lm; kv_bits as for `Nectar.make_cache`."""
+        return make_caches(self.banks, self.windows, self.start, kv_bits=kv_bits)
+
+
+def compose(
+    nectars: Sequence[Nectar], model: nn.Module, *, preamble: int | None = None, end_to_end: bool = True
+) -> Composition:
+    """Puts files of one model together.
+
+    Args:
+        nectars: files made of nodes or exact keys.
+        model: the model that they were fitted on.
+        preamble: tokens that all prefixes begin with (default: as many as they do).
+        end_to_end: each text behind the one before it; else all at the same positions, behind the preamble.
+
+    NectarError for files of different models, or of networks, and where a layer's keys cannot be moved.
+    """
+    if not nectars:
+        raise NectarError("there is no file to compose")
+    if len({nectar.metadata["model_sha256"] for nectar in nectars}) > 1:
+        raise NectarError("these files were fitted on different models: compose files of one model")
+    common = _common([nectar.prefix for nectar in nectars]) if preamble is None else preamble
+    lengths = [nectar.start - common for nectar in nectars]
+    # All texts end where the question starts, or where the next one begins.
+    longest = max(lengths)
+    shifts = [sum(lengths[:i]) if end_to_end else longest - length for i, length in enumerate(lengths)]
+    geometry, less = nectars[0].geometry, math.log(len(nectars))
+    banks: list[Bank] = []
+    for index, layer in enumerate(geometry.fitted):
+        parts = [plain_nodes(nectar.banks[index]) for nectar in nectars]
+        moved = [
+            part | {"keys": shifted(model, layer, part["keys"], by) if by else part["keys"]}
+            for part, by in zip(parts, shifts, strict=True)
+        ]
+        banks.append(_joined(moved, less, scale=geometry.scale))
+    start = common + (sum(lengths) if end_to_end else longest)
+    windows = {
+        layer: Window(shifted(model, layer, w.keys, start - nectars[-1].start).astype(w.keys.dtype), w.values, w.size)
+        for layer, w in nectars[-1].windows.items()
+    }
+    return Composition(nectars, banks, windows, start)
+
+
+def _joined(parts: Sequence[HeadArrays], less: float, *, scale: float) -> Quadrature:
+    """One bank of all nodes, every bias lowered; keys relative to their mean."""
+    nodes = {name: mx.concatenate([part[name] for part in parts], axis=1) for name in ("keys", "values", "bias")}
+    offset = nodes["keys"].mean(1)
+    nodes |= {"keys": nodes["keys"] - offset[:, None], "bias": nodes["bias"] - less}
+    mx.eval(nodes, offset)
+    K, m = nodes["bias"].shape
+    return Quadrature(parameters=nodes, sizes=((m,),) * K, scale=scale, offset=offset)
+
+
+def _common(prefixes: Sequence[Sequence[int]]) -> int:
+    """How many tokens all prefixes begin with."""
+    alike = 0
+    for tokens in zip(*prefixes, strict=False):
+        if len(set(tokens)) > 1:
+            break
+        alike += 1
+    return alike

@@ -1,0 +1,276 @@
+"""What a fit takes, before it is made: seconds of each stage, memory, and the size of the file.
+
+Seconds are floating-point operations over what the machine does of them in a stage of that kind. The operations follow
+from the shapes; the shares of the machine's rate are measured (docs/log/fit-time.md).
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from ..core.clock import duration
+from ..core.device import Device
+from ..core.progress import Stage
+from ..heads import AUTO, KINDS
+from ..mlxlm.attention_patch import Geometry
+from ..store import Layout
+from .budget import affordable_bytes, size_for
+from .config import FitConfig
+
+AUTO_SHARE = 0.04  # of the KV cache; what was chosen for three models was 0.024, 0.04 and 0.16 (docs/results.md)
+_QUESTIONS = 1024  # of the window, that questions and answers need
+QUESTION_TOKENS = 64  # of a sampled question
+_PROBES, _CANDIDATES = 8, 3  # conversations of the sensitivity; budgets that are tried
+_TRAINED = 12  # operations a step, sample, node and entry of it: two products and their gradients
+_ROUNDING = 1.4  # of the regression's steps, with those of rounding
+_KEY_BYTES = 1.2  # of a number in the key file, with scales, checksums and sketches
+_START = 2e9  # operations that starting a head takes the time of
+# How fast a stage is, as a multiple of the machine's rate: measured on two CPU cores, and on one H100.
+_CPU = {"reading": 2.0, "sampling": 0.8, "capturing": 1.2, "sensitivity": 1.3, "training": 0.6, "checking": 1.0}
+_GPU = {"reading": 0.5, "sampling": 1.1, "capturing": 0.75, "sensitivity": 0.75, "training": 0.8, "checking": 0.75}
+_LAUNCH_SECONDS = 1e-3  # that a GPU takes a layer of a decoding step, at least
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """A model, as far as a fit depends on it. body: parameters that every token passes; vocabulary: entries of the
+    output matrix; window: positions that it supports; bytes_each: of a weight."""
+
+    name: str
+    geometry: Geometry
+    body: float
+    vocabulary: float
+    window: int
+    bytes_each: float = 2.0
+
+    @property
+    def nbytes(self) -> float:
+        return self.bytes_each * (self.body + self.vocabulary)
+
+    def attention(self, tokens: int) -> float:
+        """Operations of a token's attention over so many."""
+        g = self.geometry
+        return 4.0 * g.n_heads * g.head_dim * sum(min(tokens, w) if w else tokens for w in g.windows)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """rate: operations a second that the stages of a fit reach. bandwidth: bytes a second from memory. memory: bytes.
+    basis: measured, or how it was calculated."""
+
+    name: str
+    rate: float
+    bandwidth: float
+    memory: float
+    profile: Device
+    basis: str
+
+
+class Estimate(NamedTuple):
+    """stages: of the fit, in their order. memory: bytes in use at the same time, weights included. size: bytes of the
+    file, and of its keys. disk: bytes that are written besides while the fit runs. chunks: that the text is read in.
+    layerwise: whether layer by layer."""
+
+    stages: list[Stage]
+    memory: float
+    size: float
+    disk: float
+    chunks: int
+    layerwise: bool
+
+    @property
+    def seconds(self) -> float:
+        return sum(stage.seconds for stage in self.stages)
+
+    def sentence(self) -> str:
+        """For a person."""
+        return (
+            f"about {duration(self.seconds)}, {_bytes(self.memory)} of memory and {_bytes(self.size + self.disk)} of "
+            f"disk, for a file of about {_bytes(self.size)}"
+        )
+
+
+def estimate(shape: Shape, machine: Machine, config: FitConfig, tokens: int, *, chunks: int | None = None) -> Estimate:
+    """Of a text of so many tokens. chunks: that it is read in (default: as the model's window says)."""
+    chunks = chunks or -(-tokens // max(1, shape.window - _QUESTIONS))
+    n = -(-tokens // chunks)
+    limit = config.memory or machine.memory / 2
+    layerwise = config.layerwise or shape.geometry.cache_bytes(n) * _compute_bytes(machine) / 2 > limit
+    work = _Work(shape=shape, machine=machine, config=config, n=n, layerwise=layerwise)
+    names = ("",) if chunks == 1 else [f"chunk {number} of {chunks}: " for number in range(1, chunks + 1)]
+    stages = list(_excerpt(work)) if config.budget == "auto" and (chunks > 1 or layerwise) else []
+    for number, name in enumerate(names):
+        part = work.layers(first=not number) if layerwise else work.stages(sizes=not number, choice=chunks == 1)
+        stages += [Stage(name + stage.description, stage.seconds) for stage in part]
+    if work.layout.bank.fitted:
+        stages.append(Stage("checking", chunks * work.check()))
+    size = work.share * shape.geometry.cache_bytes(tokens) + 4 * tokens
+    if work.layout.bank.keeps_keys:
+        size += shape.geometry.cache_bytes(tokens) * _KEY_BYTES / 2
+    return Estimate(stages, work.memory(), size, size + chunks * work.kept(), chunks, layerwise)
+
+
+def _excerpt(work: "_Work") -> Iterator[Stage]:
+    """Choosing a budget on the first tokens of the text."""
+    small = replace(work, n=min(work.n, work.machine.profile.excerpt_tokens), layerwise=False)
+    _, *stages, _ = small.stages(sizes=True, choice=True)
+    yield from stages
+
+
+def _compute_bytes(machine: Machine) -> int:
+    return 4 if machine.profile.linux_cpu else 2
+
+
+def _bytes(number: float) -> str:
+    return f"{number / 1e9:,.1f} GB" if number >= 1e9 else f"{number / 1e6:,.1f} MB"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Work:
+    """The stages of fitting n tokens at once."""
+
+    shape: Shape
+    machine: Machine
+    config: FitConfig
+    n: int
+    layerwise: bool
+
+    @property
+    def share(self) -> float:
+        config = self.config
+        if config.size is not None:
+            return config.size / self.shape.geometry.cache_bytes(self.n)
+        return AUTO_SHARE if config.budget == "auto" else config.budget
+
+    @property
+    def layout(self) -> Layout:
+        g, kind = self.shape.geometry, AUTO if self.config.kind == "auto" else self.config.kind
+        bits = self.config.bits or KINDS[kind].default_bits
+        return Layout(
+            kind=kind, n_layers=len(g.fitted), n_kv_heads=g.n_kv_heads, head_dim=g.head_dim, scale=g.scale, bits=bits
+        )
+
+    @property
+    def heads(self) -> int:
+        return self.layout.n_layers * self.layout.n_kv_heads
+
+    @property
+    def samples(self) -> int:
+        """A head."""
+        profile, config = self.machine.profile, self.config
+        if config.queries:
+            return config.queries
+        each = (4 if profile.linux_cpu else 2) * (3 * self.layout.head_dim + 2)
+        most = (config.memory or self.machine.memory / 8) / (each * self.heads)
+        return int(max(20_000, min(profile.fit_samples, most)))
+
+    @property
+    def sampled(self) -> float:
+        """Tokens of the conversations that heads are trained on."""
+        g = self.shape.geometry
+        return self.samples * g.n_kv_heads / g.n_heads
+
+    @property
+    def checked(self) -> int:
+        """Tokens of the check's conversations."""
+        return self.config.checks * (QUESTION_TOKENS + self.config.answer_tokens)
+
+    def nodes(self, share: float) -> int:
+        """Of all heads together."""
+        shape, layout = self.shape, self.layout
+        nbytes = affordable_bytes(share, geometry=shape.geometry, layout=layout, n=self.n, at_least=True)
+        return int(self.heads * size_for(layout, nbytes / self.heads, most=self.n)[0])
+
+    def seconds(self, operations: float, stage: str) -> float:
+        shares = _CPU if self.machine.profile.linux_cpu else _GPU
+        return operations / (self.machine.rate * shares[stage])
+
+    def token(self, *, vocabulary: bool) -> float:
+        """Operations of a token behind the whole text."""
+        shape = self.shape
+        return 2 * shape.body + 2 * shape.vocabulary * vocabulary + shape.attention(self.n)
+
+    def decode(self, tokens: float, *, together: int) -> float:
+        """Seconds of sampling so many tokens: the weights are read for every step."""
+        steps = tokens / max(1, together)
+        step = self.shape.nbytes * _compute_bytes(self.machine) / 2 / self.machine.bandwidth
+        if not self.machine.profile.linux_cpu:
+            step += _LAUNCH_SECONDS * self.shape.geometry.n_layers
+        return self.seconds(tokens * self.token(vocabulary=True), "sampling") + steps * step
+
+    def train(self, nodes: int, steps: int) -> float:
+        """Seconds of so many steps of all heads, and of where they start."""
+        operations = _TRAINED * steps * self.config.batch * nodes * self.layout.head_dim
+        return self.seconds(operations, "training") + self.heads * _START / self.machine.rate
+
+    def check(self) -> float:
+        shape = self.shape
+        each = 3 * (2 * shape.body + 2 * shape.vocabulary) + shape.attention(self.n)
+        return self.seconds(self.checked * each, "checking")
+
+    def read(self) -> Stage:
+        operations = self.n * (2 * self.shape.body + self.shape.attention(self.n) / 2)
+        return Stage("reading", self.seconds(operations, "reading"))
+
+    def study(self) -> Iterator[Stage]:
+        config = self.config
+        if not self.layerwise:  # the check's beside the others
+            together = config.conversations + config.checks
+            yield Stage("sampling answers", self.decode(self.sampled + self.checked, together=together))
+            return
+        yield Stage("sampling answers", self.decode(self.sampled, together=config.conversations))
+        yield Stage("answering check questions", self.decode(self.checked, together=config.checks))
+
+    def stages(self, *, sizes: bool, choice: bool) -> Iterator[Stage]:
+        """All layers at once. sizes: whether they are decided here. choice: whether the budget is, too."""
+        if not self.layout.bank.fitted:
+            yield self.read()
+            return
+        yield self.read()
+        yield from self.study()
+        captured = 1.1 * self.sampled * self.token(vocabulary=False)
+        yield Stage("capturing attention", self.seconds(captured, "capturing"))
+        ranking = 2.0 * self.config.matching_samples * self.n * self.layout.head_dim * self.heads
+        yield Stage("ranking keys", self.seconds(ranking, "training"))
+        if sizes:
+            yield from self.sizes(choice=choice)
+        yield Stage("fitting heads", self.train(self.nodes(self.share), int(_ROUNDING * self.config.steps)))
+
+    def sizes(self, *, choice: bool) -> Iterator[Stage]:
+        profile, config = self.machine.profile, self.config
+        tokens = _PROBES * (QUESTION_TOKENS + config.answer_tokens)
+        yield Stage("measuring sensitivity", self.seconds(3 * tokens * self.token(vocabulary=True), "sensitivity"))
+        yield Stage("deciding sizes", self.train(self.nodes(self.share), config.trial_steps))
+        if choice and config.budget == "auto" and config.size is None:
+            for _ in range(_CANDIDATES):
+                yield Stage("choosing a budget", self.train(self.nodes(self.share), profile.trial_steps))
+                yield Stage("checking a budget", self.check() * profile.trial_checks / config.checks)
+
+    def layers(self, *, first: bool) -> Iterator[Stage]:
+        """Layer by layer. first: whether sizes are decided, on an excerpt."""
+        if first:
+            small = replace(self, n=min(self.n, 1024), layerwise=False)
+            _, *stages, _ = small.stages(sizes=True, choice=False)
+            yield from stages
+        yield from replace(self, n=min(self.n, 900)).study()
+        whole = self.read().seconds + self.train(self.nodes(self.share), int(_ROUNDING * self.config.steps))
+        captured = 1.1 * self.sampled * self.token(vocabulary=False)
+        yield Stage("fitting layers", whole + self.seconds(captured, "capturing"))
+
+    def kept(self) -> float:
+        """Bytes of the checkpoint: heads in float32, and samples, where they do not fit the memory."""
+        samples = 4.4 * self.samples * self.heads * (3 * self.layout.head_dim + 2)
+        spilled = samples if samples > self.machine.memory / 2 and not self.layerwise else 0.0
+        return 4.0 * self.nodes(self.share) * (2 * self.layout.head_dim + 1) + spilled
+
+    def memory(self) -> float:
+        """Bytes: weights, the text's keys and values, samples, and conversations that are sampled together."""
+        shape, config, number = self.shape, self.config, _compute_bytes(self.machine)
+        cache = shape.geometry.cache_bytes(self.n) * number / 2
+        weights = shape.nbytes * number / 2
+        samples = 1.1 * self.samples * self.heads * number * (3 * self.layout.head_dim + 2)
+        samples = min(samples, self.config.memory or self.machine.memory / 2)  # the others are on the disk
+        if self.layerwise:
+            return weights + 1.5 * cache / self.layout.n_layers + samples / self.layout.n_layers
+        live = config.conversations * (QUESTION_TOKENS + config.answer_tokens) / self.n * cache
+        return weights + cache + max(samples, live)

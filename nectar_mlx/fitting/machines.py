@@ -1,0 +1,166 @@
+"""Machines and models of which a fit's time is estimated: this one, by a short measurement, and some by their published
+figures."""
+
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import psutil
+from mlx.utils import tree_flatten
+
+from ..core.device import GPU, LINUX_CPU, device, using
+from ..core.types import JsonObject
+from ..errors import NectarError
+from ..mlxlm.attention_patch import Geometry
+from ..mlxlm.window import window
+from .config import FitConfig, parse_budget
+from .estimate import Machine, Shape
+
+_APPLE_SHARE = 0.21  # of the float32 rate: what the stages of a fit reach on an H100, of its 67 · 10¹² a second
+_CPU_SHARE = 2.7  # what the stages of a fit reach, in multiples of what `here` measures: on two cores, one thread
+_UNKNOWN_WINDOW = 1 << 62
+
+
+def _apple(name: str, rate: float, bandwidth: float, memory: int, basis: str = "calculated") -> Machine:
+    """rate: published float32 operations of the GPU, in 10¹² a second; bandwidth in GB/s; memory in GB."""
+    return Machine(
+        name=name,
+        rate=_APPLE_SHARE * rate * 1e12,
+        bandwidth=bandwidth * 1e9,
+        memory=memory * 1e9,
+        profile=replace(GPU, compile_steps=True),
+        basis=basis,
+    )
+
+
+MACHINES = (
+    Machine(
+        name="2 CPU cores, 16 GB", rate=20e9, bandwidth=20e9, memory=16e9, profile=LINUX_CPU, basis="measured at 135M"
+    ),
+    _apple("M1, 16 GB", 2.6, 68, 16),
+    _apple("M2, 24 GB", 3.6, 100, 24),
+    _apple("M3, 24 GB", 4.1, 100, 24),
+    _apple("M4, 32 GB", 4.3, 120, 32),
+    _apple("M4 Max, 128 GB", 18.4, 546, 128),
+    _apple("M5 Max, 128 GB", 18.4, 614, 128, "calculated as an M4 Max"),
+    _apple("M2 Ultra, 192 GB", 27.2, 800, 192),
+    _apple("M3 Ultra, 512 GB", 28.2, 819, 512),
+    _apple("M5 Ultra, 512 GB", 36.8, 1228, 512, "calculated as two M5 Max"),
+    Machine(
+        name="H100, 80 GB", rate=14e12, bandwidth=3.35e12, memory=80e9, profile=GPU, basis="measured at 1.7B's shape"
+    ),
+)
+
+# Published configurations: layers, width, heads, KV heads, width of the network, vocabulary, window.
+_PUBLISHED = {
+    "SmolLM2-135M": (30, 576, 9, 3, 64, 1536, 49152, 8192),
+    "Qwen3-1.7B": (28, 2048, 16, 8, 128, 6144, 151936, 40960),
+    "Qwen3-4B": (36, 2560, 32, 8, 128, 9728, 151936, 40960),
+    "Llama-3.1-8B": (32, 4096, 32, 8, 128, 14336, 128256, 131072),
+    "Qwen3-8B": (36, 4096, 32, 8, 128, 12288, 151936, 40960),
+    "Qwen3-14B": (40, 5120, 40, 8, 128, 17408, 151936, 40960),
+    "Qwen3-32B": (64, 5120, 64, 8, 128, 25600, 151936, 40960),
+    "Llama-3.3-70B": (80, 8192, 64, 8, 128, 28672, 128256, 131072),
+}
+
+
+def _shape(
+    name: str, layers: int, width: int, heads: int, kv: int, head: int, inner: int, words: int, window: int
+) -> Shape:
+    geometry = Geometry(
+        model_type="",
+        n_heads=heads,
+        n_kv_heads=kv,
+        head_dim=head,
+        scale=head**-0.5,
+        windows=(0,) * layers,
+    )
+    body = layers * (2.0 * width * head * (heads + kv) + 3.0 * width * inner)
+    return Shape(name=name, geometry=geometry, body=body, vocabulary=float(words * width), window=window)
+
+
+SHAPES = {name: _shape(name, *numbers) for name, numbers in _PUBLISHED.items()}
+
+
+def shape_of(model: nn.Module, geometry: Geometry, name: str) -> Shape:
+    """Of a loaded model."""
+    sizes: dict[str, int] = {}
+    weights: list[tuple[str, mx.array]] = tree_flatten(model.parameters())  # type: ignore[assignment]
+    packed = 1
+    for path, weight in weights:
+        packed = 8 if weight.dtype == mx.uint32 else packed  # 4 bits an entry, about
+        sizes[path] = weight.size * (8 if weight.dtype == mx.uint32 else 1)
+    table = max((size for path, size in sizes.items() if "embed" in path), default=0)
+    outputs = sum(size for path, size in sizes.items() if "embed" in path or "lm_head" in path)
+    return Shape(
+        name=name,
+        geometry=geometry,
+        body=float(sum(sizes.values()) - outputs),
+        vocabulary=float(table),
+        window=window(model) or _UNKNOWN_WINDOW,
+        bytes_each=0.5 if packed > 1 else 2.0,
+    )
+
+
+def named_shape(name: str) -> Shape:
+    """Of a model by a published name (any owner, any suffix), or of a folder with a config.json; nothing is fetched.
+
+    NectarError if it is neither.
+    """
+    path = Path(name).expanduser()
+    if (path / "config.json").is_file():
+        return _configured(name, path / "config.json")
+    short = name.split("/")[-1].lower()
+    known = [shape for key, shape in SHAPES.items() if short.startswith(key.lower())]
+    if not known:
+        raise NectarError(f"{name}: no folder with a config.json, and none of {', '.join(SHAPES)}")
+    return known[0]
+
+
+def _configured(name: str, path: Path) -> Shape:
+    try:
+        config: JsonObject = json.loads(path.read_bytes())
+        config = config.get("text_config") or config
+        heads, width = config["num_attention_heads"], config["hidden_size"]
+        return _shape(
+            name,
+            config["num_hidden_layers"],
+            width,
+            heads,
+            config.get("num_key_value_heads") or heads,
+            config.get("head_dim") or width // heads,
+            config["intermediate_size"],
+            config["vocab_size"],
+            config.get("max_position_embeddings") or _UNKNOWN_WINDOW,
+        )
+    except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise NectarError(f"{path} does not describe a model ({type(error).__name__}: {error})") from None
+
+
+def here() -> Machine:
+    """This machine, measured for a fifth of a second: attention of 512 queries over 1,024 keys in 8 heads."""
+    queries, keys = mx.random.normal((8, 512, 64)), mx.random.normal((8, 1024, 64))
+    operations, times = 4.0 * 8 * 512 * 1024 * 64, list[float]()
+    copies = 1 if device().linux_cpu else 32
+    while len(times) < 3 or sum(times) < 0.2:
+        start = time.perf_counter()
+        mx.eval([mx.softmax(queries * (1 + i) @ keys.swapaxes(1, 2), axis=-1) @ keys for i in range(copies)])
+        times.append((time.perf_counter() - start) / copies)
+    rate = operations / min(times[1:])
+    return Machine(
+        name="this machine",
+        rate=(_CPU_SHARE if device().linux_cpu else 1.0) * rate,
+        bandwidth=rate if device().linux_cpu else rate / 4,
+        memory=float(psutil.virtual_memory().total),
+        profile=device(),
+        basis="measured",
+    )
+
+
+def settings(machine: Machine, *, budget: str, kind: str) -> FitConfig:
+    """What a fit with default options would be on that machine."""
+    with using(machine.profile):
+        return FitConfig(**parse_budget(budget), kind=kind)

@@ -1,0 +1,78 @@
+"""Answers that follow a JSON schema: tokens that would break it are left out (llguidance, an optional package)."""
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import mlx.core as mx
+import msgspec
+import numpy as np
+
+from ..answering.sampling import Processor
+from ..errors import NectarError
+from .errors import ApiError, refused
+
+MAX_SCHEMA = 64 << 10  # bytes
+# With flexible white space an answer may be endless.
+_STYLE: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+
+
+class Constraints:
+    """Made once for a model's tokenizer; ready at the first use."""
+
+    def __init__(self, tokenizer: Any):
+        self._tokenizer = tokenizer
+        self._lexer: Any = None
+
+    def of(self, schema: dict[str, Any]) -> Callable[[], Processor]:
+        """What makes a processor for one answer. ApiError where the package is missing or the schema is not
+        supported."""
+        try:
+            import llguidance
+            import llguidance.hf
+        except ImportError:
+            raise refused(
+                "response_format", "only text is supported: for JSON, install the extra 'json' (llguidance) and restart"
+            ) from None
+        text = msgspec.json.encode(schema)
+        if len(text) > MAX_SCHEMA:
+            raise ApiError(
+                400, f"the schema has more than {MAX_SCHEMA:,} bytes", code="invalid_value", param="response_format"
+            )
+        if self._lexer is None:
+            fast = getattr(self._tokenizer, "_tokenizer", self._tokenizer)
+            ends = sorted(self._tokenizer.eos_token_ids)
+            self._lexer = llguidance.hf.from_tokenizer(fast, eos_token=ends)
+        try:
+            grammar = llguidance.LLMatcher.grammar_from_json_schema(text.decode(), overrides=_STYLE)
+            problem = llguidance.LLMatcher.validate_grammar(grammar, self._lexer)
+        except (TypeError, ValueError) as error:
+            problem = str(error)
+        if problem:
+            line = problem.strip().splitlines()[0][:300]
+            raise ApiError(400, f"the schema is not supported: {line}", code="invalid_value", param="response_format")
+        lexer = self._lexer
+        return lambda: _Processor(llguidance.LLMatcher(lexer, grammar), lexer)
+
+
+class _Processor:
+    """Sets the logits of all tokens to -inf that the grammar does not allow next."""
+
+    def __init__(self, matcher: Any, lexer: Any):
+        import llguidance.numpy
+
+        self._matcher, self._prompt = matcher, True
+        self._mask = llguidance.numpy.allocate_token_bitmask(1, lexer.vocab_size)
+        self._fill = llguidance.numpy.fill_next_token_bitmask
+
+    def __call__(self, tokens: mx.array, logits: mx.array) -> mx.array:
+        if self._prompt:
+            self._prompt = False  # the last of these tokens is the prompt's
+        elif not self._matcher.is_stopped():
+            self._matcher.consume_token(cast("int", tokens[-1].item()))
+        if problem := self._matcher.get_error():
+            raise NectarError(f"the answer cannot follow the schema: {problem.splitlines()[0][:200]}")
+        self._fill(self._matcher, self._mask, 0)
+        allowed = np.unpackbits(self._mask.view(np.uint8)[0], bitorder="little")[: logits.shape[-1]].astype(bool)
+        padded = np.zeros(logits.shape[-1], bool)  # a model may have logits for more tokens than there are
+        padded[: len(allowed)] = allowed
+        return mx.where(mx.array(padded), logits, -mx.inf)

@@ -1,0 +1,186 @@
+"""Answers while they are written: a sequence of tokens each, and groups of sequences that are decoded in one batch."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.generate import GenerationBatch, StopSequences
+from mlx_lm.sample_utils import greedy_sampler
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from ..answering import Answer, Markers, Piece
+from ..answering.sampling import Processor, Sampler
+from ..nectar import Nectar
+from .job import Finished, Started, Ticket, TokenLogprob, Written
+from .kept import Caches
+
+_ENDLESS = 1 << 62  # what ends a sequence is decided here, not by mlx-lm
+T = TypeVar("T")
+
+
+class AnswerSequence:
+    """One answer: its prompt, what of it has been read, its caches, and the text so far.
+
+    nectar: what it is answered from; chunk: of its text. cached: tokens of the prompt that the caches hold already.
+    limit: the longest answer in tokens. reserved: bytes that its caches may come to have. single: whether it is
+    decoded on its own.
+    """
+
+    def __init__(
+        self,
+        ticket: Ticket,
+        nectar: Nectar,
+        tokenizer: TokenizerWrapper,
+        *,
+        chunk: int | None,
+        caches: Caches,
+        cached: int,
+        limit: int,
+        reserved: int,
+        single: bool,
+    ):
+        job = ticket.job
+        self.ticket, self.nectar, self.chunk, self.caches, self.single = ticket, nectar, chunk, caches, single
+        self.prompt, self.read, self.limit, self.reserved = list(job.prompt), cached, limit, reserved
+        markers = Markers.of(tokenizer) if job.thinks else None
+        opened = markers is not None and markers.opened(tokenizer, self.prompt)
+        self.answer = Answer(job.stops, markers, opened=opened)
+        self.started = Started(len(self.prompt), cached, chunk)
+        self.error: Exception | None = None
+        self.count = 0
+        self._tokenizer, self._detokenizer = tokenizer, tokenizer.detokenizer
+        self._logprobs: list[TokenLogprob] = []
+        made = job.sampling.processors() + ([job.constraint()] if job.constraint else [])
+        self.processors = [self._guarded(processor) for processor in made]
+        sampler = job.sampling.sampler()
+        self.sampler: Sampler = sampler if job.sampling.greedy else self._guarded_sampler(sampler)
+
+    @property
+    def unread(self) -> int:
+        """Tokens of the prompt to read before decoding starts with the last one."""
+        return len(self.prompt) - 1 - self.read
+
+    def read_piece(self, model: nn.Module, size: int) -> int:
+        """Reads at most so many tokens of the prompt; returns how many."""
+        piece = self.prompt[self.read : self.read + min(size, self.unread)]
+        model(mx.array([piece]), cache=self.caches)
+        mx.eval([cache.state for cache in self.caches])
+        self.read += len(piece)
+        return len(piece)
+
+    def take(self, token: int, logprobs: mx.array) -> bool:
+        """Takes the next token and delivers its text; whether the answer has ended."""
+        self.count += 1
+        ended, piece = token in self._tokenizer.eos_token_ids, Piece()
+        if not ended:
+            self._note(token, logprobs)
+            self._detokenizer.add_token(token)
+            piece = self.answer.feed(self._detokenizer.last_segment)
+        cut = self.count >= self.limit
+        if (ended or cut) and not self.answer.stopped:
+            self._detokenizer.finalize()
+            last, rest = self.answer.feed(self._detokenizer.last_segment), self.answer.finish()
+            piece = Piece(piece.thoughts + last.thoughts + rest.thoughts, piece.answer + last.answer + rest.answer)
+        stopped = ended or self.answer.stopped
+        if any(piece) or self._logprobs:
+            self.ticket.deliver(Written(piece.answer, piece.thoughts, self._logprobs))
+            self._logprobs = []
+        if stopped or cut:
+            reading = self.nectar.hybrid.reading(self.caches) if self.single else {}
+            self.ticket.deliver(Finished("stop" if stopped else "length", self.count, reading))
+        return stopped or cut
+
+    def _note(self, token: int, logprobs: mx.array) -> None:
+        """Notes the token's log-probability, where it is asked for."""
+        count = self.ticket.job.top_logprobs
+        if count is None:
+            return
+        top: list[tuple[str, float]] = []
+        if count:
+            likeliest = mx.argsort(-logprobs)[:count].tolist()
+            top = [(self._tokenizer.decode([i]), _finite(logprobs[i])) for i in likeliest]  # type: ignore[union-attr]
+        self._logprobs.append(TokenLogprob(self._tokenizer.decode([token]), _finite(logprobs[token]), top))
+
+    def _guarded(self, processor: Processor) -> Processor:
+        """An error in it ends this answer alone."""
+        return lambda tokens, logits: self._try(lambda: processor(tokens, logits), lambda: logits)
+
+    def _guarded_sampler(self, sampler: Sampler) -> Sampler:
+        return lambda logprobs: self._try(lambda: sampler(logprobs), lambda: greedy_sampler(logprobs))
+
+    def _try(self, work: Callable[[], T], otherwise: Callable[[], T]) -> T:
+        try:
+            return work()
+        except Exception as error:
+            self.error = self.error or error
+            return otherwise()
+
+
+def _finite(logprob: mx.array) -> float:
+    """-inf is no JSON."""
+    return max(cast("float", logprob.item()), -9999.0)
+
+
+class Group:
+    """Sequences behind the same context, decoded in one batch by mlx-lm's `GenerationBatch`; one that is served on its
+    own is a group of one, and keeps the caches that it has."""
+
+    def __init__(self, model: nn.Module, first: AnswerSequence):
+        self.nectar, self.exact, self.size_class = first.nectar, first.ticket.job.exact, size_class(first)
+        self._model = model
+        self.single = first.single
+        self.members = [first]
+        self._batch = self._of(first)
+
+    def takes(self, sequence: AnswerSequence) -> bool:
+        """Whether a sequence can join: it is of the same context, and not of very different length."""
+        same = self.nectar is sequence.nectar and self.exact == sequence.ticket.job.exact
+        return same and not (self.single or sequence.single) and self.size_class == size_class(sequence)
+
+    def join(self, sequence: AnswerSequence) -> None:
+        self._batch.extend(self._of(sequence))
+        self.members.append(sequence)
+
+    def step(self) -> list[AnswerSequence]:
+        """One token for each member; returns those whose answers have ended, or failed (`error`)."""
+        responses = self._batch.next()
+        return [
+            member
+            for member, response in zip(self.members, responses, strict=True)
+            if member.error or member.take(response.token, response.logprobs)
+        ]
+
+    def caches_of(self, member: AnswerSequence) -> tuple[Sequence[int], Caches]:
+        """A member's tokens that have been read, and the caches that hold them."""
+        at = self.members.index(member)
+        tokens: list[int] = self._batch.tokens[at]
+        return tokens, member.caches if self.single else self._batch.extract_cache(at)
+
+    def remove(self, members: Sequence[AnswerSequence]) -> None:
+        keep = [i for i, member in enumerate(self.members) if member not in members]
+        if keep and len(keep) < len(self.members):
+            self._batch.filter(keep)
+        self.members = [self.members[i] for i in keep]
+
+    def _of(self, sequence: AnswerSequence) -> Any:
+        caches = sequence.caches if sequence.single else [cache.merge([cache]) for cache in sequence.caches]
+        if not sequence.single:
+            sequence.caches = []  # the batch has them
+        return GenerationBatch(
+            model=self._model,
+            uids=[id(sequence)],
+            inputs=mx.array(sequence.prompt[-1:]),
+            prompt_cache=caches,
+            tokens=[sequence.prompt[:-1]],
+            samplers=[sequence.sampler],
+            fallback_sampler=greedy_sampler,
+            logits_processors=[sequence.processors],
+            stop_sequences=[StopSequences()],
+            max_tokens=[_ENDLESS],
+        )
+
+
+def size_class(sequence: AnswerSequence) -> int:
+    """A batch pads all caches to its longest: prompts of up to 1,024 tokens share one, up to 4,096, and so on."""
+    return (max(0, len(sequence.prompt) - 1) >> 10).bit_length() + 1 >> 1

@@ -1,0 +1,348 @@
+"""The thread that computes: the only one that uses MLX.
+
+Jobs arrive through a queue. A step admits what has arrived, reads a piece of somebody's prompt, and decodes one token
+of every answer; so nobody waits for the whole of another's prompt. An error ends the answers that it concerns; the
+thread lives on.
+"""
+
+import logging
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, TypeVar, cast
+
+import mlx.core as mx
+
+from ..errors import NectarError
+from ..mlxlm.attention_patch import compute_type
+from ..mlxlm.window import answer_tokens
+from ..nectar import Nectar
+from .decoding import AnswerSequence, Group
+from .job import Failed, Ticket
+from .kept import Caches, KeptPrompts
+from .metrics import Metrics
+from .shelf import Shelf
+
+T = TypeVar("T")
+_SMALLEST_PIECE = 16  # tokens of a prompt
+_CLEAR_EVERY = 256  # steps after which MLX's free memory is given back
+_log = logging.getLogger(__name__)
+
+
+class Busy(Exception):
+    """There are more open requests than the server takes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """concurrency: answers written at a time. max_open: requests that may be open, the waiting ones included.
+    prefill_step: tokens of a prompt that are read at a time, at most. kv_bits: of the live tokens' caches; answers are
+    then decoded one by one. exact: the default share of keys to read. kept_prompts, kept_bytes: bounds of what is kept
+    for a conversation's next turn. memory: bytes for open files, kept prompts and answers; None for half of what is
+    free once the model is loaded.
+    """
+
+    concurrency: int = 32
+    max_open: int = 512
+    prefill_step: int = 512
+    kv_bits: int | None = None
+    exact: float | None = None
+    kept_prompts: int = 32
+    kept_bytes: int = 1 << 62
+    memory: int | None = None
+
+
+class Engine:
+    """Starts with `start`, which returns once the model is loaded; then takes tickets until `stop`.
+
+    open_shelf: loads the model, in the engine's thread. After `start` the event loop may use `shelf.files` and the
+    tokenizer, which do not compute.
+    """
+
+    shelf: Shelf
+
+    def __init__(self, open_shelf: Callable[[], Shelf], settings: Settings, metrics: Metrics | None = None):
+        self._open_shelf, self.settings = open_shelf, settings
+        self.metrics = metrics or Metrics()
+        self._arrivals: queue.SimpleQueue[Ticket | Callable[[], None] | None] = queue.SimpleQueue()
+        self._waiting: deque[Ticket] = deque()
+        self._reading: list[AnswerSequence] = []
+        self._groups: list[Group] = []
+        self._kept = KeptPrompts(settings.kept_prompts, settings.kept_bytes)
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._ready: Future[None] = Future()
+        self._stopping = threading.Event()
+        self._lock, self._open = threading.Lock(), 0
+        self._step_seconds = 0.0  # of the last decoding step
+        self._rate = 1000.0  # prompt tokens read in a second, lately
+        self._oldest_next = False
+        self._steps = 0
+
+    def start(self) -> None:
+        """Loads the model and its first file; NectarError where they cannot be read."""
+        self._thread.start()
+        self._ready.result()
+
+    def submit(self, ticket: Ticket) -> None:
+        """Takes a job; Busy if there are too many. Its ticket gets `Failed` or `Finished` as the last event."""
+        with self._lock:
+            if self._open >= self.settings.max_open or self._stopping.is_set():
+                raise Busy
+            self._open += 1
+        self._arrivals.put(ticket)
+
+    def call(self, work: Callable[[], T]) -> "Future[T]":
+        """Runs something short that computes between two steps."""
+        future: Future[T] = Future()
+
+        def run() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
+            try:
+                future.set_result(work())
+            except Exception as error:
+                future.set_exception(error)
+
+        self._arrivals.put(run)
+        return future
+
+    def stop(self, *, timeout: float = 5.0) -> bool:
+        """Ends the thread after its step, with all open answers; whether it has ended within the time."""
+        self._stopping.set()
+        self._arrivals.put(None)
+        self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
+    @property
+    def open(self) -> int:
+        """Requests that are waiting or being answered."""
+        return self._open
+
+    def _run(self) -> None:
+        try:
+            self.shelf = self._open_shelf()
+            self.shelf.on_close = self._kept.forget
+            self._memory = self.settings.memory or _half_of_free()
+            self._token_bytes = compute_type(self.shelf.model).size / 2  # relative to bfloat16
+            self.shelf.get(next(iter(self.shelf.files)))
+        except BaseException as error:
+            self._ready.set_exception(error)
+            return
+        self._ready.set_result(None)
+        while not self._stopping.is_set():
+            try:
+                self._step()
+            except Exception as error:  # none is expected: the parts of a step handle their own
+                self._fail_all(error)
+        self._fail_all(NectarError("the server is stopping"))
+        self._groups, self._reading = [], []
+        self._kept.shrink(-1)
+
+    def _step(self) -> None:
+        self._receive(wait=not (self._waiting or self._reading or self._groups))
+        self._drop_cancelled()
+        self._admit()
+        self._read()
+        self._decode()
+        self.metrics.observe(self._open, len(self._waiting), self.shelf.open, self.shelf.nbytes, self._kept.nbytes)
+        self._steps += 1
+        if self._steps % _CLEAR_EVERY == 0:
+            mx.clear_cache()
+
+    def _receive(self, *, wait: bool) -> None:
+        """Takes what has arrived; with wait=True, waits until something does."""
+        if wait:
+            mx.clear_cache()
+        while wait or not self._arrivals.empty():
+            arrival = self._arrivals.get()
+            wait = False
+            if isinstance(arrival, Ticket):
+                self._waiting.append(arrival)
+            elif arrival is not None:
+                arrival()
+
+    def _drop_cancelled(self) -> None:
+        for ticket in [ticket for ticket in self._waiting if ticket.cancelled]:
+            self._waiting.remove(ticket)
+            self._end()
+        for sequence in [sequence for sequence in self._reading if sequence.ticket.cancelled]:
+            self._reading.remove(sequence)
+            self._end()
+        for group in self._groups:
+            if gone := [member for member in group.members if member.ticket.cancelled]:
+                self._leave(group, gone)
+        self._groups = [group for group in self._groups if group.members]
+
+    def _admit(self) -> None:
+        """Starts the jobs that there is room for, in the order of their arrival."""
+        while self._waiting and len(self._active()) < self.settings.concurrency:
+            ticket = self._waiting[0]
+            try:
+                sequence = self._sequence(ticket)
+            except Exception as error:
+                self._waiting.popleft()
+                self._fail(ticket, error)
+                continue
+            if sequence is None:
+                return
+            self._waiting.popleft()
+            self._reading.append(sequence)
+            self.metrics.prompt(len(sequence.prompt), sequence.read)
+            ticket.deliver(sequence.started)
+
+    def _active(self) -> list[AnswerSequence]:
+        return self._reading + [member for group in self._groups for member in group.members]
+
+    def _sequence(self, ticket: Ticket) -> AnswerSequence | None:
+        """A job with its caches; None while there is no room for them. NectarError for a job that cannot be done."""
+        job, shelf = ticket.job, self.shelf
+        nectar = shelf.get(job.name)
+        chunks = (nectar.nearest(shelf.tokenizer, question) for question in job.questions)
+        chunk = next((number for number in chunks if number is not None), None)
+        if chunk is not None:
+            nectar = shelf.get(job.name, chunk)
+        limit = answer_tokens(
+            shelf.model,
+            start=nectar.start,
+            prompt=len(job.prompt),
+            chosen=job.max_tokens,
+            default=job.default_tokens,
+        )
+        reserved = int(self._token_bytes * nectar.geometry.cache_bytes(len(job.prompt) + limit))
+        if not self._make_room(reserved):
+            return None
+        exact = self.settings.exact if job.exact is None else job.exact
+        caches, cached, single = self._caches(nectar, exact, ticket)
+        return AnswerSequence(
+            ticket,
+            nectar,
+            shelf.tokenizer,
+            chunk=chunk,
+            caches=caches,
+            cached=cached,
+            limit=limit,
+            reserved=reserved,
+            single=single,
+        )
+
+    def _caches(self, nectar: Nectar, exact: float | None, ticket: Ticket) -> tuple[Caches, int, bool]:
+        """Caches for a job, how many tokens of its prompt they hold, and whether it is decoded on its own."""
+        single = bool(nectar.hybrid_banks(exact)) or self.settings.kv_bits is not None
+        kept, cached = self._kept.find(nectar, ticket.job.exact, ticket.job.prompt)
+        if kept is None:
+            return nectar.make_cache(kv_bits=self.settings.kv_bits, exact_fraction=exact), 0, single
+        nectar.hybrid.forget(kept)
+        return kept, cached, single
+
+    def _make_room(self, nbytes: int) -> bool:
+        """Drops kept prompts, then files, until so many bytes more fit; always true where nothing else runs."""
+        used = sum(sequence.reserved for sequence in self._active())
+        room = self._memory - used - nbytes
+        self._kept.shrink(max(0, room - self.shelf.nbytes))
+        self.shelf.shrink(max(0, room))
+        return used == 0 or self.shelf.nbytes <= room
+
+    def _read(self) -> None:
+        """Reads prompts for about as long as a decoding step takes; without one, a single piece."""
+        start = time.perf_counter()
+        while self._reading:
+            sequence = self._next_to_read()
+            try:
+                if sequence.unread:
+                    self._read_piece(sequence)
+                if not sequence.unread:
+                    self._reading.remove(sequence)
+                    self._join(sequence)
+            except Exception as error:
+                if sequence in self._reading:
+                    self._reading.remove(sequence)
+                self._fail(sequence.ticket, error)
+            if not self._arrivals.empty() or time.perf_counter() - start >= self._step_seconds:
+                return
+
+    def _next_to_read(self) -> AnswerSequence:
+        """The one with the shortest rest, and every other time the one that came first."""
+        self._oldest_next = not self._oldest_next
+        return min(self._reading, key=lambda sequence: sequence.unread) if self._oldest_next else self._reading[0]
+
+    def _read_piece(self, sequence: AnswerSequence) -> None:
+        size = self.settings.prefill_step
+        if self._groups:  # others are waiting for their next token
+            size = min(size, max(_SMALLEST_PIECE, int(self._rate * self._step_seconds)))
+        start = time.perf_counter()
+        count = sequence.read_piece(self.shelf.model, size)
+        self._rate += 0.3 * (count / max(1e-6, time.perf_counter() - start) - self._rate)
+
+    def _join(self, sequence: AnswerSequence) -> None:
+        """Starts to decode what has been read."""
+        group = next((group for group in self._groups if group.takes(sequence)), None)
+        if group is None:
+            self._groups.append(Group(self.shelf.model, sequence))
+        else:
+            group.join(sequence)
+
+    def _decode(self) -> None:
+        """One token for every answer."""
+        start = time.perf_counter()
+        for group in self._groups:
+            try:
+                ended = group.step()
+            except Exception as error:
+                for member in group.members:
+                    self._fail(member.ticket, error)
+                group.members = []
+                continue
+            for member in ended:
+                if member.error:
+                    member.ticket.deliver(Failed(member.error))
+                    _log_error(member.error)
+            if ended:
+                self._leave(group, ended)
+        self._groups = [group for group in self._groups if group.members]
+        self._step_seconds = time.perf_counter() - start if self._groups else 0.0
+
+    def _leave(self, group: Group, members: list[AnswerSequence]) -> None:
+        """Ends some members, and keeps what was read for the next turns."""
+        for member in members:
+            self.metrics.answer(member.count)
+            try:
+                self._kept.add(group.nectar, group.exact, *group.caches_of(member))
+            except Exception as error:
+                _log_error(error)
+            self._end()
+        group.remove(members)
+
+    def _fail(self, ticket: Ticket, error: Exception) -> None:
+        _log_error(error)
+        ticket.deliver(Failed(error))
+        self._end()
+
+    def _fail_all(self, error: Exception) -> None:
+        tickets = [sequence.ticket for sequence in self._active()] + list(self._waiting)
+        self._groups, self._reading = [], []
+        self._waiting.clear()
+        for ticket in tickets:
+            self._fail(ticket, error)
+
+    def _end(self) -> None:
+        with self._lock:
+            self._open -= 1
+
+
+def _log_error(error: Exception) -> None:
+    if not isinstance(error, NectarError):
+        _log.error("%s: %s", type(error).__name__, error, exc_info=error)
+
+
+def _half_of_free() -> int:
+    import psutil
+
+    return cast("int", cast("Any", psutil).virtual_memory().available) // 2

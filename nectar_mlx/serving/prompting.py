@@ -1,0 +1,70 @@
+"""From a request's messages to token ids, in a thread of its own: no prompt, however long, holds up the others."""
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from ..core.types import Tokenizer
+from ..errors import NectarError
+from ..mlxlm import prompts
+from .errors import ApiError
+
+_SLICE = 8192  # characters that are counted at a time
+_SEAM = 8  # tokens that cutting a text in two may add
+
+
+class Prompting:
+    """tokenizer: the model's. window: the positions it supports, None where that is unknown. template: the server's
+    own arguments for the chat template."""
+
+    def __init__(self, tokenizer: Tokenizer, window: int | None, template: Mapping[str, Any]):
+        self._tokenizer, self._window, self._template = tokenizer, window, dict(template)
+        self._thread = ThreadPoolExecutor(1, "prompts")
+
+    async def chat(self, messages: Sequence[Mapping[str, str]], template: Mapping[str, Any]) -> list[int]:
+        """The tokens of a conversation; ApiError for one that is too long, or that cannot be one."""
+        return await self._run(self._chat, messages, template)
+
+    async def text(self, text: str) -> list[int]:
+        """The tokens of a text that continues the document."""
+        return await self._run(self._text, text)
+
+    def close(self) -> None:
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    async def _run(self, work: Any, *args: Any) -> list[int]:
+        found: list[int] = await asyncio.get_running_loop().run_in_executor(self._thread, work, *args)
+        return found
+
+    def _chat(self, messages: Sequence[Mapping[str, str]], template: Mapping[str, Any]) -> list[int]:
+        self._check_length([message["content"] for message in messages])
+        try:
+            return prompts.prompt(self._tokenizer, [dict(m) for m in messages], **{**self._template, **template})
+        except NectarError as error:
+            raise ApiError(400, str(error), code="invalid_value", param="messages") from None
+
+    def _text(self, text: str) -> list[int]:
+        self._check_length([text])
+        return prompts.encode(self._tokenizer, text)
+
+    def _check_length(self, texts: Sequence[str]) -> None:
+        """Counts tokens until they are certainly too many, so that no more of a text is encoded than the model reads.
+
+        Every message needs a token at least.
+        """
+        if self._window is None:
+            return
+        total = 0
+        for text in texts:
+            total += 1
+            for start in range(0, len(text), _SLICE):
+                count = len(prompts.encode(self._tokenizer, text[start : start + _SLICE]))
+                total += max(0, count - _SEAM)
+                if total > self._window:
+                    raise ApiError(
+                        400,
+                        f"the prompt is longer than the model's window of {self._window:,} tokens",
+                        code="context_length_exceeded",
+                        param="messages",
+                    )

@@ -1,0 +1,183 @@
+"""What the endpoints share: names of files, a server's defaults, and an answer as a stream of events."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from ..core.types import JsonObject
+from ..mlxlm.window import window
+from .constraint import Constraints
+from .engine import Engine
+from .errors import as_api_error
+from .job import Event, Failed, Finished, Job, Started, Ticket, TokenLogprob, Written
+from .prompting import Prompting
+from .schema import Generation
+from .shelf import UnknownModel, listed
+
+_SILENCE = 10.0  # seconds after which a stream shows that it is alive
+
+
+@dataclass(frozen=True, kw_only=True)
+class Defaults:
+    """Of a request. sampling: fields of `Sampling`. max_tokens: the longest answer, cut to the room there is. template:
+    arguments of the chat template."""
+
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    max_tokens: int = 512
+    template: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Whole(NamedTuple):
+    """A finished answer. extra: `chunk`, and what was read of the text."""
+
+    text: str
+    thoughts: str
+    reason: str
+    prompt_tokens: int
+    cached_tokens: int
+    answer_tokens: int
+    logprobs: Sequence[TokenLogprob]
+    extra: JsonObject
+
+
+class Reply:
+    """The events of one answer, as they come; raises ApiError."""
+
+    def __init__(self, events: "asyncio.Queue[Event]"):
+        self._events = events
+        self.started: Started | None = None
+        self.finished: Finished | None = None
+
+    async def begin(self) -> Started:
+        """Waits until the prompt is being read: errors in the request are known by then."""
+        event = await self._next()
+        assert isinstance(event, Started)
+        self.started = event
+        return event
+
+    async def pieces(self) -> AsyncIterator[Written | None]:
+        """What is written, after `begin`. None where nothing has come for a while."""
+        while self.finished is None:
+            try:
+                async with asyncio.timeout(_SILENCE):
+                    event = await self._next()
+            except TimeoutError:
+                yield None
+                continue
+            if isinstance(event, Finished):
+                self.finished = event
+            elif isinstance(event, Written):
+                yield event
+
+    async def whole(self) -> Whole:
+        """All of it."""
+        started = await self.begin()
+        texts, thoughts, logprobs = list[str](), list[str](), list[TokenLogprob]()
+        async for piece in self.pieces():
+            if piece is not None:
+                texts.append(piece.text)
+                thoughts.append(piece.thoughts)
+                logprobs += piece.logprobs
+        assert self.finished is not None
+        return Whole(
+            "".join(texts),
+            "".join(thoughts),
+            self.finished.reason,
+            started.prompt_tokens,
+            started.cached_tokens,
+            self.finished.tokens,
+            logprobs,
+            self.extra(),
+        )
+
+    def extra(self) -> JsonObject:
+        """What an answer has beside OpenAI's fields, once it is finished."""
+        chunk = {} if self.started is None or self.started.chunk is None else {"chunk": self.started.chunk}
+        return chunk | (self.finished.reading if self.finished else {})
+
+    async def _next(self) -> Event:
+        event = await self._events.get()
+        if isinstance(event, Failed):
+            raise as_api_error(event.error)
+        return event
+
+
+class Service:
+    """An engine, and what turns requests into its jobs."""
+
+    def __init__(self, engine: Engine, defaults: Defaults):
+        self.engine, self.defaults = engine, defaults
+        shelf = engine.shelf
+        self.prompting = Prompting(shelf.tokenizer, window(shelf.model), defaults.template)
+        self.constraints = Constraints(shelf.tokenizer)
+        self.created = int(time.time())
+        self.vocabulary = len(shelf.tokenizer.get_vocab())
+
+    @property
+    def names(self) -> list[str]:
+        return list(self.engine.shelf.files)
+
+    def name(self, model: str | None) -> str:
+        """The file that a request names; the first one where it names none. UnknownModel if there is none."""
+        files = self.engine.shelf.files
+        if not model or (model == "default_model" and model not in files):
+            return next(iter(files))
+        for name in (model, model.removesuffix(":latest")):
+            if name in files:
+                return name
+        raise UnknownModel(f"there is no model {model[:100]!r}; there are: {listed(files)}")
+
+    async def chat_job(
+        self,
+        request: Generation,
+        messages: Sequence[dict[str, str]],
+        *,
+        template: Mapping[str, Any],
+        schema: dict[str, Any] | None = None,
+        **fields: Any,
+    ) -> Job:
+        """A job of a conversation. schema: of the answer, None for text. fields: of `Job`, over the request's."""
+        name = self.name(request.model)
+        questions = [] if request.whole else [m["content"] for m in reversed(messages) if m["role"] == "user"]
+        constraint = self.constraints.of(schema) if schema is not None else None
+        job = self._fields(request) | {"constraint": constraint, "questions": questions} | fields
+        prompt = await self.prompting.chat(messages, template)
+        return Job(name=name, prompt=prompt, **job)
+
+    async def text_job(self, request: Generation, prompt: str, **fields: Any) -> Job:
+        """A job of a text that continues the document."""
+        name, job = self.name(request.model), self._fields(request) | {"thinks": False} | fields
+        questions = [] if request.whole else [prompt]
+        return Job(name=name, prompt=await self.prompting.text(prompt), questions=questions, **job)
+
+    def _fields(self, request: Generation) -> dict[str, Any]:
+        request.check()
+        sampling = request.sampling(self.defaults.sampling)
+        sampling.check_vocabulary(self.vocabulary)
+        return {
+            "sampling": sampling,
+            "stops": request.stops(),
+            "max_tokens": request.max_tokens,
+            "default_tokens": self.defaults.max_tokens,
+            "exact": request.exact,
+            "sources": bool(request.sources),
+        }
+
+    @asynccontextmanager
+    async def answer(self, job: Job) -> AsyncIterator[Reply]:
+        """The events of a job's answer. Leaving ends it, finished or not."""
+        loop, events = asyncio.get_running_loop(), asyncio.Queue[Event]()
+
+        def deliver(event: Event) -> None:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(events.put_nowait, event)
+
+        ticket = Ticket(job, deliver)
+        self.engine.submit(ticket)
+        try:
+            yield Reply(events)
+        finally:
+            ticket.cancel()

@@ -1,0 +1,138 @@
+"""What a fit is expected to take, against fits, and against what was measured on other machines."""
+
+import json
+
+import pytest
+
+from nectar_mlx import NectarError, plan
+from nectar_mlx.core.progress import Overall
+from nectar_mlx.fitting import machines, pipeline
+from nectar_mlx.fitting.config import FitConfig
+from nectar_mlx.fitting.estimate import estimate
+from tests import toys
+from tests.fitting.toy_fit import FAST, TEXT
+
+H100 = next(machine for machine in machines.MACHINES if machine.name.startswith("H100"))
+
+
+class Recorded(Overall):
+    """Keeps what was expected at first, and what came."""
+
+    def __init__(self):
+        super().__init__()
+        self.expected, self.came = [], []
+
+    def expect(self, stages):
+        self.expected = [stage.description for stage in stages]
+        super().expect(stages)
+
+    def _enter(self, description):
+        self.came.append(description)
+        super()._enter(description)
+
+
+@pytest.mark.parametrize("options, positions", [
+    ({"budget": 0.5, "context_tokens": 150}, 4096),
+    ({"context_tokens": 150}, 4096),
+    ({"kind": "exact", "context_tokens": 150}, 4096),
+    ({"budget": 0.5, "layerwise": True, "context_tokens": 300}, 4096),
+    ({"budget": 0.5}, 1500),
+])  # fmt: skip
+def test_the_stages_that_come_are_those_that_were_expected(tokenizer, options, positions):
+    """In their order; of the budgets that are tried there may be more or fewer."""
+    progress = Recorded()
+    model = toys.toy("llama", max_position_embeddings=positions)
+    toys.fit(model, tokenizer, TEXT, config=FitConfig(**FAST | options), progress=progress)
+    of_budgets = ("choosing a budget", "checking a budget")
+    came, expected = (
+        [name for name in names if name not in of_budgets] for names in (progress.came, progress.expected)
+    )
+    assert came == expected
+    assert (of_budgets[0] in progress.came) == (of_budgets[0] in progress.expected)
+
+
+def test_a_long_fit_is_announced_with_time_memory_and_size(tokenizer, monkeypatch):
+    said = []
+    monkeypatch.setattr(pipeline, "LONG", 0.0)
+    config = FitConfig(**FAST | {"kind": "exact", "context_tokens": 100})
+    toys.fit(toys.toy("llama"), tokenizer, TEXT, config=config, log=said.append)
+    (line,) = said
+    assert all(word in line for word in ("this takes about", "of memory", "of disk", "for a file of about"))
+
+
+def test_a_short_fit_is_not(tokenizer):
+    config = FitConfig(**FAST | {"kind": "exact", "context_tokens": 100})
+    toys.fit(toys.toy("llama"), tokenizer, TEXT, config=config, log=pytest.fail)
+
+
+@pytest.mark.parametrize("name, parameters", [
+    ("SmolLM2-135M", 135e6), ("Qwen3-1.7B", 1.7e9), ("Qwen3-8B", 7.6e9), ("Llama-3.3-70B", 70e9),
+])  # fmt: skip
+def test_published_shapes_have_their_parameters(name, parameters):
+    """With one matrix of the vocabulary, as `Shape` counts them."""
+    shape = machines.named_shape(f"someone/{name}-Instruct")
+    assert shape.body + shape.vocabulary == pytest.approx(parameters, rel=0.05)
+
+
+def test_a_loaded_model_has_the_shape_of_its_configuration(tmp_path, tokenizer):
+    from nectar_mlx.mlxlm import attention_patch
+
+    model = toys.toy("llama")
+    folder = toys.save_model(model, tmp_path / "model", tokenizer)
+    loaded = machines.shape_of(model, attention_patch.route(model), "toy")
+    named = machines.named_shape(str(folder))
+    assert named.body == pytest.approx(loaded.body, rel=0.05) and named.vocabulary == loaded.vocabulary
+    assert named.geometry.cache_bytes(100) == loaded.geometry.cache_bytes(100) and named.window == loaded.window == 4096
+
+
+# Of docs/log/fit-time.md: seven and two layers of Qwen3-1.7B's shape, H100, 120,000 samples a head, 2,000 steps. In the
+# first two, nodes had 8 bits an entry.
+@pytest.mark.parametrize(
+    "layers, tokens, bits, seconds", [(7, 8192, 8, 33.7), (7, 32768, 8, 79.4), (2, 131072, None, 182.0)]
+)
+def test_what_was_measured_on_an_h100_is_estimated_within_half(layers, tokens, bits, seconds):
+    numbers = (layers, *machines._PUBLISHED["Qwen3-1.7B"][1:-1], 1 << 20)
+    shape = machines._shape("Qwen3-1.7B", *numbers)
+    with machines.using(H100.profile):
+        config = FitConfig(budget=0.02, steps=2000, bits=bits)
+    assert estimate(shape, H100, config, tokens).seconds == pytest.approx(seconds, rel=0.5)
+
+
+def test_more_takes_more():
+    def seconds(name="Qwen3-8B", tokens=10_000):
+        config = machines.settings(H100, budget="2%", kind="auto")
+        return estimate(machines.named_shape(name), H100, config, tokens).seconds
+
+    assert seconds() < seconds(tokens=20_000) < seconds(tokens=100_000) < seconds(tokens=1_000_000)
+    assert seconds("Qwen3-1.7B") < seconds("Qwen3-8B") < seconds("Qwen3-32B") < seconds("Llama-3.3-70B")
+
+
+def test_the_command_prints_every_combination(capsys):
+    arguments = ["--model", "Qwen3-1.7B", "Llama-3.3-70B", "--tokens", "10k", "10M", "--machine", "M4"]
+    assert plan.main([*arguments, "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert {(row["model"], row["tokens"]) for row in rows} == {
+        (model, tokens) for model in ("Qwen3-1.7B", "Llama-3.3-70B") for tokens in (10_000, 10_000_000)
+    }
+    assert len(rows) == 8 and all(row["seconds"] > 0 and row["file_bytes"] > 0 for row in rows)
+    assert {row["fits"] for row in rows} == {True, False} and rows[0]["basis"] == "calculated"
+    assert plan.main(arguments) == 0
+    assert "Llama-3.3-70B" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments, word", [
+    (["--model", "nothing-9B"], "nothing-9B"),
+    (["--machine", "abacus"], "abacus"),
+    (["--tokens", "0"], "--tokens"),
+    (["--budget", "7"], "budget"),
+])  # fmt: skip
+def test_a_mistake_is_one_line(capsys, arguments, word):
+    assert plan.main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and word in err and "Traceback" not in err
+
+
+def test_a_configuration_that_is_none_is_one_line(tmp_path):
+    (tmp_path / "config.json").write_text('{"hidden_size": "wide"}')
+    with pytest.raises(NectarError, match="does not describe a model"):
+        machines.named_shape(str(tmp_path))
