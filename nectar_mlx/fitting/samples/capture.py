@@ -25,7 +25,7 @@ from ..run import FitRun
 from .conversation import Conversation, Split
 from .sample_store import DeviceSampleStore, Samples, SampleStore
 from .self_study import study
-from .study_cache import StudyCache, allow_half
+from .study_cache import StudyCache
 
 _SMALL = 4096.0  # a sixteenth of what float16 holds
 _FEWEST_TOKENS = 256  # that are replayed together
@@ -51,11 +51,7 @@ def collect(run: FitRun, context: Context) -> Collected:
 
     NectarError that names the layer and head where a number is not finite.
     """
-    allow_half(run.model, context)
-    collected = capture(run, context, study(run, context))
-    for bank in context.banks:
-        bank.forget_half()
-    return collected
+    return capture(run, context, study(run, context))
 
 
 def capture(
@@ -81,6 +77,8 @@ def capture(
             tokens=tokens,
             progress=done,
         )
+    for bank in context.banks:
+        bank.forget_half()
     for samples in (train, held_out):
         finite.check_heads("capturing attention", samples.not_finite, run.geometry)
     return Collected(context=context, conversations=conversations, train=train, held_out=held_out)

@@ -20,11 +20,12 @@ from ..prefill import Context
 from ..run import FitRun
 from . import instructions
 from .conversation import Conversation, answered_checks, count_samples
-from .study_cache import StudyCache
+from .study_cache import StudyCache, allow_half
 
 CHECK_TEMPERATURE = 0.7
 _SHRINK = 8  # a batch is made smaller when one of so many conversations has ended
-_STEP = 64  # tokens that keys and values grow by: conversations are short
+_STEP = 64  # tokens that are read at a time, and that keys and values are made for a multiple of
+_LIVE_BYTES = 6_000_000_000  # of keys and values of conversations that are sampled together, at most
 _ENOUGH = 0.9  # of the samples asked for: not another batch for the last few
 _FEWEST_TOGETHER = 16  # conversations: with fewer, sampling is slow on any machine
 
@@ -41,6 +42,7 @@ def study(run: FitRun, context: Context) -> list[Conversation]:
     """Samples conversations about a context until they give every head its samples, and those of the check."""
     conversations, config = run.checkpoint.load_conversations(), run.config
     wanted = run.n_samples(run.n_heads)
+    allow_half(run.model, context)
     with run.progress("sampling answers", wanted) as done:
         while True:
             samples = count_samples(conversations, group=run.group)
@@ -67,7 +69,8 @@ def study(run: FitRun, context: Context) -> list[Conversation]:
 def side_by_side(run: FitRun, *, missing: int) -> int:
     """How many conversations are sampled together: as many as give the missing samples, and as the memory holds."""
     config, g = run.config, run.geometry
-    fit = max(_FEWEST_TOGETHER, run.memory // 4 // g.cache_bytes(2 * config.answer_tokens))
+    room = min(run.memory // 4, _LIVE_BYTES)
+    fit = max(_FEWEST_TOGETHER, room // g.cache_bytes(2 * config.answer_tokens))
     needed = missing // (run.group * config.answer_tokens) + 1
     return min(config.conversations, fit, max(_FEWEST_TOGETHER, needed))
 
@@ -130,10 +133,6 @@ def check_conversations(
 class StepCache(StudyCache):
     """Of several sequences that advance in step; some may end before the others."""
 
-    def __init__(self, *rest: Any):
-        super().__init__(*rest)
-        self.live.step = _STEP
-
     def filter(self, kept: mx.array) -> None:
         live: Any = self.live
         live.keys, live.values = take(live.keys, kept), take(live.values, kept)
@@ -161,6 +160,9 @@ def sample_answers(
     """
     caches, going, first = context.make_cache(StepCache), list(batch), min(len(c.prompt) for c in batch)
     ahead, longest = device().steps_ahead, max(len(c.prompt) for c in batch)
+    for cache in caches:
+        if isinstance(cache, StepCache):  # keys and values never have to grow
+            cache.live.step = -(-(longest + max_tokens) // _STEP) * _STEP
     heats = [temperature] * len(batch) if isinstance(temperature, float | int) else temperature
     heat_of = {id(c): heat for c, heat in zip(batch, heats, strict=True)}
     for step in range(first, at + 1):  # those that were sampled before
