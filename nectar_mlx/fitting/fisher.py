@@ -54,7 +54,8 @@ def fisher(
     heads of the group. progress is told how many conversations are done.
     """
     runner = LayerRunner(model, geometry)
-    K, D, batch = geometry.n_kv_heads, geometry.head_dim, device().fisher_batch
+    K, D = geometry.n_kv_heads, geometry.head_dim
+    batch = _together(context, conversations, geometry)
     total = [mx.zeros((K, D, D)) for _ in context.banks]
     for start in range(0, len(conversations), batch):
         part = conversations[start : start + batch]
@@ -66,6 +67,13 @@ def fisher(
         progress(start + len(part))
     count = geometry.n_heads // K * sum(c.fed_tokens for c in conversations)
     return mx.concatenate(total) / max(count, 1)
+
+
+def _together(context: Context, conversations: Sequence[Conversation], geometry: Geometry) -> int:
+    """How many conversations are differentiated at a time: their scores in one layer must fit the memory."""
+    longest = max((c.fed_tokens for c in conversations), default=1)
+    room = device().max_batch_scores // (geometry.n_heads * longest * len(context.prefix))
+    return max(1, min(device().fisher_batch, room))
 
 
 def _gradients(

@@ -21,7 +21,7 @@ from .config import FitConfig
 from .samples.sample_store import DeviceSampleStore, SampleStore
 
 _FEWEST_SAMPLES = 20_000  # a head
-_MOST_BYTES = 11_000_000_000  # of samples, unless another limit is set
+_MOST_BYTES = 9_000_000_000  # of samples, unless another limit is set
 ROUTER_SAMPLES = 2048  # whose queries the router is made from: all that a kind needs which is not trained
 
 

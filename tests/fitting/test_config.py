@@ -31,7 +31,7 @@ def memory(monkeypatch, set_device):
     [
         (16 << 30, 20_000),
         (64 << 30, (8 << 30) // SampleStore.nbytes(HEADS, 1, DIM)),
-        (1 << 40, 11_000_000_000 // SampleStore.nbytes(HEADS, 1, DIM)),
+        (1 << 40, 9_000_000_000 // SampleStore.nbytes(HEADS, 1, DIM)),
     ],
 )
 def test_as_many_samples_as_the_memory_easily_holds(memory, set_device, total, samples):

@@ -67,11 +67,12 @@ def test_equal_seeds_give_equal_tensors(tokenizer, toy_fit):
         toys.fit(model, tokenizer, TEXT, config=FitConfig(**FAST | SHORT | {"seed": seed})) for seed in (0, 1)
     )
     assert first.digest == second.digest != other.digest
-    assert first.report | {"seconds": None} == second.report | {"seconds": None}
+    measured = {"seconds": None, "peak_memory": None}
+    assert first.report | measured == second.report | measured
 
 
 FIGURES = {"kl", "agree", "kl_no_context", "gap_closed", "verdict"}
-WHOLE = FIGURES | {"budget", "sizes", "queries", "error", "seconds"}
+WHOLE = FIGURES | {"budget", "sizes", "queries", "error", "seconds", "peak_memory"}
 STAGES = {"read", "study", "budgets", "regression", "check"}
 
 
@@ -79,7 +80,7 @@ STAGES = {"read", "study", "budgets", "regression", "check"}
     (SHORT, WHOLE | {"left_out_tokens"}, STAGES),
     ({"kind": "retrieval", "steps": 40, "budget": 0.3}, WHOLE, STAGES | {"keys"}),
     (SHORT | {"context_tokens": 300, "layerwise": True}, WHOLE | {"layerwise", "left_out_tokens"}, STAGES - {"read"}),
-    ({"kind": "exact", "context_tokens": 300}, {"left_out_tokens", "seconds"}, {"read"}),
+    ({"kind": "exact", "context_tokens": 300}, {"left_out_tokens", "seconds", "peak_memory"}, {"read"}),
 ])  # fmt: skip
 def test_what_a_report_holds(tokenizer, toy_fit, options, names, stages):
     nectar = toy_fit(**options)

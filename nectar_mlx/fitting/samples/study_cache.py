@@ -121,12 +121,14 @@ def _count(n: int) -> mx.array:
 def half_attention(queries: mx.array, keys: HalfKeys) -> Partial:
     """Attention of half-precision queries [K, N, D] over the keys; the output is half precision, too."""
     K, n = keys.keys.shape[:2]
-    step = max(1, 2 * device().max_scores // (K * n))
+    step = max(1, device().max_scores // (K * n))
     parts = []
     for start in range(0, queries.shape[1], step):
         scores = queries[:, start : start + step] @ keys.keys.swapaxes(1, 2)
         weights, log_normalizer = training.softmax(scores, keys.known)
         parts.append(Partial(weights @ keys.values, log_normalizer))
+        if step < queries.shape[1]:
+            mx.eval(parts[-1])  # or the scores of all parts would be there at once
     return parts[0] if len(parts) == 1 else attention.join(parts, axis=1)
 
 

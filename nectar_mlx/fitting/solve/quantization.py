@@ -13,7 +13,6 @@ queries and answers notice most comes first, as in incremental network quantizat
 
 import math
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -35,7 +34,6 @@ _N_PROBE = 1 << 14  # samples by which costs are measured, at most
 _FLOOR = 1e-2  # of the mean cost: a node that these samples hardly notice is what another question asks for
 _LARGEST = 1024  # integer in a row, to begin with: `store` finds rows with four times as much
 _MATRICES = ("keys", "values")
-_THREADS = 8
 
 
 def round_nodes(bank: Bank, training: Training, *, steps: int, rate: float, bits: float = MEAN_BITS) -> Bank:
@@ -94,17 +92,12 @@ def row_steps(bank: Bank, costs: HeadArrays, *, bits: float) -> HeadArrays:
     most = max(count for (count,) in bank.sizes)
     steps = {n: np.ones((len(bank.sizes), most, 1), np.float32) for n in _MATRICES}
     row_costs = {n: np.array(costs[n]) for n in _MATRICES}
-    heads = [[np.array(head[n].astype(mx.float32)) for n in _MATRICES] for head in bank.unstack()]
-
-    def fill(m: int) -> None:
-        values = heads[m]
+    for m, head in enumerate(bank.unstack()):
+        values = [np.array(head[n].astype(mx.float32)) for n in _MATRICES]
         head_costs = [row_costs[n][m, : len(values[0])] for n in _MATRICES]
         floored = [np.maximum(x, _FLOOR * x.mean() + 1e-30) for x in head_costs]
         for name, exponents in zip(_MATRICES, _exponents(values, floored, bits=bits), strict=True):
             steps[name][m, : len(exponents), 0] = np.exp2(exponents / 2)
-
-    with ThreadPoolExecutor(_THREADS) as pool:  # numpy computes outside of Python's lock
-        list(pool.map(fill, range(len(heads))))
     return {n: mx.array(x) for n, x in steps.items()}
 
 
