@@ -12,6 +12,14 @@ from .models import hub
 from .nectar import Nectar
 from .retrieval import find_keys
 
+_PACKED = {"verdict", "edits", "text"}  # shown first, or packed
+_UNCHECKED = "How close this file is to the full text has not been measured: `nectar evaluate` measures it."
+_LEGEND = (
+    "KL: how far answers are from those with the full text, in nats a token; 0 is no difference. Agree: share of "
+    "tokens that are the same. Gap closed: 1 is an answer as with the full text, 0 as without it. Share of KV cache: "
+    "size of the file against what the full text takes in memory."
+)
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     return cli.run(_parser(), _work, argv)
@@ -29,16 +37,15 @@ def _work(args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps(facts))
         return
-    if sentence := facts["report"].get("verdict"):
-        cli.show(sentence)
-    for name, value in facts.items():
-        if name != "report":
-            cli.show(f"{name.replace('_', ' '):<20}{_readable(name, value)}")
-    for name, value in facts["report"].items():
-        if name != "verdict" and not isinstance(value, list):  # per head: for --json
-            cli.show(f"{name.replace('_', ' '):<20}{_readable(name, value)}")
+    cli.paragraph(facts["report"].get("verdict") or _UNCHECKED)
+    cli.paragraph(_LEGEND)
+    print()
+    shown = {name: value for name, value in facts.items() if name != "report"} | facts["report"]
+    for name, value in shown.items():
+        if name not in _PACKED and not isinstance(value, list | dict):  # per head: for --json
+            cli.row(name.replace("_", " "), _readable(name, value))
     for file in facts["report"].get("files", []):
-        cli.show(f"{'file':<20}{_file(file)}")
+        cli.row("file", _file(file))
 
 
 def describe(path: Path) -> JsonObject:
@@ -84,6 +91,8 @@ def _file(file: JsonObject) -> str:
 def _readable(name: str, value: object) -> str:
     if name.endswith("_bytes") and isinstance(value, int):
         return f"{value / 2**20:.2f} MiB ({value:,} bytes)"
+    if name.endswith("sha256"):
+        return f"{value}"[:16]
     if isinstance(value, dict):
         return ", ".join(f"{k}={v}" for k, v in value.items() if v is not None)
     return f"{value:,}" if isinstance(value, int) else str(value)

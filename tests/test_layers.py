@@ -18,13 +18,20 @@ LEVELS = (
     ("retrieval",),
     ("fitting",),
     ("nectar",),
-    ("__init__", "baselines", "composition", "interchange"),
+    ("__init__", "baselines", "composition", "interchange", "library"),
     ("evaluation", "benchmarks"),
     ("serving",),
+    ("agent", "editor", "output", "settings"),
+    ("installed",),
     ("cli",),
-    ("inspect",),
-    ("ask", "bench", "chat", "demo", "evaluate", "export", "fit", "plan", "push", "serve"),
+    ("from_library", "inspect", "writing"),
+    ("conversation", "remote"),
+    (
+        *("add", "ask", "bench", "chat", "demo", "doctor", "evaluate", "export", "fit", "list", "plan", "push"),
+        *("remove", "serve", "update"),
+    ),
     ("__main__",),
+    ("completion",),
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 

@@ -15,7 +15,7 @@ from ..core.device import device
 from ..core.types import LayerCache, Tokenizer
 from ..errors import NectarError
 from ..fitting import fisher, prefill
-from ..fitting.fidelity import Prompt
+from ..fitting.fidelity import Change, Prompt
 from ..fitting.fisher import N_PROBE
 from ..fitting.prefill import Context
 from ..fitting.samples import capture, instructions, self_study
@@ -45,7 +45,7 @@ class View:
     """A replacement of the full KV cache: a bank a layer, the position of the first live token, and its size.
 
     windows: what sliding-window layers keep, by layer. nbytes: what has to be kept to answer a question. detail: the
-    method's settings, for a person. live_text: what it reads with each question, if anything.
+    method's settings, for a person. live_text: what it reads with each question, if anything. change: of its logits.
     """
 
     banks: Sequence[Bank]
@@ -54,6 +54,7 @@ class View:
     windows: Mapping[int, Window] = field(default_factory=dict)
     detail: str = ""
     live_text: LiveText | None = None
+    change: Change | None = None
 
     @property
     def prompt(self) -> Prompt | None:

@@ -1,12 +1,12 @@
 """BM25 (Robertson and Zaragoza, 2009): which passages share most words with a question."""
 
 import math
-import re
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from .types import Tokenizer
+from .words import words
 
 _K1, _B = 1.2, 0.75  # how soon a repeated word counts no more; how much a passage's length counts
 PASSAGE = 64  # tokens of a passage
@@ -56,9 +56,3 @@ class Index:
         scores = self.scores(question)
         order = sorted(range(len(scores)), key=lambda i: -scores[i])[:count]
         return [token for i in sorted(order) for token in self.passages[i]]
-
-
-def words(text: str, *, phrase: int = 1) -> list[str]:
-    """The words of a text in lower case, and its phrases of up to `phrase` words."""
-    single = re.findall(r"\w+", text.lower())
-    return [" ".join(single[i : i + n]) for n in range(1, phrase + 1) for i in range(len(single) - n + 1)]

@@ -26,6 +26,7 @@ from ..core.types import JsonObject
 from ..heads import Exact, HeadArrays, Weighed
 from ..mlxlm.attention_patch import Geometry
 from ..mlxlm.cache import make_caches
+from ..retrieval.recall import Calibration
 from ..store import Layout, chunking, load
 from ..store.chunking import ChunkedPrefix
 from . import finite, verdict
@@ -102,12 +103,13 @@ def fit(
     }
     make_cache = partial(make_caches, banks, fitted[-1].windows, whole.start)
     head = read_head(run.model, run.tokenizer, prefix, run.geometry)
-    runner, checks = LayerRunner(run.model, run.geometry), list[JsonObject]()
+    runner, checks, recall = LayerRunner(run.model, run.geometry), list[JsonObject](), Calibration(prefix)
     with run.progress("checking", len(fitted)) as done:
         for number, chunk in enumerate(fitted, 1):
-            checks.append(chunk.check(runner, make_cache, head.make_cache))
+            checks.append(chunk.check(runner, make_cache, head.make_cache, recall=recall))
             done(number)
-    report |= verdict.mean(checks) | ({"chunks": checks} if len(checks) > 1 else {})
+    figures = verdict.mean(checks)
+    report |= figures | {"recall": recall.report(figures["kl"])} | ({"chunks": checks} if len(checks) > 1 else {})
     clock.lap("check")
     return tensors, report
 

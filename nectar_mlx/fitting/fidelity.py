@@ -13,6 +13,8 @@ from .samples.conversation import Conversation
 
 MakeCache = Callable[[], Any]
 Prompt = Callable[[Conversation], list[int]]
+Change = Callable[[Conversation, mx.array], mx.array]  # of an answer's logits [answer, vocabulary]
+Observe = Callable[[str, Conversation, mx.array, mx.array], None]
 
 MAX_ENTRIES = 1 << 24  # entries of a vocabulary-wide array at a time: 64 MB, whatever the vocabulary
 
@@ -74,12 +76,15 @@ def compare(
     conversations: Sequence[Conversation],
     *,
     prompts: Mapping[str, Prompt | None] | None = None,
+    change: Mapping[str, Change] | None = None,
+    observe: Observe = lambda *_: None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> dict[str, Divergence]:
     """Every other view of the context against the reference, teacher-forced on the same answers.
 
-    prompts: for a view that reads something else than the conversation's own prompt, what it reads. progress is told
-    how many conversations are done.
+    prompts: for a view that reads something else than the conversation's own prompt, what it reads. change: for a view
+    whose logits are changed, how. observe: told each view's name, each conversation, the reference's logits and the
+    view's. progress is told how many conversations are done.
     """
     divergences: dict[str, list[Divergence]] = {name: [] for name in others}
     batch = device().check_batch
@@ -89,7 +94,9 @@ def compare(
         for name, make_cache in others.items():
             ours = answer_logits(model, make_cache(), part, (prompts or {}).get(name))
             for i, conversation in enumerate(part):
-                divergences[name].append(divergence(truth[i], ours[i], conversation.answer, start + i))
+                logits = ours[i] if change is None or name not in change else change[name](conversation, ours[i])
+                observe(name, conversation, truth[i], logits)
+                divergences[name].append(divergence(truth[i], logits, conversation.answer, start + i))
         progress(start + len(part))
     return {n: joined(parts) for n, parts in divergences.items()}
 

@@ -14,6 +14,7 @@ import mlx.core as mx
 from .. import store
 from ..core.types import JsonObject
 from ..mlxlm.cache import Window
+from ..retrieval.recall import Calibration
 from . import fidelity
 from .checkpoint import Checkpoint, Plan
 from .layers import LayerRunner
@@ -81,14 +82,23 @@ class FittedChunk:
         """What each layer's keys are relative to, [K, D]."""
         return [layer.get("offsets") for layer in self.layers]
 
-    def check(self, runner: LayerRunner, make_cache: fidelity.MakeCache, no_context: fidelity.MakeCache) -> JsonObject:
+    def check(
+        self,
+        runner: LayerRunner,
+        make_cache: fidelity.MakeCache,
+        no_context: fidelity.MakeCache,
+        *,
+        recall: Calibration,
+    ) -> JsonObject:
         """How far the file's answers and those without a context are from those with this chunk's full cache
-        (`verdict`)."""
+        (`verdict`). recall: told of the answers."""
         with_file, without = list[fidelity.Divergence](), list[fidelity.Divergence]()
         for number, (conversation, hidden) in enumerate(self.answers):
             truth = runner.logits(hidden[None])[0]
             for divergences, make in ((with_file, make_cache), (without, no_context)):
                 (logits,) = fidelity.answer_logits(runner.model, make(), [conversation])
+                if make is make_cache:
+                    recall.add(conversation.prompt, conversation.answer, truth, logits)
                 divergences.append(fidelity.divergence(truth, logits, conversation.answer, number))
         return measured(fidelity.joined(with_file), fidelity.joined(without))
 

@@ -47,6 +47,12 @@ def located(tokenizer: Tokenizer, text: str) -> tuple[list[int], list[Span]]:
     return control + ids, spans
 
 
+def document(tokenizer: Tokenizer, prefix: Sequence[int]) -> str:
+    """The text that a prefix holds, as far as the tokenizer gives back what it encoded."""
+    decoded = tokenizer.decode(list(prefix), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return decoded.partition(INTRODUCTION)[2]
+
+
 def preamble(tokenizer: Tokenizer) -> int:
     """The number of tokens before the document in a prefix."""
     return len(located(tokenizer, "")[0])

@@ -114,7 +114,7 @@ def read(path: Path) -> tuple[Tensors, Metadata]:
         raise NectarError(f"{path} is damaged: its contents do not match its checksum; fit it again")
     if "prefix" not in tensors or _prefix_digest(tensors) != metadata["prefix_sha256"]:
         raise NectarError(f"{path} is damaged: its prefix does not match its checksum; fit it again")
-    with _damage_named(path):
+    with damage_named(path):
         schema.check(metadata, tensors)
     return tensors, metadata
 
@@ -140,12 +140,12 @@ def _metadata(path: Path) -> Metadata:
         raise NectarError(f"{path} is damaged: {', '.join(sorted(missing))} missing; fit it again")
     if version == FORMAT and strings["digest"] != tensor_file.metadata_digest(strings):
         raise NectarError(f"{path} is damaged: its metadata do not match their checksum; fit it again")
-    with _damage_named(path):
+    with damage_named(path):
         return {k: v if k in _TEXTS else json_text.decode(v) for k, v in strings.items()}
 
 
 @contextmanager
-def _damage_named(path: Path) -> Iterator[None]:
+def damage_named(path: str | Path) -> Iterator[None]:
     """NectarError, with the path, for what is raised inside where a file is damaged."""
     try:
         yield

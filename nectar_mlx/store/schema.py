@@ -189,7 +189,8 @@ def check_keys(small: Arrays, *, shape: tuple[int, int, int], head_dim: int) -> 
     scanned = _array(small, "sketch.scanned", "float32", (L, K))
     _require(((scanned >= 0) & (scanned <= 1)).all(), "its shares of clusters are none")
     if "sources.text" in small or "sources.offsets" in small:
-        text = bytes(_array(small, "sources.text", "uint8", (small["sources.text"].size,))).decode()
+        size = small["sources.text"].size if "sources.text" in small else 0
+        text = bytes(_array(small, "sources.text", "uint8", (size,))).decode()
         start, end = _array(small, "sources.offsets", "int32", (tokens, 2)).T
         inside = (start >= 0) & (start <= end) & (end <= len(text))
         _require((inside | ((start == -1) & (end == -1))).all(), "its tokens are not those of its text")

@@ -418,7 +418,7 @@ def test_an_unsupported_architecture_is_named(folder, capsys, tokenizer):
                  "num_hidden_layers": 1, "num_key_value_heads": 2, "intermediate_size": 32, "rope_theta": 1e4,
                  "use_qkv_bias": False, "partial_rotary_factor": 1.0, "layer_norm_eps": 1e-5}  # fmt: skip
     toys.save_model(stablelm.Model(stablelm.ModelArgs.from_dict(arguments)), folder / "stable", tokenizer)
-    fault(capsys, command(folder, model=folder / "stable"), "stablelm", "not supported")
+    fault(capsys, [*command(folder, model=folder / "stable"), "--force"], "stablelm", "not supported")
 
 
 def test_ctrl_c_keeps_the_work(folder):

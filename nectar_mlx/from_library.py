@@ -1,0 +1,168 @@
+"""The library as commands use it: their options, what fits for it, and the way from a question to a .nectar.
+
+Where `nectar ask` and `nectar chat` take a .nectar, the word `library` stands for the library.
+"""
+
+import argparse
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from . import cli, settings
+from .core.types import JsonObject, Tokenizer
+from .errors import NectarError
+from .library import Added, Document, Library, ModelFitter, Routing
+
+if TYPE_CHECKING:
+    import mlx.nn as nn
+
+    from .nectar import Nectar
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of `fitter`."""
+    parser.add_argument("--model", help="fit on this model (default: the one that the library was last fitted on)")
+    parser.add_argument("--budget", metavar="SHARE", help="bytes to keep, as for `nectar fit`; kept for later calls")
+    parser.add_argument("--kind", help="of head function, as for `nectar fit`; kept for later calls")
+    parser.add_argument("--steps", type=int, metavar="N", help="steps of the regression; kept for later calls")
+    parser.add_argument("--queries", type=int, metavar="N", help="captured queries a head; kept for later calls")
+
+
+def fitter(library: Library, args: argparse.Namespace) -> ModelFitter:
+    """What fits the library's documents; NectarError where no model was ever chosen, or for wrong options."""
+    from .fitting.config import FitConfig, parse_budget
+
+    options = library.options
+    if args.budget is not None:
+        options = {name: value for name, value in options.items() if name not in ("budget", "size")}
+        options |= parse_budget(args.budget)
+    options |= {n: value for n in ("kind", "steps", "queries") if (value := getattr(args, n)) is not None}
+    FitConfig(**options)  # refuses what is wrong before any file is read
+    known = library.identity
+    if args.model is None and known is None:
+        raise NectarError("say which model to fit on: --model Qwen3-1.7B, say; later calls take the same one")
+    name = args.model if args.model is not None else known.name if known is not None else ""
+    if Path(name).expanduser().exists():
+        name = str(Path(name).expanduser().absolute())  # the library is asked from other folders, too
+    library.options = options
+    return ModelFitter(name, options, log=cli.say)
+
+
+def report(added: Added, *, as_json: bool) -> None:
+    """What was read and fitted, and each file that was not, with its reason."""
+    for path, reason in (added.scan.failed | added.work.failed).items():
+        cli.say(f"{path}: {reason}")
+    cli.say(added.scan.summary())
+    cli.say(added.work.summary())
+    if as_json:
+        print(json.dumps(vars(added.scan) | vars(added.work) | {"failed": added.scan.failed | added.work.failed}))
+
+
+@dataclass
+class Questions:
+    """Finds, question by question, the document that answers, and holds the model and the file in use.
+
+    document: the one in use; None before the first.
+    """
+
+    library: Library
+    args: argparse.Namespace
+    document: Document | None = None
+    routing: Routing | None = None
+    _base: "tuple[str, nn.Module, Tokenizer] | None" = field(default=None, repr=False)
+    _nectar: "Nectar | None" = field(default=None, repr=False)
+
+    @classmethod
+    def open(cls, args: argparse.Namespace) -> "Questions | None":
+        """None unless the arguments mean the library. NectarError where it has nothing to answer from."""
+        if args.nectar != cli.LIBRARY:
+            if args.library is not None:
+                raise NectarError("--library is for `library` in the place of a .nectar")
+            return None
+        questions = cls(Library(args.library or settings.read().library), args)
+        documents = questions.library.documents()
+        if not documents:
+            raise NectarError(f"the library {questions.library.folder.path} is empty: `nectar add FOLDER` fills it")
+        if not any(document.file for document in documents):
+            raise NectarError("no document of the library is fitted yet: `nectar update` goes on with it")
+        return questions
+
+    def start(self) -> "tuple[nn.Module, Tokenizer, Nectar]":
+        """The model, and the file that was used last, to begin a conversation with."""
+        ready = [document for document in self.library.documents() if document.file is not None]
+        return self._load(max(ready, key=lambda document: document.used))
+
+    def find(self, question: str) -> "tuple[nn.Module, Tokenizer, Nectar] | None":
+        """The model and the file of the document that answers, which is named on stderr; None where none does.
+
+        NectarError where the document has no file yet.
+        """
+        self.routing = self.library.route(question, evidence=lambda documents: self._likelihoods(documents, question))
+        best = self.routing.best
+        if best is None:
+            return None
+        close = [candidate.describe() for candidate in self.routing.close]
+        cli.say(f"from {best.describe()}" + (f" (close to it: {'; '.join(close)})" if close else ""))
+        if best.document.file is None:
+            why = f": {best.document.reason}" if best.document.reason else "; `nectar update` goes on with it"
+            raise NectarError(f"{best.document.name} has no fitted file ({best.document.state}){why}")
+        loaded = self._load(best.document)
+        self.document = best.document
+        self.library.touch(best.document)
+        return loaded
+
+    def none(self) -> str:
+        """That no document answers, in one sentence, with the nearest one."""
+        count = len(self.library.documents())
+        sentence = f"None of the {count:,} documents in the library is about this."
+        nearest = self.routing.candidates[0].describe() if self.routing and self.routing.candidates else ""
+        return f"{sentence} The nearest is {nearest}." if nearest else sentence
+
+    def facts(self) -> JsonObject:
+        """For `--json`."""
+        routing = self.routing
+        if routing is None:
+            return {}
+        candidates = [
+            {
+                "document": candidate.document.name,
+                "path": candidate.document.as_json()["path"],
+                "place": " ".join(candidate.place) if candidate.place else None,
+                "score": round(candidate.score, 3),
+                "log_likelihood": candidate.log_likelihood,
+            }
+            for candidate in routing.candidates
+        ]
+        return {
+            "document": routing.best.document.name if routing.best else None,
+            "log_odds": round(routing.odds, 3) if math.isfinite(routing.odds) else None,
+            "candidates": candidates,
+        }
+
+    def _load(self, document: Document) -> "tuple[nn.Module, Tokenizer, Nectar]":
+        from . import models
+
+        wanted = self.args.model or document.model
+        if self._base is None or self._base[0] != wanted:
+            self._base, self._nectar = (wanted, *models.load(wanted, log=cli.say)), None
+        if self._nectar is None or self.document is None or self.document.file != document.file:
+            assert document.file is not None
+            self._nectar = cli.load_nectar(document.file, self._base[1], self._base[2])
+        self.document = document
+        return self._base[1], self._base[2], self._nectar
+
+    def _likelihoods(self, documents: Sequence[Document], question: str) -> list[float]:
+        """How likely a question is behind documents; NaN for another model's, and for files that cannot be read."""
+        found = []
+        for document in documents:
+            try:
+                if self._base is not None and document.model != self._base[0]:
+                    raise NectarError("another model's")
+                model, tokenizer, nectar = self._load(document)
+                found.append(nectar.log_likelihood(model, nectar.prompt(tokenizer, question)))
+            except NectarError:
+                found.append(math.nan)
+        return found

@@ -1,0 +1,138 @@
+"""A library's documents as a caller sees them."""
+
+import json
+import os
+import sqlite3
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from ..core.types import JsonObject
+from .database import shown
+from .volumes import Identity, alive
+
+
+class Place(NamedTuple):
+    """A page, chapter, sheet, slide, mail or cell: characters [start, end) of the text, and the first and the last of
+    its passages (`index`)."""
+
+    unit: str
+    name: str
+    start: int
+    end: int
+    passages: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Document:
+    """One file of the library.
+
+    Attributes:
+        path: as the file system has it. name: its last part, for a person.
+        state: "ready"; "older model", where its file was fitted on another model than the library's; "waiting" and
+            "fitting", where it has no file yet; "failed" and "not read", for a reason.
+        reason: why it could not be read or fitted.
+        missing: whether it is gone from the disk. What was read of it stays until it is removed.
+        kind: "pdf", "text", ... characters: how many were read. left_out: what was not, and why.
+        places: pages, chapters, sheets, slides or mails.
+        file: the .nectar that answers for it; None where there is none. model: that it was fitted on.
+        shared: with how many other documents of the library.
+        used: when a question was last answered from it, in seconds since 1970; 0 for never.
+        text: its number in the database; None where it cannot be read. Equal documents have one.
+    """
+
+    path: bytes
+    state: str
+    reason: str
+    missing: bool
+    kind: str
+    characters: int
+    left_out: list[str]
+    places: list[Place]
+    file: Path | None
+    model: str
+    shared: int
+    used: float
+    text: int | None
+
+    @property
+    def name(self) -> str:
+        return shown(os.path.basename(self.path))
+
+    def as_json(self) -> JsonObject:
+        """For `--json`: all but what only the library uses."""
+        return {
+            "name": self.name,
+            "path": shown(self.path),
+            "state": self.state,
+            "reason": self.reason,
+            "missing": self.missing,
+            "kind": self.kind,
+            "characters": self.characters,
+            "left_out": self.left_out,
+            "places": len(self.places),
+            "file": None if self.file is None else str(self.file),
+            "model": self.model,
+            "shared": self.shared,
+            "used": self.used,
+        }
+
+
+def documents(rows: sqlite3.Connection, identity: Identity | None, folder: Path) -> list[Document]:
+    """All of them, in the order of their paths. identity: the library's model. folder: of the volumes."""
+    best, pending = _finished(rows, identity), _unfinished(rows, identity)
+    query = (
+        "SELECT path, files.text, reason, missing, used, kind, characters, left_out, places FROM files "
+        "LEFT JOIN texts ON texts.id = files.text ORDER BY path"
+    )
+    result = []
+    for path, text, reason, missing, used, kind, characters, left_out, places in rows.execute(query):
+        volume, model, current, size = best.get(text, ("", "", False, 1))
+        state, why = ("ready" if current else "older model", "") if volume else pending.get(text, ("waiting", ""))
+        if text is None:
+            state, why = "not read", reason
+        result.append(
+            Document(
+                path=path,
+                state=state,
+                reason=why,
+                missing=bool(missing),
+                kind=kind or "",
+                characters=characters or 0,
+                left_out=json.loads(left_out or "[]"),
+                places=[Place(*place) for place in json.loads(places or "[]")],
+                file=folder / f"{volume}.nectar" if volume else None,
+                model=model,
+                shared=size - 1,
+                used=used,
+                text=text,
+            )
+        )
+    return result
+
+
+def _finished(rows: sqlite3.Connection, identity: Identity | None) -> dict[int, tuple[str, str, bool, int]]:
+    """For each text with a finished volume the best one: its id, its model, whether that is the library's, and how many
+    texts it holds."""
+    best: dict[int, tuple[str, str, bool, int]] = {}
+    query = (
+        "SELECT text, id, model, model_sha256, tokenizer_sha256, "
+        "(SELECT count(*) FROM members AS own WHERE own.volume = id) "
+        "FROM volumes JOIN members ON volume = id WHERE state = 'done' ORDER BY volumes.rowid DESC"
+    )
+    for text, volume, model, model_sha256, tokenizer_sha256, size in rows.execute(query):
+        current = identity is None or (model_sha256, tokenizer_sha256) == identity[1:]
+        if text not in best or (current and not best[text][2]):
+            best[text] = volume, model, current, size
+    return best
+
+
+def _unfinished(rows: sqlite3.Connection, identity: Identity | None) -> dict[int, tuple[str, str]]:
+    """For each text in a volume that is not finished: its state, and the reason of a failure."""
+    states: dict[int, tuple[str, str]] = {}
+    query = "SELECT text, state, owner, reason FROM volumes JOIN members ON volume = id WHERE state != 'done'"
+    for text, state, owner, reason in rows.execute(query):
+        if state == "fitting" and not alive(owner):
+            state = "waiting"
+        states[text] = state, reason
+    return states

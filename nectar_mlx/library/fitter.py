@@ -1,0 +1,86 @@
+"""How a library fits a volume: the one place from which it reaches the fit."""
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+from ..core.progress import Log, Progress, no_log, silent
+from ..core.types import JsonObject
+from ..errors import NectarError
+from .volumes import Identity
+
+
+class Fitter(Protocol):
+    """Fits texts on one model.
+
+    name: of the model, known without loading it. identity: of the model itself.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def identity(self) -> Identity: ...
+
+    def fit(self, text: str, output: Path, *, source: str, partial: Path, progress: Progress) -> None:
+        """Writes a .nectar, and what belongs beside it.
+
+        source: what the file says of the text. partial: a folder from which an interrupted fit goes on; it may be
+        left behind. NectarError for a text that cannot be fitted.
+        """
+
+    def is_whole(self, path: Path) -> bool:
+        """Whether this is a whole .nectar of this model."""
+
+
+class ModelFitter:
+    """Fits as `nectar fit` does. The model is loaded when it is first needed."""
+
+    def __init__(self, name: str, options: JsonObject | None = None, *, log: Log = no_log):
+        """options: fields of `fitting.config.FitConfig`."""
+        self.name, self.options, self._log = name, options or {}, log
+
+    @cached_property
+    def _loaded(self) -> tuple[Any, Any]:
+        from .. import models
+
+        return models.load(self.name, log=self._log)
+
+    @cached_property
+    def identity(self) -> Identity:
+        from .. import models
+
+        model, tokenizer = self._loaded
+        return Identity(self.name, models.fingerprint(model), models.tokenizer_fingerprint(tokenizer))
+
+    def fit(self, text: str, output: Path, *, source: str, partial: Path, progress: Progress = silent) -> None:
+        from ..fitting import pipeline
+        from ..fitting.checkpoint import Checkpoint
+        from ..fitting.config import FitConfig
+        from ..nectar import Nectar
+
+        model, tokenizer = self._loaded
+        checkpoint = Checkpoint(partial)
+        fitted = pipeline.fit(
+            model,
+            tokenizer,
+            text,
+            config=FitConfig(**self.options),
+            name=self.name,
+            source=source,
+            progress=progress,
+            checkpoint=checkpoint,
+        )
+        Nectar(*fitted).save(output)
+        checkpoint.clear()
+
+    def is_whole(self, path: Path) -> bool:
+        from .. import store
+
+        if not path.is_file():
+            return False
+        try:
+            metadata = store.read(path)[1]
+        except NectarError:
+            return False
+        return (metadata["model_sha256"], metadata["tokenizer_sha256"]) == self.identity[1:]

@@ -1,0 +1,63 @@
+"""Where a library is, and its files: for their owner's eyes alone.
+
+library.db       the state (`database`)
+volumes/         a .nectar for each volume, and what belongs beside it
+work/            a folder for each fit under way, from which an interrupted one goes on
+"""
+
+import os
+import shutil
+import sys
+from collections.abc import Collection
+from pathlib import Path
+
+from ..errors import NectarError
+
+
+def default_folder() -> Path:
+    """$NECTAR_LIBRARY, else the system's place for a user's data."""
+    if chosen := os.environ.get("NECTAR_LIBRARY"):
+        return Path(chosen).expanduser()
+    if sys.platform == "darwin":
+        return Path("~/Library/Application Support/nectar/library").expanduser()
+    return Path(os.environ.get("XDG_DATA_HOME") or "~/.local/share").expanduser() / "nectar" / "library"
+
+
+class Folder:
+    """The files of one library, apart from its database."""
+
+    def __init__(self, path: Path):
+        """Makes the folders where they are missing. NectarError where that cannot be done."""
+        self.path, self.database = path, path / "library.db"
+        self.volumes, self._work = path / "volumes", path / "work"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            for folder in (path, self.volumes, self._work):
+                folder.mkdir(mode=0o700, exist_ok=True)
+            path.chmod(0o700)
+        except OSError as error:
+            raise NectarError(f"the library {path} cannot be made: {error.strerror or error}") from None
+
+    def volume(self, name: str) -> Path:
+        return self.volumes / f"{name}.nectar"
+
+    def work(self, name: str) -> Path:
+        """A folder for the fit of a volume."""
+        folder = self._work / name
+        folder.mkdir(mode=0o700, exist_ok=True)
+        return folder
+
+    def publish(self, name: str) -> None:
+        """Moves a fitted volume from its work folder to its place: what belongs beside it first."""
+        made = self.work(name)
+        output = made / self.volume(name).name
+        for file in sorted(made.glob(f"{output.name}*"), key=lambda file: file == output):
+            file.chmod(0o600)
+            file.replace(self.volumes / file.name)
+        shutil.rmtree(made, ignore_errors=True)
+
+    def sweep(self, known: Collection[str]) -> None:
+        """Removes the files of volumes that are not among the known ones."""
+        for file in (*self.volumes.iterdir(), *self._work.iterdir()):
+            if file.name.partition(".")[0] not in known:
+                shutil.rmtree(file, ignore_errors=True) if file.is_dir() else file.unlink(missing_ok=True)

@@ -1,0 +1,193 @@
+"""Volumes: the .nectar files of a library, each of one document, or of several short ones.
+
+Which texts share a volume follows from the texts alone, not from their names or from when they were added: short ones
+lie in the order of their hashes, and a group ends where a hash says so, as in content-defined chunking. So one more
+note changes one group, a renamed one none, and a library that was filled in another order, or with interruptions, has
+the same volumes.
+
+A volume is fitted by the one process that has claimed it. The claim of a process that is gone is void.
+"""
+
+import hashlib
+import os
+import sqlite3
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import psutil
+
+SHORT = 4_000  # characters of a text that is grouped, at most
+GROUP = 16_000  # characters of a group, at most
+_ENDS = 8  # one hash in so many ends a group
+_CLOCK = 2.0  # seconds by which the start of a process may seem to change
+
+
+class Identity(NamedTuple):
+    """A model, to the last weight: the name that loads it, and what its files belong to."""
+
+    name: str
+    model_sha256: str
+    tokenizer_sha256: str
+
+
+@dataclass(frozen=True)
+class Text:
+    """id: its number in the database. used: when a question was last answered from it, in seconds since 1970."""
+
+    id: int
+    hash: str
+    characters: int
+    alone: bool
+    used: float
+    path: bytes
+
+
+def live_texts(rows: sqlite3.Connection) -> list[Text]:
+    """The texts of the library's files, each with its first path."""
+    query = (
+        "SELECT texts.id, hash, characters, alone, max(used), min(path) FROM texts JOIN files ON files.text = texts.id "
+        "GROUP BY texts.id ORDER BY min(path)"
+    )
+    return [Text(i, h, c, bool(alone), used, path) for i, h, c, alone, used, path in rows.execute(query)]
+
+
+def compose(texts: Iterable[Text]) -> list[tuple[Text, ...]]:
+    """The texts of each volume."""
+    texts = list(texts)
+    volumes: list[tuple[Text, ...]] = [(text,) for text in texts if text.alone or text.characters > SHORT]
+    group: list[Text] = []
+    for text in sorted((t for t in texts if not t.alone and t.characters <= SHORT), key=lambda t: t.hash):
+        if sum(t.characters for t in group) + text.characters > GROUP:
+            volumes.append(tuple(group))
+            group = []
+        group.append(text)
+        if int(text.hash[-8:], 16) % _ENDS == 0:
+            volumes.append(tuple(group))
+            group = []
+    return [*volumes, *([tuple(group)] if group else [])]
+
+
+def volume_id(identity: Identity, texts: Sequence[Text]) -> str:
+    """What a volume's file is called: equal texts on an equal model are the same volume."""
+    parts = [identity.model_sha256, identity.tokenizer_sha256, *(text.hash for text in texts)]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
+
+
+def plan(rows: sqlite3.Connection, identity: Identity) -> None:
+    """Lists the volumes that the library's texts should have on a model; drops those that nobody needs any more."""
+    wanted = {volume_id(identity, texts): texts for texts in compose(live_texts(rows))}
+    known = {row[0] for row in rows.execute("SELECT id FROM volumes")}
+    rows.execute("UPDATE volumes SET model = ? WHERE model_sha256 = ? AND tokenizer_sha256 = ?", identity)
+    for volume, texts in wanted.items():
+        if volume not in known:
+            rows.execute(
+                "INSERT INTO volumes (id, model, model_sha256, tokenizer_sha256) VALUES (?, ?, ?, ?)",
+                (volume, identity.name, identity.model_sha256, identity.tokenizer_sha256),
+            )
+            holding = [(volume, text.id, position) for position, text in enumerate(texts)]
+            rows.executemany("INSERT INTO members VALUES (?, ?, ?)", holding)
+    _drop(rows, wanted.keys())
+
+
+def _drop(rows: sqlite3.Connection, wanted: Iterable[str]) -> None:
+    """A file that is no longer wanted stays as long as it alone answers for some text."""
+    wanted = set(wanted)
+    live = {text.id for text in live_texts(rows)}
+    covered = {text for volume in wanted if _state(rows, volume) == "done" for text in members(rows, volume)}
+    for volume, state, owner in rows.execute("SELECT id, state, owner FROM volumes").fetchall():
+        if volume in wanted or (state == "fitting" and alive(owner)):
+            continue
+        if state != "done" or not (set(members(rows, volume)) & live) - covered:
+            rows.execute("DELETE FROM volumes WHERE id = ?", (volume,))
+
+
+def forget_texts(rows: sqlite3.Connection, *, at_once: bool = False) -> None:
+    """Drops the texts that no file has; at once: with every volume that holds one of them, else once none does."""
+    query = "SELECT id FROM texts WHERE NOT EXISTS (SELECT 1 FROM files WHERE files.text = texts.id)"
+    for (text,) in rows.execute(query).fetchall():
+        holding = rows.execute("SELECT volume FROM members WHERE text = ?", (text,)).fetchall()
+        if at_once:
+            rows.executemany("DELETE FROM volumes WHERE id = ?", holding)
+        if at_once or not holding:
+            rows.execute("DELETE FROM postings WHERE text = ?", (text,))
+            rows.execute("DELETE FROM texts WHERE id = ?", (text,))
+
+
+def members(rows: sqlite3.Connection, volume: str) -> list[int]:
+    """A volume's texts, in order."""
+    found = rows.execute("SELECT text FROM members WHERE volume = ? ORDER BY position", (volume,))
+    return [row[0] for row in found]
+
+
+def answered(rows: sqlite3.Connection) -> set[int]:
+    """The texts that a finished volume holds."""
+    return {row[0] for row in rows.execute("SELECT text FROM members JOIN volumes ON volume = id WHERE state = 'done'")}
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A volume to be fitted by this process. urgent: it has no forerunner of the same texts on another model."""
+
+    volume: str
+    texts: tuple[int, ...]
+    urgent: bool
+
+
+def claim(rows: sqlite3.Connection, identity: Identity, *, refit: bool) -> Claim | None:
+    """Takes the next volume of a model that nobody works on: first those with texts that no file answers for, then
+    those of texts put together anew, last, and only with `refit`, those that a file on another model stands for: the
+    most recently used first."""
+    candidates = [candidate for candidate in waiting(rows, identity) if refit or candidate.urgent]
+    if not candidates:
+        return None
+    rows.execute(
+        "UPDATE volumes SET state = 'fitting', owner = ?, reason = '' WHERE id = ?", (owner(), candidates[0].volume)
+    )
+    return candidates[0]
+
+
+def waiting(rows: sqlite3.Connection, identity: Identity) -> list[Claim]:
+    """The volumes of a model that are to be fitted and that nobody works on, in the order of `claim`."""
+    texts = {text.id: text for text in live_texts(rows)}
+    place = {text: number for number, text in enumerate(texts)}
+    held = answered(rows)
+    done = {
+        tuple(members(rows, row[0])) for row in rows.execute("SELECT id FROM volumes WHERE state = 'done'").fetchall()
+    }
+    ordered = []
+    for volume, state, held_by in rows.execute(
+        "SELECT id, state, owner FROM volumes WHERE state IN ('waiting', 'fitting') AND model_sha256 = ? "
+        "AND tokenizer_sha256 = ?",
+        (identity.model_sha256, identity.tokenizer_sha256),
+    ).fetchall():
+        own = tuple(members(rows, volume))
+        if (state == "fitting" and alive(held_by)) or not all(text in texts for text in own):
+            continue
+        forerunner = own in done
+        used = 0.0 if not forerunner else -max(texts[text].used for text in own)
+        rank = (2 if forerunner else int(all(text in held for text in own)), used, min(place[t] for t in own))
+        ordered.append((rank, Claim(volume, own, urgent=not forerunner)))
+    return [candidate for _, candidate in sorted(ordered, key=lambda item: item[0])]
+
+
+def owner() -> str:
+    """This process, told from another of the same number by its start."""
+    process = psutil.Process()
+    return f"{os.getpid()}:{process.create_time():.2f}"
+
+
+def alive(held_by: str) -> bool:
+    """Whether the process that a claim names still runs."""
+    number, _, started = held_by.partition(":")
+    try:
+        process = psutil.Process(int(number))
+        same = abs(process.create_time() - float(started)) < _CLOCK
+        return bool(same and process.status() != psutil.STATUS_ZOMBIE)
+    except (ValueError, psutil.Error):
+        return False
+
+
+def _state(rows: sqlite3.Connection, volume: str) -> str:
+    row = rows.execute("SELECT state FROM volumes WHERE id = ?", (volume,)).fetchone()
+    return row[0] if row else ""

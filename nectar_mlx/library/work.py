@@ -1,0 +1,133 @@
+"""Fitting what waits: one volume after the other, each claimed by one process, whatever becomes of the others."""
+
+import errno
+import sqlite3
+import zlib
+from dataclasses import dataclass, field
+
+from ..core.progress import Log, Progress
+from ..errors import NectarError
+from . import volumes
+from .database import Database, shown
+from .fitter import Fitter
+from .folder import Folder
+from .volumes import Claim
+
+# Of the machine, not of the document: the next one would fail in the same way.
+_FATAL = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE}
+
+
+@dataclass
+class Work:
+    """What was fitted. fitted: names of documents. failed: the same, with reasons. elsewhere: how many volumes another
+    process is fitting. later: how many wait for `update`, as an older model's file answers for them."""
+
+    fitted: list[str] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+    elsewhere: int = 0
+    later: int = 0
+
+    def summary(self) -> str:
+        """One line."""
+        line = f"{len(self.fitted)} documents fitted"
+        for count, what in (
+            (len(self.failed), "failed"),
+            (self.elsewhere, "files in the hands of another process"),
+            (self.later, "files of an older model, which `nectar update` fits again"),
+        ):
+            line += f", {count} {what}" if count else ""
+        return line
+
+
+def fit_waiting(
+    database: Database, folder: Folder, fitter: Fitter, *, refit: bool, progress: Progress, log: Log
+) -> Work:
+    """Fits all volumes that nobody works on. refit: also those that an older model's file answers for.
+
+    NectarError for a full disk and the like; a volume that cannot be fitted is noted, and the next one is taken.
+    """
+    work, identity = Work(), fitter.identity
+    while True:
+        with database.writing() as rows:
+            volumes.plan(rows, identity)
+            volumes.forget_texts(rows)
+            folder.sweep({row[0] for row in rows.execute("SELECT id FROM volumes")})
+            left = volumes.waiting(rows, identity)
+            claim = volumes.claim(rows, identity, refit=refit)
+            names = [] if claim is None else [_name(rows, text) for text in claim.texts]
+        if claim is None:
+            break
+        log(f"fitting {', '.join(names)} ({sum(refit or c.urgent for c in left)} to go)")
+        reason = _fit(database, folder, fitter, claim, names, progress=progress)
+        if reason is None:
+            work.fitted += names
+        else:
+            log(f"{', '.join(names)}: {reason}")
+            if len(names) == 1:
+                work.failed[names[0]] = reason
+    with database.reading() as rows:
+        work.elsewhere = sum(
+            volumes.alive(row[0]) for row in rows.execute("SELECT owner FROM volumes WHERE state = 'fitting'")
+        )
+        work.later = len(volumes.waiting(rows, identity))
+    return work
+
+
+def _fit(
+    database: Database, folder: Folder, fitter: Fitter, claim: Claim, names: list[str], *, progress: Progress
+) -> str | None:
+    """Fits a claimed volume, and writes down how that ended; the reason where it failed."""
+    state, reason = "waiting", None
+    try:
+        if not fitter.is_whole(folder.volume(claim.volume)):  # else its process was killed just before it said so
+            made = folder.work(claim.volume)
+            fitter.fit(
+                _text(database, claim, names),
+                made / folder.volume(claim.volume).name,
+                source=", ".join(names),
+                partial=made / "partial",
+                progress=progress,
+            )
+            folder.publish(claim.volume)
+        state = "done"
+    except Exception as error:
+        if _is_fatal(error):
+            raise NectarError(str(error) or type(error).__name__) from error
+        state, reason = "failed", " ".join(str(error).split()) or type(error).__name__
+        if not isinstance(error, NectarError):
+            reason = f"the fit fails ({type(error).__name__}: {reason})"
+    finally:
+        with database.writing() as rows:
+            rows.execute(
+                "UPDATE volumes SET state = ?, owner = '', reason = ? WHERE id = ? AND owner = ?",
+                (state, reason or "", claim.volume, volumes.owner()),
+            )
+            if state == "failed" and len(claim.texts) > 1:  # to find the one that it fails for
+                rows.executemany("UPDATE texts SET alone = 1 WHERE id = ?", [(text,) for text in claim.texts])
+    return reason
+
+
+def _is_fatal(error: BaseException | None) -> bool:
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _FATAL:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _text(database: Database, claim: Claim, names: list[str]) -> str:
+    """Of one document as it was read; several are headed by their names."""
+    with database.reading() as rows:
+        texts = [
+            zlib.decompress(rows.execute("SELECT text FROM texts WHERE id = ?", (text,)).fetchone()[0]).decode()
+            for text in claim.texts
+        ]
+    if len(texts) == 1:
+        return texts[0]
+    return "\n\n".join(f"# {name}\n\n{text}" for name, text in zip(names, texts, strict=True))
+
+
+def _name(rows: sqlite3.Connection, text: int) -> str:
+    """The name of the first file with a text."""
+    path: bytes = rows.execute("SELECT min(path) FROM files WHERE text = ?", (text,)).fetchone()[0]
+    return shown(path.rpartition(b"/")[2])

@@ -1,0 +1,50 @@
+"""`nectar list`: the documents of the library, and what became of each."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+
+from . import cli
+from .library import Document, Library
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return cli.run(_parser(), _work, argv)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = cli.Parser("list", "Shows the documents of the library.")
+    cli.add_library(parser)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    return parser
+
+
+def _work(args: argparse.Namespace) -> None:
+    library = Library(args.library)
+    documents, identity = library.documents(), library.identity
+    if args.json:
+        facts = {"library": str(library.folder.path), "model": identity.name if identity else None}
+        print(json.dumps(facts | {"documents": [document.as_json() for document in documents]}))
+        return
+    width = max((len(document.name) for document in documents), default=0)
+    for document in documents:
+        print(f"{document.name:<{width}}  {_described(document)}")
+    model = f", fitted on {identity.name}" if identity else ""
+    cli.say(f"{len(documents)} documents in {library.folder.path}{model}")
+
+
+def _described(document: Document) -> str:
+    parts = [document.state + (f": {document.reason}" if document.reason else "")]
+    if document.text is not None:
+        unit = document.places[0].unit if document.places else ""
+        parts += [f"{len(document.places)} {unit}{'s' * (len(document.places) > 1)}"] if unit else []
+        parts.append(f"{document.characters:,} characters")
+    parts += [f"in a file with {document.shared} more"] if document.shared else []
+    parts += [f"left out: {note}" for note in document.left_out]
+    parts += ["gone from the disk"] if document.missing else []
+    return ", ".join(parts)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

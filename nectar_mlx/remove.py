@@ -1,0 +1,38 @@
+"""`nectar remove PATH`: takes documents out of the library, with every file that holds them."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+
+from . import cli
+from .errors import NectarError
+from .library import Library
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return cli.run(_parser(), _work, argv)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = cli.Parser("remove", "Takes documents out of the library. The documents themselves stay where they are.")
+    parser.add_argument("paths", nargs="*", metavar="PATH", help="files, folders, or names that `nectar list` shows")
+    parser.add_argument("--missing", action="store_true", help="all documents that are gone from the disk")
+    cli.add_library(parser)
+    parser.add_argument("--json", action="store_true", help="print what was removed as one JSON object")
+    return parser
+
+
+def _work(args: argparse.Namespace) -> None:
+    if not args.paths and not args.missing:
+        raise NectarError("say what to remove: files, folders, names, or --missing")
+    removed = Library(args.library).remove(args.paths, missing=args.missing)
+    cli.say(f"{len(removed.documents)} documents removed")
+    if removed.waiting:
+        cli.say(f"`nectar update` fits again what shared a file with them: {', '.join(removed.waiting)}")
+    if args.json:
+        print(json.dumps(vars(removed)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

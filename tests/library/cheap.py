@@ -1,0 +1,47 @@
+"""A fitter that needs no model: its file is the text and its settings. Also a program that adds a folder with it, or
+with a toy model."""
+
+import hashlib
+import sys
+import time
+from pathlib import Path
+
+from nectar_mlx.errors import NectarError
+from nectar_mlx.library import Identity, Library, ModelFitter
+from tests.fitting.toy_fit import FAST as TOY
+
+FAST = TOY | {"budget": 0.5, "steps": 4, "checks": 1, "context_tokens": 120}
+
+
+class CheapFitter:
+    """broken: texts with this word cannot be fitted. raising: what to raise instead of any fit. seconds: of a fit."""
+
+    def __init__(self, name="cheap", *, broken="unfittable", raising=None, seconds=0.0, weights="1"):
+        self.name, self._broken, self._raising, self._seconds = name, broken, raising, seconds
+        self.identity = Identity(name, hashlib.sha256(f"{name}{weights}".encode()).hexdigest(), "tokens")
+        self.fitted: list[str] = []
+
+    def fit(self, text, output, *, source, partial, progress):
+        if self._raising is not None:
+            raise self._raising
+        partial.mkdir(exist_ok=True)
+        (partial / "begun").write_text(source)
+        time.sleep(self._seconds / 2)
+        if self._broken in text:
+            raise NectarError("this text cannot be fitted")
+        self.fitted.append(source)
+        half = f"{self.identity}\n{source}\n"
+        with output.open("w") as file:
+            file.write(half)
+            file.flush()
+            time.sleep(self._seconds / 2)
+            file.write(text + "\nend")
+
+    def is_whole(self, path):
+        return path.is_file() and path.read_text().startswith(f"{self.identity}\n") and path.read_text().endswith("end")
+
+
+if __name__ == "__main__":
+    library, folder, how = sys.argv[1:]
+    fitter = CheapFitter(seconds=float(how)) if how[0].isdigit() else ModelFitter(how, FAST)
+    Library(Path(library)).add([folder], fitter)

@@ -1,0 +1,177 @@
+"""`nectar add`, `list`, `remove`, `update`, and `ask` and `chat` with the library."""
+
+import io
+import json
+import threading
+from types import SimpleNamespace
+
+import pytest
+
+from nectar_mlx import __main__, cli, from_library, update
+from nectar_mlx.library import Library, ModelFitter
+from tests import toys
+from tests.library.cheap import CheapFitter
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return toys.save_model(toys.toy("llama"), tmp_path_factory.mktemp("toy") / "model", toys.tokenizer())
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """The library's folder, empty."""
+    monkeypatch.setenv("NECTAR_LIBRARY", str(tmp_path / "library"))
+    return tmp_path / "library"
+
+
+@pytest.fixture
+def cheap(monkeypatch):
+    """Commands fit without a model."""
+    fitters = []
+
+    def make(name, options, *, log):
+        fitters.append(CheapFitter(name))
+        return fitters[-1]
+
+    monkeypatch.setattr(from_library, "ModelFitter", make)
+    return fitters
+
+
+@pytest.fixture
+def filled(folder, tmp_path, model):
+    """Two exact documents."""
+    (tmp_path / "herons.txt").write_text("The heron Olga was ringed in 1987. " + "Herons stand in water. " * 200)
+    (tmp_path / "kettle.txt").write_text("The copper kettle costs 90 crowns. " + "Tea is poured hot. " * 250)
+    paths = [tmp_path / "herons.txt", tmp_path / "kettle.txt"]
+    Library(folder).add(paths, ModelFitter(str(model), {"kind": "exact", "context_tokens": 60}))
+    return folder
+
+
+def run(*argv):
+    return __main__.main([str(argument) for argument in argv])
+
+
+def assert_one_line(capsys, *parts):
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and all(part in err for part in parts), err
+
+
+def test_a_folder_is_added_listed_updated_removed(folder, cheap, notes, capsys):
+    (notes / "bad.pdf").write_bytes(b"%PDF-1.4 no more")
+    assert run("add", notes, "--model", "some", "--budget", "3%", "--json") == 0
+    out, err = capsys.readouterr()
+    done = json.loads(out)
+    assert len(done["fitted"]) == 7 and list(done["failed"]) == [str(notes / "bad.pdf")]
+    assert "8 files: 7 read, 0 known, 1 cannot be read" in err and f"{notes / 'bad.pdf'}: " in err
+    assert Library(folder).options == {"budget": 0.03}
+    assert run("list") == 0
+    out, err = capsys.readouterr()
+    assert out.count("ready") == 7 and "bad.pdf     not read: " in out and "fitted on some" in err
+    assert run("list", "--json") == 0
+    listed = json.loads(capsys.readouterr().out)
+    assert len(listed["documents"]) == 8 and listed["model"] == "some"
+    (notes / "long 0.txt").write_text("changed " * 900)
+    assert run("update") == 0
+    assert cheap[-1].fitted == ["long 0.txt"] and "1 read, 6 known" in capsys.readouterr().err
+    assert run("remove", notes, "--json") == 0
+    assert len(json.loads(capsys.readouterr().out)["documents"]) == 8
+    assert run("list") == 0 and capsys.readouterr().out == ""
+
+
+def test_update_can_watch(folder, cheap, notes, monkeypatch, capsys):
+    assert run("add", notes, "--model", "some") == 0
+    looks = iter(range(4))
+
+    def sleep(seconds):
+        assert seconds == 2.5
+        if (look := next(looks)) == 1:
+            (notes / "new.txt").write_text("The lynx lives in the wood. " * 300)
+        elif look == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(update, "time", SimpleNamespace(sleep=sleep))
+    capsys.readouterr()
+    assert run("update", "--watch", "--every", "2.5") == cli.INTERRUPTED
+    err = capsys.readouterr().err
+    assert cheap[-1].fitted == ["new.txt"] and err.count(" files: ") == 2, "a look without news says nothing"
+
+
+@pytest.mark.parametrize(
+    "argv, parts",
+    [
+        (["add", "."], ["--model Qwen3-1.7B"]),
+        (["add", "/nonexistent", "--model", "some"], ["no such file"]),
+        (["add", ".", "--model", "some", "--budget", "much"], ["a budget is"]),
+        (["add", ".", "--model", "some", "--kind", "odd"], ["unknown kind"]),
+        (["add"], ["nectar add --help"]),
+        (["update"], ["--model"]),
+        (["update", "--every", "0"], ["more than 0"]),
+        (["remove"], ["say what to remove"]),
+        (["remove", "nothing.txt"], ["not in the library"]),
+        (["ask", "library", "Who?"], ["is empty", "nectar add"]),
+        (["chat", "library"], ["is empty", "nectar add"]),
+        (["ask", "book.nectar", "Who?", "--library", "somewhere"], ["--library is for"]),
+        (["list", "--library", "/dev/null/library"], ["cannot be made"]),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(folder, cheap, argv, parts, capsys):
+    assert run(*argv) == cli.FAULT
+    assert_one_line(capsys, f"nectar {argv[0]}: ", *parts)
+
+
+def test_a_library_without_a_fitted_document(folder, notes, capsys):
+    with pytest.raises(KeyboardInterrupt):
+        Library(folder).add([notes], CheapFitter(raising=KeyboardInterrupt()))
+    assert run("ask", "library", "What does the copper pipe cost?") == cli.FAULT
+    assert_one_line(capsys, "no document of the library is fitted yet")
+
+
+def test_ask_goes_to_the_right_document_and_says_which(filled, capsys):
+    assert run("ask", "library", "In which year was the heron Olga ringed?", "--max-tokens", 3) == 0
+    out, err = capsys.readouterr()
+    assert out and "from herons.txt\n" in err
+    assert run("ask", "library", "What does the copper kettle cost?", "--max-tokens", 3, "--json") == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["document"] == "kettle.txt" and answer["log_odds"] > 0 and answer["answer_tokens"] > 0
+    assert answer["candidates"][0]["path"].endswith("/kettle.txt")
+    assert max(Library(filled).documents(), key=lambda document: document.used).name == "kettle.txt"
+
+
+def test_none_of_them_is_an_answer(filled, capsys):
+    question = "Who composed the opera about the barber?"
+    assert run("ask", "library", question) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("None of the 2 documents in the library is about this.") and err == ""
+    assert run("ask", "library", question, "--json") == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["answer"] is None and answer["document"] is None
+    assert answer["log_odds"] is None or answer["log_odds"] < 0
+
+
+def test_chat_goes_from_document_to_document(filled, monkeypatch, capsys):
+    turns = "Who composed it?\nWhen was the heron Olga ringed?\nand why?\nWhat does the copper kettle cost?\n/history\n"
+    monkeypatch.setattr("sys.stdin", io.StringIO(turns))
+    assert run("chat", "library", "--max-tokens", 3) == 0
+    out, err = capsys.readouterr()
+    lines = [line for line in err.splitlines() if "document" in line or line.startswith("from ")]
+    assert lines == ["from herons.txt", "the question names no document: still from herons.txt", "from kettle.txt"]
+    assert out.startswith("None of the 2 documents") and out.count("user: ") == 3
+
+
+def test_a_file_that_was_tampered_with_is_one_line(filled, capsys):
+    for path in (filled / "volumes").iterdir():
+        content = bytearray(path.read_bytes())
+        content[-7] ^= 1
+        path.write_bytes(content)
+    assert run("ask", "library", "When was the heron Olga ringed?") == cli.FAULT
+    assert "is damaged" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_the_model_in_use_answers_in_another_thread(filled):
+    """A server may route in one thread and add in another."""
+    found = []
+    thread = threading.Thread(target=lambda: found.append(Library(filled).route("What does the copper kettle cost?")))
+    thread.start()
+    thread.join()
+    assert found[0].best.document.name == "kettle.txt"

@@ -1,0 +1,327 @@
+"""The library: what is added, changed, renamed, removed, broken, interrupted."""
+
+import errno
+import os
+import sqlite3
+import stat
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from nectar_mlx.errors import NectarError
+from nectar_mlx.library import Library, default_folder
+from nectar_mlx.library.database import path_bytes
+from tests.library.cheap import CheapFitter
+
+
+def by_name(library):
+    return {document.name: document for document in library.documents()}
+
+
+def states(library):
+    return {document.name: document.state for document in library.documents()}
+
+
+def test_each_long_document_has_a_file_and_short_ones_share(library, notes):
+    fitter = CheapFitter()
+    added = library.add([notes], fitter)
+    documents = by_name(library)
+    assert len(documents) == 7 and set(states(library).values()) == {"ready"}
+    assert documents["long 0.txt"].shared == documents["long 1.txt"].shared == 0
+    assert any(documents[f"note {i}.md"].shared for i in range(5))
+    assert len(added.work.fitted) == 7 and len(fitter.fitted) == len({d.file for d in documents.values()})
+    assert "copper" in library.text(documents["note 0.md"])
+    assert "# note 0.md\n\n" in documents["note 0.md"].file.read_text() or not documents["note 0.md"].shared
+
+
+def test_nothing_is_fitted_twice_nor_is_the_model_needed(library, notes):
+    library.add([notes], CheapFitter())
+
+    class Unloaded(CheapFitter):
+        identity = property(lambda self: pytest.fail("the model is loaded"), lambda self, value: None)
+
+    added = library.add([notes], Unloaded())
+    assert added.scan.read == [] and len(added.scan.unchanged) == 7 and added.work.fitted == []
+
+
+def test_what_changes_alone_is_fitted_again(library, notes):
+    library.add([notes], CheapFitter())
+    (notes / "long 0.txt").write_text("The otter lives in the river. " * 300)
+    (notes / "new.txt").write_text("The lynx lives in the wood. " * 300)
+    fitter = CheapFitter()
+    added = library.add([notes], fitter)
+    assert fitter.fitted == ["long 0.txt", "new.txt"] and len(added.scan.read) == 2
+    assert "heron" not in "".join(path.read_text() for path in library.folder.volumes.iterdir())
+
+
+def test_a_touched_or_renamed_file_is_not_fitted_again(library, notes):
+    library.add([notes], CheapFitter())
+    os.utime(notes / "long 1.txt", ns=(1, 1))
+    (notes / "long 0.txt").rename(notes / "deep" / "renamed.txt")
+    (notes / "deep" / "note 3.md").rename(notes / "note.txt")
+    fitter = CheapFitter()
+    added = library.add([notes], fitter)
+    assert fitter.fitted == [] and added.scan.missing == []
+    assert {"renamed.txt", "note.txt"} < states(library).keys() and len(library.documents()) == 7
+
+
+def test_one_more_note_changes_one_group(library, tmp_path):
+    folder = tmp_path / "many"
+    folder.mkdir()
+    for number in range(60):
+        (folder / f"{number}.txt").write_text(f"note {number * number} about thing {number}")
+    first = CheapFitter()
+    library.add([folder], first)
+    (folder / "more.txt").write_text("one more note")
+    second = CheapFitter()
+    library.add([folder], second)
+    assert 3 < len(first.fitted) < 40 and len(second.fitted) <= 2
+    assert "more.txt" in ",".join(second.fitted)
+
+
+def test_broken_documents_are_named_and_stop_nothing(library, notes):
+    (notes / "bad.pdf").write_bytes(b"%PDF-1.7 no more")
+    (notes / "empty.txt").write_text("")
+    (notes / "deep" / "worse.md").write_text("this is unfittable")
+    added = library.add([notes], CheapFitter())
+    found = by_name(library)
+    assert found["bad.pdf"].state == found["empty.txt"].state == "not read"
+    assert found["bad.pdf"].reason and found["empty.txt"].reason
+    assert (found["worse.md"].state, found["worse.md"].reason) == ("failed", "this text cannot be fitted")
+    assert sum(d.state == "ready" for d in found.values()) == 7, "its neighbours are fitted without it"
+    assert added.work.failed == {"worse.md": "this text cannot be fitted"} and len(added.scan.failed) == 2
+    again = CheapFitter()
+    library.add([notes], again)
+    assert again.fitted == []
+    library.update(CheapFitter(broken="nothing"))
+    assert states(library)["worse.md"] == "ready"
+
+
+def test_a_fitter_that_fails_otherwise_stops_nothing(library, notes):
+    added = library.add([notes], CheapFitter(raising=ValueError("shape\nmismatch")))
+    assert len(added.work.failed) == 7
+    assert set(added.work.failed.values()) == {"the fit fails (ValueError: shape mismatch)"}
+
+
+def test_a_full_disk_stops_and_the_next_call_goes_on(library, notes):
+    with pytest.raises(NectarError, match="No space left"):
+        library.add([notes], CheapFitter(raising=OSError(errno.ENOSPC, "No space left on device")))
+    assert set(states(library).values()) == {"waiting"}
+    library.add([notes], CheapFitter())
+    assert set(states(library).values()) == {"ready"}
+
+
+def test_an_interrupt_leaves_the_volume_to_the_next_call(library, notes):
+    with pytest.raises(KeyboardInterrupt):
+        library.add([notes], CheapFitter(raising=KeyboardInterrupt()))
+    assert set(states(library).values()) == {"waiting"}
+
+
+def test_another_model_answers_until_update_has_fitted_the_last(library, notes):
+    library.add([notes], CheapFitter("old"))
+    library.touch(by_name(library)["long 1.txt"])
+    (notes / "new.txt").write_text("The lynx lives in the wood. " * 300)
+    fitter = CheapFitter("new")
+    added = library.add([notes], fitter)
+    assert fitter.fitted == ["new.txt"] and added.work.later > 0
+    found = by_name(library)
+    assert found["long 0.txt"].state == "older model" and found["long 0.txt"].model == "old"
+    assert found["new.txt"].state == "ready" and found["long 0.txt"].file.is_file()
+    fitter = CheapFitter("new")
+    library.update(fitter)
+    assert fitter.fitted[0] == "long 1.txt", "the one used last comes first"
+    assert set(states(library).values()) == {"ready"}
+    assert {document.model for document in library.documents()} == {"new"}
+    assert {path.stem for path in library.folder.volumes.iterdir()} == {d.file.stem for d in library.documents()}
+
+
+def test_a_changed_model_of_the_same_name_is_noticed_by_update(library, notes):
+    library.add([notes], CheapFitter())
+    fitter = CheapFitter(weights="2")
+    library.update(fitter)
+    assert len(fitter.fitted) == len({document.file for document in library.documents()})
+
+
+def test_a_file_that_disappears_stays_until_it_is_removed(library, notes):
+    library.add([notes], CheapFitter())
+    (notes / "long 0.txt").unlink()
+    added = library.update(CheapFitter())
+    assert [path.rpartition("/")[2] for path in added.scan.missing] == ["long 0.txt"]
+    found = by_name(library)["long 0.txt"]
+    assert found.missing and found.state == "ready" and library.text(found)
+    library.remove([], missing=True)
+    assert "long 0.txt" not in states(library) and not found.file.exists()
+
+
+def test_a_folder_that_is_gone_is_no_error(library, notes, tmp_path):
+    library.add([notes], CheapFitter())
+    notes.rename(tmp_path / "away")
+    library.update(CheapFitter())
+    assert all(document.missing for document in library.documents())
+    (tmp_path / "away").rename(notes)
+    fitter = CheapFitter()
+    library.update(fitter)
+    assert not any(document.missing for document in library.documents()) and fitter.fitted == []
+
+
+def test_what_is_removed_is_gone_from_every_file_and_stays_away(library, notes):
+    library.add([notes], CheapFitter())
+    removed = library.remove([notes / "deep" / "note 2.md", "long 0.txt"])
+    assert len(removed.documents) == 2
+    library._database.close()
+    for path in library.folder.path.rglob("*"):
+        assert path.is_dir() or (b"cobalt" not in path.read_bytes() and b"heron" not in path.read_bytes()), path
+    added = library.add([notes], CheapFitter())
+    assert len(added.scan.ignored) == 2 and len(library.documents()) == 5
+    library.add([notes / "long 0.txt"], CheapFitter())
+    assert "long 0.txt" in states(library), "named itself, it is taken again"
+
+
+def test_a_removed_folder_is_not_looked_at_again(library, notes):
+    library.add([notes], CheapFitter())
+    library.remove([notes])
+    assert library.documents() == [] and list(library.folder.volumes.iterdir()) == []
+    assert library.update(CheapFitter()).scan.read == []
+
+
+def test_what_cannot_be_removed(library, notes):
+    library.add([notes], CheapFitter())
+    (notes / "deep" / "long 0.txt").write_text("another")
+    library.add([notes], CheapFitter())
+    with pytest.raises(NectarError, match="2 documents have this name"):
+        library.remove(["long 0.txt"])
+    with pytest.raises(NectarError, match="not in the library"):
+        library.remove(["nothing"])
+
+
+def test_odd_names(library, tmp_path):
+    folder = tmp_path / "odd"
+    folder.mkdir()
+    names = [
+        b"new\nline.txt",
+        b"\xff\xfe.txt",
+        "naïve 'quote\".txt".encode(),
+        b"-rf.txt",
+        b"%s.txt",
+        "日本語.txt".encode(),
+    ]
+    for number, name in enumerate(names):
+        with open(path_bytes(folder) + b"/" + name, "w") as file:
+            file.write(f"text number {number} " * 400)
+    library.add([folder], CheapFitter())
+    documents = library.documents()
+    assert len(documents) == len(names) and {d.state for d in documents} == {"ready"}
+    assert all(document.name.isprintable() for document in documents)
+    library.remove([folder])
+    assert library.documents() == []
+
+
+def test_equal_documents_share_one_text(library, tmp_path):
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text("the same words " * 500)
+    fitter = CheapFitter()
+    library.add([tmp_path / "a.txt", tmp_path / "b.txt"], fitter)
+    assert fitter.fitted == ["a.txt"] and len({document.file for document in library.documents()}) == 1
+    library.remove([tmp_path / "a.txt"])
+    assert [document.state for document in library.documents()] == ["ready"]
+
+
+def test_the_library_itself_is_no_document(tmp_path):
+    library = Library(tmp_path / "home" / "library")
+    (tmp_path / "home" / "note.txt").write_text("a note")
+    library.add([tmp_path / "home"], CheapFitter())
+    library.update(CheapFitter())
+    assert list(states(library)) == ["note.txt"]
+
+
+@pytest.mark.parametrize(
+    "given, complaint", [("missing", "no such file"), ("-", "standard input"), ("https://x.org/a", "only files")]
+)
+def test_what_cannot_be_added(library, given, complaint):
+    with pytest.raises(NectarError, match=complaint):
+        library.add([given], CheapFitter())
+    assert library.documents() == []
+
+
+def test_files_are_for_their_owner_alone(library, notes):
+    library.add([notes], CheapFitter())
+    library.documents()
+    for path in (library.folder.path, *library.folder.path.rglob("*")):
+        assert stat.S_IMODE(path.stat().st_mode) == (0o700 if path.is_dir() else 0o600), path
+
+
+def test_a_damaged_database_is_one_line_and_its_files_are_found_again(library, notes):
+    library.add([notes], CheapFitter())
+    path = library.folder.database
+    library._database.close()
+    path.write_bytes(b"no database at all" * 1000)
+    with pytest.raises(NectarError, match=r"damaged .* remove it and add the folders again") as caught:
+        Library(library.folder.path).documents()
+    assert "\n" not in str(caught.value)
+    for name in ("", "-wal", "-shm"):
+        path.with_name(path.name + name).unlink(missing_ok=True)
+    fitter = CheapFitter()
+    again = Library(library.folder.path)
+    again.add([notes], fitter)
+    assert fitter.fitted == [] and set(states(again).values()) == {"ready"}
+
+
+def test_a_database_of_another_version_is_refused(tmp_path):
+    Library(tmp_path)._database.close()
+    connection = sqlite3.connect(tmp_path / "library.db")
+    connection.execute("PRAGMA user_version = 99")
+    connection.close()
+    with pytest.raises(NectarError, match="another version"):
+        Library(tmp_path)
+
+
+def test_a_library_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NectarError, match="cannot be made"):
+        Library(tmp_path / "file")
+
+
+def test_where_the_library_is(monkeypatch, tmp_path):
+    monkeypatch.setenv("NECTAR_LIBRARY", str(tmp_path / "chosen"))
+    assert default_folder() == tmp_path / "chosen"
+    monkeypatch.delenv("NECTAR_LIBRARY")
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    assert default_folder() == tmp_path / "nectar" / "library"
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert default_folder().parts[-4:] == ("Library", "Application Support", "nectar", "library")
+
+
+def test_callers_read_while_a_thread_adds(library, notes):
+    future = library.add_in_background([notes], CheapFitter(seconds=0.1))
+    seen = set()
+    while not future.done():
+        seen.update(states(library).values())
+        library.route("What does the copper pipe cost?")
+    assert future.result().work.failed == {} and {"waiting", "fitting"} <= seen
+    assert set(states(library).values()) == {"ready"}
+    with pytest.raises(NectarError, match="no such file"):
+        library.add_in_background(["missing"], CheapFitter()).result(10)
+
+
+def test_threads_share_the_work(library, notes):
+    fitters = [CheapFitter(seconds=0.1) for _ in range(3)]
+    threads = [threading.Thread(target=library.add, args=([notes], fitter)) for fitter in fitters]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    fitted = [name for fitter in fitters for name in fitter.fitted]
+    assert len(fitted) == len(set(fitted)) == len({document.file for document in library.documents()})
+    assert set(states(library).values()) == {"ready"}
+
+
+@pytest.mark.process
+def test_processes_share_the_work(tmp_path, notes):
+    command = [sys.executable, "-m", "tests.library.cheap", str(tmp_path / "library"), str(notes), "0.2"]
+    processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(3)]
+    assert [process.communicate(timeout=60)[1] for process in processes] == [""] * 3
+    library = Library(tmp_path / "library")
+    assert set(states(library).values()) == {"ready"} and list((tmp_path / "library" / "work").iterdir()) == []
