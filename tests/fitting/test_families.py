@@ -59,7 +59,7 @@ def test_sensitivity_through_the_whole_model(family):
     geometry = attention_patch.route(model)
     context = prefill.read_text(model, toys.random_tokens(30), geometry)
     conversation = Conversation(toys.random_tokens(4, seed=1), toys.random_tokens(5, seed=2))
-    found = dict(fisher._gradients_at_once(model, context, conversation, geometry=geometry))
+    found = dict(fisher._gradients_at_once(model, context, [conversation], geometry=geometry))
     direction = mx.random.normal((1, geometry.n_heads, 8, geometry.head_dim), key=mx.random.key(3))
 
     def likelihood(step):
@@ -80,8 +80,8 @@ def test_a_sensitivity_layer_by_layer_is_the_same_as_at_once():
     geometry = attention_patch.route(model)
     context = prefill.read_text(model, toys.random_tokens(30), geometry)
     conversation = Conversation(toys.random_tokens(4, seed=1), toys.random_tokens(5, seed=2))
-    by_layers = dict(fisher._gradients(fisher.LayerRunner(model, geometry), context, conversation, geometry=geometry))
-    at_once = dict(fisher._gradients_at_once(model, context, conversation, geometry=geometry))
+    by_layers = dict(fisher._gradients(fisher.LayerRunner(model, geometry), context, [conversation], geometry=geometry))
+    at_once = dict(fisher._gradients_at_once(model, context, [conversation], geometry=geometry))
     for layer, gradient in at_once.items():
         np.testing.assert_allclose(np.array(by_layers[layer]), np.array(gradient), atol=1e-4, rtol=1e-3)
 

@@ -412,13 +412,13 @@ def test_an_output_in_no_folder_and_a_folder_as_output(folder, capsys):
 
 
 def test_an_unsupported_architecture_is_named(folder, capsys, tokenizer):
-    import mlx_lm.models.stablelm as stablelm
+    from mlx_lm.models import mamba
 
-    arguments = {"model_type": "stablelm", "vocab_size": 320, "hidden_size": 32, "num_attention_heads": 2,
-                 "num_hidden_layers": 1, "num_key_value_heads": 2, "intermediate_size": 32, "rope_theta": 1e4,
-                 "use_qkv_bias": False, "partial_rotary_factor": 1.0, "layer_norm_eps": 1e-5}  # fmt: skip
-    toys.save_model(stablelm.Model(stablelm.ModelArgs.from_dict(arguments)), folder / "stable", tokenizer)
-    fault(capsys, [*command(folder, model=folder / "stable"), "--force"], "stablelm", "not supported")
+    arguments = {"model_type": "mamba", "vocab_size": 320, "hidden_size": 32, "intermediate_size": 64, "state_size": 8,
+                 "num_hidden_layers": 1, "conv_kernel": 4, "use_bias": False, "use_conv_bias": True,
+                 "time_step_rank": 4}  # fmt: skip
+    toys.save_model(mamba.Model(mamba.ModelArgs.from_dict(arguments)), folder / "mamba", tokenizer)
+    fault(capsys, [*command(folder, model=folder / "mamba"), "--force"], "mamba", "not supported")
 
 
 def test_ctrl_c_keeps_the_work(folder):
