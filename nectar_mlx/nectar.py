@@ -31,6 +31,8 @@ from .store import text as kept_text
 from .store.chunking import ChunkedPrefix
 from .store.kv_file import remove_stale_keys
 
+_MEASURED = ("seconds", "peak_memory")  # of a report: other in every fit, so not in the file
+
 
 class Nectar:
     """A long context, fitted: per layer and KV head a function of the query that stands for the context's keys and
@@ -44,7 +46,8 @@ class Nectar:
         windows: what each layer without heads keeps, by layer: a sliding window's exact keys and values, a state.
         keys: the file of exact keys and values beside it, None where there is none.
         hybrid: the banks that read those keys, and what answers read of them.
-        report: what was measured while fitting: `kl`, `agree`, `gap_closed`, ...; `seconds` only until it is saved.
+        report: what was measured while fitting: `kl`, `agree`, `gap_closed`, ...; `seconds` and
+            `peak_memory` only until it is saved.
         metadata: model, tokenizer, settings, source.
         geometry, layout: of the model's attention, and of the heads in the file.
         tensors: what the file holds.
@@ -147,7 +150,7 @@ class Nectar:
         if self.keys is not None:
             keys = kv_path(path, self.digest)
             self.keys.write(keys)
-        report = {name: value for name, value in self.report.items() if name != "seconds"}
+        report = {name: value for name, value in self.report.items() if name not in _MEASURED}
         store.write(path, self.tensors, self.metadata | {"report": report})
         remove_stale_keys(path, but=keys)
 

@@ -26,10 +26,10 @@ _TRAINED = 12  # operations a step, sample, node and entry of it: two products a
 _ROUNDING = 1.4  # of the regression's steps, with those of rounding
 _KEY_BYTES = 1.2  # of a number in the key file, with scales, checksums and sketches
 _START = 2e9  # operations that starting a head takes the time of
-# How fast a stage is, as a multiple of the machine's rate: measured on two CPU cores, and on one H100.
+# How fast a stage is, as a multiple of the machine's rate: measured on two CPU cores, and on one H200.
 _CPU = {"reading": 2.0, "sampling": 0.8, "capturing": 1.2, "sensitivity": 1.3, "training": 0.6, "checking": 1.0}
-_GPU = {"reading": 0.5, "sampling": 1.1, "capturing": 0.75, "sensitivity": 0.75, "training": 0.8, "checking": 0.75}
-_LAUNCH_SECONDS = 1e-3  # that a GPU takes a layer of a decoding step, at least
+_GPU = {"reading": 2.0, "sampling": 5.0, "capturing": 4.0, "sensitivity": 1.5, "training": 5.0, "checking": 1.5}
+_LAUNCH_SECONDS = 5e-4  # that a GPU takes a layer of a decoding step, at least
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,7 +163,7 @@ class _Work:
             return config.queries
         each = (4 if profile.linux_cpu else 2) * (3 * self.layout.head_dim + 2)
         most = (config.memory or self.machine.memory / 8) / (each * self.heads)
-        return int(max(20_000, min(profile.fit_samples, most)))
+        return int(max(20_000, min(profile.fit_samples * config.sample_share, most)))
 
     @property
     def sampled(self) -> int:
@@ -219,6 +219,10 @@ class _Work:
 
     def study(self) -> Iterator[Stage]:
         config = self.config
+        if not self.layerwise:  # the check's beside the others
+            together = config.conversations + config.checks
+            yield Stage("sampling answers", self.decode(self.sampled + self.checked, together=together))
+            return
         yield Stage("sampling answers", self.decode(self.sampled, together=config.conversations))
         yield Stage("answering check questions", self.decode(self.checked, together=config.checks))
 

@@ -102,16 +102,12 @@ class LayerwiseFit:
                 count_samples(conversations, group=run.group, split=split) < wanted
                 for split, wanted in self.wanted.items()
             ):
-                conversations += self._sample_batch(
-                    conversations, self_study.training_conversations, config.temperature, done
-                )
+                conversations += self._sample_batch(conversations, self_study.training_conversations, done)
                 run.checkpoint.save_conversations(conversations)
         with run.progress("answering check questions", config.checks) as done:
             while len(answered := answered_checks(conversations)) < config.checks:
                 done(len(answered))
-                conversations += self._sample_batch(
-                    conversations, self_study.check_conversations, self_study.CHECK_TEMPERATURE, no_update
-                )
+                conversations += self._sample_batch(conversations, self_study.check_conversations, no_update)
                 run.checkpoint.save_conversations(conversations)
         return conversations
 
@@ -126,7 +122,6 @@ class LayerwiseFit:
         self,
         before: Sequence[Conversation],
         make: self_study.Prompts,
-        temperature: float,
         done: Callable[[int], None],
     ) -> list[Conversation]:
         """Conversations about the next passage."""
@@ -139,7 +134,6 @@ class LayerwiseFit:
             read_text(run.model, passage, run.geometry),
             batch,
             seed=run.config.seed + number,
-            temperature=temperature,
             progress=self_study.batch_progress(run, batch, samples, self.wanted["train"], done),
         )
         mx.clear_cache()

@@ -63,6 +63,7 @@ def fit(
     be fitted.
     """
     clock, keys = Clock(), None
+    mx.reset_peak_memory()
     finite.check_weights(model)
     if not text.strip():
         raise NectarError("the text is empty")
@@ -99,6 +100,7 @@ def fit(
     if left_out := len(whole) - len(prefix):
         report["left_out_tokens"] = left_out
     report["seconds"] = clock.laps
+    report["peak_memory"] = int(mx.get_peak_memory())
     metadata = store.description(
         tensors, run.layout, run.geometry, provenance=provenance, report=report, chunks=lengths
     )

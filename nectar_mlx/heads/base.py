@@ -98,7 +98,7 @@ class Bank:
         heads = []
         for i, size in enumerate(self.sizes):
             shapes = self.shapes(size, self.head_dim)
-            heads.append({n: self.parameters[n][i][tuple(slice(0, d) for d in s)] for n, s in shapes.items()})
+            heads.append({n: self.parameters[n][(i, *(slice(0, d) for d in s))] for n, s in shapes.items()})
         return heads
 
     @property

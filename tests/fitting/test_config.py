@@ -21,12 +21,18 @@ def run(**options):
 @pytest.fixture
 def memory(monkeypatch, set_device):
     set_device(fit_samples=120_000)
-    return lambda total: monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=total))
+    return lambda total: monkeypatch.setattr(
+        psutil, "virtual_memory", lambda: SimpleNamespace(total=total, available=total)
+    )
 
 
 @pytest.mark.parametrize(
     "total, samples",
-    [(16 << 30, 20_000), (64 << 30, (8 << 30) // SampleStore.nbytes(HEADS, 1, DIM)), (1 << 40, 120_000)],
+    [
+        (16 << 30, 20_000),
+        (64 << 30, (8 << 30) // SampleStore.nbytes(HEADS, 1, DIM)),
+        (1 << 40, 9_000_000_000 // SampleStore.nbytes(HEADS, 1, DIM)),
+    ],
 )
 def test_as_many_samples_as_the_memory_easily_holds(memory, set_device, total, samples):
     set_device(linux_cpu=True)
