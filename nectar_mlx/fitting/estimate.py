@@ -26,9 +26,9 @@ _TRAINED = 12  # operations a step, sample, node and entry of it: two products a
 _ROUNDING = 1.4  # of the regression's steps, with those of rounding
 _KEY_BYTES = 1.2  # of a number in the key file, with scales, checksums and sketches
 _START = 2e9  # operations that starting a head takes the time of
-# How fast a stage is, as a multiple of the machine's rate: measured on two CPU cores, and on one H100.
+# How fast a stage is, as a multiple of the machine's rate: measured on two CPU cores, and on one H200.
 _CPU = {"reading": 2.0, "sampling": 0.8, "capturing": 1.2, "sensitivity": 1.3, "training": 0.6, "checking": 1.0}
-_GPU = {"reading": 0.5, "sampling": 4.0, "capturing": 3.0, "sensitivity": 1.5, "training": 2.5, "checking": 0.75}
+_GPU = {"reading": 2.0, "sampling": 5.0, "capturing": 4.0, "sensitivity": 1.5, "training": 5.0, "checking": 1.5}
 _LAUNCH_SECONDS = 5e-4  # that a GPU takes a layer of a decoding step, at least
 
 

@@ -132,27 +132,30 @@ def _gradients(
 def _gradients_at_once(
     model: nn.Module, context: Context, conversations: Sequence[Conversation], *, geometry: Geometry
 ) -> Iterator[tuple[int, mx.array]]:
-    """The same through the whole model, for models whose layers are not called one by one. Takes as much memory as all
-    layers' reverse passes."""
+    """The same through the whole model, for models whose layers are not called one by one, a conversation at a time.
+    Takes as much memory as all layers' reverse passes."""
     for conversation in conversations:
-        tokens, first = conversation.prompt + conversation.answer, len(conversation.prompt) - 1
-        answer, fitted = mx.array(conversation.answer)[None, :, None], len(context.banks)
-        likelihood = partial(_log_likelihood, model, context, tokens, answer, first)
-        zeros = mx.zeros((1, geometry.n_heads, len(tokens) - 1, geometry.head_dim))
-        with _differentiable(model):
-            probes = mx.grad(likelihood)([zeros] * fitted)
-            mx.eval(probes)
-        yield from enumerate(probes)
+        yield from _gradients_of_one(model, context, conversation, geometry)
 
 
-def _log_likelihood(
-    model: nn.Module, context: Context, tokens: Sequence[int], answer: mx.array, first: int, probes: list[mx.array]
-) -> mx.array:
-    caches = context.make_cache(ProbedCache)
-    for (_, cache), probe in zip(attention_caches(caches), probes, strict=True):
-        cast("ProbedCache", cache).probe = probe
-    logits = model(mx.array([tokens[:-1]]), cache=caches)[:, first:]
-    return mx.take_along_axis(log_probabilities(logits), answer, axis=-1).sum()
+def _gradients_of_one(
+    model: nn.Module, context: Context, conversation: Conversation, geometry: Geometry
+) -> Iterator[tuple[int, mx.array]]:
+    tokens, first = conversation.prompt + conversation.answer, len(conversation.prompt) - 1
+    answer, fitted = mx.array(conversation.answer)[None, :, None], len(context.banks)
+
+    def log_likelihood(probes: list[mx.array]) -> mx.array:
+        caches = context.make_cache(ProbedCache)
+        for (_, cache), probe in zip(attention_caches(caches), probes, strict=True):
+            cast("ProbedCache", cache).probe = probe
+        logits = model(mx.array([tokens[:-1]]), cache=caches)[:, first:]
+        return mx.take_along_axis(log_probabilities(logits), answer, axis=-1).sum()
+
+    zeros = mx.zeros((1, geometry.n_heads, len(tokens) - 1, geometry.head_dim))
+    with _differentiable(model):
+        probes = mx.grad(log_likelihood)([zeros] * fitted)
+        mx.eval(probes)
+    yield from enumerate(probes)
 
 
 @contextmanager

@@ -24,7 +24,7 @@ def test_half_precision_sees_what_float32_sees(set_device, architecture):
     batch = [Conversation(toys.random_tokens(5 + i % 3, seed=i)) for i in range(4)]
     batch.sort(key=lambda c: len(c.prompt))
     set_device(half=True, linux_cpu=False, steps_ahead=8)
-    allow_half(model, context, geometry)
+    allow_half(model, context)
     assert all(bank.half for bank in context.banks)
     self_study.sample_answers(
         model, context, batch, stop=set(), max_tokens=20, temperature=[1e-4] * 4, key=mx.random.key(0)
@@ -52,13 +52,12 @@ def test_half_precision_sees_what_float32_sees(set_device, architecture):
 
 def test_scores_too_large_for_half_precision_keep_float32(set_device):
     model = toys.toy("llama")
-    geometry = attention_patch.route(model)
-    context = prefill.read_text(model, toys.random_tokens(40), geometry)
+    context = prefill.read_text(model, toys.random_tokens(40), attention_patch.route(model))
     set_device(half=True)
-    allow_half(model, context, geometry)
+    allow_half(model, context)
     assert all(bank.half for bank in context.banks)
     context.banks[1].parameters["keys"] = 1e4 * context.banks[1].parameters["keys"]
-    allow_half(model, context, geometry)
+    allow_half(model, context)
     assert [bank.half for bank in context.banks] == [True, False, True]
 
 

@@ -124,12 +124,12 @@ class CaptureCache(StudyCache):
     def take(self, places: np.ndarray) -> Samples:
         """The samples of these places [B, T], by KV head: [K, samples, ...]; those of a token lie side by side. Where
         several layers share the keys, a token's are those of one of them, in turn."""
-        tokens, turns, parts = np.flatnonzero(places), len(self.captured), list[Samples]()
+        tokens, turns, parts = np.flatnonzero(places).astype(np.int32), len(self.captured), list[Samples]()
         for turn, captured in enumerate(self.captured):
             K, (B, H, T) = len(self.bank.sizes), captured.queries.shape[:3]
             split = (x.reshape(B, K, H // K, T, *x.shape[3:]) for x in captured)
             grouped = (x.swapaxes(0, 1).swapaxes(2, 3).reshape(K, B * T, H // K, *x.shape[4:]) for x in split)
-            chosen = mx.array(tokens[turn::turns].astype(np.int32))
+            chosen = mx.array(tokens[turn::turns])
             parts.append(Samples(*(take(x, chosen, axis=1).reshape(K, -1, *x.shape[3:]) for x in grouped)))
         return parts[0] if turns == 1 else Samples(*(mx.concatenate(list(x), axis=1) for x in zip(*parts, strict=True)))
 

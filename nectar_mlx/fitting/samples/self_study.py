@@ -43,7 +43,7 @@ def study(run: FitRun, context: Context) -> list[Conversation]:
     """Samples conversations about a context until they give every head its samples, and those of the check."""
     conversations, config = run.checkpoint.load_conversations(), run.config
     wanted = run.n_samples(run.n_heads)
-    allow_half(run.model, context, run.geometry)
+    allow_half(run.model, context)
     with run.progress("sampling answers", wanted) as done:
         while True:
             samples = count_samples(conversations, group=run.group)

@@ -17,7 +17,7 @@ from ...heads import Exact
 from ...heads.exact import HalfKeys
 from ...kernels import training
 from ...mlxlm.cache import NectarCache, WholeCache, with_sinks
-from ...mlxlm.geometry import FULL, WINDOW, Geometry
+from ...mlxlm.kept import attention_caches
 from ..prefill import Context
 
 _LARGEST = 4096.0  # scale · |q| |k|, of any query and key, up to which half precision is used
@@ -28,9 +28,9 @@ _HIDDEN = -60_000.0  # the score of a hidden key
 class StudyCache(NectarCache):
     """Attends exactly over context and live tokens, and shows both parts to `see`."""
 
-    def __init__(self, bank: Any, context: int, *rest: Any):
-        super().__init__(bank, context, *rest)
-        self.half = isinstance(bank, Exact) and bank.half
+    def __init__(self, bank: Any, context: int, live: Any = None, *rest: Any):
+        super().__init__(bank, context, live, *rest)
+        self.half = isinstance(bank, Exact) and bank.half and live is None  # other layers share keys as they are
         if self.half:
             self.live = WholeCache()  # type: ignore[no-untyped-call]
 
@@ -134,27 +134,27 @@ def half_attention(queries: mx.array, keys: HalfKeys) -> Partial:
 
 
 class _ProbingCache(NectarCache):
-    """Keeps the largest norm of its queries."""
+    """Keeps the largest norm of its queries, and whether values are as wide as keys."""
 
     largest: mx.array
+    alike = False
 
-    def attend(self, queries: mx.array, *rest: Any, **options: Any) -> mx.array:
+    def attend(self, queries: mx.array, keys: mx.array, values: mx.array, **options: Any) -> mx.array:
         self.largest = mx.linalg.norm(queries.astype(mx.float32), axis=-1).max()
-        return super().attend(queries, *rest, **options)
+        self.alike = keys.shape[-1] == values.shape[-1]
+        return super().attend(queries, keys, values, **options)
 
 
-def allow_half(model: nn.Module, context: Context, geometry: Geometry) -> None:
-    """Lets conversations be sampled and replayed in half precision in those layers whose scores are small enough; in
-    none where layers share keys, or values are not as wide as keys.
-    """
-    plain = all(layer.kind in (FULL, WINDOW) for layer in geometry.layers)
-    if not device().half or not plain or geometry.value_dim != geometry.head_dim:
+def allow_half(model: nn.Module, context: Context) -> None:
+    """Lets conversations be sampled and replayed in half precision in those layers whose scores are small enough."""
+    if not device().half:
         return
     caches = context.make_cache(_ProbingCache)
     hidden = model(mx.array([context.prefix[-_PROBED:]]), cache=caches)
-    probing = [c for c in caches if isinstance(c, _ProbingCache)]
+    probing = [c for _, c in attention_caches(caches) if isinstance(c, _ProbingCache)]
     mx.eval(hidden, [c.largest for c in probing])
     for bank, cache in zip(context.banks, probing, strict=True):
         query = float(np.array(cache.largest))
         key = float(np.array(mx.linalg.norm(bank.parameters["keys"].astype(mx.float32), axis=-1).max()))
-        bank.half = 2 * bank.scale * query * key < _LARGEST and 2 * query < _LARGEST and bank.largest_value < _LARGEST
+        small = 2 * bank.scale * query * key < _LARGEST and 2 * query < _LARGEST and bank.largest_value < _LARGEST
+        bank.half = small and cache.alike
