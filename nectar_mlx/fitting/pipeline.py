@@ -127,7 +127,7 @@ def _fit_whole(
     kind, plan, heads = fit_context(run, context, affordable, share, clock=clock)
     windows, state = coded_states(run, kind.data)
     tensors, keys = contents(run.layout, heads, windows=windows), None
-    banks: Sequence[Bank] = load.banks(run.layout, tensors)
+    banks: Sequence[Bank] = load.banks(run.layout, tensors, trusted=True)
     finite.check_banks("rounding", banks, run.geometry)
     if isinstance(kind, HybridFit):
         keys = kind.key_file(text, nectar=store.digest(tensors))

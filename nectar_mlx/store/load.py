@@ -20,10 +20,10 @@ from . import HALF_MAX, Layout, Metadata, Tensors, schema, states
 from .kv_file import KeyFile
 
 
-def banks(layout: Layout, tensors: Tensors) -> list[Bank]:
-    """The heads that a file holds, one bank a layer."""
+def banks(layout: Layout, tensors: Tensors, *, trusted: bool = False) -> list[Bank]:
+    """The heads that a file holds, one bank a layer. trusted: as for `store.unpack`."""
     # Where a kernel decodes from the packed integers, these are for prompts alone: half as many bytes will do.
-    return store.unpack(layout, tensors, half=kernels.backend() != "ops")
+    return store.unpack(layout, tensors, half=kernels.backend() != "ops", trusted=trusted)
 
 
 def decode_kernels(banks: Sequence[Bank], layout: Layout, tensors: Tensors) -> list[DecodeKernel] | None:

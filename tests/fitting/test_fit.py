@@ -395,7 +395,7 @@ def test_a_bad_choice_is_one_line(folder, capsys, arguments, words):
 
 def test_a_text_longer_than_the_window_says_how_many_tokens_fit(folder, capsys):
     (folder / "long.txt").write_text(TEXT * 12)
-    long = command(folder, "--budget", "0.1", "--kind", "mlp", context=folder / "long.txt")
+    long = command(folder, "--budget", "0.1", "--kind", "mlp", "--force", context=folder / "long.txt")
     fault(capsys, long, "4,096", "--context-tokens")
 
 
