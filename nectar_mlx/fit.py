@@ -69,6 +69,9 @@ def _parser() -> argparse.ArgumentParser:
         default="dense",
         help="how the text is read: dense, or fixed (sparse attention, for texts too long for dense)",
     )
+    parser.add_argument(
+        "--keep-study", action="store_true", help="keep the questions and answers in the file: for `nectar update`"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of sampling and initialization (0)")
     kept = parser.add_mutually_exclusive_group()
     kept.add_argument("--resume", action="store_true", help="continue an interrupted fit; fail if it was another one")
@@ -99,6 +102,7 @@ def _work(arguments: argparse.Namespace) -> None:
 
     names = ("kind", "bits", "queries", "steps", "seed", "context_tokens", "memory", "layerwise", "prefill")
     options = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    options["keep_study"] = arguments.keep_study
     if arguments.size is None:
         options |= parse_budget(arguments.budget or "auto")
     else:

@@ -22,7 +22,7 @@ LEVELS = (
     ("evaluation", "benchmarks"),
     ("serving",),
     ("cli",),
-    ("from_library", "inspect"),
+    ("from_library", "inspect", "update_file"),
     (
         *("add", "ask", "bench", "chat", "demo", "evaluate", "export", "fit", "list", "plan", "push", "remove"),
         *("serve", "update"),

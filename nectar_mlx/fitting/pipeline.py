@@ -35,6 +35,7 @@ from .kinds import HybridFit
 from .machines import here, shape_of
 from .prefill import read_text
 from .run import FitRun, identity
+from .samples import kept_study
 from .stages import fit_context
 from .train import merged_errors
 
@@ -92,7 +93,7 @@ def fit(
         tensors, report = chunks.fit(run, prefix, chunks=lengths, layerwise=layerwise, clock=clock)
     else:
         tensors, report, keys = _fit_whole(run, prefix, text=text, clock=clock)
-    kept = sum(x.nbytes for name, x in tensors.items() if name != "prefix")
+    kept = sum(x.nbytes for name, x in tensors.items() if name not in ("prefix", kept_study.TENSOR))
     if sentence := verdict.sentence(report, share=kept / run.geometry.cache_bytes(len(prefix))):
         report["verdict"] = sentence
     if left_out := len(whole) - len(prefix):
@@ -136,6 +137,8 @@ def _fit_whole(
     }
     report |= ({"exponent": plan.exponent} if plan.exponent else {}) | check(run, kind.data, banks)
     clock.lap("check")
+    if run.config.keep_study:
+        tensors[kept_study.TENSOR] = kept_study.packed(kind.data.conversations)
     return tensors, report, keys
 
 
@@ -156,6 +159,11 @@ def _announce(run: FitRun, tokens: int, chunks: int, *, name: str, log: Log) -> 
         run.progress.expect(expected.stages)
     if expected.seconds > LONG:
         log(f"this takes {expected.sentence()}")
+
+
+def in_parts(run: FitRun, prefix: Sequence[int]) -> bool:
+    """Whether a fit takes a prefix chunk by chunk or layer by layer."""
+    return len(_chunk_lengths(run, prefix)) > 1 or needs_layers(run, len(prefix))
 
 
 def needs_layers(run: FitRun, n: int) -> bool:

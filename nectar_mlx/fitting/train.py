@@ -18,7 +18,7 @@ from .solve.initial import Init
 def train_heads(kind: KindFit, sizes: Sequence[Size], *, bits: float = MEAN_BITS) -> list[HeadArrays]:
     """All heads, trained at their own sizes. bits: of a number of a node, on average, where nodes are rounded row by
     row."""
-    heads, n_heads = kind.run.checkpoint.load_heads(), kind.n_heads
+    heads, n_heads = kind.run.checkpoint.load_heads() | kind.settled, kind.n_heads
     if not kind.run.layout.bank.trainable:
         samples = kind.data.held_out.heads(range(n_heads))
         return kind.initialize(range(n_heads), sizes, samples).bank.unstack()
