@@ -23,6 +23,7 @@ from ..samples.self_study import answer, check_conversations, training_conversat
 from .revision import Revision
 
 _TOGETHER = 16  # conversations that are sampled, at least: fewer take as long
+_CHECKS = 0.4  # of a fit's check questions, beside those about what is new
 _AROUND = 60  # tokens before a new passage that questions about it may quote
 
 
@@ -134,7 +135,7 @@ def converse(
 
 def some(kept: Sequence[Conversation], run: FitRun, *, samples: int) -> list[Conversation]:
     """Of the conversations that were kept those of the check, and of the others as many as give so many samples."""
-    chosen = [c for c in kept if c.split == "check"][: run.config.checks]
+    chosen = [c for c in kept if c.split == "check"][: max(2, round(_CHECKS * run.config.checks))]
     others = [c for c in kept if c.split != "check"]
     share = samples / max(1, count_samples(others, group=run.group))
     taken = 0.0
