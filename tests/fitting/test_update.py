@@ -3,7 +3,6 @@
 import json
 import random
 import zlib
-from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
@@ -13,7 +12,6 @@ from nectar_mlx import Nectar, NectarError, store, update, update_file
 from nectar_mlx.core.attention import merge
 from nectar_mlx.fitting import updating
 from nectar_mlx.fitting.checkpoint import Checkpoint
-from nectar_mlx.fitting.config import FitConfig
 from nectar_mlx.fitting.samples import kept_study, self_study
 from nectar_mlx.fitting.samples.conversation import Conversation
 from nectar_mlx.fitting.updating.behind import behind
@@ -24,7 +22,6 @@ from tests.fitting.toy_fit import FAST, TEXT, fit_run, read
 
 MORE = TEXT + " A new hare came by, and it sang about the river."
 EDITED = TEXT.replace("fox number 7", "cat number 9")
-CONFIG = FitConfig(**FAST, budget=0.3)
 
 
 @pytest.fixture(scope="module")
@@ -214,15 +211,19 @@ class TestFit:
         outcome, _ = updated(model, tokenizer, file, MORE)
         assert (outcome.way, outcome.reason) == ("fit", "heads of kind mlp cannot be updated")
 
-    def test_a_worse_result_is_given_up(self, model, tokenizer, fitted):
-        report = fitted.metadata["report"] | {"kl": 0.0, "gap_closed": 1.0}
-        metadata = fitted.metadata | {"report": report}
-        config = replace(updating.config_of(metadata), steps=1)
-        said = []
-        outcome = updating.update(
-            model, tokenizer, MORE, tensors=fitted.tensors, metadata=metadata, config=config, log=said.append
-        )
-        assert outcome.way in ("append", "fit")
+    def test_a_worse_result_is_given_up(self, model, tokenizer, fitted, monkeypatch):
+        stored = updating.decide.stored
+
+        def bad(*rest, **options):
+            tensors, report = stored(*rest, **options)
+            return tensors, report | {"kl": 0.5, "gap_closed": 0.2}
+
+        monkeypatch.setattr(updating.decide, "stored", bad)
+        metadata = fitted.metadata | {"report": fitted.report | {"kl": 0.001, "gap_closed": 0.999}}
+        outcome, said = updated(model, tokenizer, Nectar(fitted.tensors, metadata), MORE)
+        assert (outcome.way, outcome.reason) == ("fit", "the update answers worse than the file did")
+        assert outcome.metadata["report"]["kl"] < 0.5
+        assert len(said) == 2
 
     def test_the_same_text_is_left_alone(self, model, tokenizer, fitted):
         assert updated(model, tokenizer, fitted, TEXT)[0] == updating.Outcome(way="same")

@@ -8,6 +8,6 @@ Both read the whole text once, for the full cache is what the result is checked 
 `update` says why, and fits.
 """
 
-from .update import Outcome, update
+from .decide import Outcome, update
 
 __all__ = ["Outcome", "update"]

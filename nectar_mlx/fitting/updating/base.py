@@ -22,7 +22,7 @@ from ..samples.conversation import Conversation, count_samples
 from ..samples.self_study import answer, check_conversations, training_conversations
 from .revision import Revision
 
-_TOGETHER = 16  # conversations that are sampled, at least: fewer take as long
+_FEWEST = 8  # conversations that are sampled: fewer take as long
 _CHECKS = 0.4  # of a fit's check questions, beside those about what is new
 _AROUND = 60  # tokens before a new passage that questions about it may quote
 
@@ -118,19 +118,31 @@ def converse(
     config, whole = run.config, context.prefix
     passages = [list(whole[max(0, start - _AROUND) : end]) for start, end in revision.changed] or [whole]
     passages += [] if kept else [whole] * len(passages)
-    count = max(_TOGETHER, wanted // (run.group * config.answer_tokens))
+    count = _FEWEST + wanted // (run.group * config.answer_tokens)
     checks = max(2, config.checks // 8) if kept else config.checks
     batch: list[Conversation] = []
     for number, passage in enumerate(passages):
         few = count * (number + 1) // len(passages) - count * number // len(passages)
         first, asked = len(kept) + len(batch), checks * (number + 1) // len(passages) - checks * number // len(passages)
-        batch += training_conversations(run.tokenizer, passage, first=first, count=few, seed=config.seed)
+        asking = training_conversations(run.tokenizer, passage, first=first, count=few, seed=config.seed)
+        batch += _enough(asking, run, samples=wanted / len(passages), least=_FEWEST // len(passages))
         batch += check_conversations(run.tokenizer, passage, first=first, count=asked, seed=config.seed)
     longest = max(len(c.prompt) for c in batch) + config.answer_tokens
     with run.progress("sampling answers", longest) as done:
         answer(run, context, batch, seed=config.seed, temperature=config.temperature, progress=done)
     run.checkpoint.save_conversations(batch)
     return batch
+
+
+def _enough(asking: Sequence[Conversation], run: FitRun, *, samples: float, least: int) -> list[Conversation]:
+    """The first conversations, as many as will give so many samples."""
+    chosen, given = list[Conversation](), 0
+    for conversation in asking:
+        if given >= samples and len(chosen) >= least:
+            break
+        chosen.append(conversation)
+        given += run.group * (len(conversation.prompt) + run.config.answer_tokens)
+    return chosen
 
 
 def some(kept: Sequence[Conversation], run: FitRun, *, samples: int) -> list[Conversation]:
