@@ -11,7 +11,7 @@ import numpy as np
 
 from ... import store
 from ...core.clock import Clock
-from ...heads import Bank, HeadArrays
+from ...heads import Bank, HeadArrays, Quadrature
 from ...mlxlm.positions import shifted
 from ...store import load
 from ..kinds.quadrature import QuadratureFit
@@ -32,7 +32,8 @@ _SAME = 1.1  # times the error that a head had: it is left as it is
 
 
 class EditFit(QuadratureFit):
-    """Starts from the nodes of a file: the least used make room for keys of what is new.
+    """Every head starts from the nodes of a file, of which the least used make room for keys of what is new, or from
+    Attention Matching where that errs less on held-out samples: a change can move all that follows it.
 
     nodes: of every head, their keys relative to the context's offsets. places: of the new tokens.
     """
@@ -42,7 +43,13 @@ class EditFit(QuadratureFit):
         self.nodes, self.places = nodes, mx.array(np.array(places, np.int32))
 
     def match(self, heads: Sequence[int], counts: Sequence[int]) -> list[HeadArrays]:
-        K, started = self.run.geometry.n_kv_heads, []
+        warm, fresh = self._kept(heads, counts), super().match(heads, counts)
+        held_out, scale = self.held_out_samples(heads), self.run.geometry.scale
+        errors = [np.array(regression.errors(Quadrature.stack(x, scale=scale), held_out)) for x in (warm, fresh)]
+        return [w if kept else f for w, f, kept in zip(warm, fresh, errors[0] <= errors[1], strict=True)]
+
+    def _kept(self, heads: Sequence[int], counts: Sequence[int]) -> list[HeadArrays]:
+        K, started = self.run.geometry.n_kv_heads, list[HeadArrays]()
         samples = self.matching_samples(heads)
         for at, (index, count) in enumerate(zip(heads, counts, strict=True)):
             nodes, (layer, k) = self.nodes[index], divmod(index, K)
