@@ -3,7 +3,7 @@
 import os
 from typing import TYPE_CHECKING
 
-from nectar_mlx.core.blas import use_fast_blas
+from nectar_mlx.core.blas import use_fast_blas_with_mlx
 from nectar_mlx.errors import NectarError
 
 if TYPE_CHECKING:
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 __all__ = ["Nectar", "NectarError", "__version__"]
 __version__ = "0.1.0"
 
-use_fast_blas()
+use_fast_blas_with_mlx()
 # Where MLX multiplies float32 numbers in 10 bits on a GPU, scores of thousands are wrong by several units. A fit was
 # no slower with exact products (docs/log/numbers.md).
 os.environ.setdefault("MLX_ENABLE_TF32", "0")

@@ -1,10 +1,11 @@
 """`nectar COMMAND ...`: each command is the module of that name."""
 
+import difflib
 import importlib
 import sys
 from collections.abc import Sequence
 
-from . import __version__
+from . import __version__, cli
 
 COMMANDS = {
     "fit": "read a context once and write a .nectar",
@@ -17,31 +18,43 @@ COMMANDS = {
     "update": "look again at all that was added to the library",
     "serve": "serve .nectar files over HTTP, OpenAI-compatible",
     "evaluate": "compare a .nectar with full attention and with other ways to shrink a cache",
-    "inspect": "show what is in a .nectar",
+    "inspect": "show what is in a .nectar, and how close it is to its text",
     "export": "write the nodes of a .nectar for other engines",
     "push": "share a .nectar on the Hugging Face hub",
     "bench": "measure speed and memory",
     "demo": "fit, save and ask on a small model that comes along",
+    "doctor": "say what is installed, and what is missing",
+    "completion": "write the completion of these commands for zsh, bash or fish",
 }
+_START = """\
+nectar reads a long text once and answers about it from a small file.
+
+  nectar demo                        see it work: five minutes, 93 MB
+  nectar fit --context book.txt      read a text once: book.nectar
+  nectar ask book.nectar Who is it   ask about it
+  nectar chat book.nectar            talk about it
+  nectar serve book.nectar           answer other programs
+  nectar doctor                      what is installed here
+
+nectar --help lists all commands, nectar COMMAND --help its options."""
 
 
 def _usage() -> str:
-    lines = [f"  {name:<10}{what}" for name, what in COMMANDS.items()]
+    lines = [f"  {name:<12}{what}" for name, what in COMMANDS.items()]
     return "\n".join(["usage: nectar COMMAND ...  (nectar COMMAND --help tells more)", "", *lines])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(_usage())
-        return 0
-    command, *rest = arguments
-    if command == "--version":
-        print(f"nectar_mlx {__version__}")
-        return 0
+    command, *rest = arguments or [""]
+    shown = {"": _START, "-h": _usage(), "--help": _usage(), "help": _usage(), "--version": f"nectar_mlx {__version__}"}
+    if command in shown:
+        return cli.run(cli.Parser("", None), lambda args: print(shown[command]), [])
     if command not in COMMANDS:
-        print(f"nectar: there is no command {command!r}; the commands are {', '.join(COMMANDS)}", file=sys.stderr)
-        return 2
+        near = difflib.get_close_matches(command, COMMANDS, n=1)
+        advice = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(COMMANDS)}"
+        cli.complain(f"nectar: there is no command {command!r}; {advice}")
+        return cli.FAULT
     return int(importlib.import_module(f".{command}", __package__).main(rest))
 
 

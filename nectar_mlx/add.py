@@ -18,7 +18,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--include", nargs="+", default=[], metavar="PATTERN", help="of a folder only these: '*.md'")
     parser.add_argument("--exclude", nargs="+", default=[], metavar="PATTERN", help="of a folder leave these aside")
     from_library.add_model(parser)
-    from_library.add_options(parser)
+    cli.add_library(parser)
     parser.add_argument("--json", action="store_true", help="print what was done as one JSON object")
     return parser
 

@@ -1,15 +1,31 @@
-"""`nectar ask book.nectar "Who is Filby?"`: an answer from the file, without reading the text again."""
+"""`nectar ask book.nectar Who is Filby`: an answer from the file, without reading the text again."""
 
 import argparse
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
-from . import cli
+from . import cli, remote, writing
+from .core import terminal
 from .errors import NectarError
-from .from_library import Questions, add_options
-from .mlxlm.window import answer_tokens
+from .writing import Written
+
+if TYPE_CHECKING:
+    import mlx.nn as nn
+
+    from .core.types import JsonObject, Tokenizer
+    from .from_library import Questions
+    from .nectar import Nectar
+    from .retrieval.sources import Source
+
+
+class _Parser(cli.Parser):
+    """Options may stand between the words of a question."""
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        return self.parse_intermixed_args(args, namespace)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -17,72 +33,134 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = cli.Parser("ask", "Answers a question from a .nectar.")
+    parser = _Parser("ask", "Answers a question from a .nectar.")
     cli.add_nectar(parser)
-    add_options(parser)
-    parser.add_argument("question", help="the question, or - to read it from stdin")
+    parser.add_argument("question", nargs="+", help="the question, in quotes or not, or - to read it from stdin")
     cli.add_generation(parser)
     cli.add_retrieval(parser)
     cli.add_sources(parser)
     cli.add_chunks(parser)
+    cli.add_library(parser)
+    remote.add_options(parser)
+    cli.add_quiet(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the answer's text")
     return parser
 
 
 def _work(args: argparse.Namespace) -> None:
-    question = sys.stdin.read() if args.question == "-" else args.question
+    question = _question(args.question)
+    started = time.perf_counter()
+    reply = remote.reply(args, [{"role": "user", "content": question}]) or _Here(args, question)
+    if not args.json:
+        ended = writing.show(iter(reply), quiet=args.cite)
+        if args.cite:
+            cli.show(reply.cited())
+        writing.say_how_it_ended(ended, args)
+        for source in reply.sources() if args.sources or args.cite else ():
+            cli.say(source)
+        return
+    answer, thoughts, first, ended = "", "", 0.0, None
+    for piece in reply:
+        first = first or time.perf_counter()
+        answer, thoughts, ended = answer + piece.answer, thoughts + piece.thoughts, piece.ended
+    said = {"question": question, "answer": answer or None, **({"thoughts": thoughts} if thoughts else {})}
+    facts = reply.facts()
+    seconds = round((first or time.perf_counter()) - started - facts["seconds_to_load"], 3)
+    print(json.dumps(said | writing.as_json(ended) | facts | {"seconds_to_first_token": seconds}))
+
+
+class _Here:
+    """An answer by the model loaded here. NectarError for a question that has no place in its window."""
+
+    def __init__(self, args: argparse.Namespace, question: str):
+        self._args, self._question, self._answer = args, question, ""
+        self._none = ""  # said where no document of the library answers
+        start = time.perf_counter()
+        self._library = _library(args)
+        found = self._library.find(question) if self._library else cli.load(args.nectar, args.model, fetch=args.fetch)
+        self._seconds = time.perf_counter() - start
+        self._sources: list[Source] | None = None
+        if found is None:
+            self._none = self._library.none() if self._library else ""
+        else:
+            self._begin(*found)
+
+    def _begin(self, model: "nn.Module", tokenizer: "Tokenizer", nectar: "Nectar") -> None:
+        from .mlxlm.window import answer_tokens
+
+        args = self._args
+        self._tokenizer, self._whole, self._nectar = tokenizer, nectar, nectar
+        self._chunk = cli.chunk_for(nectar, model, tokenizer, self._question, args)
+        if self._chunk is not None:
+            self._nectar = nectar.chunk(self._chunk)
+        self._prompt = self._nectar.prompt(tokenizer, self._question, enable_thinking=args.think)
+        size = answer_tokens(model, start=self._nectar.start, prompt=len(self._prompt), chosen=args.max_tokens)
+        self._cache = self._nectar.make_cache(kv_bits=args.kv_bits, exact_fraction=args.exact)
+        self._pieces = writing.write(model, tokenizer, self._nectar, self._prompt, self._cache, args, max_tokens=size)
+
+    def __iter__(self) -> Iterator[Written]:
+        if self._none:
+            if not self._args.json:
+                yield Written(self._none)
+            return
+        for piece in self._pieces:
+            self._answer += piece.answer
+            yield piece
+
+    def sources(self) -> list[str]:
+        return cli.source_lines(self._found())
+
+    def cited(self) -> str:
+        """The answer with a mark behind each sentence, once it has ended."""
+        if self._none:
+            return self._none
+        cited = self._whole.cite(self._tokenizer, self._question, self._answer, self._found())
+        self._sources = cited.sources
+        return cited.text
+
+    def _found(self) -> "list[Source]":
+        if self._sources is None:
+            self._sources = [] if self._none else self._whole.sources(
+                self._tokenizer, self._question, self._answer, caches=self._cache, chunk=self._chunk
+            )  # fmt: skip
+        return self._sources
+
+    def facts(self) -> "JsonObject":
+        """For `--json`, once the answer has ended."""
+        from .retrieval.sources import sources_as_json
+
+        library = self._library.facts() if self._library else {}
+        if self._none:
+            return {"seconds_to_load": round(self._seconds, 3), **library}
+        cited = {"cited": self.cited()} if self._args.cite else {}
+        return {
+            "model": self._nectar.metadata["model"],
+            "context_tokens": len(self._nectar.prefix),
+            "chunk": self._chunk,
+            "prompt_tokens": len(self._prompt),
+            "seconds_to_load": round(self._seconds, 3),
+            **self._nectar.hybrid.reading(self._cache),
+            "sources": sources_as_json(self._found()),
+            **cited,
+            **library,
+        }
+
+
+def _library(args: argparse.Namespace) -> "Questions | None":
+    """The library, if it is asked; its module is imported only then."""
+    if args.nectar != cli.LIBRARY and args.library is None:
+        return None
+    from .from_library import Questions
+
+    return Questions.open(args)
+
+
+def _question(words: Sequence[str]) -> str:
+    """The words as one question, or what stdin has; NectarError where that is no text."""
+    question = terminal.standard_input() if list(words) == ["-"] else terminal.typed(" ".join(words), "the question")
     if not question.strip():
         raise NectarError("the question is empty")
-    start = time.perf_counter()
-    library = Questions.open(args)
-    found = library.find(question) if library else cli.load(args.nectar, args.model, fetch=args.fetch)
-    if found is None:
-        _say_none(library, question, as_json=args.json)
-        return
-    model, tokenizer, nectar = found
-    cli.check_sources(nectar, args)
-    loaded = time.perf_counter()
-    chunk = cli.chunk_for(nectar, model, tokenizer, question, args)
-    if chunk is not None:
-        nectar = nectar.chunk(chunk)
-    prompt = nectar.prompt(tokenizer, question.strip(), enable_thinking=args.think)
-    max_tokens = answer_tokens(model, start=nectar.start, prompt=len(prompt), chosen=args.max_tokens)
-    pieces, last, first = [], None, 0.0
-    cache = nectar.make_cache(kv_bits=args.kv_bits, exact_fraction=args.exact)
-    for last in cli.generate(model, tokenizer, prompt, cache, args, max_tokens=max_tokens):
-        first = first or time.perf_counter()
-        pieces.append(last.text)
-        if not args.json:
-            cli.show(last.text, end="")
-    if args.json:
-        answer = {
-            "question": question.strip(),
-            "answer": "".join(pieces),
-            "finish_reason": last.finish_reason if last else None,
-            "model": nectar.metadata["model"],
-            "context_tokens": len(nectar.prefix),
-            "chunk": chunk,
-            "prompt_tokens": len(prompt),
-            "answer_tokens": last.generation_tokens if last else 0,
-            "seconds_to_load": round(loaded - start, 3),
-            "seconds_to_first_token": round(first - loaded, 3),
-            "tokens_per_second": round(last.generation_tps, 2) if last else 0.0,
-            "peak_memory_bytes": round(last.peak_memory * 1e9) if last else 0,
-        }
-        print(json.dumps(answer | nectar.hybrid.reading(cache) | (library.facts() if library else {})))
-    else:
-        cli.show()
-        if args.sources:
-            for source in nectar.sources(cache):
-                cli.say(source.quoted())
-
-
-def _say_none(library: Questions | None, question: str, *, as_json: bool) -> None:
-    """That no document of the library answers."""
-    if library is not None and as_json:
-        print(json.dumps({"question": question.strip(), "answer": None} | library.facts()))
-    elif library is not None:
-        cli.show(library.none())
+    return question.strip()
 
 
 if __name__ == "__main__":

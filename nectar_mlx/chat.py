@@ -1,106 +1,39 @@
 """`nectar chat book.nectar`: a conversation with a .nectar, at a terminal or over a pipe."""
 
 import argparse
+import re
 import sys
 from collections.abc import Iterator, Sequence
-from typing import cast
+from pathlib import Path
+from typing import Protocol
 
-import mlx.core as mx
-import mlx.nn as nn
-from mlx_lm.generate import GenerationResponse
-from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
-from mlx_lm.tokenizer_utils import TokenizerWrapper
-
-from . import cli
-from .core.types import LayerCache, Tokenizer
+from . import cli, remote, writing
+from .core import terminal
+from .core.files import write_atomically
 from .errors import NectarError
-from .from_library import Questions, add_options
-from .mlxlm.cache import NectarCache
-from .mlxlm.prompts import Message
-from .mlxlm.window import answer_tokens
-from .nectar import Nectar
+from .writing import Ended, Written
 
-_COMMANDS = "/reset clears the conversation, /history shows it, /quit ends"
+_COMMANDS = {
+    "/help": "shows this",
+    "/sources": "shows the passages that say what the last answer says",
+    "/doc": "says what the text is and how close the file is to it",
+    "/history": "shows the conversation",
+    "/save": "FILE writes the conversation as Markdown",
+    "/reset": "clears the conversation; the text is kept",
+    "/quit": "ends, as Ctrl-D does",
+}
 
 
-class Conversation:
-    """The turns so far and the caches with their keys and values. A new prompt is read from where the caches end.
+class Conversation(Protocol):
+    """With the model here (`conversation`) or with a server (`remote`)."""
 
-    If the text was read in chunks, a question is answered from the chunk nearest to it, or else from the chunk of the
-    question before.
-    """
+    messages: list[dict[str, str]]
 
-    def __init__(self, model: nn.Module, tokenizer: Tokenizer, nectar: Nectar, args: argparse.Namespace):
-        self._model, self._tokenizer, self.nectar, self._args = model, tokenizer, nectar, args
-        self._whole = nectar
-        self._chunk: int | None = None
-        self.reset()
-
-    def reset(self) -> None:
-        self.messages: list[Message] = []
-        self.cache = self._new_cache()
-        self._read: list[int] = []  # the tokens in the caches
-
-    def switch(self, model: nn.Module, tokenizer: Tokenizer, nectar: Nectar) -> None:
-        """Continues behind another file: the conversation is read again."""
-        if nectar is not self._whole:
-            self._model, self._tokenizer, self.nectar, self._whole = model, tokenizer, nectar, nectar
-            self._chunk, self.cache, self._read = None, self._new_cache(), []
-
-    def _new_cache(self) -> list[LayerCache]:
-        return self.nectar.make_cache(kv_bits=self._args.kv_bits, exact_fraction=self._args.exact)
-
-    def answer(self, question: str) -> Iterator[GenerationResponse]:
-        """Yields mlx-lm's responses for the next turn, and adds the turn when it is complete or interrupted."""
-        self._select_chunk(question)
-        messages: list[Message] = [*self.messages, {"role": "user", "content": question}]
-        prompt = self.nectar.prompt(self._tokenizer, messages, enable_thinking=self._args.think)
-        max_tokens = answer_tokens(
-            self._model, start=self.nectar.start, prompt=len(prompt), chosen=self._args.max_tokens
-        )
-        pieces = [self._thinking_start(prompt)]
-        rest = prompt[self._resume(prompt) :]
-        self._read = list(prompt)
-        self.nectar.hybrid.forget(self.cache)
-        try:
-            for response in cli.generate(
-                self._model, self._tokenizer, rest, self.cache, self._args, max_tokens=max_tokens
-            ):
-                self._read.append(response.token)
-                pieces.append(response.text)
-                yield response
-        finally:
-            self.messages = [*messages, {"role": "assistant", "content": "".join(pieces).strip()}]
-
-    def _thinking_start(self, prompt: Sequence[int]) -> str:
-        """The start tag of the answer's thoughts, if it is in the prompt: templates look for it in earlier answers."""
-        tokenizer = cast("TokenizerWrapper", self._tokenizer)
-        if not tokenizer.has_thinking or tokenizer.rfind_think_start(prompt) <= tokenizer.rfind_think_end(prompt):
-            return ""
-        return f"{tokenizer.think_start}\n"
-
-    def _select_chunk(self, question: str) -> None:
-        """If the question is about another chunk, continues behind that one: the conversation is read again."""
-        chunk = cli.chunk_for(self._whole, self._model, self._tokenizer, question, self._args, before=self._chunk)
-        if chunk is not None and chunk != self._chunk:
-            self._chunk, self.nectar = chunk, self._whole.chunk(chunk)
-            self.cache, self._read = self._new_cache(), []
-
-    def _resume(self, prompt: Sequence[int]) -> int:
-        """How many tokens of the prompt are in the caches, after trimming the rest; at least one is left to read."""
-        held = cast("NectarCache", self.cache[self.nectar.geometry.fitted[0]]).size() if self._read else 0
-        limit = min(held, len(prompt) - 1, len(self._read))
-        common = next((i for i in range(limit) if prompt[i] != self._read[i]), limit)
-        if held > common:
-            if not can_trim_prompt_cache(self.cache):
-                self.cache = self._new_cache()
-                return 0
-            trim_prompt_cache(self.cache, held - common)
-        return common
-
-    @property
-    def nbytes(self) -> int:
-        return sum(cast("NectarCache", cache).nbytes for cache in self.cache)
+    def answer(self, question: str) -> Iterator[Written]: ...
+    def reset(self) -> None: ...
+    def sources(self) -> list[str]: ...
+    def describe(self) -> str: ...
+    def figures(self, ended: Ended) -> str: ...
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -108,92 +41,131 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = cli.Parser("chat", f"A conversation with a .nectar. {_COMMANDS}.")
+    parser = cli.Parser("chat", f"A conversation with a .nectar. In it: {', '.join(_COMMANDS)}.")
     cli.add_nectar(parser)
-    add_options(parser)
     cli.add_generation(parser)
     cli.add_retrieval(parser)
-    cli.add_sources(parser)
+    cli.add_sources(parser, cite=False)
     cli.add_chunks(parser)
+    cli.add_library(parser)
+    remote.add_options(parser)
+    cli.add_quiet(parser)
     return parser
 
 
 def _work(args: argparse.Namespace) -> None:
+    conversation = remote.conversation(args) or _here(args)
+    at_terminal = terminal.at_terminal()
+    if at_terminal:
+        cli.say("Enter asks, Alt-Enter starts a new line, /help shows the rest.")
+    for text in _typed(at_terminal):
+        try:
+            name, argument = _command(text)
+            if name == "/quit":
+                break
+            elif name:
+                _obey(name, argument, conversation)
+            else:
+                _turn(conversation, text, args, at_terminal)
+        except NectarError as error:
+            cli.complain(str(error))
+
+
+def _here(args: argparse.Namespace) -> Conversation:
+    """A conversation with the model loaded here."""
+    from .conversation import LocalConversation
+    from .from_library import Questions
+
     library = Questions.open(args)
     model, tokenizer, nectar = library.start() if library else cli.load(args.nectar, args.model, fetch=args.fetch)
-    cli.check_sources(nectar, args)
-    conversation = Conversation(model, tokenizer, nectar, args)
-    at_terminal = sys.stdin.isatty()
+    return LocalConversation(model, tokenizer, nectar, args, library)
+
+
+def _typed(at_terminal: bool) -> Iterator[str]:
+    """What is typed, without blanks around it: at a terminal a text of several lines, else each line."""
     if at_terminal:
-        import readline  # noqa: F401  (line editing and history)
+        from .editor import Editor
 
-        read = f"{len(library.library.documents()):,} documents" if library else f"{len(nectar.prefix):,} tokens"
-        cli.say(f"{read} are read. {_COMMANDS}.")
-    while (line := _next_line(at_terminal)) is not None:
-        command = line.strip()
-        if command in ("/quit", "/exit"):
-            break
-        elif command == "/reset":
-            conversation.reset()
-            cli.say("the conversation is cleared, the text is kept")
-        elif command == "/history":
-            for message in conversation.messages:
-                cli.show(f"{message['role']}: {message['content']}")
-        elif command.startswith("/"):
-            cli.say(f"there is no {command.split()[0]}: {_COMMANDS}")
-        elif command:
-            if library and not _turn_to(library, conversation, command):
-                continue
-            _turn(conversation, command, at_terminal)
-            for source in conversation.nectar.sources(conversation.cache) if args.sources else ():
-                cli.say(source.quoted())
-
-
-def _turn_to(library: Questions, conversation: Conversation, question: str) -> bool:
-    """Goes on with the document of the library that a question is about; where none is told, with the one before.
-    Whether there is one.
-    """
-    begun = bool(conversation.messages)
-    try:
-        found = library.find(question)
-    except NectarError as error:
-        cli.say(str(error))
-        return False
-    if found is not None:
-        conversation.switch(*found)
-    elif begun and library.document is not None:
-        cli.say(f"the question names no document: still from {library.document.name}")
+        editor = Editor(_COMMANDS)
+        read = editor.question
     else:
-        cli.show(library.none())
-    return found is not None or begun
+        read = _line
+    while (text := read()) is not None:
+        if text.strip():
+            yield text.strip()
 
 
-def _next_line(at_terminal: bool) -> str | None:
-    if not at_terminal:
-        return sys.stdin.readline() or None
-    try:
-        return input("> ")
-    except EOFError:
-        print()
-        return None
+def _line() -> str | None:
+    return terminal.standard_input(line=True) or None
 
 
-def _turn(conversation: Conversation, question: str, at_terminal: bool) -> None:
+def _command(text: str) -> tuple[str, str]:
+    """The command that a text is, and its argument; ("", "") for a question, which may begin with a path.
+
+    NectarError for a single word that looks like a command and is none.
+    """
+    name, _, argument = text.partition(" ")
+    name = {"/exit": "/quit", "/?": "/help"}.get(name, name)
+    if name == "/save" or (name in _COMMANDS and not argument):
+        return name, argument.strip()
+    if re.fullmatch(r"/[a-z]+", text):
+        raise NectarError(f"there is no {text}: /help shows the commands")
+    return "", ""
+
+
+def _obey(name: str, argument: str, conversation: Conversation) -> None:
+    if name == "/help":
+        for command, what in _COMMANDS.items():
+            cli.say(f"  {command:<10}{what}")
+    elif name == "/reset":
+        conversation.reset()
+        cli.say("the conversation is cleared, the text is kept")
+    elif name == "/history":
+        for message in conversation.messages:
+            cli.show(f"{message['role']}: {message['content']}")
+    elif name == "/sources":
+        _show_sources(conversation)
+    elif name == "/doc":
+        cli.say(conversation.describe())
+    elif name == "/save":
+        _save(argument, conversation)
+
+
+def _show_sources(conversation: Conversation) -> None:
+    sources = conversation.sources()
+    for source in sources:
+        cli.say(source)
+    if not sources:
+        cli.say("no passage of the text says what the last answer says")
+
+
+def _save(name: str, conversation: Conversation) -> None:
+    """Writes the conversation as Markdown. NectarError where there is a file already, or none can be written."""
+    path = Path(name).expanduser()
+    if not name:
+        raise NectarError("/save takes the name of a file: /save notes.md")
+    if path.exists():
+        raise NectarError(f"{path} exists: take another name")
+    titles = {"user": "## ", "assistant": ""}
+    text = "\n\n".join(titles.get(m["role"], "") + m["content"] for m in conversation.messages)
+    write_atomically(path, lambda file: file.write(f"{text}\n".encode()))
+    cli.say(f"{path}: {len(conversation.messages) // 2} questions with their answers")
+
+
+def _turn(conversation: Conversation, question: str, args: argparse.Namespace, at_terminal: bool) -> None:
     """Streams one answer to stdout, then its figures to stderr. At a terminal Ctrl-C ends only the answer."""
-    last = None
     try:
-        for last in conversation.answer(question):
-            cli.show(last.text, end="")
+        ended = writing.show(conversation.answer(question))
     except KeyboardInterrupt:
         if not at_terminal:
             raise
-    except NectarError as error:
-        cli.say(str(error))
-    print(flush=True)
-    if last is not None:
-        live, peak = conversation.nbytes / 2**20, mx.get_peak_memory() / 2**30
-        speed = f"{last.generation_tokens} tokens, {last.generation_tps:.1f} tokens/s"
-        cli.say(f"[{speed}, conversation {live:.1f} MiB, peak {peak:.2f} GiB]")
+        print(flush=True)
+        return
+    if ended is not None:
+        writing.say_how_it_ended(ended, args)
+        cli.say(conversation.figures(ended))
+    if args.sources:
+        _show_sources(conversation)
 
 
 if __name__ == "__main__":

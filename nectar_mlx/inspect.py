@@ -8,9 +8,19 @@ from pathlib import Path
 
 from . import cli
 from .core.types import JsonObject
+from .mlxlm.kept import State
 from .models import hub
 from .nectar import Nectar
 from .retrieval import find_keys
+from .store import load
+
+_PACKED = {"verdict", "edits", "text"}  # shown first, or packed
+_UNCHECKED = "How close this file is to the full text has not been measured: `nectar evaluate` measures it."
+_LEGEND = (
+    "KL: how far answers are from those with the full text, in nats a token; 0 is no difference. Agree: share of "
+    "tokens that are the same. Gap closed: 1 is an answer as with the full text, 0 as without it. Share of KV cache: "
+    "size of the file against what the full text takes in memory."
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,16 +39,15 @@ def _work(args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps(facts))
         return
-    if sentence := facts["report"].get("verdict"):
-        cli.show(sentence)
-    for name, value in facts.items():
-        if name != "report":
-            cli.show(f"{name.replace('_', ' '):<20}{_readable(name, value)}")
-    for name, value in facts["report"].items():
-        if name != "verdict" and not isinstance(value, list):  # per head: for --json
-            cli.show(f"{name.replace('_', ' '):<20}{_readable(name, value)}")
+    cli.paragraph(facts["report"].get("verdict") or _UNCHECKED)
+    cli.paragraph(_LEGEND)
+    print()
+    shown = {name: value for name, value in facts.items() if name != "report"} | facts["report"]
+    for name, value in shown.items():
+        if name not in _PACKED and not isinstance(value, list | dict):  # per head: for --json
+            cli.row(name.replace("_", " "), _readable(name, value))
     for file in facts["report"].get("files", []):
-        cli.show(f"{'file':<20}{_file(file)}")
+        cli.row("file", _file(file))
 
 
 def describe(path: Path) -> JsonObject:
@@ -56,7 +65,10 @@ def describe(path: Path) -> JsonObject:
         "kind": layout.kind,
         "bits": nectar.bits,
         "layers": geometry.n_layers,
-        "window_layers": len(nectar.windows),
+        "window_layers": sum(1 for layer in geometry.layers if layer.window),
+        "state_layers": sum(1 for layer in geometry.layers if layer.states),
+        "state_bytes": sum(kept.nbytes for kept in nectar.windows.values() if isinstance(kept, State)),
+        "decode_kernel": load.no_kernel(layout) or "yes, where there is a GPU",
         "kv_heads": geometry.n_kv_heads,
         "head_dim": geometry.head_dim,
         "parameter_bytes": nectar.nbytes,
@@ -84,6 +96,8 @@ def _file(file: JsonObject) -> str:
 def _readable(name: str, value: object) -> str:
     if name.endswith("_bytes") and isinstance(value, int):
         return f"{value / 2**20:.2f} MiB ({value:,} bytes)"
+    if name.endswith("sha256"):
+        return f"{value}"[:16]
     if isinstance(value, dict):
         return ", ".join(f"{k}={v}" for k, v in value.items() if v is not None)
     return f"{value:,}" if isinstance(value, int) else str(value)

@@ -5,7 +5,7 @@ import json
 import sys
 from collections.abc import Sequence
 
-from . import cli, from_library
+from . import cli
 from .library import Document, Library
 
 
@@ -15,7 +15,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = cli.Parser("list", "Shows the documents of the library.")
-    from_library.add_options(parser)
+    cli.add_library(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
 

@@ -1,28 +1,34 @@
 """The fitted object: what a model needs to answer about one context."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
+import mlx.core as mx
 import mlx.nn as nn
 
 from . import store
 from .core.progress import Progress, silent
 from .core.types import JsonObject, LayerCache, Tokenizer
+from .documents import Reading
 from .errors import NectarError
 from .fitting import verdict
 from .fitting.samples import kept_study
 from .heads import Bank, HybridHead
 from .kernels import DecodeKernel
 from .mlxlm import attention_patch, prompts
-from .mlxlm.cache import make_caches
+from .mlxlm.kept import make_caches
 from .models import hub
-from .retrieval import ChunkIndex, HybridBank, HybridContext, KeyFile, find_keys, kv_path, recording
+from .retrieval import ChunkIndex, HybridBank, HybridContext, KeyFile, citing, find_keys, kv_path, recording, sources
+from .retrieval.citing import Cited
 from .retrieval.likelihood import log_likelihood
+from .retrieval.passages import Passages
+from .retrieval.recall import Recall
 from .retrieval.sources import Source
 from .store import Layout, chunking, load
+from .store import text as kept_text
 from .store.chunking import ChunkedPrefix
 from .store.kv_file import remove_stale_keys
 
@@ -36,7 +42,7 @@ class Nectar:
         chunks: lengths in tokens of the chunks that the prefix ends with, each read on its own; empty where the text
             was read in one piece.
         banks: the head functions, one bank for each layer with full attention.
-        windows: the exact keys and values that each sliding-window layer keeps, by layer.
+        windows: what each layer without heads keeps, by layer: a sliding window's exact keys and values, a state.
         keys: the file of exact keys and values beside it, None where there is none.
         hybrid: the banks that read those keys, and what answers read of them.
         report: what was measured while fitting: `kl`, `agree`, `gap_closed`, ...; `seconds` only until it is saved.
@@ -61,10 +67,11 @@ class Nectar:
             raise NectarError("the file is damaged: its report is none")
         self.banks = load.banks(self.layout, tensors)
         self.windows = load.windows(tensors, self.geometry, self.start)
-        alike = all(getattr(self.layout, n) == getattr(self.geometry, n) for n in ("n_kv_heads", "head_dim", "scale"))
-        if len(self.banks) != len(self.geometry.fitted) or not alike:
+        shapes = {(x.n_kv_heads, x.head_dim, x.scale) for x in (self.layout, self.geometry)}
+        if len(self.banks) != len(self.geometry.fitted) or len(shapes) > 1:
             raise NectarError("the file is damaged: its heads are not those of its model")
         self._index: ChunkIndex | None = None
+        self._passages: Passages | None = None
 
     def __repr__(self) -> str:
         share = f"{self.nbytes / max(1, self.cache_nbytes):.2%} of the KV cache"
@@ -126,7 +133,8 @@ class Nectar:
     def read(cls, path: str | Path) -> Self:
         """Reads a .nectar without its model: to look at, not to answer from. NectarError unless it is whole."""
         tensors, metadata = store.read(hub.nectar_file(path))
-        return cls(tensors, metadata)
+        with store.damage_named(path):
+            return cls(tensors, metadata)
 
     def save(self, path: str | Path) -> None:
         """Writes a .nectar, and its keys beside it. The report's timings are left out: equal fits give equal files.
@@ -163,10 +171,54 @@ class Nectar:
         """The banks that read a fraction of the keys exactly, one a layer; see `make_cache`. None without keys."""
         return self.hybrid.banks(exact_fraction)
 
-    def sources(self, caches: Sequence[LayerCache], *, count: int = 3) -> list[Source]:
-        """The passages of the text that took the most exact attention while these caches were written to token by
-        token, most first; none without a file of keys, or in a batch."""
-        return self.hybrid.sources(caches, count=count)
+    def sources(
+        self,
+        tokenizer: Tokenizer,
+        question: str,
+        answer: str,
+        *,
+        caches: Sequence[LayerCache] = (),
+        chunk: int | None = None,
+        count: int = 3,
+    ) -> list[Source]:
+        """The passages of the text that say what an answer says, the best first, at most `count`.
+
+        caches: those that the answer was written with, token by token; where they read exact keys, attention counts.
+        chunk: the one that it was answered from (from 0); None for the whole text.
+        """
+        passages = self.passages(tokenizer)
+        attention = self.hybrid.attended(caches, passages)
+        within = None if chunk is None else self._characters(tokenizer, chunk)
+        return sources.find(passages, question, answer, attention=attention, within=within, count=count)
+
+    def cite(self, tokenizer: Tokenizer, question: str, answer: str, found: Sequence[Source]) -> Cited:
+        """The answer with a mark behind each sentence: the source that supports it, or that none does."""
+        return citing.cite(self.passages(tokenizer), question, answer, found)
+
+    def text(self, tokenizer: Tokenizer) -> Reading:
+        """The text that it stands for, with its documents and their pages, chapters, sheets, mails.
+
+        NectarError if what the file holds of them is damaged.
+        """
+        name = str(self.metadata.get("source") or "")
+        return kept_text.kept(self.report, tokenizer, self.prefix, name=name)
+
+    def passages(self, tokenizer: Tokenizer) -> Passages:
+        """The passages of `text`; made once, for a file belongs to one tokenizer."""
+        if self._passages is None:
+            self._passages = Passages(self.text(tokenizer))
+        return self._passages
+
+    def keep(self, reading: Reading, tokenizer: Tokenizer) -> None:
+        """Keeps in the report which documents it was fitted to, so that sources can name them."""
+        self.report |= kept_text.keep(reading, tokenizer, self.prefix)
+
+    def _characters(self, tokenizer: Tokenizer, chunk: int) -> tuple[int, int]:
+        """Where a chunk starts and ends in the text."""
+        start, end = self._text.bounds(chunk)
+        return len(prompts.document(tokenizer, self.prefix[:start])), len(
+            prompts.document(tokenizer, self.prefix[:end])
+        )
 
     def prompt(self, tokenizer: Tokenizer, messages: str | Sequence[prompts.Message], **template: Any) -> list[int]:
         """The token ids that follow the prefix, up to where the answer starts.
@@ -174,6 +226,13 @@ class Nectar:
         messages: a question, or a conversation in mlx-lm's form. template: arguments of the chat template.
         """
         return prompts.prompt(tokenizer, messages, **template)
+
+    def logits_processors(self) -> list[Callable[[mx.array, mx.array], mx.array]]:
+        """For one conversation with mlx-lm: recall (`retrieval.recall`), where the fit found that it helps; else none.
+
+        mlx_lm.generate(…, prompt_cache=nectar.make_cache(), logits_processors=nectar.logits_processors())
+        """
+        return [self.recall.processor(self.prefix)] if self.recall.weight else []
 
     @contextmanager
     def attach(self, model: nn.Module) -> Iterator[nn.Module]:
@@ -263,6 +322,11 @@ class Nectar:
     def digest(self) -> str:
         """sha256 of the tensors: what ties a file of keys to this one."""
         return store.digest(self.tensors)
+
+    @cached_property
+    def recall(self) -> Recall:
+        """How much of the text's own wording counts where an answer quotes it, as the fit found best."""
+        return Recall.of(self.report)
 
     @cached_property
     def hybrid(self) -> HybridContext:

@@ -1,12 +1,15 @@
 """`nectar push book.nectar user/name`: shares a .nectar on the Hugging Face hub, with a card that says what it is."""
 
 import argparse
+import hashlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from . import cli, store
+from .core import terminal
 from .core.types import JsonObject
+from .errors import NectarError
 from .inspect import describe
 from .models import hub
 from .retrieval import find_keys
@@ -20,7 +23,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = cli.Parser("push", "Shares a .nectar on the Hugging Face hub; every command then takes user/name for it.")
     parser.add_argument("nectar", type=Path, help="the .nectar file")
     parser.add_argument("repository", help="user/name")
-    parser.add_argument("--private", action="store_true", help="if the repository is new, only you can see it")
+    parser.add_argument("--public", action="store_true", help="everybody can see it (default: you alone)")
+    parser.add_argument("--yes", action="store_true", help="do not ask before a text is made public")
+    parser.add_argument("--dry-run", action="store_true", help="list what would be uploaded, and stop")
     return parser
 
 
@@ -29,15 +34,51 @@ def _work(args: argparse.Namespace) -> None:
     paths: list[Path] = [args.nectar]
     if facts["keys_file_bytes"]:
         paths.append(find_keys(args.nectar, store.tensors_digest(args.nectar)))
+    sums = {path.name: _sha256(path) for path in paths}
     files: dict[str, bytes | Path] = {path.name: path for path in paths}
-    files["README.md"] = card(facts, args.repository).encode()
+    files["README.md"] = card(facts, args.repository, sums).encode()
     size = facts["file_bytes"] + facts["keys_file_bytes"]
+    if args.dry_run:
+        _list(files, sums)
+        cli.say(f"nothing is uploaded; it would go to {args.repository}, {'public' if args.public else 'private'}")
+        return
+    public = hub.is_public(args.repository)
+    if public and not args.public:
+        raise NectarError(f"{args.repository} is public: --public if everybody may read this, else another name")
+    if args.public and not args.yes and not _confirmed(facts, args.repository):
+        raise NectarError("nothing is uploaded")
+    if args.public and public is False:
+        cli.say(f"{args.repository} is private and stays so; its page on the hub can change that")
     cli.say(f"uploading {', '.join(map(str, paths))} ({size / 2**20:.1f} MiB) to {args.repository}")
-    print(hub.upload(args.repository, files, private=args.private))
+    print(hub.upload(args.repository, files, private=not args.public))
 
 
-def card(facts: JsonObject, repository: str) -> str:
-    """The repository's README.md: what was fitted, on what, and how faithful it is. facts: of `inspect.describe`."""
+def _confirmed(facts: JsonObject, repository: str) -> bool:
+    """Whether the person means it: whoever has the file can read the text."""
+    what = f"{facts['context_tokens']:,} tokens of {facts['source'] or 'a text'}"
+    return terminal.confirm(
+        f"{repository} will be public, and the text can be read from the file ({what}). Publish it?",
+        otherwise="--yes publishes it, without --public it is private",
+    )
+
+
+def _list(files: Mapping[str, bytes | Path], sums: Mapping[str, str]) -> None:
+    """Name, bytes and sha256 of each file, on stdout."""
+    for name, content in files.items():
+        size = len(content) if isinstance(content, bytes) else content.stat().st_size
+        digest = hashlib.sha256(content).hexdigest() if isinstance(content, bytes) else sums[name]
+        cli.show(f"{digest}  {size:>13,}  {name}")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def card(facts: JsonObject, repository: str, sums: Mapping[str, str]) -> str:
+    """The repository's README.md: what was fitted, on what, and how faithful it is. facts: of `inspect.describe`. sums:
+    the sha256 of each file.
+    """
     name = Path(facts["file"]).name
     rows = {
         "model": f"`{facts['model']}` (fingerprint `{facts['model_sha256'][:16]}`)",
@@ -48,6 +89,7 @@ def card(facts: JsonObject, repository: str) -> str:
     }
     if keys := facts["keys_file_bytes"]:
         rows["exact keys"] = f"{keys / 2**20:.1f} MiB beside it, of which each step reads a little"
+    rows |= {f"sha256 of {name}": f"`{digest}`" for name, digest in sums.items()}
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
     base = f"base_model: {facts['model']}\n" if facts["model"].count("/") == 1 and facts["model"][0] != "/" else ""
     return f"""---

@@ -5,7 +5,7 @@ import json
 import sys
 from collections.abc import Sequence
 
-from . import cli, from_library
+from . import cli
 from .errors import NectarError
 from .library import Library
 
@@ -18,7 +18,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = cli.Parser("remove", "Takes documents out of the library. The documents themselves stay where they are.")
     parser.add_argument("paths", nargs="*", metavar="PATH", help="files, folders, or names that `nectar list` shows")
     parser.add_argument("--missing", action="store_true", help="all documents that are gone from the disk")
-    from_library.add_options(parser)
+    cli.add_library(parser)
     parser.add_argument("--json", action="store_true", help="print what was removed as one JSON object")
     return parser
 

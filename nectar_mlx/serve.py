@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import cli
+from . import agent, cli
 from .errors import NectarError
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = cli.Parser("serve", "Serves .nectar files over HTTP, as OpenAI and Ollama do; a file's name is a model's.")
     parser.add_argument("nectars", nargs="+", metavar="nectar", help="a file, a folder of files, or an id on the hub")
     parser.add_argument("--model", help="the model to use (default: the name of the one the files were fitted on)")
+    agent.add_options(parser, cli.say)
     cli.add_fetch(parser)
     cli.add_retrieval(parser)
     _add_access(parser)
@@ -87,7 +88,7 @@ def start(args: argparse.Namespace) -> "server.Server":
     """A server that is bound and has its model loaded; NectarError for an error in the user's input."""
     from .answering import Sampling
     from .serving import server
-    from .serving.engine import Settings
+    from .serving.admission import Settings
     from .serving.guard import Access
     from .serving.service import Defaults
 
@@ -117,6 +118,8 @@ def start(args: argparse.Namespace) -> "server.Server":
 
 
 def _work(args: argparse.Namespace) -> None:
+    if args.install_agent:
+        return agent.install(args.nectars, log=cli.say)
     from mlx_lm.generate import maybe_set_recommended_wired_limit
 
     logging.basicConfig(level=args.log_level, format="%(asctime)s %(levelname)s %(message)s")

@@ -25,7 +25,7 @@ def _parser() -> argparse.ArgumentParser:
         "--help`).",
     )
     from_library.add_model(parser)
-    from_library.add_options(parser)
+    cli.add_library(parser)
     parser.add_argument("--watch", action="store_true", help="go on until interrupted")
     parser.add_argument("--every", type=_seconds, default=10.0, metavar="SECONDS", help="between two looks (10)")
     parser.add_argument("--json", action="store_true", help="print what was done as one JSON object (a line a look)")

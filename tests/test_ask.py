@@ -189,3 +189,54 @@ def assert_one_line(capsys, complaint: str) -> None:
     assert re.search(complaint, last), err
     assert "Traceback" not in err
     assert sum(line.startswith("nectar") for line in err.splitlines()) == 1
+
+
+def test_words_without_quotes_are_one_question(book, capsys):
+    expected = None
+    for words in ([QUESTION], QUESTION.split(), ["--seed", "0", "who", "--top-p", "1", "is", "the", "fox?"]):
+        assert ask.main([str(book.path), *words, "--json", "--max-tokens", "4"]) == 0
+        told = json.loads(capsys.readouterr().out)
+        expected = expected or told["answer"]
+        assert told["question"] == QUESTION and told["answer"] == expected
+    assert ask.main([str(book.path), "--json", "--max-tokens", "4", "--", "-x", "is", "--what"]) == 0
+    assert json.loads(capsys.readouterr().out)["question"] == "-x is --what"
+
+
+@pytest.mark.parametrize("option", ["--temp=-1", "--temp=nan", "--temp=inf", "--top-p=0", "--top-p=1.1", "--seed=-1"])
+def test_numbers_out_of_range(option, capsys):
+    assert ask.main(["b.nectar", option, "q"]) == cli.FAULT
+    name, value = option.split("=")
+    assert_one_line(capsys, f"argument {name}: '{value}' is not ")
+
+
+def test_an_answer_that_is_cut_says_so_and_quiet_says_nothing(book, capsys):
+    assert ask.main([str(book.path), "who", "--max-tokens", "3"]) == 0
+    out, err = capsys.readouterr()
+    assert "the answer is cut at 3 tokens: --max-tokens 6 allows more" in err
+    assert ask.main([str(book.path), "who", "--max-tokens", "3", "--quiet"]) == 0
+    assert capsys.readouterr() == (out, "")
+
+
+def test_an_answer_that_repeats_itself_ends(book, capsys, monkeypatch):
+    from nectar_mlx import writing
+
+    monkeypatch.setattr(writing.Repetition, "add", lambda self, piece: True)
+    assert ask.main([str(book.path), "who", "--json", "--max-tokens", "9"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["finish_reason"] == "repetition" and told["answer_tokens"] == 1
+    assert ask.main([str(book.path), "who", "--json", "--max-tokens", "9", "--allow-loops"]) == 0
+    assert json.loads(capsys.readouterr().out)["answer_tokens"] > 1
+
+
+def test_thoughts_are_apart_from_the_answer(book, capsys, monkeypatch):
+    from nectar_mlx import writing
+
+    pieces = [writing.Written("", "hm, "), writing.Written("", "well"), writing.Written("the fox")]
+    ended = writing.Ended(reason="stop", tokens=3, prompt_tokens=1, tokens_per_second=1.0)
+    monkeypatch.setattr(writing, "write", lambda *_, **__: iter([*pieces, writing.Written(ended=ended)]))
+    assert ask.main([str(book.path), "who"]) == 0
+    out, err = capsys.readouterr()
+    assert out == "the fox\n" and err.endswith("hm, well\n\n")
+    assert ask.main([str(book.path), "who", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["answer"] == "the fox" and told["thoughts"] == "hm, well"

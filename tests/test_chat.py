@@ -9,7 +9,7 @@ import mlx_lm
 import pytest
 
 from nectar_mlx import Nectar, chat, cli
-from nectar_mlx.chat import Conversation
+from nectar_mlx.conversation import LocalConversation
 from nectar_mlx.mlxlm.window import NoRoom
 from tests import toys
 
@@ -32,6 +32,8 @@ def options(**changed):
             "kv_bits": None,
             "exact": None,
             "whole": False,
+            "allow_loops": True,
+            "recall": True,
             **changed,
         }
     )
@@ -41,7 +43,7 @@ def options(**changed):
 def test_turns_equal_reading_the_whole_conversation_anew(architecture):
     model, tokenizer = toys.toy(architecture), toys.tokenizer()
     nectar = toys.exact(model, toys.random_tokens(60), tokenizer)
-    talk = Conversation(model, tokenizer, nectar, options())
+    talk = LocalConversation(model, tokenizer, nectar, options())
     turns = []
     for question in QUESTIONS:
         turns.append({"role": "user", "content": question})
@@ -56,10 +58,10 @@ def test_turns_equal_reading_the_whole_conversation_anew(architecture):
 def test_a_turn_reads_only_what_is_new():
     model, tokenizer = toys.toy("llama"), toys.tokenizer()
     nectar = toys.exact(model, toys.random_tokens(60), tokenizer)
-    talk = Conversation(model, tokenizer, nectar, options())
+    talk = LocalConversation(model, tokenizer, nectar, options())
     read = []
     for question in QUESTIONS[:2]:
-        read.append([response.prompt_tokens for response in talk.answer(question)][-1])
+        read.append([*talk.answer(question)][-1].ended.prompt_tokens)
     whole = nectar.prompt(tokenizer, talk.messages[:-1])
     assert read[1] < len(whole) - read[0] + 12  # the first question and most of its answer are not read again
 
@@ -67,7 +69,7 @@ def test_a_turn_reads_only_what_is_new():
 def test_an_interrupted_answer_does_not_confuse_the_next():
     model, tokenizer = toys.toy("llama"), toys.tokenizer()
     nectar = toys.exact(model, toys.random_tokens(60), tokenizer)
-    talk = Conversation(model, tokenizer, nectar, options())
+    talk = LocalConversation(model, tokenizer, nectar, options())
     for number, _ in enumerate(answer := talk.answer(QUESTIONS[0])):
         if number == 3:
             answer.close()
@@ -80,7 +82,7 @@ def test_an_interrupted_answer_does_not_confuse_the_next():
 def test_reset():
     model, tokenizer = toys.toy("llama"), toys.tokenizer()
     nectar = toys.exact(model, toys.random_tokens(60), tokenizer)
-    talk = Conversation(model, tokenizer, nectar, options())
+    talk = LocalConversation(model, tokenizer, nectar, options())
     first = "".join(r.text for r in talk.answer(QUESTIONS[0]))
     assert talk.nbytes > 0
     talk.reset()
@@ -91,7 +93,7 @@ def test_reset():
 def test_a_conversation_that_passes_the_window_is_refused_and_goes_on_anew():
     window, tokenizer = 200, toys.tokenizer()
     model = toys.toy("llama", max_position_embeddings=window)
-    talk = Conversation(model, tokenizer, toys.exact(model, toys.random_tokens(60), tokenizer), options())
+    talk = LocalConversation(model, tokenizer, toys.exact(model, toys.random_tokens(60), tokenizer), options())
     with pytest.raises(NoRoom, match="room for 140, the answer included"):
         while True:
             assert "".join(r.text for r in talk.answer(QUESTIONS[0]))
@@ -110,7 +112,7 @@ def test_thoughts_that_the_template_opens_are_kept_apart_from_the_answer():
     drops = opens.replace("{{ m.content }}", "{{ m.content.split('</think>')[-1] }}")
     model, tokenizer = toys.toy("llama"), toys.tokenizer(drops)
     nectar = toys.exact(model, toys.random_tokens(60), tokenizer)
-    talk = Conversation(model, tokenizer, nectar, options(think=True))
+    talk = LocalConversation(model, tokenizer, nectar, options(think=True))
     answer = "".join(r.text for r in talk.answer(QUESTIONS[0]))
     assert talk.messages[-1]["content"] == f"<think>\n{answer}".strip()
     talk.messages[-1]["content"] = "<think>\nhm</think>the fox"

@@ -346,7 +346,7 @@ def test_the_command(model, prefix, tmp_path, capsys):
     toys.picked(model, prefix, 20, TOKENIZER).save(file)
     page = tmp_path / "page.html"
     common = [str(file), "--model", str(folder), "--count", "2", "--answer-tokens", "6", "--rows", "200"]
-    code = evaluate.main([*common, "--baselines", "sinks-window", "--json", "--report", str(page)])
+    code = evaluate.main([*common, "--baselines", "sinks-window", "--yes", "--json", "--report", str(page)])
     out, err = capsys.readouterr()
     assert code == 0, err
     told = json.loads(out)
@@ -368,3 +368,20 @@ def test_mistakes_are_one_line_and_exit_code_2(model, prefix, tmp_path, capsys, 
     assert evaluate.main([str(file), "--model", str(folder), *arguments]) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.splitlines()[-1].startswith("nectar evaluate: ")
+
+
+def test_a_download_is_asked_for(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("NECTAR_CACHE", str(tmp_path))
+    assert evaluate.main(["missing.nectar"]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "84 MB" in err and "--yes fetches it" in err
+    for answer in (True, False):
+        monkeypatch.setattr(evaluate.terminal, "confirm", lambda question, otherwise, answer=answer: answer)
+        assert evaluate._options(evaluate._parser().parse_args(["missing.nectar"])).fetch is answer
+    assert evaluate._options(evaluate._parser().parse_args(["missing.nectar", "--yes"])).fetch
+
+
+def test_without_leave_nothing_is_fetched(model, monkeypatch, tmp_path):
+    monkeypatch.setenv("NECTAR_CACHE", str(tmp_path))
+    name, _ = similarity.load(model, TOKENIZER, fetch=False)
+    assert name == "the model's mean hidden states"

@@ -21,13 +21,17 @@ LEVELS = (
     ("__init__", "baselines", "composition", "interchange", "library"),
     ("evaluation", "benchmarks"),
     ("serving",),
+    ("agent", "editor", "output", "settings"),
+    ("installed",),
     ("cli",),
-    ("from_library", "inspect", "update_file"),
+    ("from_library", "inspect", "update_file", "writing"),
+    ("conversation", "remote"),
     (
-        *("add", "ask", "bench", "chat", "demo", "evaluate", "export", "fit", "list", "plan", "push", "remove"),
-        *("serve", "update"),
+        *("add", "ask", "bench", "chat", "demo", "doctor", "evaluate", "export", "fit", "list", "plan", "push"),
+        *("remove", "serve", "update"),
     ),
     ("__main__",),
+    ("completion",),
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 

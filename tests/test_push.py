@@ -1,8 +1,10 @@
 """Sharing: a .nectar goes up to a small hub on loopback with its card, and every command takes its id."""
 
 import base64
+import hashlib
 import json
 import threading
+import types
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import unquote
@@ -12,13 +14,21 @@ from huggingface_hub import constants
 from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 
 from nectar_mlx import __main__, push
+from nectar_mlx import push as push_module
 from tests import toys
 from tests.models.test_hub import Handler, Hub
 from tests.store.test_kv_file import Book as Kept
 
 
 class Upload(Handler):
-    """The part of the hub's HTTP interface that uploads use."""
+    """The part of the hub's HTTP interface that uploads use. A repository is private or public as it was made."""
+
+    def do_GET(self) -> None:
+        name = self.path.partition("?")[0].strip("/").removeprefix("api/models/")
+        if name in self.server.repositories and "/api/models/" in self.path:
+            private = self.server.repositories[name].get(".private") == b"1"
+            return self.answer({"id": name, "sha": "0" * 40, "private": private, "siblings": []})
+        super().do_GET()
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
@@ -28,7 +38,8 @@ class Upload(Handler):
             return self.answer_post({"error": "no token"}, 401)
         if path == "api/repos/create":
             name = "/".join(filter(None, [json.loads(body).get("organization"), json.loads(body)["name"]]))
-            self.server.repositories.setdefault(name, {})
+            made = {".private": b"1"} if json.loads(body)["visibility"] == "private" else {}
+            self.server.repositories.setdefault(name, made)
             return self.answer_post({"url": f"{self.server.url}/{name}"})
         if path == "api/validate-yaml":
             return self.answer_post({"errors": [], "warnings": []})
@@ -119,8 +130,9 @@ def test_up_and_down_again(hub, nectar, book, tmp_path):
     assert pushed.returncode == 0, pushed.stderr
     assert pushed.stdout == f"{hub.url}/someone/book\n"
     files = hub.repositories["someone/book"]
-    assert files["book.nectar"] == book.path.read_bytes()
+    assert files[".private"] == b"1" and files["book.nectar"] == book.path.read_bytes()
     card = files["README.md"].decode()
+    assert hashlib.sha256(book.path.read_bytes()).hexdigest() in card
     assert "book.nectar.kv" not in files and "exact keys" not in card
     assert "library_name: nectar_mlx" in card and f"{toys.CONTEXT} tokens" in card and "nectar ask someone/book" in card
 
@@ -137,8 +149,8 @@ def test_up_and_down_again(hub, nectar, book, tmp_path):
 def test_keys_go_along(hub, nectar, tmp_path):
     book = Kept(tmp_path / "kept")
     assert nectar(hub, tmp_path, "push", str(book.path), "someone/kept").returncode == 0
-    name = book.path.name
-    assert hub.repositories["someone/kept"][f"{name}.kv"] == book.path.with_name(f"{name}.kv").read_bytes()
+    keys = toys.key_file(book.path)
+    assert hub.repositories["someone/kept"][keys.name] == keys.read_bytes()
     assert "exact keys" in hub.repositories["someone/kept"]["README.md"].decode()
     found = nectar(hub, tmp_path, "ask", "someone/kept", "who?", "--exact", "0.5", "--sources", "--max-tokens", "3")
     assert found.returncode == 0, found.stderr
@@ -163,6 +175,32 @@ def test_what_cannot_be_shared(hub, nectar, book, tmp_path, arguments, complaint
     assert done.returncode == 2
     assert complaint in done.stderr.splitlines()[-1], done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_dry_run_lists_and_sends_nothing(hub, nectar, book, tmp_path):
+    done = nectar(hub, tmp_path, "push", str(book.path), "someone/book", "--dry-run")
+    assert done.returncode == 0 and not hub.requests and "nothing is uploaded" in done.stderr
+    nectar_line, card_line = done.stdout.splitlines()
+    digest = hashlib.sha256(book.path.read_bytes()).hexdigest()
+    assert nectar_line.split() == [digest, f"{book.path.stat().st_size:,}", "book.nectar"]
+    assert card_line.endswith("README.md")
+
+
+def test_a_text_is_made_public_only_if_the_person_means_it(hub, nectar, book, tmp_path, monkeypatch):
+    push = ("push", str(book.path), "someone/open", "--public")
+    done = nectar(hub, tmp_path, *push)
+    assert done.returncode == 2 and "--yes publishes it" in done.stderr and "someone/open" not in hub.repositories
+    answers = iter(["n\n", "perhaps\n", "y\n"])
+    monkeypatch.setattr(push_module.terminal, "at_terminal", lambda: True)
+    monkeypatch.setattr("sys.stdin", types.SimpleNamespace(readline=lambda: next(answers)))
+    done = nectar(hub, tmp_path, *push)
+    assert done.returncode == 2 and f"{toys.CONTEXT} tokens of tests" in done.stderr
+    assert "someone/open" not in hub.repositories
+    assert nectar(hub, tmp_path, *push).returncode == 0
+    assert ".private" not in hub.repositories["someone/open"]
+    done = nectar(hub, tmp_path, "push", str(book.path), "someone/open")
+    assert done.returncode == 2 and "someone/open is public" in done.stderr
+    assert nectar(hub, tmp_path, *push, "--yes").returncode == 0
 
 
 def test_no_token(hub, nectar, book, tmp_path):
@@ -193,7 +231,15 @@ def test_card_says_how_faithful_it_is():
         "share_of_kv_cache": 0.02,
         "report": {"kl": 0.0123, "agree": 0.97, "error": [1, 2]},
     }
-    card = push.card(facts, "someone/book")
-    for said in ("base_model: Qwen/Qwen3-1.7B", "6,000 tokens of time_machine.txt", "2.00%", "0.0123", "0.97"):
+    sums = {"book.nectar": "12ab" * 16}
+    card = push.card(facts, "someone/book", sums)
+    for said in (
+        "| sha256 of book.nectar | `12ab12ab",
+        "base_model: Qwen/Qwen3-1.7B",
+        "6,000 tokens of time_machine.txt",
+        "2.00%",
+        "0.0123",
+        "0.97",
+    ):
         assert said in card
-    assert "not measured" in push.card({**facts, "report": {}}, "someone/book")
+    assert "not measured" in push.card({**facts, "report": {}}, "someone/book", sums)

@@ -4,25 +4,47 @@ The CPU wheel of MLX carries the reference BLAS, which is tens of times slower t
 are looked up in the dynamic linker's global scope first, so a library that is loaded there before `mlx.core` takes its
 place. PyPI's `scipy-openblas32` is a current OpenBLAS for x86-64 and aarch64 whose symbols all begin with `scipy_`; a
 copy without that prefix is kept in the cache folder.
+
+Its threads wait for each other by spinning, so one that shares its core with another program holds up all of them:
+they get the cores that are idle when MLX is imported.
 """
 
 import ctypes
-import importlib.metadata
-import importlib.util
 import os
 import sys
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-
-import numpy as np
+from types import ModuleType
 
 from nectar_mlx.core.files import cache_folder, written_at_once
 
 loaded: str | None = None
 """The library that `use_fast_blas` put in place."""
 
+threads: int | None = None
+"""How many threads it was given; None where that was left to the library."""
+
+_THREADS_CHOSEN = ("OPENBLAS_NUM_THREADS", "GOTO_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
 _ROW_MAJOR, _NO_TRANSPOSE, _TRANSPOSE = 101, 111, 112
+
+
+class _BeforeMlx:
+    """Finds nothing. It puts the BLAS in place when MLX is imported for the first time, and then goes away."""
+
+    def find_spec(self, name: str, path: object = None, target: ModuleType | None = None) -> None:
+        if name == "mlx.core":
+            sys.meta_path.remove(self)
+            use_fast_blas()
+
+
+def use_fast_blas_with_mlx() -> None:
+    """`use_fast_blas` as soon as `mlx.core` is imported: commands that need no MLX start without it."""
+    if "mlx.core" in sys.modules:
+        use_fast_blas()
+    else:
+        sys.meta_path.insert(0, _BeforeMlx())
 
 
 def use_fast_blas() -> str | None:
@@ -31,16 +53,16 @@ def use_fast_blas() -> str | None:
     Does nothing outside Linux, beside MLX's CUDA build, or where the environment variable NECTAR_BLAS is "off"; it may
     also be the path of the library to load. Warns where `mlx.core` has been imported already, which is too late.
     """
-    global loaded
+    global loaded, threads
     choice = os.environ.get("NECTAR_BLAS", "")
     if sys.platform != "linux" or choice == "off" or not is_installed("mlx-cpu"):
         return None
     if "mlx.core" in sys.modules:
-        warnings.warn("import nectar_mlx before mlx: MLX now computes with its slow reference BLAS", stacklevel=3)
+        warnings.warn("import nectar_mlx before mlx: MLX now computes with its slow reference BLAS", stacklevel=4)
         return None
     for library in [choice] if choice else candidates():
         if works(library):
-            ctypes.CDLL(library, ctypes.RTLD_GLOBAL)
+            threads = _set_threads(ctypes.CDLL(library, ctypes.RTLD_GLOBAL))
             loaded = library
             return library
     if choice:
@@ -48,10 +70,34 @@ def use_fast_blas() -> str | None:
     return None
 
 
-def is_installed(distribution: str) -> bool:
+def idle_cores() -> int:
+    """Cores that this process may use and that no other one is using, at least 1."""
+    running = []
+    for _ in range(5):  # the number changes with every process that wakes up for a moment
+        running.append(int(Path("/proc/loadavg").read_text().split()[3].partition("/")[0]) - 1)  # without this process
+        time.sleep(0.002)
+    idle = (os.cpu_count() or 1) - sorted(running)[len(running) // 2]
+    return max(1, min(len(os.sched_getaffinity(0)), idle))
+
+
+def _set_threads(library: ctypes.CDLL) -> int | None:
+    """Gives OpenBLAS the idle cores; None where the user has chosen, or another library is in use."""
+    if any(name in os.environ for name in _THREADS_CHOSEN) or not hasattr(library, "openblas_set_num_threads"):
+        return None
     try:
-        importlib.metadata.distribution(distribution)
-    except importlib.metadata.PackageNotFoundError:
+        count = idle_cores()
+    except (OSError, ValueError, IndexError):
+        return None
+    library.openblas_set_num_threads(count)
+    return count
+
+
+def is_installed(distribution: str) -> bool:
+    from importlib import metadata
+
+    try:
+        metadata.distribution(distribution)
+    except metadata.PackageNotFoundError:
         return False
     return True
 
@@ -65,10 +111,12 @@ def candidates() -> Iterator[str]:
 
 def unprefixed_openblas() -> str | None:
     """The path of a copy of scipy-openblas32's library with plain symbols, or None without that package."""
-    package = importlib.util.find_spec("scipy_openblas32")
+    from importlib import metadata, util
+
+    package = util.find_spec("scipy_openblas32")
     if not package or not package.origin:
         return None
-    version = importlib.metadata.version("scipy-openblas32")
+    version = metadata.version("scipy-openblas32")
     folder = cache_folder() / f"openblas-{version}-{os.uname().machine}"
     copy = folder / "libopenblas.so"
     if not copy.exists():
@@ -89,6 +137,8 @@ def unprefixed_openblas() -> str | None:
 
 def works(library: str) -> bool:
     """Whether the library loads and multiplies small integers exactly: old builds compute wrong on new processors."""
+    import numpy as np
+
     try:
         sgemm = ctypes.CDLL(library).cblas_sgemm
     except (OSError, AttributeError):

@@ -3,14 +3,14 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from nectar_mlx.documents import worker
+from nectar_mlx.documents import record, worker
 from nectar_mlx.documents.files import Source, find
 from nectar_mlx.documents.formats import needs_process, parse
 from nectar_mlx.documents.normalize import normalized, position_map
 from nectar_mlx.documents.reading import Document, Edit, FileReport, Place, Reading, Unreadable
 from nectar_mlx.errors import NectarError
 
-__all__ = ["Edit", "FileReport", "Place", "Reading", "find", "read"]
+__all__ = ["Edit", "FileReport", "Place", "Reading", "find", "read", "record"]
 
 
 def read(

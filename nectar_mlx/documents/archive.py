@@ -2,6 +2,8 @@
 
 import io
 import posixpath
+import re
+import unicodedata
 import zipfile
 from collections.abc import Iterator
 from urllib.parse import unquote
@@ -28,14 +30,14 @@ class Archive:
         except (zipfile.BadZipFile, ValueError, OSError, NotImplementedError) as error:
             raise Unreadable(f"not a whole {kind} file") from error
         self._names = {name: name for name in self._zip.namelist()}
-        self._folded = {name.casefold(): name for name in self._names}
+        self._folded = {_folded(name): name for name in self._names}
 
     def names(self) -> list[str]:
         return list(self._names)
 
     def find(self, path: str) -> str:
         """The member's name for a path that may differ in case; empty if there is none."""
-        return self._names.get(path) or self._folded.get(path.casefold(), "")
+        return self._names.get(path) or self._folded.get(_folded(path), "")
 
     def check_size(self) -> None:
         """Raises Unreadable if all members together are too large to be unpacked."""
@@ -65,9 +67,14 @@ class Archive:
         return f"the {self._kind} file unpacks to more than {MAX_BYTES >> 20} MiB"
 
 
+def _folded(path: str) -> str:
+    """A path as file systems compare them: some keep accents apart from their letters."""
+    return unicodedata.normalize("NFC", path).replace("\\", "/").casefold()
+
+
 def resolve(base: str, href: str) -> str:
     """The path in the archive that a reference in the member `base` leads to."""
-    path = unquote(href.partition("#")[0])
+    path = unquote(re.split(r"[#?]", href)[0]).replace("\\", "/")
     joined = path.lstrip("/") if path.startswith("/") else posixpath.join(posixpath.dirname(base), path)
     return posixpath.normpath(joined) if path else ""
 

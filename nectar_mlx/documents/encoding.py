@@ -2,6 +2,8 @@
 
 import codecs
 import re
+import unicodedata
+from collections import Counter
 
 from nectar_mlx.documents.reading import Unreadable
 
@@ -12,6 +14,8 @@ _MARKS = {
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
+_ESCAPES = re.compile(r"\x1b\[[0-9;?]{0,32}[@-~]|\ufeff")  # colours of a terminal; marks amid files that were joined
+_JAPANESE = re.compile(rb"\x1b\$[@B]")
 _CONTROLS = re.compile(r"[\x00-\x08\x0e-\x1a\x1c-\x1f\x7f]")
 _LEGACY_NAMES = (
     "cp1252 cp1251 koi8_r cp866 cp1253 cp1250 cp1254 cp1255 cp1256 cp874 shift_jis euc_jp gb18030 big5 euc_kr "
@@ -19,6 +23,7 @@ _LEGACY_NAMES = (
 )
 _LEGACY = tuple(_LEGACY_NAMES.split())
 _NOT_WESTERN = re.compile(r"\w[¡-©«-±´-¸»-¿×÷€-™†‡‰•¤]\w|\w[¹²³]\w|[þðýÞÐÝ\ufffd]")
+_SCRIPTS = {"HIRAGANA": "CJK", "KATAKANA": "CJK"}  # are written together
 _SAMPLE = 1 << 16  # bytes that a detector looks at
 
 
@@ -36,7 +41,7 @@ def decode(data: bytes, *, declared: str = "") -> tuple[str, list[str]]:
     controls = len(_CONTROLS.findall(text))
     if controls > len(text) // 200:
         raise Unreadable("not a text file")
-    return re.sub(r"\r\n?|\x0c", "\n", _CONTROLS.sub("", text)), notes
+    return re.sub(r"\r\n?|\x0c", "\n", _CONTROLS.sub("", _ESCAPES.sub("", text))), notes
 
 
 def _decoded(data: bytes, declared: str) -> tuple[str, list[str]]:
@@ -44,9 +49,13 @@ def _decoded(data: bytes, declared: str) -> tuple[str, list[str]]:
     if not marked and b"\0" in data[:_SAMPLE]:
         marked = _unmarked_utf16(data)
         if not marked:
-            raise Unreadable("not a text file")
+            if not _has_stray_zeros(data):
+                raise Unreadable("not a text file")
+            data = data.replace(b"\0", b"")
     if marked and marked != "utf-8-sig":
         return _tolerant(data, marked)
+    if not marked and _JAPANESE.search(data) and data.isascii():
+        return _tolerant(data, "iso2022_jp")
     try:
         return data.decode("utf-8-sig"), []
     except UnicodeDecodeError:
@@ -58,14 +67,36 @@ def _decoded(data: bytes, declared: str) -> tuple[str, list[str]]:
 
 
 def _unmarked_utf16(data: bytes) -> str:
-    """UTF-16 without its mark: half of the bytes of western text are zeros, all at odd or all at even places."""
+    """UTF-16 without its mark: half of the bytes of western text are zeros, all at odd or all at even places; other
+    texts are letters of one script, which other data would not be by chance."""
     sample = data[:_SAMPLE]
     even, odd = sample[::2].count(0), sample[1::2].count(0)
     if odd > len(sample) // 5 and even == 0:
         return "utf-16-le"
     if even > len(sample) // 5 and odd == 0:
         return "utf-16-be"
-    return ""
+    return next((name for name in ("utf-16-le", "utf-16-be") if _is_one_script(sample, name)), "")
+
+
+def _is_one_script(sample: bytes, encoding: str) -> bool:
+    text = sample[: len(sample) // 2 * 2].decode(encoding, errors="replace")
+    letters = [character for character in text if character.isalpha()]
+    if "\0" in text or "\ufffd" in text or len(letters) < max(20, 0.6 * len(text)):
+        return False
+    scripts = Counter(_SCRIPTS.get(name := unicodedata.name(c, "").partition(" ")[0], name) for c in letters)
+    return scripts.most_common(1)[0][1] > 0.9 * len(letters)
+
+
+def _has_stray_zeros(data: bytes) -> bool:
+    """Whether zeros are rare in what is else UTF-8, as in a log that a crash has cut: runs of them count once."""
+    runs = len(re.findall(rb"\0+", data))
+    if runs > max(1, len(data) // 1000):
+        return False
+    try:
+        text = data.replace(b"\0", b"").decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return not _CONTROLS.search(text)
 
 
 def _known(name: str) -> str:
@@ -114,6 +145,10 @@ def _legacy(data: bytes) -> str:
     many = sum(byte >= 0x80 for byte in sample) > len(sample) // 4
     if not many and not _NOT_WESTERN.search(western):
         return western
+    # The letters of Hebrew alone: a Cyrillic text would have capitals, and letters behind the last one of Hebrew.
+    high = [byte for byte in sample if byte >= 0x80]
+    if len(high) > 30 and all(0xE0 <= byte <= 0xFA for byte in high):
+        return data.decode("cp1255", errors="replace")
     import charset_normalizer
 
     best = charset_normalizer.from_bytes(sample, cp_isolation=list(_LEGACY)).best()

@@ -7,7 +7,8 @@ from nectar_mlx.documents.encoding import decode
 from nectar_mlx.documents.html import declared_encoding, html_text
 from nectar_mlx.documents.reading import Document, Places, Unreadable
 
-_TEXTS = ("application/xhtml+xml", "text/html", "text/x-oeb1-document", "application/x-dtbook+xml", "")
+_TEXTS_NAMES = "application/xhtml+xml text/html text/x-oeb1-document application/x-dtbook+xml application/xml text/xml"
+_TEXTS = ("", *_TEXTS_NAMES.split())
 
 
 def read_epub(data: bytes, name: str) -> Document:
@@ -42,7 +43,7 @@ def _spine(package: Element) -> tuple[list[str], list[str]]:
             item = items.get(reference.get("idref", ""))
             if item is None:
                 missing.append(f"chapter {reference.get('idref', '')}: the book does not list it")
-            elif item.get("media-type", "") in _TEXTS:
+            elif item.get("media-type", "").partition(";")[0].strip().lower() in _TEXTS:
                 hrefs.append(item.get("href", "").partition("#")[0])
             else:
                 missing.append(f"chapter {item.get('href', '')}: {item.get('media-type')} is no text")

@@ -1,7 +1,9 @@
 """Which files a list of paths stands for: folders in natural order, each file once, hidden ones left aside."""
 
+import io
 import re
 import sys
+import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -12,6 +14,16 @@ from nectar_mlx.errors import NectarError
 
 MAX_FILE = 1 << 30
 _IGNORED = re.compile(r"\.|~\$|__MACOSX$|Thumbs\.db$|desktop\.ini$|.*~$", re.IGNORECASE)
+# Folders that a Mac shows as one file, and why they are not read; Books keeps e-books unpacked.
+_PACKAGES = {
+    ".epub": "",
+    ".pages": "an Apple Pages file; export it as .docx",
+    ".numbers": "an Apple Numbers file; export it as .xlsx",
+    ".key": "an Apple Keynote file; export it as .pptx",
+    ".app": "a program",
+    ".photoslibrary": "the pictures of Photos",
+    ".musiclibrary": "the music of Music",
+}
 _URL = re.compile(r"[a-z][a-z0-9+.-]+://|www\.", re.IGNORECASE)
 
 
@@ -30,11 +42,25 @@ class Source:
         if self.path is None:
             return sys.stdin.buffer.read()
         try:
+            if self.path.is_dir():
+                return _zipped(self.path)
             if self.path.stat().st_size > MAX_FILE:
                 raise Unreadable(f"larger than {MAX_FILE >> 30} GiB")
             return self.path.read_bytes()
         except OSError as error:
             raise Unreadable(f"cannot be read ({error.strerror})") from error
+
+
+def _zipped(folder: Path) -> bytes:
+    """The zip file that a folder stands for."""
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    if sum(file.stat().st_size for file in files) > MAX_FILE:
+        raise Unreadable(f"larger than {MAX_FILE >> 30} GiB")
+    data = io.BytesIO()
+    with zipfile.ZipFile(data, "w", zipfile.ZIP_STORED) as archive:
+        for file in files:
+            archive.write(file, file.relative_to(folder).as_posix())
+    return data.getvalue()
 
 
 def find(paths: Sequence[str | Path], *, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> list[Source]:
@@ -76,6 +102,9 @@ def _sources(given: str | Path, include: Sequence[str], exclude: Sequence[str]) 
         raise NectarError(f"{path}: no such file or folder") from error
     if not exists:
         raise NectarError(f"{path}: no such file or folder")
+    if is_folder and path.suffix.lower() in _PACKAGES:
+        yield Source(path.name, path, _PACKAGES[path.suffix.lower()])
+        return
     if not is_folder:
         yield Source(path.name, path, "" if path.is_file() else "not a file but a device or a pipe")
         return
@@ -96,10 +125,15 @@ def _walk(folder: Path, visited: set[tuple[int, int]]) -> Iterator[tuple[Path, s
     except OSError as error:
         yield folder, f"the folder cannot be opened ({error.strerror})"
         return
+    pages = {entry.stem for entry in entries if entry.suffix.lower() in (".html", ".htm")}
     for entry in entries:
         if _IGNORED.match(entry.name):
             continue
-        if entry.is_dir():
+        if entry.is_dir() and entry.suffix.lower() in _PACKAGES:
+            yield entry, _PACKAGES[entry.suffix.lower()]
+        elif entry.is_dir() and entry.name.removesuffix("_files") in pages:
+            yield entry, "the pictures and scripts of a saved page"
+        elif entry.is_dir():
             yield from _walk(entry, visited)
         elif entry.is_file():
             yield entry, ""

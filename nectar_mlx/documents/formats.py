@@ -16,14 +16,14 @@ _MOST_NESTED = 3  # a mail in a mail in a mail
 
 _TEXTS_NAMES = (
     "txt text md markdown mdx rst log csv tsv json jsonl ndjson geojson yaml yml toml ini cfg conf properties xml tex "
-    "bib org adoc asciidoc textile srt vtt sql ics vcf diff patch py pyi js mjs cjs ts tsx jsx c h cc cpp cxx hpp hh "
+    "bib org adoc asciidoc textile sql diff patch py pyi js mjs cjs ts tsx jsx c h cc cpp cxx hpp hh "
     "cs java kt kts scala go rs rb php pl pm r jl lua swift m mm sh bash zsh fish ps1 bat cmd vb hs ml mli erl ex exs "
     "clj lisp el scm dart f90 f95 asm s css scss less vue svelte cmake gradle make mk dockerfile proto graphql tf nix "
     "zig metal cu cuh opencl glsl wgsl hlsl"
 )
 _TEXTS = tuple(_TEXTS_NAMES.split())
 _KINDS = {
-    "a picture": "png jpg jpeg gif bmp tif tiff webp heic heif svg ico psd ai eps raw cr2 nef dng avif",
+    "a picture": "gif heic heif svg ico psd ai eps raw cr2 nef dng avif",
     "sound": "mp3 wav flac ogg m4a aac wma aiff mid opus",
     "a film": "mp4 mov avi mkv webm wmv m4v mpg mpeg",
     "an archive, whose files are not read": "zip tar gz tgz bz2 xz 7z rar zst dmg iso jar",
@@ -42,6 +42,18 @@ _HINTS = {
     "key": "an Apple Keynote file; export it as .pptx",
     "mobi": "a Kindle e-book; convert it to .epub",
     "azw3": "a Kindle e-book; convert it to .epub",
+    "azw": "a Kindle e-book; convert it to .epub",
+    "kfx": "a Kindle e-book; convert it to .epub",
+    "pst": "an Outlook mailbox; export its mails as .eml or .mbox",
+    "one": "a OneNote file; export it as .pdf or .docx",
+    "wpd": "a WordPerfect file; save it as .docx",
+    "wps": "a Works file; save it as .docx",
+    "pub": "a Publisher file; export it as .pdf",
+    "vsd": "a Visio drawing; export it as .pdf",
+    "vsdx": "a Visio drawing; export it as .pdf",
+    "xps": "an XPS file; convert it to .pdf",
+    "ps": "a PostScript file; convert it to .pdf",
+    "xlsb": "a binary Excel file; save it as .xlsx",
     "djvu": "a DjVu file; convert it to .pdf",
 }
 
@@ -82,8 +94,17 @@ READERS: dict[str, Reader] = {
     "rtf": _lazy("rtf", "read_rtf"),
     "pdf": _lazy("pdf", "read_pdf"),
     "ipynb": _lazy("notebook", "read_notebook"),
+    "webarchive": _lazy("html", "read_webarchive"),
+    "fb2": _lazy("fictionbook", "read_fictionbook"),
+    **dict.fromkeys(("vcf", "ics", "ical", "ifb"), _lazy("cards", "read_cards")),
+    **dict.fromkeys(("srt", "vtt"), _lazy("subtitles", "read_subtitles")),
+    **dict.fromkeys(("png", "jpg", "jpeg", "tif", "tiff", "bmp", "webp"), _lazy("ocr", "read_picture")),
 }
-_MAILS = {"eml": "read_mail", "mht": "read_mail", "mhtml": "read_mail", "mbox": "read_mbox", "mbx": "read_mbox"}
+_MAILS = {
+    **dict.fromkeys(("eml", "mht", "mhtml"), "read_mail"),
+    **dict.fromkeys(("mbox", "mbx"), "read_mbox"),
+    "emlx": "read_emlx",
+}
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 

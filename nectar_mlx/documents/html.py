@@ -1,5 +1,6 @@
 """Web pages as light Markdown, without what is not the page's text: navigation, footers, cookie notices."""
 
+import plistlib
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -8,7 +9,7 @@ from typing import Protocol
 from nectar_mlx.documents import formula
 from nectar_mlx.documents.encoding import decode
 from nectar_mlx.documents.page import Page
-from nectar_mlx.documents.reading import Document
+from nectar_mlx.documents.reading import Document, Unreadable
 from nectar_mlx.documents.tags import repaired
 
 _HIDDEN = set(
@@ -32,7 +33,11 @@ _HIDDEN = set(
 )
 _STRUCTURE = {"h1", "h2", "h3", "h4", "h5", "h6", "ul", "ol", "pre", "blockquote", "table"}
 _ROLES = {"navigation": "navigation", "menu": "navigation", "menubar": "navigation", "contentinfo": "the footer"}
-_NOTICE = re.compile(r"(?:^|[\s_-])(?:cookie|consent|gdpr)", re.IGNORECASE)
+_COOKIE = (
+    r"cookies?[\s_-]*(?:$|bar|banner|notice|notif|consent|popup|policy|modal|overlay|law|message|dialog|settings|info)"
+)
+_NOTICE = re.compile(rf"(?:^|[\s_-])(?:{_COOKIE}|consent|gdpr)", re.IGNORECASE)
+_NOSCRIPT = re.compile(r"</?noscript[^>]{0,200}>", re.IGNORECASE)
 _NOT_SHOWN = re.compile(r"display\s*:\s*none|visibility\s*:\s*hidden", re.IGNORECASE)
 
 
@@ -60,6 +65,21 @@ def read_html(data: bytes, name: str) -> Document:
     return Document("html", text, left_out=notes + left_out)
 
 
+def read_webarchive(data: bytes, name: str) -> Document:
+    """A page that Safari has saved."""
+    try:
+        page = plistlib.loads(data)["WebMainResource"]
+        content, kind = bytes(page["WebResourceData"]), str(page.get("WebResourceMIMEType", "text/html"))
+        declared = declared_encoding(content) or str(page.get("WebResourceTextEncodingName", ""))
+    except Exception as error:  # whatever a damaged property list makes of its parser
+        raise Unreadable("a damaged web archive") from error
+    if not kind.startswith(("text/", "application/xhtml")):
+        raise Unreadable(f"a web archive of the kind {kind}")
+    html, notes = decode(content, declared=declared)
+    text, left_out = (html, []) if kind == "text/plain" else html_text(html)
+    return Document("html", text, left_out=notes + left_out)
+
+
 def declared_encoding(data: bytes) -> str:
     """The encoding that a page or an XML file names in its first bytes; empty if none."""
     pattern = rb"<(?:meta[^>]{0,500}charset|\?xml[^>]{0,500}encoding)\s*=\s*[\"']?\s*([\w:.-]{1,40})"
@@ -67,20 +87,20 @@ def declared_encoding(data: bytes) -> str:
     return found[1].decode("ascii", errors="ignore") if found else ""
 
 
-def html_text(html: str) -> tuple[str, list[str]]:
+def html_text(page: str) -> tuple[str, list[str]]:
     """The text that a page shows, and what was left out of it.
 
     A page that is nothing but navigation is read whole.
     """
     from selectolax.lexbor import LexborHTMLParser
 
-    html = repaired(html)
+    html = repaired(page)
     root: Node | None = LexborHTMLParser(html).root if html.strip() else None
-    if root is None:
-        return "", []
-    reader = _Reader(root, whole=False)
-    if not reader.text.strip() and reader.left_out:
-        return _Reader(root, whole=True).text, []
+    reader = None if root is None else _Reader(root, whole=False)
+    if reader is None or not reader.text.strip():
+        if _NOSCRIPT.search(page):
+            return html_text(_NOSCRIPT.sub("", page))  # all that there is without scripts
+        return _Reader(root, whole=True).text if root is not None else "", []
     return reader.text, [f"{what} ({count} times)" if count > 1 else what for what, count in reader.left_out.items()]
 
 

@@ -35,6 +35,14 @@ def read_mail(data: bytes, name: str, *, attachment: Attachment) -> Document:
     return Document("mail", text, left_out=left_out)
 
 
+def read_emlx(data: bytes, name: str, *, attachment: Attachment) -> Document:
+    """A mail as Apple's Mail keeps it: its length, the mail, and what the program notes about it."""
+    length, _, rest = data.partition(b"\n")
+    if not length.strip().isdigit() or len(length) > 20:
+        raise Unreadable("not a mail of Apple's Mail: it does not start with its length")
+    return read_mail(rest[: int(length)], name, attachment=attachment)
+
+
 def read_mbox(data: bytes, name: str, *, attachment: Attachment) -> Document:
     """A mailbox with a place for each mail."""
     places, left_out = Places("mail"), []
@@ -47,7 +55,8 @@ def read_mbox(data: bytes, name: str, *, attachment: Attachment) -> Document:
             text = ""
         left_out += [f"mail {number}: {note}" for note in notes]
         if text:
-            places.add(str(number), text)
+            subject = re.match(r"# (.{1,80})", text)
+            places.add(f"{number} {subject[1]}" if subject else str(number), text)
     return Document("mbox", *places.result(), left_out=left_out)
 
 

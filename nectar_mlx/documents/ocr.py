@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nectar_mlx.documents.pdf.layout import Line
+from nectar_mlx.documents.reading import Document, Unreadable
 
 if TYPE_CHECKING:
     from pypdfium2 import PdfPage
@@ -25,6 +26,23 @@ def available() -> str:
     if sys.platform == "darwin" and importlib.util.find_spec("ocrmac"):
         return "vision"
     return "tesseract" if shutil.which("tesseract") else ""
+
+
+def read_picture(data: bytes, name: str) -> Document:
+    """The text in a picture, such as a scanned letter."""
+    which = available()
+    if not which:
+        raise Unreadable("a picture, and no text recognition is installed")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, f"picture{Path(name).suffix.lower()}")
+        path.write_bytes(data)
+        try:
+            lines = _vision(path) if which == "vision" else _tesseract(path)
+        except Exception as error:  # whatever the recognition, or what opens pictures for it, raises
+            raise Unreadable("a picture that text recognition cannot open") from error
+    if not lines:
+        raise Unreadable("a picture in which no text was recognized")
+    return Document("picture", "\n".join(lines))
 
 
 def recognize(page: "PdfPage") -> list[Line]:

@@ -60,6 +60,7 @@ class Page:
         self._tables: list[bool] = []  # of each open table, whether it only arranges the page
         self._row: list[str] | None = None
         self._raised: list[int] = []
+        self._link = -1  # where in the line the last link starts
 
     def text(self) -> str:
         self._end_row()
@@ -83,6 +84,8 @@ class Page:
         elif heading := _HEADING.fullmatch(tag):
             self._end_block()
             self._prefix = "#" * int(heading[1]) + " "
+        elif tag == "a":
+            self._link = len(self._line)
         elif tag in ("sup", "rt"):
             self._raised.append(len(self._line))
             if tag == "rt":
@@ -163,7 +166,8 @@ class Page:
         before = self._line[start - 1][-1:] if 0 < start <= len(self._line) else ""
         if _EXPONENT.fullmatch(raised):
             del self._line[start:]
-            self._add(f"^{raised}" if before.isalnum() or before in ")]" else f"[{raised}]")
+            is_exponent = (before.isalnum() or before in ")]") and self._link < start
+            self._add(f"^{raised}" if is_exponent else f"[{raised}]")  # a link leads to a note
 
     def _start_row(self) -> None:
         self._end_row()
@@ -174,14 +178,14 @@ class Page:
         if self._row is None:
             self._end_block()
         else:
-            self._line, self._last = [], ""
+            self._line, self._last, self._link = [], "", -1
 
     def _end_cell(self) -> None:
         if self._row is None:
             self._end_block()
         else:
             self._row.append("".join(self._line))
-            self._line, self._last = [], ""
+            self._line, self._last, self._link = [], "", -1
 
     def _end_row(self) -> None:
         cells, self._row = self._row, None
@@ -200,4 +204,4 @@ class Page:
         elif gap == "\n\n":
             self._blocks.append("\n")
             self._prefix = ""
-        self._line, self._last = [], ""
+        self._line, self._last, self._link = [], "", -1

@@ -13,7 +13,7 @@ class Place:
     """A part of a document that a source can be named by.
 
     Attributes:
-        unit: "page", "chapter", "sheet", "slide", "mail" or "cell".
+        unit: "page", "chapter", "sheet", "slide", "mail", "cell", "contact", "event" or "minute".
         name: the part's number, with its title where it has one.
         start: the first character of the part in the text.
         end: the character after its last one.
@@ -23,6 +23,13 @@ class Place:
     name: str
     start: int
     end: int
+
+    def label(self) -> str:
+        """As a person names it: "page 12", "chapter 3: The Storm"."""
+        number, _, title = self.name.partition(" ")
+        if self.unit != "sheet" and number.isdigit() and title:
+            return f"{self.unit} {number}: {title}"
+        return f"{self.unit} {self.name}"
 
 
 @dataclass(frozen=True)

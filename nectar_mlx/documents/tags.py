@@ -6,6 +6,11 @@ _SIGN = re.compile(r"<(?:!--|[!?]|(/?)([a-zA-Z][^\s/>]*))")
 MAX_DEPTH = 256  # open elements; finding where a tag belongs takes time in proportion to them
 MAX_TAG = 1 << 16  # characters; a parser compares each attribute with those before it
 _MOST_ATTRIBUTES = 100
+_OPEN_QUOTE = re.compile(r"=\s*([\"'])")
+_QUOTED = re.compile(r"=\s*(?:\"[^\"]*\"|'[^']*')")
+# Each paragraph opens again what is open of these.
+_FORMATTING = frozenset(["b", "big", "code", "em", "font", "i", "nobr", "s", "small", "strike", "strong", "tt", "u"])
+_MOST_FORMATTING = 32
 _RAW = {"script", "style", "noscript"}
 _VOID_NAMES = "area base br col embed hr img input link meta param source track wbr"
 _VOID = frozenset(_VOID_NAMES.split())
@@ -29,6 +34,7 @@ class _Repair:
         self._pieces: list[str] = []
         self._absent: set[str] = set()
         self._depth = 0
+        self._formatting = 0
         self._open: dict[str, list[int]] = {}
 
     def result(self) -> str:
@@ -59,8 +65,22 @@ class _Repair:
         elif name in _RAW:
             return self._raw(name, end)
         else:
-            self._start(name, self._html[start:end])
+            end, tag = self._whole_tag(name, start, end)
+            self._start(name, tag)
         return end
+
+    def _whole_tag(self, name: str, start: int, end: int) -> tuple[int, str]:
+        """The end of a tag and its text. An attribute may hold ">"; one whose quote is never closed holds nothing."""
+        tag = self._html[start:end]
+        opened = _OPEN_QUOTE.search(_QUOTED.sub("", tag))
+        if opened is None:
+            return end, tag
+        close = self._html.find(opened[1], end, end + MAX_TAG)
+        after = self._html[close + 1 : close + 2]
+        finish = (
+            self._html.find(">", close, close + MAX_TAG) if close >= 0 and (after.isspace() or after in "/>") else -1
+        )
+        return (end, f"<{name}>") if finish < 0 else (finish + 1, self._html[start : finish + 1])
 
     def _is_cut(self, start: int) -> bool:
         return len(self._html) - start < MAX_TAG and "<" not in self._html[start + 1 : start + 1 + MAX_TAG]
@@ -76,7 +96,12 @@ class _Repair:
     def _start(self, name: str, tag: str) -> None:
         if len(tag) > MAX_TAG or tag.count("=") > _MOST_ATTRIBUTES or tag.count(" ") > 20 * _MOST_ATTRIBUTES:
             tag = f"<{name}>"
-        if name in HIDDEN and not tag.endswith("/>"):
+        if name in HIDDEN and tag.endswith("/>"):
+            return  # it holds nothing, but would hide what follows
+        if name in _FORMATTING:
+            self._formatting += 1
+            tag = tag if self._formatting <= _MOST_FORMATTING else ""
+        if name in HIDDEN:
             self._open.setdefault(name, []).append(len(self._pieces))
         elif name not in _VOID and name not in _IMPLIED:
             self._depth += 1
@@ -85,6 +110,9 @@ class _Repair:
         self._pieces.append(tag)
 
     def _close(self, name: str, tag: str) -> None:
+        if name in _FORMATTING:
+            self._formatting = max(0, self._formatting - 1)
+            tag = tag if self._formatting < _MOST_FORMATTING else ""
         if name in HIDDEN:
             if not self._open.get(name):
                 return

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import mlx.core as mx
 import numpy as np
@@ -13,6 +14,7 @@ from ..core.progress import Log, Progress, no_log, silent
 from ..errors import NectarError
 from ..fitting import fidelity
 from ..fitting.fidelity import Divergence
+from ..fitting.samples.conversation import Conversation
 from ..nectar import Nectar
 from .charts import FILE, SAME
 from .questions import Question
@@ -82,7 +84,8 @@ def distinct_sizes(files: Mapping[str, Nectar]) -> dict[str, int]:
 
 
 def of_file(name: str, nectar: Nectar, exact: Sequence[float], *, called: str = FILE) -> list[Method]:
-    """The file without exact keys, and at each fraction of them, if it has a file of keys."""
+    """The file without exact keys; with recall, if that helps it; and at each fraction of exact keys, if it has a file
+    of keys."""
     seconds = float(sum(nectar.report.get("seconds", {}).values()))
 
     def method(fraction: float | None) -> Method:
@@ -98,7 +101,15 @@ def of_file(name: str, nectar: Nectar, exact: Sequence[float], *, called: str = 
         label = called if fraction is None else f"{called}, {fraction:.1%} read"
         return Method(name=label, file=name, view=view, seconds=seconds)
 
-    return [method(fraction) for fraction in (None, *(exact if nectar.keys is not None else ()))]
+    plain, *reading = [method(fraction) for fraction in (None, *(exact if nectar.keys is not None else ()))]
+    if not nectar.recall.weight:
+        return [plain, *reading]
+    recalling = replace(plain.view, change=partial(_recalled, nectar))
+    return [plain, replace(plain, name=f"{called}, recall", view=recalling), *reading]
+
+
+def _recalled(nectar: Nectar, conversation: Conversation, logits: mx.array) -> mx.array:
+    return nectar.recall.applied(nectar.prefix, conversation.prompt, conversation.answer, logits)
 
 
 def measure(
@@ -112,6 +123,7 @@ def measure(
             {m.label: m.view.make_cache for m in methods},
             [q.conversation for q in questions],
             prompts={m.label: m.view.prompt for m in methods},
+            change={m.label: m.view.change for m in methods if m.view.change},
             progress=update,
         )
     numbers = np.array([q.number for q in questions])

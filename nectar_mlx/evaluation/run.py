@@ -46,13 +46,15 @@ class QuestionOptions:
 class Options:
     """What can be chosen. baselines: names, as for `baselines.choose`. exact: the fractions of exact keys to read, for
     files that have them. answers: whether answers are sampled and compared by meaning. samples: captured queries a head
-    for the baselines. answer_tokens: the longest answer."""
+    for the baselines. answer_tokens: the longest answer. fetch: whether the model that compares answers may be fetched
+    (84 MB)."""
 
     baselines: str = "all"
     exact: tuple[float, ...] = (0.0, 0.005, 0.01, 0.02, 0.04)
     answers: bool = True
     samples: int = 4096
     answer_tokens: int = 96
+    fetch: bool = True
     questions: QuestionOptions = field(default_factory=QuestionOptions)
 
 
@@ -115,7 +117,7 @@ def evaluate(
         views = {name: by_file[name] for name in files}
         no_context = next(m.view for m in methods if m.name == NO_CONTEXT)
         sampled = answers.sample(ctx, asked, views, no_context, seed=asking.seed + 1, progress=progress)
-        by, embed = similarity.load(ctx.model, ctx.tokenizer, log=log)
+        by, embed = similarity.load(ctx.model, ctx.tokenizer, fetch=options.fetch, log=log)
         result["answers"] = answers.meaning(sampled, by=by, embed=embed)
         result["examples"] = [s.to_json() for s in sampled]
         clock.lap("answers")

@@ -75,9 +75,12 @@ class MiniLM:
         return mx.fast.layer_norm(x, weight, bias, self._config["layer_norm_eps"])
 
 
-def load(model: nn.Module, tokenizer: Tokenizer, *, log: Log = no_log) -> tuple[str, Embed]:
-    """The name of the embedding, and the function texts -> unit vectors [texts, D]."""
+def load(model: nn.Module, tokenizer: Tokenizer, *, fetch: bool = True, log: Log = no_log) -> tuple[str, Embed]:
+    """The name of the embedding, and the function texts -> unit vectors [texts, D]. fetch: whether MiniLM may be
+    fetched where it is not on this machine."""
     try:
+        if not fetch and not minilm_folder().exists():
+            raise NectarError("all-MiniLM-L6-v2 is not fetched")
         return "all-MiniLM-L6-v2", MiniLM(fetch_minilm(log)).embed
     except NectarError as error:
         log(f"{error}; answers are compared by the model's own hidden states")

@@ -1,5 +1,6 @@
 """The results of the comparison: figures with their intervals, errors by head, rank correlations, a table."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import numpy.typing as npt
 from ..baselines import NO_CONTEXT, EvalContext
 from ..core.progress import Progress, silent
 from ..core.types import DoubleArray, JsonObject
+from ..fitting import verdict
 from ..fitting.fidelity import Divergence
 from ..fitting.samples.sample_store import SampleStore
 from ..fitting.solve import attention_matching, regression
@@ -133,6 +135,13 @@ def _figures(ours: Divergence, floor: Divergence, questions: Sequence[int]) -> J
     return figures
 
 
+LEGEND = (
+    "KL      how far answers are from the full text's, nats a token (95% interval)",
+    "agree   share of tokens that are the same as with the full text",
+    "gap     100%: answers as with the full text; 0%: as without it",
+)
+
+
 def _rounded(x: float) -> float:
     return float(f"{x:.5g}")
 
@@ -143,7 +152,8 @@ def table(result: JsonObject) -> str:
     methods = sorted(result["methods"], key=lambda m: float(m["kl"]))
     names = [_name(m["method"], m["file"] if several and m["bytes"] else "") for m in methods]
     kinds, wide = list(methods[0]["kinds"]), 2 + max(map(len, [*names, "full cache, two samples"]))
-    lines = [f"{result['context_tokens']:,} tokens; their bf16 KV cache takes {full:,} bytes", ""]
+    lines = [*_verdicts(result), "", *LEGEND, ""]
+    lines += [f"{result['context_tokens']:,} tokens; their bf16 KV cache takes {full:,} bytes", ""]
     lines.append(f"{'':{wide}}{'bytes':>11}{'of cache':>10}{'KL':>8}{'':17}{'agree':>7}{'gap':>7}")
     for name, m in zip(names, methods, strict=True):
         low, high = m["kl_interval"]
@@ -155,6 +165,18 @@ def table(result: JsonObject) -> str:
     for name, m in zip(names, methods, strict=True):
         lines.append(f"{name:{wide}}" + "".join(f"{m['kinds'][k]['kl']:>13.4f}" for k in kinds))
     return "\n".join([*lines, *_meaning(result["answers"], several, wide), *_facts(result["facts"], several, wide)])
+
+
+def _verdicts(result: JsonObject) -> list[str]:
+    """How close each file is, in words: on this evaluation's questions, not those of its fit."""
+    floor = next(m["kl"] for m in result["methods"] if m["method"] == NO_CONTEXT)
+    lines = list[str]()
+    for m in result["methods"]:
+        if is_file(m["method"]):
+            figures = {"kl": m["kl"], "gap_closed": m["gap_closed"], "kl_no_context": floor}
+            words = verdict.sentence(figures, share=m["bytes"] / result["cache_bytes"])
+            lines += textwrap.wrap(f"{_name(m['method'], m['file'])}: {words}", 78, break_on_hyphens=False)
+    return lines
 
 
 def _name(method: str, file: str) -> str:

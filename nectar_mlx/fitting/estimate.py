@@ -19,7 +19,8 @@ from .config import FitConfig
 
 AUTO_SHARE = 0.04  # of the KV cache; what was chosen for three models was 0.024, 0.04 and 0.16 (docs/results.md)
 _QUESTIONS = 1024  # of the window, that questions and answers need
-QUESTION_TOKENS = 64  # of a sampled question
+QUESTION_TOKENS = 44  # of a sampled question, with the turn's own
+_FEWEST_TOGETHER, _TRAIN_SHARE = 16, 0.9  # conversations of a batch; of them, those that are not held out
 _PROBES, _CANDIDATES = 8, 3  # conversations of the sensitivity; budgets that are tried
 _TRAINED = 12  # operations a step, sample, node and entry of it: two products and their gradients
 _ROUNDING = 1.4  # of the regression's steps, with those of rounding
@@ -165,10 +166,14 @@ class _Work:
         return int(max(20_000, min(profile.fit_samples, most)))
 
     @property
-    def sampled(self) -> float:
-        """Tokens of the conversations that heads are trained on."""
-        g = self.shape.geometry
-        return self.samples * g.n_kv_heads / g.n_heads
+    def sampled(self) -> int:
+        """Tokens of the conversations that heads are trained on: of whole batches, as in `self_study.study`."""
+        g, config = self.shape.geometry, self.config
+        group, each, count = g.n_heads // g.n_kv_heads, QUESTION_TOKENS + config.answer_tokens, 0
+        while (missing := self.samples - _TRAIN_SHARE * count * each * group) > 0.1 * self.samples:
+            needed = int(missing) // (group * config.answer_tokens) + 1
+            count += min(config.conversations, max(_FEWEST_TOGETHER, needed))
+        return count * each
 
     @property
     def checked(self) -> int:
@@ -224,7 +229,7 @@ class _Work:
             return
         yield self.read()
         yield from self.study()
-        captured = 1.1 * self.sampled * self.token(vocabulary=False)
+        captured = self.sampled * self.token(vocabulary=False)
         yield Stage("capturing attention", self.seconds(captured, "capturing"))
         ranking = 2.0 * self.config.matching_samples * self.n * self.layout.head_dim * self.heads
         yield Stage("ranking keys", self.seconds(ranking, "training"))
@@ -250,7 +255,7 @@ class _Work:
             yield from stages
         yield from replace(self, n=min(self.n, 900)).study()
         whole = self.read().seconds + self.train(self.nodes(self.share), int(_ROUNDING * self.config.steps))
-        captured = 1.1 * self.sampled * self.token(vocabulary=False)
+        captured = self.sampled * self.token(vocabulary=False)
         yield Stage("fitting layers", whole + self.seconds(captured, "capturing"))
 
     def kept(self) -> float:

@@ -9,10 +9,13 @@ import numpy as np
 
 from ..core.device import device
 from ..core.exp import exp
+from ..mlxlm.kept import widened
 from .samples.conversation import Conversation
 
 MakeCache = Callable[[], Any]
 Prompt = Callable[[Conversation], list[int]]
+Change = Callable[[Conversation, mx.array], mx.array]  # of an answer's logits [answer, vocabulary]
+Observe = Callable[[str, Conversation, mx.array, mx.array], None]
 
 MAX_ENTRIES = 1 << 24  # entries of a vocabulary-wide array at a time: 64 MB, whatever the vocabulary
 
@@ -53,7 +56,8 @@ def answer_logits(
     prompts = [prompt(c) if prompt else c.prompt for c in conversations]
     sequences = [p + c.answer for p, c in zip(prompts, conversations, strict=True)]
     longest, shared = max(len(s) for s in sequences), min(len(p) for p in prompts) - 1
-    # Right padding is harmless: attention is causal and padded places are not read.
+    cache = widened(cache, len(sequences))
+    # Right padding is harmless: attention and states are causal and padded places are not read.
     tokens = mx.array([s + [0] * (longest - len(s)) for s in sequences])
     if shared:  # the logits of these tokens are not needed, so the vocabulary-wide product is never computed
         model(tokens[:, :shared], cache=cache)
@@ -74,12 +78,15 @@ def compare(
     conversations: Sequence[Conversation],
     *,
     prompts: Mapping[str, Prompt | None] | None = None,
+    change: Mapping[str, Change] | None = None,
+    observe: Observe = lambda *_: None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> dict[str, Divergence]:
     """Every other view of the context against the reference, teacher-forced on the same answers.
 
-    prompts: for a view that reads something else than the conversation's own prompt, what it reads. progress is told
-    how many conversations are done.
+    prompts: for a view that reads something else than the conversation's own prompt, what it reads. change: for a view
+    whose logits are changed, how. observe: told each view's name, each conversation, the reference's logits and the
+    view's. progress is told how many conversations are done.
     """
     divergences: dict[str, list[Divergence]] = {name: [] for name in others}
     batch = device().check_batch
@@ -89,7 +96,9 @@ def compare(
         for name, make_cache in others.items():
             ours = answer_logits(model, make_cache(), part, (prompts or {}).get(name))
             for i, conversation in enumerate(part):
-                divergences[name].append(divergence(truth[i], ours[i], conversation.answer, start + i))
+                logits = ours[i] if change is None or name not in change else change[name](conversation, ours[i])
+                observe(name, conversation, truth[i], logits)
+                divergences[name].append(divergence(truth[i], logits, conversation.answer, start + i))
         progress(start + len(part))
     return {n: joined(parts) for n, parts in divergences.items()}
 

@@ -6,16 +6,19 @@ model drew itself. With it the errors of all heads are counted in one currency, 
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
 from ..core import attention
+from ..errors import NectarError
 from ..mlxlm.attention_patch import Geometry
 from ..mlxlm.cache import NectarCache
+from ..mlxlm.kept import attention_caches
 from .fidelity import log_probabilities
 from .layers import LayerRunner
 from .prefill import Context
@@ -31,7 +34,8 @@ class ProbedCache(NectarCache):
     probe: mx.array
 
     def attend(self, queries: mx.array, *rest: Any, **options: Any) -> mx.array:
-        return super().attend(queries, *rest, **options) + self.probe.astype(queries.dtype)
+        output = super().attend(queries, *rest, **options)
+        return output + self.probe[..., : output.shape[-1]].astype(output.dtype)
 
 
 def metric(information: mx.array) -> mx.array:
@@ -52,12 +56,15 @@ def fisher(
     """E[g gᵀ] per fitted layer and KV head, [M, D, D], in nats: over the tokens of the conversations and the query
     heads of the group. progress is told how many conversations are done.
     """
-    runner = LayerRunner(model, geometry)
+    try:
+        gradients = partial(_gradients, LayerRunner(model, geometry), context, geometry=geometry)
+    except NectarError:  # its layers are not called one by one
+        gradients = partial(_gradients_at_once, model, context, geometry=geometry)
     K, D = geometry.n_kv_heads, geometry.head_dim
     total = mx.zeros((len(context.banks), K, D, D))
     count = 0
     for done, conversation in enumerate(conversations, 1):
-        for fitted, g in _gradients(runner, context, conversation, geometry):
+        for fitted, g in gradients(conversation):
             grouped = attention.group(g, K)
             total[fitted] = total[fitted] + grouped.swapaxes(1, 2) @ grouped
             mx.eval(total)
@@ -68,7 +75,7 @@ def fisher(
 
 
 def _gradients(
-    runner: LayerRunner, context: Context, conversation: Conversation, geometry: Geometry
+    runner: LayerRunner, context: Context, conversation: Conversation, *, geometry: Geometry
 ) -> Iterator[tuple[int, mx.array]]:
     """∇ log p(answer) by what a fitted layer's attention gives, [1, H, T, D], for each of them, the last one first.
 
@@ -98,11 +105,45 @@ def _gradients(
         if isinstance(cache, NectarCache):
             inputs.append(mx.zeros((1, geometry.n_heads, len(tokens) - 1, geometry.head_dim)))
             call = partial(_through, runner, layer, ProbedCache(cache.bank, cache.context))
-        _, (change, *probe) = mx.vjp(call, inputs, [change])
-        mx.eval(change, probe)
+        with _differentiable(runner.model):
+            _, (change, *probe) = mx.vjp(call, inputs, [change])
+            mx.eval(change, probe)
         if probe:
             fitted -= 1
             yield fitted, probe[0]
+
+
+def _gradients_at_once(
+    model: nn.Module, context: Context, conversation: Conversation, *, geometry: Geometry
+) -> Iterator[tuple[int, mx.array]]:
+    """The same through the whole model, for models whose layers are not called one by one. Takes as much memory as all
+    layers' reverse passes."""
+    tokens, first = conversation.prompt + conversation.answer, len(conversation.prompt) - 1
+    answer, fitted = mx.array(conversation.answer)[None, :, None], len(context.banks)
+
+    def log_likelihood(probes: list[mx.array]) -> mx.array:
+        caches = context.make_cache(ProbedCache)
+        for (_, cache), probe in zip(attention_caches(caches), probes, strict=True):
+            cast("ProbedCache", cache).probe = probe
+        logits = model(mx.array([tokens[:-1]]), cache=caches)[:, first:]
+        return mx.take_along_axis(log_probabilities(logits), answer, axis=-1).sum()
+
+    zeros = mx.zeros((1, geometry.n_heads, len(tokens) - 1, geometry.head_dim))
+    with _differentiable(model):
+        probes = mx.grad(log_likelihood)([zeros] * fitted)
+        mx.eval(probes)
+    yield from enumerate(probes)
+
+
+@contextmanager
+def _differentiable(model: nn.Module) -> Iterator[None]:
+    """Inside, recurrent layers take mlx-lm's plain operations: their kernels have no reverse pass."""
+    training = model.training
+    model.train()
+    try:
+        yield
+    finally:
+        model.train(training)
 
 
 def _through(runner: LayerRunner, layer: int, cache: Any, hidden: mx.array, *probe: mx.array) -> mx.array:

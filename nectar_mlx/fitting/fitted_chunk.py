@@ -13,7 +13,10 @@ import mlx.core as mx
 
 from .. import store
 from ..core.types import JsonObject
-from ..mlxlm.cache import Window
+from ..mlxlm.geometry import Geometry
+from ..mlxlm.kept import Kept
+from ..retrieval.recall import Calibration
+from ..store import states
 from . import fidelity
 from .checkpoint import Checkpoint, Plan
 from .layers import LayerRunner
@@ -66,14 +69,14 @@ class FittedChunk:
     """A chunk's heads, and what it is checked by.
 
     plan: what each head got. layers: each layer's heads as they will be stored. errors: of every head on held-out
-    samples. samples: a head, that it was fitted to. windows: what sliding-window layers keep, by layer.
+    samples. samples: a head, that it was fitted to. windows: what layers without heads keep, by layer.
     """
 
     plan: Plan
     layers: list[store.Tensors]
     errors: list[float]
     samples: int
-    windows: dict[int, Window]
+    windows: dict[int, Kept]
     answers: list[Answer]
 
     @property
@@ -81,14 +84,23 @@ class FittedChunk:
         """What each layer's keys are relative to, [K, D]."""
         return [layer.get("offsets") for layer in self.layers]
 
-    def check(self, runner: LayerRunner, make_cache: fidelity.MakeCache, no_context: fidelity.MakeCache) -> JsonObject:
+    def check(
+        self,
+        runner: LayerRunner,
+        make_cache: fidelity.MakeCache,
+        no_context: fidelity.MakeCache,
+        *,
+        recall: Calibration,
+    ) -> JsonObject:
         """How far the file's answers and those without a context are from those with this chunk's full cache
-        (`verdict`)."""
+        (`verdict`). recall: told of the answers."""
         with_file, without = list[fidelity.Divergence](), list[fidelity.Divergence]()
         for number, (conversation, hidden) in enumerate(self.answers):
             truth = runner.logits(hidden[None])[0]
             for divergences, make in ((with_file, make_cache), (without, no_context)):
                 (logits,) = fidelity.answer_logits(runner.model, make(), [conversation])
+                if make is make_cache:
+                    recall.add(conversation.prompt, conversation.answer, truth, logits)
                 divergences.append(fidelity.divergence(truth, logits, conversation.answer, number))
         return measured(fidelity.joined(with_file), fidelity.joined(without))
 
@@ -96,21 +108,20 @@ class FittedChunk:
         """Keeps it, so that an interrupted fit does not read this text again."""
         arrays = {f"layers.{i}.{name}": x for i, layer in enumerate(self.layers) for name, x in layer.items()}
         arrays |= {f"answers.{i}.hidden": answer.hidden for i, answer in enumerate(self.answers)}
-        for i, window in self.windows.items():
-            arrays |= {f"windows.{i}.keys": window.keys, f"windows.{i}.values": window.values}
+        arrays |= {f"windows.{i}.{name}": x for i, kept in self.windows.items() for name, x in kept.tensors().items()}
         record = {
             "plan": self.plan._asdict(),
             "errors": self.errors,
             "samples": self.samples,
+            "windows": bool(self.windows),
             "layers": len(self.layers),
-            "windows": {i: window.size for i, window in self.windows.items()},
             "answers": [asdict(answer.conversation) for answer in self.answers],
         }
         checkpoint.save_chunk(arrays, record)
 
     @classmethod
-    def load(cls, checkpoint: Checkpoint) -> Self | None:
-        """What `save` kept, if it did."""
+    def load(cls, checkpoint: Checkpoint, geometry: Geometry, length: int) -> Self | None:
+        """What `save` kept of so many tokens, if it did."""
         saved = checkpoint.load_chunk()
         if saved is None:
             return None
@@ -125,6 +136,6 @@ class FittedChunk:
             layers=[groups["layers", i] for i in range(record["layers"])],
             errors=record["errors"],
             samples=record["samples"],
-            windows={int(i): Window(**groups["windows", int(i)], size=size) for i, size in record["windows"].items()},
+            windows=states.read(arrays, geometry, length) if record["windows"] else {},
             answers=[Answer(c, groups["answers", i]["hidden"]) for i, c in enumerate(conversations)],
         )

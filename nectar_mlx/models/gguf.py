@@ -25,6 +25,7 @@ from nectar_mlx.models import gguf_settings, gguf_tokenizer
 from nectar_mlx.models.gguf_file import Tensor, read
 
 SHARD_BYTES = 1 << 30
+_LARGEST = 1e5  # of a weight: models have some hundreds, and with these all products are still finite
 
 _GLOBAL_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _LAYER_NAMES = {
@@ -82,7 +83,7 @@ def convert(path: Path, folder: Path, *, progress: Progress = silent) -> None:
 
 
 def _config(path: Path, metadata: JsonObject, tensors: Mapping[str, Tensor]) -> JsonObject:
-    arch = metadata.get("general.architecture")
+    arch = str(metadata.get("general.architecture"))[:40]
     if arch not in _ARCHITECTURES:
         raise NectarError(f"{path}: architecture {arch!r} is not supported as GGUF; take an mlx-community folder of it")
 
@@ -109,10 +110,10 @@ def _config(path: Path, metadata: JsonObject, tensors: Mapping[str, Tensor]) -> 
         "num_attention_heads": heads,
         "num_key_value_heads": value("attention.head_count_kv", heads),
         "head_dim": value("attention.key_length", hidden // heads),
-        "rms_norm_eps": value("attention.layer_norm_rms_epsilon"),
+        "rms_norm_eps": float(value("attention.layer_norm_rms_epsilon")),
         "vocab_size": len(tensors["token_embd.weight"].data),
         "max_position_embeddings": value("context_length"),
-        "rope_theta": value("rope.freq_base", 10000.0),
+        "rope_theta": float(value("rope.freq_base", 10000.0)),
         "rope_scaling": _rope_scaling(path, value, tensors),
         "tie_word_embeddings": "output.weight" not in tensors,
         "attention_bias": "blk.0.attn_q.bias" in tensors,
@@ -134,7 +135,7 @@ def _gemma3(path: Path, value: Any, *, head_dim: int) -> JsonObject:
     is_27b = value("block_count") == 62
     return {
         "query_pre_attn_scalar": value("embedding_length") // value("attention.head_count") if is_27b else head_dim,
-        "rope_local_base_freq": value("rope.freq_base_swa", 10000.0),
+        "rope_local_base_freq": float(value("rope.freq_base_swa", 10000.0)),
         "sliding_window": window,
         "sliding_window_pattern": pattern if window else 1,
     }
@@ -147,12 +148,12 @@ def _rope_scaling(path: Path, value: Any, tensors: Mapping[str, Tensor]) -> Json
     if kind == "none":
         return None
     if kind == "linear":
-        return {"rope_type": "linear", "factor": value("rope.scaling.factor")}
+        return {"rope_type": "linear", "factor": float(value("rope.scaling.factor"))}
     if kind == "yarn":
         original = value("rope.scaling.original_context_length")
         return {
             "rope_type": "yarn",
-            "factor": value("rope.scaling.factor"),
+            "factor": float(value("rope.scaling.factor")),
             "original_max_position_embeddings": original,
         }
     raise NectarError(f"{path}: RoPE scaling {kind!r} is not supported as GGUF; take an mlx-community folder of it")
@@ -216,12 +217,13 @@ def _shards(
 
 def _values(path: Path, config: JsonObject, tensor: Tensor) -> AnyArray:
     try:
-        values: AnyArray = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        with np.errstate(over="ignore", invalid="ignore"):  # looked for below
+            values: AnyArray = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
     except NotImplementedError as error:
         kind = tensor.tensor_type.name
         raise NectarError(f"{path}: {tensor.name} is {kind}, which cannot be dequantized") from error
-    if not np.isfinite(values).all():
-        raise NectarError(f"{path}: {tensor.name} holds numbers that are not finite")
+    if not (np.abs(values) <= _LARGEST).all():
+        raise NectarError(f"{path}: {tensor.name} holds numbers that are not finite or far too large")
     if config["model_type"] == "llama" and (match := re.search(r"attn_([qk])\.", tensor.name)):
         heads = config["num_attention_heads" if match[1] == "q" else "num_key_value_heads"]
         return _split_halves(values, heads)

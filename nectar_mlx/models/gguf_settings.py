@@ -15,7 +15,9 @@ _Size = Annotated[int, msgspec.Meta(ge=1, le=1 << 24)]
 _Layers = Annotated[int, msgspec.Meta(ge=1, le=1024)]
 _Length = Annotated[int, msgspec.Meta(ge=1, le=(1 << 31) - 1)]
 _Index = Annotated[int, msgspec.Meta(ge=0, le=(1 << 31) - 1)]
-_Positive = Annotated[float, msgspec.Meta(gt=0, le=1e12)]
+_Base = Annotated[float, msgspec.Meta(ge=1, le=1e12)]
+_Factor = Annotated[float, msgspec.Meta(ge=1e-3, le=1e6)]
+_Word = Annotated[str, msgspec.Meta(max_length=64)]
 _Piece = Annotated[str, msgspec.Meta(max_length=1024)]
 _Pair = Annotated[str, msgspec.Meta(max_length=2049)]
 MOST_TEMPLATE = 1 << 20  # characters
@@ -31,13 +33,13 @@ class _Model(msgspec.Struct):
     heads: _Size | None = msgspec.field(name="attention.head_count", default=None)
     kv_heads: _Size | None = msgspec.field(name="attention.head_count_kv", default=None)
     head_dim: _Size | None = msgspec.field(name="attention.key_length", default=None)
-    epsilon: Annotated[float, msgspec.Meta(gt=0, le=1)] | None = msgspec.field(
+    epsilon: Annotated[float, msgspec.Meta(ge=1e-12, le=1)] | None = msgspec.field(
         name="attention.layer_norm_rms_epsilon", default=None
     )
-    rope_base: _Positive = msgspec.field(name="rope.freq_base", default=1e4)
-    local_rope_base: _Positive = msgspec.field(name="rope.freq_base_swa", default=1e4)
-    scaling: str = msgspec.field(name="rope.scaling.type", default="none")
-    factor: _Positive | None = msgspec.field(name="rope.scaling.factor", default=None)
+    rope_base: _Base = msgspec.field(name="rope.freq_base", default=1e4)
+    local_rope_base: _Base = msgspec.field(name="rope.freq_base_swa", default=1e4)
+    scaling: _Word = msgspec.field(name="rope.scaling.type", default="none")
+    factor: _Factor | None = msgspec.field(name="rope.scaling.factor", default=None)
     original: _Length | None = msgspec.field(name="rope.scaling.original_context_length", default=None)
     window: _Index = msgspec.field(name="attention.sliding_window", default=0)
 
@@ -45,8 +47,8 @@ class _Model(msgspec.Struct):
 class _Tokenizer(msgspec.Struct):
     """`tokenizer.ggml.*`"""
 
-    model: str | None = None
-    pre: str = "default"
+    model: _Word | None = None
+    pre: _Word = "default"
     tokens: list[_Piece] = []
     merges: list[_Pair] = []
     token_type: list[int] = []
@@ -69,6 +71,9 @@ def check_model(arch: str, metadata: JsonObject) -> None:
     heads = model.heads or 1
     if (model.head_dim is None and (model.embedding_length or 0) % heads) or heads % (model.kv_heads or heads):
         raise ValueError(f"{heads} heads do not share {model.embedding_length} numbers, or {model.kv_heads} KV heads")
+    lacking = {"linear": model.factor is None, "yarn": None in (model.factor, model.original)}
+    if lacking.get(model.scaling):
+        raise ValueError(f"its RoPE scaling {model.scaling} has no factor or no original length")
     if (model.head_dim or 2) % 2:
         raise ValueError("its heads have an odd number of dimensions")
 
@@ -82,8 +87,8 @@ def check_tokenizer(metadata: JsonObject) -> None:
             raise ValueError(f"{name} is not as long as its tokens")
     if not np.isfinite(tokenizer.scores).all():
         raise ValueError("a score is not finite")
-    if "" in tokenizer.tokens:
-        raise ValueError("a token is empty")
+    if "" in tokenizer.tokens or len(set(tokenizer.tokens)) < count:
+        raise ValueError("a token is empty, or there twice")
     template = metadata.get("tokenizer.chat_template", "")
     if not isinstance(template, str) or len(template) > MOST_TEMPLATE:
         raise ValueError("its chat template is no text, or too long")

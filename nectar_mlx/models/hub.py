@@ -29,7 +29,7 @@ _REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _TIMEOUT = 5.0  # seconds
 _MOST_HASHED = 64 << 20  # bytes of a file
 _MOST_HEADER = 100 << 20  # bytes of safetensors' header, its own limit
-_MEMORY_SHARE = 0.5  # the largest share of the memory for weights: a context and its fit need room too
+MEMORY_SHARE = 0.5  # the largest share of the memory for weights: a context and its fit need room too
 
 
 class Unreachable(Exception):
@@ -67,7 +67,7 @@ def find(name: str) -> str | None:
 
     None where the hub has none of them. Raises Unreachable.
     """
-    limit = _MEMORY_SHARE * memory()
+    limit = MEMORY_SHARE * memory()
     too_large: dict[str, int] = {}
     for repository in repositories(name):
         size = _weight_bytes(repository)
@@ -121,6 +121,26 @@ def nectar_file(name: str | Path) -> Path:
         held = ", ".join(file.name for file in files) or "no .nectar"
         raise NectarError(f"{name}: the repository holds {held}; it must hold exactly one")
     return files[0]
+
+
+def sha256(path: Path) -> str:
+    """Of a file, hex: what a card says of the files beside it, so that a copy can be compared with what was pushed."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def is_public(repository: str) -> bool | None:
+    """Whether everybody can see a repository; None where there is none that we can see. NectarError where the hub does
+    not say."""
+    try:
+        with _asking():
+            return not huggingface_hub.HfApi().model_info(repository, timeout=_TIMEOUT).private
+    except RepositoryNotFoundError:
+        return None
+    except HFValidationError as error:
+        raise NectarError(f"{repository} is not a repository's name (user/name): {_reason(error)}") from None
+    except (Unreachable, GatedRepoError) as error:
+        raise NectarError(f"{constants.ENDPOINT} does not say who sees {repository} ({_reason(error)})") from None
 
 
 def upload(repository: str, files: dict[str, bytes | Path], *, private: bool) -> str:

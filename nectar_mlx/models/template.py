@@ -21,7 +21,7 @@ from ..core import isolated
 from ..core.types import Tokenizer
 from ..errors import NectarError
 
-SECONDS = 0.7  # of computing, for a conversation of a few words: it takes a millisecond
+SECONDS = 0.5  # of computing, for a conversation of a few words: it takes a millisecond
 _SECONDS_PER_BYTE = 1e-6
 _SECONDS_TO_START = 20.0
 _MOST_WAIT = 120.0  # seconds, computing or not

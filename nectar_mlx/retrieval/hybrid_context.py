@@ -1,20 +1,20 @@
 """The exact keys and values beside a file: the banks that read some of them, and what an answer read."""
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from functools import cached_property
 
-from ..core.types import JsonObject, LayerCache
+from ..core.types import DoubleArray, JsonObject, LayerCache
 from ..errors import NectarError
 from ..heads import Bank
-from ..heads.hybrid import ANCHORS
 from ..mlxlm.attention_patch import Geometry
 from ..store.kv_file import KeyFile
 from .bank import HybridBank, hybrid_banks
 from .cache import Record, recorded
+from .passages import Passages
 from .router import Router, routers
-from .sources import Source, passages
+from .sources import attended
 
+_MAX_FRACTIONS = 8  # whose banks are kept
 EXACT_FRACTION = 0.01  # of the keys, read at a step unless a request says otherwise
 
 
@@ -29,7 +29,7 @@ class HybridContext:
         self._banks: dict[float, Sequence[HybridBank]] = {}
 
     def banks(self, exact_fraction: float | None = None) -> Sequence[HybridBank]:
-        """One bank a layer, the same ones for the same fraction; none where it is less than one key a head.
+        """One bank a layer, the same ones for the last few fractions; none where that is less than one key a head.
 
         exact_fraction: of the context's keys, read exactly at each step, in [0, 1]; None: EXACT_FRACTION.
         NectarError for another number, or where there are no keys to read.
@@ -44,6 +44,8 @@ class HybridContext:
             return []
         fraction = EXACT_FRACTION if exact_fraction is None else exact_fraction
         if fraction not in self._banks:
+            while len(self._banks) >= _MAX_FRACTIONS:  # a request to a server may choose it
+                del self._banks[next(iter(self._banks))]
             self._banks[fraction] = hybrid_banks(
                 self._heads,
                 self._keys,
@@ -54,38 +56,23 @@ class HybridContext:
             )
         return self._banks[fraction]
 
-    def check_reads(self, exact_fraction: float | None = None) -> None:
-        """NectarError that says why, unless this fraction of the keys is at least one key a head."""
-        if self.banks(exact_fraction):
-            return
-        if self._keys is None or exact_fraction == 0:
-            raise NectarError("sources need exact keys: fit with --kind hybrid, and leave --exact above 0")
-        fraction = EXACT_FRACTION if exact_fraction is None else exact_fraction
-        raise NectarError(
-            f"{fraction:.1%} of {self._keys.tokens:,} tokens is not more than the {ANCHORS} that are always exact: use "
-            f"--exact {(ANCHORS + 1) / self._keys.tokens:.2f} or more"
-        )
-
     @cached_property
     def _routers(self) -> list[Router]:
         assert self._keys is not None
         return routers(self._keys, scale=self._geometry.scale)
 
-    def sources(self, caches: Sequence[LayerCache], *, count: int = 3) -> list[Source]:
-        """The `count` passages of the text whose keys took the most exact attention since `forget`, most first.
+    def attended(self, caches: Sequence[LayerCache], passages: Passages) -> DoubleArray | None:
+        """[passages], in [0, 1]: the exact attention to each since `forget`, beside the most attended one.
 
         Only tokens that were written one by one with these caches count. None without keys, or in a batch.
         """
         record = recorded(caches)
-        return [] if record is None or self._keys is None else passages(self._keys.small, record.mass, count=count)
+        return None if record is None or self._keys is None else attended(passages, self._keys.small, record.mass)
 
     def reading(self, caches: Sequence[LayerCache]) -> JsonObject:
-        """For JSON: `sources`, and `bytes_read_per_token` (keys and values, router, heads). {} without keys."""
+        """For JSON: `bytes_read_per_token` (keys and values, router, heads). {} without keys."""
         record = recorded(caches)
-        if record is None:
-            return {}
-        sources = [asdict(source) for source in self.sources(caches)]
-        return {"sources": sources, "bytes_read_per_token": record.bytes_per_token}
+        return {} if record is None else {"bytes_read_per_token": record.bytes_per_token}
 
     @staticmethod
     def forget(caches: Sequence[LayerCache]) -> None:

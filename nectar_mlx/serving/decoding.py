@@ -11,7 +11,9 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..answering import Answer, Markers, Piece
 from ..answering.sampling import Processor, Sampler
+from ..core.types import JsonObject
 from ..nectar import Nectar
+from ..retrieval.sources import sources_as_json
 from .job import Finished, Started, Ticket, TokenLogprob, Written
 from .kept import Caches
 
@@ -22,9 +24,9 @@ T = TypeVar("T")
 class AnswerSequence:
     """One answer: its prompt, what of it has been read, its caches, and the text so far.
 
-    nectar: what it is answered from; chunk: of its text. cached: tokens of the prompt that the caches hold already.
-    limit: the longest answer in tokens. reserved: bytes that its caches may come to have. single: whether it is
-    decoded on its own.
+    nectar: what it is answered from, a chunk of `whole` or all of it. markers: of the model's thoughts. cached: tokens
+    of the prompt that the caches hold already. limit: the longest answer in tokens. reserved: bytes that its caches may
+    come to have. single: whether it is decoded on its own.
     """
 
     def __init__(
@@ -32,7 +34,9 @@ class AnswerSequence:
         ticket: Ticket,
         nectar: Nectar,
         tokenizer: TokenizerWrapper,
+        markers: Markers | None,
         *,
+        whole: Nectar,
         chunk: int | None,
         caches: Caches,
         cached: int,
@@ -43,15 +47,17 @@ class AnswerSequence:
         job = ticket.job
         self.ticket, self.nectar, self.chunk, self.caches, self.single = ticket, nectar, chunk, caches, single
         self.prompt, self.read, self.limit, self.reserved = list(job.prompt), cached, limit, reserved
-        markers = Markers.of(tokenizer) if job.thinks else None
+        markers = markers if job.thinks else None
         opened = markers is not None and markers.opened(tokenizer, self.prompt)
         self.answer = Answer(job.stops, markers, opened=opened)
         self.started = Started(len(self.prompt), cached, chunk)
         self.error: Exception | None = None
+        self._whole, self._said = whole, list[str]()
         self.count = 0
         self._tokenizer, self._detokenizer = tokenizer, tokenizer.detokenizer
         self._logprobs: list[TokenLogprob] = []
-        made = job.sampling.processors() + ([job.constraint()] if job.constraint else [])
+        recall = nectar.logits_processors() if job.recall else []
+        made = [*recall, *job.sampling.processors(), *([job.constraint()] if job.constraint else [])]
         self.processors = [self._guarded(processor) for processor in made]
         sampler = job.sampling.sampler()
         self.sampler: Sampler = sampler if job.sampling.greedy else self._guarded_sampler(sampler)
@@ -84,12 +90,22 @@ class AnswerSequence:
             piece = Piece(piece.thoughts + last.thoughts + rest.thoughts, piece.answer + last.answer + rest.answer)
         stopped = ended or self.answer.stopped
         if any(piece) or self._logprobs:
+            self._said.append(piece.answer)
             self.ticket.deliver(Written(piece.answer, piece.thoughts, self._logprobs))
             self._logprobs = []
         if stopped or cut:
-            reading = self.nectar.hybrid.reading(self.caches) if self.single else {}
-            self.ticket.deliver(Finished("stop" if stopped else "length", self.count, reading))
+            self.ticket.deliver(Finished("stop" if stopped else "length", self.count, self._read_of_text()))
         return stopped or cut
+
+    def _read_of_text(self) -> JsonObject:
+        """What the answer read of the text's exact keys; its sources, where it did or they are asked for."""
+        read, job = self.nectar.hybrid.reading(self.caches) if self.single else {}, self.ticket.job
+        if not read and not job.sources:
+            return {}
+        question, caches = next(iter(job.questions), ""), self.caches if self.single else ()
+        answer = "".join(self._said)
+        found = self._whole.sources(self._tokenizer, question, answer, caches=caches, chunk=self.chunk)
+        return read | {"sources": sources_as_json(found)}
 
     def _note(self, token: int, logprobs: mx.array) -> None:
         """Notes the token's log-probability, where it is asked for."""

@@ -12,48 +12,27 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import TypeVar
 
 import mlx.core as mx
 
 from ..errors import NectarError
-from ..mlxlm.attention_patch import compute_type
-from ..mlxlm.window import answer_tokens
-from ..nectar import Nectar
+from .admission import Admission, Settings
 from .decoding import AnswerSequence, Group
 from .job import Failed, Ticket
-from .kept import Caches, KeptPrompts
+from .kept import KeptPrompts
 from .metrics import Metrics
 from .shelf import Shelf
 
 T = TypeVar("T")
 _SMALLEST_PIECE = 16  # tokens of a prompt
+_ALONE_SECONDS = 0.02, 0.25  # that a piece may take where nothing is decoded
 _CLEAR_EVERY = 256  # steps after which MLX's free memory is given back
 _log = logging.getLogger(__name__)
 
 
 class Busy(Exception):
     """There are more open requests than the server takes."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """concurrency: answers written at a time. max_open: requests that may be open, the waiting ones included.
-    prefill_step: tokens of a prompt that are read at a time, at most. kv_bits: of the live tokens' caches; answers are
-    then decoded one by one. exact: the default share of keys to read. kept_prompts, kept_bytes: bounds of what is kept
-    for a conversation's next turn. memory: bytes for open files, kept prompts and answers; None for half of what is
-    free once the model is loaded.
-    """
-
-    concurrency: int = 32
-    max_open: int = 512
-    prefill_step: int = 512
-    kv_bits: int | None = None
-    exact: float | None = None
-    kept_prompts: int = 32
-    kept_bytes: int = 1 << 62
-    memory: int | None = None
 
 
 class Engine:
@@ -64,6 +43,7 @@ class Engine:
     """
 
     shelf: Shelf
+    _admission: Admission
 
     def __init__(self, open_shelf: Callable[[], Shelf], settings: Settings, metrics: Metrics | None = None):
         self._open_shelf, self.settings = open_shelf, settings
@@ -77,7 +57,9 @@ class Engine:
         self._ready: Future[None] = Future()
         self._stopping = threading.Event()
         self._lock, self._open = threading.Lock(), 0
-        self._step_seconds = 0.0  # of the last decoding step
+        self._step_seconds = 0.0  # of the last decoding step, 0 where nothing is decoded
+        self._usual_step = 0.01  # seconds, lately
+        self._debt = 0.0  # seconds of reading that decoding has not had, yet
         self._rate = 1000.0  # prompt tokens read in a second, lately
         self._oldest_next = False
         self._steps = 0
@@ -130,8 +112,7 @@ class Engine:
         try:
             self.shelf = self._open_shelf()
             self.shelf.on_close = self._kept.forget
-            self._memory = self.settings.memory or _half_of_free()
-            self._token_bytes = compute_type(self.shelf.model).size / 2  # relative to bfloat16
+            self._admission = Admission(self.shelf, self._kept, self.settings)
             self.shelf.get(next(iter(self.shelf.files)))
         except BaseException as error:
             self._ready.set_exception(error)
@@ -186,7 +167,7 @@ class Engine:
         while self._waiting and len(self._active()) < self.settings.concurrency:
             ticket = self._waiting[0]
             try:
-                sequence = self._sequence(ticket)
+                sequence = self._admission.sequence(ticket, self._active())
             except Exception as error:
                 self._waiting.popleft()
                 self._fail(ticket, error)
@@ -201,57 +182,11 @@ class Engine:
     def _active(self) -> list[AnswerSequence]:
         return self._reading + [member for group in self._groups for member in group.members]
 
-    def _sequence(self, ticket: Ticket) -> AnswerSequence | None:
-        """A job with its caches; None while there is no room for them. NectarError for a job that cannot be done."""
-        job, shelf = ticket.job, self.shelf
-        nectar = shelf.get(job.name)
-        chunks = (nectar.nearest(shelf.tokenizer, question) for question in job.questions)
-        chunk = next((number for number in chunks if number is not None), None)
-        if chunk is not None:
-            nectar = shelf.get(job.name, chunk)
-        limit = answer_tokens(
-            shelf.model,
-            start=nectar.start,
-            prompt=len(job.prompt),
-            chosen=job.max_tokens,
-            default=job.default_tokens,
-        )
-        reserved = int(self._token_bytes * nectar.geometry.cache_bytes(len(job.prompt) + limit))
-        if not self._make_room(reserved):
-            return None
-        exact = self.settings.exact if job.exact is None else job.exact
-        caches, cached, single = self._caches(nectar, exact, ticket)
-        return AnswerSequence(
-            ticket,
-            nectar,
-            shelf.tokenizer,
-            chunk=chunk,
-            caches=caches,
-            cached=cached,
-            limit=limit,
-            reserved=reserved,
-            single=single,
-        )
-
-    def _caches(self, nectar: Nectar, exact: float | None, ticket: Ticket) -> tuple[Caches, int, bool]:
-        """Caches for a job, how many tokens of its prompt they hold, and whether it is decoded on its own."""
-        single = bool(nectar.hybrid_banks(exact)) or self.settings.kv_bits is not None
-        kept, cached = self._kept.find(nectar, ticket.job.exact, ticket.job.prompt)
-        if kept is None:
-            return nectar.make_cache(kv_bits=self.settings.kv_bits, exact_fraction=exact), 0, single
-        nectar.hybrid.forget(kept)
-        return kept, cached, single
-
-    def _make_room(self, nbytes: int) -> bool:
-        """Drops kept prompts, then files, until so many bytes more fit; always true where nothing else runs."""
-        used = sum(sequence.reserved for sequence in self._active())
-        room = self._memory - used - nbytes
-        self._kept.shrink(max(0, room - self.shelf.nbytes))
-        self.shelf.shrink(max(0, room))
-        return used == 0 or self.shelf.nbytes <= room
-
     def _read(self) -> None:
-        """Reads prompts for about as long as a decoding step takes; without one, a single piece."""
+        """Reads prompts for about as long as a decoding step takes; without one, a single piece. A piece that took
+        longer is made up for by steps without reading."""
+        if self._debt > 0 and self._groups:
+            return
         start = time.perf_counter()
         while self._reading:
             sequence = self._next_to_read()
@@ -265,7 +200,8 @@ class Engine:
                 if sequence in self._reading:
                     self._reading.remove(sequence)
                 self._fail(sequence.ticket, error)
-            if not self._arrivals.empty() or time.perf_counter() - start >= self._step_seconds:
+            self._debt = time.perf_counter() - start
+            if not self._arrivals.empty() or self._debt >= self._step_seconds:
                 return
 
     def _next_to_read(self) -> AnswerSequence:
@@ -274,9 +210,11 @@ class Engine:
         return min(self._reading, key=lambda sequence: sequence.unread) if self._oldest_next else self._reading[0]
 
     def _read_piece(self, sequence: AnswerSequence) -> None:
-        size = self.settings.prefill_step
-        if self._groups:  # others are waiting for their next token
-            size = min(size, max(_SMALLEST_PIECE, int(self._rate * self._step_seconds)))
+        # While others wait for their next token, as long as they take for it; else so long that a request that arrives
+        # now does not notice much.
+        shortest, longest = _ALONE_SECONDS
+        seconds = self._step_seconds or min(longest, max(shortest, 4 * self._usual_step))
+        size = min(self.settings.prefill_step, max(_SMALLEST_PIECE, int(self._rate * seconds)))
         start = time.perf_counter()
         count = sequence.read_piece(self.shelf.model, size)
         self._rate += 0.3 * (count / max(1e-6, time.perf_counter() - start) - self._rate)
@@ -308,6 +246,9 @@ class Engine:
                 self._leave(group, ended)
         self._groups = [group for group in self._groups if group.members]
         self._step_seconds = time.perf_counter() - start if self._groups else 0.0
+        self._debt -= self._step_seconds
+        if self._groups:
+            self._usual_step += 0.1 * (self._step_seconds - self._usual_step)
 
     def _leave(self, group: Group, members: list[AnswerSequence]) -> None:
         """Ends some members, and keeps what was read for the next turns."""
@@ -340,9 +281,3 @@ class Engine:
 def _log_error(error: Exception) -> None:
     if not isinstance(error, NectarError):
         _log.error("%s: %s", type(error).__name__, error, exc_info=error)
-
-
-def _half_of_free() -> int:
-    import psutil
-
-    return cast("int", cast("Any", psutil).virtual_memory().available) // 2

@@ -19,7 +19,8 @@ class Job:
     exactly, None for the server's default. stops: the strings that end the answer. max_tokens: of the answer; None for
     `default_tokens`, cut to the room there is. top_logprobs: how many alternatives to name for each token, None for no
     log-probabilities. constraint: makes a processor of logits for one answer. thinks: whether thoughts are told from
-    the answer. sources: whether the answer is to name its sources.
+    the answer. sources: whether the answer is to name its sources. recall: whether the text's own words count where an
+    answer quotes it (`retrieval.recall`).
     """
 
     name: str
@@ -34,6 +35,7 @@ class Job:
     constraint: Callable[[], Processor] | None = None
     thinks: bool = True
     sources: bool = False
+    recall: bool = True
 
     def __post_init__(self) -> None:
         StopStrings(self.stops)  # NectarError here, not in the engine

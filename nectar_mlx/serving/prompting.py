@@ -1,15 +1,16 @@
 """From a request's messages to token ids, in a thread of its own: no prompt, however long, holds up the others."""
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 from ..core.types import Tokenizer
 from ..errors import NectarError
 from ..mlxlm import prompts
 from .errors import ApiError
 
+T = TypeVar("T")
 _SLICE = 8192  # characters that are counted at a time
 _SEAM = 8  # tokens that cutting a text in two may add
 
@@ -24,18 +25,18 @@ class Prompting:
 
     async def chat(self, messages: Sequence[Mapping[str, str]], template: Mapping[str, Any]) -> list[int]:
         """The tokens of a conversation; ApiError for one that is too long, or that cannot be one."""
-        return await self._run(self._chat, messages, template)
+        return await self.run(self._chat, messages, template)
 
     async def text(self, text: str) -> list[int]:
         """The tokens of a text that continues the document."""
-        return await self._run(self._text, text)
+        return await self.run(self._text, text)
 
     def close(self) -> None:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
-    async def _run(self, work: Any, *args: Any) -> list[int]:
-        found: list[int] = await asyncio.get_running_loop().run_in_executor(self._thread, work, *args)
-        return found
+    async def run(self, work: Callable[..., T], *args: Any) -> T:
+        """Something that takes time but does not use MLX."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work, *args)
 
     def _chat(self, messages: Sequence[Mapping[str, str]], template: Mapping[str, Any]) -> list[int]:
         self._check_length([message["content"] for message in messages])

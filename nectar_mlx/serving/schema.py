@@ -101,6 +101,7 @@ class Generation(Struct, kw_only=True):
     exact: Share | None = None
     whole: bool | None = None
     sources: bool | None = None
+    recall: bool | None = None
     n: Count | None = None
     best_of: Count | None = None
     adapters: Any = None

@@ -14,12 +14,14 @@ from types import FrameType
 import uvicorn
 
 from .. import store
+from ..core.local_server import LocalSocket
 from ..core.progress import Log, no_log
 from ..errors import NectarError
 from ..models import hub
+from .admission import Settings
 from .app import make_app
 from .connection import Connection
-from .engine import Engine, Settings
+from .engine import Engine
 from .guard import Access
 from .service import Defaults, Service
 from .shelf import Shelf
@@ -48,6 +50,7 @@ class Server:
     def __init__(self, engine: Engine, options: Options, listener: socket.socket, *, log: Log = no_log):
         self.engine, self.service = engine, Service(engine, options.defaults)
         self._listener = listener
+        self._local = LocalSocket(engine.shelf.files, options.access.key)
         self.host, self.port = listener.getsockname()[:2]
         app = make_app(self.service, options.access, max_body=options.max_body)
         config = uvicorn.Config(
@@ -68,7 +71,7 @@ class Server:
     def run(self) -> None:
         """Serves until the end; then no request is open, and the engine has stopped."""
         try:
-            self._uvicorn.run(sockets=[self._listener])
+            self._uvicorn.run(sockets=[self._listener, *self._local.listeners])
         finally:
             self.close()
 
@@ -79,6 +82,7 @@ class Server:
     def close(self) -> None:
         """Ends the engine. Where it does not end, as in a long computation, the process does."""
         self._listener.close()
+        self._local.close()
         self.service.prompting.close()
         ended = self.engine.stop(timeout=_GRACE)
         if not ended and self._uvicorn.signals:

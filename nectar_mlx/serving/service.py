@@ -142,7 +142,7 @@ class Service:
         """A job of a conversation. schema: of the answer, None for text. fields: of `Job`, over the request's."""
         name = self.name(request.model)
         questions = [] if request.whole else [m["content"] for m in reversed(messages) if m["role"] == "user"]
-        constraint = self.constraints.of(schema) if schema is not None else None
+        constraint = await self.prompting.run(self.constraints.of, schema) if schema is not None else None
         job = self._fields(request) | {"constraint": constraint, "questions": questions} | fields
         prompt = await self.prompting.chat(messages, template)
         return Job(name=name, prompt=prompt, **job)
@@ -164,6 +164,7 @@ class Service:
             "default_tokens": self.defaults.max_tokens,
             "exact": request.exact,
             "sources": bool(request.sources),
+            "recall": request.recall is not False,
         }
 
     @asynccontextmanager

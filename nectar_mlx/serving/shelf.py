@@ -40,15 +40,18 @@ class Shelf:
         self.model, self.tokenizer = models.load(model_name, log=log, may_fetch=may_fetch)
         self.on_close: Callable[[Nectar], None] = lambda nectar: None
         self._open: OrderedDict[Key, Nectar] = OrderedDict()
-        self._alive: weakref.WeakSet[Nectar] = weakref.WeakSet()  # also those that a running answer still uses
+        # Also those that were put away while an answer still uses them.
+        self._alive: weakref.WeakValueDictionary[Key, Nectar] = weakref.WeakValueDictionary()
         self._first: JsonObject | None = None
 
     def get(self, name: str, chunk: int | None = None) -> Nectar:
         """A file, or one chunk of its text as if it alone had been fitted. NectarError if it cannot be read."""
         key = name, chunk
         if key not in self._open:
-            self._open[key] = self._read(name) if chunk is None else self.get(name).chunk(chunk)
-            self._alive.add(self._open[key])
+            nectar = self._alive.get(key)
+            if nectar is None:
+                nectar = self._read(name) if chunk is None else self.get(name).chunk(chunk)
+            self._open[key] = self._alive[key] = nectar
         self._open.move_to_end(key)
         return self._open[key]
 
@@ -59,7 +62,7 @@ class Shelf:
 
     @property
     def nbytes(self) -> int:
-        return sum(nectar.nbytes for nectar in self._alive)
+        return sum(nectar.nbytes for nectar in list(self._alive.values()))
 
     def shrink(self, nbytes: int) -> None:
         """Puts away what was used least recently until the rest has at most so many bytes, or is the last one."""
@@ -68,8 +71,10 @@ class Shelf:
 
     def put_away(self, name: str) -> None:
         """Forgets a file that has changed or is gone."""
-        for key in [key for key in self._open if key[0] == name]:
-            self._close(key)
+        for key in [key for key in list(self._alive) if key[0] == name]:
+            self._alive.pop(key, None)
+            if key in self._open:
+                self._close(key)
 
     def _close(self, key: Key) -> None:
         self.on_close(self._open.pop(key))

@@ -13,6 +13,7 @@ from starlette.types import Message, Receive, Scope, Send
 from .errors import ApiError, as_api_error
 
 BODY_SECONDS = 30.0  # for a request's body to arrive
+MOST_BODIES = 16  # of the largest size, arriving at a time
 SEND_SECONDS = 60.0  # for a client to read a piece of the answer
 _log = logging.getLogger(__name__)
 
@@ -116,13 +117,31 @@ async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
                 message = await receive()
                 if message["type"] == "http.disconnect":
                     raise ApiError(400, "the request has no end", code="incomplete_request")
-                body += message.get("body", b"")
+                piece = message.get("body", b"")
+                body += piece
+                bodies.take(len(piece), limit)
                 more = message.get("more_body", False)
                 if len(body) > limit:
                     raise ApiError(413, f"the request is larger than {limit:,} bytes", code="request_too_large")
     except TimeoutError:
         raise ApiError(408, f"the request has not arrived in {BODY_SECONDS:g} s", code="timeout") from None
+    finally:
+        bodies.held -= len(body)
     return bytes(body)
+
+
+class _Bodies:
+    """Bytes of bodies that are arriving, all together."""
+
+    held = 0
+
+    def take(self, nbytes: int, limit: int) -> None:
+        self.held += nbytes
+        if self.held > MOST_BODIES * limit:
+            raise ApiError(429, "too many large requests at a time: try again in a moment", code="busy")
+
+
+bodies = _Bodies()
 
 
 async def discard(scope: Scope, receive: Receive, *, most: int = 64 << 20, seconds: float = 5.0) -> None:

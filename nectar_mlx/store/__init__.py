@@ -1,7 +1,18 @@
 """The .nectar file: how heads lie in tensors (`layout`), what else it holds, how it is written and read (`file`)."""
 
 from . import tensor_file
-from .file import Metadata, check_writable, contents, description, is_nectar, model_name, read, tensors_digest, write
+from .file import (
+    Metadata,
+    check_writable,
+    contents,
+    damage_named,
+    description,
+    is_nectar,
+    model_name,
+    read,
+    tensors_digest,
+    write,
+)
 from .grids import MEAN_BITS
 from .layout import BITS, HALF_MAX, Layout, head_bytes, integer_heads, mean_bits, pack, select_nodes, unpack
 from .tensor_file import Tensors, digest
@@ -15,6 +26,7 @@ __all__ = [
     "Tensors",
     "check_writable",
     "contents",
+    "damage_named",
     "description",
     "digest",
     "head_bytes",

@@ -55,10 +55,15 @@ class ChunkedPrefix:
         """The position of the token that follows: behind the longest chunk."""
         return self.preamble + max(self.lengths, default=0)
 
+    def bounds(self, number: int) -> tuple[int, int]:
+        """Where a chunk's own tokens start and end in the prefix."""
+        first = self.preamble + sum(self.lengths[:number])
+        return first, first + self.lengths[number]
+
     def body(self, number: int) -> list[int]:
         """A chunk's own tokens."""
-        first = self.preamble + sum(self.lengths[:number])
-        return list(self.ids[first : first + self.lengths[number]])
+        first, end = self.bounds(number)
+        return list(self.ids[first:end])
 
     def text(self, number: int) -> list[int]:
         """The preamble and a chunk's own tokens: what the chunk was read as."""

@@ -168,15 +168,18 @@ def _header_of(path: Path) -> _Header:
         length = int.from_bytes(file.read(8), "little")
         if not 2 <= length <= min(size - 8, json_text.MOST_BYTES):
             raise ValueError("it has no header")
-        fields = json_text.decode(file.read(length))
+        text = file.read(length)
+        if text.count(b'"dtype"') > _MOST_ARRAYS:
+            raise ValueError("it has too many arrays")
+        fields = json_text.decode(text)
     with _damage_named(path):
         return _checked(fields, start=8 + length, size=size)
 
 
 def _checked(fields: object, *, start: int, size: int) -> _Header:
     """ValueError unless the header describes the rest of a file of this size."""
-    if not isinstance(fields, dict) or len(fields) > _MOST_ARRAYS:
-        raise ValueError("its header is no object, or has too many arrays")
+    if not isinstance(fields, dict):
+        raise ValueError("its header is no object")
     metadata = json_text.typed(fields.pop("__metadata__", {}), dict[str, str])
     entries = json_text.typed(fields, dict[str, _Entry])
     if unknown := {entry.dtype for entry in entries.values()} - _TYPES.keys():

@@ -142,3 +142,22 @@ def test_an_unwritable_cache_is_no_error(tmp_path) -> None:
     blocked.write_text("")
     code = "import nectar_mlx.core.blas as b; print(b.unprefixed_openblas())"
     assert run(code, NECTAR_CACHE=str(blocked / "cache"), NECTAR_BLAS="off").stdout.strip() == "None"
+
+
+@pytest.mark.parametrize("running, cores, idle", [(1, 8, 8), (3, 8, 6), (9, 8, 1), (40, 8, 1), (1, 1, 1)])
+def test_threads_are_the_idle_cores(monkeypatch, running, cores, idle) -> None:
+    monkeypatch.setattr(blas.Path, "read_text", lambda self: f"9.00 8.00 7.00 {running}/500 1234\n")
+    monkeypatch.setattr(blas.os, "cpu_count", lambda: cores)
+    monkeypatch.setattr(blas.os, "sched_getaffinity", lambda pid: set(range(cores)), raising=False)
+    assert blas.idle_cores() == idle
+    monkeypatch.setattr(blas.os, "sched_getaffinity", lambda pid: {0, 1}, raising=False)
+    assert blas.idle_cores() == min(idle, 2)
+
+
+@pytest.mark.process
+def test_threads_that_the_user_chose_are_left_alone() -> None:
+    code = "import nectar_mlx.core.blas as b, mlx.core; print(b.threads)"
+    assert run(code, OPENBLAS_NUM_THREADS="2").stdout.strip() == "None"
+    free = {name: value for name, value in os.environ.items() if name not in blas._THREADS_CHOSEN}
+    done = subprocess.run([sys.executable, "-c", code], env=free, capture_output=True, text=True, timeout=120)
+    assert int(done.stdout) >= 1

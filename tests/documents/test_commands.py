@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from nectar_mlx import fit, inspect
+from nectar_mlx import ask, fit, inspect
 from tests import toys
 from tests.documents.makers import column, pdf_pages, shown, write
 
@@ -29,6 +29,21 @@ def test_a_dry_run_says_what_would_be_read(notes: Path, capsys: pytest.CaptureFi
     assert [file["name"] for file in json.loads(out)["files"]] == ["a.txt", "b.pdf", "old.doc"]
 
 
+def test_a_dry_run_estimates_tokens_time_and_size(
+    notes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    toys.save_model(toys.toy("llama"), tmp_path / "model", toys.tokenizer())
+    arguments = ["--context", str(notes), "--dry-run", "--json", "--model"]
+    assert fit.main([*arguments, str(tmp_path / "model"), "--budget", "0.1"]) == 0
+    out, err = capsys.readouterr()
+    facts = json.loads(out)
+    assert facts["tokens"] > 0 and facts["seconds"] > 0 and facts["file_bytes"] > 0
+    assert f"; {facts['tokens']:,} tokens" in err and "estimated: " in err
+    assert fit.main([*arguments, "no such model"]) == 0
+    out, err = capsys.readouterr()
+    assert "about " in err and "time and size are not estimated: " in err and "seconds" not in json.loads(out)
+
+
 def test_strict_and_patterns(notes: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--model", "none", "--dry-run", "--strict", "--context", str(notes)]
     assert fit.main(arguments) == 2
@@ -47,5 +62,8 @@ def test_the_file_keeps_the_list(notes: Path, tmp_path: Path, capsys: pytest.Cap
     assert capsys.readouterr().err.strip().splitlines()[-1].startswith("read 2 of 3 files: old.doc")
     assert inspect.main([str(output)]) == 0
     shown_files = capsys.readouterr().out
-    assert "b.pdf: 2 pages, 10 characters; left out: page 2" in shown_files
+    assert "b.pdf: 2 pages, 10 characters; left out: page 2" in shown_files and "edits" not in shown_files
     assert "old.doc: not read: an old Word file; save it as .docx" in shown_files
+    assert ask.main([str(output), "What is under the mat?", "--json", "--max-tokens", "3"]) == 0
+    source = json.loads(capsys.readouterr().out)["sources"][0]
+    assert (source["document"], source["place"]) == ("a.txt", "line 1") and "under the mat" in source["text"]

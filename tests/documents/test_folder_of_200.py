@@ -1,6 +1,7 @@
 """A folder of 200 files of every kind, a tenth of them broken: all good ones are read, each broken one is named."""
 
 import json
+import plistlib
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -61,6 +62,11 @@ def _mbox(path: Path, number: int) -> None:
     write(path, f"From a@x.org Mon Jan  1 00:00:00 2024\nSubject: x\n\n{fact(number)}\n\n" * 20)
 
 
+def _webarchive(path: Path, number: int) -> None:
+    page = {"WebResourceData": f"<p>{fact(number)}</p>".encode(), "WebResourceMIMEType": "text/html"}
+    write(path, plistlib.dumps({"WebMainResource": page}, fmt=plistlib.FMT_BINARY))
+
+
 GOOD: dict[str, Callable[[Path, int], object]] = {
     "txt": lambda path, n: write(path, f"{WORDS}\n" * 300 + fact(n)),
     "md": lambda path, n: write(path, f"# Notes\n\n{WORDS}\n\n{fact(n)}"),
@@ -80,6 +86,11 @@ GOOD: dict[str, Callable[[Path, int], object]] = {
     "ipynb": _notebook,
     "eml": _mail,
     "mbox": _mbox,
+    "vcf": lambda path, n: write(path, f"BEGIN:VCARD\nFN:Ana\nNOTE:{fact(n)}\nPHOTO;ENCODING=b:AAAA\nEND:VCARD\n"),
+    "ics": lambda path, n: write(path, f"BEGIN:VCALENDAR\nBEGIN:VEVENT\nSUMMARY:{fact(n)}\nEND:VEVENT\nEND:VCALENDAR"),
+    "srt": lambda path, n: write(path, f"1\n00:00:01,000 --> 00:00:02,000\n{fact(n)}\n"),
+    "fb2": lambda path, n: write(path, f"<FictionBook><body><section><p>{fact(n)}</p></section></body></FictionBook>"),
+    "webarchive": _webarchive,
 }  # fmt: skip
 
 
@@ -104,6 +115,9 @@ BROKEN: dict[str, tuple[str, Callable[[Path], object]]] = {
     "bad.xlsx": ("no workbook", lambda path: write(path, zipped({"x.xml": "<a/>"}))),
     "bad.eml": ("not a mail", lambda path: write(path, "\n\nno headers")),
     "blank.html": ("no text", lambda path: write(path, "<html><body></body></html>")),
+    "bad.vcf": ("no contact", lambda path: write(path, "BEGIN:NOTHING")),
+    "bad.fb2": ("damaged", lambda path: write(path, "<FictionBook><body>")),
+    "bad.webarchive": ("damaged", lambda path: write(path, b"bplist00" + bytes(40))),
     "strange": ("not known", lambda path: write(path, bytes(range(255, -1, -1)) * 9)),
 }
 

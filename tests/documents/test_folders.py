@@ -83,8 +83,8 @@ def test_one_bad_file_is_named_and_skipped(tmp_path: Path) -> None:
     reading = documents.read([tmp_path])
     assert reading.text == f"# a.txt\n\n{FOX}"
     assert reading.summary() == (
-        "read 1 of 5 files: b.pdf: a damaged PDF; c.docx: not a whole DOCX file; d.png: a picture; "
-        "old.doc: an old Word file; save it as .docx"
+        "read 1 of 5 files: b.pdf: a damaged PDF; c.docx: not a whole DOCX file; d.png: a picture, "
+        "and no text recognition is installed; old.doc: an old Word file; save it as .docx"
     )
 
 
@@ -104,8 +104,9 @@ def test_strict_refuses_what_is_not_whole(tmp_path: Path) -> None:
 def test_nothing_can_be_read(tmp_path: Path) -> None:
     assert "holds no document" in refusal(tmp_path)
     picture = write(tmp_path / "picture.png", "x")
-    assert refusal(tmp_path) == "none of the files can be read: picture.png: a picture"
-    assert refusal(picture) == f"{picture}: a picture"
+    reason = "a picture, and no text recognition is installed"
+    assert refusal(tmp_path) == f"none of the files can be read: picture.png: {reason}"
+    assert refusal(picture) == f"{picture}: {reason}"
     assert refusal() == "no document was given"
     assert refusal(tmp_path / "absent.txt") == f"{tmp_path / 'absent.txt'}: no such file or folder"
     assert refusal("a\0b").endswith("no such file or folder")

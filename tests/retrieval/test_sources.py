@@ -1,16 +1,17 @@
 """Sources: characters of tokens, passages of attention, and where people see them."""
 
 import json
-import threading
-from itertools import pairwise
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
-from nectar_mlx import ask, chat, serve
+from nectar_mlx import ask, chat, documents, serve
 from nectar_mlx.mlxlm import prompts
-from nectar_mlx.retrieval import sources
+from nectar_mlx.retrieval import citing, sources
+from nectar_mlx.retrieval.passages import Passages
 from tests import toys
+from tests.serving.running import Running
 from tests.store.test_kv_file import Book
 
 TEXT = "The fox ran. It was quick! A dog saw it; nobody else did.\n\nThen came the café, and the answer — naïve. " * 6
@@ -45,32 +46,101 @@ def test_a_cut_text_keeps_what_was_read(tokenizer):
 def test_another_prefix_or_a_tokenizer_that_cannot_tell_has_no_sources(tokenizer):
     prefix = prompts.prefix(tokenizer, TEXT)
     assert sources.arrays(tokenizer, "Another " + TEXT, prefix) == {}
-    assert sources.passages({}, np.ones(5)) == []
 
 
-def test_passages_are_whole_sentences_where_the_attention_is(tokenizer):
+def reading(text, **report):
+    return documents.Reading(text, [documents.FileReport("a.txt", "text", len(text), 0, len(text), **report)])
+
+
+def test_attention_and_words_choose_passages_of_whole_sentences(tokenizer):
     text = "".join(f"This is sentence number {i} of the text, which has a few words. " for i in range(60))
     prefix = prompts.prefix(tokenizer, text)
     small = sources.arrays(tokenizer, text, prefix)
     offsets = small["sources.offsets"]
     mass = np.full(len(prefix), 1e-4)
-    for number, weight in ((17, 5.0), (44, 2.0)):
+    for number, weight in ((17, 5.0), (44, 3.0)):
         start = text.index(f"sentence number {number} ")
         mass[(offsets[:, 0] >= start) & (offsets[:, 1] <= start + 30)] = weight
     mass[0] = 99  # the template's own tokens are no source
-    first, second, *others = sources.passages(small, mass, count=3)
-    assert "number 17 " in first.text and "number 44 " in second.text
-    assert first.share > 2 * second.share > 0
-    for source in (first, second, *others):
+    passages = Passages(reading(text))
+    attention = sources.attended(passages, small, mass)
+    first, second, *others = sources.find(passages, "", "", attention=attention)
+    assert "number 17 " in first.text and "number 44 " in second.text and not others
+    assert first.score == 1 > second.score > 0.5
+    for source in (first, second):
         assert text[source.start : source.end] == source.text
         assert source.text.startswith("This is") and source.text.endswith(".")
-    spans = sorted((s.start, s.end) for s in (first, second, *others))
-    assert all(a[1] <= b[0] for a, b in pairwise(spans))
+    (found,) = sources.find(passages, "Which number?", "It is number 44.", attention=attention, count=1)
+    assert "number 44 " in found.text, "words and attention count together"
+    (found,) = sources.find(passages, "Which number?", "It is number 33.", count=1)
+    assert "number 33 " in found.text
 
 
-def test_no_attention_no_source(tokenizer):
+def test_no_attention_no_words_no_source(tokenizer):
     prefix = prompts.prefix(tokenizer, TEXT)
-    assert sources.passages(sources.arrays(tokenizer, TEXT, prefix), np.zeros(len(prefix))) == []
+    passages = Passages(reading(TEXT))
+    assert sources.attended(passages, sources.arrays(tokenizer, TEXT, prefix), np.zeros(len(prefix))) is None
+    assert sources.attended(passages, {}, np.ones(5)) is None
+    assert sources.find(passages, "Where is Atlantis?", "Unknown.") == []
+    assert sources.find(Passages(reading("")), "who?", "he") == []
+
+
+PLACED = """# Dose
+
+Take 12 drops at night. Nobody should take more.
+
+# Storage
+
+It keeps for 18 months. Do not freeze it.
+"""
+
+
+def test_a_source_names_its_place():
+    lined = "\n".join(f"Line about item{n} is here and says little more than that, in some words." for n in range(50))
+    (source, *_) = sources.find(Passages(reading(lined)), "What about item31?", "")
+    line = int(source.place.removeprefix("line "))
+    assert 28 <= line <= 32 and "item31" in source.text
+    report = documents.FileReport("b.docx", "docx", len(PLACED), 0, len(PLACED))
+    (source, *_) = sources.find(Passages(documents.Reading(PLACED, [report])), "How long does it keep?", "18 months.")
+    assert (source.document, source.place) == ("b.docx", "section Storage") and "18 months" in source.text
+    end = PLACED.index("# Storage")
+    places = [documents.Place("chapter", "1 Dose", 0, end), documents.Place("chapter", "2", end, len(PLACED))]
+    (source, *_) = sources.find(Passages(reading(PLACED, places=places)), "How many drops?", "12.")
+    assert source.place == "chapter 1: Dose"
+    assert source.quoted().startswith("a.txt, chapter 1: Dose (") and "12 drops" in source.quoted()
+
+
+def test_a_passage_is_shown_as_the_document_spells_it():
+    text = "The fifth room is locked."
+    report = documents.FileReport("a", end=len(text))
+    told = documents.Reading(text, [report], [documents.Edit(4, 6, "ﬁ")])
+    (source,) = sources.find(Passages(told), "Which room is locked?", "The fifth.")
+    assert source.text == "The ﬁfth room is locked."
+    assert sources.sources_as_json([source])[0].keys() == {"document", "place", "score", "start", "end", "text"}
+
+
+def test_chinese_and_german_sentences():
+    text = "旧桥建于1867年。河水在春天上涨。\n\nDer Speicher fasst 300 Tonnen. Die Glocken läuten um sechs."
+    passages = Passages(reading(text))
+    assert [passages.sentence(n) for n in range(4)] == [
+        "旧桥建于1867年。",
+        "河水在春天上涨。",
+        "Der Speicher fasst 300 Tonnen.",
+        "Die Glocken läuten um sechs.",
+    ]
+
+
+def test_marks_behind_sentences():
+    passages = Passages(
+        reading("The bell was cast by Ines Okafor in 1902. It weighs 340 kg.\n\n" + "A ship came. " * 40)
+    )
+    found = sources.find(passages, "Who cast the bell?", "Ines Okafor.")
+    answer = "The bell was cast by Ines Okafor. It was cast in 1903. It weighs 340 kg."
+    cited = citing.cite(passages, "Tell me about the bell.", answer, found)
+    assert cited.text == "The bell was cast by Ines Okafor. [1] It was cast in 1903. [?] It weighs 340 kg. [1]"
+    assert [sentence.source for sentence in cited.sentences] == [1, None, 1] and cited.sources == found
+    assert citing.cite(passages, "Who?", "Omar Okafor cast the bell.", []).text.endswith("[?]")
+    assert citing.cite(passages, "Who?", "", []).text == ""
 
 
 @pytest.fixture(scope="module")
@@ -82,19 +152,21 @@ def check(told, book):
     assert told["bytes_read_per_token"] > 0 and 1 <= len(told["sources"]) <= 3
     for source in told["sources"]:
         assert book.text[source["start"] : source["end"]] == source["text"]
-        assert 0 < source["share"] <= 1
+        assert 0 < source["score"] <= 1
 
 
 def test_ask(book, capsys):
     assert ask.main([str(book.path), "who?", "--json", "--exact", "0.5", "--max-tokens", "4"]) == 0
     check(json.loads(capsys.readouterr().out), book)
     assert ask.main([str(book.path), "who?", "--json", "--exact", "0", "--max-tokens", "4"]) == 0
-    assert "sources" not in json.loads(capsys.readouterr().out)
+    told = json.loads(capsys.readouterr().out)
+    assert "bytes_read_per_token" not in told and isinstance(told["sources"], list)
     assert ask.main([str(book.path), "who?", "--sources", "--exact", "0.5", "--max-tokens", "4"]) == 0
     out, err = capsys.readouterr()
-    assert "the quick brown fox" in err and "[" not in out
-    assert ask.main([str(book.path), "who?", "--sources", "--exact", "0", "--max-tokens", "4"]) == 2
-    assert chat.main([str(book.path), "--sources", "--exact", "0"]) == 2
+    assert "[1] tests" in err and "the quick brown fox" in err and "[" not in out
+    assert ask.main([str(book.path), "who?", "--cite", "--exact", "0", "--max-tokens", "4"]) == 0
+    out, err = capsys.readouterr()
+    assert out.rstrip().endswith("[?]") and "no passage of the text says this" in err
     assert ask.main([str(book.path), "who?", "--exact", "1.5"]) == 2
 
 
@@ -107,19 +179,13 @@ def test_chat(book, capsys, monkeypatch):
 
 
 def test_serve(book):
-    import http.client
-
-    httpd = serve.start(serve.make_parser().parse_args([str(book.path), "--port", "0", "--log-level", "ERROR"]))
-    thread = threading.Thread(target=httpd.serve_forever, args=(0.05,))
-    thread.start()
+    server = Running(serve.make_parser().parse_args([str(book.path), "--port", "0", "--log-level", "ERROR"]))
 
     def post(**body):
-        connection = http.client.HTTPConnection("127.0.0.1", httpd.server_address[1], timeout=60)
         messages = [{"role": "user", "content": "who?"}]
-        content = json.dumps({"messages": messages, "max_tokens": 4, "temperature": 0, **body})
-        connection.request("POST", "/v1/chat/completions", content.encode())
-        response = connection.getresponse()
-        return response.status, response.read().decode()
+        request = {"messages": messages, "max_tokens": 4, "temperature": 0, **body}
+        status, content, _ = server.request("POST", "/v1/chat/completions", request)
+        return status, content.decode()
 
     try:
         answers = {}
@@ -133,6 +199,9 @@ def test_serve(book):
                 assert "sources" not in told
             answers.setdefault(exact, set()).add(told["choices"][0]["message"]["content"])
         assert all(len(found) == 1 for found in answers.values())
+        status, body = post(model="book", exact=0, sources=True)
+        assert status == 200 and isinstance(json.loads(body)["sources"], list)
+        assert "bytes_read_per_token" not in json.loads(body)
         status, body = post(exact=0.5, stream=True)
         chunks = [json.loads(line[6:]) for line in body.splitlines() if line.startswith("data: {")]
         check(chunks[-1], book)
@@ -141,7 +210,12 @@ def test_serve(book):
             status, body = post(model="book", exact=wrong)
             assert status == 400 and "exact" in body
         assert post(model="green", exact=0.5)[0] == 404
+        with ThreadPoolExecutor(8) as pool:  # side by side, each on its own; more shares than are kept
+            shares = [0.5, 1, 0.5, *np.linspace(0.31, 0.92, 20).tolist()]
+            for exact, (status, body) in zip(shares, pool.map(lambda share: post(exact=share), shares), strict=True):
+                assert status == 200
+                check(json.loads(body), book)
+                text = json.loads(body)["choices"][0]["message"]["content"]
+                assert exact not in answers or answers[exact] == {text}
     finally:
-        httpd.shutdown()
-        thread.join()
-        httpd.stop()
+        server.close()

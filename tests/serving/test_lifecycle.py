@@ -13,7 +13,8 @@ import pytest
 
 from nectar_mlx import Nectar, NectarError, serve
 from nectar_mlx.serving import decoding
-from nectar_mlx.serving.engine import Engine, Settings
+from nectar_mlx.serving.admission import Settings
+from nectar_mlx.serving.engine import Engine
 from nectar_mlx.serving.job import Failed, Finished, Job, Started, Ticket
 from nectar_mlx.serving.shelf import Shelf
 from tests import toys
@@ -101,6 +102,12 @@ def test_the_model_is_fingerprinted_once(shelf_of_12, monkeypatch):
     for name in shelf.files:
         shelf.get(name)
     assert len(calls) == 1 and shelf.open == 12
+    used = shelf.get("book3")
+    shelf.get("book4")
+    shelf.shrink(0)
+    assert shelf.open == 2 and shelf.get("book3") is used, "one that an answer still uses is not read again"
+    del used
+    shelf.put_away("book3")
     shelf.shrink(0)
     assert shelf.open == 1
 

@@ -169,7 +169,6 @@ def sample_answers(
     Every conversation starts at the same position: the longer prompts are still being read while the shorter ones are
     answered, so none is padded and positions are exact.
     """
-    caches = context.make_cache(StepCache)
     going, first = list(batch), min(len(c.prompt) for c in batch)
     for step in range(first, at + 1):  # those that were sampled before
         key, _ = mx.random.split(key)
@@ -178,6 +177,7 @@ def sample_answers(
             return
         if sum(ended) * _SHRINK >= len(ended):
             going = [c for c, end in zip(going, ended, strict=True) if not end]
+    caches = context.make_cache(StepCache, sequences=len(going))
     at = max(at + 1, first)
     tokens = mx.array([(c.prompt + c.answer + [0] * at)[:at] for c in going])
     # The logits of these tokens are not needed, so the vocabulary-wide product is never computed.

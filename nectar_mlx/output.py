@@ -1,0 +1,44 @@
+"""Before a .nectar is written: whether that would replace another fit, which may have taken hours."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from . import store
+from .core import terminal
+from .core.types import JsonObject
+from .errors import NectarError
+
+
+def check(path: Path, force: bool, fit: Mapping[str, object], files: object = None) -> None:
+    """Asks before a .nectar is replaced by a different one. A fit of the same text, by the same model, with the same
+    settings may always be made again, and an interrupted one, whose folder is beside it, goes on.
+
+    Args:
+        path: where the file will be written.
+        force: replace it whatever it holds.
+        fit: what the new file's metadata will say, as far as it is known: `model`, `config`.
+        files: what its report will say of the files that were read, `Reading.as_list()`.
+
+    NectarError if the answer is no, or if there is no terminal to ask at.
+    """
+    if force or not path.exists() or path.with_name(f"{path.name}.partial").exists():
+        return
+    held = _held(path)
+    wanted = json.loads(json.dumps({**fit, "files": files}))
+    if {name: held.get(name) for name in wanted} == wanted:
+        return
+    what = f"{held['tokens']:,} tokens of {held['source'] or 'a text'}, by {held['model']}" if held else "a damaged fit"
+    advice = "--force replaces it, --output writes elsewhere"
+    if not terminal.confirm(f"{path} holds another fit ({what}). Replace it?", otherwise=advice):
+        raise NectarError(f"{path} is kept: {advice}")
+
+
+def _held(path: Path) -> JsonObject:
+    """The metadata of a file, with its files and tokens; empty for a damaged one."""
+    try:
+        tensors, metadata = store.read(path)
+    except NectarError:
+        return {}
+    report = metadata["report"] if isinstance(metadata["report"], dict) else {}
+    return {"source": "", **metadata, "files": report.get("files"), "tokens": tensors["prefix"].size}

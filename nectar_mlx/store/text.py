@@ -1,0 +1,31 @@
+"""The text that a file stands for: its token ids hold it, and what they lose is kept beside them in the report."""
+
+from collections.abc import Sequence
+
+from ..core.types import JsonObject, Tokenizer
+from ..documents import Reading, record
+from ..errors import NectarError
+from ..mlxlm import prompts
+
+
+def keep(reading: Reading, tokenizer: Tokenizer, prefix: Sequence[int]) -> JsonObject:
+    """What a file's report holds of the documents it was fitted to: `files`, `edits`, and `text` where the tokenizer
+    does not give back what it encoded."""
+    kept = record.record(reading)
+    if not reading.text.startswith(prompts.document(tokenizer, prefix).rstrip("\ufffd")):  # cut within a character
+        _, spans = prompts.located(tokenizer, reading.text)
+        read = max((end for _, end in spans[: len(prefix)]), default=len(reading.text))
+        kept["text"] = record.packed(reading.text[:read])
+    return kept
+
+
+def kept(report: JsonObject, tokenizer: Tokenizer, prefix: Sequence[int], *, name: str) -> Reading:
+    """The text with its files, places and edits. name: of the document, where the report tells of none.
+
+    NectarError if what the report holds is damaged.
+    """
+    try:
+        text = record.unpacked(report["text"]) if "text" in report else prompts.document(tokenizer, prefix)
+        return record.restored(text, report, name=name)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise NectarError(f"the file is damaged: its list of documents is none ({error})") from None

@@ -1,0 +1,112 @@
+"""The text comes back from a file: its documents, places and spelling, whatever the tokenizer loses."""
+
+import json
+from pathlib import Path
+
+import pytest
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from nectar_mlx import NectarError, documents
+from nectar_mlx.mlxlm import prompts
+from nectar_mlx.store import text
+from tests import toys
+from tests.documents.makers import column, pdf, write
+
+CAFE = "The cafe\u0301 closes at ﬁve. 旧桥 <|im_end|> 🌉 \t tabs,  two spaces\n\n▁ a sign"
+
+
+A = {"name": "a", "start": 0, "end": 6}
+
+
+@pytest.fixture
+def reading(tmp_path: Path) -> documents.Reading:
+    write(tmp_path / "a.txt", CAFE)
+    write(tmp_path / "b.pdf", pdf(column(["First page."]), column(["Second page."])))
+    return documents.read([tmp_path])
+
+
+def metaspace() -> TokenizerWrapper:
+    """Like SentencePiece: a space is the sign ▁, so that the sign itself comes back as a space."""
+    backend = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
+    backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace(prepend_scheme="never")])
+    specials = ["<unk>", *toys.CHATML, *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=specials, show_progress=False)
+    backend.train_from_iterator(["the quick brown fox jumps over the lazy dog. " * 9], trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>", unk_token="<unk>")
+    fast.chat_template = toys.CHAT
+    return TokenizerWrapper(fast)
+
+
+def test_the_ids_hold_the_text(reading: documents.Reading) -> None:
+    tokenizer = toys.tokenizer()
+    prefix = prompts.prefix(tokenizer, reading.text)
+    report = json.loads(json.dumps(text.keep(reading, tokenizer, prefix)))
+    assert report.keys() == {"files", "edits"}
+    assert text.kept(report, tokenizer, prefix, name="") == reading
+    assert reading.original(*_range(reading, 0)) == CAFE
+
+
+def _range(reading: documents.Reading, number: int) -> tuple[int, int]:
+    return reading.files[number].start, reading.files[number].end
+
+
+def test_what_a_tokenizer_loses_is_kept(reading: documents.Reading) -> None:
+    tokenizer = metaspace()
+    prefix = prompts.prefix(tokenizer, reading.text)
+    assert prompts.document(tokenizer, prefix) != reading.text
+    report = json.loads(json.dumps(text.keep(reading, tokenizer, prefix)))
+    assert "text" in report and text.kept(report, tokenizer, prefix, name="") == reading
+
+
+@pytest.mark.parametrize("tokens", [3, 20, 33, 34, 35, 36, 60])
+@pytest.mark.parametrize("make", [toys.tokenizer, metaspace])
+def test_a_cut_text_is_as_much_as_was_read(tokens: int, make, reading: documents.Reading) -> None:
+    tokenizer = make()
+    prefix = prompts.prefix(tokenizer, reading.text, max_tokens=tokens)
+    report = text.keep(reading, tokenizer, prefix)
+    found = text.kept(report, tokenizer, prefix, name="").text.rstrip("\ufffd")
+    assert reading.text.startswith(found) and 0 < len(found) < len(reading.text)
+
+
+def test_a_text_without_documents_is_one() -> None:
+    tokenizer = toys.tokenizer()
+    prefix = prompts.prefix(tokenizer, "A fox.")
+    found = text.kept({}, tokenizer, prefix, name="book")
+    assert found.text == "A fox." and [(file.name, file.start, file.end) for file in found.files] == [("book", 0, 6)]
+
+
+@pytest.mark.parametrize(
+    "report",
+    [
+        {"files": [{"nam": 1}]},
+        {"files": [A | {"places": [["1", 0]]}]},
+        {"files": [A | {"places": [["1", 0, 9]]}]},
+        {"files": [A | {"places": 5}]},
+        {"files": [A | {"start": -1}]},
+        {"files": [3]},
+        {"files": [A], "edits": "no"},
+        {"files": [A], "edits": documents.record.packed("[1, 2]")},
+        {"files": [A], "edits": documents.record.packed('["a", 2, 3]')},
+        {"text": "~~"},
+        {"text": 5},
+        {"text": documents.record.packed("a long text " * 99)[:-9]},
+    ],
+)
+def test_a_damaged_list_is_named(report: dict[str, object]) -> None:
+    tokenizer = toys.tokenizer()
+    with pytest.raises(NectarError, match="damaged"):
+        text.kept(report, tokenizer, prompts.prefix(tokenizer, "A fox."), name="")
+
+
+def test_edits_are_small() -> None:
+    """Every third character is a soft hyphen, as in some e-books."""
+    from nectar_mlx.documents.normalize import normalized
+
+    found, edits = normalized("so\u00adft " * 20_000)
+    reading = documents.Reading(found, [documents.FileReport("a", "text", len(found), 0, len(found))], edits)
+    kept = documents.record.record(reading)
+    assert len(edits) == 20_000 and len(str(kept["edits"])) < 2_000
+    assert documents.record.restored(found, kept, name="") == reading

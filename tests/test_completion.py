@@ -1,0 +1,112 @@
+"""The completion scripts, by the shells themselves; and `nectar doctor`."""
+
+import json
+import shutil
+import subprocess
+
+import pytest
+
+from nectar_mlx import __main__, cli, completion, doctor
+
+
+@pytest.fixture(scope="module")
+def scripts(tmp_path_factory):
+    folder, commands = tmp_path_factory.mktemp("completion"), list(completion.commands())
+    for shell, write in completion._SCRIPTS.items():
+        (folder / f"nectar.{shell}").write_text(write(commands) + "\n")
+    (folder / "book.nectar").touch()
+    return folder
+
+
+def test_every_command_and_option_is_there(scripts):
+    for path in scripts.glob("nectar.*"):
+        text = path.read_text()
+        assert all(name in text for name in __main__.COMMANDS), path
+    assert "--max-tokens" in (scripts / "nectar.zsh").read_text()
+    assert "-l max-tokens" in (scripts / "nectar.fish").read_text()
+
+
+CASES = [
+    ("nectar ev", ["evaluate"]),
+    ("nectar ask --max", ["--max-tokens"]),
+    ("nectar bench sel", ["selftest"]),
+    ("nectar ask bo", ["book.nectar"]),
+    ("nectar ask --kv-bits ", ["4", "8"]),
+    ("nectar completion f", ["fish"]),
+]
+
+
+def shell(name: str, code: str, folder) -> list[str]:
+    if shutil.which(name) is None:
+        pytest.skip(f"{name} is not installed")
+    start = {"bash": ["--norc"], "zsh": ["-f"], "fish": ["--no-config"]}[name]
+    done = subprocess.run([name, *start, "-c", code], capture_output=True, text=True, cwd=folder, timeout=60)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    return done.stdout.split("\n")[:-1]
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("line, expected", CASES)
+def test_bash(scripts, line, expected):
+    words = line.split(" ")
+    quoted = " ".join(f"'{word}'" for word in words)
+    code = f"source nectar.bash; COMP_WORDS=({quoted}); COMP_CWORD={len(words) - 1}; _nectar; "
+    assert sorted(shell("bash", code + 'printf "%s\\n" "${COMPREPLY[@]}"', scripts)) == expected
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("line, expected", CASES)
+def test_fish(scripts, line, expected):
+    found = shell("fish", f"source nectar.fish; complete -C '{line}'", scripts)
+    assert sorted(candidate.split("\t")[0] for candidate in found) == expected
+
+
+ZSH = """
+zmodload zsh/zpty
+zpty it zsh -f -i
+zpty -w it "PS1=; cd {folder}; autoload -Uz compinit; compinit -u -D; source ./nectar.zsh"
+zpty -w it "zstyle ':completion:*' list-prompt ''; bindkey '^I' expand-or-complete; LISTMAX=1000; echo rea''dy"
+zpty -m -r it whole '*ready*'
+zpty -w -n it $'{line}\\t'
+sleep 1
+zpty -w -n it $'\\C-e\\C-u'
+while zpty -r -t it some; do print -rn -- "$some"; sleep 0.1; done
+"""
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("line, expected", [case for case in CASES if len(case[1]) == 1])
+def test_zsh(scripts, line, expected):
+    shown = "\n".join(shell("zsh", ZSH.format(folder=scripts, line=line), scripts))
+    common = line.split(" ")[-1]
+    assert expected[0].removeprefix(common) in shown, shown
+
+
+def test_a_shell_that_is_not_known(capsys):
+    assert completion.main(["tcsh"]) == cli.FAULT
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_nectar_alone_explains_itself_in_ten_lines(capsys):
+    assert __main__.main([]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 10 and max(map(len, lines)) < 80
+    assert __main__.main(["aks"]) == cli.FAULT
+    assert capsys.readouterr().err == "nectar: there is no command 'aks'; did you mean ask?\n"
+
+
+def test_the_doctor_tells_what_is_here(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("NECTAR_CONFIG", str(tmp_path / "config.toml"))
+    assert doctor.main(["--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["versions"]["mlx"] and facts["machine"]["memory_bytes"] > facts["machine"]["free_memory_bytes"] > 0
+    assert facts["kernels"]["backend"] in ("ops", "metal", "cuda") and facts["settings"]["exists"] is False
+    (tmp_path / "config.toml").write_text("budget = 2")
+    monkeypatch.setenv("NECTAR_CACHE", str(tmp_path / "empty"))
+    monkeypatch.setattr(doctor.blas, "loaded", None)
+    monkeypatch.setattr(doctor.blas, "is_installed", lambda name: True)
+    monkeypatch.setattr(doctor.sys, "platform", "linux")
+    monkeypatch.setattr("nectar_mlx.installed.installed", list)
+    assert doctor.main([]) == 0
+    out = capsys.readouterr().out
+    assert "! No optimised BLAS" in out and "! No model" in out and "budget must be a text" in out
