@@ -77,7 +77,7 @@ def _work(args: argparse.Namespace) -> None:
         nectar = Nectar(tensors, metadata)
         if outcome.tensors is not None and outcome.metadata is not None:
             nectar = Nectar(outcome.tensors, outcome.metadata, outcome.keys)
-            nectar.report["files"] = reading.as_list()
+            nectar.keep(reading, tokenizer)
         if outcome.way != "same" or not _same_file(output, args.file):
             nectar.save(output)
         checkpoint.clear()

@@ -30,6 +30,7 @@ from .budget import affordable_bytes, share_of
 from .check import check
 from .checkpoint import Checkpoint
 from .config import FitConfig
+from .distributed import World
 from .estimate import estimate
 from .kinds import HybridFit
 from .machines import here, shape_of
@@ -56,11 +57,13 @@ def fit(
     progress: Progress = silent,
     checkpoint: Checkpoint | None = None,
     log: Log = no_log,
+    world: World | None = None,
 ) -> tuple[store.Tensors, store.Metadata, KeyFile | None]:
     """Fits a text -> what a Nectar is made of; see the module's first lines.
 
     name, source: what the file says of the model and the text. checkpoint: where an interrupted fit leaves its work,
-    and a resumed one finds it. log: is told before it takes long. NectarError for a text, budget or model that cannot
+    and a resumed one finds it. log: is told before it takes long. world: the processes that share the work; all of them
+    call this, and get the same. NectarError for a text, budget or model that cannot
     be fitted.
     """
     clock, keys = Clock(), None
@@ -75,11 +78,14 @@ def fit(
         progress=progress,
         checkpoint=checkpoint or Checkpoint(None),
         facts=identity(model, tokenizer, text),
+        world=world or World(),
     )
     whole = prompts.prefix(tokenizer, text)
     prefix = whole if config.context_tokens is None else prompts.cut(tokenizer, whole, config.context_tokens)
+    run = _agreed(run)
     run.claim(prefix)
-    run = replace(run, free=run.checkpoint.decided("memory", lambda: run.free))
+    free = run.checkpoint.decided("memory", lambda: run.free)
+    run = replace(run, free=min(run.world.values(free)))
     lengths = _chunk_lengths(run, prefix)
     _announce(run, len(prefix), len(lengths), name=name, log=log)
     provenance = {
@@ -104,6 +110,14 @@ def fit(
         tensors, run.layout, run.geometry, provenance=provenance, report=report, chunks=lengths
     )
     return tensors, metadata, keys
+
+
+def _agreed(run: FitRun) -> FitRun:
+    """The run with what the memory of each machine would decide otherwise: as the smallest allows."""
+    if run.world.size == 1:
+        return run
+    samples = min(run.world.values(run.n_samples(run.n_heads)))
+    return replace(run, config=replace(run.config, queries=samples))
 
 
 def _fit_whole(
