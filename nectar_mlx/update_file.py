@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,6 +37,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--strict", action="store_true", help="refuse if a file, or a part of one, cannot be read")
     parser.add_argument("--output", type=Path, help="the file to write (default: the same one)")
     parser.add_argument("--model", help="the model, if it lies elsewhere than the file says")
+    cli.add_fetch(parser)
     parser.add_argument("--fresh", action="store_true", help="start anew (default: continue an interrupted update)")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     return parser
@@ -56,7 +58,12 @@ def _work(args: argparse.Namespace) -> None:
     with checkpoint.held():
         if args.fresh:
             checkpoint.empty()
-        model, tokenizer = models.load(args.model or metadata["model"], log=cli.say, progress=cli.progress)
+        model, tokenizer = models.load(
+            args.model or metadata["model"],
+            log=cli.say,
+            progress=cli.progress,
+            may_fetch=None if args.model else partial(cli.may_fetch, fetch=args.fetch),
+        )
         try:
             with cli.overall() as progress:
                 outcome = update(

@@ -13,6 +13,7 @@ from ...core.types import Tokenizer
 from ...errors import NectarError
 from ...heads import Quadrature
 from ...mlxlm import attention_patch, prompts
+from ...mlxlm.geometry import LATENT, SHARED, STATE
 from ...models.encoder import Span
 from ...store.kv_file import KeyFile
 from .. import finite, pipeline, verdict
@@ -124,6 +125,8 @@ def _way(run: FitRun, file: FileContents, text: str) -> tuple[Way, str, Revision
         return "same", "", nothing, []
     if file.layout.bank is not Quadrature or file.layout != run.layout:
         return "fit", f"heads of kind {file.layout.kind} cannot be updated", nothing, []
+    if any(layer.states or layer.kind in (STATE, LATENT, SHARED) for layer in run.geometry.layers):
+        return "fit", "layers of other kinds than attention of their own cannot be updated", nothing, []
     if metadata["chunks"] or pipeline.in_parts(run, prefix):
         return "fit", "a text that is fitted in parts cannot be updated", nothing, []
     revision, study = Revision.of(file.prefix, prefix), file.study(run)
