@@ -4,12 +4,14 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import cli, settings, store
 from .core.clock import duration
+from .core.progress import no_log, silent
 from .core.types import JsonObject
 from .errors import NectarError
 from .heads import KINDS
@@ -79,6 +81,9 @@ def _parser() -> argparse.ArgumentParser:
         default="dense",
         help="how the text is read: dense, or fixed (sparse attention, for texts too long for dense)",
     )
+    parser.add_argument(
+        "--keep-study", action="store_true", help="keep the questions and answers in the file: for `nectar update`"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of sampling and initialization (0)")
     kept = parser.add_mutually_exclusive_group()
     kept.add_argument("--resume", action="store_true", help="continue an interrupted fit; fail if it was another one")
@@ -105,12 +110,14 @@ def _work(arguments: argparse.Namespace) -> None:
     from .fitting import pipeline
     from .fitting.checkpoint import Checkpoint
     from .fitting.config import FitConfig, effort, parse_budget, parse_size
+    from .fitting.distributed import World
     from .installed import default_model
     from .nectar import Nectar
 
     names = ("kind", "bits", "queries", "steps", "seed", "context_tokens", "memory", "layerwise", "prefill")
     options = effort(arguments.effort)
     options |= {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    options["keep_study"] = arguments.keep_study
     if arguments.size is None:
         options |= parse_budget(arguments.budget or settings.read().budget or "auto")
     else:
@@ -118,14 +125,15 @@ def _work(arguments: argparse.Namespace) -> None:
     config = FitConfig(**options)
     arguments.model = arguments.model or default_model(log=cli.say)
     check_output(output, arguments.force, {"model": arguments.model, "config": asdict(config)}, reading.as_list())
-    folder = output.with_name(output.name + ".partial")
+    world = World.here()
+    folder = output.with_name(output.name + (".partial" if world.first else f".rank-{world.rank}.partial"))
     checkpoint = Checkpoint(folder, must_match=arguments.resume, log=cli.say)
     with checkpoint.held():
         if arguments.fresh:
             checkpoint.empty()
         model, tokenizer = models.load(arguments.model, log=cli.say, progress=cli.progress)
         try:
-            with cli.overall() as progress:
+            with cli.overall() if world.first else nullcontext(silent) as progress:
                 fitted = pipeline.fit(
                     model,
                     tokenizer,
@@ -135,9 +143,13 @@ def _work(arguments: argparse.Namespace) -> None:
                     source=", ".join(Path(c).name for c in arguments.context),
                     progress=progress,
                     checkpoint=checkpoint,
-                    log=cli.say,
+                    log=cli.say if world.first else no_log,
+                    world=world,
                 )
                 nectar = Nectar(*fitted)
+                if not world.first:  # the first one writes what all have
+                    checkpoint.clear()
+                    return
                 nectar.keep(reading, tokenizer)
                 nectar.save(output)
         except (KeyboardInterrupt, NectarError):

@@ -15,6 +15,7 @@ from .core.types import JsonObject, LayerCache, Tokenizer
 from .documents import Reading
 from .errors import NectarError
 from .fitting import verdict
+from .fitting.samples import kept_study
 from .heads import Bank, HybridHead
 from .kernels import DecodeKernel
 from .mlxlm import attention_patch, prompts
@@ -292,7 +293,7 @@ class Nectar:
     @property
     def nbytes(self) -> int:
         """Bytes of the fitted parameters, as kept."""
-        return sum(tensor.nbytes for name, tensor in self.tensors.items() if name != "prefix")
+        return sum(x.nbytes for name, x in self.tensors.items() if name not in ("prefix", kept_study.TENSOR))
 
     @property
     def cache_nbytes(self) -> int:

@@ -1,22 +1,28 @@
-"""`nectar update`: looks again at all that was added, and fits what is new, changed, or of an older model."""
+"""`nectar update`: looks again at all that was added, and fits what is new, changed, or of an older model.
+
+Where the first argument is a .nectar: `update_file`.
+"""
 
 import argparse
 import sys
 import time
 from collections.abc import Sequence
 
-from . import cli, from_library
+from . import cli, from_library, update_file
 from .library import Library
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return cli.run(_parser(), _work, argv)
+    argv = sys.argv[1:] if argv is None else argv
+    return update_file.main(argv) if update_file.names_file(argv) else cli.run(_parser(), _work, argv)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = cli.Parser(
         "update",
-        "Looks again at all that was added to the library, and fits what is new, changed, or of another model.",
+        "Looks again at all that was added to the library, and fits what is new, changed, or of another model. "
+        "`nectar update FILE.nectar --context FILE ...` brings one file up to date (see `nectar update x.nectar "
+        "--help`).",
     )
     from_library.add_model(parser)
     cli.add_library(parser)

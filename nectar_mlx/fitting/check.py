@@ -54,7 +54,8 @@ def check(
     if broken := np.flatnonzero(~np.isfinite(divergences["nectar"].kl)).tolist():
         _name_layer(run, make_cache(), conversations[divergences["nectar"].conversation[broken[0]]])
     figures = measured(divergences["nectar"], divergences["no context"])
-    return figures | {"recall": calibration.report(figures["kl"])}
+    decided: JsonObject = run.world.values(figures | {"recall": calibration.report(figures["kl"])})[0]
+    return decided
 
 
 def _name_layer(run: FitRun, caches: Sequence[LayerCache], conversation: Conversation) -> None:

@@ -40,6 +40,7 @@ class FitConfig:
     power: of the errors that bytes follow (default: 0.6, below a budget of 1% 0.75).
     trial_steps: of the short fit that decides the sizes of heads.
     matching_samples: that Attention Matching solves on.
+    keep_study: whether the file keeps the conversations, so that a changed text is fitted again for less.
     """
 
     budget: float | Literal["auto"] = "auto"
@@ -63,6 +64,7 @@ class FitConfig:
     rate: float | None = None
     batch: int = field(default_factory=lambda: device().fit_batch)
     matching_samples: int = 4096
+    keep_study: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "kind", ALIASES.get(self.kind, self.kind))

@@ -30,11 +30,13 @@ from .budget import affordable_bytes, share_of
 from .check import check
 from .checkpoint import Checkpoint
 from .config import FitConfig
+from .distributed import World
 from .estimate import estimate
 from .kinds import HybridFit
 from .machines import here, shape_of
 from .prefill import read_text
 from .run import FitRun, identity
+from .samples import kept_study
 from .stages import fit_context
 from .state_bits import coded_states
 from .train import merged_errors
@@ -55,11 +57,13 @@ def fit(
     progress: Progress = silent,
     checkpoint: Checkpoint | None = None,
     log: Log = no_log,
+    world: World | None = None,
 ) -> tuple[store.Tensors, store.Metadata, KeyFile | None]:
     """Fits a text -> what a Nectar is made of; see the module's first lines.
 
     name, source: what the file says of the model and the text. checkpoint: where an interrupted fit leaves its work,
-    and a resumed one finds it. log: is told before it takes long. NectarError for a text, budget or model that cannot
+    and a resumed one finds it. log: is told before it takes long. world: the processes that share the work; all of them
+    call this, and get the same. NectarError for a text, budget or model that cannot
     be fitted.
     """
     clock, keys = Clock(), None
@@ -75,11 +79,14 @@ def fit(
         progress=progress,
         checkpoint=checkpoint or Checkpoint(None),
         facts=identity(model, tokenizer, text),
+        world=world or World(),
     )
     whole = prompts.prefix(tokenizer, text)
     prefix = whole if config.context_tokens is None else prompts.cut(tokenizer, whole, config.context_tokens)
+    run = _agreed(run)
     run.claim(prefix)
-    run = replace(run, free=run.checkpoint.decided("memory", lambda: run.free))
+    free = run.checkpoint.decided("memory", lambda: run.free)
+    run = replace(run, free=min(run.world.values(free)))
     lengths = _chunk_lengths(run, prefix)
     _announce(run, len(prefix), len(lengths), name=name, log=log)
     provenance = {
@@ -94,7 +101,7 @@ def fit(
         tensors, report = chunks.fit(run, prefix, chunks=lengths, layerwise=layerwise, clock=clock)
     else:
         tensors, report, keys = _fit_whole(run, prefix, text=text, clock=clock)
-    kept = sum(x.nbytes for name, x in tensors.items() if name != "prefix")
+    kept = sum(x.nbytes for name, x in tensors.items() if name not in ("prefix", kept_study.TENSOR))
     if sentence := verdict.sentence(report, share=kept / run.geometry.cache_bytes(len(prefix))):
         report["verdict"] = sentence
     if left_out := len(whole) - len(prefix):
@@ -105,6 +112,14 @@ def fit(
         tensors, run.layout, run.geometry, provenance=provenance, report=report, chunks=lengths
     )
     return tensors, metadata, keys
+
+
+def _agreed(run: FitRun) -> FitRun:
+    """The run with what the memory of each machine would decide otherwise: as the smallest allows."""
+    if run.world.size == 1:
+        return run
+    samples = min(run.world.values(run.n_samples(run.n_heads)))
+    return replace(run, config=replace(run.config, queries=samples))
 
 
 def _fit_whole(
@@ -142,6 +157,8 @@ def _fit_whole(
     report |= ({"exponent": plan.exponent} if plan.exponent else {}) | ({"state": state} if state else {})
     report |= check(run, kind.data, banks, windows=windows)
     clock.lap("check")
+    if run.config.keep_study:
+        tensors[kept_study.TENSOR] = kept_study.packed(kind.data.conversations)
     return tensors, report, keys
 
 
@@ -162,6 +179,11 @@ def _announce(run: FitRun, tokens: int, chunks: int, *, name: str, log: Log) -> 
         run.progress.expect(expected.stages)
     if expected.seconds > LONG:
         log(f"this takes {expected.sentence()}")
+
+
+def in_parts(run: FitRun, prefix: Sequence[int]) -> bool:
+    """Whether a fit takes a prefix chunk by chunk or layer by layer."""
+    return len(_chunk_lengths(run, prefix)) > 1 or needs_layers(run, len(prefix))
 
 
 def needs_layers(run: FitRun, n: int) -> bool:

@@ -18,6 +18,7 @@ from ..mlxlm.attention_patch import Geometry
 from ..store import Layout
 from .checkpoint import Checkpoint, text_digest
 from .config import FitConfig
+from .distributed import World
 from .samples.sample_store import DeviceSampleStore, SampleStore
 
 _FEWEST_SAMPLES = 20_000  # a head
@@ -33,7 +34,8 @@ class FitRun:
         read -> collect -> plan -> train -> check
 
     facts: what decides the result beside the settings and the prefix (`identity`). free: bytes of memory that the fit
-    may take where the settings do not say it; a resumed one goes on with those of its first run.
+    may take where the settings do not say it; a resumed one goes on with those of its first run. world: the
+    processes that share its work.
     """
 
     model: nn.Module
@@ -44,6 +46,7 @@ class FitRun:
     checkpoint: Checkpoint = field(default_factory=lambda: Checkpoint(None))
     facts: Mapping[str, Any] = field(default_factory=dict)
     free: int = field(default_factory=lambda: free_memory() // 2)
+    world: World = field(default_factory=World)
 
     @cached_property
     def layout(self) -> Layout:

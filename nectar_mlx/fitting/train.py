@@ -18,18 +18,19 @@ from .solve.regression import Training
 def train_heads(kind: KindFit, sizes: Sequence[Size], *, bits: float = MEAN_BITS) -> list[HeadArrays]:
     """All heads, trained at their own sizes. bits: of a number of a node, on average, where nodes are rounded row by
     row."""
-    heads, n_heads = kind.run.checkpoint.load_heads(), kind.n_heads
+    heads, n_heads = kind.run.checkpoint.load_heads() | kind.settled, kind.n_heads
     if not kind.run.layout.bank.trainable:
         samples = kind.data.held_out.heads(range(n_heads))
         return kind.initialize(range(n_heads), sizes, samples).bank.unstack()
     with kind.run.progress("fitting heads", n_heads) as done:
-        for group, whole in groups(kind, sizes):
+        for group, whole in kind.run.world.mine(list(groups(kind, sizes))):
             left = [i for i in group if i not in heads]
             if left:
                 fitted = _train_group(kind, left, [sizes[i] for i in left], train=not whole, bits=bits)
                 kind.run.checkpoint.save_heads(fitted)
                 heads |= fitted
             done(len(heads))
+    heads = kind.run.world.heads(heads)
     return [kind.finish(i, heads[i]) for i in range(n_heads)]
 
 

@@ -28,11 +28,12 @@ CREATE TABLE texts (
     passages INTEGER NOT NULL, text BLOB NOT NULL, places TEXT NOT NULL, left_out TEXT NOT NULL,
     alone INTEGER NOT NULL DEFAULT 0
 );
--- reason: why a file cannot be read; its text is NULL then. used: seconds since 1970, of the last question.
+-- reason: why a file cannot be read; its text is NULL then. used: seconds since 1970, of the last question. former:
+-- its text before a change, until it is fitted: the old volume is then brought up to date.
 CREATE TABLE files (
     path BLOB PRIMARY KEY, size INTEGER NOT NULL, mtime INTEGER NOT NULL, sha256 TEXT NOT NULL,
     text INTEGER REFERENCES texts (id), reason TEXT NOT NULL DEFAULT '', missing INTEGER NOT NULL DEFAULT 0,
-    used REAL NOT NULL DEFAULT 0
+    used REAL NOT NULL DEFAULT 0, former INTEGER
 );
 CREATE INDEX files_text ON files (text);
 -- passages: of that text which hold the word, as uint32.

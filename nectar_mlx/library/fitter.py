@@ -2,12 +2,15 @@
 
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ..core.progress import Log, Progress, no_log, silent
 from ..core.types import JsonObject
 from ..errors import NectarError
 from .volumes import Identity
+
+if TYPE_CHECKING:
+    from .. import store
 
 
 class Fitter(Protocol):
@@ -22,11 +25,14 @@ class Fitter(Protocol):
     @property
     def identity(self) -> Identity: ...
 
-    def fit(self, text: str, output: Path, *, source: str, partial: Path, progress: Progress) -> None:
+    def fit(
+        self, text: str, output: Path, *, source: str, partial: Path, progress: Progress, former: Path | None = None
+    ) -> None:
         """Writes a .nectar, and what belongs beside it.
 
         source: what the file says of the text. partial: a folder from which an interrupted fit goes on; it may be
-        left behind. NectarError for a text that cannot be fitted.
+        left behind. former: the .nectar of the text before it was changed, to start from. NectarError for a text that
+        cannot be fitted.
         """
 
     def is_whole(self, path: Path) -> bool:
@@ -53,19 +59,46 @@ class ModelFitter:
         model, tokenizer = self._loaded
         return Identity(self.name, models.fingerprint(model), models.tokenizer_fingerprint(tokenizer))
 
-    def fit(self, text: str, output: Path, *, source: str, partial: Path, progress: Progress = silent) -> None:
-        from ..fitting import pipeline
+    def fit(
+        self,
+        text: str,
+        output: Path,
+        *,
+        source: str,
+        partial: Path,
+        progress: Progress = silent,
+        former: Path | None = None,
+    ) -> None:
+        from ..fitting import pipeline, updating
         from ..fitting.checkpoint import Checkpoint
         from ..fitting.config import FitConfig
         from ..nectar import Nectar
 
         model, tokenizer = self._loaded
         checkpoint = Checkpoint(partial)
+        config = FitConfig(keep_study=True, **self.options)
+        if former is not None and (before := _read(former)) is not None:
+            outcome = updating.update(
+                model,
+                tokenizer,
+                text,
+                tensors=before[0],
+                metadata=before[1],
+                config=config,
+                source=source,
+                progress=progress,
+                checkpoint=checkpoint,
+                log=self._log,
+            )
+            tensors, metadata = outcome.tensors or before[0], outcome.metadata or before[1]
+            Nectar(tensors, metadata, outcome.keys).save(output)
+            checkpoint.clear()
+            return
         fitted = pipeline.fit(
             model,
             tokenizer,
             text,
-            config=FitConfig(**self.options),
+            config=config,
             name=self.name,
             source=source,
             progress=progress,
@@ -84,3 +117,13 @@ class ModelFitter:
         except NectarError:
             return False
         return (metadata["model_sha256"], metadata["tokenizer_sha256"]) == self.identity[1:]
+
+
+def _read(path: Path) -> "tuple[store.Tensors, store.Metadata] | None":
+    """A file's tensors and metadata; None where it is gone or damaged."""
+    from .. import store
+
+    try:
+        return store.read(path)
+    except (NectarError, OSError):
+        return None

@@ -124,7 +124,8 @@ def _take(database: Database, path: bytes, source: Source, done: Scan) -> None:
         rows.execute(
             "INSERT INTO files (path, size, mtime, sha256, text, reason, used) VALUES (?, ?, ?, ?, ?, ?, ?) "
             "ON CONFLICT (path) DO UPDATE SET size = excluded.size, mtime = excluded.mtime, sha256 = excluded.sha256, "
-            "text = excluded.text, reason = excluded.reason, missing = 0",
+            "text = excluded.text, reason = excluded.reason, missing = 0, "
+            "former = CASE WHEN text IS NOT excluded.text THEN coalesce(former, text) ELSE former END",
             (path, size, mtime, sha256, text, reason, used),
         )
     done.failed.update({shown(path): reason}) if reason else done.read.append(shown(path))

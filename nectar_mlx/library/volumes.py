@@ -20,6 +20,8 @@ import psutil
 SHORT = 4_000  # characters of a text that is grouped, at most
 GROUP = 16_000  # characters of a group, at most
 _ENDS = 8  # one hash in so many ends a group
+# Texts that their files had before, of those that are not fitted yet.
+_FORMER = "SELECT former FROM files WHERE former IS NOT NULL AND text IS NOT NULL"
 _CLOCK = 2.0  # seconds by which the start of a process may seem to change
 
 
@@ -93,7 +95,7 @@ def plan(rows: sqlite3.Connection, identity: Identity) -> None:
 def _drop(rows: sqlite3.Connection, wanted: Iterable[str]) -> None:
     """A file that is no longer wanted stays as long as it alone answers for some text."""
     wanted = set(wanted)
-    live = {text.id for text in live_texts(rows)}
+    live = {text.id for text in live_texts(rows)} | {row[0] for row in rows.execute(_FORMER)}
     covered = {text for volume in wanted if _state(rows, volume) == "done" for text in members(rows, volume)}
     for volume, state, owner in rows.execute("SELECT id, state, owner FROM volumes").fetchall():
         if volume in wanted or (state == "fitting" and alive(owner)):
@@ -118,6 +120,20 @@ def members(rows: sqlite3.Connection, volume: str) -> list[int]:
     """A volume's texts, in order."""
     found = rows.execute("SELECT text FROM members WHERE volume = ? ORDER BY position", (volume,))
     return [row[0] for row in found]
+
+
+def former(rows: sqlite3.Connection, claimed: "Claim") -> str | None:
+    """The finished volume of the same model that holds what a claimed volume's text was before it was changed."""
+    if len(claimed.texts) != 1:
+        return None
+    query = (
+        "SELECT old.id FROM volumes AS old JOIN volumes AS new USING (model_sha256, tokenizer_sha256) "
+        "JOIN members ON members.volume = old.id JOIN files ON files.former = members.text "
+        "WHERE old.state = 'done' AND new.id = ? AND files.text = ? "
+        "AND (SELECT count(*) FROM members WHERE members.volume = old.id) = 1 ORDER BY old.id"
+    )
+    row = rows.execute(query, (claimed.volume, claimed.texts[0])).fetchone()
+    return row[0] if row else None
 
 
 def answered(rows: sqlite3.Connection) -> set[int]:

@@ -81,12 +81,15 @@ def _fit(
     try:
         if not fitter.is_whole(folder.volume(claim.volume)):  # else its process was killed just before it said so
             made = folder.work(claim.volume)
+            with database.reading() as rows:
+                former = volumes.former(rows, claim)
             fitter.fit(
                 _text(database, claim, names),
                 made / folder.volume(claim.volume).name,
                 source=", ".join(names),
                 partial=made / "partial",
                 progress=progress,
+                former=folder.volume(former) if former else None,
             )
             folder.publish(claim.volume)
         state = "done"
@@ -102,6 +105,8 @@ def _fit(
                 "UPDATE volumes SET state = ?, owner = '', reason = ? WHERE id = ? AND owner = ?",
                 (state, reason or "", claim.volume, volumes.owner()),
             )
+            if state == "done":
+                rows.executemany("UPDATE files SET former = NULL WHERE text = ?", [(text,) for text in claim.texts])
             if state == "failed" and len(claim.texts) > 1:  # to find the one that it fails for
                 rows.executemany("UPDATE texts SET alone = 1 WHERE id = ?", [(text,) for text in claim.texts])
     return reason

@@ -20,8 +20,9 @@ class CheapFitter:
         self.name, self._broken, self._raising, self._seconds = name, broken, raising, seconds
         self.identity = Identity(name, hashlib.sha256(f"{name}{weights}".encode()).hexdigest(), "tokens")
         self.fitted: list[str] = []
+        self.former: list[str | None] = []
 
-    def fit(self, text, output, *, source, partial, progress):
+    def fit(self, text, output, *, source, partial, progress, former=None):
         if self._raising is not None:
             raise self._raising
         partial.mkdir(exist_ok=True)
@@ -30,6 +31,7 @@ class CheapFitter:
         if self._broken in text:
             raise NectarError("this text cannot be fitted")
         self.fitted.append(source)
+        self.former.append(former and former.read_text())
         half = f"{self.identity}\n{source}\n"
         with output.open("w") as file:
             file.write(half)

@@ -56,6 +56,31 @@ def test_what_changes_alone_is_fitted_again(library, notes):
     assert "heron" not in "".join(path.read_text() for path in library.folder.volumes.iterdir())
 
 
+def test_a_changed_document_starts_from_its_old_file(library, notes):
+    library.add([notes], CheapFitter())
+    (notes / "long 0.txt").write_text("The otter lives in the river. " * 300)
+    with pytest.raises(KeyboardInterrupt):
+        library.update(CheapFitter(raising=KeyboardInterrupt()))
+    (notes / "long 0.txt").write_text("The otter lives by the river. " * 300)
+    (notes / "new.txt").write_text("The lynx lives in the wood. " * 300)
+    fitter = CheapFitter()
+    library.update(fitter)
+    former = dict(zip(fitter.fitted, fitter.former, strict=True))
+    assert "heron" in former["long 0.txt"] and former["new.txt"] is None
+    assert "heron" not in "".join(path.read_text() for path in library.folder.volumes.iterdir())
+    library.remove([notes / "long 0.txt"])
+    assert "otter" not in "".join(path.read_text() for path in library.folder.volumes.iterdir())
+
+
+def test_a_document_that_is_removed_takes_its_old_file_along(library, notes):
+    library.add([notes], CheapFitter())
+    (notes / "long 0.txt").write_text("The otter lives in the river. " * 300)
+    with pytest.raises(KeyboardInterrupt):
+        library.update(CheapFitter(raising=KeyboardInterrupt()))
+    library.remove([notes / "long 0.txt"])
+    assert "heron" not in "".join(path.read_text() for path in library.folder.volumes.iterdir())
+
+
 def test_a_touched_or_renamed_file_is_not_fitted_again(library, notes):
     library.add([notes], CheapFitter())
     os.utime(notes / "long 1.txt", ns=(1, 1))

@@ -31,6 +31,7 @@ class KindFit:
         self.banks = data.context.fitted  # exact keys and values, a bank a layer
         self.n_heads = len(self.banks) * run.geometry.n_kv_heads
         self.length = data.context.length
+        self.settled: dict[int, HeadArrays] = {}  # heads that are already as they are to be, by their numbers
 
     @classmethod
     def check(cls, run: FitRun, context: Context) -> None:

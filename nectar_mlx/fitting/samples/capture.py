@@ -4,7 +4,7 @@ A conversation is replayed (teacher-forced) in one pass behind the context. Ever
 queries, the exact (o, L) of the context and the (o, L) of the live tokens: what the regression needs.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ from ...core.gather import take
 from ...heads import Exact
 from ...mlxlm.kept import attention_caches
 from .. import finite
+from ..distributed import World
 from ..prefill import Context
 from ..run import FitRun
 from .conversation import Conversation, Split
@@ -77,6 +78,7 @@ def capture(
             n_heads=run.geometry.n_heads,
             tokens=tokens,
             progress=done,
+            world=run.world,
         )
     for bank in context.banks:
         bank.forget_half()
@@ -182,34 +184,64 @@ def replay(
     n_heads: int,
     tokens: int | None = None,
     progress: Callable[[int], None] = lambda tokens: None,
+    world: World | None = None,
 ) -> None:
     """Replays conversations behind the context; what attention sees goes into the stores of their splits.
 
     n_heads: of queries. tokens: how many are replayed together, about; default: as many as is quick. progress is told
-    how many are done.
+    how many are done. world: whose ranks share the work; all of them get all samples.
     """
     group = n_heads // len(context.banks[0].sizes)
     tokens = tokens or max(_FEWEST_TOKENS, device().replay_scores // (n_heads * len(context.prefix)))
-    done = 0
-    for batch in replay_batches(conversations, stores, group=group, tokens=tokens):
-        make = partial(CaptureCache, preamble=context.preamble)
-        caches = context.make_cache(make, sequences=len(batch.conversations))
-        capturing = [c for _, c in attention_caches(caches) if isinstance(c, CaptureCache)]
-        model(batch.tokens, cache=caches)  # its logits are never evaluated
-        mx.async_eval([c.captured for c in capturing])
-        record(capturing, stores.values(), batch.places)
+    done, world = 0, world or World()
+    batches = replay_batches(conversations, stores, group=group, tokens=tokens)
+    for first in range(0, len(batches), world.size):
+        share, seen, capturing = batches[first : first + world.size], dict[str, mx.array](), list[CaptureCache]()
+        if world.rank < len(share):
+            batch = share[world.rank]
+            make = partial(CaptureCache, preamble=context.preamble)
+            caches = context.make_cache(make, sequences=len(batch.conversations))
+            capturing = [c for _, c in attention_caches(caches) if isinstance(c, CaptureCache)]
+            model(batch.tokens, cache=caches)  # its logits are never evaluated
+            mx.async_eval([c.captured for c in capturing])
+            seen = _taken(capturing, stores.values(), batch.places)
+        for arrays in world.arrays(seen):
+            _keep(arrays, list(stores.values()))
         mx.eval([c.captured for c in capturing])  # not more than a batch is under way
-        done += sum(c.fed_tokens for c in batch.conversations)
+        done += sum(c.fed_tokens for batch in share for c in batch.conversations)
         progress(done)
 
 
-def record(caches: Sequence[CaptureCache], stores: Iterable[SampleStore], places: Iterable[np.ndarray]) -> None:
+def record(caches: Sequence[CaptureCache], stores: Collection[SampleStore], places: Iterable[np.ndarray]) -> None:
     """Writes what the caches saw into each store, from its places [B, T]."""
-    for store, chosen in zip(stores, places, strict=True):
+    _keep(_taken(caches, stores, places), list(stores))
+
+
+def _taken(
+    caches: Sequence[CaptureCache], stores: Iterable[SampleStore], places: Iterable[np.ndarray]
+) -> dict[str, mx.array]:
+    """What the caches saw in the places of each store, by store, layer and field."""
+    taken: dict[str, mx.array] = {}
+    for number, (store, chosen) in enumerate(zip(stores, places, strict=True)):
         if store.full or not chosen.any():
             continue
         for layer, cache in enumerate(caches):
             samples = cache.take(chosen)
             mx.async_eval(samples)
-            store.add(layer * samples.queries.shape[0], samples)
+            taken |= {f"{number}.{layer}.{name}": x for name, x in samples._asdict().items()}
+    return taken
+
+
+def _keep(taken: Mapping[str, mx.array], stores: Sequence[SampleStore]) -> None:
+    """Writes what was taken into the stores."""
+    layers: dict[tuple[int, int], dict[str, mx.array]] = {}
+    for key, x in taken.items():
+        of, layer, name = key.split(".")
+        layers.setdefault((int(of), int(layer)), {})[name] = x
+    for number, store in enumerate(stores):
+        parts = {at: Samples(**fields) for (owner, at), fields in layers.items() if owner == number}
+        if store.full or not parts:
+            continue
+        for at, samples in parts.items():
+            store.add(at * samples.queries.shape[0], samples)
         store.advance(samples.queries.shape[1])

@@ -4,6 +4,7 @@ real answers. Replaying the text alone gives three times the divergence (docs/lo
 
 import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from functools import partial
 from typing import Any, Protocol
 
@@ -29,6 +30,7 @@ _STEP = 64  # tokens that are read at a time, and that keys and values are made 
 _LIVE_BYTES = 6_000_000_000  # of keys and values of conversations that are sampled together, at most
 _ENOUGH = 0.9  # of the samples asked for: not another batch for the last few
 _FEWEST_TOGETHER = 16  # conversations: with fewer, sampling is slow on any machine
+_RANK_SEED = 1_000_000_007  # between the seeds of two ranks
 
 
 class Prompts(Protocol):
@@ -42,6 +44,8 @@ class Prompts(Protocol):
 def study(run: FitRun, context: Context) -> list[Conversation]:
     """Samples conversations about a context until they give every head its samples, and those of the check."""
     conversations, config = run.checkpoint.load_conversations(), run.config
+    if run.world.size > 1:  # all ranks go on with what the first one has
+        conversations = [Conversation(**kept) for kept in run.world.values([asdict(c) for c in conversations])[0]]
     wanted = run.n_samples(run.n_heads)
     allow_half(run.model, context)
     with run.progress("sampling answers", wanted) as done:
@@ -73,7 +77,7 @@ def side_by_side(run: FitRun, *, missing: int) -> int:
     room = min(run.memory // 4, _LIVE_BYTES)
     fit = max(_FEWEST_TOGETHER, room // g.cache_bytes(2 * config.answer_tokens))
     needed = missing // (run.group * config.answer_tokens) + 1
-    return min(config.conversations, fit, max(_FEWEST_TOGETHER, needed))
+    return min(run.world.size * min(config.conversations, fit), max(_FEWEST_TOGETHER, needed))
 
 
 def batch_progress(
@@ -91,25 +95,30 @@ def answer(
     seed: int,
     progress: Callable[[int], None] = lambda tokens: None,
 ) -> None:
-    """Samples the answers of a batch, as long and at the temperatures that the run's configuration
-    says; an interrupted one is continued."""
-    ordered = sorted(batch, key=lambda c: len(c.prompt))
+    """Samples the answers of a batch, as long and at the temperatures that the run's configuration says; an interrupted
+    one is continued. Each rank samples some of them."""
+    everything, world = sorted(batch, key=lambda c: len(c.prompt)), run.world
+    ordered, seed = world.mine(everything), seed + _RANK_SEED * world.rank
 
     def sampled(at: int) -> None:
         progress(at)
         run.checkpoint.save_answers(ordered, seed=seed, at=at)
 
-    sample_answers(
-        run.model,
-        context,
-        ordered,
-        stop=set(run.tokenizer.eos_token_ids),
-        max_tokens=run.config.answer_tokens,
-        temperature=[CHECK_TEMPERATURE if c.split == "check" else run.config.temperature for c in ordered],
-        key=mx.random.key(seed),
-        progress=sampled,
-        at=run.checkpoint.load_answers(ordered, seed=seed),
-    )
+    if ordered:
+        sample_answers(
+            run.model,
+            context,
+            ordered,
+            stop=set(run.tokenizer.eos_token_ids),
+            max_tokens=run.config.answer_tokens,
+            temperature=[CHECK_TEMPERATURE if c.split == "check" else run.config.temperature for c in ordered],
+            key=mx.random.key(seed),
+            progress=sampled,
+            at=run.checkpoint.load_answers(ordered, seed=seed),
+        )
+    answers = [c.answer for c in ordered]
+    for conversation, sampled_answer in zip(everything, world.in_order(answers, world.values(answers)), strict=True):
+        conversation.answer = sampled_answer
 
 
 def training_conversations(

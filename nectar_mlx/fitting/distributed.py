@@ -1,0 +1,120 @@
+"""One fit on several machines or processes: `mlx.launch -n 4 nectar fit …`.
+
+Every process, a *rank*, reads the text and takes its share of the work: of the conversations, of their replay, of the
+heads. No gradient travels. What the ranks made is put together in the order of the pieces, so all of them go on with
+the same arrays; rank 0 alone writes the file.
+
+MLX's distributed engine does the transport (ring over TCP, MPI, JACCL over Thunderbolt, NCCL). All that is sent is
+bytes, gathered from all ranks.
+"""
+
+import io
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import mlx.core as mx
+import numpy as np
+
+from ..heads import HeadArrays
+
+_T = TypeVar("_T")
+_LAUNCHED = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")  # set by what starts several processes
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a fit. rank: this one's number, from 0; size: how many there are."""
+
+    rank: int = 0
+    size: int = 1
+
+    @classmethod
+    def here(cls) -> "World":
+        """As this process was launched; a world of one where it was started by itself."""
+        if not any(name in os.environ for name in _LAUNCHED):
+            return cls()
+        group = mx.distributed.init()
+        return cls(group.rank(), group.size())
+
+    @property
+    def first(self) -> bool:
+        """Whether this rank writes and reports."""
+        return self.rank == 0
+
+    def mine(self, pieces: Sequence[_T]) -> Sequence[_T]:
+        """This rank's share of some pieces of work."""
+        return pieces[self.rank :: self.size]
+
+    def gathered(self, data: bytes) -> list[bytes]:
+        """The bytes of all ranks, by rank. All ranks must call it."""
+        if self.size == 1:
+            return [data]
+        length = _all(mx.array([len(data)], mx.int32))
+        padded = np.zeros(max(length), np.uint8)
+        padded[: len(data)] = np.frombuffer(data, np.uint8)
+        every = np.array(_gather(mx.array(padded))).reshape(self.size, -1)
+        return [row[:count].tobytes() for row, count in zip(every, length, strict=True)]
+
+    def values(self, value: Any) -> list[Any]:
+        """A JSON value of all ranks, by rank."""
+        return [json.loads(data) for data in self.gathered(json.dumps(value).encode())]
+
+    def arrays(self, arrays: Mapping[str, mx.array]) -> list[dict[str, mx.array]]:
+        """Arrays of all ranks, by rank, bit for bit."""
+        if self.size == 1:
+            return [dict(arrays)]
+        return [_unpacked(data) for data in self.gathered(_packed(arrays))]
+
+    def in_order(self, mine: Sequence[_T], by_rank: Sequence[Sequence[_T]]) -> list[_T]:
+        """Results of `mine` pieces of all ranks in the order of the pieces. by_rank: gathered from `mine`."""
+        assert len(by_rank[self.rank]) == len(mine)
+        longest = max(map(len, by_rank))
+        return [results[at] for at in range(longest) for results in by_rank if at < len(results)]
+
+    def heads(self, heads: Mapping[int, HeadArrays]) -> dict[int, HeadArrays]:
+        """The heads that all ranks have, by their numbers."""
+        if self.size == 1:
+            return dict(heads)
+        flat = {f"{index}.{name}": x for index, head in heads.items() for name, x in head.items()}
+        merged: dict[int, HeadArrays] = {}
+        for part in self.arrays(flat):
+            for key, x in part.items():
+                index, name = key.split(".", 1)
+                merged.setdefault(int(index), {})[name] = x
+        return merged
+
+
+def _all(x: mx.array) -> list[int]:
+    gathered: Any = _gather(x).tolist()
+    return list(gathered)
+
+
+def _gather(x: mx.array) -> mx.array:
+    every = mx.distributed.all_gather(x, stream=mx.cpu)
+    mx.eval(every)
+    return every
+
+
+def _packed(arrays: Mapping[str, mx.array]) -> bytes:
+    """A line of JSON with names, types and shapes, then the arrays' bytes."""
+    facts = [[name, str(x.dtype).removeprefix("mlx.core."), list(x.shape)] for name, x in arrays.items()]
+    file = io.BytesIO()
+    file.write(json.dumps(facts).encode() + b"\n")
+    for x in arrays.values():
+        file.write(np.array(mx.contiguous(x).reshape(-1).view(mx.uint8)).tobytes())
+    return file.getvalue()
+
+
+def _unpacked(data: bytes) -> dict[str, mx.array]:
+    line, _, rest = data.partition(b"\n")
+    arrays, at = dict[str, mx.array](), 0
+    for name, dtype, shape in json.loads(line):
+        kind = getattr(mx, dtype)
+        nbytes = int(np.prod(shape)) * kind.size
+        raw = mx.array(np.frombuffer(rest, np.uint8, count=nbytes, offset=at))
+        arrays[name] = raw.view(kind).reshape(shape)
+        at += nbytes
+    return arrays

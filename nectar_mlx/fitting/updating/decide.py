@@ -1,0 +1,205 @@
+"""Deciding how a file is brought up to date, and doing it."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from typing import Literal
+
+import mlx.nn as nn
+
+from ... import __version__, store
+from ...core.clock import Clock
+from ...core.progress import Log, Progress, no_log, silent
+from ...core.types import Tokenizer
+from ...errors import NectarError
+from ...heads import Quadrature
+from ...mlxlm import attention_patch, prompts
+from ...mlxlm.geometry import LATENT, SHARED, STATE
+from ...models.encoder import Span
+from ...store.kv_file import KeyFile
+from .. import finite, pipeline, verdict
+from ..checkpoint import Checkpoint
+from ..config import FitConfig
+from ..run import FitRun, identity
+from ..samples import kept_study
+from ..samples.conversation import Conversation
+from . import append, edit
+from .base import FileContents, Updated, stored
+from .revision import Revision
+
+Way = Literal["same", "append", "edit", "fit"]
+
+MOST_APPENDED, MOST_EDITED = 0.5, 0.25  # of the text: beyond, a fit does better for about as much
+_SEAM = 4  # tokens at the end of the old text that more text may have merged with its own
+_WORSE, _NOTICED = 1.5, 0.01  # times the file's divergence, and nats: a result that is worse is given up for a fit
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How a file was brought up to date. way: "same" where nothing was to be done; then nothing else is set. reason:
+    why it was a fit."""
+
+    way: Way
+    reason: str = ""
+    tensors: store.Tensors | None = None
+    metadata: store.Metadata | None = None
+    keys: KeyFile | None = None
+
+
+def update(
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    text: str,
+    *,
+    tensors: store.Tensors,
+    metadata: store.Metadata,
+    config: FitConfig | None = None,
+    source: str = "",
+    progress: Progress = silent,
+    checkpoint: Checkpoint | None = None,
+    log: Log = no_log,
+) -> Outcome:
+    """Brings a file up to date with a text, in the cheapest way that does as well as a fit.
+
+    tensors, metadata: what the file holds. config: of a fit (default: that of the file). log: is told the way that was
+    taken, and why it is a fit. The rest: as for `pipeline.fit`. NectarError for a text that cannot be fitted.
+    """
+    file = FileContents(tensors=tensors, metadata=metadata)
+    config = config or config_of(metadata)
+    checkpoint, name = checkpoint or Checkpoint(None), str(metadata["model"])
+    finite.check_weights(model)
+    run = FitRun(
+        model=model,
+        tokenizer=tokenizer,
+        geometry=attention_patch.route(model),
+        config=config,
+        progress=progress,
+        checkpoint=checkpoint,
+        facts=identity(model, tokenizer, text) | {"update of": store.digest(tensors)},
+    )
+    way, reason, revision, study = _way(run, file, text)
+    if way == "same":
+        return Outcome(way="same")
+    if way in ("append", "edit"):
+        log(f"{_described(way, revision)}: fitting what that changes")
+        outcome = _updated(run, file, revision, study, way=way, source=source)
+        if outcome is not None:
+            return outcome
+        reason = "the update answers worse than the file did"
+    log(f"fitting anew: {reason}")
+    fitted = pipeline.fit(
+        model,
+        tokenizer,
+        text,
+        config=config,
+        name=name,
+        source=source,
+        progress=progress,
+        checkpoint=checkpoint,
+        log=log,
+    )
+    return Outcome(way="fit", reason=reason, tensors=fitted[0], metadata=fitted[1], keys=fitted[2])
+
+
+def config_of(metadata: store.Metadata) -> FitConfig:
+    """The settings that a file was fitted with, as far as this version has them."""
+    kept, known = metadata.get("config", {}), {field.name for field in fields(FitConfig)}
+    try:
+        return FitConfig(**{name: value for name, value in kept.items() if name in known})
+    except (TypeError, NectarError):
+        return FitConfig()
+
+
+def _way(run: FitRun, file: FileContents, text: str) -> tuple[Way, str, Revision, list[Conversation]]:
+    """How to go about it, why not in a cheaper way, what changed, and the conversations that were kept."""
+    nothing = Revision(file.prefix, file.prefix, [])
+    metadata = file.metadata
+    if not text.strip():
+        raise NectarError("the text is empty")
+    same = (metadata["model_sha256"], metadata["tokenizer_sha256"]) == (run.facts["model"], run.facts["tokenizer"])
+    if not same:
+        return "fit", "the file was fitted on another model or tokenizer", nothing, []
+    if metadata["nectar_mlx"] != __version__:
+        return "fit", f"the file was written by version {metadata['nectar_mlx']}", nothing, []
+    prefix = _prefix(run, file, text)
+    if prefix == file.prefix:
+        return "same", "", nothing, []
+    if file.layout.bank is not Quadrature or file.layout != run.layout:
+        return "fit", f"heads of kind {file.layout.kind} cannot be updated", nothing, []
+    if any(layer.states or layer.kind in (STATE, LATENT, SHARED) for layer in run.geometry.layers):
+        return "fit", "layers of other kinds than attention of their own cannot be updated", nothing, []
+    if metadata["chunks"] or pipeline.in_parts(run, prefix):
+        return "fit", "a text that is fitted in parts cannot be updated", nothing, []
+    revision, study = Revision.of(file.prefix, prefix), file.study(run)
+    if revision.appended:
+        much = revision.appended / len(file.prefix) > MOST_APPENDED
+        reason = f"{revision.appended:,} more tokens behind {len(file.prefix):,} are too many for an update"
+        return ("fit", reason, revision, study) if much else ("append", "", revision, study)
+    if revision.share > MOST_EDITED:
+        return "fit", f"{revision.share:.0%} of the text is another", revision, study
+    if not study:
+        return "fit", "the file keeps no conversations (nectar fit --keep-study)", revision, study
+    return "edit", "", revision, study
+
+
+def _prefix(run: FitRun, file: FileContents, text: str) -> list[int]:
+    """The new text's prefix. Where it only goes on behind the old one it begins with the old one's tokens, even if the
+    last of them would be others with what follows."""
+    located: tuple[list[int], list[Span]] = prompts.located(run.tokenizer, text)
+    ids, spans = located
+    if run.config.context_tokens is not None:
+        return prompts.cut(run.tokenizer, ids, run.config.context_tokens)
+    old = file.prefix
+    first = next((i for i, (a, b) in enumerate(zip(old, ids, strict=False)) if a != b), min(len(old), len(ids)))
+    if not spans or first == len(old) or len(old) - first > _SEAM or first >= len(spans) or spans[first][0] < 0:
+        return ids
+    tail, rest = run.tokenizer.decode(old[first:]), text[spans[first][0] :]
+    if not tail or not rest.startswith(tail) or rest == tail:
+        return ids
+    return [*old, *prompts.encode(run.tokenizer, rest[len(tail) :])]
+
+
+def _described(way: Way, revision: Revision) -> str:
+    if way == "append":
+        return f"{revision.appended:,} tokens were added to {len(revision.old):,}"
+    return f"{revision.share:.1%} of the text is another"
+
+
+def _updated(
+    run: FitRun, file: FileContents, revision: Revision, study: list[Conversation], *, way: Way, source: str
+) -> Outcome | None:
+    """The result of an update; None where it is worse than the file was for its text."""
+    clock, prefix = Clock(), list(revision.new)
+    run.claim(prefix)
+    ways: dict[str, Callable[..., Updated]] = {"append": append.append, "edit": edit.edit}
+    updated = ways[way](run, file, revision, study, clock=clock)
+    tensors, report = stored(run, updated, clock=clock)
+    if _worse(report, file.metadata["report"]):
+        return None
+    report["updated"] = {"way": way, "tokens": len(prefix) - len(revision.old), "from": store.digest(file.tensors)}
+    if kept_study.TENSOR in file.tensors:
+        fresh = [c for c in updated.data.conversations if not any(c is old for old in study)]
+        tensors[kept_study.TENSOR] = kept_study.packed([*fresh, *study][: 2 * len(study)])
+    kept = sum(x.nbytes for name, x in tensors.items() if name not in ("prefix", kept_study.TENSOR))
+    if sentence := verdict.sentence(report, share=kept / run.geometry.cache_bytes(len(prefix))):
+        report["verdict"] = sentence
+    report["seconds"] = clock.laps
+    metadata = store.description(
+        tensors,
+        run.layout,
+        run.geometry,
+        provenance={
+            "model": file.metadata["model"],
+            "model_sha256": run.facts["model"],
+            "tokenizer_sha256": run.facts["tokenizer"],
+            "config": asdict(run.config),
+            "source": source,
+        },
+        report=report,
+    )
+    return Outcome(way=way, tensors=tensors, metadata=metadata)
+
+
+def _worse(new: store.Metadata, old: store.Metadata) -> bool:
+    """Whether a result is no longer close where the file was, by more than a check's own chance."""
+    before, after = verdict.grade(old), verdict.grade(new)
+    return before == "close" != after and new["kl"] > _WORSE * old["kl"] + _NOTICED

@@ -1,0 +1,108 @@
+"""`nectar update book.nectar --context book-v2.txt`: brings one file up to date with its text, for less than a fit."""
+
+import argparse
+import json
+import os
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from . import cli, store
+from .errors import NectarError
+
+if TYPE_CHECKING:
+    from .nectar import Nectar
+
+
+def names_file(argv: Sequence[str]) -> bool:
+    """Whether these arguments of `nectar update` begin with a file, not with options of the library's update."""
+    return bool(argv) and argv[0].endswith(".nectar")
+
+
+def main(argv: Sequence[str]) -> int:
+    return cli.run(_parser(), _work, argv)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = cli.Parser(
+        "update", "Brings a .nectar up to date with its text. Only what changed is fitted, where that is good enough."
+    )
+    parser.add_argument("file", type=Path, help="the .nectar")
+    parser.add_argument("--context", required=True, nargs="+", metavar="FILE", help="the files and folders as they are")
+    parser.add_argument(
+        "--include", nargs="+", default=[], metavar="PATTERN", help="of a folder read only these: '*.md'"
+    )
+    parser.add_argument("--exclude", nargs="+", default=[], metavar="PATTERN", help="of a folder leave these aside")
+    parser.add_argument("--strict", action="store_true", help="refuse if a file, or a part of one, cannot be read")
+    parser.add_argument("--output", type=Path, help="the file to write (default: the same one)")
+    parser.add_argument("--model", help="the model, if it lies elsewhere than the file says")
+    cli.add_fetch(parser)
+    parser.add_argument("--fresh", action="store_true", help="start anew (default: continue an interrupted update)")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    return parser
+
+
+def _work(args: argparse.Namespace) -> None:
+    output: Path = args.output or args.file
+    store.check_writable(output)
+    tensors, metadata = store.read(args.file)
+    from . import documents, models
+    from .fitting.checkpoint import Checkpoint
+    from .fitting.updating import update
+    from .nectar import Nectar
+
+    reading = documents.read(args.context, include=args.include, exclude=args.exclude, strict=args.strict)
+    folder = output.with_name(output.name + ".partial")
+    checkpoint = Checkpoint(folder, log=cli.say)
+    with checkpoint.held():
+        if args.fresh:
+            checkpoint.empty()
+        model, tokenizer = models.load(
+            args.model or metadata["model"],
+            log=cli.say,
+            progress=cli.progress,
+            may_fetch=None if args.model else partial(cli.may_fetch, fetch=args.fetch),
+        )
+        try:
+            with cli.overall() as progress:
+                outcome = update(
+                    model,
+                    tokenizer,
+                    reading.text,
+                    tensors=tensors,
+                    metadata=metadata,
+                    source=", ".join(Path(c).name for c in args.context),
+                    progress=progress,
+                    checkpoint=checkpoint,
+                    log=cli.say,
+                )
+        except (KeyboardInterrupt, NectarError):
+            if checkpoint.holds_work():
+                cli.say(f"the finished work is kept in {folder}: the same command continues")
+            raise
+        nectar = Nectar(tensors, metadata)
+        if outcome.tensors is not None and outcome.metadata is not None:
+            nectar = Nectar(outcome.tensors, outcome.metadata, outcome.keys)
+            nectar.keep(reading, tokenizer)
+        if outcome.way != "same" or not _same_file(output, args.file):
+            nectar.save(output)
+        checkpoint.clear()
+    _report(output, nectar, outcome.way, reason=outcome.reason, as_json=args.json)
+
+
+def _same_file(first: Path, second: Path) -> bool:
+    return first.exists() and os.path.samefile(first, second)
+
+
+def _report(output: Path, nectar: "Nectar", way: str, *, reason: str, as_json: bool) -> None:
+    size, tokens = output.stat().st_size, len(nectar.prefix)
+    done = {"same": "is up to date", "fit": "fitted anew", "append": "text added", "edit": "changes fitted"}[way]
+    seconds = sum(nectar.report.get("seconds", {}).values())
+    took = f"; {seconds:.0f} s" if way != "same" else ""
+    cli.say(f"{output}: {done}: {size / 1e6:.2f} MB for {tokens:,} tokens{took}")
+    if nectar.verdict:
+        cli.say(nectar.verdict)
+    if as_json:
+        facts = {"output": str(output), "way": way, "reason": reason, "bytes": size, "tokens": tokens}
+        print(json.dumps(facts | nectar.report))

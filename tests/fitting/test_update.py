@@ -1,0 +1,289 @@
+"""A changed text: heads for what was added, heads trained on from where they were, or a fit."""
+
+import json
+import random
+import zlib
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from nectar_mlx import Nectar, NectarError, store, update, update_file
+from nectar_mlx.core.attention import merge
+from nectar_mlx.fitting import updating
+from nectar_mlx.fitting.checkpoint import Checkpoint
+from nectar_mlx.fitting.samples import kept_study, self_study
+from nectar_mlx.fitting.samples.conversation import Conversation
+from nectar_mlx.fitting.updating.behind import behind
+from nectar_mlx.fitting.updating.revision import Revision
+from nectar_mlx.mlxlm import prompts
+from tests import toys
+from tests.fitting.toy_fit import FAST, TEXT, fit_run, read
+
+MORE = TEXT + " A new hare came by, and it sang about the river."
+EDITED = TEXT.replace("fox number 7", "cat number 9")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return toys.toy("llama")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return toys.tokenizer()
+
+
+@pytest.fixture(scope="module")
+def fitted(model, tokenizer):
+    return Nectar.fit(model, tokenizer, TEXT, budget=0.3, keep_study=True, **FAST)
+
+
+def updated(model, tokenizer, file, text, **options):
+    said: list[str] = []
+    outcome = updating.update(
+        model, tokenizer, text, tensors=file.tensors, metadata=file.metadata, log=said.append, **options
+    )
+    return outcome, said
+
+
+class TestRevision:
+    def test_what_follows_is_appended(self):
+        revision = Revision.of([1, 2, 3], [1, 2, 3, 4, 5])
+        assert (revision.appended, revision.changed, revision.moved) == (2, [(3, 5)], 0)
+
+    def test_an_insertion_moves_what_is_behind_it(self):
+        revision = Revision.of([1, 2, 3, 4, 5, 6], [1, 9, 9, 2, 3, 4, 5, 6])
+        assert (revision.appended, revision.changed, revision.moved) == (0, [(1, 3)], 2)
+        assert revision.share == pytest.approx(2 / 8)
+
+    def test_what_is_left_out_counts_as_changed(self):
+        revision = Revision.of([1, 2, 3, 4], [1, 2])
+        assert (revision.changed, revision.share) == ([], 0.5)
+
+    @pytest.mark.parametrize("seed", range(20))
+    def test_what_is_not_changed_is_the_old_text_in_its_order(self, seed):
+        rng = random.Random(seed)
+        old = [rng.randrange(5) for _ in range(rng.randrange(30))]
+        new = [rng.randrange(5) if rng.random() < 0.2 else token for token in old for _ in range(rng.randrange(3))]
+        revision = Revision.of(old, new)
+        places = {place for start, end in revision.changed for place in range(start, end)}
+        kept, rest = [token for place, token in enumerate(new) if place not in places], iter(old)
+        assert all(token in rest for token in kept)
+        assert 0 <= revision.share <= 1
+
+    def test_very_many_tokens_are_not_compared_one_by_one(self):
+        old, new = list(range(40_000)), [0, *range(100_000, 140_000), 39_999]
+        assert Revision.of(old, new).changed == [(1, 40_001)]
+
+
+class TestKeptStudy:
+    def test_conversations_come_back(self):
+        kept = [Conversation([1, 2], [3], "train"), Conversation([4], [5, 6], "check"), Conversation([7])]
+        assert kept_study.unpacked(kept_study.packed(kept), vocabulary=8) == kept[:2]
+
+    @pytest.mark.parametrize(
+        "data",
+        [
+            b"no zlib",
+            zlib.compress(b"[1]"),
+            zlib.compress(b'[{"prompt":[],"answer":[1],"split":"train"}]'),
+            zlib.compress(b'[{"prompt":[99],"answer":[1],"split":"train"}]'),
+            zlib.compress(b'[{"prompt":[1],"answer":[1],"split":"other"}]'),
+            zlib.compress(b"[" + b" " * (32 << 20) + b"]"),
+        ],
+    )
+    def test_anything_else_is_refused(self, data):
+        with pytest.raises(NectarError, match="study"):
+            kept_study.unpacked(mx.array(np.frombuffer(data, np.uint8)), vocabulary=50)
+
+    def test_it_is_not_counted_and_not_kept_unless_asked(self, model, tokenizer, fitted):
+        plain = Nectar.fit(model, tokenizer, TEXT, budget=0.3, **FAST)
+        assert plain.nbytes == fitted.nbytes
+        assert kept_study.TENSOR not in plain.tensors
+
+
+class TestAppend:
+    def test_a_bank_with_exact_keys_behind_it_is_the_whole(self, model, tokenizer):
+        run = fit_run(model, tokenizer)
+        context = read(run, toys.random_tokens(40))
+        queries = mx.random.normal((1, run.geometry.n_heads, 5, run.geometry.head_dim))
+        for bank in context.banks:
+            both = behind(bank.part(slice(30)), bank, 30)
+            for ours, exact in zip(both.over(queries), bank.over(queries), strict=True):
+                assert mx.allclose(ours, exact, atol=1e-5)
+            parts = merge(both.part(slice(30)).over(queries), both.part(slice(30, None)).over(queries))
+            assert mx.allclose(parts.output, both.over(queries).output, atol=1e-5)
+
+    @pytest.mark.parametrize("study", [True, False])
+    def test_the_old_heads_stay_and_the_new_text_is_answered_from(self, model, tokenizer, fitted, study):
+        tensors = {name: x for name, x in fitted.tensors.items() if study or name != kept_study.TENSOR}
+        outcome, said = updated(model, tokenizer, Nectar(tensors, fitted.metadata), MORE)
+        assert outcome.way == "append"
+        assert "tokens were added" in said[0]
+        nectar = Nectar(outcome.tensors, outcome.metadata)
+        assert nectar.prefix[: len(fitted.prefix)] == fitted.prefix
+        for before, after in zip(fitted.banks, nectar.banks, strict=True):
+            for old, new in zip(before.unstack(), after.unstack(), strict=True):
+                nodes = old["bias"].shape[0]
+                assert new["bias"].shape[0] > nodes
+                assert all(mx.array_equal(new[name][:nodes], old[name]) for name in old)
+        assert nectar.report["kl"] < 2 * fitted.report["kl"] + 0.01
+        assert nectar.report["verdict"]
+        assert (kept_study.TENSOR in nectar.tensors) == study
+
+    def test_it_samples_a_fraction_of_a_fit(self, model, tokenizer, fitted, monkeypatch):
+        sampled = []
+        answer = self_study.sample_answers
+
+        def counted(model, context, batch, **options):
+            answer(model, context, batch, **options)
+            sampled.extend(len(c.answer) for c in batch)
+
+        monkeypatch.setattr(self_study, "sample_answers", counted)
+        file = Nectar.fit(model, tokenizer, TEXT, budget=0.3, keep_study=True, **FAST | {"queries": 12000, "checks": 8})
+        whole = sum(sampled)
+        sampled.clear()
+        assert updated(model, tokenizer, file, MORE)[0].way == "append"
+        assert sum(sampled) < 0.3 * whole
+
+    @pytest.mark.parametrize("architecture", ["gemma3_text", "mistral"])
+    def test_windows_are_those_of_the_whole_text(self, tokenizer, architecture):
+        model = toys.toy(architecture)
+        file = Nectar.fit(model, tokenizer, TEXT, budget=0.3, keep_study=True, **FAST)
+        outcome, _ = updated(model, tokenizer, file, MORE)
+        assert outcome.way == "append"
+        whole = read(fit_run(model, tokenizer), Nectar(outcome.tensors, outcome.metadata).prefix)
+        for layer, window in whole.windows.items():
+            assert mx.array_equal(outcome.tensors[f"windows.{layer}.keys"], window.keys)
+
+    def test_twice(self, model, tokenizer, fitted):
+        once = updated(model, tokenizer, fitted, MORE)[0]
+        again, _ = updated(model, tokenizer, Nectar(once.tensors, once.metadata), MORE + " It slept.")
+        assert again.way == "append"
+        assert again.metadata["report"]["error"]
+
+    def test_tokens_that_would_be_merged_across_the_end_stay_apart(self, model, tokenizer, fitted):
+        text = TEXT[:-1] + ".. and more."
+        ids = prompts.prefix(tokenizer, text)
+        outcome, _ = updated(model, tokenizer, fitted, text)
+        tokens = outcome.tensors["prefix"].tolist()
+        assert outcome.way == "append"
+        assert tokens[: len(fitted.prefix)] == fitted.prefix
+        assert tokenizer.decode(tokens) == tokenizer.decode(ids)
+
+
+class TestEdit:
+    def test_it_starts_from_the_heads_of_the_file(self, model, tokenizer, fitted):
+        outcome, said = updated(model, tokenizer, fitted, EDITED)
+        assert outcome.way == "edit", said
+        nectar = Nectar(outcome.tensors, outcome.metadata)
+        assert nectar.prefix == prompts.prefix(tokenizer, EDITED)
+        assert nectar.report["kl"] < 2 * fitted.report["kl"] + 0.01
+        assert nectar.report["updated"]["from"] == fitted.digest
+        assert [len(bank.sizes) for bank in nectar.banks] == [len(bank.sizes) for bank in fitted.banks]
+        assert kept_study.TENSOR in nectar.tensors
+
+
+class TestFit:
+    @pytest.mark.parametrize(
+        ("text", "change", "reason"),
+        [
+            (TEXT[: len(TEXT) // 3], {}, "of the text is another"),
+            (TEXT * 2, {}, "too many for an update"),
+            (EDITED, {"study": None}, "keep-study"),
+            (MORE, {"model_sha256": "0" * 64}, "another model"),
+            (MORE, {"nectar_mlx": "0.0.1"}, "version 0.0.1"),
+        ],
+    )
+    def test_it_says_why(self, model, tokenizer, fitted, text, change, reason):
+        tensors = {name: x for name, x in fitted.tensors.items() if name not in change}
+        metadata = fitted.metadata | {name: value for name, value in change.items() if name != "study"}
+        said = []
+        outcome = updating.update(model, tokenizer, text, tensors=tensors, metadata=metadata, log=said.append)
+        assert outcome.way == "fit"
+        assert reason in outcome.reason
+        assert said[-1] == f"fitting anew: {outcome.reason}"
+        assert outcome.tensors["prefix"].tolist() == prompts.prefix(tokenizer, text)
+
+    def test_other_kinds_are_fitted_anew(self, model, tokenizer):
+        file = Nectar.fit(model, tokenizer, TEXT, budget=0.3, kind="mlp", **FAST)
+        outcome, _ = updated(model, tokenizer, file, MORE)
+        assert (outcome.way, outcome.reason) == ("fit", "heads of kind mlp cannot be updated")
+
+    def test_a_worse_result_is_given_up(self, model, tokenizer, fitted, monkeypatch):
+        stored = updating.decide.stored
+
+        def bad(*rest, **options):
+            tensors, report = stored(*rest, **options)
+            return tensors, report | {"kl": 0.5, "gap_closed": 0.2}
+
+        monkeypatch.setattr(updating.decide, "stored", bad)
+        metadata = fitted.metadata | {"report": fitted.report | {"kl": 0.001, "gap_closed": 0.999}}
+        outcome, said = updated(model, tokenizer, Nectar(fitted.tensors, metadata), MORE)
+        assert (outcome.way, outcome.reason) == ("fit", "the update answers worse than the file did")
+        assert outcome.metadata["report"]["kl"] < 0.5
+        assert len(said) == 2
+
+    def test_the_same_text_is_left_alone(self, model, tokenizer, fitted):
+        assert updated(model, tokenizer, fitted, TEXT)[0] == updating.Outcome(way="same")
+
+
+class TestCommand:
+    @pytest.fixture
+    def folder(self, tmp_path, model, tokenizer, fitted):
+        toys.save_model(model, tmp_path / "model", tokenizer)
+        file = Nectar(fitted.tensors, fitted.metadata | {"model": str(tmp_path / "model")})
+        file.save(tmp_path / "book.nectar")
+        return tmp_path
+
+    def run(self, folder, text, *options):
+        (folder / "book.txt").write_text(text)
+        return update.main([str(folder / "book.nectar"), "--context", str(folder / "book.txt"), *options])
+
+    def test_the_file_is_replaced(self, folder, capsys):
+        assert self.run(folder, MORE, "--json") == 0
+        said = capsys.readouterr()
+        facts = json.loads(said.out)
+        assert facts["way"] == "append"
+        assert "text added" in said.err
+        tensors, _ = store.read(folder / "book.nectar")
+        assert facts["tokens"] == len(tensors["prefix"].tolist())
+        assert not (folder / "book.nectar.partial").exists()
+
+    def test_the_same_text_changes_nothing(self, folder, capsys):
+        before = (folder / "book.nectar").read_bytes()
+        assert self.run(folder, TEXT) == 0
+        assert "is up to date" in capsys.readouterr().err
+        assert (folder / "book.nectar").read_bytes() == before
+
+    def test_an_interrupted_update_goes_on(self, folder, monkeypatch, capsys):
+        answers, capture = [], updating.append.capture
+        sample = self_study.sample_answers
+        monkeypatch.setattr(self_study, "sample_answers", lambda *a, **o: (answers.append(1), sample(*a, **o)))
+        monkeypatch.setattr(updating.append, "capture", lambda *a, **o: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert self.run(folder, MORE) == 130
+        assert "the same command continues" in capsys.readouterr().err
+        monkeypatch.setattr(updating.append, "capture", capture)
+        assert self.run(folder, MORE) == 0
+        assert len(answers) == 1
+
+    @pytest.mark.parametrize("name", ["absent.nectar", "text.nectar"])
+    def test_what_is_no_nectar_is_refused(self, tmp_path, capsys, name):
+        (tmp_path / "text.nectar").write_text("no")
+        (tmp_path / "book.txt").write_text(TEXT)
+        assert update.main([str(tmp_path / name), "--context", str(tmp_path / "book.txt")]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+
+    def test_options_of_the_library_are_not_a_file(self):
+        assert not update_file.names_file([])
+        assert not update_file.names_file(["--watch"])
+        assert update_file.names_file(["book.nectar"])
+
+
+def test_work_of_another_update_is_not_taken(model, tokenizer, fitted, tmp_path):
+    run = fit_run(model, tokenizer, checkpoint=Checkpoint(tmp_path))
+    run.claim(fitted.prefix)
+    run.checkpoint.save_conversations([Conversation([1], [2])])
+    outcome, _ = updated(model, tokenizer, fitted, MORE, checkpoint=Checkpoint(tmp_path))
+    assert outcome.metadata["report"]["queries"] > 10
