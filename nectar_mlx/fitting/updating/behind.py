@@ -31,6 +31,15 @@ class Behind(Exact):
         return merge(self.before(queries), super().__call__(queries))
 
     @property
+    def half(self) -> bool:
+        """Never: the keys alone, in half precision, would answer without the bank."""
+        return False
+
+    @half.setter
+    def half(self, value: bool) -> None:
+        pass
+
+    @property
     def largest_value(self) -> float:
         own, before = self.parameters["values"], self.before.parameters["values"]
         return max(float(mx.abs(x).max().astype(mx.float32).item()) for x in (own, before))  # type: ignore[arg-type]
