@@ -6,6 +6,8 @@ import sys
 from collections.abc import Sequence
 
 from . import __version__, cli
+from .core import environment
+from .errors import NectarError
 
 COMMANDS = {
     "fit": "read a context once and write a .nectar",
@@ -54,6 +56,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         near = difflib.get_close_matches(command, COMMANDS, n=1)
         advice = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(COMMANDS)}"
         cli.complain(f"nectar: there is no command {command!r}; {advice}")
+        return cli.FAULT
+    try:
+        environment.check()  # before any module of a command is imported
+    except NectarError as error:
+        cli.complain(f"nectar {command}: {error}")
         return cli.FAULT
     return int(importlib.import_module(f".{command}", __package__).main(rest))
 

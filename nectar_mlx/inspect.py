@@ -14,7 +14,7 @@ from .nectar import Nectar
 from .retrieval import find_keys
 from .store import load
 
-_PACKED = {"verdict", "edits", "text"}  # shown first, or packed
+_PACKED = {"verdict", "edits", "text", "packed_files"}  # shown first, or packed
 _UNCHECKED = "How close this file is to the full text has not been measured: `nectar evaluate` measures it."
 _LEGEND = (
     "KL: how far answers are from those with the full text, in nats a token; 0 is no difference. Agree: share of "

@@ -64,6 +64,7 @@ class Nectar:
         ids: Any = tensors["prefix"].tolist()
         self.prefix: list[int] = ids
         self._text = ChunkedPrefix.checked(self.prefix, metadata.get("chunks", []))
+        self._chunk_of: tuple[ChunkedPrefix, JsonObject, int] | None = None  # the whole text, its report, which chunk
         self.chunks = list(self._text.lengths)
         self.report: JsonObject = metadata["report"]
         if not isinstance(self.report, dict):
@@ -191,7 +192,10 @@ class Nectar:
         """
         passages = self.passages(tokenizer)
         attention = self.hybrid.attended(caches, passages)
-        within = None if chunk is None else self._characters(tokenizer, chunk)
+        whole = self._text
+        if self._chunk_of is not None:
+            whole, _, chunk = self._chunk_of
+        within = None if chunk is None else _characters(tokenizer, whole, chunk)
         return sources.find(passages, question, answer, attention=attention, within=within, count=count)
 
     def cite(self, tokenizer: Tokenizer, question: str, answer: str, found: Sequence[Source]) -> Cited:
@@ -199,12 +203,14 @@ class Nectar:
         return citing.cite(self.passages(tokenizer), question, answer, found)
 
     def text(self, tokenizer: Tokenizer) -> Reading:
-        """The text that it stands for, with its documents and their pages, chapters, sheets, mails.
+        """The text that it stands for, with its documents and their pages, chapters, sheets, mails; of one chunk the
+        whole text, which places are counted in.
 
         NectarError if what the file holds of them is damaged.
         """
         name = str(self.metadata.get("source") or "")
-        return kept_text.kept(self.report, tokenizer, self.prefix, name=name)
+        whole, report, _ = self._chunk_of or (self._text, self.report, 0)
+        return kept_text.kept(report, tokenizer, whole.ids, name=name)
 
     def passages(self, tokenizer: Tokenizer) -> Passages:
         """The passages of `text`; made once, for a file belongs to one tokenizer."""
@@ -215,13 +221,6 @@ class Nectar:
     def keep(self, reading: Reading, tokenizer: Tokenizer) -> None:
         """Keeps in the report which documents it was fitted to, so that sources can name them."""
         self.report |= kept_text.keep(reading, tokenizer, self.prefix)
-
-    def _characters(self, tokenizer: Tokenizer, chunk: int) -> tuple[int, int]:
-        """Where a chunk starts and ends in the text."""
-        start, end = self._text.bounds(chunk)
-        return len(prompts.document(tokenizer, self.prefix[:start])), len(
-            prompts.document(tokenizer, self.prefix[:end])
-        )
 
     def prompt(self, tokenizer: Tokenizer, messages: str | Sequence[prompts.Message], **template: Any) -> list[int]:
         """The token ids that follow the prefix, up to where the answer starts.
@@ -283,7 +282,11 @@ class Nectar:
         if self.windows:
             raise NectarError("this model's layers with a sliding window keep the last chunk alone: use all of them")
         tensors = chunking.take(self.layout, self.tensors, self._text, number)
-        return type(self)(tensors, self.metadata | {"chunks": []})
+        report = {name: value for name, value in self.report.items() if name not in kept_text.KEYS}
+        own = {"chunks": [], "report": report, "prefix_sha256": store.prefix_digest(tensors)}
+        part = type(self)(tensors, self.metadata | own)
+        part._chunk_of = self._text, self.report, number
+        return part
 
     @property
     def start(self) -> int:
@@ -343,3 +346,9 @@ class Nectar:
     @cached_property
     def _kernels(self) -> list[DecodeKernel] | None:
         return load.decode_kernels(self._without_retrieval, self.layout, self.tensors)
+
+
+def _characters(tokenizer: Tokenizer, text: ChunkedPrefix, chunk: int) -> tuple[int, int]:
+    """Where a chunk starts and ends in a text."""
+    start, end = (len(prompts.document(tokenizer, text.ids[:at])) for at in text.bounds(chunk))
+    return start, end

@@ -7,6 +7,7 @@ from pathlib import Path
 from . import store
 from .core import terminal
 from .core.types import JsonObject
+from .documents import record
 from .errors import NectarError
 
 
@@ -40,5 +41,8 @@ def _held(path: Path) -> JsonObject:
         tensors, metadata = store.read(path)
     except NectarError:
         return {}
-    report = metadata["report"] if isinstance(metadata["report"], dict) else {}
-    return {"source": "", **metadata, "files": report.get("files"), "tokens": tensors["prefix"].size}
+    try:
+        files = record.listed(metadata["report"])
+    except ValueError:
+        return {}
+    return {"source": "", **metadata, "files": files, "tokens": tensors["prefix"].size}

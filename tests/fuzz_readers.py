@@ -56,7 +56,7 @@ def reader(kind: str) -> Reader:
     tensor_file.metadata_digest = lambda metadata: metadata.get("digest", "")
     tensor_file.read_sealed = lambda path: {n: x for n, x in tensor_file.read(path).items() if n != "checksum"}
     tensor_file.digest = _Anything
-    store.file._prefix_digest = _Anything
+    store.file.prefix_digest = _Anything
     return _kv if kind == "kv" else nectar_mlx.Nectar.read
 
 

@@ -40,7 +40,7 @@ class Index:
 
     def scores(self, question: str, *, without: Collection[str] = ()) -> list[float]:
         """BM25 of every passage; without: words that do not count."""
-        mean = sum(counter.total() for counter in self.counts) / len(self.counts)
+        mean = sum(counter.total() for counter in self.counts) / len(self.counts) or 1.0  # of texts without a word
         weights = {}
         for word in set(words(question, phrase=self.phrase)).difference(without):
             frequency = sum(word in counter for counter in self.counts)

@@ -20,8 +20,7 @@ def decode(text: bytes | str) -> object:
     A value takes some hundred bytes of memory where it takes two in the text, so values are counted first.
     """
     data = text.encode() if isinstance(text, str) else text
-    if len(data) > MOST_BYTES or sum(data.count(mark) for mark in b"[{,") > _MOST_VALUES:
-        raise ValueError("it has too much metadata")
+    check_size(data)
     try:
         value: object = json.loads(
             data.decode(), object_pairs_hook=_unique, parse_float=_finite, parse_constant=_refuse
@@ -30,6 +29,12 @@ def decode(text: bytes | str) -> object:
         raise ValueError("its metadata is nested too deep") from None
     _check_depth(value)
     return value
+
+
+def check_size(data: bytes) -> None:
+    """ValueError for more than `decode` takes; also for writers, whose files must be read again."""
+    if len(data) > MOST_BYTES or sum(data.count(mark) for mark in b"[{,") > _MOST_VALUES:
+        raise ValueError("it has too much metadata")
 
 
 def typed(value: object, kind: type[_T]) -> _T:

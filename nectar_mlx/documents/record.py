@@ -8,12 +8,17 @@ from typing import Any
 
 from nectar_mlx.documents.reading import Edit, FileReport, Place, Reading
 
+_MOST_LISTED = 1 << 20  # characters of the reports that are not packed: thousands of files or pages
 _MOST_BYTES = 1 << 28  # of what is packed; a file may come from anyone
 
 
 def record(reading: Reading) -> dict[str, object]:
-    """`files`, the reports, and `edits`, what normalization changed, where it changed anything."""
-    kept: dict[str, object] = {"files": reading.as_list()}
+    """`files`, the reports, or `packed_files` where there are thousands, as a file's metadata are limited; and `edits`,
+    what normalization changed, where it changed anything."""
+    files = reading.as_list()
+    kept: dict[str, object] = {"files": files}
+    if len(text := json.dumps(files)) > _MOST_LISTED:
+        kept = {"packed_files": packed(text)}
     if reading.edits:
         flat = [value for gap, edit in _gaps(reading.edits) for value in (gap, edit.end - edit.start, edit.original)]
         kept["edits"] = packed(json.dumps(flat))
@@ -25,11 +30,16 @@ def restored(text: str, kept: Mapping[str, object], *, name: str) -> Reading:
 
     name: of the one document, where no files were kept. ValueError, KeyError or TypeError if it is damaged.
     """
-    files = kept.get("files")
+    files = listed(kept)
     if not isinstance(files, list) or not files:
         return Reading(text, [FileReport(name, characters=len(text), end=len(text))])
     edits = kept.get("edits")
     return Reading(text, [_report(file) for file in files], list(_edits(str(edits))) if edits else [])
+
+
+def listed(kept: Mapping[str, object]) -> object:
+    """The reports of a reading's files, of which `record` kept this, as they were listed; errors as of `restored`."""
+    return json.loads(unpacked(str(kept["packed_files"]))) if "packed_files" in kept else kept.get("files")
 
 
 def packed(text: str) -> str:

@@ -62,7 +62,7 @@ def find(
 
     Args:
         attention: what `attended` gives, where exact keys were read.
-        within: the characters of the text that they must lie in.
+        within: the characters of the text that they must touch.
     """
     if not passages.all:
         return []
@@ -70,7 +70,8 @@ def find(
     if attention is not None:
         scores = (scores + attention) / 2 if scores.any() else attention
     if within is not None:
-        inside = (passages.starts >= within[0]) & (passages.starts < within[1])
+        ends = np.array([passage.end for passage in passages.all])
+        inside = (ends > within[0]) & (passages.starts < within[1])
         scores = np.where(inside, scores, 0.0)
     order = np.argsort(-scores, kind="stable")[:count]
     least = max(_LEAST, _BEHIND * float(scores[order[0]]))

@@ -70,7 +70,7 @@ def description(
     """
     return {
         "nectar_mlx": __version__,
-        "prefix_sha256": _prefix_digest(tensors),
+        "prefix_sha256": prefix_digest(tensors),
         "geometry": geometry.to_dict(),
         "layout": asdict(layout),
         "report": dict(report),
@@ -79,7 +79,7 @@ def description(
     }
 
 
-def _prefix_digest(tensors: Tensors) -> str:
+def prefix_digest(tensors: Tensors) -> str:
     """sha256 of the token ids, as little-endian int32."""
     return hashlib.sha256(np.ascontiguousarray(np.array(tensors["prefix"]), dtype="<i4").data).hexdigest()
 
@@ -110,7 +110,8 @@ def read(path: Path) -> tuple[Tensors, Metadata]:
     tensors = (tensor_file.read if metadata["format"] == _FIRST else tensor_file.read_sealed)(path)
     if tensor_file.digest(tensors) != metadata["tensors_sha256"]:
         raise NectarError(f"{path} is damaged: its contents do not match its checksum; fit it again")
-    if "prefix" not in tensors or _prefix_digest(tensors) != metadata["prefix_sha256"]:
+    prefix = tensors.get("prefix")
+    if prefix is None or prefix.dtype != mx.int32 or prefix_digest(tensors) != metadata["prefix_sha256"]:
         raise NectarError(f"{path} is damaged: its prefix does not match its checksum; fit it again")
     with damage_named(path):
         schema.check(metadata, tensors)

@@ -89,6 +89,7 @@ class _Report(msgspec.Struct):
     kl_no_context: float | None = None
     gap_closed: float | None = None
     files: list[_File] = []
+    packed_files: str = ""
 
 
 class _Metadata(msgspec.Struct):

@@ -64,7 +64,8 @@ class _Header(NamedTuple):
 
 
 def write(path: Path, arrays: Mapping[str, mx.array | AnyArray], metadata: Mapping[str, str]) -> None:
-    """Writes the arrays in their order; the file appears whole or not at all. NectarError if it cannot be written."""
+    """Writes the arrays in their order; the file appears whole or not at all. NectarError if it cannot be written, or
+    if its metadata are more than is read again."""
 
     def write_to(file: BinaryIO) -> None:
         for piece in _pieces(arrays, metadata):
@@ -217,6 +218,10 @@ def _header(arrays: Mapping[str, mx.array | AnyArray], metadata: Mapping[str, st
         header[name] = {"dtype": dtype, "shape": list(array.shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
+    try:
+        json_text.check_size(text)
+    except ValueError as error:
+        raise NectarError(f"the file cannot be written: {error} to be read again; fit fewer documents") from None
     return len(text).to_bytes(8, "little") + text
 
 

@@ -7,10 +7,12 @@ from ..documents import Reading, record
 from ..errors import NectarError
 from ..mlxlm import prompts
 
+KEYS = ("files", "packed_files", "edits", "text")  # of a report, that tell of the documents
+
 
 def keep(reading: Reading, tokenizer: Tokenizer, prefix: Sequence[int]) -> JsonObject:
-    """What a file's report holds of the documents it was fitted to: `files`, `edits`, and `text` where the tokenizer
-    does not give back what it encoded."""
+    """What a file's report holds of the documents it was fitted to: KEYS, of them `text` where the tokenizer does not
+    give back what it encoded."""
     kept = record.record(reading)
     if not reading.text.startswith(prompts.document(tokenizer, prefix).rstrip("\ufffd")):  # cut within a character
         _, spans = prompts.located(tokenizer, reading.text)

@@ -19,6 +19,10 @@ def test_words_that_nobody_says_or_that_do_not_count_score_nothing():
     assert INDEX.scores("the amber", without={"the"})[2] > 0
 
 
+def test_a_text_without_a_word_scores_nothing():
+    assert Index([[1], [2]], [Counter(), Counter()]).scores("amber") == [0.0, 0.0]
+
+
 def test_passages_are_cut_from_token_ids():
     tokenizer, text = toys.tokenizer(), "Anna was master of the ship. " * 20
     ids = tokenizer.encode(text)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 
-from nectar_mlx import Nectar, NectarError, ask, chat, cli, fit, store
+from nectar_mlx import Nectar, NectarError, ask, chat, cli, documents, fit, store
 from nectar_mlx.baselines import EvalContext
 from nectar_mlx.core.clock import Clock
 from nectar_mlx.evaluation.run import Options, QuestionOptions, evaluate
@@ -356,3 +356,20 @@ def test_what_cannot_be_joined_is_refused_with_what_fits(tokenizer, tmp_path, ca
     error = capsys.readouterr().err
     room = WINDOW - 1024 - prompts.preamble(tokenizer)
     assert f"--context-tokens {room}" in error and f"{WINDOW:,}" in error and "quadrature" in error
+
+
+def test_the_sources_of_a_chunk_are_in_the_whole_text(tokenizer, chunked, tmp_path):
+    fitted = chunked("llama")
+    whole = Nectar(fitted.tensors, fitted.metadata | {"report": dict(fitted.report)})
+    reading = documents.Reading(TEXT, [documents.FileReport("a.txt", "text", len(TEXT), 0, len(TEXT))])
+    whole.keep(reading, tokenizer)
+    last = len(whole.chunks) - 1
+    question, answer = "Who runs?", " ".join(TEXT.split()[-9:])
+    found = whole.sources(tokenizer, question, answer, chunk=last)
+    part = whole.chunk(last)
+    assert found and part.sources(tokenizer, question, answer) == found
+    assert all(source.document == "a.txt" and source.text in TEXT for source in found)
+    assert part.cite(tokenizer, question, answer, found) == whole.cite(tokenizer, question, answer, found)
+    part.save(tmp_path / "part.nectar")  # a file of its own stands for this part alone
+    alone = Nectar.read(tmp_path / "part.nectar").text(tokenizer)
+    assert "files" not in part.report and alone.text in TEXT and len(alone.text) < len(TEXT)

@@ -144,7 +144,7 @@ def another_hybrid():
         find_keys(DATA / "hybrid-nectar-2.nectar", before.digest), nectar=before.digest, shape=(1, 2, 74), head_dim=16
     )
     other = Nectar(before.tensors | {"prefix": before.tensors["prefix"][::-1]}, before.metadata)
-    other.metadata["prefix_sha256"] = store.file._prefix_digest(other.tensors)
+    other.metadata["prefix_sha256"] = store.file.prefix_digest(other.tensors)
     other.keys = KeyFile.of([kept.layer(0)], small=kept.small, nectar=other.digest)
     return other
 

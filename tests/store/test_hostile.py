@@ -10,6 +10,7 @@ import pytest
 
 from nectar_mlx import Nectar, NectarError, inspect, store
 from nectar_mlx.core import json_text
+from nectar_mlx.documents import FileReport, Reading, record
 from nectar_mlx.heads import KINDS
 from nectar_mlx.store import Layout, schema
 from tests import toys
@@ -35,7 +36,7 @@ def made(kind, bits):
         "model_sha256": "a",
         "tokenizer_sha256": "b",
         "nectar_mlx": "0",
-        "prefix_sha256": store.file._prefix_digest(tensors),
+        "prefix_sha256": store.file.prefix_digest(tensors),
         "geometry": {"model_type": "llama", "n_layers": 2, "n_heads": 4, "windows": [0, 0], **shared},
         "layout": {"kind": kind, "n_layers": 2, "bits": bits, **shared},
         "report": {},
@@ -87,7 +88,7 @@ def test_a_tensor_that_is_not_as_its_sizes_say(tmp_path, kind, bits):
             others = {n: t for n, t in tensors.items() if n != name} | ({} if changed is None else {name: changed})
             facts = dict(metadata)
             if name == "prefix" and changed is not None and changed.dtype == mx.int32:
-                facts["prefix_sha256"] = store.file._prefix_digest(others)
+                facts["prefix_sha256"] = store.file.prefix_digest(others)
                 if how in ("longer", "shorter") and kind != "exact":  # another text, as far as anyone can tell
                     continue
             refused(tmp_path / "x.nectar", others, facts)
@@ -211,3 +212,28 @@ def test_the_toys_of_the_tests_pass(tmp_path):
     name = next(name for name in tensors if name.startswith("windows."))
     for changed in (tensors[name][:, :-1], tensors[name].astype(mx.int32), tensors[name] * float("nan")):
         refused(tmp_path / "x.nectar", tensors | {name: changed}, metadata)
+
+
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16, mx.uint8])
+def test_token_ids_of_another_type(tmp_path, dtype):
+    tensors, metadata = made("quadrature", 16)
+    refused(tmp_path / "x.nectar", tensors | {"prefix": tensors["prefix"].astype(dtype)}, metadata)
+
+
+def test_no_file_is_written_that_would_not_be_read(tmp_path):
+    tensors, metadata = made("quadrature", 16)
+    for notes in (["x" * (9 << 20)], [0] * 500_000):
+        with pytest.raises(NectarError, match="cannot be written"):
+            store.write(tmp_path / "x.nectar", tensors, metadata | {"report": {"notes": notes}})
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_documents_of_a_large_folder_are_kept(tmp_path):
+    tensors, metadata = made("quadrature", 16)
+    count = 60_000
+    files = [FileReport(f"folder/note {i}.txt", "text", 9, 10 * i, 10 * i + 9) for i in range(count)]
+    reading = Reading("x" * 10 * count, files)
+    store.write(tmp_path / "x.nectar", tensors, metadata | {"report": record.record(reading)})
+    assert (tmp_path / "x.nectar").stat().st_size < 4e6
+    report = Nectar.read(tmp_path / "x.nectar").report
+    assert record.restored(reading.text, report, name="").files == files

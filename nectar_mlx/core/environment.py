@@ -1,0 +1,24 @@
+"""Variables of the environment that huggingface_hub reads when it is imported, where a wrong one is a traceback."""
+
+import os
+from urllib.parse import urlsplit
+
+from ..errors import NectarError
+
+_SECONDS = ("HF_HUB_ETAG_TIMEOUT", "HF_HUB_DOWNLOAD_TIMEOUT")
+
+
+def check() -> None:
+    """NectarError for a variable that huggingface_hub cannot read."""
+    endpoint = os.environ.get("HF_ENDPOINT", "")
+    try:
+        parts = urlsplit(endpoint)
+        _ = parts.hostname, parts.port
+    except ValueError as error:
+        raise NectarError(f"HF_ENDPOINT is {endpoint!r}, which is no address ({error}): change or unset it") from None
+    for name in _SECONDS:
+        value = os.environ.get(name, "")
+        try:
+            int(value or 0)
+        except ValueError:
+            raise NectarError(f"{name} is {value!r}, which is no whole number: change or unset it") from None
