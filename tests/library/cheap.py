@@ -21,12 +21,13 @@ class CheapFitter:
         self.identity = Identity(name, hashlib.sha256(f"{name}{weights}".encode()).hexdigest(), "tokens")
         self.fitted: list[str] = []
 
-    def fit(self, text, output, *, source, partial, progress):
+    def fit(self, reading, output, *, source, partial, progress):
         if self._raising is not None:
             raise self._raising
         partial.mkdir(exist_ok=True)
         (partial / "begun").write_text(source)
         time.sleep(self._seconds / 2)
+        text = reading.text
         if self._broken in text:
             raise NectarError("this text cannot be fitted")
         self.fitted.append(source)
