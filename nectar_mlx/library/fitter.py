@@ -26,8 +26,9 @@ class Fitter(Protocol):
     def fit(self, reading: Reading, output: Path, *, source: str, partial: Path, progress: Progress) -> None:
         """Writes a .nectar, and what belongs beside it.
 
-        reading: the text, with its documents and their places. source: what the file says of the text. partial: a folder from which an interrupted fit goes on; it may be
-        left behind. NectarError for a text that cannot be fitted.
+        reading: the text, with its documents and their places. source: what the file says of the text. partial: a
+        folder from which an interrupted fit goes on; it may be left behind. NectarError for a text that cannot be
+        fitted.
         """
 
     def is_whole(self, path: Path) -> bool:

@@ -10,6 +10,7 @@ from .file import (
     is_nectar,
     model_name,
     read,
+    report,
     tensors_digest,
     write,
 )
@@ -36,6 +37,7 @@ __all__ = [
     "model_name",
     "pack",
     "read",
+    "report",
     "select_nodes",
     "tensor_file",
     "tensors_digest",
