@@ -128,5 +128,7 @@ def _none(count: int, routing: Routing | None) -> str:
     if not count:
         return "The library is empty: add a document first."
     sentence = f"None of the {count:,} documents in the library is about this."
+    if count == 1:
+        sentence = "No document in the library is about this."
     nearest = routing.candidates[0].describe() if routing and routing.candidates else ""
     return f"{sentence} The nearest is {nearest}." if nearest else sentence

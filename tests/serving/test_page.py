@@ -21,7 +21,6 @@ pytestmark = [
     pytest.mark.skipif(PROGRAM is None, reason="no chromium on this machine: the page is not tested"),
 ]
 KEEPER = "The keeper Odalys mends the brass lamp each winter. She feeds a fox named Ferrin.\n"
-ENDLESS = "Which lamp does Odalys mend, and whom does she feed?"
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +87,7 @@ def test_an_answer_streams_with_its_document_and_sources(page):
 def test_none_of_the_documents_is_an_answer(page):
     ask(page, "How many zebras does Peru export?")
     ended(page)
-    assert "No document" in page.text(".answer") or "None of the" in page.text(".answer")
+    assert page.text(".answer") == "No document in the library is about this."
 
 
 def test_it_is_there_after_a_reload_and_exported(page, tmp_path):
@@ -113,7 +112,7 @@ def test_a_document_is_added_fitted_and_removed(served, page, tmp_path):
     page.choose_files("#files", tmp_path / "ship.txt", tmp_path / "broken.pdf")
     row = "[...document.querySelectorAll('#document-list > li')].find(li => li.innerText.includes('{}'))"
     page.until(f"{row.format('broken.pdf')}?.innerText.includes('not read')", 60)
-    page.until(f"{row.format('ship.txt')}?.querySelector('.document:not(:disabled)')", 90)
+    page.until(f"!!{row.format('ship.txt')}?.querySelector('.document:not(:disabled)')", 90)
     kept = served[0] / "library" / "documents"
     assert (kept / "ship.txt").stat().st_mode & 0o777 == 0o600
     ask(page, "Who was the captain of the Marenka?")
@@ -128,7 +127,7 @@ def test_a_document_is_added_fitted_and_removed(served, page, tmp_path):
 
 
 def test_stop_and_errors(served, page, monkeypatch):
-    folder, server = served
+    server = served[1]
     monkeypatch.setattr(server.engine, "_decode", lambda real=server.engine._decode: (time.sleep(0.2), real()))
     ask(page, "Which lamp does Odalys mend?")
     page.until("document.querySelector('.answer').textContent.length > 0")
