@@ -43,7 +43,7 @@ export function show(item, turn, actions) {
   const answer = element("div", "answer");
   answer.setAttribute("aria-busy", String(turn.state === "running"));
   answer.append(render(turn.answer));
-  const parts = [element("h3", "question", turn.question)];
+  const parts = [element("h2", "question", turn.question)];
   if (turn.document) {
     const close = turn.close?.length ? ` (close to it: ${turn.close.join("; ")})` : "";
     parts.push(element("p", "from", `From ${[turn.document, turn.place].filter(Boolean).join(", ")}${close}`));

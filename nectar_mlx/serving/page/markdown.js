@@ -54,7 +54,7 @@ export function render(text) {
       list.append(filled("li", item[2]));
       paragraph = null;
     } else if (heading) {
-      result.append(filled("h4", heading[1]));
+      result.append(filled("h3", heading[1]));
       list = paragraph = null;
     } else if (line.trim() === "") {
       list = paragraph = null;
