@@ -56,7 +56,7 @@ def page(served, browser):
     browser.open(f"http://127.0.0.1:{served[1].port}/")
     browser.run("localStorage.clear()")
     browser.run("document.querySelector('#clear').click()")
-    browser.until("document.querySelectorAll('button.document').length >= 2")
+    browser.until("document.querySelectorAll('button.document:not(:disabled)').length >= 2", 60)
     yield browser
     assert browser.messages == []
 
