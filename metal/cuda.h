@@ -14,6 +14,7 @@ METAL_FUNC int max(int a, int b) { return a > b ? a : b; }
 METAL_FUNC int min(int a, int b) { return a < b ? a : b; }
 METAL_FUNC uint min(uint a, uint b) { return a < b ? a : b; }
 METAL_FUNC float log(float x) { return ::logf(x); }
+METAL_FUNC float sqrt(float x) { return ::sqrtf(x); }
 namespace fast {
 METAL_FUNC float exp(float x) { return ::__expf(x); }
 }

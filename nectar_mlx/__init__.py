@@ -16,6 +16,8 @@ use_fast_blas_with_mlx()
 # Where MLX multiplies float32 numbers in 10 bits on a GPU, scores of thousands are wrong by several units. A fit was
 # no slower with exact products (docs/log/numbers.md).
 os.environ.setdefault("MLX_ENABLE_TF32", "0")
+# A decode step of a whole model is more CUDA graphs than MLX keeps by default; each would be built anew at every step.
+os.environ.setdefault("MLX_CUDA_GRAPH_CACHE_SIZE", "20000")
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"  # read when huggingface_hub is first imported; tests/test_privacy.py
 
 

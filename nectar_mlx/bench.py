@@ -14,7 +14,7 @@ from .benchmarks.cache_variants import VARIANTS
 from .benchmarks.measure import CACHE_STEP, SHAPES
 from .core import plotting
 from .errors import NectarError
-from .fitting.config import FitConfig
+from .fitting.config import FitConfig, effort
 
 _CONTEXTS = {"decode": "1k,8k,32k,128k,512k,1m", "fit": "8k,32k,128k", "selftest": "1k"}
 
@@ -51,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     of_fit = parser.add_argument_group("fit")
     of_fit.add_argument("--queries", type=int, metavar="N", help="captured queries a head (default: as a fit)")
     of_fit.add_argument("--steps", type=int, metavar="N", help="steps of the regression (default: as a fit)")
+    of_fit.add_argument("--effort", default="normal", help="quick, normal or best (normal)")
     of_fit.add_argument("--budget", type=float, default=0.02, help="bytes to keep / bytes of the KV cache (0.02)")
     return parser
 
@@ -68,7 +69,9 @@ def _work(arguments: argparse.Namespace) -> None:
     if arguments.what == "selftest":
         result = run.tune(shape, log=cli.say) if arguments.tune else run.selftest()
     elif arguments.what == "fit":
-        config = FitConfig(queries=arguments.queries, steps=arguments.steps, budget=arguments.budget)
+        given = {"queries": arguments.queries, "steps": arguments.steps}
+        options = effort(arguments.effort) | {name: value for name, value in given.items() if value is not None}
+        config = FitConfig(budget=arguments.budget, **options)
         result = run.fit(shape, contexts, config, log=cli.say)
     else:
         methods = [m.strip() for m in arguments.methods.split(",")]

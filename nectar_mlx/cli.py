@@ -170,9 +170,13 @@ def _bar(status: Status) -> "RenderableType":
     from rich.table import Table
     from rich.text import Text
 
-    row = Table.grid(padding=(0, 1))
-    bar = ProgressBar(total=1, completed=status.share, width=30)
-    row.add_row(Text(_stage(status)), bar, Text(f"{status.share:3.0%}  {_times(status)}"))
+    # One line, whatever the terminal's width: of the stage's name as much as there is room for.
+    row = Table.grid(padding=(0, 1), expand=True)
+    row.add_column(ratio=1, no_wrap=True, overflow="ellipsis")
+    row.add_column()
+    row.add_column(no_wrap=True)
+    bar = ProgressBar(total=1, completed=status.share, width=12)
+    row.add_row(Text(_stage(status)), bar, Text(f"{status.share:3.0%} {_times(status)}"))
     return row
 
 

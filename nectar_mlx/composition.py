@@ -11,8 +11,8 @@ docs/log/composition.md. Where one text can be chosen, answers from it alone are
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
@@ -21,7 +21,7 @@ import mlx.nn as nn
 from .errors import NectarError
 from .heads import Bank, HeadArrays, Quadrature
 from .heads.nodes import plain_nodes
-from .mlxlm.cache import Window, make_caches
+from .mlxlm.kept import Kept, make_caches, plain_windows
 from .mlxlm.positions import shifted
 from .nectar import Nectar
 
@@ -39,7 +39,7 @@ class Composition:
 
     nectars: Sequence[Nectar]
     banks: Sequence[Bank]
-    windows: dict[int, Window]
+    windows: Mapping[int, Kept]
     start: int
 
     def make_cache(self, *, kv_bits: int | None = None) -> list[Any]:
@@ -64,6 +64,7 @@ def compose(
         raise NectarError("there is no file to compose")
     if len({nectar.metadata["model_sha256"] for nectar in nectars}) > 1:
         raise NectarError("these files were fitted on different models: compose files of one model")
+    last = plain_windows(nectars[-1].geometry, nectars[-1].windows, "put together")
     common = _common([nectar.prefix for nectar in nectars]) if preamble is None else preamble
     lengths = [nectar.start - common for nectar in nectars]
     # All texts end where the question starts, or where the next one begins.
@@ -79,9 +80,9 @@ def compose(
         ]
         banks.append(_joined(moved, less, scale=geometry.scale))
     start = common + (sum(lengths) if end_to_end else longest)
+    by = start - nectars[-1].start
     windows = {
-        layer: Window(shifted(model, layer, w.keys, start - nectars[-1].start).astype(w.keys.dtype), w.values, w.size)
-        for layer, w in nectars[-1].windows.items()
+        layer: replace(w, keys=shifted(model, layer, w.keys, by).astype(w.keys.dtype)) for layer, w in last.items()
     }
     return Composition(nectars, banks, windows, start)
 

@@ -58,8 +58,11 @@ def _parser() -> argparse.ArgumentParser:
         help="bits of a stored matrix entry: 16, or 4 to 8 (default: a step for each node, 4 bits on average; with "
         "exact keys 6; networks 8)",
     )
-    parser.add_argument("--queries", type=int, metavar="N", help="captured queries a head (20000; GPU: up to 120000)")
-    parser.add_argument("--steps", type=int, metavar="N", help="steps of the regression (1500 on a GPU, 300 on a CPU)")
+    parser.add_argument("--queries", type=int, metavar="N", help="captured queries a head (20000; GPU: up to 150000)")
+    parser.add_argument("--steps", type=int, metavar="N", help="steps of the regression (750 on a GPU, 300 on a CPU)")
+    parser.add_argument(
+        "--effort", default="normal", help="quick, normal or best: how many answers are sampled, and steps (normal)"
+    )
     parser.add_argument(
         "--memory",
         type=cli.size,
@@ -101,12 +104,13 @@ def _work(arguments: argparse.Namespace) -> None:
     from . import models
     from .fitting import pipeline
     from .fitting.checkpoint import Checkpoint
-    from .fitting.config import FitConfig, parse_budget, parse_size
+    from .fitting.config import FitConfig, effort, parse_budget, parse_size
     from .installed import default_model
     from .nectar import Nectar
 
     names = ("kind", "bits", "queries", "steps", "seed", "context_tokens", "memory", "layerwise", "prefill")
-    options = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    options = effort(arguments.effort)
+    options |= {name: value for name in names if (value := getattr(arguments, name)) is not None}
     if arguments.size is None:
         options |= parse_budget(arguments.budget or settings.read().budget or "auto")
     else:

@@ -8,9 +8,11 @@ from pathlib import Path
 
 from . import cli
 from .core.types import JsonObject
+from .mlxlm.kept import State
 from .models import hub
 from .nectar import Nectar
 from .retrieval import find_keys
+from .store import load
 
 _PACKED = {"verdict", "edits", "text"}  # shown first, or packed
 _UNCHECKED = "How close this file is to the full text has not been measured: `nectar evaluate` measures it."
@@ -63,7 +65,10 @@ def describe(path: Path) -> JsonObject:
         "kind": layout.kind,
         "bits": nectar.bits,
         "layers": geometry.n_layers,
-        "window_layers": len(nectar.windows),
+        "window_layers": sum(1 for layer in geometry.layers if layer.window),
+        "state_layers": sum(1 for layer in geometry.layers if layer.states),
+        "state_bytes": sum(kept.nbytes for kept in nectar.windows.values() if isinstance(kept, State)),
+        "decode_kernel": load.no_kernel(layout) or "yes, where there is a GPU",
         "kv_heads": geometry.n_kv_heads,
         "head_dim": geometry.head_dim,
         "parameter_bytes": nectar.nbytes,

@@ -10,7 +10,7 @@ from huggingface_hub.errors import CacheNotFound
 from . import models, settings
 from .core.progress import Log
 from .errors import NectarError
-from .mlxlm.attention_patch import SUPPORTED
+from .mlxlm import hook
 from .models import hub
 
 
@@ -70,11 +70,11 @@ def _in_cache() -> list[Installed]:
 
 
 def _can_be_asked(folder: Path) -> bool:
-    """Whether it is a model of a supported type, tuned to answer."""
+    """Whether mlx-lm has its type, and it is tuned to answer."""
     try:
         config = json.loads((folder / "config.json").read_text())
         tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
     except (OSError, ValueError):
         return False
     has_template = bool(tokenizer.get("chat_template")) or (folder / "chat_template.jinja").exists()
-    return config.get("model_type") in SUPPORTED and has_template
+    return has_template and isinstance(config, dict) and hook.may_route(str(config.get("model_type")))

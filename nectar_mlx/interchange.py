@@ -18,6 +18,7 @@ from .core.files import write_atomically
 from .errors import NectarError
 from .heads import Exact
 from .heads.nodes import plain_nodes
+from .mlxlm.kept import plain_windows
 from .nectar import Nectar
 
 FORMAT, VERSION = "nectar-nodes", "1"
@@ -32,13 +33,14 @@ def write_nodes(nectar: Nectar, path: str | Path, *, dtype: str = "float16") -> 
     """
     if dtype not in DTYPES:
         raise NectarError(f"nodes are written as one of {', '.join(DTYPES)}, not as {dtype}")
-    layers = [layer for layer in range(len(nectar.banks) + len(nectar.windows)) if layer not in nectar.windows]
+    windows = plain_windows(nectar.geometry, nectar.windows, "written as nodes")
+    layers = nectar.geometry.fitted
     tensors = {"prefix": mx.array(nectar.prefix, dtype=mx.int32)}
     for layer, bank in zip(layers, nectar.banks, strict=True):
         nodes = plain_nodes(bank)
         tensors |= {f"layers.{layer}.{name}": nodes[name].astype(DTYPES[dtype]) for name in ("keys", "values")}
         tensors[f"layers.{layer}.bias"] = nodes["bias"].astype(mx.float32)
-    for layer, window in nectar.windows.items():
+    for layer, window in windows.items():
         tensors[f"layers.{layer}.window_keys"] = window.keys.astype(DTYPES[dtype])
         tensors[f"layers.{layer}.window_values"] = window.values.astype(DTYPES[dtype])
     if not all(bool(mx.isfinite(x).all().item()) for x in tensors.values()):
@@ -50,7 +52,7 @@ def write_nodes(nectar: Nectar, path: str | Path, *, dtype: str = "float16") -> 
         "model_sha256": str(nectar.metadata["model_sha256"]),
         "start": str(nectar.start),
         "scale": repr(float(nectar.geometry.scale)),
-        "windows": json.dumps({str(layer): window.size for layer, window in nectar.windows.items()}),
+        "windows": json.dumps({str(layer): window.size for layer, window in windows.items()}),
     }
     write_atomically(Path(path), lambda file: mx.save_safetensors(file, tensors, metadata))
 
@@ -61,13 +63,15 @@ def write_prompt_cache(nectar: Nectar, path: str | Path) -> None:
     """
     if nectar.layout.kind != Exact.kind:
         raise NectarError("a prompt cache holds every key and value: it can be written of a file of --kind exact alone")
+    windows = plain_windows(nectar.geometry, nectar.windows, "written as a prompt cache")
     caches: list[Any] = nectar.make_cache()
     for layer, cache in enumerate(caches):
-        if layer in nectar.windows:  # mlx-lm knows its own class alone
+        if layer in windows:  # mlx-lm knows its own class alone
             caches[layer] = RotatingKVCache.from_state(cache.state)
         else:
             nodes = plain_nodes(cache.bank)
             keys, values = (nodes[name].astype(cache.bank.parameters[name].dtype)[None] for name in ("keys", "values"))
+            values = values[..., : nectar.geometry.value_dim]
             caches[layer] = KVCache.from_state((keys, values, nectar.start))
     metadata = {"model": str(nectar.metadata["model"])}
     write_atomically(Path(path), lambda file: save_prompt_cache(cast(str, file), caches, metadata))

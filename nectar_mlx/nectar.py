@@ -18,7 +18,7 @@ from .fitting import verdict
 from .heads import Bank, HybridHead
 from .kernels import DecodeKernel
 from .mlxlm import attention_patch, prompts
-from .mlxlm.cache import make_caches
+from .mlxlm.kept import make_caches
 from .models import hub
 from .retrieval import ChunkIndex, HybridBank, HybridContext, KeyFile, citing, find_keys, kv_path, recording, sources
 from .retrieval.citing import Cited
@@ -31,6 +31,8 @@ from .store import text as kept_text
 from .store.chunking import ChunkedPrefix
 from .store.kv_file import remove_stale_keys
 
+_MEASURED = ("seconds", "peak_memory")  # of a report: other in every fit, so not in the file
+
 
 class Nectar:
     """A long context, fitted: per layer and KV head a function of the query that stands for the context's keys and
@@ -41,10 +43,11 @@ class Nectar:
         chunks: lengths in tokens of the chunks that the prefix ends with, each read on its own; empty where the text
             was read in one piece.
         banks: the head functions, one bank for each layer with full attention.
-        windows: the exact keys and values that each sliding-window layer keeps, by layer.
+        windows: what each layer without heads keeps, by layer: a sliding window's exact keys and values, a state.
         keys: the file of exact keys and values beside it, None where there is none.
         hybrid: the banks that read those keys, and what answers read of them.
-        report: what was measured while fitting: `kl`, `agree`, `gap_closed`, ...; `seconds` only until it is saved.
+        report: what was measured while fitting: `kl`, `agree`, `gap_closed`, ...; `seconds` and
+            `peak_memory` only until it is saved.
         metadata: model, tokenizer, settings, source.
         geometry, layout: of the model's attention, and of the heads in the file.
         tensors: what the file holds.
@@ -66,8 +69,8 @@ class Nectar:
             raise NectarError("the file is damaged: its report is none")
         self.banks = load.banks(self.layout, tensors)
         self.windows = load.windows(tensors, self.geometry, self.start)
-        alike = all(getattr(self.layout, n) == getattr(self.geometry, n) for n in ("n_kv_heads", "head_dim", "scale"))
-        if len(self.banks) != len(self.geometry.fitted) or not alike:
+        shapes = {(x.n_kv_heads, x.head_dim, x.scale) for x in (self.layout, self.geometry)}
+        if len(self.banks) != len(self.geometry.fitted) or len(shapes) > 1:
             raise NectarError("the file is damaged: its heads are not those of its model")
         self._index: ChunkIndex | None = None
         self._passages: Passages | None = None
@@ -147,7 +150,7 @@ class Nectar:
         if self.keys is not None:
             keys = kv_path(path, self.digest)
             self.keys.write(keys)
-        report = {name: value for name, value in self.report.items() if name != "seconds"}
+        report = {name: value for name, value in self.report.items() if name not in _MEASURED}
         store.write(path, self.tensors, self.metadata | {"report": report})
         remove_stale_keys(path, but=keys)
 

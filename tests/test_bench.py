@@ -96,6 +96,8 @@ def test_fit_reports_every_stage_at_every_context(capsys, monkeypatch):
     rows = result["rows"]
     assert [(row["context"], row["stage"]) for row in rows] == [(n, s) for n in (200, 300) for s in measure_fit.STAGES]
     for context in (200, 300):
+        first = next(row for row in rows if row["context"] == context)
+        assert all(row["prefills"] == row["seconds"] / first["seconds"] for row in rows if row["context"] == context)
         assert sum(row["share"] for row in rows if row["context"] == context) == pytest.approx(1)
     assert all(row["seconds"] > 0 for row in rows)
     assert all(
@@ -113,7 +115,7 @@ def test_fit_as_a_table_and_a_plot(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(measure_fit, "stages", lambda *_: stages)
     assert bench.main([*FIT, "--plot", str(tmp_path / "a.png")]) == 0
     lines = capsys.readouterr().out.strip().splitlines()
-    assert lines[4] == "| 200 | prefill | 2.00 | 20% | 1.00 |"
+    assert lines[4] == "| 200 | prefill | 2.00 | 1.0 | 20% | 1.00 |"
     assert len(lines) == 2 + 2 + 2 * len(measure_fit.STAGES)
     assert (tmp_path / "a.png").stat().st_size > 1000
 

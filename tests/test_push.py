@@ -149,8 +149,7 @@ def test_up_and_down_again(hub, nectar, book, tmp_path):
 def test_keys_go_along(hub, nectar, tmp_path):
     book = Kept(tmp_path / "kept")
     assert nectar(hub, tmp_path, "push", str(book.path), "someone/kept").returncode == 0
-    name = book.path.name
-    (keys,) = book.path.parent.glob(f"{name}*.kv")
+    keys = toys.key_file(book.path)
     assert hub.repositories["someone/kept"][keys.name] == keys.read_bytes()
     assert "exact keys" in hub.repositories["someone/kept"]["README.md"].decode()
     found = nectar(hub, tmp_path, "ask", "someone/kept", "who?", "--exact", "0.5", "--sources", "--max-tokens", "3")

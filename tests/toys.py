@@ -18,6 +18,7 @@ from nectar_mlx.fitting import pipeline, prefill
 from nectar_mlx.mlxlm import attention_patch
 from nectar_mlx.retrieval import kv_path
 from nectar_mlx.store import Layout
+from tests.families import FAMILIES
 
 VOCABULARY = 320
 LAYERS = 3
@@ -78,7 +79,9 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 def toy(model_type: str, *, seed: int = 0, **arguments: Any) -> nn.Module:
     """A random model in float32 whose attention is far from uniform."""
     module = importlib.import_module(f"mlx_lm.models.{ {'mistral': 'llama'}.get(model_type, model_type) }")
-    config = {**_DENSE, **ARCHITECTURES[model_type], **arguments, "model_type": model_type}
+    config = {**_DENSE, **(ARCHITECTURES | FAMILIES)[model_type], **arguments, "model_type": model_type}
+    if "text_config" in config:
+        config["text_config"] = {**_DENSE, **config["text_config"]}
     mx.random.seed(seed)
     model = module.Model(module.ModelArgs.from_dict(config))
     model.update(_tree_map(model.parameters()))
@@ -181,6 +184,7 @@ def _layout(geometry: attention_patch.Geometry, kind: str, bits: int) -> Layout:
         head_dim=geometry.head_dim,
         scale=geometry.scale,
         bits=bits,
+        value_dim=0 if geometry.value_dim == geometry.head_dim else geometry.value_dim,
     )
 
 

@@ -25,7 +25,7 @@ from ..fitting.solve import attention_matching
 from ..heads import Bank, Exact, HeadArrays, Weighed
 from ..mlxlm import prompts
 from ..mlxlm.attention_patch import Geometry
-from ..mlxlm.cache import Window, make_caches
+from ..mlxlm.kept import Kept, make_caches
 from ..store import Layout
 
 BITS = {"quadrature": 5, "exact": 8}  # of a matrix entry, by default: the best for each (docs/log/baselines.md)
@@ -44,14 +44,14 @@ class LiveText:
 class View:
     """A replacement of the full KV cache: a bank a layer, the position of the first live token, and its size.
 
-    windows: what sliding-window layers keep, by layer. nbytes: what has to be kept to answer a question. detail: the
+    windows: what layers without heads keep, by layer. nbytes: what has to be kept to answer a question. detail: the
     method's settings, for a person. live_text: what it reads with each question, if anything. change: of its logits.
     """
 
     banks: Sequence[Bank]
     start: int
     nbytes: int
-    windows: Mapping[int, Window] = field(default_factory=dict)
+    windows: Mapping[int, Kept] = field(default_factory=dict)
     detail: str = ""
     live_text: LiveText | None = None
     change: Change | None = None
@@ -108,7 +108,7 @@ class EvalContext:
 
     @property
     def window_bytes(self) -> int:
-        return sum(2 * (w.keys.size + w.values.size) for w in self.context.windows.values())
+        return sum(kept.nbytes for kept in self.context.windows.values())
 
     @property
     def length(self) -> int:
@@ -231,6 +231,7 @@ class EvalContext:
             n_kv_heads=g.n_kv_heads,
             head_dim=g.head_dim,
             scale=g.scale,
+            value_dim=0 if g.value_dim == g.head_dim else g.value_dim,
             bits=bits or BITS[kind],
         )
 

@@ -38,6 +38,7 @@ _FIT = (
     ("context", "context", "d"),
     ("stage", "stage", ""),
     ("seconds", "seconds", ".2f"),
+    ("prefills", "prefills", ".1f"),
     ("share", "share", ".0%"),
     ("peak GB", "peak_memory", ".2f"),
 )

@@ -49,7 +49,9 @@ def fit(shape: Shape, contexts: Sequence[int], config: FitConfig, *, log: Log = 
         log(f"{row['context']} tokens, {row['stage']}: {row['seconds']:.1f} s, {row['peak_memory'] / 1e9:.2f} GB")
         rows.append(row)
     for row in rows:
-        row["share"] = row["seconds"] / sum(other["seconds"] for other in rows if other["context"] == row["context"])
+        fit = [other for other in rows if other["context"] == row["context"]]
+        row["share"] = row["seconds"] / sum(other["seconds"] for other in fit)
+        row["prefills"] = row["seconds"] / fit[0]["seconds"]
     queries = max(row.pop("samples", 0) for row in rows)
     sizes = {"layers": shape.layers, "queries": queries, "steps": config.steps, "budget": config.budget}
     return _machine() | {"shape": shape.name, "bandwidth": measure.bandwidth(), "rows": rows} | sizes

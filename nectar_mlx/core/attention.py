@@ -168,7 +168,7 @@ def causal(
         if step < T:
             mx.eval(parts[-1])
     part = parts[0] if len(parts) == 1 else join(parts, axis=3)
-    return Partial(part.output.reshape(B, H, T, D), part.log_normalizer.reshape(B, H, T))
+    return Partial(part.output.reshape(B, H, T, -1), part.log_normalizer.reshape(B, H, T))
 
 
 def _masked(
@@ -189,4 +189,4 @@ def _masked(
     weights = exp(scores - top)
     total = weights.sum(-1, keepdims=True)
     output = (weights @ values.astype(mx.float32)) / total
-    return Partial(output.reshape(B, K, G, T, D), (top + mx.log(total)).reshape(B, K, G, T))
+    return Partial(output.reshape(B, K, G, T, -1), (top + mx.log(total)).reshape(B, K, G, T))

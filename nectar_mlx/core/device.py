@@ -16,6 +16,7 @@ class Device:
     """A profile of a machine.
 
     linux_cpu: whether MLX runs on its Linux CPU build, where numpy is faster at exponentials, top-k and gathers.
+    half: whether products of half-precision numbers are faster than those of float32.
     compile_steps: whether `mx.compile` pays for a training step. Under CUDA each fused kernel takes seconds to build
     and a step has dozens; under Metal it takes milliseconds.
 
@@ -31,12 +32,15 @@ class Device:
     trial_steps, trial_checks: of the short fits that choose a budget. excerpt_tokens: on which it is chosen where the
     text is read in chunks. layerwise_tokens: in all layers at once, at least, where a fit goes layer by layer;
     layerwise_replay_tokens: of conversations replayed through all layers. passage_conversations: about one passage,
-    sampled side by side. completion_keys: of the context that a completion is trained on.
+    sampled side by side. steps_ahead: of sampling, queued before the first one's tokens are looked at.
+    completion_keys: of the context that a completion is trained on.
+    fisher_batch: conversations differentiated at a time.
     check_batch: conversations compared at a time. baseline_conversations, baseline_batch, cartridge_steps: of the
     methods that `evaluate` builds. choices_batch: multiple-choice questions read at a time.
     """
 
     linux_cpu: bool
+    half: bool
     compile_steps: bool
     max_scores: int
     max_batch_scores: int
@@ -56,6 +60,8 @@ class Device:
     layerwise_replay_tokens: int
     passage_conversations: int
     completion_keys: int
+    steps_ahead: int
+    fisher_batch: int
     check_batch: int
     baseline_conversations: int
     baseline_batch: int
@@ -65,6 +71,7 @@ class Device:
 
 LINUX_CPU = Device(
     linux_cpu=True,
+    half=False,
     compile_steps=False,
     max_scores=1 << 20,
     max_batch_scores=1 << 20,
@@ -84,6 +91,8 @@ LINUX_CPU = Device(
     layerwise_replay_tokens=128,
     passage_conversations=8,
     completion_keys=1024,
+    steps_ahead=1,
+    fisher_batch=1,
     check_batch=4,
     baseline_conversations=8,
     baseline_batch=16,
@@ -92,16 +101,17 @@ LINUX_CPU = Device(
 )
 GPU = Device(
     linux_cpu=False,
+    half=True,
     compile_steps=sys.platform == "darwin",
     max_scores=1 << 27,
     max_batch_scores=1 << 28,
     replay_scores=1 << 28,
-    training_scores=1 << 28,
+    training_scores=1 << 27,
     layer_training_scores=1 << 22,
-    launch_scores=1 << 24,
-    fit_steps=1500,
+    launch_scores=1 << 22,
+    fit_steps=750,
     fit_batch=2048,
-    fit_samples=120_000,
+    fit_samples=150_000,
     fit_conversations=384,
     fit_checks=96,
     trial_steps=100,
@@ -111,7 +121,9 @@ GPU = Device(
     layerwise_replay_tokens=256,
     passage_conversations=16,
     completion_keys=2048,
-    check_batch=8,
+    steps_ahead=8,
+    fisher_batch=8,
+    check_batch=32,
     baseline_conversations=128,
     baseline_batch=128,
     cartridge_steps=300,

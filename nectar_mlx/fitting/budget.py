@@ -44,7 +44,7 @@ def affordable_bytes(
     """
     n_heads = layout.n_layers * layout.n_kv_heads
     whole = geometry.cache_bytes(n)
-    windows = whole - replace(geometry, windows=(0,) * layout.n_layers).cache_bytes(n)
+    windows = geometry.window_bytes(n)
     kept = share * whole
     besides = windows + 4 * n + (24 + 2 * layout.head_dim) * n_heads + 6000
     # Keys that are kept as they are take more than nodes that were trained for their grids.

@@ -1,6 +1,6 @@
 """The check of a finished fit: its answers compared with those of the full cache."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import mlx.core as mx
@@ -9,7 +9,7 @@ import numpy as np
 from ..core.types import JsonObject, LayerCache
 from ..errors import NectarError
 from ..heads import Bank
-from ..mlxlm.cache import make_caches
+from ..mlxlm.kept import Kept, make_caches
 from ..retrieval.recall import Calibration
 from . import fidelity
 from .layers import LayerRunner
@@ -25,15 +25,17 @@ def check(
     data: Collected,
     banks: Sequence[Bank],
     *,
+    windows: Mapping[int, Kept] | None = None,
     questions: int | None = None,
     stage: str = "checking",
 ) -> JsonObject:
     """How far the answers to the check questions, or the first so many, are from the full cache's (`verdict`), and how
-    much recall helps them; banks: one a layer. stage: what progress calls it."""
+    much recall helps them; banks: one a layer. windows: what the layers without heads keep (default: the context's).
+    stage: what progress calls it."""
     context = data.context
     head = read_head(run.model, run.tokenizer, context.prefix, run.geometry)
     conversations = answered_checks(data.conversations)[:questions]
-    make_cache = partial(make_caches, banks, context.windows, context.start)
+    make_cache = partial(make_caches, banks, context.windows if windows is None else windows, context.start)
     calibration = Calibration(context.prefix)
 
     def observe(name: str, conversation: Conversation, truth: mx.array, ours: mx.array) -> None:

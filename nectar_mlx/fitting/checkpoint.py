@@ -103,10 +103,10 @@ class Checkpoint:
             what = ", ".join(name for name in mine if kept.get(name) != mine[name]) or "facts"
             if self.must_match:
                 raise NectarError(
-                    f"{self.folder} holds a fit with another {what}, which --resume cannot continue: leave --resume "
+                    f"{self.folder} holds a fit with other {what}, which --resume cannot continue: leave --resume "
                     "out to start anew"
                 )
-            self.log(f"starting anew: {self.folder} holds a fit with another {what}")
+            self.log(f"starting anew: {self.folder} holds a fit with other {what}")
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._remove(but=(_LOCK,))
         _write_json(self.folder / _CLAIM, mine)

@@ -25,9 +25,9 @@ from ..core.progress import Progress
 from ..core.types import JsonObject
 from ..heads import Exact, HeadArrays, Weighed
 from ..mlxlm.attention_patch import Geometry
-from ..mlxlm.cache import make_caches
+from ..mlxlm.kept import make_caches
 from ..retrieval.recall import Calibration
-from ..store import Layout, chunking, load
+from ..store import Layout, chunking, load, states
 from ..store.chunking import ChunkedPrefix
 from . import finite, verdict
 from .budget import affordable_bytes, share_of
@@ -71,7 +71,7 @@ def fit(
     for number, text in enumerate(whole.texts()):
         chunk_run = run.part(f"chunk-{number}", progress=partial(_chunk_progress, run.progress, number, len(chunks)))
         chunk_run.claim(text, preamble=preamble)
-        chunk = FittedChunk.load(chunk_run.checkpoint)
+        chunk = FittedChunk.load(chunk_run.checkpoint, run.geometry, len(text))
         if chunk is None:
             # Which heads need most is a matter of the model; heads that are to be joined share their offsets.
             plan = fitted[0].plan if fitted else None
@@ -91,8 +91,9 @@ def fit(
     offsets = fitted[0].offsets
     before = read_text(run.model, prefix[:preamble], run.geometry, offsets=offsets).banks if preamble else []
     heads = list(_heads(run.layout, before, [chunk.layers for chunk in fitted]))
-    tensors = store.contents(run.layout, heads, prefix=prefix, windows=fitted[-1].windows, offsets=offsets)
-    banks = load.banks(run.layout, tensors)
+    windows = states.coded(fitted[-1].windows, 16)
+    tensors = store.contents(run.layout, heads, prefix=prefix, windows=windows, offsets=offsets)
+    banks = load.banks(run.layout, tensors, trusted=True)
     finite.check_banks("rounding", banks, run.geometry)
     report = {
         "budget": share,
@@ -101,7 +102,7 @@ def fit(
         "queries": fitted[-1].samples,
         "error": [error for chunk in fitted for error in chunk.errors],
     }
-    make_cache = partial(make_caches, banks, fitted[-1].windows, whole.start)
+    make_cache = partial(make_caches, banks, windows, whole.start)
     head = read_head(run.model, run.tokenizer, prefix, run.geometry)
     runner, checks, recall = LayerRunner(run.model, run.geometry), list[JsonObject](), Calibration(prefix)
     with run.progress("checking", len(fitted)) as done:

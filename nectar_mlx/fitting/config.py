@@ -26,6 +26,7 @@ class FitConfig:
     bits: of a stored matrix entry, 16 or 4 to 8, rounded at once. Default: the kind's own; nodes alone are rounded
         while they are trained, each row in as many bits as it needs, 4 on average.
     queries: captured samples a head (default: 20,000; on a GPU up to 120,000, as the memory holds).
+    sample_share: of the samples that a fit takes by default.
     steps, batch, rate: of the regression; rate's default is the kind's.
     seed: of everything that is drawn. Equal fits give equal files.
     context_tokens: cut the text after so many tokens.
@@ -46,6 +47,7 @@ class FitConfig:
     kind: str = "auto"
     bits: int | None = None
     queries: int | None = None
+    sample_share: float = 1.0
     steps: int = field(default_factory=lambda: device().fit_steps)
     seed: int = 0
     context_tokens: int | None = None
@@ -81,6 +83,20 @@ class FitConfig:
                 raise NectarError(f"{name} must be positive, not {value}")
         if self.seed >= 1 << 63:  # other seeds are derived from it, and MLX takes 64 bits
             raise NectarError(f"seed must be below 2^63, not {self.seed}")
+
+
+EFFORTS = ("quick", "normal", "best")
+
+
+def effort(name: str) -> JsonObject:
+    """What an effort stands for, as fields of a `FitConfig`: fewer or more samples and steps. NectarError for a name
+    that there is not."""
+    if name not in EFFORTS:
+        raise NectarError(f"unknown effort {name!r}: choose {', '.join(EFFORTS)}")
+    steps = device().fit_steps
+    if name == "quick":
+        return {"steps": steps // 3, "sample_share": 0.3}
+    return {"steps": 4 * steps, "sample_share": 4.0, "rate": 2e-2} if name == "best" else {}
 
 
 def parse_budget(text: str) -> JsonObject:

@@ -19,16 +19,17 @@ from .config import FitConfig
 
 AUTO_SHARE = 0.04  # of the KV cache; what was chosen for three models was 0.024, 0.04 and 0.16 (docs/results.md)
 _QUESTIONS = 1024  # of the window, that questions and answers need
-QUESTION_TOKENS = 64  # of a sampled question
+QUESTION_TOKENS = 44  # of a sampled question, with the turn's own
+_FEWEST_TOGETHER, _TRAIN_SHARE = 16, 0.9  # conversations of a batch; of them, those that are not held out
 _PROBES, _CANDIDATES = 8, 3  # conversations of the sensitivity; budgets that are tried
 _TRAINED = 12  # operations a step, sample, node and entry of it: two products and their gradients
 _ROUNDING = 1.4  # of the regression's steps, with those of rounding
 _KEY_BYTES = 1.2  # of a number in the key file, with scales, checksums and sketches
 _START = 2e9  # operations that starting a head takes the time of
-# How fast a stage is, as a multiple of the machine's rate: measured on two CPU cores, and on one H100.
+# How fast a stage is, as a multiple of the machine's rate: measured on two CPU cores, and on one H200.
 _CPU = {"reading": 2.0, "sampling": 0.8, "capturing": 1.2, "sensitivity": 1.3, "training": 0.6, "checking": 1.0}
-_GPU = {"reading": 0.5, "sampling": 1.1, "capturing": 0.75, "sensitivity": 0.75, "training": 0.8, "checking": 0.75}
-_LAUNCH_SECONDS = 1e-3  # that a GPU takes a layer of a decoding step, at least
+_GPU = {"reading": 2.0, "sampling": 5.0, "capturing": 4.0, "sensitivity": 1.5, "training": 5.0, "checking": 1.5}
+_LAUNCH_SECONDS = 5e-4  # that a GPU takes a layer of a decoding step, at least
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,13 +163,17 @@ class _Work:
             return config.queries
         each = (4 if profile.linux_cpu else 2) * (3 * self.layout.head_dim + 2)
         most = (config.memory or self.machine.memory / 8) / (each * self.heads)
-        return int(max(20_000, min(profile.fit_samples, most)))
+        return int(max(20_000, min(profile.fit_samples * config.sample_share, most)))
 
     @property
-    def sampled(self) -> float:
-        """Tokens of the conversations that heads are trained on."""
-        g = self.shape.geometry
-        return self.samples * g.n_kv_heads / g.n_heads
+    def sampled(self) -> int:
+        """Tokens of the conversations that heads are trained on: of whole batches, as in `self_study.study`."""
+        g, config = self.shape.geometry, self.config
+        group, each, count = g.n_heads // g.n_kv_heads, QUESTION_TOKENS + config.answer_tokens, 0
+        while (missing := self.samples - _TRAIN_SHARE * count * each * group) > 0.1 * self.samples:
+            needed = int(missing) // (group * config.answer_tokens) + 1
+            count += min(config.conversations, max(_FEWEST_TOGETHER, needed))
+        return count * each
 
     @property
     def checked(self) -> int:
@@ -214,6 +219,10 @@ class _Work:
 
     def study(self) -> Iterator[Stage]:
         config = self.config
+        if not self.layerwise:  # the check's beside the others
+            together = config.conversations + config.checks
+            yield Stage("sampling answers", self.decode(self.sampled + self.checked, together=together))
+            return
         yield Stage("sampling answers", self.decode(self.sampled, together=config.conversations))
         yield Stage("answering check questions", self.decode(self.checked, together=config.checks))
 
@@ -224,7 +233,7 @@ class _Work:
             return
         yield self.read()
         yield from self.study()
-        captured = 1.1 * self.sampled * self.token(vocabulary=False)
+        captured = self.sampled * self.token(vocabulary=False)
         yield Stage("capturing attention", self.seconds(captured, "capturing"))
         ranking = 2.0 * self.config.matching_samples * self.n * self.layout.head_dim * self.heads
         yield Stage("ranking keys", self.seconds(ranking, "training"))
@@ -250,7 +259,7 @@ class _Work:
             yield from stages
         yield from replace(self, n=min(self.n, 900)).study()
         whole = self.read().seconds + self.train(self.nodes(self.share), int(_ROUNDING * self.config.steps))
-        captured = 1.1 * self.sampled * self.token(vocabulary=False)
+        captured = self.sampled * self.token(vocabulary=False)
         yield Stage("fitting layers", whole + self.seconds(captured, "capturing"))
 
     def kept(self) -> float:

@@ -9,6 +9,7 @@ import numpy as np
 
 from ..core.device import device
 from ..core.exp import exp
+from ..mlxlm.kept import widened
 from .samples.conversation import Conversation
 
 MakeCache = Callable[[], Any]
@@ -55,7 +56,8 @@ def answer_logits(
     prompts = [prompt(c) if prompt else c.prompt for c in conversations]
     sequences = [p + c.answer for p, c in zip(prompts, conversations, strict=True)]
     longest, shared = max(len(s) for s in sequences), min(len(p) for p in prompts) - 1
-    # Right padding is harmless: attention is causal and padded places are not read.
+    cache = widened(cache, len(sequences))
+    # Right padding is harmless: attention and states are causal and padded places are not read.
     tokens = mx.array([s + [0] * (longest - len(s)) for s in sequences])
     if shared:  # the logits of these tokens are not needed, so the vocabulary-wide product is never computed
         model(tokens[:, :shared], cache=cache)

@@ -57,5 +57,9 @@ def check_banks(stage: str, banks: Sequence[Bank], geometry: Geometry) -> None:
 
 def not_finite(arrays: Iterable[mx.array]) -> list[int]:
     """Which of M heads hold a NaN or an infinity in one of some arrays [M, ...]."""
-    fine = mx.stack([mx.isfinite(x.reshape(x.shape[0], -1)).all(1) for x in arrays]).all(0)
-    return [m for m, finite in enumerate(np.array(fine)) if not finite]
+    return [m for m, fine in enumerate(np.array(finite(arrays))) if not fine]
+
+
+def finite(arrays: Iterable[mx.array]) -> mx.array:
+    """Whether all that M heads hold in arrays [M, ...] is finite, [M]."""
+    return mx.stack([mx.isfinite(x.reshape(x.shape[0], -1)).all(1) for x in arrays]).all(0)

@@ -6,16 +6,20 @@ model drew itself. With it the errors of all heads are counted in one currency, 
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
 from ..core import attention
+from ..core.device import device
+from ..errors import NectarError
 from ..mlxlm.attention_patch import Geometry
 from ..mlxlm.cache import NectarCache
+from ..mlxlm.kept import attention_caches
 from .fidelity import log_probabilities
 from .layers import LayerRunner
 from .prefill import Context
@@ -31,7 +35,8 @@ class ProbedCache(NectarCache):
     probe: mx.array
 
     def attend(self, queries: mx.array, *rest: Any, **options: Any) -> mx.array:
-        return super().attend(queries, *rest, **options) + self.probe.astype(queries.dtype)
+        output = super().attend(queries, *rest, **options)
+        return output + self.probe[..., : output.shape[-1]].astype(output.dtype)
 
 
 def metric(information: mx.array) -> mx.array:
@@ -52,57 +57,116 @@ def fisher(
     """E[g gᵀ] per fitted layer and KV head, [M, D, D], in nats: over the tokens of the conversations and the query
     heads of the group. progress is told how many conversations are done.
     """
-    runner = LayerRunner(model, geometry)
+    try:
+        gradients = partial(_gradients, LayerRunner(model, geometry), context, geometry=geometry)
+    except NectarError:  # its layers are not called one by one
+        gradients = partial(_gradients_at_once, model, context, geometry=geometry)
     K, D = geometry.n_kv_heads, geometry.head_dim
-    total = mx.zeros((len(context.banks), K, D, D))
-    count = 0
-    for done, conversation in enumerate(conversations, 1):
-        for fitted, g in _gradients(runner, context, conversation, geometry):
+    batch = _together(context, conversations, geometry)
+    total = [mx.zeros((K, D, D)) for _ in context.banks]
+    for start in range(0, len(conversations), batch):
+        part = conversations[start : start + batch]
+        for fitted, g in gradients(part):
             grouped = attention.group(g, K)
             total[fitted] = total[fitted] + grouped.swapaxes(1, 2) @ grouped
-            mx.eval(total)
-            count += grouped.shape[1]
+            mx.eval(total[fitted])
         mx.clear_cache()
-        progress(done)
-    return total.reshape(-1, D, D) * len(context.banks) / max(count, 1)
+        progress(start + len(part))
+    count = geometry.n_heads // K * sum(c.fed_tokens for c in conversations)
+    return mx.concatenate(total) / max(count, 1)
+
+
+def _together(context: Context, conversations: Sequence[Conversation], geometry: Geometry) -> int:
+    """How many conversations are differentiated at a time: their scores in one layer must fit the memory."""
+    longest = max((c.fed_tokens for c in conversations), default=1)
+    room = device().max_batch_scores // (geometry.n_heads * longest * len(context.prefix))
+    return max(1, min(device().fisher_batch, room))
 
 
 def _gradients(
-    runner: LayerRunner, context: Context, conversation: Conversation, geometry: Geometry
+    runner: LayerRunner, context: Context, conversations: Sequence[Conversation], *, geometry: Geometry
 ) -> Iterator[tuple[int, mx.array]]:
-    """∇ log p(answer) by what a fitted layer's attention gives, [1, H, T, D], for each of them, the last one first.
+    """∇ log p(answers) by what a fitted layer's attention gives, [B, H, T, D], for each of them, the last one first.
 
     Only one layer's reverse pass exists at a time, the layer computed again for it: through the whole model at once it
     would be gigabytes.
     """
-    tokens, first = conversation.prompt + conversation.answer, len(conversation.prompt) - 1
-    answer = mx.array(conversation.answer)[None, :, None]
-    before, hidden = list[mx.array](), runner.embed(mx.array([tokens[:-1]]))
-    for layer, cache in enumerate(context.make_cache()):
+    sequences = [c.prompt + c.answer for c in conversations]
+    longest = max(len(s) for s in sequences) - 1
+    # Right padding is harmless: attention is causal, and the targets of padded places count for nothing.
+    tokens = mx.array([s[:-1] + [0] * (longest + 1 - len(s)) for s in sequences])
+    targets = np.full(tokens.shape, -1, np.int32)
+    for row, c in zip(targets, conversations, strict=True):
+        row[len(c.prompt) - 1 : len(c.prompt) - 1 + len(c.answer)] = c.answer
+    before, hidden = list[mx.array](), runner.embed(tokens)
+    for layer, cache in enumerate(context.make_cache(sequences=len(sequences))):
         before.append(hidden)
         hidden = runner.layer(layer, hidden, cache)
         mx.eval(hidden)
 
     def log_likelihood(last: mx.array, start: int) -> mx.array:
-        logits = runner.logits(last[:, first + start : first + start + _ANSWERED])
-        return mx.take_along_axis(log_probabilities(logits), answer[:, start : start + _ANSWERED], axis=-1).sum()
+        logs = log_probabilities(runner.logits(last[:, start : start + _ANSWERED]))
+        target = mx.array(targets[:, start : start + _ANSWERED, None])
+        # Not `take_along_axis`: what MLX differentiates it by is built for seconds under CUDA.
+        return mx.where(mx.arange(logs.shape[-1]) == target, logs, 0.0).sum()
 
     change = mx.zeros_like(hidden)
-    for start in range(0, len(conversation.answer), _ANSWERED):
+    for start in range(min(len(c.prompt) for c in conversations) - 1, longest, _ANSWERED):
         change = change + mx.grad(log_likelihood)(hidden, start)
         mx.eval(change)
-    fitted, caches = len(context.banks), context.make_cache()
+    fitted, caches = len(context.banks), context.make_cache(sequences=len(sequences))
     for layer in reversed(range(geometry.n_layers)):
         cache = caches.pop()
         inputs, call = [before.pop()], partial(_through, runner, layer, cache)
         if isinstance(cache, NectarCache):
-            inputs.append(mx.zeros((1, geometry.n_heads, len(tokens) - 1, geometry.head_dim)))
+            inputs.append(mx.zeros((len(sequences), geometry.n_heads, longest, geometry.head_dim)))
             call = partial(_through, runner, layer, ProbedCache(cache.bank, cache.context))
-        _, (change, *probe) = mx.vjp(call, inputs, [change])
-        mx.eval(change, probe)
+        with _differentiable(runner.model):
+            _, (change, *probe) = mx.vjp(call, inputs, [change])
+            mx.eval(change, probe)
         if probe:
             fitted -= 1
             yield fitted, probe[0]
+
+
+def _gradients_at_once(
+    model: nn.Module, context: Context, conversations: Sequence[Conversation], *, geometry: Geometry
+) -> Iterator[tuple[int, mx.array]]:
+    """The same through the whole model, for models whose layers are not called one by one, a conversation at a time.
+    Takes as much memory as all layers' reverse passes."""
+    for conversation in conversations:
+        yield from _gradients_of_one(model, context, conversation, geometry)
+
+
+def _gradients_of_one(
+    model: nn.Module, context: Context, conversation: Conversation, geometry: Geometry
+) -> Iterator[tuple[int, mx.array]]:
+    tokens, first = conversation.prompt + conversation.answer, len(conversation.prompt) - 1
+    answer, fitted = mx.array(conversation.answer)[None, :, None], len(context.banks)
+
+    def log_likelihood(probes: list[mx.array]) -> mx.array:
+        caches = context.make_cache(ProbedCache)
+        for (_, cache), probe in zip(attention_caches(caches), probes, strict=True):
+            cast("ProbedCache", cache).probe = probe
+        logits = model(mx.array([tokens[:-1]]), cache=caches)[:, first:]
+        return mx.take_along_axis(log_probabilities(logits), answer, axis=-1).sum()
+
+    zeros = mx.zeros((1, geometry.n_heads, len(tokens) - 1, geometry.head_dim))
+    with _differentiable(model):
+        probes = mx.grad(log_likelihood)([zeros] * fitted)
+        mx.eval(probes)
+    yield from enumerate(probes)
+
+
+@contextmanager
+def _differentiable(model: nn.Module) -> Iterator[None]:
+    """Inside, recurrent layers take mlx-lm's plain operations: their kernels have no reverse pass."""
+    training = model.training
+    model.train()
+    try:
+        yield
+    finally:
+        model.train(training)
 
 
 def _through(runner: LayerRunner, layer: int, cache: Any, hidden: mx.array, *probe: mx.array) -> mx.array:

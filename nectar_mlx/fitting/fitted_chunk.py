@@ -13,8 +13,10 @@ import mlx.core as mx
 
 from .. import store
 from ..core.types import JsonObject
-from ..mlxlm.cache import Window
+from ..mlxlm.geometry import Geometry
+from ..mlxlm.kept import Kept
 from ..retrieval.recall import Calibration
+from ..store import states
 from . import fidelity
 from .checkpoint import Checkpoint, Plan
 from .layers import LayerRunner
@@ -67,14 +69,14 @@ class FittedChunk:
     """A chunk's heads, and what it is checked by.
 
     plan: what each head got. layers: each layer's heads as they will be stored. errors: of every head on held-out
-    samples. samples: a head, that it was fitted to. windows: what sliding-window layers keep, by layer.
+    samples. samples: a head, that it was fitted to. windows: what layers without heads keep, by layer.
     """
 
     plan: Plan
     layers: list[store.Tensors]
     errors: list[float]
     samples: int
-    windows: dict[int, Window]
+    windows: dict[int, Kept]
     answers: list[Answer]
 
     @property
@@ -106,21 +108,20 @@ class FittedChunk:
         """Keeps it, so that an interrupted fit does not read this text again."""
         arrays = {f"layers.{i}.{name}": x for i, layer in enumerate(self.layers) for name, x in layer.items()}
         arrays |= {f"answers.{i}.hidden": answer.hidden for i, answer in enumerate(self.answers)}
-        for i, window in self.windows.items():
-            arrays |= {f"windows.{i}.keys": window.keys, f"windows.{i}.values": window.values}
+        arrays |= {f"windows.{i}.{name}": x for i, kept in self.windows.items() for name, x in kept.tensors().items()}
         record = {
             "plan": self.plan._asdict(),
             "errors": self.errors,
             "samples": self.samples,
+            "windows": bool(self.windows),
             "layers": len(self.layers),
-            "windows": {i: window.size for i, window in self.windows.items()},
             "answers": [asdict(answer.conversation) for answer in self.answers],
         }
         checkpoint.save_chunk(arrays, record)
 
     @classmethod
-    def load(cls, checkpoint: Checkpoint) -> Self | None:
-        """What `save` kept, if it did."""
+    def load(cls, checkpoint: Checkpoint, geometry: Geometry, length: int) -> Self | None:
+        """What `save` kept of so many tokens, if it did."""
         saved = checkpoint.load_chunk()
         if saved is None:
             return None
@@ -135,6 +136,6 @@ class FittedChunk:
             layers=[groups["layers", i] for i in range(record["layers"])],
             errors=record["errors"],
             samples=record["samples"],
-            windows={int(i): Window(**groups["windows", int(i)], size=size) for i, size in record["windows"].items()},
+            windows=states.read(arrays, geometry, length) if record["windows"] else {},
             answers=[Answer(c, groups["answers", i]["hidden"]) for i, c in enumerate(conversations)],
         )

@@ -11,10 +11,10 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.base import create_attention_mask
+from mlx_lm.models.base import create_attention_mask, create_ssm_mask
 
 from ..errors import NectarError
-from ..mlxlm.attention_patch import Geometry
+from ..mlxlm.geometry import STATE, Geometry
 from . import finite
 
 
@@ -25,17 +25,24 @@ class LayerRunner:
     """
 
     def __init__(self, model: nn.Module, geometry: Geometry):
-        self.model, self._windows = model, geometry.windows
+        self.model, self._kinds = model, geometry.layers
         self._layers: list[Any] = list(model.layers)
+        reason = f"{geometry.model_type} models cannot be fitted layer by layer: their layers share more"
+        if len(self._layers) != geometry.n_layers:
+            raise NectarError(reason)
         tokens = mx.zeros((1, 3), dtype=mx.int32)
-        hidden = self.embed(tokens)
-        self.width: int = hidden.shape[-1]
-        for layer in range(len(self._layers)):
-            hidden = self.layer(layer, hidden, None)
         expected = model(tokens)
         finite.check_logits(expected)
-        if not mx.allclose(self.logits(hidden), expected, rtol=1e-2, atol=1e-2):
-            raise NectarError(f"{geometry.model_type} models cannot be fitted layer by layer: their layers share more")
+        try:
+            hidden = self.embed(tokens)
+            self.width: int = hidden.shape[-1]
+            for layer in range(len(self._layers)):
+                hidden = self.layer(layer, hidden, None)
+            logits = self.logits(hidden)
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError):  # called in another way
+            raise NectarError(reason) from None
+        if not mx.allclose(logits, expected, rtol=1e-2, atol=1e-2):
+            raise NectarError(reason)
 
     def embed(self, tokens: mx.array) -> mx.array:
         """What the first layer sees of tokens [B, T]."""
@@ -51,7 +58,11 @@ class LayerRunner:
 
     def layer(self, layer: int, hidden: mx.array, cache: Any) -> mx.array:
         """Through one layer, behind what its cache holds."""
-        mask = create_attention_mask(hidden, cache, window_size=self._windows[layer] or None)
+        kind = self._kinds[layer]
+        if kind.kind == STATE:
+            mask = create_ssm_mask(hidden, cache)
+        else:
+            mask = create_attention_mask(hidden, cache, window_size=kind.window or None)
         result: mx.array = self._layers[layer](hidden, mask, cache)
         return result
 

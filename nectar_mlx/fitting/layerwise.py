@@ -12,7 +12,6 @@ prototype (docs/log/layerwise.md).
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
-from typing import Any
 
 import mlx.core as mx
 
@@ -23,14 +22,14 @@ from ..core.progress import no_update, silent
 from ..heads import Exact
 from ..mlxlm import prompts
 from ..mlxlm.attention_patch import compute_type
-from ..mlxlm.cache import Window
+from ..mlxlm.kept import Kept, make_caches, what_is_kept, widened
 from . import finite
 from .budget import head_sizes, size_for
 from .checkpoint import Plan
 from .fitted_chunk import Answer, ChunkTarget, FittedChunk
 from .kinds import KindFit, kind_fit
 from .layers import LayerRunner
-from .prefill import READ, Context, read_text, reading_cache, what_was_read
+from .prefill import READ, Context, read_text, reading_cache
 from .run import FitRun
 from .samples import self_study
 from .samples.capture import CaptureCache, Collected, ReplayBatch, capture, held_out_count, record, replay_batches
@@ -103,16 +102,12 @@ class LayerwiseFit:
                 count_samples(conversations, group=run.group, split=split) < wanted
                 for split, wanted in self.wanted.items()
             ):
-                conversations += self._sample_batch(
-                    conversations, self_study.training_conversations, config.temperature, done
-                )
+                conversations += self._sample_batch(conversations, self_study.training_conversations, done)
                 run.checkpoint.save_conversations(conversations)
         with run.progress("answering check questions", config.checks) as done:
             while len(answered := answered_checks(conversations)) < config.checks:
                 done(len(answered))
-                conversations += self._sample_batch(
-                    conversations, self_study.check_conversations, self_study.CHECK_TEMPERATURE, no_update
-                )
+                conversations += self._sample_batch(conversations, self_study.check_conversations, no_update)
                 run.checkpoint.save_conversations(conversations)
         return conversations
 
@@ -127,7 +122,6 @@ class LayerwiseFit:
         self,
         before: Sequence[Conversation],
         make: self_study.Prompts,
-        temperature: float,
         done: Callable[[int], None],
     ) -> list[Conversation]:
         """Conversations about the next passage."""
@@ -140,7 +134,6 @@ class LayerwiseFit:
             read_text(run.model, passage, run.geometry),
             batch,
             seed=run.config.seed + number,
-            temperature=temperature,
             progress=self_study.batch_progress(run, batch, samples, self.wanted["train"], done),
         )
         mx.clear_cache()
@@ -207,17 +200,15 @@ class LayerwiseFit:
         hidden = [embed(batch.tokens) for batch in batches]
         mx.eval(text, hidden)
         for layer in range(g.n_layers):
-            part = self._read(layer, text)
-            if isinstance(part, Window):
-                chunk.windows[layer] = part
-                self._replay(layer, partial(part.make_cache, len(self.prefix)), batches, hidden, stores)
-            else:
-                for store_ in stores.values():
-                    store_.clear()
-                make_cache = partial(CaptureCache, part, len(self.prefix), preamble=self.target.preamble)
-                self._replay(layer, make_cache, batches, hidden, stores)
-                yield self._kind_fit(layer, part, stores)
-            del part
+            bank, kept = self._read(layer, text)
+            if kept is not None:
+                chunk.windows[layer] = kept
+            for store_ in stores.values() if bank else ():
+                store_.clear()
+            self._replay(layer, bank, kept, batches, hidden, stores)
+            if bank is not None:
+                yield self._kind_fit(layer, bank, stores)
+            del bank, kept
             mx.clear_cache()
         chunk.samples = stores["train"].count
         places = {id(c): (b, i) for b, batch in enumerate(batches) for i, c in enumerate(batch.conversations)}
@@ -240,10 +231,10 @@ class LayerwiseFit:
         )
         return kind_fit(run, data, training_scores=self.training_scores)
 
-    def _read(self, layer: int, text: list[mx.array]) -> Exact | Window:
+    def _read(self, layer: int, text: list[mx.array]) -> tuple[Exact | None, Kept | None]:
         """The text through one layer, its hidden states [1, READ, E] replaced piece by piece."""
         g = self.run.geometry
-        cache = reading_cache(len(self.prefix), g.windows[layer], prefill=self.run.config.prefill)
+        cache = reading_cache(len(self.prefix), g.layers[layer], prefill=self.run.config.prefill)
         for i, piece in enumerate(text):
             after = self.runner.layer(layer, piece, cache)
             if layer < g.n_layers - 1:
@@ -252,19 +243,22 @@ class LayerwiseFit:
             mx.eval(text[i], cache.state)
             mx.clear_cache()
         offsets = dict(zip(g.fitted, self.target.offsets, strict=False))  # empty where the keys' mean is taken
-        return what_was_read(cache, scale=g.scale, offset=offsets.get(layer))
+        return what_is_kept(cache, g.layers[layer], offset=offsets.get(layer))
 
     def _replay(
         self,
         layer: int,
-        make_cache: Callable[[], Any],
+        bank: Exact | None,
+        kept: Kept | None,
         batches: Sequence[ReplayBatch],
         hidden: list[mx.array],
         stores: Mapping[Split, SampleStore],
     ) -> None:
         """The conversations through one layer behind the whole text; what its attention saw goes to the stores."""
+        make = partial(CaptureCache, preamble=self.target.preamble)
         for i, batch in enumerate(batches):
-            cache = make_cache()
+            (cache,) = make_caches([bank] if bank else [], {0: kept} if kept else {}, len(self.prefix), make=make)
+            widened([cache], len(batch.conversations))
             hidden[i] = self.runner.layer(layer, hidden[i], cache)
             mx.eval(hidden[i], cache.state)
             if isinstance(cache, CaptureCache):

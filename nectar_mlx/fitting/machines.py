@@ -70,7 +70,7 @@ _PUBLISHED = {
 def _shape(
     name: str, layers: int, width: int, heads: int, kv: int, head: int, inner: int, words: int, window: int
 ) -> Shape:
-    geometry = Geometry(
+    geometry = Geometry.uniform(
         model_type="",
         n_heads=heads,
         n_kv_heads=kv,

@@ -36,6 +36,7 @@ from .machines import here, shape_of
 from .prefill import read_text
 from .run import FitRun, identity
 from .stages import fit_context
+from .state_bits import coded_states
 from .train import merged_errors
 
 LONG = 600.0  # seconds of a fit that is announced
@@ -62,6 +63,7 @@ def fit(
     be fitted.
     """
     clock, keys = Clock(), None
+    mx.reset_peak_memory()
     finite.check_weights(model)
     if not text.strip():
         raise NectarError("the text is empty")
@@ -98,6 +100,7 @@ def fit(
     if left_out := len(whole) - len(prefix):
         report["left_out_tokens"] = left_out
     report["seconds"] = clock.laps
+    report["peak_memory"] = int(mx.get_peak_memory())
     metadata = store.description(
         tensors, run.layout, run.geometry, provenance=provenance, report=report, chunks=lengths
     )
@@ -113,16 +116,18 @@ def _fit_whole(
     clock.lap("read")
     finite.check_banks("reading", context.banks, run.geometry)
     finite.check_logits(run.model(mx.array([prefix[-1:]]), cache=context.make_cache()))
-    contents = partial(store.contents, prefix=prefix, windows=context.windows, offsets=context.offsets)
+    contents = partial(store.contents, prefix=prefix, offsets=context.offsets)
     if not run.layout.bank.fitted:
-        return contents(run.layout, [head for bank in context.banks for head in bank.unstack()]), {}, None
+        heads = [head for bank in context.banks for head in bank.unstack()]
+        return contents(run.layout, heads, windows=context.windows), {}, None
     share = share_of(run.config, run.geometry, len(prefix))
     affordable = partial(
         affordable_bytes, geometry=run.geometry, layout=run.layout, n=len(prefix), at_least=share is None
     )
     kind, plan, heads = fit_context(run, context, affordable, share, clock=clock)
-    tensors, keys = contents(run.layout, heads), None
-    banks: Sequence[Bank] = load.banks(run.layout, tensors)
+    windows, state = coded_states(run, kind.data)
+    tensors, keys = contents(run.layout, heads, windows=windows), None
+    banks: Sequence[Bank] = load.banks(run.layout, tensors, trusted=True)
     finite.check_banks("rounding", banks, run.geometry)
     if isinstance(kind, HybridFit):
         keys = kind.key_file(text, nectar=store.digest(tensors))
@@ -134,7 +139,8 @@ def _fit_whole(
         "queries": kind.data.train.count,
         "error": merged_errors(kind, banks),
     }
-    report |= ({"exponent": plan.exponent} if plan.exponent else {}) | check(run, kind.data, banks)
+    report |= ({"exponent": plan.exponent} if plan.exponent else {}) | ({"state": state} if state else {})
+    report |= check(run, kind.data, banks, windows=windows)
     clock.lap("check")
     return tensors, report, keys
 

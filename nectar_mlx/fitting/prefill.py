@@ -6,13 +6,14 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.cache import RotatingKVCache
+from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, RotatingKVCache
 
 from ..core.types import Tokenizer
 from ..heads import Exact
 from ..mlxlm import prompts
-from ..mlxlm.attention_patch import Geometry
-from ..mlxlm.cache import NectarCache, Window, make_caches
+from ..mlxlm.cache import NectarCache
+from ..mlxlm.geometry import LATENT, SHARED, STATE, Geometry, Layer
+from ..mlxlm.kept import Kept, make_caches, shared_layers, what_is_kept, widened
 from .prefill_attention import Prefill, ReadingCache
 
 READ = 512  # tokens of a text that are read at a time
@@ -21,13 +22,13 @@ READ = 512  # tokens of a text that are read at a time
 @dataclass(frozen=True)
 class Context:
     """A prefix and its exact keys and values: one `Exact` bank a layer with full attention ([K, n, D] each, positions
-    0 … n-1), and the last window of each other layer, by its index. chunks: lengths of the prefix's last pieces, where
+    0 … n-1), and what each other layer keeps, by its index. chunks: lengths of the prefix's last pieces, where
     each was read on its own (chunks.py). preamble: how many of the first tokens the heads that are fitted here do not
     stand for, for others will."""
 
     prefix: list[int]
     banks: list[Exact]
-    windows: dict[int, Window] = field(default_factory=dict)
+    windows: dict[int, Kept] = field(default_factory=dict)
     chunks: Sequence[int] = ()
     preamble: int = 0
 
@@ -51,9 +52,9 @@ class Context:
         """What each layer's keys are relative to, [K, D]."""
         return [bank.offset for bank in self.banks]
 
-    def make_cache(self, make: Callable[..., NectarCache] = NectarCache) -> list[Any]:
-        """One cache a layer; make: as for `make_caches`."""
-        return make_caches(self.banks, self.windows, self.start, make=make)
+    def make_cache(self, make: Callable[..., NectarCache] = NectarCache, *, sequences: int = 1) -> list[Any]:
+        """One cache a layer; make: as for `make_caches`. sequences: how many advance in step."""
+        return list(widened(make_caches(self.banks, self.windows, self.start, make=make), sequences))
 
 
 def read_text(
@@ -71,21 +72,20 @@ def read_text(
     preamble: as in `Context`. offsets: one [K, D] for each layer with full attention, relative to which its keys are
     kept (default: their mean).
     """
-    caches: list[Any] = [reading_cache(len(prefix), window, prefill=prefill) for window in geometry.windows]
+    layers = [layer for layer in geometry.layers if layer.kind != SHARED]
+    caches: list[Any] = [reading_cache(len(prefix), layer, prefill=prefill) for layer in layers]
     tokens = mx.array(list(prefix))[None]
     for start in range(0, len(prefix), READ):
         model(tokens[:, start : start + READ], cache=caches)
         mx.eval([c.state for c in caches])
         mx.clear_cache()
         progress(min(start + READ, len(prefix)))
-    context = Context(list(prefix), [], preamble=preamble)
-    for layer, cache in enumerate(caches):
+    context = Context(list(prefix), [], shared_layers(geometry), preamble=preamble)
+    for number, (layer, cache) in enumerate(zip(layers, caches, strict=True)):
         offset = offsets[len(context.banks)] if len(offsets) > len(context.banks) else None
-        part = what_was_read(cache, scale=geometry.scale, offset=offset)
-        if isinstance(part, Window):
-            context.windows[layer] = part
-        else:
-            context.banks.append(part)
+        bank, kept = what_is_kept(cache, layer, offset=offset)
+        context.banks.extend([bank] if bank else [])
+        context.windows.update({number: kept} if kept else {})
     return context
 
 
@@ -95,26 +95,16 @@ def read_head(model: nn.Module, tokenizer: Tokenizer, prefix: Sequence[int], geo
     return read_text(model, prefix[: max(1, len(prompts.head(tokenizer)))], geometry)
 
 
-def reading_cache(length: int, window: int, *, prefill: Prefill = "dense") -> Any:
-    """For one layer and a text of `length` tokens. window: the layer's sliding window, 0 for full attention."""
-    return RotatingKVCache(window) if window else ReadingCache(length, prefill=prefill)
-
-
-def what_was_read(cache: Any, *, scale: float, offset: mx.array | None = None) -> Exact | Window:
-    """Takes the keys and values of a whole text out of a `reading_cache`. offset: [K, D], as for `read`."""
-    ring = isinstance(cache, RotatingKVCache)
-    pair = [cache._temporal_order(x) for x in cache.state[:2]] if ring else cache.keys_and_values()
-    window = cache.max_size if ring else 0
-    # Read some tokens at a time, a ring outgrows its window.
-    keys, values = mx.contiguous(pair[0][0, :, -window:]), mx.contiguous(pair[1][0, :, -window:])
-    cache.keys = cache.values = None
-    mx.eval(keys, values)
-    if ring:
-        return Window(keys, values, window)
-    sizes = ((keys.shape[1],),) * keys.shape[0]
-    if offset is None:
-        offset = keys.astype(mx.float32).mean(1).astype(mx.bfloat16)  # as a file keeps it
-    # 16 bits hold the difference of two such numbers of about one size exactly.
-    keys = (keys.astype(mx.float32) - offset.astype(mx.float32)[:, None]).astype(keys.dtype)
-    mx.eval(keys, offset)
-    return Exact(parameters={"keys": keys, "values": values}, sizes=sizes, scale=scale, offset=offset)
+def reading_cache(length: int, layer: Layer, *, prefill: Prefill = "dense") -> Any:
+    """For one layer and a text of `length` tokens."""
+    state: Any = ArraysCache(len(layer.states))
+    if layer.kind == STATE:
+        return state
+    if layer.window:
+        attention: Any = RotatingKVCache(layer.window)
+    elif layer.kind == LATENT:  # mlx-lm's own way is the faster one for many tokens
+        attention = KVCache()
+        attention.step = length
+    else:
+        attention = ReadingCache(length, prefill=prefill)
+    return CacheList(state, attention) if layer.states else attention

@@ -21,6 +21,7 @@ from .config import FitConfig
 from .samples.sample_store import DeviceSampleStore, SampleStore
 
 _FEWEST_SAMPLES = 20_000  # a head
+_MOST_BYTES = 9_000_000_000  # of samples, unless another limit is set
 ROUTER_SAMPLES = 2048  # whose queries the router is made from: all that a kind needs which is not trained
 
 
@@ -56,6 +57,7 @@ class FitRun:
             n_kv_heads=g.n_kv_heads,
             head_dim=g.head_dim,
             scale=g.scale,
+            value_dim=0 if g.value_dim == g.head_dim else g.value_dim,
             bits=config.bits if config.bits and bank.fitted else bank.default_bits,
         )
 
@@ -81,10 +83,11 @@ class FitRun:
         if self.config.queries:
             return self.config.queries
         # Of all memory, not of what is free: an interrupted fit goes on with the same samples.
-        room = self.config.memory or psutil.virtual_memory().total // 8
+        room = self.config.memory or min(_MOST_BYTES, psutil.virtual_memory().total // 8)
         store = SampleStore if device().linux_cpu else DeviceSampleStore
         most = room // store.nbytes(heads, 1, self.geometry.head_dim)
-        return int(max(_FEWEST_SAMPLES, min(device().fit_samples, most)))
+        wanted = round(device().fit_samples * self.config.sample_share)
+        return int(max(min(_FEWEST_SAMPLES, wanted), min(wanted, most)))
 
     def claim(self, prefix: Sequence[int], *, preamble: int = 0) -> None:
         """Starts or continues the fit of this prefix; see `Checkpoint.claim`."""

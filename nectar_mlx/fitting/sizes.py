@@ -6,6 +6,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..core.device import device
+from ..core.gather import take
 from ..core.types import JsonObject
 from ..heads import HeadArrays, Size
 from ..store import MEAN_BITS, Layout
@@ -68,10 +69,10 @@ def trial_errors(kind: KindFit, nbytes: float) -> np.ndarray:
         metric = fisher.metric(information)
     with run.progress("deciding sizes", len(trials)) as done:
         for number, group in enumerate(trials):
-            samples = kind.training_samples(group, _TRIAL_SAMPLES)
-            init = kind.initialize(group, [size] * len(group), samples)
-            bank = regress(kind, init, samples, steps=run.config.trial_steps)
-            errors[group] = kind.judge(bank, samples, metric[mx.array(group)])
+            training = kind.training(group, _TRIAL_SAMPLES)
+            init = kind.initialize(group, [size] * len(group), training.samples)
+            bank = regress(kind, init, training, steps=run.config.trial_steps)
+            errors[group] = kind.judge(bank, training.samples, take(metric, mx.array(group)))
             done(number + 1)
     return errors
 
@@ -86,12 +87,12 @@ def short_fit(kind: KindFit, sizes: Sequence[Size], bits: float) -> JsonObject:
     K, steps = run.geometry.n_kv_heads, device().trial_steps
     with run.progress("choosing a budget", kind.n_heads) as done:
         for group, whole in groups(kind, sizes):
-            samples = kind.training_samples(group, _TRIAL_SAMPLES)
-            init = kind.initialize(group, [sizes[i] for i in group], samples)
+            training = kind.training(group, _TRIAL_SAMPLES)
+            init = kind.initialize(group, [sizes[i] for i in group], training.samples)
             if whole:
-                bank = rounded(kind, init.bank, samples, bits=bits, steps=0)
+                bank = rounded(kind, init.bank, training, bits=bits, steps=0)
             else:
-                bank = regress(kind, init, samples, steps=steps)
+                bank = regress(kind, init, training, steps=steps)
             heads |= dict(zip(group, bank.unstack(), strict=True))
             done(len(heads))
     banks = [

@@ -10,9 +10,9 @@ from ..heads import Bank, HeadArrays, Size
 from ..store import MEAN_BITS
 from . import finite
 from .kinds import KindFit
-from .samples.sample_store import Samples
 from .solve import quantization, regression
 from .solve.initial import Init
+from .solve.regression import Training
 
 
 def train_heads(kind: KindFit, sizes: Sequence[Size], *, bits: float = MEAN_BITS) -> list[HeadArrays]:
@@ -43,21 +43,21 @@ def groups(kind: KindFit, sizes: Sequence[Size]) -> Iterator[tuple[list[int], bo
                 yield sorted(members), keeps
 
 
-def regress(kind: KindFit, init: Init, samples: Samples, *, steps: int) -> Bank:
+def regress(kind: KindFit, init: Init, training: Training, *, steps: int) -> Bank:
     """A bank trained from its start for so many steps."""
-    config = kind.run.config
-    rate = config.rate or kind.run.layout.bank.learning_rate
-    return regression.train(init, samples, steps=steps, batch=kind.batch(), rate=rate)
+    return training.train(init, steps=steps, rate=_rate(kind))
 
 
-def rounded(kind: KindFit, bank: Bank, samples: Samples, *, bits: float, steps: int) -> Bank:
+def rounded(kind: KindFit, bank: Bank, training: Training, *, bits: float, steps: int) -> Bank:
     """The bank rounded as it will be stored, where that is done in the course of training. steps: of the regression,
     to which those of rounding are proportional."""
     if kind.run.layout.bits is not None:
         return bank
-    config = kind.run.config
-    rate = config.rate or kind.run.layout.bank.learning_rate
-    return quantization.round_nodes(bank, samples, bits=bits, steps=steps, batch=config.batch, rate=rate)
+    return quantization.round_nodes(bank, training, bits=bits, steps=steps, rate=_rate(kind))
+
+
+def _rate(kind: KindFit) -> float:
+    return kind.run.config.rate or kind.run.layout.bank.learning_rate
 
 
 def merged_errors(kind: KindFit, banks: Sequence[Bank]) -> list[float]:
@@ -73,17 +73,17 @@ def _train_group(
     kind: KindFit, group: Sequence[int], sizes: Sequence[Size], *, train: bool, bits: float
 ) -> dict[int, HeadArrays]:
     """Some heads, trained and rounded; those whose error on held-out samples grew in that are as they started."""
-    geometry, samples = kind.run.geometry, kind.training_samples(group)
-    init = kind.initialize(group, sizes, samples)
+    geometry, training = kind.run.geometry, kind.training(group)
+    init = kind.initialize(group, sizes, training.samples)
     first = copy(init.bank)
     first.parameters = init.to_bank(init.parameters)
     finite.check_heads("initialization", [group[m] for m in finite.not_finite(first.parameters.values())], geometry)
     steps = kind.run.config.steps if train else 0
-    trained = regress(kind, init, samples, steps=steps) if steps else first
-    bank = rounded(kind, trained, samples, bits=bits, steps=steps)  # the text's own keys are better left as they are
+    trained = regress(kind, init, training, steps=steps) if steps else first
+    bank = rounded(kind, trained, training, bits=bits, steps=steps)  # the text's own keys are better left as they are
     heads = bank.unstack()
     if kind.data.held_out.count:
-        heads = _better(kind, group, first, bank, samples, bits=bits)
+        heads = _better(kind, group, first, bank, training, bits=bits)
     broken = [
         i for i, head in zip(group, heads, strict=True) if not all(mx.isfinite(x).all().item() for x in head.values())
     ]
@@ -92,7 +92,7 @@ def _train_group(
 
 
 def _better(
-    kind: KindFit, group: Sequence[int], first: Bank, trained: Bank, samples: Samples, *, bits: float
+    kind: KindFit, group: Sequence[int], first: Bank, trained: Bank, training: Training, *, bits: float
 ) -> list[HeadArrays]:
     """Of each head the trained one, or the first, rounded, where that errs less on held-out samples."""
     held_out = kind.held_out_samples(group)
@@ -100,6 +100,6 @@ def _better(
     worse, heads = ~(after <= before), trained.unstack()
     if not worse.any():
         return heads
-    plain = rounded(kind, first, samples, bits=bits, steps=0)
+    plain = rounded(kind, first, training, bits=bits, steps=0)
     better = worse & ~(np.array(regression.errors(plain, held_out)) >= after)
     return [p if b else h for p, b, h in zip(plain.unstack(), better, heads, strict=True)]

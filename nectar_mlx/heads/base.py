@@ -38,6 +38,8 @@ class Bank:
     joinable: ClassVar[bool] = False  # whether the heads of a text's chunks can be joined (`store.chunking`)
     keeps_keys: ClassVar[bool] = False  # whether the context's own keys are kept, in the heads or beside them
     decodes_stored: ClassVar[bool] = True  # whether the decode kernel can read the parameters as they are stored
+    # Matrices whose rows are values.
+    made_of_values: ClassVar[frozenset[str]] = frozenset({"values", "anchor_values", "means"})
     padding: ClassVar[dict[str, float]] = {}  # what neutral padding is where it is not zero
 
     def __call__(self, queries: mx.array) -> Partial:
@@ -96,7 +98,7 @@ class Bank:
         heads = []
         for i, size in enumerate(self.sizes):
             shapes = self.shapes(size, self.head_dim)
-            heads.append({n: self.parameters[n][i][tuple(slice(0, d) for d in s)] for n, s in shapes.items()})
+            heads.append({n: self.parameters[n][(i, *(slice(0, d) for d in s))] for n, s in shapes.items()})
         return heads
 
     @property

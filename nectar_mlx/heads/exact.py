@@ -2,12 +2,20 @@
 
 from dataclasses import replace
 from functools import cached_property
-from typing import Self
+from typing import NamedTuple, Self
 
 import mlx.core as mx
 
 from ..core.attention import Partial, exact
 from .base import Bank, HeadArrays, Size
+
+
+class HalfKeys(NamedTuple):
+    """Keys, times the scale, and values [K, n, D] in half precision, n a multiple of 8; known [1]: how many."""
+
+    keys: mx.array
+    values: mx.array
+    known: mx.array
 
 
 class Exact(Bank):
@@ -18,6 +26,7 @@ class Exact(Bank):
     default_bits = 16
     fitted = trainable = False
     keeps_keys = True
+    half = False  # whether numbers are so small that half precision tells scores apart
 
     def apply(self, parameters: HeadArrays, queries: mx.array) -> Partial:
         return exact(queries, parameters["keys"], parameters["values"], scale=self.scale)
@@ -40,11 +49,29 @@ class Exact(Bank):
         """The largest size of a number in the values."""
         return float(mx.abs(self.parameters["values"]).max().astype(mx.float32).item())  # type: ignore[arg-type]
 
+    @cached_property
+    def half_keys(self) -> HalfKeys:
+        """The keys and values in half precision; `forget_half` frees them."""
+        n = self.parameters["keys"].shape[1]
+        more = [(0, 0), (0, -n % 8), (0, 0)]
+        keys = (self.scale * self.parameters["keys"].astype(mx.float32)).astype(mx.float16)
+        values = self.parameters["values"].astype(mx.float16)
+        made = HalfKeys(mx.pad(keys, more), mx.pad(values, more), mx.array([n], mx.int32) + 0)
+        mx.eval(made)
+        return made
+
+    def forget_half(self) -> None:
+        self.__dict__.pop("half_keys", None)
+
     def part(self, chosen: slice) -> Self:
         """Some of the keys, in all heads the same."""
+        if chosen == slice(0, None):
+            return self
         parameters = {name: x[:, chosen] for name, x in self.parameters.items()}
         sizes = ((parameters["keys"].shape[1],),) * len(self.sizes)
-        return replace(self, parameters=parameters, sizes=sizes)
+        part = replace(self, parameters=parameters, sizes=sizes)
+        part.half = self.half
+        return part
 
     def nodes(self) -> list[HeadArrays]:
         """Every head's keys and values as nodes that stand for themselves."""

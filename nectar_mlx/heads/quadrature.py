@@ -19,7 +19,7 @@ class Quadrature(Bank):
 
     kind = "quadrature"
     default_bits = None
-    learning_rate = 1.5e-2
+    learning_rate = 3e-2
     joinable = True
     padding: ClassVar = {"bias": EMPTY}
 

@@ -90,7 +90,12 @@ def _folder() -> Path:
 @functools.cache
 def read(name: str) -> str:
     """metal/{name}.metal, without what only a reader needs."""
-    return _brief((_folder() / f"{name}.metal").read_text())
+    return _brief(text(f"{name}.metal"))
+
+
+def text(name: str) -> str:
+    """A file of metal/."""
+    return (_folder() / name).read_text()
 
 
 def _brief(text: str) -> str:

@@ -5,11 +5,11 @@ tokens alone. There is deliberately no `bits` and no `to_quantized`: mlx-lm woul
 """
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, Self
+from collections.abc import Sequence
+from typing import Any, Protocol, Self
 
 import mlx.core as mx
-from mlx_lm.models.cache import BatchKVCache, KVCache, QuantizedKVCache, RotatingKVCache, _BaseCache
+from mlx_lm.models.cache import BatchKVCache, KVCache, QuantizedKVCache, _BaseCache
 
 from ..core import attention
 from ..core.types import LayerCache
@@ -71,12 +71,21 @@ class NectarCache(_BaseCache):
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         if not isinstance(self.live, QuantizedKVCache):
             return self.live.update_and_fetch(keys, values)  # type: ignore[no-any-return]
-        # What all keys have in common would take the few bits that tell them apart.
-        offset = mx.array(0.0) if self.bank.offset is None else self.bank.offset[:, None]
+        # What all keys have in common would take the few bits that tell them apart. (Of latent vectors `keys` are but
+        # the first part of the keys.)
+        offset = mx.array(0.0) if self.bank.offset is None else self.bank.offset[:, None, : keys.shape[-1]]
         relative = (keys - offset).astype(keys.dtype)
         stored_keys, stored_values = self.live.update_and_fetch(relative, values)
         absolute = (_dequantized(self.live, stored_keys) + offset).astype(keys.dtype)
-        return absolute, _dequantized(self.live, stored_values)
+        self._fetched = absolute, _dequantized(self.live, stored_values)
+        return self._fetched
+
+    def keys_and_values(self) -> tuple[mx.array, mx.array]:
+        """What `update_and_fetch` returned, for another layer that reads the same."""
+        if isinstance(self.live, QuantizedKVCache):
+            return self._fetched
+        live: Any = self.live
+        return live.keys_and_values()  # type: ignore[no-any-return]
 
     def attend(
         self,
@@ -88,7 +97,8 @@ class NectarCache(_BaseCache):
         mask: mx.array | str | None,
         sinks: mx.array | None = None,
     ) -> mx.array:
-        """Attention of queries [B, H, T, D] over the context and the live keys and values [B, K, S, D] -> [B, H, T, D].
+        """Attention of queries [B, H, T, D] over the context and the live keys [B, K, S, D] and values [B, K, S, V] ->
+        [B, H, T, V]. Where V < D, the context's values are as wide as its keys, filled up with zeros.
 
         sinks [H]: per head, the score of one more token whose value is zero (gpt-oss).
         """
@@ -102,7 +112,7 @@ class NectarCache(_BaseCache):
         live = self.over_live(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
         merged = attention.merge(self.over_context(queries), live)
         self.observe(merged.log_normalizer)
-        return merged.output.astype(queries.dtype)
+        return merged.output[..., : values.shape[-1]].astype(queries.dtype)
 
     @property
     def left_padding(self) -> mx.array | None:
@@ -119,9 +129,12 @@ class NectarCache(_BaseCache):
         mask: mx.array | str | None,
         sinks: mx.array | None = None,
     ) -> attention.Partial:
-        """The live tokens' share, relative to the bank's offset as the context's is; arguments as for `attend`."""
+        """The live tokens' share, relative to the bank's offset and as wide as the context's is; arguments as for
+        `attend`."""
         offset = self.bank.offset
         live = attention.causal(queries, keys, values, scale=scale, mask=mask, offset=offset)
+        if missing := queries.shape[-1] - values.shape[-1]:
+            live = live._replace(output=mx.pad(live.output, [(0, 0)] * 3 + [(0, missing)]))
         if sinks is None:
             return live
         return with_sinks(live, sinks, 0.0 if offset is None else attention.common_score(queries, offset, scale=scale))
@@ -172,7 +185,7 @@ class NectarCache(_BaseCache):
             _check_same_context(first, cache)
             if isinstance(cache.live, QuantizedKVCache):
                 raise NectarError("sequences with a quantized cache cannot share a batch: run them one at a time")
-        live = (BatchKVCache if first.kernel is None else WholeBatch).merge([c.live for c in caches])
+        live = (WholeBatch if isinstance(first.live, _Whole) else BatchKVCache).merge([c.live for c in caches])
         return BatchNectarCache(first.bank, first.context, live, first.kernel)
 
 
@@ -205,69 +218,6 @@ class BatchNectarCache(NectarCache):
         return NectarCache(self.bank, self.context, self.live.extract(idx), self.kernel)
 
 
-class WindowCache(RotatingKVCache):
-    """A sliding-window layer's own cache, filled as if it had read the context: exact, and shared until written."""
-
-    keys: Any
-    values: Any
-
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        if self.keys is not None and self.keys.shape[0] < keys.shape[0]:
-            self.keys = mx.repeat(self.keys, keys.shape[0], axis=0)
-            self.values = mx.repeat(self.values, keys.shape[0], axis=0)
-        return super().update_and_fetch(keys, values)  # type: ignore[no-untyped-call, no-any-return]
-
-    @property
-    def to_quantized(self) -> Any:
-        """Absent: a ring cannot be quantized, and mlx-lm's --kv-bits leaves what lacks the method alone."""
-        raise AttributeError("to_quantized")
-
-    def filter(self, rows: mx.array) -> None:
-        """Keeps some sequences of a batch that advances in step."""
-        self.keys, self.values = self.keys[rows], self.values[rows]
-
-
-class Window(NamedTuple):
-    """The context's last keys and values in a sliding-window layer: [K, w, D] each, w <= `size`, the layer's window."""
-
-    keys: mx.array
-    values: mx.array
-    size: int
-
-    def make_cache(self, context: int) -> WindowCache:
-        cache = WindowCache(max_size=self.size)  # type: ignore[no-untyped-call]
-        cache.state = (self.keys[None], self.values[None], context, 0, self.size, self.keys.shape[1])
-        return cache
-
-
-def make_caches(
-    banks: Sequence[Bank],
-    windows: Mapping[int, Window],
-    context: int,
-    *,
-    kv_bits: int | None = None,
-    kernels: Sequence[DecodeKernel] | None = None,
-    make: Callable[..., NectarCache] = NectarCache,
-) -> list[NectarCache | WindowCache]:
-    """Fresh caches, one a layer, that start behind a context of so many tokens.
-
-    windows: the sliding-window layers, by index; banks: the others, in order. kv_bits: 4 or 8 quantizes the keys and
-    values of live tokens in the layers that have a bank. kernels: the banks' decode kernels. make: makes a
-    layer's cache from the arguments of `NectarCache`.
-    """
-    of_banks: Sequence[DecodeKernel | None] = kernels or [None] * len(banks)
-    remaining = zip(banks, of_banks, strict=True)
-    caches: list[NectarCache | WindowCache] = []
-    for layer in range(len(banks) + len(windows)):
-        if layer in windows:
-            caches.append(windows[layer].make_cache(context))
-        else:
-            bank, kernel = next(remaining)
-            live = None if kv_bits is None else QuantizedKVCache(_quantization_group(bank), kv_bits)
-            caches.append(make(bank, context, live, kernel))
-    return caches
-
-
 def with_sinks(part: attention.Partial, sinks: mx.array, common: mx.array | float = 0.0) -> attention.Partial:
     """Attention [B, H, T, ...] with one more token a head, of score sinks [H] and value zero, in the denominator.
     common: what the part's scores lack (`attention.common_score`)."""
@@ -278,13 +228,6 @@ def with_sinks(part: attention.Partial, sinks: mx.array, common: mx.array | floa
 def _dequantized(live: QuantizedKVCache, x: Sequence[mx.array]) -> mx.array:
     data, scales, biases = x
     return mx.dequantize(data, scales, biases, group_size=live.group_size, bits=live.bits)
-
-
-def _quantization_group(bank: Bank) -> int:
-    for group in (64, 32):
-        if bank.head_dim % group == 0:
-            return group
-    raise NectarError(f"heads of {bank.head_dim} numbers cannot be quantized: leave out kv_bits")
 
 
 def _check_same_context(first: NectarCache, second: NectarCache) -> None:

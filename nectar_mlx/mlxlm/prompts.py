@@ -19,6 +19,7 @@ from ..models.encoder import Preceding, Span, encoder, hidden
 from ..models.template import render
 
 INTRODUCTION = "Here is a text.\n\n"
+_DEFAULTS = {"enable_thinking": False}  # of the template, for the prefix and for prompts
 _MARK = "<<the document stands here>>"  # stands for the document while the template is rendered
 
 Message = dict[str, str]
@@ -72,7 +73,8 @@ def prompt(tokenizer: Tokenizer, messages: str | Sequence[Message], **template: 
     """The token ids that follow the prefix, up to the start of the answer.
 
     messages: a question, or a conversation whose first user message continues the prefix; a system message goes before
-    that message's text. template: arguments of the chat template; thinking is off without enable_thinking=True.
+    that message's text. template: arguments of the chat template; thinking is off without enable_thinking=True, and
+    cannot be turned on where the template says so before the document.
     Raises NectarError for a conversation that cannot continue the prefix.
     """
     if template.pop("tools", None):
@@ -91,7 +93,12 @@ def prompt(tokenizer: Tokenizer, messages: str | Sequence[Message], **template: 
         raise NectarError("a conversation must begin with a user message")
     question = turns[0]["content"]
     turns[0]["content"] = f"{_MARK}\n\n" + (f"{system}\n\n{question}" if system else question)
-    _, tail = _render(tokenizer, turns, **{"enable_thinking": False, **template})
+    before, tail = _render(tokenizer, turns, **{**_DEFAULTS, **template})
+    if template.get("enable_thinking") and before != _render(tokenizer, turns, **{**template, **_DEFAULTS})[0]:
+        raise NectarError(
+            "the model's chat template puts enable_thinking=True before the document, which is already read: leave it "
+            "out"
+        )
     control, text, preceding = _split(tokenizer, tail, "text", mark=mark)
     return control + encoder(tokenizer).text(text, preceding)[0]
 
@@ -104,7 +111,7 @@ def encode(tokenizer: Tokenizer, text: str, *, specials: bool = False) -> list[i
 
 def _head(tokenizer: Tokenizer) -> tuple[list[int], str, Preceding]:
     """The template's head: ids up to its last control token, the text after it, and what comes before that text."""
-    text, _ = _render(tokenizer, [{"role": "user", "content": _MARK}])
+    text, _ = _render(tokenizer, [{"role": "user", "content": _MARK}], **_DEFAULTS)
     return _split(tokenizer, text, "start")
 
 

@@ -1,8 +1,8 @@
 """The .nectar: one safetensors file with all that a model needs to answer about a context.
 
-Tensors: the prefix's token ids, the heads (`layout`), and the keys and values that sliding-window layers keep. Metadata
-are text or JSON. `digest` covers all of them, `tensors_sha256`, which covers every tensor, among them; the file's own
-checksum covers every byte (`tensor_file`). Tensors and metadata are in the order of their names, so that equal contents
+Tensors: the prefix's token ids, the heads (`layout`), and what the other layers keep (`states`). Metadata are text or
+JSON. `digest` covers all of them, `tensors_sha256`, which covers every tensor, among them; the file's own checksum
+covers every byte (`tensor_file`). Tensors and metadata are in the order of their names, so that equal contents
 give equal bytes. Versions: docs/format.md.
 """
 
@@ -29,7 +29,7 @@ from .tensor_file import Tensors
 
 if TYPE_CHECKING:  # commands import this module, and mlx-lm takes seconds
     from ..mlxlm.attention_patch import Geometry
-    from ..mlxlm.cache import Window
+    from ..mlxlm.kept import Kept
 
 FORMAT, _FIRST = "nectar-2", "nectar-1"  # in the first one `digest` is of the tensors, and nothing covers the metadata
 _DIGESTS = {"digest", "tensors_sha256", "prefix_sha256", "model_sha256", "tokenizer_sha256"}
@@ -43,17 +43,15 @@ def contents(
     heads: Sequence[HeadArrays],
     *,
     prefix: Sequence[int],
-    windows: "Mapping[int, Window]",
+    windows: "Mapping[int, Kept]",
     offsets: Sequence[mx.array | None] = (),
 ) -> Tensors:
     """All tensors of a file, quantized: writing them loses nothing more.
 
-    heads: layer by layer. windows: of the sliding-window layers, by layer. offsets: as for `layout.pack`.
+    heads: layer by layer. windows: what the layers without heads keep, by layer. offsets: as for `layout.pack`.
     """
     tensors = {"prefix": mx.array(list(prefix), dtype=mx.int32)} | pack(layout, heads, offsets=offsets)
-    for layer, window in windows.items():
-        tensors |= {f"windows.{layer}.keys": window.keys, f"windows.{layer}.values": window.values}
-    return tensors
+    return tensors | {f"windows.{layer}.{name}": x for layer, k in windows.items() for name, x in k.tensors().items()}
 
 
 def description(

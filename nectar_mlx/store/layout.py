@@ -33,7 +33,8 @@ _Parameter = TypeVar("_Parameter", bound=mx.array | Quantized)
 @dataclass(frozen=True, kw_only=True)
 class Layout:
     """How heads lie in tensors: their kind, how many there are and how wide they are. bits: of a matrix entry, one of
-    BITS, or None: every row in as many as it needs."""
+    BITS, or None: every row in as many as it needs. value_dim: how much of a value is stored, where a model's values
+    are narrower than its keys; the rest of it is zero. 0: as wide as keys."""
 
     kind: str
     n_layers: int
@@ -41,15 +42,33 @@ class Layout:
     head_dim: int
     scale: float
     bits: int | None
+    value_dim: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "kind", ALIASES.get(self.kind, self.kind))
-        if self.kind not in KINDS or self.bits not in (*BITS, None) or self.head_dim < 1:
+        if self.kind not in KINDS or self.bits not in (*BITS, None) or not 0 <= self.value_dim <= self.head_dim > 0:
             raise ValueError(f"unknown layout: {self}")
 
     @property
     def bank(self) -> type[Bank]:
         return KINDS[self.kind]
+
+    def shapes(self, size: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        """Of every parameter of a head of this size, as it is stored."""
+        shapes = self.bank.shapes(size, self.head_dim)
+        return {name: (*s[:-1], self.value_dim) if self._is_narrow(name) else s for name, s in shapes.items()}
+
+    def narrowed(self, head: HeadArrays) -> HeadArrays:
+        """A head as it is stored."""
+        return {name: x[..., : self.value_dim] if self._is_narrow(name) else x for name, x in head.items()}
+
+    def widened(self, head: HeadArrays) -> HeadArrays:
+        """A stored head, its values as wide as its keys."""
+        missing = [(0, 0), (0, self.head_dim - self.value_dim)]
+        return {name: mx.pad(x, missing) if self._is_narrow(name) else x for name, x in head.items()}
+
+    def _is_narrow(self, name: str) -> bool:
+        return 0 < self.value_dim < self.head_dim and name in self.bank.made_of_values
 
 
 # (layout, tensors, name, start, shape): one parameter of one head; start: where it lies among the values of all heads.
@@ -58,7 +77,7 @@ _Read = Callable[[Layout, Tensors, str, int, tuple[int, ...]], _Parameter]
 
 def head_bytes(layout: Layout, size: tuple[int, ...]) -> float:
     """Bytes that a head of this size takes in the file; about so many where it is coded."""
-    return sum(_parameter_bytes(layout, shape) for shape in layout.bank.shapes(size, layout.head_dim).values())
+    return sum(_parameter_bytes(layout, shape) for shape in layout.shapes(size).values())
 
 
 def _parameter_bytes(layout: Layout, shape: tuple[int, ...]) -> float:
@@ -80,6 +99,7 @@ def mean_bits(layout: Layout, tensors: Tensors) -> float:
 def pack(layout: Layout, heads: Sequence[HeadArrays], *, offsets: Sequence[mx.array | None] = ()) -> Tensors:
     """All heads, layer by layer -> the tensors of the file. offsets: of each layer's heads, [K, D]; none are zero."""
     sizes = [layout.bank.size_of(h) for h in heads]
+    heads = [layout.narrowed(head) for head in heads]
     tensors: Tensors = {"sizes": mx.array(sizes, dtype=mx.int32)}
     if any(offset is not None for offset in offsets):
         zero = mx.zeros((layout.n_kv_heads, layout.head_dim))
@@ -113,14 +133,17 @@ def _coded(matrices: Iterable[GridMatrix]) -> Tensors:
     return {"heads.grids": mx.array(scales), "heads.numbers": mx.array(integers)}
 
 
-def unpack(layout: Layout, tensors: Tensors, *, half: bool = False) -> list[Bank]:
+def unpack(layout: Layout, tensors: Tensors, *, half: bool = False, trusted: bool = False) -> list[Bank]:
     """The tensors of the file -> one bank a layer. NectarError if the tensors do not fit each other.
 
     half: matrices of fewer than 16 bits in float16 instead of float32, which changes them far less than rounding did.
+    trusted: that no number is not finite is checked elsewhere.
     """
     banks, halved, offsets = list[Bank](), half and layout.bits != 16, _offsets(layout, tensors)
     for heads, offset in zip(_layers(layout, tensors, _floats), offsets, strict=True):
-        check_finite((name, x) for head in heads for name, x in head.items())
+        if not trusted:
+            check_finite((name, x) for head in heads for name, x in head.items())
+        heads = [layout.widened(head) for head in heads]
         heads = [{n: _halved(x) if halved and x.ndim > 1 else x for n, x in head.items()} for head in heads]
         banks.append(layout.bank.stack(heads, scale=layout.scale, offset=offset))
         mx.eval(banks[-1].parameters)  # layer by layer: on the way from bits to floats there is far more
@@ -185,7 +208,7 @@ def _matrices(layout: Layout, tensors: Tensors) -> Iterator[GridMatrix]:
 
 def _matrix_shapes(layout: Layout, size: tuple[int, ...]) -> dict[str, tuple[int, int]]:
     """Of a head's parameters, in storage order, those that are matrices."""
-    shapes = layout.bank.shapes(size, layout.head_dim)
+    shapes = layout.shapes(size)
     return {name: (shape[0], shape[1]) for name, shape in shapes.items() if len(shape) > 1}
 
 
@@ -206,7 +229,7 @@ def _layers(layout: Layout, tensors: Tensors, read: _Read[_Parameter]) -> Iterat
     for i in range(0, len(sizes), K):
         heads: list[dict[str, _Parameter]] = [{} for _ in range(K)]
         for head, size in zip(heads, sizes[i : i + K], strict=True):
-            for name, shape in layout.bank.shapes(size, layout.head_dim).items():
+            for name, shape in layout.shapes(size).items():
                 if layout.bits is None and len(shape) > 1:
                     head[name] = cast(_Parameter, mx.array(next(coded).values))
                     continue

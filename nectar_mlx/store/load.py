@@ -15,15 +15,15 @@ from ..heads import Bank
 from ..kernels import DecodeKernel
 from ..mlxlm import attention_patch
 from ..mlxlm.attention_patch import Geometry
-from ..mlxlm.cache import Window
-from . import HALF_MAX, Layout, Metadata, Tensors, schema
+from ..mlxlm.kept import Kept, State
+from . import HALF_MAX, Layout, Metadata, Tensors, schema, states
 from .kv_file import KeyFile
 
 
-def banks(layout: Layout, tensors: Tensors) -> list[Bank]:
-    """The heads that a file holds, one bank a layer."""
+def banks(layout: Layout, tensors: Tensors, *, trusted: bool = False) -> list[Bank]:
+    """The heads that a file holds, one bank a layer. trusted: as for `store.unpack`."""
     # Where a kernel decodes from the packed integers, these are for prompts alone: half as many bytes will do.
-    return store.unpack(layout, tensors, half=kernels.backend() != "ops")
+    return store.unpack(layout, tensors, half=kernels.backend() != "ops", trusted=trusted)
 
 
 def decode_kernels(banks: Sequence[Bank], layout: Layout, tensors: Tensors) -> list[DecodeKernel] | None:
@@ -32,6 +32,9 @@ def decode_kernels(banks: Sequence[Bank], layout: Layout, tensors: Tensors) -> l
     banks: what the tensors hold, as it answers without retrieval.
     """
     if kernels.backend() == "ops" or any(bank.decode_work() is None for bank in banks):
+        return None
+    if layout.value_dim:
+        warnings.warn(f"decoding without the fused kernel: {no_kernel(layout)}", stacklevel=2)
         return None
     # The kernel takes the file's own integers, each in a byte, or coded numbers rounded to a byte, which is little
     # beside what they were rounded before.
@@ -47,6 +50,15 @@ def decode_kernels(banks: Sequence[Bank], layout: Layout, tensors: Tensors) -> l
         reason = str(error).splitlines()[0]
     warnings.warn(f"decoding without the fused kernel: {reason}", stacklevel=2)
     return None
+
+
+def no_kernel(layout: Layout) -> str:
+    """Why the decode kernel cannot take heads of this shape; "" where it can."""
+    if layout.value_dim:
+        return f"it takes no values ({layout.value_dim}) narrower than keys ({layout.head_dim})"
+    if layout.head_dim not in kernels.HEAD_DIMS:
+        return f"it takes heads of {', '.join(map(str, kernels.HEAD_DIMS))} numbers, not of {layout.head_dim}"
+    return ""
 
 
 def stored_heads(layout: Layout, tensors: Tensors) -> list[list[Stored]]:
@@ -66,28 +78,17 @@ def geometry(metadata: Metadata) -> Geometry:
     return Geometry.from_dict(metadata["geometry"])
 
 
-def windows(tensors: Tensors, geometry: Geometry, context: int) -> dict[int, Window]:
-    """The exact keys and values that each sliding-window layer keeps of `context` positions, by layer.
-
-    NectarError if the file does not hold them.
-    """
-    kept: dict[int, Window] = {}
-    for layer, size in enumerate(geometry.windows):
-        if not size:
-            continue
-        shape = (geometry.n_kv_heads, min(size, context), geometry.head_dim)
-        window = Window(tensors[f"windows.{layer}.keys"], tensors[f"windows.{layer}.values"], size)
-        if window.keys.shape != shape or window.values.shape != shape:
-            raise NectarError(f"the file is damaged: the window of layer {layer} has another shape")
-        kept[layer] = window
-    return kept
+def windows(tensors: Tensors, geometry: Geometry, context: int) -> dict[int, Kept]:
+    """What the layers without heads keep of `context` positions, by layer. NectarError if the file does not hold it."""
+    return states.read(tensors, geometry, context)
 
 
-def as_computed(windows: Mapping[int, Window], model: nn.Module) -> dict[int, Window]:
-    """The windows in the type that the model computes in."""
-    dtype = attention_patch.compute_type(model)
-    converted = {i: Window(w.keys.astype(dtype), w.values.astype(dtype), w.size) for i, w in windows.items()}
-    mx.eval([w[:2] for w in converted.values()])  # in this thread: MLX's streams are a thread's own
+def as_computed(windows: Mapping[int, Kept], model: nn.Module) -> dict[int, Kept]:
+    """The same in the types that the model computes in."""
+    types = attention_patch.state_types(model)
+    converted = {layer: kept.astype(types[layer]) for layer, kept in windows.items()}
+    mx.eval([kept.tensors() for kept in converted.values()])  # in this thread: MLX's streams are a thread's own
+    mx.eval([kept.arrays for kept in converted.values() if isinstance(kept, State)])
     return converted
 
 
@@ -103,8 +104,8 @@ def check_model(path: str | Path, metadata: Metadata, model: nn.Module, tokenize
 
 def same_model(metadata: Metadata, other: Metadata) -> bool:
     """Whether two files were fitted on the same model and tokenizer."""
-    names = ("model_sha256", "tokenizer_sha256", "geometry")
-    return all(metadata.get(name) == other.get(name) for name in names)
+    names = ("model_sha256", "tokenizer_sha256")
+    return geometry(metadata) == geometry(other) and all(metadata.get(name) == other.get(name) for name in names)
 
 
 def key_file(path: Path, *, nectar: str, shape: tuple[int, int, int], head_dim: int) -> KeyFile | None:

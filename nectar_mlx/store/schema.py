@@ -18,6 +18,7 @@ from ..core.quantize import group_size
 from ..core.types import AnyArray, JsonObject
 from ..errors import NectarError
 from ..heads.hybrid import ANCHORS, HybridHead
+from ..mlxlm.geometry import Geometry
 from .layout import CODED, Layout, check_finite
 from .tensor_file import Arrays, Tensors
 
@@ -25,20 +26,37 @@ _ENTRIES_PER_BYTE = 32  # coded integers, at most: what is fitted takes 4 bits e
 _FEW = 1 << 20  # of which it does not matter how they are coded
 
 _Count = Annotated[int, msgspec.Meta(ge=1, le=1 << 16)]
+_Number = Annotated[int, msgspec.Meta(ge=0, le=1 << 16)]
 _Window = Annotated[int, msgspec.Meta(ge=0, le=(1 << 31) - 1)]
 _Scale = Annotated[float, msgspec.Meta(gt=0, le=1e3)]
 _Length = Annotated[int, msgspec.Meta(ge=1, le=(1 << 31) - 1)]
 _Word = Annotated[str, msgspec.Meta(max_length=4096)]
 
 
+class _Layer(msgspec.Struct):
+    kind: _Word
+    n_heads: _Number
+    n_kv_heads: _Number
+    head_dim: _Number
+    value_dim: _Number
+    scale: _Scale
+    window: _Window
+    source: Annotated[int, msgspec.Meta(ge=-1, le=1 << 16)]
+    states: Annotated[list[Annotated[list[_Length], msgspec.Meta(max_length=8)]], msgspec.Meta(max_length=16)]
+
+
 class _Geometry(msgspec.Struct):
+    """windows: of files that know of no other kinds of layers; or else shapes, and which of them each layer is."""
+
     model_type: _Word
     n_layers: _Count
     n_heads: _Count
     n_kv_heads: _Count
     head_dim: _Count
     scale: _Scale
-    windows: Annotated[list[_Window], msgspec.Meta(min_length=1, max_length=1 << 16)]
+    windows: Annotated[list[_Window], msgspec.Meta(max_length=1 << 16)] = []
+    shapes: Annotated[list[_Layer], msgspec.Meta(max_length=1 << 12)] = []
+    layers: Annotated[list[_Number], msgspec.Meta(max_length=1 << 16)] = []
 
 
 class _Layout(msgspec.Struct):
@@ -48,6 +66,7 @@ class _Layout(msgspec.Struct):
     head_dim: _Count
     scale: _Scale
     bits: Literal[4, 5, 6, 7, 8, 16] | None
+    value_dim: _Number = 0
 
 
 class _File(msgspec.Struct):
@@ -88,11 +107,15 @@ class _Metadata(msgspec.Struct):
 def check(metadata: JsonObject, tensors: Tensors) -> None:
     """ValueError or NectarError unless these are the metadata and tensors of one .nectar, as they lie in the file."""
     known = json_text.typed(metadata, _Metadata)
-    geometry, layout = known.geometry, Layout(**msgspec.structs.asdict(known.layout))
-    fitted = geometry.windows.count(0)
+    try:
+        geometry = Geometry.from_dict(metadata["geometry"])
+    except (IndexError, KeyError, TypeError) as error:
+        raise ValueError(f"its layers are none of a model ({error})") from None
+    layout = Layout(**msgspec.structs.asdict(known.layout))
     same = all(getattr(geometry, name) == getattr(layout, name) for name in ("n_kv_heads", "head_dim", "scale"))
-    _require(same and geometry.n_layers == len(geometry.windows), "its heads are not those of its model")
-    _require(layout.n_layers == fitted and fitted > 0, "its heads are not those of its model")
+    same = same and layout.value_dim in (0 if geometry.value_dim == geometry.head_dim else -1, geometry.value_dim)
+    _require(same and known.geometry.n_layers == geometry.n_layers, "its heads are not those of its model")
+    _require(layout.n_layers == len(geometry.fitted), "its heads are not those of its model")
     _require(geometry.n_heads % geometry.n_kv_heads == 0, "its query heads do not share its KV heads")
     prefix = np.array(_tensor(tensors, "prefix", ("int32",), (None,)))
     _require(prefix.size and (prefix >= 0).all(), "its prefix is no text")
@@ -103,12 +126,29 @@ def check(metadata: JsonObject, tensors: Tensors) -> None:
     K, D = layout.n_kv_heads, layout.head_dim
     if "offsets" in tensors:
         _tensor(tensors, "offsets", ("bfloat16",), (layout.n_layers * K, D))
-    for layer, size in enumerate(geometry.windows):
-        for part in ("keys", "values") if size else ():
-            shape = (K, min(size, start), D)
-            _tensor(tensors, f"windows.{layer}.{part}", ("float32", "float16", "bfloat16"), shape)
+    _check_kept(geometry, tensors, start)
     _check_heads(layout, tensors, tokens)
     check_finite((name, x) for name, x in tensors.items() if not name.startswith("heads."))
+
+
+def _check_kept(geometry: Geometry, tensors: Tensors, start: int) -> None:
+    """What the layers without heads keep has the shapes of the model's layers. start: positions of the context."""
+    floats, expected = ("float32", "float16", "bfloat16"), set[str]()
+    for number, layer in enumerate(geometry.layers):
+        name = f"windows.{number}"
+        for part, width in (("keys", layer.head_dim), ("values", layer.value_dim)) if layer.window else ():
+            _tensor(tensors, f"{name}.{part}", floats, (layer.n_kv_heads, min(layer.window, start), width))
+            expected.add(f"{name}.{part}")
+        for i, shape in enumerate(layer.states):
+            state, scales = f"{name}.state.{i}", f"{name}.state.{i}.scales"
+            _tensor(tensors, state, ("int8",) if scales in tensors else floats, shape)
+            expected.add(state)
+            if scales in tensors:
+                _require(shape[-1] % group_size(shape[-1]) == 0, f"{state} is not made of whole groups")
+                _tensor(tensors, scales, ("float16",), (*shape[:-1], shape[-1] // group_size(shape[-1])))
+                expected.add(scales)
+    held = {name for name in tensors if name.startswith("windows.")}
+    _require(held == expected, f"it holds {min(held ^ expected, default='')!r}, or lacks it")
 
 
 def _check_heads(layout: Layout, tensors: Tensors, tokens: int) -> None:
@@ -144,7 +184,7 @@ def _shapes(layout: Layout, tensors: Tensors, tokens: int) -> list[dict[str, tup
         _require((table == tokens).all(), "its heads do not hold every key")
     if issubclass(layout.bank, HybridHead):
         _require(tokens > ANCHORS, "its text is shorter than what is kept of it")
-    shapes = [layout.bank.shapes(tuple(size), layout.head_dim) for size in table.tolist()]
+    shapes = [layout.shapes(tuple(size)) for size in table.tolist()]
     _require(all(shape.keys() == shapes[0].keys() for shape in shapes), "its heads are of several forms")
     return shapes
 

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from nectar_mlx.core.files import write_atomically
+from nectar_mlx.core.files import write_atomically, written_at_once
 from nectar_mlx.errors import NectarError
 
 
@@ -92,3 +92,37 @@ def test_of_many_writers_one_wins_whole(path):
     for thread in threads:
         thread.join()
     assert path.read_bytes() in contents and names(path) == ["file"]
+
+
+def test_what_a_killed_writer_left_is_removed_by_the_next(path):
+    """That of a writer who is alive stays, and so does everything else."""
+    child = os.fork()
+    if child == 0:
+        write_atomically(path, lambda file: os.kill(os.getpid(), 9))
+    os.waitpid(child, 0)
+    (left,) = [p for p in path.parent.iterdir() if p != path]
+    (path.parent / ".nectar-other").write_text("mine")
+
+    def write(file):
+        assert not left.exists() and len(names(path)) == 3
+        write_atomically(path, lambda inner: inner.write(b"first"))
+        assert len(names(path)) == 3, "the one that is being written is there"
+        file.write(b"second")
+
+    write_atomically(path, write)
+    assert path.read_bytes() == b"second" and sorted(names(path)) == [".nectar-other", "file"]
+
+
+def test_a_folder_of_a_killed_writer_too(tmp_path):
+    (tmp_path / ".model-kept").mkdir()
+    child = os.fork()
+    if child == 0:
+        with written_at_once(tmp_path / "model"):
+            os.kill(os.getpid(), 9)
+    os.waitpid(child, 0)
+    assert len(list(tmp_path.iterdir())) == 2
+    with written_at_once(tmp_path / "model") as scratch:
+        (scratch / "weights").write_text("x")
+        with written_at_once(tmp_path / "model"):
+            assert scratch.exists()
+    assert {p.name for p in tmp_path.iterdir()} == {".model-kept", "model"}

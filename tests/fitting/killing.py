@@ -61,8 +61,8 @@ def main(argv):
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--model")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("options", nargs="*")
-    arguments = parser.parse_args(argv)
+    own, options = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, TOY)
+    arguments = parser.parse_args(own)
     import mlx_lm  # noqa: F401
     import rich.live  # noqa: F401
 
@@ -85,12 +85,12 @@ def main(argv):
 
     def command(output):
         named = ["--model", arguments.model or str(folder / "model"), "--context", str(folder / "book.txt")]
-        return lambda: run([*named, "--output", str(output), *(arguments.options or TOY)])
+        return lambda: run([*named, "--output", str(output), *options])
 
-    def run(options):
+    def run(given):
         quick = {"fit_checks": 2, "fit_conversations": 6, "fit_batch": 128, "trial_steps": 5}
         with device.using(replace(device.device(), **quick)):
-            return fit.main(options)
+            return fit.main(given)
 
     code, seconds = forked(command(folder / "whole.nectar"), log)
     assert code == 0, log.read_text()
@@ -110,6 +110,9 @@ def main(argv):
         identical += same
         if not same:
             others.append([number, round(at, 2), kept_answers, log.read_text()[-300:]])
+        print(
+            f"{number}: killed at {at:.1f} s, {'identical' if same else 'NOT identical'}", file=sys.stderr, flush=True
+        )
         left |= {p.name for p in place.iterdir()} - {"book.nectar"}
         shutil.rmtree(place)
     figures = {"kills": arguments.kills, "killed": killed, "identical": identical, "kept": kept, "left": sorted(left)}
@@ -118,7 +121,7 @@ def main(argv):
 
 if __name__ == "__main__":
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ["NECTAR_BLAS"] = os.environ.get("NECTAR_BLAS", "off")  # its threads do not survive a fork
+    os.environ["OPENBLAS_NUM_THREADS"] = "1"  # threads do not survive a fork
     import nectar_mlx  # noqa: F401  before mlx.core
 
     main(sys.argv[1:])

@@ -74,13 +74,13 @@ def test_heads_and_parts_that_are_cut_short_are_not_there(checkpoint, cut):
 def test_another_fits_folder_is_refused_or_emptied(checkpoint, changed):
     (what,) = changed
     checkpoint.save_plan(PLAN)
-    with pytest.raises(NectarError, match=f"another {what}"):
+    with pytest.raises(NectarError, match=f"other {what}"):
         Checkpoint(checkpoint.folder, must_match=True).claim(CLAIM | changed)
     assert checkpoint.load_plan() == PLAN
     said = []
     again = Checkpoint(checkpoint.folder, log=said.append)
     again.claim(CLAIM | changed)
-    assert again.load_plan() is None and len(said) == 1 and f"another {what}" in said[0]
+    assert again.load_plan() is None and len(said) == 1 and f"other {what}" in said[0]
     again.claim(CLAIM | changed)
     assert len(said) == 1
 

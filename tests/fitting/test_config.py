@@ -11,7 +11,7 @@ from nectar_mlx.fitting.samples.sample_store import DeviceSampleStore, SampleSto
 from nectar_mlx.mlxlm.attention_patch import Geometry
 
 HEADS, DIM = 224, 128
-GEOMETRY = Geometry(model_type="llama", n_heads=4, n_kv_heads=2, head_dim=DIM, scale=0.1, windows=(0, 0))
+GEOMETRY = Geometry.uniform(model_type="llama", n_heads=4, n_kv_heads=2, head_dim=DIM, scale=0.1, windows=(0, 0))
 
 
 def run(**options):
@@ -21,12 +21,18 @@ def run(**options):
 @pytest.fixture
 def memory(monkeypatch, set_device):
     set_device(fit_samples=120_000)
-    return lambda total: monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=total))
+    return lambda total: monkeypatch.setattr(
+        psutil, "virtual_memory", lambda: SimpleNamespace(total=total, available=total)
+    )
 
 
 @pytest.mark.parametrize(
     "total, samples",
-    [(16 << 30, 20_000), (64 << 30, (8 << 30) // SampleStore.nbytes(HEADS, 1, DIM)), (1 << 40, 120_000)],
+    [
+        (16 << 30, 20_000),
+        (64 << 30, (8 << 30) // SampleStore.nbytes(HEADS, 1, DIM)),
+        (1 << 40, 9_000_000_000 // SampleStore.nbytes(HEADS, 1, DIM)),
+    ],
 )
 def test_as_many_samples_as_the_memory_easily_holds(memory, set_device, total, samples):
     set_device(linux_cpu=True)

@@ -85,16 +85,12 @@ def test_a_loaded_model_has_the_shape_of_its_configuration(tmp_path, tokenizer):
     assert named.geometry.cache_bytes(100) == loaded.geometry.cache_bytes(100) and named.window == loaded.window == 4096
 
 
-# Of docs/log/fit-time.md: seven and two layers of Qwen3-1.7B's shape, H100, 120,000 samples a head, 2,000 steps. In the
-# first two, nodes had 8 bits an entry.
-@pytest.mark.parametrize(
-    "layers, tokens, bits, seconds", [(7, 8192, 8, 33.7), (7, 32768, 8, 79.4), (2, 131072, None, 182.0)]
-)
-def test_what_was_measured_on_an_h100_is_estimated_within_half(layers, tokens, bits, seconds):
-    numbers = (layers, *machines._PUBLISHED["Qwen3-1.7B"][1:-1], 1 << 20)
-    shape = machines._shape("Qwen3-1.7B", *numbers)
+# Of docs/results.md, *Time of a fit*: Qwen3-1.7B's shape on one H200, 62,000 samples a head, without the check.
+@pytest.mark.parametrize("tokens, seconds", [(8192, 21.0), (32768, 48.0)])
+def test_what_was_measured_is_estimated_within_half(tokens, seconds):
+    shape = machines._shape("Qwen3-1.7B", 28, *machines._PUBLISHED["Qwen3-1.7B"][1:-1], 1 << 20)
     with machines.using(H100.profile):
-        config = FitConfig(budget=0.02, steps=2000, bits=bits)
+        config = FitConfig(budget=0.02, queries=62_000)
     assert estimate(shape, H100, config, tokens).seconds == pytest.approx(seconds, rel=0.5)
 
 

@@ -19,7 +19,8 @@ from nectar_mlx.fitting.kinds import kind_fit
 from nectar_mlx.fitting.samples import capture, self_study
 from nectar_mlx.fitting.samples.conversation import Conversation, count_samples
 from nectar_mlx.fitting.samples.sample_store import DeviceSampleStore, SampleStore
-from nectar_mlx.fitting.solve import quantization, regression
+from nectar_mlx.fitting.solve import quantization
+from nectar_mlx.fitting.solve.node_training import NodeTraining
 from nectar_mlx.fitting.train import train_heads
 from nectar_mlx.mlxlm import attention_patch, prompts
 from tests import toys
@@ -66,11 +67,12 @@ def test_equal_seeds_give_equal_tensors(tokenizer, toy_fit):
         toys.fit(model, tokenizer, TEXT, config=FitConfig(**FAST | SHORT | {"seed": seed})) for seed in (0, 1)
     )
     assert first.digest == second.digest != other.digest
-    assert first.report | {"seconds": None} == second.report | {"seconds": None}
+    measured = {"seconds": None, "peak_memory": None}
+    assert first.report | measured == second.report | measured
 
 
-FIGURES = {"kl", "agree", "kl_no_context", "gap_closed", "verdict"}
-WHOLE = FIGURES | {"budget", "sizes", "queries", "error", "seconds"}
+FIGURES = {"kl", "agree", "kl_no_context", "gap_closed", "recall", "verdict"}
+WHOLE = FIGURES | {"budget", "sizes", "queries", "error", "seconds", "peak_memory"}
 STAGES = {"read", "study", "budgets", "regression", "check"}
 
 
@@ -78,7 +80,7 @@ STAGES = {"read", "study", "budgets", "regression", "check"}
     (SHORT, WHOLE | {"left_out_tokens"}, STAGES),
     ({"kind": "retrieval", "steps": 40, "budget": 0.3}, WHOLE, STAGES | {"keys"}),
     (SHORT | {"context_tokens": 300, "layerwise": True}, WHOLE | {"layerwise", "left_out_tokens"}, STAGES - {"read"}),
-    ({"kind": "exact", "context_tokens": 300}, {"left_out_tokens", "seconds"}, {"read"}),
+    ({"kind": "exact", "context_tokens": 300}, {"left_out_tokens", "seconds", "peak_memory"}, {"read"}),
 ])  # fmt: skip
 def test_what_a_report_holds(tokenizer, toy_fit, options, names, stages):
     nectar = toy_fit(**options)
@@ -128,7 +130,7 @@ def test_an_interrupted_fit_continues_where_it_stopped(tokenizer, tmp_path, monk
         toys.fit(model, tokenizer, TEXT, config=config, checkpoint=Checkpoint(tmp_path / "part"))
     resumed = toys.fit(model, tokenizer, TEXT, config=config, checkpoint=Checkpoint(tmp_path / "part"))
     assert resumed.digest == whole.digest
-    assert needed >= 3 and len(batches) == 2 * needed + 1, "only the interrupted batch was sampled again"
+    assert needed >= 2 and len(batches) == 2 * needed + 1, "only the interrupted batch was sampled again"
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +143,7 @@ def finished(tokenizer, tmp_path_factory):
 
 def test_fitted_heads_are_not_fitted_again(tokenizer, finished, monkeypatch):
     first, folder = finished
-    monkeypatch.setattr(regression, "train", lambda *a, **k: pytest.fail("trained again"))
+    monkeypatch.setattr(NodeTraining, "train", lambda *a, **k: pytest.fail("trained again"))
     monkeypatch.setattr(self_study, "sample_answers", lambda *a, **k: pytest.fail("answers were sampled again"))
     config = FitConfig(**FAST | SHORT)
     second = toys.fit(toys.toy("llama"), tokenizer, TEXT, config=config, checkpoint=Checkpoint(folder))
@@ -159,7 +161,7 @@ def test_a_fit_of_anything_else_is_not_resumed(tokenizer, finished, what, change
     given = {"model": toys.toy("llama"), "tokenizer": tokenizer, "text": TEXT, "config": FitConfig(**FAST | SHORT)}
     given |= changed
     positional = [given.pop(name) for name in ("model", "tokenizer", "text")]
-    with pytest.raises(NectarError, match=f"another .*{what}"):
+    with pytest.raises(NectarError, match=f"other .*{what}"):
         toys.fit(*positional, **given, checkpoint=Checkpoint(finished[1], must_match=True))
 
 
@@ -393,7 +395,7 @@ def test_a_bad_choice_is_one_line(folder, capsys, arguments, words):
 
 def test_a_text_longer_than_the_window_says_how_many_tokens_fit(folder, capsys):
     (folder / "long.txt").write_text(TEXT * 12)
-    long = command(folder, "--budget", "0.1", "--kind", "mlp", context=folder / "long.txt")
+    long = command(folder, "--budget", "0.1", "--kind", "mlp", "--force", context=folder / "long.txt")
     fault(capsys, long, "4,096", "--context-tokens")
 
 
@@ -410,13 +412,13 @@ def test_an_output_in_no_folder_and_a_folder_as_output(folder, capsys):
 
 
 def test_an_unsupported_architecture_is_named(folder, capsys, tokenizer):
-    import mlx_lm.models.stablelm as stablelm
+    from mlx_lm.models import mamba
 
-    arguments = {"model_type": "stablelm", "vocab_size": 320, "hidden_size": 32, "num_attention_heads": 2,
-                 "num_hidden_layers": 1, "num_key_value_heads": 2, "intermediate_size": 32, "rope_theta": 1e4,
-                 "use_qkv_bias": False, "partial_rotary_factor": 1.0, "layer_norm_eps": 1e-5}  # fmt: skip
-    toys.save_model(stablelm.Model(stablelm.ModelArgs.from_dict(arguments)), folder / "stable", tokenizer)
-    fault(capsys, [*command(folder, model=folder / "stable"), "--force"], "stablelm", "not supported")
+    arguments = {"model_type": "mamba", "vocab_size": 320, "hidden_size": 32, "intermediate_size": 64, "state_size": 8,
+                 "num_hidden_layers": 1, "conv_kernel": 4, "use_bias": False, "use_conv_bias": True,
+                 "time_step_rank": 4}  # fmt: skip
+    toys.save_model(mamba.Model(mamba.ModelArgs.from_dict(arguments)), folder / "mamba", tokenizer)
+    fault(capsys, [*command(folder, model=folder / "mamba"), "--force"], "mamba", "not supported")
 
 
 def test_ctrl_c_keeps_the_work(folder):

@@ -23,6 +23,7 @@ from nectar_mlx.fitting.samples import capture, self_study
 from nectar_mlx.fitting.samples.conversation import Conversation
 from nectar_mlx.mlxlm import attention_patch, prompts
 from nectar_mlx.mlxlm.cache import NectarCache
+from nectar_mlx.retrieval.recall import Calibration
 from tests import toys
 from tests.fitting.toy_fit import FAST, TEXT, fit_run, read
 
@@ -182,7 +183,7 @@ def test_what_is_reported_is_the_divergence_from_the_full_cache(tokenizer):
     checks = [answer.conversation for answer in chunk.answers]
     assert checks == [c for c in conversations if c.split == "check" and c.answer]
     without = fidelity.compare(model, full.make_cache, {"head": head.make_cache}, checks)["head"]
-    figures = chunk.check(runner, full.make_cache, head.make_cache)
+    figures = chunk.check(runner, full.make_cache, head.make_cache, recall=Calibration(ours.prefix))
     assert (figures["kl"], figures["agree"], figures["gap_closed"]) == (0.0, 1.0, 1.0)
     assert figures["kl_no_context"] == pytest.approx(without.kl.mean(), abs=2e-5)
 
@@ -273,11 +274,11 @@ def test_an_interrupted_fit_goes_on(tokenizer, toy_fit, tmp_path, monkeypatch):
     whole = toy_fit(budget=0.5, context_tokens=300, layerwise=True)
     train_heads, layers = layerwise.train_heads, []
 
-    def interrupted(kind, sizes):
+    def interrupted(kind, sizes, **options):
         layers.append(1)
         if len(layers) == 3:
             raise KeyboardInterrupt
-        return train_heads(kind, sizes)
+        return train_heads(kind, sizes, **options)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(layerwise, "train_heads", interrupted)
@@ -308,7 +309,7 @@ def test_it_is_chosen_where_the_cache_would_not_fit(tokenizer, monkeypatch):
     assert not needs(memory=1, kind="exact")
     with pytest.raises(NectarError, match="kind exact keeps"):
         needs(layerwise=True, kind="exact")
-    monkeypatch.setattr(pipeline, "free_memory", lambda: bytes_of)
+    monkeypatch.setattr("nectar_mlx.fitting.run.free_memory", lambda: bytes_of)
     assert needs() and not needs(400)
 
 

@@ -5,6 +5,7 @@ import pytest
 from nectar_mlx.fitting.samples.sample_store import Samples
 from nectar_mlx.fitting.solve import attention_matching, quantization, regression
 from nectar_mlx.fitting.solve.initial import Init
+from nectar_mlx.fitting.solve.node_training import NodeTraining
 from nectar_mlx.heads import Quadrature
 from nectar_mlx.store import Layout, pack, unpack
 from nectar_mlx.store.grids import GridMatrix
@@ -32,9 +33,11 @@ def trained(samples):
         {n: mx.array(rng.normal(size=(m, D)).astype(np.float32)) for n in ("keys", "values")} | {"bias": mx.zeros(m)}
         for m in COUNTS
     ]
-    return regression.train(
-        Init.of_nodes(Quadrature.stack(nodes, scale=0.2), samples), samples, steps=200, batch=250, rate=1.5e-2
-    )
+    return training(samples).train(Init.of(Quadrature.stack(nodes, scale=0.2)), steps=200, rate=1.5e-2)
+
+
+def training(samples):
+    return NodeTraining([samples], scale=0.2, batch=250)
 
 
 LAYOUT = Layout(kind="quadrature", n_layers=1, n_kv_heads=2, head_dim=D, scale=0.2, bits=None)
@@ -48,7 +51,7 @@ def at_once(bank, samples, bits):
 
 def test_less_is_lost_than_by_rounding_at_once(samples, trained):
     for bits in (3, 4):
-        ours = quantization.round_nodes(trained, samples, bits=bits, steps=200, batch=250, rate=1.5e-2)
+        ours = quantization.round_nodes(trained, training(samples), bits=bits, steps=200, rate=1.5e-2)
         banks = (trained, at_once(trained, samples, bits), ours)
         before, rounded, trained_on = (np.array(regression.errors(b, samples)) for b in banks)
         assert (rounded > before).all()
@@ -60,14 +63,16 @@ def test_less_is_lost_than_with_the_same_step_in_all_rows(samples, trained):
     costs = attention_matching.costs(samples, trained)
     flat = {n: mx.zeros_like(x) + x.mean(1, keepdims=True) for n, x in costs.items()}
     errors = []
-    init = Init.of_nodes(trained, samples)
+    mean = samples.queries.mean(1)[..., None]
     for row_costs in (costs, flat):
         steps = quantization.row_steps(trained, row_costs, bits=3.5)
         near = {n: mx.round(trained.parameters[n] / s) * s for n, s in steps.items()}
         mirrored = {n: 2 * trained.parameters[n] - x for n, x in near.items()}  # training has not ended: slopes cancel
         both = []
         for moved in (near, mirrored):
-            parameters = init.to_bank(init.parameters | moved)
+            # What moving a key does to the mean query's score, its bias makes up for.
+            change = 0.2 * ((moved["keys"] - trained.parameters["keys"]) @ mean)[..., 0]
+            parameters = moved | {"bias": trained.parameters["bias"] - change}
             bank = Quadrature(parameters=parameters, sizes=trained.sizes, scale=trained.scale)
             both.append(np.array(regression.errors(bank, samples)))
         errors.append(np.mean(both, axis=0))
@@ -98,7 +103,7 @@ def test_costs_are_what_errors_add(samples, trained):
 def test_rounded_nodes_are_stored_unchanged_and_take_the_bits_they_were_given(samples, trained):
     sizes = []
     for bits in (3, 5):
-        ours = quantization.round_nodes(trained, samples, bits=bits, steps=20, batch=250, rate=1.5e-2)
+        ours = quantization.round_nodes(trained, training(samples), bits=bits, steps=20, rate=1.5e-2)
         tensors = pack(LAYOUT, ours.unstack())
         (back,) = unpack(LAYOUT, tensors)
         assert back.sizes == ours.sizes
@@ -127,7 +132,7 @@ def test_keys_that_few_samples_look_for_can_still_be_found():
     some, others = (looking_for(keys, values, half, rng) for half in np.split(np.arange(S), 2))
     both = Samples(*(mx.concatenate(x, axis=1) for x in zip(some, others, strict=True)))
     for samples, most in ((some, 0.12), (both, 0.02)):
-        kept = quantization.round_nodes(bank, samples, steps=0, batch=500, rate=1.5e-2)
+        kept = quantization.round_nodes(bank, training(samples), steps=0, rate=1.5e-2)
         assert regression.errors(kept, some).item() < 0.01 and regression.errors(kept, others).item() < most
 
 
@@ -157,8 +162,7 @@ def test_every_entry_has_its_part_and_a_small_head_as_many_parts_as_a_large_one(
 def test_what_is_held_does_not_move(samples, trained):
     where = {"keys": mx.arange(D)[None, None] < 5, "values": mx.arange(max(COUNTS))[None, :, None] < 7}
     held = regression.Held(where=where, values={n: trained.parameters[n] + 1 for n in where})
-    init = Init.of(trained)
-    after = regression.train(init, samples, steps=4, batch=250, rate=1e-2, held=held).parameters
+    after = training(samples).train(Init.of(trained), steps=4, rate=1e-2, held=held).parameters
     assert mx.array_equal(after["keys"][..., :5], trained.parameters["keys"][..., :5] + 1)
     assert mx.array_equal(after["values"][:, :7], trained.parameters["values"][:, :7] + 1)
     assert (after["keys"][0, :, 5:] != trained.parameters["keys"][0, :, 5:]).all()
@@ -168,7 +172,10 @@ def test_what_is_held_does_not_move(samples, trained):
 def test_other_samples_can_come_first(samples, trained):
     init = Init.of(trained)
     rotated = Samples(*(mx.concatenate([x[:, 500:], x[:, :500]], axis=1) for x in samples))
-    runs = [regression.train(init, s, steps=2, batch=250, rate=1e-2, first=f) for s, f in ((samples, 2), (rotated, 0))]
+    runs = []
+    for s, first in ((samples, 2), (rotated, 0)):
+        ready = training(s)
+        ready.units = training(samples).units
+        runs.append(ready.train(init, steps=2, rate=1e-2, first=first))
     for name in runs[0].parameters:
-        # (The loss is scaled by the variance over all samples, which is the same sum in another order.)
         np.testing.assert_allclose(runs[0].parameters[name], runs[1].parameters[name], atol=1e-5)

@@ -55,7 +55,7 @@ def networks(sizes, samples, *, seed=0):
 
 def plain_nodes(sizes, samples):
     heads = [nodes(count)[i] for i, (count,) in enumerate(sizes)]
-    return Init.of_nodes(Quadrature.stack(heads, scale=SCALE), samples)
+    return Init.of(Quadrature.stack(heads, scale=SCALE))
 
 
 def with_correction(sizes, samples):

@@ -23,6 +23,7 @@ typedef signed char char4 __attribute__((ext_vector_type(4)));
 template <typename To, typename From> To as_type(From);
 float fma(float, float, float);
 float log(float);
+float sqrt(float);
 float max(float, float);
 float min(float, float);
 int max(int, int);

@@ -38,6 +38,7 @@ using vec = typename vector_of<T, N>::type;
 // The functions that kernels may call: BUILTINS in front_end.py.
 float fma(float, float, float);
 float log(float);
+float sqrt(float);
 namespace fast {
 float exp(float);
 }

@@ -79,6 +79,7 @@ METAL_FUNC To as_type(From x) {
 METAL_FUNC float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 METAL_FUNC float exp(float x) { return __builtin_expf(x); }
 METAL_FUNC float log(float x) { return __builtin_logf(x); }
+METAL_FUNC float sqrt(float x) { return __builtin_sqrtf(x); }
 METAL_FUNC float max(float a, float b) { return a < b ? b : a; }
 METAL_FUNC float min(float a, float b) { return b < a ? b : a; }
 METAL_FUNC int max(int a, int b) { return a < b ? b : a; }

@@ -7,6 +7,7 @@ import mlx.core as mx
 import numpy as np
 
 from ...core.device import device
+from ...core.gather import take
 from ...heads import Bank, HeadArrays, Size
 from ..prefill import Context
 from ..run import FitRun
@@ -14,6 +15,7 @@ from ..samples.capture import Collected
 from ..samples.sample_store import Samples
 from ..solve import attention_matching, grouping, regression
 from ..solve.initial import Init
+from ..solve.regression import Training
 
 
 class KindFit:
@@ -44,6 +46,10 @@ class KindFit:
     def training_samples(self, heads: Sequence[int], count: int | None = None) -> Samples:
         """What some heads are trained on, shuffled: all samples, or so many of them."""
         return self.data.train.heads(heads, self.order[:count])
+
+    def training(self, heads: Sequence[int], count: int | None = None) -> Training:
+        """What trains some heads, on all samples or so many of them."""
+        return Training(self.training_samples(heads, count), batch=self.batch())
 
     def held_out_samples(self, heads: Sequence[int]) -> Samples:
         """What some heads are judged by."""
@@ -89,7 +95,7 @@ class KindFit:
 
     def shuffled(self, count: int) -> np.ndarray:
         """The numbers 0 … count - 1, always in the same random order."""
-        return np.random.default_rng(self.run.config.seed).permutation(count)
+        return np.random.default_rng(self.run.config.seed).permutation(count).astype(np.int32)
 
     @cached_property
     def importance(self) -> list[mx.array]:
@@ -115,6 +121,6 @@ class KindFit:
             layer, k = divmod(index, self.run.geometry.n_kv_heads)
             parameters = self.banks[layer].parameters
             chosen = attention_matching.most_important(self.importance[index], count)
-            keys.append(parameters["keys"][k][chosen])
-            values.append(parameters["values"][k][chosen])
+            keys.append(take(parameters["keys"][k, :], chosen))
+            values.append(take(parameters["values"][k, :], chosen))
         return attention_matching.match(self.matching_samples(heads), keys, values, scale=self.run.geometry.scale)

@@ -7,7 +7,11 @@ import mlx.core as mx
 from ...heads import Quadrature, Size
 from ..samples.sample_store import Samples
 from ..solve.initial import Init
+from ..solve.node_training import NodeTraining
+from ..solve.regression import Training
 from .base import KindFit
+
+PART = 1 << 14  # samples that are prepared for training at a time
 
 
 class QuadratureFit(KindFit):
@@ -24,7 +28,13 @@ class QuadratureFit(KindFit):
         if all(self.keeps_every_key(size) for size in sizes):
             return Init.of(Quadrature.stack([self._keys(index) for index in heads], scale=scale))
         nodes = self.match(heads, [size[0] for size in sizes])
-        return Init.of_nodes(Quadrature.stack(nodes, scale=scale), samples)
+        return Init.of(Quadrature.stack(nodes, scale=scale))
+
+    def training(self, heads: Sequence[int], count: int | None = None) -> Training:
+        if self.run.layout.bank is not Quadrature:  # a kind of its own, with other scores
+            return super().training(heads, count)
+        parts = self.data.train.parts(heads, self.order[:count], size=PART)
+        return NodeTraining(parts, scale=self.run.geometry.scale, batch=self.batch())
 
     def _keys(self, index: int) -> dict[str, mx.array]:
         """A head's own keys and values, as nodes."""

@@ -15,15 +15,18 @@ import mlx.nn as nn
 import numpy as np
 
 from ...core import attention
+from ...core.attention import Partial
 from ...core.device import device
+from ...core.gather import take
 from ...heads import Exact
-from ...mlxlm.cache import NectarCache
+from ...mlxlm.kept import attention_caches
 from .. import finite
 from ..prefill import Context
 from ..run import FitRun
 from .conversation import Conversation, Split
 from .sample_store import DeviceSampleStore, Samples, SampleStore
 from .self_study import study
+from .study_cache import StudyCache
 
 _SMALL = 4096.0  # a sixteenth of what float16 holds
 _FEWEST_TOKENS = 256  # that are replayed together
@@ -75,6 +78,8 @@ def capture(
             tokens=tokens,
             progress=done,
         )
+    for bank in context.banks:
+        bank.forget_half()
     for samples in (train, held_out):
         finite.check_heads("capturing attention", samples.not_finite, run.geometry)
     return Collected(context=context, conversations=conversations, train=train, held_out=held_out)
@@ -91,47 +96,42 @@ def _empty(run: FitRun, count: int, folder: Path | None) -> SampleStore:
     return DeviceSampleStore(count)
 
 
-class CaptureCache(NectarCache):
-    """Attends exactly and keeps the samples of the last call.
+class CaptureCache(StudyCache):
+    """Keeps the samples of every call: of one, or of as many as there are layers that share its keys.
 
     preamble: how many of the context's first tokens are counted to the live ones, for other heads will stand for them.
     """
 
-    captured: Samples
-
     def __init__(self, bank: Exact, context: int, *rest: Any, preamble: int = 0):
         super().__init__(bank.part(slice(preamble, None)), context, *rest)
+        self.captured: list[Samples] = []
         self._preamble = bank.part(slice(preamble)) if preamble else None
         # Outputs are means of values: float16 holds them if it holds the values, with room for those to come.
         self._type = mx.float16 if bank.largest_value < _SMALL else mx.float32
 
-    def attend(
-        self,
-        queries: mx.array,
-        keys: mx.array,
-        values: mx.array,
-        *,
-        scale: float,
-        mask: mx.array | str | None,
-        sinks: mx.array | None = None,
-    ) -> mx.array:
-        live = self.over_live(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
-        if self._preamble is not None:
-            live = attention.merge(self._preamble.over(queries), live)
-        context = self.over_context(queries)
+    def over_live(self, queries: mx.array, *rest: Any, **options: Any) -> Partial:
+        live = super().over_live(queries, *rest, **options)
+        if self._preamble is None:
+            return live
+        merged = attention.merge(self._preamble.over(queries), live)
+        return merged._replace(output=merged.output.astype(live.output.dtype))
+
+    def see(self, queries: mx.array, context: Partial, live: Partial) -> None:
         output, live_output = context.output.astype(self._type), live.output.astype(self._type)
-        self.captured = Samples(queries, output, live_output, context.log_normalizer, live.log_normalizer)
-        mx.async_eval(self.captured)  # or all layers' would wait in float32
-        return attention.merge(context, live).output.astype(queries.dtype)
+        self.captured.append(Samples(queries, output, live_output, context.log_normalizer, live.log_normalizer))
+        mx.async_eval(self.captured[-1])  # or all layers' would wait in float32
 
     def take(self, places: np.ndarray) -> Samples:
-        """The samples of these places [B, T], by KV head: [K, samples, ...]; those of a token lie side by side."""
-        K = len(self.bank.sizes)
-        B, H, T = self.captured.queries.shape[:3]
-        split = (x.reshape(B, K, H // K, T, *x.shape[3:]) for x in self.captured)
-        grouped = (x.swapaxes(0, 1).swapaxes(2, 3).reshape(K, B * T, H // K, *x.shape[4:]) for x in split)
-        tokens = mx.array(np.flatnonzero(places))
-        return Samples(*(mx.take(x, tokens, axis=1).reshape(K, -1, *x.shape[3:]) for x in grouped))
+        """The samples of these places [B, T], by KV head: [K, samples, ...]; those of a token lie side by side. Where
+        several layers share the keys, a token's are those of one of them, in turn."""
+        tokens, turns, parts = np.flatnonzero(places).astype(np.int32), len(self.captured), list[Samples]()
+        for turn, captured in enumerate(self.captured):
+            K, (B, H, T) = len(self.bank.sizes), captured.queries.shape[:3]
+            split = (x.reshape(B, K, H // K, T, *x.shape[3:]) for x in captured)
+            grouped = (x.swapaxes(0, 1).swapaxes(2, 3).reshape(K, B * T, H // K, *x.shape[4:]) for x in split)
+            chosen = mx.array(tokens[turn::turns])
+            parts.append(Samples(*(take(x, chosen, axis=1).reshape(K, -1, *x.shape[3:]) for x in grouped)))
+        return parts[0] if turns == 1 else Samples(*(mx.concatenate(list(x), axis=1) for x in zip(*parts, strict=True)))
 
 
 class ReplayBatch(NamedTuple):
@@ -192,11 +192,13 @@ def replay(
     tokens = tokens or max(_FEWEST_TOKENS, device().replay_scores // (n_heads * len(context.prefix)))
     done = 0
     for batch in replay_batches(conversations, stores, group=group, tokens=tokens):
-        caches = context.make_cache(partial(CaptureCache, preamble=context.preamble))
-        capturing = [c for c in caches if isinstance(c, CaptureCache)]
+        make = partial(CaptureCache, preamble=context.preamble)
+        caches = context.make_cache(make, sequences=len(batch.conversations))
+        capturing = [c for _, c in attention_caches(caches) if isinstance(c, CaptureCache)]
         model(batch.tokens, cache=caches)  # its logits are never evaluated
-        mx.eval([c.captured for c in capturing])
+        mx.async_eval([c.captured for c in capturing])
         record(capturing, stores.values(), batch.places)
+        mx.eval([c.captured for c in capturing])  # not more than a batch is under way
         done += sum(c.fed_tokens for c in batch.conversations)
         progress(done)
 
@@ -208,6 +210,6 @@ def record(caches: Sequence[CaptureCache], stores: Iterable[SampleStore], places
             continue
         for layer, cache in enumerate(caches):
             samples = cache.take(chosen)
-            mx.eval(samples)
+            mx.async_eval(samples)
             store.add(layer * samples.queries.shape[0], samples)
         store.advance(samples.queries.shape[1])

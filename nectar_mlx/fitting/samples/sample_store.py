@@ -1,13 +1,14 @@
 """The samples that heads are fitted to: what attention saw in conversations, kept until all heads are fitted."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
-from ..finite import not_finite
+from ...core.gather import take
+from ..finite import finite, not_finite
 
 Indices = np.ndarray | Sequence[int]
 
@@ -33,11 +34,11 @@ class Samples(NamedTuple):
 class SampleStore:
     """Samples of all heads, layer by layer, float32, in memory or in a mapped file.
 
-    count: of each head, so far. capacity: at most. not_finite: the heads that were given a NaN or an infinity.
+    count: of each head, so far. capacity: at most.
     """
 
     def __init__(self, heads: int, capacity: int, head_dim: int, *, folder: Path | None):
-        self.count, self.capacity, self.not_finite = 0, capacity, set[int]()
+        self.count, self.capacity, self._broken = 0, capacity, set[int]()
         wide, narrow = (heads, capacity, head_dim), (heads, capacity)
         arrays = []
         for name, shape in zip(Samples._fields, (wide, wide, wide, narrow, narrow), strict=True):
@@ -50,6 +51,11 @@ class SampleStore:
         self._data = arrays
 
     @property
+    def not_finite(self) -> set[int]:
+        """The heads that were given a NaN or an infinity."""
+        return self._broken
+
+    @property
     def full(self) -> bool:
         return self.count >= self.capacity
 
@@ -59,13 +65,10 @@ class SampleStore:
 
     def add(self, first_head: int, samples: Samples) -> None:
         """Writes samples [K, n, ...] of one layer at the current end; call `advance` once all layers are in."""
-        self._note_not_finite(first_head, samples)
+        self._broken |= {first_head + k for k in not_finite(samples)}
         K, n = samples.queries.shape[0], min(samples.queries.shape[1], self.capacity - self.count)
         for kept, new in zip(self._data, samples, strict=True):
             kept[first_head : first_head + K, self.count : self.count + n] = np.array(new.astype(mx.float32))[:, :n]
-
-    def _note_not_finite(self, first_head: int, samples: Samples) -> None:
-        self.not_finite |= {first_head + k for k in not_finite(samples)}
 
     def advance(self, count: int) -> None:
         self.count = min(self.capacity, self.count + count)
@@ -84,6 +87,11 @@ class SampleStore:
             mx.eval(taken[-1])  # one by one: each is there twice for a moment
         return Samples(*taken)
 
+    def parts(self, indices: Sequence[int], samples: np.ndarray, *, size: int) -> Iterator[Samples]:
+        """The samples of some heads at these indices, in order, so many at a time."""
+        for at in range(0, max(1, len(samples)), size):
+            yield self.heads(indices, samples[at : at + size])
+
     @staticmethod
     def nbytes(heads: int, count: int, head_dim: int) -> int:
         return heads * count * 4 * (3 * head_dim + 2)
@@ -94,22 +102,28 @@ class DeviceSampleStore(SampleStore):
     which they were captured."""
 
     def __init__(self, capacity: int):
-        self.count, self.capacity, self.not_finite = 0, capacity, set[int]()
+        self.count, self.capacity = 0, capacity
+        self._finite = list[tuple[int, mx.array]]()  # of some samples: their first head, and which heads' are
         self._layers = dict[int, list[Samples]]()  # by their first head, in the order of capture
 
     def clear(self) -> None:
         super().clear()
-        self._layers = {}
+        self._layers, self._finite = {}, []
 
     def add(self, first_head: int, samples: Samples) -> None:
-        self._note_not_finite(first_head, samples)
+        self._finite.append((first_head, finite(samples)))
         self._layers.setdefault(first_head, []).append(samples.some(slice(self.capacity - self.count)))
 
+    @property
+    def not_finite(self) -> set[int]:  # looked at when all are in: one by one each layer's would be waited for
+        return {first + k for first, fine in self._finite for k in np.flatnonzero(~np.array(fine)).tolist()}
+
     def heads(self, indices: Sequence[int], samples: Indices | None = None) -> Samples:
-        order = mx.arange(self.count) if samples is None else mx.array(np.asarray(samples))
+        order = None if samples is None else mx.array(np.asarray(samples, np.int32))
         taken = []
         for field in range(len(Samples._fields)):
-            taken.append(mx.stack([mx.take(self._head(i, field), order, axis=0) for i in indices]))
+            heads = (self._head(i, field) for i in indices)
+            taken.append(mx.stack([x if order is None else take(x, order) for x in heads]))
             mx.eval(taken[-1])
         return Samples(*taken)
 
@@ -120,4 +134,8 @@ class DeviceSampleStore(SampleStore):
 
     def _head(self, index: int, field: int) -> mx.array:
         first = max(head for head in self._layers if head <= index)
-        return mx.concatenate([layer[field][index - first] for layer in self._layers[first]])
+        pieces = self._layers[first]
+        if len(pieces) > 1:  # all are in: from now on they are one
+            pieces[:] = [Samples(*(mx.concatenate(list(x), axis=1) for x in zip(*pieces, strict=True)))]
+            mx.eval(pieces)
+        return pieces[0][field][index - first, :]

@@ -8,7 +8,6 @@ A baseline, and the start of every quadrature.
 from collections.abc import Iterator, Sequence
 
 import mlx.core as mx
-import numpy as np
 
 from ...core.device import device
 from ...core.exp import exp, sigmoid
@@ -17,6 +16,7 @@ from ..samples.sample_store import Samples
 
 _RIDGE = 1e-2  # relative to the mean diagonal: a head of many nodes would fit its samples and nothing else
 _NNLS_STEPS = 300
+_RIDGE_STEPS = 48
 _SCORE_ARRAYS = 8  # as large as the scores, that `costs` holds at the same time
 
 
@@ -68,8 +68,8 @@ def costs(samples: Samples, bank: Bank) -> HeadArrays:
 def mean_squares(queries: mx.array, *, centered: bool = False) -> mx.array:
     """The mean square of each coordinate of queries [M, N, D], about zero or about their mean -> [M, D]."""
     squares = []
-    for head in queries:  # one by one: all at once would be there twice
-        head = head.astype(mx.float32)
+    for m in range(queries.shape[0]):  # one by one: all at once would be there twice
+        head = queries[m, :].astype(mx.float32)
         squares.append(mx.square(head - head.mean(0) if centered else head).mean(0))
         mx.eval(squares[-1])
     return mx.stack(squares)
@@ -110,12 +110,11 @@ def match(samples: Samples, keys: Sequence[mx.array], values: Sequence[mx.array]
         gram = mx.addmm(gram, by_node, shares)
         right = mx.addmm(right, by_node, part.output.astype(mx.float32))
         mx.eval(gram, right)
-    heads = []
-    for i, (k, v) in enumerate(zip(keys, values, strict=True)):
-        m = k.shape[0]
-        fitted = _ridge(np.array(gram[i, :m, :m]), np.array(right[i, :m]), towards=np.array(v.astype(mx.float32)))
-        heads.append({"keys": padded[i, :m], "values": mx.array(fitted), "bias": mx.log(mass[i, :m])})
-    return heads
+    counts = [k.shape[0] for k in keys]
+    towards = mx.stack([mx.pad(v.astype(mx.float32), [(0, count - v.shape[0]), (0, 0)]) for v in values])
+    fitted, bias = ridge(gram, right, towards=towards, counts=counts), mx.log(mass)
+    mx.eval(fitted, bias)
+    return [{"keys": padded[i, :m], "values": fitted[i, :m], "bias": bias[i, :m]} for i, m in enumerate(counts)]
 
 
 def nonnegative_least_squares(gram: mx.array, ones: mx.array) -> mx.array:
@@ -143,11 +142,27 @@ def _largest_eigenvalue(gram: mx.array) -> mx.array:
     return 1.05 * mx.linalg.norm(gram @ v, axis=1, keepdims=True)
 
 
-def _ridge(gram: np.ndarray, right: np.ndarray, *, towards: np.ndarray) -> np.ndarray:
-    """The V that minimises |shares · V - outputs|² + ridge · |V - towards|², from shares' Gram [m, m] and right side
-    [m, D].
+def ridge(gram: mx.array, right: mx.array, *, towards: mx.array, counts: Sequence[int]) -> mx.array:
+    """The V [M, m, D] that minimise |shares · V - outputs|² + ridge · |V - towards|², from shares' Gram [M, m, m] and
+    right side [M, m, D]; counts: of the m, what are nodes.
+
+    Preconditioned conjugate gradients, which stay on the device; a direct solution would be computed on the CPU. What
+    they have not found yet lies in directions that the samples hardly know, and is left as in `towards`.
     """
-    left, right = gram.astype(np.float64), right.astype(np.float64)
-    ridge = _RIDGE * np.diag(left).mean()
-    left[np.diag_indices_from(left)] += ridge
-    return np.linalg.solve(left, right + ridge * towards).astype(np.float32)
+    M, m, _ = gram.shape
+    diagonal = gram.reshape(M, m * m)[:, :: m + 1]
+    factor = (_RIDGE * diagonal.sum(1) / mx.array(list(counts)))[:, None, None] + 1e-30
+    inverse = 1 / (diagonal[..., None] + factor)
+    values, rest = towards, right - gram @ towards
+    direction = preconditioned = inverse * rest
+    size = (rest * preconditioned).sum(1, keepdims=True)
+    for i in range(_RIDGE_STEPS):
+        image = gram @ direction + factor * direction
+        step = size / mx.maximum((direction * image).sum(1, keepdims=True), 1e-30)
+        values, rest = values + step * direction, rest - step * image
+        preconditioned = inverse * rest
+        following = (rest * preconditioned).sum(1, keepdims=True)
+        direction, size = preconditioned + following / mx.maximum(size, 1e-30) * direction, following
+        if i % 8 == 7:
+            mx.eval(values, rest, direction, size)
+    return values

@@ -37,12 +37,8 @@ def update(
     rate: mx.array,
     muon_rate: mx.array,
     muon: frozenset[str],
-    units: Arrays | None = None,
 ) -> tuple[Arrays, State]:
-    """One step: Muon for the names in `muon` (stacks [M, rows, columns]), Adam for the rest.
-
-    units: in which Adam's step of a parameter is measured (broadcastable), 1 where it names none.
-    """
+    """One step: Muon for the names in `muon` (stacks [M, rows, columns]), Adam for the rest."""
     step = state.step + 1
     correct1, correct2 = 1 - _BETA1**step, 1 - _BETA2**step
     new, first, second = {}, {}, {}
@@ -56,8 +52,7 @@ def update(
         else:
             m = _BETA1 * m + (1 - _BETA1) * g
             v = _BETA2 * v + (1 - _BETA2) * mx.square(g)
-            unit = (units or {}).get(name, 1.0)
-            p = p - rate * unit * (m / correct1) / (mx.sqrt(v / correct2) + _EPSILON)
+            p = p - rate * (m / correct1) / (mx.sqrt(v / correct2) + _EPSILON)
         new[name], first[name], second[name] = p, m, v
     return new, State(step, first, second)
 

@@ -26,31 +26,25 @@ from ...store.grids import column_scales, log2_scales
 from ..samples.sample_store import Samples
 from . import attention_matching, regression
 from .initial import Init
+from .regression import Training
 
 PARTS = 8
 _SHARE = 0.4  # of a regression's steps that rounding takes on top of them
-_N_PROBE = 1 << 16  # samples by which costs are measured, at most
+_N_PROBE = 1 << 14  # samples by which costs are measured, at most
 _FLOOR = 1e-2  # of the mean cost: a node that these samples hardly notice is what another question asks for
 _LARGEST = 1024  # integer in a row, to begin with: `store` finds rows with four times as much
 _MATRICES = ("keys", "values")
 
 
-def round_nodes(bank: Bank, samples: Samples, *, steps: int, batch: int, rate: float, bits: float = MEAN_BITS) -> Bank:
+def round_nodes(bank: Bank, training: Training, *, steps: int, rate: float, bits: float = MEAN_BITS) -> Bank:
     """A bank of nodes that `store` keeps as they are, in about so many bits a number.
 
-    samples: as for `regression.train`; steps, batch, rate: of the regression before. With no steps nothing is trained.
+    steps, rate: of the regression before. With no steps nothing is trained.
     """
-    plan, part_steps = RoundingPlan.of(bank, samples, bits=bits), math.ceil(_SHARE * steps / PARTS)
-    for part in range(PARTS):
-        bank = regression.train(
-            Init.of_nodes(bank, samples),
-            samples,
-            steps=part_steps,
-            batch=batch,
-            rate=rate,
-            first=part * part_steps,
-            held=plan.held(bank.parameters, part),
-        )
+    plan, part_steps = RoundingPlan.of(bank, training.samples, bits=bits), math.ceil(_SHARE * steps / PARTS)
+    for part in range(PARTS) if steps else [PARTS - 1]:
+        held = plan.held(bank.parameters, part)
+        bank = training.train(Init.of(bank), steps=part_steps, rate=rate, first=part * part_steps, held=held)
     return bank
 
 
@@ -113,7 +107,7 @@ def _exponents(values: Sequence[FloatArray], costs: Sequence[FloatArray], *, bit
     sizes = [column_scales(x) for x in values]
     finest = [np.ceil(2 * np.log2(np.abs(x).max(1) / _LARGEST + 1e-12)) for x in values]
     wanted, low, high = bits * sum(x.size for x in values), -120.0, 120.0
-    for _ in range(40):  # bisection: coarser grids take fewer bits
+    for _ in range(24):  # bisection: coarser grids take fewer bits
         level = (low + high) / 2
         exponents = [
             np.maximum(np.rint(level - np.log2(cost)), least).astype(int)

@@ -7,7 +7,6 @@ Loss of a head, with g = σ(L - L_live) the share of the context in the merged o
 The merged term is what the model notices; the plain terms keep o and L apart from each other well scaled.
 """
 
-from collections.abc import Callable
 from copy import copy
 from typing import NamedTuple
 
@@ -43,13 +42,13 @@ class Held(NamedTuple):
 
 def scales(samples: Samples) -> Scales:
     spread = []
-    for head in samples.output:  # one by one: in float32 they would take twice the memory
-        spread.append(head.astype(mx.float32).var(0).mean())
+    for m in range(samples.output.shape[0]):  # one by one: in float32 they would take twice the memory
+        spread.append(samples.output[m, :].astype(mx.float32).var(0).mean())
         mx.eval(spread[-1])
     return Scales(mx.stack(spread) + 1e-8, samples.log_normalizer.var(1) + 1e-6)
 
 
-_NONE_HELD = Held({}, {})
+NONE_HELD = Held({}, {})
 
 
 def merged_error(part: Partial, samples: Samples, metric: mx.array) -> mx.array:
@@ -63,12 +62,24 @@ def merged_error(part: Partial, samples: Samples, metric: mx.array) -> mx.array:
 
 def relative(scale: Scales, head_dim: int) -> mx.array:
     """The metric in which the error of an output is its share of the output's variance, [M, D, D]."""
-    return mx.eye(head_dim) / mx.sqrt(head_dim * scale.output)[:, None, None]
+    identity = (mx.arange(head_dim)[:, None] == mx.arange(head_dim)).astype(mx.float32)
+    return identity / mx.sqrt(head_dim * scale.output)[:, None, None]
 
 
 def plain_error(part: Partial, samples: Samples, scale: Scales) -> mx.array:
     output = mx.square(part.output - samples.output.astype(mx.float32)).mean((1, 2)) / scale.output
     return output + mx.square(part.log_normalizer - samples.log_normalizer).mean(1) / scale.log_normalizer
+
+
+class Training:
+    """Samples of some heads, ready for training heads of any kind on them."""
+
+    def __init__(self, samples: Samples, *, batch: int):
+        self.samples, self.batch = samples, batch
+
+    def train(self, init: Init, *, steps: int, rate: float, first: int = 0, held: Held = NONE_HELD) -> Bank:
+        """The trained bank of a start. first: which batch to start with. held: what is not trained."""
+        return train(init, self.samples, steps=steps, batch=self.batch, rate=rate, first=first, held=held)
 
 
 def train(
@@ -80,12 +91,10 @@ def train(
     rate: float,
     muon_rate: float = 0.02,
     first: int = 0,
-    held: Held = _NONE_HELD,
-    progress: Callable[[int], None] = lambda step: None,
+    held: Held = NONE_HELD,
 ) -> Bank:
-    """The trained bank. samples: of its M heads, shuffled; batches are consecutive slices.
-
-    first: which slice to start with. held: what of the parameters is not trained.
+    """The trained bank. samples: of its M heads, shuffled; batches are consecutive slices. first, held: as for
+    `Training.train`.
     """
     bank, norm = init.bank, scales(samples)
     metric = relative(norm, bank.head_dim)
@@ -107,7 +116,6 @@ def train(
             rate=rate * factor,
             muon_rate=muon_rate * factor,
             muon=init.muon,
-            units=init.units,
         )
         return held.over(following), state
 
@@ -121,7 +129,6 @@ def train(
         mx.async_eval(following, state)
         mx.eval(parameters)  # of the step before: one step runs while the next one is built
         parameters = following
-        progress(i + 1)
     trained = copy(bank)  # with what a kind keeps besides
     trained.parameters = init.to_bank(parameters)
     return trained

@@ -1,0 +1,160 @@
+"""The cache behind which conversations are sampled and replayed: exact attention, in half precision on a GPU.
+
+Products of half-precision numbers are summed in float32, and so are softmax's sums and logarithms; a score is rounded
+to eleven bits. That suffices where scores are small: relative to the offset, and by a bound that is checked.
+"""
+
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from ...core import attention
+from ...core.attention import Partial, group, ungroup
+from ...core.device import device
+from ...heads import Exact
+from ...heads.exact import HalfKeys
+from ...kernels import training
+from ...mlxlm.cache import NectarCache, WholeCache, with_sinks
+from ...mlxlm.kept import attention_caches
+from ..prefill import Context
+
+_LARGEST = 4096.0  # scale · |q| |k|, of any query and key, up to which half precision is used
+_PROBED = 64  # tokens whose queries tell how large those to come are
+_HIDDEN = -60_000.0  # the score of a hidden key
+
+
+class StudyCache(NectarCache):
+    """Attends exactly over context and live tokens, and shows both parts to `see`."""
+
+    def __init__(self, bank: Any, context: int, live: Any = None, *rest: Any):
+        super().__init__(bank, context, live, *rest)
+        self.half = isinstance(bank, Exact) and bank.half and live is None  # other layers share keys as they are
+        if self.half:
+            self.live = WholeCache()  # type: ignore[no-untyped-call]
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        if not self.half:
+            return super().update_and_fetch(keys, values)
+        relative = keys.astype(mx.float32)
+        if self.bank.offset is not None:
+            relative = relative - self.bank.offset.astype(mx.float32)[:, None]
+        kept = (self.bank.scale * relative).astype(mx.float16), values.astype(mx.float16)
+        return self.live.update_and_fetch(*kept)  # type: ignore[no-any-return]
+
+    def attend(
+        self,
+        queries: mx.array,
+        keys: mx.array,
+        values: mx.array,
+        *,
+        scale: float,
+        mask: mx.array | str | None,
+        sinks: mx.array | None = None,
+    ) -> mx.array:
+        live = self.over_live(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
+        context = self.over_context(queries)
+        self.see(queries, context, live)
+        if not self.half:
+            merged = attention.merge(context, live)
+            return merged.output[..., : values.shape[-1]].astype(queries.dtype)
+        gate = mx.sigmoid(context.log_normalizer - live.log_normalizer)[..., None].astype(mx.float16)
+        return (live.output + gate * (context.output - live.output)).astype(queries.dtype)
+
+    def see(self, queries: mx.array, context: Partial, live: Partial) -> None:
+        """Called with what `attend` merges."""
+
+    def over_context(self, queries: mx.array) -> Partial:
+        if not self.half:
+            return super().over_context(queries)
+        B, _, T, _ = queries.shape
+        keys = self.bank.half_keys  # type: ignore[attr-defined]
+        part = half_attention(group(queries.astype(mx.float16), keys.keys.shape[0]), keys)
+        return Partial(*(ungroup(x, B, T) for x in part))
+
+    def over_live(
+        self,
+        queries: mx.array,
+        keys: mx.array,
+        values: mx.array,
+        *,
+        scale: float,
+        mask: mx.array | str | None,
+        sinks: mx.array | None = None,
+    ) -> Partial:
+        if not self.half:
+            return super().over_live(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
+        (B, H, T, D), (K, S), n = queries.shape, keys.shape[1:3], self.size()
+        scores = queries.astype(mx.float16).reshape(B, K, H // K * T, D) @ keys.swapaxes(2, 3)
+        if mask is not None:
+            if isinstance(mask, str):
+                mask = mx.arange(n - T, n)[:, None] >= mx.arange(n)
+            scores = _masked(scores.reshape(B, H, T, S), mask).reshape(scores.shape)
+        weights, log_normalizer = training.softmax(scores, _count(n))
+        part = Partial((weights @ values).reshape(B, H, T, D), log_normalizer.reshape(B, H, T))
+        if sinks is None:
+            return part
+        offset = self.bank.offset
+        common = 0.0 if offset is None else attention.common_score(queries, offset, scale=scale)
+        part = with_sinks(part, sinks, common)
+        return part._replace(output=part.output.astype(mx.float16))
+
+
+def _masked(scores: mx.array, mask: mx.array) -> mx.array:
+    """scores [B, H, T, S] of half precision with a mask of the first columns, bool or additive."""
+    if mask.dtype == mx.bool_:
+        mask = mx.where(mask, 0.0, _HIDDEN)
+    mask = mx.clip(mask, _HIDDEN, None).astype(scores.dtype)
+    return scores + mx.pad(mask, [(0, 0)] * (mask.ndim - 1) + [(0, scores.shape[-1] - mask.shape[-1])])
+
+
+_counts: dict[int, mx.array] = {}
+
+
+def _count(n: int) -> mx.array:
+    """[n], in the device's memory."""
+    if n not in _counts:
+        _counts[n] = mx.array([n], mx.int32) + 0
+    return _counts[n]
+
+
+def half_attention(queries: mx.array, keys: HalfKeys) -> Partial:
+    """Attention of half-precision queries [K, N, D] over the keys; the output is half precision, too."""
+    K, n = keys.keys.shape[:2]
+    step = max(1, device().max_scores // (K * n))
+    parts = []
+    for start in range(0, queries.shape[1], step):
+        scores = queries[:, start : start + step] @ keys.keys.swapaxes(1, 2)
+        weights, log_normalizer = training.softmax(scores, keys.known)
+        parts.append(Partial(weights @ keys.values, log_normalizer))
+        if step < queries.shape[1]:
+            mx.eval(parts[-1])  # or the scores of all parts would be there at once
+    return parts[0] if len(parts) == 1 else attention.join(parts, axis=1)
+
+
+class _ProbingCache(NectarCache):
+    """Keeps the largest norm of its queries, and whether values are as wide as keys."""
+
+    largest: mx.array
+    alike = False
+
+    def attend(self, queries: mx.array, keys: mx.array, values: mx.array, **options: Any) -> mx.array:
+        self.largest = mx.linalg.norm(queries.astype(mx.float32), axis=-1).max()
+        self.alike = keys.shape[-1] == values.shape[-1]
+        return super().attend(queries, keys, values, **options)
+
+
+def allow_half(model: nn.Module, context: Context) -> None:
+    """Lets conversations be sampled and replayed in half precision in those layers whose scores are small enough."""
+    if not device().half:
+        return
+    caches = context.make_cache(_ProbingCache)
+    hidden = model(mx.array([context.prefix[-_PROBED:]]), cache=caches)
+    probing = [c for _, c in attention_caches(caches) if isinstance(c, _ProbingCache)]
+    mx.eval(hidden, [c.largest for c in probing])
+    for bank, cache in zip(context.banks, probing, strict=True):
+        query = float(np.array(cache.largest))
+        key = float(np.array(mx.linalg.norm(bank.parameters["keys"].astype(mx.float32), axis=-1).max()))
+        small = 2 * bank.scale * query * key < _LARGEST and 2 * query < _LARGEST and bank.largest_value < _LARGEST
+        bank.half = small and cache.alike
