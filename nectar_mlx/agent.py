@@ -37,7 +37,7 @@ def install(nectars: Sequence[str], *, log: Log, arguments: Sequence[str] | None
     and again. arguments: of `serve`, by default this process's. NectarError on other systems, or if launchd refuses.
     """
     _check_system()
-    for nectar in nectars:
+    for nectar in nectars if list(nectars) != ["library"] else ():
         store.model_name(hub.nectar_file(nectar))
     words = list(sys.argv[1:] if arguments is None else arguments)
     words = [word for word in words[words[:1] == ["serve"] :] if word != "--install-agent"]

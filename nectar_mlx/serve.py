@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import agent, cli
+from . import agent, cli, settings
 from .errors import NectarError
 
 if TYPE_CHECKING:
+    from .library import Library
     from .serving import server
 
 
@@ -22,8 +23,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def make_parser() -> argparse.ArgumentParser:
     parser = cli.Parser("serve", "Serves .nectar files over HTTP, as OpenAI and Ollama do; a file's name is a model's.")
-    parser.add_argument("nectars", nargs="+", metavar="nectar", help="a file, a folder of files, or an id on the hub")
+    parser.add_argument(
+        "nectars", nargs="+", metavar="nectar", help="files, folders of them, ids on the hub; or: library"
+    )
     parser.add_argument("--model", help="the model to use (default: the name of the one the files were fitted on)")
+    cli.add_library(parser)
     agent.add_options(parser, cli.say)
     cli.add_fetch(parser)
     cli.add_retrieval(parser)
@@ -114,7 +118,30 @@ def start(args: argparse.Namespace) -> "server.Server":
             memory=args.memory,
         ),
     )
-    return server.start(args.nectars, args.model, options, fetch=args.fetch, log=cli.say)
+    library, model = _library(args)
+    nectars = args.nectars if library is None else []
+    return server.start(nectars, model, options, library=library, fetch=args.fetch, log=cli.say)
+
+
+def _library(args: argparse.Namespace) -> "tuple[Library | None, str | None]":
+    """The library, where it is to be served, and the model."""
+    if cli.LIBRARY not in args.nectars:
+        if args.library is not None:
+            raise NectarError("--library is for `library` in the place of a .nectar")
+        return None, args.model
+    if len(args.nectars) > 1:
+        raise NectarError("`library` is served alone; a file or folder of that name is ./library")
+    from .installed import default_model
+    from .library import Library
+
+    library = Library(args.library or settings.read().library)
+    identity = library.identity
+    if identity is not None and args.model not in (None, identity.name):
+        raise NectarError(
+            f"the library is fitted on {identity.name}: leave out --model, or fit it anew with `nectar update --model "
+            f"{args.model}`"
+        )
+    return library, identity.name if identity else args.model or default_model(log=cli.say)
 
 
 def _work(args: argparse.Namespace) -> None:

@@ -33,6 +33,7 @@ def wheel(tmp_path_factory):
 def test_the_wheel_holds_the_package_and_the_kernels_and_nothing_else(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     package = {str(p.relative_to(ROOT)) for p in (ROOT / "nectar_mlx").rglob("*.py")} | {"nectar_mlx/py.typed"}
+    package |= {str(p.relative_to(ROOT)) for p in (ROOT / "nectar_mlx/serving/page").iterdir()}
     kernels = {f"nectar_mlx/{p.relative_to(ROOT)}" for p in (ROOT / "metal").iterdir() if p.is_file()}
     assert kernels and package | kernels <= names
     rest = {name for name in names - package - kernels if ".dist-info/" not in name}

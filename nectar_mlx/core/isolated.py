@@ -4,6 +4,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 _START = "import json, runpy, sys; sys.path[:] = json.loads(sys.argv.pop(1)); "
 
@@ -23,8 +24,10 @@ def _python(code: str) -> list[str]:
 
 
 def _search_path(path: Sequence[str]) -> list[str]:
-    """Where to import from, without the current folder and what is relative to it."""
-    return [folder for folder in path if os.path.isabs(folder) and not _is_here(folder)]
+    """Where to import from, without the current folder and what is relative to it. Where this package itself was
+    imported from comes last: that may be the current folder, too."""
+    own = str(Path(__file__).parents[2])
+    return [*(folder for folder in path if os.path.isabs(folder) and not _is_here(folder) and folder != own), own]
 
 
 def _is_here(folder: str) -> bool:

@@ -53,6 +53,13 @@ CREATE TABLE members (
 CREATE INDEX members_text ON members (text);
 PRAGMA user_version = {VERSION};
 """
+# How far the fit of a volume is; share: of all of it. Added later: databases of this version may be without it.
+_PROGRESS = """
+CREATE TABLE IF NOT EXISTS progress (
+    volume TEXT PRIMARY KEY REFERENCES volumes (id) ON DELETE CASCADE, stage TEXT NOT NULL, share REAL NOT NULL,
+    seconds_left REAL
+)
+"""
 
 
 class Database:
@@ -73,6 +80,7 @@ class Database:
                         rows.execute(statement)
                 elif found != VERSION:
                     raise NectarError(f"{path} was made by another version of nectar: remove it, and add again")
+                rows.execute(_PROGRESS)
 
     @contextmanager
     def reading(self) -> Iterator[sqlite3.Connection]:

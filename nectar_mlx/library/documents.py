@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from ..core.types import JsonObject
 from .database import shown
+from .noted import progress_of
 from .volumes import Identity, alive
 
 
@@ -21,6 +22,14 @@ class Place(NamedTuple):
     start: int
     end: int
     passages: tuple[int, int]
+
+
+class FitProgress(NamedTuple):
+    """How far a fit is. share: of all of it. seconds_left: None where that is not known."""
+
+    stage: str
+    share: float
+    seconds_left: float | None
 
 
 @dataclass(frozen=True)
@@ -37,6 +46,8 @@ class Document:
         places: pages, chapters, sheets, slides or mails.
         file: the .nectar that answers for it; None where there is none. model: that it was fitted on.
         shared: with how many other documents of the library.
+        progress: of the fit that is under way: the share of it that is done, the seconds that are left (None where that
+            is not known), and its stage; None where none is.
         used: when a question was last answered from it, in seconds since 1970; 0 for never.
         text: its number in the database; None where it cannot be read. Equal documents have one.
     """
@@ -54,6 +65,7 @@ class Document:
     shared: int
     used: float
     text: int | None
+    progress: FitProgress | None = None
 
     @property
     def name(self) -> str:
@@ -75,12 +87,13 @@ class Document:
             "model": self.model,
             "shared": self.shared,
             "used": self.used,
+            "progress": None if self.progress is None else self.progress._asdict(),
         }
 
 
 def documents(rows: sqlite3.Connection, identity: Identity | None, folder: Path) -> list[Document]:
     """All of them, in the order of their paths. identity: the library's model. folder: of the volumes."""
-    best, pending = _finished(rows, identity), _unfinished(rows, identity)
+    best, pending = _finished(rows, identity), _unfinished(rows)
     query = (
         "SELECT path, files.text, reason, missing, used, kind, characters, left_out, places FROM files "
         "LEFT JOIN texts ON texts.id = files.text ORDER BY path"
@@ -88,7 +101,9 @@ def documents(rows: sqlite3.Connection, identity: Identity | None, folder: Path)
     result = []
     for path, text, reason, missing, used, kind, characters, left_out, places in rows.execute(query):
         volume, model, current, size = best.get(text, ("", "", False, 1))
-        state, why = ("ready" if current else "older model", "") if volume else pending.get(text, ("waiting", ""))
+        state, why, progress = pending.get(text, ("waiting", "", None))
+        if volume:
+            state, why = "ready" if current else "older model", ""
         if text is None:
             state, why = "not read", reason
         result.append(
@@ -106,6 +121,7 @@ def documents(rows: sqlite3.Connection, identity: Identity | None, folder: Path)
                 shared=size - 1,
                 used=used,
                 text=text,
+                progress=progress,
             )
         )
     return result
@@ -127,12 +143,14 @@ def _finished(rows: sqlite3.Connection, identity: Identity | None) -> dict[int, 
     return best
 
 
-def _unfinished(rows: sqlite3.Connection, identity: Identity | None) -> dict[int, tuple[str, str]]:
-    """For each text in a volume that is not finished: its state, and the reason of a failure."""
-    states: dict[int, tuple[str, str]] = {}
-    query = "SELECT text, state, owner, reason FROM volumes JOIN members ON volume = id WHERE state != 'done'"
-    for text, state, owner, reason in rows.execute(query):
+def _unfinished(rows: sqlite3.Connection) -> dict[int, tuple[str, str, FitProgress | None]]:
+    """For each text in a volume that is not finished: its state, the reason of a failure, and how far the fit is."""
+    states: dict[int, tuple[str, str, FitProgress | None]] = {}
+    noted = progress_of(rows)
+    query = "SELECT text, id, state, owner, reason FROM volumes JOIN members ON volume = id WHERE state != 'done'"
+    for text, volume, state, owner, reason in rows.execute(query):
         if state == "fitting" and not alive(owner):
             state = "waiting"
-        states[text] = state, reason
+        progress = FitProgress(*noted.get(volume, ("", 0.0, None))) if state == "fitting" else None
+        states[text] = state, reason, progress
     return states

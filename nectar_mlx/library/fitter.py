@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from ..core.progress import Log, Progress, no_log, silent
 from ..core.types import JsonObject
+from ..documents import Reading
 from ..errors import NectarError
 from .volumes import Identity
 
@@ -26,11 +27,18 @@ class Fitter(Protocol):
     def identity(self) -> Identity: ...
 
     def fit(
-        self, text: str, output: Path, *, source: str, partial: Path, progress: Progress, former: Path | None = None
+        self,
+        reading: Reading,
+        output: Path,
+        *,
+        source: str,
+        partial: Path,
+        progress: Progress,
+        former: Path | None = None,
     ) -> None:
         """Writes a .nectar, and what belongs beside it.
 
-        source: what the file says of the text. partial: a folder from which an interrupted fit goes on; it may be
+        reading: the text, with its documents and their places. source: what the file says of the text. partial: a folder from which an interrupted fit goes on; it may be
         left behind. former: the .nectar of the text before it was changed, to start from. NectarError for a text that
         cannot be fitted.
         """
@@ -61,7 +69,7 @@ class ModelFitter:
 
     def fit(
         self,
-        text: str,
+        reading: Reading,
         output: Path,
         *,
         source: str,
@@ -81,7 +89,7 @@ class ModelFitter:
             outcome = updating.update(
                 model,
                 tokenizer,
-                text,
+                reading.text,
                 tensors=before[0],
                 metadata=before[1],
                 config=config,
@@ -91,20 +99,24 @@ class ModelFitter:
                 log=self._log,
             )
             tensors, metadata = outcome.tensors or before[0], outcome.metadata or before[1]
-            Nectar(tensors, metadata, outcome.keys).save(output)
+            updated = Nectar(tensors, metadata, outcome.keys)
+            updated.keep(reading, tokenizer)
+            updated.save(output)
             checkpoint.clear()
             return
         fitted = pipeline.fit(
             model,
             tokenizer,
-            text,
+            reading.text,
             config=config,
             name=self.name,
             source=source,
             progress=progress,
             checkpoint=checkpoint,
         )
-        Nectar(*fitted).save(output)
+        nectar = Nectar(*fitted)
+        nectar.keep(reading, tokenizer)
+        nectar.save(output)
         checkpoint.clear()
 
     def is_whole(self, path: Path) -> bool:

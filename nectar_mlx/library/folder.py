@@ -2,6 +2,7 @@
 
 library.db       the state (`database`)
 volumes/         a .nectar for each volume, and what belongs beside it
+documents/       what was added without a file of its own on this machine, as from a page
 work/            a folder for each fit under way, from which an interrupted one goes on
 """
 
@@ -12,6 +13,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from ..errors import NectarError
+from .database import path_bytes
 
 
 def default_folder() -> Path:
@@ -29,10 +31,11 @@ class Folder:
     def __init__(self, path: Path):
         """Makes the folders where they are missing. NectarError where that cannot be done."""
         self.path, self.database = path, path / "library.db"
+        self.documents = path / "documents"
         self.volumes, self._work = path / "volumes", path / "work"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            for folder in (path, self.volumes, self._work):
+            for folder in (path, self.documents, self.volumes, self._work):
                 folder.mkdir(mode=0o700, exist_ok=True)
             path.chmod(0o700)
         except OSError as error:
@@ -40,6 +43,11 @@ class Folder:
 
     def volume(self, name: str) -> Path:
         return self.volumes / f"{name}.nectar"
+
+    def is_own(self, path: bytes) -> bool:
+        """Whether an absolute path is of the library itself, and no document."""
+        inside = path.startswith(path_bytes(self.path) + b"/")
+        return inside and not path.startswith(path_bytes(self.documents) + b"/")
 
     def work(self, name: str) -> Path:
         """A folder for the fit of a volume."""

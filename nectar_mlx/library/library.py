@@ -112,7 +112,7 @@ class Library:
         """
         roots = [Root(path_bytes(path), tuple(include), tuple(exclude)) for path in _checked(paths)]
         scan.add_roots(self._database, roots)
-        scanned = scan.scan(self._database, roots, outside=self.folder.path, progress=progress)
+        scanned = scan.scan(self._database, roots, own=self.folder.is_own, progress=progress)
         return Added(scanned, self._fit(fitter, refit=False, progress=progress, log=log))
 
     def add_in_background(self, paths: Sequence[str | Path], fitter: Fitter, **options: object) -> "Future[Added]":
@@ -134,9 +134,7 @@ class Library:
     def update(self, fitter: Fitter, *, progress: Progress = silent, log: Log = no_log, retry: bool = True) -> Added:
         """Reads all that was ever added again, fits what is new or changed, and then what was fitted on another model:
         the documents that were used last come first. retry: fit again what failed. Errors as in `add`."""
-        scanned = scan.scan(
-            self._database, scan.known_roots(self._database), outside=self.folder.path, progress=progress
-        )
+        scanned = scan.scan(self._database, scan.known_roots(self._database), own=self.folder.is_own, progress=progress)
         if retry:
             with self._database.writing() as rows:
                 rows.execute("UPDATE volumes SET state = 'waiting', reason = '' WHERE state = 'failed'")

@@ -5,7 +5,7 @@ import json
 import os
 import sqlite3
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -66,14 +66,16 @@ def known_roots(database: Database) -> list[Root]:
     return [Root(path, tuple(json.loads(include)), tuple(json.loads(exclude))) for path, include, exclude in found]
 
 
-def scan(database: Database, roots: Sequence[Root], *, outside: Path, progress: Progress = silent) -> Scan:
+def scan(
+    database: Database, roots: Sequence[Root], *, own: Callable[[bytes], bool], progress: Progress = silent
+) -> Scan:
     """Reads what is new or changed below the roots, a transaction a file; marks what is gone.
 
-    outside: a folder whose files are no documents, the library's own. A root that is gone is no error: a drive may be
+    own: whether a path is of the library itself, and so no document. A root that is gone is no error: a drive may be
     away. NectarError where the database cannot be written.
     """
     done = Scan()
-    sources = _sources(roots, outside)
+    sources = _sources(roots, own)
     with database.reading() as rows:
         ignored = {row[0] for row in rows.execute("SELECT path FROM ignored")}
     with progress("reading", len(sources)) as update:
@@ -87,13 +89,13 @@ def scan(database: Database, roots: Sequence[Root], *, outside: Path, progress: 
     return done
 
 
-def _sources(roots: Sequence[Root], outside: Path) -> dict[bytes, Source]:
-    own, found = path_bytes(outside) + b"/", dict[bytes, Source]()
+def _sources(roots: Sequence[Root], own: Callable[[bytes], bool]) -> dict[bytes, Source]:
+    found = dict[bytes, Source]()
     for root in roots:
         if not os.path.lexists(root.path):
             continue
         for source in find([Path(os.fsdecode(root.path))], include=root.include, exclude=root.exclude):
-            if source.path is not None and not path_bytes(source.path).startswith(own):
+            if source.path is not None and not own(path_bytes(source.path)):
                 found.setdefault(path_bytes(source.path), source)
     return found
 

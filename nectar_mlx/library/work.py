@@ -1,13 +1,16 @@
 """Fitting what waits: one volume after the other, each claimed by one process, whatever becomes of the others."""
 
 import errno
+import json
 import sqlite3
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ..core.progress import Log, Progress
+from ..documents import FileReport, Place, Reading
 from ..errors import NectarError
-from . import volumes
+from . import noted, volumes
 from .database import Database, shown
 from .fitter import Fitter
 from .folder import Folder
@@ -84,11 +87,11 @@ def _fit(
             with database.reading() as rows:
                 former = volumes.former(rows, claim)
             fitter.fit(
-                _text(database, claim, names),
+                _reading(database, claim, names),
                 made / folder.volume(claim.volume).name,
                 source=", ".join(names),
                 partial=made / "partial",
-                progress=progress,
+                progress=noted.Noted(database, claim.volume, progress),
                 former=folder.volume(former) if former else None,
             )
             folder.publish(claim.volume)
@@ -120,16 +123,22 @@ def _is_fatal(error: BaseException | None) -> bool:
     return False
 
 
-def _text(database: Database, claim: Claim, names: list[str]) -> str:
+def _reading(database: Database, claim: Claim, names: Sequence[str]) -> Reading:
     """Of one document as it was read; several are headed by their names."""
     with database.reading() as rows:
-        texts = [
-            zlib.decompress(rows.execute("SELECT text FROM texts WHERE id = ?", (text,)).fetchone()[0]).decode()
-            for text in claim.texts
+        found = [
+            rows.execute("SELECT kind, text, places FROM texts WHERE id = ?", (t,)).fetchone() for t in claim.texts
         ]
-    if len(texts) == 1:
-        return texts[0]
-    return "\n\n".join(f"# {name}\n\n{text}" for name, text in zip(names, texts, strict=True))
+    parts, files, length = list[str](), list[FileReport](), 0
+    for name, (kind, packed, places) in zip(names, found, strict=True):
+        text = zlib.decompress(packed).decode()
+        heading = ("\n\n" if parts else "") + (f"# {name}\n\n" if len(names) > 1 else "")
+        start = length + len(heading)
+        length = start + len(text)
+        parts += [heading, text]
+        within = [Place(unit, title, start + a, start + b) for unit, title, a, b, _ in json.loads(places)]
+        files.append(FileReport(name, kind, len(text), start, length, within))
+    return Reading("".join(parts), files)
 
 
 def _name(rows: sqlite3.Connection, text: int) -> str:

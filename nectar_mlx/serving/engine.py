@@ -65,7 +65,7 @@ class Engine:
         self._steps = 0
 
     def start(self) -> None:
-        """Loads the model and its first file; NectarError where they cannot be read."""
+        """Loads the model and its first file, if there is one; NectarError where they cannot be read."""
         self._thread.start()
         self._ready.result()
 
@@ -113,7 +113,8 @@ class Engine:
             self.shelf = self._open_shelf()
             self.shelf.on_close = self._kept.forget
             self._admission = Admission(self.shelf, self._kept, self.settings)
-            self.shelf.get(next(iter(self.shelf.files)))
+            if self.shelf.files:
+                self.shelf.get(next(iter(self.shelf.files)))
         except BaseException as error:
             self._ready.set_exception(error)
             return

@@ -20,7 +20,8 @@ class Job:
     `default_tokens`, cut to the room there is. top_logprobs: how many alternatives to name for each token, None for no
     log-probabilities. constraint: makes a processor of logits for one answer. thinks: whether thoughts are told from
     the answer. sources: whether the answer is to name its sources. recall: whether the text's own words count where an
-    answer quotes it (`retrieval.recall`).
+    answer quotes it (`retrieval.recall`). facts: what the reply says of its document. said: an answer that is known
+    without the model.
     """
 
     name: str
@@ -36,6 +37,8 @@ class Job:
     thinks: bool = True
     sources: bool = False
     recall: bool = True
+    facts: JsonObject = field(default_factory=dict)
+    said: str | None = None
 
     def __post_init__(self) -> None:
         StopStrings(self.stops)  # NectarError here, not in the engine

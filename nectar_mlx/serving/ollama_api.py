@@ -51,12 +51,13 @@ class Ollama:
         return Json({"modelfile": "", "parameters": "", "template": "", "license": "", "model_info": {}, **details})
 
     def _entry(self, name: str) -> JsonObject:
-        path = self._service.engine.shelf.files[name]
+        path = self._service.engine.shelf.files.get(name)  # none for `library`, which is all of them
         try:
-            stat = path.stat()
-            size, changed = stat.st_size, datetime.fromtimestamp(stat.st_mtime, UTC)
+            stat = path.stat() if path else None
         except OSError:
-            size, changed = 0, datetime.fromtimestamp(self._service.created, UTC)
+            stat = None
+        size = stat.st_size if stat else 0
+        changed = datetime.fromtimestamp(stat.st_mtime if stat else self._service.created, UTC)
         return {
             "name": name,
             "model": name,

@@ -89,7 +89,7 @@ class OpenAI:
         async with AsyncExitStack() as stack:
             reply = await stack.enter_async_context(self._service.answer(job))
             await reply.begin()
-            yield chunk(form.begin())
+            yield chunk(form.begin(), **reply.facts)
             async for piece in reply.pieces():
                 if piece is None:
                     yield ALIVE

@@ -17,12 +17,16 @@ from .. import store
 from ..core.local_server import LocalSocket
 from ..core.progress import Log, no_log
 from ..errors import NectarError
+from ..library import Library
 from ..models import hub
+from .adding import Adding
 from .admission import Settings
 from .app import make_app
 from .connection import Connection
 from .engine import Engine
 from .guard import Access
+from .library import ServedLibrary
+from .library_api import LibraryApi
 from .service import Defaults, Service
 from .shelf import Shelf
 
@@ -47,12 +51,23 @@ class Options:
 class Server:
     """A server whose model is loaded and whose socket is bound; `run` serves until a signal or `shutdown`."""
 
-    def __init__(self, engine: Engine, options: Options, listener: socket.socket, *, log: Log = no_log):
-        self.engine, self.service = engine, Service(engine, options.defaults)
+    def __init__(
+        self,
+        engine: Engine,
+        options: Options,
+        listener: socket.socket,
+        *,
+        library: ServedLibrary | None = None,
+        adding: Adding | None = None,
+        log: Log = no_log,
+    ):
+        self.engine, self.service = engine, Service(engine, options.defaults, library)
+        self._adding = adding
         self._listener = listener
         self._local = LocalSocket(engine.shelf.files, options.access.key)
         self.host, self.port = listener.getsockname()[:2]
-        app = make_app(self.service, options.access, max_body=options.max_body)
+        routes = LibraryApi(self.service, adding).routes()
+        app = make_app(self.service, options.access, max_body=options.max_body, routes=routes)
         config = uvicorn.Config(
             app,
             http=Connection,
@@ -83,6 +98,8 @@ class Server:
         """Ends the engine. Where it does not end, as in a long computation, the process does."""
         self._listener.close()
         self._local.close()
+        if self._adding is not None:
+            self._adding.stop()
         self.service.prompting.close()
         ended = self.engine.stop(timeout=_GRACE)
         if not ended and self._uvicorn.signals:
@@ -118,12 +135,19 @@ class _Uvicorn(uvicorn.Server):
 
 
 def start(
-    nectars: Sequence[str], model: str | None, options: Options, *, fetch: bool = False, log: Log = no_log
+    nectars: Sequence[str],
+    model: str | None,
+    options: Options,
+    *,
+    library: Library | None = None,
+    fetch: bool = False,
+    log: Log = no_log,
 ) -> Server:
     """A server for these files, ready to `run`.
 
     nectars: .nectar files, folders of them, or ids on the hub. model: its name, None for the one they were fitted on,
-    which is downloaded only with fetch. NectarError for an error in the user's input.
+    which is downloaded only with fetch. library: to be served in the place of files; then model is the one that it is
+    fitted on. NectarError for an error in the user's input.
     """
     if not options.access.key and not _is_loopback(options.host):
         raise NectarError(
@@ -137,7 +161,11 @@ def start(
     engine = Engine(lambda: Shelf(name, files, may_fetch=may_fetch, log=log), options.settings)
     try:
         engine.start()
-        return Server(engine, options, listener, log=log)
+        if library is None:
+            return Server(engine, options, listener, log=log)
+        served = ServedLibrary(library, engine)
+        served.warm()
+        return Server(engine, options, listener, library=served, adding=Adding(library, name), log=log)
     except BaseException:
         listener.close()
         raise

@@ -13,6 +13,7 @@ from .constraint import Constraints
 from .engine import Engine
 from .errors import as_api_error
 from .job import Event, Failed, Finished, Job, Started, Ticket, TokenLogprob, Written
+from .library import LIBRARY, ServedLibrary, Target
 from .prompting import Prompting
 from .schema import Generation
 from .shelf import UnknownModel, listed
@@ -46,8 +47,8 @@ class Whole(NamedTuple):
 class Reply:
     """The events of one answer, as they come; raises ApiError."""
 
-    def __init__(self, events: "asyncio.Queue[Event]"):
-        self._events = events
+    def __init__(self, events: "asyncio.Queue[Event]", facts: JsonObject):
+        self._events, self.facts = events, facts
         self.started: Started | None = None
         self.finished: Finished | None = None
 
@@ -96,7 +97,7 @@ class Reply:
     def extra(self) -> JsonObject:
         """What an answer has beside OpenAI's fields, once it is finished."""
         chunk = {} if self.started is None or self.started.chunk is None else {"chunk": self.started.chunk}
-        return chunk | (self.finished.reading if self.finished else {})
+        return self.facts | chunk | (self.finished.reading if self.finished else {})
 
     async def _next(self) -> Event:
         event = await self._events.get()
@@ -106,10 +107,10 @@ class Reply:
 
 
 class Service:
-    """An engine, and what turns requests into its jobs."""
+    """An engine, and what turns requests into its jobs. library: finds the document that answers a question."""
 
-    def __init__(self, engine: Engine, defaults: Defaults):
-        self.engine, self.defaults = engine, defaults
+    def __init__(self, engine: Engine, defaults: Defaults, library: ServedLibrary | None = None):
+        self.engine, self.defaults, self.library = engine, defaults, library
         shelf = engine.shelf
         self.prompting = Prompting(shelf.tokenizer, window(shelf.model), defaults.template)
         self.constraints = Constraints(shelf.tokenizer)
@@ -118,17 +119,22 @@ class Service:
 
     @property
     def names(self) -> list[str]:
-        return list(self.engine.shelf.files)
+        return [*([LIBRARY] if self.library else []), *self.engine.shelf.files]
 
     def name(self, model: str | None) -> str:
-        """The file that a request names; the first one where it names none. UnknownModel if there is none."""
-        files = self.engine.shelf.files
-        if not model or (model == "default_model" and model not in files):
-            return next(iter(files))
+        """The model that a request names; the first one where it names none. UnknownModel if there is none."""
+        names = self.names
+        if not model or (model == "default_model" and model not in names):
+            return names[0]
         for name in (model, model.removesuffix(":latest")):
-            if name in files:
+            if name in names:
                 return name
-        raise UnknownModel(f"there is no model {model[:100]!r}; there are: {listed(files)}")
+        raise UnknownModel(f"there is no model {model[:100]!r}; there are: {listed(names)}")
+
+    async def _target(self, model: str | None, questions: Sequence[str]) -> Target:
+        """Where to answer from. questions: the user's, the last one first."""
+        name = self.name(model)
+        return await self.library.find(questions) if self.library and name == LIBRARY else Target(name)
 
     async def chat_job(
         self,
@@ -140,18 +146,19 @@ class Service:
         **fields: Any,
     ) -> Job:
         """A job of a conversation. schema: of the answer, None for text. fields: of `Job`, over the request's."""
-        name = self.name(request.model)
-        questions = [] if request.whole else [m["content"] for m in reversed(messages) if m["role"] == "user"]
+        asked = [message["content"] for message in reversed(messages) if message["role"] == "user"]
+        target = await self._target(request.model, asked)
+        questions = [] if request.whole else asked
         constraint = await self.prompting.run(self.constraints.of, schema) if schema is not None else None
         job = self._fields(request) | {"constraint": constraint, "questions": questions} | fields
         prompt = await self.prompting.chat(messages, template)
-        return Job(name=name, prompt=prompt, **job)
+        return Job(prompt=prompt, **vars(target), **job)
 
     async def text_job(self, request: Generation, prompt: str, **fields: Any) -> Job:
         """A job of a text that continues the document."""
-        name, job = self.name(request.model), self._fields(request) | {"thinks": False} | fields
-        questions = [] if request.whole else [prompt]
-        return Job(name=name, prompt=await self.prompting.text(prompt), questions=questions, **job)
+        job = self._fields(request) | {"thinks": False} | fields
+        target, questions = await self._target(request.model, [prompt]), [] if request.whole else [prompt]
+        return Job(prompt=await self.prompting.text(prompt), questions=questions, **vars(target), **job)
 
     def _fields(self, request: Generation) -> dict[str, Any]:
         request.check()
@@ -176,9 +183,14 @@ class Service:
             if not loop.is_closed():
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
+        if job.said is not None:
+            for event in (Started(0, 0, None), Written(job.said, "", []), Finished("stop", 0, {})):
+                events.put_nowait(event)
+            yield Reply(events, job.facts)
+            return
         ticket = Ticket(job, deliver)
         self.engine.submit(ticket)
         try:
-            yield Reply(events)
+            yield Reply(events, job.facts)
         finally:
             ticket.cancel()

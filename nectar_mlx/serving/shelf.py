@@ -3,7 +3,7 @@
 import warnings
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import mlx.core as mx
@@ -17,7 +17,7 @@ from ..errors import NectarError
 from ..models import MayFetch
 from ..nectar import Nectar
 
-Key = tuple[str, int | None]  # a file's name, and the chunk of its text
+Key = tuple[Path, int | None]  # a file, and the chunk of its text
 
 
 class UnknownModel(NectarError):
@@ -27,8 +27,8 @@ class UnknownModel(NectarError):
 class Shelf:
     """Belongs to the engine's thread, where MLX computes. Only `files` may be read from another one.
 
-    model_name: of the model, which is loaded once; may_fetch: as for `models.load`. files: by name. on_close: called
-    with what is put away.
+    model_name: of the model, which is loaded once; may_fetch: as for `models.load`. files: by name; several names may
+    stand for one file. on_close: called with what is put away.
     """
 
     def __init__(
@@ -46,7 +46,9 @@ class Shelf:
 
     def get(self, name: str, chunk: int | None = None) -> Nectar:
         """A file, or one chunk of its text as if it alone had been fitted. NectarError if it cannot be read."""
-        key = name, chunk
+        if name not in self.files:
+            raise UnknownModel(f"there is no model {name!r}; there are: {listed(self.files)}")
+        key = self.files[name], chunk
         if key not in self._open:
             nectar = self._alive.get(key)
             if nectar is None:
@@ -69,9 +71,16 @@ class Shelf:
         while self.nbytes > nbytes and len(self._open) > 1:
             self._close(next(iter(self._open)))
 
-    def put_away(self, name: str) -> None:
+    def replace(self, files: Mapping[str, Path]) -> None:
+        """Takes other files; those that are no longer among them are put away."""
+        gone = set(self.files.values()) - set(files.values())
+        self.files = dict(files)
+        for path in gone:
+            self.put_away(path)
+
+    def put_away(self, path: Path) -> None:
         """Forgets a file that has changed or is gone."""
-        for key in [key for key in list(self._alive) if key[0] == name]:
+        for key in [key for key in list(self._alive) if key[0] == path]:
             self._alive.pop(key, None)
             if key in self._open:
                 self._close(key)
@@ -80,8 +89,6 @@ class Shelf:
         self.on_close(self._open.pop(key))
 
     def _read(self, name: str) -> Nectar:
-        if name not in self.files:
-            raise UnknownModel(f"there is no model {name!r}; there are: {listed(self.files)}")
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)
             nectar = Nectar.load(self.files[name], self.model, self.tokenizer, like=self._first)
@@ -94,7 +101,7 @@ class Shelf:
         return nectar
 
 
-def listed(files: Mapping[str, Path], *, most: int = 20) -> str:
+def listed(files: Iterable[str], *, most: int = 20) -> str:
     """The files' names for a message."""
     names = list(files)
     return ", ".join(names[:most]) + (f" and {len(names) - most:,} more" if len(names) > most else "")

@@ -56,7 +56,7 @@ class Route:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         reply = Sender(send)
         try:
-            body = await read_body(scope, receive, self._limit) if self._limit else b""
+            body = await read_json(scope, receive, self._limit) if self._limit else b""
             request = Request(body, scope.get("path_params", {}))
             await unless_gone(receive, self._answer(request, reply))
         except ApiError as error:
@@ -98,36 +98,46 @@ async def _gone(receive: Receive) -> None:
         pass
 
 
-async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
-    """A JSON body. ApiError 415 for another type, 413 for more than `limit` bytes, 408 where it does not arrive."""
-    headers = dict(scope["headers"])
-    kind = headers.get(b"content-type", b"").split(b";")[0].strip().lower()
+async def read_json(scope: Scope, receive: Receive, limit: int) -> bytes:
+    """A JSON body, not parsed. ApiError 415 for another type, else as `body_pieces`."""
+    kind = dict(scope["headers"]).get(b"content-type", b"").split(b";")[0].strip().lower()
     if kind != b"application/json":
         await discard(scope, receive)
         raise ApiError(415, "the Content-Type must be application/json", code="unsupported_media_type")
-    length = headers.get(b"content-length", b"0")
-    if length.isdigit() and int(length) > limit:
-        await discard(scope, receive)
-        raise ApiError(413, f"the request is larger than {limit:,} bytes", code="request_too_large")
     body = bytearray()
     try:
-        async with asyncio.timeout(BODY_SECONDS):
-            more = True
-            while more:
-                message = await receive()
-                if message["type"] == "http.disconnect":
-                    raise ApiError(400, "the request has no end", code="incomplete_request")
-                piece = message.get("body", b"")
+        async with aclosing(body_pieces(scope, receive, limit)) as pieces:
+            async for piece in pieces:
                 body += piece
                 bodies.take(len(piece), limit)
-                more = message.get("more_body", False)
-                if len(body) > limit:
-                    raise ApiError(413, f"the request is larger than {limit:,} bytes", code="request_too_large")
-    except TimeoutError:
-        raise ApiError(408, f"the request has not arrived in {BODY_SECONDS:g} s", code="timeout") from None
     finally:
         bodies.held -= len(body)
     return bytes(body)
+
+
+async def body_pieces(
+    scope: Scope, receive: Receive, limit: int, *, seconds: float = BODY_SECONDS
+) -> AsyncGenerator[bytes]:
+    """A body as it arrives. ApiError 413 for more than `limit` bytes, 408 where it has not arrived in time."""
+    length, count = dict(scope["headers"]).get(b"content-length", b"0"), 0
+    if length.isdigit() and int(length) > limit:
+        await discard(scope, receive)
+        raise ApiError(413, f"the request is larger than {limit:,} bytes", code="request_too_large")
+    end, more = asyncio.get_running_loop().time() + seconds, True
+    while more:
+        try:
+            async with asyncio.timeout_at(end):
+                message = await receive()
+        except TimeoutError:
+            raise ApiError(408, f"the request has not arrived in {seconds:g} s", code="timeout") from None
+        if message["type"] == "http.disconnect":
+            raise ApiError(400, "the request has no end", code="incomplete_request")
+        piece = message.get("body", b"")
+        count += len(piece)
+        if count > limit:
+            raise ApiError(413, f"the request is larger than {limit:,} bytes", code="request_too_large")
+        yield piece
+        more = message.get("more_body", False)
 
 
 class _Bodies:

@@ -11,6 +11,7 @@ from .file import (
     model_name,
     prefix_digest,
     read,
+    report,
     tensors_digest,
     write,
 )
@@ -38,6 +39,7 @@ __all__ = [
     "pack",
     "prefix_digest",
     "read",
+    "report",
     "select_nodes",
     "tensor_file",
     "tensors_digest",

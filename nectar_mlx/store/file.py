@@ -123,6 +123,12 @@ def model_name(path: Path) -> str:
     return str(_metadata(path)["model"])
 
 
+def report(path: Path) -> JsonObject:
+    """What was measured of a file when it was fitted; its tensors are neither read nor checked."""
+    told = _metadata(path)["report"]
+    return told if isinstance(told, dict) else {}
+
+
 def tensors_digest(path: Path) -> str:
     """The digest of a file's tensors, to which its key file belongs; they are neither read nor checked."""
     return str(_metadata(path)["tensors_sha256"])

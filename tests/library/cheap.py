@@ -22,12 +22,13 @@ class CheapFitter:
         self.fitted: list[str] = []
         self.former: list[str | None] = []
 
-    def fit(self, text, output, *, source, partial, progress, former=None):
+    def fit(self, reading, output, *, source, partial, progress, former=None):
         if self._raising is not None:
             raise self._raising
         partial.mkdir(exist_ok=True)
         (partial / "begun").write_text(source)
         time.sleep(self._seconds / 2)
+        text = reading.text
         if self._broken in text:
             raise NectarError("this text cannot be fitted")
         self.fitted.append(source)

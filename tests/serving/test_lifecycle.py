@@ -107,7 +107,7 @@ def test_the_model_is_fingerprinted_once(shelf_of_12, monkeypatch):
     shelf.shrink(0)
     assert shelf.open == 2 and shelf.get("book3") is used, "one that an answer still uses is not read again"
     del used
-    shelf.put_away("book3")
+    shelf.put_away(shelf.files["book3"])
     shelf.shrink(0)
     assert shelf.open == 1
 

@@ -1,0 +1,134 @@
+"""The library behind a server: each fitted document is a model, and `library` is the one that a question is about."""
+
+import asyncio
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TypeVar
+
+from ..core.types import JsonObject
+from ..errors import NectarError
+from ..library import Document, Library, Routing
+from ..library.database import shown
+from .engine import Busy, Engine
+
+T = TypeVar("T")
+LIBRARY = "library"  # the model that stands for all documents
+_LOOKED_AT = 10_000  # characters of a question by which its document is found
+_WEIGHED = 1_000  # characters of a question, at most, for which the model is asked which document it is about
+_EARLIER = 8  # questions of a conversation that are looked at
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where an answer is from. name: the model. facts: what the reply says of it. said: the whole answer, where no
+    document has one."""
+
+    name: str
+    facts: JsonObject = field(default_factory=dict)
+    said: str | None = None
+
+
+class ServedLibrary:
+    """May be used from several threads; `engine` must have started."""
+
+    def __init__(self, library: Library, engine: Engine):
+        self.library, self._engine = library, engine
+
+    def refresh(self) -> dict[str, Document]:
+        """All documents by the names under which they are served. Those that are fitted become the server's models."""
+        named = names(self.library.documents())
+        ready = {name: document.file for name, document in named.items() if document.state == "ready"}
+        files = {name: file for name, file in ready.items() if file is not None}
+        if files != self._engine.shelf.files:
+            result(self._engine, self._engine.call(lambda: self._engine.shelf.replace(files)))
+        return named
+
+    def warm(self) -> None:
+        """Makes the documents models, and begins to read the one that was asked last."""
+        ready = {name: document for name, document in self.refresh().items() if name in self._engine.shelf.files}
+        if ready:
+            last = max(ready, key=lambda name: ready[name].used)
+            self._engine.call(lambda: self._engine.shelf.get(last))
+
+    async def find(self, questions: Sequence[str]) -> Target:
+        """The document that a conversation is about: that of its last question, or of the nearest one before that names
+        one. NectarError where that document has no file yet."""
+        return await asyncio.to_thread(self._find, [question[:_LOOKED_AT] for question in questions[:_EARLIER]])
+
+    def _find(self, questions: Sequence[str]) -> Target:
+        named = self.refresh()
+        of = {document.path: name for name, document in named.items()}
+        first: Routing | None = None
+        for question in questions:
+            routing = self.library.route(question, evidence=partial(self._likelihoods, question, of))
+            first = first or routing
+            if routing.best is not None:
+                return self._target(routing, of)
+        return Target(LIBRARY, {"document": None}, _none(len(named), first))
+
+    def _target(self, routing: Routing, of: Mapping[bytes, str]) -> Target:
+        assert routing.best is not None
+        document, name = routing.best.document, of.get(routing.best.document.path, "")
+        if name not in self._engine.shelf.files:
+            why = f": {document.reason}" if document.reason else ""
+            raise NectarError(f"{document.name} would answer, but has no file to answer from ({document.state}){why}")
+        self.library.touch(document)
+        place = " ".join(routing.best.place) if routing.best.place else None
+        close = [of[candidate.document.path] for candidate in routing.close if candidate.document.path in of]
+        return Target(name, {"document": name, "place": place, "close": close})
+
+    def _likelihoods(self, question: str, of: Mapping[bytes, str], documents: Sequence[Document]) -> list[float]:
+        """How likely a question is behind documents, one after the other between the engine's steps."""
+        shelf = self._engine.shelf
+
+        def look(name: str) -> float:
+            nectar = shelf.get(name)
+            return nectar.log_likelihood(shelf.model, nectar.prompt(shelf.tokenizer, question))
+
+        found = []
+        for document in documents:
+            try:
+                if len(question) > _WEIGHED:
+                    raise NectarError("that would hold up the others")
+                likelihood = self._engine.call(partial(look, of.get(document.path, "")))
+                found.append(result(self._engine, likelihood))
+            except NectarError:
+                found.append(math.nan)
+        return found
+
+
+def result(engine: Engine, future: "Future[T]") -> T:
+    """What the engine computes; Busy where it has ended."""
+    while engine.alive:
+        try:
+            return future.result(0.5)
+        except TimeoutError:
+            if future.done():
+                raise
+    raise Busy
+
+
+def names(documents: Sequence[Document]) -> dict[str, Document]:
+    """Each document by its name; by its path where others have that name, or where it is `library`."""
+    count = Counter(document.name for document in documents)
+    found: dict[str, Document] = {}
+    for document in documents:
+        name = document.name if count[document.name] == 1 and document.name != LIBRARY else shown(document.path)
+        while name in found:  # paths that are shown alike
+            name += "\N{REPLACEMENT CHARACTER}"
+        found[name] = document
+    return found
+
+
+def _none(count: int, routing: Routing | None) -> str:
+    if not count:
+        return "The library is empty: add a document first."
+    sentence = f"None of the {count:,} documents in the library is about this."
+    if count == 1:
+        sentence = "No document in the library is about this."
+    nearest = routing.candidates[0].describe() if routing and routing.candidates else ""
+    return f"{sentence} The nearest is {nearest}." if nearest else sentence
