@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 from ..core.progress import Log, Progress, no_log, silent
 from ..core.types import JsonObject
+from ..documents import Reading
 from ..errors import NectarError
 from .volumes import Identity
 
@@ -22,11 +23,12 @@ class Fitter(Protocol):
     @property
     def identity(self) -> Identity: ...
 
-    def fit(self, text: str, output: Path, *, source: str, partial: Path, progress: Progress) -> None:
+    def fit(self, reading: Reading, output: Path, *, source: str, partial: Path, progress: Progress) -> None:
         """Writes a .nectar, and what belongs beside it.
 
-        source: what the file says of the text. partial: a folder from which an interrupted fit goes on; it may be
-        left behind. NectarError for a text that cannot be fitted.
+        reading: the text, with its documents and their places. source: what the file says of the text. partial: a
+        folder from which an interrupted fit goes on; it may be left behind. NectarError for a text that cannot be
+        fitted.
         """
 
     def is_whole(self, path: Path) -> bool:
@@ -53,7 +55,7 @@ class ModelFitter:
         model, tokenizer = self._loaded
         return Identity(self.name, models.fingerprint(model), models.tokenizer_fingerprint(tokenizer))
 
-    def fit(self, text: str, output: Path, *, source: str, partial: Path, progress: Progress = silent) -> None:
+    def fit(self, reading: Reading, output: Path, *, source: str, partial: Path, progress: Progress = silent) -> None:
         from ..fitting import pipeline
         from ..fitting.checkpoint import Checkpoint
         from ..fitting.config import FitConfig
@@ -64,14 +66,16 @@ class ModelFitter:
         fitted = pipeline.fit(
             model,
             tokenizer,
-            text,
+            reading.text,
             config=FitConfig(**self.options),
             name=self.name,
             source=source,
             progress=progress,
             checkpoint=checkpoint,
         )
-        Nectar(*fitted).save(output)
+        nectar = Nectar(*fitted)
+        nectar.keep(reading, tokenizer)
+        nectar.save(output)
         checkpoint.clear()
 
     def is_whole(self, path: Path) -> bool:

@@ -1,11 +1,13 @@
 """Fitting what waits: one volume after the other, each claimed by one process, whatever becomes of the others."""
 
 import errno
+import json
 import sqlite3
 import zlib
 from dataclasses import dataclass, field
 
 from ..core.progress import Log, Progress
+from ..documents import FileReport, Place, Reading
 from ..errors import NectarError
 from . import volumes
 from .database import Database, shown
@@ -15,6 +17,7 @@ from .volumes import Claim
 
 # Of the machine, not of the document: the next one would fail in the same way.
 _FATAL = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE}
+_EMPTY_LINE = "\n\n"
 
 
 @dataclass
@@ -82,7 +85,7 @@ def _fit(
         if not fitter.is_whole(folder.volume(claim.volume)):  # else its process was killed just before it said so
             made = folder.work(claim.volume)
             fitter.fit(
-                _text(database, claim, names),
+                _reading(database, claim, names),
                 made / folder.volume(claim.volume).name,
                 source=", ".join(names),
                 partial=made / "partial",
@@ -115,16 +118,22 @@ def _is_fatal(error: BaseException | None) -> bool:
     return False
 
 
-def _text(database: Database, claim: Claim, names: list[str]) -> str:
-    """Of one document as it was read; several are headed by their names."""
+def _reading(database: Database, claim: Claim, names: list[str]) -> Reading:
+    """One document as it was read; several are headed by their names. With the places of each, for sources."""
+    parts: list[str] = []
+    files: list[FileReport] = []
+    length = 0
     with database.reading() as rows:
-        texts = [
-            zlib.decompress(rows.execute("SELECT text FROM texts WHERE id = ?", (text,)).fetchone()[0]).decode()
-            for text in claim.texts
-        ]
-    if len(texts) == 1:
-        return texts[0]
-    return "\n\n".join(f"# {name}\n\n{text}" for name, text in zip(names, texts, strict=True))
+        for name, number in zip(names, claim.texts, strict=True):
+            row = rows.execute("SELECT text, kind, places FROM texts WHERE id = ?", (number,)).fetchone()
+            text = zlib.decompress(row[0]).decode()
+            heading = f"{_EMPTY_LINE if parts else ''}# {name}{_EMPTY_LINE}" if len(names) > 1 else ""
+            start = length + len(heading)
+            length = start + len(text)
+            places = [Place(unit, part, start + a, start + b) for unit, part, a, b, _ in json.loads(row[2])]
+            files.append(FileReport(name, row[1], len(text), start, length, places))
+            parts += [heading, text]
+    return Reading("".join(parts), files)
 
 
 def _name(rows: sqlite3.Connection, text: int) -> str:

@@ -21,7 +21,8 @@ class CheapFitter:
         self.identity = Identity(name, hashlib.sha256(f"{name}{weights}".encode()).hexdigest(), "tokens")
         self.fitted: list[str] = []
 
-    def fit(self, text, output, *, source, partial, progress):
+    def fit(self, reading, output, *, source, partial, progress):
+        text = reading.text
         if self._raising is not None:
             raise self._raising
         partial.mkdir(exist_ok=True)
