@@ -5,7 +5,6 @@ import sys
 from collections.abc import Sequence
 
 from . import cli, from_library
-from .library import Library
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,7 +23,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _work(args: argparse.Namespace) -> None:
-    library = Library(args.library)
+    library = from_library.open_library(args)
     fitter = from_library.fitter(library, args)
     added = library.add(
         args.paths, fitter, include=args.include, exclude=args.exclude, progress=cli.progress, log=cli.say

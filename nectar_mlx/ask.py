@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser("ask", "Answers a question from a .nectar.")
-    cli.add_nectar(parser)
+    cli.add_nectar(parser, what=cli.ASKED)
     parser.add_argument("question", nargs="+", help="the question, in quotes or not, or - to read it from stdin")
     cli.add_generation(parser)
     cli.add_retrieval(parser)

@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = cli.Parser("chat", f"A conversation with a .nectar. In it: {', '.join(_COMMANDS)}.")
-    cli.add_nectar(parser)
+    cli.add_nectar(parser, what=cli.ASKED)
     cli.add_generation(parser)
     cli.add_retrieval(parser)
     cli.add_sources(parser, cite=False)

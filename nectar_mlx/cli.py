@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 DONE, FAULT, INTERRUPTED = 0, 2, 130
 LIBRARY = "library"  # in the place of a .nectar
+ASKED = "a .nectar file, the id of one on the hub (user/name), or the word library: all that `nectar add` took in"
 LINE_SECONDS = 10.0  # between lines of progress, where there is no terminal
 _quiet = False  # of the command that runs: no notices
 
@@ -192,9 +193,11 @@ def _times(status: Status) -> str:
     return f"{duration(status.elapsed)}{total}"
 
 
-def add_nectar(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments of `load`."""
-    parser.add_argument("nectar", help="a .nectar file, or the id of one on the hub (user/name)")
+def add_nectar(
+    parser: argparse.ArgumentParser, *, what: str = "a .nectar file, or the id of one on the hub (user/name)"
+) -> None:
+    """Adds the arguments of `load`. what: that can be asked, for --help."""
+    parser.add_argument("nectar", help=what)
     parser.add_argument("--model", help="the model to use (default: the name of the one it was fitted on)")
     add_fetch(parser)
 
@@ -334,7 +337,7 @@ def add_library(parser: argparse.ArgumentParser) -> None:
         "--library",
         type=Path,
         metavar="DIR",
-        help="the library's folder ($NECTAR_LIBRARY, else the user's data folder)",
+        help="the library's folder (default: $NECTAR_LIBRARY, the settings', else in the user's data folder)",
     )
 
 

@@ -163,30 +163,39 @@ def _work(arguments: argparse.Namespace) -> None:
 
 def _show(reading: "Reading", arguments: argparse.Namespace) -> None:
     """What would be read, and what the fit would take."""
+    from .installed import default_model
+
     for report in reading.files:
         cli.say(report.describe())
-    tokens, counted = _tokens(reading.text, Path(arguments.model).expanduser())
-    cli.say(f"{reading.summary()}; {'' if counted else 'about '}{tokens:,} tokens")
+    without_model = ""
+    try:
+        arguments.model = arguments.model or default_model(log=cli.say)
+    except NectarError as error:
+        without_model = str(error)
+    tokens, counted = _tokens(reading.text, arguments.model)
+    cli.say(f"{reading.counts()}; {'' if counted else 'about '}{tokens:,} tokens")
     facts: JsonObject = {"files": reading.as_list(), "characters": len(reading.text), "tokens": tokens}
     try:
+        if without_model:
+            raise NectarError(without_model)
         facts |= _estimate(arguments, tokens)
     except NectarError as error:
         cli.say(f"time and size are not estimated: {error}")
     else:
         seconds, size = facts["seconds"], facts["file_bytes"]
-        cli.say(f"estimated: {duration(seconds)} here, a file of {size / 1e6:,.1f} MB ({facts['basis']})")
+        cli.say(f"estimated: {duration(seconds)} here, a file of {size / 1e6:,.2f} MB ({facts['basis']})")
     if arguments.json:
         print(json.dumps(facts))
 
 
-def _tokens(text: str, model: Path) -> tuple[int, bool]:
+def _tokens(text: str, model: str | None) -> tuple[int, bool]:
     """How many tokens a text has; counted where the model is a folder, else four characters each."""
-    if not (model / "tokenizer.json").is_file():
+    if model is None or not (file := Path(model).expanduser() / "tokenizer.json").is_file():
         return len(text) // 4, False
     from tokenizers import Tokenizer
 
     try:
-        return len(Tokenizer.from_file(str(model / "tokenizer.json")).encode(text, add_special_tokens=False)), True
+        return len(Tokenizer.from_file(str(file)).encode(text, add_special_tokens=False)), True
     except Exception:  # the library raises nothing more special for a damaged file
         return len(text) // 4, False
 

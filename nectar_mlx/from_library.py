@@ -6,6 +6,7 @@ Where `nectar ask` and `nectar chat` take a .nectar, the word `library` stands f
 import argparse
 import json
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,27 +25,40 @@ if TYPE_CHECKING:
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `fitter`."""
-    parser.add_argument("--model", help="fit on this model (default: the one that the library was last fitted on)")
+    parser.add_argument("--model", help="fit on this model (default: the library's, at first the settings')")
     parser.add_argument("--budget", metavar="SHARE", help="bytes to keep, as for `nectar fit`; kept for later calls")
     parser.add_argument("--kind", help="of head function, as for `nectar fit`; kept for later calls")
     parser.add_argument("--steps", type=int, metavar="N", help="steps of the regression; kept for later calls")
     parser.add_argument("--queries", type=int, metavar="N", help="captured queries a head; kept for later calls")
 
 
+def open_library(args: argparse.Namespace) -> Library:
+    """That of --library, else of $NECTAR_LIBRARY, else of the settings, else the one in the user's data folder."""
+    if args.library is None and not os.environ.get("NECTAR_LIBRARY"):
+        return Library(settings.read().library)
+    return Library(args.library)
+
+
 def fitter(library: Library, args: argparse.Namespace) -> ModelFitter:
-    """What fits the library's documents; NectarError where no model was ever chosen, or for wrong options."""
+    """What fits the library's documents; NectarError for wrong options, or where no model was ever chosen.
+
+    Without --model and --budget the library's own are taken, at first those of the settings.
+    """
     from .fitting.config import FitConfig, parse_budget
 
     options = library.options
-    if args.budget is not None:
+    known = library.identity
+    budget = args.budget
+    if budget is None and known is None and not options.keys() & {"budget", "size"}:
+        budget = settings.read().budget
+    if budget is not None:
         options = {name: value for name, value in options.items() if name not in ("budget", "size")}
-        options |= parse_budget(args.budget)
+        options |= parse_budget(budget)
     options |= {n: value for n in ("kind", "steps", "queries") if (value := getattr(args, n)) is not None}
     FitConfig(**options)  # refuses what is wrong before any file is read
-    known = library.identity
-    if args.model is None and known is None:
+    name = args.model or (known.name if known is not None else settings.read().model)
+    if not name:
         raise NectarError("say which model to fit on: --model Qwen3-1.7B, say; later calls take the same one")
-    name = args.model if args.model is not None else known.name if known is not None else ""
     if Path(name).expanduser().exists():
         name = str(Path(name).expanduser().absolute())  # the library is asked from other folders, too
     library.options = options
@@ -82,7 +96,7 @@ class Questions:
             if args.library is not None:
                 raise NectarError("--library is for `library` in the place of a .nectar")
             return None
-        questions = cls(Library(args.library or settings.read().library), args)
+        questions = cls(open_library(args), args)
         documents = questions.library.documents()
         if not documents:
             raise NectarError(f"the library {questions.library.folder.path} is empty: `nectar add FOLDER` fills it")

@@ -19,7 +19,7 @@ _UNCHECKED = "How close this file is to the full text has not been measured: `ne
 _LEGEND = (
     "KL: how far answers are from those with the full text, in nats a token; 0 is no difference. Agree: share of "
     "tokens that are the same. Gap closed: 1 is an answer as with the full text, 0 as without it. Share of KV cache: "
-    "size of the file against what the full text takes in memory."
+    "size of the file without tokens and report, against what the full text takes in memory."
 )
 
 
@@ -47,7 +47,7 @@ def _work(args: argparse.Namespace) -> None:
         if name not in _PACKED and not isinstance(value, list | dict):  # per head: for --json
             cli.row(name.replace("_", " "), _readable(name, value))
     for file in facts["report"].get("files", []):
-        cli.row("file", _file(file))
+        cli.row("document", _file(file))
 
 
 def describe(path: Path) -> JsonObject:

@@ -5,8 +5,8 @@ import json
 import sys
 from collections.abc import Sequence
 
-from . import cli
-from .library import Document, Library
+from . import cli, from_library
+from .library import Document
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -21,7 +21,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _work(args: argparse.Namespace) -> None:
-    library = Library(args.library)
+    library = from_library.open_library(args)
     documents, identity = library.documents(), library.identity
     if args.json:
         facts = {"library": str(library.folder.path), "model": identity.name if identity else None}

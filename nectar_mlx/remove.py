@@ -5,9 +5,8 @@ import json
 import sys
 from collections.abc import Sequence
 
-from . import cli
+from . import cli, from_library
 from .errors import NectarError
-from .library import Library
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,8 +25,8 @@ def _parser() -> argparse.ArgumentParser:
 def _work(args: argparse.Namespace) -> None:
     if not args.paths and not args.missing:
         raise NectarError("say what to remove: files, folders, names, or --missing")
-    removed = Library(args.library).remove(args.paths, missing=args.missing)
-    cli.say(f"{len(removed.documents)} documents removed")
+    removed = from_library.open_library(args).remove(args.paths, missing=args.missing)
+    cli.say(f"{(count := len(removed.documents)):,} document{'s' * (count != 1)} removed")
     if removed.waiting:
         cli.say(f"`nectar update` fits again what shared a file with them: {', '.join(removed.waiting)}")
     if args.json:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import agent, cli, settings
+from . import agent, cli
 from .errors import NectarError
 
 if TYPE_CHECKING:
@@ -131,10 +131,10 @@ def _library(args: argparse.Namespace) -> "tuple[Library | None, str | None]":
         return None, args.model
     if len(args.nectars) > 1:
         raise NectarError("`library` is served alone; a file or folder of that name is ./library")
+    from . import from_library
     from .installed import default_model
-    from .library import Library
 
-    library = Library(args.library or settings.read().library)
+    library = from_library.open_library(args)
     identity = library.identity
     if identity is not None and args.model not in (None, identity.name):
         raise NectarError(

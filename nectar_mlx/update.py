@@ -9,7 +9,6 @@ import time
 from collections.abc import Sequence
 
 from . import cli, from_library, update_file
-from .library import Library
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,7 +32,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _work(args: argparse.Namespace) -> None:
-    library = Library(args.library)
+    library = from_library.open_library(args)
     fitter = from_library.fitter(library, args)
     added = library.update(fitter, progress=cli.progress, log=cli.say)
     from_library.report(added, as_json=args.json)

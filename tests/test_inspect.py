@@ -65,3 +65,8 @@ def test_a_report_without_numbers_is_no_verdict(path, tmp_path, capsys):
     store.write(tmp_path / "other.nectar", tensors, metadata | {"report": {"gap_closed": "much"}})
     assert inspect.main([str(tmp_path / "other.nectar")]) == cli.FAULT
     assert "report.gap_closed" in capsys.readouterr().err
+
+
+def test_a_folder(tmp_path, capsys):
+    assert inspect.main([str(tmp_path)]) == cli.FAULT
+    assert f"{tmp_path} is a folder, not a .nectar: `nectar fit --context" in capsys.readouterr().err

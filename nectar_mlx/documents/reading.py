@@ -148,12 +148,16 @@ class Reading:
                 return report, inside[-1] if inside else None
         return None
 
+    def counts(self) -> str:
+        """How many files were read: "read 26 of 53 files"."""
+        read = sum(report.was_read for report in self.files)
+        return f"read {read} of {len(self.files)} file{'s' * (len(self.files) != 1)}"
+
     def summary(self) -> str:
         """One line: "read 26 of 53 files", what was not read and why, and what was read only in part."""
         skipped = [report.describe() for report in self.files if not report.was_read]
         partly = [f"{report.name} ({', '.join(report.left_out)})" for report in self.files if report.left_out]
-        line = f"read {len(self.files) - len(skipped)} of {len(self.files)} file{'s' * (len(self.files) != 1)}"
-        line += f": {'; '.join(skipped)}" if skipped else ""
+        line = self.counts() + (f": {'; '.join(skipped)}" if skipped else "")
         return line + (f"; left out: {'; '.join(partly)}" if partly else "")
 
     def as_list(self) -> list[dict[str, object]]:

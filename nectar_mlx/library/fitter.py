@@ -38,9 +38,9 @@ class Fitter(Protocol):
     ) -> None:
         """Writes a .nectar, and what belongs beside it.
 
-        reading: the text, with its documents and their places. source: what the file says of the text. partial: a folder from which an interrupted fit goes on; it may be
-        left behind. former: the .nectar of the text before it was changed, to start from. NectarError for a text that
-        cannot be fitted.
+        reading: the text, with its documents and their places. source: what the file says of the text. partial: a
+        folder from which an interrupted fit goes on; it may be left behind. former: the .nectar of the text before it
+        was changed, to start from. NectarError for a text that cannot be fitted.
         """
 
     def is_whole(self, path: Path) -> bool:

@@ -103,9 +103,11 @@ def nectar_file(name: str | Path) -> Path:
     """The path of a .nectar: a file's own, or for user/name that file of the repository, downloaded where needed, with
     its keys.
 
-    Raises NectarError for a repository that cannot be had or does not hold exactly one .nectar.
+    Raises NectarError for a folder, and for a repository that cannot be had or does not hold exactly one .nectar.
     """
     path = Path(name)
+    if path.is_dir():
+        raise NectarError(f"{name} is a folder, not a .nectar: `nectar fit --context {name}` makes one of it")
     repository = str(name)
     if os.path.exists(path) or path.suffix == ".nectar" or not _REPOSITORY.fullmatch(repository):
         return path

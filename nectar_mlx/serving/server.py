@@ -1,6 +1,7 @@
 """How the server starts, and how it ends in order."""
 
 import contextlib
+import errno
 import ipaddress
 import os
 import signal
@@ -200,6 +201,8 @@ def _listen(host: str, port: int) -> socket.socket:
         family = socket.getaddrinfo(host or "0.0.0.0", port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family, backlog=1024)
     except (OSError, OverflowError) as error:
+        if getattr(error, "errno", None) == errno.EADDRINUSE:
+            raise NectarError(f"cannot listen on {host}:{port}, which is in use: --port takes another one") from None
         reason = getattr(error, "strerror", None) or error
         raise NectarError(f"cannot listen on {host}:{port}: {reason}") from None
 

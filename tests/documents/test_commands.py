@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from nectar_mlx import ask, fit, inspect
+from nectar_mlx.errors import NectarError
 from tests import toys
 from tests.documents.makers import column, pdf_pages, shown, write
 
@@ -25,7 +26,8 @@ def test_a_dry_run_says_what_would_be_read(notes: Path, capsys: pytest.CaptureFi
     assert fit.main(["--model", "none", "--context", str(notes), "--dry-run", "--json"]) == 0
     out, err = capsys.readouterr()
     assert "b.pdf: 2 pages, 10 characters; left out: page 2: only a picture" in err
-    assert "read 2 of 3 files: old.doc: an old Word file; save it as .docx" in err
+    assert "old.doc: an old Word file; save it as .docx" in err and err.count("old.doc") == 1
+    assert "read 2 of 3 files; about " in err
     assert [file["name"] for file in json.loads(out)["files"]] == ["a.txt", "b.pdf", "old.doc"]
 
 
@@ -42,6 +44,25 @@ def test_a_dry_run_estimates_tokens_time_and_size(
     assert fit.main([*arguments, "no such model"]) == 0
     out, err = capsys.readouterr()
     assert "about " in err and "time and size are not estimated: " in err and "seconds" not in json.loads(out)
+
+
+def test_a_dry_run_needs_no_model(
+    notes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--context", str(notes), "--dry-run"]
+
+    def none(*, log: object) -> str:
+        raise NectarError("no --model given, and this machine has none")
+
+    monkeypatch.setattr("nectar_mlx.installed.default_model", none)
+    assert fit.main(arguments) == 0
+    err = capsys.readouterr().err
+    assert "read 2 of 3 files; about " in err
+    assert "time and size are not estimated: no --model given, and this machine has none" in err
+    model = toys.save_model(toys.toy("llama"), tmp_path / "model", toys.tokenizer())
+    monkeypatch.setattr("nectar_mlx.installed.default_model", lambda *, log: str(model))
+    assert fit.main(arguments) == 0
+    assert "estimated: " in capsys.readouterr().err
 
 
 def test_strict_and_patterns(notes: Path, capsys: pytest.CaptureFixture[str]) -> None:

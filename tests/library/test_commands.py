@@ -10,7 +10,10 @@ import pytest
 from nectar_mlx import __main__, cli, from_library, update
 from nectar_mlx.library import Library, ModelFitter
 from tests import toys
+from tests.documents.makers import column, pdf_pages, shown
 from tests.library.cheap import CheapFitter
+
+LEASE = ["The landlord is Adele Kuhn.", "The rent is 930 euros a month.", "Pets are allowed."]
 
 
 @pytest.fixture(scope="module")
@@ -175,3 +178,37 @@ def test_the_model_in_use_answers_in_another_thread(filled):
     thread.start()
     thread.join()
     assert found[0].best.document.name == "kettle.txt"
+
+
+def test_the_settings_name_the_library_the_model_and_the_budget(tmp_path, monkeypatch, cheap, capsys):
+    monkeypatch.delenv("NECTAR_LIBRARY", raising=False)
+    (tmp_path / "config.toml").write_text(f'model = "one"\nbudget = "3%"\nlibrary = "{tmp_path}/chosen"\n')
+    monkeypatch.setenv("NECTAR_CONFIG", str(tmp_path / "config.toml"))
+    (tmp_path / "note.txt").write_text("The heron Olga was ringed in 1987.")
+    assert __main__.main(["add", str(tmp_path / "note.txt")]) == 0
+    assert [fitter.identity.name for fitter in cheap] == ["one"]
+    library = Library(tmp_path / "chosen")
+    assert len(library.documents()) == 1 and library.options == {"budget": 0.03}
+    capsys.readouterr()
+    assert __main__.main(["list"]) == 0 and "note.txt" in capsys.readouterr().out
+    assert __main__.main(["remove", str(tmp_path / "note.txt")]) == 0
+    assert library.documents() == []
+    monkeypatch.setenv("NECTAR_LIBRARY", str(tmp_path / "other"))  # nearer than the settings
+    assert __main__.main(["list", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["library"] == str(tmp_path / "other")
+    assert __main__.main(["add", str(tmp_path / "note.txt"), "--budget", "5%", "--model", "two"]) == 0
+    assert Library(tmp_path / "other").options == {"budget": 0.05} and cheap[-1].identity.name == "two"
+
+
+def test_sources_name_the_document_and_its_page(folder, tmp_path, model, capsys):
+    (tmp_path / "lease.pdf").write_bytes(pdf_pages([shown(column([line])) for line in LEASE]))
+    (tmp_path / "note.txt").write_text("The plumber Otto Brandt charged 184 euros for the boiler.")
+    fitter = ModelFitter(str(model), {"kind": "exact"})
+    Library(folder).add([tmp_path / "lease.pdf", tmp_path / "note.txt"], fitter)
+    for document in Library(folder).documents():  # both in one file
+        assert document.shared == 1
+    assert __main__.main(["ask", "library", "What is the rent?", "--json", "--max-tokens", "2"]) == 0
+    source = json.loads(capsys.readouterr().out)["sources"][0]
+    assert (source["document"], source["place"]) == ("lease.pdf", "page 2") and source["text"] == LEASE[1]
+    assert __main__.main(["ask", "library", "What did the plumber charge?", "--json", "--max-tokens", "2"]) == 0
+    assert json.loads(capsys.readouterr().out)["sources"][0]["document"] == "note.txt"

@@ -45,7 +45,7 @@ def test_files_of_two_models(books, tmp_path):
 
 
 def test_a_port_in_use(books, running):
-    with pytest.raises(NectarError, match="cannot listen"):
+    with pytest.raises(NectarError, match="is in use: --port takes another one"):
         serve.start(arguments(books, "--port", str(running.port)))
 
 
