@@ -13,10 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from . import store
 from .core.progress import Log
 from .errors import NectarError
-from .models import hub
 
 LABEL = "org.nectar-mlx.serve"
 _KEPT = ("HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "NECTAR_CACHE", "NECTAR_CONFIG", "NECTAR_API_KEY")
@@ -36,6 +34,9 @@ def install(nectars: Sequence[str], *, log: Log, arguments: Sequence[str] | None
     nectars: the files, which must be whole enough to name their model: launchd would start a server that fails again
     and again. arguments: of `serve`, by default this process's. NectarError on other systems, or if launchd refuses.
     """
+    from . import store
+    from .models import hub
+
     _check_system()
     for nectar in nectars if list(nectars) != ["library"] else ():
         store.model_name(hub.nectar_file(nectar))

@@ -52,7 +52,7 @@ def test_the_text_is_that_of_transformers(tokenizer, name, options):
     assert template.render(tokenizer, CHAT, **options) == tokenizer.apply_chat_template(CHAT, tokenize=False, **options)
 
 
-@pytest.mark.parametrize("name", TEMPLATES.keys() - {"drops", "power", "huge", "megabyte", "nested", "blocks"})
+@pytest.mark.parametrize("name", sorted(TEMPLATES.keys() - {"drops", "power", "huge", "megabyte", "nested", "blocks"}))
 def test_a_hostile_template_is_one_line_soon(tokenizer, name):
     prompts.prefix(tokenizer, "the process is running")
     with_template(tokenizer, TEMPLATES[name])
