@@ -57,7 +57,8 @@ def _work(args: argparse.Namespace) -> None:
             cli.show(reply.cited())
         writing.say_how_it_ended(ended, args)
         for source in reply.sources() if args.sources or args.cite else ():
-            cli.say(source)
+            # What the marks mean belongs to the answer; that there is no source does not.
+            (cli.show if args.cite and source.startswith("[") else cli.say)(source)
         return
     answer, thoughts, first, ended = "", "", 0.0, None
     for piece in reply:

@@ -229,8 +229,8 @@ def load(path: str, model_name: str | None = None, *, fetch: bool = False) -> "t
     return model, tokenizer, load_nectar(file, model, tokenizer)
 
 
-def load_nectar(file: Path, model: "nn.Module", tokenizer: "Tokenizer") -> "Nectar":
-    """`Nectar.load` with its warnings as lines on stderr."""
+def load_nectar(file: Path, model: "nn.Module", tokenizer: "Tokenizer", *, name: str = "") -> "Nectar":
+    """`Nectar.load` with its warnings as lines on stderr. name: what a person knows the file by, if not its own."""
     from .nectar import Nectar
 
     with warnings.catch_warnings(record=True) as caught:
@@ -239,7 +239,7 @@ def load_nectar(file: Path, model: "nn.Module", tokenizer: "Tokenizer") -> "Nect
     for warning in caught:
         say(str(warning.message))
     if not nectar.faithful:
-        say(f"{file.name}: {nectar.verdict}")
+        say(f"{name or file.name}: {nectar.verdict}")
     return nectar
 
 

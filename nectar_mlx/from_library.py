@@ -164,7 +164,7 @@ class Questions:
             self._base, self._nectar = (wanted, *models.load(wanted, log=cli.say)), None
         if self._nectar is None or self.document is None or self.document.file != document.file:
             assert document.file is not None
-            self._nectar = cli.load_nectar(document.file, self._base[1], self._base[2])
+            self._nectar = cli.load_nectar(document.file, self._base[1], self._base[2], name=document.name)
         self.document = document
         return self._base[1], self._base[2], self._nectar
 

@@ -114,7 +114,7 @@ def a_folder(path, folder):
         (altered, "does not match|do not match"),
         (text, "not a .nectar"),
         (missing, "no such file"),
-        (a_folder, "no such file"),
+        (a_folder, "is a folder, not a .nectar"),
     ],
 )
 def test_bad_files(book, make, complaint, tmp_path, capsys):

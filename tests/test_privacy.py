@@ -67,6 +67,12 @@ CASES = {
     "export": ["book.nectar", "out.safetensors", "--prompt-cache"],
     "bench": ["decode", "--layers", "1", "--contexts", "64"],
     "demo": ["--context-tokens", "200", "--queries", "500", "--steps", "2", "--max-tokens", "3"],
+    "add": ["text.txt", "--model", "model", "--library", "library", "--kind", "exact"],
+    "list": ["--library", "library"],
+    "update": ["--library", "library", "--model", "model"],
+    "remove": ["text.txt", "--library", "library", "--missing"],
+    "doctor": [],
+    "completion": ["zsh"],
     "plan": ["--model", "model", "--tokens", "10k"],
 }
 SENDING = {"push"}
@@ -80,7 +86,7 @@ def place(tmp_path_factory):
     toys.save_model(model, folder / "model", tokenizer)
     toys.exact(model, toys.random_tokens(60), tokenizer, name=str(folder / "model")).save(folder / "book.nectar")
     (folder / "text.txt").write_text("The ship sailed at dawn with barley and rope. " * 12)
-    shutil.copytree(folder / "model", folder / "cache" / models._demo_folder().name)
+    shutil.copytree(folder / "model", folder / "cache" / models.demo_folder().name)
     return folder
 
 

@@ -234,10 +234,11 @@ def test_the_router_is_made_for_the_queries_of_all_heads(collected, monkeypatch)
 
 def test_bytes_go_by_the_errors_where_keys_are_read(collected):
     """Errors with nothing read count, but little."""
-    samples = collected.training_samples([0, 1])
+    training = collected.training([0, 1])
+    samples = training.samples
     unread = np.array(samples.queries[0, :, -1] == EVERYTHING)
     assert 0 < unread.mean() < 1
-    bank = regress(collected, collected.initialize([0, 1], [(6,), (6,)], samples), samples, steps=1)
+    bank = regress(collected, collected.initialize([0, 1], [(6,), (6,)], samples), training, steps=1)
     metric = mx.stack([mx.eye(collected.run.geometry.head_dim)] * 2)
     read_samples, unread_samples = (samples.take(mx.array(np.flatnonzero(which))) for which in (~unread, unread))
     with_retrieval, without = (
