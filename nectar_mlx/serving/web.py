@@ -116,13 +116,14 @@ async def read_json(scope: Scope, receive: Receive, limit: int) -> bytes:
 
 
 async def body_pieces(
-    scope: Scope, receive: Receive, limit: int, *, seconds: float = BODY_SECONDS
+    scope: Scope, receive: Receive, limit: int, *, seconds: float | None = None
 ) -> AsyncGenerator[bytes]:
     """A body as it arrives. ApiError 413 for more than `limit` bytes, 408 where it has not arrived in time."""
     length, count = dict(scope["headers"]).get(b"content-length", b"0"), 0
     if length.isdigit() and int(length) > limit:
         await discard(scope, receive)
         raise ApiError(413, f"the request is larger than {limit:,} bytes", code="request_too_large")
+    seconds = BODY_SECONDS if seconds is None else seconds
     end, more = asyncio.get_running_loop().time() + seconds, True
     while more:
         try:

@@ -239,8 +239,10 @@ def test_a_text_read_in_chunks_answers_from_the_nearest(tmp_path):
         turns.append({"role": "user", "content": "zebra?"})
         options = {"model": "it", "max_tokens": 2, "temperature": 0}
         assert client.chat.completions.create(messages=turns, **options).chunk == chunk, "the question before decides"
-        for more in ({"messages": turns[2:]}, {"messages": turns, "extra_body": {"whole": True}}):
-            assert not hasattr(client.chat.completions.create(**more, **options), "chunk")
+        likeliest = fitted.likeliest_chunk(model, tokenizer, "zebra?")
+        assert client.chat.completions.create(messages=turns[2:], **options).chunk == likeliest, "no word tells"
+        whole = client.chat.completions.create(messages=turns, extra_body={"whole": True}, **options)
+        assert not hasattr(whole, "chunk")
         assert client.completions.create(prompt="velvet", **options).chunk == fitted.nearest(tokenizer, "velvet")
     finally:
         server.close()
