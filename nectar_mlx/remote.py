@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import cli
-from .core import local_server
+from .core import local_server, terminal
 from .core.local_server import Found
 from .core.repetition import Repetition
 from .errors import NectarError
@@ -119,11 +119,9 @@ class Reply:
 
     def sources(self) -> list[str]:
         """The passages that say what it says, a line each."""
-        lines = []
-        for number, source in enumerate(self._extra.get("sources") or (), 1):
-            where = ", ".join(filter(None, [source["document"], source["place"]])) or "the text"
-            lines.append(f"[{number}] {where} ({source['score']:.0%}): {' '.join(source['text'].split())}")
-        return lines
+        found = self._extra.get("sources") or ()
+        parts = [[source[name] for name in ("document", "place", "score", "text")] for source in found]
+        return [f"[{number}] {terminal.quoted(*part)}" for number, part in enumerate(parts, 1)]
 
     def cited(self) -> str:
         """A server does not mark sentences (`_needs_model`)."""

@@ -19,6 +19,12 @@ def printable(text: str, *, one_line: bool = False) -> str:
     return pattern.sub(lambda match: repr(match[0])[1:-1], text)
 
 
+def quoted(document: str, place: str, score: float, text: str) -> str:
+    """A passage of a document as one line: where it stands, how much of an answer it supports, its words."""
+    where = ", ".join(filter(None, [document, place])) or "the text"
+    return f"{where} ({score:.0%}): {' '.join(text.split())}"
+
+
 def typed(text: str, where: str) -> str:
     """A text that a person gave; NectarError unless it is Unicode. where: the place, for the message."""
     bad = re.search("[\ud800-\udfff]", text)

@@ -86,35 +86,32 @@ class ModelFitter:
         checkpoint = Checkpoint(partial)
         config = FitConfig(keep_study=True, **self.options)
         if former is not None and (before := _read(former)) is not None:
+            tensors, metadata = before
             outcome = updating.update(
                 model,
                 tokenizer,
                 reading.text,
-                tensors=before[0],
-                metadata=before[1],
+                tensors=tensors,
+                metadata=metadata,
                 config=config,
                 source=source,
                 progress=progress,
                 checkpoint=checkpoint,
                 log=self._log,
             )
-            tensors, metadata = outcome.tensors or before[0], outcome.metadata or before[1]
-            updated = Nectar(tensors, metadata, outcome.keys)
-            updated.keep(reading, tokenizer)
-            updated.save(output)
-            checkpoint.clear()
-            return
-        fitted = pipeline.fit(
-            model,
-            tokenizer,
-            reading.text,
-            config=config,
-            name=self.name,
-            source=source,
-            progress=progress,
-            checkpoint=checkpoint,
-        )
-        nectar = Nectar(*fitted)
+            nectar = Nectar(outcome.tensors or tensors, outcome.metadata or metadata, outcome.keys)
+        else:
+            fitted = pipeline.fit(
+                model,
+                tokenizer,
+                reading.text,
+                config=config,
+                name=self.name,
+                source=source,
+                progress=progress,
+                checkpoint=checkpoint,
+            )
+            nectar = Nectar(*fitted)
         nectar.keep(reading, tokenizer)
         nectar.save(output)
         checkpoint.clear()

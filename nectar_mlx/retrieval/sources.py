@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
+from ..core import terminal
 from ..core.types import DoubleArray, FloatArray, JsonObject, Tokenizer
 from ..mlxlm import prompts
 from ..store.tensor_file import Arrays
@@ -40,8 +41,7 @@ class Source:
 
     def quoted(self) -> str:
         """One line for a person."""
-        where = ", ".join(filter(None, [self.document, self.place]))
-        return f"{where or 'the text'} ({self.score:.0%}): {' '.join(self.text.split())}"
+        return terminal.quoted(self.document, self.place, self.score, self.text)
 
 
 def sources_as_json(sources: Sequence[Source]) -> list[JsonObject]:
