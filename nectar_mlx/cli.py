@@ -198,8 +198,18 @@ def add_nectar(
 ) -> None:
     """Adds the arguments of `load`. what: that can be asked, for --help."""
     parser.add_argument("nectar", help=what)
+    add_model(parser)
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that say which model answers: `model`, `adapter`, `fetch`."""
     parser.add_argument("--model", help="the model to use (default: the name of the one it was fitted on)")
+    add_adapter(parser)
     add_fetch(parser)
+
+
+def add_adapter(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--adapter", metavar="DIR", help="the folder of the model's adapter, from mlx_lm.lora")
 
 
 def add_fetch(parser: argparse.ArgumentParser) -> None:
@@ -214,19 +224,26 @@ def may_fetch(name: str, *, fetch: bool) -> bool:
     return terminal.confirm(f"The file names the model {name}, which is not here. Download it?", otherwise="")
 
 
-def load(path: str, model_name: str | None = None, *, fetch: bool = False) -> "tuple[nn.Module, Tokenizer, Nectar]":
+def load(path: str, args: argparse.Namespace) -> "tuple[nn.Module, Tokenizer, Nectar]":
     """The model, the tokenizer and the .nectar; NectarError if it is damaged or was fitted on another model.
 
-    model_name: which the user gave. fetch: whether one that only the file names may be downloaded without asking.
+    args: with the options of `add_model`.
     """
-    from . import models, store
+    from . import store
     from .models import hub
 
     file = hub.nectar_file(path)
-    allowed = None if model_name else partial(may_fetch, fetch=fetch)
-    name = model_name or store.model_name(file)
-    model, tokenizer = models.load(name, log=say, progress=progress, may_fetch=allowed)
+    model, tokenizer = load_model(store.model_name(file), args)
     return model, tokenizer, load_nectar(file, model, tokenizer)
+
+
+def load_model(named: str, args: argparse.Namespace) -> "tuple[nn.Module, Tokenizer]":
+    """The model that the user gave, else the one that a file names, which is downloaded only if it may be; with the
+    adapter that was given."""
+    from . import models
+
+    allowed = None if args.model else partial(may_fetch, fetch=args.fetch)
+    return models.load(args.model or named, adapter=args.adapter, log=say, progress=progress, may_fetch=allowed)
 
 
 def load_nectar(file: Path, model: "nn.Module", tokenizer: "Tokenizer", *, name: str = "") -> "Nectar":

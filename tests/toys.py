@@ -1,5 +1,6 @@
 """Toys that tests share: a random model of every architecture, a tokenizer, and Nectars that need no fitting."""
 
+import dataclasses
 import importlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from nectar_mlx import Nectar, models, store
 from nectar_mlx.fitting import pipeline, prefill
 from nectar_mlx.mlxlm import attention_patch
+from nectar_mlx.models import adapters
 from nectar_mlx.retrieval import kv_path
 from nectar_mlx.store import Layout
 from tests.families import FAMILIES
@@ -189,9 +191,11 @@ def _layout(geometry: attention_patch.Geometry, kind: str, bits: int) -> Layout:
 
 
 def provenance(model: nn.Module, tokenizer: Any = None, name: str = "toy") -> dict[str, Any]:
+    adapter = adapters.of(model)
     return {
         "model": name,
         "model_sha256": models.fingerprint(model),
+        **({"adapter": dataclasses.asdict(adapter)} if adapter else {}),
         "tokenizer_sha256": models.tokenizer_fingerprint(tokenizer) if tokenizer is not None else "none",
         "config": {"budget": 0.1, "seed": 0},
         "source": "tests",
@@ -230,7 +234,6 @@ def tokenizer(
 
 def save_model(model: nn.Module, folder: Path, tokenizer: TokenizerWrapper) -> Path:
     """Writes a folder that `mlx_lm.load` reads."""
-    import dataclasses
     import json
 
     from mlx.utils import tree_flatten
