@@ -4,36 +4,18 @@ import json
 
 import mlx.core as mx
 import pytest
-from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
-from nectar_mlx import Nectar, NectarError, ask, chat, inspect, models
+from nectar_mlx import Nectar, NectarError, ask, inspect, models, serve
+from nectar_mlx.__main__ import main
 from nectar_mlx.fitting.config import FitConfig
 from nectar_mlx.models import adapters
 from tests import toys
 from tests.fitting.toy_fit import FAST
+from tests.serving.running import Running
+from tests.serving.running import ask as ask_server
 
 QUESTION = "who is the fox?"
-LORA = {"rank": 4, "scale": 4.0, "dropout": 0.0}
-
-
-def write_adapter(folder, kind="lora", *, seed=0, model_type="llama", **changes):
-    """An adapter's folder, as `mlx_lm.lora` writes it, with random weights."""
-    model, lora = toys.toy(model_type), LORA | changes
-    if kind == "full":
-        weights = {name: x for name, x in tree_flatten(model.parameters()) if ".q_proj." in name}
-    else:
-        linear_to_lora_layers(model, 2, lora, use_dora=kind == "dora")
-        weights = {
-            n: x for n, x in tree_flatten(model.parameters()) if n.rpartition(".")[2] in ("lora_a", "lora_b", "m")
-        }
-    key = mx.random.key(seed)
-    weights = {name: x + 0.2 * mx.random.normal(x.shape, key=key) for name, x in sorted(weights.items())}
-    folder.mkdir(exist_ok=True)
-    mx.save_safetensors(str(folder / "adapters.safetensors"), weights)
-    config = {"fine_tune_type": kind, "num_layers": 2, "lora_parameters": lora}
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    return str(folder)
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +23,8 @@ def folder(tmp_path_factory):
     """A toy's folder with a .nectar, `plain`, and two adapters; `with_adapter` is fitted with the first."""
     folder = tmp_path_factory.mktemp("adapters")
     toys.book(folder, name="plain")
-    first = write_adapter(folder / "first")
-    write_adapter(folder / "second", seed=1)
+    first = toys.adapter(folder / "first")
+    toys.adapter(folder / "second", seed=1)
     model, tokenizer = models.load(str(folder / "model"), adapter=first)
     nectar = toys.fit(
         model, tokenizer, "The fox runs. " * 20, name=str(folder / "model"), config=FitConfig(**FAST | {"steps": 3})
@@ -53,7 +35,7 @@ def folder(tmp_path_factory):
 
 @pytest.mark.parametrize("kind", ["lora", "dora", "full"])
 def test_an_adapter_is_loaded_and_exact_heads_answer_as_the_stock_model(kind, folder, tmp_path):
-    path = write_adapter(tmp_path / kind, kind)
+    path = toys.adapter(tmp_path / kind, kind)
     model = models.load(str(folder / "model"), adapter=path)[0]
     prefix, turn = toys.random_tokens(40), toys.random_tokens(8, seed=1)
     expected = model(mx.array([prefix + turn]))[:, -8:]
@@ -66,7 +48,7 @@ def test_an_adapter_is_loaded_and_exact_heads_answer_as_the_stock_model(kind, fo
 
 def test_the_scale_of_an_adapter_is_part_of_it(folder, tmp_path):
     loaded = [
-        models.load(str(folder / "model"), adapter=write_adapter(tmp_path / str(scale), scale=scale))[0]
+        models.load(str(folder / "model"), adapter=toys.adapter(tmp_path / str(scale), scale=scale))[0]
         for scale in (4.0, 8.0)
     ]
     assert adapters.of(loaded[0]).sha256 != adapters.of(loaded[1]).sha256
@@ -76,7 +58,6 @@ def test_the_scale_of_an_adapter_is_part_of_it(folder, tmp_path):
 def test_a_file_names_its_adapter(folder, capsys):
     path, first = folder / "with_adapter.nectar", str(folder / "first")
     assert ask.main([str(path), QUESTION, "--adapter", first, "--max-tokens", "4"]) == 0
-    assert chat.main(["--help"]) == 0
     capsys.readouterr()
     assert inspect.main([str(path), "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
@@ -103,15 +84,48 @@ def test_another_adapter_is_refused_in_one_line(name, given, complaint, folder, 
 
 
 def test_an_adapter_of_another_model_is_refused(folder, tmp_path, capsys):
-    path = write_adapter(tmp_path / "other", model_type="phi3")
+    path = toys.adapter(tmp_path / "other", model_type="phi3")
     assert ask.main([str(folder / "plain.nectar"), QUESTION, "--adapter", path]) == 2
     assert f"mlx-lm cannot load the adapter {path} for this model" in capsys.readouterr().err
 
 
 def test_an_adapter_that_was_trained_further(folder, tmp_path, capsys):
-    path = write_adapter(tmp_path / "mine")
+    path = toys.adapter(tmp_path / "mine")
     model, tokenizer = models.load(str(folder / "model"), adapter=path)
     toys.exact(model, [5, 6, 7], tokenizer).save(tmp_path / "x.nectar")
-    write_adapter(tmp_path / "mine", seed=9)
+    toys.adapter(tmp_path / "mine", seed=9)
     with pytest.raises(NectarError, match="trained further since: fit again"):
         Nectar.load(tmp_path / "x.nectar", models.load(str(folder / "model"), adapter=path)[0])
+
+
+def test_a_model_that_came_with_lora_layers(tmp_path):
+    """Loaded by mlx-lm itself, which says no path."""
+    model = toys.toy("llama")
+    nectar = toys.picked(model, toys.random_tokens(30), 12)
+    nectar.save(tmp_path / "plain.nectar")
+    linear_to_lora_layers(model, 2, toys.LORA)
+    for layer in model.layers[1:]:
+        layer.self_attn.q_proj.lora_b = 0.1 * mx.random.normal(layer.self_attn.q_proj.lora_b.shape)
+    with pytest.raises(NectarError, match=r"without the adapter \(its LoRA layers\)"):
+        Nectar.load(tmp_path / "plain.nectar", model)
+    toys.picked(model, toys.random_tokens(30), 12).save(tmp_path / "adapted.nectar")
+    Nectar.load(tmp_path / "adapted.nectar", model)
+    with pytest.raises(NectarError, match=r"LoRA layers .* the model given has none$"):
+        Nectar.load(tmp_path / "adapted.nectar", toys.toy("llama"))
+
+
+def test_a_server_and_an_update_take_it(folder, tmp_path, capsys):
+    path, first = folder / "with_adapter.nectar", str(folder / "first")
+    server = Running(serve.make_parser().parse_args([str(path), "--adapter", first, "--port", "0"]))
+    try:
+        answer = ask_server(server.client(), "with_adapter", QUESTION, max_tokens=4).choices[0].message.content
+    finally:
+        server.close()
+    assert ask.main([str(path), QUESTION, "--adapter", first, "--max-tokens", "4"]) == 0
+    assert capsys.readouterr().out == answer + "\n"
+    (tmp_path / "text.txt").write_text("The fox runs. " * 20)
+    update = ["update", str(path), "--context", str(tmp_path / "text.txt"), "--output", str(tmp_path / "new.nectar")]
+    assert main(update) == 2
+    assert f"give --adapter {first}" in capsys.readouterr().err
+    assert main([*update, "--adapter", first]) == 0
+    assert "is up to date" in capsys.readouterr().err
