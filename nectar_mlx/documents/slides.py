@@ -6,7 +6,6 @@ from nectar_mlx.documents import blocks, formula
 from nectar_mlx.documents.archive import Archive, Element, attribute, child, children, local
 from nectar_mlx.documents.office import main_part, relations
 from nectar_mlx.documents.reading import Document, Places, Unreadable
-from nectar_mlx.documents.word import math_line
 
 _FURNITURE = {"sldNum", "dt", "ftr", "hdr", "sldImg"}  # number, date, footer; the picture of the slide on its notes
 
@@ -96,6 +95,6 @@ def _runs(element: Element) -> Iterable[str]:
         elif tag == "br":
             yield "\n"
         elif tag in ("oMath", "oMathPara"):
-            yield formula.tidy(math_line(item))
+            yield formula.tidy(formula.math_line(item))
         elif tag not in ("Fallback", "pPr", "rPr"):
             yield from _runs(item)
