@@ -89,7 +89,7 @@ def _has_stray_zeros(data: bytes) -> bool:
     """Whether zeros are all that is strange in UTF-8, as in a log that a crash has cut, or in a list that they
     divide: runs of them count once."""
     runs = len(re.findall(rb"\0+", data))
-    if runs > max(1, len(data) // 8):
+    if runs > max(1, len(data) // 4):
         return False
     try:
         text = data.replace(b"\0", b"").decode("utf-8")

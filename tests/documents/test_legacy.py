@@ -15,7 +15,7 @@ TEXTS = {
     ),
     "bg": ("Вчера вечерта дълго се разхождахме по крайбрежната улица. Утре ще дойде сестра ми с децата.", "cp1251"),
     "el": (
-        "Χθες το βράδυ περπατήσαμε πολύ ώρα στην παραλία και μετά γυρίσαμε σπίτι. Αύριο θα έρθει η αδελφή μου με τα παιδιά.",
+        "Χθες το βράδυ περπατήσαμε πολύ ώρα στην παραλία και μετά γυρίσαμε σπίτι.",
         "cp1253 iso8859_7",
     ),
     "he": ("אתמול בערב טיילנו זמן רב לאורך הטיילת ואז חזרנו הביתה. מחר תבוא אחותי עם הילדים.", "cp1255 iso8859_8"),
@@ -29,7 +29,7 @@ TEXTS = {
     "zht": ("昨天晚上我們沿著河邊散步了很久,然後回家。明天姐姐會帶孩子們來。", "big5"),
     "ko": ("어제 저녁 우리는 강가를 오래 산책한 다음 집으로 돌아왔다. 내일은 누나가 아이들과 함께 온다.", "euc_kr"),
     "pl": (
-        "Wczoraj wieczorem długo spacerowaliśmy bulwarem, a potem wróciliśmy do domu. Jutro przyjedzie siostra z dziećmi.",
+        "Wczoraj wieczorem długo spacerowaliśmy bulwarem, a potem wróciliśmy do domu. Jutro przyjedzie siostra.",
         "cp1250 iso8859_2 cp852",
     ),
     "cs": (
@@ -55,11 +55,11 @@ TEXTS = {
         "cp1257 cp1252",
     ),
     "fr": (
-        "Hier soir, nous nous sommes longtemps promenés sur le quai, puis nous sommes rentrés. Ma sœur arrivera demain avec ",
+        "Hier soir, nous nous sommes longtemps promenés sur le quai, puis nous sommes rentrés. Où étiez-vous à Noël ?",
         "cp1252 mac_roman cp850",
     ),
     "de": (
-        "Gestern Abend sind wir lange am Ufer spazieren gegangen. Morgen kommt meine Schwester mit den Kindern über die Brüc",
+        "Gestern Abend sind wir lange am Ufer spazieren gegangen. Äpfel und Öl sind größer als süß.",
         "cp1252 mac_roman cp850 cp437",
     ),
     "es": (
@@ -110,5 +110,5 @@ def test_odd_bytes(data: bytes, text: str) -> None:
 
 
 def test_a_few_bytes_of_no_encoding_cost_no_more_than_themselves() -> None:
-    text, notes = decode(b"ordinary words, then \x81\x8d\x8f\x90 and \x9d\x81 and more ordinary words" * 3)
+    text, notes = decode(b"ordinary words " * 6 + bytes(range(0x80, 0xA0)))
     assert text.count("ordinary words") == 6 and "unknown encoding" in notes[0]
