@@ -145,7 +145,7 @@ def _legacy(data: bytes) -> tuple[str, list[str]]:
     strange = text.count("\ufffd")
     if strange > len(text) // (50 if encoding else 3):
         raise Unreadable("text in an unknown encoding; save it as UTF-8")
-    return text, [] if encoding else [f"{strange} characters in an unknown encoding"]
+    return text, [] if encoding else [f"{strange} character{'s' * (strange > 1)} in an unknown encoding"]
 
 
 def _with_pairs(data: bytes) -> str:

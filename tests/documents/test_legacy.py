@@ -2,7 +2,9 @@
 
 import pytest
 
+from nectar_mlx.documents import legacy
 from nectar_mlx.documents.encoding import decode
+from nectar_mlx.documents.reading import Unreadable
 
 TEXTS = {
     "ru": (
@@ -109,6 +111,8 @@ def test_odd_bytes(data: bytes, text: str) -> None:
     assert decode(data) == (text, [])
 
 
-def test_a_few_bytes_of_no_encoding_cost_no_more_than_themselves() -> None:
-    text, notes = decode(b"ordinary words " * 6 + b"\xb0\xb1\xb2\xdb" * 4)
-    assert text.count("ordinary words") == 6 and "unknown encoding" in notes[0]
+def test_a_few_bytes_of_no_encoding_cost_no_more_than_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(legacy, "guess", lambda data: "")
+    assert decode(b"ordinary \xfe words") == ("ordinary \ufffd words", ["1 character in an unknown encoding"])
+    with pytest.raises(Unreadable, match="unknown encoding"):
+        decode(b"\xfe\xfe\xfe words")
