@@ -62,8 +62,9 @@ def _decoded(data: bytes, declared: str) -> tuple[str, list[str]]:
 
 
 def _unmarked(data: bytes) -> str:
-    """UTF-32 without its mark: of four bytes, three are zeros or small. UTF-16: half of the bytes of western text are zeros, all at odd or all at even places; other
-    texts are letters of one script, which other data would not be by chance."""
+    """UTF-32 without its mark: two of four bytes are zeros or small. UTF-16: half of the bytes of western text are
+    zeros, all at odd or all at even places; other texts are letters of one script, which other data would not be by
+    chance."""
     sample = data[:_SAMPLE]
     for encoding, high in (("utf-32-le", (3, 2)), ("utf-32-be", (0, 1))):
         if len(data) % 4 == 0 and not any(sample[high[0] :: 4]) and max(sample[high[1] :: 4]) < 4:

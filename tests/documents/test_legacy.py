@@ -115,4 +115,4 @@ def test_a_few_bytes_of_no_encoding_cost_no_more_than_themselves(monkeypatch: py
     monkeypatch.setattr(legacy, "guess", lambda data: "")
     assert decode(b"ordinary \xfe words") == ("ordinary \ufffd words", ["1 character in an unknown encoding"])
     with pytest.raises(Unreadable, match="unknown encoding"):
-        decode(b"\xfe\xfe\xfe words")
+        decode(b"\xfe\xfe\xfe\xfe words")
