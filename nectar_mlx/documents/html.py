@@ -104,6 +104,14 @@ def html_text(page: str) -> tuple[str, list[str]]:
     return reader.text, [f"{what} ({count} times)" if count > 1 else what for what, count in reader.left_out.items()]
 
 
+def links(page: str) -> list[tuple[str, str]]:
+    """Where the links of a page lead, and their texts."""
+    from selectolax.lexbor import LexborHTMLParser
+
+    found = LexborHTMLParser(repaired(page)).css("a[href]") if page.strip() else []
+    return [(link.attributes.get("href") or "", link.text()) for link in found]
+
+
 def _walk(root: Node) -> Iterator[tuple[Node, bool]]:
     """Each node when it starts (True) and, if it is an element, when it ends (False)."""
     stack = [(root, True)]
@@ -146,6 +154,7 @@ class _Reader:
         self._page = Page()
         self._articles = 0
         self._formulas: list[list[str]] = []
+        self._in_note = False
         hidden = 0  # open elements inside one that is not shown
         for node, starts in _walk(root):
             tag = node.tag or ""
@@ -167,7 +176,7 @@ class _Reader:
         if tag in _HIDDEN:
             return True
         attributes = node.attributes
-        if "hidden" in attributes or _NOT_SHOWN.search(attributes.get("style") or ""):
+        if attributes.get("hidden", "until-found") != "until-found" or _NOT_SHOWN.search(attributes.get("style") or ""):
             return True
         if tag in ("span", "i") and attributes.get("aria-hidden") == "true":
             return True
@@ -196,6 +205,11 @@ class _Reader:
             return
         if tag == "article":
             self._articles += 1
+        if tag == "li" and (value := node.attributes.get("value")):
+            self._page.number_from(value)
+        if tag == "a" and _is_note(node.attributes):
+            self._in_note = True
+            self._page.data("[")
         if tag == "img":
             self._picture(node.attributes.get("alt") or "")
         else:
@@ -213,6 +227,9 @@ class _Reader:
             return
         if tag == "article":
             self._articles -= 1
+        if tag == "a" and self._in_note:
+            self._in_note = False
+            self._page.data("]")
         self._page.end(tag)
 
     def _data(self, text: str) -> None:
@@ -224,3 +241,8 @@ class _Reader:
     def _picture(self, description: str) -> None:
         if any(character.isalnum() for character in description):
             self._page.data(f"[{' '.join(description.split())}]")
+
+
+def _is_note(attributes: dict[str, str | None]) -> bool:
+    """Whether a link leads to a note: its number would be a part of the word before it."""
+    return "noteref" in (attributes.get("epub:type") or "") or attributes.get("role") == "doc-noteref"

@@ -132,8 +132,8 @@ class Page:
         self._add(data)
 
     def number_from(self, start: str) -> None:
-        """The number of the first item of the list that has just started."""
-        if re.fullmatch(r"[0-9]{1,6}", start) and self._lists:
+        """The number of the next item of a numbered list."""
+        if re.fullmatch(r"[0-9]{1,6}", start) and self._lists and self._lists[-1] is not None:
             self._lists[-1] = int(start) - 1
 
     def _add(self, data: str) -> None:
