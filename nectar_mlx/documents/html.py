@@ -4,6 +4,7 @@ import plistlib
 import re
 from collections import Counter
 from collections.abc import Iterator
+from html import unescape
 from typing import Protocol
 
 from nectar_mlx.documents import formula
@@ -37,6 +38,7 @@ _COOKIE = (
     r"cookies?[\s_-]*(?:$|bar|banner|notice|notif|consent|popup|policy|modal|overlay|law|message|dialog|settings|info)"
 )
 _NOTICE = re.compile(rf"(?:^|[\s_-])(?:{_COOKIE}|consent|gdpr)", re.IGNORECASE)
+_TITLE = re.compile(r"<title[^<>]{0,200}>([^<]{1,300})</title", re.IGNORECASE)
 _NOSCRIPT = re.compile(r"</?noscript[^>]{0,200}>", re.IGNORECASE)
 _NOT_SHOWN = re.compile(r"display\s*:\s*none|visibility\s*:\s*hidden", re.IGNORECASE)
 
@@ -62,7 +64,15 @@ def read_html(data: bytes, name: str) -> Document:
     """A web page."""
     html, notes = decode(data, declared=declared_encoding(data))
     text, left_out = html_text(html)
-    return Document("html", text, left_out=notes + left_out)
+    return Document("html", _titled(text, html), left_out=notes + left_out)
+
+
+def _titled(text: str, page: str) -> str:
+    """The text under the page's title where it has no heading of its own."""
+    found = _TITLE.search(page)
+    title = " ".join(unescape(found[1]).split()) if found else ""
+    has_heading = re.search("^#{1,2} ", text, re.MULTILINE) or title in text
+    return text if has_heading or not text.strip() else f"# {title}\n\n{text}"
 
 
 def read_webarchive(data: bytes, name: str) -> Document:
@@ -77,7 +87,7 @@ def read_webarchive(data: bytes, name: str) -> Document:
         raise Unreadable(f"a web archive of the kind {kind}")
     html, notes = decode(content, declared=declared)
     text, left_out = (html, []) if kind == "text/plain" else html_text(html)
-    return Document("html", text, left_out=notes + left_out)
+    return Document("html", _titled(text, html), left_out=notes + left_out)
 
 
 def declared_encoding(data: bytes) -> str:
@@ -213,7 +223,13 @@ class _Reader:
         if tag == "img":
             self._picture(node.attributes.get("alt") or "")
         else:
-            self._page.start(tag, layout=tag == "table" and node.mem_id in self._layouts)
+            spans = node.attributes if tag in ("td", "th") else {}
+            self._page.start(
+                tag,
+                layout=tag == "table" and node.mem_id in self._layouts,
+                columns=spans.get("colspan") or "",
+                rows=spans.get("rowspan") or "",
+            )
         if tag == "ol":
             self._page.number_from(node.attributes.get("start") or "")
 
