@@ -12,6 +12,7 @@ from nectar_mlx.documents.html import html_text
 from nectar_mlx.documents.reading import Document, Inner, Places, Unreadable
 
 _HEADERS = ("From", "To", "Cc", "Date", "Subject")
+_SIGNATURES = {"application/pgp-signature", "application/pkcs7-signature", "application/x-pkcs7-signature"}
 _MOST_HEADER = 2000  # characters
 _MOST_PARTS = 1000
 _MOST_DEPTH = 20
@@ -75,11 +76,14 @@ def _mail_text(data: bytes, inner: Inner, left_out: list[str]) -> str:
     message = BytesParser(policy=_Raw()).parsebytes(data)
     if not any(message.get(header) for header in (*_HEADERS, "Content-Type", "MIME-Version", "Message-ID")):
         raise Unreadable("not a mail: it has no headers")
+    return "\n\n".join([*_heading(message, "#"), *_body(message, inner, left_out)])
+
+
+def _heading(message: Message, signs: str) -> list[str]:
+    """The subject as a heading, and the headers that a person reads."""
     lines = [f"{header}: {value}" for header in _HEADERS if (value := _header(message, header))]
     subject = _header(message, "Subject")
-    heading = [f"# {subject}"] if subject else []
-    body = _body(message, inner, left_out)
-    return "\n\n".join(part for part in (*heading, "\n".join(lines), *body) if part)
+    return [part for part in (f"{signs} {subject}" if subject else "", "\n".join(lines)) if part]
 
 
 def _header(message: Message, name: str) -> str:
@@ -101,11 +105,12 @@ def _body(message: Message, inner: Inner, left_out: list[str]) -> list[str]:
             left_out.append(f"parts after the first {_MOST_PARTS}")
             break
         kind, name = part.get_content_type(), _file_name(part)
-        if part.get_content_type() == "message/rfc822":
-            continue
         if part.is_multipart():
+            if kind == "message/rfc822":
+                texts += _heading(part.get_payload(0), "##")  # type: ignore[arg-type]
+        elif kind in _SIGNATURES:
             continue
-        if kind in ("text/plain", "text/html") and (not name or not _is_attached(part)):
+        elif kind in ("text/plain", "text/html") and (not name or not _is_attached(part)):
             texts.append(_text(part, kind, left_out))
         elif name or kind.startswith("text/"):
             texts += _attached(part, name or "attachment.txt", inner, left_out)
@@ -165,8 +170,27 @@ def _text(part: Message, kind: str, left_out: list[str]) -> str:
     if kind == "text/html":
         text, hidden = html_text(text)
         notes += hidden
+    elif str(part.get_param("format")).lower() == "flowed":
+        text = _flowed(text, joined=str(part.get_param("delsp")).lower() == "yes")
     left_out += notes
     return text.strip("\n")
+
+
+def _flowed(text: str, *, joined: bool) -> str:
+    """Lines that end in a space go on in the next one of the same quotation (RFC 3676); joined: without the space."""
+    lines: list[str] = []
+    goes_on, depth = False, 0
+    for line in text.split("\n"):
+        quoted = len(line) - len(line.lstrip(">"))
+        content = line[quoted:].removeprefix(" ")
+        if goes_on and quoted == depth and content != "-- ":
+            lines.append(content)
+        else:
+            lines.append(f"{chr(10) if lines else ''}{'>' * quoted}{' ' if quoted else ''}{content}")
+        depth, goes_on = quoted, content.endswith(" ") and content != "-- "
+        if goes_on and joined:
+            lines[-1] = lines[-1][:-1]
+    return "".join(lines)
 
 
 def _attached(part: Message, name: str, inner: Inner, left_out: list[str]) -> list[str]:
