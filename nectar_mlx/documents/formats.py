@@ -98,9 +98,11 @@ READERS: dict[str, Reader] = {
     **dict.fromkeys(_TEXTS, read_text),
     **dict.fromkeys(("html", "htm", "xhtml", "xht"), _lazy("html", "read_html")),
     "epub": _lazy("epub", "read_epub"),
-    **dict.fromkeys(("pptx", "pptm", "ppsx"), _lazy("slides", "read_pptx")),
+    **dict.fromkeys(("pptx", "pptm", "ppsx", "potx"), _lazy("slides", "read_pptx")),
     **dict.fromkeys(("xlsx", "xlsm", "xltx"), _lazy("sheets", "read_xlsx")),
-    **dict.fromkeys(("odt", "ods", "odp", "ott"), _lazy("opendocument", "read_opendocument")),
+    **dict.fromkeys(
+        ("odt", "ods", "odp", "ott", "ots", "otp", "fodt", "fods", "fodp"), _lazy("opendocument", "read_opendocument")
+    ),
     "rtf": _lazy("rtf", "read_rtf"),
     "pdf": _lazy("pdf", "read_pdf"),
     "ipynb": _lazy("notebook", "read_notebook"),

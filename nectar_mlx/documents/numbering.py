@@ -159,10 +159,11 @@ def _part(found: _List, depth: int, shown: _Level) -> str:
     if level is None:
         return ""
     count = found.counts[depth]
-    return _spelled(level.start if count is None else count, "decimal" if shown.is_legal else level.kind)
+    return spelled(level.start if count is None else count, "decimal" if shown.is_legal else level.kind)
 
 
-def _spelled(number: int, kind: str) -> str:
+def spelled(number: int, kind: str) -> str:
+    """A number as Word spells it: "decimal", "lowerLetter", "upperRoman" and so on."""
     match kind:
         case "none" | "bullet":
             return ""
