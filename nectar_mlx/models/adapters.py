@@ -34,7 +34,8 @@ def apply(model: nn.Module, path: str) -> None:
     folder = Path(path).expanduser()
     try:
         load_adapters(model, str(folder))
-        sha256 = adapter_fingerprint(model, dict(mx.load(str(folder / _FILES[1]))))
+        weights: Any = mx.load(str(folder / _FILES[1]))
+        sha256 = adapter_fingerprint(model, weights)
     except Exception as error:  # a folder from anyone, and layers that the model may not have
         reason = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
         raise NectarError(f"mlx-lm cannot load the adapter {path} for this model ({reason})") from error
