@@ -207,7 +207,8 @@ def _estimate(arguments: argparse.Namespace, tokens: int) -> JsonObject:
     from .fitting.machines import here, named_shape, settings
 
     machine = here()
-    options = settings(machine, budget=arguments.size or arguments.budget or "auto", kind=arguments.kind)
+    budget = arguments.size or arguments.budget or "auto"
+    options = settings(machine, budget=budget, kind=arguments.kind, effort=arguments.effort)
     count = min(tokens, arguments.context_tokens or tokens)
     expected = estimate(named_shape(arguments.model), machine, options, max(1, count))
     return {"seconds": round(expected.seconds, 1), "file_bytes": int(expected.size), "basis": machine.basis}

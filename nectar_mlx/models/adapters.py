@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -34,8 +34,7 @@ def apply(model: nn.Module, path: str) -> None:
     folder = Path(path).expanduser()
     try:
         load_adapters(model, str(folder))
-        weights: Any = mx.load(str(folder / _FILES[1]))
-        sha256 = adapter_fingerprint(model, weights)
+        sha256 = adapter_fingerprint(model, cast("dict[str, mx.array]", mx.load(str(folder / _FILES[1]))))
     except Exception as error:  # a folder from anyone, and layers that the model may not have
         reason = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
         raise NectarError(f"mlx-lm cannot load the adapter {path} for this model ({reason})") from error

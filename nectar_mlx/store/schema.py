@@ -81,15 +81,19 @@ class _File(msgspec.Struct):
 
 
 class _Report(msgspec.Struct):
-    """What commands show of a report; it may hold more."""
+    """What is read of a report; it may hold more, which is only shown."""
 
     verdict: str = ""
+    error: list[float] = []
+    seconds: dict[str, float] = {}
     kl: float | None = None
     agree: float | None = None
     kl_no_context: float | None = None
     gap_closed: float | None = None
     files: list[_File] = []
     packed_files: str = ""
+    edits: str = ""
+    text: str = ""
 
 
 class _Adapter(msgspec.Struct):
