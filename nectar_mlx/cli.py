@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from .core import numbers, terminal
+from .core import interrupt, numbers, terminal
 from .core.clock import duration
 from .core.numbers import share as share
 from .core.numbers import size as size
@@ -68,7 +68,8 @@ def run(parser: argparse.ArgumentParser, work: Callable[[argparse.Namespace], No
     try:
         args = parser.parse_args(argv)
         _quiet = getattr(args, "quiet", False)
-        work(args)
+        with interrupt.kept():
+            work(args)
         sys.stdout.flush()
     except SystemExit as exit:  # argparse: after --help, or after its message about an error
         return exit.code if isinstance(exit.code, int) else FAULT
