@@ -21,8 +21,7 @@ def kept() -> Iterator[None]:
         if not issubclass(unraisable.exc_type, KeyboardInterrupt):
             before(unraisable)
             return
-        main = threading.main_thread().ident
-        again = threading.Timer(_SOON, lambda: main and signal.pthread_kill(main, signal.SIGINT))
+        again = threading.Timer(_SOON, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT))
         again.daemon = True
         again.start()
 
