@@ -96,6 +96,11 @@ class _Report(msgspec.Struct):
     text: str = ""
 
 
+class _Adapter(msgspec.Struct):
+    path: str
+    sha256: _Word
+
+
 class _Metadata(msgspec.Struct):
     model: _Word
     model_sha256: _Word
@@ -105,6 +110,7 @@ class _Metadata(msgspec.Struct):
     layout: _Layout
     report: _Report
     source: str = ""
+    adapter: _Adapter | None = None
     config: dict[str, Any] = {}
     chunks: list[_Length] = []
 

@@ -1,7 +1,7 @@
 """Deciding how a file is brought up to date, and doing it."""
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Literal
 
 import mlx.nn as nn
@@ -187,13 +187,7 @@ def _updated(
         tensors,
         run.layout,
         run.geometry,
-        provenance={
-            "model": file.metadata["model"],
-            "model_sha256": run.facts["model"],
-            "tokenizer_sha256": run.facts["tokenizer"],
-            "config": asdict(run.config),
-            "source": source,
-        },
+        provenance=run.provenance(model=file.metadata["model"], source=source),
         report=report,
     )
     return Outcome(way=way, tensors=tensors, metadata=metadata)
