@@ -80,6 +80,9 @@ class NectarCache(_BaseCache):
         # What all keys have in common would take the few bits that tell them apart. (Of latent vectors `keys` are but
         # the first part of the keys.)
         offset = mx.array(0.0) if self.bank.offset is None else self.bank.offset[:, None, : keys.shape[-1]]
+        if keys.shape[-1] % self.live.group_size or values.shape[-1] % self.live.group_size:
+            widths = f"keys of {keys.shape[-1]} and values of {values.shape[-1]} numbers"
+            raise NectarError(f"{widths} cannot be quantized: leave out kv_bits")
         relative = (keys - offset).astype(keys.dtype)
         stored_keys, stored_values = self.live.update_and_fetch(relative, values)
         absolute = (_dequantized(self.live, stored_keys) + offset).astype(keys.dtype)

@@ -304,6 +304,18 @@ def test_layers_with_a_sliding_window(tmp_path, architecture):
         server.close()
 
 
+def test_a_model_that_cannot_be_batched(tmp_path):
+    """mlx-lm's code of dynamic NTK scaling takes one position."""
+    book = toys.book(tmp_path, rope_scaling={"rope_type": "dynamic", "factor": 2.0})
+    server = Running(arguments([book]))
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            found = list(pool.map(lambda q: ask(server.client(), "book", q).choices[0].message, QUESTIONS[:2]))
+        assert [message.content for message in found] == [alone(book, question) for question in QUESTIONS[:2]]
+    finally:
+        server.close()
+
+
 @pytest.mark.parametrize("architecture", ["qwen3_next", "falcon_h1", "gemma3n", "deepseek_v3"])
 def test_turns_of_models_that_keep_more_than_keys(tmp_path, architecture):
     """Where caches cannot be trimmed, a conversation that turns off earlier is read again."""
