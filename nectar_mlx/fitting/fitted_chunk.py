@@ -160,6 +160,6 @@ class FittedChunk:
             layers=[groups["layers", i] for i in range(record["layers"])],
             errors=record["errors"],
             samples=record["samples"],
-            windows=states.read(arrays, geometry, length) if record["windows"] else {},
+            windows=states.read(dict(arrays), geometry, length) if record["windows"] else {},
             answers=[Answer(c, groups["answers", i]["hidden"]) for i, c in enumerate(conversations)],
         )
