@@ -25,6 +25,7 @@ from .core.progress import Overall, Status, Update
 from .errors import NectarError
 
 if TYPE_CHECKING:
+    import mlx.core as mx
     import mlx.nn as nn
     from rich.console import RenderableType
 
@@ -214,10 +215,13 @@ def may_fetch(name: str, *, fetch: bool) -> bool:
     return terminal.confirm(f"The file names the model {name}, which is not here. Download it?", otherwise="")
 
 
-def load(path: str, model_name: str | None = None, *, fetch: bool = False) -> "tuple[nn.Module, Tokenizer, Nectar]":
+def load(
+    path: str, model_name: str | None = None, *, fetch: bool = False, group: "mx.distributed.Group | None" = None
+) -> "tuple[nn.Module, Tokenizer, Nectar]":
     """The model, the tokenizer and the .nectar; NectarError if it is damaged or was fitted on another model.
 
     model_name: which the user gave. fetch: whether one that only the file names may be downloaded without asking.
+    group: of ranks, as for `models.load`.
     """
     from . import models, store
     from .models import hub
@@ -225,7 +229,7 @@ def load(path: str, model_name: str | None = None, *, fetch: bool = False) -> "t
     file = hub.nectar_file(path)
     allowed = None if model_name else partial(may_fetch, fetch=fetch)
     name = model_name or store.model_name(file)
-    model, tokenizer = models.load(name, log=say, progress=progress, may_fetch=allowed)
+    model, tokenizer = models.load(name, log=say, progress=progress, may_fetch=allowed, group=group)
     return model, tokenizer, load_nectar(file, model, tokenizer)
 
 

@@ -4,16 +4,10 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from . import cli
 from .core.clock import duration
 from .core.types import JsonObject
-
-if TYPE_CHECKING:
-    from .fitting.estimate import Machine, Shape
-
-TOKENS = (10_000, 100_000, 1_000_000, 10_000_000)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,45 +38,21 @@ def _work(arguments: argparse.Namespace) -> None:
         raise NectarError(f"no machine with {chosen!r} in its name: {', '.join(m.name for m in machines.MACHINES)}")
     if not 1 <= arguments.machines <= 8:
         raise NectarError(f"--machines must be 1 to 8, not {arguments.machines}")
-    if not all(arguments.tokens or TOKENS):
+    if not all(arguments.tokens or machines.TOKENS):
         raise NectarError("--tokens must be at least 1")
     shapes = [machines.named_shape(name) for name in arguments.model or machines.SHAPES]
     rows = [
-        row(shape, tokens, machine, machines=arguments.machines, budget=arguments.budget, kind=arguments.kind)
+        machines.planned(
+            shape, tokens, machine, machines=arguments.machines, budget=arguments.budget, kind=arguments.kind
+        )
         for shape in shapes
-        for tokens in arguments.tokens or TOKENS
+        for tokens in arguments.tokens or machines.TOKENS
         for machine in named
     ]
     if arguments.json:
         print(json.dumps(rows))
     else:
         _show(rows)
-
-
-def row(
-    shape: "Shape", tokens: int, machine: "Machine", *, machines: int = 1, budget: str = "auto", kind: str = "auto"
-) -> JsonObject:
-    """What a fit would take. machines: how many share it; memory is that of each."""
-    from .fitting.estimate import estimate
-    from .fitting.machines import settings
-
-    expected = estimate(shape, machine, settings(machine, budget=budget, kind=kind), tokens, machines=machines)
-    return {
-        "model": shape.name,
-        "tokens": tokens,
-        "machine": machine.name,
-        "machines": machines,
-        "seconds": round(expected.seconds, 1),
-        "memory_bytes": int(expected.memory),
-        "file_bytes": int(expected.size),
-        "disk_bytes": int(expected.size + expected.disk),
-        "step_bytes": int(expected.step),
-        "cache_bytes": int(expected.cache),
-        "chunks": expected.chunks,
-        "layerwise": expected.layerwise,
-        "fits": expected.memory <= machine.memory,
-        "basis": machine.basis,
-    }
 
 
 def _show(rows: Sequence[JsonObject]) -> None:

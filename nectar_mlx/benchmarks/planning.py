@@ -8,8 +8,7 @@ from collections.abc import Iterable, Sequence
 from ..core.clock import duration
 from ..core.types import JsonObject
 from ..fitting.estimate import Machine
-from ..fitting.machines import MACHINES, SHAPES
-from ..plan import TOKENS, row
+from ..fitting.machines import MACHINES, SHAPES, TOKENS, planned
 
 MODELS = ("Qwen3-1.7B", "Qwen3-8B", "Qwen3-32B", "Llama-3.3-70B")
 CLUSTERS = ("M4 Max, 128 GB", "M3 Ultra, 512 GB", "M5 Ultra, 512 GB", "H100, 80 GB")
@@ -48,7 +47,7 @@ def page() -> str:
 
 
 def _rows(model: str, machine: Machine, machines: int = 1) -> list[JsonObject]:
-    return [row(SHAPES[model], tokens, machine, machines=machines) for tokens in TOKENS]
+    return [planned(SHAPES[model], tokens, machine, machines=machines) for tokens in TOKENS]
 
 
 def _sizes() -> Iterable[Sequence[str]]:

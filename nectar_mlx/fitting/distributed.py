@@ -23,7 +23,8 @@ from ..errors import NectarError
 from ..heads import HeadArrays
 
 _T = TypeVar("_T")
-_NAMES = {getattr(mx, name): name for name in ("bool_", "uint8", "int32", "uint32", "float16", "bfloat16", "float32")}
+_INTEGERS = tuple(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))
+_NAMES = {getattr(mx, name): name for name in ("bool_", *_INTEGERS, "float16", "bfloat16", "float32")}
 _LAUNCHED = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")  # set by what starts several processes
 
 

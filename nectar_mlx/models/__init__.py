@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,7 +20,7 @@ from nectar_mlx.core.files import cache_folder, written_at_once
 from nectar_mlx.core.progress import Log, Progress, no_log, silent
 from nectar_mlx.core.types import Tokenizer
 from nectar_mlx.errors import NectarError
-from nectar_mlx.models import hub, pypi
+from nectar_mlx.models import hub, pypi, sharding
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -49,11 +49,17 @@ class Source:
 
 
 def load(
-    name: str, *, log: Log = no_log, progress: Progress = silent, may_fetch: MayFetch | None = None
+    name: str,
+    *,
+    log: Log = no_log,
+    progress: Progress = silent,
+    may_fetch: MayFetch | None = None,
+    group: mx.distributed.Group | None = None,
 ) -> tuple[nn.Module, "TokenizerWrapper"]:
     """Loads a model and its tokenizer by name, like `mlx_lm.load`; `log` gets the source, `progress` a conversion's.
 
-    On the CPU the weights are cast to float32, on a GPU they keep their type. Raises NectarError if there is no such
+    On the CPU the weights are cast to float32, on a GPU they keep their type. group: of several, whose every rank loads
+    its part of the model (`sharding`), and never all of it at once. Raises NectarError if there is no such
     model or mlx-lm cannot read it.
     """
     import mlx_lm  # imports transformers, which takes seconds and which `resolve` does not need
@@ -64,6 +70,9 @@ def load(
         model, tokenizer = mlx_lm.load(str(source.path), lazy=True)[:2]
     except Exception as error:  # a folder from anyone: mlx-lm, transformers and tokenizers raise what they like
         raise NectarError(f"{name}: mlx-lm cannot load {source.path} ({_first_line(error)})") from error
+    if group is not None:
+        whole = _named_parameters(mlx_lm.load(str(source.path), lazy=True)[0])
+        sharding.divide(model, group, fingerprint=_digest(model, _sampled_one_by_one(whole)), name=name)
     if mx.default_device() == mx.cpu:
         model.set_dtype(mx.float32)
     mx.eval(model)
@@ -114,14 +123,33 @@ def fingerprint(model: nn.Module) -> str:
     It covers the name, the shape and up to 4,096 evenly spaced values of every parameter, rounded to bfloat16: a second
     even for large models. A fine-tuned or requantized model differs; a change of single weights may be missed.
     """
-    arguments = getattr(model, "args", None)
-    settings = dataclasses.asdict(arguments) if arguments is not None else {"class": type(model).__name__}
-    parameters: list[tuple[str, mx.array]] = sorted(tree_flatten(model.parameters()))  # type: ignore[arg-type]
+    if (shard := sharding.shard_of(model)) is not None:
+        return shard.fingerprint
+    parameters = _named_parameters(model)
     samples = [_sample(array) for _, array in parameters]
     mx.eval(samples)
+    named = ((name, array.shape, sample) for (name, array), sample in zip(parameters, samples, strict=True))
+    return _digest(model, named)
+
+
+def _named_parameters(model: nn.Module) -> list[tuple[str, mx.array]]:
+    return sorted(tree_flatten(model.parameters()))  # type: ignore[arg-type]
+
+
+def _sampled_one_by_one(parameters: list[tuple[str, mx.array]]) -> Iterator[tuple[str, tuple[int, ...], mx.array]]:
+    """Empties the list: of weights that nobody else holds one is in memory at a time."""
+    while parameters:
+        name, array = parameters.pop(0)
+        yield name, array.shape, _sample(array)
+
+
+def _digest(model: nn.Module, samples: Iterable[tuple[str, tuple[int, ...], mx.array]]) -> str:
+    """samples: of every parameter its name, shape and `_sample`."""
+    arguments = getattr(model, "args", None)
+    settings = dataclasses.asdict(arguments) if arguments is not None else {"class": type(model).__name__}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
-    for (name, array), sample in zip(parameters, samples, strict=True):
-        digest.update(f"{name} {array.shape}".encode())
+    for name, shape, sample in samples:
+        digest.update(f"{name} {shape}".encode())
         digest.update(np.array(sample).tobytes())
     return digest.hexdigest()
 
