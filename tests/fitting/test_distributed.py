@@ -2,18 +2,14 @@
 
 import os
 import signal
-import socket
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import mlx.core as mx
 import pytest
 
 from nectar_mlx import store
 from nectar_mlx.fitting.distributed import World, _packed, _unpacked
-from tests import toys
+from tests import launching, toys
 from tests.fitting.toy_fit import FAST, TEXT
 
 PROGRAM = """
@@ -42,28 +38,15 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def alone(folder):
     """The file of a single process."""
-    process = start(folder, folder / "alone.nectar", ranks=1)
-    assert process.wait(150) == 0, process.stderr.read()
+    said = launching.said(start(folder, folder / "alone.nectar", ranks=1))
+    assert (folder / "alone.nectar").exists(), said
     return (folder / "alone.nectar").read_bytes()
 
 
 def start(folder, output, *, ranks, waits=""):
     """Begins a fit in so many processes -> that of the launcher."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launcher = Path(sys.executable).with_name("mlx.launch")
     options = ["--model", folder / "model", "--context", folder / "book.txt", "--budget", "0.3", "--output", output]
-    launch = [launcher, "-n", str(ranks), "--backend", "ring", "--starting-port", str(port)] if ranks > 1 else []
-    root = str(Path(__file__).parents[2])
-    return subprocess.Popen(
-        [*launch, sys.executable, folder / "fit.py", *options],
-        env=os.environ | {"PYTHONPATH": root, "WAITS": waits},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    return launching.start(folder / "fit.py", *options, ranks=ranks, WAITS=waits)
 
 
 def test_shares_are_all_of_the_work():
@@ -96,7 +79,7 @@ def test_a_process_by_itself_is_a_world_of_one():
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_ranks_write_the_file_of_one_process(folder, alone, ranks):
     output = folder / f"of-{ranks}.nectar"
-    said, _ = start(folder, output, ranks=ranks).communicate(timeout=200)
+    said = launching.said(start(folder, output, ranks=ranks))
     assert output.exists(), said
     assert output.read_bytes() == alone
     assert not list(folder.glob("*.partial"))
@@ -113,7 +96,7 @@ def test_a_rank_that_is_killed_ends_the_job_and_leaves_its_work(folder, alone):
     while not list(kept.glob("heads-*.safetensors")) and time.monotonic() < end and launched.poll() is None:
         time.sleep(0.05)
     os.kill(int((kept / "lock").read_text()), signal.SIGKILL)
-    said, _ = launched.communicate(timeout=60)
+    said = launching.said(launched)
     assert "rank 1" in said and "another rank of this fit has ended" in said, said
     assert "the same command continues" in said and not output.exists()
     first = folder / "late.nectar.partial"
@@ -123,5 +106,7 @@ def test_a_rank_that_is_killed_ends_the_job_and_leaves_its_work(folder, alone):
     while again.poll() is None and (first / "conversations.json").exists():
         assert sampled[0] == (first / "conversations.json").stat().st_mtime_ns, "answers were sampled again"
         time.sleep(0.05)
-    assert again.wait(150) == 0 and output.read_bytes() == alone
+    said = launching.said(again)
+    assert output.exists(), said
+    assert output.read_bytes() == alone
     assert not list(folder.glob("*.partial"))

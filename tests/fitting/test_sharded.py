@@ -1,11 +1,6 @@
 """A model that is divided among ranks: its file is as good as that of a whole one, and answers alike."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -14,9 +9,8 @@ import pytest
 from nectar_mlx import Nectar, NectarError, ask, store
 from nectar_mlx.mlxlm.geometry import Geometry
 from nectar_mlx.store import sharding
-from tests import toys
+from tests import launching, toys
 
-ROOT = Path(__file__).parents[2]
 QUESTION = "Who sees fox number 3?"
 FEW = ["--queries", "600", "--steps", "60", "--context-tokens", "300", "--budget", "0.4"]
 
@@ -50,23 +44,6 @@ def test_a_process_by_itself_has_nothing_to_divide(tmp_path, capsys):
     assert "mlx.launch" in capsys.readouterr().err
 
 
-def launched(*command):
-    """What two ranks say."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launcher = Path(sys.executable).with_name("mlx.launch")
-    return subprocess.run(
-        [launcher, "-n", "2", "--backend", "ring", "--starting-port", str(port), sys.executable, "-m", *command],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-
-
 @pytest.mark.process
 @pytest.mark.slow
 def test_two_ranks_with_half_a_model_each(tmp_path, tokenizer, capsys):
@@ -77,18 +54,19 @@ def test_two_ranks_with_half_a_model_each(tmp_path, tokenizer, capsys):
     (tmp_path / "book.txt").write_text(TEXT)
     output = str(tmp_path / "book.nectar")
     named = ["--model", str(tmp_path / "model")]
-    said = launched(
-        "nectar_mlx.fit", *named, "--context", str(tmp_path / "book.txt"), "--output", output, *FEW, "--shard"
-    )
+    given = [*named, "--context", str(tmp_path / "book.txt"), "--output", output, *FEW]
+    said = launching.said(launching.start("-m", "nectar_mlx.fit", *given, "--shard"))
+    assert Path(output).exists(), said
     nectar = Nectar.load(output, model, tokenizer)  # the file is one of the whole model
-    assert nectar.report["gap_closed"] > 0.9, said.stderr
+    assert nectar.report["gap_closed"] > 0.9, said
     assert len(nectar.report["sizes"]) == len(nectar.report["error"]) == 6
     tokens = nectar.prompt(tokenizer, QUESTION)
     full = model(mx.array([nectar.prefix + tokens]))[0, -1]
     ours = model(mx.array([tokens]), cache=nectar.make_cache())[0, -1]
     assert float(mx.abs(mx.softmax(full) - mx.softmax(ours)).sum()) < 0.5
     asked = ["--max-tokens", "12", "--temp", "0", "--json"]
-    together = json.loads(launched("nectar_mlx.ask", output, QUESTION, *named, *asked, "--shard").stdout)
+    said = launching.said(launching.start("-m", "nectar_mlx.ask", output, QUESTION, *named, *asked, "--shard"))
+    together = next(json.loads(line) for line in said.splitlines() if line.startswith("{"))
     capsys.readouterr()
     assert ask.main([output, QUESTION, *named, *asked]) == 0
     assert together["answer"] == json.loads(capsys.readouterr().out)["answer"] != ""
