@@ -1,6 +1,7 @@
 """A model that is divided among ranks: its file is as good as that of a whole one, and answers alike."""
 
 import json
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
