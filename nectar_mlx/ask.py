@@ -85,11 +85,7 @@ class _Here:
         self._library = _library(args)
         if self._library and group:
             raise NectarError("--shard takes a .nectar, not a library")
-        found = (
-            self._library.find(question)
-            if self._library
-            else cli.load(args.nectar, args.model, fetch=args.fetch, group=group)
-        )
+        found = self._library.find(question) if self._library else cli.load(args.nectar, args, group=group)
         self._seconds = time.perf_counter() - start
         self._sources: list[Source] | None = None
         if found is None:

@@ -24,6 +24,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--budget", default="auto", metavar="SHARE", help="as for fit (auto: counted as 4%%)")
     parser.add_argument("--kind", default="auto", help="as for fit (auto)")
+    parser.add_argument("--effort", default="normal", help="as for fit: quick, normal or best (normal)")
     parser.add_argument("--json", action="store_true", help="print one JSON list")
     return parser
 
@@ -40,14 +41,14 @@ def _work(arguments: argparse.Namespace) -> None:
         raise NectarError(f"--machines must be 1 to 8, not {arguments.machines}")
     if not all(arguments.tokens or machines.TOKENS):
         raise NectarError("--tokens must be at least 1")
+    options = {name: getattr(arguments, name) for name in ("budget", "kind", "effort")}
+    configs = [(machine, machines.settings(machine, **options)) for machine in named]
     shapes = [machines.named_shape(name) for name in arguments.model or machines.SHAPES]
     rows = [
-        machines.planned(
-            shape, tokens, machine, machines=arguments.machines, budget=arguments.budget, kind=arguments.kind
-        )
+        machines.planned(shape, tokens, machine, config, machines=arguments.machines)
         for shape in shapes
         for tokens in arguments.tokens or machines.TOKENS
-        for machine in named
+        for machine, config in configs
     ]
     if arguments.json:
         print(json.dumps(rows))

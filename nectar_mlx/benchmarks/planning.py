@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from ..core.clock import duration
 from ..core.types import JsonObject
 from ..fitting.estimate import Machine
-from ..fitting.machines import MACHINES, SHAPES, TOKENS, planned
+from ..fitting.machines import MACHINES, SHAPES, TOKENS, planned, settings
 
 MODELS = ("Qwen3-1.7B", "Qwen3-8B", "Qwen3-32B", "Llama-3.3-70B")
 CLUSTERS = ("M4 Max, 128 GB", "M3 Ultra, 512 GB", "M5 Ultra, 512 GB", "H100, 80 GB")
@@ -47,7 +47,8 @@ def page() -> str:
 
 
 def _rows(model: str, machine: Machine, machines: int = 1) -> list[JsonObject]:
-    return [planned(SHAPES[model], tokens, machine, machines=machines) for tokens in TOKENS]
+    config = settings(machine, budget="auto", kind="auto")
+    return [planned(SHAPES[model], tokens, machine, config, machines=machines) for tokens in TOKENS]
 
 
 def _sizes() -> Iterable[Sequence[str]]:

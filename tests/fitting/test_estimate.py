@@ -158,3 +158,13 @@ def test_the_number_of_machines_is_asked_for(capsys):
     (row,) = json.loads(capsys.readouterr().out)
     assert row["machines"] == 4 and row["step_bytes"] < row["cache_bytes"]
     assert plan.main([*named, "--machines", "9"]) == 2
+
+
+def test_an_effort_is_planned(capsys):
+    seconds = []
+    for effort in ("quick", "normal", "best"):
+        options = ["--model", "Qwen3-8B", "--tokens", "100k", "--machine", "H100", "--effort", effort, "--json"]
+        assert plan.main(options) == 0
+        seconds.append(json.loads(capsys.readouterr().out)[0]["seconds"])
+    assert seconds == sorted(seconds) and seconds[2] > 2 * seconds[1]
+    assert plan.main(["--effort", "some"]) == 2
