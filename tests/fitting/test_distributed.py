@@ -30,6 +30,7 @@ STUDY = {"queries": 2500, "conversations": 20, "checks": 9}  # several groups th
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     toys.save_model(toys.toy("llama"), folder / "model", toys.tokenizer())
+    toys.save_model(toys.toy("llama", max_position_embeddings=1300), folder / "short", toys.tokenizer())
     (folder / "book.txt").write_text(TEXT)
     (folder / "fit.py").write_text(PROGRAM % (FAST | STUDY))
     return folder
@@ -43,9 +44,9 @@ def alone(folder):
     return (folder / "alone.nectar").read_bytes()
 
 
-def start(folder, output, *, ranks, waits=""):
+def start(folder, output, *, ranks, waits="", model="model"):
     """Begins a fit in so many processes -> that of the launcher."""
-    options = ["--model", folder / "model", "--context", folder / "book.txt", "--budget", "0.3", "--output", output]
+    options = ["--model", folder / model, "--context", folder / "book.txt", "--budget", "0.3", "--output", output]
     return launching.start(folder / "fit.py", *options, ranks=ranks, WAITS=waits)
 
 
@@ -84,6 +85,20 @@ def test_ranks_write_the_file_of_one_process(folder, alone, ranks):
     assert output.read_bytes() == alone
     assert not list(folder.glob("*.partial"))
     assert store.read(output)[1]["report"]["gap_closed"] > 0.9
+
+
+@pytest.mark.process
+@pytest.mark.slow
+def test_ranks_share_the_chunks_of_a_long_text(folder):
+    """The first one is fitted together, each of the others by one rank."""
+    files = []
+    for ranks in (1, 2):
+        output = folder / f"chunks-{ranks}.nectar"
+        said = launching.said(start(folder, output, ranks=ranks, model="short"))
+        assert output.exists(), said
+        files.append(output.read_bytes())
+    assert files[0] == files[1]
+    assert len(store.read(output)[1]["chunks"]) >= 3
 
 
 def changed(path):
