@@ -95,7 +95,7 @@ def _file(file: JsonObject) -> str:
 
 def _readable(name: str, value: object) -> str:
     if name.endswith("_bytes") and isinstance(value, int):
-        return f"{value / 2**20:.2f} MiB ({value:,} bytes)"
+        return f"{value / 1e6:.2f} MB ({value:,} bytes)"
     if name.endswith("sha256"):
         return f"{value}"[:16]
     if isinstance(value, dict):

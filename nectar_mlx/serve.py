@@ -50,7 +50,7 @@ def _add_access(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--allowed-hosts", type=_names, default=[], metavar="NAMES", help="names of this machine, besides its own"
     )
-    parser.add_argument("--max-body", type=cli.size, default=8 << 20, metavar="SIZE", help="largest request (8 MiB)")
+    parser.add_argument("--max-body", type=cli.size, default=8_000_000, metavar="SIZE", help="largest request (8 MB)")
     parser.add_argument("--max-requests", type=int, default=512, metavar="N", help="open at a time (512)")
     levels = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
     parser.add_argument("--log-level", choices=levels, default="INFO", help="(INFO: a line for each request)")

@@ -16,7 +16,8 @@ import numpy as np
 from huggingface_hub import constants
 from mlx.utils import tree_flatten
 
-from nectar_mlx.core.files import cache_folder, written_at_once
+from nectar_mlx.core.files import written_at_once
+from nectar_mlx.core.folders import cache_folder
 from nectar_mlx.core.progress import Log, Progress, no_log, silent
 from nectar_mlx.core.types import Tokenizer
 from nectar_mlx.errors import NectarError
@@ -59,7 +60,8 @@ def load(
     import mlx_lm  # imports transformers, which takes seconds and which `resolve` does not need
 
     source = resolve(name, log=log, progress=progress, may_fetch=may_fetch)
-    log(source.description)
+    if source.kind != "folder":  # which was named as it is
+        log(source.description)
     try:
         model, tokenizer = mlx_lm.load(str(source.path), lazy=True)[:2]
     except Exception as error:  # a folder from anyone: mlx-lm, transformers and tokenizers raise what they like

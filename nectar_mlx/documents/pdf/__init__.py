@@ -57,7 +57,8 @@ def _document(pdf: "PdfDocument") -> Document:
     if count > MOST_PAGES:
         left_out.append(f"pages after the first {MOST_PAGES:,}")
     if not text.strip() and pages.pictures:
-        raise Unreadable("the PDF holds no text, only pictures of it; run text recognition (OCR) on it first")
+        missing = "" if ocr.available() else f": {ocr.advice()}"
+        raise Unreadable(f"the PDF holds no text, only pictures of it, and needs text recognition (OCR){missing}")
     return Document("pdf", text, places, left_out)
 
 
@@ -106,7 +107,7 @@ class _Pages:
 
     def left_out(self) -> list[str]:
         notes = [
-            (self.pictures, "only a picture, without text (no text recognition is installed)"),
+            (self.pictures, f"only a picture, without text (no text recognition is installed: {ocr.advice()})"),
             (self._damaged, "damaged"),
             (self._garbled, "a font that does not say which letters it shows"),
             (self._cut, "text after the first part of a very full page"),
