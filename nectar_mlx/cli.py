@@ -200,7 +200,7 @@ def add_nectar(
     parser: argparse.ArgumentParser, *, what: str = "a .nectar file, or the id of one on the hub (user/name)"
 ) -> None:
     """Adds the arguments of `load`. what: that can be asked, for --help."""
-    parser.add_argument("nectar", help=what)
+    parser.add_argument("nectar", metavar="FILE", help=what)
     parser.add_argument("--model", help="the model to use (default: the name of the one it was fitted on)")
     add_fetch(parser)
 

@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = cli.Parser("inspect", "Shows what is in a .nectar, after checking that it is whole.")
-    parser.add_argument("nectar", help="a .nectar file, or the id of one on the hub (user/name)")
+    parser.add_argument("nectar", metavar="FILE", help="a .nectar file, or the id of one on the hub (user/name)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
 

@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = cli.Parser("push", "Shares a .nectar on the Hugging Face hub; every command then takes user/name for it.")
-    parser.add_argument("nectar", type=Path, help="the .nectar file")
+    parser.add_argument("nectar", type=Path, metavar="FILE", help="the .nectar file")
     parser.add_argument("repository", help="user/name")
     parser.add_argument("--public", action="store_true", help="everybody can see it (default: you alone)")
     parser.add_argument("--yes", action="store_true", help="do not ask before a text is made public")

@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def make_parser() -> argparse.ArgumentParser:
     parser = cli.Parser("serve", "Serves .nectar files over HTTP, as OpenAI and Ollama do; a file's name is a model's.")
     parser.add_argument(
-        "nectars", nargs="+", metavar="nectar", help="files, folders of them, ids on the hub; or: library"
+        "nectars", nargs="+", metavar="FILE", help="files, folders of them, ids on the hub; or: library"
     )
     parser.add_argument("--model", help="the model to use (default: the name of the one the files were fitted on)")
     cli.add_library(parser)

@@ -77,6 +77,10 @@ class CallSplitter:
         held, self._held = self._held, ""
         return (self._close(held, "", calls) if self._inside else self._text(held)), calls
 
+    def reason(self, reason: str) -> str:
+        """Why the answer ended. reason: why its text did."""
+        return "tool_calls" if self.count and (reason == "stop" or self._tools.forced) else reason
+
     def _close(self, body: str, end: str, calls: list[Call]) -> str:
         """Adds the calls that a text holds; returns it where it holds none."""
         found = self._parse(body)

@@ -76,8 +76,7 @@ class Reply:
             elif isinstance(event, Finished):
                 if self._calls and any(rest := self._calls.finish()):
                     yield Written(rest[0], "", [], rest[1])
-                called = self._calls is not None and self._calls.count > 0 and event.reason == "stop"
-                self.finished = event._replace(reason="tool_calls") if called else event
+                self.finished = event._replace(reason=self._calls.reason(event.reason)) if self._calls else event
 
     def _with_calls(self, written: Written) -> Written:
         if self._calls is None:

@@ -47,7 +47,7 @@ def page(server, browser):
     browser.run("sessionStorage.setItem('nectar.key', 'the key')")
     browser.run("document.querySelector('#clear').click()")
     browser.open(f"http://127.0.0.1:{server.port}/")
-    browser.until("document.querySelector('button.document:not(:disabled)')")
+    browser.until("!!document.querySelector('button.document:not(:disabled)')")
     yield browser
     assert browser.messages == []
 
@@ -97,7 +97,7 @@ def test_the_key_is_asked_for(server, browser):
         browser.press("Enter")
         if key == "wrong":
             browser.until("document.querySelector('#key').open && !document.querySelector('#key-wrong').hidden")
-    browser.until("document.querySelector('button.document:not(:disabled)')")
+    browser.until("!!document.querySelector('button.document:not(:disabled)')")
     assert not browser.run("document.querySelector('#key').open") and browser.run(
         "document.querySelector('#problem').hidden"
     )
@@ -120,7 +120,7 @@ def test_names_and_answers_are_text(page, says):
     kept = f"JSON.parse(sessionStorage.getItem('nectar.conversation')).map(t => ({{...t, sources: {json.dumps(said)},"
     page.run(f"sessionStorage.setItem('nectar.conversation', JSON.stringify({kept} document: {json.dumps(EVIL)}}}))))")
     page.call("Page.reload")
-    page.until("document.querySelector('.source')")
+    page.until("!!document.querySelector('.source')")
     page.click(".source")
     page.until("document.querySelector('#passage').open")
     assert EVIL in page.text(".document .name") and EVIL in page.text(".answer") and EVIL in page.text(".from")
@@ -132,7 +132,7 @@ def test_names_and_answers_are_text(page, says):
 def test_a_dropped_file_is_not_opened(page, tmp_path):
     (tmp_path / "new.txt").write_text("x")
     page.drop(tmp_path / "new.txt")
-    page.until("document.querySelector('#notices .problem')")
+    page.until("!!document.querySelector('#notices .problem')")
     assert "nectar serve library" in page.text("#notices .problem")
 
 
@@ -164,14 +164,14 @@ def test_two_tabs_have_two_conversations(server, page, says):
         page.until("document.querySelector('#key').open")
         page.run("sessionStorage.setItem('nectar.key', 'the key')")
         page.call("Page.reload")
-        page.until("document.querySelector('button.document:not(:disabled)')")
+        page.until("!!document.querySelector('button.document:not(:disabled)')")
         assert page.text(".question") == "in the first tab"
         page.click("#clear")
         says("second")
         ask(page, "in the second tab")
         ended(page)
     page.call("Page.reload")
-    page.until("document.querySelector('button.document:not(:disabled)')")
+    page.until("!!document.querySelector('button.document:not(:disabled)')")
     assert page.text(".question") == "in the first tab"
     assert "in the second tab" in page.run("localStorage.getItem('nectar.conversation')"), "the last that changed"
 

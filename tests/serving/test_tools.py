@@ -19,7 +19,7 @@ def tool(name="paint", **fields):
 
 
 OTHER = tool("count", parameters={"type": "object", "properties": {"n": {"enum": [1, 2]}}, "required": ["n"]})
-ASKED = {"model": "red", "max_tokens": 60, "temperature": 0, "messages": [{"role": "user", "content": "paint it"}]}
+ASKED = {"model": "red", "max_tokens": 120, "temperature": 0, "messages": [{"role": "user", "content": "paint it"}]}
 CALL = {"id": "c12345678", "type": "function", "function": {"name": "paint", "arguments": '{"colour": "red"}'}}
 
 
@@ -71,7 +71,7 @@ def test_a_turn_with_a_result_goes_on(running):
 def test_responses_force_calls(running):
     function = {"type": "function", **tool()["function"]}
     client = running.client()
-    options = {"model": "red", "max_output_tokens": 60, "tools": [function], "tool_choice": "required"}
+    options = {"model": "red", "max_output_tokens": 120, "tools": [function], "tool_choice": "required"}
     found = client.responses.create(input="paint it", **options)
     (call,) = found.output
     assert (call.type, found.status) == ("function_call", "completed") and checked(call.name, call.arguments)

@@ -62,7 +62,9 @@ function add(turn) {
 function setRunning(controller) {
   running = controller;
   byId("stop").hidden = !controller;
-  byId("send").disabled = Boolean(controller);
+  byId("send").hidden = Boolean(controller);
+  const focused = document.activeElement;
+  if (focused.hidden) (focused === byId("send") ? byId("stop") : byId("question")).focus();
   byId("status").textContent = controller ? "Reading the question…" : "";
 }
 
