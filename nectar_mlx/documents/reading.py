@@ -161,7 +161,8 @@ class Reading:
         """The reading of the text before a character: what lies behind it is told as left out."""
         if end >= len(self.text):
             return self
-        return replace(self, text=self.text[:end], files=[report.cut(end) for report in self.files])
+        files, edits = [report.cut(end) for report in self.files], [edit for edit in self.edits if edit.end <= end]
+        return Reading(self.text[:end], files, edits)
 
     def counts(self) -> str:
         """How many files were read: "read 26 of 53 files"."""

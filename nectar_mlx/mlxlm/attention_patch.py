@@ -1,5 +1,9 @@
 """Routes the attention of a loaded mlx-lm model through our caches, once it is proven that this works (`probe`)."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
@@ -47,6 +51,20 @@ def compute_type(model: nn.Module) -> mx.Dtype:
     """The type of the model's activations, hence of its keys and values."""
     parameters: list[tuple[str, mx.array]] = tree_flatten(model.parameters())  # type: ignore[assignment]
     return next(p.dtype for _, p in parameters if mx.issubdtype(p.dtype, mx.floating))
+
+
+@contextmanager
+def attached(model: nn.Module, make_cache: Callable[[], list[Any]]) -> Iterator[None]:
+    """Inside, every mlx-lm entry point that makes a cache for the model gets it from `make_cache`."""
+    route(model)
+    before = vars(model).get("make_cache")
+    model.make_cache = make_cache
+    try:
+        yield
+    finally:
+        del model.make_cache
+        if before is not None:
+            model.make_cache = before
 
 
 def make_prompt_cache_of(model: nn.Module) -> list[LayerCache]:

@@ -27,17 +27,23 @@ class UnknownModel(NectarError):
 class Shelf:
     """Belongs to the engine's thread, where MLX computes. Only `files` may be read from another one.
 
-    model_name: of the model, which is loaded once; may_fetch: as for `models.load`. files: by name; several names may
-    stand for one file. on_close: called with what is put away.
+    model_name: of the model, which is loaded once; adapter, may_fetch: as for `models.load`. files: by name; several
+    names may stand for one file. on_close: called with what is put away.
     """
 
     def __init__(
-        self, model_name: str, files: Mapping[str, Path], *, may_fetch: MayFetch | None = None, log: Log = no_log
+        self,
+        model_name: str,
+        files: Mapping[str, Path],
+        *,
+        adapter: str | None = None,
+        may_fetch: MayFetch | None = None,
+        log: Log = no_log,
     ):
         self.files, self._log = dict(files), log
         self.model: nn.Module
         self.tokenizer: TokenizerWrapper
-        self.model, self.tokenizer = models.load(model_name, log=log, may_fetch=may_fetch)
+        self.model, self.tokenizer = models.load(model_name, adapter=adapter, log=log, may_fetch=may_fetch)
         self.on_close: Callable[[Nectar], None] = lambda nectar: None
         self._open: OrderedDict[Key, Nectar] = OrderedDict()
         # Also those that were put away while an answer still uses them.

@@ -81,15 +81,24 @@ class _File(msgspec.Struct):
 
 
 class _Report(msgspec.Struct):
-    """What commands show of a report; it may hold more."""
+    """What is read of a report; it may hold more, which is only shown."""
 
     verdict: str = ""
+    error: list[float] = []
+    seconds: dict[str, float] = {}
     kl: float | None = None
     agree: float | None = None
     kl_no_context: float | None = None
     gap_closed: float | None = None
     files: list[_File] = []
     packed_files: str = ""
+    edits: str = ""
+    text: str = ""
+
+
+class _Adapter(msgspec.Struct):
+    path: str
+    sha256: _Word
 
 
 class _Metadata(msgspec.Struct):
@@ -101,6 +110,7 @@ class _Metadata(msgspec.Struct):
     layout: _Layout
     report: _Report
     source: str = ""
+    adapter: _Adapter | None = None
     config: dict[str, Any] = {}
     chunks: list[_Length] = []
 

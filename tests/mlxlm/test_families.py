@@ -4,12 +4,10 @@ cannot be proven is refused with the reason."""
 import copy
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx_lm.generate import batch_generate, generate_step, speculative_generate_step
 from mlx_lm.models.cache import LRUPromptCache, can_trim_prompt_cache, make_prompt_cache
-from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from nectar_mlx import Nectar, NectarError
 from nectar_mlx.mlxlm import attention_patch
@@ -200,35 +198,3 @@ def test_a_model_that_looks_at_its_cache_is_refused(monkeypatch):
     monkeypatch.setattr(llama.Attention, "__call__", call)
     with pytest.raises(NectarError, match=r"llama models are not supported: .*output is not its own"):
         attention_patch.route(model)
-
-
-@pytest.mark.parametrize("mode", [{"bits": 4}, {"bits": 8}, {"bits": 4, "mode": "mxfp4"}], ids=["4", "8", "mxfp4"])
-@pytest.mark.parametrize("family", ["qwen3_next", "deepseek_v3"])
-def test_quantized_weights(family, mode):
-    model = toys.toy(family)
-    nn.quantize(model, group_size=32, class_predicate=lambda _, m: hasattr(m, "to_quantized") and fits(m), **mode)
-    caches = make_prompt_cache(model)
-    model(mx.array([PREFIX]), cache=caches)
-    expected = continued(model, caches, [TURN[:8], TURN[8:9]])
-    found = continued(model, toys.exact(model, PREFIX).make_cache(), [TURN[:8], TURN[8:9]])
-    np.testing.assert_allclose(found, expected, atol=2e-3, rtol=2e-3)
-
-
-def fits(module):
-    return module.weight.shape[-1] % 32 == 0
-
-
-def test_a_file_belongs_to_the_adapter_it_was_fitted_with(tmp_path):
-    """An adapter's weights are among those that the model's fingerprint covers."""
-    model = toys.toy("llama")
-    nectar = toys.picked(model, PREFIX, 12)
-    nectar.save(tmp_path / "plain.nectar")
-    linear_to_lora_layers(model, 2, {"rank": 4, "scale": 4.0, "dropout": 0.0})
-    for layer in model.layers[1:]:
-        layer.self_attn.q_proj.lora_b = 0.1 * mx.random.normal(layer.self_attn.q_proj.lora_b.shape)
-    with pytest.raises(NectarError, match="not the model given"):
-        Nectar.load(tmp_path / "plain.nectar", model)
-    toys.picked(model, PREFIX, 12).save(tmp_path / "adapted.nectar")
-    Nectar.load(tmp_path / "adapted.nectar", model)
-    with pytest.raises(NectarError, match="not the model given"):
-        Nectar.load(tmp_path / "adapted.nectar", toys.toy("llama"))

@@ -309,6 +309,36 @@ def test_layers_with_a_sliding_window(tmp_path, architecture):
         server.close()
 
 
+@pytest.mark.parametrize("architecture", ["qwen3_next", "falcon_h1", "gemma3n", "deepseek_v3"])
+def test_turns_of_models_that_keep_more_than_keys(tmp_path, architecture):
+    """Where caches cannot be trimmed, a conversation that turns off earlier is read again."""
+    book = toys.book(tmp_path, architecture)
+    server = Running(arguments([book]))
+
+    def talk(first):
+        messages, found = [], []
+        for question in (first, *QUESTIONS[4:6]):
+            messages.append({"role": "user", "content": question})
+            answer = server.client().chat.completions.create(
+                model="book", messages=messages, max_tokens=TOKENS, temperature=0
+            )
+            found.append((list(messages), answer.choices[0].message.content))
+            messages.append({"role": "assistant", "content": found[-1][1]})
+        edited = [*messages[:2], {"role": "user", "content": QUESTIONS[6]}]
+        answer = server.client().chat.completions.create(
+            model="book", messages=edited, max_tokens=TOKENS, temperature=0
+        )
+        return [*found, (edited, answer.choices[0].message.content)]
+
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            talks = list(pool.map(talk, QUESTIONS[:2]))
+    finally:
+        server.close()
+    for messages, answer in (turn for found in talks for turn in found):
+        assert answer == alone(book, messages)
+
+
 def test_a_short_request_does_not_wait_for_a_long_prompt(running, answers):
     """It is answered while the long prompt, which came first, is still being read."""
     client, order = running.client(), []

@@ -154,7 +154,11 @@ def test_a_kv_file_is_the_bytes_that_its_layout_says(tmp_path):
             np.array(p.scales).tobytes() for p in parts
         )
         words = struct.unpack(f"<{len(row) // 4}I", row)
-        mark = sum(word * (2 * (at + 1) + 1) for at, word in enumerate(words)) + i * 2654435761 + int(tie[:8], 16)
+        mark = i * 2654435761 + int(tie[:8], 16)
+        for at, word in enumerate(words):
+            mixed = word * (2 * (at + 1) + 1) % 2**32
+            mixed = (mixed ^ mixed >> 15) * 2654435761 % 2**32
+            mark += mixed ^ mixed >> 13
         rows += row + struct.pack("<I", mark % 2**32)
     sha = hashlib.sha256(b"first float16 (2, 3);" + small["first"].tobytes())
     sha.update(b"second int32 (3,);" + small["second"].tobytes())
@@ -164,7 +168,7 @@ def test_a_kv_file_is_the_bytes_that_its_layout_says(tmp_path):
         "rows": ("U8", [1, 1, n, len(rows) // n], rows),
     }
     metadata = {
-        "format": "nectar-kv-3",
+        "format": "nectar-kv-4",
         "nectar": tie,
         "head_dim": str(D),
         "bits": "8",
