@@ -36,9 +36,8 @@ nectar reads a long text once and answers about it from a small file.
   nectar chat book.nectar            talk about it
   nectar serve book.nectar           a page in the browser; answers for programs
   nectar add papers/                 keep many documents: nectar ask library ...
-  nectar doctor                      what is installed here
 
-nectar --help lists all commands, nectar COMMAND --help its options."""
+nectar --help lists all commands; nectar doctor says what is installed here."""
 
 
 def _usage() -> str:
