@@ -10,7 +10,7 @@ import numpy as np
 from ..answering.sampling import Processor
 from ..errors import NectarError
 from .errors import refused
-from .tools import invalid
+from .tools import MAX_DEPTH, depth, invalid
 
 MAX_SCHEMA = 64 << 10  # bytes
 # With flexible white space an answer may be endless.
@@ -34,6 +34,8 @@ class Constraints:
             raise refused(
                 param, "only text is supported: for JSON, install the extra 'json' (llguidance) and restart"
             ) from None
+        if depth(schema) > MAX_DEPTH:
+            raise invalid(param, f"the schema is deeper than {MAX_DEPTH} levels")
         text = msgspec.json.encode(schema)
         if len(text) > MAX_SCHEMA:
             raise invalid(param, f"the schema has more than {MAX_SCHEMA:,} bytes")

@@ -10,7 +10,7 @@ from ..core.types import JsonObject
 from .calls import Tools
 from .errors import ApiError, refused
 
-MAX_TOOLS, MAX_BYTES, MAX_DEPTH = 128, 256 << 10, 32
+MAX_TOOLS, MAX_BYTES, MAX_DEPTH = 128, 256_000, 64
 FunctionName = Annotated[str, Meta(pattern="^[a-zA-Z0-9_.-]{1,64}$")]
 
 
@@ -39,7 +39,7 @@ class Tool(Struct):
         parameters = function.parameters or {"type": "object", "properties": {}}
         if parameters.get("type", "object") != "object":
             raise invalid(f"{param}.function.parameters", "the schema must be of an object")
-        if _depth(parameters) > MAX_DEPTH:
+        if depth(parameters) > MAX_DEPTH:
             raise invalid(f"{param}.function.parameters", f"deeper than {MAX_DEPTH} levels")
         described = {"name": function.name, "description": function.description or "", "parameters": parameters}
         return {"type": "function", "function": described}
@@ -80,7 +80,7 @@ def invalid(param: str, reason: str) -> ApiError:
     return ApiError(400, f"{param}: {reason}", code="invalid_value", param=param)
 
 
-def _depth(value: Any) -> int:
+def depth(value: Any) -> int:
     """Of nested objects and lists."""
     depth, level = 0, [value]
     while level:

@@ -1,5 +1,6 @@
 """What is wrong with a request is said with 400 and the name of the field, before anything computes."""
 
+import functools
 import json
 import random
 
@@ -10,6 +11,7 @@ from nectar_mlx.serving.schema import ChatRequest, CompletionRequest, OllamaChat
 
 from .running import QUESTIONS, ask, wait_for
 
+DEEP = functools.reduce(lambda schema, _: {"type": "array", "items": schema}, range(400), {"type": "integer"})
 IMAGE = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://127.0.0.1/x"}}]}
 HELLO = {"messages": [{"role": "user", "content": "x"}]}
 
@@ -49,6 +51,11 @@ HELLO = {"messages": [{"role": "user", "content": "x"}]}
         (
             "chat/completions",
             HELLO | {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "nothing"}}}},
+            "response_format",
+        ),
+        (
+            "chat/completions",
+            HELLO | {"response_format": {"type": "json_schema", "json_schema": {"schema": DEEP}}},
             "response_format",
         ),
         ("chat/completions", HELLO | {"exact": 0.1}, None),
