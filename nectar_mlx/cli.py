@@ -106,7 +106,7 @@ def add_nectar(
     parser: argparse.ArgumentParser, *, what: str = "a .nectar file, or the id of one on the hub (user/name)"
 ) -> None:
     """Adds the arguments of `load`. what: that can be asked, for --help."""
-    parser.add_argument("nectar", help=what)
+    parser.add_argument("nectar", metavar="FILE", help=what)
     add_model(parser)
 
 
