@@ -17,6 +17,7 @@ from nectar_mlx.core.folders import cache_folder
 from nectar_mlx.core.progress import Log, Progress, no_log, silent
 from nectar_mlx.errors import NectarError
 from nectar_mlx.models import adapters, hub, pypi
+from nectar_mlx.models.fingerprints import arguments as arguments
 from nectar_mlx.models.fingerprints import fingerprint as fingerprint
 from nectar_mlx.models.fingerprints import tokenizer_fingerprint as tokenizer_fingerprint
 

@@ -16,14 +16,19 @@ from nectar_mlx.core.types import Tokenizer
 _LORA = ("lora_a", "lora_b", "m")  # parameters of a LoRA or DoRA layer beside the layer's own
 
 
+def arguments(model: nn.Module) -> Any:
+    """What mlx-lm read of a model's configuration, a dataclass; None where it did not keep it."""
+    return getattr(model, "args", getattr(model, "config", None))
+
+
 def fingerprint(model: nn.Module) -> str:
     """The sha256 of a model's configuration and weights, the same on the CPU in float32 and on a GPU in bfloat16.
 
     It covers the name, the shape and up to 4,096 evenly spaced values of every parameter, rounded to bfloat16: a second
     even for large models. A fine-tuned or requantized model differs; a change of single weights may be missed.
     """
-    arguments = getattr(model, "args", None)
-    settings: dict[str, Any] = {"class": type(model).__name__} if arguments is None else dataclasses.asdict(arguments)
+    read = arguments(model)
+    settings: dict[str, Any] = {"class": type(model).__name__} if read is None else dataclasses.asdict(read)
     if scales := _lora_scales(model):
         settings["lora_scales"] = scales
     return _digest(settings, _parameters(model))
