@@ -118,6 +118,12 @@ def test_calls_are_told_from_text(running, says):
     assert chunks[-1].choices[0].finish_reason == "tool_calls"
 
 
+def test_text_behind_a_call_keeps_its_spaces(running, says):
+    says(WRITTEN, "\n", "\n and", " so", " on", "\nfor ever")
+    message = running.client().chat.completions.create(**ASKED, tools=[tool()]).choices[0].message
+    assert message.content == "and so on\nfor ever" and len(message.tool_calls) == 1
+
+
 def test_other_protocols_tell_calls_from_text(running, says):
     says("Wait. ", WRITTEN)
     status, ollama = running.post("/api/chat", {**ASKED, "stream": False, "tools": [tool()]})
