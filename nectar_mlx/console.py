@@ -7,7 +7,7 @@ import sys
 import textwrap
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from .core import terminal
@@ -36,7 +36,7 @@ def say(line: str) -> None:
 
 def complain(line: str) -> None:
     """One line for a person, on stderr, with --quiet, too: what is wrong."""
-    print(terminal.printable(line, one_line=True), file=sys.stderr, flush=True)
+    _tell(terminal.printable(line, one_line=True) + "\n")
 
 
 def show(text: str = "", *, end: str = "\n") -> None:
@@ -47,7 +47,13 @@ def show(text: str = "", *, end: str = "\n") -> None:
 def hint(text: str) -> None:
     """Text on stderr as it comes, such as a model's thoughts; nothing with --quiet."""
     if not _quiet:
-        print(terminal.printable(text), end="", file=sys.stderr, flush=True)
+        _tell(terminal.printable(text))
+
+
+def _tell(text: str) -> None:
+    """On stderr; where that cannot be written (a log on a full disk), there is nobody to tell, and the work goes on."""
+    with suppress(OSError):
+        print(text, end="", file=sys.stderr, flush=True)
 
 
 def paragraph(text: str) -> None:

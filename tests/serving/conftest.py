@@ -32,6 +32,6 @@ def answers(books):
 
 @pytest.fixture(scope="module")
 def running(books):
-    server = Running(arguments(books, "--max-body", "1000000", "--log-level", "WARNING"))
+    server = Running(arguments(books, "--max-body", "100000", "--log-level", "WARNING"))
     yield server
     server.close()

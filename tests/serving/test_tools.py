@@ -6,6 +6,8 @@ import pytest
 
 from nectar_mlx.serving.job import Finished, Started, Written
 
+from .running import Running, arguments
+
 COLOURS = {
     "type": "object",
     "properties": {"colour": {"enum": ["red", "blue"]}, "of": {"$ref": "#/$defs/part"}},
@@ -171,6 +173,14 @@ def nested(depth):
     return schema
 
 
+@pytest.fixture(scope="module")
+def roomy(books):
+    """Takes requests of more bytes than tools may have."""
+    server = Running(arguments(books, "--log-level", "WARNING"))
+    yield server
+    server.close()
+
+
 RESULT = {"role": "tool", "tool_call_id": "unknown", "content": "x"}
 BAD_CALL = {"id": "c1", "type": "function", "function": {"name": "paint", "arguments": "[1]"}}
 
@@ -207,6 +217,6 @@ BAD_CALL = {"id": "c1", "type": "function", "function": {"name": "paint", "argum
     ],
     ids=lambda value: str(value)[:60],
 )
-def test_wrong_tools_are_refused_by_name(running, extra, param):
-    status, found = running.post("/v1/chat/completions", {**ASKED, **extra})
+def test_wrong_tools_are_refused_by_name(roomy, extra, param):
+    status, found = roomy.post("/v1/chat/completions", {**ASKED, **extra})
     assert (status, found["error"]["param"]) == (400, param), found
