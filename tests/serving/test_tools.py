@@ -44,6 +44,12 @@ def test_forced_calls_follow_the_schema(running, choice, temperature):
     assert choice == "required" or call.function.name == "count"
 
 
+def test_a_stop_string_does_not_cut_a_forced_call(running):
+    options = {**ASKED, "tools": [tool()], "tool_choice": "required", "stop": ["colour", '"']}
+    (call,) = running.client().chat.completions.create(**options).choices[0].message.tool_calls
+    assert checked("paint", call.function.arguments)
+
+
 def test_a_forced_call_that_is_cut_is_text(running):
     options = {**ASKED, "tools": [tool()], "tool_choice": "required", "max_tokens": 4}
     choice = running.client().chat.completions.create(**options).choices[0]
