@@ -222,6 +222,8 @@ def test_card_says_how_faithful_it_is():
         "file": "a/book.nectar",
         "model": "Qwen/Qwen3-1.7B",
         "model_sha256": "ab" * 32,
+        "adapter": "",
+        "adapter_sha256": "",
         "context_tokens": 6000,
         "source": "time_machine.txt",
         "kind": "quadrature",
