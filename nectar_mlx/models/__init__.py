@@ -16,6 +16,7 @@ from nectar_mlx.core.files import cache_folder, written_at_once
 from nectar_mlx.core.progress import Log, Progress, no_log, silent
 from nectar_mlx.errors import NectarError
 from nectar_mlx.models import adapters, hub, pypi, sharding
+from nectar_mlx.models.fingerprints import arguments as arguments
 from nectar_mlx.models.fingerprints import fingerprint as fingerprint
 from nectar_mlx.models.fingerprints import fingerprint_of_files
 from nectar_mlx.models.fingerprints import tokenizer_fingerprint as tokenizer_fingerprint

@@ -18,6 +18,11 @@ _LORA = ("lora_a", "lora_b", "m")  # parameters of a LoRA or DoRA layer beside t
 _Sampled = tuple[str, tuple[int, ...], mx.array]  # of a parameter its name, shape and `_sample`
 
 
+def arguments(model: nn.Module) -> Any:
+    """What mlx-lm read of a model's configuration, a dataclass; None where it did not keep it."""
+    return getattr(model, "args", getattr(model, "config", None))
+
+
 def fingerprint(model: nn.Module) -> str:
     """The sha256 of a model's configuration and weights, the same on the CPU in float32 and on a GPU in bfloat16.
 
@@ -68,8 +73,8 @@ def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
 
 
 def _settings(model: nn.Module) -> dict[str, Any]:
-    arguments = getattr(model, "args", None)
-    settings: dict[str, Any] = {"class": type(model).__name__} if arguments is None else dataclasses.asdict(arguments)
+    read = arguments(model)
+    settings: dict[str, Any] = {"class": type(model).__name__} if read is None else dataclasses.asdict(read)
     if scales := _lora_scales(model):
         settings["lora_scales"] = scales
     return settings

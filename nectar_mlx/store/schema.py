@@ -206,7 +206,7 @@ def _check_parameter(layout: Layout, tensors: Tensors, name: str, count: int, *,
         _tensor(tensors, name, ("float16", "bfloat16", "float32") if matrix else ("float16",), (count,))
         return {name}
     assert layout.bits is not None, "entropy-coded matrices have tensors of their own"
-    group = group_size(layout.head_dim)
+    group = layout.group
     groups, rest = divmod(count, group)
     _require(not rest, f"{name} is not made of whole groups")
     _tensor(tensors, name, ("int8",) if layout.bits == 8 else ("uint8",), (groups, group * layout.bits // 8))
