@@ -86,8 +86,9 @@ class KindFit:
 
     def groups(self, sizes: Sequence[Size]) -> list[list[int]]:
         """Heads that are trained together."""
-        costs = [self.step_scores(size) for size in sizes]
-        return grouping.groups(costs, room=self.training_scores, launch=device().launch_scores)
+        costs, launch = [self.step_scores(size) for size in sizes], device().launch_scores
+        room = grouping.room_for(costs, room=self.training_scores, launch=launch, shares=device().study_shares)
+        return grouping.groups(costs, room=room, launch=launch)
 
     @cached_property
     def order(self) -> np.ndarray:
