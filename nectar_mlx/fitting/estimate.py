@@ -108,12 +108,15 @@ def estimate(
     layerwise = config.layerwise or shape.geometry.cache_bytes(n) * _compute_bytes(machine) / 2 > limit
     work = _Work(shape=shape, machine=machine, config=config, n=n, layerwise=layerwise, machines=machines)
     stages = list(_excerpt(work)) if config.budget == "auto" and (chunks > 1 or layerwise) else []
-    own = [0, *range(1, chunks, machines)]  # the first chunk is fitted together, each of the others by one machine
-    for number in own:
+    first, others = (
+        list(part) for part in (work.parts(choice=chunks == 1), replace(work, machines=1).parts(first=False))
+    )
+    for number in [
+        0,
+        *range(1, chunks, machines),
+    ]:  # the first one is fitted together, each of the others by one machine
         name = "" if chunks == 1 else f"chunk {number + 1} of {chunks}: "
-        one = replace(work, machines=1) if number else work
-        part = one.layers(first=not number) if layerwise else one.stages(sizes=not number, choice=chunks == 1)
-        stages += [Stage(name + stage.description, stage.seconds) for stage in part]
+        stages += [Stage(name + what, seconds) for what, seconds in (others if number else first)]
     if work.layout.bank.fitted:
         stages.append(Stage("checking", work.check() if chunks == 1 else -(-chunks // machines) * work.check_alone()))
     kept = size = work.share * shape.geometry.cache_bytes(tokens)
@@ -254,6 +257,10 @@ class _Work:
             return
         yield Stage("sampling answers", self.decode(self.sampled, together=config.conversations))
         yield Stage("answering check questions", self.decode(self.checked, together=config.checks))
+
+    def parts(self, *, first: bool = True, choice: bool = False) -> Iterator[Stage]:
+        """Of one chunk; the first one decides sizes for all."""
+        return self.layers(first=first) if self.layerwise else self.stages(sizes=first, choice=choice)
 
     def stages(self, *, sizes: bool, choice: bool) -> Iterator[Stage]:
         """All layers at once. sizes: whether they are decided here. choice: whether the budget is, too."""
