@@ -78,11 +78,23 @@ def run(parser: argparse.ArgumentParser, work: Callable[[argparse.Namespace], No
         complain(f"{parser.prog}: {error}")
         return FAULT
     except BrokenPipeError:  # the reader of our output is gone, so there is no message
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
+    except OSError as error:  # a full disk under stdout, mostly: what commands write themselves has its own message
+        complain(f"{parser.prog}: {error.strerror or error}{f': {error.filename}' if error.filename else ''}")
+        _drop_output()
+        return FAULT
     except KeyboardInterrupt:
         complain(f"{parser.prog}: interrupted")
         return INTERRUPTED
     return DONE
+
+
+def _drop_output() -> None:
+    """What stdout cannot take is forgotten: Python would try again at its end, and complain."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def add_quiet(parser: argparse.ArgumentParser) -> None:
@@ -94,7 +106,7 @@ def add_nectar(
     parser: argparse.ArgumentParser, *, what: str = "a .nectar file, or the id of one on the hub (user/name)"
 ) -> None:
     """Adds the arguments of `load`. what: that can be asked, for --help."""
-    parser.add_argument("nectar", help=what)
+    parser.add_argument("nectar", metavar="FILE", help=what)
     add_model(parser)
 
 

@@ -127,6 +127,7 @@ def _work(arguments: argparse.Namespace) -> None:
         options["size"] = parse_size(arguments.size)
     config = FitConfig(**options)
     arguments.model = arguments.model or default_model(log=cli.say)
+    models.resolve(arguments.model, log=cli.say, progress=cli.progress)  # one that there is, before anything is asked
     check_output(output, arguments.force, {"model": arguments.model, "config": asdict(config)}, reading.as_list())
     group, world = ranks.group(arguments), World.here()
     folder = output.with_name(output.name + (".partial" if world.first else f".rank-{world.rank}.partial"))
@@ -163,7 +164,7 @@ def _work(arguments: argparse.Namespace) -> None:
             raise
         checkpoint.clear()
     _report(output, nectar, as_json=arguments.json)
-    cli.say(reading.summary())
+    cli.say(nectar.text(tokenizer).summary())
 
 
 def _show(reading: "Reading", arguments: argparse.Namespace) -> None:

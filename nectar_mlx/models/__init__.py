@@ -12,7 +12,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from huggingface_hub import constants
 
-from nectar_mlx.core.files import cache_folder, written_at_once
+from nectar_mlx.core.files import written_at_once
+from nectar_mlx.core.folders import cache_folder
 from nectar_mlx.core.progress import Log, Progress, no_log, silent
 from nectar_mlx.errors import NectarError
 from nectar_mlx.models import adapters, hub, pypi, sharding
@@ -67,7 +68,8 @@ def load(
     if adapter is not None:
         adapters.check(adapter)  # before a model is downloaded
     source = resolve(name, log=log, progress=progress, may_fetch=may_fetch)
-    log(source.description)
+    if source.kind != "folder":  # which was named as it is
+        log(source.description)
     try:
         model, tokenizer = mlx_lm.load(str(source.path), lazy=True)[:2]
     # A folder from anyone: mlx-lm, transformers and tokenizers raise what they like, and a model's module may exit.
