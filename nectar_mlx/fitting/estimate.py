@@ -17,11 +17,12 @@ from ..mlxlm.attention_patch import Geometry
 from ..store import Layout
 from .budget import affordable_bytes, size_for
 from .config import FitConfig
+from .samples.conversation import FEWEST_TOGETHER, count_groups
 
 AUTO_SHARE = 0.04  # of the KV cache; what was chosen for three models was 0.024, 0.04 and 0.16 (docs/results.md)
 _QUESTIONS = 1024  # of the window, that questions and answers need
 QUESTION_TOKENS = 44  # of a sampled question, with the turn's own
-_FEWEST_TOGETHER, _TRAIN_SHARE = 16, 0.9  # conversations of a batch; of them, those that are not held out
+_TRAIN_SHARE = 0.9  # of conversations, those that are not held out
 _PROBES, _CANDIDATES = 8, 3  # conversations of the sensitivity; budgets that are tried
 _TRAINED = 12  # operations a step, sample, node and entry of it: two products and their gradients
 _ROUNDING = 1.4  # of the regression's steps, with those of rounding
@@ -188,7 +189,7 @@ class _Work:
         """That heads are trained on, as in `self_study.study`."""
         g = self.shape.geometry
         each = g.n_heads // g.n_kv_heads * (QUESTION_TOKENS + self.config.answer_tokens)
-        return max(_FEWEST_TOGETHER, int(self.samples / (_TRAIN_SHARE * each)) + 1)
+        return max(FEWEST_TOGETHER, int(self.samples / (_TRAIN_SHARE * each)) + 1)
 
     @property
     def sampled(self) -> int:
@@ -249,9 +250,8 @@ class _Work:
     def study(self) -> Iterator[Stage]:
         config = self.config
         if not self.layerwise:  # the check's beside the others
-            asked, shares = self.conversations + config.checks, self.machine.profile.study_shares
-            fewest = -(-asked // config.conversations)
-            groups = max(fewest, min(-(-fewest // shares) * shares, asked // _FEWEST_TOGETHER))
+            asked = self.conversations + config.checks
+            groups = count_groups(asked, most=config.conversations, shares=self.machine.profile.study_shares)
             seconds = self.decode(self.sampled + self.checked, together=asked // groups)
             yield Stage("sampling answers", self.shared(groups) * seconds)
             return
