@@ -196,6 +196,10 @@ class Nectar:
         attention = self.hybrid.attended(caches, self.passages(tokenizer))
         return self._text.sources(tokenizer, question, answer, attention=attention, chunk=chunk, count=count)
 
+    def about(self, document: str) -> None:
+        """Answers are about this one of the documents in the text: sources name no other, if the text holds it."""
+        self._text.about = document
+
     def cite(self, tokenizer: Tokenizer, question: str, answer: str, found: Sequence[Source]) -> Cited:
         """The answer with a mark behind each sentence: the source that supports it, or that none does."""
         return citing.cite(self.passages(tokenizer), question, answer, found)
