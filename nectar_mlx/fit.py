@@ -125,7 +125,8 @@ def _work(arguments: argparse.Namespace) -> None:
         options["size"] = parse_size(arguments.size)
     config = FitConfig(**options)
     arguments.model = arguments.model or default_model(log=cli.say)
-    check_output(output, arguments.force, {"model": arguments.model, "config": asdict(config)}, reading.as_list())
+    fit = {"model": arguments.model, "adapter": arguments.adapter or "", "config": asdict(config)}
+    check_output(output, arguments.force, fit, reading.as_list())
     world = World.here()
     folder = output.with_name(output.name + (".partial" if world.first else f".rank-{world.rank}.partial"))
     checkpoint = Checkpoint(folder, must_match=arguments.resume, log=cli.say)
