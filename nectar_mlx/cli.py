@@ -23,7 +23,7 @@ from .console import progress as progress
 from .console import row as row
 from .console import say as say
 from .console import show as show
-from .core import numbers, terminal
+from .core import interrupt, numbers, terminal
 from .core.numbers import share as share
 from .core.numbers import size as size
 from .errors import NectarError
@@ -68,7 +68,8 @@ def run(parser: argparse.ArgumentParser, work: Callable[[argparse.Namespace], No
     try:
         args = parser.parse_args(argv)
         console.set_quiet(getattr(args, "quiet", False))
-        work(args)
+        with interrupt.kept():
+            work(args)
         sys.stdout.flush()
     except SystemExit as exit:  # argparse: after --help, or after its message about an error
         return exit.code if isinstance(exit.code, int) else FAULT
