@@ -112,7 +112,7 @@ def _work(arguments: argparse.Namespace) -> None:
     from .fitting.checkpoint import Checkpoint
     from .fitting.config import FitConfig, effort, parse_budget, parse_size
     from .fitting.distributed import World
-    from .installed import default_model
+    from .installed import choose
     from .nectar import Nectar
 
     names = ("kind", "bits", "queries", "steps", "seed", "context_tokens", "memory", "layerwise", "prefill")
@@ -124,7 +124,7 @@ def _work(arguments: argparse.Namespace) -> None:
     else:
         options["size"] = parse_size(arguments.size)
     config = FitConfig(**options)
-    arguments.model = arguments.model or default_model(log=cli.say)
+    choose(arguments, log=cli.say)
     fit = {"model": arguments.model, "adapter": arguments.adapter or "", "config": asdict(config)}
     check_output(output, arguments.force, fit, reading.as_list())
     world = World.here()
@@ -165,13 +165,13 @@ def _work(arguments: argparse.Namespace) -> None:
 
 def _show(reading: "Reading", arguments: argparse.Namespace) -> None:
     """What would be read, and what the fit would take."""
-    from .installed import default_model
+    from .installed import choose
 
     for report in reading.files:
         cli.say(report.describe())
     without_model = ""
     try:
-        arguments.model = arguments.model or default_model(log=cli.say)
+        choose(arguments, log=cli.say)
     except NectarError as error:
         without_model = str(error)
     tokens, counted = _tokens(reading.text, arguments.model)
