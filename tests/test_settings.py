@@ -1,11 +1,13 @@
 """The user's defaults, the default model, and what a fit would replace."""
 
+import argparse
 import json
 from pathlib import Path
 
 import pytest
 
 from nectar_mlx import NectarError, fit, installed, models, output, settings
+from nectar_mlx.core.progress import no_log
 from nectar_mlx.installed import Installed
 from tests import toys
 
@@ -21,11 +23,21 @@ def test_defaults_are_read(file):
     assert settings.read() == settings.Settings()
     file.write_text('model = "Qwen3-1.7B"\nlibrary = "~/texts"\nbudget = "2%"\n')
     assert settings.read() == settings.Settings(model="Qwen3-1.7B", library=Path.home() / "texts", budget="2%")
+    file.write_text('model = "Qwen3-1.7B"\nadapter = "~/mine"')
+    for given, chosen in [
+        ({}, ("Qwen3-1.7B", "~/mine")),
+        ({"adapter": "his"}, ("Qwen3-1.7B", "his")),
+        ({"model": "other"}, ("other", None)),
+    ]:
+        args = argparse.Namespace(**{"model": None, "adapter": None} | given)
+        installed.choose(args, log=no_log)
+        assert (args.model, args.adapter) == chosen
 
 
 @pytest.mark.parametrize("content, complaint", [
-    (b'modle = "x"', "there is no setting 'modle'; the settings are model, library, budget"),
+    (b'modle = "x"', "there is no setting 'modle'; the settings are model, adapter, library, budget"),
     (b"budget = 0.02", 'budget must be a text in quotes, as in budget = "2%"'),
+    (b'adapter = "~/mine"', "adapter is of a model: set model, too"),
     (b"model = true", "model must be a text"),
     (b'model = " "', "model must be a text"),
     (b'[model]\nname = "x"', "model must be a text"),
