@@ -16,7 +16,7 @@ PICTURE = b"q 500 0 0 700 40 60 cm /I Do Q"
 @pytest.fixture
 def notes(tmp_path: Path) -> Path:
     folder = tmp_path / "notes"
-    write(folder / "a.txt", "The key is under the mat. " * 40)
+    write(folder / "a.txt", "The key is under the mat. " * 8)
     write(folder / "b.pdf", pdf_pages([shown(column(["The lease."])), PICTURE]))
     write(folder / "old.doc", b"\xd0\xcf\x11\xe0" + bytes(600))
     return folder
