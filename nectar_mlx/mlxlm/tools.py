@@ -48,14 +48,20 @@ def call_format(tokenizer: Tokenizer) -> CallFormat:
 
 
 def describe(tokenizer: Tokenizer, tools: Sequence[JsonObject]) -> str:
-    """What the model is told of the tools ({"type": "function", "function": {"name", "description", "parameters"}})."""
+    """What the model is told of the tools: {"type": "function", "function": {"name", "description", "parameters"}}.
+
+    NectarError for one without a name.
+    """
+    functions = [tool.get("function") for tool in tools]
+    if not all(isinstance(function, dict) and isinstance(function.get("name"), str) for function in functions):
+        raise NectarError('each of the tools must have a name: {"type": "function", "function": {"name": …}}')
     form = call_format(tokenizer)
     if form.native and (told := _description(tokenizer, tools)):
         return told
-    functions = "\n".join(json.dumps(tool["function"], ensure_ascii=False) for tool in tools)
+    listed = "\n".join(json.dumps(function, ensure_ascii=False) for function in functions)
     example = '{"name": "the function\'s name", "arguments": {"an argument\'s name": "its value"}}'
     return (
-        f"You may call these functions:\n{functions}\n\n"
+        f"You may call these functions:\n{listed}\n\n"
         f"To call one, answer only with\n{form.start}\n{example}\n{form.end}\nYou are then given its result."
     )
 
