@@ -129,3 +129,25 @@ def test_code_is_indented_by_its_own_letters(tmp_path: Path) -> None:
 def test_the_sign_of_a_note_behind_a_sentence(tmp_path: Path) -> None:
     page = [(50.0, 750.0, 12.0, "It was so."), (100.0, 755.0, 7.0, "3")]
     assert text_of(write(tmp_path / "a.pdf", pdf(page))) == "It was so.[3]"
+
+
+def test_a_table_in_a_column_is_read_as_rows(tmp_path: Path) -> None:
+    words = [
+        "The hall was swept at dawn and the",
+        "windows were left open until the",
+        "river rose above the lower store",
+    ]
+    rows = [("Machine", "Weight"), ("Kiln", "312 kg"), ("Press", "455 kg"), ("Lathe", "208 kg")]
+    left = [
+        *column([*words, *words], left=50, size=10),
+        *[
+            (x, 666.0 - 14 * y, 10.0, cell)
+            for y, row in enumerate(rows)
+            for x, cell in zip((50, 140), row, strict=True)
+        ],
+        *column([*words, *words], left=50, top=610, size=10),
+    ]
+    right = column([*words] * 5, left=310, size=10)
+    text = text_of(write(tmp_path / "a.pdf", pdf([*left, *right])))
+    assert "\n\nMachine | Weight\nKiln | 312 kg\nPress | 455 kg\nLathe | 208 kg\n\n" in text
+    assert text.count("|") == 4
