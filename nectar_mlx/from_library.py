@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from . import cli, settings
 from .core.types import JsonObject, Tokenizer
 from .errors import NectarError
+from .installed import default_model
 from .library import Added, Document, Library, ModelFitter, Routing
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `fitter`."""
-    parser.add_argument("--model", help="fit on this model (default: the library's, at first the settings')")
+    parser.add_argument("--model", help="fit on this model (default: the library's, at first what `nectar fit` takes)")
     cli.add_adapter(parser)
     parser.add_argument("--budget", metavar="SHARE", help="bytes to keep, as for `nectar fit`; kept for later calls")
     parser.add_argument("--kind", help="of head function, as for `nectar fit`; kept for later calls")
@@ -57,9 +58,7 @@ def fitter(library: Library, args: argparse.Namespace) -> ModelFitter:
         options |= parse_budget(budget)
     options |= {n: value for n in ("kind", "steps", "queries") if (value := getattr(args, n)) is not None}
     FitConfig(**options)  # refuses what is wrong before any file is read
-    name = args.model or (known.name if known is not None else settings.read().model)
-    if not name:
-        raise NectarError("say which model to fit on: --model Qwen3-1.7B, say; later calls take the same one")
+    name = args.model or (known.name if known is not None else default_model(log=cli.say))
     if Path(name).expanduser().exists():
         name = str(Path(name).expanduser().absolute())  # the library is asked from other folders, too
     library.options = options

@@ -24,6 +24,7 @@ from nectar_mlx.models import adapters
 from nectar_mlx.retrieval import kv_path
 from nectar_mlx.store import Layout
 from tests.families import FAMILIES
+from tests.more_families import MORE
 
 VOCABULARY = 320
 LAYERS = 3
@@ -84,7 +85,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 def toy(model_type: str, *, seed: int = 0, **arguments: Any) -> nn.Module:
     """A random model in float32 whose attention is far from uniform."""
     module = importlib.import_module(f"mlx_lm.models.{ {'mistral': 'llama'}.get(model_type, model_type) }")
-    config = {**_DENSE, **(ARCHITECTURES | FAMILIES)[model_type], **arguments, "model_type": model_type}
+    config = {**_DENSE, **(ARCHITECTURES | FAMILIES | MORE)[model_type], **arguments, "model_type": model_type}
     if "text_config" in config:
         config["text_config"] = {**_DENSE, **config["text_config"]}
     mx.random.seed(seed)

@@ -46,7 +46,7 @@ class Source:
                 return _zipped(self.path)
             size = self.path.stat().st_size
             if size > MAX_FILE:
-                raise Unreadable(f"larger than {MAX_FILE >> 30} GiB")
+                raise Unreadable(f"larger than {MAX_FILE / 1e9:.1f} GB")
             if not size:  # what the system shows as files has no size, and may be without end
                 return b""
             return self.path.read_bytes()
@@ -58,7 +58,7 @@ def _zipped(folder: Path) -> bytes:
     """The zip file that a folder stands for."""
     files = [file for file in folder.rglob("*") if file.is_file()]
     if sum(file.stat().st_size for file in files) > MAX_FILE:
-        raise Unreadable(f"larger than {MAX_FILE >> 30} GiB")
+        raise Unreadable(f"larger than {MAX_FILE / 1e9:.1f} GB")
     data = io.BytesIO()
     with zipfile.ZipFile(data, "w", zipfile.ZIP_STORED) as archive:
         for file in files:

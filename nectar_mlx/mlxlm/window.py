@@ -3,6 +3,7 @@
 import mlx.nn as nn
 
 from ..errors import NectarError
+from ..models import arguments
 
 _NAMES = ("max_position_embeddings", "model_max_length", "n_positions", "n_ctx", "block_size", "max_seq_len")
 ANSWER_TOKENS = 512  # the longest answer by default
@@ -14,8 +15,8 @@ class NoRoom(NectarError):
 
 def window(model: nn.Module) -> int | None:
     """The positions that the model supports; None if its configuration does not have the number."""
-    arguments = getattr(model, "args", None)
-    for part in (arguments, getattr(arguments, "text_config", None)):  # of a vision model, its text part
+    read = arguments(model)
+    for part in (read, getattr(read, "text_config", None)):  # of a vision model, its text part
         settings = part if isinstance(part, dict) else vars(part) if part is not None else {}
         for name in _NAMES:
             if isinstance(size := settings.get(name), int):

@@ -48,6 +48,7 @@ class Shelf:
         self._open: OrderedDict[Key, Nectar] = OrderedDict()
         # Also those that were put away while an answer still uses them.
         self._alive: weakref.WeakValueDictionary[Key, Nectar] = weakref.WeakValueDictionary()
+        self._sizes: weakref.WeakKeyDictionary[Nectar, int] = weakref.WeakKeyDictionary()  # asked for at every step
         self._first: JsonObject | None = None
 
     def get(self, name: str, chunk: int | None = None) -> Nectar:
@@ -59,6 +60,7 @@ class Shelf:
             nectar = self._alive.get(key)
             if nectar is None:
                 nectar = self._read(name) if chunk is None else self.get(name).chunk(chunk)
+                self._sizes[nectar] = nectar.nbytes
             self._open[key] = self._alive[key] = nectar
         self._open.move_to_end(key)
         return self._open[key]
@@ -70,7 +72,7 @@ class Shelf:
 
     @property
     def nbytes(self) -> int:
-        return sum(nectar.nbytes for nectar in list(self._alive.values()))
+        return sum(self._sizes[nectar] for nectar in list(self._alive.values()))
 
     def shrink(self, nbytes: int) -> None:
         """Puts away what was used least recently until the rest has at most so many bytes, or is the last one."""

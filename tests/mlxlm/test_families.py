@@ -14,6 +14,7 @@ from nectar_mlx.mlxlm import attention_patch
 from nectar_mlx.mlxlm.geometry import Geometry
 from nectar_mlx.mlxlm.kept import State, widened
 from tests import families, toys
+from tests.more_families import MORE, SHAPES
 
 PREFIX, TURN = toys.random_tokens(40), toys.random_tokens(12, seed=1)
 MIXED = ("qwen3_next", "falcon_h1", "nemotron_h", "plamo2", "gemma3n", "gemma4", "deepseek_v3", "mistral4", "olmo3")
@@ -28,9 +29,20 @@ def continued(model, caches, pieces):
     return np.array(mx.concatenate([model(mx.array([piece]), cache=caches)[0] for piece in pieces]))
 
 
-@pytest.mark.parametrize("family", sorted(families.FAMILIES))
+@pytest.mark.parametrize(
+    "family", [*sorted(families.FAMILIES), *(pytest.param(family, marks=pytest.mark.slow) for family in MORE)]
+)
 def test_exact_heads_answer_as_the_stock_model(family):
-    model = toys.toy(family)
+    assert_exact(toys.toy(family))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_shapes_that_published_models_seldom_have(shape):
+    family, arguments = SHAPES[shape]
+    assert_exact(toys.toy(family, **arguments))
+
+
+def assert_exact(model):
     caches = make_prompt_cache(model)
     model(mx.array([PREFIX]), cache=caches)
     pieces = [TURN[:1], TURN[1:8], TURN[8:9], TURN[9:]]
@@ -163,6 +175,12 @@ REFUSED = {
         | {"num_query_heads": [4, 4, 6], "num_kv_heads": [2, 2, 3], "ffn_multipliers": [1.0, 1.0, 1.0]},
         "full attention differ",
     ),
+    "afm7": (
+        {"hidden_dim": 64, "num_layers": 3, "num_kv_reuse_layers": 1, "num_heads": 4, "num_kv_heads": 2},
+        "does not work with our caches",
+    ),
+    "iquestloopcoder": ({"head_dim": 16, "loop_window_size": 9}, "output is not its own"),
+    "plamo": ({"n_shared_head": 2}, "keeps 2 heads of keys, but attends to 4"),
     "gemma2": ({"head_dim": 16}, "caps its attention scores"),
     "mamba2": (
         {"num_heads": 4, "head_dim": 16, "state_size": 16, "layer_norm_epsilon": 1e-5, "conv_kernel": 4, "n_groups": 1}

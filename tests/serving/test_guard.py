@@ -149,7 +149,8 @@ def refused_while_sending(port: int, head: str, *, path: str = "/v1/completions"
     ],
     ids=["413", "413 close", "415", "403", "404", "405"],
 )
-def test_an_answer_reaches_a_client_that_still_sends(running, head, path, status, chunked):
+def test_an_answer_reaches_a_client_that_still_sends(running, head, path, status, chunked, monkeypatch):
+    monkeypatch.setattr(lingering, "SECONDS", 60.0)  # a busy machine may take some of them
     for _ in range(3):
         found = refused_while_sending(running.port, head, path=path, chunked=chunked)
         assert found.startswith(b"HTTP/1.1 %d " % status)
@@ -158,7 +159,8 @@ def test_an_answer_reaches_a_client_that_still_sends(running, head, path, status
 
 @pytest.mark.slow
 @pytest.mark.parametrize("chunked", [False, True])
-def test_no_oversized_body_is_reset(running, chunked):
+def test_no_oversized_body_is_reset(running, chunked, monkeypatch):
+    monkeypatch.setattr(lingering, "SECONDS", 60.0)
     with ThreadPoolExecutor(8) as pool:
         sent = [pool.submit(refused_while_sending, running.port, JSON, chunked=chunked) for _ in range(50)]
         assert all(found.result().startswith(b"HTTP/1.1 413 ") for found in sent)
@@ -200,26 +202,22 @@ def closed(connected: socket.socket) -> bool:
 
 
 def test_slow_heads_are_given_up(running, monkeypatch):
-    monkeypatch.setattr(connection, "HEAD_SECONDS", 0.3)
+    monkeypatch.setattr(connection, "HEAD_SECONDS", 1.0)
     slow = [socket.create_connection(("127.0.0.1", running.port)) for _ in range(130)]
     for connected in slow:
         connected.sendall(b"GET /health HTTP/1.1\r\nX-A: ")
     assert running.request("GET", "/health")[0] == 200, "nobody else waits"
-    end = time.monotonic() + 10
-    while not all(closed(connected) for connected in slow[:3]) and time.monotonic() < end:
-        for connected in slow:
-            if connected.fileno() >= 0 and not closed(connected):
-                try:
-                    connected.sendall(b"a")
-                except OSError:
-                    connected.close()
-        slow = [connected for connected in slow if connected.fileno() >= 0]
-        if not slow:
-            break
-        time.sleep(0.1)
-    assert time.monotonic() < end
-    for connected in slow:
-        connected.close()
+
+    def all_closed():
+        for connected in list(slow):
+            try:
+                connected.sendall(b"a")
+            except OSError:
+                connected.close()
+                slow.remove(connected)
+        return not slow
+
+    assert wait_for(all_closed)
 
 
 def test_the_oldest_connection_without_a_head_makes_room(running, monkeypatch):
@@ -232,10 +230,10 @@ def test_the_oldest_connection_without_a_head_makes_room(running, monkeypatch):
 
 
 def test_a_slow_second_request_on_a_connection(running, monkeypatch):
-    monkeypatch.setattr(connection, "HEAD_SECONDS", 0.3)
     with socket.create_connection(("127.0.0.1", running.port), timeout=10) as connected:
         connected.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert b"200 OK" in connected.recv(4000)
+        monkeypatch.setattr(connection, "HEAD_SECONDS", 0.3)
         connected.sendall(b"GET /health HTTP/1.1\r\n")
         assert wait_for(lambda: closed(connected))
 

@@ -211,3 +211,14 @@ def test_a_shape_that_no_array_has_is_an_error(tmp_path, shape):
     (tmp_path / "x").write_bytes(len(header).to_bytes(8, "little") + header + bytes(size))
     with pytest.raises(NectarError, match="is cut short"):
         tensor_file.read(tmp_path / "x")
+
+
+@pytest.mark.parametrize("space", [b"\t", b"\n", b"\r"])
+def test_a_changed_space_of_the_header_is_noticed(tmp_path, space):
+    """Also in a .kv, whose header no checksum covers as a whole."""
+    tensor_file.write(tmp_path / "x", {"a": mx.zeros(3)}, {"b": "c"})
+    content = (tmp_path / "x").read_bytes()
+    for at in (at for at in range(8, len(content) - 12) if content[at : at + 1] == b" "):
+        (tmp_path / "x").write_bytes(content[:at] + space + content[at + 1 :])
+        with pytest.raises(NectarError, match="header"):
+            tensor_file.metadata(tmp_path / "x")
