@@ -85,7 +85,7 @@ def _laid(rows: list[_Row], region: int, *, depth: int) -> tuple[list[Line], int
                 inside, region = _laid([_Row(segments) for segments in column if segments], region, depth=depth + 1)
                 found += inside
         else:
-            found += _table(band, columns, region)
+            found += _table(band, _columns(band, _with_outer(band, gutters)), region)
     return found, region
 
 
@@ -216,6 +216,21 @@ def _common(gutters: list[Gutter], row: _Row) -> list[Gutter]:
 
 def _is_single(band: list[_Row]) -> bool:
     return sum(len(row.segments) > 1 for row in band) < 2
+
+
+def _with_outer(band: list[_Row], gutters: list[Gutter]) -> list[Gutter]:
+    """The gutters of a table, with those beside a column that its first row has no cell in, as above row titles."""
+    edges = sorted((segment.left, segment.right) for row in band for segment in row.segments)
+    spans = [edges[0]]
+    for left, right in edges[1:]:
+        if left - spans[-1][1] >= _NARROWEST_GUTTER * band[0].size:
+            spans.append((left, right))
+        else:
+            spans[-1] = spans[-1][0], max(spans[-1][1], right)
+    free = [(one[1], other[0]) for one, other in pairwise(spans)][:_MOST_COLUMNS]
+    columns = _columns(band, free)
+    is_filled = all(2 * sum(map(bool, column)) >= len(band) for column in columns)
+    return free if len(free) > len(gutters) and is_filled else gutters
 
 
 def _columns(band: list[_Row], gutters: list[Gutter]) -> list[list[list[Run]]]:
