@@ -105,6 +105,8 @@ def _sources(given: str | Path, include: Sequence[str], exclude: Sequence[str]) 
     path = Path(given).expanduser()
     try:
         is_folder, exists = path.is_dir(), path.exists()
+    except PermissionError as error:
+        raise NectarError(f"{shown(str(path))}: cannot be read ({error.strerror})") from error
     except (OSError, ValueError) as error:
         raise NectarError(f"{shown(str(path))}: no such file or folder") from error
     if not exists:

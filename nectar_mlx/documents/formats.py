@@ -204,6 +204,8 @@ def _by_content(data: bytes, suffix: str) -> str:
         return "pdf"
     if data.startswith(b"{\\rtf"):
         return "rtf"
+    if data.startswith(b"\x78\x9f\x3e\x22"):
+        raise Unreadable("what Outlook packs attachments in (TNEF)")
     if data.startswith(b"\xd0\xcf\x11\xe0"):
         # Office stores a file with a password in the old container.
         if b"E\0n\0c\0r\0y\0p\0t\0e\0d\0P\0a\0c\0k\0a\0g\0e" in data:
