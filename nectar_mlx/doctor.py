@@ -11,7 +11,7 @@ from pathlib import Path
 
 from . import __version__, cli, settings
 from .core import blas
-from .core.files import cache_folder, state_folder
+from .core.folders import cache_folder, state_folder
 from .core.types import JsonObject
 from .errors import NectarError
 

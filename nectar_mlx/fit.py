@@ -6,10 +6,11 @@ import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import cli, settings, store
+from . import cli, ranks, settings, store
 from .core.clock import duration
 from .core.progress import no_log, silent
 from .core.types import JsonObject
@@ -89,6 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     kept = parser.add_mutually_exclusive_group()
     kept.add_argument("--resume", action="store_true", help="continue an interrupted fit; fail if it was another one")
     kept.add_argument("--fresh", action="store_true", help="start anew (default: continue an interrupted fit)")
+    ranks.add_option(parser)
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     return parser
 
@@ -108,7 +110,7 @@ def _work(arguments: argparse.Namespace) -> None:
         _show(reading, arguments)
         return
     from . import models
-    from .fitting import pipeline
+    from .fitting import pipeline, sharded
     from .fitting.checkpoint import Checkpoint
     from .fitting.config import FitConfig, effort, parse_budget, parse_size
     from .fitting.distributed import World
@@ -125,18 +127,22 @@ def _work(arguments: argparse.Namespace) -> None:
         options["size"] = parse_size(arguments.size)
     config = FitConfig(**options)
     choose(arguments, log=cli.say)
+    models.resolve(arguments.model, log=cli.say, progress=cli.progress)  # one that there is, before anything is asked
     fit = {"model": arguments.model, "adapter": arguments.adapter or "", "config": asdict(config)}
     check_output(output, arguments.force, fit, reading.as_list())
-    world = World.here()
+    group, world = ranks.group(arguments), World.here()
     folder = output.with_name(output.name + (".partial" if world.first else f".rank-{world.rank}.partial"))
     checkpoint = Checkpoint(folder, must_match=arguments.resume, log=cli.say)
     with checkpoint.held():
         if arguments.fresh:
             checkpoint.empty()
-        model, tokenizer = models.load(arguments.model, adapter=arguments.adapter, log=cli.say, progress=cli.progress)
+        model, tokenizer = models.load(
+            arguments.model, adapter=arguments.adapter, log=cli.say, progress=cli.progress, group=group
+        )
+        fit = sharded.fit if group else partial(pipeline.fit, checkpoint=checkpoint)
         try:
             with cli.overall() if world.first else nullcontext(silent) as progress:
-                fitted = pipeline.fit(
+                fitted = fit(
                     model,
                     tokenizer,
                     reading.text,
@@ -144,7 +150,6 @@ def _work(arguments: argparse.Namespace) -> None:
                     name=arguments.model,
                     source=", ".join(Path(c).name for c in arguments.context),
                     progress=progress,
-                    checkpoint=checkpoint,
                     log=cli.say if world.first else no_log,
                     world=world,
                 )
@@ -160,7 +165,7 @@ def _work(arguments: argparse.Namespace) -> None:
             raise
         checkpoint.clear()
     _report(output, nectar, as_json=arguments.json)
-    cli.say(reading.summary())
+    cli.say(nectar.text(tokenizer).summary())
 
 
 def _show(reading: "Reading", arguments: argparse.Namespace) -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from . import cli, settings
 from .core.types import JsonObject, Tokenizer
 from .errors import NectarError
+from .installed import choose
 from .library import Added, Document, Identity, Library, ModelFitter, Routing
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `fitter`."""
-    parser.add_argument("--model", help="fit on this model (default: the library's, at first the settings')")
+    parser.add_argument("--model", help="fit on this model (default: the library's, at first what `nectar fit` takes)")
     cli.add_adapter(parser)
     parser.add_argument("--budget", metavar="SHARE", help="bytes to keep, as for `nectar fit`; kept for later calls")
     parser.add_argument("--kind", help="of head function, as for `nectar fit`; kept for later calls")
@@ -58,8 +59,6 @@ def fitter(library: Library, args: argparse.Namespace) -> ModelFitter:
     options |= {n: value for n in ("kind", "steps", "queries") if (value := getattr(args, n)) is not None}
     FitConfig(**options)  # refuses what is wrong before any file is read
     name, adapter = _model(args, known)
-    if not name:
-        raise NectarError("say which model to fit on: --model Qwen3-1.7B, say; later calls take the same one")
     if Path(name).expanduser().exists():
         name = str(Path(name).expanduser().absolute())  # the library is asked from other folders, too
     library.options = options
@@ -69,13 +68,11 @@ def fitter(library: Library, args: argparse.Namespace) -> ModelFitter:
 
 
 def _model(args: argparse.Namespace, known: Identity | None) -> tuple[str, str]:
-    """The model to fit on and its adapter: those given, else the library's, else the settings'; "" for none."""
-    if args.model:
-        return args.model, args.adapter or ""
-    if known is not None:
+    """The model to fit on and its adapter, "" for none: those given, else the library's, else the default ones."""
+    if args.model is None and known is not None:
         return known.name, args.adapter or known.adapter
-    own = settings.read()
-    return own.model or "", args.adapter or own.adapter or ""
+    choose(args, log=cli.say)
+    return args.model, args.adapter or ""
 
 
 def report(added: Added, *, as_json: bool) -> None:

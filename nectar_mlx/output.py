@@ -28,13 +28,18 @@ def check(path: Path, force: bool, fit: Mapping[str, object], files: object = No
     if force or not path.exists() or path.with_name(f"{path.name}.partial").exists():
         return
     held = _held(path)
-    wanted = json.loads(json.dumps({**fit, "files": files}))
-    if {name: held.get(name) for name in wanted} == wanted:
+    wanted = json.loads(json.dumps(fit))
+    if _names(held.get("files")) == _names(files) and {name: held.get(name) for name in wanted} == wanted:
         return
     what = f"{held['tokens']:,} tokens of {held['source'] or 'a text'}, by {held['model']}" if held else "a damaged fit"
     advice = "--force replaces it, --output writes elsewhere"
     if not terminal.confirm(f"{path} holds another fit ({what}). Replace it?", otherwise=advice):
         raise NectarError(f"{path} is kept: {advice}")
+
+
+def _names(files: object) -> list[object]:
+    """Names and sizes of files that were read: what of them is in the text depends on where it was cut."""
+    return [(file.get("name"), file.get("characters")) for file in files] if isinstance(files, list) else []
 
 
 def _held(path: Path) -> JsonObject:

@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def make_parser() -> argparse.ArgumentParser:
     parser = cli.Parser("serve", "Serves .nectar files over HTTP, as OpenAI and Ollama do; a file's name is a model's.")
     parser.add_argument(
-        "nectars", nargs="+", metavar="nectar", help="files, folders of them, ids on the hub; or: library"
+        "nectars", nargs="+", metavar="FILE", help="files, folders of them, ids on the hub; or: library"
     )
     cli.add_model(parser)
     cli.add_library(parser)
@@ -49,7 +49,7 @@ def _add_access(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--allowed-hosts", type=_names, default=[], metavar="NAMES", help="names of this machine, besides its own"
     )
-    parser.add_argument("--max-body", type=cli.size, default=8 << 20, metavar="SIZE", help="largest request (8 MiB)")
+    parser.add_argument("--max-body", type=cli.size, default=8_000_000, metavar="SIZE", help="largest request (8 MB)")
     parser.add_argument("--max-requests", type=int, default=512, metavar="N", help="open at a time (512)")
     levels = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
     parser.add_argument("--log-level", choices=levels, default="INFO", help="(INFO: a line for each request)")

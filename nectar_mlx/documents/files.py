@@ -45,7 +45,7 @@ class Source:
             if self.path.is_dir():
                 return _zipped(self.path)
             if self.path.stat().st_size > MAX_FILE:
-                raise Unreadable(f"larger than {MAX_FILE >> 30} GiB")
+                raise Unreadable(f"larger than {MAX_FILE / 1e9:.1f} GB")
             return self.path.read_bytes()
         except OSError as error:
             raise Unreadable(f"cannot be read ({error.strerror})") from error
@@ -55,7 +55,7 @@ def _zipped(folder: Path) -> bytes:
     """The zip file that a folder stands for."""
     files = [file for file in folder.rglob("*") if file.is_file()]
     if sum(file.stat().st_size for file in files) > MAX_FILE:
-        raise Unreadable(f"larger than {MAX_FILE >> 30} GiB")
+        raise Unreadable(f"larger than {MAX_FILE / 1e9:.1f} GB")
     data = io.BytesIO()
     with zipfile.ZipFile(data, "w", zipfile.ZIP_STORED) as archive:
         for file in files:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from nectar_mlx import NectarError, documents
+from nectar_mlx.documents import ocr
 from tests.documents.makers import FOX, refusal, write
 
 
@@ -84,7 +85,7 @@ def test_one_bad_file_is_named_and_skipped(tmp_path: Path) -> None:
     assert reading.text == f"# a.txt\n\n{FOX}"
     assert reading.summary() == (
         "read 1 of 5 files: b.pdf: a damaged PDF; c.docx: not a whole DOCX file; d.png: a picture, "
-        "and no text recognition is installed; old.doc: an old Word file; save it as .docx"
+        f"and no text recognition is installed: {ocr.advice()}; old.doc: an old Word file; save it as .docx"
     )
 
 
@@ -104,7 +105,7 @@ def test_strict_refuses_what_is_not_whole(tmp_path: Path) -> None:
 def test_nothing_can_be_read(tmp_path: Path) -> None:
     assert "holds no document" in refusal(tmp_path)
     picture = write(tmp_path / "picture.png", "x")
-    reason = "a picture, and no text recognition is installed"
+    reason = f"a picture, and no text recognition is installed: {ocr.advice()}"
     assert refusal(tmp_path) == f"none of the files can be read: picture.png: {reason}"
     assert refusal(picture) == f"{picture}: {reason}"
     assert refusal() == "no document was given"

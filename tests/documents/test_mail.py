@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from nectar_mlx import documents
+from nectar_mlx.documents import ocr
 from tests.documents.makers import column, pdf, report_of, text_of, write
 
 PLAIN = (
@@ -57,7 +58,9 @@ def test_attachments_are_read_or_named(tmp_path: Path) -> None:
     path = write(tmp_path / "a.eml", bytes(message))
     text, report = text_of(path), report_of(path)
     assert text.endswith("## Attachment annex.pdf\n\nThe annex.\n\n## Attachment table.csv\n\na;b")
-    assert report.left_out == ["attachment Bild ä.png (6 bytes): a picture, and no text recognition is installed"]
+    assert report.left_out == [
+        f"attachment Bild ä.png (6 bytes): a picture, and no text recognition is installed: {ocr.advice()}"
+    ]
     assert base64.b64encode(b"%PDF").decode()[:5] not in text
 
 

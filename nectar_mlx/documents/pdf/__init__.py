@@ -75,7 +75,8 @@ def _document(pdf: "PdfDocument") -> Document:
         left_out.append(f"pages after the first {MOST_PAGES:,}")
     left_out += [f"attachment {pdf.get_attachment(place).get_name()}" for place in range(pdf.count_attachments())]
     if not text.strip() and pages.pictures:
-        raise Unreadable("the PDF holds no text, only pictures of it; run text recognition (OCR) on it first")
+        missing = "" if ocr.available() else f": {ocr.advice()}"
+        raise Unreadable(f"the PDF holds no text, only pictures of it, and needs text recognition (OCR){missing}")
     return Document("pdf", text, places, left_out)
 
 
@@ -130,7 +131,7 @@ class _Pages:
 
     def left_out(self) -> list[str]:
         notes = [
-            (self.pictures, "only a picture, without text (no text recognition is installed)"),
+            (self.pictures, f"only a picture, without text (no text recognition is installed: {ocr.advice()})"),
             (self._damaged, "damaged"),
             (self._garbled, "a font that does not say which letters it shows"),
             (self._cut, "text after the first part of a very full page"),
