@@ -131,12 +131,13 @@ def _library(args: argparse.Namespace) -> "tuple[Library | None, str | None, str
     if len(args.nectars) > 1:
         raise NectarError("`library` is served alone; a file or folder of that name is ./library")
     from . import from_library
-    from .installed import default_model
+    from .installed import choose
 
     library = from_library.open_library(args)
     identity = library.identity
     if identity is None:
-        return library, args.model or default_model(log=cli.say), args.adapter
+        choose(args, log=cli.say)
+        return library, args.model, args.adapter
     if args.model not in (None, identity.name) or args.adapter not in (None, identity.adapter):
         raise NectarError(
             f"the library is fitted on {identity.described}: leave out --model and --adapter, or fit it anew with them "
@@ -155,9 +156,10 @@ def _work(args: argparse.Namespace) -> None:
     maybe_set_recommended_wired_limit()
     running = start(args)
     host = f"[{running.host}]" if ":" in running.host else running.host
+    address = f"http://{host}:{running.port}"
     names = running.service.names
     which = ", ".join(names) if len(names) <= 8 else f"{len(names):,} files"
-    cli.say(f"serving {which} at http://{host}:{running.port}/v1")
+    cli.say(f"serving {which}: a page at {address}/, for programs {address}/v1")
     running.run()
 
 
