@@ -114,7 +114,7 @@ def _work(arguments: argparse.Namespace) -> None:
     from .fitting.checkpoint import Checkpoint
     from .fitting.config import FitConfig, effort, parse_budget, parse_size
     from .fitting.distributed import World
-    from .installed import default_model
+    from .installed import choose
     from .nectar import Nectar
 
     names = ("kind", "bits", "queries", "steps", "seed", "context_tokens", "memory", "layerwise", "prefill")
@@ -126,9 +126,10 @@ def _work(arguments: argparse.Namespace) -> None:
     else:
         options["size"] = parse_size(arguments.size)
     config = FitConfig(**options)
-    arguments.model = arguments.model or default_model(log=cli.say)
+    choose(arguments, log=cli.say)
     models.resolve(arguments.model, log=cli.say, progress=cli.progress)  # one that there is, before anything is asked
-    check_output(output, arguments.force, {"model": arguments.model, "config": asdict(config)}, reading.as_list())
+    asked = {"model": arguments.model, "adapter": arguments.adapter or "", "config": asdict(config)}
+    check_output(output, arguments.force, asked, reading.as_list())
     group, world = ranks.group(arguments), World.here()
     folder = output.with_name(output.name + (".partial" if world.first else f".rank-{world.rank}.partial"))
     checkpoint = Checkpoint(folder, must_match=arguments.resume, log=cli.say)
@@ -169,13 +170,13 @@ def _work(arguments: argparse.Namespace) -> None:
 
 def _show(reading: "Reading", arguments: argparse.Namespace) -> None:
     """What would be read, and what the fit would take."""
-    from .installed import default_model
+    from .installed import choose
 
     for report in reading.files:
         cli.say(report.describe())
     without_model = ""
     try:
-        arguments.model = arguments.model or default_model(log=cli.say)
+        choose(arguments, log=cli.say)
     except NectarError as error:
         without_model = str(error)
     tokens, counted = _tokens(reading.text, arguments.model)

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 from . import cli, settings
 from .core.types import JsonObject, Tokenizer
 from .errors import NectarError
-from .installed import default_model
-from .library import Added, Document, Library, ModelFitter, Routing
+from .installed import choose
+from .library import Added, Document, Identity, Library, ModelFitter, Routing
 
 if TYPE_CHECKING:
     import mlx.nn as nn
@@ -58,15 +58,23 @@ def fitter(library: Library, args: argparse.Namespace) -> ModelFitter:
         options |= parse_budget(budget)
     options |= {n: value for n in ("kind", "steps", "queries") if (value := getattr(args, n)) is not None}
     FitConfig(**options)  # refuses what is wrong before any file is read
-    name = args.model or (known.name if known is not None else default_model(log=cli.say))
+    name, adapter = _model(args, known)
     if Path(name).expanduser().exists():
         name = str(Path(name).expanduser().absolute())  # the library is asked from other folders, too
     library.options = options
-    # A model that is named is taken without the library's adapter.
-    adapter = known.adapter if known is not None and not args.model else ""
-    if args.adapter:
-        adapter = str(Path(args.adapter).expanduser().absolute())
+    if adapter:
+        adapter = str(Path(adapter).expanduser().absolute())
     return ModelFitter(name, options, adapter=adapter, log=cli.say)
+
+
+def _model(args: argparse.Namespace, known: Identity | None) -> tuple[str, str]:
+    """The model to fit on and its adapter, "" for none: those given, else the library's, else the default ones."""
+    if args.model:
+        return args.model, args.adapter or ""
+    if known is not None:
+        return known.name, args.adapter or known.adapter
+    choose(args, log=cli.say)
+    return args.model, args.adapter or ""
 
 
 def report(added: Added, *, as_json: bool) -> None:

@@ -220,12 +220,20 @@ class Nectar:
         """Keeps in the report which documents it was fitted to, so that sources can name them."""
         self.report |= kept_text.keep(reading, tokenizer, self.prefix)
 
-    def prompt(self, tokenizer: Tokenizer, messages: str | Sequence[prompts.Message], **template: Any) -> list[int]:
+    def prompt(
+        self,
+        tokenizer: Tokenizer,
+        messages: str | Sequence[prompts.Message],
+        *,
+        tools: Sequence[JsonObject] | None = None,
+        **template: Any,
+    ) -> list[int]:
         """The token ids that follow the prefix, up to where the answer starts.
 
-        messages: a question, or a conversation in mlx-lm's form. template: arguments of the chat template.
+        messages: a question, or a conversation in mlx-lm's form. tools: functions that the model may call, in OpenAI's
+        form. template: arguments of the chat template.
         """
-        return prompts.prompt(tokenizer, messages, **template)
+        return prompts.prompt(tokenizer, messages, tools=tools, **template)
 
     def logits_processors(self) -> list[Callable[[mx.array, mx.array], mx.array]]:
         """For one conversation with mlx-lm: recall (`retrieval.recall`), where the fit found that it helps; else none.

@@ -20,7 +20,7 @@ def check(path: Path, force: bool, fit: Mapping[str, object], files: object = No
     Args:
         path: where the file will be written.
         force: replace it whatever it holds.
-        fit: what the new file's metadata will say, as far as it is known: `model`, `config`.
+        fit: what the new file's metadata will say, as far as it is known: `model`, `config`; `adapter`, its path or "".
         files: what its report will say of the files that were read, `Reading.as_list()`.
 
     NectarError if the answer is no, or if there is no terminal to ask at.
@@ -52,4 +52,5 @@ def _held(path: Path) -> JsonObject:
         files = record.listed(metadata["report"], characters=_CHARACTERS * tensors["prefix"].size)
     except (TypeError, ValueError):
         return {}
-    return {"source": "", **metadata, "files": files, "tokens": tensors["prefix"].size}
+    adapter = metadata.get("adapter", {}).get("path", "")
+    return {"source": "", **metadata, "adapter": adapter, "files": files, "tokens": tensors["prefix"].size}

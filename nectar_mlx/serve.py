@@ -131,12 +131,13 @@ def _library(args: argparse.Namespace) -> "tuple[Library | None, str | None, str
     if len(args.nectars) > 1:
         raise NectarError("`library` is served alone; a file or folder of that name is ./library")
     from . import from_library
-    from .installed import default_model
+    from .installed import choose
 
     library = from_library.open_library(args)
     identity = library.identity
     if identity is None:
-        return library, args.model or default_model(log=cli.say), args.adapter
+        choose(args, log=cli.say)
+        return library, args.model, args.adapter
     if args.model not in (None, identity.name) or args.adapter not in (None, identity.adapter):
         raise NectarError(
             f"the library is fitted on {identity.described}: leave out --model and --adapter, or fit it anew with them "

@@ -44,6 +44,12 @@ def test_forced_calls_follow_the_schema(running, choice, temperature):
     assert choice == "required" or call.function.name == "count"
 
 
+def test_a_stop_string_does_not_cut_a_forced_call(running):
+    options = {**ASKED, "tools": [tool()], "tool_choice": "required", "stop": ["colour", '"']}
+    (call,) = running.client().chat.completions.create(**options).choices[0].message.tool_calls
+    assert checked("paint", call.function.arguments)
+
+
 def test_a_forced_call_that_is_cut_is_text(running):
     options = {**ASKED, "tools": [tool()], "tool_choice": "required", "max_tokens": 4}
     choice = running.client().chat.completions.create(**options).choices[0]
@@ -118,6 +124,12 @@ def test_calls_are_told_from_text(running, says):
     assert "".join(delta.content or "" for delta in deltas) == "Wait. "
     assert [call.index for delta in deltas for call in delta.tool_calls or ()] == [0, 1]
     assert chunks[-1].choices[0].finish_reason == "tool_calls"
+
+
+def test_text_behind_a_call_keeps_its_spaces(running, says):
+    says(WRITTEN, "\n", "\n and", " so", " on", "\nfor ever")
+    message = running.client().chat.completions.create(**ASKED, tools=[tool()]).choices[0].message
+    assert message.content == "and so on\nfor ever" and len(message.tool_calls) == 1
 
 
 def test_other_protocols_tell_calls_from_text(running, says):
