@@ -128,8 +128,8 @@ def _work(arguments: argparse.Namespace) -> None:
     config = FitConfig(**options)
     choose(arguments, log=cli.say)
     models.resolve(arguments.model, log=cli.say, progress=cli.progress)  # one that there is, before anything is asked
-    asked = {"model": arguments.model, "adapter": arguments.adapter or "", "config": asdict(config)}
-    check_output(output, arguments.force, asked, reading.as_list())
+    wanted = {"model": arguments.model, "adapter": arguments.adapter or "", "config": asdict(config)}
+    check_output(output, arguments.force, wanted, reading.as_list())
     group, world = ranks.group(arguments), World.here()
     folder = output.with_name(output.name + (".partial" if world.first else f".rank-{world.rank}.partial"))
     checkpoint = Checkpoint(folder, must_match=arguments.resume, log=cli.say)

@@ -69,9 +69,7 @@ def fitter(library: Library, args: argparse.Namespace) -> ModelFitter:
 
 def _model(args: argparse.Namespace, known: Identity | None) -> tuple[str, str]:
     """The model to fit on and its adapter, "" for none: those given, else the library's, else the default ones."""
-    if args.model:
-        return args.model, args.adapter or ""
-    if known is not None:
+    if args.model is None and known is not None:
         return known.name, args.adapter or known.adapter
     choose(args, log=cli.say)
     return args.model, args.adapter or ""

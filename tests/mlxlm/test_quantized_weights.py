@@ -48,7 +48,7 @@ def cases():
                 yield pytest.param(family, mode, marks=[] if quick else pytest.mark.slow)
 
 
-@pytest.mark.parametrize(("family", "mode"), cases())
+@pytest.mark.parametrize(("family", "mode"), list(cases()))
 def test_exact_heads_answer_as_the_stock_model(family, mode):
     model = quantized(family, mode)
     caches = make_prompt_cache(model)

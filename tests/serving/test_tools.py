@@ -188,6 +188,7 @@ def roomy(books):
 
 
 RESULT = {"role": "tool", "tool_call_id": "unknown", "content": "x"}
+DEEP_CALL = {"function": {"name": "paint", "arguments": '{"a": ' + "[" * 300 + "]" * 300 + "}"}}
 BAD_CALL = {"id": "c1", "type": "function", "function": {"name": "paint", "arguments": "[1]"}}
 
 
@@ -211,6 +212,10 @@ BAD_CALL = {"id": "c1", "type": "function", "function": {"name": "paint", "argum
         ),
         ({"tools": [tool()], "response_format": {"type": "json_object"}}, "response_format"),
         ({"messages": [*ASKED["messages"], RESULT]}, "messages[1].tool_call_id"),
+        (
+            {"messages": [{"role": "assistant", "tool_calls": [DEEP_CALL]}]},
+            "messages[0].tool_calls[0].function.arguments",
+        ),
         ({"messages": [{"role": "user", "content": "x", "tool_calls": [CALL]}]}, "messages[0].tool_calls"),
         (
             {"messages": [{"role": "assistant", "tool_calls": [BAD_CALL]}]},
