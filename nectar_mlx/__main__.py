@@ -34,8 +34,8 @@ nectar reads a long text once and answers about it from a small file.
   nectar fit --context book.txt      read a text once: book.nectar
   nectar ask book.nectar Who is it   ask about it
   nectar chat book.nectar            talk about it
-  nectar serve book.nectar           a page in the browser; answers for programs
-  nectar add papers/                 keep many documents: nectar ask library ...
+  nectar serve book.nectar           a page in the browser, and for programs
+  nectar add papers/                 many documents: `nectar ask library ...`
 
 nectar --help lists all commands; nectar doctor says what is installed here."""
 

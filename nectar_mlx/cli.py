@@ -167,12 +167,20 @@ def load_nectar(file: Path, model: "nn.Module", tokenizer: "Tokenizer", *, name:
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
-        nectar = Nectar.load(file, model, tokenizer)
+        try:
+            nectar = Nectar.load(file, model, tokenizer)
+        except NectarError as error:
+            raise NectarError(_named(str(error), file, name)) from error
     for warning in caught:
-        say(str(warning.message))
+        say(_named(str(warning.message), file, name))
     if not nectar.faithful:
         say(f"{name or file.name}: {nectar.verdict}")
     return nectar
+
+
+def _named(message: str, file: Path, name: str) -> str:
+    """A message about a file that a person knows by another name."""
+    return message.replace(str(file), name).replace(file.name, name) if name else message
 
 
 def add_generation(parser: argparse.ArgumentParser) -> None:

@@ -178,6 +178,7 @@ class Questions:
             assert document.file is not None
             self._nectar = cli.load_nectar(document.file, self._base[1], self._base[2], name=document.name)
         self.document = document
+        self._nectar.about(document.name)
         return self._base[1], self._base[2], self._nectar
 
     def _likelihoods(self, documents: Sequence[Document], question: str) -> list[float]:

@@ -196,6 +196,10 @@ class Nectar:
         attention = self.hybrid.attended(caches, self.passages(tokenizer))
         return self._text.sources(tokenizer, question, answer, attention=attention, chunk=chunk, count=count)
 
+    def about(self, document: str) -> None:
+        """Answers are about this one of the documents in the text: sources name no other, if the text holds it."""
+        self._text.about = document
+
     def cite(self, tokenizer: Tokenizer, question: str, answer: str, found: Sequence[Source]) -> Cited:
         """The answer with a mark behind each sentence: the source that supports it, or that none does."""
         return citing.cite(self.passages(tokenizer), question, answer, found)
@@ -216,12 +220,20 @@ class Nectar:
         """Keeps in the report which documents it was fitted to, so that sources can name them."""
         self.report |= kept_text.keep(reading, tokenizer, self.prefix)
 
-    def prompt(self, tokenizer: Tokenizer, messages: str | Sequence[prompts.Message], **template: Any) -> list[int]:
+    def prompt(
+        self,
+        tokenizer: Tokenizer,
+        messages: str | Sequence[prompts.Message],
+        *,
+        tools: Sequence[JsonObject] | None = None,
+        **template: Any,
+    ) -> list[int]:
         """The token ids that follow the prefix, up to where the answer starts.
 
-        messages: a question, or a conversation in mlx-lm's form. template: arguments of the chat template.
+        messages: a question, or a conversation in mlx-lm's form. tools: functions that the model may call, in OpenAI's
+        form. template: arguments of the chat template.
         """
-        return prompts.prompt(tokenizer, messages, **template)
+        return prompts.prompt(tokenizer, messages, tools=tools, **template)
 
     def logits_processors(self) -> list[Callable[[mx.array, mx.array], mx.array]]:
         """For one conversation with mlx-lm: recall (`retrieval.recall`), where the fit found that it helps; else none.

@@ -156,9 +156,10 @@ def _work(args: argparse.Namespace) -> None:
     maybe_set_recommended_wired_limit()
     running = start(args)
     host = f"[{running.host}]" if ":" in running.host else running.host
+    address = f"http://{host}:{running.port}"
     names = running.service.names
     which = ", ".join(names) if len(names) <= 8 else f"{len(names):,} files"
-    cli.say(f"serving {which} at http://{host}:{running.port}/v1")
+    cli.say(f"serving {which}: a page at {address}/, for programs {address}/v1")
     running.run()
 
 

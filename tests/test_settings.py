@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from nectar_mlx import NectarError, installed, models, output, settings
+from nectar_mlx import NectarError, fit, installed, models, output, settings
 from nectar_mlx.core.progress import no_log
 from nectar_mlx.installed import Installed
 from tests import toys
@@ -116,10 +116,10 @@ def test_another_fit_is_not_replaced_without_a_question(tmp_path, monkeypatch):
     nectar.save(path)
     output.check(path, False, same, nectar.report["files"])
     others = [(same | {"model": "other"}, nectar.report["files"]), (same, [{**read, "characters": 10}])]
-    for fit, files in others:
+    for other, files in others:
         with pytest.raises(NectarError, match=r"holds another fit \(40 tokens of tests, by toy\).*--force replaces it"):
-            output.check(path, False, fit, files)
-        output.check(path, True, fit, files)
+            output.check(path, False, other, files)
+        output.check(path, True, other, files)
     monkeypatch.setattr(output.terminal, "confirm", lambda question, otherwise: False)
     with pytest.raises(NectarError, match="is kept"):
         output.check(path, False, *others[0])
@@ -135,3 +135,11 @@ def test_a_damaged_fit_is_not_replaced_without_a_question_either(tmp_path):
     path.write_bytes(b"12345678")
     with pytest.raises(NectarError, match="a damaged fit"):
         output.check(path, False, {"model": "toy"})
+
+
+def test_a_model_that_there_is_not_is_said_before_anything_is_asked(tmp_path, capsys):
+    (tmp_path / "book.txt").write_text("A text.")
+    toys.picked(toys.toy("llama"), toys.random_tokens(40), 8).save(tmp_path / "book.nectar")
+    options = ["--context", tmp_path / "book.txt", "--output", tmp_path / "book.nectar"]
+    assert fit.main([*map(str, options), "--model", str(tmp_path / "absent")]) == 2
+    assert "absent" in (err := capsys.readouterr().err) and "holds another fit" not in err

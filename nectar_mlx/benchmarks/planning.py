@@ -4,6 +4,7 @@ python -m nectar_mlx.benchmarks.planning > docs/planning.md
 """
 
 from collections.abc import Iterable, Sequence
+from functools import cache
 
 from ..core.clock import duration
 from ..core.types import JsonObject
@@ -46,6 +47,7 @@ def page() -> str:
     return "\n".join(parts)
 
 
+@cache
 def _rows(model: str, machine: Machine, machines: int = 1) -> list[JsonObject]:
     config = settings(machine, budget="auto", kind="auto")
     return [planned(SHAPES[model], tokens, machine, config, machines=machines) for tokens in TOKENS]

@@ -17,11 +17,12 @@ from ..mlxlm.attention_patch import Geometry
 from ..store import Layout
 from .budget import affordable_bytes, size_for
 from .config import FitConfig
+from .samples.conversation import FEWEST_TOGETHER, count_groups
 
 AUTO_SHARE = 0.04  # of the KV cache; what was chosen for three models was 0.024, 0.04 and 0.16 (docs/results.md)
 _QUESTIONS = 1024  # of the window, that questions and answers need
 QUESTION_TOKENS = 44  # of a sampled question, with the turn's own
-_FEWEST_TOGETHER, _TRAIN_SHARE = 16, 0.9  # conversations of a batch; of them, those that are not held out
+_TRAIN_SHARE = 0.9  # of conversations, those that are not held out
 _PROBES, _CANDIDATES = 8, 3  # conversations of the sensitivity; budgets that are tried
 _TRAINED = 12  # operations a step, sample, node and entry of it: two products and their gradients
 _ROUNDING = 1.4  # of the regression's steps, with those of rounding
@@ -108,12 +109,15 @@ def estimate(
     layerwise = config.layerwise or shape.geometry.cache_bytes(n) * _compute_bytes(machine) / 2 > limit
     work = _Work(shape=shape, machine=machine, config=config, n=n, layerwise=layerwise, machines=machines)
     stages = list(_excerpt(work)) if config.budget == "auto" and (chunks > 1 or layerwise) else []
-    own = [0, *range(1, chunks, machines)]  # the first chunk is fitted together, each of the others by one machine
-    for number in own:
+    first, others = (
+        list(part) for part in (work.parts(choice=chunks == 1), replace(work, machines=1).parts(first=False))
+    )
+    for number in [
+        0,
+        *range(1, chunks, machines),
+    ]:  # the first one is fitted together, each of the others by one machine
         name = "" if chunks == 1 else f"chunk {number + 1} of {chunks}: "
-        one = replace(work, machines=1) if number else work
-        part = one.layers(first=not number) if layerwise else one.stages(sizes=not number, choice=chunks == 1)
-        stages += [Stage(name + stage.description, stage.seconds) for stage in part]
+        stages += [Stage(name + what, seconds) for what, seconds in (others if number else first)]
     if work.layout.bank.fitted:
         stages.append(Stage("checking", work.check() if chunks == 1 else -(-chunks // machines) * work.check_alone()))
     kept = size = work.share * shape.geometry.cache_bytes(tokens)
@@ -185,7 +189,7 @@ class _Work:
         """That heads are trained on, as in `self_study.study`."""
         g = self.shape.geometry
         each = g.n_heads // g.n_kv_heads * (QUESTION_TOKENS + self.config.answer_tokens)
-        return max(_FEWEST_TOGETHER, int(self.samples / (_TRAIN_SHARE * each)) + 1)
+        return max(FEWEST_TOGETHER, int(self.samples / (_TRAIN_SHARE * each)) + 1)
 
     @property
     def sampled(self) -> int:
@@ -246,14 +250,17 @@ class _Work:
     def study(self) -> Iterator[Stage]:
         config = self.config
         if not self.layerwise:  # the check's beside the others
-            asked, shares = self.conversations + config.checks, self.machine.profile.study_shares
-            fewest = -(-asked // config.conversations)
-            groups = max(fewest, min(-(-fewest // shares) * shares, asked // _FEWEST_TOGETHER))
+            asked = self.conversations + config.checks
+            groups = count_groups(asked, most=config.conversations, shares=self.machine.profile.study_shares)
             seconds = self.decode(self.sampled + self.checked, together=asked // groups)
             yield Stage("sampling answers", self.shared(groups) * seconds)
             return
         yield Stage("sampling answers", self.decode(self.sampled, together=config.conversations))
         yield Stage("answering check questions", self.decode(self.checked, together=config.checks))
+
+    def parts(self, *, first: bool = True, choice: bool = False) -> Iterator[Stage]:
+        """Of one chunk; the first one decides sizes for all."""
+        return self.layers(first=first) if self.layerwise else self.stages(sizes=first, choice=choice)
 
     def stages(self, *, sizes: bool, choice: bool) -> Iterator[Stage]:
         """All layers at once. sizes: whether they are decided here. choice: whether the budget is, too."""

@@ -13,6 +13,7 @@ from .. import store
 from ..core.progress import Log, Progress, no_log, silent
 from ..core.types import Tokenizer
 from ..errors import NectarError
+from ..heads import AUTO, KINDS, HybridHead
 from ..store import sharding
 from . import pipeline
 from .config import FitConfig
@@ -34,22 +35,21 @@ def fit(
 ) -> tuple[store.Tensors, store.Metadata, None]:
     """As `pipeline.fit`, of this rank's part of a model; every rank gets the whole file. world: of those ranks.
 
-    NectarError also for a kind that keeps the text's keys, and for a text that has to be read in chunks.
+    NectarError also for a kind that keeps the text's keys beside the file.
     """
+    if issubclass(KINDS[AUTO if config.kind == "auto" else config.kind], HybridHead):
+        raise NectarError("a model that is divided among ranks keeps no keys beside its file: choose another --kind")
     if config.size is not None:
         config = replace(config, size=config.size // world.size)
     # What one rank decides by its memory the others must decide, too.
     config = replace(config, memory=config.memory or min(world.values(free_memory() // 2)))
-    tensors, metadata, keys = pipeline.fit(
+    tensors, metadata, _ = pipeline.fit(
         model, tokenizer, text, config=config, name=name, source=source, progress=progress, log=log
     )
-    if keys is not None or metadata["chunks"]:
-        raise NectarError("a model that is divided among ranks has no exact keys beside its file, and no chunks")
-    report = metadata["report"]
-    layers, heads = metadata["layout"]["n_layers"], metadata["layout"]["n_kv_heads"]
-    of_heads = {name: report[name] for name in ("sizes", "error") if name in report}
+    report, heads = metadata["report"], metadata["layout"]["n_kv_heads"]
+    of_heads = {figure: report[figure] for figure in ("sizes", "error") if figure in report}
     parts = world.values(of_heads)
-    for name_, values in of_heads.items():
-        assert len(values) == layers * heads
-        report[name_] = [x for i in range(0, len(values), heads) for of in parts for x in of[name_][i : i + heads]]
+    for figure, values in of_heads.items():  # layer by layer, and of several chunks chunk by chunk
+        layers = range(0, len(values), heads)
+        report[figure] = [x for i in layers for of in parts for x in of[figure][i : i + heads]]
     return *sharding.whole(world.arrays(tensors), metadata), None

@@ -48,14 +48,20 @@ def call_format(tokenizer: Tokenizer) -> CallFormat:
 
 
 def describe(tokenizer: Tokenizer, tools: Sequence[JsonObject]) -> str:
-    """What the model is told of the tools ({"type": "function", "function": {"name", "description", "parameters"}})."""
+    """What the model is told of the tools: {"type": "function", "function": {"name", "description", "parameters"}}.
+
+    NectarError for one without a name.
+    """
+    functions = [tool.get("function") for tool in tools]
+    if not all(isinstance(function, dict) and isinstance(function.get("name"), str) for function in functions):
+        raise NectarError('each of the tools must have a name: {"type": "function", "function": {"name": …}}')
     form = call_format(tokenizer)
     if form.native and (told := _description(tokenizer, tools)):
         return told
-    functions = "\n".join(json.dumps(tool["function"], ensure_ascii=False) for tool in tools)
+    listed = "\n".join(json.dumps(function, ensure_ascii=False) for function in functions)
     example = '{"name": "the function\'s name", "arguments": {"an argument\'s name": "its value"}}'
     return (
-        f"You may call these functions:\n{functions}\n\n"
+        f"You may call these functions:\n{listed}\n\n"
         f"To call one, answer only with\n{form.start}\n{example}\n{form.end}\nYou are then given its result."
     )
 
@@ -85,12 +91,11 @@ def _description(tokenizer: Tokenizer, tools: Sequence[JsonObject]) -> str:
         before, told = (_before_question(tokenizer, given) for given in (None, list(tools)))
     except NectarError:  # it takes no system message, say
         return ""
-    added = "".join(_inserted(*pair) for pair in zip(before, told, strict=True))
-    head = "".join(before)
-    for _, (start, end) in encoder(tokenizer).control(head):  # of turns
-        added = added.replace(head[start:end], "\n")
-    named = all(tool["function"]["name"] in added for tool in tools)
-    return added.strip() if named else ""
+    pairs = [[_pieces(tokenizer, text) for text in pair] for pair in zip(before, told, strict=True)]
+    added = [piece for plain, longer in pairs for piece in _inserted(plain, longer)]
+    turns = {piece for plain, _ in pairs for piece in plain}  # control tokens that open and close turns
+    text = "".join("\n" if piece in turns else piece for piece in added).strip()
+    return text if all(tool["function"]["name"] in text for tool in tools) else ""
 
 
 def _before_question(tokenizer: Tokenizer, tools: list[JsonObject] | None) -> tuple[str, str]:
@@ -103,14 +108,27 @@ def _before_question(tokenizer: Tokenizer, tools: list[JsonObject] | None) -> tu
     return before, between
 
 
-def _inserted(text: str, longer: str) -> str:
-    """What a text has that another one has not, between what they begin and end with."""
-    start = _common(text, longer)
-    text, longer = text[start:], longer[start:]
-    return longer[: len(longer) - _common(text[::-1], longer[::-1])]
+def _pieces(tokenizer: Tokenizer, text: str) -> list[str]:
+    """A template's text, divided into control tokens and what stands between them."""
+    pieces, at = list[str](), 0
+    for _, (start, end) in encoder(tokenizer).control(text):
+        pieces += [text[at:start], text[start:end]]
+        at = end
+    return [piece for piece in [*pieces, text[at:]] if piece]
 
 
-def _common(one: str, other: str) -> int:
+def _inserted(plain: list[str], longer: list[str]) -> list[str]:
+    """The pieces that a text has and another one has not, between what they begin and end with."""
+    start = _common(plain, longer)
+    plain, longer = plain[start:], longer[start:]
+    end = _common(plain[::-1], longer[::-1])
+    plain, longer = plain[: len(plain) - end], longer[: len(longer) - end]
+    if len(plain) == 1 and len(longer) > 0 and longer[0].startswith(plain[0]):  # it goes on where the other one ended
+        longer[0] = longer[0].removeprefix(plain[0])
+    return longer
+
+
+def _common(one: Sequence[str], other: Sequence[str]) -> int:
     """The length of their common beginning."""
     pairs = enumerate(zip(one, other, strict=False))
     return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))

@@ -25,7 +25,7 @@ def divide(model: nn.Module, group: mx.distributed.Group, *, fingerprint: str, n
     """Leaves this rank's part of a model whose weights need not be there yet. NectarError where mlx-lm cannot."""
     if not hasattr(model, "shard"):
         raise NectarError(f"{name}: mlx-lm cannot divide {model.model_type} models among several machines")
-    arguments = model.args
+    arguments = getattr(model, "args", None)
     heads = getattr(arguments, "num_attention_heads", 0), getattr(arguments, "num_key_value_heads", None) or 0
     if any(count % group.size() for count in heads):
         raise NectarError(f"{name}: its {heads[0]} heads, {heads[1]} of keys, cannot be divided by {group.size()}")

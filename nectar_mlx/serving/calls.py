@@ -37,8 +37,7 @@ class Tools:
         for number, function in enumerate(tool["function"] for tool in self.functions):
             if function["name"] in self.forced:
                 place = f"#/$defs/tool{number}"
-                closed = {"additionalProperties": False} | function["parameters"]  # it knows no other arguments
-                definitions[f"tool{number}"] = _moved(closed, place)
+                definitions[f"tool{number}"] = _moved(_closed(function["parameters"]), place)
                 properties = {"name": {"const": function["name"]}, "arguments": {"$ref": place}}
                 calls.append({"type": "object", "properties": properties, "required": ["name", "arguments"]})
         closed_calls = [{**call, "additionalProperties": False} for call in calls]
@@ -52,7 +51,7 @@ class CallSplitter:
         self._tools, self._form = tools, form
         self._names = {tool["function"]["name"] for tool in tools.functions}
         self._inside = bool(tools.forced)
-        self._held = ""
+        self._held, self._trim = "", False
         self.count = 0
 
     def feed(self, text: str) -> tuple[str, list[Call]]:
@@ -89,11 +88,14 @@ class CallSplitter:
         if not self._tools.parallel:
             found = found[: max(0, 1 - self.count)]
         self.count += len(found)
+        self._trim = True  # line breaks between calls
         calls += found
         return ""
 
     def _text(self, text: str) -> str:
-        return text.lstrip() if self.count else text  # line breaks between calls
+        text = text.lstrip() if self._trim else text
+        self._trim = self._trim and not text
+        return text
 
     def _parse(self, body: str) -> list[Call]:
         try:
@@ -115,6 +117,12 @@ class CallSplitter:
 def new_id() -> str:
     """Nine letters and digits: Mistral's templates take no others."""
     return f"c{secrets.token_hex(4)}"
+
+
+def _closed(parameters: JsonObject) -> JsonObject:
+    """A schema of arguments without others than it names, unless it says more than names."""
+    plain = "properties" in parameters and not parameters.keys() & {"$ref", "allOf", "anyOf", "oneOf"}
+    return {"additionalProperties": False, **parameters} if plain else parameters
 
 
 def _moved(schema: Any, place: str) -> Any:

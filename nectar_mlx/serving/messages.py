@@ -9,7 +9,7 @@ from msgspec import Meta, Struct
 from ..core.types import JsonObject
 from .calls import new_id
 from .errors import ApiError, refused
-from .tools import MAX_TOOLS, invalid
+from .tools import MAX_DEPTH, MAX_TOOLS, depth, invalid
 
 Name = Annotated[str, Meta(max_length=512)]
 MAX_MESSAGES = 2048
@@ -41,6 +41,8 @@ class ToolCall(Struct):
                 arguments = msgspec.json.decode(arguments, type=dict[str, Any])
             except (ValueError, RecursionError):
                 raise invalid(f"{param}.function.arguments", "not a JSON object") from None
+        if depth(arguments) > MAX_DEPTH:
+            raise invalid(f"{param}.function.arguments", f"deeper than {MAX_DEPTH} levels")
         function = {"name": self.function.name, "arguments": arguments}
         return {"id": self.id or new_id(), "type": "function", "function": function}
 

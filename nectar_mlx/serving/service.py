@@ -170,6 +170,8 @@ class Service:
             if form is not None:
                 job["constraint"] = await self.prompting.run(self.constraints.of, form, param)
                 job["thinks"], template = False, {**template, "enable_thinking": False}  # no room for thoughts
+        if tools and tools.forced:
+            job["stops"] = []  # a call ends by itself
         prompt = await self.prompting.chat(messages, template, tools)
         return Job(prompt=prompt, **vars(target), **job)
 

@@ -41,7 +41,20 @@ NO_SYSTEM = """{% for m in messages %}{% if (m.role == 'user') != (loop.index0 %
 {{ m.content }}<|im_end|>
 {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
 {% endif %}"""
+BEFORE_THE_TURN = """<bos>{% if tools %}[TOOLS] {{ tools | tojson }}[/TOOLS]{% endif %}{% for m in messages %}
+{%- if m.role in ('user', 'system') %}[INST] {{ m.content }} [/INST]{% elif m.role == 'tool' %}[RESULT]{{ m.content }}
+{%- else %}{{ m.content }}{% for call in m.tool_calls or [] %}[CALL]{{ call.function | tojson }}{% endfor %}<|im_end|>
+{%- endif %}{% endfor %}"""
+IN_THE_USERS_TURN = """{% for m in messages %}<|im_start|>{{ m.role }}
+
+{% if tools and m.role == 'user' and loop.index0 == 1 %}You have: {{ tools | tojson }}
+
+{% endif %}{{ m.content }}{% for call in m.tool_calls or [] %}{{ call.function | tojson }}{% endfor %}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
 FORMATS = {
+    "before the turn": (BEFORE_THE_TURN, json_tools),
+    "in the user's turn": (IN_THE_USERS_TURN, json_tools),
     "qwen": (QWEN, json_tools),
     "a turn of its own": (IN_A_TURN_OF_ITS_OWN, pythonic),
     "no parser": (QWEN, None),
@@ -49,6 +62,17 @@ FORMATS = {
     "no tools": (toys.CHAT, None),
     "no template": (None, None),
 }
+SPECIALS = [
+    *toys.CHATML,
+    "<tool_call>",
+    "</tool_call>",
+    "[INST]",
+    "[/INST]",
+    "[TOOLS]",
+    "[/TOOLS]",
+    "[CALL]",
+    "[RESULT]",
+]
 TOOL = {
     "type": "function",
     "function": {
@@ -68,7 +92,7 @@ TALK = [
 @pytest.fixture(params=FORMATS)
 def tokenizer(request):
     template, parser = FORMATS[request.param]
-    fast = toys.tokenizer(template, bos="<bos>", specials=[*toys.CHATML, "<tool_call>", "</tool_call>"])._tokenizer
+    fast = toys.tokenizer(template, bos="<bos>", specials=SPECIALS)._tokenizer
     if parser is None:
         return TokenizerWrapper(fast)
     found = {"tool_call_start": parser.tool_call_start, "tool_call_end": parser.tool_call_end}
@@ -84,7 +108,8 @@ def test_tools_are_described_between_the_text_and_the_question(tokenizer):
     before, question, after = with_tools.partition("Will it rain?")
     assert "weather" in before and "city" in before and question
     assert plain.endswith(question + after), "nothing else changes"
-    assert before.count("<|im_start|>") == 0, "the user's turn is not left"
+    assert not any(before.count(turn) for turn in ("<|im_start|>", "[INST]")), "the user's turn is not left"
+    assert before.count("[TOOLS]") == before.count("[/TOOLS]"), "nothing is cut in two"
 
 
 def test_the_prefix_is_the_same(tokenizer):
@@ -110,16 +135,22 @@ def test_only_the_template_writes_control_tokens(tokenizer):
     assert count[0] == count[1] and sum(token in control for token in ids) == count[0]
 
 
-@pytest.mark.parametrize("name", ["qwen", "a turn of its own", "no parser", "no tools"])
+@pytest.mark.parametrize(
+    "name", ["qwen", "a turn of its own", "before the turn", "in the user's turn", "no parser", "no tools"]
+)
 def test_whose_words_they_are(name):
     template, parser = FORMATS[name]
-    fast = toys.tokenizer(template)._tokenizer
+    fast = toys.tokenizer(template, specials=SPECIALS)._tokenizer
     found = {"tool_call_start": parser.tool_call_start, "tool_call_end": parser.tool_call_end} if parser else {}
     tokenizer = TokenizerWrapper(fast, tool_parser=parser and parser.parse_tool_call, **found)
     form = tools.call_format(tokenizer)
     assert form.native == (parser is not None) and form.is_json == (parser is not pythonic)
     words = tools.describe(tokenizer, [TOOL])
     assert ("You may call these functions" in words) == (not form.native)
+    if name == "before the turn":
+        assert words.startswith("[TOOLS] [{") and words.endswith("}][/TOOLS]")
+    if name == "in the user's turn":
+        assert words.startswith("You have: [{") and words.endswith("}]")
     if name == "qwen":
         assert words.startswith("# Tools\n") and words.endswith("</tool_call>.")
 

@@ -44,6 +44,12 @@ def test_forced_calls_follow_the_schema(running, choice, temperature):
     assert choice == "required" or call.function.name == "count"
 
 
+def test_a_stop_string_does_not_cut_a_forced_call(running):
+    options = {**ASKED, "tools": [tool()], "tool_choice": "required", "stop": ["colour", '"']}
+    (call,) = running.client().chat.completions.create(**options).choices[0].message.tool_calls
+    assert checked("paint", call.function.arguments)
+
+
 def test_a_forced_call_that_is_cut_is_text(running):
     options = {**ASKED, "tools": [tool()], "tool_choice": "required", "max_tokens": 4}
     choice = running.client().chat.completions.create(**options).choices[0]
@@ -120,6 +126,12 @@ def test_calls_are_told_from_text(running, says):
     assert chunks[-1].choices[0].finish_reason == "tool_calls"
 
 
+def test_text_behind_a_call_keeps_its_spaces(running, says):
+    says(WRITTEN, "\n", "\n and", " so", " on", "\nfor ever")
+    message = running.client().chat.completions.create(**ASKED, tools=[tool()]).choices[0].message
+    assert message.content == "and so on\nfor ever" and len(message.tool_calls) == 1
+
+
 def test_other_protocols_tell_calls_from_text(running, says):
     says("Wait. ", WRITTEN)
     status, ollama = running.post("/api/chat", {**ASKED, "stream": False, "tools": [tool()]})
@@ -176,6 +188,7 @@ def roomy(books):
 
 
 RESULT = {"role": "tool", "tool_call_id": "unknown", "content": "x"}
+DEEP_CALL = {"function": {"name": "paint", "arguments": '{"a": ' + "[" * 300 + "]" * 300 + "}"}}
 BAD_CALL = {"id": "c1", "type": "function", "function": {"name": "paint", "arguments": "[1]"}}
 
 
@@ -199,6 +212,10 @@ BAD_CALL = {"id": "c1", "type": "function", "function": {"name": "paint", "argum
         ),
         ({"tools": [tool()], "response_format": {"type": "json_object"}}, "response_format"),
         ({"messages": [*ASKED["messages"], RESULT]}, "messages[1].tool_call_id"),
+        (
+            {"messages": [{"role": "assistant", "tool_calls": [DEEP_CALL]}]},
+            "messages[0].tool_calls[0].function.arguments",
+        ),
         ({"messages": [{"role": "user", "content": "x", "tool_calls": [CALL]}]}, "messages[0].tool_calls"),
         (
             {"messages": [{"role": "assistant", "tool_calls": [BAD_CALL]}]},

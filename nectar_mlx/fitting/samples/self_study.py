@@ -20,7 +20,7 @@ from ...mlxlm.kept import attention_caches
 from ..prefill import Context
 from ..run import FitRun
 from . import instructions
-from .conversation import Conversation, answered_checks, count_samples
+from .conversation import FEWEST_TOGETHER, Conversation, answered_checks, count_groups, count_samples
 from .study_cache import StudyCache, allow_half
 
 CHECK_TEMPERATURE = 0.7
@@ -28,7 +28,6 @@ _SHRINK = 8  # a batch is made smaller when one of so many conversations has end
 _STEP = 64  # tokens that are read at a time, and that keys and values are made for a multiple of
 _LIVE_BYTES = 6_000_000_000  # of keys and values of conversations that are sampled together, at most
 _ENOUGH = 0.9  # of the samples asked for: not another batch for the last few
-_FEWEST_TOGETHER = 16  # conversations: with fewer, sampling is slow on any machine
 
 
 class Prompts(Protocol):
@@ -73,9 +72,9 @@ def expected_to_give(
     """Conversations number first, first + 1, …: as few as give so many samples if every answer is of full length.
     make: `training_conversations` about a text."""
     config = run.config
-    most = max(_FEWEST_TOGETHER, samples // (run.group * config.answer_tokens) * 10 // 9 + 2)
+    most = max(FEWEST_TOGETHER, samples // (run.group * config.answer_tokens) * 10 // 9 + 2)
     batch, given, count = make(first=first, count=most, seed=config.seed), 0, 0
-    while count < most and (given < samples or count < _FEWEST_TOGETHER):
+    while count < most and (given < samples or count < FEWEST_TOGETHER):
         conversation = batch[count]
         given += run.group * (len(conversation.prompt) + config.answer_tokens) * (conversation.split == "train")
         count += 1
@@ -88,10 +87,9 @@ def side_by_side(run: FitRun, count: int) -> list[slice]:
 
     No more together than was chosen and the memory holds; a multiple of the device's shares, if that leaves enough.
     """
-    config, shares = run.config, device().study_shares
-    fit = max(_FEWEST_TOGETHER, min(run.memory // 4, _LIVE_BYTES) // run.geometry.cache_bytes(2 * config.answer_tokens))
-    fewest = -(-count // min(config.conversations, fit))
-    groups = max(fewest, min(-(-fewest // shares) * shares, count // _FEWEST_TOGETHER))
+    config = run.config
+    fit = max(FEWEST_TOGETHER, min(run.memory // 4, _LIVE_BYTES) // run.geometry.cache_bytes(2 * config.answer_tokens))
+    groups = count_groups(count, most=min(config.conversations, fit), shares=device().study_shares)
     return [slice(count * i // groups, count * (i + 1) // groups) for i in range(groups)]
 
 

@@ -78,14 +78,16 @@ async function write(turn) {
   item.scrollIntoView({ block: "nearest" });
   try {
     let next = 0; // when the answer is shown again: a long one takes a while, and must leave time for the rest
+    let begun = false; // its first words are shown at once
     for await (const part of api.answer(turn.target, messages(turns, turn), controller.signal)) {
       take(turn, part);
       const now = performance.now();
-      if (now < next) continue;
+      if (now < next && begun === Boolean(turn.answer)) continue;
       const follow = atEnd();
       show(item, turn, actions);
       if (follow) scrollTo(0, document.documentElement.scrollHeight);
-      if (turn.answer && !performance.getEntriesByName("first-text").length) performance.mark("first-text");
+      if (turn.answer && !begun) performance.mark("first-text");
+      begun = Boolean(turn.answer);
       next = performance.now() + 4 * (performance.now() - now);
     }
   } catch (error) {
