@@ -17,6 +17,7 @@ class Device:
 
     linux_cpu: whether MLX runs on its Linux CPU build, where numpy is faster at exponentials, top-k and gathers.
     half: whether products of half-precision numbers are faster than those of float32.
+    record: whether samples are captured while answers are sampled, not in a replay.
     compile_steps: whether `mx.compile` pays for a training step. Under CUDA each fused kernel takes seconds to build
     and a step has dozens; under Metal it takes milliseconds.
 
@@ -29,18 +30,20 @@ class Device:
     launch_scores: what starting a group of heads costs, in scores of a step.
 
     fit_steps, fit_batch, fit_samples, fit_conversations, fit_checks: defaults of `FitConfig`.
-    trial_steps, trial_checks: of the short fits that choose a budget. excerpt_tokens: on which it is chosen where the
-    text is read in chunks. layerwise_tokens: in all layers at once, at least, where a fit goes layer by layer;
-    layerwise_replay_tokens: of conversations replayed through all layers. passage_conversations: about one passage,
-    sampled side by side. steps_ahead: of sampling, queued before the first one's tokens are looked at.
+    trial_steps: of the short fits that decide sizes and choose a budget; trial_checks: questions to the latter.
+    excerpt_tokens: on which the budget is chosen where the text is read in chunks. layerwise_tokens: in all layers at
+    once, at least, where a fit goes layer by layer; layerwise_replay_tokens: of conversations replayed through all
+    layers. passage_conversations: about one passage, sampled side by side. steps_ahead: of sampling, queued before the
+    first one's tokens are looked at.
     completion_keys: of the context that a completion is trained on.
-    fisher_batch: conversations differentiated at a time.
+    fisher_probes: conversations that tell the Fisher information; fisher_batch: of them differentiated at a time.
     check_batch: conversations compared at a time. baseline_conversations, baseline_batch, cartridge_steps: of the
     methods that `evaluate` builds. choices_batch: multiple-choice questions read at a time.
     """
 
     linux_cpu: bool
     half: bool
+    record: bool
     compile_steps: bool
     max_scores: int
     max_batch_scores: int
@@ -61,6 +64,7 @@ class Device:
     passage_conversations: int
     completion_keys: int
     steps_ahead: int
+    fisher_probes: int
     fisher_batch: int
     check_batch: int
     baseline_conversations: int
@@ -72,6 +76,7 @@ class Device:
 LINUX_CPU = Device(
     linux_cpu=True,
     half=False,
+    record=True,
     compile_steps=False,
     max_scores=1 << 20,
     max_batch_scores=1 << 20,
@@ -82,7 +87,7 @@ LINUX_CPU = Device(
     fit_steps=300,
     fit_batch=512,
     fit_samples=20_000,
-    fit_conversations=28,
+    fit_conversations=56,
     fit_checks=16,
     trial_steps=40,
     trial_checks=8,
@@ -92,6 +97,7 @@ LINUX_CPU = Device(
     passage_conversations=8,
     completion_keys=1024,
     steps_ahead=1,
+    fisher_probes=4,
     fisher_batch=1,
     check_batch=4,
     baseline_conversations=8,
@@ -102,6 +108,7 @@ LINUX_CPU = Device(
 GPU = Device(
     linux_cpu=False,
     half=True,
+    record=False,
     compile_steps=sys.platform == "darwin",
     max_scores=1 << 27,
     max_batch_scores=1 << 28,
@@ -122,6 +129,7 @@ GPU = Device(
     passage_conversations=16,
     completion_keys=2048,
     steps_ahead=8,
+    fisher_probes=8,
     fisher_batch=8,
     check_batch=32,
     baseline_conversations=128,

@@ -60,7 +60,7 @@ class FitConfig:
     temperature: float = 0.9
     conversations: int = field(default_factory=lambda: device().fit_conversations)
     power: float | None = None
-    trial_steps: int = 100
+    trial_steps: int = field(default_factory=lambda: device().trial_steps)
     rate: float | None = None
     batch: int = field(default_factory=lambda: device().fit_batch)
     matching_samples: int = 4096

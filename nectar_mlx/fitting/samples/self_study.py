@@ -22,7 +22,7 @@ from ..prefill import Context
 from ..run import FitRun
 from . import instructions
 from .conversation import Conversation, answered_checks, count_samples
-from .study_cache import StudyCache, allow_half
+from .study_cache import StepCache, allow_half
 
 CHECK_TEMPERATURE = 0.7
 _SHRINK = 8  # a batch is made smaller when one of so many conversations has ended
@@ -30,6 +30,7 @@ _STEP = 64  # tokens that are read at a time, and that keys and values are made 
 _LIVE_BYTES = 6_000_000_000  # of keys and values of conversations that are sampled together, at most
 _ENOUGH = 0.9  # of the samples asked for: not another batch for the last few
 _FEWEST_TOGETHER = 16  # conversations: with fewer, sampling is slow on any machine
+_ALL = 1 << 30  # tokens: more than a conversation has
 _RANK_SEED = 1_000_000_007  # between the seeds of two ranks
 
 
@@ -41,9 +42,27 @@ class Prompts(Protocol):
     ) -> list[Conversation]: ...
 
 
-def study(run: FitRun, context: Context) -> list[Conversation]:
-    """Samples conversations about a context until they give every head its samples, and those of the check."""
-    conversations, config = run.checkpoint.load_conversations(), run.config
+class Recorder(Protocol):
+    """Keeps what attention sees while answers are sampled (`recording.Recording`)."""
+
+    def make_cache(self, context: Context, *, sequences: int) -> list[Any]:
+        """One cache a layer that shows what it sees; sequences: how many advance in step."""
+
+    def fed(self, caches: Sequence[Any]) -> None:
+        """Called when some tokens more were fed to each sequence."""
+
+    def keep(self, caches: Sequence[Any], going: Sequence[Conversation], places: np.ndarray, *, last: bool) -> None:
+        """Called when it is known which of the tokens fed since the last time, [B, T], belong to their conversations.
+        last: whether some sequences are dropped, or all end, behind these."""
+
+
+def study(run: FitRun, context: Context, recorder: Recorder | None = None) -> list[Conversation]:
+    """Samples conversations about a context until they give every head its samples, and those of the check.
+
+    recorder: sees what attention sees; answers that an interrupted run has left are fed again for it.
+    """
+    known, config = run.checkpoint.load_conversations(), run.config
+    conversations = list[Conversation]() if recorder else known
     if run.world.size > 1:  # all ranks go on with what the first one has
         conversations = [Conversation(**kept) for kept in run.world.values([asdict(c) for c in conversations])[0]]
     wanted = run.n_samples(run.n_heads)
@@ -65,10 +84,22 @@ def study(run: FitRun, context: Context) -> list[Conversation]:
             if not batch:
                 break
             told = batch_progress(run, batch, samples, wanted, done)
-            answer(run, context, batch, seed=config.seed + number, progress=told)
+            answered = _answered_before(batch, known[len(conversations) :])
+            seed = config.seed + number
+            answer(run, context, batch, seed=seed, progress=told, recorder=recorder, answered=answered)
             conversations += batch
-            run.checkpoint.save_conversations(conversations)
+            if not answered:
+                run.checkpoint.save_conversations(conversations)
     return conversations
+
+
+def _answered_before(batch: Sequence[Conversation], known: Sequence[Conversation]) -> bool:
+    """Puts the answers that an interrupted run has left into a batch; False where there are none."""
+    if [c.prompt for c in known[: len(batch)]] != [c.prompt for c in batch]:
+        return False
+    for conversation, before in zip(batch, known, strict=False):
+        conversation.answer = before.answer
+    return True
 
 
 def side_by_side(run: FitRun, *, missing: int) -> int:
@@ -94,16 +125,21 @@ def answer(
     *,
     seed: int,
     progress: Callable[[int], None] = lambda tokens: None,
+    recorder: Recorder | None = None,
+    answered: bool = False,
 ) -> None:
     """Samples the answers of a batch, as long and at the temperatures that the run's configuration says; an interrupted
-    one is continued. Each rank samples some of them."""
+    one is continued. Each rank samples some of them. answered: whether they are there, and only the recorder, which is
+    for a single rank, still has to see them."""
     everything, world = sorted(batch, key=lambda c: len(c.prompt)), run.world
     ordered, seed = world.mine(everything), seed + _RANK_SEED * world.rank
 
     def sampled(at: int) -> None:
         progress(at)
-        run.checkpoint.save_answers(ordered, seed=seed, at=at)
+        if at > before:
+            run.checkpoint.save_answers(ordered, seed=seed, at=at)
 
+    before = _ALL if answered else run.checkpoint.load_answers(ordered, seed=seed)
     if ordered:
         sample_answers(
             run.model,
@@ -114,7 +150,8 @@ def answer(
             temperature=[CHECK_TEMPERATURE if c.split == "check" else run.config.temperature for c in ordered],
             key=mx.random.key(seed),
             progress=sampled,
-            at=run.checkpoint.load_answers(ordered, seed=seed),
+            at=before,
+            recorder=recorder,
         )
     answers = [c.answer for c in ordered]
     for conversation, sampled_answer in zip(everything, world.in_order(answers, world.values(answers)), strict=True):
@@ -140,14 +177,6 @@ def check_conversations(
     return [Conversation(prompts.prompt(tokenizer, q), split="check") for q in itertools.islice(questions, count)]
 
 
-class StepCache(StudyCache):
-    """Of several sequences that advance in step; some may end before the others."""
-
-    def filter(self, kept: mx.array) -> None:
-        live: Any = self.live
-        live.keys, live.values = take(live.keys, kept), take(live.values, kept)
-
-
 def sample_answers(
     model: nn.Module,
     context: Context,
@@ -159,37 +188,41 @@ def sample_answers(
     key: mx.array,
     progress: Callable[[int], None] = lambda tokens: None,
     at: int = 0,
+    recorder: Recorder | None = None,
 ) -> None:
     """Samples the answers of a batch with the full cache, all conversations in step; the shortest prompt comes first.
     temperature: of all, or of each. progress is told how many tokens of each there are. at: how many there were when it
-    was interrupted, 0 to begin.
+    was interrupted, 0 to begin. recorder: shown what attention sees, in the very steps of a run that was not
+    interrupted; the tokens of before are not drawn again.
 
     Every conversation starts at the same position: the longer prompts are still being read while the shorter ones are
     answered, so none is padded and positions are exact. Several steps are queued before the first one's tokens are
     looked at; what is drawn behind the end of an answer is dropped.
     """
-    going, first = list(batch), min(len(c.prompt) for c in batch)
-    ahead, longest = device().steps_ahead, max(len(c.prompt) for c in batch)
+    first, longest = min(len(c.prompt) for c in batch), max(len(c.prompt) for c in batch)
     heats = [temperature] * len(batch) if isinstance(temperature, float | int) else temperature
     heat_of = {id(c): heat for c, heat in zip(batch, heats, strict=True)}
+    before, ahead, going = dict[int, list[int]](), device().steps_ahead, list(batch)
+    if recorder:
+        before = {id(c): c.prompt + c.answer for c in batch}
+        for c in batch:
+            c.answer = []
+    drawn_until, at = (at, 0) if recorder else (0, at)
     for step in range(first, at + 1):  # those that were sampled before
         key, _ = mx.random.split(key)
         if (step - first + 1) % ahead == 0:
             ended = [_has_ended(c, stop, max_tokens) and len(c.prompt) + len(c.answer) <= step + 1 for c in going]
             if all(ended):
                 return
-            if sum(ended) * _SHRINK >= len(ended):
+            if _worth_dropping(ended):
                 going = [c for c, end in zip(going, ended, strict=True) if not end]
-    caches = context.make_cache(StepCache, sequences=len(going))
+    make_cache = partial(recorder.make_cache, context) if recorder else partial(context.make_cache, StepCache)
+    caches = make_cache(sequences=len(going))
     for _, cache in attention_caches(caches):  # keys and values never have to grow
         cache.live.step = -(-(longest + max_tokens) // _STEP) * _STEP
     at = max(at + 1, first)
     tokens = mx.array([(c.prompt + c.answer + [0] * at)[:at] for c in going])
-    # The logits of these tokens are not needed, so the vocabulary-wide product is never computed.
-    for start, end in itertools.pairwise([0, *range(first - 1, at - 1, _STEP), at - 1]):
-        if start < end:
-            model(tokens[:, start:end], cache=caches)
-            mx.eval([c.state for c in caches])
+    _read(model, caches, tokens[:, :-1], going, first=first, recorder=recorder)
     tokens = tokens[:, -1:]
     prompts_ = mx.array([c.prompt + [-1] * (longest + max_tokens - len(c.prompt)) for c in going])
     heat = mx.array([heat_of[id(c)] for c in going])[:, None]
@@ -197,7 +230,12 @@ def sample_answers(
     while True:
         logits = model(tokens, cache=caches)[:, -1]
         key, now = mx.random.split(key)
-        queued.append(sample(logits, temperature=heat, key=now))
+        if recorder:
+            recorder.fed(caches)
+        if at <= drawn_until:  # then the logits are never evaluated
+            queued.append(mx.array([before[id(c)][at] if at < len(before[id(c)]) else 0 for c in going], mx.int32))
+        else:
+            queued.append(sample(logits, temperature=heat, key=now))
         last = at + 1 >= longest + max_tokens
         if not last:
             tokens = mx.where(prompts_[:, at : at + 1] >= 0, prompts_[:, at : at + 1], queued[-1][:, None])
@@ -209,16 +247,50 @@ def sample_answers(
         known = at - len(queued)
         for step, drawn in enumerate(np.array(mx.stack(queued)).tolist()):
             ended = [_extend(c, token, known + step, stop, max_tokens) for c, token in zip(going, drawn, strict=True)]
+        if recorder:
+            recorder.keep(caches, going, _belong(going, ended, known - 1, at - 1), last=_worth_dropping(ended))
         queued = []
         progress(at - 1)
         if all(ended):
             return
-        if sum(ended) * _SHRINK >= len(ended):  # some go on for nothing until it is worth dropping them
+        if _worth_dropping(ended):
             kept = mx.array([i for i, end in enumerate(ended) if not end], mx.int32)
             going = [c for c, end in zip(going, ended, strict=True) if not end]
             prompts_, heat, tokens = (take(x, kept) for x in (prompts_, heat, tokens))
             for cache in caches:
                 cache.filter(kept)
+
+
+def _read(
+    model: nn.Module,
+    caches: Sequence[Any],
+    tokens: mx.array,
+    going: Sequence[Conversation],
+    *,
+    first: int,
+    recorder: Recorder | None,
+) -> None:
+    """Feeds tokens [B, T] that are known; the first ones at once, as all prompts have them. Their logits are not
+    needed, so the vocabulary-wide product is never computed."""
+    end = tokens.shape[1]
+    for start, stop in itertools.pairwise([0, *range(first - 1, end, _STEP), end]):
+        if start < stop:
+            model(tokens[:, start:stop], cache=caches)
+            mx.eval([c.state for c in caches])
+            if recorder:
+                recorder.fed(caches)
+                recorder.keep(caches, going, np.ones((len(going), stop - start), bool), last=True)
+
+
+def _worth_dropping(ended: Sequence[bool]) -> bool:
+    """Whether so many have ended that it is worth dropping them; fewer go on for nothing."""
+    return sum(ended) * _SHRINK >= len(ended)
+
+
+def _belong(going: Sequence[Conversation], ended: Sequence[bool], first: int, last: int) -> np.ndarray:
+    """Which of the tokens first … last - 1 that were fed belong to their conversations, [B, T]."""
+    until = [c.fed_tokens if end else last for c, end in zip(going, ended, strict=True)]
+    return np.arange(first, last)[None] < np.array(until)[:, None]
 
 
 def sample(logits: mx.array, *, temperature: float | mx.array, key: mx.array) -> mx.array:
