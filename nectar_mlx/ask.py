@@ -78,7 +78,7 @@ class _Here:
         self._none = ""  # said where no document of the library answers
         start = time.perf_counter()
         self._library = _library(args)
-        found = self._library.find(question) if self._library else cli.load(args.nectar, args.model, fetch=args.fetch)
+        found = self._library.find(question) if self._library else cli.load(args.nectar, args)
         self._seconds = time.perf_counter() - start
         self._sources: list[Source] | None = None
         if found is None:

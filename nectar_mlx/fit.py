@@ -31,6 +31,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--model", help="a name (Qwen3-1.7B), a folder, a .gguf file or a hub id (default: what is here)"
     )
+    cli.add_adapter(parser)
     parser.add_argument("--context", required=True, nargs="+", metavar="FILE", help="files and folders to read")
     parser.add_argument(
         "--include", nargs="+", default=[], metavar="PATTERN", help="of a folder read only these: '*.md'"
@@ -131,7 +132,7 @@ def _work(arguments: argparse.Namespace) -> None:
     with checkpoint.held():
         if arguments.fresh:
             checkpoint.empty()
-        model, tokenizer = models.load(arguments.model, log=cli.say, progress=cli.progress)
+        model, tokenizer = models.load(arguments.model, adapter=arguments.adapter, log=cli.say, progress=cli.progress)
         try:
             with cli.overall() if world.first else nullcontext(silent) as progress:
                 fitted = pipeline.fit(
@@ -206,7 +207,8 @@ def _estimate(arguments: argparse.Namespace, tokens: int) -> JsonObject:
     from .fitting.machines import here, named_shape, settings
 
     machine = here()
-    options = settings(machine, budget=arguments.size or arguments.budget or "auto", kind=arguments.kind)
+    budget = arguments.size or arguments.budget or "auto"
+    options = settings(machine, budget=budget, kind=arguments.kind, effort=arguments.effort)
     count = min(tokens, arguments.context_tokens or tokens)
     expected = estimate(named_shape(arguments.model), machine, options, max(1, count))
     return {"seconds": round(expected.seconds, 1), "file_bytes": int(expected.size), "basis": machine.basis}

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 def add_model(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `fitter`."""
     parser.add_argument("--model", help="fit on this model (default: the library's, at first the settings')")
+    cli.add_adapter(parser)
     parser.add_argument("--budget", metavar="SHARE", help="bytes to keep, as for `nectar fit`; kept for later calls")
     parser.add_argument("--kind", help="of head function, as for `nectar fit`; kept for later calls")
     parser.add_argument("--steps", type=int, metavar="N", help="steps of the regression; kept for later calls")
@@ -62,7 +63,11 @@ def fitter(library: Library, args: argparse.Namespace) -> ModelFitter:
     if Path(name).expanduser().exists():
         name = str(Path(name).expanduser().absolute())  # the library is asked from other folders, too
     library.options = options
-    return ModelFitter(name, options, log=cli.say)
+    # A model that is named is taken without the library's adapter.
+    adapter = known.adapter if known is not None and not args.model else ""
+    if args.adapter:
+        adapter = str(Path(args.adapter).expanduser().absolute())
+    return ModelFitter(name, options, adapter=adapter, log=cli.say)
 
 
 def report(added: Added, *, as_json: bool) -> None:
@@ -161,7 +166,9 @@ class Questions:
 
         wanted = self.args.model or document.model
         if self._base is None or self._base[0] != wanted:
-            self._base, self._nectar = (wanted, *models.load(wanted, log=cli.say)), None
+            identity = self.library.identity
+            adapter = self.args.adapter or (identity.adapter if identity and identity.name == wanted else "")
+            self._base, self._nectar = (wanted, *models.load(wanted, adapter=adapter or None, log=cli.say)), None
         if self._nectar is None or self.document is None or self.document.file != document.file:
             assert document.file is not None
             self._nectar = cli.load_nectar(document.file, self._base[1], self._base[2], name=document.name)

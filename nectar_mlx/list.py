@@ -30,7 +30,7 @@ def _work(args: argparse.Namespace) -> None:
     width = max((len(document.name) for document in documents), default=0)
     for document in documents:
         print(f"{document.name:<{width}}  {_described(document)}")
-    model = f", fitted on {identity.name}" if identity else ""
+    model = f", fitted on {identity.described}" if identity else ""
     cli.say(f"{len(documents)} documents in {library.folder.path}{model}")
 
 

@@ -10,6 +10,8 @@ from .core.types import JsonObject
 from .documents import record
 from .errors import NectarError
 
+_CHARACTERS = 16  # of a token, on average, at most
+
 
 def check(path: Path, force: bool, fit: Mapping[str, object], files: object = None) -> None:
     """Asks before a .nectar is replaced by a different one. A fit of the same text, by the same model, with the same
@@ -42,7 +44,7 @@ def _held(path: Path) -> JsonObject:
     except NectarError:
         return {}
     try:
-        files = record.listed(metadata["report"])
-    except ValueError:
+        files = record.listed(metadata["report"], characters=_CHARACTERS * tensors["prefix"].size)
+    except (TypeError, ValueError):
         return {}
     return {"source": "", **metadata, "files": files, "tokens": tensors["prefix"].size}

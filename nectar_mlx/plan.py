@@ -11,6 +11,7 @@ from .core.clock import duration
 from .core.types import JsonObject
 
 if TYPE_CHECKING:
+    from .fitting.config import FitConfig
     from .fitting.estimate import Machine, Shape
 
 TOKENS = (10_000, 100_000, 1_000_000, 10_000_000)
@@ -27,6 +28,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--machine", metavar="NAME", help="only machines with this in their name, such as M4 or H100")
     parser.add_argument("--budget", default="auto", metavar="SHARE", help="as for fit (auto: counted as 4%%)")
     parser.add_argument("--kind", default="auto", help="as for fit (auto)")
+    parser.add_argument("--effort", default="normal", help="as for fit: quick, normal or best (normal)")
     parser.add_argument("--json", action="store_true", help="print one JSON list")
     return parser
 
@@ -41,12 +43,14 @@ def _work(arguments: argparse.Namespace) -> None:
         raise NectarError(f"no machine with {chosen!r} in its name: {', '.join(m.name for m in machines.MACHINES)}")
     if not all(arguments.tokens or TOKENS):
         raise NectarError("--tokens must be at least 1")
+    options = {name: getattr(arguments, name) for name in ("budget", "kind", "effort")}
+    configs = [(machine, machines.settings(machine, **options)) for machine in named]
     shapes = [machines.named_shape(name) for name in arguments.model or machines.SHAPES]
     rows = [
-        _row(shape, tokens, machine, budget=arguments.budget, kind=arguments.kind)
+        _row(shape, tokens, machine, config)
         for shape in shapes
         for tokens in arguments.tokens or TOKENS
-        for machine in named
+        for machine, config in configs
     ]
     if arguments.json:
         print(json.dumps(rows))
@@ -54,11 +58,10 @@ def _work(arguments: argparse.Namespace) -> None:
         _show(rows)
 
 
-def _row(shape: "Shape", tokens: int, machine: "Machine", *, budget: str, kind: str) -> JsonObject:
+def _row(shape: "Shape", tokens: int, machine: "Machine", config: "FitConfig") -> JsonObject:
     from .fitting.estimate import estimate
-    from .fitting.machines import settings
 
-    expected = estimate(shape, machine, settings(machine, budget=budget, kind=kind), tokens)
+    expected = estimate(shape, machine, config, tokens)
     return {
         "model": shape.name,
         "tokens": tokens,

@@ -87,6 +87,8 @@ def card(facts: JsonObject, repository: str, sums: Mapping[str, str]) -> str:
         "size": f"{facts['parameter_bytes'] / 2**20:.2f} MiB, {facts['share_of_kv_cache']:.2%} of the KV cache in bf16",
         **_fidelity(facts["report"]),
     }
+    if digest := facts["adapter_sha256"]:
+        rows["adapter"] = f"`{facts['adapter']}` (fingerprint `{digest[:16]}`)"
     if keys := facts["keys_file_bytes"]:
         rows["exact keys"] = f"{keys / 2**20:.1f} MiB beside it, of which each step reads a little"
     rows |= {f"sha256 of {name}": f"`{digest}`" for name, digest in sums.items()}

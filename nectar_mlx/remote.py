@@ -61,7 +61,7 @@ def reply(args: argparse.Namespace, messages: Sequence[Mapping[str, str]]) -> "R
 
 def _needs_model(args: argparse.Namespace) -> bool:
     """Whether an option is not a server's."""
-    return bool(args.here or args.model or args.kv_bits or getattr(args, "cite", False) or args.library)
+    return bool(args.here or args.model or args.adapter or args.kv_bits or getattr(args, "cite", False) or args.library)
 
 
 def conversation(args: argparse.Namespace) -> "Conversation | None":

@@ -26,10 +26,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "nectars", nargs="+", metavar="nectar", help="files, folders of them, ids on the hub; or: library"
     )
-    parser.add_argument("--model", help="the model to use (default: the name of the one the files were fitted on)")
+    cli.add_model(parser)
     cli.add_library(parser)
     agent.add_options(parser, cli.say)
-    cli.add_fetch(parser)
     cli.add_retrieval(parser)
     _add_access(parser)
     _add_generation(parser)
@@ -118,17 +117,17 @@ def start(args: argparse.Namespace) -> "server.Server":
             memory=args.memory,
         ),
     )
-    library, model = _library(args)
+    library, model, adapter = _library(args)
     nectars = args.nectars if library is None else []
-    return server.start(nectars, model, options, library=library, fetch=args.fetch, log=cli.say)
+    return server.start(nectars, model, options, library=library, adapter=adapter, fetch=args.fetch, log=cli.say)
 
 
-def _library(args: argparse.Namespace) -> "tuple[Library | None, str | None]":
-    """The library, where it is to be served, and the model."""
+def _library(args: argparse.Namespace) -> "tuple[Library | None, str | None, str | None]":
+    """The library, where it is to be served, the model and its adapter."""
     if cli.LIBRARY not in args.nectars:
         if args.library is not None:
             raise NectarError("--library is for `library` in the place of a .nectar")
-        return None, args.model
+        return None, args.model, args.adapter
     if len(args.nectars) > 1:
         raise NectarError("`library` is served alone; a file or folder of that name is ./library")
     from . import from_library
@@ -136,12 +135,14 @@ def _library(args: argparse.Namespace) -> "tuple[Library | None, str | None]":
 
     library = from_library.open_library(args)
     identity = library.identity
-    if identity is not None and args.model not in (None, identity.name):
+    if identity is None:
+        return library, args.model or default_model(log=cli.say), args.adapter
+    if args.model not in (None, identity.name) or args.adapter not in (None, identity.adapter):
         raise NectarError(
-            f"the library is fitted on {identity.name}: leave out --model, or fit it anew with `nectar update --model "
-            f"{args.model}`"
+            f"the library is fitted on {identity.described}: leave out --model and --adapter, or fit it anew with them "
+            "by `nectar update`"
         )
-    return library, identity.name if identity else args.model or default_model(log=cli.say)
+    return library, identity.name, identity.adapter or None
 
 
 def _work(args: argparse.Namespace) -> None:

@@ -21,7 +21,7 @@ LEVELS = (
     ("__init__", "baselines", "composition", "interchange", "library"),
     ("evaluation", "benchmarks"),
     ("serving",),
-    ("agent", "editor", "output", "settings"),
+    ("agent", "console", "editor", "output", "settings"),
     ("installed",),
     ("cli",),
     ("from_library", "inspect", "update_file", "writing"),

@@ -65,7 +65,7 @@ CASES = {
     "evaluate": ["book.nectar", "--no-answers", "--answer-tokens", "4"],
     "inspect": ["book.nectar"],
     "export": ["book.nectar", "out.safetensors", "--prompt-cache"],
-    "bench": ["decode", "--layers", "1", "--contexts", "64"],
+    "bench": ["decode", "--shape", "toy", "--contexts", "64", "--rounds", "1"],
     "demo": ["--context-tokens", "200", "--queries", "500", "--steps", "2", "--max-tokens", "3"],
     "add": ["text.txt", "--model", "model", "--library", "library", "--kind", "exact"],
     "list": ["--library", "library"],

@@ -74,11 +74,22 @@ def read_text(data: bytes, name: str) -> Document:
     return Document("text", text.strip("\n"), left_out=left_out)
 
 
-def _mail(function: str, depth: int) -> Reader:
-    def read(data: bytes, name: str) -> Document:
-        from nectar_mlx.documents import mail
+def _holder(module: str, function: str, depth: int) -> Reader:
+    """A reader of what may hold other documents; all of these together may be as large as one."""
 
-        return getattr(mail, function)(data, name, attachment=lambda data, name: parse(data, name, depth=depth + 1))  # type: ignore[no-any-return]
+    def read(data: bytes, name: str) -> Document:
+        left = MAX_CHARACTERS
+
+        def inner(data: bytes, name: str) -> Document:
+            nonlocal left
+            document = parse(data, name, depth=depth + 1)
+            if len(document.text) > left:
+                raise Unreadable(f"more than {MAX_CHARACTERS:,} characters with what is before it")
+            left -= len(document.text)
+            return document
+
+        found: Document = getattr(import_module(f"nectar_mlx.documents.{module}"), function)(data, name, inner=inner)
+        return found
 
     return read
 
@@ -87,10 +98,11 @@ READERS: dict[str, Reader] = {
     **dict.fromkeys(_TEXTS, read_text),
     **dict.fromkeys(("html", "htm", "xhtml", "xht"), _lazy("html", "read_html")),
     "epub": _lazy("epub", "read_epub"),
-    **dict.fromkeys(("docx", "docm", "dotx"), _lazy("word", "read_docx")),
-    **dict.fromkeys(("pptx", "pptm", "ppsx"), _lazy("slides", "read_pptx")),
+    **dict.fromkeys(("pptx", "pptm", "ppsx", "potx"), _lazy("slides", "read_pptx")),
     **dict.fromkeys(("xlsx", "xlsm", "xltx"), _lazy("sheets", "read_xlsx")),
-    **dict.fromkeys(("odt", "ods", "odp", "ott"), _lazy("opendocument", "read_opendocument")),
+    **dict.fromkeys(
+        ("odt", "ods", "odp", "ott", "ots", "otp", "fodt", "fods", "fodp"), _lazy("opendocument", "read_opendocument")
+    ),
     "rtf": _lazy("rtf", "read_rtf"),
     "pdf": _lazy("pdf", "read_pdf"),
     "ipynb": _lazy("notebook", "read_notebook"),
@@ -101,10 +113,11 @@ READERS: dict[str, Reader] = {
     **dict.fromkeys(("png", "jpg", "jpeg", "tif", "tiff", "bmp", "webp"), _lazy("ocr", "read_picture")),
 }
 _MAILS = {
-    **dict.fromkeys(("eml", "mht", "mhtml"), "read_mail"),
-    **dict.fromkeys(("mbox", "mbx"), "read_mbox"),
-    "emlx": "read_emlx",
+    **dict.fromkeys(("eml", "mht", "mhtml"), ("mail", "read_mail")),
+    **dict.fromkeys(("mbox", "mbx"), ("mail", "read_mbox")),
+    "emlx": ("mail", "read_emlx"),
 }
+_HOLDERS = {**_MAILS, **dict.fromkeys(("docx", "docm", "dotx", "dotm"), ("word", "read_docx"))}
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -154,16 +167,15 @@ def _is_pdf(data: bytes) -> bool:
 
 
 def _reader(data: bytes, suffix: str, depth: int) -> Reader:
-    if found := _by_content(data, suffix):
-        return READERS[found]
-    if suffix in _MAILS:
-        return _mail(_MAILS[suffix], depth)
+    suffix = _by_content(data, suffix) or suffix
+    if suffix in _HOLDERS:
+        return _holder(*_HOLDERS[suffix], depth)
     if suffix in READERS:
         return READERS[suffix]
     if suffix in _HINTS or suffix in _OTHER:
         raise Unreadable(_HINTS.get(suffix) or _OTHER[suffix])
     if re.match(rb"From \S+.*\d{4}\s*\n[\w-]+: ", data[:1000]):
-        return _mail("read_mbox", depth)
+        return _holder("mail", "read_mbox", depth)
     return _unknown
 
 
@@ -200,6 +212,6 @@ def _zipped(data: bytes, suffix: str) -> str:
         "content.xml": "odt",
         "meta-inf/container.xml": "epub",
     }
-    return (
-        "" if suffix in READERS and suffix not in _TEXTS else next((marks[name] for name in marks if name in names), "")
-    )
+    if suffix in {**READERS, **_HOLDERS} and suffix not in _TEXTS:
+        return ""
+    return next((marks[name] for name in marks if name in names), "")

@@ -1,6 +1,7 @@
 """What reading gives: the text, its places, and what became of each file."""
 
 from bisect import bisect_left
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 
@@ -49,6 +50,10 @@ class Document:
     text: str
     places: list[Place] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
+
+
+Inner = Callable[[bytes, str], Document]
+"""Reads a document that lies in another one, by its name."""
 
 
 class Places:

@@ -155,11 +155,11 @@ def _fit_at_once(run: FitRun, text: Sequence[int], target: ChunkTarget, *, clock
 
 def _excerpt_share(run: FitRun, prefix: Sequence[int]) -> float:
     """The budget that is expected to do for the first tokens of a text, which is kept to for all of it."""
-    excerpt_run = run.part("excerpt")
+    excerpt_run, tokens = run.part("excerpt"), prefix[: device().excerpt_tokens]
+    excerpt_run.claim(tokens)
     if plan := excerpt_run.checkpoint.load_plan():
         return plan.share
-    excerpt = read_text(run.model, prefix[: device().excerpt_tokens], run.geometry)
-    excerpt_run.claim(excerpt.prefix)
+    excerpt = read_text(run.model, tokens, run.geometry)
     kind = kind_fit(excerpt_run, collect(excerpt_run, excerpt))
     affordable = partial(
         affordable_bytes, geometry=run.geometry, layout=run.layout, n=len(excerpt.prefix), at_least=True

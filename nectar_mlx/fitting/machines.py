@@ -17,6 +17,7 @@ from ..errors import NectarError
 from ..mlxlm.attention_patch import Geometry
 from ..mlxlm.window import window
 from .config import FitConfig, parse_budget
+from .config import effort as effort_options
 from .estimate import Machine, Shape
 
 _APPLE_SHARE = 0.21  # of the float32 rate: what the stages of a fit reach on an H100, of its 67 · 10¹² a second
@@ -160,7 +161,7 @@ def here() -> Machine:
     )
 
 
-def settings(machine: Machine, *, budget: str, kind: str) -> FitConfig:
-    """What a fit with default options would be on that machine."""
+def settings(machine: Machine, *, budget: str, kind: str, effort: str = "normal") -> FitConfig:
+    """What a fit with these options, and else the default ones, would be on that machine."""
     with using(machine.profile):
-        return FitConfig(**parse_budget(budget), kind=kind)
+        return FitConfig(**effort_options(effort), **parse_budget(budget), kind=kind)

@@ -15,6 +15,7 @@ from ..core.progress import Progress, silent
 from ..core.types import Tokenizer
 from ..heads import AUTO, KINDS
 from ..mlxlm.attention_patch import Geometry
+from ..models import adapters
 from ..store import Layout
 from .checkpoint import Checkpoint, text_digest
 from .config import FitConfig
@@ -96,6 +97,18 @@ class FitRun:
         """Starts or continues the fit of this prefix; see `Checkpoint.claim`."""
         settings = {"settings": asdict(self.config), "prefix": text_digest(prefix), "preamble": preamble}
         self.checkpoint.claim({**self.facts, **settings})
+
+    def provenance(self, *, model: str, source: str) -> dict[str, Any]:
+        """Where a file comes from, for its metadata. model, source: names of the model and of the text."""
+        adapter = adapters.of(self.model)
+        return {
+            "model": model,
+            "model_sha256": self.facts["model"],
+            **({"adapter": asdict(adapter)} if adapter else {}),
+            "tokenizer_sha256": self.facts["tokenizer"],
+            "config": asdict(self.config),
+            "source": source,
+        }
 
     def part(self, name: str, **changes: Any) -> Self:
         """The same fit for a part of its work, which has a checkpoint of its own."""

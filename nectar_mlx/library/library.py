@@ -200,7 +200,7 @@ class Library:
     def _fit(self, fitter: Fitter, *, refit: bool, progress: Progress, log: Log) -> Work:
         """Loads the model only if there is something to fit, or if it may be another one."""
         known = self.identity
-        if known is not None and known.name == fitter.name and not refit:
+        if known is not None and (known.name, known.adapter) == (fitter.name, fitter.adapter) and not refit:
             self._plan(known)
             with self._database.reading() as rows:
                 if not any(claim.urgent for claim in volumes.waiting(rows, known)):

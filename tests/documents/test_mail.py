@@ -115,3 +115,27 @@ def test_hostile_mails_take_linear_time(tmp_path: Path) -> None:
         write(tmp_path / f"{number}.eml", "MIME-Version: 1.0\n" + data)
     assert len(documents.read([tmp_path]).files) == 4
     assert time.process_time() - start < 10
+
+
+@pytest.mark.parametrize(
+    ("body", "text"),
+    [
+        ("A paragraph that was \nwrapped.\n\nAnother one.", "A paragraph that was wrapped.\n\nAnother one."),
+        ("> quoted text \n> goes on\nanswer", "> quoted text goes on\nanswer"),
+        ("one \n> other\n-- \nSig", "one \n> other\n-- \nSig"),
+    ],
+)
+def test_flowed_text(body: str, text: str, tmp_path: Path) -> None:
+    head = "Subject: s\nContent-Type: text/plain; charset=utf-8; format=flowed"
+    assert text_of(write(tmp_path / "a.eml", f"{head}\n\n{body}")).partition("Subject: s\n\n")[2] == text
+    joined = f"{head}; delsp=yes\n\n長い文章 \nです。"
+    assert text_of(write(tmp_path / "b.eml", joined)).endswith("長い文章です。")
+
+
+def test_signatures_are_no_attachments_and_forwarded_mails_have_their_headers(tmp_path: Path) -> None:
+    outer = mail(text="outer")
+    outer.add_attachment(mail(text="inner", subject="The inner one"))
+    outer.add_attachment(b"abc", maintype="application", subtype="pgp-signature", filename="signature.asc")
+    path = write(tmp_path / "a.eml", bytes(outer))
+    assert "## The inner one\n\n" in text_of(path) and "abc" not in text_of(path)
+    assert report_of(path).left_out == []

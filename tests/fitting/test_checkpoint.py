@@ -1,6 +1,7 @@
 """What an interrupted fit left is found again; what cannot be read counts as not there."""
 
 import os
+import shutil
 
 import mlx.core as mx
 import pytest
@@ -68,6 +69,34 @@ def test_heads_and_parts_that_are_cut_short_are_not_there(checkpoint, cut):
     path = checkpoint.folder / "done.safetensors"
     path.write_bytes(path.read_bytes()[:cut])
     assert checkpoint.load_chunk() is None
+
+
+def _full(folder, claim, part="layer-0"):
+    checkpoint = Checkpoint(folder).part(part)
+    checkpoint.claim(claim)
+    checkpoint.save_plan(PLAN)
+    checkpoint.save_conversations(CONVERSATIONS)
+    checkpoint.decided("memory", lambda: 7)
+    checkpoint.save_heads(heads(0))
+    tensors = {"layers.0.sizes": mx.array([[3]])}
+    shutil.copytree(checkpoint.folder, folder / "before")
+    checkpoint.save_chunk(tensors, {"errors": []})
+    shutil.copytree(folder / "before", checkpoint.folder, dirs_exist_ok=True)
+    return checkpoint
+
+
+@pytest.mark.parametrize("other", [(CLAIM | {"text": "z"}, "layer-0"), (CLAIM, "layer-1")])
+def test_files_of_another_fit_or_part_are_not_there(tmp_path, other):
+    mine, theirs = _full(tmp_path / "mine", CLAIM), _full(tmp_path / "theirs", *other)
+    assert mine.load_chunk() and mine.load_plan() and mine.load_heads() and mine.load_conversations()
+    swapped = [path for path in theirs.folder.iterdir() if path.name != "fit.json"]
+    assert len(swapped) == 5
+    for path in swapped:
+        shutil.copy(path, mine.folder / path.name)
+    again = Checkpoint(tmp_path / "mine").part("layer-0")
+    again.claim(CLAIM)
+    assert not (again.load_chunk() or again.load_plan() or again.load_heads() or again.load_conversations())
+    assert again.decided("memory", lambda: 9) == 9
 
 
 @pytest.mark.parametrize("changed", [{"model": "z"}, {"text": "z"}, {"settings": {"seed": 1}}, {"version": "2"}])
@@ -147,7 +176,9 @@ def test_between_savings_there_is_some_time(checkpoint):
 
 def test_what_was_decided_stays(checkpoint):
     assert checkpoint.decided("memory", lambda: 5) == 5
-    assert Checkpoint(checkpoint.folder).decided("memory", lambda: 6) == 5
+    again = Checkpoint(checkpoint.folder)
+    again.claim(CLAIM)
+    assert again.decided("memory", lambda: 6) == 5
     assert not checkpoint.holds_work() and Checkpoint(None).decided("memory", lambda: 6) == 6
 
 

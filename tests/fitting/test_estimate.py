@@ -132,3 +132,13 @@ def test_a_configuration_that_is_none_is_one_line(tmp_path):
     (tmp_path / "config.json").write_text('{"hidden_size": "wide"}')
     with pytest.raises(NectarError, match="does not describe a model"):
         machines.named_shape(str(tmp_path))
+
+
+def test_an_effort_is_planned(capsys):
+    seconds = []
+    for effort in ("quick", "normal", "best"):
+        options = ["--model", "Qwen3-8B", "--tokens", "100k", "--machine", "H100", "--effort", effort, "--json"]
+        assert plan.main(options) == 0
+        seconds.append(json.loads(capsys.readouterr().out)[0]["seconds"])
+    assert seconds == sorted(seconds) and seconds[2] > 2 * seconds[1]
+    assert plan.main(["--effort", "some"]) == 2

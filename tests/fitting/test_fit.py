@@ -436,7 +436,7 @@ def test_ctrl_c_keeps_the_work(folder):
     while shown.count(b"sampling answers") < 3 and (more := os.read(process.stderr.fileno(), 1 << 16)):
         shown += more
     process.send_signal(signal.SIGINT)
-    _, rest = process.communicate(timeout=60)
+    _, rest = process.communicate()
     error = (shown + rest).decode()
     assert process.returncode == 130 and "Traceback" not in error
     partial = output.with_name("interrupted.nectar.partial")

@@ -33,7 +33,7 @@ def cheap(monkeypatch):
     """Commands fit without a model."""
     fitters = []
 
-    def make(name, options, *, log):
+    def make(name, options, *, adapter, log):
         fitters.append(CheapFitter(name))
         return fitters[-1]
 
@@ -212,3 +212,17 @@ def test_sources_name_the_document_and_its_page(folder, tmp_path, model, capsys)
     assert (source["document"], source["place"]) == ("lease.pdf", "page 2") and source["text"] == LEASE[1]
     assert __main__.main(["ask", "library", "What did the plumber charge?", "--json", "--max-tokens", "2"]) == 0
     assert json.loads(capsys.readouterr().out)["sources"][0]["document"] == "note.txt"
+
+
+def test_a_library_keeps_its_models_adapter(folder, tmp_path, model, capsys):
+    (tmp_path / "herons.txt").write_text("The heron Olga was ringed in 1987. " + "Herons stand in water. " * 20)
+    adapter = toys.adapter(tmp_path / "adapter")
+    assert run("add", tmp_path / "herons.txt", "--model", model, "--adapter", adapter, "--kind", "exact") == 0
+    assert Library(folder).identity.adapter == adapter
+    assert run("ask", "library", "when was the heron Olga ringed?", "--max-tokens", 2, "--here") == 0
+    capsys.readouterr()
+    assert run("list") == 0 and f"fitted on {model} with the adapter {adapter}" in capsys.readouterr().err
+    assert run("update", "--json") == 0 and not json.loads(capsys.readouterr().out)["fitted"]
+    assert run("update", "--model", model, "--json") == 0, "a model that is named is taken without an adapter"
+    assert json.loads(capsys.readouterr().out)["fitted"] == ["herons.txt"]
+    assert Library(folder).identity.adapter == ""

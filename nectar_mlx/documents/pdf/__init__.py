@@ -1,10 +1,11 @@
 """PDF files: text in the order of reading, with a place for each page; pages without text are named."""
 
+import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from nectar_mlx.documents import ocr
-from nectar_mlx.documents.pdf import flow, layout, margins
+from nectar_mlx.documents.pdf import annotations, flow, layout, margins
 from nectar_mlx.documents.pdf.glyphs import runs
 from nectar_mlx.documents.pdf.layout import Line
 from nectar_mlx.documents.reading import Document, Place, Unreadable
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 MOST_PAGES = 20_000
 MOST_CHARACTERS = 1 << 26
 _IMAGE, _FORM = 3, 5
+_OBJECT = re.compile(rb"(\d{1,10}) (\d{1,5}) obj\b")
 _REGIONS = 1 << 20  # more than one page has columns
 
 
@@ -35,11 +37,26 @@ def read_pdf(data: bytes, name: str) -> Document:
     except pypdfium2.PdfiumError as error:
         if "password" in str(error).lower():
             raise Unreadable("the PDF is encrypted; save a copy without its password") from error
-        raise Unreadable("a damaged PDF") from error
+        pdf = _rebuilt(data)
     try:
+        pdf.init_forms()
         return _document(pdf)
     finally:
         pdf.close()
+
+
+def _rebuilt(data: bytes) -> "PdfDocument":
+    """A file whose end is lost: where its catalog is known, the objects can be found."""
+    import pypdfium2
+
+    found = [match for match in _OBJECT.finditer(data) if b"/Catalog" in data[match.end() : match.end() + 500]]
+    if not found:
+        raise Unreadable("a damaged PDF")
+    root = b" ".join([found[-1][1], found[-1][2], b"R"])
+    try:
+        return pypdfium2.PdfDocument(data + b"\ntrailer\n<< /Root " + root + b" >>\nstartxref\n0\n%%EOF\n")
+    except pypdfium2.PdfiumError as error:
+        raise Unreadable("a damaged PDF") from error
 
 
 def _document(pdf: "PdfDocument") -> Document:
@@ -56,6 +73,7 @@ def _document(pdf: "PdfDocument") -> Document:
     left_out = pages.left_out() + left_out
     if count > MOST_PAGES:
         left_out.append(f"pages after the first {MOST_PAGES:,}")
+    left_out += [f"attachment {pdf.get_attachment(place).get_name()}" for place in range(pdf.count_attachments())]
     if not text.strip() and pages.pictures:
         raise Unreadable("the PDF holds no text, only pictures of it; run text recognition (OCR) on it first")
     return Document("pdf", text, places, left_out)
@@ -92,9 +110,15 @@ class _Pages:
         sides, is_cut = runs(page)
         if is_cut:
             self._cut.append(number)
+        filled, comments = annotations.read(page)
+        if filled:
+            sides[:1] = [[*sides[0], *filled] if sides else filled]
         lines: list[Line] = []
         for side in sides:
             lines += layout.lines(side, first_region=lines[-1].region + 1 if lines else number * _REGIONS)
+        for comment in comments:
+            region = lines[-1].region + 1 if lines else number * _REGIONS
+            lines.append(Line(f"Comment: {comment}", 0.0, 0.0, 5.0 * len(comment), 10.0, region))
         text = "".join(line.text for line in lines)
         if len(text) < 50 and _has_picture(page, covers=0.0 if not text else 0.4):
             recognized = ocr.recognize(page)
