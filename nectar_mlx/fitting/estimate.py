@@ -128,13 +128,14 @@ def _bytes(number: float) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class _Work:
-    """The stages of fitting n tokens at once."""
+    """The stages of fitting n tokens at once. replayed: whether conversations are replayed on any machine."""
 
     shape: Shape
     machine: Machine
     config: FitConfig
     n: int
     layerwise: bool
+    replayed: bool = False
 
     @property
     def share(self) -> float:
@@ -233,7 +234,7 @@ class _Work:
             return
         yield self.read()
         yield from self.study()
-        if not self.machine.profile.record:
+        if self.replayed or not self.machine.profile.record:
             captured = self.sampled * self.token(vocabulary=False)
             yield Stage("capturing attention", self.seconds(captured, "capturing"))
         ranking = 2.0 * self.config.matching_samples * self.n * self.layout.head_dim * self.heads
@@ -255,7 +256,7 @@ class _Work:
     def layers(self, *, first: bool) -> Iterator[Stage]:
         """Layer by layer. first: whether sizes are decided, on an excerpt."""
         if first:
-            small = replace(self, n=min(self.n, 1024), layerwise=False)
+            small = replace(self, n=min(self.n, 1024), layerwise=False, replayed=True)
             _, *stages, _ = small.stages(sizes=True, choice=False)
             yield from stages
         yield from replace(self, n=min(self.n, 900)).study()
