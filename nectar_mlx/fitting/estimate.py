@@ -268,6 +268,7 @@ class _Work:
         """Bytes of the checkpoint: heads in float32, and samples, where they do not fit the memory."""
         samples = 4.4 * self.samples * self.heads * (3 * self.layout.head_dim + 2)
         spilled = samples if samples > self.machine.memory / 2 and not self.layerwise else 0.0
+        spilled *= 2 if self.machine.profile.record else 1  # in pieces until the last answer has ended
         return 4.0 * self.nodes(self.share) * (2 * self.layout.head_dim + 1) + spilled
 
     def memory(self) -> float:

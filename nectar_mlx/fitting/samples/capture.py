@@ -53,10 +53,7 @@ def capture(
     """The samples of conversations. tokens: how many are replayed together (default: as many as is quick)."""
     wanted = run.n_samples(run.n_heads)
     spare = held_out_count(wanted)
-    store = SampleStore if device().linux_cpu else DeviceSampleStore
-    folder = None
-    if store.nbytes(run.n_heads, wanted + spare, run.geometry.head_dim) > run.memory:
-        folder = run.checkpoint.spill()
+    folder = spill(run, wanted + spare)
     train = empty(run, wanted, folder and folder / "train.samples")
     held_out = empty(run, spare, folder and folder / "held_out.samples")
     replayed = [c for c in conversations if c.split != "check"]
@@ -88,6 +85,13 @@ def collected(
 def held_out_count(train: int) -> int:
     """How many samples are held out where so many are trained on."""
     return max(train // 10, _FEWEST_HELD_OUT)
+
+
+def spill(run: FitRun, count: int) -> Path | None:
+    """A folder for so many samples of every head, where they do not fit the memory."""
+    store = SampleStore if device().linux_cpu else DeviceSampleStore
+    fits = store.nbytes(run.n_heads, count, run.geometry.head_dim) <= run.memory
+    return None if fits else run.checkpoint.spill()
 
 
 def empty(run: FitRun, count: int, folder: Path | None) -> SampleStore:

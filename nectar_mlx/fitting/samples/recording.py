@@ -4,8 +4,11 @@ A token of a conversation then goes through the model once. An interrupted fit f
 the very steps of before, so that its samples are the same to the last bit.
 """
 
-from collections.abc import Sequence
+import itertools
+import shutil
+from collections.abc import Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -15,7 +18,7 @@ from ...core.device import device
 from ...mlxlm.kept import attention_caches
 from ..prefill import Context
 from ..run import FitRun
-from .capture import CaptureCache, Collected, capture, collected, empty, held_out_count
+from .capture import CaptureCache, Collected, capture, collected, empty, held_out_count, spill
 from .conversation import Conversation, Split
 from .sample_store import Samples, SampleStore
 from .self_study import study
@@ -30,15 +33,14 @@ def collect(run: FitRun, context: Context) -> Collected:
 
     NectarError that names the layer and head where a number is not finite.
     """
+    if not device().record or run.world.size > 1:
+        return capture(run, context, study(run, context))
     wanted = run.n_samples(run.n_heads)
     counts: dict[Split, int] = {"train": wanted, "held_out": held_out_count(wanted)}
-    # Samples come from all of the answers, of which more are kept than are wanted until all are there.
-    room = 2 * SampleStore.nbytes(run.n_heads, sum(counts.values()), run.geometry.head_dim)
-    if not device().record or room > run.memory or run.world.size > 1:
-        return capture(run, context, study(run, context))
-    recording = Recording()
+    folder = spill(run, sum(counts.values()))
+    recording = Recording(folder and folder / "recorded")
     conversations = study(run, context, recording)
-    stores = {split: empty(run, count, None) for split, count in counts.items()}
+    stores = {split: empty(run, count, folder and folder / f"{split}.samples") for split, count in counts.items()}
     for split, store in stores.items():
         recording.move(split, store)
     return collected(run, context, conversations, stores["train"], stores["held_out"])
@@ -61,9 +63,9 @@ class _Fed:
 class Recording:
     """What attention saw in the conversations that were sampled so far (`self_study.Recorder`)."""
 
-    def __init__(self) -> None:
+    def __init__(self, folder: Path | None = None) -> None:
         self._fed = _Fed()
-        self._taken = {split: dict[int, list[Samples]]() for split in _SPLITS}  # by layer
+        self._pieces = _Pieces() if folder is None else _PiecesOnDisk(folder)
 
     def make_cache(self, context: Context, *, sequences: int) -> list[Any]:
         return context.make_cache(partial(_Cache, preamble=context.preamble), sequences=sequences)
@@ -86,26 +88,71 @@ class Recording:
         places = np.concatenate(fed.places, axis=1)
         for layer, cache in enumerate(capturing):
             cache.captured = [_joined(turn) for turn in zip(*(step[layer] for step in fed.captured), strict=True)]
-        for split, taken in self._taken.items():
+        for split in _SPLITS:
             chosen = places & (np.array(fed.splits) == split)[:, None]
             if chosen.any():
-                pieces = [cache.take(chosen) for cache in capturing]
-                mx.eval(pieces)
-                for layer, samples in enumerate(pieces):
-                    taken.setdefault(layer, []).append(samples)
+                self._pieces.add(split, [cache.take(chosen) for cache in capturing])
         for cache in capturing:
             cache.captured = []
 
     def move(self, split: Split, store: SampleStore) -> None:
         """Moves the samples of a split into an empty store: as many as it holds, drawn at random."""
-        taken = self._taken[split]
-        total = sum(samples.queries.shape[1] for samples in taken.get(0, []))
+        total = self._pieces.count[split]
         drawn = np.random.default_rng(0).permutation(total)[: store.capacity]
         chosen = mx.array(np.sort(drawn).astype(np.int32))
-        for layer in sorted(taken):
-            samples = _joined(taken.pop(layer), axis=1)
+        for layer, samples in enumerate(self._pieces.layers(split)):
             store.add(layer * samples.queries.shape[0], samples.take(chosen) if len(drawn) < total else samples)
         store.advance(total)
+
+
+class _Pieces:
+    """Samples of all layers, some at a time. count: of each split."""
+
+    def __init__(self) -> None:
+        self.count = dict.fromkeys(_SPLITS, 0)
+        self._of = {split: list[list[Any]]() for split in _SPLITS}  # by layer
+
+    def add(self, split: Split, layers: Sequence[Samples]) -> None:
+        mx.eval(layers)
+        self.count[split] += layers[0].queries.shape[1]
+        self._of[split] = self._of[split] or [[] for _ in layers]
+        for pieces, samples in zip(self._of[split], layers, strict=True):
+            pieces.append(self._kept(samples))
+
+    def layers(self, split: Split) -> Iterator[Samples]:
+        """Each layer's, which are no longer here then."""
+        while self._of[split]:
+            yield _joined([self._samples(piece) for piece in self._of[split].pop(0)], axis=1)
+
+    def _kept(self, samples: Samples) -> Any:
+        return samples
+
+    def _samples(self, kept: Any) -> Samples:
+        samples: Samples = kept
+        return samples
+
+
+class _PiecesOnDisk(_Pieces):
+    """The same, in files of a folder of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        shutil.rmtree(folder, ignore_errors=True)  # of an interrupted run
+        folder.mkdir(parents=True)
+        self._paths = (folder / f"{number}.npy" for number in itertools.count())
+
+    def _kept(self, samples: Samples) -> Path:
+        path = next(self._paths)
+        with path.open("wb") as file:
+            for x in samples:
+                np.save(file, np.array(x.astype(mx.float32)))
+        return path
+
+    def _samples(self, kept: Path) -> Samples:
+        with kept.open("rb") as file:
+            samples = Samples(*(mx.array(np.load(file)) for _ in Samples._fields))
+        kept.unlink()
+        return samples
 
 
 def _capturing(caches: Sequence[Any]) -> list[CaptureCache]:
