@@ -16,6 +16,7 @@ from ..core.types import LayerCache, Tokenizer
 from ..errors import NectarError
 from ..fitting import fisher, prefill
 from ..fitting.fidelity import Change, Prompt
+from ..fitting.fisher import N_PROBE
 from ..fitting.prefill import Context
 from ..fitting.samples import capture, instructions, self_study
 from ..fitting.samples.conversation import Conversation, count_samples
@@ -161,9 +162,7 @@ class EvalContext:
     @cached_property
     def metric(self) -> mx.array:
         """The metric that measures the heads' errors in nats, [n_heads, D, D] (fitting/fisher.py)."""
-        information = fisher.fisher(
-            self.model, self.context, self.answered[: device().fisher_probes], geometry=self.geometry
-        )
+        information = fisher.fisher(self.model, self.context, self.answered[:N_PROBE], geometry=self.geometry)
         return fisher.metric(information)
 
     def ask(self, question: str) -> list[int]:

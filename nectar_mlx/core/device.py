@@ -30,13 +30,12 @@ class Device:
     launch_scores: what starting a group of heads costs, in scores of a step.
 
     fit_steps, fit_batch, fit_samples, fit_conversations, fit_checks: defaults of `FitConfig`.
-    trial_steps: of the short fits that decide sizes and choose a budget; trial_checks: questions to the latter.
-    excerpt_tokens: on which the budget is chosen where the text is read in chunks. layerwise_tokens: in all layers at
-    once, at least, where a fit goes layer by layer; layerwise_replay_tokens: of conversations replayed through all
-    layers. passage_conversations: about one passage, sampled side by side. steps_ahead: of sampling, queued before the
-    first one's tokens are looked at.
+    trial_steps, trial_checks: of the short fits that choose a budget. excerpt_tokens: on which it is chosen where the
+    text is read in chunks. layerwise_tokens: in all layers at once, at least, where a fit goes layer by layer;
+    layerwise_replay_tokens: of conversations replayed through all layers. passage_conversations: about one passage,
+    sampled side by side. steps_ahead: of sampling, queued before the first one's tokens are looked at.
     completion_keys: of the context that a completion is trained on.
-    fisher_probes: conversations that tell the Fisher information; fisher_batch: of them differentiated at a time.
+    fisher_batch: conversations differentiated at a time.
     check_batch: conversations compared at a time. baseline_conversations, baseline_batch, cartridge_steps: of the
     methods that `evaluate` builds. choices_batch: multiple-choice questions read at a time.
     """
@@ -64,7 +63,6 @@ class Device:
     passage_conversations: int
     completion_keys: int
     steps_ahead: int
-    fisher_probes: int
     fisher_batch: int
     check_batch: int
     baseline_conversations: int
@@ -97,7 +95,6 @@ LINUX_CPU = Device(
     passage_conversations=8,
     completion_keys=1024,
     steps_ahead=1,
-    fisher_probes=4,
     fisher_batch=1,
     check_batch=4,
     baseline_conversations=8,
@@ -129,7 +126,6 @@ GPU = Device(
     passage_conversations=16,
     completion_keys=2048,
     steps_ahead=8,
-    fisher_probes=8,
     fisher_batch=8,
     check_batch=32,
     baseline_conversations=128,

@@ -61,7 +61,7 @@ class FitConfig:
     temperature: float = 0.9
     conversations: int = field(default_factory=lambda: device().fit_conversations)
     power: float | None = None
-    trial_steps: int = field(default_factory=lambda: device().trial_steps)
+    trial_steps: int = 100
     rate: float | None = None
     batch: int = field(default_factory=lambda: device().fit_batch)
     matching_samples: int = 4096

@@ -21,7 +21,7 @@ AUTO_SHARE = 0.04  # of the KV cache; what was chosen for three models was 0.024
 _QUESTIONS = 1024  # of the window, that questions and answers need
 QUESTION_TOKENS = 44  # of a sampled question, with the turn's own
 _FEWEST_TOGETHER, _TRAIN_SHARE = 16, 0.9  # conversations of a batch; of them, those that are not held out
-_CANDIDATES = 3  # budgets that are tried
+_PROBES, _CANDIDATES = 8, 3  # conversations of the sensitivity; budgets that are tried
 _TRAINED = 12  # operations a step, sample, node and entry of it: two products and their gradients
 _ROUNDING = 1.4  # of the regression's steps, with those of rounding
 _KEY_BYTES = 1.2  # of a number in the key file, with scales, checksums and sketches
@@ -245,7 +245,7 @@ class _Work:
 
     def sizes(self, *, choice: bool) -> Iterator[Stage]:
         profile, config = self.machine.profile, self.config
-        tokens = profile.fisher_probes * (QUESTION_TOKENS + config.answer_tokens)
+        tokens = _PROBES * (QUESTION_TOKENS + config.answer_tokens)
         yield Stage("measuring sensitivity", self.seconds(3 * tokens * self.token(vocabulary=True), "sensitivity"))
         yield Stage("deciding sizes", self.train(self.nodes(self.share), config.trial_steps))
         if choice and config.budget == "auto" and config.size is None:

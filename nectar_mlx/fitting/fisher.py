@@ -25,6 +25,7 @@ from .layers import LayerRunner
 from .prefill import Context
 from .samples.conversation import Conversation
 
+N_PROBE = 8  # conversations that tell it well enough
 _ANSWERED = 16  # tokens whose logits are held at a time
 
 

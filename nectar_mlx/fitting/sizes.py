@@ -67,7 +67,7 @@ def trial_errors(kind: KindFit, nbytes: float) -> np.ndarray:
     errors = np.zeros(kind.n_heads)
     trials = kind.groups([size] * kind.n_heads)
     world = run.world
-    probes = [c for c in kind.data.conversations if c.answer and c.split == "train"][: device().fisher_probes]
+    probes = [c for c in kind.data.conversations if c.answer and c.split == "train"][: fisher.N_PROBE]
     with run.progress("measuring sensitivity", len(probes)) as done:
         information = _information(kind, probes, progress=done)
         finite.check_heads("measuring sensitivity", finite.not_finite([information]), run.geometry)
