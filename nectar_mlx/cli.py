@@ -29,6 +29,7 @@ from .core.numbers import size as size
 from .errors import NectarError
 
 if TYPE_CHECKING:
+    import mlx.core as mx
     import mlx.nn as nn
 
     from .core.types import Tokenizer
@@ -77,11 +78,23 @@ def run(parser: argparse.ArgumentParser, work: Callable[[argparse.Namespace], No
         complain(f"{parser.prog}: {error}")
         return FAULT
     except BrokenPipeError:  # the reader of our output is gone, so there is no message
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
+    except OSError as error:  # a full disk under stdout, mostly: what commands write themselves has its own message
+        complain(f"{parser.prog}: {error.strerror or error}{f': {error.filename}' if error.filename else ''}")
+        _drop_output()
+        return FAULT
     except KeyboardInterrupt:
         complain(f"{parser.prog}: interrupted")
         return INTERRUPTED
     return DONE
+
+
+def _drop_output() -> None:
+    """What stdout cannot take is forgotten: Python would try again at its end, and complain."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def add_quiet(parser: argparse.ArgumentParser) -> None:
@@ -93,7 +106,7 @@ def add_nectar(
     parser: argparse.ArgumentParser, *, what: str = "a .nectar file, or the id of one on the hub (user/name)"
 ) -> None:
     """Adds the arguments of `load`. what: that can be asked, for --help."""
-    parser.add_argument("nectar", help=what)
+    parser.add_argument("nectar", metavar="FILE", help=what)
     add_model(parser)
 
 
@@ -120,26 +133,32 @@ def may_fetch(name: str, *, fetch: bool) -> bool:
     return terminal.confirm(f"The file names the model {name}, which is not here. Download it?", otherwise="")
 
 
-def load(path: str, args: argparse.Namespace) -> "tuple[nn.Module, Tokenizer, Nectar]":
+def load(
+    path: str, args: argparse.Namespace, *, group: "mx.distributed.Group | None" = None
+) -> "tuple[nn.Module, Tokenizer, Nectar]":
     """The model, the tokenizer and the .nectar; NectarError if it is damaged or was fitted on another model.
 
-    args: with the options of `add_model`.
+    args: with the options of `add_model`. group: of ranks, as for `models.load`.
     """
     from . import store
     from .models import hub
 
     file = hub.nectar_file(path)
-    model, tokenizer = load_model(store.model_name(file), args)
+    model, tokenizer = load_model(store.model_name(file), args, group=group)
     return model, tokenizer, load_nectar(file, model, tokenizer)
 
 
-def load_model(named: str, args: argparse.Namespace) -> "tuple[nn.Module, Tokenizer]":
+def load_model(
+    named: str, args: argparse.Namespace, *, group: "mx.distributed.Group | None" = None
+) -> "tuple[nn.Module, Tokenizer]":
     """The model that the user gave, else the one that a file names, which is downloaded only if it may be; with the
     adapter that was given."""
     from . import models
 
     allowed = None if args.model else partial(may_fetch, fetch=args.fetch)
-    return models.load(args.model or named, adapter=args.adapter, log=say, progress=progress, may_fetch=allowed)
+    return models.load(
+        args.model or named, adapter=args.adapter, log=say, progress=progress, may_fetch=allowed, group=group
+    )
 
 
 def load_nectar(file: Path, model: "nn.Module", tokenizer: "Tokenizer", *, name: str = "") -> "Nectar":
@@ -148,12 +167,20 @@ def load_nectar(file: Path, model: "nn.Module", tokenizer: "Tokenizer", *, name:
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
-        nectar = Nectar.load(file, model, tokenizer)
+        try:
+            nectar = Nectar.load(file, model, tokenizer)
+        except NectarError as error:
+            raise NectarError(_named(str(error), file, name)) from error
     for warning in caught:
-        say(str(warning.message))
+        say(_named(str(warning.message), file, name))
     if not nectar.faithful:
         say(f"{name or file.name}: {nectar.verdict}")
     return nectar
+
+
+def _named(message: str, file: Path, name: str) -> str:
+    """A message about a file that a person knows by another name."""
+    return message.replace(str(file), name).replace(file.name, name) if name else message
 
 
 def add_generation(parser: argparse.ArgumentParser) -> None:

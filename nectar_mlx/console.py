@@ -3,20 +3,20 @@
 The answer or the JSON goes to stdout, everything else to stderr.
 """
 
-import shutil
 import sys
 import textwrap
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from .core import terminal
 from .core.clock import duration
-from .core.progress import Overall, Status, Update
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+
+    from .core.progress import Overall, Status, Update
 
 LINE_SECONDS = 10.0  # between lines of progress, where there is no terminal
 _quiet = False  # of the command that runs: no notices
@@ -36,7 +36,7 @@ def say(line: str) -> None:
 
 def complain(line: str) -> None:
     """One line for a person, on stderr, with --quiet, too: what is wrong."""
-    print(terminal.printable(line, one_line=True), file=sys.stderr, flush=True)
+    _tell(terminal.printable(line, one_line=True) + "\n")
 
 
 def show(text: str = "", *, end: str = "\n") -> None:
@@ -47,7 +47,13 @@ def show(text: str = "", *, end: str = "\n") -> None:
 def hint(text: str) -> None:
     """Text on stderr as it comes, such as a model's thoughts; nothing with --quiet."""
     if not _quiet:
-        print(terminal.printable(text), end="", file=sys.stderr, flush=True)
+        _tell(terminal.printable(text))
+
+
+def _tell(text: str) -> None:
+    """On stderr; where that cannot be written (a log on a full disk), there is nobody to tell, and the work goes on."""
+    with suppress(OSError):
+        print(text, end="", file=sys.stderr, flush=True)
 
 
 def paragraph(text: str) -> None:
@@ -65,11 +71,13 @@ def row(label: str, value: str) -> None:
 
 def _width() -> int:
     """Columns of the terminal, 100 at most; a file or a pipe gets 100."""
+    import shutil  # with the archive modules, which an answer does not need
+
     return max(40, min(100, shutil.get_terminal_size().columns if sys.stdout.isatty() else 100))
 
 
 @contextmanager
-def progress(description: str, total: int, /) -> Iterator[Update]:
+def progress(description: str, total: int, /) -> "Iterator[Update]":
     """A `core.progress.Progress` of a task that has one stage, or tells each on its own."""
     with overall() as task, task(description, total) as update:
         yield update
@@ -80,6 +88,8 @@ def overall() -> "Iterator[Overall]":
     """A progress of all stages of a task: one bar on a terminal, else a line every LINE_SECONDS, on stderr."""
     from rich.console import Console
     from rich.live import Live
+
+    from .core.progress import Overall
 
     task, console = Overall(), Console(stderr=True)
     if _quiet:
@@ -99,14 +109,14 @@ def overall() -> "Iterator[Overall]":
         thread.join()
 
 
-def _say_status(task: Overall, ended: threading.Event) -> None:
+def _say_status(task: "Overall", ended: threading.Event) -> None:
     while not ended.wait(LINE_SECONDS):
         status = task.status()
         if status.description:
             say(f"{_stage(status)}: {status.share:.0%}, {_times(status)}")
 
 
-def _bar(status: Status) -> "RenderableType":
+def _bar(status: "Status") -> "RenderableType":
     from rich.progress_bar import ProgressBar
     from rich.table import Table
     from rich.text import Text
@@ -121,13 +131,13 @@ def _bar(status: Status) -> "RenderableType":
     return row
 
 
-def _stage(status: Status) -> str:
+def _stage(status: "Status") -> str:
     """The stage, its number where there are several, and how much of it is done."""
     number = f"stage {status.stage} of {status.stages}, " if status.stages > 1 else ""
     part = f" ({min(status.done, status.total):,} of {status.total:,})" if status.total > 1 else ""
     return f"{number}{status.description}{part}"
 
 
-def _times(status: Status) -> str:
+def _times(status: "Status") -> str:
     total = f" of about {duration(status.total_seconds)}" if status.total_seconds is not None else ""
     return f"{duration(status.elapsed)}{total}"

@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = cli.Parser("evaluate", "Compares a .nectar with full attention and with other ways to shrink a cache.")
-    parser.add_argument("nectar", nargs="+", help="a .nectar file; several of one text make a curve")
+    parser.add_argument("nectar", nargs="+", metavar="FILE", help="a .nectar file; several of one text make a curve")
     cli.add_model(parser)
     parser.add_argument("--questions", metavar="FILE", help="your own, one a line, or JSON lines")
     names = ", ".join(b.slug for b in baselines.BASELINES.values())
@@ -58,6 +58,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _work(arguments: argparse.Namespace) -> None:
+    for path in arguments.nectar:
+        hub.nectar_file(path)  # before anything is asked
     options = _options(arguments)
     started = time.perf_counter()
     model, tokenizer, first = cli.load(arguments.nectar[0], arguments)

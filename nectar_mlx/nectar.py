@@ -21,6 +21,7 @@ from .kernels import DecodeKernel
 from .mlxlm import attention_patch, prompts
 from .mlxlm.kept import make_caches
 from .models import hub
+from .models.sharding import shard_of
 from .retrieval import HybridBank, HybridContext, KeyFile, citing, find_keys, kv_path, recording
 from .retrieval.citing import Cited
 from .retrieval.fitted_text import FittedText
@@ -28,7 +29,7 @@ from .retrieval.likelihood import log_likelihood
 from .retrieval.passages import Passages
 from .retrieval.recall import Recall
 from .retrieval.sources import Source
-from .store import Layout, chunking, load
+from .store import Layout, chunking, load, sharding
 from .store import text as kept_text
 from .store.chunking import ChunkedPrefix
 from .store.kv_file import remove_stale_keys
@@ -118,11 +119,14 @@ class Nectar:
     ) -> Self:
         """Reads a .nectar to answer from: a file, or one on the hub (user/name). like: the metadata of one that
         was loaded with this model and tokenizer: where both name the same, it is not computed again that they fit.
+        Of a model that is divided among ranks (`models.sharding`) it has the heads of this one's part.
 
         NectarError unless it is whole and was fitted on this very model (and tokenizer, if one is given). Warns where
         the keys beside it are missing or damaged: then no key is read exactly.
         """
         nectar = cls.read(path)
+        if (shard := shard_of(model)) is not None:
+            nectar = cls(*sharding.part(nectar.tensors, nectar.metadata, rank=shard.rank, size=shard.size))
         if like is None or not load.same_model(nectar.metadata, like):
             load.check_model(path, nectar.metadata, model, tokenizer)
         nectar.windows = load.as_computed(nectar.windows, model)
@@ -192,6 +196,10 @@ class Nectar:
         attention = self.hybrid.attended(caches, self.passages(tokenizer))
         return self._text.sources(tokenizer, question, answer, attention=attention, chunk=chunk, count=count)
 
+    def about(self, document: str) -> None:
+        """Answers are about this one of the documents in the text: sources name no other, if the text holds it."""
+        self._text.about = document
+
     def cite(self, tokenizer: Tokenizer, question: str, answer: str, found: Sequence[Source]) -> Cited:
         """The answer with a mark behind each sentence: the source that supports it, or that none does."""
         return citing.cite(self.passages(tokenizer), question, answer, found)
@@ -212,12 +220,20 @@ class Nectar:
         """Keeps in the report which documents it was fitted to, so that sources can name them."""
         self.report |= kept_text.keep(reading, tokenizer, self.prefix)
 
-    def prompt(self, tokenizer: Tokenizer, messages: str | Sequence[prompts.Message], **template: Any) -> list[int]:
+    def prompt(
+        self,
+        tokenizer: Tokenizer,
+        messages: str | Sequence[prompts.Message],
+        *,
+        tools: Sequence[JsonObject] | None = None,
+        **template: Any,
+    ) -> list[int]:
         """The token ids that follow the prefix, up to where the answer starts.
 
-        messages: a question, or a conversation in mlx-lm's form. template: arguments of the chat template.
+        messages: a question, or a conversation in mlx-lm's form. tools: functions that the model may call, in OpenAI's
+        form. template: arguments of the chat template.
         """
-        return prompts.prompt(tokenizer, messages, **template)
+        return prompts.prompt(tokenizer, messages, tools=tools, **template)
 
     def logits_processors(self) -> list[Callable[[mx.array, mx.array], mx.array]]:
         """For one conversation with mlx-lm: recall (`retrieval.recall`), where the fit found that it helps; else none.

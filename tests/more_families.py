@@ -127,6 +127,9 @@ SHAPES: dict[str, tuple[str, Arguments]] = {
     ),
     "a window of 5 and shared keys": (
         "gemma3n",
-        {"text_config": _GEMMA3N | {"sliding_window": 5, "num_key_value_heads": 1, "head_dim": 40}},
+        {
+            "text_config": _GEMMA3N
+            | {"model_type": "gemma3n_text", "sliding_window": 5, "num_key_value_heads": 1, "head_dim": 40}
+        },
     ),
 }

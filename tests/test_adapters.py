@@ -114,6 +114,16 @@ def test_a_model_that_came_with_lora_layers(tmp_path):
         Nectar.load(tmp_path / "adapted.nectar", toys.toy("llama"))
 
 
+def test_a_fit_with_another_adapter_is_not_replaced_unasked(folder, capsys):
+    (folder / "text.txt").write_text("The fox runs. " * 20)
+    path = folder / "kept.nectar"
+    fit = ["fit", "--context", str(folder / "text.txt"), "--model", str(folder / "model"), "--kind", "exact"]
+    fit += ["--output", str(path), "--adapter", str(folder / "first")]
+    assert main(fit) == 0 and main(fit) == 0
+    assert main([*fit[:-1], str(folder / "second")]) == 2
+    assert "--force replaces it" in capsys.readouterr().err
+
+
 def test_a_server_and_an_update_take_it(folder, tmp_path, capsys):
     path, first = folder / "with_adapter.nectar", str(folder / "first")
     server = Running(serve.make_parser().parse_args([str(path), "--adapter", first, "--port", "0"]))

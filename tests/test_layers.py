@@ -24,7 +24,7 @@ LEVELS = (
     ("agent", "console", "editor", "output", "settings"),
     ("installed",),
     ("cli",),
-    ("from_library", "inspect", "update_file", "writing"),
+    ("from_library", "inspect", "ranks", "update_file", "writing"),
     ("conversation", "remote"),
     (
         *("add", "ask", "bench", "chat", "demo", "doctor", "evaluate", "export", "fit", "list", "plan", "push"),

@@ -5,16 +5,18 @@ from collections.abc import Iterator
 from nectar_mlx.documents import blocks
 from nectar_mlx.documents.archive import Element, child, children, local
 
-_MOST_POINTS = 10_000
+_MOST_CELLS = 20_000  # of one chart
+_MOST_SERIES = 255  # as in Excel
 _TITLE = {"cat": "xVal", "val": "yVal"}  # as a chart of points names them
 
 
 def chart(root: Element) -> str:
     """The chart as a table: a row for each category, a column for each series; empty if it keeps no numbers."""
-    series = [item for item in root.iter() if local(item) == "ser"]
+    series = [item for item in root.iter() if local(item) == "ser"][:_MOST_SERIES]
     columns = [_points(item, "val") for item in series]
     labels = next((found for item in series if (found := _points(item, "cat"))), {})
-    places = sorted({place for column in (labels, *columns) for place in column})[:_MOST_POINTS]
+    places = sorted({place for column in (labels, *columns) for place in column})
+    places = places[: _MOST_CELLS // (1 + len(series))]
     names = [" ".join(_cached(child(item, "tx")).values()) for item in series]
     rows = [["", *names]] if any(names) else []
     rows += [[labels.get(place, str(place + 1)), *(column.get(place, "") for column in columns)] for place in places]

@@ -18,6 +18,11 @@ _MARKS = {
 _ESCAPES = re.compile(r"\x1b\[[0-9;?]{0,32}[@-~]|\ufeff")  # colours of a terminal; marks amid files that were joined
 _JAPANESE = re.compile(rb"\x1b\$[@B]")
 _CONTROLS = re.compile(r"[\x00-\x08\x0e-\x1a\x1c-\x1f\x7f]")
+# What programs write under these names.
+_WIDER = {
+    **{"iso8859-1": "cp1252", "ascii": "cp1252", "iso8859-9": "cp1254", "iso8859-11": "cp874", "tis-620": "cp874"},
+    **{"gb2312": "gb18030", "gbk": "gb18030", "shift_jis": "cp932", "euc_kr": "cp949", "big5": "big5hkscs"},
+}
 _SCRIPTS = {"HIRAGANA": "CJK", "KATAKANA": "CJK"}  # are written together
 _SAMPLE = 1 << 16  # bytes that a detector looks at
 
@@ -109,7 +114,7 @@ def _known(name: str) -> str:
         return ""
     if not readable or codec.name.startswith(("raw_unicode", "punycode")):
         return ""
-    return "cp1252" if codec.name in ("iso8859-1", "ascii") else codec.name
+    return _WIDER.get(codec.name, codec.name)
 
 
 def _tolerant(data: bytes, encoding: str) -> tuple[str, list[str]]:

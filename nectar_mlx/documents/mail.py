@@ -20,10 +20,10 @@ _START = re.compile(rb"^From \S+ [^\n]*\b\d{4}\b", re.MULTILINE)
 
 
 class _Raw(Compat32):
-    """Headers as they are in the file; bytes that are not ASCII come as surrogates."""
+    """Headers as they are in the file, up to a length; bytes that are not ASCII come as surrogates."""
 
     def header_fetch_parse(self, name: str, value: str) -> str:
-        return value
+        return value[:_MOST_HEADER]
 
 
 def read_mail(data: bytes, name: str, *, inner: Inner) -> Document:
@@ -165,15 +165,23 @@ def _text(part: Message, kind: str, left_out: list[str]) -> str:
     data = _payload(part)
     if not data.strip():
         return ""
-    charset = part.get_param("charset") or ""
-    text, notes = decode(data, declared=charset if isinstance(charset, str) else charset[2])
+    text, notes = decode(data, declared=_parameter(part, "charset"))
     if kind == "text/html":
         text, hidden = html_text(text)
         notes += hidden
-    elif str(part.get_param("format")).lower() == "flowed":
-        text = _flowed(text, joined=str(part.get_param("delsp")).lower() == "yes")
+    elif _parameter(part, "format").lower() == "flowed":
+        text = _flowed(text, joined=_parameter(part, "delsp").lower() == "yes")
     left_out += notes
     return text.strip("\n")
+
+
+def _parameter(part: Message, name: str) -> str:
+    """A parameter of the part's kind; empty where it cannot be told."""
+    try:
+        value = part.get_param(name) or ""
+    except (LookupError, ValueError, TypeError):
+        return ""
+    return value if isinstance(value, str) else value[2]
 
 
 def _flowed(text: str, *, joined: bool) -> str:

@@ -37,9 +37,6 @@ _BLOCK = set(
         "section",
         "summary",
         "table",
-        "tbody",
-        "tfoot",
-        "thead",
     ]
 )
 _HEADING = re.compile("h([1-6])")

@@ -153,24 +153,29 @@ class Checkpoint:
         """None where there are none, or none that can be read; as of all that follows."""
         return self._parsed("conversations.json", lambda kept: [Conversation(**c) for c in kept]) or []
 
-    def save_answers(self, batch: Sequence[Conversation], *, seed: int, at: int) -> None:
-        """Keeps answers that are being sampled, every SAVE_SECONDS. at: as for `self_study.sample_answers`."""
-        if time.monotonic() - self._saved > SAVE_SECONDS:
-            self._write("answers.json", {"seed": seed, "at": at, "conversations": [asdict(c) for c in batch]})
+    def save_answers(self, batch: Sequence[Conversation], *, seed: int, group: int, at: int) -> None:
+        """Keeps answers that are being sampled: where a group has ended, and every SAVE_SECONDS. group: that is under
+        way, those before it are done. at: as for `self_study.sample_answers`."""
+        begins = group > 0 and at == 0
+        if begins or time.monotonic() - self._saved > SAVE_SECONDS:
+            record = {"seed": seed, "group": group, "at": at, "conversations": [asdict(c) for c in batch]}
+            self._write("answers.json", record)
             self._saved = time.monotonic()
 
-    def load_answers(self, batch: Sequence[Conversation], *, seed: int) -> int:
-        """Puts what was kept of a batch's answers into it -> up to where they were sampled; 0 where nothing was."""
+    def load_answers(self, batch: Sequence[Conversation], *, seed: int) -> tuple[int, int]:
+        """Puts what was kept of a batch's answers into it -> the group that was under way, and up to where it was
+        sampled; zeros where nothing was."""
 
-        def parse(kept: dict[str, Any]) -> tuple[int, list[Conversation]]:
-            return int(kept["at"]) if kept["seed"] == seed else 0, [Conversation(**c) for c in kept["conversations"]]
+        def parse(kept: dict[str, Any]) -> tuple[int, int, list[Conversation]]:
+            conversations = kept["conversations"] if kept["seed"] == seed else []
+            return int(kept["group"]), int(kept["at"]), [Conversation(**c) for c in conversations]
 
-        at, kept = self._parsed("answers.json", parse) or (0, [])
-        if not at or [c.prompt for c in kept] != [c.prompt for c in batch]:
-            return 0
+        group, at, kept = self._parsed("answers.json", parse) or (0, 0, [])
+        if [c.prompt for c in kept] != [c.prompt for c in batch]:
+            return 0, 0
         for conversation, answered in zip(batch, kept, strict=True):
             conversation.answer = answered.answer
-        return at
+        return group, at
 
     def save_plan(self, plan: Plan) -> None:
         self._write("plan.json", plan._asdict())

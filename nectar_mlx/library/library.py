@@ -74,6 +74,11 @@ class Library:
     def options(self, options: JsonObject) -> None:
         self._set("options", options)
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether no file and no folder was added."""
+        return not scan.known_roots(self._database)
+
     def documents(self) -> list[Document]:
         """All documents, in the order of their paths."""
         identity = self.identity

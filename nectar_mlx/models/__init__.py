@@ -12,12 +12,14 @@ import mlx.core as mx
 import mlx.nn as nn
 from huggingface_hub import constants
 
-from nectar_mlx.core.files import cache_folder, written_at_once
+from nectar_mlx.core.files import written_at_once
+from nectar_mlx.core.folders import cache_folder
 from nectar_mlx.core.progress import Log, Progress, no_log, silent
 from nectar_mlx.errors import NectarError
-from nectar_mlx.models import adapters, hub, pypi
+from nectar_mlx.models import adapters, hub, pypi, sharding
 from nectar_mlx.models.fingerprints import arguments as arguments
 from nectar_mlx.models.fingerprints import fingerprint as fingerprint
+from nectar_mlx.models.fingerprints import fingerprint_of_files
 from nectar_mlx.models.fingerprints import tokenizer_fingerprint as tokenizer_fingerprint
 
 if TYPE_CHECKING:
@@ -53,25 +55,33 @@ def load(
     log: Log = no_log,
     progress: Progress = silent,
     may_fetch: MayFetch | None = None,
+    group: mx.distributed.Group | None = None,
 ) -> tuple[nn.Module, "TokenizerWrapper"]:
     """Loads a model and its tokenizer by name, like `mlx_lm.load`; `log` gets the source, `progress` a conversion's.
 
     adapter: the folder of one that `mlx_lm.lora` has trained on the model. On the CPU the weights are cast to float32,
-    on a GPU they keep their type. Raises NectarError if there is no such model or adapter, or mlx-lm cannot read it.
+    on a GPU they keep their type. group: of several ranks, each of which loads its part of the model (`sharding`), and
+    never all of it at once. Raises NectarError if there is no such model or adapter, or mlx-lm cannot read it.
     """
     import mlx_lm  # imports transformers, which takes seconds and which `resolve` does not need
 
     if adapter is not None:
         adapters.check(adapter)  # before a model is downloaded
     source = resolve(name, log=log, progress=progress, may_fetch=may_fetch)
-    log(source.description)
+    if source.kind != "folder":  # which was named as it is
+        log(source.description)
     try:
         model, tokenizer = mlx_lm.load(str(source.path), lazy=True)[:2]
     # A folder from anyone: mlx-lm, transformers and tokenizers raise what they like, and a model's module may exit.
     except (Exception, SystemExit) as error:
         raise NectarError(f"{name}: mlx-lm cannot load {source.path} ({_first_line(error)})") from error
+    if adapter is not None and group is not None:
+        raise NectarError("a model with an adapter cannot be divided among ranks: fuse them first, with mlx_lm.fuse")
     if adapter is not None:
         adapters.apply(model, adapter)
+    if group is not None:
+        whole = fingerprint_of_files(lambda: mlx_lm.load(str(source.path), lazy=True)[0])
+        sharding.divide(model, group, fingerprint=whole, name=name)
     if mx.default_device() == mx.cpu:
         model.set_dtype(mx.float32)
     mx.eval(model)

@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import mlx.core as mx
@@ -12,8 +12,10 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from nectar_mlx.core.types import Tokenizer
+from nectar_mlx.models.sharding import shard_of
 
 _LORA = ("lora_a", "lora_b", "m")  # parameters of a LoRA or DoRA layer beside the layer's own
+_Sampled = tuple[str, tuple[int, ...], mx.array]  # of a parameter its name, shape and `_sample`
 
 
 def arguments(model: nn.Module) -> Any:
@@ -25,13 +27,19 @@ def fingerprint(model: nn.Module) -> str:
     """The sha256 of a model's configuration and weights, the same on the CPU in float32 and on a GPU in bfloat16.
 
     It covers the name, the shape and up to 4,096 evenly spaced values of every parameter, rounded to bfloat16: a second
-    even for large models. A fine-tuned or requantized model differs; a change of single weights may be missed.
+    even for large models. A fine-tuned or requantized model differs; a change of single weights may be missed. A part
+    of a model (`sharding`) has that of the whole.
     """
-    read = arguments(model)
-    settings: dict[str, Any] = {"class": type(model).__name__} if read is None else dataclasses.asdict(read)
-    if scales := _lora_scales(model):
-        settings["lora_scales"] = scales
-    return _digest(settings, _parameters(model))
+    shard = shard_of(model)
+    return _digest(_settings(model), _parameters(model)) if shard is None else shard.fingerprint
+
+
+def fingerprint_of_files(load: Callable[[], nn.Module]) -> str:
+    """The same of a model whose weights are read one at a time. load: makes it, without reading them."""
+    model = load()
+    settings, parameters = _settings(model), _parameters(model)
+    del model  # from now on nothing but the list holds weights
+    return _sha256(settings, _sampled_one_by_one(parameters))
 
 
 def adapter_fingerprint(model: nn.Module, names: Iterable[str] = ()) -> str | None:
@@ -64,6 +72,14 @@ def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
     return hashlib.sha256(json.dumps(contents, sort_keys=True, default=str).encode()).hexdigest()
 
 
+def _settings(model: nn.Module) -> dict[str, Any]:
+    read = arguments(model)
+    settings: dict[str, Any] = {"class": type(model).__name__} if read is None else dataclasses.asdict(read)
+    if scales := _lora_scales(model):
+        settings["lora_scales"] = scales
+    return settings
+
+
 def _parameters(model: nn.Module) -> list[tuple[str, mx.array]]:
     return sorted(tree_flatten(model.parameters()))  # type: ignore[arg-type]
 
@@ -77,9 +93,20 @@ def _digest(settings: dict[str, Any], parameters: Iterable[tuple[str, mx.array]]
     parameters = list(parameters)
     samples = [_sample(array) for _, array in parameters]
     mx.eval(samples)
+    return _sha256(settings, ((name, x.shape, sample) for (name, x), sample in zip(parameters, samples, strict=True)))
+
+
+def _sampled_one_by_one(parameters: list[tuple[str, mx.array]]) -> Iterator[_Sampled]:
+    """Empties the list, so that each weight is forgotten before the next one is read."""
+    while parameters:
+        name, array = parameters.pop(0)
+        yield name, array.shape, _sample(array)
+
+
+def _sha256(settings: dict[str, Any], samples: Iterable[_Sampled]) -> str:
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
-    for (name, array), sample in zip(parameters, samples, strict=True):
-        digest.update(f"{name} {array.shape}".encode())
+    for name, shape, sample in samples:
+        digest.update(f"{name} {shape}".encode())
         digest.update(np.array(sample).tobytes())
     return digest.hexdigest()
 

@@ -20,11 +20,14 @@ class FittedText:
 
     def __init__(self, ids: ChunkedPrefix, report: JsonObject, *, name: str, chunk: int | None = None):
         self.ids, self._report, self._name, self._chunk = ids, report, name, chunk
+        self.about = ""  # the document that answers are about; sources name no other where the text holds it
         self._index: ChunkIndex | None = None
         self._passages: Passages | None = None
 
     def of_chunk(self, chunk: int) -> "FittedText":
-        return FittedText(self.ids, self._report, name=self._name, chunk=chunk)
+        made = FittedText(self.ids, self._report, name=self._name, chunk=chunk)
+        made.about = self.about
+        return made
 
     def reading(self, tokenizer: Tokenizer) -> Reading:
         """The text with its documents and their places. NectarError if what the file holds of them is damaged."""
@@ -47,8 +50,12 @@ class FittedText:
     ) -> list[Source]:
         """As `Nectar.sources`. attention: of `HybridContext.attended`."""
         chunk = chunk if self._chunk is None else self._chunk
-        within = None if chunk is None else self._characters(tokenizer, chunk)
         passages = self.passages(tokenizer)
+        within = None if chunk is None else self._characters(tokenizer, chunk)
+        files = [file for file in passages.reading.files if file.name == self.about]
+        if len(files) == 1:
+            start, end = within or (files[0].start, files[0].end)
+            within = max(start, files[0].start), min(end, files[0].end)
         return sources.find(passages, question, answer, attention=attention, within=within, count=count)
 
     def nearest(self, tokenizer: Tokenizer, question: str) -> int | None:

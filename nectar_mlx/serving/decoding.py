@@ -148,21 +148,20 @@ class Batch:
     """Sequences that are decoded together by mlx-lm's `GenerationBatch`, whatever their contexts; those of one context
     stay side by side. One that is served on its own is a batch of one, and keeps the caches that it has."""
 
-    def __init__(self, model: nn.Module, first: AnswerSequence):
-        self._model, self._size_class = model, size_class(first)
-        self.single = first.single
-        self.members = [first]
-        self._batch = self._of(first)
+    def __init__(self, model: nn.Module, first: Sequence[AnswerSequence]):
+        self._model, self._size_class = model, size_class(first[0])
+        self.single = first[0].single
+        self.members = [first[i] for i in _side_by_side(first)]
+        self._batch = self._of(self.members)
 
     def takes(self, sequence: AnswerSequence) -> bool:
         """Whether a sequence can join: neither is to be alone, and it is not of very different length."""
         return not (self.single or sequence.single) and self._size_class == size_class(sequence)
 
-    def join(self, sequence: AnswerSequence) -> None:
-        self._batch.extend(self._of(sequence))
-        self.members.append(sequence)
-        places = {id(member.nectar): place for place, member in reversed(list(enumerate(self.members)))}
-        order = sorted(range(len(self.members)), key=lambda i: places[id(self.members[i].nectar)])
+    def join(self, sequences: Sequence[AnswerSequence]) -> None:
+        self._batch.extend(self._of(sequences))
+        self.members.extend(sequences)
+        order = _side_by_side(self.members)
         if order != sorted(order):
             self._keep(order)
 
@@ -188,22 +187,35 @@ class Batch:
         self._batch.filter(places)
         self.members = [self.members[i] for i in places]
 
-    def _of(self, sequence: AnswerSequence) -> Any:
-        caches = sequence.caches if sequence.single else [cache.merge([cache]) for cache in sequence.caches]
-        if not sequence.single:
-            sequence.caches = []  # the batch has them
+    def _of(self, sequences: Sequence[AnswerSequence]) -> Any:
+        """Their first tokens are computed at once."""
+        if self.single:
+            caches = sequences[0].caches
+        else:
+            layers = zip(*(sequence.caches for sequence in sequences), strict=True)
+            caches = [layer[0].merge(layer) for layer in layers]
+            for sequence in sequences:
+                sequence.caches = []  # the batch has them
         return GenerationBatch(
             model=self._model,
-            uids=[id(sequence)],
-            inputs=mx.array(sequence.prompt[-1:]),
+            uids=[id(sequence) for sequence in sequences],
+            inputs=mx.array([sequence.prompt[-1] for sequence in sequences]),
             prompt_cache=caches,
-            tokens=[sequence.prompt[:-1]],
-            samplers=[sequence.sampler],
+            tokens=[sequence.prompt[:-1] for sequence in sequences],
+            samplers=[sequence.sampler for sequence in sequences],
             fallback_sampler=greedy_sampler,
-            logits_processors=[sequence.processors],
-            stop_sequences=[StopSequences()],
-            max_tokens=[_ENDLESS],
+            logits_processors=[sequence.processors for sequence in sequences],
+            stop_sequences=[StopSequences() for _ in sequences],
+            max_tokens=[_ENDLESS] * len(sequences),
         )
+
+
+def _side_by_side(members: Sequence[AnswerSequence]) -> list[int]:
+    """An order in which those of one context are neighbours; contexts are in the order in which they came."""
+    places: dict[int, int] = {}
+    for member in members:
+        places.setdefault(id(member.nectar), len(places))
+    return sorted(range(len(members)), key=lambda i: places[id(members[i].nectar)])
 
 
 def size_class(sequence: AnswerSequence) -> int:

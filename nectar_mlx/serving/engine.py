@@ -10,7 +10,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import TypeVar
 
@@ -18,7 +18,7 @@ import mlx.core as mx
 
 from ..errors import NectarError
 from .admission import Admission, Settings
-from .decoding import AnswerSequence, Batch
+from .decoding import AnswerSequence, Batch, size_class
 from .job import Failed, Ticket
 from .kept import KeptPrompts
 from .metrics import Metrics
@@ -188,7 +188,7 @@ class Engine:
         longer is made up for by steps without reading."""
         if self._debt > 0 and self._batches:
             return
-        start = time.perf_counter()
+        start, ready = time.perf_counter(), []
         while self._reading:
             sequence = self._next_to_read()
             try:
@@ -196,14 +196,16 @@ class Engine:
                     self._read_piece(sequence)
                 if not sequence.unread:
                     self._reading.remove(sequence)
-                    self._join(sequence)
+                    ready.append(sequence)
             except Exception as error:
-                if sequence in self._reading:
-                    self._reading.remove(sequence)
+                self._reading.remove(sequence)
                 self._fail(sequence.ticket, error)
             self._debt = time.perf_counter() - start
             if not self._arrivals.empty() or self._debt >= self._step_seconds:
-                return
+                break
+        if ready:
+            self._join(ready)
+            self._debt = time.perf_counter() - start
 
     def _next_to_read(self) -> AnswerSequence:
         """The one with the shortest rest, and every other time the one that came first."""
@@ -220,13 +222,21 @@ class Engine:
         count = sequence.read_piece(self.shelf.model, size)
         self._rate += 0.3 * (count / max(1e-6, time.perf_counter() - start) - self._rate)
 
-    def _join(self, sequence: AnswerSequence) -> None:
+    def _join(self, ready: Sequence[AnswerSequence]) -> None:
         """Starts to decode what has been read."""
-        batch = next((batch for batch in self._batches if batch.takes(sequence)), None)
-        if batch is None:
-            self._batches.append(Batch(self.shelf.model, sequence))
-        else:
-            batch.join(sequence)
+        alike: dict[object, list[AnswerSequence]] = {}
+        for sequence in ready:
+            alike.setdefault(sequence if sequence.single else size_class(sequence), []).append(sequence)
+        for sequences in alike.values():
+            batch = next((batch for batch in self._batches if batch.takes(sequences[0])), None)
+            try:
+                if batch is None:
+                    self._batches.append(Batch(self.shelf.model, sequences))
+                else:
+                    batch.join(sequences)
+            except Exception as error:
+                for sequence in sequences:
+                    self._fail(sequence.ticket, error)
 
     def _decode(self) -> None:
         """One token for every answer."""

@@ -43,7 +43,7 @@ class Options:
 
     host: str = "127.0.0.1"
     port: int = 8080
-    max_body: int = 8 << 20
+    max_body: int = 8_000_000
     access: Access = field(default_factory=Access)
     defaults: Defaults = field(default_factory=Defaults)
     settings: Settings = field(default_factory=Settings)

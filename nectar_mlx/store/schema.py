@@ -223,7 +223,7 @@ def _check_memory(layout: Layout, shapes: Sequence[Mapping[str, tuple[int, ...]]
         total += 4 * K * sum(map(math.prod, largest))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if total > memory:
-        raise NectarError(f"its heads take {total / 2**30:,.0f} GiB of memory, more than this machine has")
+        raise NectarError(f"its heads take {total / 1e9:,.0f} GB of memory, more than this machine has")
 
 
 def check_keys(small: Arrays, *, shape: tuple[int, int, int], head_dim: int) -> None:

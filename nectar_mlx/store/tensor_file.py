@@ -156,7 +156,9 @@ def _damage_named(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, TypeError) as error:
-        raise NectarError(f"{path} is not a .nectar or .kv file, or is cut short ({error})") from None
+        named = path.suffix in (".nectar", ".kv")
+        advice = "" if named else f"; if it is a text, `nectar fit --context {path}` makes one of it"
+        raise NectarError(f"{path} is not a .nectar or .kv file, or is cut short ({error}){advice}") from None
 
 
 def _header_of(path: Path) -> _Header:

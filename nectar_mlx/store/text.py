@@ -14,12 +14,11 @@ def keep(reading: Reading, tokenizer: Tokenizer, prefix: Sequence[int]) -> JsonO
     """What a file's report holds of the documents it was fitted to: KEYS, of them `text` where the tokenizer does not
     give back what it encoded."""
     document = prompts.document(tokenizer, prefix)
-    kept = record.record(reading, characters=len(document))
-    if not reading.text.startswith(document.rstrip("\ufffd")):  # cut within a character
-        _, spans = prompts.located(tokenizer, reading.text)
-        read = max((end for _, end in spans[: len(prefix)]), default=len(reading.text))
-        kept["text"] = record.packed(reading.text[:read])
-    return kept
+    if reading.text.startswith(whole := document.rstrip("\ufffd")):  # cut within a character
+        return record.record(reading.cut(len(whole)), characters=len(document))
+    _, spans = prompts.located(tokenizer, reading.text)
+    read = reading.cut(max((end for _, end in spans[: len(prefix)]), default=len(reading.text)))
+    return record.record(read, characters=len(document)) | {"text": record.packed(read.text)}
 
 
 def kept(report: JsonObject, tokenizer: Tokenizer, prefix: Sequence[int], *, name: str) -> Reading:

@@ -121,6 +121,10 @@ def test_any_page_can_be_read(html: str) -> None:
             "City | People |  | Area\nGraz | 226 | 261 | 127\n | 5 | 6 | 7",
         ),
         ("<ol><li value=9>nine<li>ten</ol><ul><li value=4>dot</ul>", "9. nine\n10. ten\n\n- dot"),
+        (
+            "<table><caption>C</caption><thead><tr><th>a<th>b</thead><tbody><tr><td>1<td>2</tbody></table>z",
+            "C\n\na | b\n1 | 2\n\nz",
+        ),
         ('<div hidden="until-found">found</div><p hidden>not</p>', "found"),
         (f'<p>a</p><img alt="a barn" src="data:image/png;base64,{"A" * 100_000}"><p>b', "a\n\n[a barn]\n\nb"),
         (f'<p style="background:url(data:image/png;base64,{"A" * 100_000})">a</p>', "a"),

@@ -116,3 +116,16 @@ def test_a_few_bytes_of_no_encoding_cost_no_more_than_themselves(monkeypatch: py
     assert decode(b"ordinary \xfe words") == ("ordinary \ufffd words", ["1 character in an unknown encoding"])
     with pytest.raises(Unreadable, match="unknown encoding"):
         decode(b"\xfe\xfe\xfe\xfe words")
+
+
+@pytest.mark.parametrize(
+    ("declared", "wider", "text"),
+    [
+        ("gb2312", "gb18030", "镕"),
+        ("Shift_JIS", "cp932", "①"),
+        ("euc-kr", "cp949", "똠"),
+        ("iso-8859-9", "cp1254", "“ı”"),
+    ],
+)
+def test_declared_names_stand_for_what_programs_write(declared: str, wider: str, text: str) -> None:
+    assert decode(text.encode(wider), declared=declared) == (text, [])

@@ -129,3 +129,51 @@ def test_code_is_indented_by_its_own_letters(tmp_path: Path) -> None:
 def test_the_sign_of_a_note_behind_a_sentence(tmp_path: Path) -> None:
     page = [(50.0, 750.0, 12.0, "It was so."), (100.0, 755.0, 7.0, "3")]
     assert text_of(write(tmp_path / "a.pdf", pdf(page))) == "It was so.[3]"
+
+
+def test_a_table_in_a_column_is_read_as_rows(tmp_path: Path) -> None:
+    words = [
+        "The hall was swept at dawn and the",
+        "windows were left open until the",
+        "river rose above the lower store",
+    ]
+    rows = [("Machine", "Weight"), ("Kiln", "312 kg"), ("Press", "455 kg"), ("Lathe", "208 kg")]
+    left = [
+        *column([*words, *words], left=50, size=10),
+        *[
+            (x, 666.0 - 14 * y, 10.0, cell)
+            for y, row in enumerate(rows)
+            for x, cell in zip((50, 140), row, strict=True)
+        ],
+        *column([*words, *words], left=50, top=610, size=10),
+    ]
+    right = column([*words] * 5, left=310, size=10)
+    text = text_of(write(tmp_path / "a.pdf", pdf([*left, *right])))
+    assert "\n\nMachine | Weight\nKiln | 312 kg\nPress | 455 kg\nLathe | 208 kg\n\n" in text
+    assert text.count("|") == 4
+
+
+def test_a_table_whose_titles_of_rows_have_no_title(tmp_path: Path) -> None:
+    rows = (
+        ("", "2021", "2022"),
+        ("Revenue", "1,204", "1,377"),
+        ("of which exports", "610", "655"),
+        ("Profit", "2", "3"),
+    )
+    page = [
+        (left, 750.0 - 14 * y, 10.0, cell)
+        for y, row in enumerate(rows)
+        for left, cell in zip((50, 200, 280), row, strict=True)
+        if cell
+    ]
+    text = text_of(write(tmp_path / "a.pdf", pdf(page)))
+    assert text.strip() == "| 2021 | 2022\nRevenue | 1,204 | 1,377\nof which exports | 610 | 655\nProfit | 2 | 3"
+
+
+def test_a_short_verse_keeps_its_lines(tmp_path: Path) -> None:
+    lines = [
+        "The river runs beneath the hill,",
+        "It turns the wheel, it turns the mill,",
+        "And when the summer sun is high",
+    ]
+    assert text_of(write(tmp_path / "a.pdf", pdf(column(lines)))) == "\n".join(lines)

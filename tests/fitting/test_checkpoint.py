@@ -160,18 +160,18 @@ def test_any_changed_byte_is_noticed(checkpoint):
 def test_answers_under_way_come_back_for_their_batch_alone(checkpoint, monkeypatch):
     monkeypatch.setattr("nectar_mlx.fitting.checkpoint.SAVE_SECONDS", 0.0)
     batch = [Conversation([1, 2], [3, 4]), Conversation([5, 6, 7])]
-    checkpoint.save_answers(batch, seed=7, at=3)
+    checkpoint.save_answers(batch, seed=7, group=1, at=3)
     again = [Conversation([1, 2]), Conversation([5, 6, 7])]
-    assert checkpoint.load_answers(again, seed=8) == 0 and again[0].answer == []
-    assert checkpoint.load_answers(again[:1], seed=7) == 0
-    assert checkpoint.load_answers(again, seed=7) == 3 and again == batch
+    assert checkpoint.load_answers(again, seed=8) == (0, 0) and again[0].answer == []
+    assert checkpoint.load_answers(again[:1], seed=7) == (0, 0)
+    assert checkpoint.load_answers(again, seed=7) == (1, 3) and again == batch
     checkpoint.save_conversations(batch)
-    assert checkpoint.load_answers(again, seed=7) == 0, "a finished batch is kept elsewhere"
+    assert checkpoint.load_answers(again, seed=7) == (0, 0), "a finished batch is kept elsewhere"
 
 
 def test_between_savings_there_is_some_time(checkpoint):
-    checkpoint.save_answers(CONVERSATIONS, seed=0, at=3)
-    assert checkpoint.load_answers(CONVERSATIONS, seed=0) == 0
+    checkpoint.save_answers(CONVERSATIONS, seed=0, group=0, at=3)
+    assert checkpoint.load_answers(CONVERSATIONS, seed=0) == (0, 0)
 
 
 def test_what_was_decided_stays(checkpoint):

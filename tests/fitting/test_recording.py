@@ -20,7 +20,7 @@ def recorded(run, context):
 
 def stored(run, made, split="train", capacity=10_000):
     store = SampleStore(run.n_heads, capacity, run.geometry.head_dim, folder=None)
-    made.move(split, store)
+    made.move(split, store, run.world)
     return store
 
 
@@ -66,9 +66,10 @@ def test_more_than_wanted_are_drawn_at_random(tokenizer):
     run = fit_run(toys.toy("llama"), tokenizer)
     made, _ = recorded(run, read(run, toys.random_tokens(60)))
     other, _ = recorded(run, read(run, toys.random_tokens(60)))
-    whole, part = (np.array(stored(run, m, capacity=n).heads([2])[0][0]) for m, n in ((made, 10_000), (other, 90)))
-    places = [int(np.abs(whole - row).max(1).argmin()) for row in part]
-    assert len(part) == 90 and places == sorted(set(places)) and places[-1] > 0.8 * len(whole)
+    whole, part = (rows(stored(run, m, capacity=n), 5) for m, n in ((made, 10_000), (other, 90)))
+    places = np.array([np.abs(whole - row).max(1).argmin() for row in part])
+    assert len(part) == 90 and np.array_equal(whole[places], part)
+    assert [np.mean(places < at * len(whole)) for at in (0.25, 0.5, 0.75)] == pytest.approx([0.25, 0.5, 0.75], abs=0.2)
 
 
 def test_nothing_is_drawn_again_for_samples_of_an_interrupted_run(tokenizer, monkeypatch):

@@ -48,4 +48,4 @@ class CheapFitter:
 if __name__ == "__main__":
     library, folder, how = sys.argv[1:]
     fitter = CheapFitter(seconds=float(how)) if how[0].isdigit() else ModelFitter(how, FAST)
-    Library(Path(library)).add([folder], fitter)
+    print(len(Library(Path(library)).add([folder], fitter).work.fitted), "documents fitted")

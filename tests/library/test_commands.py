@@ -7,7 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from nectar_mlx import __main__, cli, from_library, update
+from nectar_mlx import __main__, cli, from_library, installed, update
+from nectar_mlx.installed import Installed
 from nectar_mlx.library import Library, ModelFitter
 from tests import toys
 from tests.documents.makers import column, pdf_pages, shown
@@ -108,7 +109,8 @@ def test_update_can_watch(folder, cheap, notes, monkeypatch, capsys):
         (["add", ".", "--model", "some", "--budget", "much"], ["a budget is"]),
         (["add", ".", "--model", "some", "--kind", "odd"], ["unknown kind"]),
         (["add"], ["nectar add --help"]),
-        (["update"], ["--model"]),
+        (["update"], ["is empty", "nectar add"]),
+        (["list"], ["0 documents", "nectar add"]),
         (["update", "--every", "0"], ["more than 0"]),
         (["remove"], ["say what to remove"]),
         (["remove", "nothing.txt"], ["not in the library"]),
@@ -118,9 +120,19 @@ def test_update_can_watch(folder, cheap, notes, monkeypatch, capsys):
         (["list", "--library", "/dev/null/library"], ["cannot be made"]),
     ],
 )
-def test_what_is_wrong_is_said_in_one_line(folder, cheap, argv, parts, capsys):
-    assert run(*argv) == cli.FAULT
-    assert_one_line(capsys, f"nectar {argv[0]}: ", *parts)
+def test_what_is_wrong_is_said_in_one_line(folder, cheap, argv, parts, monkeypatch, capsys):
+    monkeypatch.setattr(installed, "installed", lambda: [])
+    assert run(*argv) == (cli.DONE if argv == ["list"] else cli.FAULT)
+    assert_one_line(capsys, *parts)
+
+
+def test_the_first_documents_are_fitted_on_the_machines_model(folder, cheap, notes, monkeypatch, capsys):
+    """As by `nectar fit`; later calls take the library's."""
+    monkeypatch.setattr(installed, "installed", lambda: [Installed("here", "hub's cache", 1)])
+    assert run("add", notes) == 0 and cheap[-1].identity.name == "here"
+    assert "model: here (hub's cache)" in capsys.readouterr().err
+    monkeypatch.setattr(installed, "installed", lambda: [])
+    assert run("update") == 0 and cheap[-1].identity.name == "here"
 
 
 def test_a_library_without_a_fitted_document(folder, notes, capsys):

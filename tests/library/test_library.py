@@ -369,3 +369,18 @@ def test_processes_share_the_work(tmp_path, notes):
     assert [process.communicate(timeout=60)[1] for process in processes] == [""] * 3
     library = Library(tmp_path / "library")
     assert set(states(library).values()) == {"ready"} and list((tmp_path / "library" / "work").iterdir()) == []
+
+
+def test_one_changed_note_leaves_no_other_waiting(library, notes):
+    library.add([notes], CheapFitter())
+    (notes / "deep" / "note 2.md").write_text("# Shopping\n\nThe tin pipe costs 12 crowns.")
+    without = set()
+
+    class Watching(CheapFitter):
+        def fit(self, *args, **options):
+            without.update(name for name, state in states(library).items() if state != "ready")
+            super().fit(*args, **options)
+
+    library.add([notes], Watching())
+    assert without == {"note 2.md"}
+    assert set(states(library).values()) == {"ready"}

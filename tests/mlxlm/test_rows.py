@@ -35,20 +35,22 @@ def check(found, expected):
         np.testing.assert_allclose(np.array(step.logprobs), np.array(other.logprobs), atol=2e-3)
 
 
-def batch_of(model, caches, prompt):
-    """A prompt that is read but for its last token, as a batch of one."""
-    model(mx.array([prompt[:-1]]), cache=caches)
+def batch_of(model, *sequences):
+    """Caches and prompts, which are read but for their last tokens, as one batch."""
+    for caches, prompt in sequences:
+        model(mx.array([prompt[:-1]]), cache=caches)
+    prompts = [prompt for _, prompt in sequences]
     return GenerationBatch(
         model=model,
-        uids=[0],
-        inputs=mx.array(prompt[-1:]),
-        prompt_cache=[cache.merge([cache]) for cache in caches],
-        tokens=[prompt[:-1]],
-        samplers=[greedy_sampler],
+        uids=list(range(len(prompts))),
+        inputs=mx.array([prompt[-1] for prompt in prompts]),
+        prompt_cache=[layer[0].merge(layer) for layer in zip(*(caches for caches, _ in sequences), strict=True)],
+        tokens=[prompt[:-1] for prompt in prompts],
+        samplers=[greedy_sampler for _ in prompts],
         fallback_sampler=greedy_sampler,
-        logits_processors=[[]],
-        stop_sequences=[StopSequences()],
-        max_tokens=[1000],
+        logits_processors=[[] for _ in prompts],
+        stop_sequences=[StopSequences() for _ in prompts],
+        max_tokens=[1000 for _ in prompts],
     )
 
 
@@ -62,22 +64,22 @@ def test_several_contexts_in_one_batch(family):
     assert mx.abs(other[0].logprobs - expected[0][0].logprobs).max() > 0.05, "the context must matter"
     found: list[list[Step]] = [[] for _ in PROMPTS]
 
-    def single(i):
-        return batch_of(model, nectars[places[i]].make_cache(), PROMPTS[i])
+    def of(*numbers):
+        return batch_of(model, *((nectars[places[i]].make_cache(), PROMPTS[i]) for i in numbers))
 
     def step(batch, order):
         for i, response in zip(order, batch.next(), strict=True):
             found[i].append(Step(response.token, response.logprobs))
 
-    batch = single(0)
+    batch = of(0)
     step(batch, [0])
-    for i in (1, 2, 3):
-        batch.extend(single(i))
+    batch.extend(of(1, 2))
+    batch.extend(of(3))
     step(batch, [0, 1, 2, 3])
     step(batch, [0, 1, 2, 3])
     batch.filter([3, 2, 0])  # one leaves, and the others change places
     step(batch, [3, 2, 0])
-    batch.extend(single(4))
+    batch.extend(of(4))
     step(batch, [3, 2, 0, 4])
     for steps, whole in zip(found, expected, strict=True):
         check(steps, whole[: len(steps)])

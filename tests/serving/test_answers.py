@@ -316,7 +316,10 @@ def test_a_model_that_cannot_be_batched(tmp_path):
         server.close()
 
 
-@pytest.mark.parametrize("architecture", ["qwen3_next", "falcon_h1", "gemma3n", "deepseek_v3"])
+@pytest.mark.parametrize(
+    "architecture",
+    ["lfm2", *(pytest.param(x, marks=pytest.mark.slow) for x in ("qwen3_next", "falcon_h1", "gemma3n", "deepseek_v3"))],
+)
 def test_turns_of_models_that_keep_more_than_keys(tmp_path, architecture):
     """Where caches cannot be trimmed, a conversation that turns off earlier is read again."""
     book = toys.book(tmp_path, architecture)

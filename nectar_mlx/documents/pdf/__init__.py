@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from nectar_mlx.documents import ocr
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
 MOST_PAGES = 20_000
 MOST_CHARACTERS = 1 << 26
+_MOST_ATTACHMENTS = 100  # that are named
 _IMAGE, _FORM = 3, 5
 _OBJECT = re.compile(rb"(\d{1,10}) (\d{1,5}) obj\b")
 _REGIONS = 1 << 20  # more than one page has columns
@@ -39,7 +41,8 @@ def read_pdf(data: bytes, name: str) -> Document:
             raise Unreadable("the PDF is encrypted; save a copy without its password") from error
         pdf = _rebuilt(data)
     try:
-        pdf.init_forms()
+        with suppress(pypdfium2.PdfiumError):  # a damaged form costs no page
+            pdf.init_forms()
         return _document(pdf)
     finally:
         pdf.close()
@@ -73,10 +76,21 @@ def _document(pdf: "PdfDocument") -> Document:
     left_out = pages.left_out() + left_out
     if count > MOST_PAGES:
         left_out.append(f"pages after the first {MOST_PAGES:,}")
-    left_out += [f"attachment {pdf.get_attachment(place).get_name()}" for place in range(pdf.count_attachments())]
+    left_out += _attachments(pdf)
     if not text.strip() and pages.pictures:
-        raise Unreadable("the PDF holds no text, only pictures of it; run text recognition (OCR) on it first")
+        missing = "" if ocr.available() else f": {ocr.advice()}"
+        raise Unreadable(f"the PDF holds no text, only pictures of it, and needs text recognition (OCR){missing}")
     return Document("pdf", text, places, left_out)
+
+
+def _attachments(pdf: "PdfDocument") -> list[str]:
+    import pypdfium2
+
+    found = []
+    for place in range(min(pdf.count_attachments(), _MOST_ATTACHMENTS)):
+        with suppress(pypdfium2.PdfiumError, UnicodeError):
+            found.append(f"attachment {' '.join(pdf.get_attachment(place).get_name()[:200].split())}")
+    return found
 
 
 class _Pages:
@@ -130,7 +144,7 @@ class _Pages:
 
     def left_out(self) -> list[str]:
         notes = [
-            (self.pictures, "only a picture, without text (no text recognition is installed)"),
+            (self.pictures, f"only a picture, without text (no text recognition is installed: {ocr.advice()})"),
             (self._damaged, "damaged"),
             (self._garbled, "a font that does not say which letters it shows"),
             (self._cut, "text after the first part of a very full page"),

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from pypdfium2 import PdfPage
 
 _MOST = 5000  # on a page
+_MOST_CHARACTERS = 1 << 20  # on a page
 _MOST_BYTES = 1 << 20  # of one text
 _LETTERS = 11.0  # the height of a field's text, where there is room
 
@@ -20,19 +21,24 @@ def read(page: "PdfPage") -> tuple[list[Run], list[str]]:
 
     shown: list[Run] = []
     comments: list[str] = []
+    left = _MOST_CHARACTERS
     form = page.formenv
     for number in range(min(pdfium.FPDFPage_GetAnnotCount(page), _MOST)):
+        if left < 0:
+            break
         annotation = pdfium.FPDFPage_GetAnnot(page, number)
         if not annotation:
             continue
         try:
             kind = pdfium.FPDFAnnot_GetSubtype(annotation)
-            if kind == pdfium.FPDF_ANNOT_WIDGET:
-                shown += _placed(annotation, _field(annotation, form))
-            elif kind == pdfium.FPDF_ANNOT_FREETEXT:
-                shown += _placed(annotation, _contents(annotation))
-            elif kind not in (pdfium.FPDF_ANNOT_LINK, pdfium.FPDF_ANNOT_POPUP):
-                comments += filter(None, [" ".join(_contents(annotation).split())])
+            if kind in (pdfium.FPDF_ANNOT_LINK, pdfium.FPDF_ANNOT_POPUP):
+                continue
+            text = _field(annotation, form) if kind == pdfium.FPDF_ANNOT_WIDGET else _contents(annotation)
+            left -= len(text)
+            if kind in (pdfium.FPDF_ANNOT_WIDGET, pdfium.FPDF_ANNOT_FREETEXT):
+                shown += _placed(annotation, text)
+            elif text.strip():
+                comments.append(" ".join(text.split()))
         finally:
             pdfium.FPDFPage_CloseAnnot(annotation)
     return shown, comments

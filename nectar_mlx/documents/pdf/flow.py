@@ -198,4 +198,8 @@ def _is_prose(block: Block) -> bool:
     ends = [_SENTENCE_END.search(above.text) is not None for above, _ in pairs]
     if len(capitals) > 3 and sum(capitals) > 0.8 * len(capitals) and sum(ends) < 0.5 * len(ends):
         return not any(below.text[0].lower() != below.text[0].upper() for _, below in pairs)  # verse, a list
+    if len(capitals) > 1 and all(capitals):
+        stops = [re.search(r"[,.;:!?]$", above.text) is not None for above, _ in pairs]
+        if sum(stops) >= 0.5 * len(stops):
+            return False  # a short verse
     return sum(block.breaks(above, below) for above, below in pairs) >= 0.5 * len(pairs)

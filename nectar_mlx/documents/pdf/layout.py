@@ -12,6 +12,7 @@ from nectar_mlx.documents.pdf.glyphs import Run
 
 _NARROWEST_GUTTER = 0.8  # of the letters' height
 _MOST_COLUMNS = 12
+_MOST_NESTED = 2  # tables in columns of columns
 _LEADERS = re.compile(r" ?(?:\. ?){5,}")
 _SENTENCE_SIGNS = '.,;:!?)]”’»"'
 
@@ -64,22 +65,28 @@ Gutter = tuple[float, float]
 
 def lines(runs: Sequence[Run], *, first_region: int = 0) -> list[Line]:
     """The lines of a page: columns one after the other, tables as rows."""
+    rows = _rows(_without_initials([run for run in runs if run.text.strip()]))
+    return _laid(rows, first_region, depth=0)[0]
+
+
+def _laid(rows: list[_Row], region: int, *, depth: int) -> tuple[list[Line], int]:
+    """The lines of rows, and the number of the last region; columns may hold tables."""
     found: list[Line] = []
-    region, was_plain = first_region, False
-    for band, gutters in _bands(_rows(_without_initials([run for run in runs if run.text.strip()]))):
+    was_plain = False
+    for band, gutters in _bands(rows):
         is_plain = not gutters or _is_single(band)
         region += not (is_plain and was_plain)
         was_plain = is_plain
         columns = _columns(band, gutters)
-        if is_plain:
+        if is_plain or depth > _MOST_NESTED:
             found += [_line(row.segments, region) for row in band]
         elif _are_columns(columns):
             for column in _in_order(columns):
-                region += 1
-                found += [_line(segments, region) for segments in column if segments]
+                inside, region = _laid([_Row(segments) for segments in column if segments], region, depth=depth + 1)
+                found += inside
         else:
-            found += _table(band, columns, region)
-    return found
+            found += _table(band, _columns(band, _with_outer(band, gutters)), region)
+    return found, region
 
 
 def _without_initials(runs: list[Run]) -> list[Run]:
@@ -209,6 +216,21 @@ def _common(gutters: list[Gutter], row: _Row) -> list[Gutter]:
 
 def _is_single(band: list[_Row]) -> bool:
     return sum(len(row.segments) > 1 for row in band) < 2
+
+
+def _with_outer(band: list[_Row], gutters: list[Gutter]) -> list[Gutter]:
+    """The gutters of a table, with those beside a column that its first row has no cell in, as above row titles."""
+    edges = sorted((segment.left, segment.right) for row in band for segment in row.segments)
+    spans = [edges[0]]
+    for left, right in edges[1:]:
+        if left - spans[-1][1] >= _NARROWEST_GUTTER * band[0].size:
+            spans.append((left, right))
+        else:
+            spans[-1] = spans[-1][0], max(spans[-1][1], right)
+    free = [(one[1], other[0]) for one, other in pairwise(spans)][:_MOST_COLUMNS]
+    columns = _columns(band, free)
+    is_filled = all(2 * sum(map(bool, column)) >= len(band) for column in columns)
+    return free if len(free) > len(gutters) and is_filled else gutters
 
 
 def _columns(band: list[_Row], gutters: list[Gutter]) -> list[list[list[Run]]]:

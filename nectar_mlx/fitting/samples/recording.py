@@ -16,6 +16,7 @@ import numpy as np
 
 from ...core.device import device
 from ...mlxlm.kept import attention_caches
+from ..distributed import World
 from ..prefill import Context
 from ..run import FitRun
 from .capture import CaptureCache, Collected, capture, collected, empty, held_out_count, spill
@@ -33,7 +34,7 @@ def collect(run: FitRun, context: Context) -> Collected:
 
     NectarError that names the layer and head where a number is not finite.
     """
-    if not device().record or run.world.size > 1:
+    if not device().record:
         return capture(run, context, study(run, context))
     wanted = run.n_samples(run.n_heads)
     counts: dict[Split, int] = {"train": wanted, "held_out": held_out_count(wanted)}
@@ -42,7 +43,7 @@ def collect(run: FitRun, context: Context) -> Collected:
     conversations = study(run, context, recording)
     stores = {split: empty(run, count, folder and folder / f"{split}.samples") for split, count in counts.items()}
     for split, store in stores.items():
-        recording.move(split, store)
+        recording.move(split, store, run.world)
     return collected(run, context, conversations, stores["train"], stores["held_out"])
 
 
@@ -66,6 +67,9 @@ class Recording:
     def __init__(self, folder: Path | None = None) -> None:
         self._fed = _Fed()
         self._pieces = _Pieces() if folder is None else _PiecesOnDisk(folder)
+
+    def begin(self, first: int) -> None:
+        self._pieces.group = first
 
     def make_cache(self, context: Context, *, sequences: int) -> list[Any]:
         return context.make_cache(partial(_Cache, preamble=context.preamble), sequences=sequences)
@@ -95,34 +99,47 @@ class Recording:
         for cache in capturing:
             cache.captured = []
 
-    def move(self, split: Split, store: SampleStore) -> None:
-        """Moves the samples of a split into an empty store: as many as it holds, drawn at random."""
-        total = self._pieces.count[split]
+    def move(self, split: Split, store: SampleStore, world: World) -> None:
+        """Moves the samples of a split that all ranks have into an empty store: as many as it holds, drawn at
+        random."""
+        total = sum(world.values(self._pieces.count[split]))
         drawn = np.random.default_rng(0).permutation(total)[: store.capacity]
         chosen = mx.array(np.sort(drawn).astype(np.int32))
-        for layer, samples in enumerate(self._pieces.layers(split)):
+        for layer, samples in enumerate(self._pieces.layers(split, world)):
             store.add(layer * samples.queries.shape[0], samples.take(chosen) if len(drawn) < total else samples)
         store.advance(total)
 
 
 class _Pieces:
-    """Samples of all layers, some at a time. count: of each split."""
+    """Samples of all layers, some at a time. count: of each split. group: the number of the conversations that are
+    sampled together now, which one rank has."""
 
     def __init__(self) -> None:
-        self.count = dict.fromkeys(_SPLITS, 0)
-        self._of = {split: list[list[Any]]() for split in _SPLITS}  # by layer
+        self.count, self.group = dict.fromkeys(_SPLITS, 0), 0
+        self._of = {split: list[list[tuple[int, Any]]]() for split in _SPLITS}  # by layer
 
     def add(self, split: Split, layers: Sequence[Samples]) -> None:
         mx.eval(layers)
         self.count[split] += layers[0].queries.shape[1]
         self._of[split] = self._of[split] or [[] for _ in layers]
         for pieces, samples in zip(self._of[split], layers, strict=True):
-            pieces.append(self._kept(samples))
+            pieces.append((self.group, self._kept(samples)))
 
-    def layers(self, split: Split) -> Iterator[Samples]:
-        """Each layer's, which are no longer here then."""
-        while self._of[split]:
-            yield _joined([self._samples(piece) for piece in self._of[split].pop(0)], axis=1)
+    def layers(self, split: Split, world: World) -> Iterator[Samples]:
+        """Each layer's of all ranks, in an order that does not depend on their number. They are no longer here then."""
+        for _ in range(max(world.values(len(self._of[split])))):
+            own = self._of[split].pop(0) if self._of[split] else []
+            mine = {
+                f"{group}.{number}.{name}": x
+                for number, (group, kept) in enumerate(own)
+                for name, x in self._samples(kept)._asdict().items()
+            }
+            every = dict[tuple[int, int], dict[str, mx.array]]()
+            for part in world.arrays(mine):
+                for key, x in part.items():
+                    group, number, name = key.split(".")
+                    every.setdefault((int(group), int(number)), {})[name] = x
+            yield _joined([Samples(**every[at]) for at in sorted(every)], axis=1)
 
     def _kept(self, samples: Samples) -> Any:
         return samples
