@@ -4,9 +4,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from nectar_mlx.fitting.distributed import World
 from nectar_mlx.fitting.samples import capture, recording, self_study
 from nectar_mlx.fitting.samples.conversation import count_samples
-from nectar_mlx.fitting.samples.sample_store import SampleStore
+from nectar_mlx.fitting.samples.sample_store import Samples, SampleStore
 from tests import toys
 from tests.fitting.toy_fit import fit_run, read
 
@@ -82,3 +83,34 @@ def test_nothing_is_drawn_again_for_samples_of_an_interrupted_run(tokenizer, mon
     assert again == conversations
     for ours, theirs in zip(stored(run, first).heads([0, 5]), stored(run, second).heads([0, 5]), strict=True):
         assert mx.array_equal(ours, theirs)
+
+
+def test_samples_of_two_ranks_come_in_the_order_of_one():
+    def piece(at):
+        return Samples(*(mx.full(shape, at) for shape in ((2, 3, 4),) * 3 + ((2, 3),) * 2))
+
+    def pieces(*groups):
+        made = recording._Pieces()
+        for group in groups:
+            made.group = group
+            for number in range(2):
+                made.add("train", [piece(100.0 * layer + 10 * group + number) for layer in range(2)])
+        return made
+
+    alone = list(pieces(0, 1, 2).layers("train", World()))
+    first, second = pieces(0, 2), pieces(1)
+    told = [
+        {f"{group}.{number}.{name}": x for number, (group, s) in enumerate(of) for name, x in s._asdict().items()}
+        for of in second._of["train"]
+    ]
+
+    class Two(World):
+        def values(self, value):
+            return [value, len(told)]
+
+        def arrays(self, arrays):
+            layer = int(arrays["0.0.queries"][0, 0, 0].item()) // 100
+            return [dict(arrays), told[layer]]
+
+    for ours, expected in zip(first.layers("train", Two(0, 2)), alone, strict=True):
+        assert all(mx.array_equal(x, y) for x, y in zip(ours, expected, strict=True))
