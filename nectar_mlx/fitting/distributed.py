@@ -9,7 +9,6 @@ MLX's distributed engine does the transport (ring over TCP, MPI, JACCL over Thun
 bytes, gathered from all ranks.
 """
 
-import io
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -18,11 +17,14 @@ from typing import Any, TypeVar
 
 import mlx.core as mx
 import numpy as np
+import numpy.typing as npt
 
 from ..errors import NectarError
 from ..heads import HeadArrays
 
 _T = TypeVar("_T")
+Bytes = npt.NDArray[np.uint8]
+_LONGEST = 1 << 24  # bytes of a line of JSON
 _INTEGERS = tuple(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))
 _NAMES = {getattr(mx, name): name for name in ("bool_", *_INTEGERS, "float16", "bfloat16", "float32")}
 _LAUNCHED = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")  # set by what starts several processes
@@ -52,19 +54,19 @@ class World:
         """This rank's share of some pieces of work."""
         return pieces[self.rank :: self.size]
 
-    def gathered(self, data: bytes) -> list[bytes]:
+    def gathered(self, data: Bytes) -> list[Bytes]:
         """The bytes of all ranks, by rank. All ranks must call it."""
         if self.size == 1:
             return [data]
-        length = _all(mx.array([len(data)], mx.int32))
+        length: list[int] = np.array(_gather(mx.array([len(data)], mx.int32))).tolist()
         padded = np.zeros(max(length), np.uint8)
-        padded[: len(data)] = np.frombuffer(data, np.uint8)
-        every = np.array(_gather(mx.array(padded))).reshape(self.size, -1)
-        return [row[:count].tobytes() for row, count in zip(every, length, strict=True)]
+        padded[: len(data)] = data
+        every = np.array(_gather(mx.array(padded)), copy=False).reshape(self.size, -1)
+        return [row[:count] for row, count in zip(every, length, strict=True)]
 
     def values(self, value: Any) -> list[Any]:
         """A JSON value of all ranks, by rank."""
-        return [json.loads(data) for data in self.gathered(json.dumps(value).encode())]
+        return [json.loads(data.tobytes()) for data in self.gathered(_bytes(json.dumps(value).encode()))]
 
     def arrays(self, arrays: Mapping[str, mx.array]) -> list[dict[str, mx.array]]:
         """Arrays of all ranks, by rank, bit for bit."""
@@ -91,11 +93,6 @@ class World:
         return merged
 
 
-def _all(x: mx.array) -> list[int]:
-    gathered: Any = _gather(x).tolist()
-    return list(gathered)
-
-
 def _gather(x: mx.array) -> mx.array:
     try:
         every = mx.distributed.all_gather(x, stream=mx.cpu)
@@ -105,23 +102,24 @@ def _gather(x: mx.array) -> mx.array:
     return every
 
 
-def _packed(arrays: Mapping[str, mx.array]) -> bytes:
+def _bytes(data: bytes) -> Bytes:
+    return np.frombuffer(data, np.uint8)
+
+
+def _packed(arrays: Mapping[str, mx.array]) -> Bytes:
     """A line of JSON with names, types and shapes, then the arrays' bytes."""
     facts = [[name, _NAMES[x.dtype], list(x.shape)] for name, x in arrays.items()]
-    file = io.BytesIO()
-    file.write(json.dumps(facts).encode() + b"\n")
-    for x in arrays.values():
-        file.write(np.array(mx.contiguous(x).reshape(-1).view(mx.uint8)).tobytes())
-    return file.getvalue()
+    parts = [_bytes(json.dumps(facts).encode() + b"\n")]
+    parts += [np.array(mx.contiguous(x).reshape(-1).view(mx.uint8), copy=False) for x in arrays.values()]
+    return np.concatenate(parts)
 
 
-def _unpacked(data: bytes) -> dict[str, mx.array]:
-    line, _, rest = data.partition(b"\n")
-    arrays, at = dict[str, mx.array](), 0
-    for name, dtype, shape in json.loads(line):
+def _unpacked(data: Bytes) -> dict[str, mx.array]:
+    at = int(np.flatnonzero(data[:_LONGEST] == ord("\n"))[0]) + 1
+    arrays = dict[str, mx.array]()
+    for name, dtype, shape in json.loads(data[:at].tobytes()):
         kind = getattr(mx, dtype)
         nbytes = int(np.prod(shape)) * kind.size
-        raw = mx.array(np.frombuffer(rest, np.uint8, count=nbytes, offset=at))
-        arrays[name] = raw.view(kind).reshape(shape)
+        arrays[name] = mx.array(data[at : at + nbytes]).view(kind).reshape(shape)
         at += nbytes
     return arrays
