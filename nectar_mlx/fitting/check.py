@@ -38,6 +38,7 @@ def check(
     context = data.context
     head = read_head(run.model, run.tokenizer, context.prefix, run.geometry)
     conversations = answered_checks(data.conversations)[:questions]
+    conversations.sort(key=lambda c: len(c.prompt))  # those of a batch are padded to the longest
     make_cache = partial(make_caches, banks, context.windows if windows is None else windows, context.start)
     calibration = Calibration(context.prefix)
 

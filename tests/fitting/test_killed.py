@@ -144,7 +144,7 @@ def test_the_same_command_continues_and_fresh_does_not(folder, tmp_path, capsys,
     interrupted(folder, output, monkeypatch)
     assert "is kept in" in capsys.readouterr().err and (tmp_path / "x.nectar.partial" / "plan.json").exists()
     with monkeypatch.context() as patch:
-        patch.setattr(self_study, "sample_answers", lambda *a, **k: pytest.fail("answers were sampled again"))
+        patch.setattr(self_study, "sample", lambda *a, **k: pytest.fail("answers were sampled again"))
         assert fit.main(command(folder, output)) == 0
     first = output.read_bytes()
     assert [p.name for p in tmp_path.iterdir()] == ["x.nectar"]

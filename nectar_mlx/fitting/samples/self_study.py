@@ -21,13 +21,14 @@ from ..prefill import Context
 from ..run import FitRun
 from . import instructions
 from .conversation import FEWEST_TOGETHER, Conversation, answered_checks, count_groups, count_samples
-from .study_cache import StudyCache, allow_half
+from .study_cache import StepCache, allow_half
 
 CHECK_TEMPERATURE = 0.7
 _SHRINK = 8  # a batch is made smaller when one of so many conversations has ended
 _STEP = 64  # tokens that are read at a time, and that keys and values are made for a multiple of
 _LIVE_BYTES = 6_000_000_000  # of keys and values of conversations that are sampled together, at most
 _ENOUGH = 0.9  # of the samples asked for: not another batch for the last few
+_ALL = 1 << 30  # tokens: more than a conversation has
 
 
 class Prompts(Protocol):
@@ -38,9 +39,30 @@ class Prompts(Protocol):
     ) -> list[Conversation]: ...
 
 
-def study(run: FitRun, context: Context) -> list[Conversation]:
-    """Samples conversations about a context until they give every head its samples, and those of the check."""
-    conversations, config = run.kept_conversations(), run.config
+class Recorder(Protocol):
+    """Keeps what attention sees while answers are sampled (`recording.Recording`)."""
+
+    def begin(self, first: int) -> None:
+        """Called before some conversations are sampled together. first: the number of the first of them, of all."""
+
+    def make_cache(self, context: Context, *, sequences: int) -> list[Any]:
+        """One cache a layer that shows what it sees; sequences: how many advance in step."""
+
+    def fed(self, caches: Sequence[Any]) -> None:
+        """Called when some tokens more were fed to each sequence."""
+
+    def keep(self, caches: Sequence[Any], going: Sequence[Conversation], places: np.ndarray, *, last: bool) -> None:
+        """Called when it is known which of the tokens fed since the last time, [B, T], belong to their conversations.
+        last: whether some sequences are dropped, or all end, behind these."""
+
+
+def study(run: FitRun, context: Context, recorder: Recorder | None = None) -> list[Conversation]:
+    """Samples conversations about a context until they give every head its samples, and those of the check.
+
+    recorder: sees what attention sees; answers that an interrupted run has left are fed again for it.
+    """
+    before, config = run.kept_conversations(), run.config
+    conversations = list[Conversation]() if recorder else before
     wanted = run.n_samples(run.n_heads)
     allow_half(run.model, context)
     with run.progress("sampling answers", wanted) as done:
@@ -59,11 +81,23 @@ def study(run: FitRun, context: Context) -> list[Conversation]:
             if not batch:
                 break
             told = batch_progress(run, batch, samples, wanted, done)
-            answer(run, context, batch, seed=config.seed + number, progress=told)
+            answered = _answered_before(batch, before[len(conversations) :])
+            seed, first = config.seed + number, len(conversations)
+            answer(run, context, batch, seed=seed, progress=told, recorder=recorder, answered=answered, first=first)
             conversations += batch
             done(min(wanted, count_samples(conversations, group=run.group)))
-            run.checkpoint.save_conversations(conversations)
+            if not answered:
+                run.checkpoint.save_conversations(conversations)
     return conversations
+
+
+def _answered_before(batch: Sequence[Conversation], known: Sequence[Conversation]) -> bool:
+    """Puts the answers that an interrupted run has left into a batch; False where there are none."""
+    if [c.prompt for c in known[: len(batch)]] != [c.prompt for c in batch]:
+        return False
+    for conversation, before in zip(batch, known, strict=False):
+        conversation.answer = before.answer
+    return True
 
 
 def expected_to_give(
@@ -107,24 +141,34 @@ def answer(
     *,
     seed: int,
     progress: Callable[[int], None] = lambda tokens: None,
+    recorder: Recorder | None = None,
+    answered: bool = False,
+    first: int = 0,
 ) -> None:
     """Samples the answers of a batch, as long and at the temperatures that the run's configuration says; an interrupted
-    one is continued. Each rank samples some of them. progress is told the tokens of each, on average."""
+    one is continued. Each rank samples some of them. progress is told the tokens of each, on average. answered: whether
+    the answers are there, and only the recorder still has to see them. first: the number of the batch's first
+    conversation."""
     config, world = run.config, run.world
     order = sorted(range(len(batch)), key=lambda i: len(batch[i].prompt))
     groups = [order[part] for part in side_by_side(run, len(batch))]
     mine = world.mine(groups)
     share = [batch[i] for group in mine for i in group]
-    begun, at = run.checkpoint.load_answers(share, seed=seed)
+    begun, at = (len(mine), 0) if answered else run.checkpoint.load_answers(share, seed=seed)
     lengths = [len(batch[group[-1]].prompt) + config.answer_tokens for group in mine]
+
+    before = begun, at
 
     def sampled(number: int, at: int) -> None:
         progress((sum(lengths[:number]) + at) * max(lengths) // sum(lengths))
-        run.checkpoint.save_answers(share, seed=seed, group=number, at=at)
+        if (number, at) > before:
+            run.checkpoint.save_answers(share, seed=seed, group=number, at=at)
 
     for number, group in enumerate(mine):
-        if number < begun:
+        if number < begun and not recorder:
             continue
+        if recorder:
+            recorder.begin(first + groups.index(group))
         if number > begun:
             sampled(number, 0)
         together = [batch[i] for i in group]
@@ -137,7 +181,8 @@ def answer(
             temperature=[CHECK_TEMPERATURE if c.split == "check" else config.temperature for c in together],
             chances=chances(seed, group, config.answer_tokens),
             progress=partial(sampled, number),
-            at=at if number == begun else 0,
+            at=_ALL if number < begun else at if number == begun else 0,
+            recorder=recorder,
         )
     answers = [[batch[i].answer for i in group] for group in mine]
     for group, sampled_answers in zip(groups, world.in_order(answers, world.values(answers)), strict=True):
@@ -170,14 +215,6 @@ def check_conversations(
     return [Conversation(prompts.prompt(tokenizer, q), split="check") for q in itertools.islice(questions, count)]
 
 
-class StepCache(StudyCache):
-    """Of several sequences that advance in step; some may end before the others."""
-
-    def filter(self, kept: mx.array) -> None:
-        live: Any = self.live
-        live.keys, live.values = take(live.keys, kept), take(live.values, kept)
-
-
 def sample_answers(
     model: nn.Module,
     context: Context,
@@ -189,10 +226,12 @@ def sample_answers(
     chances: FloatArray,
     progress: Callable[[int], None] = lambda tokens: None,
     at: int = 0,
+    recorder: Recorder | None = None,
 ) -> None:
     """Samples the answers of a batch with the full cache, all conversations in step; the shortest prompt comes first.
     temperature: of all, or of each. chances: random numbers [conversations, max_tokens]. progress is told how many
-    tokens of each there are. at: how many there were when it was interrupted, 0 to begin.
+    tokens of each there are. at: how many there were when it was interrupted, 0 to begin. recorder: shown what
+    attention sees, in the very steps of a run that was not interrupted; the tokens of before are not drawn again.
 
     Every conversation starts at the same position: the longer prompts are still being read while the shorter ones are
     answered, so none is padded and positions are exact. Several steps are queued before the first one's tokens are
@@ -202,23 +241,26 @@ def sample_answers(
     ahead, longest = device().steps_ahead, max(len(c.prompt) for c in batch)
     heats = [temperature] * len(batch) if isinstance(temperature, float | int) else temperature
     drawn_by = {id(c): (heat, row) for c, heat, row in zip(batch, heats, chances, strict=True)}
+    before = dict[int, list[int]]()
+    if recorder:
+        before = {id(c): c.prompt + c.answer for c in batch}
+        for c in batch:
+            c.answer = []
+    drawn_until, at = (at, 0) if recorder else (0, at)
     for step in range(first, at + 1):  # those that were sampled before
         if (step - first + 1) % ahead == 0:
             ended = [_has_ended(c, stop, max_tokens) and len(c.prompt) + len(c.answer) <= step + 1 for c in going]
             if all(ended):
                 return
-            if sum(ended) * _SHRINK >= len(ended):
+            if _worth_dropping(ended):
                 going = [c for c, end in zip(going, ended, strict=True) if not end]
-    caches = context.make_cache(StepCache, sequences=len(going))
+    make_cache = partial(recorder.make_cache, context) if recorder else partial(context.make_cache, StepCache)
+    caches = make_cache(sequences=len(going))
     for _, cache in attention_caches(caches):  # keys and values never have to grow
         cache.live.step = -(-(longest + max_tokens) // _STEP) * _STEP
     at = max(at + 1, first)
     tokens = mx.array([(c.prompt + c.answer + [0] * at)[:at] for c in going])
-    # The logits of these tokens are not needed, so the vocabulary-wide product is never computed.
-    for start, end in itertools.pairwise([0, *range(first - 1, at - 1, _STEP), at - 1]):
-        if start < end:
-            model(tokens[:, start:end], cache=caches)
-            mx.eval([c.state for c in caches])
+    _read(model, caches, tokens[:, :-1], going, first=first, recorder=recorder)
     tokens = tokens[:, -1:]
     prompts_ = mx.array([c.prompt + [-1] * (longest + max_tokens - len(c.prompt)) for c in going])
     heat = mx.array([drawn_by[id(c)][0] for c in going])[:, None]
@@ -229,7 +271,12 @@ def sample_answers(
     queued: list[mx.array] = []
     while True:
         logits = model(tokens, cache=caches)[:, -1]
-        queued.append(sample(logits, temperature=heat, chance=point[:, at : at + 1]))
+        if recorder:
+            recorder.fed(caches)
+        if at <= drawn_until:  # then the logits are never evaluated
+            queued.append(mx.array([before[id(c)][at] if at < len(before[id(c)]) else 0 for c in going], mx.int32))
+        else:
+            queued.append(sample(logits, temperature=heat, chance=point[:, at : at + 1]))
         last = at + 1 >= longest + max_tokens
         if not last:
             tokens = mx.where(prompts_[:, at : at + 1] >= 0, prompts_[:, at : at + 1], queued[-1][:, None])
@@ -241,16 +288,50 @@ def sample_answers(
         known = at - len(queued)
         for step, drawn in enumerate(np.array(mx.stack(queued)).tolist()):
             ended = [_extend(c, token, known + step, stop, max_tokens) for c, token in zip(going, drawn, strict=True)]
+        if recorder:
+            recorder.keep(caches, going, _belong(going, ended, known - 1, at - 1), last=_worth_dropping(ended))
         queued = []
         progress(at - 1)
         if all(ended):
             return
-        if sum(ended) * _SHRINK >= len(ended):  # some go on for nothing until it is worth dropping them
+        if _worth_dropping(ended):
             kept = mx.array([i for i, end in enumerate(ended) if not end], mx.int32)
             going = [c for c, end in zip(going, ended, strict=True) if not end]
             prompts_, heat, point, tokens = (take(x, kept) for x in (prompts_, heat, point, tokens))
             for cache in caches:
                 cache.filter(kept)
+
+
+def _read(
+    model: nn.Module,
+    caches: Sequence[Any],
+    tokens: mx.array,
+    going: Sequence[Conversation],
+    *,
+    first: int,
+    recorder: Recorder | None,
+) -> None:
+    """Feeds tokens [B, T] that are known; the first ones at once, as all prompts have them. Their logits are not
+    needed, so the vocabulary-wide product is never computed."""
+    end = tokens.shape[1]
+    for start, stop in itertools.pairwise([0, *range(first - 1, end, _STEP), end]):
+        if start < stop:
+            model(tokens[:, start:stop], cache=caches)
+            mx.eval([c.state for c in caches])
+            if recorder:
+                recorder.fed(caches)
+                recorder.keep(caches, going, np.ones((len(going), stop - start), bool), last=True)
+
+
+def _worth_dropping(ended: Sequence[bool]) -> bool:
+    """Whether so many have ended that it is worth dropping them; fewer go on for nothing."""
+    return sum(ended) * _SHRINK >= len(ended)
+
+
+def _belong(going: Sequence[Conversation], ended: Sequence[bool], first: int, last: int) -> np.ndarray:
+    """Which of the tokens first … last - 1 that were fed belong to their conversations, [B, T]."""
+    until = [c.fed_tokens if end else last for c, end in zip(going, ended, strict=True)]
+    return np.arange(first, last)[None] < np.array(until)[:, None]
 
 
 def sample(logits: mx.array, *, temperature: float | mx.array, chance: mx.array) -> mx.array:
