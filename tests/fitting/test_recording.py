@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from nectar_mlx.fitting.distributed import World
-from nectar_mlx.fitting.samples import capture, recording, self_study
+from nectar_mlx.fitting.samples import capture, recording, sampling, self_study
 from nectar_mlx.fitting.samples.conversation import count_samples
 from nectar_mlx.fitting.samples.sample_store import Samples, SampleStore
 from tests import toys
@@ -78,7 +78,7 @@ def test_nothing_is_drawn_again_for_samples_of_an_interrupted_run(tokenizer, mon
     context = read(run, toys.random_tokens(60))
     first, conversations = recorded(run, context)
     monkeypatch.setattr(run.checkpoint, "load_conversations", lambda: conversations)
-    monkeypatch.setattr(self_study, "sample", lambda *a, **k: pytest.fail("an answer was sampled again"))
+    monkeypatch.setattr(sampling, "sample", lambda *a, **k: pytest.fail("an answer was sampled again"))
     second, again = recorded(run, context)
     assert again == conversations
     for ours, theirs in zip(stored(run, first).heads([0, 5]), stored(run, second).heads([0, 5]), strict=True):

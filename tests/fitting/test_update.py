@@ -12,7 +12,7 @@ from nectar_mlx import Nectar, NectarError, store, update, update_file
 from nectar_mlx.core.attention import merge
 from nectar_mlx.fitting import updating
 from nectar_mlx.fitting.checkpoint import Checkpoint
-from nectar_mlx.fitting.samples import kept_study, self_study
+from nectar_mlx.fitting.samples import kept_study, sampling, self_study
 from nectar_mlx.fitting.samples.conversation import Conversation
 from nectar_mlx.fitting.updating.behind import behind
 from nectar_mlx.fitting.updating.revision import Revision
@@ -134,7 +134,7 @@ class TestAppend:
 
     def test_it_samples_a_fraction_of_a_fit(self, model, tokenizer, fitted, monkeypatch):
         sampled = []
-        answer = self_study.sample_answers
+        answer = sampling.sample_answers
 
         def counted(model, context, batch, **options):
             answer(model, context, batch, **options)
@@ -259,7 +259,7 @@ class TestCommand:
 
     def test_an_interrupted_update_goes_on(self, folder, monkeypatch, capsys):
         answers, capture = [], updating.append.capture
-        sample = self_study.sample_answers
+        sample = sampling.sample_answers
         monkeypatch.setattr(self_study, "sample_answers", lambda *a, **o: (answers.append(1), sample(*a, **o)))
         monkeypatch.setattr(updating.append, "capture", lambda *a, **o: (_ for _ in ()).throw(KeyboardInterrupt))
         assert self.run(folder, MORE) == 130

@@ -62,7 +62,7 @@ class _Fed:
 
 
 class Recording:
-    """What attention saw in the conversations that were sampled so far (`self_study.Recorder`)."""
+    """What attention saw in the conversations that were sampled so far (`sampling.Recorder`)."""
 
     def __init__(self, folder: Path | None = None) -> None:
         self._fed = _Fed()
