@@ -27,15 +27,18 @@ def check(
     *,
     windows: Mapping[int, Kept] | None = None,
     questions: int | None = None,
+    no_context: float | None = None,
     stage: str = "checking",
 ) -> JsonObject:
     """How far the answers to the check questions, or the first so many, are from the full cache's (`verdict`), and how
     much recall helps them; banks: one a layer. windows: what the layers without heads keep (default: the context's).
-    stage: what progress calls it."""
+    no_context: the divergence without the text, where it is known. stage: what progress calls it."""
     context = data.context
-    head = read_head(run.model, run.tokenizer, context.prefix, run.geometry)
     conversations = answered_checks(data.conversations)[:questions]
     make_cache = partial(make_caches, banks, context.windows if windows is None else windows, context.start)
+    views: dict[str, fidelity.MakeCache] = {"nectar": make_cache}
+    if no_context is None:
+        views["no context"] = read_head(run.model, run.tokenizer, context.prefix, run.geometry).make_cache
     calibration = Calibration(context.prefix)
 
     def observe(name: str, conversation: Conversation, truth: mx.array, ours: mx.array) -> None:
@@ -46,14 +49,14 @@ def check(
         divergences = fidelity.compare(
             run.model,
             context.make_cache,
-            {"nectar": make_cache, "no context": head.make_cache},
+            views,
             conversations,
             observe=observe,
             progress=done,
         )
     if broken := np.flatnonzero(~np.isfinite(divergences["nectar"].kl)).tolist():
         _name_layer(run, make_cache(), conversations[divergences["nectar"].conversation[broken[0]]])
-    figures = measured(divergences["nectar"], divergences["no context"])
+    figures = measured(divergences["nectar"], divergences["no context"] if no_context is None else no_context)
     decided: JsonObject = run.world.values(figures | {"recall": calibration.report(figures["kl"])})[0]
     return decided
 
