@@ -30,11 +30,11 @@ def seconds_a_token(model, prompts, tokens):
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("nectar")
-    parser.add_argument("--model")
+    cli.add_model(parser)
     parser.add_argument("--questions", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=128)
     args = parser.parse_args()
-    model, tokenizer, nectar = cli.load(args.nectar, args.model)
+    model, tokenizer, nectar = cli.load(args.nectar, args)
     prompts = [nectar.prompt(tokenizer, f"Tell me the part of the story numbered {i}.") for i in range(args.questions)]
     with nectar.attach(model):
         seconds_a_token(model, prompts, 8)  # compile and warm up

@@ -52,12 +52,12 @@ def first_token(model, caches, prompt):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("nectar", nargs="?")
-    parser.add_argument("--model")
+    cli.add_model(parser)
     parser.add_argument("--tokens", type=int, default=1200, help="of the toy's text")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         if args.nectar:
-            model, tokenizer, nectar = cli.load(args.nectar, args.model)
+            model, tokenizer, nectar = cli.load(args.nectar, args)
             path = Path(args.nectar)
         else:
             model, tokenizer = toy()

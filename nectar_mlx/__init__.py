@@ -3,7 +3,7 @@
 import os
 from typing import TYPE_CHECKING
 
-from nectar_mlx.core.blas import use_fast_blas_with_mlx
+from nectar_mlx.core.before_mlx import use_fast_blas_with_mlx
 from nectar_mlx.errors import NectarError
 
 if TYPE_CHECKING:

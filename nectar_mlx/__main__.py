@@ -1,6 +1,5 @@
 """`nectar COMMAND ...`: each command is the module of that name."""
 
-import difflib
 import importlib
 import sys
 from collections.abc import Sequence
@@ -35,10 +34,10 @@ nectar reads a long text once and answers about it from a small file.
   nectar fit --context book.txt      read a text once: book.nectar
   nectar ask book.nectar Who is it   ask about it
   nectar chat book.nectar            talk about it
-  nectar serve book.nectar           answer other programs
-  nectar doctor                      what is installed here
+  nectar serve book.nectar           a page in the browser, and for programs
+  nectar add papers/                 many documents: `nectar ask library ...`
 
-nectar --help lists all commands, nectar COMMAND --help its options."""
+nectar --help lists all commands; nectar doctor says what is installed here."""
 
 
 def _usage() -> str:
@@ -53,6 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command in shown:
         return cli.run(cli.Parser("", None), lambda args: print(shown[command]), [])
     if command not in COMMANDS:
+        import difflib
+
         near = difflib.get_close_matches(command, COMMANDS, n=1)
         advice = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(COMMANDS)}"
         cli.complain(f"nectar: there is no command {command!r}; {advice}")

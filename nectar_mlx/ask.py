@@ -7,12 +7,13 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from . import cli, remote, writing
+from . import cli, ranks, remote, writing
 from .core import terminal
 from .errors import NectarError
 from .writing import Written
 
 if TYPE_CHECKING:
+    import mlx.core as mx
     import mlx.nn as nn
 
     from .core.types import JsonObject, Tokenizer
@@ -43,6 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     cli.add_library(parser)
     remote.add_options(parser)
     cli.add_quiet(parser)
+    ranks.add_option(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the answer's text")
     return parser
 
@@ -50,7 +52,9 @@ def _parser() -> argparse.ArgumentParser:
 def _work(args: argparse.Namespace) -> None:
     question = _question(args.question)
     started = time.perf_counter()
-    reply = remote.reply(args, [{"role": "user", "content": question}]) or _Here(args, question)
+    group = ranks.group(args)
+    served = None if group else remote.reply(args, [{"role": "user", "content": question}])
+    reply = served or _Here(args, question, group)
     if not args.json:
         ended = writing.show(iter(reply), quiet=args.cite)
         if args.cite:
@@ -73,12 +77,15 @@ def _work(args: argparse.Namespace) -> None:
 class _Here:
     """An answer by the model loaded here. NectarError for a question that has no place in its window."""
 
-    def __init__(self, args: argparse.Namespace, question: str):
+    def __init__(self, args: argparse.Namespace, question: str, group: "mx.distributed.Group | None" = None):
+        """group: of ranks among which the model is divided."""
         self._args, self._question, self._answer = args, question, ""
         self._none = ""  # said where no document of the library answers
         start = time.perf_counter()
         self._library = _library(args)
-        found = self._library.find(question) if self._library else cli.load(args.nectar, args.model, fetch=args.fetch)
+        if self._library and group:
+            raise NectarError("--shard takes a .nectar, not a library")
+        found = self._library.find(question) if self._library else cli.load(args.nectar, args, group=group)
         self._seconds = time.perf_counter() - start
         self._sources: list[Source] | None = None
         if found is None:

@@ -77,7 +77,7 @@ def _here(args: argparse.Namespace) -> Conversation:
     from .from_library import Questions
 
     library = Questions.open(args)
-    model, tokenizer, nectar = library.start() if library else cli.load(args.nectar, args.model, fetch=args.fetch)
+    model, tokenizer, nectar = library.start() if library else cli.load(args.nectar, args)
     return LocalConversation(model, tokenizer, nectar, args, library)
 
 

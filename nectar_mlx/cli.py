@@ -1,32 +1,36 @@
-"""Shared by all commands: exit codes, messages, progress bars, common options, and loading a .nectar with its model.
+"""Shared by all commands: exit codes, common options, and loading a .nectar with its model.
 
-The answer or the JSON goes to stdout, everything else to stderr. Exit codes: 0 done; 2 an error in the user's input,
-with one line that says what is wrong and what to do; 130 interrupted.
+Exit codes: 0 done; 2 an error in the user's input, with one line that says what is wrong and what to do; 130
+interrupted. What commands say goes through `console`.
 """
 
 import argparse
 import os
-import shutil
 import sys
 import textwrap
-import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from .core import numbers, terminal
-from .core.clock import duration
+from . import console
+from .console import complain as complain
+from .console import hint as hint
+from .console import overall as overall
+from .console import paragraph as paragraph
+from .console import progress as progress
+from .console import row as row
+from .console import say as say
+from .console import show as show
+from .core import interrupt, numbers, terminal
 from .core.numbers import share as share
 from .core.numbers import size as size
-from .core.progress import Overall, Status, Update
 from .errors import NectarError
 
 if TYPE_CHECKING:
+    import mlx.core as mx
     import mlx.nn as nn
-    from rich.console import RenderableType
 
     from .core.types import Tokenizer
     from .nectar import Nectar
@@ -35,8 +39,6 @@ if TYPE_CHECKING:
 DONE, FAULT, INTERRUPTED = 0, 2, 130
 LIBRARY = "library"  # in the place of a .nectar
 ASKED = "a .nectar file, the id of one on the hub (user/name), or the word library: all that `nectar add` took in"
-LINE_SECONDS = 10.0  # between lines of progress, where there is no terminal
-_quiet = False  # of the command that runs: no notices
 
 
 class _HelpFormatter(argparse.HelpFormatter):
@@ -60,15 +62,15 @@ class Parser(argparse.ArgumentParser):
 
 def run(parser: argparse.ArgumentParser, work: Callable[[argparse.Namespace], None], argv: Sequence[str] | None) -> int:
     """Parses the arguments and does the work. An error becomes an exit code and one line."""
-    global _quiet
-    _quiet = False
+    console.set_quiet(False)
     for stream in (sys.stdout, sys.stderr):  # what an encoding has no character for is written out, not an error
         if reconfigure := getattr(stream, "reconfigure", None):
             reconfigure(errors="backslashreplace")
     try:
         args = parser.parse_args(argv)
-        _quiet = getattr(args, "quiet", False)
-        work(args)
+        console.set_quiet(getattr(args, "quiet", False))
+        with interrupt.kept():
+            work(args)
         sys.stdout.flush()
     except SystemExit as exit:  # argparse: after --help, or after its message about an error
         return exit.code if isinstance(exit.code, int) else FAULT
@@ -76,51 +78,23 @@ def run(parser: argparse.ArgumentParser, work: Callable[[argparse.Namespace], No
         complain(f"{parser.prog}: {error}")
         return FAULT
     except BrokenPipeError:  # the reader of our output is gone, so there is no message
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
+    except OSError as error:  # a full disk under stdout, mostly: what commands write themselves has its own message
+        complain(f"{parser.prog}: {error.strerror or error}{f': {error.filename}' if error.filename else ''}")
+        _drop_output()
+        return FAULT
     except KeyboardInterrupt:
         complain(f"{parser.prog}: interrupted")
         return INTERRUPTED
     return DONE
 
 
-def say(line: str) -> None:
-    """One line for a person, on stderr; nothing with --quiet."""
-    if not _quiet:
-        complain(line)
-
-
-def complain(line: str) -> None:
-    """One line for a person, on stderr, with --quiet, too: what is wrong."""
-    print(terminal.printable(line, one_line=True), file=sys.stderr, flush=True)
-
-
-def show(text: str = "", *, end: str = "\n") -> None:
-    """An answer, or a part of one, on stdout."""
-    print(terminal.printable(text), end=end, flush=True)
-
-
-def hint(text: str) -> None:
-    """Text on stderr as it comes, such as a model's thoughts; nothing with --quiet."""
-    if not _quiet:
-        print(terminal.printable(text), end="", file=sys.stderr, flush=True)
-
-
-def paragraph(text: str) -> None:
-    """A text on stdout, in lines as wide as the terminal."""
-    show(textwrap.fill(text, _width(), break_on_hyphens=False, break_long_words=False))
-
-
-def row(label: str, value: str) -> None:
-    """A name and its value on stdout, side by side."""
-    indent = " " * 20
-    wrapper = textwrap.TextWrapper(_width(), subsequent_indent=indent, break_on_hyphens=False)
-    wrapper.break_long_words = False  # so that a path can be copied
-    show(wrapper.fill(f"{label:<19} {value}") if value else label)
-
-
-def _width() -> int:
-    """Columns of the terminal, 100 at most; a file or a pipe gets 100."""
-    return max(40, min(100, shutil.get_terminal_size().columns if sys.stdout.isatty() else 100))
+def _drop_output() -> None:
+    """What stdout cannot take is forgotten: Python would try again at its end, and complain."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def add_quiet(parser: argparse.ArgumentParser) -> None:
@@ -128,78 +102,23 @@ def add_quiet(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quiet", "-q", action="store_true", help="the answer alone: no notices, no progress")
 
 
-@contextmanager
-def progress(description: str, total: int, /) -> Iterator[Update]:
-    """A `core.progress.Progress` of a task that has one stage, or tells each on its own."""
-    with overall() as task, task(description, total) as update:
-        yield update
-
-
-@contextmanager
-def overall() -> "Iterator[Overall]":
-    """A progress of all stages of a task: one bar on a terminal, else a line every LINE_SECONDS, on stderr."""
-    from rich.console import Console
-    from rich.live import Live
-
-    task, console = Overall(), Console(stderr=True)
-    if _quiet:
-        yield task
-        return
-    if console.is_terminal:
-        with Live(console=console, get_renderable=lambda: _bar(task.status()), refresh_per_second=4, transient=True):
-            yield task
-        return
-    ended = threading.Event()
-    thread = threading.Thread(target=_say_status, args=(task, ended), daemon=True)
-    thread.start()
-    try:
-        yield task
-    finally:
-        ended.set()
-        thread.join()
-
-
-def _say_status(task: Overall, ended: threading.Event) -> None:
-    while not ended.wait(LINE_SECONDS):
-        status = task.status()
-        if status.description:
-            say(f"{_stage(status)}: {status.share:.0%}, {_times(status)}")
-
-
-def _bar(status: Status) -> "RenderableType":
-    from rich.progress_bar import ProgressBar
-    from rich.table import Table
-    from rich.text import Text
-
-    # One line, whatever the terminal's width: of the stage's name as much as there is room for.
-    row = Table.grid(padding=(0, 1), expand=True)
-    row.add_column(ratio=1, no_wrap=True, overflow="ellipsis")
-    row.add_column()
-    row.add_column(no_wrap=True)
-    bar = ProgressBar(total=1, completed=status.share, width=12)
-    row.add_row(Text(_stage(status)), bar, Text(f"{status.share:3.0%} {_times(status)}"))
-    return row
-
-
-def _stage(status: Status) -> str:
-    """The stage, its number where there are several, and how much of it is done."""
-    number = f"stage {status.stage} of {status.stages}, " if status.stages > 1 else ""
-    part = f" ({min(status.done, status.total):,} of {status.total:,})" if status.total > 1 else ""
-    return f"{number}{status.description}{part}"
-
-
-def _times(status: Status) -> str:
-    total = f" of about {duration(status.total_seconds)}" if status.total_seconds is not None else ""
-    return f"{duration(status.elapsed)}{total}"
-
-
 def add_nectar(
     parser: argparse.ArgumentParser, *, what: str = "a .nectar file, or the id of one on the hub (user/name)"
 ) -> None:
     """Adds the arguments of `load`. what: that can be asked, for --help."""
-    parser.add_argument("nectar", help=what)
+    parser.add_argument("nectar", metavar="FILE", help=what)
+    add_model(parser)
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that say which model answers: `model`, `adapter`, `fetch`."""
     parser.add_argument("--model", help="the model to use (default: the name of the one it was fitted on)")
+    add_adapter(parser)
     add_fetch(parser)
+
+
+def add_adapter(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--adapter", metavar="DIR", help="the folder of the model's adapter, from mlx_lm.lora")
 
 
 def add_fetch(parser: argparse.ArgumentParser) -> None:
@@ -214,19 +133,32 @@ def may_fetch(name: str, *, fetch: bool) -> bool:
     return terminal.confirm(f"The file names the model {name}, which is not here. Download it?", otherwise="")
 
 
-def load(path: str, model_name: str | None = None, *, fetch: bool = False) -> "tuple[nn.Module, Tokenizer, Nectar]":
+def load(
+    path: str, args: argparse.Namespace, *, group: "mx.distributed.Group | None" = None
+) -> "tuple[nn.Module, Tokenizer, Nectar]":
     """The model, the tokenizer and the .nectar; NectarError if it is damaged or was fitted on another model.
 
-    model_name: which the user gave. fetch: whether one that only the file names may be downloaded without asking.
+    args: with the options of `add_model`. group: of ranks, as for `models.load`.
     """
-    from . import models, store
+    from . import store
     from .models import hub
 
     file = hub.nectar_file(path)
-    allowed = None if model_name else partial(may_fetch, fetch=fetch)
-    name = model_name or store.model_name(file)
-    model, tokenizer = models.load(name, log=say, progress=progress, may_fetch=allowed)
+    model, tokenizer = load_model(store.model_name(file), args, group=group)
     return model, tokenizer, load_nectar(file, model, tokenizer)
+
+
+def load_model(
+    named: str, args: argparse.Namespace, *, group: "mx.distributed.Group | None" = None
+) -> "tuple[nn.Module, Tokenizer]":
+    """The model that the user gave, else the one that a file names, which is downloaded only if it may be; with the
+    adapter that was given."""
+    from . import models
+
+    allowed = None if args.model else partial(may_fetch, fetch=args.fetch)
+    return models.load(
+        args.model or named, adapter=args.adapter, log=say, progress=progress, may_fetch=allowed, group=group
+    )
 
 
 def load_nectar(file: Path, model: "nn.Module", tokenizer: "Tokenizer", *, name: str = "") -> "Nectar":
@@ -235,12 +167,20 @@ def load_nectar(file: Path, model: "nn.Module", tokenizer: "Tokenizer", *, name:
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
-        nectar = Nectar.load(file, model, tokenizer)
+        try:
+            nectar = Nectar.load(file, model, tokenizer)
+        except NectarError as error:
+            raise NectarError(_named(str(error), file, name)) from error
     for warning in caught:
-        say(str(warning.message))
+        say(_named(str(warning.message), file, name))
     if not nectar.faithful:
         say(f"{name or file.name}: {nectar.verdict}")
     return nectar
+
+
+def _named(message: str, file: Path, name: str) -> str:
+    """A message about a file that a person knows by another name."""
+    return message.replace(str(file), name).replace(file.name, name) if name else message
 
 
 def add_generation(parser: argparse.ArgumentParser) -> None:

@@ -75,7 +75,7 @@ def _option(action: argparse.Action) -> Option:
 
 def _words(text: str) -> str:
     """A help text on one line, cut at a word, without what shells treat specially."""
-    text = " ".join(text.replace("%%", "%").split()).translate(str.maketrans("", "", "'\"`$\\[]:;|&<>{}"))
+    text = " ".join(text.replace("%%", "%").split()).translate(str.maketrans("'", "’", '"`$\\[]:;|&<>{}'))
     return text if len(text) <= 60 else text[:60].rpartition(" ")[0] + " …"
 
 

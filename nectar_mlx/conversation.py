@@ -136,6 +136,6 @@ class LocalConversation:
 
     def figures(self, ended: Ended) -> str:
         """One line about the last answer."""
-        live, peak = self.nbytes / 2**20, mx.get_peak_memory() / 2**30
+        live, peak = self.nbytes / 1e6, mx.get_peak_memory() / 1e9
         speed = f"{ended.tokens} tokens, {ended.tokens_per_second:.1f} tokens/s"
-        return f"[{speed}, conversation {live:.1f} MiB, peak {peak:.2f} GiB]"
+        return f"[{speed}, conversation {live:.1f} MB, peak {peak:.2f} GB]"

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.metadata
+import importlib.util
 import json
 import platform
 import shutil
@@ -11,7 +12,7 @@ from pathlib import Path
 
 from . import __version__, cli, settings
 from .core import blas
-from .core.files import cache_folder, state_folder
+from .core.folders import cache_folder, state_folder
 from .core.types import JsonObject
 from .errors import NectarError
 
@@ -112,6 +113,18 @@ def _settings() -> JsonObject:
     return facts | {name: str(value) for name, value in vars(found).items() if value is not None}
 
 
+def _extras() -> JsonObject:
+    """What some commands need beside the rest, and what installs it."""
+    from .documents import ocr
+
+    packages = {"JSON and forced function calls": ("llguidance", "json"), "charts": ("matplotlib", "plot")}
+    facts: JsonObject = {
+        what: bool(importlib.util.find_spec(package)) or f"pip install 'nectar-mlx[{extra}]' has it"
+        for what, (package, extra) in packages.items()
+    }
+    return facts | {"text recognition": bool(ocr.available()) or ocr.advice()}
+
+
 def _folders() -> JsonObject:
     return {"cache": str(cache_folder()), "history": str(state_folder())}
 
@@ -123,6 +136,7 @@ _PARTS: dict[str, Callable[[], JsonObject]] = {
     "BLAS": _blas,
     "kernels": _kernels,
     "models": _models,
+    "extras": _extras,
     "settings": _settings,
     "folders": _folders,
 }
@@ -161,9 +175,13 @@ def _words(name: str, value: object) -> str:
         return plain if value == "ops" else f"{plain}; --kernels compares all"
     if name in ("system", "mlx_device", "library", "file"):
         return str(value)
+    if name == "exists":
+        return "is read" if value else "not written yet"
     if isinstance(value, bool):
         return name if value else f"{name}: no"
-    return f"{name.replace('_', ' ')} {'by the library' if value is None else value}"
+    if value is None:
+        return f"{name.replace('_', ' ')} by the library"
+    return f"{name.replace('_', ' ')}{': ' if ' ' in str(value) else ' '}{value}"
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.output import create_output
 
 from .core import terminal
-from .core.files import state_folder
+from .core.folders import state_folder
 
 
 class Editor:

@@ -22,9 +22,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = cli.Parser("evaluate", "Compares a .nectar with full attention and with other ways to shrink a cache.")
-    parser.add_argument("nectar", nargs="+", help="a .nectar file; several of one text make a curve")
-    parser.add_argument("--model", help="the model to use (default: the name of the one it was fitted on)")
-    cli.add_fetch(parser)
+    parser.add_argument("nectar", nargs="+", metavar="FILE", help="a .nectar file; several of one text make a curve")
+    cli.add_model(parser)
     parser.add_argument("--questions", metavar="FILE", help="your own, one a line, or JSON lines")
     names = ", ".join(b.slug for b in baselines.BASELINES.values())
     extra = ", ".join(b.slug for b in baselines.BASELINES.values() if b.extra)
@@ -59,9 +58,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _work(arguments: argparse.Namespace) -> None:
+    for path in arguments.nectar:
+        hub.nectar_file(path)  # before anything is asked
     options = _options(arguments)
     started = time.perf_counter()
-    model, tokenizer, first = cli.load(arguments.nectar[0], arguments.model, fetch=arguments.fetch)
+    model, tokenizer, first = cli.load(arguments.nectar[0], arguments)
     loaded = time.perf_counter() - started
     files = {arguments.nectar[0]: first}
     files |= {path: cli.load_nectar(hub.nectar_file(path), model, tokenizer) for path in arguments.nectar[1:]}

@@ -16,7 +16,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = cli.Parser("export", "Writes a .nectar's nodes (keys, values, biases) for other engines.")
-    parser.add_argument("nectar", help="a .nectar file, or the id of one on the hub (user/name)")
+    parser.add_argument("nectar", metavar="FILE", help="a .nectar file, or the id of one on the hub (user/name)")
     parser.add_argument("output", type=Path, help="the safetensors file to write")
     parser.add_argument("--dtype", choices=tuple(interchange.DTYPES), default="float16", help="of the nodes (float16)")
     parser.add_argument(

@@ -6,10 +6,11 @@ import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import cli, settings, store
+from . import cli, ranks, settings, store
 from .core.clock import duration
 from .core.progress import no_log, silent
 from .core.types import JsonObject
@@ -31,6 +32,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--model", help="a name (Qwen3-1.7B), a folder, a .gguf file or a hub id (default: what is here)"
     )
+    cli.add_adapter(parser)
     parser.add_argument("--context", required=True, nargs="+", metavar="FILE", help="files and folders to read")
     parser.add_argument(
         "--include", nargs="+", default=[], metavar="PATTERN", help="of a folder read only these: '*.md'"
@@ -88,6 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     kept = parser.add_mutually_exclusive_group()
     kept.add_argument("--resume", action="store_true", help="continue an interrupted fit; fail if it was another one")
     kept.add_argument("--fresh", action="store_true", help="start anew (default: continue an interrupted fit)")
+    ranks.add_option(parser)
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     return parser
 
@@ -107,11 +110,11 @@ def _work(arguments: argparse.Namespace) -> None:
         _show(reading, arguments)
         return
     from . import models
-    from .fitting import pipeline
+    from .fitting import pipeline, sharded
     from .fitting.checkpoint import Checkpoint
     from .fitting.config import FitConfig, effort, parse_budget, parse_size
     from .fitting.distributed import World
-    from .installed import default_model
+    from .installed import choose
     from .nectar import Nectar
 
     names = ("kind", "bits", "queries", "steps", "seed", "context_tokens", "memory", "layerwise", "prefill")
@@ -123,18 +126,23 @@ def _work(arguments: argparse.Namespace) -> None:
     else:
         options["size"] = parse_size(arguments.size)
     config = FitConfig(**options)
-    arguments.model = arguments.model or default_model(log=cli.say)
-    check_output(output, arguments.force, {"model": arguments.model, "config": asdict(config)}, reading.as_list())
-    world = World.here()
+    choose(arguments, log=cli.say)
+    models.resolve(arguments.model, log=cli.say, progress=cli.progress)  # one that there is, before anything is asked
+    wanted = {"model": arguments.model, "adapter": arguments.adapter or "", "config": asdict(config)}
+    check_output(output, arguments.force, wanted, reading.as_list())
+    group, world = ranks.group(arguments), World.here()
     folder = output.with_name(output.name + (".partial" if world.first else f".rank-{world.rank}.partial"))
     checkpoint = Checkpoint(folder, must_match=arguments.resume, log=cli.say)
     with checkpoint.held():
         if arguments.fresh:
             checkpoint.empty()
-        model, tokenizer = models.load(arguments.model, log=cli.say, progress=cli.progress)
+        model, tokenizer = models.load(
+            arguments.model, adapter=arguments.adapter, log=cli.say, progress=cli.progress, group=group
+        )
+        fit = sharded.fit if group else partial(pipeline.fit, checkpoint=checkpoint)
         try:
             with cli.overall() if world.first else nullcontext(silent) as progress:
-                fitted = pipeline.fit(
+                fitted = fit(
                     model,
                     tokenizer,
                     reading.text,
@@ -142,7 +150,6 @@ def _work(arguments: argparse.Namespace) -> None:
                     name=arguments.model,
                     source=", ".join(Path(c).name for c in arguments.context),
                     progress=progress,
-                    checkpoint=checkpoint,
                     log=cli.say if world.first else no_log,
                     world=world,
                 )
@@ -158,18 +165,18 @@ def _work(arguments: argparse.Namespace) -> None:
             raise
         checkpoint.clear()
     _report(output, nectar, as_json=arguments.json)
-    cli.say(reading.summary())
+    cli.say(nectar.text(tokenizer).summary())
 
 
 def _show(reading: "Reading", arguments: argparse.Namespace) -> None:
     """What would be read, and what the fit would take."""
-    from .installed import default_model
+    from .installed import choose
 
     for report in reading.files:
         cli.say(report.describe())
     without_model = ""
     try:
-        arguments.model = arguments.model or default_model(log=cli.say)
+        choose(arguments, log=cli.say)
     except NectarError as error:
         without_model = str(error)
     tokens, counted = _tokens(reading.text, arguments.model)
@@ -206,7 +213,8 @@ def _estimate(arguments: argparse.Namespace, tokens: int) -> JsonObject:
     from .fitting.machines import here, named_shape, settings
 
     machine = here()
-    options = settings(machine, budget=arguments.size or arguments.budget or "auto", kind=arguments.kind)
+    budget = arguments.size or arguments.budget or "auto"
+    options = settings(machine, budget=budget, kind=arguments.kind, effort=arguments.effort)
     count = min(tokens, arguments.context_tokens or tokens)
     expected = estimate(named_shape(arguments.model), machine, options, max(1, count))
     return {"seconds": round(expected.seconds, 1), "file_bytes": int(expected.size), "basis": machine.basis}

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 from . import cli, settings
 from .core.types import JsonObject, Tokenizer
 from .errors import NectarError
-from .library import Added, Document, Library, ModelFitter, Routing
+from .installed import choose
+from .library import Added, Document, Identity, Library, ModelFitter, Routing
 
 if TYPE_CHECKING:
     import mlx.nn as nn
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `fitter`."""
-    parser.add_argument("--model", help="fit on this model (default: the library's, at first the settings')")
+    parser.add_argument("--model", help="fit on this model (default: the library's, at first what `nectar fit` takes)")
+    cli.add_adapter(parser)
     parser.add_argument("--budget", metavar="SHARE", help="bytes to keep, as for `nectar fit`; kept for later calls")
     parser.add_argument("--kind", help="of head function, as for `nectar fit`; kept for later calls")
     parser.add_argument("--steps", type=int, metavar="N", help="steps of the regression; kept for later calls")
@@ -56,13 +58,21 @@ def fitter(library: Library, args: argparse.Namespace) -> ModelFitter:
         options |= parse_budget(budget)
     options |= {n: value for n in ("kind", "steps", "queries") if (value := getattr(args, n)) is not None}
     FitConfig(**options)  # refuses what is wrong before any file is read
-    name = args.model or (known.name if known is not None else settings.read().model)
-    if not name:
-        raise NectarError("say which model to fit on: --model Qwen3-1.7B, say; later calls take the same one")
+    name, adapter = _model(args, known)
     if Path(name).expanduser().exists():
         name = str(Path(name).expanduser().absolute())  # the library is asked from other folders, too
     library.options = options
-    return ModelFitter(name, options, log=cli.say)
+    if adapter:
+        adapter = str(Path(adapter).expanduser().absolute())
+    return ModelFitter(name, options, adapter=adapter, log=cli.say)
+
+
+def _model(args: argparse.Namespace, known: Identity | None) -> tuple[str, str]:
+    """The model to fit on and its adapter, "" for none: those given, else the library's, else the default ones."""
+    if args.model is None and known is not None:
+        return known.name, args.adapter or known.adapter
+    choose(args, log=cli.say)
+    return args.model, args.adapter or ""
 
 
 def report(added: Added, *, as_json: bool) -> None:
@@ -161,11 +171,14 @@ class Questions:
 
         wanted = self.args.model or document.model
         if self._base is None or self._base[0] != wanted:
-            self._base, self._nectar = (wanted, *models.load(wanted, log=cli.say)), None
+            identity = self.library.identity
+            adapter = self.args.adapter or (identity.adapter if identity and identity.name == wanted else "")
+            self._base, self._nectar = (wanted, *models.load(wanted, adapter=adapter or None, log=cli.say)), None
         if self._nectar is None or self.document is None or self.document.file != document.file:
             assert document.file is not None
             self._nectar = cli.load_nectar(document.file, self._base[1], self._base[2], name=document.name)
         self.document = document
+        self._nectar.about(document.name)
         return self._base[1], self._base[2], self._nectar
 
     def _likelihoods(self, documents: Sequence[Document], question: str) -> list[float]:

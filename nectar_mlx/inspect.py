@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = cli.Parser("inspect", "Shows what is in a .nectar, after checking that it is whole.")
-    parser.add_argument("nectar", help="a .nectar file, or the id of one on the hub (user/name)")
+    parser.add_argument("nectar", metavar="FILE", help="a .nectar file, or the id of one on the hub (user/name)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
 
@@ -44,10 +44,15 @@ def _work(args: argparse.Namespace) -> None:
     print()
     shown = {name: value for name, value in facts.items() if name != "report"} | facts["report"]
     for name, value in shown.items():
-        if name not in _PACKED and not isinstance(value, list | dict):  # per head: for --json
+        # What is per head is for --json, and what is not there is nothing to read.
+        if name not in _PACKED and not isinstance(value, list | dict) and not _is_absent(value):
             cli.row(name.replace("_", " "), _readable(name, value))
     for file in facts["report"].get("files", []):
         cli.row("document", _file(file))
+
+
+def _is_absent(value: object) -> bool:
+    return value is None or value == "" or (type(value) is int and value == 0)
 
 
 def describe(path: Path) -> JsonObject:
@@ -59,6 +64,7 @@ def describe(path: Path) -> JsonObject:
         "file": str(path),
         "file_bytes": path.stat().st_size,
         "model": metadata["model"],
+        "adapter": metadata.get("adapter", {}).get("path", ""),
         "source": metadata.get("source", ""),
         "context_tokens": len(nectar.prefix),
         "chunks": max(1, len(nectar.chunks)),
@@ -76,6 +82,7 @@ def describe(path: Path) -> JsonObject:
         "keys_file_bytes": keys.stat().st_size if nectar.is_hybrid and keys.is_file() else 0,
         "share_of_kv_cache": round(nectar.nbytes / nectar.cache_nbytes, 5),
         "model_sha256": metadata["model_sha256"],
+        "adapter_sha256": metadata.get("adapter", {}).get("sha256", ""),
         "tokenizer_sha256": metadata["tokenizer_sha256"],
         "nectar_mlx": metadata["nectar_mlx"],
         "config": metadata.get("config", {}),
@@ -95,7 +102,7 @@ def _file(file: JsonObject) -> str:
 
 def _readable(name: str, value: object) -> str:
     if name.endswith("_bytes") and isinstance(value, int):
-        return f"{value / 2**20:.2f} MiB ({value:,} bytes)"
+        return f"{value / 1e6:,.2f} MB ({value:,} bytes)"
     if name.endswith("sha256"):
         return f"{value}"[:16]
     if isinstance(value, dict):

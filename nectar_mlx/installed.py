@@ -1,5 +1,6 @@
 """The models on this machine, and the one that a command takes if it is not told."""
 
+import argparse
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +53,13 @@ def default_model(*, log: Log) -> str:
     model = fitting[0]
     log(f"model: {model.name} ({model.where}); --model takes another one")
     return model.name
+
+
+def choose(args: argparse.Namespace, *, log: Log) -> None:
+    """Where the user gave no `model`: the default one, with the settings' adapter unless another is given."""
+    if args.model is None:
+        args.adapter = args.adapter or settings.read().adapter
+        args.model = default_model(log=log)
 
 
 def _in_cache() -> list[Installed]:

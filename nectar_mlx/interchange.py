@@ -50,6 +50,7 @@ def write_nodes(nectar: Nectar, path: str | Path, *, dtype: str = "float16") -> 
         "format_version": VERSION,
         "model": str(nectar.metadata["model"]),
         "model_sha256": str(nectar.metadata["model_sha256"]),
+        "adapter": str(nectar.metadata.get("adapter", {}).get("path", "")),
         "start": str(nectar.start),
         "scale": repr(float(nectar.geometry.scale)),
         "windows": json.dumps({str(layer): window.size for layer, window in windows.items()}),

@@ -21,13 +21,15 @@ from .kernels import DecodeKernel
 from .mlxlm import attention_patch, prompts
 from .mlxlm.kept import make_caches
 from .models import hub
-from .retrieval import ChunkIndex, HybridBank, HybridContext, KeyFile, citing, find_keys, kv_path, recording, sources
+from .models.sharding import shard_of
+from .retrieval import HybridBank, HybridContext, KeyFile, citing, find_keys, kv_path, recording
 from .retrieval.citing import Cited
+from .retrieval.fitted_text import FittedText
 from .retrieval.likelihood import log_likelihood
 from .retrieval.passages import Passages
 from .retrieval.recall import Recall
 from .retrieval.sources import Source
-from .store import Layout, chunking, load
+from .store import Layout, chunking, load, sharding
 from .store import text as kept_text
 from .store.chunking import ChunkedPrefix
 from .store.kv_file import remove_stale_keys
@@ -63,9 +65,8 @@ class Nectar:
         self.geometry, self.layout = load.geometry(metadata), Layout(**metadata["layout"])
         ids: Any = tensors["prefix"].tolist()
         self.prefix: list[int] = ids
-        self._text = ChunkedPrefix.checked(self.prefix, metadata.get("chunks", []))
-        self._chunk_of: tuple[ChunkedPrefix, JsonObject, int] | None = None  # the whole text, its report, which chunk
-        self.chunks = list(self._text.lengths)
+        self._ids = ChunkedPrefix.checked(self.prefix, metadata.get("chunks", []))
+        self.chunks = list(self._ids.lengths)
         self.report: JsonObject = metadata["report"]
         if not isinstance(self.report, dict):
             raise NectarError("the file is damaged: its report is none")
@@ -74,8 +75,7 @@ class Nectar:
         shapes = {(x.n_kv_heads, x.head_dim, x.scale) for x in (self.layout, self.geometry)}
         if len(self.banks) != len(self.geometry.fitted) or len(shapes) > 1:
             raise NectarError("the file is damaged: its heads are not those of its model")
-        self._index: ChunkIndex | None = None
-        self._passages: Passages | None = None
+        self._text = FittedText(self._ids, self.report, name=str(metadata.get("source") or ""))
 
     def __repr__(self) -> str:
         share = f"{self.nbytes / max(1, self.cache_nbytes):.2%} of the KV cache"
@@ -119,11 +119,14 @@ class Nectar:
     ) -> Self:
         """Reads a .nectar to answer from: a file, or one on the hub (user/name). like: the metadata of one that
         was loaded with this model and tokenizer: where both name the same, it is not computed again that they fit.
+        Of a model that is divided among ranks (`models.sharding`) it has the heads of this one's part.
 
         NectarError unless it is whole and was fitted on this very model (and tokenizer, if one is given). Warns where
         the keys beside it are missing or damaged: then no key is read exactly.
         """
         nectar = cls.read(path)
+        if (shard := shard_of(model)) is not None:
+            nectar = cls(*sharding.part(nectar.tensors, nectar.metadata, rank=shard.rank, size=shard.size))
         if like is None or not load.same_model(nectar.metadata, like):
             load.check_model(path, nectar.metadata, model, tokenizer)
         nectar.windows = load.as_computed(nectar.windows, model)
@@ -190,13 +193,12 @@ class Nectar:
         caches: those that the answer was written with, token by token; where they read exact keys, attention counts.
         chunk: the one that it was answered from (from 0); None for the whole text.
         """
-        passages = self.passages(tokenizer)
-        attention = self.hybrid.attended(caches, passages)
-        whole = self._text
-        if self._chunk_of is not None:
-            whole, _, chunk = self._chunk_of
-        within = None if chunk is None else _characters(tokenizer, whole, chunk)
-        return sources.find(passages, question, answer, attention=attention, within=within, count=count)
+        attention = self.hybrid.attended(caches, self.passages(tokenizer))
+        return self._text.sources(tokenizer, question, answer, attention=attention, chunk=chunk, count=count)
+
+    def about(self, document: str) -> None:
+        """Answers are about this one of the documents in the text: sources name no other, if the text holds it."""
+        self._text.about = document
 
     def cite(self, tokenizer: Tokenizer, question: str, answer: str, found: Sequence[Source]) -> Cited:
         """The answer with a mark behind each sentence: the source that supports it, or that none does."""
@@ -208,26 +210,30 @@ class Nectar:
 
         NectarError if what the file holds of them is damaged.
         """
-        name = str(self.metadata.get("source") or "")
-        whole, report, _ = self._chunk_of or (self._text, self.report, 0)
-        return kept_text.kept(report, tokenizer, whole.ids, name=name)
+        return self._text.reading(tokenizer)
 
     def passages(self, tokenizer: Tokenizer) -> Passages:
         """The passages of `text`; made once, for a file belongs to one tokenizer."""
-        if self._passages is None:
-            self._passages = Passages(self.text(tokenizer))
-        return self._passages
+        return self._text.passages(tokenizer)
 
     def keep(self, reading: Reading, tokenizer: Tokenizer) -> None:
         """Keeps in the report which documents it was fitted to, so that sources can name them."""
         self.report |= kept_text.keep(reading, tokenizer, self.prefix)
 
-    def prompt(self, tokenizer: Tokenizer, messages: str | Sequence[prompts.Message], **template: Any) -> list[int]:
+    def prompt(
+        self,
+        tokenizer: Tokenizer,
+        messages: str | Sequence[prompts.Message],
+        *,
+        tools: Sequence[JsonObject] | None = None,
+        **template: Any,
+    ) -> list[int]:
         """The token ids that follow the prefix, up to where the answer starts.
 
-        messages: a question, or a conversation in mlx-lm's form. template: arguments of the chat template.
+        messages: a question, or a conversation in mlx-lm's form. tools: functions that the model may call, in OpenAI's
+        form. template: arguments of the chat template.
         """
-        return prompts.prompt(tokenizer, messages, **template)
+        return prompts.prompt(tokenizer, messages, tools=tools, **template)
 
     def logits_processors(self) -> list[Callable[[mx.array, mx.array], mx.array]]:
         """For one conversation with mlx-lm: recall (`retrieval.recall`), where the fit found that it helps; else none.
@@ -239,26 +245,15 @@ class Nectar:
     @contextmanager
     def attach(self, model: nn.Module) -> Iterator[nn.Module]:
         """Inside, every mlx-lm entry point that makes a cache for the model starts behind the context."""
-        attention_patch.route(model)
-        before = vars(model).get("make_cache")
-        model.make_cache = self.make_cache
-        try:
+        with attention_patch.attached(model, self.make_cache):
             yield model
-        finally:
-            del model.make_cache
-            if before is not None:
-                model.make_cache = before
 
     def nearest(self, tokenizer: Tokenizer, question: str) -> int | None:
         """The number (from 0) of the chunk that a question is about, by its words (BM25).
 
         None where no word tells, where there are no chunks, and where sliding-window layers keep the last one alone.
         """
-        if not self.chunks or self.windows:
-            return None
-        if self._index is None:  # counted once, with the first tokenizer: a file belongs to one
-            self._index = ChunkIndex(tokenizer, [self._text.body(n) for n in range(len(self.chunks))])
-        return self._index.nearest(question)
+        return self._text.nearest(tokenizer, question) if self.chunks and not self.windows else None
 
     def log_likelihood(self, model: nn.Module, prompt: Sequence[int]) -> float:
         """How likely a prompt is behind the context, in nats. prompt: the token ids of `prompt`."""
@@ -281,17 +276,17 @@ class Nectar:
         """
         if self.windows:
             raise NectarError("this model's layers with a sliding window keep the last chunk alone: use all of them")
-        tensors = chunking.take(self.layout, self.tensors, self._text, number)
+        tensors = chunking.take(self.layout, self.tensors, self._ids, number)
         report = {name: value for name, value in self.report.items() if name not in kept_text.KEYS}
         own = {"chunks": [], "report": report, "prefix_sha256": store.prefix_digest(tensors)}
         part = type(self)(tensors, self.metadata | own)
-        part._chunk_of = self._text, self.report, number
+        part._text = self._text.of_chunk(number)
         return part
 
     @property
     def start(self) -> int:
         """The position of the token that follows: behind the prefix, or behind its longest chunk."""
-        return self._text.start
+        return self._ids.start
 
     @property
     def nbytes(self) -> int:
@@ -346,9 +341,3 @@ class Nectar:
     @cached_property
     def _kernels(self) -> list[DecodeKernel] | None:
         return load.decode_kernels(self._without_retrieval, self.layout, self.tensors)
-
-
-def _characters(tokenizer: Tokenizer, text: ChunkedPrefix, chunk: int) -> tuple[int, int]:
-    """Where a chunk starts and ends in a text."""
-    start, end = (len(prompts.document(tokenizer, text.ids[:at])) for at in text.bounds(chunk))
-    return start, end

@@ -4,16 +4,10 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from . import cli
 from .core.clock import duration
 from .core.types import JsonObject
-
-if TYPE_CHECKING:
-    from .fitting.estimate import Machine, Shape
-
-TOKENS = (10_000, 100_000, 1_000_000, 10_000_000)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,8 +19,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", nargs="+", metavar="NAME", help="published names, or folders (all known ones)")
     parser.add_argument("--tokens", type=cli.size, nargs="+", metavar="N", help="of the text: 50000, 50k (10k to 10M)")
     parser.add_argument("--machine", metavar="NAME", help="only machines with this in their name, such as M4 or H100")
+    parser.add_argument(
+        "--machines", type=int, default=1, metavar="N", help="equal ones that share the fit, 1 to 8 (1)"
+    )
     parser.add_argument("--budget", default="auto", metavar="SHARE", help="as for fit (auto: counted as 4%%)")
     parser.add_argument("--kind", default="auto", help="as for fit (auto)")
+    parser.add_argument("--effort", default="normal", help="as for fit: quick, normal or best (normal)")
     parser.add_argument("--json", action="store_true", help="print one JSON list")
     return parser
 
@@ -39,39 +37,23 @@ def _work(arguments: argparse.Namespace) -> None:
     named = [machine for machine in (machines.here(), *machines.MACHINES) if chosen.lower() in machine.name.lower()]
     if not named:
         raise NectarError(f"no machine with {chosen!r} in its name: {', '.join(m.name for m in machines.MACHINES)}")
-    if not all(arguments.tokens or TOKENS):
+    if not 1 <= arguments.machines <= 8:
+        raise NectarError(f"--machines must be 1 to 8, not {arguments.machines}")
+    if not all(arguments.tokens or machines.TOKENS):
         raise NectarError("--tokens must be at least 1")
+    options = {name: getattr(arguments, name) for name in ("budget", "kind", "effort")}
+    configs = [(machine, machines.settings(machine, **options)) for machine in named]
     shapes = [machines.named_shape(name) for name in arguments.model or machines.SHAPES]
     rows = [
-        _row(shape, tokens, machine, budget=arguments.budget, kind=arguments.kind)
+        machines.planned(shape, tokens, machine, config, machines=arguments.machines)
         for shape in shapes
-        for tokens in arguments.tokens or TOKENS
-        for machine in named
+        for tokens in arguments.tokens or machines.TOKENS
+        for machine, config in configs
     ]
     if arguments.json:
         print(json.dumps(rows))
     else:
         _show(rows)
-
-
-def _row(shape: "Shape", tokens: int, machine: "Machine", *, budget: str, kind: str) -> JsonObject:
-    from .fitting.estimate import estimate
-    from .fitting.machines import settings
-
-    expected = estimate(shape, machine, settings(machine, budget=budget, kind=kind), tokens)
-    return {
-        "model": shape.name,
-        "tokens": tokens,
-        "machine": machine.name,
-        "seconds": round(expected.seconds, 1),
-        "memory_bytes": int(expected.memory),
-        "file_bytes": int(expected.size),
-        "disk_bytes": int(expected.size + expected.disk),
-        "chunks": expected.chunks,
-        "layerwise": expected.layerwise,
-        "fits": expected.memory <= machine.memory,
-        "basis": machine.basis,
-    }
 
 
 def _show(rows: Sequence[JsonObject]) -> None:
@@ -84,9 +66,8 @@ def _show(rows: Sequence[JsonObject]) -> None:
         how += ["layer by layer"] if row["layerwise"] else []
         time = duration(row["seconds"]) if row["fits"] else "does not fit"
         memory, size = f"{row['memory_bytes'] / 1e9:,.1f} GB", f"{row['file_bytes'] / 1e6:,.1f} MB"
-        table.add_row(
-            row["model"], f"{row['tokens']:,}", row["machine"], time, memory, size, ", ".join(how), row["basis"]
-        )
+        machine = row["machine"] if row["machines"] == 1 else f"{row['machines']} × {row['machine']}"
+        table.add_row(row["model"], f"{row['tokens']:,}", machine, time, memory, size, ", ".join(how), row["basis"])
     Console(width=None if sys.stdout.isatty() else 160).print(table)
     cli.say("estimates: times may be off by half, and on machines that are calculated by more")
 

@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = cli.Parser("push", "Shares a .nectar on the Hugging Face hub; every command then takes user/name for it.")
-    parser.add_argument("nectar", type=Path, help="the .nectar file")
+    parser.add_argument("nectar", type=Path, metavar="FILE", help="the .nectar file")
     parser.add_argument("repository", help="user/name")
     parser.add_argument("--public", action="store_true", help="everybody can see it (default: you alone)")
     parser.add_argument("--yes", action="store_true", help="do not ask before a text is made public")
@@ -49,7 +49,7 @@ def _work(args: argparse.Namespace) -> None:
         raise NectarError("nothing is uploaded")
     if args.public and public is False:
         cli.say(f"{args.repository} is private and stays so; its page on the hub can change that")
-    cli.say(f"uploading {', '.join(map(str, paths))} ({size / 2**20:.1f} MiB) to {args.repository}")
+    cli.say(f"uploading {', '.join(map(str, paths))} ({size / 1e6:.1f} MB) to {args.repository}")
     print(hub.upload(args.repository, files, private=not args.public))
 
 
@@ -84,11 +84,13 @@ def card(facts: JsonObject, repository: str, sums: Mapping[str, str]) -> str:
         "model": f"`{facts['model']}` (fingerprint `{facts['model_sha256'][:16]}`)",
         "context": f"{facts['context_tokens']:,} tokens of {facts['source'] or 'an unnamed text'}",
         "kind": f"{facts['kind']}, {facts['bits']} bits",
-        "size": f"{facts['parameter_bytes'] / 2**20:.2f} MiB, {facts['share_of_kv_cache']:.2%} of the KV cache in bf16",
+        "size": f"{facts['parameter_bytes'] / 1e6:.2f} MB, {facts['share_of_kv_cache']:.2%} of the KV cache in bf16",
         **_fidelity(facts["report"]),
     }
+    if digest := facts["adapter_sha256"]:
+        rows["adapter"] = f"`{facts['adapter']}` (fingerprint `{digest[:16]}`)"
     if keys := facts["keys_file_bytes"]:
-        rows["exact keys"] = f"{keys / 2**20:.1f} MiB beside it, of which each step reads a little"
+        rows["exact keys"] = f"{keys / 1e6:.1f} MB beside it, of which each step reads a little"
     rows |= {f"sha256 of {name}": f"`{digest}`" for name, digest in sums.items()}
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
     base = f"base_model: {facts['model']}\n" if facts["model"].count("/") == 1 and facts["model"][0] != "/" else ""

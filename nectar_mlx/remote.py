@@ -4,7 +4,6 @@ Nothing here imports MLX, which alone takes longer than such an answer.
 """
 
 import argparse
-import http.client
 import json
 import socket
 import time
@@ -24,7 +23,8 @@ if TYPE_CHECKING:
 
 _CONNECT, _SILENCE = 0.5, 120.0  # seconds to connect, and without a byte: a server that is busy sends one every ten
 _READING = ("sources", "bytes_read_per_token")
-_BROKEN = (OSError, http.client.HTTPException, ValueError, KeyError, TypeError, AttributeError)
+_BROKEN = (OSError, ValueError, LookupError, TypeError, AttributeError)
+_MOST_HEAD = 100  # lines of an answer's head
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -40,10 +40,8 @@ def reply(args: argparse.Namespace, messages: Sequence[Mapping[str, str]]) -> "R
     path = Path(args.nectar)
     if _needs_model(args) or (found := local_server.find(path)) is None:
         return None
-    connection = _Connection(found.socket)
     try:
-        connection.request("POST", "/v1/chat/completions", _body(found.name, args, messages), _headers(found))
-        response = connection.getresponse()
+        response = _Response(found, _body(found.name, args, messages))
         if response.status == 200:
             if len(messages) == 1:
                 cli.say(f"answered by the server that runs here{_not_faithful(_header(path))}")
@@ -61,7 +59,7 @@ def reply(args: argparse.Namespace, messages: Sequence[Mapping[str, str]]) -> "R
 
 def _needs_model(args: argparse.Namespace) -> bool:
     """Whether an option is not a server's."""
-    return bool(args.here or args.model or args.kv_bits or getattr(args, "cite", False) or args.library)
+    return bool(args.here or args.model or args.adapter or args.kv_bits or getattr(args, "cite", False) or args.library)
 
 
 def conversation(args: argparse.Namespace) -> "Conversation | None":
@@ -75,7 +73,7 @@ def conversation(args: argparse.Namespace) -> "Conversation | None":
 class Reply:
     """One answer; iterate over it once."""
 
-    def __init__(self, response: http.client.HTTPResponse, args: argparse.Namespace, header: "JsonObject"):
+    def __init__(self, response: "_Response", args: argparse.Namespace, header: "JsonObject"):
         self._response, self._args, self._header = response, args, header
         self._usage: JsonObject = {}
         self._extra: JsonObject = {}
@@ -178,26 +176,37 @@ class Conversation:
         return f"[{ended.tokens} tokens, {ended.tokens_per_second:.1f} tokens/s, by the server]"
 
 
-class _Connection(http.client.HTTPConnection):
-    """HTTP over a Unix socket."""
+class _Response:
+    """The answer to a question, over HTTP 1.0 on a Unix socket: a body that ends with the connection.
 
-    def __init__(self, path: Path):
-        super().__init__("localhost", timeout=_SILENCE)
-        self._path = path
+    `http.client` would take as long to import as everything else here together.
+    """
 
-    def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.sock.settimeout(_CONNECT)
-        self.sock.connect(str(self._path))
-        self.sock.settimeout(_SILENCE)
+    def __init__(self, found: Found, body: bytes):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:  # `_file` keeps it open
+            connection.settimeout(_CONNECT)
+            connection.connect(str(found.socket))
+            connection.settimeout(_SILENCE)
+            key = [f"Authorization: Bearer {found.key}"] if found.key else []
+            head = ["POST /v1/chat/completions HTTP/1.0", "Host: localhost", "Content-Type: application/json", *key]
+            connection.sendall("\r\n".join([*head, f"Content-Length: {len(body)}", "", ""]).encode() + body)
+            self._file = connection.makefile("rb")
+        self.status = int(self._file.readline().split()[1])
+        for _ in range(_MOST_HEAD):
+            if not self._file.readline().strip():
+                break
+
+    def __iter__(self) -> Iterator[bytes]:
+        return iter(self._file)
+
+    def read(self) -> bytes:
+        return self._file.read()
+
+    def close(self) -> None:
+        self._file.close()
 
 
-def _headers(found: Found) -> dict[str, str]:
-    key = {"Authorization": f"Bearer {found.key}"} if found.key else {}
-    return {"Content-Type": "application/json", **key}
-
-
-def _body(name: str, args: argparse.Namespace, messages: Sequence[Mapping[str, str]]) -> str:
+def _body(name: str, args: argparse.Namespace, messages: Sequence[Mapping[str, str]]) -> bytes:
     wanted = {
         "model": name,
         "messages": messages,
@@ -213,7 +222,7 @@ def _body(name: str, args: argparse.Namespace, messages: Sequence[Mapping[str, s
         "sources": args.sources or bool(getattr(args, "json", False)),
         "chat_template_kwargs": {"enable_thinking": args.think},
     }
-    return json.dumps({name: value for name, value in wanted.items() if value is not None})
+    return json.dumps({name: value for name, value in wanted.items() if value is not None}).encode()
 
 
 def _header(path: Path) -> "JsonObject":

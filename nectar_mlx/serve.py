@@ -24,12 +24,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def make_parser() -> argparse.ArgumentParser:
     parser = cli.Parser("serve", "Serves .nectar files over HTTP, as OpenAI and Ollama do; a file's name is a model's.")
     parser.add_argument(
-        "nectars", nargs="+", metavar="nectar", help="files, folders of them, ids on the hub; or: library"
+        "nectars", nargs="+", metavar="FILE", help="files, folders of them, ids on the hub; or: library"
     )
-    parser.add_argument("--model", help="the model to use (default: the name of the one the files were fitted on)")
+    cli.add_model(parser)
     cli.add_library(parser)
     agent.add_options(parser, cli.say)
-    cli.add_fetch(parser)
     cli.add_retrieval(parser)
     _add_access(parser)
     _add_generation(parser)
@@ -50,7 +49,7 @@ def _add_access(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--allowed-hosts", type=_names, default=[], metavar="NAMES", help="names of this machine, besides its own"
     )
-    parser.add_argument("--max-body", type=cli.size, default=8 << 20, metavar="SIZE", help="largest request (8 MiB)")
+    parser.add_argument("--max-body", type=cli.size, default=8_000_000, metavar="SIZE", help="largest request (8 MB)")
     parser.add_argument("--max-requests", type=int, default=512, metavar="N", help="open at a time (512)")
     levels = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
     parser.add_argument("--log-level", choices=levels, default="INFO", help="(INFO: a line for each request)")
@@ -118,30 +117,33 @@ def start(args: argparse.Namespace) -> "server.Server":
             memory=args.memory,
         ),
     )
-    library, model = _library(args)
+    library, model, adapter = _library(args)
     nectars = args.nectars if library is None else []
-    return server.start(nectars, model, options, library=library, fetch=args.fetch, log=cli.say)
+    return server.start(nectars, model, options, library=library, adapter=adapter, fetch=args.fetch, log=cli.say)
 
 
-def _library(args: argparse.Namespace) -> "tuple[Library | None, str | None]":
-    """The library, where it is to be served, and the model."""
+def _library(args: argparse.Namespace) -> "tuple[Library | None, str | None, str | None]":
+    """The library, where it is to be served, the model and its adapter."""
     if cli.LIBRARY not in args.nectars:
         if args.library is not None:
             raise NectarError("--library is for `library` in the place of a .nectar")
-        return None, args.model
+        return None, args.model, args.adapter
     if len(args.nectars) > 1:
         raise NectarError("`library` is served alone; a file or folder of that name is ./library")
     from . import from_library
-    from .installed import default_model
+    from .installed import choose
 
     library = from_library.open_library(args)
     identity = library.identity
-    if identity is not None and args.model not in (None, identity.name):
+    if identity is None:
+        choose(args, log=cli.say)
+        return library, args.model, args.adapter
+    if args.model not in (None, identity.name) or args.adapter not in (None, identity.adapter):
         raise NectarError(
-            f"the library is fitted on {identity.name}: leave out --model, or fit it anew with `nectar update --model "
-            f"{args.model}`"
+            f"the library is fitted on {identity.described}: leave out --model and --adapter, or fit it anew with them "
+            "by `nectar update`"
         )
-    return library, identity.name if identity else args.model or default_model(log=cli.say)
+    return library, identity.name, identity.adapter or None
 
 
 def _work(args: argparse.Namespace) -> None:
@@ -154,9 +156,10 @@ def _work(args: argparse.Namespace) -> None:
     maybe_set_recommended_wired_limit()
     running = start(args)
     host = f"[{running.host}]" if ":" in running.host else running.host
+    address = f"http://{host}:{running.port}"
     names = running.service.names
     which = ", ".join(names) if len(names) <= 8 else f"{len(names):,} files"
-    cli.say(f"serving {which} at http://{host}:{running.port}/v1")
+    cli.say(f"serving {which}: a page at {address}/, for programs {address}/v1")
     running.run()
 
 

@@ -1,6 +1,8 @@
-"""The user's defaults: a TOML file with a model, a library and a budget. Options on the command line come first.
+"""The user's defaults: a TOML file with a model, its adapter, a library and a budget. Options on the command line come
+first.
 
 model = "Qwen3-1.7B"
+adapter = "~/adapters/mine"
 library = "~/Documents/nectar"
 budget = "2%"
 """
@@ -20,10 +22,12 @@ _LARGEST = 100_000  # bytes; such a file has a few lines
 class Settings:
     """What the file may set; None where it does not.
 
-    model: for `fit` and `add`, as in --model. library: the folder of the library. budget: as in --budget.
+    model: for `fit` and `add`, as in --model. adapter: of that model, as in --adapter. library: the folder of the
+    library. budget: as in --budget.
     """
 
     model: str | None = None
+    adapter: str | None = None
     library: Path | None = None
     budget: str | None = None
 
@@ -66,7 +70,10 @@ def _checked(table: dict[str, object], file: Path) -> Settings:
             raise NectarError(f'{file}: {name} must be a text in quotes, as in {name} = "{_EXAMPLES[name]}"')
     texts = {name: str(value).strip() for name, value in table.items()}
     library = Path(texts["library"]).expanduser() if "library" in texts else None
-    return Settings(model=texts.get("model"), library=library, budget=texts.get("budget"))
+    if "adapter" in texts and "model" not in texts:
+        raise NectarError(f"{file}: adapter is of a model: set model, too")
+    model, adapter, budget = (texts.get(name) for name in ("model", "adapter", "budget"))
+    return Settings(model=model, adapter=adapter, library=library, budget=budget)
 
 
-_EXAMPLES = {"model": "Qwen3-1.7B", "library": "~/Documents/nectar", "budget": "2%"}
+_EXAMPLES = {"model": "Qwen3-1.7B", "adapter": "~/adapters/mine", "library": "~/Documents/nectar", "budget": "2%"}

@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 
 from . import cli, from_library, update_file
+from .errors import NectarError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,6 +34,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _work(args: argparse.Namespace) -> None:
     library = from_library.open_library(args)
+    if library.is_empty:
+        raise NectarError(f"the library {library.folder.path} is empty: `nectar add FOLDER` fills it")
     fitter = from_library.fitter(library, args)
     added = library.update(fitter, progress=cli.progress, log=cli.say)
     from_library.report(added, as_json=args.json)

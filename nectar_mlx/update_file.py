@@ -4,7 +4,6 @@ import argparse
 import json
 import os
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,8 +35,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--exclude", nargs="+", default=[], metavar="PATTERN", help="of a folder leave these aside")
     parser.add_argument("--strict", action="store_true", help="refuse if a file, or a part of one, cannot be read")
     parser.add_argument("--output", type=Path, help="the file to write (default: the same one)")
-    parser.add_argument("--model", help="the model, if it lies elsewhere than the file says")
-    cli.add_fetch(parser)
+    cli.add_model(parser)
     parser.add_argument("--fresh", action="store_true", help="start anew (default: continue an interrupted update)")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     return parser
@@ -47,10 +45,11 @@ def _work(args: argparse.Namespace) -> None:
     output: Path = args.output or args.file
     store.check_writable(output)
     tensors, metadata = store.read(args.file)
-    from . import documents, models
+    from . import documents
     from .fitting.checkpoint import Checkpoint
     from .fitting.updating import update
     from .nectar import Nectar
+    from .store import load
 
     reading = documents.read(args.context, include=args.include, exclude=args.exclude, strict=args.strict)
     folder = output.with_name(output.name + ".partial")
@@ -58,12 +57,8 @@ def _work(args: argparse.Namespace) -> None:
     with checkpoint.held():
         if args.fresh:
             checkpoint.empty()
-        model, tokenizer = models.load(
-            args.model or metadata["model"],
-            log=cli.say,
-            progress=cli.progress,
-            may_fetch=None if args.model else partial(cli.may_fetch, fetch=args.fetch),
-        )
+        model, tokenizer = cli.load_model(metadata["model"], args)
+        load.check_adapter(args.file, metadata, model)
         try:
             with cli.overall() as progress:
                 outcome = update(

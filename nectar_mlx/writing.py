@@ -2,7 +2,6 @@
 
 import argparse
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 from . import cli
@@ -17,8 +16,7 @@ if TYPE_CHECKING:
     from .nectar import Nectar
 
 
-@dataclass(frozen=True, kw_only=True)
-class Ended:
+class Ended(NamedTuple):
     """How an answer ended. reason: "stop", the model's own end; "length"; or "repetition". peak_bytes: of memory; None
     for a server's answer."""
 

@@ -1,10 +1,13 @@
 """What the tests share. The library comes first: it loads an optimised BLAS, which must precede mlx.core."""
 
 import os
+import signal
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if "PYTEST_XDIST_WORKER" in os.environ:  # a core for each process
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # started in the background of a script, as nohup does
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack

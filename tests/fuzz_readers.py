@@ -1,11 +1,11 @@
 """Looks for files that a reader cannot stand, guided by which of its lines each file reaches.
 
     uv pip install atheris
-    python -m tests.fuzz_readers nectar --seconds 600      (or kv, gguf)
+    python -m tests.fuzz_readers nectar --seconds 600      (or kv, gguf, docx, epub, pdf, html)
 
 Every file must be read, or refused with one line, within a second or so; anything else ends the run with the file.
 Without atheris, and with `--blind`, the seeds are only damaged at random. Checksums are taken for right: a fuzzer would
-find nothing behind them.
+find nothing behind them. What pdfium does in C is not seen, only what becomes of it.
 """
 
 import argparse
@@ -15,7 +15,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from types import FunctionType, ModuleType
 
 import mlx.core as mx
 import numpy as np
@@ -25,17 +27,22 @@ from nectar_mlx import NectarError, store
 from nectar_mlx.models import gguf_file, gguf_settings
 from nectar_mlx.retrieval import KeyFile, sketch
 from nectar_mlx.store import load, tensor_file
+from tests import fuzz_documents
 from tests.models import hostile_gguf
 from tests.store import test_hostile as files
 
 Reader = Callable[[Path], object]
-INSTRUMENTED = ["nectar_mlx.store", "nectar_mlx.core", "nectar_mlx.heads", "nectar_mlx.models"]
+KINDS = ("nectar", "kv", "gguf", *fuzz_documents.KINDS)
+_PARTS = ("store", "core", "heads", "models", "documents", "retrieval", "mlxlm")
+INSTRUMENTED = tuple(f"nectar_mlx.{part}" for part in _PARTS)
 LIMIT = 2.0  # seconds of computing for one file
 TIE = "0" * 64
 
 
 def seeds(kind: str, folder: Path) -> list[bytes]:
     """Good files, small ones."""
+    if kind in fuzz_documents.KINDS:
+        return fuzz_documents.seeds(kind)
     path, made = folder / "seed", list[bytes]()
     if kind == "gguf":
         return [hostile_gguf.written(hostile_gguf.settings(k), hostile_gguf.tensors()) for k in ("gpt2", "llama")]
@@ -51,6 +58,8 @@ def seeds(kind: str, folder: Path) -> list[bytes]:
 
 def reader(kind: str) -> Reader:
     """What reads such a file, without its checksums."""
+    if kind in fuzz_documents.KINDS:
+        return partial(fuzz_documents.read, kind=kind)
     if kind == "gguf":
         return _gguf
     tensor_file.metadata_digest = lambda metadata: metadata.get("digest", "")
@@ -143,37 +152,50 @@ def blind(kind: str, *, seconds: float, seed: int = 0) -> int:
     return 0
 
 
-def guided(kind: str, *, seconds: int) -> None:
+def guided(kind: str, *, seconds: int, corpus: Path | None) -> None:
+    """Ends the process, with 0 if there was no finding. corpus: a folder for what reached new lines, to go on from."""
     import atheris
 
     scratch = tempfile.TemporaryDirectory()
-    corpus, path = Path(scratch.name, "corpus"), Path(scratch.name, "case")
-    corpus.mkdir()
-    for number, data in enumerate(seeds(kind, Path(scratch.name))):
-        (corpus / str(number)).write_bytes(data)
-    read = reader(kind)
+    corpus, path = corpus or Path(scratch.name, "corpus"), Path(scratch.name, "case")
+    corpus.mkdir(exist_ok=True)
+    made, read = seeds(kind, Path(scratch.name)), reader(kind)
+    for number, data in enumerate(made):
+        (corpus / f"seed-{number}").write_bytes(data)
+        path.write_bytes(data)
+        read(path)  # which also imports what is to be instrumented
     for name, module in list(sys.modules.items()):
-        if name.startswith(tuple(INSTRUMENTED)):
-            for member, value in list(vars(module).items()):
-                if getattr(value, "__module__", "") == name and type(value).__name__ == "function":
-                    setattr(module, member, atheris.instrument_func(value))
+        if name.startswith(INSTRUMENTED):
+            for function in _functions(module):
+                atheris.instrument_func(function)
     arguments = [sys.argv[0], str(corpus), f"-max_total_time={seconds}", "-max_len=200000", "-rss_limit_mb=4096"]
-    atheris.Setup([*arguments, "-timeout=20", f"-artifact_prefix={tempfile.gettempdir()}/finding."],
+    atheris.Setup([*arguments, "-timeout=20", f"-artifact_prefix={tempfile.gettempdir()}/finding.{kind}."],
                   lambda data: check(read, path, data))  # fmt: skip
     atheris.Fuzz()
 
 
+def _functions(module: ModuleType) -> Iterator[FunctionType]:
+    """What is defined in a module, methods among it."""
+    own = [x for x in vars(module).values() if getattr(x, "__module__", "") == module.__name__]
+    members = [member for x in own if isinstance(x, type) for member in vars(x).values()]
+    for x in [*own, *members]:
+        x = x.fget if isinstance(x, property) else getattr(x, "__func__", x)
+        if isinstance(x, FunctionType) and x.__code__.co_filename == module.__file__:
+            yield x
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("kind", choices=("nectar", "kv", "gguf"))
+    parser.add_argument("kind", choices=KINDS)
     parser.add_argument("--seconds", type=int, default=600)
+    parser.add_argument("--corpus", type=Path, help="a folder for what reached new lines")
     parser.add_argument("--blind", action="store_true")
     options = parser.parse_args()
     sys.stdout = io.TextIOWrapper(sys.stdout.buffer, write_through=True)
     if options.blind:
         print(f"{blind(options.kind, seconds=options.seconds):,} files without a finding")
     else:
-        guided(options.kind, seconds=options.seconds)
+        guided(options.kind, seconds=options.seconds, corpus=options.corpus)
 
 
 if __name__ == "__main__":

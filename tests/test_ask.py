@@ -28,9 +28,7 @@ def test_the_answer_is_that_of_the_library(book, capsys):
         model, tokenizer, nectar.prompt(tokenizer, QUESTION), max_tokens=12, prompt_cache=nectar.make_cache()
     )
     assert ask.main([str(book.path), QUESTION, "--max-tokens", "12"]) == 0
-    out, err = capsys.readouterr()
-    assert out == expected + "\n"
-    assert str(book.folder) in err
+    assert capsys.readouterr().out == expected + "\n"
 
 
 def test_json(book, capsys):

@@ -39,7 +39,11 @@ def options(**changed):
     )
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gemma3_text"])
+UNTRIMMED = ["qwen3_next", "lfm2"]  # their caches cannot be trimmed
+MORE = [pytest.param(family, marks=pytest.mark.slow) for family in ("falcon_h1", "gemma3n", "deepseek_v3")]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3_text", *UNTRIMMED, *MORE])
 def test_turns_equal_reading_the_whole_conversation_anew(architecture):
     model, tokenizer = toys.toy(architecture), toys.tokenizer()
     nectar = toys.exact(model, toys.random_tokens(60), tokenizer)
@@ -66,8 +70,9 @@ def test_a_turn_reads_only_what_is_new():
     assert read[1] < len(whole) - read[0] + 12  # the first question and most of its answer are not read again
 
 
-def test_an_interrupted_answer_does_not_confuse_the_next():
-    model, tokenizer = toys.toy("llama"), toys.tokenizer()
+@pytest.mark.parametrize("architecture", ["llama", *UNTRIMMED])
+def test_an_interrupted_answer_does_not_confuse_the_next(architecture):
+    model, tokenizer = toys.toy(architecture), toys.tokenizer()
     nectar = toys.exact(model, toys.random_tokens(60), tokenizer)
     talk = LocalConversation(model, tokenizer, nectar, options())
     for number, _ in enumerate(answer := talk.answer(QUESTIONS[0])):

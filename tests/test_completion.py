@@ -101,6 +101,7 @@ def test_the_doctor_tells_what_is_here(tmp_path, monkeypatch, capsys):
     facts = json.loads(capsys.readouterr().out)
     assert facts["versions"]["mlx"] and facts["machine"]["memory_bytes"] > facts["machine"]["free_memory_bytes"] > 0
     assert facts["kernels"]["backend"] in ("ops", "metal", "cuda") and facts["settings"]["exists"] is False
+    assert set(facts["extras"]) == {"JSON and forced function calls", "charts", "text recognition"}
     (tmp_path / "config.toml").write_text("budget = 2")
     monkeypatch.setenv("NECTAR_CACHE", str(tmp_path / "empty"))
     monkeypatch.setattr(doctor.blas, "loaded", None)

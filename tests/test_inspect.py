@@ -32,7 +32,7 @@ def test_json(path, capsys):
 def test_text(path, capsys):
     assert inspect.main([str(path)]) == 0
     out = capsys.readouterr().out
-    assert "toy" in out and "quadrature" in out and "MiB" in out and "0.5" in out
+    assert "toy" in out and "quadrature" in out and " MB (" in out and "0.5" in out
 
 
 def test_a_damaged_file(path, tmp_path, capsys):

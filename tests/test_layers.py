@@ -21,10 +21,10 @@ LEVELS = (
     ("__init__", "baselines", "composition", "interchange", "library"),
     ("evaluation", "benchmarks"),
     ("serving",),
-    ("agent", "editor", "output", "settings"),
+    ("agent", "console", "editor", "output", "settings"),
     ("installed",),
     ("cli",),
-    ("from_library", "inspect", "update_file", "writing"),
+    ("from_library", "inspect", "ranks", "update_file", "writing"),
     ("conversation", "remote"),
     (
         *("add", "ask", "bench", "chat", "demo", "doctor", "evaluate", "export", "fit", "list", "plan", "push"),

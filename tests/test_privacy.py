@@ -15,6 +15,7 @@ import pytest
 
 from nectar_mlx import models
 from nectar_mlx.__main__ import COMMANDS
+from nectar_mlx.library import Library, ModelFitter
 from tests import toys
 
 WATCH = """
@@ -65,12 +66,12 @@ CASES = {
     "evaluate": ["book.nectar", "--no-answers", "--answer-tokens", "4"],
     "inspect": ["book.nectar"],
     "export": ["book.nectar", "out.safetensors", "--prompt-cache"],
-    "bench": ["decode", "--layers", "1", "--contexts", "64"],
+    "bench": ["decode", "--shape", "toy", "--contexts", "64", "--rounds", "1"],
     "demo": ["--context-tokens", "200", "--queries", "500", "--steps", "2", "--max-tokens", "3"],
-    "add": ["text.txt", "--model", "model", "--library", "library", "--kind", "exact"],
+    "add": ["text.txt", "--model", "model", "--library", "new", "--kind", "exact"],
     "list": ["--library", "library"],
     "update": ["--library", "library", "--model", "model"],
-    "remove": ["text.txt", "--library", "library", "--missing"],
+    "remove": ["other.txt", "--library", "library", "--missing"],
     "doctor": [],
     "completion": ["zsh"],
     "plan": ["--model", "model", "--tokens", "10k"],
@@ -86,6 +87,9 @@ def place(tmp_path_factory):
     toys.save_model(model, folder / "model", tokenizer)
     toys.exact(model, toys.random_tokens(60), tokenizer, name=str(folder / "model")).save(folder / "book.nectar")
     (folder / "text.txt").write_text("The ship sailed at dawn with barley and rope. " * 12)
+    library = Library(folder / "library")
+    (folder / "other.txt").write_text("The ferry waits for nobody. " * 12)
+    library.add([folder / "text.txt", folder / "other.txt"], ModelFitter(str(folder / "model"), {"kind": "exact"}))
     shutil.copytree(folder / "model", folder / "cache" / models.demo_folder().name)
     return folder
 

@@ -6,13 +6,13 @@ import time
 import pytest
 from rich.console import Console
 
-from nectar_mlx import cli
+from nectar_mlx import cli, console
 from nectar_mlx.core.clock import duration
 from nectar_mlx.core.progress import Stage, Status
 
 
 def test_off_a_terminal_there_is_a_line_now_and_then(capsys, monkeypatch):
-    monkeypatch.setattr(cli, "LINE_SECONDS", 0.05)
+    monkeypatch.setattr(console, "LINE_SECONDS", 0.05)
     with cli.overall() as task:
         task.expect([Stage("reading", 1.0), Stage("fitting heads", 3.0)])
         with task("reading", 10) as update:
@@ -52,7 +52,7 @@ def test_the_bar_is_one_line_at_any_width(width):
         elapsed=130,
         total_seconds=4000,
     )
-    console = Console(width=width, file=io.StringIO())
-    console.print(cli._bar(status))
-    (line,) = console.file.getvalue().splitlines()
+    terminal = Console(width=width, file=io.StringIO())
+    terminal.print(console._bar(status))
+    (line,) = terminal.file.getvalue().splitlines()
     assert "34% 2 min of about 67 min" in line and (width < 80 or "stage 3 of 12, answering" in line)

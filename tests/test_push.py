@@ -222,6 +222,8 @@ def test_card_says_how_faithful_it_is():
         "file": "a/book.nectar",
         "model": "Qwen/Qwen3-1.7B",
         "model_sha256": "ab" * 32,
+        "adapter": "my/adapter",
+        "adapter_sha256": "cd" * 32,
         "context_tokens": 6000,
         "source": "time_machine.txt",
         "kind": "quadrature",
@@ -236,6 +238,7 @@ def test_card_says_how_faithful_it_is():
     for said in (
         "| sha256 of book.nectar | `12ab12ab",
         "base_model: Qwen/Qwen3-1.7B",
+        "| adapter | `my/adapter` (fingerprint `cdcdcdcdcdcdcdcd`)",
         "6,000 tokens of time_machine.txt",
         "2.00%",
         "0.0123",

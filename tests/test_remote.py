@@ -20,7 +20,8 @@ CLIENT = """
 import sys
 from nectar_mlx import ask
 code = ask.main(sys.argv[1:])
-print(code, "mlx.core" in sys.modules, "numpy" in sys.modules, file=sys.stderr)
+slow = "mlx.core", "numpy", "msgspec", "rich", "http.client", "dataclasses", "ctypes", "tempfile", "difflib"
+print(code, [name for name in slow if name in sys.modules], file=sys.stderr)
 """
 
 
@@ -58,10 +59,10 @@ def test_the_answer_is_the_one_made_here(server, book, capsys, options):
 
 
 @pytest.mark.process
-def test_the_client_imports_neither_mlx_nor_numpy(server, book):
+def test_the_client_imports_nothing_slow(server, book):
     command = [sys.executable, "-c", CLIENT, str(book.path), QUESTION, "--max-tokens", "5"]
     done = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ), timeout=60)
-    assert done.stderr.splitlines()[-1] == "0 False False", done.stderr
+    assert done.stderr.splitlines()[-1] == "0 []", done.stderr
     assert "answered by the server" in done.stderr and done.stdout.strip()
 
 

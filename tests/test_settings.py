@@ -1,11 +1,13 @@
 """The user's defaults, the default model, and what a fit would replace."""
 
+import argparse
 import json
 from pathlib import Path
 
 import pytest
 
-from nectar_mlx import NectarError, installed, models, output, settings
+from nectar_mlx import NectarError, fit, installed, models, output, settings
+from nectar_mlx.core.progress import no_log
 from nectar_mlx.installed import Installed
 from tests import toys
 
@@ -21,11 +23,21 @@ def test_defaults_are_read(file):
     assert settings.read() == settings.Settings()
     file.write_text('model = "Qwen3-1.7B"\nlibrary = "~/texts"\nbudget = "2%"\n')
     assert settings.read() == settings.Settings(model="Qwen3-1.7B", library=Path.home() / "texts", budget="2%")
+    file.write_text('model = "Qwen3-1.7B"\nadapter = "~/mine"')
+    for given, chosen in [
+        ({}, ("Qwen3-1.7B", "~/mine")),
+        ({"adapter": "his"}, ("Qwen3-1.7B", "his")),
+        ({"model": "other"}, ("other", None)),
+    ]:
+        args = argparse.Namespace(**{"model": None, "adapter": None} | given)
+        installed.choose(args, log=no_log)
+        assert (args.model, args.adapter) == chosen
 
 
 @pytest.mark.parametrize("content, complaint", [
-    (b'modle = "x"', "there is no setting 'modle'; the settings are model, library, budget"),
+    (b'modle = "x"', "there is no setting 'modle'; the settings are model, adapter, library, budget"),
     (b"budget = 0.02", 'budget must be a text in quotes, as in budget = "2%"'),
+    (b'adapter = "~/mine"', "adapter is of a model: set model, too"),
     (b"model = true", "model must be a text"),
     (b'model = " "', "model must be a text"),
     (b'[model]\nname = "x"', "model must be a text"),
@@ -104,10 +116,10 @@ def test_another_fit_is_not_replaced_without_a_question(tmp_path, monkeypatch):
     nectar.save(path)
     output.check(path, False, same, nectar.report["files"])
     others = [(same | {"model": "other"}, nectar.report["files"]), (same, [{**read, "characters": 10}])]
-    for fit, files in others:
+    for other, files in others:
         with pytest.raises(NectarError, match=r"holds another fit \(40 tokens of tests, by toy\).*--force replaces it"):
-            output.check(path, False, fit, files)
-        output.check(path, True, fit, files)
+            output.check(path, False, other, files)
+        output.check(path, True, other, files)
     monkeypatch.setattr(output.terminal, "confirm", lambda question, otherwise: False)
     with pytest.raises(NectarError, match="is kept"):
         output.check(path, False, *others[0])
@@ -123,3 +135,11 @@ def test_a_damaged_fit_is_not_replaced_without_a_question_either(tmp_path):
     path.write_bytes(b"12345678")
     with pytest.raises(NectarError, match="a damaged fit"):
         output.check(path, False, {"model": "toy"})
+
+
+def test_a_model_that_there_is_not_is_said_before_anything_is_asked(tmp_path, capsys):
+    (tmp_path / "book.txt").write_text("A text.")
+    toys.picked(toys.toy("llama"), toys.random_tokens(40), 8).save(tmp_path / "book.nectar")
+    options = ["--context", tmp_path / "book.txt", "--output", tmp_path / "book.nectar"]
+    assert fit.main([*map(str, options), "--model", str(tmp_path / "absent")]) == 2
+    assert "absent" in (err := capsys.readouterr().err) and "holds another fit" not in err

@@ -1,6 +1,8 @@
 """Toys that tests share: a random model of every architecture, a tokenizer, and Nectars that need no fitting."""
 
+import dataclasses
 import importlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,7 +10,9 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
+from mlx_lm.tuner.utils import linear_to_lora_layers
 from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers import models as tokenizer_models
 from transformers import PreTrainedTokenizerFast
@@ -16,9 +20,11 @@ from transformers import PreTrainedTokenizerFast
 from nectar_mlx import Nectar, models, store
 from nectar_mlx.fitting import pipeline, prefill
 from nectar_mlx.mlxlm import attention_patch
+from nectar_mlx.models import adapters
 from nectar_mlx.retrieval import kv_path
 from nectar_mlx.store import Layout
 from tests.families import FAMILIES
+from tests.more_families import MORE
 
 VOCABULARY = 320
 LAYERS = 3
@@ -79,7 +85,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 def toy(model_type: str, *, seed: int = 0, **arguments: Any) -> nn.Module:
     """A random model in float32 whose attention is far from uniform."""
     module = importlib.import_module(f"mlx_lm.models.{ {'mistral': 'llama'}.get(model_type, model_type) }")
-    config = {**_DENSE, **(ARCHITECTURES | FAMILIES)[model_type], **arguments, "model_type": model_type}
+    config = {**_DENSE, **(ARCHITECTURES | FAMILIES | MORE)[model_type], **arguments, "model_type": model_type}
     if "text_config" in config:
         config["text_config"] = {**_DENSE, **config["text_config"]}
     mx.random.seed(seed)
@@ -93,8 +99,6 @@ def toy(model_type: str, *, seed: int = 0, **arguments: Any) -> nn.Module:
 
 def _tree_map(parameters: Any) -> Any:
     """Larger query and key weights make attention peak; every vector becomes something other than its default."""
-    from mlx.utils import tree_flatten, tree_unflatten
-
     changed = []
     for name, value in tree_flatten(parameters):
         if value.ndim == 1:
@@ -189,9 +193,11 @@ def _layout(geometry: attention_patch.Geometry, kind: str, bits: int) -> Layout:
 
 
 def provenance(model: nn.Module, tokenizer: Any = None, name: str = "toy") -> dict[str, Any]:
+    adapter = adapters.of(model)
     return {
         "model": name,
         "model_sha256": models.fingerprint(model),
+        **({"adapter": dataclasses.asdict(adapter)} if adapter else {}),
         "tokenizer_sha256": models.tokenizer_fingerprint(tokenizer) if tokenizer is not None else "none",
         "config": {"budget": 0.1, "seed": 0},
         "source": "tests",
@@ -230,16 +236,33 @@ def tokenizer(
 
 def save_model(model: nn.Module, folder: Path, tokenizer: TokenizerWrapper) -> Path:
     """Writes a folder that `mlx_lm.load` reads."""
-    import dataclasses
-    import json
-
-    from mlx.utils import tree_flatten
-
     folder.mkdir(parents=True, exist_ok=True)
     mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(model.parameters())))
     (folder / "config.json").write_text(json.dumps(dataclasses.asdict(model.args)))
     tokenizer._tokenizer.save_pretrained(folder)
     return folder
+
+
+LORA = {"rank": 4, "scale": 4.0, "dropout": 0.0}
+
+
+def adapter(folder: Path, kind: str = "lora", *, seed: int = 0, model_type: str = "llama", **changes: Any) -> str:
+    """Writes an adapter's folder, as `mlx_lm.lora` does, with random weights."""
+    model, lora = toy(model_type), LORA | changes
+    if kind == "full":
+        weights = {name: x for name, x in tree_flatten(model.parameters()) if ".q_proj." in name}
+    else:
+        linear_to_lora_layers(model, 2, lora, use_dora=kind == "dora")
+        weights = {
+            n: x for n, x in tree_flatten(model.parameters()) if n.rpartition(".")[2] in ("lora_a", "lora_b", "m")
+        }
+    key = mx.random.key(seed)
+    weights = {name: x + 0.2 * mx.random.normal(x.shape, key=key) for name, x in sorted(weights.items())}
+    folder.mkdir(exist_ok=True)
+    mx.save_safetensors(str(folder / "adapters.safetensors"), weights)
+    config = {"fine_tune_type": kind, "num_layers": 2, "lora_parameters": lora}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return str(folder)
 
 
 def key_file(path: str | Path) -> Path:

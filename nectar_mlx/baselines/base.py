@@ -182,14 +182,15 @@ class EvalContext:
         max_tokens: int | None = None,
     ) -> None:
         """Samples the answers of a batch with a view of the context."""
+        most = max_tokens or self.config.answer_tokens
         self_study.sample_answers(
             self.model,
             Context(self.context.prefix[: view.start], list(view.banks), dict(view.windows)),  # type: ignore[arg-type]
             sorted(batch, key=lambda c: len(c.prompt)),
             stop=set(self.tokenizer.eos_token_ids),
-            max_tokens=max_tokens or self.config.answer_tokens,
+            max_tokens=most,
             temperature=temperature,
-            key=mx.random.key(seed),
+            chances=self_study.chances(seed, range(len(batch)), most),
         )
 
     def layer(self, layer: int) -> tuple[mx.array, mx.array]:

@@ -125,11 +125,12 @@ def exact(
 
 
 def common_score(queries: mx.array, offset: mx.array, *, scale: float) -> mx.array:
-    """What scores lack relative to an offset [K, D]: scale · q·c of queries [B, H, T, D] -> [B, H, T], float32."""
+    """What scores lack relative to an offset [K, D], or [B, K, D]: scale · q·c of queries [B, H, T, D] -> [B, H, T],
+    float32."""
     B, H, T, D = queries.shape
-    K = offset.shape[0]
+    K = offset.shape[-2]
     grouped = queries.astype(mx.float32).reshape(B, K, -1, D)
-    return (scale * (grouped @ offset.astype(mx.float32)[:, :, None])).reshape(B, H, T)
+    return (scale * (grouped @ offset.astype(mx.float32)[..., None])).reshape(B, H, T)
 
 
 def causal(
@@ -144,7 +145,7 @@ def causal(
     """Attention of queries [B, H, T, D] over live keys and values [B, K, S, D], the last T of which are the queries'
     own.
 
-    offset: [K, D]; the keys are absolute, the log-normalizer is relative to it.
+    offset: [K, D], or [B, K, D]; the keys are absolute, the log-normalizer is relative to it.
 
     mask: None (all visible), "causal", or an array that broadcasts to [B, H, T, S]: bool (True = visible) or
     additive. A row that sees nothing gets the log-normalizer -inf in effect (about `EMPTY`) and an output of finite,
@@ -153,7 +154,7 @@ def causal(
     B, H, T, D = queries.shape
     K, S = keys.shape[1], keys.shape[2]
     if offset is not None:
-        keys = keys.astype(mx.float32) - offset.astype(mx.float32)[:, None]
+        keys = keys.astype(mx.float32) - offset.astype(mx.float32)[..., None, :]
     step = max(1, device().max_scores // (B * H * S))
     parts = []
     for start in range(0, T, step):

@@ -16,9 +16,9 @@ import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
-from nectar_mlx.core.files import cache_folder, written_at_once
+from nectar_mlx.core.files import written_at_once
+from nectar_mlx.core.folders import cache_folder
 
 loaded: str | None = None
 """The library that `use_fast_blas` put in place."""
@@ -28,23 +28,6 @@ threads: int | None = None
 
 _THREADS_CHOSEN = ("OPENBLAS_NUM_THREADS", "GOTO_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
 _ROW_MAJOR, _NO_TRANSPOSE, _TRANSPOSE = 101, 111, 112
-
-
-class _BeforeMlx:
-    """Finds nothing. It puts the BLAS in place when MLX is imported for the first time, and then goes away."""
-
-    def find_spec(self, name: str, path: object = None, target: ModuleType | None = None) -> None:
-        if name == "mlx.core":
-            sys.meta_path.remove(self)
-            use_fast_blas()
-
-
-def use_fast_blas_with_mlx() -> None:
-    """`use_fast_blas` as soon as `mlx.core` is imported: commands that need no MLX start without it."""
-    if "mlx.core" in sys.modules:
-        use_fast_blas()
-    else:
-        sys.meta_path.insert(0, _BeforeMlx())
 
 
 def use_fast_blas() -> str | None:
@@ -58,7 +41,7 @@ def use_fast_blas() -> str | None:
     if sys.platform != "linux" or choice == "off" or not is_installed("mlx-cpu"):
         return None
     if "mlx.core" in sys.modules:
-        warnings.warn("import nectar_mlx before mlx: MLX now computes with its slow reference BLAS", stacklevel=4)
+        warnings.warn("import nectar_mlx before mlx: MLX now computes with its slow reference BLAS", stacklevel=5)
         return None
     for library in [choice] if choice else candidates():
         if works(library):
@@ -66,7 +49,7 @@ def use_fast_blas() -> str | None:
             loaded = library
             return library
     if choice:
-        warnings.warn(f"NECTAR_BLAS={choice} cannot be loaded, or computes wrong results", stacklevel=3)
+        warnings.warn(f"NECTAR_BLAS={choice} cannot be loaded, or computes wrong results", stacklevel=4)
     return None
 
 

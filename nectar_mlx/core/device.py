@@ -32,7 +32,8 @@ class Device:
     trial_steps, trial_checks: of the short fits that choose a budget. excerpt_tokens: on which it is chosen where the
     text is read in chunks. layerwise_tokens: in all layers at once, at least, where a fit goes layer by layer;
     layerwise_replay_tokens: of conversations replayed through all layers. passage_conversations: about one passage,
-    sampled side by side. steps_ahead: of sampling, queued before the first one's tokens are looked at.
+    sampled side by side. study_shares: into a multiple of so many parts sampled conversations are divided, which
+    several ranks share; steps_ahead: of sampling, queued before the first one's tokens are looked at.
     completion_keys: of the context that a completion is trained on.
     fisher_batch: conversations differentiated at a time.
     check_batch: conversations compared at a time. baseline_conversations, baseline_batch, cartridge_steps: of the
@@ -59,6 +60,7 @@ class Device:
     layerwise_tokens: int
     layerwise_replay_tokens: int
     passage_conversations: int
+    study_shares: int
     completion_keys: int
     steps_ahead: int
     fisher_batch: int
@@ -90,6 +92,7 @@ LINUX_CPU = Device(
     layerwise_tokens=1024,
     layerwise_replay_tokens=128,
     passage_conversations=8,
+    study_shares=4,
     completion_keys=1024,
     steps_ahead=1,
     fisher_batch=1,
@@ -120,6 +123,7 @@ GPU = Device(
     layerwise_tokens=4096,
     layerwise_replay_tokens=256,
     passage_conversations=16,
+    study_shares=2,
     completion_keys=2048,
     steps_ahead=8,
     fisher_batch=8,

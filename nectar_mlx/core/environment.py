@@ -9,8 +9,10 @@ _SECONDS = ("HF_HUB_ETAG_TIMEOUT", "HF_HUB_DOWNLOAD_TIMEOUT")
 
 
 def check() -> None:
-    """NectarError for a variable that huggingface_hub cannot read."""
+    """NectarError for a variable that huggingface_hub cannot read; an empty address is none, which it does not know."""
     endpoint = os.environ.get("HF_ENDPOINT", "")
+    if not endpoint.strip():
+        os.environ.pop("HF_ENDPOINT", None)
     try:
         parts = urlsplit(endpoint)
         _ = parts.hostname, parts.port

@@ -1,5 +1,4 @@
-"""Files and folders that appear whole or not at all, and the folders for what is made once (converted models, the BLAS
-for Linux) and for what was typed."""
+"""Files and folders that appear whole or not at all."""
 
 import fcntl
 import glob
@@ -13,20 +12,6 @@ from pathlib import Path
 from typing import BinaryIO
 
 from ..errors import NectarError
-
-
-def cache_folder() -> Path:
-    """NECTAR_CACHE, else nectar_mlx in the user's cache folder."""
-    if chosen := os.environ.get("NECTAR_CACHE"):
-        return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "nectar_mlx"
-
-
-def state_folder() -> Path:
-    """Where what a user typed is kept: NECTAR_STATE, else nectar_mlx in the user's state folder."""
-    if chosen := os.environ.get("NECTAR_STATE"):
-        return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser() / "nectar_mlx"
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:

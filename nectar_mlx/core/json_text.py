@@ -9,18 +9,19 @@ import msgspec
 
 _T = TypeVar("_T")
 
-MOST_BYTES = 8 << 20
-_MOST_VALUES = 400_000
+BYTES_EACH = 20  # of the text for a value, on average, at most
+MOST_VALUES = 400_000
+MOST_BYTES = BYTES_EACH * MOST_VALUES
 _MOST_DEPTH = 20
 
 
-def decode(text: bytes | str) -> object:
+def decode(text: bytes | str, *, most_values: int = MOST_VALUES) -> object:
     """The value; ValueError if it is no JSON, names something twice, has a NaN, or is larger or deeper than any file's.
 
     A value takes some hundred bytes of memory where it takes two in the text, so values are counted first.
     """
     data = text.encode() if isinstance(text, str) else text
-    check_size(data)
+    check_size(data, most_values=most_values)
     try:
         value: object = json.loads(
             data.decode(), object_pairs_hook=_unique, parse_float=_finite, parse_constant=_refuse
@@ -31,9 +32,9 @@ def decode(text: bytes | str) -> object:
     return value
 
 
-def check_size(data: bytes) -> None:
+def check_size(data: bytes, *, most_values: int = MOST_VALUES) -> None:
     """ValueError for more than `decode` takes; also for writers, whose files must be read again."""
-    if len(data) > MOST_BYTES or sum(data.count(mark) for mark in b"[{,") > _MOST_VALUES:
+    if len(data) > BYTES_EACH * most_values or sum(data.count(mark) for mark in b"[{,") > most_values:
         raise ValueError("it has too much metadata")
 
 

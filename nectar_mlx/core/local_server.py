@@ -7,18 +7,16 @@ import os
 import socket
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from .files import cache_folder
+from .folders import cache_folder
 
 if TYPE_CHECKING:
     from .types import JsonObject
 
 
-@dataclass(frozen=True)
-class Found:
+class Found(NamedTuple):
     """A server's socket, the name under which it serves the wanted file, and the key that it wants."""
 
     socket: Path

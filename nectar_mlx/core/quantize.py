@@ -23,11 +23,11 @@ Stored = dict[str, mx.array | Quantized]  # the parameters of one head, as `Bank
 
 
 def group_size(width: int) -> int:
-    """Values that share a scale: 32, or 16 where the width is no multiple of 32 (head_dim 80)."""
-    for size in (32, 16):
+    """Values that share a scale: 32; or 16 or 8, where that is all that divides the width (80, 72)."""
+    for size in (32, 16, 8):
         if width % size == 0:
             return size
-    raise NectarError(f"rows of {width} values cannot be quantized: not a multiple of 16")
+    raise NectarError(f"rows of {width} values cannot be quantized: not a multiple of 8")
 
 
 def quantize(x: mx.array, *, bits: int) -> Quantized:

@@ -64,7 +64,7 @@ class Archive:
         return parse_xml(self.read(path), f"{self._kind} file ({path})")
 
     def _too_large(self) -> str:
-        return f"the {self._kind} file unpacks to more than {MAX_BYTES >> 20} MiB"
+        return f"the {self._kind} file unpacks to more than {MAX_BYTES / 1e6:.0f} MB"
 
 
 def _folded(path: str) -> str:

@@ -41,4 +41,4 @@ def joined(blocks: list[str]) -> str:
 
 
 def _is_item(block: str) -> bool:
-    return re.match(r" *(?:-|\d+\.) ", block) is not None
+    return re.match(r" *(?:-|\d+\.|\d+(?:\.\d+)+\.?|\(?\w{1,5}\)) ", block) is not None

@@ -5,6 +5,7 @@ import re
 import unicodedata
 from collections import Counter
 
+from nectar_mlx.documents import legacy
 from nectar_mlx.documents.reading import Unreadable
 
 _MARKS = {
@@ -17,12 +18,11 @@ _MARKS = {
 _ESCAPES = re.compile(r"\x1b\[[0-9;?]{0,32}[@-~]|\ufeff")  # colours of a terminal; marks amid files that were joined
 _JAPANESE = re.compile(rb"\x1b\$[@B]")
 _CONTROLS = re.compile(r"[\x00-\x08\x0e-\x1a\x1c-\x1f\x7f]")
-_LEGACY_NAMES = (
-    "cp1252 cp1251 koi8_r cp866 cp1253 cp1250 cp1254 cp1255 cp1256 cp874 shift_jis euc_jp gb18030 big5 euc_kr "
-    "iso8859_2 mac_roman"
-)
-_LEGACY = tuple(_LEGACY_NAMES.split())
-_NOT_WESTERN = re.compile(r"\w[¡-©«-±´-¸»-¿×÷€-™†‡‰•¤]\w|\w[¹²³]\w|[þðýÞÐÝ\ufffd]")
+# What programs write under these names.
+_WIDER = {
+    **{"iso8859-1": "cp1252", "ascii": "cp1252", "iso8859-9": "cp1254", "iso8859-11": "cp874", "tis-620": "cp874"},
+    **{"gb2312": "gb18030", "gbk": "gb18030", "shift_jis": "cp932", "euc_kr": "cp949", "big5": "big5hkscs"},
+}
 _SCRIPTS = {"HIRAGANA": "CJK", "KATAKANA": "CJK"}  # are written together
 _SAMPLE = 1 << 16  # bytes that a detector looks at
 
@@ -39,7 +39,7 @@ def decode(data: bytes, *, declared: str = "") -> tuple[str, list[str]]:
     """
     text, notes = _decoded(data, declared)
     controls = len(_CONTROLS.findall(text))
-    if controls > len(text) // 200:
+    if controls > max(len(text) // 200, min(3, len(text) // 10)):
         raise Unreadable("not a text file")
     return re.sub(r"\r\n?|\x0c", "\n", _CONTROLS.sub("", _ESCAPES.sub("", text))), notes
 
@@ -47,11 +47,11 @@ def decode(data: bytes, *, declared: str = "") -> tuple[str, list[str]]:
 def _decoded(data: bytes, declared: str) -> tuple[str, list[str]]:
     marked = next((encoding for mark, encoding in _MARKS.items() if data.startswith(mark)), "")
     if not marked and b"\0" in data[:_SAMPLE]:
-        marked = _unmarked_utf16(data)
+        marked = _unmarked(data)
         if not marked:
             if not _has_stray_zeros(data):
                 raise Unreadable("not a text file")
-            data = data.replace(b"\0", b"")
+            data = re.sub(rb"(?<=[^\0\s])\0+(?=[^\0\s])", b" ", data).replace(b"\0", b"")
     if marked and marked != "utf-8-sig":
         return _tolerant(data, marked)
     if not marked and _JAPANESE.search(data) and data.isascii():
@@ -63,13 +63,17 @@ def _decoded(data: bytes, declared: str) -> tuple[str, list[str]]:
             return _tolerant(data, encoding)
         if marked or _is_mostly_utf8(data):
             return _tolerant(data, "utf-8-sig")
-        return _legacy(data), []
+        return _legacy(data)
 
 
-def _unmarked_utf16(data: bytes) -> str:
-    """UTF-16 without its mark: half of the bytes of western text are zeros, all at odd or all at even places; other
-    texts are letters of one script, which other data would not be by chance."""
+def _unmarked(data: bytes) -> str:
+    """UTF-32 without its mark: two of four bytes are zeros or small. UTF-16: half of the bytes of western text are
+    zeros, all at odd or all at even places; other texts are letters of one script, which other data would not be by
+    chance."""
     sample = data[:_SAMPLE]
+    for encoding, high in (("utf-32-le", (3, 2)), ("utf-32-be", (0, 1))):
+        if len(data) % 4 == 0 and not any(sample[high[0] :: 4]) and max(sample[high[1] :: 4]) < 4:
+            return encoding
     even, odd = sample[::2].count(0), sample[1::2].count(0)
     if odd > len(sample) // 5 and even == 0:
         return "utf-16-le"
@@ -88,9 +92,10 @@ def _is_one_script(sample: bytes, encoding: str) -> bool:
 
 
 def _has_stray_zeros(data: bytes) -> bool:
-    """Whether zeros are rare in what is else UTF-8, as in a log that a crash has cut: runs of them count once."""
+    """Whether zeros are all that is strange in UTF-8, as in a log that a crash has cut, or in a list that they
+    divide: runs of them count once."""
     runs = len(re.findall(rb"\0+", data))
-    if runs > max(1, len(data) // 1000):
+    if runs > max(1, len(data) // 4):
         return False
     try:
         text = data.replace(b"\0", b"").decode("utf-8")
@@ -109,7 +114,7 @@ def _known(name: str) -> str:
         return ""
     if not readable or codec.name.startswith(("raw_unicode", "punycode")):
         return ""
-    return "cp1252" if codec.name in ("iso8859-1", "ascii") else codec.name
+    return _WIDER.get(codec.name, codec.name)
 
 
 def _tolerant(data: bytes, encoding: str) -> tuple[str, list[str]]:
@@ -137,22 +142,22 @@ def _is_mostly_utf8(data: bytes) -> bool:
     return further >= 2 * wrong
 
 
-def _legacy(data: bytes) -> str:
-    western = data.decode("cp1252", errors="replace")
+def _legacy(data: bytes) -> tuple[str, list[str]]:
+    if b"\xed" in data and (text := _with_pairs(data)):
+        return text, []
     sample = data if len(data) <= _SAMPLE else data[: data.rfind(b"\n", 0, _SAMPLE) + 1 or _SAMPLE]
-    # A few high bytes are accents of western languages, which detectors confuse; many are another script, and signs
-    # inside words are letters of another part of Europe.
-    many = sum(byte >= 0x80 for byte in sample) > len(sample) // 4
-    if not many and not _NOT_WESTERN.search(western):
-        return western
-    # The letters of Hebrew alone: a Cyrillic text would have capitals, and letters behind the last one of Hebrew.
-    high = [byte for byte in sample if byte >= 0x80]
-    if len(high) > 30 and all(0xE0 <= byte <= 0xFA for byte in high):
-        return data.decode("cp1255", errors="replace")
-    import charset_normalizer
-
-    best = charset_normalizer.from_bytes(sample, cp_isolation=list(_LEGACY)).best()
-    text = data.decode(best.encoding, errors="replace") if best else western
-    if text.count("\ufffd") > len(text) // 50:
+    encoding = legacy.guess(sample)
+    text = data.decode(encoding or "ascii", errors="replace")
+    strange = text.count("\ufffd")
+    if strange > len(text) // (50 if encoding else 3):
         raise Unreadable("text in an unknown encoding; save it as UTF-8")
-    return text
+    return text, [] if encoding else [f"{strange} character{'s' * (strange > 1)} in an unknown encoding"]
+
+
+def _with_pairs(data: bytes) -> str:
+    """UTF-8 as Java and old databases write it: characters beyond the first 65,536 as two. Empty for other data."""
+    try:
+        halves = data.decode("utf-8", "surrogatepass").encode("utf-16-le", "surrogatepass")
+    except UnicodeDecodeError:
+        return ""
+    return halves.decode("utf-16-le", "replace")

@@ -44,8 +44,11 @@ class Source:
         try:
             if self.path.is_dir():
                 return _zipped(self.path)
-            if self.path.stat().st_size > MAX_FILE:
-                raise Unreadable(f"larger than {MAX_FILE >> 30} GiB")
+            size = self.path.stat().st_size
+            if size > MAX_FILE:
+                raise Unreadable(f"larger than {MAX_FILE / 1e9:.1f} GB")
+            if not size:  # what the system shows as files has no size, and may be without end
+                return b""
             return self.path.read_bytes()
         except OSError as error:
             raise Unreadable(f"cannot be read ({error.strerror})") from error
@@ -55,7 +58,7 @@ def _zipped(folder: Path) -> bytes:
     """The zip file that a folder stands for."""
     files = [file for file in folder.rglob("*") if file.is_file()]
     if sum(file.stat().st_size for file in files) > MAX_FILE:
-        raise Unreadable(f"larger than {MAX_FILE >> 30} GiB")
+        raise Unreadable(f"larger than {MAX_FILE / 1e9:.1f} GB")
     data = io.BytesIO()
     with zipfile.ZipFile(data, "w", zipfile.ZIP_STORED) as archive:
         for file in files:
@@ -81,7 +84,11 @@ def find(paths: Sequence[str | Path], *, include: Sequence[str] = (), exclude: S
 def _once(sources: Iterator[Source], seen: dict[tuple[int, int], str]) -> Iterator[Source]:
     for source in sources:
         if source.path is not None and not source.reason:
-            status = source.path.stat()
+            try:
+                status = source.path.stat()
+            except OSError as error:  # gone since the folder was listed
+                yield Source(source.name, source.path, f"cannot be read ({error.strerror})")
+                continue
             identity = (status.st_dev, status.st_ino)
             if identity in seen:
                 source = Source(source.name, source.path, f"the same file as {seen[identity]}")
@@ -98,29 +105,36 @@ def _sources(given: str | Path, include: Sequence[str], exclude: Sequence[str]) 
     path = Path(given).expanduser()
     try:
         is_folder, exists = path.is_dir(), path.exists()
+    except PermissionError as error:
+        raise NectarError(f"{shown(str(path))}: cannot be read ({error.strerror})") from error
     except (OSError, ValueError) as error:
-        raise NectarError(f"{path}: no such file or folder") from error
+        raise NectarError(f"{shown(str(path))}: no such file or folder") from error
     if not exists:
-        raise NectarError(f"{path}: no such file or folder")
+        raise NectarError(f"{shown(str(path))}: no such file or folder")
     if is_folder and path.suffix.lower() in _PACKAGES:
-        yield Source(path.name, path, _PACKAGES[path.suffix.lower()])
+        yield Source(shown(path.name), path, _PACKAGES[path.suffix.lower()])
         return
     if not is_folder:
-        yield Source(path.name, path, "" if path.is_file() else "not a file but a device or a pipe")
+        yield Source(shown(path.name), path, "" if path.is_file() else "not a file but a device or a pipe")
         return
     for file, reason in _walk(path, set()):
         name = str(file.relative_to(path))
         if (not include or _matches(name, include)) and not _matches(name, exclude):
-            yield Source(name, file, reason)
+            yield Source(shown(name), file, reason)
+
+
+def shown(name: str) -> str:
+    """A name for a person: what is no text, or would change the terminal or the line, is replaced."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in name)
 
 
 def _walk(folder: Path, visited: set[tuple[int, int]]) -> Iterator[tuple[Path, str]]:
     """The files below a folder with the reason why one cannot be read; each folder is entered once."""
-    status = folder.stat()
-    if (status.st_dev, status.st_ino) in visited:
-        return
-    visited.add((status.st_dev, status.st_ino))
     try:
+        status = folder.stat()
+        if (status.st_dev, status.st_ino) in visited:
+            return
+        visited.add((status.st_dev, status.st_ino))
         entries = sorted(folder.iterdir(), key=lambda entry: natural_key(entry.name))
     except OSError as error:
         yield folder, f"the folder cannot be opened ({error.strerror})"
@@ -128,6 +142,11 @@ def _walk(folder: Path, visited: set[tuple[int, int]]) -> Iterator[tuple[Path, s
     pages = {entry.stem for entry in entries if entry.suffix.lower() in (".html", ".htm")}
     for entry in entries:
         if _IGNORED.match(entry.name):
+            continue
+        try:
+            entry.is_dir()
+        except OSError as error:
+            yield entry, f"cannot be read ({error.strerror})"
             continue
         if entry.is_dir() and entry.suffix.lower() in _PACKAGES:
             yield entry, _PACKAGES[entry.suffix.lower()]
@@ -138,7 +157,7 @@ def _walk(folder: Path, visited: set[tuple[int, int]]) -> Iterator[tuple[Path, s
         elif entry.is_file():
             yield entry, ""
         else:
-            yield entry, "a link that leads nowhere" if entry.is_symlink() else "not a file but a device or a pipe"
+            yield entry, "a link that leads nowhere" if not entry.exists() else "not a file but a device or a pipe"
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:

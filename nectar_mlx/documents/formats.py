@@ -2,6 +2,8 @@
 
 import re
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
 from importlib import import_module
 from pathlib import PurePath
 
@@ -74,11 +76,31 @@ def read_text(data: bytes, name: str) -> Document:
     return Document("text", text.strip("\n"), left_out=left_out)
 
 
-def _mail(function: str, depth: int) -> Reader:
-    def read(data: bytes, name: str) -> Document:
-        from nectar_mlx.documents import mail
+@dataclass
+class _Room:
+    """What may still be read of the documents in one file: characters, and documents, directly in it and deeper."""
 
-        return getattr(mail, function)(data, name, attachment=lambda data, name: parse(data, name, depth=depth + 1))  # type: ignore[no-any-return]
+    characters: int = MAX_CHARACTERS
+    documents: list[int] = field(default_factory=lambda: [10_000, 200])
+
+    def read(self, data: bytes, name: str, depth: int) -> Document:
+        self.documents[depth > 1] -= 1
+        if self.documents[depth > 1] < 0 or self.characters < 0:
+            raise Unreadable("too much in one file")
+        document = parse(data, name, depth=depth, room=self)
+        self.characters -= len(document.text)
+        if self.characters < 0:
+            raise Unreadable(f"more than {MAX_CHARACTERS:,} characters with what is before it")
+        return document
+
+
+def _holder(module: str, function: str, depth: int, room: _Room) -> Reader:
+    """A reader of what may hold other documents."""
+
+    def read(data: bytes, name: str) -> Document:
+        reader = getattr(import_module(f"nectar_mlx.documents.{module}"), function)
+        document: Document = reader(data, name, inner=lambda data, name: room.read(data, name, depth + 1))
+        return document
 
     return read
 
@@ -87,10 +109,11 @@ READERS: dict[str, Reader] = {
     **dict.fromkeys(_TEXTS, read_text),
     **dict.fromkeys(("html", "htm", "xhtml", "xht"), _lazy("html", "read_html")),
     "epub": _lazy("epub", "read_epub"),
-    **dict.fromkeys(("docx", "docm", "dotx"), _lazy("word", "read_docx")),
-    **dict.fromkeys(("pptx", "pptm", "ppsx"), _lazy("slides", "read_pptx")),
+    **dict.fromkeys(("pptx", "pptm", "ppsx", "potx"), _lazy("slides", "read_pptx")),
     **dict.fromkeys(("xlsx", "xlsm", "xltx"), _lazy("sheets", "read_xlsx")),
-    **dict.fromkeys(("odt", "ods", "odp", "ott"), _lazy("opendocument", "read_opendocument")),
+    **dict.fromkeys(
+        ("odt", "ods", "odp", "ott", "ots", "otp", "fodt", "fods", "fodp"), _lazy("opendocument", "read_opendocument")
+    ),
     "rtf": _lazy("rtf", "read_rtf"),
     "pdf": _lazy("pdf", "read_pdf"),
     "ipynb": _lazy("notebook", "read_notebook"),
@@ -101,20 +124,22 @@ READERS: dict[str, Reader] = {
     **dict.fromkeys(("png", "jpg", "jpeg", "tif", "tiff", "bmp", "webp"), _lazy("ocr", "read_picture")),
 }
 _MAILS = {
-    **dict.fromkeys(("eml", "mht", "mhtml"), "read_mail"),
-    **dict.fromkeys(("mbox", "mbx"), "read_mbox"),
-    "emlx": "read_emlx",
+    **dict.fromkeys(("eml", "mht", "mhtml"), ("mail", "read_mail")),
+    **dict.fromkeys(("mbox", "mbx"), ("mail", "read_mbox")),
+    "emlx": ("mail", "read_emlx"),
 }
+_HOLDERS = {**_MAILS, **dict.fromkeys(("docx", "docm", "dotx", "dotm"), ("word", "read_docx"))}
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
-def parse(data: bytes, name: str, *, depth: int = 0) -> Document:
+def parse(data: bytes, name: str, *, depth: int = 0, room: _Room | None = None) -> Document:
     """The document that these bytes are.
 
     Args:
         data: the bytes of a file.
         name: its name, whose suffix decides where the bytes do not.
         depth: in how many other files this one lies.
+        room: what may still be read of documents in the outermost of them.
 
     Raises:
         Unreadable: with the reason, in one line.
@@ -124,7 +149,7 @@ def parse(data: bytes, name: str, *, depth: int = 0) -> Document:
     if depth > _MOST_NESTED:
         raise Unreadable("attached too deep")
     suffix = PurePath(name).suffix.lower().removeprefix(".")
-    reader = _reader(data, suffix, depth)
+    reader = _reader(data, suffix, partial(_holder, depth=depth, room=_Room() if room is None else room))
     try:
         document = reader(data, name)
     except Unreadable:
@@ -153,17 +178,16 @@ def _is_pdf(data: bytes) -> bool:
     return re.search(rb"\A[^%]{0,1000}%PDF-", data[:1024]) is not None
 
 
-def _reader(data: bytes, suffix: str, depth: int) -> Reader:
-    if found := _by_content(data, suffix):
-        return READERS[found]
-    if suffix in _MAILS:
-        return _mail(_MAILS[suffix], depth)
+def _reader(data: bytes, suffix: str, holder: Callable[[str, str], Reader]) -> Reader:
+    suffix = _by_content(data, suffix) or suffix
+    if suffix in _HOLDERS:
+        return holder(*_HOLDERS[suffix])
     if suffix in READERS:
         return READERS[suffix]
     if suffix in _HINTS or suffix in _OTHER:
         raise Unreadable(_HINTS.get(suffix) or _OTHER[suffix])
     if re.match(rb"From \S+.*\d{4}\s*\n[\w-]+: ", data[:1000]):
-        return _mail("read_mbox", depth)
+        return holder("mail", "read_mbox")
     return _unknown
 
 
@@ -180,6 +204,8 @@ def _by_content(data: bytes, suffix: str) -> str:
         return "pdf"
     if data.startswith(b"{\\rtf"):
         return "rtf"
+    if data.startswith(b"\x78\x9f\x3e\x22"):
+        raise Unreadable("what Outlook packs attachments in (TNEF)")
     if data.startswith(b"\xd0\xcf\x11\xe0"):
         # Office stores a file with a password in the old container.
         if b"E\0n\0c\0r\0y\0p\0t\0e\0d\0P\0a\0c\0k\0a\0g\0e" in data:
@@ -200,6 +226,6 @@ def _zipped(data: bytes, suffix: str) -> str:
         "content.xml": "odt",
         "meta-inf/container.xml": "epub",
     }
-    return (
-        "" if suffix in READERS and suffix not in _TEXTS else next((marks[name] for name in marks if name in names), "")
-    )
+    if suffix in {**READERS, **_HOLDERS} and suffix not in _TEXTS:
+        return ""
+    return next((marks[name] for name in marks if name in names), "")

@@ -3,6 +3,8 @@
 import re
 from collections.abc import Callable, Sequence
 
+from nectar_mlx.documents.archive import Element, attribute, local
+
 Parts = Sequence[str]
 
 
@@ -99,3 +101,25 @@ def omml(tag: str, parts: dict[str, str], inside: str) -> str:
         case "mr" | "eqArr":
             return inside + "; "
     return inside
+
+
+def math_line(element: Element) -> str:
+    """An equation of an Office document (OMML) in one line."""
+    tag = local(element)
+    if tag in ("t", "delText"):
+        return element.text or ""
+    parts: dict[str, str] = {}
+    inside: list[str] = []
+    for item in element:
+        name = local(item)
+        if name.endswith("Pr"):
+            signs = {local(sign): attribute(sign, "val") for sign in item if local(sign) in ("chr", "begChr", "endChr")}
+            parts |= signs
+            continue
+        line = math_line(item)
+        parts[name] = parts.get(name, "") + line
+        inside.append(line)
+    if tag == "oMathPara":
+        return "\n".join(inside)
+    separator = "," if tag == "d" else " " if tag == "mr" else "; " if tag in ("m", "eqArr") else ""
+    return omml(tag, parts, separator.join(inside))

@@ -4,6 +4,7 @@ import plistlib
 import re
 from collections import Counter
 from collections.abc import Iterator
+from html import unescape
 from typing import Protocol
 
 from nectar_mlx.documents import formula
@@ -37,6 +38,7 @@ _COOKIE = (
     r"cookies?[\s_-]*(?:$|bar|banner|notice|notif|consent|popup|policy|modal|overlay|law|message|dialog|settings|info)"
 )
 _NOTICE = re.compile(rf"(?:^|[\s_-])(?:{_COOKIE}|consent|gdpr)", re.IGNORECASE)
+_TITLE = re.compile(r"<title[^<>]{0,200}>([^<]{1,300})</title", re.IGNORECASE)
 _NOSCRIPT = re.compile(r"</?noscript[^>]{0,200}>", re.IGNORECASE)
 _NOT_SHOWN = re.compile(r"display\s*:\s*none|visibility\s*:\s*hidden", re.IGNORECASE)
 
@@ -62,7 +64,15 @@ def read_html(data: bytes, name: str) -> Document:
     """A web page."""
     html, notes = decode(data, declared=declared_encoding(data))
     text, left_out = html_text(html)
-    return Document("html", text, left_out=notes + left_out)
+    return Document("html", _titled(text, html), left_out=notes + left_out)
+
+
+def _titled(text: str, page: str) -> str:
+    """The text under the page's title where it has no heading of its own."""
+    found = _TITLE.search(page)
+    title = " ".join(unescape(found[1]).split()) if found else ""
+    has_heading = re.search("^#{1,2} ", text, re.MULTILINE) or title in text
+    return text if has_heading or not text.strip() else f"# {title}\n\n{text}"
 
 
 def read_webarchive(data: bytes, name: str) -> Document:
@@ -77,7 +87,7 @@ def read_webarchive(data: bytes, name: str) -> Document:
         raise Unreadable(f"a web archive of the kind {kind}")
     html, notes = decode(content, declared=declared)
     text, left_out = (html, []) if kind == "text/plain" else html_text(html)
-    return Document("html", text, left_out=notes + left_out)
+    return Document("html", _titled(text, html), left_out=notes + left_out)
 
 
 def declared_encoding(data: bytes) -> str:
@@ -102,6 +112,14 @@ def html_text(page: str) -> tuple[str, list[str]]:
             return html_text(_NOSCRIPT.sub("", page))  # all that there is without scripts
         return _Reader(root, whole=True).text if root is not None else "", []
     return reader.text, [f"{what} ({count} times)" if count > 1 else what for what, count in reader.left_out.items()]
+
+
+def links(page: str) -> list[tuple[str, str]]:
+    """Where the links of a page lead, and their texts."""
+    from selectolax.lexbor import LexborHTMLParser
+
+    found = LexborHTMLParser(repaired(page)).css("a[href]") if page.strip() else []
+    return [(link.attributes.get("href") or "", link.text()) for link in found]
 
 
 def _walk(root: Node) -> Iterator[tuple[Node, bool]]:
@@ -146,6 +164,7 @@ class _Reader:
         self._page = Page()
         self._articles = 0
         self._formulas: list[list[str]] = []
+        self._in_note = False
         hidden = 0  # open elements inside one that is not shown
         for node, starts in _walk(root):
             tag = node.tag or ""
@@ -167,7 +186,7 @@ class _Reader:
         if tag in _HIDDEN:
             return True
         attributes = node.attributes
-        if "hidden" in attributes or _NOT_SHOWN.search(attributes.get("style") or ""):
+        if attributes.get("hidden", "until-found") != "until-found" or _NOT_SHOWN.search(attributes.get("style") or ""):
             return True
         if tag in ("span", "i") and attributes.get("aria-hidden") == "true":
             return True
@@ -196,10 +215,21 @@ class _Reader:
             return
         if tag == "article":
             self._articles += 1
+        if tag == "li" and (value := node.attributes.get("value")):
+            self._page.number_from(value)
+        if tag == "a" and _is_note(node.attributes):
+            self._in_note = True
+            self._page.data("[")
         if tag == "img":
             self._picture(node.attributes.get("alt") or "")
         else:
-            self._page.start(tag, layout=tag == "table" and node.mem_id in self._layouts)
+            spans = node.attributes if tag in ("td", "th") else {}
+            self._page.start(
+                tag,
+                layout=tag == "table" and node.mem_id in self._layouts,
+                columns=spans.get("colspan") or "",
+                rows=spans.get("rowspan") or "",
+            )
         if tag == "ol":
             self._page.number_from(node.attributes.get("start") or "")
 
@@ -213,6 +243,9 @@ class _Reader:
             return
         if tag == "article":
             self._articles -= 1
+        if tag == "a" and self._in_note:
+            self._in_note = False
+            self._page.data("]")
         self._page.end(tag)
 
     def _data(self, text: str) -> None:
@@ -224,3 +257,8 @@ class _Reader:
     def _picture(self, description: str) -> None:
         if any(character.isalnum() for character in description):
             self._page.data(f"[{' '.join(description.split())}]")
+
+
+def _is_note(attributes: dict[str, str | None]) -> bool:
+    """Whether a link leads to a note: its number would be a part of the word before it."""
+    return "noteref" in (attributes.get("epub:type") or "") or attributes.get("role") == "doc-noteref"

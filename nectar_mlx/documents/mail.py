@@ -1,7 +1,7 @@
 """Mails (EML, MBOX, saved web archives): headers, the text, and the attachments that can be read."""
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from email.header import decode_header, make_header
 from email.message import Message
 from email.parser import BytesParser
@@ -9,12 +9,10 @@ from email.policy import Compat32
 
 from nectar_mlx.documents.encoding import decode
 from nectar_mlx.documents.html import html_text
-from nectar_mlx.documents.reading import Document, Places, Unreadable
-
-Attachment = Callable[[bytes, str], Document]
-"""Reads an attachment by its name."""
+from nectar_mlx.documents.reading import Document, Inner, Places, Unreadable
 
 _HEADERS = ("From", "To", "Cc", "Date", "Subject")
+_SIGNATURES = {"application/pgp-signature", "application/pkcs7-signature", "application/x-pkcs7-signature"}
 _MOST_HEADER = 2000  # characters
 _MOST_PARTS = 1000
 _MOST_DEPTH = 20
@@ -22,34 +20,34 @@ _START = re.compile(rb"^From \S+ [^\n]*\b\d{4}\b", re.MULTILINE)
 
 
 class _Raw(Compat32):
-    """Headers as they are in the file; bytes that are not ASCII come as surrogates."""
+    """Headers as they are in the file, up to a length; bytes that are not ASCII come as surrogates."""
 
     def header_fetch_parse(self, name: str, value: str) -> str:
-        return value
+        return value[:_MOST_HEADER]
 
 
-def read_mail(data: bytes, name: str, *, attachment: Attachment) -> Document:
-    """One mail; `attachment` reads what is attached to it."""
+def read_mail(data: bytes, name: str, *, inner: Inner) -> Document:
+    """One mail; `inner` reads what is attached to it."""
     left_out: list[str] = []
-    text = _mail_text(data, attachment, left_out)
+    text = _mail_text(data, inner, left_out)
     return Document("mail", text, left_out=left_out)
 
 
-def read_emlx(data: bytes, name: str, *, attachment: Attachment) -> Document:
+def read_emlx(data: bytes, name: str, *, inner: Inner) -> Document:
     """A mail as Apple's Mail keeps it: its length, the mail, and what the program notes about it."""
     length, _, rest = data.partition(b"\n")
     if not length.strip().isdigit() or len(length) > 20:
         raise Unreadable("not a mail of Apple's Mail: it does not start with its length")
-    return read_mail(rest[: int(length)], name, attachment=attachment)
+    return read_mail(rest[: int(length)], name, inner=inner)
 
 
-def read_mbox(data: bytes, name: str, *, attachment: Attachment) -> Document:
+def read_mbox(data: bytes, name: str, *, inner: Inner) -> Document:
     """A mailbox with a place for each mail."""
     places, left_out = Places("mail"), []
     for number, mail in enumerate(_mails(data), 1):
         notes: list[str] = []
         try:
-            text = _mail_text(mail, attachment, notes)
+            text = _mail_text(mail, inner, notes)
         except Unreadable as error:
             notes.append(str(error))
             text = ""
@@ -72,17 +70,20 @@ def _mails(data: bytes) -> Iterator[bytes]:
         yield re.sub(rb"^>(>*From )", rb"\1", mail, flags=re.MULTILINE)
 
 
-def _mail_text(data: bytes, attachment: Attachment, left_out: list[str]) -> str:
+def _mail_text(data: bytes, inner: Inner, left_out: list[str]) -> str:
     if data.count(b"\n--") > 50_000 or data[:_MOST_HEADER].count(b"\0"):
         raise Unreadable("not a mail")
     message = BytesParser(policy=_Raw()).parsebytes(data)
     if not any(message.get(header) for header in (*_HEADERS, "Content-Type", "MIME-Version", "Message-ID")):
         raise Unreadable("not a mail: it has no headers")
+    return "\n\n".join([*_heading(message, "#"), *_body(message, inner, left_out)])
+
+
+def _heading(message: Message, signs: str) -> list[str]:
+    """The subject as a heading, and the headers that a person reads."""
     lines = [f"{header}: {value}" for header in _HEADERS if (value := _header(message, header))]
     subject = _header(message, "Subject")
-    heading = [f"# {subject}"] if subject else []
-    body = _body(message, attachment, left_out)
-    return "\n\n".join(part for part in (*heading, "\n".join(lines), *body) if part)
+    return [part for part in (f"{signs} {subject}" if subject else "", "\n".join(lines)) if part]
 
 
 def _header(message: Message, name: str) -> str:
@@ -97,21 +98,22 @@ def _header(message: Message, name: str) -> str:
     return " ".join(text.split())
 
 
-def _body(message: Message, attachment: Attachment, left_out: list[str]) -> list[str]:
+def _body(message: Message, inner: Inner, left_out: list[str]) -> list[str]:
     texts: list[str] = []
     for number, part in enumerate(_parts(message)):
         if number >= _MOST_PARTS:
             left_out.append(f"parts after the first {_MOST_PARTS}")
             break
         kind, name = part.get_content_type(), _file_name(part)
-        if part.get_content_type() == "message/rfc822":
-            continue
         if part.is_multipart():
+            if kind == "message/rfc822":
+                texts += _heading(part.get_payload(0), "##")  # type: ignore[arg-type]
+        elif kind in _SIGNATURES:
             continue
-        if kind in ("text/plain", "text/html") and (not name or not _is_attached(part)):
+        elif kind in ("text/plain", "text/html") and (not name or not _is_attached(part)):
             texts.append(_text(part, kind, left_out))
         elif name or kind.startswith("text/"):
-            texts += _attached(part, name or "attachment.txt", attachment, left_out)
+            texts += _attached(part, name or "attachment.txt", inner, left_out)
         else:
             left_out.append(f"a part of the kind {kind}")
     return texts
@@ -163,19 +165,46 @@ def _text(part: Message, kind: str, left_out: list[str]) -> str:
     data = _payload(part)
     if not data.strip():
         return ""
-    charset = part.get_param("charset") or ""
-    text, notes = decode(data, declared=charset if isinstance(charset, str) else charset[2])
+    text, notes = decode(data, declared=_parameter(part, "charset"))
     if kind == "text/html":
         text, hidden = html_text(text)
         notes += hidden
+    elif _parameter(part, "format").lower() == "flowed":
+        text = _flowed(text, joined=_parameter(part, "delsp").lower() == "yes")
     left_out += notes
     return text.strip("\n")
 
 
-def _attached(part: Message, name: str, attachment: Attachment, left_out: list[str]) -> list[str]:
+def _parameter(part: Message, name: str) -> str:
+    """A parameter of the part's kind; empty where it cannot be told."""
+    try:
+        value = part.get_param(name) or ""
+    except (LookupError, ValueError, TypeError):
+        return ""
+    return value if isinstance(value, str) else value[2]
+
+
+def _flowed(text: str, *, joined: bool) -> str:
+    """Lines that end in a space go on in the next one of the same quotation (RFC 3676); joined: without the space."""
+    lines: list[str] = []
+    goes_on, depth = False, 0
+    for line in text.split("\n"):
+        quoted = len(line) - len(line.lstrip(">"))
+        content = line[quoted:].removeprefix(" ")
+        if goes_on and quoted == depth and content != "-- ":
+            lines.append(content)
+        else:
+            lines.append(f"{chr(10) if lines else ''}{'>' * quoted}{' ' if quoted else ''}{content}")
+        depth, goes_on = quoted, content.endswith(" ") and content != "-- "
+        if goes_on and joined:
+            lines[-1] = lines[-1][:-1]
+    return "".join(lines)
+
+
+def _attached(part: Message, name: str, inner: Inner, left_out: list[str]) -> list[str]:
     data = _payload(part)
     try:
-        document = attachment(data, name)
+        document = inner(data, name)
     except Unreadable as error:
         left_out.append(f"attachment {name} ({len(data):,} bytes): {error}")
         return []

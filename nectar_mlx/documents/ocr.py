@@ -28,11 +28,18 @@ def available() -> str:
     return "tesseract" if shutil.which("tesseract") else ""
 
 
+def advice() -> str:
+    """What installs it."""
+    if sys.platform == "darwin":
+        return "pip install 'nectar-mlx[ocr]' installs it"
+    return "install tesseract: the package tesseract-ocr of Debian and Ubuntu, tesseract of Fedora"
+
+
 def read_picture(data: bytes, name: str) -> Document:
     """The text in a picture, such as a scanned letter."""
     which = available()
     if not which:
-        raise Unreadable("a picture, and no text recognition is installed")
+        raise Unreadable(f"a picture, and no text recognition is installed: {advice()}")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, f"picture{Path(name).suffix.lower()}")
         path.write_bytes(data)

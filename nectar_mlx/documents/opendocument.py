@@ -4,8 +4,10 @@ import re
 from collections.abc import Iterable
 
 from nectar_mlx.documents import blocks, formula
-from nectar_mlx.documents.archive import Archive, Element, attribute, child, children, local
+from nectar_mlx.documents.archive import Archive, Element, attribute, child, children, local, parse_xml
+from nectar_mlx.documents.opendocument_styles import Styles, is_hidden
 from nectar_mlx.documents.reading import Document, Place, Places, Unreadable
+from nectar_mlx.documents.word_signs import raised
 
 _NOT_SHOWN = {
     "tracked-changes",
@@ -22,13 +24,18 @@ _MOST_REPEATED = 1 << 22  # characters that repeats may add
 
 def read_opendocument(data: bytes, name: str) -> Document:
     """An OpenDocument file of any kind."""
-    archive = Archive(data, "OpenDocument")
-    manifest = archive.find("META-INF/manifest.xml")
-    if manifest and b"manifest:algorithm" in archive.read(manifest):
-        raise Unreadable("the OpenDocument file is encrypted")
-    body = child(archive.xml("content.xml"), "body")
+    archive = None if re.match(rb"[\s\xef\xbb\xbf]*<", data[:100]) else Archive(data, "OpenDocument")
+    if archive is None:
+        root, styles = parse_xml(data, "flat OpenDocument file"), None
+    else:
+        manifest = archive.find("META-INF/manifest.xml")
+        if manifest and b"manifest:algorithm" in archive.read(manifest):
+            raise Unreadable("the OpenDocument file is encrypted")
+        root = archive.xml("content.xml")
+        styles = archive.xml("styles.xml") if archive.find("styles.xml") else None
+    body = child(root, "body")
     content = next(iter(body), None) if body is not None else None
-    writer = _Writer(archive)
+    writer = _Writer(archive, Styles([root] if styles is None else [styles, root]))
     if content is None:
         raise Unreadable("the OpenDocument file has no contents")
     kind = {"spreadsheet": "ods", "presentation": "odp"}.get(local(content), "odt")
@@ -37,16 +44,14 @@ def read_opendocument(data: bytes, name: str) -> Document:
     elif kind == "odp":
         text, places = _slides(writer, content)
     else:
-        margins = [_margins(archive, writer, margin) for margin in ("header", "footer")]
+        margins = [_margins(root if styles is None else styles, writer, margin) for margin in ("header", "footer")]
         text, places = blocks.joined([*margins[0], *writer.blocks(content), *margins[1], *writer.notes]), []
     return Document(kind, text, places, writer.left_out())
 
 
-def _margins(archive: Archive, writer: "_Writer", kind: str) -> list[str]:
+def _margins(styles: Element, writer: "_Writer", kind: str) -> list[str]:
     """The texts of the headers or footers, which the styles hold."""
-    if not archive.find("styles.xml"):
-        return []
-    found = (item for item in archive.xml("styles.xml").iter() if local(item) == kind)
+    found = (item for pages in styles.iter() if local(pages) == "master-page" for item in children(pages, kind))
     texts = dict.fromkeys(text for item in found for text in writer.blocks(item))
     return [text for text in texts if any(character.isalpha() for character in text)]
 
@@ -70,9 +75,10 @@ def _slides(writer: "_Writer", content: Element) -> tuple[str, list[Place]]:
 class _Writer:
     """Turns elements into blocks; each is visited once, and repeated cells are bounded."""
 
-    def __init__(self, archive: Archive) -> None:
+    def __init__(self, archive: Archive | None, styles: Styles) -> None:
         self.notes: list[str] = []
         self._archive = archive
+        self._styles = styles
         self._repeated = 0
         self._cut = False
         self._pictures = 0
@@ -81,14 +87,16 @@ class _Writer:
         pictures = [f"{self._pictures} picture{'s' * (self._pictures > 1)}"] if self._pictures else []
         return pictures + (["repeats of cells, which would make too much text"] if self._cut else [])
 
-    def blocks(self, parent: Element, depth: int = -1) -> list[str]:
+    def blocks(self, parent: Iterable[Element]) -> list[str]:
         found: list[str] = []
         for element in parent:
             tag = local(element)
+            if is_hidden(element):
+                continue
             if tag in ("p", "h"):
-                found += self._paragraph(element, depth)
+                found += self._paragraph(element)
             elif tag == "list":
-                found += self.blocks(element, depth + 1)
+                found += self._list(element, "", 0)
             elif tag == "table":
                 found.append(self.table(element))
             elif tag == "frame":
@@ -96,7 +104,25 @@ class _Writer:
             elif tag == "notes":
                 found += [f"Notes: {text}" for text in self.blocks(element)]
             elif tag not in _NOT_SHOWN:
-                found += self.blocks(element, depth)
+                found += self.blocks(element)
+        return found
+
+    def _list(self, element: Element, outer: str, depth: int) -> list[str]:
+        """The items of a list, each with its number where the list's style has one."""
+        style = attribute(element, "style-name") or outer
+        found: list[str] = []
+        number = 0
+        for entry in element:
+            number = self._styles.number(style, depth, entry, number) if local(entry) == "list-item" else number
+            marker = self._styles.marker(style, depth, number) if local(entry) == "list-item" else ""
+            for item in entry:
+                if local(item) == "list":
+                    found += self._list(item, style, depth + 1)
+                    continue
+                for block in self._paragraph(item) if local(item) in ("p", "h") else self.blocks([item]):
+                    is_item = local(item) == "p" and marker
+                    found.append(blocks.item(depth, block, marker) if is_item else block)
+                    marker = marker and "-"
         return found
 
     def table(self, table: Element) -> str:
@@ -133,7 +159,7 @@ class _Writer:
         self._repeated += (repeats - 1) * (characters + 3)
         return repeats
 
-    def _paragraph(self, element: Element, depth: int) -> list[str]:
+    def _paragraph(self, element: Element) -> list[str]:
         boxes: list[str] = []
         text = (element.text or "") + "".join(self._runs(element, boxes))
         text = re.sub(r"[ \t\r\n]*\n[ \t\r\n]*", "\n", text).strip()
@@ -142,7 +168,7 @@ class _Writer:
         if local(element) == "h":
             level = attribute(element, "outline-level", "1")
             return [blocks.heading(int(level) if re.fullmatch(r"[0-9]", level) else 1, text), *boxes]
-        return [blocks.item(depth, text) if depth >= 0 else text, *boxes]
+        return [text, *boxes]
 
     def _runs(self, element: Element, boxes: list[str]) -> Iterable[str]:
         for item in element:
@@ -164,7 +190,11 @@ class _Writer:
                 yield line
             elif tag in ("frame", "custom-shape", "text-box"):
                 boxes += self._frame(item)
-            elif tag not in _NOT_SHOWN and tag != "note-citation":
+            elif tag == "span" and self._styles.is_raised(attribute(item, "style-name")):
+                yield raised((item.text or "") + "".join(self._runs(item, boxes)))
+            elif tag == "ruby-text":
+                yield f"({''.join(item.itertext())})"
+            elif tag not in _NOT_SHOWN and tag != "note-citation" and not is_hidden(item):
                 yield item.text or ""
                 yield from self._runs(item, boxes)
             yield item.tail or ""
@@ -185,6 +215,8 @@ class _Writer:
     def _formula(self, frame: Element) -> str:
         """The formula that a frame holds; empty for other objects."""
         for item in children(frame, "object"):
+            if self._archive is None:
+                break
             path = self._archive.find(attribute(item, "href").removeprefix("./") + "/content.xml")
             if path and local(root := self._archive.xml(path)) == "math":
                 return formula.tidy(_line(root))

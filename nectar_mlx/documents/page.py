@@ -37,12 +37,11 @@ _BLOCK = set(
         "section",
         "summary",
         "table",
-        "tbody",
-        "tfoot",
-        "thead",
     ]
 )
 _HEADING = re.compile("h([1-6])")
+_MOST_SPAN = 100  # columns or rows of a cell
+_MOST_BLANK = 10_000
 _SPACES = re.compile(r"[ \t\r\n\f]+")
 _EXPONENT = re.compile(r"[+\-−–]?\d+")
 
@@ -59,6 +58,9 @@ class Page:
         self._lists: list[int | None] = []
         self._tables: list[bool] = []  # of each open table, whether it only arranges the page
         self._row: list[str] | None = None
+        self._columns = 1  # that the cell being read takes
+        self._taken: dict[int, int] = {}  # by cells of rows above: the columns, and for how many more rows
+        self._blank = 0  # cells that are there for others
         self._raised: list[int] = []
         self._link = -1  # where in the line the last link starts
 
@@ -67,8 +69,9 @@ class Page:
         self._end_block()
         return re.sub(r"\n{3,}", "\n\n", "".join(self._blocks)).strip("\n")
 
-    def start(self, tag: str, *, layout: bool = False) -> None:
-        """An element starts; `layout` marks a table that only arranges the page."""
+    def start(self, tag: str, *, layout: bool = False, columns: str = "", rows: str = "") -> None:
+        """An element starts; `layout` marks a table that only arranges the page; a cell may take several columns and
+        rows."""
         if tag == "br":
             self._add("\n")
         elif tag in ("ul", "ol"):
@@ -78,7 +81,7 @@ class Page:
             self._end_block("\n")
             self._prefix = self._next_marker()
         elif tag in ("td", "th"):
-            self._start_cell()
+            self._start_cell(_span(columns), _span(rows))
         elif tag == "tr":
             self._start_row()
         elif heading := _HEADING.fullmatch(tag):
@@ -132,8 +135,8 @@ class Page:
         self._add(data)
 
     def number_from(self, start: str) -> None:
-        """The number of the first item of the list that has just started."""
-        if re.fullmatch(r"[0-9]{1,6}", start) and self._lists:
+        """The number of the next item of a numbered list."""
+        if re.fullmatch(r"[0-9]{1,6}", start) and self._lists and self._lists[-1] is not None:
             self._lists[-1] = int(start) - 1
 
     def _add(self, data: str) -> None:
@@ -157,6 +160,7 @@ class Page:
             self._preformatted = True
         if tag == "table":
             self._end_row()
+            self._taken = {}
             self._tables.append(layout)
 
     def _end_raised(self) -> None:
@@ -174,21 +178,34 @@ class Page:
         self._end_block("\n")
         self._row = None if self._tables and self._tables[-1] else []
 
-    def _start_cell(self) -> None:
+    def _start_cell(self, columns: int, rows: int) -> None:
         if self._row is None:
             self._end_block()
-        else:
-            self._line, self._last, self._link = [], "", -1
+            return
+        self._line, self._last, self._link = [], "", -1
+        self._skip_taken()
+        self._columns = columns if self._blank < _MOST_BLANK else 1
+        if rows > 1:
+            place = len(self._row)
+            self._taken |= dict.fromkeys(range(place, place + self._columns), rows)
+
+    def _skip_taken(self) -> None:
+        while self._row is not None and self._blank < _MOST_BLANK and self._taken.get(len(self._row), 0) > 0:
+            self._row.append("")
+            self._blank += 1
 
     def _end_cell(self) -> None:
         if self._row is None:
             self._end_block()
         else:
-            self._row.append("".join(self._line))
+            self._row += ["".join(self._line), *[""] * (self._columns - 1)]
+            self._blank += self._columns - 1
             self._line, self._last, self._link = [], "", -1
 
     def _end_row(self) -> None:
         cells, self._row = self._row, None
+        if cells is not None:
+            self._taken = {column: rows - 1 for column, rows in self._taken.items() if rows > 1}
         if cells and (line := row(cells)):
             self._line, self._last = [line], line[-1]
             self._end_block("\n")
@@ -205,3 +222,8 @@ class Page:
             self._blocks.append("\n")
             self._prefix = ""
         self._line, self._last, self._link = [], "", -1
+
+
+def _span(given: str) -> int:
+    """How many columns or rows a cell takes."""
+    return max(1, min(int(given), _MOST_SPAN)) if re.fullmatch("[0-9]{1,6}", given) else 1

@@ -1,7 +1,8 @@
 """What reading gives: the text, its places, and what became of each file."""
 
 from bisect import bisect_left
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 
 
 class Unreadable(Exception):
@@ -49,6 +50,10 @@ class Document:
     text: str
     places: list[Place] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
+
+
+Inner = Callable[[bytes, str], Document]
+"""Reads a document that lies in another one, by its name."""
 
 
 class Places:
@@ -101,6 +106,15 @@ class FileReport:
     def was_read(self) -> bool:
         return not self.reason
 
+    def cut(self, end: int) -> "FileReport":
+        """The report on what of the file stands before a character of the text."""
+        if not self.was_read or self.end <= end:
+            return self
+        if self.start >= end:
+            return FileReport(self.name, self.kind, self.characters, reason="left out: the text was cut before it")
+        places = [replace(place, end=min(place.end, end)) for place in self.places if place.start < end]
+        return replace(self, end=end, places=places, left_out=[*self.left_out, "its end: the text was cut there"])
+
     def describe(self) -> str:
         """One line: the name and either the counts or the reason."""
         if self.reason:
@@ -147,6 +161,13 @@ class Reading:
                 inside = [place for place in report.places if place.start <= position < place.end]
                 return report, inside[-1] if inside else None
         return None
+
+    def cut(self, end: int) -> "Reading":
+        """The reading of the text before a character: what lies behind it is told as left out."""
+        if end >= len(self.text):
+            return self
+        files, edits = [report.cut(end) for report in self.files], [edit for edit in self.edits if edit.end <= end]
+        return Reading(self.text[:end], files, edits)
 
     def counts(self) -> str:
         """How many files were read: "read 26 of 53 files"."""

@@ -6,40 +6,52 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from nectar_mlx.core import json_text
 from nectar_mlx.documents.reading import Edit, FileReport, Place, Reading
 
 _MOST_LISTED = 1 << 20  # characters of the reports that are not packed: thousands of files or pages
-_MOST_BYTES = 1 << 28  # of what is packed; a file may come from anyone
+_VALUES_EACH = 4  # that a character of the text may have in the record: where every one is edited it has three
 
 
-def record(reading: Reading) -> dict[str, object]:
+def record(reading: Reading, *, characters: int | None = None) -> dict[str, object]:
     """`files`, the reports, or `packed_files` where there are thousands, as a file's metadata are limited; and `edits`,
-    what normalization changed, where it changed anything."""
+    what normalization changed, where it changed anything. What would be too large to be read again is left out.
+
+    characters: of the text that the file keeps (all of it).
+    """
+    most, kept = _most_values(len(reading.text) if characters is None else characters), dict[str, object]()
     files = reading.as_list()
-    kept: dict[str, object] = {"files": files}
-    if len(text := json.dumps(files)) > _MOST_LISTED:
-        kept = {"packed_files": packed(text)}
+    if len(text := json.dumps(files)) <= _MOST_LISTED:
+        kept["files"] = files
+    elif _fits(text, most):
+        kept["packed_files"] = packed(text)
     if reading.edits:
         flat = [value for gap, edit in _gaps(reading.edits) for value in (gap, edit.end - edit.start, edit.original)]
-        kept["edits"] = packed(json.dumps(flat))
+        if _fits(text := json.dumps(flat), most):
+            kept["edits"] = packed(text)
     return kept
 
 
-def restored(text: str, kept: Mapping[str, object], *, name: str) -> Reading:
+def restored(text: str, kept: Mapping[str, object], *, name: str, characters: int | None = None) -> Reading:
     """The reading of which `record` kept this, and the file its text.
 
-    name: of the one document, where no files were kept. ValueError, KeyError or TypeError if it is damaged.
+    name: of the one document, where no files were kept. characters: as for `record`. ValueError, KeyError or TypeError
+    if it is damaged.
     """
-    files = listed(kept)
+    characters = len(text) if characters is None else characters
+    files = listed(kept, characters=characters)
     if not isinstance(files, list) or not files:
         return Reading(text, [FileReport(name, characters=len(text), end=len(text))])
     edits = kept.get("edits")
-    return Reading(text, [_report(file) for file in files], list(_edits(str(edits))) if edits else [])
+    return Reading(text, [_report(file) for file in files], list(_edits(str(edits), characters)) if edits else [])
 
 
-def listed(kept: Mapping[str, object]) -> object:
-    """The reports of a reading's files, of which `record` kept this, as they were listed; errors as of `restored`."""
-    return json.loads(unpacked(str(kept["packed_files"]))) if "packed_files" in kept else kept.get("files")
+def listed(kept: Mapping[str, object], *, characters: int) -> object:
+    """The reports of a reading's files, of which `record` kept this, as they were listed; errors as of `restored`.
+
+    characters: as for `record`.
+    """
+    return _decoded(str(kept["packed_files"]), characters) if "packed_files" in kept else kept.get("files")
 
 
 def packed(text: str) -> str:
@@ -47,16 +59,33 @@ def packed(text: str) -> str:
     return base64.b85encode(zlib.compress(text.encode(), 9)).decode()
 
 
-def unpacked(packed: str) -> str:
-    """ValueError if it is damaged, or far larger than any text."""
+def unpacked(packed: str, *, characters: int) -> str:
+    """ValueError if it is damaged, or far larger than what belongs to a text of so many characters."""
     unpacker = zlib.decompressobj()
     try:
-        data = unpacker.decompress(base64.b85decode(packed), _MOST_BYTES)
+        data = unpacker.decompress(base64.b85decode(packed), json_text.BYTES_EACH * _most_values(characters))
     except zlib.error as error:
         raise ValueError(str(error)) from error
     if not unpacker.eof:
         raise ValueError("a packed text is cut short or too large")
     return data.decode()
+
+
+def _most_values(characters: int) -> int:
+    """That are read again. A file may come from anyone, and a value takes far more memory than room in the file."""
+    return json_text.MOST_VALUES + _VALUES_EACH * characters
+
+
+def _fits(text: str, most_values: int) -> bool:
+    try:
+        json_text.check_size(text.encode(), most_values=most_values)
+    except ValueError:
+        return False
+    return True
+
+
+def _decoded(packed: str, characters: int) -> Any:
+    return json_text.decode(unpacked(packed, characters=characters), most_values=_most_values(characters))
 
 
 def _gaps(edits: Sequence[Edit]) -> Iterator[tuple[int, Edit]]:
@@ -67,12 +96,14 @@ def _gaps(edits: Sequence[Edit]) -> Iterator[tuple[int, Edit]]:
         position = edit.end
 
 
-def _edits(packed: str) -> Iterator[Edit]:
-    flat, position = json.loads(unpacked(packed)), 0
+def _edits(packed: str, characters: int) -> Iterator[Edit]:
+    flat, position = _decoded(packed, characters), 0
     for gap, length, original in zip(flat[::3], flat[1::3], flat[2::3], strict=True):
+        if not (isinstance(gap, int) and isinstance(length, int) and min(gap, length) >= 0):
+            raise ValueError("an edit lies nowhere in the text")
         start = position + gap
         position = start + length
-        yield Edit(start, position, original)
+        yield Edit(start, position, str(original))
 
 
 def _report(file: Mapping[str, Any]) -> FileReport:

@@ -5,12 +5,12 @@ import re
 import warnings
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from datetime import date, datetime, time, timedelta
 from itertools import repeat
 from typing import TYPE_CHECKING, Protocol
 
 from nectar_mlx.documents import blocks
-from nectar_mlx.documents.archive import Archive, attribute, child, children
+from nectar_mlx.documents.archive import Archive, Element, attribute, child, children, local
+from nectar_mlx.documents.cells import shown
 from nectar_mlx.documents.office import main_part, relations
 from nectar_mlx.documents.reading import Document, Places, Unreadable
 
@@ -45,7 +45,8 @@ def read_xlsx(data: bytes, name: str) -> Document:
     A damaged sheet is named, and costs no other one.
     """
     archive = Archive(data, "XLSX")
-    titles, document, places = _titles(archive), Document("xlsx", ""), Places("sheet")
+    titles, hidden = _titles(archive)
+    document, places = Document("xlsx", ""), Places("sheet")
     has_formulas, damaged = _check(archive, titles)
     if not damaged:
         try:
@@ -60,8 +61,13 @@ def read_xlsx(data: bytes, name: str) -> Document:
         values = _workbook(data, values=True)
     formulas = _workbook(data, values=False).worksheets if has_formulas else repeat(None)
     budget = MOST_CELLS
+    paths = {title: path for path, title in titles.items()}
     for sheet, written in zip(values.worksheets, formulas, strict=False):
-        budget = _read_sheet(sheet, written, document, places, budget)
+        rows, budget = _read_sheet(sheet, written, document, budget)
+        inside = blocks.joined([blocks.table(rows), *_beside(archive, paths.get(sheet.title, ""), document.left_out)])
+        if inside:
+            heading = f"## Sheet {sheet.title}{' (hidden)' if sheet.title in hidden else ''}"
+            places.add(sheet.title, f"{heading}\n\n{inside}")
     document.left_out += [f"sheet {chart.title}: a chart" for chart in values.chartsheets]
     held = {sheet.title for sheet in (*values.worksheets, *values.chartsheets)}
     document.left_out += [f"sheet {title}: the file does not hold it" for title in titles.values() if title not in held]
@@ -69,8 +75,8 @@ def read_xlsx(data: bytes, name: str) -> Document:
     return document
 
 
-def _read_sheet(sheet: Sheet, written: Sheet | None, document: Document, places: Places, budget: int) -> int:
-    """Adds a sheet, as far as it can be read; returns how many more cells may be read."""
+def _read_sheet(sheet: Sheet, written: Sheet | None, document: Document, budget: int) -> tuple[list[list[str]], int]:
+    """The rows of a sheet, as far as it can be read, and how many more cells may be read."""
     rows: list[list[str]] = []
     try:
         sheet.reset_dimensions()
@@ -84,22 +90,50 @@ def _read_sheet(sheet: Sheet, written: Sheet | None, document: Document, places:
             rows.append(cells)
     except Exception:  # as above
         document.left_out.append(f"sheet {sheet.title}: damaged{f' after row {len(rows)}' if rows else ''}")
-    if inside := blocks.table(rows):
-        places.add(sheet.title, f"## Sheet {sheet.title}\n\n{inside}")
-    return budget
+    return rows, budget
 
 
-def _titles(archive: Archive) -> dict[str, str]:
-    """The sheets' titles by the paths of their parts; "?1" and so on for parts that the file does not hold."""
+def _beside(archive: Archive, path: str, left_out: list[str]) -> list[str]:
+    """The comments and the boxes of a sheet."""
+    found: list[str] = []
+    if not archive.find(path):
+        return found
+    for kind, part in sorted(set(relations(archive, path).values())):
+        try:
+            if kind in ("comments", "threadedComment") and part:
+                found += _comments(archive.xml(part))
+            elif kind == "drawing" and part:
+                boxes = ([*item.iter()] for item in archive.xml(part).iter() if local(item) == "sp")
+                found += ["".join(item.text or "" for item in box if local(item) == "t") for box in boxes]
+        except Unreadable as error:
+            left_out.append(f"{kind}: {error}")
+    return found
+
+
+def _comments(root: Element) -> list[str]:
+    """Each with its cell; what newer programs write for older ones is left aside."""
+    found = []
+    for comment in (item for item in root.iter() if local(item) in ("comment", "threadedComment")):
+        text = " ".join("".join(item.text or "" for item in comment.iter() if local(item) in ("t", "text")).split())
+        if text and not text.startswith("[Threaded comment]"):
+            found.append(f"Comment {attribute(comment, 'ref')}: {text}")
+    return found
+
+
+def _titles(archive: Archive) -> tuple[dict[str, str], set[str]]:
+    """The sheets' titles by the paths of their parts, "?1" and so on for parts that the file does not hold; and the
+    titles of those that are hidden."""
     main = main_part(archive, "xl/workbook.xml")
     if not archive.find(main):
         raise Unreadable("not an XLSX file: it has no workbook")
-    parts, titles = relations(archive, main), dict[str, str]()
+    parts, titles, hidden = relations(archive, main), dict[str, str](), set[str]()
     for number, sheet in enumerate(children(child(archive.xml(main), "sheets"), "sheet"), 1):
         reference = next((value for key, value in sheet.attrib.items() if key.endswith("}id")), "")
         path = parts.get(reference, ("", ""))[1]
-        titles[path or f"?{number}"] = attribute(sheet, "name", str(number))
-    return titles
+        titles[path or f"?{number}"] = title = attribute(sheet, "name", str(number))
+        if attribute(sheet, "state", "visible") != "visible":
+            hidden.add(title)
+    return titles, hidden
 
 
 def _check(archive: Archive, titles: Mapping[str, str]) -> tuple[bool, list[str]]:
@@ -156,27 +190,8 @@ def _rows(rows: Iterable[Sequence[Cell]], formulas: Iterable[Sequence[Cell]]) ->
     for cells, written in zip(rows, formulas, strict=False):
         if not cells and not written:
             continue
-        texts = [_shown(cell) for cell in cells]
+        texts = [shown(cell.value, cell.number_format) for cell in cells]
         for position, cell in enumerate(written):
             if position < len(texts) and not texts[position] and cell.value is not None:
                 texts[position] = str(cell.value)
         yield texts
-
-
-def _shown(cell: Cell) -> str:
-    """The value as a reader would write it: whole numbers without a point, per cent as such, ISO dates."""
-    value = cell.value
-    if value is None:
-        return ""
-    if isinstance(value, bool):
-        return str(value).upper()
-    if isinstance(value, int | float):
-        if "%" in (cell.number_format or ""):
-            return f"{value * 100:.10g}%"
-        return format(value, ".15g") if isinstance(value, float) else str(value)
-    if isinstance(value, datetime):
-        midnight = value.time() == time()
-        return value.date().isoformat() if midnight else value.isoformat(" ", "minutes")
-    if isinstance(value, date | time | timedelta):
-        return str(value)
-    return str(value)

@@ -1,12 +1,14 @@
 """Presentations (PPTX): the slides in their order, each with its notes."""
 
+import re
 from collections.abc import Iterable
 
 from nectar_mlx.documents import blocks, formula
 from nectar_mlx.documents.archive import Archive, Element, attribute, child, children, local
+from nectar_mlx.documents.charts import chart
 from nectar_mlx.documents.office import main_part, relations
 from nectar_mlx.documents.reading import Document, Places, Unreadable
-from nectar_mlx.documents.word import math_line
+from nectar_mlx.documents.word_signs import raised
 
 _FURNITURE = {"sldNum", "dt", "ftr", "hdr", "sldImg"}  # number, date, footer; the picture of the slide on its notes
 
@@ -45,6 +47,8 @@ def _slide(archive: Archive, path: str) -> str:
         elif kind == "notesSlide" and part:
             notes = blocks.joined(list(_shapes(archive.xml(part))))
             found += [f"Notes: {notes}"] if notes else []
+        elif kind == "chart" and part:
+            found.append(chart(archive.xml(part)))
         elif kind == "comments" and part:
             texts = ("".join(item.itertext()).strip() for item in archive.xml(part).iter() if local(item) == "cm")
             found += [f"Comment: {text}" for text in texts if text]
@@ -96,6 +100,12 @@ def _runs(element: Element) -> Iterable[str]:
         elif tag == "br":
             yield "\n"
         elif tag in ("oMath", "oMathPara"):
-            yield formula.tidy(math_line(item))
+            yield formula.tidy(formula.math_line(item))
+        elif tag == "r" and (properties := child(item, "rPr")) is not None and _is_raised(properties):
+            yield raised("".join(_runs(item)))
         elif tag not in ("Fallback", "pPr", "rPr"):
             yield from _runs(item)
+
+
+def _is_raised(properties: Element) -> bool:
+    return re.fullmatch("[1-9][0-9]{0,6}", attribute(properties, "baseline")) is not None

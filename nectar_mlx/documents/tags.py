@@ -6,6 +6,7 @@ _SIGN = re.compile(r"<(?:!--|[!?]|(/?)([a-zA-Z][^\s/>]*))")
 MAX_DEPTH = 256  # open elements; finding where a tag belongs takes time in proportion to them
 MAX_TAG = 1 << 16  # characters; a parser compares each attribute with those before it
 _MOST_ATTRIBUTES = 100
+_EMBEDDED = re.compile(r"data:[^\"'\s<>()]{1000,}")  # a picture in an attribute
 _OPEN_QUOTE = re.compile(r"=\s*([\"'])")
 _QUOTED = re.compile(r"=\s*(?:\"[^\"]*\"|'[^']*')")
 # Each paragraph opens again what is open of these.
@@ -94,6 +95,8 @@ class _Repair:
         return following if following >= 0 else len(self._html)
 
     def _start(self, name: str, tag: str) -> None:
+        if len(tag) > MAX_TAG:
+            tag = _EMBEDDED.sub("", tag)
         if len(tag) > MAX_TAG or tag.count("=") > _MOST_ATTRIBUTES or tag.count(" ") > 20 * _MOST_ATTRIBUTES:
             tag = f"<{name}>"
         if name in HIDDEN and tag.endswith("/>"):

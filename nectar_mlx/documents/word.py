@@ -1,40 +1,43 @@
 """Word documents (DOCX, also of the strict kind): all that is shown, with changes accepted."""
 
 import re
+from collections import Counter
 from collections.abc import Iterable
 
 from nectar_mlx.documents import blocks, formula
 from nectar_mlx.documents.archive import Archive, Element, attribute, child, children, local
-from nectar_mlx.documents.office import main_part, relations
-from nectar_mlx.documents.reading import Document, Unreadable
+from nectar_mlx.documents.charts import chart
+from nectar_mlx.documents.numbering import Numbering, Style, outline, styles
+from nectar_mlx.documents.office import Relations, main_part, relations
+from nectar_mlx.documents.reading import Document, Inner, Unreadable
+from nectar_mlx.documents.word_signs import SIGNS, form_field, instructions, is_hidden, is_raised, raised, symbol
 
 # Fallback repeats what Choice holds; moved text is read where it went; the rest is not shown.
 _NOT_SHOWN = {"Fallback", "moveFrom", "del", "pPr", "rPr", "tblPr", "trPr", "tcPr", "sectPr", "instrText", "delText"}
 _NOTES = ("footnotes", "endnotes", "comments")
-_SIGNS = {"tab": "\t", "ptab": "\t", "br": "\n", "cr": "\n", "noBreakHyphen": "\u2011", "softHyphen": "\u00ad"}
+_MOST_COLUMNS = 63  # of a table, as in Word
 
 
-def read_docx(data: bytes, name: str) -> Document:
-    """A Word document: headers, body, footers, then footnotes, endnotes and comments."""
+def read_docx(data: bytes, name: str, *, inner: Inner) -> Document:
+    """A Word document: headers, body, footers, then footnotes, endnotes and comments; `inner` reads documents in it."""
     archive = Archive(data, "DOCX")
     main = main_part(archive, "word/document.xml")
     parts = relations(archive, main)
+    writer = _Writer(archive, parts, inner)
     body = child(archive.xml(main), "body")
-    left_out: list[str] = []
-    styles = next((path for kind, path in parts.values() if kind == "styles"), archive.find("word/styles.xml"))
-    writer = _Writer(_heading_levels(archive.xml(styles)) if styles else {}, parts, archive)
-    sections = [writer.blocks(body)] if body is not None else []
+    sections = [writer.part(body)] if body is not None else []
     for kind in ("header", "footer", *_NOTES):
         texts = []
         for path in sorted({path for other, path in parts.values() if other == kind} | _default(archive, kind)):
             try:
-                texts += [text for text in writer.blocks(archive.xml(path)) if text not in texts]
+                texts += [text for text in writer.part(archive.xml(path)) if text not in texts]
             except Unreadable as error:
-                left_out.append(f"{kind}: {error}")
+                writer.left_out[f"{kind}: {error}"] += 1
         # A header that only numbers pages is no text.
         texts = [text for text in texts if any(character.isalpha() for character in text)]
         sections.insert(0, texts) if kind == "header" else sections.append(texts)
     text = blocks.joined([block for section in sections for block in section])
+    left_out = [f"{what} ({count} times)" if count > 1 else what for what, count in writer.left_out.items()]
     if writer.pictures:
         left_out.append(f"{writer.pictures} picture{'s' * (writer.pictures > 1)}")
     return Document("docx", text, left_out=left_out)
@@ -46,27 +49,32 @@ def _default(archive: Archive, kind: str) -> set[str]:
     return {path} if path else set()
 
 
-def _heading_levels(styles: Element) -> dict[str, int]:
-    """The level of each style that is a heading: the ids are translated, the names are not."""
-    levels = {}
-    for style in children(styles, "style"):
-        name = child(style, "name")
-        match = re.fullmatch(r"heading ([1-6])|title", "" if name is None else attribute(name, "val").lower())
-        if match:
-            levels[attribute(style, "styleId")] = int(match[1] or 1)
-    return levels
+def _optional(archive: Archive, parts: Relations, kind: str) -> Element | None:
+    """The root of the part of a kind, or of the one at its usual place."""
+    path = next((path for other, path in parts.values() if other == kind), "") or archive.find(f"word/{kind}.xml")
+    return archive.xml(path) if path else None
 
 
 class _Writer:
     """Turns the elements of a part into blocks; each element is visited once."""
 
-    def __init__(self, headings: dict[str, int], parts: dict[str, tuple[str, str]], archive: Archive) -> None:
+    def __init__(self, archive: Archive, parts: Relations, inner: Inner) -> None:
         self.pictures = 0
-        self._headings = headings
-        self._parts = parts
+        self.left_out: Counter[str] = Counter()
         self._archive = archive
+        self._parts = parts
+        self._inner = inner
+        self._styles = styles(_optional(archive, parts, "styles"))
+        self._numbering = Numbering(_optional(archive, parts, "numbering"))
+        self._instructions: set[int] = set()
+        self._carried: list[str] = []  # of a paragraph whose end was deleted: the next one goes on with it
 
-    def blocks(self, parent: Element) -> list[str]:
+    def part(self, root: Element) -> list[str]:
+        """The blocks of a whole part."""
+        self._instructions = instructions(root)
+        return self._blocks(root)
+
+    def _blocks(self, parent: Element) -> list[str]:
         found: list[str] = []
         for element in parent:
             tag = local(element)
@@ -76,89 +84,137 @@ class _Writer:
                 found.append(blocks.table(self._rows(element)))
             elif tag in ("footnote", "endnote", "comment"):
                 found += self._note(element)
-            elif tag not in _NOT_SHOWN:
-                found += self.blocks(element)
-        return found
+            elif tag == "altChunk":
+                found += self._chunk(element)
+            elif tag not in _NOT_SHOWN and not _is_prompt(element):
+                found += self._blocks(element)
+        rest, self._carried = "".join(self._carried).strip(), []
+        return [*found, rest] if rest else found
 
     def _note(self, note: Element) -> list[str]:
         if attribute(note, "type", "normal") != "normal":  # the line above the notes
             return []
-        text = " ".join(self.blocks(note)).strip()
+        text = " ".join(self._blocks(note)).strip()
         number = attribute(note, "id")
         return [f"[{number}] {text}" if number else text] if text else []
 
+    def _chunk(self, chunk: Element) -> list[str]:
+        """A document of another kind that Word shows at this place."""
+        path = self._parts.get(attribute(chunk, "id"), ("", ""))[1]
+        if not path:
+            self.left_out["an inserted document that the file does not hold"] += 1
+            return []
+        try:
+            document = self._inner(self._archive.read(path), path)
+        except Unreadable as error:
+            self.left_out[f"inserted document {path}: {error}"] += 1
+            return []
+        for note in document.left_out:
+            self.left_out[f"inserted document {path}: {note}"] += 1
+        return [document.text]
+
     def _rows(self, table: Element) -> list[list[str]]:
         rows: list[list[str]] = []
-        for element in self._inside(table, "tr"):
-            rows.append([self._cell(cell) for cell in self._inside(element, "tc")])
+        for row in self._inside(table, "tr"):
+            cells = [""] * _count(child(row, "trPr", "gridBefore"), 0)
+            for cell in self._inside(row, "tc"):
+                cells += [self._cell(cell), *[""] * (_count(child(cell, "tcPr", "gridSpan"), 1) - 1)]
+            rows.append(cells)
         return rows
 
     def _inside(self, parent: Element, tag: str) -> Iterable[Element]:
         """The rows of a table or the cells of a row, also those in content controls and in accepted changes."""
         for element in parent:
             if local(element) == tag:
-                if not (tag == "tr" and child(element, "trPr", "del") is not None):
+                if child(element, "trPr", "del") is None and child(element, "tcPr", "cellDel") is None:
                     yield element
             elif local(element) in ("sdt", "sdtContent", "customXml", "ins", "moveTo"):
                 yield from self._inside(element, tag)
 
     def _cell(self, cell: Element) -> str:
         """A cell in one line; the rows of a table in it are set apart."""
-        lines = [line for block in self.blocks(cell) for line in block.split("\n")]
+        lines = [line for block in self._blocks(cell) for line in block.split("\n")]
         lines = [line.replace(" | ", ", ").strip() for line in lines if line.strip()]
         return ("; " if child(cell, "tbl") is not None else " ").join(lines)
 
     def _paragraph(self, paragraph: Element) -> list[str]:
         boxes: list[str] = []
-        text = "".join(self._runs(paragraph, boxes)).strip()
-        if not text:
+        properties = child(paragraph, "pPr")
+        mark = child(properties, "rPr")
+        self._carried += self._runs(paragraph, boxes)
+        if child(mark, "del") is not None or child(mark, "moveFrom") is not None:
             return boxes
-        style = child(paragraph, "pPr", "pStyle")
-        level = 0 if style is None else self._headings.get(attribute(style, "val"), 0)
+        text, self._carried = "".join(self._carried).strip(), []
+        return [self._marked(text, properties), *boxes] if text else boxes
+
+    def _marked(self, text: str, properties: Element | None) -> str:
+        """The text of a paragraph as a heading or an item of a list, with its number."""
+        named = child(properties, "pStyle")
+        style_id = "" if named is None else attribute(named, "val")
+        style = self._styles.get(style_id, Style())
+        marker = self._numbering.marker(properties, style, style_id)
+        level = outline(properties) or style.heading
         if level:
-            return [blocks.heading(level, " ".join(text.split())), *boxes]
-        numbering = child(paragraph, "pPr", "numPr")
-        if numbering is None:
-            return [text, *boxes]
-        indent = child(numbering, "ilvl")
-        depth = "0" if indent is None else attribute(indent, "val", "0")
-        return [blocks.item(int(depth) if re.fullmatch(r"[0-9]{1,2}", depth) else 0, text), *boxes]
+            number = f"{marker[0]} " if marker and marker[0] not in ("", "-") else ""
+            return blocks.heading(level, number + " ".join(text.split()))
+        return blocks.item(marker[1], text, marker[0]) if marker and marker[0] else text
 
     def _runs(self, element: Element, boxes: list[str]) -> Iterable[str]:
         """The text of a paragraph; the blocks of text boxes go to `boxes`."""
         for item in element:
             tag = local(item)
+            if id(item) in self._instructions:
+                continue
             if tag == "t":
                 yield item.text or ""
-            elif tag in _SIGNS:
-                yield _SIGNS[tag]
+            elif tag in SIGNS:
+                yield SIGNS[tag]
             elif tag == "sym":
-                yield _symbol(item)
+                yield symbol(item)
+            elif tag == "fldChar":
+                yield form_field(item)
+            elif tag == "ruby":
+                above = "".join(text for rt in children(item, "rt") for text in self._runs(rt, boxes))
+                base = "".join(text for below in children(item, "rubyBase") for text in self._runs(below, boxes))
+                yield f"{base}({above})" if above.strip() else base
             elif tag in ("oMath", "oMathPara"):
-                yield formula.tidy(math_line(item))
+                yield formula.tidy(formula.math_line(item))
             elif tag == "txbxContent":
-                boxes += self.blocks(item)
+                boxes += self._apart(item)
             elif tag in ("footnoteReference", "endnoteReference"):
                 yield f"[{attribute(item, 'id')}]"
-            elif tag == "r" and _is_hidden(item):
+            elif (tag == "r" and is_hidden(item)) or _is_prompt(item):
                 continue
-            elif tag == "r" and _is_raised(item):
-                yield _raised("".join(self._runs(item, boxes)))
+            elif tag == "r" and is_raised(item):
+                yield raised("".join(self._runs(item, boxes)))
             elif tag in ("drawing", "pict", "object"):
                 yield from self._drawing(item, boxes)
             elif tag not in _NOT_SHOWN:
                 yield from self._runs(item, boxes)
 
+    def _apart(self, box: Element) -> list[str]:
+        """The blocks of a text box, which the text around it does not go on with."""
+        carried, self._carried = self._carried, []
+        found = self._blocks(box)
+        self._carried = carried
+        return found
+
     def _drawing(self, drawing: Element, boxes: list[str]) -> Iterable[str]:
-        """The text of a drawing: of its boxes, of a diagram, or the description of a picture."""
+        """The text of a drawing: of its boxes, of a diagram or chart, or the description of a picture."""
         for item in drawing.iter():
             tag = local(item)
             if tag in ("pic", "imagedata"):
                 self.pictures += 1
             elif tag == "docPr" and (description := attribute(item, "descr")):
                 yield f"[{' '.join(description.split())}]"
+            elif tag == "textpath" and (text := attribute(item, "string")):
+                boxes.append(text)
             elif tag == "relIds":
                 boxes += self._diagram(attribute(item, "dm"))
+            elif tag == "chart" and (path := self._parts.get(attribute(item, "id"), ("", ""))[1]):
+                boxes.append(chart(self._archive.xml(path)))
+            elif tag == "OLEObject" and attribute(item, "Type") != "Link":
+                self.left_out[f"an embedded object ({attribute(item, 'ProgID') or 'of no named kind'})"] += 1
         yield from self._runs(drawing, boxes)
 
     def _diagram(self, relation: str) -> list[str]:
@@ -170,52 +226,12 @@ class _Writer:
         return [text for text in texts if text.strip()]
 
 
-def _symbol(item: Element) -> str:
-    """A character of a symbol font, where it is one that Unicode has a place for."""
-    code = attribute(item, "char")
-    if not re.fullmatch(r"[0-9A-Fa-f]{1,4}", code):
-        return ""
-    number = int(code, 16)
-    return chr(number) if number >= 32 and not 0xD800 <= number <= 0xF8FF else "•"
+def _is_prompt(element: Element) -> bool:
+    """Whether a content control is still empty and shows what to enter."""
+    return local(element) == "sdt" and child(element, "sdtPr", "showingPlcHdr") is not None
 
 
-def _properties(run: Element) -> dict[str, Element]:
-    properties = child(run, "rPr")
-    return {} if properties is None else {local(item): item for item in properties}
-
-
-def _is_hidden(run: Element) -> bool:
-    vanish = _properties(run).get("vanish")
-    return vanish is not None and attribute(vanish, "val", "1") not in ("0", "false", "off")
-
-
-def _is_raised(run: Element) -> bool:
-    align = _properties(run).get("vertAlign")
-    return align is not None and attribute(align, "val") == "superscript"
-
-
-def _raised(text: str) -> str:
-    """A raised number keeps its sense: 10^6 is not 106."""
-    return f"^{text}" if re.fullmatch(r"[+\-−–\u2011]?\d+", text) else text
-
-
-def math_line(element: Element) -> str:
-    """An equation in one line."""
-    tag = local(element)
-    if tag in ("t", "delText"):
-        return element.text or ""
-    parts: dict[str, str] = {}
-    inside: list[str] = []
-    for item in element:
-        name = local(item)
-        if name.endswith("Pr"):
-            signs = {local(sign): attribute(sign, "val") for sign in item if local(sign) in ("chr", "begChr", "endChr")}
-            parts |= signs
-            continue
-        line = math_line(item)
-        parts[name] = parts.get(name, "") + line
-        inside.append(line)
-    if tag == "oMathPara":
-        return "\n".join(inside)
-    separator = "," if tag == "d" else " " if tag == "mr" else "; " if tag in ("m", "eqArr") else ""
-    return formula.omml(tag, parts, separator.join(inside))
+def _count(element: Element | None, default: int) -> int:
+    """A number of columns."""
+    given = "" if element is None else attribute(element, "val")
+    return min(int(given), _MOST_COLUMNS) if re.fullmatch(r"[0-9]{1,9}", given) else default

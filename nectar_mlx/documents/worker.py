@@ -82,7 +82,7 @@ class _Worker:
             if _computed(measured) - computed > SECONDS or time.monotonic() - since > _MOST_WAIT:
                 raise Unreadable(f"page {page + 1} takes more than {SECONDS:g} seconds to read")
             if measured.memory_info().rss > MOST_BYTES:
-                raise Unreadable(f"page {page + 1} takes more than {MOST_BYTES >> 30} GiB of memory to read")
+                raise Unreadable(f"page {page + 1} takes more than {MOST_BYTES / 1e9:.1f} GB of memory to read")
 
 
 def _computed(process: psutil.Process) -> float:

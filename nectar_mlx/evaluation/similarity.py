@@ -15,7 +15,8 @@ import mlx.nn as nn
 import numpy as np
 import tokenizers
 
-from ..core.files import cache_folder, written_at_once
+from ..core.files import written_at_once
+from ..core.folders import cache_folder
 from ..core.progress import Log, no_log
 from ..core.types import DoubleArray, Tokenizer
 from ..errors import NectarError

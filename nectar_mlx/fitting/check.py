@@ -6,12 +6,15 @@ from functools import partial
 import mlx.core as mx
 import numpy as np
 
+from ..core.device import device
 from ..core.types import JsonObject, LayerCache
 from ..errors import NectarError
 from ..heads import Bank
 from ..mlxlm.kept import Kept, make_caches
-from ..retrieval.recall import Calibration
+from ..retrieval.recall import Calibration, Seen
 from . import fidelity
+from .distributed import World
+from .fidelity import Divergence
 from .layers import LayerRunner
 from .prefill import read_head
 from .run import FitRun
@@ -32,7 +35,8 @@ def check(
 ) -> JsonObject:
     """How far the answers to the check questions, or the first so many, are from the full cache's (`verdict`), and how
     much recall helps them; banks: one a layer. windows: what the layers without heads keep (default: the context's).
-    no_context: the divergence without the text, where it is known. stage: what progress calls it."""
+    no_context: the divergence without the text, where it is known. stage: what progress calls it. Each rank compares
+    some of the answers."""
     context = data.context
     conversations = answered_checks(data.conversations)[:questions]
     make_cache = partial(make_caches, banks, context.windows if windows is None else windows, context.start)
@@ -45,20 +49,34 @@ def check(
         if name == "nectar":
             calibration.add(conversation.prompt, conversation.answer, truth, ours)
 
-    with run.progress(stage, len(conversations)) as done:
-        divergences = fidelity.compare(
+    batch = device().check_batch
+    parts = [range(len(conversations))[start : start + batch] for start in range(0, len(conversations), batch)]
+    mine = [number for part in run.world.mine(parts) for number in part]
+    with run.progress(stage, len(mine)) as done:
+        compared = fidelity.compare(
             run.model,
             context.make_cache,
             views,
-            conversations,
+            [conversations[number] for number in mine],
             observe=observe,
             progress=done,
         )
+    divergences = {name: _of_all(run.world, x, mine) for name, x in compared.items()}
+    seen = [zip(numbers, own, strict=True) for numbers, own in run.world.values([mine, calibration.seen])]
+    calibration.seen = [Seen(*own) for _, own in sorted(pair for pairs in seen for pair in pairs)]
     if broken := np.flatnonzero(~np.isfinite(divergences["nectar"].kl)).tolist():
         _name_layer(run, make_cache(), conversations[divergences["nectar"].conversation[broken[0]]])
     figures = measured(divergences["nectar"], divergences["no context"] if no_context is None else no_context)
-    decided: JsonObject = run.world.values(figures | {"recall": calibration.report(figures["kl"])})[0]
-    return decided
+    return figures | {"recall": calibration.report(figures["kl"])}
+
+
+def _of_all(world: World, divergence: Divergence, mine: Sequence[int]) -> Divergence:
+    """The divergences of all ranks in the order of the conversations. mine: the numbers of this one's."""
+    numbered = divergence._replace(conversation=np.array(mine, np.int32)[divergence.conversation])
+    arrays = {name: mx.array(x) for name, x in numbered._asdict().items()}
+    every = [Divergence(**{name: np.array(x) for name, x in of.items()}) for of in world.arrays(arrays)]
+    together = fidelity.joined(every)
+    return Divergence(*(x[np.argsort(together.conversation, kind="stable")] for x in together))
 
 
 def _name_layer(run: FitRun, caches: Sequence[LayerCache], conversation: Conversation) -> None:

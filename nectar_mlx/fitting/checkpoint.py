@@ -1,6 +1,7 @@
 """Where an interrupted fit leaves its work, and a resumed one finds it: a folder beside the output.
 
-Everything in it has a checksum; what is torn, altered or of another fit counts as not there and is computed again.
+Everything in it has a checksum, of what it is for as well: what is torn, altered, or of another fit or another part of
+this one counts as not there and is computed again.
 """
 
 import hashlib
@@ -25,7 +26,7 @@ from ..heads import HeadArrays, Size
 from ..store import MEAN_BITS, tensor_file
 from .samples.conversation import Conversation
 
-FORMAT = 2  # of the folder: another one counts as another fit
+FORMAT = 3  # of the folder: another one counts as another fit
 SAVE_SECONDS = 15.0  # between two savings of what is under way
 _CLAIM, _LOCK = "fit.json", "lock"
 _T = TypeVar("_T")
@@ -50,11 +51,13 @@ class Checkpoint:
     """The folder of one fit. With folder=None nothing is kept, and what does not fit in memory goes to a temporary
     folder.
 
-    must_match: whether a folder of another fit is an error; else that one is removed, and log is told why.
+    must_match: whether a folder of another fit is an error; else that one is removed, and log is told why. part: of
+    the fit. Before it is claimed it holds nothing.
     """
 
-    def __init__(self, folder: Path | None, *, must_match: bool = False, log: Log = no_log):
+    def __init__(self, folder: Path | None, *, must_match: bool = False, log: Log = no_log, part: str = ""):
         self.folder, self.must_match, self.log = folder, must_match, log
+        self._part, self._claimed = part, ""  # which part of the fit; sha256 of the claim
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
         self._saved = time.monotonic()
 
@@ -96,7 +99,8 @@ class Checkpoint:
         if self.folder is None:
             return
         mine = json.loads(json.dumps({"format": FORMAT, **claim}))
-        kept = _read_json(self.folder / _CLAIM)
+        self._claimed = hashlib.sha256(json.dumps(mine, sort_keys=True).encode()).hexdigest()
+        kept = self._read(_CLAIM)
         if kept == mine:
             return
         if isinstance(kept, dict) and self.holds_work():
@@ -109,7 +113,7 @@ class Checkpoint:
             self.log(f"starting anew: {self.folder} holds a fit with other {what}")
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._remove(but=(_LOCK,))
-        _write_json(self.folder / _CLAIM, mine)
+        self._write(_CLAIM, mine)
 
     def empty(self) -> None:
         """Removes what an interrupted fit left, but for the lock."""
@@ -118,7 +122,7 @@ class Checkpoint:
 
     def part(self, name: str) -> "Checkpoint":
         """That of a part of the fit, within this one."""
-        return Checkpoint(self.folder and self.folder / name)
+        return Checkpoint(self.folder and self.folder / name, part=f"{self._part}/{name}")
 
     def holds_work(self) -> bool:
         """Whether there is anything that a resumed fit would not compute again."""
@@ -134,63 +138,60 @@ class Checkpoint:
 
     def decided(self, name: str, decide: Callable[[], _T]) -> _T:
         """What the first run of this fit decided or measured, a JSON value: a resumed one goes on with it."""
-        path = self.folder and self.folder / f"{name}.decided"
-        kept: _T | None = _read_json(path) if path else None
+        kept: _T | None = self._read(f"{name}.decided")
         if kept is None:
             kept = decide()
-            if path:
-                _write_json(path, kept)
+            self._write(f"{name}.decided", kept)
         return kept
 
     def save_conversations(self, conversations: Sequence[Conversation]) -> None:
         if self.folder is not None:
-            _write_json(self.folder / "conversations.json", [asdict(c) for c in conversations])
+            self._write("conversations.json", [asdict(c) for c in conversations])
             (self.folder / "answers.json").unlink(missing_ok=True)
 
     def load_conversations(self) -> list[Conversation]:
         """None where there are none, or none that can be read; as of all that follows."""
         return self._parsed("conversations.json", lambda kept: [Conversation(**c) for c in kept]) or []
 
-    def save_answers(self, batch: Sequence[Conversation], *, seed: int, at: int) -> None:
-        """Keeps answers that are being sampled, every SAVE_SECONDS. at: as for `self_study.sample_answers`."""
-        if self.folder is not None and time.monotonic() - self._saved > SAVE_SECONDS:
-            record = {"seed": seed, "at": at, "conversations": [asdict(c) for c in batch]}
-            _write_json(self.folder / "answers.json", record)
+    def save_answers(self, batch: Sequence[Conversation], *, seed: int, group: int, at: int) -> None:
+        """Keeps answers that are being sampled: where a group has ended, and every SAVE_SECONDS. group: that is under
+        way, those before it are done. at: as for `self_study.sample_answers`."""
+        begins = group > 0 and at == 0
+        if begins or time.monotonic() - self._saved > SAVE_SECONDS:
+            record = {"seed": seed, "group": group, "at": at, "conversations": [asdict(c) for c in batch]}
+            self._write("answers.json", record)
             self._saved = time.monotonic()
 
-    def load_answers(self, batch: Sequence[Conversation], *, seed: int) -> int:
-        """Puts what was kept of a batch's answers into it -> up to where they were sampled; 0 where nothing was."""
+    def load_answers(self, batch: Sequence[Conversation], *, seed: int) -> tuple[int, int]:
+        """Puts what was kept of a batch's answers into it -> the group that was under way, and up to where it was
+        sampled; zeros where nothing was."""
 
-        def parse(kept: dict[str, Any]) -> tuple[int, list[Conversation]]:
-            return int(kept["at"]) if kept["seed"] == seed else 0, [Conversation(**c) for c in kept["conversations"]]
+        def parse(kept: dict[str, Any]) -> tuple[int, int, list[Conversation]]:
+            conversations = kept["conversations"] if kept["seed"] == seed else []
+            return int(kept["group"]), int(kept["at"]), [Conversation(**c) for c in conversations]
 
-        at, kept = self._parsed("answers.json", parse) or (0, [])
-        if not at or [c.prompt for c in kept] != [c.prompt for c in batch]:
-            return 0
+        group, at, kept = self._parsed("answers.json", parse) or (0, 0, [])
+        if [c.prompt for c in kept] != [c.prompt for c in batch]:
+            return 0, 0
         for conversation, answered in zip(batch, kept, strict=True):
             conversation.answer = answered.answer
-        return at
+        return group, at
 
     def save_plan(self, plan: Plan) -> None:
-        if self.folder is not None:
-            _write_json(self.folder / "plan.json", plan._asdict())
+        self._write("plan.json", plan._asdict())
 
     def load_plan(self) -> Plan | None:
         return self._parsed("plan.json", Plan.of)
 
     def save_heads(self, heads: dict[int, HeadArrays]) -> None:
         """Keeps a group of fitted heads, by their numbers."""
-        if self.folder is not None:
-            arrays = {f"{i}.{name}": array for i, head in heads.items() for name, array in head.items()}
-            tensor_file.write_sealed(self.folder / f"heads-{min(heads)}.safetensors", arrays, {})
+        arrays = {f"{i}.{name}": array for i, head in heads.items() for name, array in head.items()}
+        self._write_arrays(f"heads-{min(heads)}.safetensors", arrays, {})
 
     def load_heads(self) -> dict[int, HeadArrays]:
         heads: dict[int, HeadArrays] = {}
         for path in self.folder.glob("heads-*.safetensors") if self.folder is not None else ():
-            try:
-                arrays = tensor_file.read_sealed(path)
-            except NectarError:
-                continue
+            arrays, _ = self._read_arrays(path.name) or ({}, {})
             for key, array in arrays.items():
                 index, name = key.split(".", 1)
                 heads.setdefault(int(index), {})[name] = array
@@ -200,20 +201,52 @@ class Checkpoint:
         """Keeps what is left of a chunk that is done: arrays by name, and a report that goes with them. The rest is
         removed."""
         if self.folder is not None:
-            tensor_file.write_sealed(self.folder / "done.safetensors", arrays, {"report": json.dumps(report)})
+            self._write_arrays("done.safetensors", arrays, {"report": json.dumps(report)})
             self._remove(but=("done.safetensors", _CLAIM, _LOCK))
 
     def load_chunk(self) -> tuple[dict[str, mx.array], dict[str, Any]] | None:
+        found = self._read_arrays("done.safetensors")
+        return None if found is None else (found[0], json.loads(found[1]["report"]))
+
+    def _mark(self, name: str) -> bytes:
+        """What a file of this name is for: checksums cover it, so that no other fit's file is taken for it."""
+        return b"" if name == _CLAIM else f"{self._claimed} {self._part} {name}\n".encode()
+
+    def _write(self, name: str, value: object) -> None:
+        """One line with a checksum of the JSON that follows."""
+        if self.folder is not None:
+            text = json.dumps(value, sort_keys=True).encode()
+            checksum = hashlib.sha256(self._mark(name) + text).hexdigest().encode()
+            write_atomically(self.folder / name, lambda file: file.write(checksum + b"\n" + text))
+
+    def _read(self, name: str) -> Any:
+        """None where there is no file, or none that can be read; so below."""
         if self.folder is None:
             return None
-        path = self.folder / "done.safetensors"
         try:
-            return tensor_file.read_sealed(path), json.loads(tensor_file.metadata(path)["report"])
-        except (NectarError, KeyError, ValueError):
+            checksum, _, text = (self.folder / name).read_bytes().partition(b"\n")
+            right = hashlib.sha256(self._mark(name) + text).hexdigest()
+            return json.loads(text) if checksum.decode() == right else None
+        except (OSError, ValueError, RecursionError):
             return None
 
+    def _write_arrays(self, name: str, arrays: Mapping[str, mx.array], told: Mapping[str, str]) -> None:
+        if self.folder is not None:
+            mark = hashlib.sha256(self._mark(name)).hexdigest()
+            tensor_file.write_sealed(self.folder / name, arrays, {**told, "mark": mark})
+
+    def _read_arrays(self, name: str) -> tuple[dict[str, mx.array], dict[str, str]] | None:
+        """The arrays, and what was told of them."""
+        if self.folder is None:
+            return None
+        try:
+            arrays, told = tensor_file.read_sealed(self.folder / name), tensor_file.metadata(self.folder / name)
+        except NectarError:
+            return None
+        return (arrays, told) if told.get("mark") == hashlib.sha256(self._mark(name)).hexdigest() else None
+
     def _parsed(self, name: str, parse: Callable[[Any], _T]) -> _T | None:
-        kept = None if self.folder is None else _read_json(self.folder / name)
+        kept = self._read(name)
         try:
             return None if kept is None else parse(kept)
         except (TypeError, KeyError, ValueError):  # JSON, but of something else
@@ -240,18 +273,3 @@ def text_digest(text: str | Sequence[int]) -> str:
     """sha256 of a text, or of token ids as little-endian int32."""
     data = text.encode(errors="surrogatepass") if isinstance(text, str) else np.array(text, dtype="<i4").tobytes()
     return hashlib.sha256(data).hexdigest()
-
-
-def _write_json(path: Path, value: object) -> None:
-    """One line with the sha256 of the JSON that follows."""
-    text = json.dumps(value, sort_keys=True).encode()
-    write_atomically(path, lambda file: file.write(hashlib.sha256(text).hexdigest().encode() + b"\n" + text))
-
-
-def _read_json(path: Path) -> Any:
-    """None where there is no file, or none that can be read."""
-    try:
-        checksum, _, text = path.read_bytes().partition(b"\n")
-        return json.loads(text) if checksum.decode() == hashlib.sha256(text).hexdigest() else None
-    except (OSError, ValueError, RecursionError):
-        return None

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -26,11 +27,12 @@ from ..core.types import JsonObject
 from ..heads import Exact, HeadArrays, Weighed
 from ..mlxlm.attention_patch import Geometry
 from ..mlxlm.kept import make_caches
-from ..retrieval.recall import Calibration
+from ..retrieval.recall import Calibration, Seen
 from ..store import Layout, chunking, load, states
 from ..store.chunking import ChunkedPrefix
 from . import finite, verdict
 from .budget import affordable_bytes, share_of
+from .distributed import World
 from .fitted_chunk import Answer, ChunkTarget, FittedChunk
 from .kinds import kind_fit
 from .layers import LayerRunner
@@ -67,27 +69,8 @@ def fit(
         preamble=preamble,
         at_least=chosen,
     )
-    fitted: list[FittedChunk] = []
-    for number, text in enumerate(whole.texts()):
-        chunk_run = run.part(f"chunk-{number}", progress=partial(_chunk_progress, run.progress, number, len(chunks)))
-        chunk_run.claim(text, preamble=preamble)
-        chunk = FittedChunk.load(chunk_run.checkpoint, run.geometry, len(text))
-        if chunk is None:
-            # Which heads need most is a matter of the model; heads that are to be joined share their offsets.
-            plan = fitted[0].plan if fitted else None
-            offsets = fitted[0].offsets if fitted else []
-            fit_chunk = _fit_layerwise if layerwise else _fit_at_once
-            chunk = fit_chunk(
-                chunk_run,
-                text,
-                ChunkTarget(nbytes / len(chunks), share, plan, preamble=preamble, offsets=offsets),
-                clock=clock,
-            )
-            chunk.save(chunk_run.checkpoint)
-            mx.clear_cache()
-        if fitted:
-            fitted[-1].windows = {}  # of the last chunk alone: questions follow it
-        fitted.append(chunk)
+    target = ChunkTarget(nbytes / len(chunks), share, preamble=preamble)
+    fitted = _fit_all(run, list(whole.texts()), target, layerwise=layerwise, clock=clock)
     offsets = fitted[0].offsets
     before = read_text(run.model, prefix[:preamble], run.geometry, offsets=offsets).banks if preamble else []
     heads = list(_heads(run.layout, before, [chunk.layers for chunk in fitted]))
@@ -104,15 +87,47 @@ def fit(
     }
     make_cache = partial(make_caches, banks, windows, whole.start)
     head = read_head(run.model, run.tokenizer, prefix, run.geometry)
-    runner, checks, recall = LayerRunner(run.model, run.geometry), list[JsonObject](), Calibration(prefix)
-    with run.progress("checking", len(fitted)) as done:
-        for number, chunk in enumerate(fitted, 1):
-            checks.append(chunk.check(runner, make_cache, head.make_cache, recall=recall))
+    runner, recall, own = LayerRunner(run.model, run.geometry), Calibration(prefix), list[list[Any]]()
+    mine = run.world.mine(fitted)
+    with run.progress("checking", len(mine)) as done:
+        for number, chunk in enumerate(mine, 1):
+            recall.seen = []
+            own.append([chunk.check(runner, make_cache, head.make_cache, recall=recall), recall.seen])
             done(number)
+    checked = run.world.in_order(mine, run.world.values(own))
+    checks, recall.seen = [figures for figures, _ in checked], [Seen(*seen) for _, of in checked for seen in of]
     figures = verdict.mean(checks)
     report |= figures | {"recall": recall.report(figures["kl"])} | ({"chunks": checks} if len(checks) > 1 else {})
     clock.lap("check")
     return tensors, report
+
+
+def _fit_all(
+    run: FitRun, texts: Sequence[Sequence[int]], target: ChunkTarget, *, layerwise: bool, clock: Clock
+) -> list[FittedChunk]:
+    """All chunks. All ranks fit the first one together, and then each some of the others."""
+    lengths = [len(text) for text in texts]
+
+    def fitted(run: FitRun, number: int, target: ChunkTarget) -> FittedChunk:
+        text = texts[number]
+        chunk_run = run.part(f"chunk-{number}", progress=partial(_chunk_progress, run.progress, number, len(texts)))
+        chunk_run.claim(text, preamble=target.preamble)
+        kept = FittedChunk.load(chunk_run.checkpoint, run.geometry, len(text))
+        kept = FittedChunk.of_all_ranks(run.world, {number: kept} if kept else {}, run.geometry, lengths).get(number)
+        chunk = kept or (_fit_layerwise if layerwise else _fit_at_once)(chunk_run, text, target, clock=clock)
+        if kept is None:
+            chunk.save(chunk_run.checkpoint)
+            mx.clear_cache()
+        if number < len(texts) - 1:
+            chunk.windows = {}  # of the last chunk alone: questions follow it
+        return chunk
+
+    first = fitted(run, 0, target)
+    # Which heads need most is a matter of the model; heads that are to be joined share their offsets.
+    target, alone = target._replace(plan=first.plan, offsets=first.offsets), replace(run, world=World())
+    own = {number: fitted(alone, number, target) for number in run.world.mine(range(1, len(texts)))}
+    every = FittedChunk.of_all_ranks(run.world, own, run.geometry, lengths)
+    return [first, *(every[number] for number in range(1, len(texts)))]
 
 
 def _fit_layerwise(run: FitRun, text: Sequence[int], target: ChunkTarget, *, clock: Clock) -> FittedChunk:
@@ -155,11 +170,11 @@ def _fit_at_once(run: FitRun, text: Sequence[int], target: ChunkTarget, *, clock
 
 def _excerpt_share(run: FitRun, prefix: Sequence[int]) -> float:
     """The budget that is expected to do for the first tokens of a text, which is kept to for all of it."""
-    excerpt_run = run.part("excerpt")
-    if plan := excerpt_run.checkpoint.load_plan():
+    excerpt_run, tokens = run.part("excerpt"), prefix[: device().excerpt_tokens]
+    excerpt_run.claim(tokens)
+    if plan := excerpt_run.kept_plan():
         return plan.share
-    excerpt = read_text(run.model, prefix[: device().excerpt_tokens], run.geometry)
-    excerpt_run.claim(excerpt.prefix)
+    excerpt = read_text(run.model, tokens, run.geometry)
     kind = kind_fit(excerpt_run, collect(excerpt_run, excerpt))
     affordable = partial(
         affordable_bytes, geometry=run.geometry, layout=run.layout, n=len(excerpt.prefix), at_least=True

@@ -12,6 +12,7 @@ from ..heads import ALIASES, KINDS
 from ..store import BITS
 from .prefill_attention import Prefill
 
+_COUNTS = ("answer_tokens", "batch", "conversations", "matching_samples")
 _LARGEST_SIZE = 1e18  # bytes; more is taken for as many
 
 
@@ -79,7 +80,7 @@ class FitConfig:
             raise NectarError(f"unknown kind {self.kind!r}: choose one of auto, {', '.join(KINDS)}")
         if self.prefill not in ("dense", "fixed"):
             raise NectarError(f"unknown prefill {self.prefill!r}: choose dense or fixed")
-        for name in ("size", "queries", "seed", "steps", "context_tokens", "memory"):
+        for name in ("size", "queries", "seed", "steps", "context_tokens", "memory", *_COUNTS):
             value = getattr(self, name)
             if value is not None and value < (0 if name == "seed" else 1):
                 raise NectarError(f"{name} must be positive, not {value}")

@@ -2,7 +2,8 @@
 
 Every process, a *rank*, reads the text and takes its share of the work: of the conversations, of their replay, of the
 heads. No gradient travels. What the ranks made is put together in the order of the pieces, so all of them go on with
-the same arrays; rank 0 alone writes the file.
+the same arrays; rank 0 alone writes the file. The pieces do not depend on the number of ranks, and what a piece draws
+follows from the seed and its place: the file is that of a single process, byte for byte.
 
 MLX's distributed engine does the transport (ring over TCP, MPI, JACCL over Thunderbolt, NCCL). All that is sent is
 bytes, gathered from all ranks.
@@ -18,9 +19,12 @@ from typing import Any, TypeVar
 import mlx.core as mx
 import numpy as np
 
+from ..errors import NectarError
 from ..heads import HeadArrays
 
 _T = TypeVar("_T")
+_INTEGERS = tuple(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))
+_NAMES = {getattr(mx, name): name for name in ("bool_", *_INTEGERS, "float16", "bfloat16", "float32")}
 _LAUNCHED = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")  # set by what starts several processes
 
 
@@ -68,7 +72,7 @@ class World:
             return [dict(arrays)]
         return [_unpacked(data) for data in self.gathered(_packed(arrays))]
 
-    def in_order(self, mine: Sequence[_T], by_rank: Sequence[Sequence[_T]]) -> list[_T]:
+    def in_order(self, mine: Sequence[Any], by_rank: Sequence[Sequence[_T]]) -> list[_T]:
         """Results of `mine` pieces of all ranks in the order of the pieces. by_rank: gathered from `mine`."""
         assert len(by_rank[self.rank]) == len(mine)
         longest = max(map(len, by_rank))
@@ -93,14 +97,17 @@ def _all(x: mx.array) -> list[int]:
 
 
 def _gather(x: mx.array) -> mx.array:
-    every = mx.distributed.all_gather(x, stream=mx.cpu)
-    mx.eval(every)
+    try:
+        every = mx.distributed.all_gather(x, stream=mx.cpu)
+        mx.eval(every)
+    except RuntimeError as error:  # of the transport: a rank was killed, or failed
+        raise NectarError(f"another rank of this fit has ended, so this one ends, too ({error})") from None
     return every
 
 
 def _packed(arrays: Mapping[str, mx.array]) -> bytes:
     """A line of JSON with names, types and shapes, then the arrays' bytes."""
-    facts = [[name, str(x.dtype).removeprefix("mlx.core."), list(x.shape)] for name, x in arrays.items()]
+    facts = [[name, _NAMES[x.dtype], list(x.shape)] for name, x in arrays.items()]
     file = io.BytesIO()
     file.write(json.dumps(facts).encode() + b"\n")
     for x in arrays.values():

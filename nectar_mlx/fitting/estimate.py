@@ -1,7 +1,8 @@
 """What a fit takes, before it is made: seconds of each stage, memory, and the size of the file.
 
 Seconds are floating-point operations over what the machine does of them in a stage of that kind. The operations follow
-from the shapes; the shares of the machine's rate are measured (docs/log/fit-time.md).
+from the shapes; the shares of the machine's rate are measured (docs/log/fit-time.md). Several equal machines share some
+stages (`distributed`); seconds are those of the first one.
 """
 
 from collections.abc import Iterator
@@ -16,11 +17,12 @@ from ..mlxlm.attention_patch import Geometry
 from ..store import Layout
 from .budget import affordable_bytes, size_for
 from .config import FitConfig
+from .samples.conversation import FEWEST_TOGETHER, count_groups
 
 AUTO_SHARE = 0.04  # of the KV cache; what was chosen for three models was 0.024, 0.04 and 0.16 (docs/results.md)
 _QUESTIONS = 1024  # of the window, that questions and answers need
 QUESTION_TOKENS = 44  # of a sampled question, with the turn's own
-_FEWEST_TOGETHER, _TRAIN_SHARE = 16, 0.9  # conversations of a batch; of them, those that are not held out
+_TRAIN_SHARE = 0.9  # of conversations, those that are not held out
 _PROBES, _CANDIDATES = 8, 3  # conversations of the sensitivity; budgets that are tried
 _TRAINED = 12  # operations a step, sample, node and entry of it: two products and their gradients
 _ROUNDING = 1.4  # of the regression's steps, with those of rounding
@@ -30,6 +32,8 @@ _START = 2e9  # operations that starting a head takes the time of
 _CPU = {"reading": 2.0, "sampling": 0.8, "capturing": 1.2, "sensitivity": 1.3, "training": 0.6, "checking": 1.0}
 _GPU = {"reading": 2.0, "sampling": 5.0, "capturing": 4.0, "sensitivity": 1.5, "training": 5.0, "checking": 1.5}
 _LAUNCH_SECONDS = 5e-4  # that a GPU takes a layer of a decoding step, at least
+_LINK = 5e9  # bytes a second between two machines: half of what Thunderbolt 5 is published to carry
+_READ = 2  # bytes that the decode kernel reads of a byte of a file: nodes of 4 bits are widened to 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +74,8 @@ class Machine:
 class Estimate(NamedTuple):
     """stages: of the fit, in their order. memory: bytes in use at the same time, weights included. size: bytes of the
     file, and of its keys. disk: bytes that are written besides while the fit runs. chunks: that the text is read in.
-    layerwise: whether layer by layer."""
+    layerwise: whether layer by layer. step: bytes of the file that a decoding step reads, cache: of the text's bfloat16
+    keys and values."""
 
     stages: list[Stage]
     memory: float
@@ -78,6 +83,8 @@ class Estimate(NamedTuple):
     disk: float
     chunks: int
     layerwise: bool
+    step: float
+    cache: float
 
     @property
     def seconds(self) -> float:
@@ -91,24 +98,35 @@ class Estimate(NamedTuple):
         )
 
 
-def estimate(shape: Shape, machine: Machine, config: FitConfig, tokens: int, *, chunks: int | None = None) -> Estimate:
-    """Of a text of so many tokens. chunks: that it is read in (default: as the model's window says)."""
+def estimate(
+    shape: Shape, machine: Machine, config: FitConfig, tokens: int, *, chunks: int | None = None, machines: int = 1
+) -> Estimate:
+    """Of a text of so many tokens. chunks: that it is read in (default: as the model's window says). machines: equal
+    ones that share the work."""
     chunks = chunks or -(-tokens // max(1, shape.window - _QUESTIONS))
     n = -(-tokens // chunks)
     limit = config.memory or machine.memory / 2
     layerwise = config.layerwise or shape.geometry.cache_bytes(n) * _compute_bytes(machine) / 2 > limit
-    work = _Work(shape=shape, machine=machine, config=config, n=n, layerwise=layerwise)
-    names = ("",) if chunks == 1 else [f"chunk {number} of {chunks}: " for number in range(1, chunks + 1)]
+    work = _Work(shape=shape, machine=machine, config=config, n=n, layerwise=layerwise, machines=machines)
     stages = list(_excerpt(work)) if config.budget == "auto" and (chunks > 1 or layerwise) else []
-    for number, name in enumerate(names):
-        part = work.layers(first=not number) if layerwise else work.stages(sizes=not number, choice=chunks == 1)
-        stages += [Stage(name + stage.description, stage.seconds) for stage in part]
+    first, others = (
+        list(part) for part in (work.parts(choice=chunks == 1), replace(work, machines=1).parts(first=False))
+    )
+    for number in [
+        0,
+        *range(1, chunks, machines),
+    ]:  # the first one is fitted together, each of the others by one machine
+        name = "" if chunks == 1 else f"chunk {number + 1} of {chunks}: "
+        stages += [Stage(name + what, seconds) for what, seconds in (others if number else first)]
     if work.layout.bank.fitted:
-        stages.append(Stage("checking", chunks * work.check()))
-    size = work.share * shape.geometry.cache_bytes(tokens) + 4 * tokens
+        stages.append(Stage("checking", work.check() if chunks == 1 else -(-chunks // machines) * work.check_alone()))
+    kept = size = work.share * shape.geometry.cache_bytes(tokens)
+    size += 4 * tokens
     if work.layout.bank.keeps_keys:
         size += shape.geometry.cache_bytes(tokens) * _KEY_BYTES / 2
-    return Estimate(stages, work.memory(), size, size + chunks * work.kept(), chunks, layerwise)
+    disk, cache = size + chunks * work.kept(), float(shape.geometry.cache_bytes(tokens))
+    step = (_READ if work.layout.bits is None else 1) * kept
+    return Estimate(stages, work.memory(), size, disk, chunks, layerwise, min(step, cache), cache)
 
 
 def _excerpt(work: "_Work") -> Iterator[Stage]:
@@ -135,6 +153,7 @@ class _Work:
     config: FitConfig
     n: int
     layerwise: bool
+    machines: int = 1
 
     @property
     def share(self) -> float:
@@ -166,14 +185,20 @@ class _Work:
         return int(max(20_000, min(profile.fit_samples * config.sample_share, most)))
 
     @property
+    def conversations(self) -> int:
+        """That heads are trained on, as in `self_study.study`."""
+        g = self.shape.geometry
+        each = g.n_heads // g.n_kv_heads * (QUESTION_TOKENS + self.config.answer_tokens)
+        return max(FEWEST_TOGETHER, int(self.samples / (_TRAIN_SHARE * each)) + 1)
+
+    @property
     def sampled(self) -> int:
-        """Tokens of the conversations that heads are trained on: of whole batches, as in `self_study.study`."""
-        g, config = self.shape.geometry, self.config
-        group, each, count = g.n_heads // g.n_kv_heads, QUESTION_TOKENS + config.answer_tokens, 0
-        while (missing := self.samples - _TRAIN_SHARE * count * each * group) > 0.1 * self.samples:
-            needed = int(missing) // (group * config.answer_tokens) + 1
-            count += min(config.conversations, max(_FEWEST_TOGETHER, needed))
-        return count * each
+        """Tokens of the conversations that heads are trained on."""
+        return self.conversations * (QUESTION_TOKENS + self.config.answer_tokens)
+
+    def shared(self, pieces: float) -> float:
+        """What is left for this machine of work in so many pieces."""
+        return -(-pieces // self.machines) / pieces
 
     @property
     def checked(self) -> int:
@@ -204,11 +229,16 @@ class _Work:
         return self.seconds(tokens * self.token(vocabulary=True), "sampling") + steps * step
 
     def train(self, nodes: int, steps: int) -> float:
-        """Seconds of so many steps of all heads, and of where they start."""
+        """Seconds of so many steps of all heads, and of where they start; in one layer they are one group."""
         operations = _TRAINED * steps * self.config.batch * nodes * self.layout.head_dim
-        return self.seconds(operations, "training") + self.heads * _START / self.machine.rate
+        alone = self.seconds(operations, "training") + self.heads * _START / self.machine.rate
+        return alone if self.layerwise else self.shared(self.heads) * alone
 
     def check(self) -> float:
+        """Of a text in one chunk, whose answers are shared."""
+        return self.shared(max(1, self.config.checks / self.machine.profile.check_batch)) * self.check_alone()
+
+    def check_alone(self) -> float:
         shape = self.shape
         each = 3 * (2 * shape.body + 2 * shape.vocabulary) + shape.attention(self.n)
         return self.seconds(self.checked * each, "checking")
@@ -220,11 +250,17 @@ class _Work:
     def study(self) -> Iterator[Stage]:
         config = self.config
         if not self.layerwise:  # the check's beside the others
-            together = config.conversations + config.checks
-            yield Stage("sampling answers", self.decode(self.sampled + self.checked, together=together))
+            asked = self.conversations + config.checks
+            groups = count_groups(asked, most=config.conversations, shares=self.machine.profile.study_shares)
+            seconds = self.decode(self.sampled + self.checked, together=asked // groups)
+            yield Stage("sampling answers", self.shared(groups) * seconds)
             return
         yield Stage("sampling answers", self.decode(self.sampled, together=config.conversations))
         yield Stage("answering check questions", self.decode(self.checked, together=config.checks))
+
+    def parts(self, *, first: bool = True, choice: bool = False) -> Iterator[Stage]:
+        """Of one chunk; the first one decides sizes for all."""
+        return self.layers(first=first) if self.layerwise else self.stages(sizes=first, choice=choice)
 
     def stages(self, *, sizes: bool, choice: bool) -> Iterator[Stage]:
         """All layers at once. sizes: whether they are decided here. choice: whether the budget is, too."""
@@ -233,8 +269,9 @@ class _Work:
             return
         yield self.read()
         yield from self.study()
-        captured = self.sampled * self.token(vocabulary=False)
-        yield Stage("capturing attention", self.seconds(captured, "capturing"))
+        captured = self.seconds(self.sampled * self.token(vocabulary=False), "capturing") / self.machines
+        samples = self.samples * self.heads * _compute_bytes(self.machine) * (3 * self.layout.head_dim + 2)
+        yield Stage("capturing attention", captured + samples * (1 - 1 / self.machines) / _LINK)
         ranking = 2.0 * self.config.matching_samples * self.n * self.layout.head_dim * self.heads
         yield Stage("ranking keys", self.seconds(ranking, "training"))
         if sizes:
@@ -244,7 +281,8 @@ class _Work:
     def sizes(self, *, choice: bool) -> Iterator[Stage]:
         profile, config = self.machine.profile, self.config
         tokens = _PROBES * (QUESTION_TOKENS + config.answer_tokens)
-        yield Stage("measuring sensitivity", self.seconds(3 * tokens * self.token(vocabulary=True), "sensitivity"))
+        sensitivity = self.seconds(3 * tokens * self.token(vocabulary=True), "sensitivity")
+        yield Stage("measuring sensitivity", self.shared(_PROBES / profile.fisher_batch) * sensitivity)
         yield Stage("deciding sizes", self.train(self.nodes(self.share), config.trial_steps))
         if choice and config.budget == "auto" and config.size is None:
             for _ in range(_CANDIDATES):

@@ -42,6 +42,9 @@ class Divergence(NamedTuple):
         return Divergence(*(x[chosen] for x in self))
 
 
+_NONE = Divergence(*(np.zeros(0, kind) for kind in (np.float32, bool, np.int32, bool, bool)))
+
+
 def log_probabilities(logits: mx.array) -> mx.array:
     """log softmax over the last axis, float32."""
     shifted = logits.astype(mx.float32)
@@ -105,7 +108,7 @@ def compare(
 
 def joined(parts: Sequence[Divergence]) -> Divergence:
     """The tokens of all of them."""
-    return Divergence(*(np.concatenate(x) for x in zip(*parts, strict=True)))
+    return Divergence(*(np.concatenate(x) for x in zip(_NONE, *parts, strict=True)))
 
 
 def divergence(reference: mx.array, other: mx.array, answer: Sequence[int], conversation: int) -> Divergence:

@@ -20,6 +20,7 @@ from ..errors import NectarError
 from ..mlxlm.attention_patch import Geometry
 from ..mlxlm.cache import NectarCache
 from ..mlxlm.kept import attention_caches
+from .distributed import World
 from .fidelity import log_probabilities
 from .layers import LayerRunner
 from .prefill import Context
@@ -53,27 +54,34 @@ def fisher(
     *,
     geometry: Geometry,
     progress: Callable[[int], None] = lambda done: None,
+    world: World | None = None,
 ) -> mx.array:
     """E[g gᵀ] per fitted layer and KV head, [M, D, D], in nats: over the tokens of the conversations and the query
-    heads of the group. progress is told how many conversations are done.
+    heads of the group. progress is told how many conversations are done. world: whose ranks share the work; all of them
+    get the same.
     """
     try:
         gradients = partial(_gradients, LayerRunner(model, geometry), context, geometry=geometry)
     except NectarError:  # its layers are not called one by one
         gradients = partial(_gradients_at_once, model, context, geometry=geometry)
-    K, D = geometry.n_kv_heads, geometry.head_dim
+    K, D, world = geometry.n_kv_heads, geometry.head_dim, world or World()
     batch = _together(context, conversations, geometry)
-    total = [mx.zeros((K, D, D)) for _ in context.banks]
-    for start in range(0, len(conversations), batch):
-        part = conversations[start : start + batch]
+    parts = [conversations[start : start + batch] for start in range(0, len(conversations), batch)]
+    sums: dict[str, mx.array] = {}
+    for number, part in enumerate(world.mine(parts)):
+        layers = [mx.zeros((K, D, D)) for _ in context.banks]
         for fitted, g in gradients(part):
             grouped = attention.group(g, K)
-            total[fitted] = total[fitted] + grouped.swapaxes(1, 2) @ grouped
-            mx.eval(total[fitted])
+            layers[fitted] = layers[fitted] + grouped.swapaxes(1, 2) @ grouped
+            mx.eval(layers[fitted])
+        sums[str(number)] = mx.concatenate(layers)
         mx.clear_cache()
-        progress(start + len(part))
+        progress(min(len(conversations), (number + 1) * batch * world.size))
+    # In the order of the parts, whoever made them: so all worlds get the same bits.
+    ordered = world.in_order(list(sums), [list(of.values()) for of in world.arrays(sums)])
+    total = sum(ordered, mx.zeros((K * len(context.banks), D, D)))
     count = geometry.n_heads // K * sum(c.fed_tokens for c in conversations)
-    return mx.concatenate(total) / max(count, 1)
+    return total / max(count, 1)
 
 
 def _together(context: Context, conversations: Sequence[Conversation], geometry: Geometry) -> int:

@@ -5,7 +5,7 @@ can still be computed, for the hidden states that follow the last layer are kept
 predicted.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import NamedTuple, Self
 
@@ -19,6 +19,7 @@ from ..retrieval.recall import Calibration
 from ..store import states
 from . import fidelity
 from .checkpoint import Checkpoint, Plan
+from .distributed import World
 from .layers import LayerRunner
 from .prefill import Context
 from .samples.conversation import Conversation
@@ -106,10 +107,14 @@ class FittedChunk:
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Keeps it, so that an interrupted fit does not read this text again."""
+        checkpoint.save_chunk(*self._flat())
+
+    def _flat(self) -> tuple[store.Tensors, JsonObject]:
+        """Its arrays by name, and all else."""
         arrays = {f"layers.{i}.{name}": x for i, layer in enumerate(self.layers) for name, x in layer.items()}
         arrays |= {f"answers.{i}.hidden": answer.hidden for i, answer in enumerate(self.answers)}
         arrays |= {f"windows.{i}.{name}": x for i, kept in self.windows.items() for name, x in kept.tensors().items()}
-        record = {
+        record: JsonObject = {
             "plan": self.plan._asdict(),
             "errors": self.errors,
             "samples": self.samples,
@@ -117,15 +122,34 @@ class FittedChunk:
             "layers": len(self.layers),
             "answers": [asdict(answer.conversation) for answer in self.answers],
         }
-        checkpoint.save_chunk(arrays, record)
+        return arrays, record
 
     @classmethod
     def load(cls, checkpoint: Checkpoint, geometry: Geometry, length: int) -> Self | None:
         """What `save` kept of so many tokens, if it did."""
         saved = checkpoint.load_chunk()
-        if saved is None:
-            return None
-        arrays, record = saved
+        return None if saved is None else cls._of(*saved, geometry, length)
+
+    @classmethod
+    def of_all_ranks(
+        cls, world: World, own: Mapping[int, Self], geometry: Geometry, lengths: Sequence[int]
+    ) -> dict[int, Self]:
+        """The chunks that all ranks have, by their numbers. lengths: of all chunks, in tokens. All ranks must call
+        it."""
+        if world.size == 1:
+            return dict(own)
+        flat = {number: chunk._flat() for number, chunk in own.items()}
+        sent = {f"{number}/{name}": x for number, (arrays, _) in flat.items() for name, x in arrays.items()}
+        found: dict[int, Self] = {}
+        records = world.values({number: record for number, (_, record) in flat.items()})
+        for arrays, of in zip(world.arrays(sent), records, strict=True):
+            for number, record in of.items():
+                own_arrays = {n.partition("/")[2]: x for n, x in arrays.items() if n.startswith(f"{number}/")}
+                found.setdefault(int(number), cls._of(own_arrays, record, geometry, lengths[int(number)]))
+        return found
+
+    @classmethod
+    def _of(cls, arrays: Mapping[str, mx.array], record: JsonObject, geometry: Geometry, length: int) -> Self:
         groups: dict[tuple[str, int], store.Tensors] = {}
         for key, array in arrays.items():
             group, number, name = key.split(".", 2)
@@ -136,6 +160,6 @@ class FittedChunk:
             layers=[groups["layers", i] for i in range(record["layers"])],
             errors=record["errors"],
             samples=record["samples"],
-            windows=states.read(arrays, geometry, length) if record["windows"] else {},
+            windows=states.read(dict(arrays), geometry, length) if record["windows"] else {},
             answers=[Answer(c, groups["answers", i]["hidden"]) for i, c in enumerate(conversations)],
         )

@@ -96,7 +96,7 @@ class LayerwiseFit:
     def study(self) -> list[Conversation]:
         """Samples conversations until every head has its samples, about passages spread evenly over the text."""
         run, config = self.run, self.run.config
-        conversations = run.checkpoint.load_conversations()
+        conversations = run.kept_conversations()
         with run.progress("sampling answers", self.wanted["train"]) as done:
             while any(
                 count_samples(conversations, group=run.group, split=split) < wanted
@@ -145,7 +145,7 @@ class LayerwiseFit:
         Which heads need most is far more a matter of the model than of the text.
         """
         run, target = self.run, self.target
-        plan = run.checkpoint.load_plan()
+        plan = run.kept_plan()
         if plan is None:
             tokens = min(_EXCERPT, self.tokens_at_once * 3 // 8)
             excerpt = read_text(run.model, self.prefix[:tokens], run.geometry)

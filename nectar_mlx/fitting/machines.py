@@ -17,11 +17,13 @@ from ..errors import NectarError
 from ..mlxlm.attention_patch import Geometry
 from ..mlxlm.window import window
 from .config import FitConfig, parse_budget
-from .estimate import Machine, Shape
+from .config import effort as effort_options
+from .estimate import Machine, Shape, estimate
 
 _APPLE_SHARE = 0.21  # of the float32 rate: what the stages of a fit reach on an H100, of its 67 · 10¹² a second
 _CPU_SHARE = 2.7  # what the stages of a fit reach, in multiples of what `here` measures: on two cores, one thread
 _UNKNOWN_WINDOW = 1 << 62
+TOKENS = (10_000, 100_000, 1_000_000, 10_000_000)  # of the texts that fits are planned for
 
 
 def _apple(name: str, rate: float, bandwidth: float, memory: int, basis: str = "calculated") -> Machine:
@@ -160,7 +162,28 @@ def here() -> Machine:
     )
 
 
-def settings(machine: Machine, *, budget: str, kind: str) -> FitConfig:
-    """What a fit with default options would be on that machine."""
+def settings(machine: Machine, *, budget: str, kind: str, effort: str = "normal") -> FitConfig:
+    """What a fit with these options, and else the default ones, would be on that machine."""
     with using(machine.profile):
-        return FitConfig(**parse_budget(budget), kind=kind)
+        return FitConfig(**effort_options(effort), **parse_budget(budget), kind=kind)
+
+
+def planned(shape: Shape, tokens: int, machine: Machine, config: FitConfig, *, machines: int = 1) -> JsonObject:
+    """What a fit would take. machines: how many share it; memory is that of each."""
+    expected = estimate(shape, machine, config, tokens, machines=machines)
+    return {
+        "model": shape.name,
+        "tokens": tokens,
+        "machine": machine.name,
+        "machines": machines,
+        "seconds": round(expected.seconds, 1),
+        "memory_bytes": int(expected.memory),
+        "file_bytes": int(expected.size),
+        "disk_bytes": int(expected.size + expected.disk),
+        "step_bytes": int(expected.step),
+        "cache_bytes": int(expected.cache),
+        "chunks": expected.chunks,
+        "layerwise": expected.layerwise,
+        "fits": expected.memory <= machine.memory,
+        "basis": machine.basis,
+    }

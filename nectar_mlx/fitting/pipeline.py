@@ -8,7 +8,7 @@ Where the text does not fit the model's window, or its keys and values the memor
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 
 import mlx.core as mx
@@ -89,13 +89,7 @@ def fit(
     run = replace(run, free=min(run.world.values(free)))
     lengths = _chunk_lengths(run, prefix)
     _announce(run, len(prefix), len(lengths), name=name, log=log)
-    provenance = {
-        "model": name or getattr(tokenizer, "name_or_path", ""),
-        "model_sha256": run.facts["model"],
-        "tokenizer_sha256": run.facts["tokenizer"],
-        "config": asdict(config),
-        "source": source,
-    }
+    provenance = run.provenance(model=name or getattr(tokenizer, "name_or_path", ""), source=source)
     layerwise = needs_layers(run, len(prefix) - sum(lengths) + max(lengths))
     if len(lengths) > 1 or layerwise:
         tensors, report = chunks.fit(run, prefix, chunks=lengths, layerwise=layerwise, clock=clock)

@@ -15,10 +15,12 @@ from ..core.progress import Progress, silent
 from ..core.types import Tokenizer
 from ..heads import AUTO, KINDS
 from ..mlxlm.attention_patch import Geometry
+from ..models import adapters
 from ..store import Layout
-from .checkpoint import Checkpoint, text_digest
+from .checkpoint import Checkpoint, Plan, text_digest
 from .config import FitConfig
 from .distributed import World
+from .samples.conversation import Conversation
 from .samples.sample_store import DeviceSampleStore, SampleStore
 
 _FEWEST_SAMPLES = 20_000  # a head
@@ -96,6 +98,29 @@ class FitRun:
         """Starts or continues the fit of this prefix; see `Checkpoint.claim`."""
         settings = {"settings": asdict(self.config), "prefix": text_digest(prefix), "preamble": preamble}
         self.checkpoint.claim({**self.facts, **settings})
+
+    def kept_plan(self) -> Plan | None:
+        """What an interrupted fit has decided, as rank 0 knows it."""
+        plan = self.checkpoint.load_plan()
+        kept = self.world.values(None if plan is None else plan._asdict())[0]
+        return None if kept is None else Plan.of(kept)
+
+    def kept_conversations(self) -> list[Conversation]:
+        """What an interrupted fit has sampled, as rank 0 knows it."""
+        kept = self.world.values([asdict(c) for c in self.checkpoint.load_conversations()])[0]
+        return [Conversation(**c) for c in kept]
+
+    def provenance(self, *, model: str, source: str) -> dict[str, Any]:
+        """Where a file comes from, for its metadata. model, source: names of the model and of the text."""
+        adapter = adapters.of(self.model)
+        return {
+            "model": model,
+            "model_sha256": self.facts["model"],
+            **({"adapter": asdict(adapter)} if adapter else {}),
+            "tokenizer_sha256": self.facts["tokenizer"],
+            "config": asdict(self.config),
+            "source": source,
+        }
 
     def part(self, name: str, **changes: Any) -> Self:
         """The same fit for a part of its work, which has a checkpoint of its own."""

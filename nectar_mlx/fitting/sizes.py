@@ -15,7 +15,6 @@ from .budget import head_sizes, size_for
 from .check import check
 from .checkpoint import Plan
 from .kinds import KindFit
-from .samples.conversation import Conversation
 from .train import groups, regress, rounded
 
 _TRIAL_SAMPLES = 1 << 15  # of a short fit, at most
@@ -30,10 +29,7 @@ def plan_sizes(kind: KindFit, affordable: Affordable, share: float | None) -> Pl
     affordable: a share of the KV cache -> the bytes that it leaves for heads. share: None to choose the smallest that
     is expected to do (`auto_budget`); kinds whose short fits do not tell it get the first candidate.
     """
-    result, world = kind.run.checkpoint.load_plan(), kind.run.world
-    if world.size > 1:  # they go on with what the first one has
-        kept = world.values(None if result is None else result._asdict())[0]
-        result = None if kept is None else Plan.of(kept)
+    result = kind.run.kept_plan()
     if result is None:
         result = _plan(kind, affordable, share)
         kind.run.checkpoint.save_plan(result)
@@ -69,7 +65,9 @@ def trial_errors(kind: KindFit, nbytes: float) -> np.ndarray:
     world = run.world
     probes = [c for c in kind.data.conversations if c.answer and c.split == "train"][: fisher.N_PROBE]
     with run.progress("measuring sensitivity", len(probes)) as done:
-        information = _information(kind, probes, progress=done)
+        information = fisher.fisher(
+            run.model, kind.data.context, probes, geometry=run.geometry, progress=done, world=world
+        )
         finite.check_heads("measuring sensitivity", finite.not_finite([information]), run.geometry)
         metric = fisher.metric(information)
     with run.progress("deciding sizes", len(trials)) as done:
@@ -82,23 +80,6 @@ def trial_errors(kind: KindFit, nbytes: float) -> np.ndarray:
     # A head is of one rank's groups: the others have zeros.
     total: np.ndarray = np.array(world.values(errors.tolist())).sum(axis=0)
     return total
-
-
-def _information(kind: KindFit, probes: Sequence[Conversation], *, progress: Callable[[int], None]) -> mx.array:
-    """`fisher.fisher` of the probes, of which each rank takes some."""
-    run, world = kind.run, kind.run.world
-    mine = world.mine(probes)
-    tokens = sum(len(c.prompt) + len(c.answer) - 1 for c in mine)
-    own = {"tokens": mx.array(float(tokens))}
-    if mine:
-        own["sum"] = tokens * fisher.fisher(
-            run.model, kind.data.context, mine, geometry=run.geometry, progress=progress
-        )
-    parts = world.arrays(own)
-    if len(parts) == 1:
-        return own["sum"] / tokens
-    total = sum(part["tokens"] for part in parts)
-    return sum(part["sum"] for part in parts if "sum" in part) / total  # type: ignore[return-value]
 
 
 def short_fit(kind: KindFit, sizes: Sequence[Size], bits: float) -> JsonObject:

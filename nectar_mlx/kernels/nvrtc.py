@@ -11,7 +11,8 @@ from collections.abc import Callable
 
 import mlx.core as mx
 
-from ..core.files import cache_folder, write_atomically
+from ..core.files import write_atomically
+from ..core.folders import cache_folder
 from ..errors import NectarError
 
 _LIBRARIES = ("libnvrtc.so.13", "libnvrtc.so.12")

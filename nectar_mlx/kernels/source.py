@@ -10,7 +10,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..core.files import cache_folder, write_atomically
+from ..core.files import write_atomically
+from ..core.folders import cache_folder
 from ..errors import NectarError
 
 Kernel = Callable[..., list[mx.array]]

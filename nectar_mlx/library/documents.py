@@ -137,7 +137,7 @@ def _finished(rows: sqlite3.Connection, identity: Identity | None) -> dict[int, 
         "FROM volumes JOIN members ON volume = id WHERE state = 'done' ORDER BY volumes.rowid DESC"
     )
     for text, volume, model, model_sha256, tokenizer_sha256, size in rows.execute(query):
-        current = identity is None or (model_sha256, tokenizer_sha256) == identity[1:]
+        current = identity is None or (model_sha256, tokenizer_sha256) == identity.digests
         if text not in best or (current and not best[text][2]):
             best[text] = volume, model, current, size
     return best

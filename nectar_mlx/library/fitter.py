@@ -17,11 +17,14 @@ if TYPE_CHECKING:
 class Fitter(Protocol):
     """Fits texts on one model.
 
-    name: of the model, known without loading it. identity: of the model itself.
+    name, adapter: of the model, known without loading it. identity: of the model itself.
     """
 
     @property
     def name(self) -> str: ...
+
+    @property
+    def adapter(self) -> str: ...
 
     @property
     def identity(self) -> Identity: ...
@@ -50,22 +53,23 @@ class Fitter(Protocol):
 class ModelFitter:
     """Fits as `nectar fit` does. The model is loaded when it is first needed."""
 
-    def __init__(self, name: str, options: JsonObject | None = None, *, log: Log = no_log):
-        """options: fields of `fitting.config.FitConfig`."""
-        self.name, self.options, self._log = name, options or {}, log
+    def __init__(self, name: str, options: JsonObject | None = None, *, adapter: str = "", log: Log = no_log):
+        """options: fields of `fitting.config.FitConfig`. adapter: the model's, "" for none."""
+        self.name, self.options, self.adapter, self._log = name, options or {}, adapter, log
 
     @cached_property
     def _loaded(self) -> tuple[Any, Any]:
         from .. import models
 
-        return models.load(self.name, log=self._log)
+        return models.load(self.name, adapter=self.adapter or None, log=self._log)
 
     @cached_property
     def identity(self) -> Identity:
         from .. import models
 
         model, tokenizer = self._loaded
-        return Identity(self.name, models.fingerprint(model), models.tokenizer_fingerprint(tokenizer))
+        digests = models.fingerprint(model), models.tokenizer_fingerprint(tokenizer)
+        return Identity(self.name, *digests, self.adapter)
 
     def fit(
         self,
@@ -125,7 +129,7 @@ class ModelFitter:
             metadata = store.read(path)[1]
         except NectarError:
             return False
-        return (metadata["model_sha256"], metadata["tokenizer_sha256"]) == self.identity[1:]
+        return (metadata["model_sha256"], metadata["tokenizer_sha256"]) == self.identity.digests
 
 
 def _read(path: Path) -> "tuple[store.Tensors, store.Metadata] | None":

@@ -1,7 +1,8 @@
 """The inverted index: which passages of which texts hold a word.
 
 Words are indexed as they are, and longer ones also by their first letters, which inflected forms share (fixed-prefix
-stemming; Can et al., 2008, found five letters to be best for Turkish). Arabic words are so without their article.
+stemming; Can et al., 2008, found five letters to be best for Turkish). Arabic and Hebrew words are so without their
+article and the letters that stand for "and", "in", "to" before them.
 """
 
 import re
@@ -16,14 +17,17 @@ from ..core.words import words
 PASSAGE = 64  # words
 _STEM = 5  # letters
 _LONGEST = 64  # letters of a word that are told apart
-_ARTICLE = re.compile("(?:[وفبك]?ال|لل)(?=...)")
+_ATTACHED = re.compile("(?:(?:ال|[وفبكل])(?=...))+|(?:[והבכלמש](?=...))+")
+_SEMITIC = re.compile("[\u05d0-\u05ea\u0620-\u064a]{3}")
 _VARIABLES = 500  # that one statement takes
 
 
 def stem(word: str) -> str:
     """What a word shares with its other forms, marked as no word; "" for short ones."""
-    bare = _ARTICLE.sub("", word, count=1) if "ا" in word or "ل" in word else word
-    return f"{bare[:_STEM]}*" if len(bare) > _STEM or bare != word else ""
+    if _SEMITIC.match(word):  # a name may start with such a letter itself: all of them are left away
+        attached = _ATTACHED.match(word)
+        return f"{word[attached.end() if attached else 0 :][:_STEM]}*"
+    return f"{word[:_STEM]}*" if len(word) > _STEM else ""
 
 
 def passage_count(text: str) -> int:

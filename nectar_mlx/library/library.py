@@ -74,6 +74,11 @@ class Library:
     def options(self, options: JsonObject) -> None:
         self._set("options", options)
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether no file and no folder was added."""
+        return not scan.known_roots(self._database)
+
     def documents(self) -> list[Document]:
         """All documents, in the order of their paths."""
         identity = self.identity
@@ -200,7 +205,7 @@ class Library:
     def _fit(self, fitter: Fitter, *, refit: bool, progress: Progress, log: Log) -> Work:
         """Loads the model only if there is something to fit, or if it may be another one."""
         known = self.identity
-        if known is not None and known.name == fitter.name and not refit:
+        if known is not None and (known.name, known.adapter) == (fitter.name, fitter.adapter) and not refit:
             self._plan(known)
             with self._database.reading() as rows:
                 if not any(claim.urgent for claim in volumes.waiting(rows, known)):

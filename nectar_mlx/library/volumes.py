@@ -26,11 +26,20 @@ _CLOCK = 2.0  # seconds by which the start of a process may seem to change
 
 
 class Identity(NamedTuple):
-    """A model, to the last weight: the name that loads it, and what its files belong to."""
+    """A model, to the last weight: the name and the adapter that load it, and what its files belong to."""
 
     name: str
     model_sha256: str
     tokenizer_sha256: str
+    adapter: str = ""
+
+    @property
+    def digests(self) -> tuple[str, str]:
+        return self.model_sha256, self.tokenizer_sha256
+
+    @property
+    def described(self) -> str:
+        return f"{self.name} with the adapter {self.adapter}" if self.adapter else self.name
 
 
 @dataclass(frozen=True)
@@ -72,7 +81,7 @@ def compose(texts: Iterable[Text]) -> list[tuple[Text, ...]]:
 
 def volume_id(identity: Identity, texts: Sequence[Text]) -> str:
     """What a volume's file is called: equal texts on an equal model are the same volume."""
-    parts = [identity.model_sha256, identity.tokenizer_sha256, *(text.hash for text in texts)]
+    parts = [*identity.digests, *(text.hash for text in texts)]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
 
 
@@ -80,12 +89,12 @@ def plan(rows: sqlite3.Connection, identity: Identity) -> None:
     """Lists the volumes that the library's texts should have on a model; drops those that nobody needs any more."""
     wanted = {volume_id(identity, texts): texts for texts in compose(live_texts(rows))}
     known = {row[0] for row in rows.execute("SELECT id FROM volumes")}
-    rows.execute("UPDATE volumes SET model = ? WHERE model_sha256 = ? AND tokenizer_sha256 = ?", identity)
+    rows.execute("UPDATE volumes SET model = ? WHERE model_sha256 = ? AND tokenizer_sha256 = ?", identity[:3])
     for volume, texts in wanted.items():
         if volume not in known:
             rows.execute(
                 "INSERT INTO volumes (id, model, model_sha256, tokenizer_sha256) VALUES (?, ?, ?, ?)",
-                (volume, identity.name, identity.model_sha256, identity.tokenizer_sha256),
+                (volume, identity.name, *identity.digests),
             )
             holding = [(volume, text.id, position) for position, text in enumerate(texts)]
             rows.executemany("INSERT INTO members VALUES (?, ?, ?)", holding)
@@ -175,7 +184,7 @@ def waiting(rows: sqlite3.Connection, identity: Identity) -> list[Claim]:
     for volume, state, held_by in rows.execute(
         "SELECT id, state, owner FROM volumes WHERE state IN ('waiting', 'fitting') AND model_sha256 = ? "
         "AND tokenizer_sha256 = ?",
-        (identity.model_sha256, identity.tokenizer_sha256),
+        identity.digests,
     ).fetchall():
         own = tuple(members(rows, volume))
         if (state == "fitting" and alive(held_by)) or not all(text in texts for text in own):

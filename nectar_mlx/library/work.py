@@ -16,6 +16,7 @@ from .fitter import Fitter
 from .folder import Folder
 from .volumes import Claim
 
+_REMOVED = "removed before it was fitted"
 # Of the machine, not of the document: the next one would fail in the same way.
 _FATAL = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE}
 
@@ -66,7 +67,7 @@ def fit_waiting(
             work.fitted += names
         else:
             log(f"{', '.join(names)}: {reason}")
-            if len(names) == 1:
+            if len(names) == 1 and reason != _REMOVED:
                 work.failed[names[0]] = reason
     with database.reading() as rows:
         work.elsewhere = sum(
@@ -79,8 +80,8 @@ def fit_waiting(
 def _fit(
     database: Database, folder: Folder, fitter: Fitter, claim: Claim, names: list[str], *, progress: Progress
 ) -> str | None:
-    """Fits a claimed volume, and writes down how that ended; the reason where it failed."""
-    state, reason = "waiting", None
+    """Fits a claimed volume, and writes down how that ended; the reason where it failed, or is not wanted any more."""
+    state, reason, wanted = "waiting", None, True
     try:
         if not fitter.is_whole(folder.volume(claim.volume)):  # else its process was killed just before it said so
             made = folder.work(claim.volume)
@@ -104,15 +105,16 @@ def _fit(
             reason = f"the fit fails ({type(error).__name__}: {reason})"
     finally:
         with database.writing() as rows:
-            rows.execute(
+            written = rows.execute(
                 "UPDATE volumes SET state = ?, owner = '', reason = ? WHERE id = ? AND owner = ?",
                 (state, reason or "", claim.volume, volumes.owner()),
             )
+            wanted = written.rowcount > 0  # else its document was removed, and the volume with it
             if state == "done":
                 rows.executemany("UPDATE files SET former = NULL WHERE text = ?", [(text,) for text in claim.texts])
-            if state == "failed" and len(claim.texts) > 1:  # to find the one that it fails for
+            if state == "failed" and wanted and len(claim.texts) > 1:  # to find the one that it fails for
                 rows.executemany("UPDATE texts SET alone = 1 WHERE id = ?", [(text,) for text in claim.texts])
-    return reason
+    return reason if wanted else _REMOVED
 
 
 def _is_fatal(error: BaseException | None) -> bool:
@@ -124,11 +126,13 @@ def _is_fatal(error: BaseException | None) -> bool:
 
 
 def _reading(database: Database, claim: Claim, names: Sequence[str]) -> Reading:
-    """Of one document as it was read; several are headed by their names."""
+    """Of one document as it was read; several are headed by their names. NectarError where one was removed."""
     with database.reading() as rows:
         found = [
             rows.execute("SELECT kind, text, places FROM texts WHERE id = ?", (t,)).fetchone() for t in claim.texts
         ]
+    if None in found:
+        raise NectarError(_REMOVED)
     parts, files, length = list[str](), list[FileReport](), 0
     for name, (kind, packed, places) in zip(names, found, strict=True):
         text = zlib.decompress(packed).decode()

@@ -1,5 +1,9 @@
 """Routes the attention of a loaded mlx-lm model through our caches, once it is proven that this works (`probe`)."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
@@ -38,7 +42,10 @@ def _described(model: nn.Module) -> probe.Described:
             known = probe.describe(model, name, make_stock)
             probe.prove(model, known, make_stock)
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-            raise NectarError(f"{name} models are not supported: {type(error).__name__} ({error})") from error
+            reason = f"{type(error).__name__}: {error}"
+            raise NectarError(
+                f"{name} models are not supported: mlx-lm's code of them does not work with our caches ({reason})"
+            ) from error
         vars(model)["_nectar_described"] = known
     return known
 
@@ -47,6 +54,34 @@ def compute_type(model: nn.Module) -> mx.Dtype:
     """The type of the model's activations, hence of its keys and values."""
     parameters: list[tuple[str, mx.array]] = tree_flatten(model.parameters())  # type: ignore[assignment]
     return next(p.dtype for _, p in parameters if mx.issubdtype(p.dtype, mx.floating))
+
+
+def can_batch(model: nn.Module) -> bool:
+    """Whether mlx-lm can decode sequences of several lengths together: the code of some models takes one position for
+    all of them."""
+    alone: list[list[Any]] = [make_prompt_cache_of(model) for _ in range(2)]
+    try:
+        for length, caches in enumerate(alone, 1):
+            mx.eval(model(mx.zeros((1, length), dtype=mx.int32), cache=caches))
+        together = [first.merge([first, second]) for first, second in zip(*alone, strict=True)]
+        mx.eval(model(mx.zeros((2, 1), dtype=mx.int32), cache=together))
+    except Exception:  # whatever that code raises
+        return False
+    return True
+
+
+@contextmanager
+def attached(model: nn.Module, make_cache: Callable[[], list[Any]]) -> Iterator[None]:
+    """Inside, every mlx-lm entry point that makes a cache for the model gets it from `make_cache`."""
+    route(model)
+    before = vars(model).get("make_cache")
+    model.make_cache = make_cache
+    try:
+        yield
+    finally:
+        del model.make_cache
+        if before is not None:
+            model.make_cache = before
 
 
 def make_prompt_cache_of(model: nn.Module) -> list[LayerCache]:

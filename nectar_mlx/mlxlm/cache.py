@@ -16,6 +16,7 @@ from ..core.types import LayerCache
 from ..errors import NectarError
 from ..heads import Bank
 from ..kernels import DecodeKernel
+from .rows import Row, RunKernels, together
 
 
 class _Whole:
@@ -59,7 +60,12 @@ class NectarCache(_BaseCache):
     bank's decode kernel, where there is one; keys and values then come in whole buffers.
     """
 
-    def __init__(self, bank: Bank, context: int, live: LiveCache | None = None, kernel: DecodeKernel | None = None):
+    context: Any  # one number; an array [B] where sequences of a batch have contexts of their own
+    kernel: DecodeKernel | RunKernels | None
+
+    def __init__(
+        self, bank: Bank, context: int, live: LiveCache | None = None, kernel: DecodeKernel | RunKernels | None = None
+    ):
         self.bank, self.context, self.kernel = bank, context, kernel
         fresh = KVCache if kernel is None else WholeCache
         self.live: LiveCache = fresh() if live is None else live  # type: ignore[no-untyped-call]
@@ -74,6 +80,9 @@ class NectarCache(_BaseCache):
         # What all keys have in common would take the few bits that tell them apart. (Of latent vectors `keys` are but
         # the first part of the keys.)
         offset = mx.array(0.0) if self.bank.offset is None else self.bank.offset[:, None, : keys.shape[-1]]
+        if keys.shape[-1] % self.live.group_size or values.shape[-1] % self.live.group_size:
+            widths = f"keys of {keys.shape[-1]} and values of {values.shape[-1]} numbers"
+            raise NectarError(f"{widths} cannot be quantized: leave out kv_bits")
         relative = (keys - offset).astype(keys.dtype)
         stored_keys, stored_values = self.live.update_and_fetch(relative, values)
         absolute = (_dequantized(self.live, stored_keys) + offset).astype(keys.dtype)
@@ -179,20 +188,32 @@ class NectarCache(_BaseCache):
 
     @classmethod
     def merge(cls, caches: Sequence["NectarCache"]) -> "BatchNectarCache":
-        """One batch cache from single sequences behind the same context; NectarError if they cannot share one."""
-        first = caches[0]
-        for cache in caches:
-            _check_same_context(first, cache)
-            if isinstance(cache.live, QuantizedKVCache):
-                raise NectarError("sequences with a quantized cache cannot share a batch: run them one at a time")
-        live = (WholeBatch if isinstance(first.live, _Whole) else BatchKVCache).merge([c.live for c in caches])
-        return BatchNectarCache(first.bank, first.context, live, first.kernel)
+        """One batch cache from single sequences, behind one context or several; NectarError if they cannot share it."""
+        if any(isinstance(cache.live, QuantizedKVCache) for cache in caches):
+            raise NectarError("sequences with a quantized cache cannot share a batch: run them one at a time")
+        whole = isinstance(caches[0].live, _Whole)
+        live = (WholeBatch if whole else BatchKVCache).merge([cache.live for cache in caches])
+        return BatchNectarCache([cache.row for cache in caches], live)
+
+    @property
+    def row(self) -> Row:
+        """What stands before its sequence."""
+        return Row(self.bank, self.context, self.kernel)
 
 
 class BatchNectarCache(NectarCache):
-    """Several sequences behind one context, left-padded as in mlx-lm's BatchKVCache; `offset` is an array [B]."""
+    """Several sequences, left-padded as in mlx-lm's BatchKVCache; `offset` is an array [B]. rows: what stands before
+    each of them."""
 
     live: BatchKVCache
+
+    def __init__(self, rows: Sequence[Row], live: BatchKVCache):
+        super().__init__(rows[0].bank, rows[0].context, live)
+        self._take(rows)
+
+    def _take(self, rows: Sequence[Row]) -> None:
+        self.rows = list(rows)
+        self.bank, self.context, self.kernel = together(self.rows)
 
     @property
     def left_padding(self) -> mx.array:
@@ -207,15 +228,22 @@ class BatchNectarCache(NectarCache):
     def finalize(self) -> None:
         self.live.finalize()
 
-    def filter(self, batch_indices: mx.array) -> None:
+    def filter(self, batch_indices: Sequence[int] | mx.array) -> None:
+        """Keeps these sequences, in this order."""
         self.live.filter(batch_indices)
+        kept: Any = batch_indices.tolist() if isinstance(batch_indices, mx.array) else batch_indices
+        self._take([self.rows[i] for i in kept])
 
     def extend(self, other: "BatchNectarCache") -> None:
-        _check_same_context(self, other)
         self.live.extend(other.live)
+        self._take([*self.rows, *other.rows])
 
     def extract(self, idx: int) -> NectarCache:
-        return NectarCache(self.bank, self.context, self.live.extract(idx), self.kernel)
+        bank, context, kernel = self.rows[idx]
+        return NectarCache(bank, context, self.live.extract(idx), kernel)
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Self:
+        return type(self)(self.rows, copy.deepcopy(self.live, memo))
 
 
 def with_sinks(part: attention.Partial, sinks: mx.array, common: mx.array | float = 0.0) -> attention.Partial:
@@ -228,8 +256,3 @@ def with_sinks(part: attention.Partial, sinks: mx.array, common: mx.array | floa
 def _dequantized(live: QuantizedKVCache, x: Sequence[mx.array]) -> mx.array:
     data, scales, biases = x
     return mx.dequantize(data, scales, biases, group_size=live.group_size, bits=live.bits)
-
-
-def _check_same_context(first: NectarCache, second: NectarCache) -> None:
-    if second.bank is not first.bank:
-        raise NectarError("sequences with different contexts cannot share a batch: run them separately")

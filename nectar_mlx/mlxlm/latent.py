@@ -61,5 +61,10 @@ def attend(
     queries = mx.concatenate([module.embed_q(plain), positional], axis=-1)
     keys = mx.concatenate([latent, key], axis=-1)
     output = module.unembed_out(cache.attend(queries, keys, latent, scale=module.scale, mask=mask))
-    result: mx.array = module.o_proj(output.transpose(0, 2, 1, 3).reshape(B, T, -1))
+    output = output.transpose(0, 2, 1, 3)
+    if "g_proj" in module:  # a gate for each head, or for each of its numbers
+        gate = mx.sigmoid(module.g_proj(x).astype(mx.float32)).astype(output.dtype)
+        output = output * gate.reshape(B, T, module.num_heads, -1)
+    project = module.o_proj if "o_proj" in module else module.dense
+    result: mx.array = project(output.reshape(B, T, -1))
     return result

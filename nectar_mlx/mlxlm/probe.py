@@ -137,6 +137,11 @@ def _layer(cache: Any, probe: Any, number: int, name: str) -> tuple[Layer, list[
         )
     n_heads, n_kv_heads, head_dim, value_dim, scale = inner.shapes
     keys, values = inner.fetched
+    if keys.shape[1] != n_kv_heads:
+        raise NectarError(
+            f"{name} models are not supported: layer {number} keeps {keys.shape[1]} heads of keys, but attends to "
+            f"{n_kv_heads}"
+        )
     kind = WINDOW if window else LATENT if keys.shape[-1] != head_dim else FULL
     if value_dim > head_dim or (kind == LATENT and keys.shape[-1] + values.shape[-1] != head_dim):
         raise NectarError(f"{name} models are not supported: values of layer {number} are wider than its keys")

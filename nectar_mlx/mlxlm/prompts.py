@@ -13,16 +13,17 @@ import secrets
 from collections.abc import Sequence
 from typing import Any
 
-from ..core.types import Tokenizer
+from ..core.types import JsonObject, Tokenizer
 from ..errors import NectarError
-from ..models.encoder import Preceding, Span, encoder, hidden
+from ..models.encoder import Encoder, Preceding, Span, encoder, hidden
 from ..models.template import render
+from . import tools as function_calls
 
 INTRODUCTION = "Here is a text.\n\n"
 _DEFAULTS = {"enable_thinking": False}  # of the template, for the prefix and for prompts
 _MARK = "<<the document stands here>>"  # stands for the document while the template is rendered
 
-Message = dict[str, str]
+Message = dict[str, Any]
 
 
 def prefix(tokenizer: Tokenizer, text: str, *, max_tokens: int | None = None) -> list[int]:
@@ -69,30 +70,34 @@ def head(tokenizer: Tokenizer) -> list[int]:
     return control + [token for token, (_, end) in zip(ids, spans, strict=True) if end <= len(turn)]
 
 
-def prompt(tokenizer: Tokenizer, messages: str | Sequence[Message], **template: Any) -> list[int]:
+def prompt(
+    tokenizer: Tokenizer,
+    messages: str | Sequence[Message],
+    *,
+    tools: Sequence[JsonObject] | None = None,
+    **template: Any,
+) -> list[int]:
     """The token ids that follow the prefix, up to the start of the answer.
 
     messages: a question, or a conversation whose first user message continues the prefix; a system message goes before
-    that message's text. template: arguments of the chat template; thinking is off without enable_thinking=True, and
-    cannot be turned on where the template says so before the document.
+    that message's text. tools: functions that the model may call, as OpenAI's API has them; they are described there,
+    too. template: arguments of the chat template; thinking is off without enable_thinking=True, and cannot be turned on
+    where the template says so before the document.
     Raises NectarError for a conversation that cannot continue the prefix.
     """
-    if template.pop("tools", None):
-        raise NectarError(
-            "tools are not supported: a template describes them before the document, which is already read"
-        )
     if isinstance(messages, str):
         messages = [{"role": "user", "content": messages}]
     if not all(isinstance(m.get(key), str) for m in messages for key in ("role", "content")):
         raise NectarError("a message must have a role and a content, both of them text")
     mark = secrets.token_hex(8)  # random, so that no message contains it
     turns = [_message(tokenizer, m, mark) for m in messages]
-    system = "\n\n".join(m["content"] for m in turns if m["role"] == "system")
-    turns = [m for m in turns if m["role"] != "system"]
+    system = [m["content"] for m in turns if m["role"] == "system"]
+    if tools:
+        system.insert(0, function_calls.describe(tokenizer, _hidden(encoder(tokenizer), list(tools), mark)))
+    turns = function_calls.as_turns(tokenizer, [m for m in turns if m["role"] != "system"])
     if not turns or turns[0]["role"] != "user":
         raise NectarError("a conversation must begin with a user message")
-    question = turns[0]["content"]
-    turns[0]["content"] = f"{_MARK}\n\n" + (f"{system}\n\n{question}" if system else question)
+    turns[0]["content"] = "\n\n".join([_MARK, *system, turns[0]["content"]])
     before, tail = _render(tokenizer, turns, **{**_DEFAULTS, **template})
     if template.get("enable_thinking") and before != _render(tokenizer, turns, **{**template, **_DEFAULTS})[0]:
         raise NectarError(
@@ -134,19 +139,20 @@ def _message(tokenizer: Tokenizer, message: Message, mark: str) -> Message:
     templates look for these and drop the thoughts.
     """
     encodes = encoder(tokenizer)
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {name: plain(item) for name, item in value.items()}
-        if isinstance(value, list):
-            return [plain(item) for item in value]
-        return hidden(encodes, value, mark) if isinstance(value, str) else value
-
-    cleaned: Message = plain(message)
+    cleaned: Message = _hidden(encodes, message, mark)
     if message["role"] == "assistant" and (thoughts := _thoughts(tokenizer, message["content"])):
         start, between, end, answer = thoughts.groups()
-        cleaned["content"] = start + plain(between) + end + plain(answer)
+        cleaned["content"] = start + hidden(encodes, between, mark) + end + hidden(encodes, answer, mark)
     return cleaned
+
+
+def _hidden(encodes: Encoder, value: Any, mark: str) -> Any:
+    """A value of JSON without control tokens in its texts."""
+    if isinstance(value, dict):
+        return {hidden(encodes, name, mark): _hidden(encodes, item, mark) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_hidden(encodes, item, mark) for item in value]
+    return hidden(encodes, value, mark) if isinstance(value, str) else value
 
 
 def _thoughts(tokenizer: Tokenizer, answer: str) -> re.Match[str] | None:

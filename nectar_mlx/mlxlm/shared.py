@@ -7,7 +7,7 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.models.cache import _BaseCache
 
-from .cache import NectarCache
+from .cache import BatchNectarCache, NectarCache
 
 
 class PassedOn(_BaseCache):
@@ -40,7 +40,7 @@ class PassedOn(_BaseCache):
 
     def finalize(self) -> None: ...
 
-    def filter(self, batch_indices: mx.array) -> None: ...
+    def filter(self, batch_indices: Sequence[int] | mx.array) -> None: ...
 
     def extend(self, other: "PassedOn") -> None: ...
 
@@ -61,7 +61,22 @@ class SharedCache(PassedOn):
         return SharedCache(copy.deepcopy(self.owner, memo))
 
     @classmethod
-    def merge(cls, caches: Sequence[Any]) -> "SharedCache":
-        """Of a batch: the padding is in the masks that plain operations take, so the bank is all that is needed."""
-        owner = caches[0].owner
-        return cls(NectarCache(owner.bank, owner.context))
+    def merge(cls, caches: Sequence[Any]) -> "SharedBatch":
+        return SharedBatch(NectarCache.merge([NectarCache(c.owner.bank, c.owner.context) for c in caches]))
+
+
+class SharedBatch(SharedCache):
+    """Of a batch: the padding is in the masks that plain operations take, so `owner` knows the contexts alone."""
+
+    owner: BatchNectarCache
+
+    def filter(self, batch_indices: Sequence[int] | mx.array) -> None:
+        self.owner.filter(batch_indices)
+
+    def extend(self, other: PassedOn) -> None:
+        assert isinstance(other, SharedBatch)
+        self.owner.extend(other.owner)
+
+    def extract(self, idx: int) -> SharedCache:
+        row = self.owner.rows[idx]
+        return SharedCache(NectarCache(row.bank, row.context))

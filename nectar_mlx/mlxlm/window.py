@@ -3,7 +3,9 @@
 import mlx.nn as nn
 
 from ..errors import NectarError
+from ..models import arguments
 
+_NAMES = ("max_position_embeddings", "model_max_length", "n_positions", "n_ctx", "block_size", "max_seq_len")
 ANSWER_TOKENS = 512  # the longest answer by default
 
 
@@ -13,11 +15,13 @@ class NoRoom(NectarError):
 
 def window(model: nn.Module) -> int | None:
     """The positions that the model supports; None if its configuration does not have the number."""
-    arguments = getattr(model, "args", None)
-    size: int | None = getattr(arguments, "max_position_embeddings", None)
-    if size is None:
-        size = (getattr(arguments, "text_config", None) or {}).get("max_position_embeddings")
-    return size
+    read = arguments(model)
+    for part in (read, getattr(read, "text_config", None)):  # of a vision model, its text part
+        settings = part if isinstance(part, dict) else vars(part) if part is not None else {}
+        for name in _NAMES:
+            if isinstance(size := settings.get(name), int):
+                return size
+    return None
 
 
 def answer_tokens(

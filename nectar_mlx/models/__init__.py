@@ -1,8 +1,6 @@
 """From a model's name to its weights: a folder, a .gguf file, the hub's cache, the hub, or the bundled demo model."""
 
-import dataclasses
 import hashlib
-import json
 import os
 import tempfile
 from collections.abc import Callable
@@ -12,15 +10,17 @@ from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 from huggingface_hub import constants
-from mlx.utils import tree_flatten
 
-from nectar_mlx.core.files import cache_folder, written_at_once
+from nectar_mlx.core.files import written_at_once
+from nectar_mlx.core.folders import cache_folder
 from nectar_mlx.core.progress import Log, Progress, no_log, silent
-from nectar_mlx.core.types import Tokenizer
 from nectar_mlx.errors import NectarError
-from nectar_mlx.models import hub, pypi
+from nectar_mlx.models import adapters, hub, pypi, sharding
+from nectar_mlx.models.fingerprints import arguments as arguments
+from nectar_mlx.models.fingerprints import fingerprint as fingerprint
+from nectar_mlx.models.fingerprints import fingerprint_of_files
+from nectar_mlx.models.fingerprints import tokenizer_fingerprint as tokenizer_fingerprint
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -49,21 +49,39 @@ class Source:
 
 
 def load(
-    name: str, *, log: Log = no_log, progress: Progress = silent, may_fetch: MayFetch | None = None
+    name: str,
+    *,
+    adapter: str | None = None,
+    log: Log = no_log,
+    progress: Progress = silent,
+    may_fetch: MayFetch | None = None,
+    group: mx.distributed.Group | None = None,
 ) -> tuple[nn.Module, "TokenizerWrapper"]:
     """Loads a model and its tokenizer by name, like `mlx_lm.load`; `log` gets the source, `progress` a conversion's.
 
-    On the CPU the weights are cast to float32, on a GPU they keep their type. Raises NectarError if there is no such
-    model or mlx-lm cannot read it.
+    adapter: the folder of one that `mlx_lm.lora` has trained on the model. On the CPU the weights are cast to float32,
+    on a GPU they keep their type. group: of several ranks, each of which loads its part of the model (`sharding`), and
+    never all of it at once. Raises NectarError if there is no such model or adapter, or mlx-lm cannot read it.
     """
     import mlx_lm  # imports transformers, which takes seconds and which `resolve` does not need
 
+    if adapter is not None:
+        adapters.check(adapter)  # before a model is downloaded
     source = resolve(name, log=log, progress=progress, may_fetch=may_fetch)
-    log(source.description)
+    if source.kind != "folder":  # which was named as it is
+        log(source.description)
     try:
         model, tokenizer = mlx_lm.load(str(source.path), lazy=True)[:2]
-    except Exception as error:  # a folder from anyone: mlx-lm, transformers and tokenizers raise what they like
+    # A folder from anyone: mlx-lm, transformers and tokenizers raise what they like, and a model's module may exit.
+    except (Exception, SystemExit) as error:
         raise NectarError(f"{name}: mlx-lm cannot load {source.path} ({_first_line(error)})") from error
+    if adapter is not None and group is not None:
+        raise NectarError("a model with an adapter cannot be divided among ranks: fuse them first, with mlx_lm.fuse")
+    if adapter is not None:
+        adapters.apply(model, adapter)
+    if group is not None:
+        whole = fingerprint_of_files(lambda: mlx_lm.load(str(source.path), lazy=True)[0])
+        sharding.divide(model, group, fingerprint=whole, name=name)
     if mx.default_device() == mx.cpu:
         model.set_dtype(mx.float32)
     mx.eval(model)
@@ -108,46 +126,6 @@ def resolve(name: str, *, log: Log = no_log, progress: Progress = silent, may_fe
     raise NectarError(f"{name}: {looked}, and {problem}; {advice}")
 
 
-def fingerprint(model: nn.Module) -> str:
-    """The sha256 of a model's configuration and weights, the same on the CPU in float32 and on a GPU in bfloat16.
-
-    It covers the name, the shape and up to 4,096 evenly spaced values of every parameter, rounded to bfloat16: a second
-    even for large models. A fine-tuned or requantized model differs; a change of single weights may be missed.
-    """
-    arguments = getattr(model, "args", None)
-    settings = dataclasses.asdict(arguments) if arguments is not None else {"class": type(model).__name__}
-    parameters: list[tuple[str, mx.array]] = sorted(tree_flatten(model.parameters()))  # type: ignore[arg-type]
-    samples = [_sample(array) for _, array in parameters]
-    mx.eval(samples)
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
-    for (name, array), sample in zip(parameters, samples, strict=True):
-        digest.update(f"{name} {array.shape}".encode())
-        digest.update(np.array(sample).tobytes())
-    return digest.hexdigest()
-
-
-def _sample(array: mx.array) -> mx.array:
-    # An odd step, so that a power of two in the shape does not pick the same column of every row.
-    step = -(-array.size // 4096) | 1
-    values = array.reshape(-1)[::step]
-    return values.astype(mx.bfloat16).view(mx.uint16) if mx.issubdtype(array.dtype, mx.floating) else values
-
-
-def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
-    """The sha256 of everything that decides token ids and prompts: vocabulary, merges, chat template, an encoding."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    merges = json.loads(backend.to_str())["model"].get("merges") if backend else None
-    # The encoding covers normalization and splitting, whose serialisation differs between library versions.
-    text = "We'll  see:\n\n1234 naïve ﬁnds, x_1 = [3.14];\t你好 🙂 <s>"
-    contents = [
-        sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0])),
-        [" ".join(merge) if isinstance(merge, list) else merge for merge in merges or []],
-        getattr(tokenizer, "chat_template", None),
-        list(tokenizer.encode(text)),
-    ]
-    return hashlib.sha256(json.dumps(contents, sort_keys=True, default=str).encode()).hexdigest()
-
-
 def demo_folder() -> Path:
     """Where the demo model is, once it has been fetched."""
     return cache_folder() / f"{DEMO}-{_WHEEL_SHA256[:8]}-{_CONVERSION}"
@@ -187,5 +165,5 @@ def _convert(path: Path, folder: Path, log: Log, progress: Progress) -> None:
         raise NectarError(f"{path.name}: cannot be converted into {folder} ({error})") from error
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -112,7 +112,7 @@ def nectar_file(name: str | Path) -> Path:
     if os.path.exists(path) or path.suffix == ".nectar" or not _REPOSITORY.fullmatch(repository):
         return path
     try:
-        folder = _snapshot(repository, ["*.nectar", "*.nectar.kv", "*.nectar.*.kv"])
+        folder = _snapshot(repository, _NECTAR_FILES)
     except RepositoryNotFoundError:
         raise NectarError(f"{name}: no such file here, and no such repository at {constants.ENDPOINT}") from None
     except (Unreachable, GatedRepoError) as error:

@@ -119,7 +119,10 @@ class _Process:
             if _computed(measured) > until or time.monotonic() - since > _MOST_WAIT:
                 raise NectarError(f"the model's chat template takes more than {seconds:.1g} s: take another model")
             if writable:
-                sending = sending[os.write(to, sending[: 1 << 16]) :]
+                try:
+                    sending = sending[os.write(to, sending[: 1 << 16]) :]
+                except BrokenPipeError:  # it has ended, which reading from it tells
+                    sending = sending[:0]
             if readable:
                 piece = os.read(of, 1 << 20)
                 if not piece:

@@ -126,22 +126,40 @@ def copies(prefix: Sequence[int], prompt: Sequence[int], answer: Sequence[int]) 
     return found
 
 
+class Seen(NamedTuple):
+    """What one answer says of the weights: its tokens, those of them that matched, and the sum of what each weight
+    changes."""
+
+    tokens: int
+    matched: int
+    kl: list[float]
+
+
 class Calibration:
     """Chooses the weights that bring a file's answers closest to the full cache's, from both's logits."""
 
     def __init__(self, prefix: Sequence[int]):
         self._prefix = prefix
         self._tried = [Recall(w, e) for w in WEIGHTS for e in EXPONENTS if w or not e]
-        self._kl = np.zeros(len(self._tried))  # sums of what each changes; the first is none
-        self._tokens = self._matched = 0
+        self.seen: list[Seen] = []  # of every answer, in their order
+
+    @property
+    def _matched(self) -> int:
+        return sum(seen.matched for seen in self.seen)
+
+    @property
+    def _kl(self) -> DoubleArray:
+        """Sums of what each weight changes; the first is none."""
+        return sum((np.array(seen.kl) for seen in self.seen), np.zeros(len(self._tried)))
 
     def add(self, prompt: Sequence[int], answer: Sequence[int], reference: mx.array, ours: mx.array) -> None:
         """One answer's logits [A, V], the full cache's and the file's."""
-        self._tokens += len(answer)
+        matched, kl = 0, np.zeros(len(self._tried))
         for i, copy in enumerate(copies(self._prefix, prompt, answer)):
             if copy is not None:
-                self._matched += 1
-                self._kl += self._changes(copy, *(_probabilities(x[i], copy) for x in (reference, ours)))
+                matched += 1
+                kl += self._changes(copy, *(_probabilities(x[i], copy) for x in (reference, ours)))
+        self.seen.append(Seen(len(answer), matched, kl.tolist()))
 
     def _changes(self, copy: Copy, reference: DoubleArray, model: DoubleArray) -> DoubleArray:
         """By how much each of the weights changes KL(reference ‖ mixture) at one token."""
@@ -157,7 +175,8 @@ class Calibration:
     def report(self, kl: float) -> JsonObject:
         """For a file's report. kl: of the file's answers without recall, the mean of all tokens."""
         best = self.best()
-        changed = kl + float(self._kl[self._tried.index(best)]) / max(self._tokens, 1)
+        tokens = sum(seen.tokens for seen in self.seen)
+        changed = kl + float(self._kl[self._tried.index(best)]) / max(tokens, 1)
         return {
             "weight": best.weight,
             "exponent": best.exponent,

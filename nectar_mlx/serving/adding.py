@@ -23,9 +23,10 @@ class Adding:
     pending: files that wait to be read. message: why the last process failed, "" where it did not.
     """
 
-    def __init__(self, library: Library, model: str):
-        """model: to fit on; its name as `--model` takes it."""
+    def __init__(self, library: Library, model: str, adapter: str | None = None):
+        """model, adapter: to fit on, as `--model` and `--adapter` take them."""
         self._options = ["--library", str(library.folder.path.absolute()), "--model", model]
+        self._options += ["--adapter", adapter] if adapter else []
         self.message, self.pending = "", list[Path]()
         self._wanted = threading.Condition()
         self._update = self._stopped = False

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from ..answering import Markers
-from ..mlxlm.attention_patch import compute_type
+from ..mlxlm.attention_patch import can_batch, compute_type
 from ..mlxlm.window import answer_tokens
 from ..nectar import Nectar
 from .decoding import AnswerSequence
@@ -41,6 +41,7 @@ class Admission:
         self._markers = Markers.of(shelf.tokenizer)  # looks through the vocabulary
         self._memory = settings.memory or _half_of_free()
         self._token_bytes = compute_type(shelf.model).size / 2  # relative to bfloat16
+        self._batches = can_batch(shelf.model)
 
     def sequence(self, ticket: Ticket, active: Sequence[AnswerSequence]) -> AnswerSequence | None:
         """A job with its caches; None while there is no room for them beside the active ones. NectarError for a job
@@ -81,7 +82,7 @@ class Admission:
     def _caches(self, nectar: Nectar, ticket: Ticket) -> tuple[Caches, int, bool]:
         """Caches for a job, how many tokens of its prompt they hold, and whether it is decoded on its own."""
         exact = self._settings.exact if ticket.job.exact is None else ticket.job.exact
-        single = bool(nectar.hybrid_banks(exact)) or self._settings.kv_bits is not None
+        single = bool(nectar.hybrid_banks(exact)) or self._settings.kv_bits is not None or not self._batches
         kept, cached = self._kept.find(nectar, ticket.job.exact, ticket.job.prompt)
         if kept is None:
             return nectar.make_cache(kv_bits=self._settings.kv_bits, exact_fraction=exact), 0, single

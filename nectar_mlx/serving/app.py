@@ -15,6 +15,7 @@ from starlette.types import ASGIApp
 from .embeddings_api import Embeddings
 from .errors import ApiError
 from .guard import Access, Guard
+from .lingering import Lingering
 from .ollama_api import Ollama, error_body
 from .openai_api import OpenAI
 from .responses_api import Responses
@@ -66,7 +67,7 @@ def make_app(
     ]
     app = Starlette(routes=table, exception_handlers={HTTPException: _http_error})
     app.router.redirect_slashes = False
-    return Guard(app, access, service.engine.metrics)
+    return Lingering(Guard(app, access, service.engine.metrics))
 
 
 def _page(folder: Path) -> list[BaseRoute]:

@@ -10,6 +10,7 @@ from typing import Any
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from . import lingering
 from .errors import ApiError
 
 HEAD_SECONDS = 10.0
@@ -18,12 +19,15 @@ MAX_HEADLESS = 256  # connections that wait for a head; the one that has waited 
 
 class Connection(H11Protocol):
     _timer: asyncio.TimerHandle | None = None
+    _refused = False  # what arrives is no HTTP, and is not read any more
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._wait_for_head()
 
     def data_received(self, data: bytes) -> None:
+        if self._refused:
+            return
         if self._timer is None and self._idle:
             self._wait_for_head()
         super().data_received(data)
@@ -40,14 +44,18 @@ class Connection(H11Protocol):
     def send_400_response(self, msg: str) -> None:
         body = json.dumps(ApiError(400, msg, code="invalid_http").body).encode()
         headers = [("content-type", "application/json"), ("content-length", str(len(body))), ("connection", "close")]
-        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-            for event in (
-                h11.Response(status_code=400, headers=headers, reason=b"Bad Request"),
-                h11.Data(data=body),
-                h11.EndOfMessage(),
-            ):
-                self.transport.write(self.conn.send(event) or b"")
-        self.transport.close()
+        if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
+            return self.transport.close()
+        for event in (
+            h11.Response(status_code=400, headers=headers, reason=b"Bad Request"),
+            h11.Data(data=body),
+            h11.EndOfMessage(),
+        ):
+            self.transport.write(self.conn.send(event) or b"")
+        # A client that is still sending would see a reset in the place of the answer.
+        self._refused = True
+        self.transport.write_eof()
+        self.loop.call_later(lingering.SECONDS, self.transport.close)
 
     @property
     def _idle(self) -> bool:

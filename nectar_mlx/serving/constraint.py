@@ -9,7 +9,8 @@ import numpy as np
 
 from ..answering.sampling import Processor
 from ..errors import NectarError
-from .errors import ApiError, refused
+from .errors import refused
+from .tools import MAX_DEPTH, depth, invalid
 
 MAX_SCHEMA = 64 << 10  # bytes
 # With flexible white space an answer may be endless.
@@ -23,21 +24,21 @@ class Constraints:
         self._tokenizer = tokenizer
         self._lexer: Any = None
 
-    def of(self, schema: dict[str, Any]) -> Callable[[], Processor]:
-        """What makes a processor for one answer. ApiError where the package is missing or the schema is not
-        supported."""
+    def of(self, schema: dict[str, Any], param: str) -> Callable[[], Processor]:
+        """What makes a processor for one answer. param: the field that asks for it. ApiError where the package is
+        missing or the schema is not supported."""
         try:
             import llguidance
             import llguidance.hf
         except ImportError:
             raise refused(
-                "response_format", "only text is supported: for JSON, install the extra 'json' (llguidance) and restart"
+                param, "only text is supported: for JSON, install the extra 'json' (llguidance) and restart"
             ) from None
+        if depth(schema) > MAX_DEPTH:
+            raise invalid(param, f"the schema is deeper than {MAX_DEPTH} levels")
         text = msgspec.json.encode(schema)
         if len(text) > MAX_SCHEMA:
-            raise ApiError(
-                400, f"the schema has more than {MAX_SCHEMA:,} bytes", code="invalid_value", param="response_format"
-            )
+            raise invalid(param, f"the schema has more than {MAX_SCHEMA:,} bytes")
         if self._lexer is None:
             fast = getattr(self._tokenizer, "_tokenizer", self._tokenizer)
             ends = sorted(self._tokenizer.eos_token_ids)
@@ -49,7 +50,7 @@ class Constraints:
             problem = str(error)
         if problem:
             line = problem.strip().splitlines()[0][:300]
-            raise ApiError(400, f"the schema is not supported: {line}", code="invalid_value", param="response_format")
+            raise invalid(param, f"the schema is not supported: {line}")
         lexer = self._lexer
         return lambda: _Processor(llguidance.LLMatcher(lexer, grammar), lexer)
 

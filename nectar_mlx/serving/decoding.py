@@ -1,10 +1,11 @@
-"""Answers while they are written: a sequence of tokens each, and groups of sequences that are decoded in one batch."""
+"""Answers while they are written: a sequence of tokens each, and batches of them that are decoded together."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx_lm.generate import GenerationBatch, StopSequences
 from mlx_lm.sample_utils import greedy_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -75,8 +76,11 @@ class AnswerSequence:
         self.read += len(piece)
         return len(piece)
 
-    def take(self, token: int, logprobs: mx.array) -> bool:
-        """Takes the next token and delivers its text; whether the answer has ended."""
+    def takes_last(self, token: int, logprobs: mx.array) -> bool:
+        """Takes the next token and delivers its text; whether the answer has ended with it, or has failed (`error`)."""
+        return self.error is not None or self._try(lambda: self._take(token, logprobs), lambda: True)
+
+    def _take(self, token: int, logprobs: mx.array) -> bool:
         self.count += 1
         ended, piece = token in self._tokenizer.eos_token_ids, Piece()
         if not ended:
@@ -112,11 +116,13 @@ class AnswerSequence:
         count = self.ticket.job.top_logprobs
         if count is None:
             return
-        top: list[tuple[str, float]] = []
-        if count:
-            likeliest = mx.argsort(-logprobs)[:count].tolist()
-            top = [(self._tokenizer.decode([i]), _finite(logprobs[i])) for i in likeliest]  # type: ignore[union-attr]
-        self._logprobs.append(TokenLogprob(self._tokenizer.decode([token]), _finite(logprobs[token]), top))
+        numbers = np.array(
+            logprobs.astype(mx.float32)
+        )  # all at once: to ask MLX for each would take longer than a step
+        likeliest = np.argsort(-numbers, kind="stable")[:count].tolist()
+        text, *alternatives = (self._tokenizer.decode([i]) for i in (token, *likeliest))
+        top = [(other, _finite(numbers[i])) for other, i in zip(alternatives, likeliest, strict=True)]
+        self._logprobs.append(TokenLogprob(text, _finite(numbers[token]), top))
 
     def _guarded(self, processor: Processor) -> Processor:
         """An error in it ends this answer alone."""
@@ -133,39 +139,36 @@ class AnswerSequence:
             return otherwise()
 
 
-def _finite(logprob: mx.array) -> float:
+def _finite(logprob: float) -> float:
     """-inf is no JSON."""
-    return max(cast("float", logprob.item()), -9999.0)
+    return max(float(logprob), -9999.0)
 
 
-class Group:
-    """Sequences behind the same context, decoded in one batch by mlx-lm's `GenerationBatch`; one that is served on its
-    own is a group of one, and keeps the caches that it has."""
+class Batch:
+    """Sequences that are decoded together by mlx-lm's `GenerationBatch`, whatever their contexts; those of one context
+    stay side by side. One that is served on its own is a batch of one, and keeps the caches that it has."""
 
-    def __init__(self, model: nn.Module, first: AnswerSequence):
-        self.nectar, self.exact, self.size_class = first.nectar, first.ticket.job.exact, size_class(first)
-        self._model = model
-        self.single = first.single
-        self.members = [first]
-        self._batch = self._of(first)
+    def __init__(self, model: nn.Module, first: Sequence[AnswerSequence]):
+        self._model, self._size_class = model, size_class(first[0])
+        self.single = first[0].single
+        self.members = [first[i] for i in _side_by_side(first)]
+        self._batch = self._of(self.members)
 
     def takes(self, sequence: AnswerSequence) -> bool:
-        """Whether a sequence can join: it is of the same context, and not of very different length."""
-        same = self.nectar is sequence.nectar and self.exact == sequence.ticket.job.exact
-        return same and not (self.single or sequence.single) and self.size_class == size_class(sequence)
+        """Whether a sequence can join: neither is to be alone, and it is not of very different length."""
+        return not (self.single or sequence.single) and self._size_class == size_class(sequence)
 
-    def join(self, sequence: AnswerSequence) -> None:
-        self._batch.extend(self._of(sequence))
-        self.members.append(sequence)
+    def join(self, sequences: Sequence[AnswerSequence]) -> None:
+        self._batch.extend(self._of(sequences))
+        self.members.extend(sequences)
+        order = _side_by_side(self.members)
+        if order != sorted(order):
+            self._keep(order)
 
     def step(self) -> list[AnswerSequence]:
         """One token for each member; returns those whose answers have ended, or failed (`error`)."""
-        responses = self._batch.next()
-        return [
-            member
-            for member, response in zip(self.members, responses, strict=True)
-            if member.error or member.take(response.token, response.logprobs)
-        ]
+        responses = zip(self.members, self._batch.next(), strict=True)
+        return [member for member, response in responses if member.takes_last(response.token, response.logprobs)]
 
     def caches_of(self, member: AnswerSequence) -> tuple[Sequence[int], Caches]:
         """A member's tokens that have been read, and the caches that hold them."""
@@ -175,26 +178,44 @@ class Group:
 
     def remove(self, members: Sequence[AnswerSequence]) -> None:
         keep = [i for i, member in enumerate(self.members) if member not in members]
-        if keep and len(keep) < len(self.members):
-            self._batch.filter(keep)
-        self.members = [self.members[i] for i in keep]
+        if not keep:
+            self.members = []
+        elif len(keep) < len(self.members):
+            self._keep(keep)
 
-    def _of(self, sequence: AnswerSequence) -> Any:
-        caches = sequence.caches if sequence.single else [cache.merge([cache]) for cache in sequence.caches]
-        if not sequence.single:
-            sequence.caches = []  # the batch has them
+    def _keep(self, places: Sequence[int]) -> None:
+        self._batch.filter(places)
+        self.members = [self.members[i] for i in places]
+
+    def _of(self, sequences: Sequence[AnswerSequence]) -> Any:
+        """Their first tokens are computed at once."""
+        if self.single:
+            caches = sequences[0].caches
+        else:
+            layers = zip(*(sequence.caches for sequence in sequences), strict=True)
+            caches = [layer[0].merge(layer) for layer in layers]
+            for sequence in sequences:
+                sequence.caches = []  # the batch has them
         return GenerationBatch(
             model=self._model,
-            uids=[id(sequence)],
-            inputs=mx.array(sequence.prompt[-1:]),
+            uids=[id(sequence) for sequence in sequences],
+            inputs=mx.array([sequence.prompt[-1] for sequence in sequences]),
             prompt_cache=caches,
-            tokens=[sequence.prompt[:-1]],
-            samplers=[sequence.sampler],
+            tokens=[sequence.prompt[:-1] for sequence in sequences],
+            samplers=[sequence.sampler for sequence in sequences],
             fallback_sampler=greedy_sampler,
-            logits_processors=[sequence.processors],
-            stop_sequences=[StopSequences()],
-            max_tokens=[_ENDLESS],
+            logits_processors=[sequence.processors for sequence in sequences],
+            stop_sequences=[StopSequences() for _ in sequences],
+            max_tokens=[_ENDLESS] * len(sequences),
         )
+
+
+def _side_by_side(members: Sequence[AnswerSequence]) -> list[int]:
+    """An order in which those of one context are neighbours; contexts are in the order in which they came."""
+    places: dict[int, int] = {}
+    for member in members:
+        places.setdefault(id(member.nectar), len(places))
+    return sorted(range(len(members)), key=lambda i: places[id(members[i].nectar)])
 
 
 def size_class(sequence: AnswerSequence) -> int:

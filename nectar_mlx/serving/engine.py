@@ -10,7 +10,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import TypeVar
 
@@ -18,7 +18,7 @@ import mlx.core as mx
 
 from ..errors import NectarError
 from .admission import Admission, Settings
-from .decoding import AnswerSequence, Group
+from .decoding import AnswerSequence, Batch, size_class
 from .job import Failed, Ticket
 from .kept import KeptPrompts
 from .metrics import Metrics
@@ -51,7 +51,7 @@ class Engine:
         self._arrivals: queue.SimpleQueue[Ticket | Callable[[], None] | None] = queue.SimpleQueue()
         self._waiting: deque[Ticket] = deque()
         self._reading: list[AnswerSequence] = []
-        self._groups: list[Group] = []
+        self._batches: list[Batch] = []
         self._kept = KeptPrompts(settings.kept_prompts, settings.kept_bytes)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._ready: Future[None] = Future()
@@ -125,11 +125,11 @@ class Engine:
             except Exception as error:  # none is expected: the parts of a step handle their own
                 self._fail_all(error)
         self._fail_all(NectarError("the server is stopping"))
-        self._groups, self._reading = [], []
+        self._batches, self._reading = [], []
         self._kept.shrink(-1)
 
     def _step(self) -> None:
-        self._receive(wait=not (self._waiting or self._reading or self._groups))
+        self._receive(wait=not (self._waiting or self._reading or self._batches))
         self._drop_cancelled()
         self._admit()
         self._read()
@@ -158,10 +158,10 @@ class Engine:
         for sequence in [sequence for sequence in self._reading if sequence.ticket.cancelled]:
             self._reading.remove(sequence)
             self._end()
-        for group in self._groups:
-            if gone := [member for member in group.members if member.ticket.cancelled]:
-                self._leave(group, gone)
-        self._groups = [group for group in self._groups if group.members]
+        for batch in self._batches:
+            if gone := [member for member in batch.members if member.ticket.cancelled]:
+                self._leave(batch, gone)
+        self._batches = [batch for batch in self._batches if batch.members]
 
     def _admit(self) -> None:
         """Starts the jobs that there is room for, in the order of their arrival."""
@@ -181,14 +181,14 @@ class Engine:
             ticket.deliver(sequence.started)
 
     def _active(self) -> list[AnswerSequence]:
-        return self._reading + [member for group in self._groups for member in group.members]
+        return self._reading + [member for batch in self._batches for member in batch.members]
 
     def _read(self) -> None:
         """Reads prompts for about as long as a decoding step takes; without one, a single piece. A piece that took
         longer is made up for by steps without reading."""
-        if self._debt > 0 and self._groups:
+        if self._debt > 0 and self._batches:
             return
-        start = time.perf_counter()
+        start, ready = time.perf_counter(), []
         while self._reading:
             sequence = self._next_to_read()
             try:
@@ -196,14 +196,16 @@ class Engine:
                     self._read_piece(sequence)
                 if not sequence.unread:
                     self._reading.remove(sequence)
-                    self._join(sequence)
+                    ready.append(sequence)
             except Exception as error:
-                if sequence in self._reading:
-                    self._reading.remove(sequence)
+                self._reading.remove(sequence)
                 self._fail(sequence.ticket, error)
             self._debt = time.perf_counter() - start
             if not self._arrivals.empty() or self._debt >= self._step_seconds:
-                return
+                break
+        if ready:
+            self._join(ready)
+            self._debt = time.perf_counter() - start
 
     def _next_to_read(self) -> AnswerSequence:
         """The one with the shortest rest, and every other time the one that came first."""
@@ -220,47 +222,55 @@ class Engine:
         count = sequence.read_piece(self.shelf.model, size)
         self._rate += 0.3 * (count / max(1e-6, time.perf_counter() - start) - self._rate)
 
-    def _join(self, sequence: AnswerSequence) -> None:
+    def _join(self, ready: Sequence[AnswerSequence]) -> None:
         """Starts to decode what has been read."""
-        group = next((group for group in self._groups if group.takes(sequence)), None)
-        if group is None:
-            self._groups.append(Group(self.shelf.model, sequence))
-        else:
-            group.join(sequence)
+        alike: dict[object, list[AnswerSequence]] = {}
+        for sequence in ready:
+            alike.setdefault(sequence if sequence.single else size_class(sequence), []).append(sequence)
+        for sequences in alike.values():
+            batch = next((batch for batch in self._batches if batch.takes(sequences[0])), None)
+            try:
+                if batch is None:
+                    self._batches.append(Batch(self.shelf.model, sequences))
+                else:
+                    batch.join(sequences)
+            except Exception as error:
+                for sequence in sequences:
+                    self._fail(sequence.ticket, error)
 
     def _decode(self) -> None:
         """One token for every answer."""
         start = time.perf_counter()
-        for group in self._groups:
+        for batch in self._batches:
             try:
-                ended = group.step()
+                ended = batch.step()
             except Exception as error:
-                for member in group.members:
+                for member in batch.members:
                     self._fail(member.ticket, error)
-                group.members = []
+                batch.members = []
                 continue
             for member in ended:
                 if member.error:
                     member.ticket.deliver(Failed(member.error))
                     _log_error(member.error)
             if ended:
-                self._leave(group, ended)
-        self._groups = [group for group in self._groups if group.members]
-        self._step_seconds = time.perf_counter() - start if self._groups else 0.0
+                self._leave(batch, ended)
+        self._batches = [batch for batch in self._batches if batch.members]
+        self._step_seconds = time.perf_counter() - start if self._batches else 0.0
         self._debt -= self._step_seconds
-        if self._groups:
+        if self._batches:
             self._usual_step += 0.1 * (self._step_seconds - self._usual_step)
 
-    def _leave(self, group: Group, members: list[AnswerSequence]) -> None:
+    def _leave(self, batch: Batch, members: list[AnswerSequence]) -> None:
         """Ends some members, and keeps what was read for the next turns."""
         for member in members:
             self.metrics.answer(member.count)
             try:
-                self._kept.add(group.nectar, group.exact, *group.caches_of(member))
+                self._kept.add(member.nectar, member.ticket.job.exact, *batch.caches_of(member))
             except Exception as error:
                 _log_error(error)
             self._end()
-        group.remove(members)
+        batch.remove(members)
 
     def _fail(self, ticket: Ticket, error: Exception) -> None:
         _log_error(error)
@@ -269,7 +279,7 @@ class Engine:
 
     def _fail_all(self, error: Exception) -> None:
         tickets = [sequence.ticket for sequence in self._active()] + list(self._waiting)
-        self._groups, self._reading = [], []
+        self._batches, self._reading = [], []
         self._waiting.clear()
         for ticket in tickets:
             self._fail(ticket, error)

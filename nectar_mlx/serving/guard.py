@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .errors import ApiError
 from .metrics import Metrics
-from .web import Sender, discard, headers_of
+from .web import Sender, headers_of
 
 _OPEN_PATHS = ("/", "/health")  # and what is below /page/: no secrets, and a page must load to ask for the key
 _PAGE = (
@@ -74,7 +74,6 @@ class Guard:
                 await protected({"type": "http.response.start", "status": 204, "headers": []})
                 await protected({"type": "http.response.body", "body": b""})
             elif error := self._refusal(scope, headers, origin):
-                await discard(scope, receive)
                 await Sender(protected).json(error.status, error.body, headers_of(error))
             else:
                 await self._app(scope, receive, protected)

@@ -8,6 +8,7 @@ from ..answering import Sampling, StopStrings
 from ..answering.sampling import Processor
 from ..core.types import JsonObject
 from ..mlxlm.window import ANSWER_TOKENS
+from .calls import Call, Tools
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,8 +21,8 @@ class Job:
     `default_tokens`, cut to the room there is. top_logprobs: how many alternatives to name for each token, None for no
     log-probabilities. constraint: makes a processor of logits for one answer. thinks: whether thoughts are told from
     the answer. sources: whether the answer is to name its sources. recall: whether the text's own words count where an
-    answer quotes it (`retrieval.recall`). facts: what the reply says of its document. said: an answer that is known
-    without the model.
+    answer quotes it (`retrieval.recall`). tools: what the answer may call. facts: what the reply says of its document.
+    said: an answer that is known without the model.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Job:
     thinks: bool = True
     sources: bool = False
     recall: bool = True
+    tools: Tools | None = None
     facts: JsonObject = field(default_factory=dict)
     said: str | None = None
 
@@ -66,10 +68,12 @@ class Written(NamedTuple):
     text: str
     thoughts: str
     logprobs: Sequence[TokenLogprob]
+    calls: Sequence[Call] = ()
 
 
 class Finished(NamedTuple):
-    """reason: "stop" or "length". tokens: of the answer with its thoughts. reading: what was read of the text."""
+    """reason: "stop", "length" or "tool_calls". tokens: of the answer with its thoughts. reading: what was read of the
+    text."""
 
     reason: str
     tokens: int

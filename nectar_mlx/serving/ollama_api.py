@@ -3,16 +3,19 @@
 import hashlib
 import json
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
 from .. import __version__
 from ..core.types import JsonObject
+from .calls import Call, Tools
 from .errors import ApiError
 from .job import Job
+from .messages import conversation
 from .schema import Generation, OllamaChat, OllamaGenerate, OllamaRequest, OllamaShow, parse
 from .service import Reply, Service
+from .tools import tools_of
 from .web import Json, Request, Stream
 
 _LINES = "application/x-ndjson"
@@ -47,7 +50,11 @@ class Ollama:
     async def show(self, request: Request) -> Json:
         asked = parse(request.body, OllamaShow)
         entry = self._entry(self._service.name(asked.model or asked.name))
-        details = {"details": entry["details"], "modified_at": entry["modified_at"], "capabilities": ["completion"]}
+        details = {
+            "details": entry["details"],
+            "modified_at": entry["modified_at"],
+            "capabilities": ["completion", "tools"],
+        }
         return Json({"modelfile": "", "parameters": "", "template": "", "license": "", "model_info": {}, **details})
 
     def _entry(self, name: str) -> JsonObject:
@@ -76,13 +83,10 @@ class Ollama:
 
     async def chat(self, request: Request) -> Json | Stream:
         asked = parse(request.body, OllamaChat)
-        if asked.tools:
-            raise ApiError(400, "tools are not supported", code="unsupported_value", param="tools")
         if not asked.messages:
             name = self._service.name(asked.model)
             return Json({"model": name, "message": {"role": "assistant", "content": ""}, "done": True} | _loaded())
-        messages = [message.plain(f"messages[{i}]") for i, message in enumerate(asked.messages)]
-        job = await self._job(asked, messages)
+        job = await self._job(asked, conversation(asked.messages), tools_of(asked.tools, None, None))
         return await self._answer(
             asked, job, lambda text, more: {"message": {"role": "assistant", "content": text, **more}}
         )
@@ -101,14 +105,14 @@ class Ollama:
             job = await self._job(asked, [*messages, {"role": "user", "content": asked.prompt}])
         return await self._answer(asked, job, lambda text, more: {"response": text, **more})
 
-    async def _job(self, asked: OllamaRequest, messages: list[dict[str, str]]) -> Job:
+    async def _job(self, asked: OllamaRequest, messages: list[JsonObject], tools: Tools | None = None) -> Job:
         template: dict[str, Any] = {}
         if asked.think is not None:
             template["enable_thinking"] = bool(asked.think)
         if isinstance(asked.think, str):
             template["reasoning_effort"] = asked.think
         schema = {"type": "object"} if asked.format == "json" else asked.format or None
-        return await self._service.chat_job(_generation(asked), messages, template=template, schema=schema)
+        return await self._service.chat_job(_generation(asked), messages, template=template, schema=schema, tools=tools)
 
     async def _answer(
         self, asked: OllamaRequest, job: Job, form: Callable[[str, JsonObject], JsonObject]
@@ -118,7 +122,7 @@ class Ollama:
         start = time.perf_counter_ns()
         async with self._service.answer(job) as reply:
             whole = await reply.whole()
-        content = form(whole.text, {"thinking": whole.thoughts} if whole.thoughts else {})
+        content = form(whole.text, _more(whole.thoughts, whole.calls))
         return Json({"model": job.name, "created_at": _now(), **content, **_done(reply, start)})
 
     async def _stream(self, job: Job, form: Callable[[str, JsonObject], JsonObject]) -> AsyncGenerator[bytes]:
@@ -126,10 +130,19 @@ class Ollama:
         async with self._service.answer(job) as reply:
             await reply.begin()
             async for piece in reply.pieces():
-                if piece is not None and (piece.text or piece.thoughts):
-                    content = form(piece.text, {"thinking": piece.thoughts} if piece.thoughts else {})
+                if piece is not None and (piece.text or piece.thoughts or piece.calls):
+                    content = form(piece.text, _more(piece.thoughts, piece.calls))
                     yield _line({"model": job.name, "created_at": _now(), **content, "done": False})
             yield _line({"model": job.name, "created_at": _now(), **form("", {}), **_done(reply, start)})
+
+
+def _more(thoughts: str, calls: Sequence[Call]) -> JsonObject:
+    """What an answer has beside its text."""
+    more: JsonObject = {"thinking": thoughts} if thoughts else {}
+    if calls:
+        called = [{"name": call.name, "arguments": json.loads(call.arguments)} for call in calls]
+        more["tool_calls"] = [{"function": {"index": i, **function}} for i, function in enumerate(called)]
+    return more
 
 
 def _loaded() -> JsonObject:
@@ -142,7 +155,7 @@ def _done(reply: Reply, start: int) -> JsonObject:
     total = time.perf_counter_ns() - start
     return {
         "done": True,
-        "done_reason": reply.finished.reason,
+        "done_reason": reply.finished.reason.replace("tool_calls", "stop"),
         "total_duration": total,
         "load_duration": 0,
         "prompt_eval_count": reply.started.prompt_tokens,

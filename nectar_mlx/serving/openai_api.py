@@ -8,10 +8,13 @@ from contextlib import AsyncExitStack
 from typing import Any, TypeAlias
 
 from ..core.types import JsonObject
+from .calls import Call
 from .errors import ApiError
 from .job import Job, TokenLogprob
+from .messages import conversation
 from .schema import ChatRequest, CompletionRequest, parse
 from .service import Reply, Service
+from .tools import tools_of
 from .web import Json, Request, Stream
 
 DONE = b"data: [DONE]\n\n"
@@ -44,12 +47,12 @@ class OpenAI:
 
     async def chat(self, request: Request) -> Json | Stream:
         asked = parse(request.body, ChatRequest)
-        messages = [message.plain(f"messages[{i}]") for i, message in enumerate(asked.messages)]
         job = await self._service.chat_job(
             asked,
-            messages,
+            conversation(asked.messages),
             template=asked.chat_template_kwargs.given() if asked.chat_template_kwargs else {},
             schema=asked.response_format.wanted() if asked.response_format else None,
+            tools=tools_of(asked.tools, asked.tool_choice, asked.parallel_tool_calls),
             max_tokens=asked.max_completion_tokens or asked.max_tokens,
             top_logprobs=(asked.top_logprobs or 0) if asked.logprobs else None,
         )
@@ -74,7 +77,7 @@ class OpenAI:
         async with self._service.answer(job) as reply:
             whole = await reply.whole()
         logprobs = form.logprobs(whole.logprobs) if job.top_logprobs is not None else None
-        choice = {"index": 0, **form.whole(whole.text, whole.thoughts), "logprobs": logprobs}
+        choice = {"index": 0, **form.whole(whole.text, whole.thoughts, whole.calls), "logprobs": logprobs}
         choice["finish_reason"] = whole.reason
         counts = whole.prompt_tokens, whole.cached_tokens, whole.answer_tokens
         return Json({**head, "choices": [choice], "usage": _usage(*counts), **whole.extra})
@@ -90,12 +93,14 @@ class OpenAI:
             reply = await stack.enter_async_context(self._service.answer(job))
             await reply.begin()
             yield chunk(form.begin(), **reply.facts)
+            called = 0
             async for piece in reply.pieces():
                 if piece is None:
                     yield ALIVE
                     continue
                 logprobs = form.logprobs(piece.logprobs) if piece.logprobs else None
-                yield chunk(form.piece(piece.text, piece.thoughts), logprobs=logprobs)
+                yield chunk(form.piece(piece.text, piece.thoughts, piece.calls, called), logprobs=logprobs)
+                called += len(piece.calls)
             assert reply.finished is not None
             yield chunk(form.piece("", ""), reply.finished.reason, **reply.extra())
             if usage:
@@ -117,19 +122,33 @@ def _usage(prompt: int, cached: int, answer: int) -> JsonObject:
     }
 
 
+def _called(calls: Sequence[Call]) -> list[JsonObject]:
+    return [
+        {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+        for call in calls
+    ]
+
+
 class _Chat:
     """How chat completions write an answer."""
 
     prefix, kind, stream_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
-    def whole(self, text: str, thoughts: str) -> JsonObject:
-        return {"message": {"role": "assistant", "content": text, **({"reasoning": thoughts} if thoughts else {})}}
+    def whole(self, text: str, thoughts: str, calls: Sequence[Call]) -> JsonObject:
+        more = ({"reasoning": thoughts} if thoughts else {}) | ({"tool_calls": _called(calls)} if calls else {})
+        return {"message": {"role": "assistant", "content": text or (None if calls else ""), **more}}
 
     def begin(self) -> JsonObject:
         return {"delta": {"role": "assistant", "content": ""}}
 
-    def piece(self, text: str, thoughts: str) -> JsonObject:
-        return {"delta": ({"content": text} if text else {}) | ({"reasoning": thoughts} if thoughts else {})}
+    def piece(self, text: str, thoughts: str, calls: Sequence[Call] = (), before: int = 0) -> JsonObject:
+        """before: the number of calls so far."""
+        delta: JsonObject = {"content": text} if text else {}
+        if thoughts:
+            delta["reasoning"] = thoughts
+        if calls:
+            delta["tool_calls"] = [{"index": before + i, **call} for i, call in enumerate(_called(calls))]
+        return {"delta": delta}
 
     def logprobs(self, tokens: Sequence[TokenLogprob]) -> JsonObject:
         def entry(text: str, logprob: float) -> JsonObject:
@@ -147,13 +166,13 @@ class _Completion:
 
     prefix, kind, stream_kind = "cmpl", "text_completion", "text_completion"
 
-    def whole(self, text: str, thoughts: str) -> JsonObject:
+    def whole(self, text: str, thoughts: str, calls: Sequence[Call]) -> JsonObject:
         return {"text": text}
 
     def begin(self) -> JsonObject:
         return {"text": ""}
 
-    def piece(self, text: str, thoughts: str) -> JsonObject:
+    def piece(self, text: str, thoughts: str, calls: Sequence[Call] = (), before: int = 0) -> JsonObject:
         return {"text": text}
 
     def logprobs(self, tokens: Sequence[TokenLogprob]) -> JsonObject:

@@ -1,13 +1,17 @@
 """From a request's messages to token ids, in a thread of its own: no prompt, however long, holds up the others."""
 
 import asyncio
+import json
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from typing import Any, TypeVar
 
-from ..core.types import Tokenizer
+from ..core.types import JsonObject, Tokenizer
 from ..errors import NectarError
 from ..mlxlm import prompts
+from ..mlxlm.tools import CallFormat, call_format
+from .calls import Tools
 from .errors import ApiError
 
 T = TypeVar("T")
@@ -23,9 +27,11 @@ class Prompting:
         self._tokenizer, self._window, self._template = tokenizer, window, dict(template)
         self._thread = ThreadPoolExecutor(1, "prompts")
 
-    async def chat(self, messages: Sequence[Mapping[str, str]], template: Mapping[str, Any]) -> list[int]:
+    async def chat(
+        self, messages: Sequence[JsonObject], template: Mapping[str, Any], tools: Tools | None = None
+    ) -> list[int]:
         """The tokens of a conversation; ApiError for one that is too long, or that cannot be one."""
-        return await self.run(self._chat, messages, template)
+        return await self.run(self._chat, messages, template, tools)
 
     async def text(self, text: str) -> list[int]:
         """The tokens of a text that continues the document."""
@@ -38,12 +44,23 @@ class Prompting:
         """Something that takes time but does not use MLX."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, work, *args)
 
-    def _chat(self, messages: Sequence[Mapping[str, str]], template: Mapping[str, Any]) -> list[int]:
-        self._check_length([message["content"] for message in messages])
+    @cached_property
+    def call_format(self) -> CallFormat:
+        """How the model writes calls; to be asked for in `run`."""
+        return call_format(self._tokenizer)
+
+    def _chat(self, messages: Sequence[JsonObject], template: Mapping[str, Any], tools: Tools | None) -> list[int]:
+        functions = list(tools.functions) if tools else None
+        called = [json.dumps(message["tool_calls"]) for message in messages if "tool_calls" in message]
+        self._check_length([message["content"] for message in messages] + called + [json.dumps(functions)])
+        options = {**self._template, **template, "tools": functions}
         try:
-            return prompts.prompt(self._tokenizer, [dict(m) for m in messages], **{**self._template, **template})
+            prompt = prompts.prompt(self._tokenizer, [dict(m) for m in messages], **options)
         except NectarError as error:
             raise ApiError(400, str(error), code="invalid_value", param="messages") from None
+        if tools and tools.forced and self.call_format.is_json:
+            prompt += prompts.encode(self._tokenizer, f"{self.call_format.start}\n", specials=True)
+        return prompt
 
     def _text(self, text: str) -> list[int]:
         self._check_length([text])

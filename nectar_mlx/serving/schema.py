@@ -9,53 +9,17 @@ import msgspec
 from msgspec import Meta, Struct
 
 from ..answering import MAX_STOP_LENGTH, MAX_STOPS, Sampling
+from ..core.types import JsonObject
 from .errors import ApiError, refused
+from .messages import MAX_MESSAGES, InputItems, Message, Messages, Name, from_items
+from .tools import MAX_TOOLS, Choice, Tool
 
 T = TypeVar("T")
-Name = Annotated[str, Meta(max_length=512)]
 Count = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 Share = Annotated[float, Meta(ge=0, le=1)]
 Stop = Annotated[str, Meta(max_length=MAX_STOP_LENGTH)]
+Offered = Annotated[list[Tool], Meta(max_length=MAX_TOOLS)] | None
 Stops = Annotated[list[Stop], Meta(max_length=MAX_STOPS)] | Stop | None
-MAX_MESSAGES = 2048
-
-
-class Part(Struct):
-    """A piece of a message."""
-
-    type: str
-    text: str | None = None
-
-
-class Message(Struct):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Part] | None = None
-    tool_calls: Any = None
-    images: Any = None  # Ollama's
-
-    def plain(self, param: str) -> dict[str, str]:
-        """As chat templates take it."""
-        if self.tool_calls:
-            raise refused(f"{param}.tool_calls", "tools are not supported")
-        if self.images:
-            raise refused(f"{param}.images", "only text is supported in messages")
-        role = "system" if self.role == "developer" else self.role
-        return {"role": role, "content": text_of(self.content, f"{param}.content")}
-
-
-Messages = Annotated[list[Message], Meta(min_length=1, max_length=MAX_MESSAGES)]
-
-
-def text_of(content: str | list[Part] | None, param: str) -> str:
-    """The text of a message's content."""
-    if content is None:
-        raise ApiError(400, f"{param} is missing", code="invalid_value", param=param)
-    if isinstance(content, str):
-        return content
-    for part in content:
-        if part.type not in ("text", "input_text", "output_text") or part.text is None:
-            raise refused(param, "only text is supported in messages")
-    return "\n".join(part.text or "" for part in content)
 
 
 class TemplateOptions(Struct, forbid_unknown_fields=True):
@@ -159,17 +123,16 @@ class ChatRequest(Generation, kw_only=True):
     top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     chat_template_kwargs: TemplateOptions | None = None
     response_format: ResponseFormat | None = None
-    tools: list[Any] | None = None
-    tool_choice: Any = None
+    tools: Offered = None
+    tool_choice: Choice = None
+    parallel_tool_calls: bool | None = None
     functions: list[Any] | None = None
     modalities: list[str] | None = None
 
     def check(self) -> None:
         super().check()
-        if self.tools and self.tool_choice != "none":
-            raise refused("tools", "not supported: a template describes them before the text, which is already read")
         if self.functions:
-            raise refused("functions", "not supported")
+            raise refused("functions", "not supported: tools are")
         if any(modality != "text" for modality in self.modalities or []):
             raise refused("modalities", "only text is supported")
 
@@ -193,20 +156,26 @@ class TextSettings(Struct):
 
 
 class ResponsesRequest(Generation, kw_only=True):
-    input: str | Messages
+    input: str | InputItems
     instructions: str | None = None
     max_output_tokens: Count | None = None
     text: TextSettings | None = None
-    tools: list[Any] | None = None
-    tool_choice: Any = None
+    tools: Offered = None
+    tool_choice: Choice = None
+    parallel_tool_calls: bool | None = None
     previous_response_id: str | None = None
     background: bool | None = None
     chat_template_kwargs: TemplateOptions | None = None
 
+    def messages(self) -> list[JsonObject]:
+        """As chat templates take them."""
+        told = [{"role": "system", "content": self.instructions}] if self.instructions else []
+        if isinstance(self.input, str):
+            return [*told, {"role": "user", "content": self.input}]
+        return told + from_items(self.input)
+
     def check(self) -> None:
         super().check()
-        if self.tools and self.tool_choice != "none":
-            raise refused("tools", "not supported: a template describes them before the text, which is already read")
         if self.previous_response_id:
             raise refused("previous_response_id", "answers are not stored: send the whole conversation as input")
         if self.background:
@@ -244,7 +213,7 @@ class OllamaRequest(Struct, kw_only=True):
 
 class OllamaChat(OllamaRequest, kw_only=True):
     messages: Annotated[list[Message], Meta(max_length=MAX_MESSAGES)] | None = None
-    tools: list[Any] | None = None
+    tools: Offered = None
 
 
 class OllamaGenerate(OllamaRequest, kw_only=True):

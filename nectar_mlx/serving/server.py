@@ -43,7 +43,7 @@ class Options:
 
     host: str = "127.0.0.1"
     port: int = 8080
-    max_body: int = 8 << 20
+    max_body: int = 8_000_000
     access: Access = field(default_factory=Access)
     defaults: Defaults = field(default_factory=Defaults)
     settings: Settings = field(default_factory=Settings)
@@ -141,14 +141,15 @@ def start(
     options: Options,
     *,
     library: Library | None = None,
+    adapter: str | None = None,
     fetch: bool = False,
     log: Log = no_log,
 ) -> Server:
     """A server for these files, ready to `run`.
 
     nectars: .nectar files, folders of them, or ids on the hub. model: its name, None for the one they were fitted on,
-    which is downloaded only with fetch. library: to be served in the place of files; then model is the one that it is
-    fitted on. NectarError for an error in the user's input.
+    which is downloaded only with fetch. adapter: of the model. library: to be served in the place of files; then these
+    are those that it is fitted on. NectarError for an error in the user's input.
     """
     if not options.access.key and not _is_loopback(options.host):
         raise NectarError(
@@ -159,14 +160,14 @@ def start(
     name = model or _common_model(files)
     listener = _listen(options.host, options.port)
     may_fetch = None if model else lambda _: fetch  # whoever made the files chose their model
-    engine = Engine(lambda: Shelf(name, files, may_fetch=may_fetch, log=log), options.settings)
+    engine = Engine(lambda: Shelf(name, files, adapter=adapter, may_fetch=may_fetch, log=log), options.settings)
     try:
         engine.start()
         if library is None:
             return Server(engine, options, listener, log=log)
         served = ServedLibrary(library, engine)
         served.warm()
-        return Server(engine, options, listener, library=served, adding=Adding(library, name), log=log)
+        return Server(engine, options, listener, library=served, adding=Adding(library, name, adapter), log=log)
     except BaseException:
         listener.close()
         raise

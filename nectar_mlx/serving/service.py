@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 
 from ..core.types import JsonObject
 from ..mlxlm.window import window
+from .calls import Call, CallSplitter, Tools
 from .constraint import Constraints
 from .engine import Engine
-from .errors import as_api_error
+from .errors import as_api_error, refused
 from .job import Event, Failed, Finished, Job, Started, Ticket, TokenLogprob, Written
 from .library import LIBRARY, ServedLibrary, Target
 from .prompting import Prompting
@@ -36,6 +37,7 @@ class Whole(NamedTuple):
 
     text: str
     thoughts: str
+    calls: Sequence[Call]
     reason: str
     prompt_tokens: int
     cached_tokens: int
@@ -47,8 +49,8 @@ class Whole(NamedTuple):
 class Reply:
     """The events of one answer, as they come; raises ApiError."""
 
-    def __init__(self, events: "asyncio.Queue[Event]", facts: JsonObject):
-        self._events, self.facts = events, facts
+    def __init__(self, events: "asyncio.Queue[Event]", facts: JsonObject, calls: CallSplitter | None = None):
+        self._events, self.facts, self._calls = events, facts, calls
         self.started: Started | None = None
         self.finished: Finished | None = None
 
@@ -68,24 +70,35 @@ class Reply:
             except TimeoutError:
                 yield None
                 continue
-            if isinstance(event, Finished):
-                self.finished = event
-            elif isinstance(event, Written):
-                yield event
+            if isinstance(event, Written):
+                if any(event := self._with_calls(event)):
+                    yield event
+            elif isinstance(event, Finished):
+                if self._calls and any(rest := self._calls.finish()):
+                    yield Written(rest[0], "", [], rest[1])
+                self.finished = event._replace(reason=self._calls.reason(event.reason)) if self._calls else event
+
+    def _with_calls(self, written: Written) -> Written:
+        if self._calls is None:
+            return written
+        text, calls = self._calls.feed(written.text)
+        return written._replace(text=text, calls=calls)
 
     async def whole(self) -> Whole:
         """All of it."""
         started = await self.begin()
-        texts, thoughts, logprobs = list[str](), list[str](), list[TokenLogprob]()
+        texts, thoughts, calls, logprobs = list[str](), list[str](), list[Call](), list[TokenLogprob]()
         async for piece in self.pieces():
             if piece is not None:
                 texts.append(piece.text)
                 thoughts.append(piece.thoughts)
+                calls += piece.calls
                 logprobs += piece.logprobs
         assert self.finished is not None
         return Whole(
             "".join(texts),
             "".join(thoughts),
+            calls,
             self.finished.reason,
             started.prompt_tokens,
             started.cached_tokens,
@@ -139,19 +152,27 @@ class Service:
     async def chat_job(
         self,
         request: Generation,
-        messages: Sequence[dict[str, str]],
+        messages: Sequence[JsonObject],
         *,
         template: Mapping[str, Any],
-        schema: dict[str, Any] | None = None,
+        schema: JsonObject | None = None,
+        tools: Tools | None = None,
         **fields: Any,
     ) -> Job:
         """A job of a conversation. schema: of the answer, None for text. fields: of `Job`, over the request's."""
+        if tools and schema is not None:
+            raise refused("response_format", "not beside tools, unless tool_choice is none")
         asked = [message["content"] for message in reversed(messages) if message["role"] == "user"]
         target = await self._target(request.model, asked)
         questions = [] if request.whole else asked
-        constraint = await self.prompting.run(self.constraints.of, schema) if schema is not None else None
-        job = self._fields(request) | {"constraint": constraint, "questions": questions} | fields
-        prompt = await self.prompting.chat(messages, template)
+        job = self._fields(request) | {"questions": questions, "tools": tools} | fields
+        for param, form in (("response_format", schema), ("tools", tools.schema if tools else None)):
+            if form is not None:
+                job["constraint"] = await self.prompting.run(self.constraints.of, form, param)
+                job["thinks"], template = False, {**template, "enable_thinking": False}  # no room for thoughts
+        if tools and tools.forced:
+            job["stops"] = []  # a call ends by itself
+        prompt = await self.prompting.chat(messages, template, tools)
         return Job(prompt=prompt, **vars(target), **job)
 
     async def text_job(self, request: Generation, prompt: str, **fields: Any) -> Job:
@@ -188,9 +209,11 @@ class Service:
                 events.put_nowait(event)
             yield Reply(events, job.facts)
             return
+        form = await self.prompting.run(lambda: self.prompting.call_format) if job.tools else None
+        calls = CallSplitter(job.tools, form) if job.tools and form else None
         ticket = Ticket(job, deliver)
         self.engine.submit(ticket)
         try:
-            yield Reply(events, job.facts)
+            yield Reply(events, job.facts, calls)
         finally:
             ticket.cancel()

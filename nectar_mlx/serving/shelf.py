@@ -27,21 +27,28 @@ class UnknownModel(NectarError):
 class Shelf:
     """Belongs to the engine's thread, where MLX computes. Only `files` may be read from another one.
 
-    model_name: of the model, which is loaded once; may_fetch: as for `models.load`. files: by name; several names may
-    stand for one file. on_close: called with what is put away.
+    model_name: of the model, which is loaded once; adapter, may_fetch: as for `models.load`. files: by name; several
+    names may stand for one file. on_close: called with what is put away.
     """
 
     def __init__(
-        self, model_name: str, files: Mapping[str, Path], *, may_fetch: MayFetch | None = None, log: Log = no_log
+        self,
+        model_name: str,
+        files: Mapping[str, Path],
+        *,
+        adapter: str | None = None,
+        may_fetch: MayFetch | None = None,
+        log: Log = no_log,
     ):
         self.files, self._log = dict(files), log
         self.model: nn.Module
         self.tokenizer: TokenizerWrapper
-        self.model, self.tokenizer = models.load(model_name, log=log, may_fetch=may_fetch)
+        self.model, self.tokenizer = models.load(model_name, adapter=adapter, log=log, may_fetch=may_fetch)
         self.on_close: Callable[[Nectar], None] = lambda nectar: None
         self._open: OrderedDict[Key, Nectar] = OrderedDict()
         # Also those that were put away while an answer still uses them.
         self._alive: weakref.WeakValueDictionary[Key, Nectar] = weakref.WeakValueDictionary()
+        self._sizes: weakref.WeakKeyDictionary[Nectar, int] = weakref.WeakKeyDictionary()  # asked for at every step
         self._first: JsonObject | None = None
 
     def get(self, name: str, chunk: int | None = None) -> Nectar:
@@ -53,6 +60,7 @@ class Shelf:
             nectar = self._alive.get(key)
             if nectar is None:
                 nectar = self._read(name) if chunk is None else self.get(name).chunk(chunk)
+                self._sizes[nectar] = nectar.nbytes
             self._open[key] = self._alive[key] = nectar
         self._open.move_to_end(key)
         return self._open[key]
@@ -64,7 +72,7 @@ class Shelf:
 
     @property
     def nbytes(self) -> int:
-        return sum(nectar.nbytes for nectar in list(self._alive.values()))
+        return sum(self._sizes[nectar] for nectar in list(self._alive.values()))
 
     def shrink(self, nbytes: int) -> None:
         """Puts away what was used least recently until the rest has at most so many bytes, or is the last one."""

@@ -13,7 +13,7 @@ from starlette.types import Receive, Scope, Send
 from .errors import ApiError
 from .web import Sender, body_pieces, headers_of
 
-MAX_UPLOAD = 200 << 20  # bytes
+MAX_UPLOAD = 200_000_000  # bytes
 _SECONDS = 600.0  # for a file to arrive
 _AT_A_TIME = 8
 _LONGEST = 180  # bytes of a name, which leaves room for a number and for `.partial` and the like

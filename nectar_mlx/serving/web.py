@@ -102,7 +102,6 @@ async def read_json(scope: Scope, receive: Receive, limit: int) -> bytes:
     """A JSON body, not parsed. ApiError 415 for another type, else as `body_pieces`."""
     kind = dict(scope["headers"]).get(b"content-type", b"").split(b";")[0].strip().lower()
     if kind != b"application/json":
-        await discard(scope, receive)
         raise ApiError(415, "the Content-Type must be application/json", code="unsupported_media_type")
     body = bytearray()
     try:
@@ -121,7 +120,6 @@ async def body_pieces(
     """A body as it arrives. ApiError 413 for more than `limit` bytes, 408 where it has not arrived in time."""
     length, count = dict(scope["headers"]).get(b"content-length", b"0"), 0
     if length.isdigit() and int(length) > limit:
-        await discard(scope, receive)
         raise ApiError(413, f"the request is larger than {limit:,} bytes", code="request_too_large")
     seconds = BODY_SECONDS if seconds is None else seconds
     end, more = asyncio.get_running_loop().time() + seconds, True
@@ -155,26 +153,9 @@ class _Bodies:
 bodies = _Bodies()
 
 
-async def discard(scope: Scope, receive: Receive, *, most: int = 64 << 20, seconds: float = 5.0) -> None:
-    """Reads a body and forgets it: a client that is still sending sees no answer on a closed connection."""
-    headers = dict(scope["headers"])
-    if headers.get(b"content-length", b"0") == b"0" and b"transfer-encoding" not in headers:
-        return
-    try:
-        async with asyncio.timeout(seconds):
-            while most > 0:
-                message = await receive()
-                most -= len(message.get("body", b""))
-                if not message.get("more_body", False):
-                    return
-    except TimeoutError:
-        return
-
-
 def headers_of(error: ApiError) -> list[tuple[bytes, bytes]]:
     extra = {401: (b"www-authenticate", b"Bearer"), 429: (b"retry-after", b"1")}.get(error.status)
-    close = [(b"connection", b"close")] if error.status in (408, 413) else []
-    return close + ([extra] if extra else [])
+    return [extra] if extra else []
 
 
 class Sender:

@@ -65,8 +65,8 @@ def description(
 ) -> Metadata:
     """The metadata of a file.
 
-    provenance: `model`, `model_sha256`, `tokenizer_sha256`, and what else is to be kept (`config`, `source`). report:
-    what was measured. chunks: lengths in tokens of the chunks that the prefix ends with.
+    provenance: `model`, `model_sha256`, `tokenizer_sha256`, and what else is to be kept (`adapter`, `config`,
+    `source`). report: what was measured. chunks: lengths in tokens of the chunks that the prefix ends with.
     """
     return {
         "nectar_mlx": __version__,

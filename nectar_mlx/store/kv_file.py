@@ -25,8 +25,10 @@ from ..errors import NectarError
 from . import tensor_file
 from .tensor_file import Arrays
 
-FORMAT, _BEFORE = "nectar-kv-3", "nectar-kv-2"  # before, nothing covered the metadata
+FORMAT = "nectar-kv-4"
+_UNCOVERED, _LINEAR = "nectar-kv-2", ("nectar-kv-2", "nectar-kv-3")  # nothing covers the metadata; rows' old checksums
 _DIGITS = 16  # of the digest, in the file's name
+_ODD = np.uint32(2654435761)
 BITS = 8
 Rows = npt.NDArray[np.uint8]
 
@@ -75,13 +77,14 @@ class KeyFile:
     """Every token's key and value, in memory or in a mapped file.
 
     rows: [layers, K, n, row bytes]. small: what else the file holds (`retrieval.sketch`, `retrieval.sources`). nectar:
-    the digest of the .nectar that this belongs to.
+    the digest of the .nectar that this belongs to. version: of the rows' checksums.
     """
 
     rows: Rows = field(repr=False)
     format: RowFormat
     small: Arrays = field(repr=False)
     nectar: str
+    version: str = FORMAT
 
     @classmethod
     def of(
@@ -90,12 +93,13 @@ class KeyFile:
         """layers: keys and values [K, n, D] of each layer with full attention."""
         K, n, D = layers[0][0].shape
         form = RowFormat(D, bits)
-        rows = np.empty((len(layers), K, n, form.nbytes), np.uint8)
+        file = cls(rows=np.empty((len(layers), K, n, form.nbytes), np.uint8), format=form, small=small, nectar=nectar)
         for layer, (keys, values) in enumerate(layers):
-            rows[layer, ..., : form.payload] = payload = form.pack(keys, values)
+            rows = file.rows[layer]
+            rows[..., : form.payload] = form.pack(keys, values)
             at = np.arange(layer * K * n, (layer + 1) * K * n).reshape(K, n)
-            rows[layer, ..., form.payload :] = _marks(payload, _seed(nectar, at))[..., None].view(np.uint8)
-        return cls(rows=rows, format=form, small=small, nectar=nectar)
+            rows[..., form.payload :] = file._checksums(rows, at)[..., None].view(np.uint8)
+        return file
 
     @property
     def tokens(self) -> int:
@@ -112,14 +116,24 @@ class KeyFile:
         # The tokens of a prompt read mostly the same rows.
         at, again = np.unique(positions + first.reshape(K, *[1] * (positions.ndim - 1)), return_inverse=True)
         rows = self.rows.reshape(-1, self.format.nbytes)[at]
-        expected = _marks(rows[..., : self.format.payload], _seed(self.nectar, at))
-        if not np.array_equal(rows[..., self.format.payload :].view(np.uint32)[..., 0], expected):
+        if not np.array_equal(rows[..., self.format.payload :].view(np.uint32)[..., 0], self._checksums(rows, at)):
             raise NectarError("the .kv file is damaged: fit again, or delete it and answer from the .nectar alone")
         places = mx.array(again.reshape(positions.shape).astype(np.int32))
         keys, values = self.format.unpack(rows)
         if not (mx.isfinite(keys).all() & mx.isfinite(values).all()).item():
             raise NectarError("the .kv file is damaged: it holds numbers that are not finite; fit again, or delete it")
         return keys[places], values[places]
+
+    def _checksums(self, rows: Rows, at: npt.NDArray[np.integer]) -> npt.NDArray[np.uint32]:
+        """Of rows [..., nbytes], the at-th of the file, counted over all heads: any one wrong byte changes one, and
+        many wrong bytes do but for one time in 2^32."""
+        words = np.ascontiguousarray(rows[..., : self.format.payload]).view(np.uint32)
+        mixed = words * (2 * np.arange(1, words.shape[-1] + 1, dtype=np.uint32) + 1)
+        if self.version not in _LINEAR:  # in which two flipped signs have the checksum of none
+            mixed = (mixed ^ mixed >> np.uint32(15)) * _ODD
+            mixed ^= mixed >> np.uint32(13)
+        of_row = at.astype(np.uint32) * _ODD + np.uint32(int(self.nectar[:8], 16))  # another one of each row and file
+        return np.asarray(mixed.sum(-1, dtype=np.uint32) + of_row)
 
     def layer(self, layer: int) -> tuple[mx.array, mx.array]:
         """All of a layer's keys and values, [K, n, D]."""
@@ -129,7 +143,7 @@ class KeyFile:
     def write(self, path: Path) -> None:
         """Writes the file: all of it appears, or nothing changes. NectarError if it cannot be written."""
         metadata = {
-            "format": FORMAT,
+            "format": self.version,
             "nectar": self.nectar,
             "head_dim": str(self.format.head_dim),
             "bits": str(self.format.bits),
@@ -142,9 +156,11 @@ class KeyFile:
     def open(cls, path: Path, *, nectar: str, shape: tuple[int, int, int]) -> "KeyFile":
         """Maps the file; shape: its layers, KV heads, tokens. NectarError unless it is whole and the .nectar's own."""
         metadata = tensor_file.metadata(path)
-        if metadata.get("format") not in (FORMAT, _BEFORE):
+        version = metadata.get("format", "")
+        if version not in (FORMAT, *_LINEAR):
             raise NectarError(f"{path} is not a .kv file of this version")
-        if metadata["format"] == FORMAT and metadata.get("digest") != tensor_file.metadata_digest(metadata):
+        covered = version != _UNCOVERED or "digest" in metadata
+        if covered and metadata.get("digest") != tensor_file.metadata_digest(metadata):
             raise NectarError(f"{path} is damaged: its metadata do not match their checksum")
         if metadata.get("nectar") != nectar:
             raise NectarError(f"{path} belongs to another .nectar")
@@ -159,7 +175,7 @@ class KeyFile:
         small = {name: np.array(array) for name, array in arrays.items()}
         if tensor_file.digest(small) != metadata.get("small_sha256"):
             raise NectarError(f"{path} is damaged: its contents do not match its checksum")
-        return cls(rows=rows.view(np.uint8), format=form, small=small, nectar=nectar)
+        return cls(rows=rows.view(np.uint8), format=form, small=small, nectar=nectar, version=version)
 
 
 def kv_path(nectar: str | Path, digest: str) -> Path:
@@ -187,15 +203,3 @@ def _is_key_file(path: Path) -> bool:
         return tensor_file.metadata(path).get("format", "").startswith("nectar-kv-")
     except NectarError:
         return False
-
-
-def _seed(nectar: str, rows: npt.NDArray[np.integer]) -> npt.NDArray[np.integer]:
-    """A number that tells each row of each file from the others, uint32."""
-    return rows.astype(np.uint32) * np.uint32(2654435761) + np.uint32(int(nectar[:8], 16))
-
-
-def _marks(payload: Rows, seeds: npt.NDArray[np.integer]) -> npt.NDArray[np.integer]:
-    """Checksums of rows [..., payload], uint32: a weighted sum of their words, which any one wrong byte changes."""
-    words = np.ascontiguousarray(payload).view(np.uint32)
-    weights = 2 * np.arange(1, words.shape[-1] + 1, dtype=np.uint32) + 1
-    return np.asarray((words * weights).sum(-1, dtype=np.uint32) + seeds)

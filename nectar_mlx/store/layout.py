@@ -53,6 +53,11 @@ class Layout:
     def bank(self) -> type[Bank]:
         return KINDS[self.kind]
 
+    @property
+    def group(self) -> int:
+        """Numbers that share a scale: whole groups make a key, and a value."""
+        return group_size(math.gcd(self.head_dim, self.value_dim))
+
     def shapes(self, size: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
         """Of every parameter of a head of this size, as it is stored."""
         shapes = self.bank.shapes(size, self.head_dim)
@@ -85,7 +90,7 @@ def _parameter_bytes(layout: Layout, shape: tuple[int, ...]) -> float:
         return 2 * math.prod(shape)
     if layout.bits is None:
         return grids.expected_bytes(shape[0], shape[1])
-    return math.prod(shape) * (layout.bits / 8 + 2 / group_size(layout.head_dim))
+    return math.prod(shape) * (layout.bits / 8 + 2 / layout.group)
 
 
 def mean_bits(layout: Layout, tensors: Tensors) -> float:
@@ -112,7 +117,7 @@ def pack(layout: Layout, heads: Sequence[HeadArrays], *, offsets: Sequence[mx.ar
             matrices = mx.concatenate([a.reshape(-1) for a in flat])
             tensors[f"heads.{name}"] = matrices if layout.kind == "exact" else _in_16_bits(matrices)
         elif layout.bits is not None:
-            parts = [quantize(a.reshape(-1, group_size(layout.head_dim)), bits=layout.bits) for a in flat]
+            parts = [quantize(a.reshape(-1, layout.group), bits=layout.bits) for a in flat]
             tensors[f"heads.{name}"] = mx.concatenate([p.data for p in parts])
             tensors[f"heads.{name}.scales"] = mx.concatenate([p.scales for p in parts])[:, 0]
     if layout.bits is None:
@@ -252,7 +257,7 @@ def _tensor(tensors: Tensors, name: str) -> mx.array:
 
 def _count(layout: Layout, data: mx.array) -> int:
     """How many values a parameter has."""
-    return int(data.size if data.ndim == 1 else data.shape[0] * group_size(layout.head_dim))
+    return int(data.size if data.ndim == 1 else data.shape[0] * layout.group)
 
 
 def _floats(layout: Layout, tensors: Tensors, name: str, start: int, shape: tuple[int, ...]) -> mx.array:
@@ -261,7 +266,7 @@ def _floats(layout: Layout, tensors: Tensors, name: str, start: int, shape: tupl
         plain = data[start:stop].reshape(shape)
         # Vectors are small. In float16 the number that pads a bias would be an infinity.
         return plain if layout.bits == 16 and len(shape) > 1 else plain.astype(mx.float32)
-    bits, scales, group = layout.bits, _tensor(tensors, f"heads.{name}.scales"), group_size(layout.head_dim)
+    bits, scales, group = layout.bits, _tensor(tensors, f"heads.{name}.scales"), layout.group
     assert bits is not None, "entropy-coded matrices are read elsewhere"
     if scales.shape[0] != data.shape[0] or data.nbytes * 8 != data.shape[0] * group * bits:
         raise NectarError(f"the file is damaged: {name} is not as long as its scales and bits say")
@@ -271,7 +276,7 @@ def _floats(layout: Layout, tensors: Tensors, name: str, start: int, shape: tupl
 
 
 def _integers(layout: Layout, tensors: Tensors, name: str, start: int, shape: tuple[int, ...]) -> mx.array | Quantized:
-    data, group = tensors[f"heads.{name}"], group_size(layout.head_dim)
+    data, group = tensors[f"heads.{name}"], layout.group
     if data.ndim == 1 or len(shape) < 2 or shape[-1] % group or start % group:
         return _floats(layout, tensors, name, start, shape)
     groups = slice(start // group, (start + math.prod(shape)) // group)

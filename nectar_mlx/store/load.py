@@ -16,6 +16,7 @@ from ..kernels import DecodeKernel
 from ..mlxlm import attention_patch
 from ..mlxlm.attention_patch import Geometry
 from ..mlxlm.kept import Kept, State
+from ..models import adapters
 from . import HALF_MAX, Layout, Metadata, Tensors, schema, states
 from .kv_file import KeyFile
 
@@ -95,11 +96,18 @@ def as_computed(windows: Mapping[int, Kept], model: nn.Module) -> dict[int, Kept
 def check_model(path: str | Path, metadata: Metadata, model: nn.Module, tokenizer: Tokenizer | None = None) -> None:
     """NectarError unless a file was fitted on this very model, and tokenizer, if one is given. path: for the error."""
     if attention_patch.route(model) != geometry(metadata) or models.fingerprint(model) != metadata["model_sha256"]:
+        check_adapter(path, metadata, model)
         raise NectarError(
             f"{path} was fitted on {metadata['model']}, which is not the model given: load that one, or fit again"
         )
     if tokenizer is not None and models.tokenizer_fingerprint(tokenizer) != metadata["tokenizer_sha256"]:
         raise NectarError(f"{path} was fitted with another tokenizer or chat template than the one given: fit again")
+
+
+def check_adapter(path: str | Path, metadata: Metadata, model: nn.Module) -> None:
+    """NectarError, with what to give, unless a model has the adapter that a file was fitted with, or both have none."""
+    if difference := adapters.difference(path, metadata.get("adapter"), model):
+        raise NectarError(difference)
 
 
 def same_model(metadata: Metadata, other: Metadata) -> bool:

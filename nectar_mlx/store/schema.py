@@ -81,15 +81,24 @@ class _File(msgspec.Struct):
 
 
 class _Report(msgspec.Struct):
-    """What commands show of a report; it may hold more."""
+    """What is read of a report; it may hold more, which is only shown."""
 
     verdict: str = ""
+    error: list[float] = []
+    seconds: dict[str, float] = {}
     kl: float | None = None
     agree: float | None = None
     kl_no_context: float | None = None
     gap_closed: float | None = None
     files: list[_File] = []
     packed_files: str = ""
+    edits: str = ""
+    text: str = ""
+
+
+class _Adapter(msgspec.Struct):
+    path: str
+    sha256: _Word
 
 
 class _Metadata(msgspec.Struct):
@@ -101,6 +110,7 @@ class _Metadata(msgspec.Struct):
     layout: _Layout
     report: _Report
     source: str = ""
+    adapter: _Adapter | None = None
     config: dict[str, Any] = {}
     chunks: list[_Length] = []
 
@@ -196,7 +206,7 @@ def _check_parameter(layout: Layout, tensors: Tensors, name: str, count: int, *,
         _tensor(tensors, name, ("float16", "bfloat16", "float32") if matrix else ("float16",), (count,))
         return {name}
     assert layout.bits is not None, "entropy-coded matrices have tensors of their own"
-    group = group_size(layout.head_dim)
+    group = layout.group
     groups, rest = divmod(count, group)
     _require(not rest, f"{name} is not made of whole groups")
     _tensor(tensors, name, ("int8",) if layout.bits == 8 else ("uint8",), (groups, group * layout.bits // 8))
@@ -213,7 +223,7 @@ def _check_memory(layout: Layout, shapes: Sequence[Mapping[str, tuple[int, ...]]
         total += 4 * K * sum(map(math.prod, largest))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if total > memory:
-        raise NectarError(f"its heads take {total / 2**30:,.0f} GiB of memory, more than this machine has")
+        raise NectarError(f"its heads take {total / 1e9:,.0f} GB of memory, more than this machine has")
 
 
 def check_keys(small: Arrays, *, shape: tuple[int, int, int], head_dim: int) -> None:

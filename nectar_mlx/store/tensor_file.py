@@ -156,7 +156,9 @@ def _damage_named(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, TypeError) as error:
-        raise NectarError(f"{path} is not a .nectar or .kv file, or is cut short ({error})") from None
+        named = path.suffix in (".nectar", ".kv")
+        advice = "" if named else f"; if it is a text, `nectar fit --context {path}` makes one of it"
+        raise NectarError(f"{path} is not a .nectar or .kv file, or is cut short ({error}){advice}") from None
 
 
 def _header_of(path: Path) -> _Header:
@@ -172,6 +174,8 @@ def _header_of(path: Path) -> _Header:
         text = file.read(length)
         if text.count(b'"dtype"') > _MOST_ARRAYS:
             raise ValueError("it has too many arrays")
+        if any(space in text for space in b"\t\n\r"):  # a changed space would go unnoticed where no checksum covers it
+            raise ValueError("its header is not as it is written")
         fields = json_text.decode(text)
     with _damage_named(path):
         return _checked(fields, start=8 + length, size=size)

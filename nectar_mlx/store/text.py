@@ -13,12 +13,12 @@ KEYS = ("files", "packed_files", "edits", "text")  # of a report, that tell of t
 def keep(reading: Reading, tokenizer: Tokenizer, prefix: Sequence[int]) -> JsonObject:
     """What a file's report holds of the documents it was fitted to: KEYS, of them `text` where the tokenizer does not
     give back what it encoded."""
-    kept = record.record(reading)
-    if not reading.text.startswith(prompts.document(tokenizer, prefix).rstrip("\ufffd")):  # cut within a character
-        _, spans = prompts.located(tokenizer, reading.text)
-        read = max((end for _, end in spans[: len(prefix)]), default=len(reading.text))
-        kept["text"] = record.packed(reading.text[:read])
-    return kept
+    document = prompts.document(tokenizer, prefix)
+    if reading.text.startswith(whole := document.rstrip("\ufffd")):  # cut within a character
+        return record.record(reading.cut(len(whole)), characters=len(document))
+    _, spans = prompts.located(tokenizer, reading.text)
+    read = reading.cut(max((end for _, end in spans[: len(prefix)]), default=len(reading.text)))
+    return record.record(read, characters=len(document)) | {"text": record.packed(read.text)}
 
 
 def kept(report: JsonObject, tokenizer: Tokenizer, prefix: Sequence[int], *, name: str) -> Reading:
@@ -27,7 +27,8 @@ def kept(report: JsonObject, tokenizer: Tokenizer, prefix: Sequence[int], *, nam
     NectarError if what the report holds is damaged.
     """
     try:
-        text = record.unpacked(report["text"]) if "text" in report else prompts.document(tokenizer, prefix)
-        return record.restored(text, report, name=name)
+        document = prompts.document(tokenizer, prefix)
+        text = record.unpacked(report["text"], characters=len(document)) if "text" in report else document
+        return record.restored(text, report, name=name, characters=len(document))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise NectarError(f"the file is damaged: its list of documents is none ({error})") from None

@@ -1,5 +1,6 @@
 """Variables that huggingface_hub cannot read are one line, whatever the command."""
 
+import os
 import subprocess
 import sys
 
@@ -29,6 +30,7 @@ def test_what_huggingface_hub_can_read_is_left_to_it(monkeypatch, endpoint):
     monkeypatch.setenv("HF_ENDPOINT", endpoint)
     monkeypatch.setenv("HF_HUB_ETAG_TIMEOUT", "10")
     environment.check()
+    assert os.environ.get("HF_ENDPOINT") == (endpoint or None)
 
 
 @pytest.mark.process

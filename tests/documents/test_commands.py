@@ -16,7 +16,7 @@ PICTURE = b"q 500 0 0 700 40 60 cm /I Do Q"
 @pytest.fixture
 def notes(tmp_path: Path) -> Path:
     folder = tmp_path / "notes"
-    write(folder / "a.txt", "The key is under the mat. " * 40)
+    write(folder / "a.txt", "The key is under the mat. " * 8)
     write(folder / "b.pdf", pdf_pages([shown(column(["The lease."])), PICTURE]))
     write(folder / "old.doc", b"\xd0\xcf\x11\xe0" + bytes(600))
     return folder
@@ -77,7 +77,7 @@ def test_the_file_keeps_the_list(notes: Path, tmp_path: Path, capsys: pytest.Cap
     tokenizer = toys.tokenizer()
     toys.save_model(toys.toy("llama"), tmp_path / "model", tokenizer)
     output = tmp_path / "notes.nectar"
-    small = ["--queries", "400", "--steps", "10", "--context-tokens", "200", "--budget", "0.5"]
+    small = ["--queries", "400", "--steps", "10", "--context-tokens", "300", "--budget", "0.5"]
     arguments = ["--model", str(tmp_path / "model"), "--context", str(notes), "--output", str(output)]
     assert fit.main([*arguments, *small]) == 0
     assert capsys.readouterr().err.strip().splitlines()[-1].startswith("read 2 of 3 files: old.doc")

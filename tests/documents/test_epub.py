@@ -103,7 +103,7 @@ def test_a_zip_bomb_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(archive, "MAX_BYTES", 1 << 20)
     path = one_chapter(tmp_path / "a.epub", "a" * (1 << 22))
     assert path.stat().st_size < 20_000
-    assert "unpacks to more than 1 MiB" in refusal(path)
+    assert "unpacks to more than 1 MB" in refusal(path)
 
 
 def test_cut_and_damaged_files(tmp_path: Path) -> None:
@@ -123,3 +123,42 @@ def test_other_ways_of_compressing_are_refused_in_a_line(method: int, tmp_path: 
             data[start + offset] = method
             start = data.find(mark, start + 1)
     assert "EPUB" in refusal(write(tmp_path / "b.epub", bytes(data)))
+
+
+CONTENTS = {
+    "nav.xhtml": '<!DOCTYPE html><html><body><nav><a href="text/one.xhtml#a">The &amp; Storm</a></nav></body></html>',
+    "toc.ncx": "<ncx><navMap><navPoint><navLabel><text>The &amp; Storm</text></navLabel>"
+    '<content src="text/one.xhtml"/></navPoint></navMap></ncx>',
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "item"),
+    [
+        ("nav.xhtml", '<item id="n" href="nav.xhtml" properties="nav"/>'),
+        ("toc.ncx", '<item id="n" href="toc.ncx" media-type="application/x-dtbncx+xml"/>'),
+    ],
+)
+def test_chapters_without_a_heading_have_the_title_of_the_contents(name: str, item: str, tmp_path: Path) -> None:
+    package = PACKAGE.replace("</manifest>", f"{item}</manifest>")
+    changes: dict[str, str | bytes | None] = {
+        "OEBPS/book.opf": package,
+        f"OEBPS/{name}": CONTENTS[name],
+        "OEBPS/text/one.xhtml": "<p>rain</p>",
+    }
+    assert [p.name for p in report_of(book(tmp_path / "a.epub", changes)).places] == ["1 The & Storm", "2 Two"]
+    changes["OEBPS/book.opf"] = package.partition("<spine>")[0] + "<spine/></package>"
+    assert text_of(book(tmp_path / "b.epub", changes)).endswith("rain")
+    changes["OEBPS/" + name] = "<"
+    changes["OEBPS/book.opf"] = package
+    assert [p.name for p in report_of(book(tmp_path / "c.epub", changes)).places] == ["1", "2 Two"]
+
+
+def test_the_sign_of_a_note_is_no_part_of_the_word(tmp_path: Path) -> None:
+    page = '<p>Fact<a epub:type="noteref" href="#n">1</a> stands</p><p>and<a role="doc-noteref" href="#m">2</a>.</p>'
+    assert "Fact[1] stands\n\nand[2]." in text_of(one_chapter(tmp_path / "a.epub", page))
+
+
+def test_the_container_may_be_written_in_other_case(tmp_path: Path) -> None:
+    changes: dict[str, str | bytes | None] = {"META-INF/container.xml": None, "meta-inf/CONTAINER.xml": CONTAINER}
+    assert "fox" in text_of(book(tmp_path / "a.epub", changes))

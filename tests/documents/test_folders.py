@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from nectar_mlx import NectarError, documents
+from nectar_mlx.documents import ocr
 from tests.documents.makers import FOX, refusal, write
 
 
@@ -84,7 +85,7 @@ def test_one_bad_file_is_named_and_skipped(tmp_path: Path) -> None:
     assert reading.text == f"# a.txt\n\n{FOX}"
     assert reading.summary() == (
         "read 1 of 5 files: b.pdf: a damaged PDF; c.docx: not a whole DOCX file; d.png: a picture, "
-        "and no text recognition is installed; old.doc: an old Word file; save it as .docx"
+        f"and no text recognition is installed: {ocr.advice()}; old.doc: an old Word file; save it as .docx"
     )
 
 
@@ -104,7 +105,7 @@ def test_strict_refuses_what_is_not_whole(tmp_path: Path) -> None:
 def test_nothing_can_be_read(tmp_path: Path) -> None:
     assert "holds no document" in refusal(tmp_path)
     picture = write(tmp_path / "picture.png", "x")
-    reason = "a picture, and no text recognition is installed"
+    reason = f"a picture, and no text recognition is installed: {ocr.advice()}"
     assert refusal(tmp_path) == f"none of the files can be read: picture.png: {reason}"
     assert refusal(picture) == f"{picture}: {reason}"
     assert refusal() == "no document was given"
@@ -144,3 +145,31 @@ def test_a_file_is_known_by_what_is_in_it(tmp_path: Path) -> None:
     assert documents.read([write(tmp_path / "a.doc", r"{\rtf1\ansi Plan B}")]).text == "Plan B"
     encrypted = b"\xd0\xcf\x11\xe0" + bytes(600) + "EncryptedPackage".encode("utf-16-le") + bytes(600)
     assert "encrypted" in refusal(write(tmp_path / "a.docx", encrypted))
+
+
+def test_names_that_are_no_text_are_shown_in_one_line(tmp_path: Path) -> None:
+    for name in (b"line\nbreak\x1b[31m.txt", b"bad\xff.txt"):
+        Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name)).write_text("words")
+    text = documents.read([tmp_path]).text
+    assert text.encode() and "\x1b" not in text
+    assert text == "# bad\ufffd.txt\n\nwords\n\n# line\ufffdbreak\ufffd[31m.txt\n\nwords"
+    assert "\n" not in refusal(str(tmp_path / "no\nfile"))
+
+
+def test_what_has_no_size_is_not_waited_for() -> None:
+    assert "the file is empty" in refusal("/proc/self/status" if Path("/proc/self/status").exists() else os.devnull)
+
+
+def test_what_cannot_be_looked_at_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a", "b"):
+        write(tmp_path / f"{name}.txt", "words")
+    whole = Path.stat
+
+    def stat(self: Path, **options: bool) -> os.stat_result:
+        if self.name == "b.txt":
+            raise PermissionError(13, "Permission denied")
+        return whole(self, **options)
+
+    monkeypatch.setattr(Path, "stat", stat)
+    reading = documents.read([tmp_path])
+    assert reading.text.endswith("words") and "b.txt: cannot be read (Permission denied)" in reading.summary()

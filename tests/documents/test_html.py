@@ -110,3 +110,37 @@ def test_many_attributes_take_linear_time() -> None:
 @settings(max_examples=300, deadline=None)
 def test_any_page_can_be_read(html: str) -> None:
     html_text(html)
+
+
+@pytest.mark.parametrize(
+    ("html", "text"),
+    [
+        (
+            "<table><tr><th>City<th colspan=2>People<th>Area<tr><td rowspan=2>Graz<td>226<td>261<td>127<tr><td>5"
+            "<td>6<td>7</table>",
+            "City | People |  | Area\nGraz | 226 | 261 | 127\n | 5 | 6 | 7",
+        ),
+        ("<ol><li value=9>nine<li>ten</ol><ul><li value=4>dot</ul>", "9. nine\n10. ten\n\n- dot"),
+        (
+            "<table><caption>C</caption><thead><tr><th>a<th>b</thead><tbody><tr><td>1<td>2</tbody></table>z",
+            "C\n\na | b\n1 | 2\n\nz",
+        ),
+        ('<div hidden="until-found">found</div><p hidden>not</p>', "found"),
+        (f'<p>a</p><img alt="a barn" src="data:image/png;base64,{"A" * 100_000}"><p>b', "a\n\n[a barn]\n\nb"),
+        (f'<p style="background:url(data:image/png;base64,{"A" * 100_000})">a</p>', "a"),
+    ],
+)
+def test_what_a_reader_sees(html: str, text: str) -> None:
+    assert html_text(html)[0] == text
+
+
+@pytest.mark.parametrize("cell", ["<td colspan=999>x", "<td rowspan=999>x", "<td rowspan=99 colspan=99>x"])
+def test_cells_that_take_much_stay_bounded(cell: str) -> None:
+    text, _ = html_text("<table>" + ("<tr>" + cell * 100) * 100)
+    assert text.count("x") == 10_000 and len(text) < 200_000
+
+
+def test_a_title_heads_a_page_without_headings(tmp_path: Path) -> None:
+    page = "<title>Ferries &amp;\n more</title>%s<p>Departs 9:15</p>"
+    assert text_of(write(tmp_path / "a.html", page % "")) == "# Ferries & more\n\nDeparts 9:15"
+    assert text_of(write(tmp_path / "b.html", page % "<h1>Times</h1>")) == "# Times\n\nDeparts 9:15"

@@ -3,11 +3,13 @@
 import base64
 import time
 from email.message import EmailMessage
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from nectar_mlx import documents
+from nectar_mlx.documents import formats, ocr
 from tests.documents.makers import column, pdf, report_of, text_of, write
 
 PLAIN = (
@@ -57,7 +59,9 @@ def test_attachments_are_read_or_named(tmp_path: Path) -> None:
     path = write(tmp_path / "a.eml", bytes(message))
     text, report = text_of(path), report_of(path)
     assert text.endswith("## Attachment annex.pdf\n\nThe annex.\n\n## Attachment table.csv\n\na;b")
-    assert report.left_out == ["attachment Bild ä.png (6 bytes): a picture, and no text recognition is installed"]
+    assert report.left_out == [
+        f"attachment Bild ä.png (6 bytes): a picture, and no text recognition is installed: {ocr.advice()}"
+    ]
     assert base64.b64encode(b"%PDF").decode()[:5] not in text
 
 
@@ -115,3 +119,44 @@ def test_hostile_mails_take_linear_time(tmp_path: Path) -> None:
         write(tmp_path / f"{number}.eml", "MIME-Version: 1.0\n" + data)
     assert len(documents.read([tmp_path]).files) == 4
     assert time.process_time() - start < 10
+
+
+@pytest.mark.parametrize(
+    ("body", "text"),
+    [
+        ("A paragraph that was \nwrapped.\n\nAnother one.", "A paragraph that was wrapped.\n\nAnother one."),
+        ("> quoted text \n> goes on\nanswer", "> quoted text goes on\nanswer"),
+        ("one \n> other\n-- \nSig", "one \n> other\n-- \nSig"),
+    ],
+)
+def test_flowed_text(body: str, text: str, tmp_path: Path) -> None:
+    head = "Subject: s\nContent-Type: text/plain; charset=utf-8; format=flowed"
+    assert text_of(write(tmp_path / "a.eml", f"{head}\n\n{body}")).partition("Subject: s\n\n")[2] == text
+    joined = f"{head}; delsp=yes\n\n長い文章 \nです。"
+    assert text_of(write(tmp_path / "b.eml", joined)).endswith("長い文章です。")
+
+
+def test_signatures_are_no_attachments_and_forwarded_mails_have_their_headers(tmp_path: Path) -> None:
+    outer = mail(text="outer")
+    outer.add_attachment(mail(text="inner", subject="The inner one"))
+    outer.add_attachment(b"abc", maintype="application", subtype="pgp-signature", filename="signature.asc")
+    path = write(tmp_path / "a.eml", bytes(outer))
+    assert "## The inner one\n\n" in text_of(path) and "abc" not in text_of(path)
+    assert report_of(path).left_out == []
+
+
+def test_many_parameters_of_a_kind_take_no_time(tmp_path: Path) -> None:
+    data = "Subject: x\nContent-Type: text/plain; " + "a*0=b;" * 20_000 + "\n\nthe text"
+    start = time.process_time()
+    assert text_of(write(tmp_path / "a.eml", data)).endswith("the text")
+    assert time.process_time() - start < 1
+
+
+def test_documents_in_one_file_are_bounded_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(formats, "_Room", partial(formats._Room, characters=25))
+    message = mail(text="x")
+    for number in range(4):
+        message.add_attachment("ten chars!", filename=f"{number}.txt")
+    path = write(tmp_path / "a.eml", bytes(message))
+    assert text_of(path).count("ten chars!") == 2
+    assert "too much in one file" in report_of(path).left_out[-1]

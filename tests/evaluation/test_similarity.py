@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from nectar_mlx import NectarError
-from nectar_mlx.core.files import cache_folder
+from nectar_mlx.core.folders import cache_folder
 from nectar_mlx.evaluation import similarity
 from tests import toys
 

@@ -1,6 +1,7 @@
 """What an interrupted fit left is found again; what cannot be read counts as not there."""
 
 import os
+import shutil
 
 import mlx.core as mx
 import pytest
@@ -70,6 +71,34 @@ def test_heads_and_parts_that_are_cut_short_are_not_there(checkpoint, cut):
     assert checkpoint.load_chunk() is None
 
 
+def _full(folder, claim, part="layer-0"):
+    checkpoint = Checkpoint(folder).part(part)
+    checkpoint.claim(claim)
+    checkpoint.save_plan(PLAN)
+    checkpoint.save_conversations(CONVERSATIONS)
+    checkpoint.decided("memory", lambda: 7)
+    checkpoint.save_heads(heads(0))
+    tensors = {"layers.0.sizes": mx.array([[3]])}
+    shutil.copytree(checkpoint.folder, folder / "before")
+    checkpoint.save_chunk(tensors, {"errors": []})
+    shutil.copytree(folder / "before", checkpoint.folder, dirs_exist_ok=True)
+    return checkpoint
+
+
+@pytest.mark.parametrize("other", [(CLAIM | {"text": "z"}, "layer-0"), (CLAIM, "layer-1")])
+def test_files_of_another_fit_or_part_are_not_there(tmp_path, other):
+    mine, theirs = _full(tmp_path / "mine", CLAIM), _full(tmp_path / "theirs", *other)
+    assert mine.load_chunk() and mine.load_plan() and mine.load_heads() and mine.load_conversations()
+    swapped = [path for path in theirs.folder.iterdir() if path.name != "fit.json"]
+    assert len(swapped) == 5
+    for path in swapped:
+        shutil.copy(path, mine.folder / path.name)
+    again = Checkpoint(tmp_path / "mine").part("layer-0")
+    again.claim(CLAIM)
+    assert not (again.load_chunk() or again.load_plan() or again.load_heads() or again.load_conversations())
+    assert again.decided("memory", lambda: 9) == 9
+
+
 @pytest.mark.parametrize("changed", [{"model": "z"}, {"text": "z"}, {"settings": {"seed": 1}}, {"version": "2"}])
 def test_another_fits_folder_is_refused_or_emptied(checkpoint, changed):
     (what,) = changed
@@ -131,23 +160,25 @@ def test_any_changed_byte_is_noticed(checkpoint):
 def test_answers_under_way_come_back_for_their_batch_alone(checkpoint, monkeypatch):
     monkeypatch.setattr("nectar_mlx.fitting.checkpoint.SAVE_SECONDS", 0.0)
     batch = [Conversation([1, 2], [3, 4]), Conversation([5, 6, 7])]
-    checkpoint.save_answers(batch, seed=7, at=3)
+    checkpoint.save_answers(batch, seed=7, group=1, at=3)
     again = [Conversation([1, 2]), Conversation([5, 6, 7])]
-    assert checkpoint.load_answers(again, seed=8) == 0 and again[0].answer == []
-    assert checkpoint.load_answers(again[:1], seed=7) == 0
-    assert checkpoint.load_answers(again, seed=7) == 3 and again == batch
+    assert checkpoint.load_answers(again, seed=8) == (0, 0) and again[0].answer == []
+    assert checkpoint.load_answers(again[:1], seed=7) == (0, 0)
+    assert checkpoint.load_answers(again, seed=7) == (1, 3) and again == batch
     checkpoint.save_conversations(batch)
-    assert checkpoint.load_answers(again, seed=7) == 0, "a finished batch is kept elsewhere"
+    assert checkpoint.load_answers(again, seed=7) == (0, 0), "a finished batch is kept elsewhere"
 
 
 def test_between_savings_there_is_some_time(checkpoint):
-    checkpoint.save_answers(CONVERSATIONS, seed=0, at=3)
-    assert checkpoint.load_answers(CONVERSATIONS, seed=0) == 0
+    checkpoint.save_answers(CONVERSATIONS, seed=0, group=0, at=3)
+    assert checkpoint.load_answers(CONVERSATIONS, seed=0) == (0, 0)
 
 
 def test_what_was_decided_stays(checkpoint):
     assert checkpoint.decided("memory", lambda: 5) == 5
-    assert Checkpoint(checkpoint.folder).decided("memory", lambda: 6) == 5
+    again = Checkpoint(checkpoint.folder)
+    again.claim(CLAIM)
+    assert again.decided("memory", lambda: 6) == 5
     assert not checkpoint.holds_work() and Checkpoint(None).decided("memory", lambda: 6) == 6
 
 

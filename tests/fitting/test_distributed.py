@@ -1,57 +1,53 @@
 """One fit by several processes: the same bytes go to all, and one file is written."""
 
 import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
+import signal
+import time
 
 import mlx.core as mx
 import pytest
 
 from nectar_mlx import store
 from nectar_mlx.fitting.distributed import World, _packed, _unpacked
-from tests import toys
+from tests import launching, toys
 from tests.fitting.toy_fit import FAST, TEXT
 
 PROGRAM = """
-import os, sys
+import os, sys, time
 import nectar_mlx.fit
-from nectar_mlx.fitting import config, train
+from nectar_mlx.fitting import checkpoint, config
 plain = config.FitConfig
 config.FitConfig = lambda **given: plain(**{**%r, **given})
-if os.environ.get("DIES") == os.environ.get("MLX_RANK", "none"):
-    train.train_heads.__globals__["groups"] = lambda *rest: os._exit(7)
+if os.environ.get("WAITS") == os.environ.get("MLX_RANK", "none"):  # behind its first heads, for whoever kills it
+    save = checkpoint.Checkpoint.save_heads
+    checkpoint.Checkpoint.save_heads = lambda *given: (save(*given), time.sleep(1000))
 sys.exit(nectar_mlx.fit.main(sys.argv[1:]))
 """
+STUDY = {"queries": 2500, "conversations": 20, "checks": 9}  # several groups that are sampled, several that are checked
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     toys.save_model(toys.toy("llama"), folder / "model", toys.tokenizer())
+    toys.save_model(toys.toy("llama", max_position_embeddings=1300), folder / "short", toys.tokenizer())
     (folder / "book.txt").write_text(TEXT)
-    (folder / "fit.py").write_text(PROGRAM % FAST)
+    (folder / "fit.py").write_text(PROGRAM % (FAST | STUDY))
     return folder
 
 
-def fit(folder, output, *, ranks, dies=""):
-    """Runs a fit in so many processes -> the finished process of the launcher."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launcher = Path(sys.executable).with_name("mlx.launch")
-    options = ["--model", folder / "model", "--context", folder / "book.txt", "--budget", "0.3", "--output", output]
-    start = [launcher, "-n", str(ranks), "--backend", "ring", "--starting-port", str(port)] if ranks > 1 else []
-    root = str(Path(__file__).parents[2])
-    return subprocess.run(
-        [*start, sys.executable, folder / "fit.py", *options],
-        env=os.environ | {"PYTHONPATH": root, "DIES": dies},
-        capture_output=True,
-        text=True,
-        timeout=150,
-        check=False,
-    )
+@pytest.fixture(scope="module")
+def alone(folder):
+    """The file of a single process."""
+    said = launching.said(start(folder, folder / "alone.nectar", ranks=1))
+    assert (folder / "alone.nectar").exists(), said
+    return (folder / "alone.nectar").read_bytes()
+
+
+def start(folder, output, *, ranks, waits="", model="model"):
+    """Begins a fit in so many processes -> that of the launcher."""
+    options = ["--model", folder / model, "--context", folder / "book.txt", "--budget", "0.3", "--output", output]
+    return launching.start(folder / "fit.py", *options, ranks=ranks, WAITS=waits)
 
 
 def test_shares_are_all_of_the_work():
@@ -66,6 +62,7 @@ def test_arrays_keep_every_bit():
         "float": mx.random.normal((3, 2)),
         "scalar": mx.array(2.0),
         "none": mx.zeros((0, 4)),
+        "flags": mx.array([True, False]),
     }
     for name, x in _unpacked(_packed(arrays)).items():
         assert x.dtype == arrays[name].dtype
@@ -78,20 +75,61 @@ def test_a_process_by_itself_is_a_world_of_one():
     assert World().values({"a": 1}) == [{"a": 1}]
 
 
-def test_two_ranks_write_one_file(folder):
-    done = fit(folder, folder / "two.nectar", ranks=2)
-    assert done.returncode == 0, done.stderr
-    _, metadata = store.read(folder / "two.nectar")
-    assert metadata["report"]["gap_closed"] > 0.9
+@pytest.mark.process
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_write_the_file_of_one_process(folder, alone, ranks):
+    output = folder / f"of-{ranks}.nectar"
+    said = launching.said(start(folder, output, ranks=ranks))
+    assert output.exists(), said
+    assert output.read_bytes() == alone
     assert not list(folder.glob("*.partial"))
-    again = fit(folder, folder / "again.nectar", ranks=2)
-    assert again.returncode == 0
-    assert (folder / "again.nectar").read_bytes() == (folder / "two.nectar").read_bytes()
+    assert store.read(output)[1]["report"]["gap_closed"] > 0.9
 
 
-def test_a_rank_that_dies_ends_the_job_and_leaves_its_work(folder):
-    died = fit(folder, folder / "late.nectar", ranks=2, dies="1")
-    assert "1" in died.stdout + died.stderr
-    assert not (folder / "late.nectar").exists()
-    assert (folder / "late.nectar.partial").exists()
-    assert fit(folder, folder / "late.nectar", ranks=2).returncode == 0
+@pytest.mark.process
+@pytest.mark.slow
+def test_ranks_share_the_chunks_of_a_long_text(folder):
+    """The first one is fitted together, each of the others by one rank."""
+    files = []
+    for ranks in (1, 2):
+        output = folder / f"chunks-{ranks}.nectar"
+        said = launching.said(start(folder, output, ranks=ranks, model="short"))
+        assert output.exists(), said
+        files.append(output.read_bytes())
+    assert files[0] == files[1]
+    assert len(store.read(output)[1]["chunks"]) >= 3
+
+
+def changed(path):
+    """When; None where there is no such file."""
+    try:
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:
+        return None
+
+
+@pytest.mark.process
+@pytest.mark.slow
+def test_a_rank_that_is_killed_ends_the_job_and_leaves_its_work(folder, alone):
+    """Rank 1 is killed while all fit heads: the job ends and names it; the same command continues to the same file."""
+    output = folder / "late.nectar"
+    launched = start(folder, output, ranks=2, waits="1")
+    kept, end = folder / "late.nectar.rank-1.partial", time.monotonic() + 150
+    while not list(kept.glob("heads-*.safetensors")) and time.monotonic() < end and launched.poll() is None:
+        time.sleep(0.05)
+    os.kill(int((kept / "lock").read_text()), signal.SIGKILL)
+    said = launching.said(launched)
+    assert "rank 1" in said and "another rank of this fit has ended" in said, said
+    assert "the same command continues" in said and not output.exists()
+    first = folder / "late.nectar.partial"
+    sampled = changed(first / "conversations.json")
+    assert sampled and (first / "plan.json").exists() and list(first.glob("heads-*.safetensors"))
+    again = start(folder, output, ranks=2, waits="")
+    while again.poll() is None:
+        assert changed(first / "conversations.json") in (sampled, None), "answers were sampled again"
+        time.sleep(0.05)
+    said = launching.said(again)
+    assert output.exists(), said
+    assert output.read_bytes() == alone
+    assert not list(folder.glob("*.partial"))

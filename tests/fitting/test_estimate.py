@@ -1,10 +1,12 @@
 """What a fit is expected to take, against fits, and against what was measured on other machines."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 from nectar_mlx import NectarError, plan
+from nectar_mlx.benchmarks import planning
 from nectar_mlx.core.progress import Overall
 from nectar_mlx.fitting import machines, pipeline
 from nectar_mlx.fitting.config import FitConfig
@@ -132,3 +134,37 @@ def test_a_configuration_that_is_none_is_one_line(tmp_path):
     (tmp_path / "config.json").write_text('{"hidden_size": "wide"}')
     with pytest.raises(NectarError, match="does not describe a model"):
         machines.named_shape(str(tmp_path))
+
+
+def test_several_machines_take_less_and_never_less_than_their_share():
+    shape, settings = machines.named_shape("Qwen3-1.7B"), machines.settings(H100, budget="2%", kind="auto")
+
+    def seconds(tokens, count):
+        return estimate(shape, H100, settings, tokens, machines=count).seconds
+
+    for tokens in (10_000, 1_000_000):
+        one, two, eight = (seconds(tokens, count) for count in (1, 2, 8))
+        assert one / 2 <= two < one and one / 8 <= eight < two
+    assert seconds(1_000_000, 8) < 0.2 * seconds(1_000_000, 1), "chunks are shared"
+
+
+def test_the_page_is_what_the_command_prints():
+    assert (Path(__file__).parents[2] / "docs" / "planning.md").read_text() == planning.page()
+
+
+def test_the_number_of_machines_is_asked_for(capsys):
+    named = ["--model", "Qwen3-1.7B", "--tokens", "100k", "--machine", "M4 Max", "--json"]
+    assert plan.main([*named, "--machines", "4"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert row["machines"] == 4 and row["step_bytes"] < row["cache_bytes"]
+    assert plan.main([*named, "--machines", "9"]) == 2
+
+
+def test_an_effort_is_planned(capsys):
+    seconds = []
+    for effort in ("quick", "normal", "best"):
+        options = ["--model", "Qwen3-8B", "--tokens", "100k", "--machine", "H100", "--effort", effort, "--json"]
+        assert plan.main(options) == 0
+        seconds.append(json.loads(capsys.readouterr().out)[0]["seconds"])
+    assert seconds == sorted(seconds) and seconds[2] > 2 * seconds[1]
+    assert plan.main(["--effort", "some"]) == 2

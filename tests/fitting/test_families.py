@@ -97,7 +97,7 @@ def test_a_hybrid_is_fitted_layer_by_layer_and_in_chunks(chunked):
     nectar = toys.fit(model, tokenizer, text, config=FitConfig(**FAST, budget=0.5, **options))
     assert bool(nectar.chunks) == chunked
     assert nectar.report["kl"] < nectar.report["kl_no_context"]
-    last = nectar.prefix if not chunked else nectar._text.text(len(nectar.chunks) - 1)
+    last = nectar.prefix if not chunked else nectar._ids.text(len(nectar.chunks) - 1)
     context = prefill.read_text(model, last, nectar.geometry)
     for layer, kept in context.windows.items():
         for found, expected in zip(nectar.windows[layer].arrays, kept.arrays, strict=True):

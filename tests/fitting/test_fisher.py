@@ -19,7 +19,13 @@ def answered():
     conversations = [Conversation(prompts.prompt(tokenizer, f"tell me {i} " + "more " * (i % 3))) for i in range(96)]
     conversations.sort(key=lambda c: len(c.prompt))
     self_study.sample_answers(
-        model, context, conversations, stop=set(), max_tokens=12, temperature=1.0, key=mx.random.key(0)
+        model,
+        context,
+        conversations,
+        stop=set(),
+        max_tokens=12,
+        temperature=1.0,
+        chances=self_study.chances(0, range(96), 12),
     )
     return model, geometry, context, conversations
 

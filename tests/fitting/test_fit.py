@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
@@ -165,18 +166,38 @@ def test_a_fit_of_anything_else_is_not_resumed(tokenizer, finished, what, change
         toys.fit(*positional, **given, checkpoint=Checkpoint(finished[1], must_match=True))
 
 
-def test_as_many_conversations_side_by_side_as_are_needed_and_fit(tokenizer):
+def test_as_many_conversations_side_by_side_as_fit(tokenizer, set_device):
+    set_device(study_shares=4)
     model = toys.toy("llama")
-    geometry = attention_patch.route(model)
-    each, group = geometry.cache_bytes(2 * FAST["answer_tokens"]), geometry.n_heads // geometry.n_kv_heads
+    each = attention_patch.route(model).cache_bytes(2 * FAST["answer_tokens"])
 
-    def side_by_side(missing, **options):
-        return self_study.side_by_side(fit_run(model, tokenizer, **options), missing=missing)
+    def sizes(count, **options):
+        parts = self_study.side_by_side(fit_run(model, tokenizer, **options), count)
+        assert [i for part in parts for i in range(count)[part]] == list(range(count))
+        return [part.stop - part.start for part in parts]
 
-    assert side_by_side(50 * group * 16, conversations=1000) == 51
-    assert side_by_side(50 * group * 16, conversations=30) == 30
-    assert side_by_side(10**6, conversations=1000, memory=400 * each) == 100
-    assert side_by_side(10**6, conversations=1000, memory=1) == 16
+    assert sizes(50, conversations=1000) == [16, 17, 17]  # ranks share them, but a few take as long as many
+    assert sizes(200, conversations=1000) == [50] * 4
+    assert sizes(200, conversations=30) == [25] * 8
+    assert sizes(200, conversations=1000, memory=4 * 40 * each) == [25] * 8
+    assert sizes(40, conversations=1000, memory=1) == [13, 13, 14]
+    assert sizes(3, conversations=1) == [1, 1, 1]
+
+
+def test_as_few_conversations_as_give_the_samples(tokenizer):
+    run = fit_run(toys.toy("llama"), tokenizer)
+    make = partial(self_study.training_conversations, tokenizer, toys.random_tokens(40))
+    batch = self_study.expected_to_give(6000, make, run, first=0)
+    given = [run.group * (len(c.prompt) + run.config.answer_tokens) * (c.split == "train") for c in batch]
+    assert sum(given) >= 6000 > sum(given[:-1])
+    assert len(self_study.expected_to_give(1, make, run, first=0)) == 16
+
+
+def test_what_a_conversation_draws_is_its_own(tokenizer):
+    """Whatever the others are; and the numbers of two conversations have nothing in common."""
+    alone, beside = self_study.chances(5, [3], 50), self_study.chances(5, range(4), 60)
+    assert np.array_equal(alone[0], beside[3, :50])
+    assert len(np.unique(beside)) == beside.size and beside.min() >= 0 and beside.max() < 1
 
 
 @pytest.fixture(scope="module")
@@ -278,7 +299,8 @@ def test_what_is_captured_is_exact_attention(tokenizer):
     train, held_out = (SampleStore(geometry.n_layers * K, 4000, D, folder=None) for _ in range(2))
     splits = ("train", "train", "held_out", "train")
     batch = [Conversation(toys.random_tokens(5 + i % 3, seed=i), split=split) for i, split in enumerate(splits)]
-    self_study.sample_answers(model, context, batch, stop={3}, max_tokens=20, temperature=1.0, key=mx.random.key(0))
+    chances = self_study.chances(0, range(4), 20)
+    self_study.sample_answers(model, context, batch, stop={3}, max_tokens=20, temperature=1.0, chances=chances)
     capture.replay(model, context, batch, {"train": train, "held_out": held_out}, n_heads=geometry.n_heads)
     # the last token of an answer is kept but never fed, so nothing is captured for it
     expected = [
@@ -298,7 +320,8 @@ def test_answers_sampled_in_a_batch_follow_the_full_model(tokenizer):
     prefix = toys.random_tokens(40)
     context = prefill.read_text(model, prefix, attention_patch.route(model))
     batch = [Conversation(toys.random_tokens(4 + 3 * i, seed=i)) for i in range(3)]
-    self_study.sample_answers(model, context, batch, stop=set(), max_tokens=6, temperature=1e-4, key=mx.random.key(0))
+    chances = self_study.chances(0, range(3), 6)
+    self_study.sample_answers(model, context, batch, stop=set(), max_tokens=6, temperature=1e-4, chances=chances)
     for conversation in batch:
         tokens = prefix + conversation.prompt
         for token in conversation.answer:
@@ -309,7 +332,8 @@ def test_answers_sampled_in_a_batch_follow_the_full_model(tokenizer):
 
 def test_sampling_follows_the_distribution():
     logits = mx.array([[0.0, 1.0, 2.0, -50.0]] * 4000)
-    drawn = np.bincount(np.array(self_study.sample(logits, temperature=0.5, key=mx.random.key(0))), minlength=4) / 4000
+    chance = mx.random.uniform(shape=(4000, 1), key=mx.random.key(0))
+    drawn = np.bincount(np.array(self_study.sample(logits, temperature=0.5, chance=chance)), minlength=4) / 4000
     truth = np.exp([0.0, 2.0, 4.0, -100.0]) / np.exp([0.0, 2.0, 4.0, -100.0]).sum()
     np.testing.assert_allclose(drawn, truth, atol=0.03)
 
@@ -435,7 +459,7 @@ def test_ctrl_c_keeps_the_work(folder):
     while shown.count(b"sampling answers") < 3 and (more := os.read(process.stderr.fileno(), 1 << 16)):
         shown += more
     process.send_signal(signal.SIGINT)
-    _, rest = process.communicate(timeout=60)
+    _, rest = process.communicate()
     error = (shown + rest).decode()
     assert process.returncode == 130 and "Traceback" not in error
     partial = output.with_name("interrupted.nectar.partial")

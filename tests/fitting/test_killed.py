@@ -9,7 +9,6 @@ import sys
 import time
 from pathlib import Path
 
-import mlx.core as mx
 import pytest
 
 from nectar_mlx import NectarError, fit, models
@@ -66,8 +65,8 @@ def test_sampling_goes_on_in_the_middle_of_a_batch(tokenizer, stop_at):
 
     def sample(batch, **options):
         self_study.sample_answers(
-            model, context, batch, stop=set(range(0, 320, 9)), max_tokens=16, temperature=1.0, key=mx.random.key(3),
-            **options,
+            model, context, batch, stop=set(range(0, 320, 9)), max_tokens=16, temperature=1.0,
+            chances=self_study.chances(3, range(10), 16), **options,
         )  # fmt: skip
         return batch
 
@@ -92,7 +91,7 @@ def test_a_batch_whose_answers_have_all_ended_is_left_as_it_is(tokenizer):
     model = toys.toy("llama")
     context = prefill.read_text(model, toys.random_tokens(40), attention_patch.route(model))
     batch = [Conversation([9, 10, 11], [12, 13])]
-    options = {"stop": {13}, "max_tokens": 16, "temperature": 1.0, "key": mx.random.key(3)}
+    options = {"stop": {13}, "max_tokens": 16, "temperature": 1.0, "chances": self_study.chances(3, [0], 16)}
     self_study.sample_answers(model, context, batch, at=4, progress=pytest.fail, **options)
     assert batch == [Conversation([9, 10, 11], [12, 13])]
 

@@ -27,7 +27,13 @@ def test_half_precision_sees_what_float32_sees(set_device, architecture):
     allow_half(model, context)
     assert all(bank.half for bank in context.banks)
     self_study.sample_answers(
-        model, context, batch, stop=set(), max_tokens=20, temperature=[1e-4] * 4, key=mx.random.key(0)
+        model,
+        context,
+        batch,
+        stop=set(),
+        max_tokens=20,
+        temperature=[1e-4] * 4,
+        chances=self_study.chances(0, range(4), 20),
     )
     greedy = []
     for conversation in batch:

@@ -18,6 +18,7 @@ class CheapFitter:
 
     def __init__(self, name="cheap", *, broken="unfittable", raising=None, seconds=0.0, weights="1"):
         self.name, self._broken, self._raising, self._seconds = name, broken, raising, seconds
+        self.adapter = ""
         self.identity = Identity(name, hashlib.sha256(f"{name}{weights}".encode()).hexdigest(), "tokens")
         self.fitted: list[str] = []
         self.former: list[str | None] = []
@@ -47,4 +48,4 @@ class CheapFitter:
 if __name__ == "__main__":
     library, folder, how = sys.argv[1:]
     fitter = CheapFitter(seconds=float(how)) if how[0].isdigit() else ModelFitter(how, FAST)
-    Library(Path(library)).add([folder], fitter)
+    print(len(Library(Path(library)).add([folder], fitter).work.fitted), "documents fitted")

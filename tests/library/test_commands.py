@@ -7,7 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from nectar_mlx import __main__, cli, from_library, update
+from nectar_mlx import __main__, cli, from_library, installed, update
+from nectar_mlx.installed import Installed
 from nectar_mlx.library import Library, ModelFitter
 from tests import toys
 from tests.documents.makers import column, pdf_pages, shown
@@ -33,7 +34,7 @@ def cheap(monkeypatch):
     """Commands fit without a model."""
     fitters = []
 
-    def make(name, options, *, log):
+    def make(name, options, *, adapter, log):
         fitters.append(CheapFitter(name))
         return fitters[-1]
 
@@ -108,7 +109,8 @@ def test_update_can_watch(folder, cheap, notes, monkeypatch, capsys):
         (["add", ".", "--model", "some", "--budget", "much"], ["a budget is"]),
         (["add", ".", "--model", "some", "--kind", "odd"], ["unknown kind"]),
         (["add"], ["nectar add --help"]),
-        (["update"], ["--model"]),
+        (["update"], ["is empty", "nectar add"]),
+        (["list"], ["0 documents", "nectar add"]),
         (["update", "--every", "0"], ["more than 0"]),
         (["remove"], ["say what to remove"]),
         (["remove", "nothing.txt"], ["not in the library"]),
@@ -118,9 +120,19 @@ def test_update_can_watch(folder, cheap, notes, monkeypatch, capsys):
         (["list", "--library", "/dev/null/library"], ["cannot be made"]),
     ],
 )
-def test_what_is_wrong_is_said_in_one_line(folder, cheap, argv, parts, capsys):
-    assert run(*argv) == cli.FAULT
-    assert_one_line(capsys, f"nectar {argv[0]}: ", *parts)
+def test_what_is_wrong_is_said_in_one_line(folder, cheap, argv, parts, monkeypatch, capsys):
+    monkeypatch.setattr(installed, "installed", lambda: [])
+    assert run(*argv) == (cli.DONE if argv == ["list"] else cli.FAULT)
+    assert_one_line(capsys, *parts)
+
+
+def test_the_first_documents_are_fitted_on_the_machines_model(folder, cheap, notes, monkeypatch, capsys):
+    """As by `nectar fit`; later calls take the library's."""
+    monkeypatch.setattr(installed, "installed", lambda: [Installed("here", "hub's cache", 1)])
+    assert run("add", notes) == 0 and cheap[-1].identity.name == "here"
+    assert "model: here (hub's cache)" in capsys.readouterr().err
+    monkeypatch.setattr(installed, "installed", lambda: [])
+    assert run("update") == 0 and cheap[-1].identity.name == "here"
 
 
 def test_a_library_without_a_fitted_document(folder, notes, capsys):
@@ -212,3 +224,17 @@ def test_sources_name_the_document_and_its_page(folder, tmp_path, model, capsys)
     assert (source["document"], source["place"]) == ("lease.pdf", "page 2") and source["text"] == LEASE[1]
     assert __main__.main(["ask", "library", "What did the plumber charge?", "--json", "--max-tokens", "2"]) == 0
     assert json.loads(capsys.readouterr().out)["sources"][0]["document"] == "note.txt"
+
+
+def test_a_library_keeps_its_models_adapter(folder, tmp_path, model, capsys):
+    (tmp_path / "herons.txt").write_text("The heron Olga was ringed in 1987. " + "Herons stand in water. " * 20)
+    adapter = toys.adapter(tmp_path / "adapter")
+    assert run("add", tmp_path / "herons.txt", "--model", model, "--adapter", adapter, "--kind", "exact") == 0
+    assert Library(folder).identity.adapter == adapter
+    assert run("ask", "library", "when was the heron Olga ringed?", "--max-tokens", 2, "--here") == 0
+    capsys.readouterr()
+    assert run("list") == 0 and f"fitted on {model} with the adapter {adapter}" in capsys.readouterr().err
+    assert run("update", "--json") == 0 and not json.loads(capsys.readouterr().out)["fitted"]
+    assert run("update", "--model", model, "--json") == 0, "a model that is named is taken without an adapter"
+    assert json.loads(capsys.readouterr().out)["fitted"] == ["herons.txt"]
+    assert Library(folder).identity.adapter == ""

@@ -12,8 +12,6 @@ import pytest
 from nectar_mlx.library import Library
 from tests import toys
 
-KILLS = 20
-
 
 def contents(library):
     """Every file of the volumes, and every row but for times."""
@@ -37,8 +35,11 @@ def contents(library):
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("fitter", ["cheap", pytest.param("toy", marks=pytest.mark.slow)])
-def test_killed_at_random_moments(tmp_path, notes, fitter):
+@pytest.mark.parametrize(
+    "fitter, kills",
+    [("cheap", 3), *(pytest.param(fitter, 20, marks=pytest.mark.slow) for fitter in ("cheap", "toy"))],
+)
+def test_killed_at_random_moments(tmp_path, notes, fitter, kills):
     model = tmp_path / "toy"
     if fitter == "toy":
         toys.save_model(toys.toy("llama"), model, toys.tokenizer())
@@ -53,15 +54,15 @@ def test_killed_at_random_moments(tmp_path, notes, fitter):
     subprocess.run(add("whole"), check=True)
     whole = time.monotonic() - start
     draw, killed = random.Random(5), 0
-    for _ in range(10 * KILLS):
+    for _ in range(10 * kills):
         process = subprocess.Popen(add("killed"))
         time.sleep(draw.uniform(0.1, 1) * whole)
         process.send_signal(signal.SIGKILL)
         killed += process.wait() == -signal.SIGKILL
-        if killed == KILLS:
+        if killed == kills:
             break
         if draw.random() < 0.3:  # begin anew, so that every stage is met
             shutil.rmtree(tmp_path / "killed", ignore_errors=True)
-    assert killed == KILLS
+    assert killed == kills
     subprocess.run(add("killed"), check=True)
     assert contents(Library(tmp_path / "killed")) == contents(Library(tmp_path / "whole"))

@@ -204,6 +204,25 @@ def test_what_is_removed_is_gone_from_every_file_and_stays_away(library, notes):
     assert "long 0.txt" in states(library), "named itself, it is taken again"
 
 
+@pytest.mark.parametrize("moment", ["is_whole", "fit"])
+@pytest.mark.parametrize("name", ["long 0.txt", "note 3.md"])
+def test_what_is_removed_while_it_is_fitted(library, notes, moment, name, monkeypatch, tmp_path):
+    fitter, other = CheapFitter(), Library(tmp_path / "library")
+    plain, removed = getattr(fitter, moment), list[str]()
+
+    def removing(first, *args, **options):
+        if states(other).get(name) == "fitting":
+            removed.extend(other.remove([name]).documents)
+        return plain(first, *args, **options)
+
+    monkeypatch.setattr(fitter, moment, removing)
+    work = library.add([notes], fitter).work
+    names = [document.name for document in library.documents()]
+    assert removed and not work.failed and name not in names and len(names) == 6
+    assert sorted(work.fitted) == sorted(names) and all(document.file for document in library.documents())
+    assert not any(b"heron" in f.read_bytes() for f in library.folder.volumes.iterdir() if name.startswith("long"))
+
+
 def test_a_removed_folder_is_not_looked_at_again(library, notes):
     library.add([notes], CheapFitter())
     library.remove([notes])
@@ -350,3 +369,18 @@ def test_processes_share_the_work(tmp_path, notes):
     assert [process.communicate(timeout=60)[1] for process in processes] == [""] * 3
     library = Library(tmp_path / "library")
     assert set(states(library).values()) == {"ready"} and list((tmp_path / "library" / "work").iterdir()) == []
+
+
+def test_one_changed_note_leaves_no_other_waiting(library, notes):
+    library.add([notes], CheapFitter())
+    (notes / "deep" / "note 2.md").write_text("# Shopping\n\nThe tin pipe costs 12 crowns.")
+    without = set()
+
+    class Watching(CheapFitter):
+        def fit(self, *args, **options):
+            without.update(name for name, state in states(library).items() if state != "ready")
+            super().fit(*args, **options)
+
+    library.add([notes], Watching())
+    assert without == {"note 2.md"}
+    assert set(states(library).values()) == {"ready"}

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from nectar_mlx.library import Library
+from nectar_mlx.library import Library, index
 from nectar_mlx.library.routing import Candidate, Routing, with_evidence
 from tests.documents.makers import column, pdf
 from tests.library import generated
+from tests.library import generated_third as third
 from tests.library.cheap import CheapFitter
 
 
@@ -23,8 +24,13 @@ def filled(folder: Path, made: generated.Generated) -> Library:
 
 @pytest.mark.parametrize(
     "languages, plain, seed",
-    [(generated.A, generated.PLAIN_A, 23), (generated.B, generated.PLAIN_B, 24)],
-    ids=["A", "B"],
+    [
+        (generated.A, generated.PLAIN_A, 23),
+        (generated.B, generated.PLAIN_B, 24),
+        pytest.param(third.C, third.PLAIN_C, 1, marks=pytest.mark.slow),
+        pytest.param(third.C_INFLECTED, {}, 6, marks=pytest.mark.slow),
+    ],
+    ids=["A", "B", "C", "inflected"],
 )
 def test_planted_facts_are_found_and_none_is_an_answer(tmp_path, languages, plain, seed):
     made = generated.generate(languages, plain, seed=seed)
@@ -48,6 +54,19 @@ def test_planted_facts_are_found_and_none_is_an_answer(tmp_path, languages, plai
     assert (len(asked), len(unrelated)) == (200, 100)
     assert first >= 0.95 * len(asked) and three >= 0.99 * len(asked)
     assert refused <= 0.05 * len(asked) and recognised >= 0.9 * len(unrelated)
+
+
+@pytest.mark.parametrize(
+    "forms",
+    [
+        ("בילודי", "בבילודי", "ובבילודי", "לבילודי"),
+        ("ديتاجو", "لديتاجو", "وديتاجو"),
+        ("كتاب", "بكتاب", "الكتاب", "والكتاب"),
+        ("سامي", "لسامي", "بسامي"),
+    ],
+)
+def test_letters_attached_to_a_word_make_no_other(forms):
+    assert len({index.stem(form) for form in forms}) == 1 and index.stem(forms[0])
 
 
 @pytest.fixture

@@ -34,12 +34,12 @@ def measure(folder, model, *, count=12):
     asked = [question for question in made.questions if question.document is not None][:count]
     for question in asked:
         start = time.perf_counter()
-        args = Namespace(nectar="library", library=folder / "library", model=None)
+        args = Namespace(nectar="library", library=folder / "library", model=None, adapter=None, fetch=False)
         questions = Questions.open(args)
         found = questions.find(question.text)
         middle = time.perf_counter()
         document = questions.document or library.documents()[0]
-        cli.load(str(document.file), model)
+        cli.load(str(document.file), args)
         if found is not None and all(c.log_likelihood is None for c in questions.routing.candidates):
             whole.append(middle - start)
             single.append(time.perf_counter() - middle)

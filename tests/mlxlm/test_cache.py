@@ -10,7 +10,6 @@ import pytest
 from mlx_lm.generate import BatchGenerator, batch_generate, generate_step, speculative_generate_step
 from mlx_lm.models.base import create_attention_mask
 from mlx_lm.models.cache import (
-    BatchKVCache,
     KVCache,
     can_trim_prompt_cache,
     make_prompt_cache,
@@ -19,7 +18,7 @@ from mlx_lm.models.cache import (
 
 from nectar_mlx import NectarError, kernels
 from nectar_mlx.core import attention
-from nectar_mlx.mlxlm.cache import BatchNectarCache, NectarCache
+from nectar_mlx.mlxlm.cache import NectarCache
 from nectar_mlx.store import load
 from tests import toys
 
@@ -206,18 +205,6 @@ def test_making_caches_costs_no_memory():
     caches = [nectar.make_cache() for _ in range(100)]
     mx.eval([c.state for cache in caches for c in cache])
     assert mx.get_active_memory() - before < 10_000
-
-
-def test_different_contexts_do_not_share_a_batch():
-    model, nectar = setup("llama")
-    other = toys.exact(model, toys.random_tokens(33, seed=4))
-    first, second = nectar.make_cache()[0], other.make_cache()[0]
-    with pytest.raises(NectarError, match="different contexts"):
-        NectarCache.merge([first, second])
-    merged = NectarCache.merge([first])
-    assert isinstance(merged, BatchNectarCache) and isinstance(merged.live, BatchKVCache)
-    with pytest.raises(NectarError, match="different contexts"):
-        merged.extend(NectarCache.merge([second]))
 
 
 def test_sequences_that_advance_in_step_need_no_batch_cache():

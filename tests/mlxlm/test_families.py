@@ -4,18 +4,17 @@ cannot be proven is refused with the reason."""
 import copy
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx_lm.generate import batch_generate, generate_step, speculative_generate_step
 from mlx_lm.models.cache import LRUPromptCache, can_trim_prompt_cache, make_prompt_cache
-from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from nectar_mlx import Nectar, NectarError
 from nectar_mlx.mlxlm import attention_patch
 from nectar_mlx.mlxlm.geometry import Geometry
 from nectar_mlx.mlxlm.kept import State, widened
 from tests import families, toys
+from tests.more_families import MORE, SHAPES
 
 PREFIX, TURN = toys.random_tokens(40), toys.random_tokens(12, seed=1)
 MIXED = ("qwen3_next", "falcon_h1", "nemotron_h", "plamo2", "gemma3n", "gemma4", "deepseek_v3", "mistral4", "olmo3")
@@ -30,9 +29,20 @@ def continued(model, caches, pieces):
     return np.array(mx.concatenate([model(mx.array([piece]), cache=caches)[0] for piece in pieces]))
 
 
-@pytest.mark.parametrize("family", sorted(families.FAMILIES))
+@pytest.mark.parametrize(
+    "family", [*sorted(families.FAMILIES), *(pytest.param(family, marks=pytest.mark.slow) for family in MORE)]
+)
 def test_exact_heads_answer_as_the_stock_model(family):
-    model = toys.toy(family)
+    assert_exact(toys.toy(family))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_shapes_that_published_models_seldom_have(shape):
+    family, arguments = SHAPES[shape]
+    assert_exact(toys.toy(family, **arguments))
+
+
+def assert_exact(model):
     caches = make_prompt_cache(model)
     model(mx.array([PREFIX]), cache=caches)
     pieces = [TURN[:1], TURN[1:8], TURN[8:9], TURN[9:]]
@@ -165,6 +175,12 @@ REFUSED = {
         | {"num_query_heads": [4, 4, 6], "num_kv_heads": [2, 2, 3], "ffn_multipliers": [1.0, 1.0, 1.0]},
         "full attention differ",
     ),
+    "afm7": (
+        {"hidden_dim": 64, "num_layers": 3, "num_kv_reuse_layers": 1, "num_heads": 4, "num_kv_heads": 2},
+        "does not work with our caches",
+    ),
+    "iquestloopcoder": ({"head_dim": 16, "loop_window_size": 9}, "output is not its own"),
+    "plamo": ({"n_shared_head": 2}, "keeps 2 heads of keys, but attends to 4"),
     "gemma2": ({"head_dim": 16}, "caps its attention scores"),
     "mamba2": (
         {"num_heads": 4, "head_dim": 16, "state_size": 16, "layer_norm_epsilon": 1e-5, "conv_kernel": 4, "n_groups": 1}
@@ -200,35 +216,3 @@ def test_a_model_that_looks_at_its_cache_is_refused(monkeypatch):
     monkeypatch.setattr(llama.Attention, "__call__", call)
     with pytest.raises(NectarError, match=r"llama models are not supported: .*output is not its own"):
         attention_patch.route(model)
-
-
-@pytest.mark.parametrize("mode", [{"bits": 4}, {"bits": 8}, {"bits": 4, "mode": "mxfp4"}], ids=["4", "8", "mxfp4"])
-@pytest.mark.parametrize("family", ["qwen3_next", "deepseek_v3"])
-def test_quantized_weights(family, mode):
-    model = toys.toy(family)
-    nn.quantize(model, group_size=32, class_predicate=lambda _, m: hasattr(m, "to_quantized") and fits(m), **mode)
-    caches = make_prompt_cache(model)
-    model(mx.array([PREFIX]), cache=caches)
-    expected = continued(model, caches, [TURN[:8], TURN[8:9]])
-    found = continued(model, toys.exact(model, PREFIX).make_cache(), [TURN[:8], TURN[8:9]])
-    np.testing.assert_allclose(found, expected, atol=2e-3, rtol=2e-3)
-
-
-def fits(module):
-    return module.weight.shape[-1] % 32 == 0
-
-
-def test_a_file_belongs_to_the_adapter_it_was_fitted_with(tmp_path):
-    """An adapter's weights are among those that the model's fingerprint covers."""
-    model = toys.toy("llama")
-    nectar = toys.picked(model, PREFIX, 12)
-    nectar.save(tmp_path / "plain.nectar")
-    linear_to_lora_layers(model, 2, {"rank": 4, "scale": 4.0, "dropout": 0.0})
-    for layer in model.layers[1:]:
-        layer.self_attn.q_proj.lora_b = 0.1 * mx.random.normal(layer.self_attn.q_proj.lora_b.shape)
-    with pytest.raises(NectarError, match="not the model given"):
-        Nectar.load(tmp_path / "plain.nectar", model)
-    toys.picked(model, PREFIX, 12).save(tmp_path / "adapted.nectar")
-    Nectar.load(tmp_path / "adapted.nectar", model)
-    with pytest.raises(NectarError, match="not the model given"):
-        Nectar.load(tmp_path / "adapted.nectar", toys.toy("llama"))

@@ -384,7 +384,7 @@ def test_conversations_that_cannot_continue_the_document(talk, complaint):
         prompts.prompt(make("qwen3"), talk)
 
 
-def test_tools_are_refused_rather_than_lost():
+def test_tools_without_a_name_are_refused():
     with pytest.raises(NectarError, match="tools"):
         prompts.prompt(make("qwen3"), "Who?", tools=[{"type": "function"}])
 

@@ -10,6 +10,9 @@ from tests import toys
 def test_the_window_is_the_configurations_or_its_text_parts():
     assert window(toys.toy("llama", max_position_embeddings=300)) == 300
     assert window(toys.toy("gemma3")) == 4096
+    assert window(toys.toy("kimi_vl")) == 4096, "its text part is not a dictionary"
+    assert window(toys.toy("gpt2")) == 128, "by another name"
+    assert window(toys.toy("plamo3")) == 4096, "which keeps its configuration under another name"
     assert window(nn.Linear(2, 2)) is None
 
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from mlx_lm.models import llama
 
 from nectar_mlx import NectarError, models
-from nectar_mlx.core import files
+from nectar_mlx.core import files, folders
 
 
 @pytest.fixture(scope="module")
@@ -221,12 +221,12 @@ def test_a_write_that_fails_leaves_nothing(tmp_path: Path) -> None:
 
 def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("NECTAR_CACHE", str(tmp_path))
-    assert files.cache_folder() == tmp_path
+    assert folders.cache_folder() == tmp_path
     monkeypatch.delenv("NECTAR_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert files.cache_folder() == tmp_path / "nectar_mlx"
+    assert folders.cache_folder() == tmp_path / "nectar_mlx"
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert files.cache_folder() == Path.home() / ".cache" / "nectar_mlx"
+    assert folders.cache_folder() == Path.home() / ".cache" / "nectar_mlx"
 
 
 @pytest.mark.process

@@ -100,3 +100,16 @@ def test_a_process_of_ours_takes_no_module_from_the_current_folder(tmp_path, mon
     monkeypatch.setenv("PYTHONPATH", os.curdir)
     done = subprocess.run(isolated.module("pip", "--version"), capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.startswith("pip "), done.stderr
+
+
+def test_a_process_that_has_just_ended_is_one_line():
+    process = template._Process()
+    assert process.render("{{ messages }}", {"messages": "a"}) == "a"
+    running = process._running
+    running.kill()
+    os.waitid(os.P_PID, running.pid, os.WEXITED | os.WNOWAIT)
+    running.poll = lambda: None  # as before the system says so
+    with pytest.raises(NectarError, match="template"):
+        process.render("{{ messages }}", {"messages": "a"})
+    assert process.render("{{ messages }}", {"messages": "a"}) == "a"
+    process.stop()

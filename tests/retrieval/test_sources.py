@@ -2,14 +2,18 @@
 
 import json
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import pytest
 
 from nectar_mlx import ask, chat, documents, serve
+from nectar_mlx.documents import FileReport, Reading
 from nectar_mlx.mlxlm import prompts
 from nectar_mlx.retrieval import citing, sources
+from nectar_mlx.retrieval.fitted_text import FittedText
 from nectar_mlx.retrieval.passages import Passages
+from nectar_mlx.store.chunking import ChunkedPrefix
 from tests import toys
 from tests.serving.running import Running
 from tests.store.test_kv_file import Book
@@ -219,3 +223,22 @@ def test_serve(book):
                 assert exact not in answers or answers[exact] == {text}
     finally:
         server.close()
+
+
+def test_sources_of_an_answer_about_one_document_name_no_other():
+    first, second = "# a.txt\n\nThe heron weighs three kilograms.", "# b.txt\n\nThe heron weighs nine kilograms."
+    text = f"{first}\n\n{second}"
+    start = len(first) + 2
+    files = [FileReport("a.txt", "text", 0, 9, len(first)), FileReport("b.txt", "text", 0, start + 9, len(text))]
+
+    class Text(FittedText):
+        def passages(self, tokenizer):
+            return Passages(Reading(text, files))
+
+    fitted = Text(ChunkedPrefix([]), {}, name="")
+    question = "What does the heron weigh?"
+    asked = partial(fitted.sources, None, question, "Kilograms.", attention=None, chunk=None, count=3)
+    assert {source.document for source in asked()} == {"a.txt", "b.txt"}
+    for about, named in (("a.txt", {"a.txt"}), ("b.txt", {"b.txt"}), ("c.txt", {"a.txt", "b.txt"})):
+        fitted.about = about
+        assert {source.document for source in asked()} == named

@@ -7,6 +7,8 @@ import os
 import shutil
 import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ _SECONDS = 20.0  # that the page gets for what is waited for
 
 
 class Browser:
-    """One tab. folder: for the profile and downloads."""
+    """One tab, and for a while another one. folder: for the profile and downloads."""
 
     def __init__(self, folder: Path, *, width: int = 1200, height: int = 800):
         own_read, its_write = os.pipe()
@@ -33,11 +35,26 @@ class Browser:
         self._rest, self._numbers, self._session = b"", itertools.count(1), ""
         self.messages: list[str] = []  # errors that the page has told
         targets = self.call("Target.getTargets")["targetInfos"]
-        page = next(target["targetId"] for target in targets if target["type"] == "page")
-        self._session = self.call("Target.attachToTarget", targetId=page, flatten=True)["sessionId"]
+        self._attach(next(target["targetId"] for target in targets if target["type"] == "page"))
+        self.size(width, height)
+
+    def _attach(self, target: str) -> None:
+        self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "DOM", "Log"):
             self.call(f"{domain}.enable")
-        self.size(width, height)
+
+    @contextmanager
+    def another_tab(self) -> Iterator[None]:
+        """Inside, everything is done in a new tab."""
+        before, self._session = self._session, ""
+        target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        self._attach(target)
+        try:
+            yield
+        finally:
+            self._session = ""
+            self.call("Target.closeTarget", targetId=target)
+            self._session = before
 
     def call(self, method: str, **params: Any) -> dict[str, Any]:
         number = next(self._numbers)
@@ -104,6 +121,12 @@ class Browser:
         root = self.call("DOM.getDocument")["root"]["nodeId"]
         node = self.call("DOM.querySelector", nodeId=root, selector=selector)["nodeId"]
         self.call("DOM.setFileInputFiles", nodeId=node, files=[str(path) for path in paths])
+
+    def drop(self, *paths: Path) -> None:
+        """Files from outside, let go over the middle of the page."""
+        data = {"items": [], "files": [str(path) for path in paths], "dragOperationsMask": 1}
+        for kind in ("dragEnter", "dragOver", "drop"):
+            self.call("Input.dispatchDragEvent", type=kind, x=300, y=300, data=data)
 
     def size(self, width: int, height: int) -> None:
         self.call(

@@ -67,7 +67,8 @@ def alone(book, messages, *, tokens: int = TOKENS, **cache) -> str:
     return mlx_lm.generate(model, tokenizer, prompt, max_tokens=tokens, prompt_cache=nectar.make_cache(**cache))
 
 
-def wait_for(condition, seconds=10.0):
+def wait_for(condition, seconds=60.0):
+    """Whether it comes true. The time is for a busy machine: nothing that is right takes it."""
     end = time.monotonic() + seconds
     while not condition() and time.monotonic() < end:
         time.sleep(0.02)

@@ -11,6 +11,7 @@ import pytest
 from nectar_mlx import Nectar, serve
 from nectar_mlx.fitting.config import FitConfig
 from nectar_mlx.mlxlm import prompts
+from nectar_mlx.serving import decoding
 from tests import toys
 from tests.fitting.test_fit import FAST, TEXT
 
@@ -179,15 +180,9 @@ def test_memory_returns_to_where_it_was(books):
     client = server.client()
 
     def used():
-        """Once it has settled: the engine still frees some after its last answer."""
-        readings = []
-
-        def settled():
-            readings.append(mx.get_active_memory())
-            return readings[-4:].count(readings[-1]) == 4
-
-        assert wait_for(settled)
-        return readings[-1]
+        """Between two steps, when nothing is left to do."""
+        assert wait_for(lambda: server.engine.open == 0)
+        return server.engine.call(lambda: (mx.synchronize(), mx.get_active_memory())[1]).result(60)
 
     def work():
         with ThreadPoolExecutor(8) as pool:
@@ -309,13 +304,65 @@ def test_layers_with_a_sliding_window(tmp_path, architecture):
         server.close()
 
 
-def test_a_short_request_does_not_wait_for_a_long_prompt(running, answers):
+def test_a_model_that_cannot_be_batched(tmp_path):
+    """mlx-lm's code of dynamic NTK scaling takes one position."""
+    book = toys.book(tmp_path, rope_scaling={"rope_type": "dynamic", "factor": 2.0})
+    server = Running(arguments([book]))
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            found = list(pool.map(lambda q: ask(server.client(), "book", q).choices[0].message, QUESTIONS[:2]))
+        assert [message.content for message in found] == [alone(book, question) for question in QUESTIONS[:2]]
+    finally:
+        server.close()
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    ["lfm2", *(pytest.param(x, marks=pytest.mark.slow) for x in ("qwen3_next", "falcon_h1", "gemma3n", "deepseek_v3"))],
+)
+def test_turns_of_models_that_keep_more_than_keys(tmp_path, architecture):
+    """Where caches cannot be trimmed, a conversation that turns off earlier is read again."""
+    book = toys.book(tmp_path, architecture)
+    server = Running(arguments([book]))
+
+    def talk(first):
+        messages, found = [], []
+        for question in (first, *QUESTIONS[4:6]):
+            messages.append({"role": "user", "content": question})
+            answer = server.client().chat.completions.create(
+                model="book", messages=messages, max_tokens=TOKENS, temperature=0
+            )
+            found.append((list(messages), answer.choices[0].message.content))
+            messages.append({"role": "assistant", "content": found[-1][1]})
+        edited = [*messages[:2], {"role": "user", "content": QUESTIONS[6]}]
+        answer = server.client().chat.completions.create(
+            model="book", messages=edited, max_tokens=TOKENS, temperature=0
+        )
+        return [*found, (edited, answer.choices[0].message.content)]
+
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            talks = list(pool.map(talk, QUESTIONS[:2]))
+    finally:
+        server.close()
+    for messages, answer in (turn for found in talks for turn in found):
+        assert answer == alone(book, messages)
+
+
+def test_a_short_request_does_not_wait_for_a_long_prompt(running, answers, monkeypatch):
     """It is answered while the long prompt, which came first, is still being read."""
-    client, order = running.client(), []
+    client, order, pieces = running.client(), [], []
+
+    def read_piece(*args, real=decoding.AnswerSequence.read_piece):
+        assert pieces or wait_for(lambda: running.engine.open == 2), "the short one arrives behind the first piece"
+        pieces.append(real(*args))
+        return pieces[-1]
+
+    monkeypatch.setattr(decoding.AnswerSequence, "read_piece", read_piece)
     long = threading.Thread(target=lambda: (ask(client, "red", "fox and dog " * 300), order.append("long")))
     with ThreadPoolExecutor(1) as pool:
         long.start()
-        assert wait_for(lambda: running.engine.open > 0)
+        assert wait_for(lambda: running.engine.open == 1)
         found = pool.submit(ask, client, "blue", QUESTIONS[1], max_tokens=2)
         found.result()
         order.append("short")

@@ -46,7 +46,7 @@ def test_ollama(running, answers):
     models = json.loads(running.request("GET", "/api/tags")[1])["models"]
     assert [model["name"] for model in models] == ["red", "blue"]
     assert json.loads(running.request("GET", "/api/version")[1])["version"]
-    assert running.post("/api/show", {"model": "blue:latest"})[1]["capabilities"] == ["completion"]
+    assert running.post("/api/show", {"model": "blue:latest"})[1]["capabilities"] == ["completion", "tools"]
     options = {"temperature": 0, "num_predict": TOKENS}
     body = {"model": "red", "messages": [{"role": "user", "content": QUESTIONS[0]}], "options": options}
     streamed = lines(running, "/api/chat", body)

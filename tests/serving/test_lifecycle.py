@@ -121,9 +121,9 @@ def run_jobs(engine, *jobs):
         waiting.append(events)
     last = []
     for events in waiting:
-        event = events.get(timeout=30)
+        event = events.get(timeout=120)
         while not isinstance(event, Failed | Finished):
-            event = events.get(timeout=30)
+            event = events.get(timeout=120)
         last.append(event)
     return last
 
@@ -153,12 +153,38 @@ def test_an_error_of_one_answer_ends_that_answer_alone(engine):
     assert run_jobs(engine, GOOD) == [found[0]]
 
 
-@pytest.mark.parametrize("part", ["read_piece", "take"])
+@pytest.mark.parametrize("part", ["read_piece", "_take"])
 def test_an_error_in_a_step_ends_what_it_concerns(engine, monkeypatch, part):
     monkeypatch.setattr(decoding.AnswerSequence, part, broken)
     assert [type(event) for event in run_jobs(engine, GOOD, GOOD)] == [Failed, Failed]
     monkeypatch.undo()
     assert isinstance(run_jobs(engine, GOOD)[0], Finished)
+
+
+def test_all_files_share_a_batch(engine, monkeypatch):
+    """Those of one file side by side, so that its heads are asked once a layer."""
+    seen = []
+
+    def step(batch, real=decoding.Batch.step):
+        seen.append((len(engine._batches), [member.ticket.job.name for member in batch.members]))
+        return real(batch)
+
+    monkeypatch.setattr(decoding.Batch, "step", step)
+    jobs = [Job(name=name, prompt=[20 + i, 21], max_tokens=40) for i, name in enumerate(["red", "blue"] * 3)]
+    together = run_jobs(engine, *jobs)
+    assert all(isinstance(event, Finished) for event in together)
+    assert {count for count, _ in seen} == {1}
+    names = max((names for _, names in seen), key=len)
+    assert set(names) == {"red", "blue"} and names == sorted(names, key=names.index)
+
+
+def test_an_answer_that_fails_leaves_those_of_other_files_alone(engine, monkeypatch):
+    def take(sequence, *args, real=decoding.AnswerSequence._take):
+        return broken() if sequence.ticket.job.name == "blue" and sequence.count == 2 else real(sequence, *args)
+
+    monkeypatch.setattr(decoding.AnswerSequence, "_take", take)
+    blue = Job(name="blue", prompt=[20, 21], max_tokens=5)
+    assert [type(event) for event in run_jobs(engine, GOOD, blue, GOOD)] == [Finished, Failed, Finished]
 
 
 @pytest.mark.parametrize("part", ["_admit", "_decode", "_drop_cancelled"])
@@ -182,7 +208,7 @@ def test_a_job_that_is_cancelled_while_it_waits(books):
     events: queue.Queue = queue.Queue()
     first, second = Ticket(endless, events.put), Ticket(GOOD, events.put)
     engine.submit(first)
-    assert isinstance(events.get(timeout=30), Started)
+    assert isinstance(events.get(timeout=120), Started)
     engine.submit(second)
     second.cancel()
     assert wait_for(lambda: engine.open <= 1)
@@ -203,11 +229,11 @@ def started(books, *extra: str) -> tuple[subprocess.Popen, openai.OpenAI]:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_it_in_order(books, number):
     process, client = started(books)
-    stream = ask(client, "red", QUESTIONS[0], stream=True, max_tokens=60, **ENDLESS)
+    stream = ask(client, "red", QUESTIONS[0], stream=True, max_tokens=40, **ENDLESS)
     next(iter(stream))
     process.send_signal(number)
     assert len(list(stream)) > 10, "what was under way is finished"
-    assert process.wait(timeout=20) == 0
+    assert process.wait(timeout=60) == 0
     said = process.stderr.read()
     assert "stopping" in said and "Traceback" not in said and "ERROR" not in said
 
@@ -221,7 +247,7 @@ def test_a_second_signal_ends_it_at_once(tmp_path):
     process.send_signal(signal.SIGTERM)
     next(line for line in process.stderr if "stopping" in line)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=4) == 130
+    assert process.wait(timeout=60) == 130
     assert "Traceback" not in process.stderr.read()
 
 

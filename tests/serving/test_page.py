@@ -109,7 +109,10 @@ def test_it_is_there_after_a_reload_and_exported(page, tmp_path):
 def test_a_document_is_added_fitted_and_removed(served, page, tmp_path):
     (tmp_path / "ship.txt").write_text("The ship Marenka sailed from Riga with barley. Its captain was Tomas.\n")
     (tmp_path / "broken.pdf").write_bytes(b"%PDF-1.7 nothing")
-    page.choose_files("#files", tmp_path / "ship.txt", tmp_path / "broken.pdf")
+    page.choose_files("#files", tmp_path / "broken.pdf")
+    (tmp_path / "folder").mkdir()
+    page.drop(tmp_path / "ship.txt", tmp_path / "folder")
+    page.until("document.querySelector('#notices').innerText.includes('folder is a folder')")
     row = "[...document.querySelectorAll('#document-list > li')].find(li => li.innerText.includes('{}'))"
     page.until(f"{row.format('broken.pdf')}?.innerText.includes('not read')", 60)
     page.until(f"!!{row.format('ship.txt')}?.querySelector('.document:not(:disabled)')", 90)

@@ -1,5 +1,6 @@
 """What is wrong with a request is said with 400 and the name of the field, before anything computes."""
 
+import functools
 import json
 import random
 
@@ -10,6 +11,7 @@ from nectar_mlx.serving.schema import ChatRequest, CompletionRequest, OllamaChat
 
 from .running import QUESTIONS, ask, wait_for
 
+DEEP = functools.reduce(lambda schema, _: {"type": "array", "items": schema}, range(400), {"type": "integer"})
 IMAGE = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://127.0.0.1/x"}}]}
 HELLO = {"messages": [{"role": "user", "content": "x"}]}
 
@@ -21,11 +23,12 @@ HELLO = {"messages": [{"role": "user", "content": "x"}]}
         ("chat/completions", {"messages": "hello"}, "messages"),
         ("chat/completions", {"messages": [1]}, "messages[0]"),
         ("chat/completions", {"messages": [{"role": "assistant", "content": "x"}]}, "messages"),
-        ("chat/completions", {"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
+        ("chat/completions", {"messages": [{"role": "tool", "content": "x"}]}, "messages[0].tool_call_id"),
+        ("chat/completions", {"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role"),
         ("chat/completions", {"messages": [{"role": "user", "content": None}]}, "messages[0].content"),
         ("chat/completions", {"messages": [IMAGE]}, "messages[0].content"),
         ("chat/completions", {"messages": [{"role": "user", "content": ""}] * 2100}, "messages"),
-        ("chat/completions", HELLO | {"tools": [{"type": "function"}]}, "tools"),
+        ("chat/completions", HELLO | {"tools": [{"type": "function"}]}, "tools[0].function"),
         ("chat/completions", HELLO | {"n": 2}, "n"),
         ("chat/completions", HELLO | {"stop": [5]}, "stop[0]"),
         ("chat/completions", HELLO | {"stop": ["a"] * 5}, "stop"),
@@ -50,6 +53,11 @@ HELLO = {"messages": [{"role": "user", "content": "x"}]}
             HELLO | {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "nothing"}}}},
             "response_format",
         ),
+        (
+            "chat/completions",
+            HELLO | {"response_format": {"type": "json_schema", "json_schema": {"schema": DEEP}}},
+            "response_format",
+        ),
         ("chat/completions", HELLO | {"exact": 0.1}, None),
         ("chat/completions", HELLO | {"exact": 2}, "exact"),
         ("chat/completions", {}, "messages"),
@@ -58,7 +66,7 @@ HELLO = {"messages": [{"role": "user", "content": "x"}]}
         ("completions", {"prompt": 7}, "prompt"),
         ("completions", {"prompt": "x", "echo": True}, "echo"),
         ("responses", {"input": "x", "previous_response_id": "resp_1"}, "previous_response_id"),
-        ("responses", {"input": "x", "tools": [{}]}, "tools"),
+        ("responses", {"input": "x", "tools": [{}]}, "tools[0].function"),
         ("responses", {"input": 3}, "input"),
         ("embeddings", {"input": []}, "input"),
     ],
@@ -76,7 +84,7 @@ def test_bad_requests(running, path, body, param):
     [
         dict.fromkeys(("stop", "temperature", "top_p", "n", "seed", "tools", "stream", "logit_bias", "max_tokens")),
         {"stop": "", "tools": [], "n": 1, "response_format": {"type": "text"}, "stream_options": {}},
-        {"tools": [{"type": "function"}], "tool_choice": "none"},
+        {"tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": "none"},
         {"temperature": 1, "top_k": 10**9, "user": "me", "metadata": {"a": "b"}},
         {"temperature": 1, "xtc_probability": 1, "xtc_threshold": 0.5},
         {"temperature": 1, "min_p": 1, "top_p": 0},

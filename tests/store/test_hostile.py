@@ -57,7 +57,7 @@ def refused(path, tensors, metadata):
         Nectar.read(path)
     seconds, (_, peak) = time.process_time() - start, tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert seconds < 1 and peak < 2 * path.stat().st_size + 50e6
+    assert seconds < 0.5 and peak < 2 * path.stat().st_size + 50e6
     assert "\n" not in str(error.value) and str(path) in str(error.value)
     return str(error.value)
 

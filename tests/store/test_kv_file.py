@@ -1,6 +1,7 @@
 """The .kv file: rows come back as they were, and nothing but the file of this very .nectar is ever believed."""
 
 import warnings
+from dataclasses import replace
 
 import mlx.core as mx
 import mlx_lm
@@ -92,6 +93,26 @@ def test_a_changed_byte_is_noticed_when_it_is_read(path):
     with pytest.raises(NectarError, match="damaged"):
         for layer in range(L):
             keys.layer(layer)
+
+
+@pytest.mark.parametrize("words", [(0, 1), (2, 5), (0, 1, 2, 3), (1, 16)])
+def test_flipped_signs_do_not_hide_each_other(path, words):
+    keys = KeyFile.open(path, nectar=TIE, shape=SHAPE)
+    rows = np.array(keys.rows)
+    for word in words:
+        rows[0, 1, 7, 4 * word + 3] ^= 0x80
+    changed = replace(keys, rows=rows)
+    changed.layer(1)
+    with pytest.raises(NectarError, match="damaged"):
+        changed.layer(0)
+
+
+@pytest.mark.parametrize("version", [b"nectar-kv-2", b"nectar-kv-3"])
+def test_a_file_of_this_version_is_none_of_those_before(path, version):
+    """Whose checksums cover less: one changed digit would take them away."""
+    path.write_bytes(path.read_bytes().replace(b"nectar-kv-4", version))
+    with pytest.raises(NectarError, match="metadata"):
+        KeyFile.open(path, nectar=TIE, shape=SHAPE)
 
 
 def test_a_changed_byte_of_the_router_is_noticed_at_once(path):

@@ -154,7 +154,11 @@ def test_a_kv_file_is_the_bytes_that_its_layout_says(tmp_path):
             np.array(p.scales).tobytes() for p in parts
         )
         words = struct.unpack(f"<{len(row) // 4}I", row)
-        mark = sum(word * (2 * (at + 1) + 1) for at, word in enumerate(words)) + i * 2654435761 + int(tie[:8], 16)
+        mark = i * 2654435761 + int(tie[:8], 16)
+        for at, word in enumerate(words):
+            mixed = word * (2 * (at + 1) + 1) % 2**32
+            mixed = (mixed ^ mixed >> 15) * 2654435761 % 2**32
+            mark += mixed ^ mixed >> 13
         rows += row + struct.pack("<I", mark % 2**32)
     sha = hashlib.sha256(b"first float16 (2, 3);" + small["first"].tobytes())
     sha.update(b"second int32 (3,);" + small["second"].tobytes())
@@ -164,7 +168,7 @@ def test_a_kv_file_is_the_bytes_that_its_layout_says(tmp_path):
         "rows": ("U8", [1, 1, n, len(rows) // n], rows),
     }
     metadata = {
-        "format": "nectar-kv-3",
+        "format": "nectar-kv-4",
         "nectar": tie,
         "head_dim": str(D),
         "bits": "8",
@@ -207,3 +211,14 @@ def test_a_shape_that_no_array_has_is_an_error(tmp_path, shape):
     (tmp_path / "x").write_bytes(len(header).to_bytes(8, "little") + header + bytes(size))
     with pytest.raises(NectarError, match="is cut short"):
         tensor_file.read(tmp_path / "x")
+
+
+@pytest.mark.parametrize("space", [b"\t", b"\n", b"\r"])
+def test_a_changed_space_of_the_header_is_noticed(tmp_path, space):
+    """Also in a .kv, whose header no checksum covers as a whole."""
+    tensor_file.write(tmp_path / "x", {"a": mx.zeros(3)}, {"b": "c"})
+    content = (tmp_path / "x").read_bytes()
+    for at in (at for at in range(8, len(content) - 12) if content[at : at + 1] == b" "):
+        (tmp_path / "x").write_bytes(content[:at] + space + content[at + 1 :])
+        with pytest.raises(NectarError, match="header"):
+            tensor_file.metadata(tmp_path / "x")

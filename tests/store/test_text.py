@@ -9,6 +9,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from nectar_mlx import NectarError, documents
+from nectar_mlx.core import json_text
+from nectar_mlx.documents.normalize import normalized
 from nectar_mlx.mlxlm import prompts
 from nectar_mlx.store import text
 from tests import toys
@@ -92,8 +94,13 @@ def test_a_text_without_documents_is_one() -> None:
         {"files": [A], "edits": documents.record.packed('["a", 2, 3]')},
         {"text": "~~"},
         {"text": 5},
+        {"files": [A], "edits": documents.record.packed("[-1, 2, 3]")},
+        {"files": [A], "edits": documents.record.packed("[" * 100_000)},
+        {"packed_files": documents.record.packed("[" + "[]," * 500_000 + "1]")},
         {"text": documents.record.packed("a long text " * 99)[:-9]},
+        {"text": documents.record.packed("\0" * (1 << 24))},
     ],
+    ids=range(16),
 )
 def test_a_damaged_list_is_named(report: dict[str, object]) -> None:
     tokenizer = toys.tokenizer()
@@ -103,10 +110,29 @@ def test_a_damaged_list_is_named(report: dict[str, object]) -> None:
 
 def test_edits_are_small() -> None:
     """Every third character is a soft hyphen, as in some e-books."""
-    from nectar_mlx.documents.normalize import normalized
-
     found, edits = normalized("so\u00adft " * 20_000)
     reading = documents.Reading(found, [documents.FileReport("a", "text", len(found), 0, len(found))], edits)
     kept = documents.record.record(reading)
     assert len(edits) == 20_000 and len(str(kept["edits"])) < 2_000
     assert documents.record.restored(found, kept, name="") == reading
+
+
+def test_a_text_whose_every_character_is_edited(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decomposed Korean, as macOS writes it."""
+    monkeypatch.setattr(json_text, "MOST_VALUES", 100)
+    found, edits = normalized("\u1112\u1161\u11ab" * 9_000)
+    reading = documents.Reading(found, [documents.FileReport("a", "text", len(found), 0, len(found))], edits)
+    kept = documents.record.record(reading)
+    assert len(edits) == len(found) == 9_000
+    assert documents.record.restored(found, kept, name="") == reading
+
+
+def test_what_would_not_be_read_again_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a text that is cut far shorter than its documents are."""
+    monkeypatch.setattr(json_text, "MOST_VALUES", 1000)
+    count = 9_000
+    files = [documents.FileReport(f"{i}", "text", 9, 10 * i, 10 * i + 9) for i in range(count)]
+    reading = documents.Reading("x" * 10 * count, files, [documents.Edit(i, i, "\u00ad") for i in range(3 * count)])
+    assert documents.record.record(reading).keys() == {"packed_files", "edits"}
+    kept = documents.record.record(reading, characters=100)
+    assert documents.record.restored("x" * 100, kept, name="a").files == [documents.FileReport("a", "", 100, 0, 100)]

@@ -1,10 +1,12 @@
 """PDF files: text in the order of reading, with a place for each page; pages without text are named."""
 
+import re
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from nectar_mlx.documents import ocr
-from nectar_mlx.documents.pdf import flow, layout, margins
+from nectar_mlx.documents.pdf import annotations, flow, layout, margins
 from nectar_mlx.documents.pdf.glyphs import runs
 from nectar_mlx.documents.pdf.layout import Line
 from nectar_mlx.documents.reading import Document, Place, Unreadable
@@ -14,7 +16,9 @@ if TYPE_CHECKING:
 
 MOST_PAGES = 20_000
 MOST_CHARACTERS = 1 << 26
+_MOST_ATTACHMENTS = 100  # that are named
 _IMAGE, _FORM = 3, 5
+_OBJECT = re.compile(rb"(\d{1,10}) (\d{1,5}) obj\b")
 _REGIONS = 1 << 20  # more than one page has columns
 
 
@@ -35,11 +39,27 @@ def read_pdf(data: bytes, name: str) -> Document:
     except pypdfium2.PdfiumError as error:
         if "password" in str(error).lower():
             raise Unreadable("the PDF is encrypted; save a copy without its password") from error
-        raise Unreadable("a damaged PDF") from error
+        pdf = _rebuilt(data)
     try:
+        with suppress(pypdfium2.PdfiumError):  # a damaged form costs no page
+            pdf.init_forms()
         return _document(pdf)
     finally:
         pdf.close()
+
+
+def _rebuilt(data: bytes) -> "PdfDocument":
+    """A file whose end is lost: where its catalog is known, the objects can be found."""
+    import pypdfium2
+
+    found = [match for match in _OBJECT.finditer(data) if b"/Catalog" in data[match.end() : match.end() + 500]]
+    if not found:
+        raise Unreadable("a damaged PDF")
+    root = b" ".join([found[-1][1], found[-1][2], b"R"])
+    try:
+        return pypdfium2.PdfDocument(data + b"\ntrailer\n<< /Root " + root + b" >>\nstartxref\n0\n%%EOF\n")
+    except pypdfium2.PdfiumError as error:
+        raise Unreadable("a damaged PDF") from error
 
 
 def _document(pdf: "PdfDocument") -> Document:
@@ -56,9 +76,21 @@ def _document(pdf: "PdfDocument") -> Document:
     left_out = pages.left_out() + left_out
     if count > MOST_PAGES:
         left_out.append(f"pages after the first {MOST_PAGES:,}")
+    left_out += _attachments(pdf)
     if not text.strip() and pages.pictures:
-        raise Unreadable("the PDF holds no text, only pictures of it; run text recognition (OCR) on it first")
+        missing = "" if ocr.available() else f": {ocr.advice()}"
+        raise Unreadable(f"the PDF holds no text, only pictures of it, and needs text recognition (OCR){missing}")
     return Document("pdf", text, places, left_out)
+
+
+def _attachments(pdf: "PdfDocument") -> list[str]:
+    import pypdfium2
+
+    found = []
+    for place in range(min(pdf.count_attachments(), _MOST_ATTACHMENTS)):
+        with suppress(pypdfium2.PdfiumError, UnicodeError):
+            found.append(f"attachment {' '.join(pdf.get_attachment(place).get_name()[:200].split())}")
+    return found
 
 
 class _Pages:
@@ -92,9 +124,15 @@ class _Pages:
         sides, is_cut = runs(page)
         if is_cut:
             self._cut.append(number)
+        filled, comments = annotations.read(page)
+        if filled:
+            sides[:1] = [[*sides[0], *filled] if sides else filled]
         lines: list[Line] = []
         for side in sides:
             lines += layout.lines(side, first_region=lines[-1].region + 1 if lines else number * _REGIONS)
+        for comment in comments:
+            region = lines[-1].region + 1 if lines else number * _REGIONS
+            lines.append(Line(f"Comment: {comment}", 0.0, 0.0, 5.0 * len(comment), 10.0, region))
         text = "".join(line.text for line in lines)
         if len(text) < 50 and _has_picture(page, covers=0.0 if not text else 0.4):
             recognized = ocr.recognize(page)
@@ -106,7 +144,7 @@ class _Pages:
 
     def left_out(self) -> list[str]:
         notes = [
-            (self.pictures, "only a picture, without text (no text recognition is installed)"),
+            (self.pictures, f"only a picture, without text (no text recognition is installed: {ocr.advice()})"),
             (self._damaged, "damaged"),
             (self._garbled, "a font that does not say which letters it shows"),
             (self._cut, "text after the first part of a very full page"),

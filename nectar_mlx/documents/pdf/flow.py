@@ -7,7 +7,7 @@ from itertools import pairwise
 from statistics import median
 
 from nectar_mlx.documents.blocks import MOST_INDENT, heading
-from nectar_mlx.documents.pdf.hyphens import Words, is_broken
+from nectar_mlx.documents.pdf.hyphens import Words, goes_on_later, is_broken
 from nectar_mlx.documents.pdf.layout import Line, count_words
 
 _MARKER = re.compile(r"(?:[•◦▪‣·●○■–—*-]|\(?(?:[0-9]{1,3}|[a-zA-Z]|[ivxIVX]{1,5})[.)])\s")
@@ -25,6 +25,7 @@ class Block:
     left: float
     right: float
     is_prose: bool = False
+    letter: float = 0.0  # the width of every letter, where all are as wide as in code
 
     @property
     def is_full(self) -> bool:
@@ -96,7 +97,8 @@ class _Writer:
     def _is_word(self, last: Line, before: Block, line: Line, block: Block) -> bool:
         """Whether the line starts with the rest of a word."""
         is_near = block is before or last.region != line.region
-        return is_broken(last.text) and line.text[0].isalnum() and not last.is_row and not line.is_row and is_near
+        is_rest = line.text[0].isalnum() and not goes_on_later(line.text)
+        return is_broken(last.text) and is_rest and not last.is_row and not line.is_row and is_near
 
     def _goes_on(self, last: Line, before: Block, line: Line, block: Block) -> bool:
         """Whether a line goes on with the sentence of the last one, which filled its width."""
@@ -121,7 +123,7 @@ class _Writer:
         if self._line is not None and block is self._block and indent > 0.8 * line.size:
             opens = self._line.text[-1] in ":{([" or self._line.left - block.left > 0.8 * line.size
             if opens and not block.is_prose:
-                return " " * min(round(indent / (_SPACE * line.size)), 4 * MOST_INDENT) + line.text
+                return " " * min(round(indent / (block.letter or _SPACE * line.size)), 4 * MOST_INDENT) + line.text
         return line.text
 
 
@@ -154,7 +156,14 @@ def _split(lines: list[Line]) -> list[Block]:
         blocks[-1].lines.append(below)
     for block in blocks:
         block.is_prose = _is_prose(block)
+        block.letter = _letter_width(block)
     return blocks
+
+
+def _letter_width(block: Block) -> float:
+    """The width of the letters, if all are equally wide; else 0."""
+    widths = [(line.right - line.left) / len(line.text) for line in block.lines if len(line.text) >= 5]
+    return median(widths) if len(widths) > 1 and max(widths) < 1.05 * min(widths) else 0.0
 
 
 def _pitch(above: Line, below: Line) -> float:
@@ -189,4 +198,8 @@ def _is_prose(block: Block) -> bool:
     ends = [_SENTENCE_END.search(above.text) is not None for above, _ in pairs]
     if len(capitals) > 3 and sum(capitals) > 0.8 * len(capitals) and sum(ends) < 0.5 * len(ends):
         return not any(below.text[0].lower() != below.text[0].upper() for _, below in pairs)  # verse, a list
+    if len(capitals) > 1 and all(capitals):
+        stops = [re.search(r"[,.;:!?]$", above.text) is not None for above, _ in pairs]
+        if sum(stops) >= 0.5 * len(stops):
+            return False  # a short verse
     return sum(block.breaks(above, below) for above, below in pairs) >= 0.5 * len(pairs)

@@ -11,7 +11,9 @@ if TYPE_CHECKING:
 
 MOST_GLYPHS = 200_000  # on one page; a dense page of a telephone book has 20 000
 _HYPHENS = ("\ufffe", "\x02")  # pdfium's signs for a hyphen at the end of a line
+_FEWEST_APART = 4  # letters
 _SPACES = " \t\u00a0"
+_GUESSED = -1  # the order of a space that pdfium sees between glyphs, and the file does not hold
 
 
 @dataclass(slots=True)
@@ -47,12 +49,12 @@ def runs(page: "PdfPage") -> tuple[list[list[Run]], bool]:
 def _runs(glyphs: list[Run]) -> list[Run]:
     found: list[Run] = []
     run: list[Run] = []
-    spaces = 0
+    spaces, is_guessed = 0, False
     for glyph in glyphs:
         if glyph.text in _SPACES:
-            spaces += 1
+            spaces, is_guessed = spaces + 1, glyph.order == _GUESSED
             continue
-        if run and not _follows(run[-1], glyph, spaces):
+        if run and not _follows(run[-1], glyph, spaces, is_guessed=is_guessed):
             found.append(_united(run, len(found)))
             run = []
         elif run and spaces:
@@ -61,18 +63,18 @@ def _runs(glyphs: list[Run]) -> list[Run]:
         spaces = 0
     if run:
         found.append(_united(run, len(found)))
-    return found
+    return _together(found)
 
 
-def _follows(last: Run, glyph: Run, spaces: int) -> bool:
-    """Whether a glyph continues the run that ends in `last`."""
+def _follows(last: Run, glyph: Run, spaces: int, *, is_guessed: bool) -> bool:
+    """Whether a glyph continues the run that ends in `last`; `is_guessed` if the file has no space between them."""
     height, size = max(last.size, glyph.size), min(last.size, glyph.size)
     if abs(last.bottom - glyph.bottom) > 0.25 * height or size < 0.75 * height:
         return False
     gap = glyph.left - last.right
     if is_right_to_left(last.text) or is_right_to_left(glyph.text):
         return abs(gap) < 0.2 * size and not spaces
-    widest = 0.15 if not spaces else 1.4 if spaces < 3 else 0.8
+    widest = 0.15 if not spaces else 0.9 if is_guessed else 1.4 if spaces < 3 else 0.8
     return -0.5 * size < gap < widest * size
 
 
@@ -85,6 +87,27 @@ def _united(glyphs: list[Run], order: int) -> Run:
         max(glyph.top for glyph in glyphs),
         order,
     )
+
+
+def _together(runs: list[Run]) -> list[Run]:
+    """The runs, those of a word whose letters stand apart, as in some headings, as one."""
+    found: list[Run] = []
+    word: list[Run] = []
+    for run in [*runs, None]:
+        if run is not None and word and _is_next_letter(word[-1], run):
+            word.append(run)
+            continue
+        found += [_united(word, len(found))] if len(word) >= _FEWEST_APART else word
+        word = [run] if run is not None else []
+    for order, run in enumerate(found):
+        run.order = order
+    return found
+
+
+def _is_next_letter(last: Run, run: Run) -> bool:
+    is_level = abs(last.bottom - run.bottom) < 0.1 * last.size and abs(last.size - run.size) < 0.1 * last.size
+    is_single = all(len(letter) == 1 and letter.isalpha() for part in (last, run) for letter in part.text.split())
+    return is_level and is_single and 0.1 * run.size < run.left - last.right < 0.6 * run.size
 
 
 def _glyphs(page: "PdfPage") -> tuple[dict[int, list[Run]], bool]:
@@ -108,8 +131,11 @@ def _glyphs(page: "PdfPage") -> tuple[dict[int, list[Run]], bool]:
             if code in (0, 10, 13) or not pdfium.FPDFText_GetLooseCharBox(text_page, number, box):
                 continue
             character = "-" if chr(code) in _HYPHENS else chr(code)
+            order = _GUESSED if character == " " and pdfium.FPDFText_IsGenerated(text_page, number) == 1 else 0
             turn = round(pdfium.FPDFText_GetCharAngle(text_page, number) / (pi / 2)) % 4
-            glyphs.setdefault(turn, []).append(_upright(character, box.left, box.bottom, box.right, box.top, turn))
+            glyph = _upright(character, box.left, box.bottom, box.right, box.top, turn)
+            glyph.order = order
+            glyphs.setdefault(turn, []).append(glyph)
     finally:
         text_page.close()
     return glyphs, count > MOST_GLYPHS

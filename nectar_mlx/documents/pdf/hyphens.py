@@ -8,16 +8,18 @@ from collections.abc import Iterable
 _FIRST_PARTS = (
     "all anti cross ex far full half high ill left long low multi near non north open quasi right self semi short "
     "single soft south well wide two three four five six seven eight nine ten twenty thirty forty fifty sixty seventy "
-    "eighty ninety father mother brother sister кое"
+    "eighty ninety father mother brother sister vice demi celui celle ceux celles кое юго северо"
 )
 _LAST_PARTS = (
     "aged based born bound driven effective faced free friendly known level looking made minded old oriented paced "
     "purpose ranging rate related scale sized specific standing style term trained type winning year years "
-    "то либо нибудь таки"
+    "être même mêmes то либо нибудь таки"
 )
 _FIRST = frozenset(_FIRST_PARTS.split())
 _LAST = frozenset(_LAST_PARTS.split())
 _ADVERB = re.compile("(?:[сц]ки|ьи|ому|ему)$")  # по-русски, по-моему
+_INVERTED = frozenset(["il", "elle", "on", "ils", "elles"])  # dit-il
+_CONJUNCTIONS = frozenset(["und", "oder", "bzw", "sowie", "bis", "and", "or", "et", "и", "или"])  # "Ein- und Ausgang"
 _HYPHENS = "\u2010\u00ad-"  # the last one would make a range elsewhere in a class
 _BROKEN = re.compile(rf"[^\W_][{_HYPHENS}]$")
 _WORD = re.compile(r"[^\W\d_]+(?:[-\u2010][^\W\d_]+)*")
@@ -26,6 +28,11 @@ _WORD = re.compile(r"[^\W\d_]+(?:[-\u2010][^\W\d_]+)*")
 def is_broken(line: str) -> bool:
     """Whether a line ends in a hyphen that stands right after a letter or a digit."""
     return _BROKEN.search(line) is not None
+
+
+def goes_on_later(after: str) -> bool:
+    """Whether the rest of a word stands behind the "and" with which a line starts: "Ein- und Ausgang"."""
+    return re.split(r"\W", after, maxsplit=1)[0] in _CONJUNCTIONS
 
 
 class Words:
@@ -54,7 +61,8 @@ class Words:
             return self._count[apart] > self._count[glued]
         goes_on = re.match(rf"[{_HYPHENS}]\w", after[len(last) :]) is not None
         is_adverb = first.casefold() == "по" and _ADVERB.search(last) is not None
-        return len(first) == 1 or goes_on or is_adverb or first.casefold() in _FIRST or last in _LAST
+        is_inverted = last in _INVERTED and first.endswith(("t", "d"))
+        return len(first) == 1 or goes_on or is_adverb or is_inverted or first.casefold() in _FIRST or last in _LAST
 
 
 def _has_no_case(text: str) -> bool:

@@ -12,6 +12,9 @@ from nectar_mlx.documents.pdf.glyphs import Run
 
 _NARROWEST_GUTTER = 0.8  # of the letters' height
 _MOST_COLUMNS = 12
+_MOST_NESTED = 2  # tables in columns of columns
+_LEADERS = re.compile(r" ?(?:\. ?){5,}")
+_SENTENCE_SIGNS = '.,;:!?)]”’»"'
 
 
 @dataclass(slots=True)
@@ -62,22 +65,51 @@ Gutter = tuple[float, float]
 
 def lines(runs: Sequence[Run], *, first_region: int = 0) -> list[Line]:
     """The lines of a page: columns one after the other, tables as rows."""
+    rows = _rows(_without_initials([run for run in runs if run.text.strip()]))
+    return _laid(rows, first_region, depth=0)[0]
+
+
+def _laid(rows: list[_Row], region: int, *, depth: int) -> tuple[list[Line], int]:
+    """The lines of rows, and the number of the last region; columns may hold tables."""
     found: list[Line] = []
-    region, was_plain = first_region, False
-    for band, gutters in _bands(_rows([run for run in runs if run.text.strip()])):
+    was_plain = False
+    for band, gutters in _bands(rows):
         is_plain = not gutters or _is_single(band)
         region += not (is_plain and was_plain)
         was_plain = is_plain
         columns = _columns(band, gutters)
-        if is_plain:
+        if is_plain or depth > _MOST_NESTED:
             found += [_line(row.segments, region) for row in band]
         elif _are_columns(columns):
             for column in _in_order(columns):
-                region += 1
-                found += [_line(segments, region) for segments in column if segments]
+                inside, region = _laid([_Row(segments) for segments in column if segments], region, depth=depth + 1)
+                found += inside
         else:
-            found += _table(band, columns, region)
-    return found
+            found += _table(band, _columns(band, _with_outer(band, gutters)), region)
+    return found, region
+
+
+def _without_initials(runs: list[Run]) -> list[Run]:
+    """The runs with each large first letter, beside which several lines start, as a part of the first of them."""
+    usual = median(run.size for run in runs) if runs else 0.0
+    kept = []
+    for run in runs:
+        beside = [other for other in runs if _starts_beside(run, other)] if _is_initial(run, usual) else []
+        if len(beside) > 1:
+            first = max(beside, key=lambda other: other.middle)
+            first.text = run.text + first.text
+        else:
+            kept.append(run)
+    return kept
+
+
+def _is_initial(run: Run, usual: float) -> bool:
+    return len(run.text) == 1 and run.text.isalpha() and run.size > 1.8 * usual
+
+
+def _starts_beside(initial: Run, run: Run) -> bool:
+    is_near = -0.1 * run.size < run.left - initial.right < run.size
+    return is_near and run.size < 0.6 * initial.size and initial.bottom < run.middle < initial.top
 
 
 def _rows(runs: list[Run]) -> list[_Row]:
@@ -110,7 +142,7 @@ def _segments(runs: list[Run]) -> list[Run]:
     for run in sorted(runs, key=lambda run: run.left):
         last = found[-1] if found else None
         size = min(run.size, last.size) if last else 0
-        if last is None or run.left - last.right > 1.1 * size:
+        if last is None or run.left - last.right > 0.9 * size:
             found.append(Run(run.text, run.left, run.bottom, run.right, run.top, run.order))
             continue
         if run.text == last.text and abs(run.left - last.left) < 0.1 * size:  # drawn twice to look bold
@@ -126,7 +158,16 @@ def _raised(last: Run, run: Run) -> str:
     """A small raised number keeps its sense: 10^6 is not 106."""
     is_small = run.size < 0.8 * last.size and run.bottom > last.bottom + 0.15 * last.size
     is_number = re.fullmatch(r"[+\-−–]?\d+", run.text) is not None
-    return f"^{run.text}" if is_small and is_number and last.text[-1:].isalnum() else run.text
+    if not is_small or not is_number:
+        return run.text
+    if last.text[-1:].isalnum():
+        return f"^{run.text}"
+    return f"[{run.text}]" if last.text[-1:] in _SENTENCE_SIGNS else run.text  # leads to a note
+
+
+def _text(segments: Sequence[Run]) -> str:
+    """The segments in the order of reading; the dots that lead to a page's number are one sign."""
+    return _LEADERS.sub(" … ", logical(" ".join(segment.text.strip() for segment in segments))).strip()
 
 
 def _bands(rows: list[_Row]) -> list[tuple[list[_Row], list[Gutter]]]:
@@ -177,6 +218,21 @@ def _is_single(band: list[_Row]) -> bool:
     return sum(len(row.segments) > 1 for row in band) < 2
 
 
+def _with_outer(band: list[_Row], gutters: list[Gutter]) -> list[Gutter]:
+    """The gutters of a table, with those beside a column that its first row has no cell in, as above row titles."""
+    edges = sorted((segment.left, segment.right) for row in band for segment in row.segments)
+    spans = [edges[0]]
+    for left, right in edges[1:]:
+        if left - spans[-1][1] >= _NARROWEST_GUTTER * band[0].size:
+            spans.append((left, right))
+        else:
+            spans[-1] = spans[-1][0], max(spans[-1][1], right)
+    free = [(one[1], other[0]) for one, other in pairwise(spans)][:_MOST_COLUMNS]
+    columns = _columns(band, free)
+    is_filled = all(2 * sum(map(bool, column)) >= len(band) for column in columns)
+    return free if len(free) > len(gutters) and is_filled else gutters
+
+
 def _columns(band: list[_Row], gutters: list[Gutter]) -> list[list[list[Run]]]:
     """For each column the segments that each row has in it."""
     edges = [float("-inf"), *((left + right) / 2 for left, right in gutters), float("inf")]
@@ -223,7 +279,7 @@ def _in_order(columns: list[list[list[Run]]]) -> list[list[list[Run]]]:
 
 
 def _line(segments: list[Run], region: int) -> Line:
-    text = logical(" ".join(segment.text.strip() for segment in segments))
+    text = _text(segments)
     bottom, top = _heights(segments)
     return Line(text, segments[0].left, bottom, segments[-1].right, top, region)
 
@@ -233,7 +289,7 @@ def _table(band: list[_Row], columns: list[list[list[Run]]], region: int) -> lis
     ordered = _in_order(columns)
     found: list[tuple[_Row, list[str]]] = []
     for number, row in enumerate(band):
-        cells = [logical(" ".join(segment.text.strip() for segment in column[number])) for column in ordered]
+        cells = [_text(column[number]) for column in ordered]
         above = found[-1] if found else None
         if above and _goes_on(above[0], above[1], row, cells):
             joined = [" ".join(filter(None, pair)) for pair in zip(above[1], cells, strict=True)]

@@ -86,8 +86,9 @@ class KindFit:
 
     def groups(self, sizes: Sequence[Size]) -> list[list[int]]:
         """Heads that are trained together."""
-        costs = [self.step_scores(size) for size in sizes]
-        return grouping.groups(costs, room=self.training_scores, launch=device().launch_scores)
+        costs, launch = [self.step_scores(size) for size in sizes], device().launch_scores
+        room = grouping.room_for(costs, room=self.training_scores, launch=launch, shares=device().study_shares)
+        return grouping.groups(costs, room=room, launch=launch)
 
     @cached_property
     def order(self) -> np.ndarray:
@@ -104,16 +105,18 @@ class KindFit:
         return self.rank_keys()
 
     def rank_keys(self) -> list[mx.array]:
-        """Computes `importance`."""
-        importance: list[mx.array] = []
-        K = self.run.geometry.n_kv_heads
-        with self.run.progress("ranking keys", len(self.banks)) as done:
-            for layer, bank in enumerate(self.banks):
-                samples = self.ranking_samples(range(layer * K, layer * K + K))
-                keys = bank.parameters["keys"]
-                importance += list(attention_matching.importance(samples, keys, scale=self.run.geometry.scale))
-                done(layer + 1)
-        return importance
+        """Computes `importance`; each rank that of some layers."""
+        run, K, ranked = self.run, self.run.geometry.n_kv_heads, dict[str, mx.array]()
+        mine = run.world.mine(range(len(self.banks)))
+        with run.progress("ranking keys", len(mine)) as done:
+            for number, layer in enumerate(mine):
+                heads = range(layer * K, layer * K + K)
+                samples, keys = self.ranking_samples(heads), self.banks[layer].parameters["keys"]
+                weights = attention_matching.importance(samples, keys, scale=run.geometry.scale)
+                ranked |= {str(head): x for head, x in zip(heads, weights, strict=True)}
+                done(number + 1)
+        every = {head: x for part in run.world.arrays(ranked) for head, x in part.items()}
+        return [every[str(head)] for head in range(self.n_heads)]
 
     def match(self, heads: Sequence[int], counts: Sequence[int]) -> list[HeadArrays]:
         """Attention Matching for some heads, each with its own count of nodes."""

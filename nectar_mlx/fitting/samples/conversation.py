@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 Split = Literal["train", "held_out", "check"]
+FEWEST_TOGETHER = 16  # conversations: with fewer, sampling is slow on any machine
 
 
 @dataclass
@@ -23,6 +24,13 @@ class Conversation:
     def fed_tokens(self) -> int:
         """Tokens that the model is fed: the last one of an answer is only kept."""
         return len(self.prompt) + max(0, len(self.answer) - 1)
+
+
+def count_groups(count: int, *, most: int, shares: int) -> int:
+    """In how many groups so many conversations are sampled, at most `most` together: a multiple of `shares`, if that
+    leaves enough in each."""
+    fewest = -(-count // most)
+    return max(fewest, min(-(-fewest // shares) * shares, count // FEWEST_TOGETHER))
 
 
 def count_samples(

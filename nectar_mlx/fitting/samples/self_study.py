@@ -3,8 +3,7 @@ real answers. Replaying the text alone gives three times the divergence (docs/lo
 """
 
 import itertools
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -15,13 +14,13 @@ import numpy as np
 from ...core.device import device
 from ...core.exp import exp
 from ...core.gather import take
-from ...core.types import Tokenizer
+from ...core.types import FloatArray, Tokenizer
 from ...mlxlm import prompts
 from ...mlxlm.kept import attention_caches
 from ..prefill import Context
 from ..run import FitRun
 from . import instructions
-from .conversation import Conversation, answered_checks, count_samples
+from .conversation import FEWEST_TOGETHER, Conversation, answered_checks, count_groups, count_samples
 from .study_cache import StudyCache, allow_half
 
 CHECK_TEMPERATURE = 0.7
@@ -29,8 +28,6 @@ _SHRINK = 8  # a batch is made smaller when one of so many conversations has end
 _STEP = 64  # tokens that are read at a time, and that keys and values are made for a multiple of
 _LIVE_BYTES = 6_000_000_000  # of keys and values of conversations that are sampled together, at most
 _ENOUGH = 0.9  # of the samples asked for: not another batch for the last few
-_FEWEST_TOGETHER = 16  # conversations: with fewer, sampling is slow on any machine
-_RANK_SEED = 1_000_000_007  # between the seeds of two ranks
 
 
 class Prompts(Protocol):
@@ -43,9 +40,7 @@ class Prompts(Protocol):
 
 def study(run: FitRun, context: Context) -> list[Conversation]:
     """Samples conversations about a context until they give every head its samples, and those of the check."""
-    conversations, config = run.checkpoint.load_conversations(), run.config
-    if run.world.size > 1:  # all ranks go on with what the first one has
-        conversations = [Conversation(**kept) for kept in run.world.values([asdict(c) for c in conversations])[0]]
+    conversations, config = run.kept_conversations(), run.config
     wanted = run.n_samples(run.n_heads)
     allow_half(run.model, context)
     with run.progress("sampling answers", wanted) as done:
@@ -54,9 +49,8 @@ def study(run: FitRun, context: Context) -> list[Conversation]:
             number = sum(c.split != "check" for c in conversations)
             batch: list[Conversation] = []
             if samples < _ENOUGH * wanted:
-                count = side_by_side(run, missing=wanted - samples)
-                batch += training_conversations(
-                    run.tokenizer, context.prefix, first=number, count=count, seed=config.seed
+                batch += expected_to_give(
+                    wanted - samples, partial(training_conversations, run.tokenizer, context.prefix), run, first=number
                 )
             if not answered_checks(conversations):  # beside the others they cost little
                 batch += check_conversations(
@@ -67,17 +61,36 @@ def study(run: FitRun, context: Context) -> list[Conversation]:
             told = batch_progress(run, batch, samples, wanted, done)
             answer(run, context, batch, seed=config.seed + number, progress=told)
             conversations += batch
+            done(min(wanted, count_samples(conversations, group=run.group)))
             run.checkpoint.save_conversations(conversations)
     return conversations
 
 
-def side_by_side(run: FitRun, *, missing: int) -> int:
-    """How many conversations are sampled together: as many as give the missing samples, and as the memory holds."""
-    config, g = run.config, run.geometry
-    room = min(run.memory // 4, _LIVE_BYTES)
-    fit = max(_FEWEST_TOGETHER, room // g.cache_bytes(2 * config.answer_tokens))
-    needed = missing // (run.group * config.answer_tokens) + 1
-    return min(run.world.size * min(config.conversations, fit), max(_FEWEST_TOGETHER, needed))
+def expected_to_give(
+    samples: int, make: Callable[..., list[Conversation]], run: FitRun, *, first: int
+) -> list[Conversation]:
+    """Conversations number first, first + 1, …: as few as give so many samples if every answer is of full length.
+    make: `training_conversations` about a text."""
+    config = run.config
+    most = max(FEWEST_TOGETHER, samples // (run.group * config.answer_tokens) * 10 // 9 + 2)
+    batch, given, count = make(first=first, count=most, seed=config.seed), 0, 0
+    while count < most and (given < samples or count < FEWEST_TOGETHER):
+        conversation = batch[count]
+        given += run.group * (len(conversation.prompt) + config.answer_tokens) * (conversation.split == "train")
+        count += 1
+    return batch[:count]
+
+
+def side_by_side(run: FitRun, count: int) -> list[slice]:
+    """How so many conversations, in order of their prompts' lengths, are divided into those that are sampled together:
+    whatever the number of ranks, for a conversation's logits are rounded otherwise beside others.
+
+    No more together than was chosen and the memory holds; a multiple of the device's shares, if that leaves enough.
+    """
+    config = run.config
+    fit = max(FEWEST_TOGETHER, min(run.memory // 4, _LIVE_BYTES) // run.geometry.cache_bytes(2 * config.answer_tokens))
+    groups = count_groups(count, most=min(config.conversations, fit), shares=device().study_shares)
+    return [slice(count * i // groups, count * (i + 1) // groups) for i in range(groups)]
 
 
 def batch_progress(
@@ -96,29 +109,46 @@ def answer(
     progress: Callable[[int], None] = lambda tokens: None,
 ) -> None:
     """Samples the answers of a batch, as long and at the temperatures that the run's configuration says; an interrupted
-    one is continued. Each rank samples some of them."""
-    everything, world = sorted(batch, key=lambda c: len(c.prompt)), run.world
-    ordered, seed = world.mine(everything), seed + _RANK_SEED * world.rank
+    one is continued. Each rank samples some of them. progress is told the tokens of each, on average."""
+    config, world = run.config, run.world
+    order = sorted(range(len(batch)), key=lambda i: len(batch[i].prompt))
+    groups = [order[part] for part in side_by_side(run, len(batch))]
+    mine = world.mine(groups)
+    share = [batch[i] for group in mine for i in group]
+    begun, at = run.checkpoint.load_answers(share, seed=seed)
+    lengths = [len(batch[group[-1]].prompt) + config.answer_tokens for group in mine]
 
-    def sampled(at: int) -> None:
-        progress(at)
-        run.checkpoint.save_answers(ordered, seed=seed, at=at)
+    def sampled(number: int, at: int) -> None:
+        progress((sum(lengths[:number]) + at) * max(lengths) // sum(lengths))
+        run.checkpoint.save_answers(share, seed=seed, group=number, at=at)
 
-    if ordered:
+    for number, group in enumerate(mine):
+        if number < begun:
+            continue
+        if number > begun:
+            sampled(number, 0)
+        together = [batch[i] for i in group]
         sample_answers(
             run.model,
             context,
-            ordered,
+            together,
             stop=set(run.tokenizer.eos_token_ids),
-            max_tokens=run.config.answer_tokens,
-            temperature=[CHECK_TEMPERATURE if c.split == "check" else run.config.temperature for c in ordered],
-            key=mx.random.key(seed),
-            progress=sampled,
-            at=run.checkpoint.load_answers(ordered, seed=seed),
+            max_tokens=config.answer_tokens,
+            temperature=[CHECK_TEMPERATURE if c.split == "check" else config.temperature for c in together],
+            chances=chances(seed, group, config.answer_tokens),
+            progress=partial(sampled, number),
+            at=at if number == begun else 0,
         )
-    answers = [c.answer for c in ordered]
-    for conversation, sampled_answer in zip(everything, world.in_order(answers, world.values(answers)), strict=True):
-        conversation.answer = sampled_answer
+    answers = [[batch[i].answer for i in group] for group in mine]
+    for group, sampled_answers in zip(groups, world.in_order(answers, world.values(answers)), strict=True):
+        for i, sampled_answer in zip(group, sampled_answers, strict=True):
+            batch[i].answer = sampled_answer
+
+
+def chances(seed: int, numbers: Iterable[int], count: int) -> FloatArray:
+    """Random numbers in [0, 1) by which the answers of some conversations are drawn, [conversations, count]: a
+    conversation's follow from its number, whatever the others are."""
+    return np.stack([np.random.default_rng((seed, number)).random(count, np.float32) for number in numbers])
 
 
 def training_conversations(
@@ -156,13 +186,13 @@ def sample_answers(
     stop: set[int],
     max_tokens: int,
     temperature: float | Sequence[float],
-    key: mx.array,
+    chances: FloatArray,
     progress: Callable[[int], None] = lambda tokens: None,
     at: int = 0,
 ) -> None:
     """Samples the answers of a batch with the full cache, all conversations in step; the shortest prompt comes first.
-    temperature: of all, or of each. progress is told how many tokens of each there are. at: how many there were when it
-    was interrupted, 0 to begin.
+    temperature: of all, or of each. chances: random numbers [conversations, max_tokens]. progress is told how many
+    tokens of each there are. at: how many there were when it was interrupted, 0 to begin.
 
     Every conversation starts at the same position: the longer prompts are still being read while the shorter ones are
     answered, so none is padded and positions are exact. Several steps are queued before the first one's tokens are
@@ -171,9 +201,8 @@ def sample_answers(
     going, first = list(batch), min(len(c.prompt) for c in batch)
     ahead, longest = device().steps_ahead, max(len(c.prompt) for c in batch)
     heats = [temperature] * len(batch) if isinstance(temperature, float | int) else temperature
-    heat_of = {id(c): heat for c, heat in zip(batch, heats, strict=True)}
+    drawn_by = {id(c): (heat, row) for c, heat, row in zip(batch, heats, chances, strict=True)}
     for step in range(first, at + 1):  # those that were sampled before
-        key, _ = mx.random.split(key)
         if (step - first + 1) % ahead == 0:
             ended = [_has_ended(c, stop, max_tokens) and len(c.prompt) + len(c.answer) <= step + 1 for c in going]
             if all(ended):
@@ -192,12 +221,15 @@ def sample_answers(
             mx.eval([c.state for c in caches])
     tokens = tokens[:, -1:]
     prompts_ = mx.array([c.prompt + [-1] * (longest + max_tokens - len(c.prompt)) for c in going])
-    heat = mx.array([heat_of[id(c)] for c in going])[:, None]
+    heat = mx.array([drawn_by[id(c)][0] for c in going])[:, None]
+    points = np.zeros((len(going), longest + max_tokens), np.float32)  # where the tokens will stand
+    for row, c in zip(points, going, strict=True):
+        row[len(c.prompt) : len(c.prompt) + max_tokens] = drawn_by[id(c)][1]
+    point = mx.array(points)
     queued: list[mx.array] = []
     while True:
         logits = model(tokens, cache=caches)[:, -1]
-        key, now = mx.random.split(key)
-        queued.append(sample(logits, temperature=heat, key=now))
+        queued.append(sample(logits, temperature=heat, chance=point[:, at : at + 1]))
         last = at + 1 >= longest + max_tokens
         if not last:
             tokens = mx.where(prompts_[:, at : at + 1] >= 0, prompts_[:, at : at + 1], queued[-1][:, None])
@@ -216,21 +248,20 @@ def sample_answers(
         if sum(ended) * _SHRINK >= len(ended):  # some go on for nothing until it is worth dropping them
             kept = mx.array([i for i, end in enumerate(ended) if not end], mx.int32)
             going = [c for c, end in zip(going, ended, strict=True) if not end]
-            prompts_, heat, tokens = (take(x, kept) for x in (prompts_, heat, tokens))
+            prompts_, heat, point, tokens = (take(x, kept) for x in (prompts_, heat, point, tokens))
             for cache in caches:
                 cache.filter(kept)
 
 
-def sample(logits: mx.array, *, temperature: float | mx.array, key: mx.array) -> mx.array:
+def sample(logits: mx.array, *, temperature: float | mx.array, chance: mx.array) -> mx.array:
     """Tokens [B] drawn from softmax(logits / temperature), logits [B, V], by inverting the distribution function.
-    temperature: of all, or of each, [B, 1].
+    temperature: of all, or of each, [B, 1]. chance: where, in [0, 1), [B, 1].
 
     (`mx.random.categorical` takes two logarithms an entry, a third of a decode step on a Linux CPU.)
     """
     logits = logits.astype(mx.float32)
     cumulative = mx.cumsum(exp((logits - logits.max(-1, keepdims=True)) / temperature), axis=-1)
-    point = mx.random.uniform(shape=(logits.shape[0], 1), key=key) * cumulative[:, -1:]
-    return (cumulative > point).argmax(-1).astype(mx.int32)
+    return (cumulative > chance * cumulative[:, -1:]).argmax(-1).astype(mx.int32)
 
 
 def _has_ended(conversation: Conversation, stop: set[int], max_tokens: int) -> bool:

@@ -1,12 +1,13 @@
 """Deciding how a file is brought up to date, and doing it."""
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from typing import Literal
 
 import mlx.nn as nn
 
 from ... import __version__, store
+from ...core import json_text
 from ...core.clock import Clock
 from ...core.progress import Log, Progress, no_log, silent
 from ...core.types import Tokenizer
@@ -102,10 +103,9 @@ def update(
 
 def config_of(metadata: store.Metadata) -> FitConfig:
     """The settings that a file was fitted with, as far as this version has them."""
-    kept, known = metadata.get("config", {}), {field.name for field in fields(FitConfig)}
     try:
-        return FitConfig(**{name: value for name, value in kept.items() if name in known})
-    except (TypeError, NectarError):
+        return json_text.typed(metadata.get("config", {}), FitConfig)
+    except (ValueError, NectarError):
         return FitConfig()
 
 
@@ -187,13 +187,7 @@ def _updated(
         tensors,
         run.layout,
         run.geometry,
-        provenance={
-            "model": file.metadata["model"],
-            "model_sha256": run.facts["model"],
-            "tokenizer_sha256": run.facts["tokenizer"],
-            "config": asdict(run.config),
-            "source": source,
-        },
+        provenance=run.provenance(model=file.metadata["model"], source=source),
         report=report,
     )
     return Outcome(way=way, tensors=tensors, metadata=metadata)

@@ -17,7 +17,11 @@ const documents = new Documents({
     if (byId("problem").textContent !== text) byId("problem").textContent = text;
     byId("problem").hidden = !text;
   },
-  wantKey: () => byId("key").open || byId("key").showModal(),
+  wantKey: () => {
+    byId("key-wrong").hidden = !api.hasKey();
+    byId("key").returnValue = "";
+    if (!byId("key").open) byId("key").showModal();
+  },
 });
 
 const actions = {
@@ -58,7 +62,9 @@ function add(turn) {
 function setRunning(controller) {
   running = controller;
   byId("stop").hidden = !controller;
-  byId("send").disabled = Boolean(controller);
+  byId("send").hidden = Boolean(controller);
+  const focused = document.activeElement;
+  if (focused.hidden) (focused === byId("send") ? byId("stop") : byId("question")).focus();
   byId("status").textContent = controller ? "Reading the question…" : "";
 }
 
@@ -71,12 +77,18 @@ async function write(turn) {
   const atEnd = () => innerHeight + scrollY > document.documentElement.scrollHeight - 80;
   item.scrollIntoView({ block: "nearest" });
   try {
+    let next = 0; // when the answer is shown again: a long one takes a while, and must leave time for the rest
+    let begun = false; // its first words are shown at once
     for await (const part of api.answer(turn.target, messages(turns, turn), controller.signal)) {
       take(turn, part);
+      const now = performance.now();
+      if (now < next && begun === Boolean(turn.answer)) continue;
       const follow = atEnd();
       show(item, turn, actions);
       if (follow) scrollTo(0, document.documentElement.scrollHeight);
-      if (turn.answer && !performance.getEntriesByName("first-text").length) performance.mark("first-text");
+      if (turn.answer && !begun) performance.mark("first-text");
+      begun = Boolean(turn.answer);
+      next = performance.now() + 4 * (performance.now() - now);
     }
   } catch (error) {
     turn.state = error.name === "AbortError" ? "stopped" : "failed";
@@ -102,7 +114,8 @@ function take(turn, part) {
 
 function send() {
   const question = byId("question").value.trim();
-  if (!question || running || documents.target === null) return;
+  if (!question || running) return;
+  if (documents.target === null) return documents.look(); // which says what is missing
   byId("question").value = "";
   const turn = { question, target: documents.target, answer: "" };
   turns.push(turn);
@@ -126,7 +139,7 @@ byId("stop").addEventListener("click", () => running?.abort());
 addEventListener("keydown", (event) => {
   if (event.key === "Escape" && !document.querySelector("dialog[open]")) running?.abort();
 });
-addEventListener("pagehide", () => save(turns));
+addEventListener("pagehide", () => running && save(turns));
 byId("clear").addEventListener("click", () => {
   running?.abort();
   turns.length = 0;
@@ -150,8 +163,14 @@ byId("show-documents").addEventListener("click", () => {
 byId("key-form").addEventListener("submit", (event) => {
   event.preventDefault();
   api.setKey(byId("key-value").value.trim());
-  byId("key").close();
+  byId("key").close("given");
+  byId("key-value").value = "";
   documents.look();
+});
+byId("key").addEventListener("close", () => {
+  if (byId("key").returnValue === "given") return;
+  byId("problem").textContent = "Nothing can be asked without the server's key.";
+  byId("problem").hidden = false;
 });
 for (const button of document.querySelectorAll("dialog .close")) {
   button.addEventListener("click", () => button.closest("dialog").close());

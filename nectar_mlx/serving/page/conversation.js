@@ -1,4 +1,5 @@
-// The conversation: kept in this browser, shown, and written as Markdown.
+// The conversation: kept in this browser, shown, and written as Markdown. Each tab has its own, which a reload keeps; a
+// new tab begins with the one that was changed last.
 // A turn: {question, target, answer, thoughts, model, document, place, close, sources, state, error}; its state is
 // "running", "done", "cut", "stopped" or "failed".
 
@@ -9,7 +10,7 @@ const MOST = 200; // turns
 
 export function load() {
   try {
-    const turns = JSON.parse(localStorage.getItem(KEPT) ?? "[]");
+    const turns = JSON.parse(sessionStorage.getItem(KEPT) ?? localStorage.getItem(KEPT) ?? "[]");
     for (const turn of turns) if (turn.state === "running") turn.state = "stopped"; // the page was left
     return turns.filter((turn) => typeof turn.question === "string" && typeof turn.answer === "string");
   } catch {
@@ -18,9 +19,13 @@ export function load() {
 }
 
 export function save(turns) {
-  for (let kept = turns.slice(-MOST); ; kept = kept.slice(Math.ceil(kept.length / 2))) {
+  for (const storage of [() => sessionStorage, () => localStorage]) keep(storage, turns.slice(-MOST));
+}
+
+function keep(storage, turns) {
+  for (let kept = turns; ; kept = kept.slice(Math.ceil(kept.length / 2))) {
     try {
-      return localStorage.setItem(KEPT, JSON.stringify(kept));
+      return storage().setItem(KEPT, JSON.stringify(kept));
     } catch {
       if (kept.length < 2) return; // private mode, or an answer larger than all there is room for
     }

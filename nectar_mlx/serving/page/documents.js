@@ -154,18 +154,23 @@ export class Documents {
   }
 
   dropping() {
-    const cover = byId("drop"), hasFiles = (event) => this.library && event.dataTransfer?.types.includes("Files");
+    const cover = byId("drop"), hasFiles = (event) => event.dataTransfer?.types.includes("Files");
     addEventListener("dragover", (event) => {
       if (!hasFiles(event)) return;
-      event.preventDefault();
-      cover.hidden = false;
+      event.preventDefault(); // or the browser would leave the page and open the file
+      cover.hidden = !this.library;
     });
     addEventListener("dragleave", (event) => (cover.hidden = event.relatedTarget === null || cover.hidden));
     addEventListener("drop", (event) => {
       if (!hasFiles(event)) return;
       event.preventDefault();
       cover.hidden = true;
-      this.add([...event.dataTransfer.files]);
+      if (!this.library) return this.notice("Files are added where `nectar serve library` runs.");
+      const items = [...event.dataTransfer.items].filter((item) => item.kind === "file");
+      const folders = items.map((item) => item.webkitGetAsEntry()).filter((entry) => entry?.isDirectory);
+      for (const folder of folders) this.notice(`${folder.name} is a folder: \`nectar add\` takes folders.`);
+      const names = new Set(folders.map((folder) => folder.name));
+      this.add([...event.dataTransfer.files].filter((file) => !names.has(file.name)));
     });
   }
 }

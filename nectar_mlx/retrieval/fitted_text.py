@@ -1,0 +1,70 @@
+"""The text that a file stands for, as questions see it: its chunks, its passages, and the sources of an answer."""
+
+from ..core.types import DoubleArray, JsonObject, Tokenizer
+from ..documents import Reading
+from ..mlxlm import prompts
+from ..store import text as kept_text
+from ..store.chunking import ChunkedPrefix
+from . import sources
+from .chunk_index import ChunkIndex
+from .passages import Passages
+from .sources import Source
+
+
+class FittedText:
+    """ids: the prefix, with its chunks. report: of the file; it tells of the documents. name: of the text, where the
+    report tells of none. chunk: the one that a file of one chunk stands for; `ids` are the whole text's all the same.
+
+    A file belongs to one tokenizer: what is made with the first one is kept.
+    """
+
+    def __init__(self, ids: ChunkedPrefix, report: JsonObject, *, name: str, chunk: int | None = None):
+        self.ids, self._report, self._name, self._chunk = ids, report, name, chunk
+        self.about = ""  # the document that answers are about; sources name no other where the text holds it
+        self._index: ChunkIndex | None = None
+        self._passages: Passages | None = None
+
+    def of_chunk(self, chunk: int) -> "FittedText":
+        made = FittedText(self.ids, self._report, name=self._name, chunk=chunk)
+        made.about = self.about
+        return made
+
+    def reading(self, tokenizer: Tokenizer) -> Reading:
+        """The text with its documents and their places. NectarError if what the file holds of them is damaged."""
+        return kept_text.kept(self._report, tokenizer, self.ids.ids, name=self._name)
+
+    def passages(self, tokenizer: Tokenizer) -> Passages:
+        if self._passages is None:
+            self._passages = Passages(self.reading(tokenizer))
+        return self._passages
+
+    def sources(
+        self,
+        tokenizer: Tokenizer,
+        question: str,
+        answer: str,
+        *,
+        attention: DoubleArray | None,
+        chunk: int | None,
+        count: int,
+    ) -> list[Source]:
+        """As `Nectar.sources`. attention: of `HybridContext.attended`."""
+        chunk = chunk if self._chunk is None else self._chunk
+        passages = self.passages(tokenizer)
+        within = None if chunk is None else self._characters(tokenizer, chunk)
+        files = [file for file in passages.reading.files if file.name == self.about]
+        if len(files) == 1:
+            start, end = within or (files[0].start, files[0].end)
+            within = max(start, files[0].start), min(end, files[0].end)
+        return sources.find(passages, question, answer, attention=attention, within=within, count=count)
+
+    def nearest(self, tokenizer: Tokenizer, question: str) -> int | None:
+        """The number of the chunk that a question is about, by its words; None where no word tells."""
+        if self._index is None:
+            self._index = ChunkIndex(tokenizer, [self.ids.body(n) for n in range(len(self.ids.lengths))])
+        return self._index.nearest(question)
+
+    def _characters(self, tokenizer: Tokenizer, chunk: int) -> tuple[int, int]:
+        """Where a chunk starts and ends in the text."""
+        start, end = (len(prompts.document(tokenizer, self.ids.ids[:at])) for at in self.ids.bounds(chunk))
+        return start, end
