@@ -90,7 +90,7 @@ def sample_answers(
     tokens = tokens[:, -1:]
     prompts = mx.array([c.prompt + [-1] * (length - len(c.prompt)) for c in going])
     heat = mx.array([drawn_by[id(c)][0] for c in going])[:, None]
-    chance = mx.array([_placed(drawn_by[id(c)][1], len(c.prompt), length) for c in going])
+    chance = mx.array(np.stack([_placed(drawn_by[id(c)][1], len(c.prompt), length) for c in going]))
     queued: list[mx.array] = []
     while True:
         logits = model(tokens, cache=caches)[:, -1]
