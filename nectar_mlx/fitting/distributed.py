@@ -25,6 +25,7 @@ from ..heads import HeadArrays
 _T = TypeVar("_T")
 _INTEGERS = tuple(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))
 _NAMES = {getattr(mx, name): name for name in ("bool_", *_INTEGERS, "float16", "bfloat16", "float32")}
+_PIECE = 1 << 28  # bytes that are sent at once: what ranks tell each other may be larger than memory has room for twice
 _LAUNCHED = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")  # set by what starts several processes
 
 
@@ -56,11 +57,15 @@ class World:
         """The bytes of all ranks, by rank. All ranks must call it."""
         if self.size == 1:
             return [data]
-        length = _all(mx.array([len(data)], mx.int32))
-        padded = np.zeros(max(length), np.uint8)
-        padded[: len(data)] = np.frombuffer(data, np.uint8)
-        every = np.array(_gather(mx.array(padded))).reshape(self.size, -1)
-        return [row[:count].tobytes() for row, count in zip(every, length, strict=True)]
+        lengths: list[int] = _gather(mx.array([len(data)], mx.int64)).tolist()  # type: ignore[assignment]
+        every, longest = [bytearray() for _ in lengths], max(lengths)
+        for at in range(0, longest, _PIECE):
+            padded, own = np.zeros(min(_PIECE, longest - at), np.uint8), data[at : at + _PIECE]
+            padded[: len(own)] = np.frombuffer(own, np.uint8)
+            pieces = np.array(_gather(mx.array(padded))).reshape(self.size, -1)
+            for whole, piece, length in zip(every, pieces, lengths, strict=True):
+                whole += piece[: max(0, length - at)].tobytes()
+        return [bytes(whole) for whole in every]
 
     def values(self, value: Any) -> list[Any]:
         """A JSON value of all ranks, by rank."""
@@ -89,11 +94,6 @@ class World:
                 index, name = key.split(".", 1)
                 merged.setdefault(int(index), {})[name] = x
         return merged
-
-
-def _all(x: mx.array) -> list[int]:
-    gathered: Any = _gather(x).tolist()
-    return list(gathered)
 
 
 def _gather(x: mx.array) -> mx.array:
