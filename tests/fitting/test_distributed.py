@@ -2,12 +2,16 @@
 
 import os
 import signal
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import mlx.core as mx
+import numpy as np
 import pytest
 
 from nectar_mlx import store
+from nectar_mlx.fitting import distributed
 from nectar_mlx.fitting.distributed import World, _packed, _unpacked
 from tests import launching, toys
 from tests.fitting.toy_fit import FAST, TEXT
@@ -68,6 +72,29 @@ def test_arrays_keep_every_bit():
         assert x.dtype == arrays[name].dtype
         assert x.shape == arrays[name].shape
         assert mx.array_equal(x, arrays[name])
+
+
+def test_what_is_told_may_be_longer_than_what_is_sent_at_once(monkeypatch):
+    told, together = [None, None], threading.Barrier(2)
+
+    def gather(rank, x):
+        told[rank] = np.array(x)
+        together.wait(10)
+        every = np.concatenate(told)
+        together.wait(10)
+        return mx.array(every)
+
+    ranks = threading.local()
+    monkeypatch.setattr(distributed, "_PIECE", 4)
+    monkeypatch.setattr(distributed, "_gather", lambda x: gather(ranks.own, x))
+
+    def gathered(rank, data):
+        ranks.own = rank
+        return World(rank, 2).gathered(data)
+
+    for data in ((b"12345678", b"123"), (b"", b"123456789"), (b"", b"")):
+        with ThreadPoolExecutor(2) as pool:
+            assert list(pool.map(gathered, (0, 1), data)) == [list(data)] * 2
 
 
 def test_a_process_by_itself_is_a_world_of_one():
