@@ -12,10 +12,8 @@ import argparse
 import json
 from pathlib import Path
 
-import mlx.core as mx
 import numpy as np
 
-import nectar_mlx  # noqa: F401  before mlx.core
 from nectar_mlx import models
 from nectar_mlx.composition import compose
 from nectar_mlx.core.bm25 import Index
@@ -88,6 +86,8 @@ def documents(tokenizer, book, count, tokens):
 
 def told(model, tokenizer, cache, question, sentence, number):
     """Whether the number is the likeliest, and the mean log-probability of its tokens."""
+    import mlx.core as mx  # behind nectar_mlx, which loads the faster BLAS
+
     before, number_ids = tokenizer.encode(sentence, add_special_tokens=False), None
     whole = tokenizer.encode(f"{sentence} {number}", add_special_tokens=False)
     same = next(i for i, (a, b) in enumerate(zip([*before, None], whole, strict=False)) if a != b)

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from email.errors import MessageError
 from email.header import decode_header, make_header
 from email.message import Message
 from email.parser import BytesParser
@@ -91,7 +92,7 @@ def _header(message: Message, name: str) -> str:
     raw = str(message.get(name, ""))[:_MOST_HEADER]
     try:
         text = str(make_header(decode_header(raw)))
-    except (LookupError, ValueError, UnicodeError):
+    except (LookupError, ValueError, MessageError):
         text = raw
     if re.search("[\udc80-\udcff]", text):
         text, _ = decode(text.encode("utf-8", "surrogateescape"))
@@ -127,7 +128,7 @@ def _parts(message: Message) -> Iterator[Message]:
         if depth > _MOST_DEPTH:
             continue
         yield part
-        payload = part.get_payload()
+        payload = part.get_payload() if part.is_multipart() else ""
         inside = [item for item in payload if isinstance(item, Message)] if isinstance(payload, list) else []
         if part.get_content_type() == "multipart/alternative" and inside:
             inside = [_chosen(inside)]
@@ -149,7 +150,7 @@ def _file_name(part: Message) -> str:
     try:
         name = part.get_filename() or ""
         return " ".join(str(make_header(decode_header(name))).split())[:200]
-    except (LookupError, ValueError, TypeError, UnicodeError):
+    except (LookupError, ValueError, TypeError, MessageError):
         return "attachment"
 
 

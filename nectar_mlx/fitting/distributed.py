@@ -9,7 +9,6 @@ MLX's distributed engine does the transport (ring over TCP, MPI, JACCL over Thun
 bytes, gathered from all ranks.
 """
 
-import io
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -18,14 +17,17 @@ from typing import Any, TypeVar
 
 import mlx.core as mx
 import numpy as np
+import numpy.typing as npt
 
 from ..errors import NectarError
 from ..heads import HeadArrays
 
 _T = TypeVar("_T")
+Bytes = npt.NDArray[np.uint8]
+_LONGEST = 1 << 24  # bytes of a line of JSON
 _INTEGERS = tuple(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))
 _NAMES = {getattr(mx, name): name for name in ("bool_", *_INTEGERS, "float16", "bfloat16", "float32")}
-_PIECE = 1 << 28  # bytes that are sent at once: what ranks tell each other may be larger than memory has room for twice
+_PIECE = 1 << 28  # bytes that are sent at once, so that padding to the longest of them takes little memory
 _LAUNCHED = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")  # set by what starts several processes
 
 
@@ -53,23 +55,24 @@ class World:
         """This rank's share of some pieces of work."""
         return pieces[self.rank :: self.size]
 
-    def gathered(self, data: bytes) -> list[bytes]:
+    def gathered(self, data: Bytes) -> list[Bytes]:
         """The bytes of all ranks, by rank. All ranks must call it."""
         if self.size == 1:
             return [data]
-        lengths: list[int] = _gather(mx.array([len(data)], mx.int64)).tolist()  # type: ignore[assignment]
-        every, longest = [bytearray() for _ in lengths], max(lengths)
+        lengths: list[int] = np.array(_gather(mx.array([len(data)], mx.int64))).tolist()
+        every, longest = [np.empty(length, np.uint8) for length in lengths], max(lengths)
         for at in range(0, longest, _PIECE):
             padded, own = np.zeros(min(_PIECE, longest - at), np.uint8), data[at : at + _PIECE]
-            padded[: len(own)] = np.frombuffer(own, np.uint8)
-            pieces = np.array(_gather(mx.array(padded))).reshape(self.size, -1)
-            for whole, piece, length in zip(every, pieces, lengths, strict=True):
-                whole += piece[: max(0, length - at)].tobytes()
-        return [bytes(whole) for whole in every]
+            padded[: len(own)] = own
+            pieces = np.array(_gather(mx.array(padded)), copy=False).reshape(self.size, -1)
+            for whole, piece in zip(every, pieces, strict=True):
+                part = whole[at : at + _PIECE]
+                part[:] = piece[: len(part)]
+        return every
 
     def values(self, value: Any) -> list[Any]:
         """A JSON value of all ranks, by rank."""
-        return [json.loads(data) for data in self.gathered(json.dumps(value).encode())]
+        return [json.loads(data.tobytes()) for data in self.gathered(_bytes(json.dumps(value).encode()))]
 
     def arrays(self, arrays: Mapping[str, mx.array]) -> list[dict[str, mx.array]]:
         """Arrays of all ranks, by rank, bit for bit."""
@@ -105,23 +108,24 @@ def _gather(x: mx.array) -> mx.array:
     return every
 
 
-def _packed(arrays: Mapping[str, mx.array]) -> bytes:
+def _bytes(data: bytes) -> Bytes:
+    return np.frombuffer(data, np.uint8)
+
+
+def _packed(arrays: Mapping[str, mx.array]) -> Bytes:
     """A line of JSON with names, types and shapes, then the arrays' bytes."""
     facts = [[name, _NAMES[x.dtype], list(x.shape)] for name, x in arrays.items()]
-    file = io.BytesIO()
-    file.write(json.dumps(facts).encode() + b"\n")
-    for x in arrays.values():
-        file.write(np.array(mx.contiguous(x).reshape(-1).view(mx.uint8)).tobytes())
-    return file.getvalue()
+    parts = [_bytes(json.dumps(facts).encode() + b"\n")]
+    parts += [np.array(mx.contiguous(x).reshape(-1).view(mx.uint8), copy=False) for x in arrays.values()]
+    return np.concatenate(parts)
 
 
-def _unpacked(data: bytes) -> dict[str, mx.array]:
-    line, _, rest = data.partition(b"\n")
-    arrays, at = dict[str, mx.array](), 0
-    for name, dtype, shape in json.loads(line):
+def _unpacked(data: Bytes) -> dict[str, mx.array]:
+    at = int(np.flatnonzero(data[:_LONGEST] == ord("\n"))[0]) + 1
+    arrays = dict[str, mx.array]()
+    for name, dtype, shape in json.loads(data[:at].tobytes()):
         kind = getattr(mx, dtype)
         nbytes = int(np.prod(shape)) * kind.size
-        raw = mx.array(np.frombuffer(rest, np.uint8, count=nbytes, offset=at))
-        arrays[name] = raw.view(kind).reshape(shape)
+        arrays[name] = mx.array(data[at : at + nbytes]).view(kind).reshape(shape)
         at += nbytes
     return arrays

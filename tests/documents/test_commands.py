@@ -77,7 +77,7 @@ def test_the_file_keeps_the_list(notes: Path, tmp_path: Path, capsys: pytest.Cap
     tokenizer = toys.tokenizer()
     toys.save_model(toys.toy("llama"), tmp_path / "model", tokenizer)
     output = tmp_path / "notes.nectar"
-    small = ["--queries", "400", "--steps", "10", "--context-tokens", "300", "--budget", "0.5"]
+    small = ["--queries", "400", "--steps", "10", "--context-tokens", "200", "--budget", "0.5"]
     arguments = ["--model", str(tmp_path / "model"), "--context", str(notes), "--output", str(output)]
     assert fit.main([*arguments, *small]) == 0
     assert capsys.readouterr().err.strip().splitlines()[-1].startswith("read 2 of 3 files: old.doc")

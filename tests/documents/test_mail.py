@@ -160,3 +160,16 @@ def test_documents_in_one_file_are_bounded_together(tmp_path: Path, monkeypatch:
     path = write(tmp_path / "a.eml", bytes(message))
     assert text_of(path).count("ten chars!") == 2
     assert "too much in one file" in report_of(path).left_out[-1]
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"Subject: =?utf-8?B?A?= x",
+        b"Subject: =?\xe9?Q?a?=",
+        b'Subject: x\nContent-Type: text/plain; charset="\xe9"',
+        b'Subject: x\nContent-Disposition: inline; filename="=?utf-8?B?A?="',
+    ],
+)
+def test_a_damaged_header_costs_no_text(head: bytes, tmp_path: Path) -> None:
+    assert text_of(write(tmp_path / "a.eml", head + b"\nFrom: a@b.c\n\nThe text.")).endswith("The text.")

@@ -177,3 +177,10 @@ def test_a_short_verse_keeps_its_lines(tmp_path: Path) -> None:
         "And when the summer sun is high",
     ]
     assert text_of(write(tmp_path / "a.pdf", pdf(column(lines)))) == "\n".join(lines)
+
+
+def test_a_running_head_of_which_one_number_counts_the_pages(tmp_path: Path) -> None:
+    words = ["The hall was swept at dawn, and the", "windows were left open until the", "river rose above the store."]
+    pages = [[(50.0, 800.0, 9.0, f"J. Hydrol. 14 (1931) {211 + n}"), *column(words)] for n in range(4)]
+    path = write(tmp_path / "a.pdf", pdf(*pages))
+    assert "Hydrol" not in text_of(path) and "running head" in report_of(path).left_out[0]

@@ -9,6 +9,7 @@ from statistics import median
 
 from nectar_mlx.documents.pdf.layout import Line
 
+_MOST_NUMBERS = 4  # in a head
 _DEPTH = 2  # lines from the top or from the bottom
 _NUMBER = re.compile(r"\d+|\b[ivxlc]+\b", re.IGNORECASE)
 _PAGE_NUMBER = re.compile(
@@ -88,28 +89,31 @@ def _heads(edges: Sequence[_Edge], numbers: set[int]) -> dict[int, str]:
     ]
     least = 2 if len(edges) == 2 else max(3, len(edges) // 5)
     found: dict[int, str] = {}
-    for lines, key, enough in (
+    for lines, keys, enough in (
         (apart, _same_but_number, least),
         (apart, _same, least),
         (outer + apart, _same, max(least, 0.6 * len(edges))),
     ):
-        counts = Counter(key(line, page) for page, line in lines)
-        chosen = [line for page, line in lines if counts[key(line, page)] >= enough]
+        counts = Counter(key for page, line in lines for key in set(keys(line, page)))
+        chosen = [line for page, line in lines if any(counts[key] >= enough for key in keys(line, page))]
         found |= {id(line): f"running head “{line.text[:60]}”" for line in chosen if id(line) not in numbers}
     return found
 
 
-def _same(line: Line, page: int) -> tuple[str, int]:
+def _same(line: Line, page: int) -> list[tuple[str, int]]:
     """What two running heads share: the text and the height."""
-    return " ".join(line.text.split()).casefold(), round(line.bottom / 6)
+    return [(" ".join(line.text.split()).casefold(), round(line.bottom / 6))]
 
 
-def _same_but_number(line: Line, page: int) -> tuple[str, int]:
-    """What two running heads share that count the pages; another text for what is no title."""
+def _same_but_number(line: Line, page: int) -> list[tuple[str, int]]:
+    """What two running heads share of which one number counts the pages; nothing for what is no title."""
     if not _is_title(line):
-        return f"{page} {line.text}", -1
-    text = re.sub(r"\d{1,5}", lambda number: f"#{int(number[0]) - page}", line.text)
-    return " ".join(text.split()).casefold(), round(line.bottom / 6)
+        return []
+    text, keys = " ".join(line.text.split()).casefold(), []
+    for number in list(re.finditer(r"\d{1,5}", text))[:_MOST_NUMBERS]:
+        counted = f"{text[: number.start()]}#{int(number[0]) - page}{text[number.end() :]}"
+        keys.append((counted, round(line.bottom / 6)))
+    return keys
 
 
 def _is_title(line: Line) -> bool:
