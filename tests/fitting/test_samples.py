@@ -1,10 +1,14 @@
 """Samples in memory, in a mapped file and on the device are the same samples."""
 
+from types import SimpleNamespace
+
 import mlx.core as mx
 import numpy as np
 import pytest
 
+from nectar_mlx.fitting.samples.conversation import Conversation
 from nectar_mlx.fitting.samples.sample_store import DeviceSampleStore, Samples, SampleStore
+from nectar_mlx.fitting.samples.self_study import batch_progress
 
 LAYERS, K, D, CAPACITY = 3, 2, 4, 25
 
@@ -59,3 +63,15 @@ def test_heads_that_were_given_what_is_not_finite_are_noted(tmp_path):
         wide, narrow = mx.zeros((K, 3, D)), mx.zeros((K, 3))
         store.add(2, Samples(wide, wide, wide, narrow, mx.array([[0.0, 0, 0], [0, np.inf, 0]])))
         assert store.not_finite == {3}
+
+
+def test_sampling_is_not_done_before_the_longest_answer_may_have_ended():
+    """Samples are enough long before that, where a batch is small."""
+    batch = [Conversation([0] * 10, answer=[0] * 90, split="train") for _ in range(4)]
+    run, told = SimpleNamespace(group=1, config=SimpleNamespace(answer_tokens=90)), []
+    progress = batch_progress(run, batch, 0, 100, told.append)
+    for tokens in (50, 90, 100):
+        progress(tokens)
+    assert told == [50, 90, 100]
+    batch_progress(run, batch, 120, 100, told.append)(50)
+    assert told[-1] == 100, "enough already, and only checks are answered"

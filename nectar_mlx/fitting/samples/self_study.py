@@ -105,8 +105,17 @@ def side_by_side(run: FitRun, count: int) -> list[slice]:
 def batch_progress(
     run: FitRun, batch: Sequence[Conversation], before: int, wanted: int, done: Callable[[int], None]
 ) -> Callable[[int], None]:
-    """For `sample_answers`: tells `done` the samples so far. before: those of earlier batches."""
-    return lambda tokens: done(min(wanted, before + count_samples(batch, group=run.group, until=tokens)))
+    """For `answer`: tells `done` the samples so far. before: those of earlier batches.
+
+    A small batch gives enough samples long before its longest answer ends, so no more count than its share of tokens.
+    """
+    before, longest = min(before, wanted), max(len(c.prompt) for c in batch) + run.config.answer_tokens
+
+    def told(tokens: int) -> None:
+        given = count_samples(batch, group=run.group, until=tokens)
+        done(before + min(given, (wanted - before) * tokens // longest))
+
+    return told
 
 
 def answer(
