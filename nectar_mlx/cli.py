@@ -26,6 +26,7 @@ from .console import show as show
 from .core import interrupt, numbers, terminal
 from .core.numbers import share as share
 from .core.numbers import size as size
+from .core.numbers import tokens as tokens
 from .errors import NectarError
 
 if TYPE_CHECKING:

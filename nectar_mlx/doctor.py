@@ -178,7 +178,7 @@ def _words(name: str, value: object) -> str:
     if name == "exists":
         return "is read" if value else "not written yet"
     if isinstance(value, bool):
-        return name if value else f"{name}: no"
+        return f"{name}: {'yes' if value else 'no'}"
     if value is None:
         return f"{name.replace('_', ' ')} by the library"
     return f"{name.replace('_', ' ')}{': ' if ' ' in str(value) else ' '}{value}"

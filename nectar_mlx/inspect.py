@@ -8,6 +8,7 @@ from pathlib import Path
 
 from . import cli
 from .core.types import JsonObject
+from .errors import NectarError
 from .mlxlm.kept import State
 from .models import hub
 from .nectar import Nectar
@@ -35,7 +36,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _work(args: argparse.Namespace) -> None:
-    facts = describe(hub.nectar_file(args.nectar))
+    path = hub.nectar_file(args.nectar)
+    if args.nectar == cli.LIBRARY and not path.exists():
+        raise NectarError("the library is many files; `nectar list` shows what is in it")
+    facts = describe(path)
     if args.json:
         print(json.dumps(facts))
         return

@@ -17,7 +17,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = cli.Parser("plan", "Estimates time, memory and size of a fit. Nothing is loaded or fetched.")
     parser.add_argument("--model", nargs="+", metavar="NAME", help="published names, or folders (all known ones)")
-    parser.add_argument("--tokens", type=cli.size, nargs="+", metavar="N", help="of the text: 50000, 50k (10k to 10M)")
+    parser.add_argument(
+        "--tokens", type=cli.tokens, nargs="+", metavar="N", help="of the text: 50000, 50k (10k to 10M)"
+    )
     parser.add_argument("--machine", metavar="NAME", help="only machines with this in their name, such as M4 or H100")
     parser.add_argument(
         "--machines", type=int, default=1, metavar="N", help="equal ones that share the fit, 1 to 8 (1)"

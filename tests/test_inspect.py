@@ -41,6 +41,12 @@ def test_a_damaged_file(path, tmp_path, capsys):
     assert "cut short" in capsys.readouterr().err
 
 
+def test_the_library_is_no_file(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert inspect.main([cli.LIBRARY]) == cli.FAULT
+    assert "`nectar list` shows what is in it" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name, value", [
     ("report", None),
     ("report", [float("nan")]),

@@ -18,7 +18,7 @@ from ..fitting import fisher, prefill
 from ..fitting.fidelity import Change, Prompt
 from ..fitting.fisher import N_PROBE
 from ..fitting.prefill import Context
-from ..fitting.samples import capture, instructions, self_study
+from ..fitting.samples import capture, instructions, sampling
 from ..fitting.samples.conversation import Conversation, count_samples
 from ..fitting.samples.sample_store import DeviceSampleStore, Samples, SampleStore
 from ..fitting.solve import attention_matching
@@ -183,14 +183,14 @@ class EvalContext:
     ) -> None:
         """Samples the answers of a batch with a view of the context."""
         most = max_tokens or self.config.answer_tokens
-        self_study.sample_answers(
+        sampling.sample_answers(
             self.model,
             Context(self.context.prefix[: view.start], list(view.banks), dict(view.windows)),  # type: ignore[arg-type]
             sorted(batch, key=lambda c: len(c.prompt)),
             stop=set(self.tokenizer.eos_token_ids),
             max_tokens=most,
             temperature=temperature,
-            chances=self_study.chances(seed, range(len(batch)), most),
+            chances=sampling.chances(seed, range(len(batch)), most),
         )
 
     def layer(self, layer: int) -> tuple[mx.array, mx.array]:

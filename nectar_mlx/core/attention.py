@@ -22,7 +22,7 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from .device import device
-from .exp import exp, sigmoid
+from .exp import exp, exp_of_scores, sigmoid
 from .gradients import Arrays, with_vjp
 
 EMPTY = -1e30  # the log-normalizer of an empty set, and the score of a hidden key: finite, so that no NaN comes of it
@@ -73,10 +73,11 @@ def weighted(
     With real keys and no bias this is exact attention; with fitted keys, values and biases it is a quadrature of it.
     Differentiable in all arrays (the reverse pass reuses the forward pass's probabilities).
     """
-    if bias is None:
-        bias = mx.zeros(keys.shape[:2])
-    queries, keys, values, bias = in_float32(queries, keys, values, bias)
-    return Partial(*_weighted(queries * scale, keys, values, bias)[:2])
+    queries, keys, values = in_float32(queries, keys, values)
+    scores = (queries * scale) @ keys.swapaxes(1, 2)
+    if bias is not None:
+        scores = scores + bias.astype(mx.float32)[:, None]
+    return Partial(*_attend(scores, values)[:2])
 
 
 def from_scores(scores: mx.array, values: mx.array) -> Partial:
@@ -89,25 +90,22 @@ def from_scores(scores: mx.array, values: mx.array) -> Partial:
     return Partial(output / total, (top + mx.log(total))[..., 0])
 
 
-def _weighted_vjp(primals: Arrays, cotangents: Arrays, outputs: Arrays) -> Arrays:
-    queries, keys, values, _ = primals
-    d_output, d_log, _ = cotangents
-    output, _, probabilities = outputs
+def _attend_vjp(primals: Arrays, cotangents: Arrays, outputs: Arrays) -> Arrays:
+    _, values = primals
+    d_output, d_log, *_ = cotangents
+    output, _, weights, total = outputs
+    probabilities = weights / total
     constant = d_log - (d_output * output).sum(-1)
-    d_scores = probabilities * (d_output @ values.swapaxes(1, 2) + constant[..., None])
-    by_key = d_scores.swapaxes(1, 2)
-    return d_scores @ keys, by_key @ queries, probabilities.swapaxes(1, 2) @ d_output, d_scores.sum(1)
+    d_scores = probabilities * (d_output @ values.swapaxes(-1, -2) + constant[..., None])
+    return d_scores, probabilities.swapaxes(-1, -2) @ d_output
 
 
-@with_vjp(_weighted_vjp)
-def _weighted(
-    queries: mx.array, keys: mx.array, values: mx.array, bias: mx.array
-) -> tuple[mx.array, mx.array, mx.array]:
-    scores = queries @ keys.swapaxes(1, 2) + bias[:, None]
-    top = mx.stop_gradient(scores.max(-1, keepdims=True))
-    weights = exp(scores - top)
-    total = weights.sum(-1, keepdims=True)
-    return (weights @ values) / total, (top + mx.log(total))[..., 0], weights / total
+@with_vjp(_attend_vjp)
+def _attend(scores: mx.array, values: mx.array) -> tuple[mx.array, mx.array, mx.array, mx.array]:
+    """By scores [..., N, S], which may be overwritten, over values [..., S, D], both float32: output, log-normalizer,
+    and for the reverse pass weights and their sums (all of it is computed, whatever is used)."""
+    weights, top, total = exp_of_scores(scores)
+    return (weights @ values) / total, (top + mx.log(total))[..., 0], weights, total
 
 
 def exact(
@@ -186,8 +184,5 @@ def _masked(
             mask = mask.reshape(mask.shape[0], *((1, 1) if mask.shape[1] == 1 else (K, G)), *mask.shape[2:])
         scores = mx.where(mask, scores, EMPTY) if mask.dtype == mx.bool_ else scores + mask.astype(mx.float32)
         scores = scores.reshape(B, K, G * T, S)
-    top = scores.max(-1, keepdims=True)
-    weights = exp(scores - top)
-    total = weights.sum(-1, keepdims=True)
-    output = (weights @ values.astype(mx.float32)) / total
-    return Partial(output.reshape(B, K, G, T, -1), (top + mx.log(total)).reshape(B, K, G, T))
+    output, log_normalizer, *_ = _attend(scores, values.astype(mx.float32))
+    return Partial(output.reshape(B, K, G, T, -1), log_normalizer.reshape(B, K, G, T))

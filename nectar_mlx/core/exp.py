@@ -32,6 +32,30 @@ def _exp(x: mx.array) -> tuple[mx.array]:
     return (mx.array(np.exp(np.array(x, copy=False))),)
 
 
+def exp_of_scores(scores: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    """e^(s - top), top = max s and the sum, each over the last axis of scores [..., n] float32, which may be
+    overwritten. Not differentiable."""
+    if device().linux_cpu:
+        try:
+            mx.eval(scores)
+        except ValueError:  # as above
+            pass
+        else:
+            return _overwritten(scores)
+    top = scores.max(-1, keepdims=True)
+    weights = mx.exp(scores - top)
+    return weights, top, weights.sum(-1, keepdims=True)
+
+
+def _overwritten(scores: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    """In place: the scores stay in the processor's cache, and no memory is new."""
+    weights = np.array(scores, copy=False)
+    top = weights.max(-1, keepdims=True)
+    np.subtract(weights, top, out=weights)
+    np.exp(weights, out=weights)
+    return scores, mx.array(top), mx.array(weights.sum(-1, keepdims=True))
+
+
 def sigmoid(x: mx.array) -> mx.array:
     """1 / (1 + e^-x), differentiable through its own value."""
     return _sigmoid(x)[0]

@@ -48,8 +48,17 @@ def _integer(text: str, low: int, high: int, wanted: str) -> int:
 
 def size(text: str) -> int:
     """Bytes from a text such as 500M or 4G (powers of ten)."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMGT]?)B?", text, re.IGNORECASE)
+    return _scaled(re.sub("B$", "", text, flags=re.IGNORECASE), text, "a size such as 500M or 4G")
+
+
+def tokens(text: str) -> int:
+    """The length of a text in tokens, such as 50000 or 50k."""
+    return _scaled(text, text, "a number of tokens such as 50000 or 50k")
+
+
+def _scaled(number_text: str, text: str, wanted: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMGT]?)", number_text, re.IGNORECASE)
     if not match:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 500M or 4G")
+        raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
     number = float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " ")
     return int(min(number, 1e18))  # a text of enough digits is an infinity

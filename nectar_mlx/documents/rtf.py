@@ -43,9 +43,8 @@ def read_rtf(data: bytes, name: str) -> Document:
     if not data.lstrip().startswith(b"{\\rtf"):
         raise Unreadable("not an RTF file")
     reader = _Reader(data)
-    text = (
-        reader.text().encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-    )  # two \\u are one character
+    # Two \u are one character where they are a surrogate pair.
+    text = reader.text().encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
     lines = [line.rstrip() for line in text.split("\n")]
     left_out = [f"{reader.pictures} picture{'s' * (reader.pictures > 1)}"] if reader.pictures else []
     return Document("rtf", "\n".join(lines).strip("\n"), left_out=left_out)

@@ -30,15 +30,20 @@ def check(
     *,
     windows: Mapping[int, Kept] | None = None,
     questions: int | None = None,
+    no_context: float | None = None,
     stage: str = "checking",
 ) -> JsonObject:
     """How far the answers to the check questions, or the first so many, are from the full cache's (`verdict`), and how
     much recall helps them; banks: one a layer. windows: what the layers without heads keep (default: the context's).
-    stage: what progress calls it. Each rank compares some of the answers."""
+    no_context: the divergence without the text, where it is known. stage: what progress calls it. Each rank compares
+    some of the answers."""
     context = data.context
-    head = read_head(run.model, run.tokenizer, context.prefix, run.geometry)
     conversations = answered_checks(data.conversations)[:questions]
+    conversations.sort(key=lambda c: len(c.prompt))  # those of a batch are padded to the longest
     make_cache = partial(make_caches, banks, context.windows if windows is None else windows, context.start)
+    views: dict[str, fidelity.MakeCache] = {"nectar": make_cache}
+    if no_context is None:
+        views["no context"] = read_head(run.model, run.tokenizer, context.prefix, run.geometry).make_cache
     calibration = Calibration(context.prefix)
 
     def observe(name: str, conversation: Conversation, truth: mx.array, ours: mx.array) -> None:
@@ -52,7 +57,7 @@ def check(
         compared = fidelity.compare(
             run.model,
             context.make_cache,
-            {"nectar": make_cache, "no context": head.make_cache},
+            views,
             [conversations[number] for number in mine],
             observe=observe,
             progress=done,
@@ -62,7 +67,7 @@ def check(
     calibration.seen = [Seen(*own) for _, own in sorted(pair for pairs in seen for pair in pairs)]
     if broken := np.flatnonzero(~np.isfinite(divergences["nectar"].kl)).tolist():
         _name_layer(run, make_cache(), conversations[divergences["nectar"].conversation[broken[0]]])
-    figures = measured(divergences["nectar"], divergences["no context"])
+    figures = measured(divergences["nectar"], divergences["no context"] if no_context is None else no_context)
     return figures | {"recall": calibration.report(figures["kl"])}
 
 

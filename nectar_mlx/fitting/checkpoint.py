@@ -155,7 +155,7 @@ class Checkpoint:
 
     def save_answers(self, batch: Sequence[Conversation], *, seed: int, group: int, at: int) -> None:
         """Keeps answers that are being sampled: where a group has ended, and every SAVE_SECONDS. group: that is under
-        way, those before it are done. at: as for `self_study.sample_answers`."""
+        way, those before it are done. at: as for `sampling.sample_answers`."""
         begins = group > 0 and at == 0
         if begins or time.monotonic() - self._saved > SAVE_SECONDS:
             record = {"seed": seed, "group": group, "at": at, "conversations": [asdict(c) for c in batch]}

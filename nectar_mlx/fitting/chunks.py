@@ -40,8 +40,8 @@ from .layerwise import LayerwiseFit
 from .prefill import Context, read_head, read_text
 from .prefill_attention import Prefill
 from .run import FitRun
-from .samples.capture import collect
 from .samples.conversation import answered_checks
+from .samples.recording import collect
 from .sizes import plan_sizes
 from .stages import fit_context
 from .train import merged_errors

@@ -27,6 +27,7 @@ Bytes = npt.NDArray[np.uint8]
 _LONGEST = 1 << 24  # bytes of a line of JSON
 _INTEGERS = tuple(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))
 _NAMES = {getattr(mx, name): name for name in ("bool_", *_INTEGERS, "float16", "bfloat16", "float32")}
+_PIECE = 1 << 28  # bytes that are sent at once: what ranks tell each other may be larger than memory has room for twice
 _LAUNCHED = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")  # set by what starts several processes
 
 
@@ -58,11 +59,15 @@ class World:
         """The bytes of all ranks, by rank. All ranks must call it."""
         if self.size == 1:
             return [data]
-        length: list[int] = np.array(_gather(mx.array([len(data)], mx.int32))).tolist()
-        padded = np.zeros(max(length), np.uint8)
-        padded[: len(data)] = data
-        every = np.array(_gather(mx.array(padded)), copy=False).reshape(self.size, -1)
-        return [row[:count] for row, count in zip(every, length, strict=True)]
+        lengths: list[int] = np.array(_gather(mx.array([len(data)], mx.int64))).tolist()
+        every, longest = [np.empty(length, np.uint8) for length in lengths], max(lengths)
+        for at in range(0, longest, _PIECE):
+            padded, own = np.zeros(min(_PIECE, longest - at), np.uint8), data[at : at + _PIECE]
+            padded[: len(own)] = own
+            pieces = np.array(_gather(mx.array(padded)), copy=False).reshape(self.size, -1)
+            for whole, piece in zip(every, pieces, strict=True):
+                whole[at : at + _PIECE] = piece[: max(0, len(whole) - at)]
+        return every
 
     def values(self, value: Any) -> list[Any]:
         """A JSON value of all ranks, by rank."""

@@ -146,7 +146,7 @@ def _bytes(number: float) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class _Work:
-    """The stages of fitting n tokens at once."""
+    """The stages of fitting n tokens at once. replayed: whether conversations are replayed on any machine."""
 
     shape: Shape
     machine: Machine
@@ -154,6 +154,7 @@ class _Work:
     n: int
     layerwise: bool
     machines: int = 1
+    replayed: bool = False
 
     @property
     def share(self) -> float:
@@ -269,9 +270,10 @@ class _Work:
             return
         yield self.read()
         yield from self.study()
-        captured = self.seconds(self.sampled * self.token(vocabulary=False), "capturing") / self.machines
-        samples = self.samples * self.heads * _compute_bytes(self.machine) * (3 * self.layout.head_dim + 2)
-        yield Stage("capturing attention", captured + samples * (1 - 1 / self.machines) / _LINK)
+        if self.replayed or not self.machine.profile.record:
+            captured = self.seconds(self.sampled * self.token(vocabulary=False), "capturing") / self.machines
+            samples = self.samples * self.heads * _compute_bytes(self.machine) * (3 * self.layout.head_dim + 2)
+            yield Stage("capturing attention", captured + samples * (1 - 1 / self.machines) / _LINK)
         ranking = 2.0 * self.config.matching_samples * self.n * self.layout.head_dim * self.heads
         yield Stage("ranking keys", self.seconds(ranking, "training"))
         if sizes:
@@ -292,7 +294,7 @@ class _Work:
     def layers(self, *, first: bool) -> Iterator[Stage]:
         """Layer by layer. first: whether sizes are decided, on an excerpt."""
         if first:
-            small = replace(self, n=min(self.n, 1024), layerwise=False)
+            small = replace(self, n=min(self.n, 1024), layerwise=False, replayed=True)
             _, *stages, _ = small.stages(sizes=True, choice=False)
             yield from stages
         yield from replace(self, n=min(self.n, 900)).study()
@@ -304,6 +306,7 @@ class _Work:
         """Bytes of the checkpoint: heads in float32, and samples, where they do not fit the memory."""
         samples = 4.4 * self.samples * self.heads * (3 * self.layout.head_dim + 2)
         spilled = samples if samples > self.machine.memory / 2 and not self.layerwise else 0.0
+        spilled *= 2 if self.machine.profile.record else 1  # in pieces until the last answer has ended
         return 4.0 * self.nodes(self.share) * (2 * self.layout.head_dim + 1) + spilled
 
     def memory(self) -> float:

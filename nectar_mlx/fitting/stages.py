@@ -6,7 +6,7 @@ from .checkpoint import Plan
 from .kinds import KIND_FITS, KindFit, kind_fit
 from .prefill import Context
 from .run import FitRun
-from .samples.capture import collect
+from .samples.recording import collect
 from .sizes import Affordable, plan_sizes
 from .train import train_heads
 

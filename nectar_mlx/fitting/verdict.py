@@ -19,10 +19,12 @@ EXPONENT = 1.7  # KL falls with so much of a power of the bytes, where nothing b
 Grade = Literal["close", "usable", "not faithful"]
 
 
-def measured(ours: Divergence, no_context: Divergence) -> JsonObject:
+def measured(ours: Divergence, no_context: Divergence | float) -> JsonObject:
     """The check's figures, for the report: `kl` and `agree` with the full cache, `kl_no_context` of the model that
-    never saw the text, and `gap_closed` = 1 - kl / kl_no_context. NectarError if one is not finite."""
-    kl, floor = float(ours.kl.mean()), float(no_context.kl.mean())
+    never saw the text (or what it is known to be), and `gap_closed` = 1 - kl / kl_no_context. NectarError if one is
+    not finite."""
+    kl = float(ours.kl.mean())
+    floor = float(no_context.kl.mean()) if isinstance(no_context, Divergence) else no_context
     if not np.isfinite([kl, floor]).all():
         raise NectarError("checking: the divergence from the full cache is not finite, so nothing is written")
     return _figures(kl, float(ours.agree.mean()), floor)

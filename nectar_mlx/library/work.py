@@ -33,7 +33,7 @@ class Work:
 
     def summary(self) -> str:
         """One line."""
-        line = f"{len(self.fitted)} documents fitted"
+        line = f"{len(self.fitted)} document{'s' * (len(self.fitted) != 1)} fitted"
         for count, what in (
             (len(self.failed), "failed"),
             (self.elsewhere, "files in the hands of another process"),
@@ -61,7 +61,8 @@ def fit_waiting(
             names = [] if claim is None else [_name(rows, text) for text in claim.texts]
         if claim is None:
             break
-        log(f"fitting {', '.join(names)} ({sum(refit or c.urgent for c in left)} to go)")
+        to_go = sum(len(waiting.texts) for waiting in left if refit or waiting.urgent)
+        log(f"fitting {', '.join(names)} ({to_go} document{'s' * (to_go != 1)} to go)")
         reason = _fit(database, folder, fitter, claim, names, progress=progress)
         if reason is None:
             work.fitted += names

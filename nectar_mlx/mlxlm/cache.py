@@ -141,12 +141,17 @@ class NectarCache(_BaseCache):
         """The live tokens' share, relative to the bank's offset and as wide as the context's is; arguments as for
         `attend`."""
         offset = self.bank.offset
-        live = attention.causal(queries, keys, values, scale=scale, mask=mask, offset=offset)
+        live = attention.causal(queries, keys, values, scale=scale, mask=mask, offset=self.live_offset)
         if missing := queries.shape[-1] - values.shape[-1]:
             live = live._replace(output=mx.pad(live.output, [(0, 0)] * 3 + [(0, missing)]))
         if sinks is None:
             return live
         return with_sinks(live, sinks, 0.0 if offset is None else attention.common_score(queries, offset, scale=scale))
+
+    @property
+    def live_offset(self) -> mx.array | None:
+        """What is subtracted from the live keys: the bank's offset, where they are not kept relative to it."""
+        return self.bank.offset
 
     def over_context(self, queries: mx.array) -> attention.Partial:
         """The context's share, [B, H, T, D] -> Partial of [B, H, T, ...]."""

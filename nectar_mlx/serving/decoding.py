@@ -116,9 +116,8 @@ class AnswerSequence:
         count = self.ticket.job.top_logprobs
         if count is None:
             return
-        numbers = np.array(
-            logprobs.astype(mx.float32)
-        )  # all at once: to ask MLX for each would take longer than a step
+        # All at once: to ask MLX for each would take longer than a step.
+        numbers = np.array(logprobs.astype(mx.float32))
         likeliest = np.argsort(-numbers, kind="stable")[:count].tolist()
         text, *alternatives = (self._tokenizer.decode([i]) for i in (token, *likeliest))
         top = [(other, _finite(numbers[i])) for other, i in zip(alternatives, likeliest, strict=True)]

@@ -5,15 +5,26 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx_lm.models.cache import KVCache
 
-from nectar_mlx.baselines import BASELINES, NO_CONTEXT, EvalConfig, EvalContext, cartridge, choose, fixed_pattern, snap
+from nectar_mlx.baselines import (
+    BASELINES,
+    NO_CONTEXT,
+    EvalConfig,
+    EvalContext,
+    cartridge,
+    choose,
+    fixed_pattern,
+    kvzip,
+    snap,
+)
 from nectar_mlx.core.device import device, using
 from nectar_mlx.errors import NectarError
 from nectar_mlx.fitting import fidelity, prefill
 from nectar_mlx.fitting.samples.conversation import Conversation
 from nectar_mlx.fitting.samples.sample_store import DeviceSampleStore
-from nectar_mlx.mlxlm import attention_patch, prompts
-from tests import toys
+from nectar_mlx.mlxlm import attention_patch, hook, prompts
+from tests import oracle, toys
 
 TEXT = "The brig left Ostend on 4 May. Her master was Anna Velde, and she carried 299 casks of amber. " * 4
 TOKENIZER = toys.tokenizer()
@@ -73,7 +84,7 @@ def test_a_sized_method_refuses_what_cannot_be_kept(ctx, name):
 
 
 @pytest.mark.parametrize(
-    "name", ["sinks + window", "fixed pattern", "keep most attended", "SnapKV", "expected attention"]
+    "name", ["sinks + window", "fixed pattern", "keep most attended", "SnapKV", "expected attention", "KVzip"]
 )
 def test_a_method_that_keeps_every_key_is_exact_to_rounding(ctx, name, floor):
     view = BASELINES[name].build(ctx, 10 * ctx.geometry.cache_bytes(ctx.length))
@@ -143,6 +154,44 @@ def test_most_attended_keeps_the_keys_that_matter(ctx):
     keys = np.array(ctx.layer(1)[0][0])[best]
     error = np.abs(np.array(view.banks[1].parameters["keys"][0]) - keys).max()
     assert error <= np.abs(keys).max() / 127  # int8 with a scale a group
+
+
+class WatchedCache(KVCache):
+    """Keeps the causal attention weights [H, T, T] of a call."""
+
+    def attend(self, queries, keys, values, *, scale, mask):
+        repeated = oracle.repeat_heads(np.array(keys, np.float64), queries.shape[1])
+        scores = scale * np.array(queries, np.float64)[0] @ repeated[0].swapaxes(1, 2)
+        scores = np.where(np.tri(scores.shape[1], dtype=bool), scores, -np.inf)
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        self.weights = weights / weights.sum(-1, keepdims=True)
+        return hook.stock_attention(queries, keys, values, cache=None, scale=scale, mask=mask)
+
+
+def test_kvzip_scores_are_the_largest_attention_of_a_repetition(ctx, monkeypatch):
+    monkeypatch.setattr(kvzip, "_CHUNK", 60)
+    text, n, expected = ctx.context.prefix[len(ctx.head) :], ctx.length, 0.0
+    requests = [ctx.ask("Repeat the previous context exactly.") + text[:60]]
+    for start in range(60, len(text), 60):
+        cue = TOKENIZER.decode(text[start - 8 : start])
+        asked = ctx.ask(f"Repeat the part of the previous context exactly, starting with {cue}")
+        requests.append(asked + text[start : start + 60])
+    assert len(requests) > 1
+    for tokens in requests:
+        caches = [WatchedCache() for _ in range(ctx.n_layers)]
+        mx.eval(ctx.model(mx.array([ctx.context.prefix + tokens]), cache=caches))
+        seen = np.stack([cache.weights[:, n:, :n].max(1) for cache in caches])
+        expected = np.maximum(expected, seen.reshape(ctx.n_heads, -1, n).max(1))
+    np.testing.assert_allclose(kvzip.repetition_scores(ctx), expected, atol=1e-4)
+
+
+def test_kvzip_keeps_the_template_and_more_keys_where_they_matter(ctx):
+    view = BASELINES["KVzip"].build(ctx, int(0.3 * ctx.geometry.cache_bytes(ctx.length)))
+    sizes = [count for bank in view.banks for (count,) in bank.sizes]
+    assert min(sizes) >= len(ctx.head) and len(set(sizes)) > 1
+    first = np.array(view.banks[0].unstack()[0]["keys"][: len(ctx.head)])
+    keys = np.array(ctx.layer(0)[0][0, : len(ctx.head)])
+    assert np.abs(first - keys).max() <= np.abs(keys).max() / 127
 
 
 def test_snap_pools_over_neighbours():

@@ -122,6 +122,7 @@ def test_the_command_prints_every_combination(capsys):
     (["--model", "nothing-9B"], "nothing-9B"),
     (["--machine", "abacus"], "abacus"),
     (["--tokens", "0"], "--tokens"),
+    (["--tokens", "5x"], "number of tokens such as 50000 or 50k"),
     (["--budget", "7"], "budget"),
 ])  # fmt: skip
 def test_a_mistake_is_one_line(capsys, arguments, word):

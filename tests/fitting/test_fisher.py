@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from nectar_mlx.fitting import fidelity, fisher, prefill
-from nectar_mlx.fitting.samples import self_study
+from nectar_mlx.fitting.samples import sampling
 from nectar_mlx.fitting.samples.conversation import Conversation
 from nectar_mlx.mlxlm import attention_patch, prompts
 from tests import toys
@@ -18,14 +18,14 @@ def answered():
     context = prefill.read_text(model, prompts.prefix(tokenizer, "one two three four five six seven " * 4), geometry)
     conversations = [Conversation(prompts.prompt(tokenizer, f"tell me {i} " + "more " * (i % 3))) for i in range(96)]
     conversations.sort(key=lambda c: len(c.prompt))
-    self_study.sample_answers(
+    sampling.sample_answers(
         model,
         context,
         conversations,
         stop=set(),
         max_tokens=12,
         temperature=1.0,
-        chances=self_study.chances(0, range(96), 12),
+        chances=sampling.chances(0, range(96), 12),
     )
     return model, geometry, context, conversations
 

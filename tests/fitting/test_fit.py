@@ -17,7 +17,7 @@ from nectar_mlx.fitting import prefill
 from nectar_mlx.fitting.checkpoint import Checkpoint
 from nectar_mlx.fitting.config import FitConfig
 from nectar_mlx.fitting.kinds import kind_fit
-from nectar_mlx.fitting.samples import capture, self_study
+from nectar_mlx.fitting.samples import capture, recording, sampling, self_study
 from nectar_mlx.fitting.samples.conversation import Conversation, count_samples
 from nectar_mlx.fitting.samples.sample_store import DeviceSampleStore, SampleStore
 from nectar_mlx.fitting.solve import quantization
@@ -114,13 +114,14 @@ def test_exact_reproduces_the_stock_model(tokenizer, toy_fit):
 def test_an_interrupted_fit_continues_where_it_stopped(tokenizer, tmp_path, monkeypatch):
     model = toys.toy("llama")
     config = FitConfig(**FAST | SHORT | {"queries": 2500})
-    batches, sample_answers = [], self_study.sample_answers
+    batches, sample_answers = [], sampling.sample_answers
 
-    def counted(*arguments, **options):
-        batches.append(1)
-        if len(batches) == interrupt_at:
-            raise KeyboardInterrupt
-        sample_answers(*arguments, **options)
+    def counted(*arguments, at, **options):
+        if at < 1000:  # else all of it is known
+            batches.append(1)
+            if len(batches) == interrupt_at:
+                raise KeyboardInterrupt
+        sample_answers(*arguments, at=at, **options)
 
     monkeypatch.setattr(self_study, "sample_answers", counted)
     interrupt_at = None
@@ -145,7 +146,7 @@ def finished(tokenizer, tmp_path_factory):
 def test_fitted_heads_are_not_fitted_again(tokenizer, finished, monkeypatch):
     first, folder = finished
     monkeypatch.setattr(NodeTraining, "train", lambda *a, **k: pytest.fail("trained again"))
-    monkeypatch.setattr(self_study, "sample_answers", lambda *a, **k: pytest.fail("answers were sampled again"))
+    monkeypatch.setattr(sampling, "sample", lambda *a, **k: pytest.fail("answers were sampled again"))
     config = FitConfig(**FAST | SHORT)
     second = toys.fit(toys.toy("llama"), tokenizer, TEXT, config=config, checkpoint=Checkpoint(folder))
     assert second.digest == first.digest
@@ -195,7 +196,7 @@ def test_as_few_conversations_as_give_the_samples(tokenizer):
 
 def test_what_a_conversation_draws_is_its_own(tokenizer):
     """Whatever the others are; and the numbers of two conversations have nothing in common."""
-    alone, beside = self_study.chances(5, [3], 50), self_study.chances(5, range(4), 60)
+    alone, beside = sampling.chances(5, [3], 50), sampling.chances(5, range(4), 60)
     assert np.array_equal(alone[0], beside[3, :50])
     assert len(np.unique(beside)) == beside.size and beside.min() >= 0 and beside.max() < 1
 
@@ -204,7 +205,7 @@ def test_what_a_conversation_draws_is_its_own(tokenizer):
 def collected(tokenizer):
     """How the heads of 60 tokens are fitted."""
     run = fit_run(toys.toy("llama"), tokenizer)
-    return kind_fit(run, capture.collect(run, read(run, toys.random_tokens(60))))
+    return kind_fit(run, recording.collect(run, read(run, toys.random_tokens(60))))
 
 
 def heads_of_two_sizes(collected):
@@ -299,8 +300,8 @@ def test_what_is_captured_is_exact_attention(tokenizer):
     train, held_out = (SampleStore(geometry.n_layers * K, 4000, D, folder=None) for _ in range(2))
     splits = ("train", "train", "held_out", "train")
     batch = [Conversation(toys.random_tokens(5 + i % 3, seed=i), split=split) for i, split in enumerate(splits)]
-    chances = self_study.chances(0, range(4), 20)
-    self_study.sample_answers(model, context, batch, stop={3}, max_tokens=20, temperature=1.0, chances=chances)
+    chances = sampling.chances(0, range(4), 20)
+    sampling.sample_answers(model, context, batch, stop={3}, max_tokens=20, temperature=1.0, chances=chances)
     capture.replay(model, context, batch, {"train": train, "held_out": held_out}, n_heads=geometry.n_heads)
     # the last token of an answer is kept but never fed, so nothing is captured for it
     expected = [
@@ -320,8 +321,8 @@ def test_answers_sampled_in_a_batch_follow_the_full_model(tokenizer):
     prefix = toys.random_tokens(40)
     context = prefill.read_text(model, prefix, attention_patch.route(model))
     batch = [Conversation(toys.random_tokens(4 + 3 * i, seed=i)) for i in range(3)]
-    chances = self_study.chances(0, range(3), 6)
-    self_study.sample_answers(model, context, batch, stop=set(), max_tokens=6, temperature=1e-4, chances=chances)
+    chances = sampling.chances(0, range(3), 6)
+    sampling.sample_answers(model, context, batch, stop=set(), max_tokens=6, temperature=1e-4, chances=chances)
     for conversation in batch:
         tokens = prefix + conversation.prompt
         for token in conversation.answer:
@@ -333,7 +334,7 @@ def test_answers_sampled_in_a_batch_follow_the_full_model(tokenizer):
 def test_sampling_follows_the_distribution():
     logits = mx.array([[0.0, 1.0, 2.0, -50.0]] * 4000)
     chance = mx.random.uniform(shape=(4000, 1), key=mx.random.key(0))
-    drawn = np.bincount(np.array(self_study.sample(logits, temperature=0.5, chance=chance)), minlength=4) / 4000
+    drawn = np.bincount(np.array(sampling.sample(logits, temperature=0.5, chance=chance)), minlength=4) / 4000
     truth = np.exp([0.0, 2.0, 4.0, -100.0]) / np.exp([0.0, 2.0, 4.0, -100.0]).sum()
     np.testing.assert_allclose(drawn, truth, atol=0.03)
 

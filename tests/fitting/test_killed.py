@@ -15,7 +15,7 @@ from nectar_mlx import NectarError, fit, models
 from nectar_mlx.fitting import checkpoint, pipeline, prefill
 from nectar_mlx.fitting.checkpoint import Checkpoint
 from nectar_mlx.fitting.config import FitConfig
-from nectar_mlx.fitting.samples import self_study
+from nectar_mlx.fitting.samples import sampling, self_study
 from nectar_mlx.fitting.samples.conversation import Conversation
 from nectar_mlx.mlxlm import attention_patch
 from tests import toys
@@ -64,9 +64,9 @@ def test_sampling_goes_on_in_the_middle_of_a_batch(tokenizer, stop_at):
     context = prefill.read_text(model, toys.random_tokens(40), attention_patch.route(model))
 
     def sample(batch, **options):
-        self_study.sample_answers(
+        sampling.sample_answers(
             model, context, batch, stop=set(range(0, 320, 9)), max_tokens=16, temperature=1.0,
-            chances=self_study.chances(3, range(10), 16), **options,
+            chances=sampling.chances(3, range(10), 16), **options,
         )  # fmt: skip
         return batch
 
@@ -91,14 +91,14 @@ def test_a_batch_whose_answers_have_all_ended_is_left_as_it_is(tokenizer):
     model = toys.toy("llama")
     context = prefill.read_text(model, toys.random_tokens(40), attention_patch.route(model))
     batch = [Conversation([9, 10, 11], [12, 13])]
-    options = {"stop": {13}, "max_tokens": 16, "temperature": 1.0, "chances": self_study.chances(3, [0], 16)}
-    self_study.sample_answers(model, context, batch, at=4, progress=pytest.fail, **options)
+    options = {"stop": {13}, "max_tokens": 16, "temperature": 1.0, "chances": sampling.chances(3, [0], 16)}
+    sampling.sample_answers(model, context, batch, at=4, progress=pytest.fail, **options)
     assert batch == [Conversation([9, 10, 11], [12, 13])]
 
 
 def test_an_interrupted_batch_of_a_fit_is_continued(tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "SAVE_SECONDS", 0.0)
-    model, steps, sample = toys.toy("llama"), [], self_study.sample
+    model, steps, sample = toys.toy("llama"), [], sampling.sample
 
     def counted(*arguments, **options):
         steps.append(1)
@@ -106,7 +106,7 @@ def test_an_interrupted_batch_of_a_fit_is_continued(tokenizer, tmp_path, monkeyp
             raise Stop
         return sample(*arguments, **options)
 
-    monkeypatch.setattr(self_study, "sample", counted)
+    monkeypatch.setattr(sampling, "sample", counted)
     stop_at = None
     whole = toys.fit(model, tokenizer, TEXT, config=CONFIG)
     needed, stop_at = len(steps), len(steps) + len(steps) // 3
@@ -144,14 +144,14 @@ def test_the_same_command_continues_and_fresh_does_not(folder, tmp_path, capsys,
     interrupted(folder, output, monkeypatch)
     assert "is kept in" in capsys.readouterr().err and (tmp_path / "x.nectar.partial" / "plan.json").exists()
     with monkeypatch.context() as patch:
-        patch.setattr(self_study, "sample_answers", lambda *a, **k: pytest.fail("answers were sampled again"))
+        patch.setattr(sampling, "sample", lambda *a, **k: pytest.fail("answers were sampled again"))
         assert fit.main(command(folder, output)) == 0
     first = output.read_bytes()
     assert [p.name for p in tmp_path.iterdir()] == ["x.nectar"]
     interrupted(folder, output, monkeypatch)
     answers = []
     with monkeypatch.context() as patch:
-        sample_answers = self_study.sample_answers
+        sample_answers = sampling.sample_answers
         patch.setattr(self_study, "sample_answers", lambda *a, **k: answers.append(1) or sample_answers(*a, **k))
         assert fit.main(command(folder, output, "--fresh")) == 0
     assert answers and output.read_bytes() == first

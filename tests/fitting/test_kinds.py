@@ -9,7 +9,7 @@ from nectar_mlx.fitting import sizes
 from nectar_mlx.fitting.config import FitConfig
 from nectar_mlx.fitting.kinds import KIND_FITS, HybridFit, KindFit, kind_fit
 from nectar_mlx.fitting.kinds.quadrature import QuadratureFit
-from nectar_mlx.fitting.samples import capture
+from nectar_mlx.fitting.samples import recording
 from nectar_mlx.fitting.train import merged_errors, train_heads
 from nectar_mlx.heads import KINDS, Quadrature
 from nectar_mlx.mlxlm import prompts
@@ -35,7 +35,7 @@ def test_the_kinds_that_keep_keys_have_a_file_of_them(kind):
 def data(tokenizer):
     """What the heads of 60 tokens are fitted to."""
     run = fit_run(toys.toy("llama"), tokenizer)
-    return capture.collect(run, read(run, prompts.prefix(tokenizer, TEXT)[:TOKENS]))
+    return recording.collect(run, read(run, prompts.prefix(tokenizer, TEXT)[:TOKENS]))
 
 
 def prepared(kind, tokenizer, data):

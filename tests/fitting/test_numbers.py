@@ -12,7 +12,7 @@ from nectar_mlx.fitting import finite, prefill, stages
 from nectar_mlx.fitting.check import check
 from nectar_mlx.fitting.config import FitConfig
 from nectar_mlx.fitting.kinds import kind_fit
-from nectar_mlx.fitting.samples import capture
+from nectar_mlx.fitting.samples import recording
 from nectar_mlx.fitting.samples.sample_store import Samples
 from nectar_mlx.fitting.solve import attention_matching
 from nectar_mlx.heads import Exact
@@ -246,7 +246,7 @@ def test_offsets_are_means_and_keys_relative_to_them(tokenizer):
     context = prefill.read_text(model, toys.random_tokens(80), run.geometry)
     bank = context.banks[0]
     assert mx.abs(bank.offset).max() > 50 and mx.abs(bank.parameters["keys"].mean(1)).max() < 1
-    fitted = kind_fit(run, capture.collect(run, context)).banks[0]
+    fitted = kind_fit(run, recording.collect(run, context)).banks[0]
     assert mx.array_equal(fitted.offset, bank.offset)
     assert mx.array_equal(fitted.parameters["keys"], bank.parameters["keys"])
 
@@ -305,7 +305,7 @@ def test_a_window_that_leaves_no_room_is_too_small(tokenizer, kind):
 @pytest.mark.parametrize("layer", [0, 2])
 def test_the_first_layer_that_answers_are_not_finite_behind_is_named(tokenizer, layer):
     run = fit_run(toys.toy("llama"), tokenizer, **FAST)
-    data = capture.collect(run, prefill.read_text(run.model, toys.random_tokens(80), run.geometry))
+    data = recording.collect(run, prefill.read_text(run.model, toys.random_tokens(80), run.geometry))
     banks = data.context.banks
     assert np.isfinite(check(run, data, banks)["kl"])
     values = banks[layer].parameters["values"]

@@ -10,7 +10,7 @@ from nectar_mlx import Nectar, NectarError, ask, evaluate, fit
 from nectar_mlx.core.attention import Partial, merge
 from nectar_mlx.fitting.config import FitConfig
 from nectar_mlx.fitting.kinds import distillation, hybrid, kind_fit, retrieval
-from nectar_mlx.fitting.samples import capture, thresholds
+from nectar_mlx.fitting.samples import recording, thresholds
 from nectar_mlx.fitting.samples.sample_store import Samples
 from nectar_mlx.fitting.solve import regression
 from nectar_mlx.fitting.train import regress
@@ -214,7 +214,7 @@ def test_from_text_to_sources_and_evaluation(tmp_path, capsys, monkeypatch):
 def collected(tokenizer):
     """How the heads of the toy are fitted, kind hybrid."""
     run = fit_run(toys.toy("llama"), tokenizer, **OPTIONS, kind="hybrid")
-    return kind_fit(run, capture.collect(run, read(run, prompts.prefix(tokenizer, TEXT))))
+    return kind_fit(run, recording.collect(run, read(run, prompts.prefix(tokenizer, TEXT))))
 
 
 def test_the_router_is_made_for_the_queries_of_all_heads(collected, monkeypatch):

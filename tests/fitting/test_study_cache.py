@@ -6,7 +6,7 @@ import pytest
 
 from nectar_mlx.core.gather import take
 from nectar_mlx.fitting import prefill
-from nectar_mlx.fitting.samples import capture, self_study
+from nectar_mlx.fitting.samples import capture, sampling
 from nectar_mlx.fitting.samples.conversation import Conversation
 from nectar_mlx.fitting.samples.sample_store import DeviceSampleStore, SampleStore
 from nectar_mlx.fitting.samples.study_cache import allow_half
@@ -26,14 +26,14 @@ def test_half_precision_sees_what_float32_sees(set_device, architecture):
     set_device(half=True, linux_cpu=False, steps_ahead=8)
     allow_half(model, context)
     assert all(bank.half for bank in context.banks)
-    self_study.sample_answers(
+    sampling.sample_answers(
         model,
         context,
         batch,
         stop=set(),
         max_tokens=20,
         temperature=[1e-4] * 4,
-        chances=self_study.chances(0, range(4), 20),
+        chances=sampling.chances(0, range(4), 20),
     )
     greedy = []
     for conversation in batch:

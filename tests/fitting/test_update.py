@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 
 from nectar_mlx import Nectar, NectarError, store, update, update_file
-from nectar_mlx.core.attention import merge
 from nectar_mlx.fitting import updating
 from nectar_mlx.fitting.checkpoint import Checkpoint
-from nectar_mlx.fitting.samples import kept_study, self_study
+from nectar_mlx.fitting.samples import kept_study, sampling, self_study
+from nectar_mlx.fitting.samples.capture import capture
 from nectar_mlx.fitting.samples.conversation import Conversation
-from nectar_mlx.fitting.updating.behind import behind
+from nectar_mlx.fitting.updating import warm
 from nectar_mlx.fitting.updating.revision import Revision
+from nectar_mlx.heads import Quadrature
 from nectar_mlx.mlxlm import prompts
 from tests import toys
 from tests.fitting.toy_fit import FAST, TEXT, fit_run, read
@@ -50,11 +51,12 @@ def updated(model, tokenizer, file, text, **options):
 class TestRevision:
     def test_what_follows_is_appended(self):
         revision = Revision.of([1, 2, 3], [1, 2, 3, 4, 5])
-        assert (revision.appended, revision.changed, revision.moved) == (2, [(3, 5)], 0)
+        assert (revision.appended, revision.changed, revision.kept) == (2, [(3, 5)], [(0, 3, 0)])
 
     def test_an_insertion_moves_what_is_behind_it(self):
         revision = Revision.of([1, 2, 3, 4, 5, 6], [1, 9, 9, 2, 3, 4, 5, 6])
-        assert (revision.appended, revision.changed, revision.moved) == (0, [(1, 3)], 2)
+        assert (revision.appended, revision.changed) == (0, [(1, 3)])
+        assert revision.kept == [(0, 1, 0), (3, 8, 2)]
         assert revision.share == pytest.approx(2 / 8)
 
     def test_what_is_left_out_counts_as_changed(self):
@@ -103,38 +105,50 @@ class TestKeptStudy:
         assert kept_study.TENSOR not in plain.tensors
 
 
-class TestAppend:
-    def test_a_bank_with_exact_keys_behind_it_is_the_whole(self, model, tokenizer):
-        run = fit_run(model, tokenizer)
-        context = read(run, toys.random_tokens(40))
-        queries = mx.random.normal((1, run.geometry.n_heads, 5, run.geometry.head_dim))
-        for bank in context.banks:
-            both = behind(bank.part(slice(30)), bank, 30)
-            for ours, exact in zip(both.over(queries), bank.over(queries), strict=True):
-                assert mx.allclose(ours, exact, atol=1e-5)
-            parts = merge(both.part(slice(30)).over(queries), both.part(slice(30, None)).over(queries))
-            assert mx.allclose(parts.output, both.over(queries).output, atol=1e-5)
+def test_some_of_the_kept_conversations_are_held_out(model, tokenizer):
+    run = fit_run(model, tokenizer)
+    kept = [Conversation([1] * 10, [2] * 10, "held_out" if i % 10 == 0 else "train") for i in range(40)]
+    few = updating.base.some(kept, run, samples=run.group * 19 * 4)
+    assert [sum(c.split == split for c in few) for split in ("train", "held_out")] == [4, 1]
+    assert len(updating.base.some(kept, run, samples=10**6)) == len(kept)
 
+
+class TestAppend:
     @pytest.mark.parametrize("study", [True, False])
-    def test_the_old_heads_stay_and_the_new_text_is_answered_from(self, model, tokenizer, fitted, study):
+    def test_there_are_more_nodes_and_the_new_text_is_answered_from(self, model, tokenizer, fitted, study):
         tensors = {name: x for name, x in fitted.tensors.items() if study or name != kept_study.TENSOR}
         outcome, said = updated(model, tokenizer, Nectar(tensors, fitted.metadata), MORE)
         assert outcome.way == "append"
         assert "tokens were added" in said[0]
         nectar = Nectar(outcome.tensors, outcome.metadata)
         assert nectar.prefix[: len(fitted.prefix)] == fitted.prefix
-        for before, after in zip(fitted.banks, nectar.banks, strict=True):
-            for old, new in zip(before.unstack(), after.unstack(), strict=True):
-                nodes = old["bias"].shape[0]
-                assert new["bias"].shape[0] > nodes
-                assert all(mx.array_equal(new[name][:nodes], old[name]) for name in old)
+        added = len(nectar.prefix) - len(fitted.prefix)
+        for (old,), (new,) in zip(fitted.report["sizes"], nectar.report["sizes"], strict=True):
+            assert old < new <= old + added
         assert nectar.report["kl"] < 2 * fitted.report["kl"] + 0.01
         assert nectar.report["verdict"]
         assert (kept_study.TENSOR in nectar.tensors) == study
 
+    def test_it_starts_from_the_old_nodes_and_the_keys_of_the_new_text(self, model, tokenizer):
+        """With room for every key the new text's stand for themselves: old nodes and they are the whole context."""
+        run, tokens = fit_run(model, tokenizer, queries=300), toys.random_tokens(60)
+        context = read(run, tokens)
+        asked = self_study.training_conversations(tokenizer, tokens, first=0, count=8, seed=0)
+        self_study.answer(run, context, asked, seed=0)
+        data = capture(run, context, asked)
+        nodes = [head for bank in context.banks for head in bank.part(slice(40)).nodes()]
+        kind = warm.WarmFit(run, data, nodes=nodes, places=range(40, 60), rooms=[20] * len(nodes))
+        started = kind.match(range(kind.n_heads), [60] * kind.n_heads)
+        K = run.geometry.n_kv_heads
+        for layer, exact in enumerate(context.banks):
+            bank = Quadrature.stack(started[layer * K : layer * K + K], scale=exact.scale, offset=exact.offset)
+            queries = kind.held_out_samples(range(layer * K, layer * K + K)).queries
+            assert mx.allclose(bank(queries).output, exact(queries).output, atol=1e-4)
+            assert mx.allclose(bank.parameters["keys"], exact.parameters["keys"], atol=1e-5)
+
     def test_it_samples_a_fraction_of_a_fit(self, model, tokenizer, fitted, monkeypatch):
         sampled = []
-        answer = self_study.sample_answers
+        answer = sampling.sample_answers
 
         def counted(model, context, batch, **options):
             answer(model, context, batch, **options)
@@ -181,8 +195,30 @@ class TestEdit:
         assert nectar.prefix == prompts.prefix(tokenizer, EDITED)
         assert nectar.report["kl"] < 2 * fitted.report["kl"] + 0.01
         assert nectar.report["updated"]["from"] == fitted.digest
+        assert nectar.report["kl_no_context"] == fitted.report["kl_no_context"]  # is not measured again
         assert [len(bank.sizes) for bank in nectar.banks] == [len(bank.sizes) for bank in fitted.banks]
         assert kept_study.TENSOR in nectar.tensors
+
+    def test_a_head_that_kept_every_key_keeps_every_key(self, model, tokenizer):
+        file = Nectar.fit(model, tokenizer, TEXT, budget=1.0, keep_study=True, **FAST)
+        text = TEXT.replace("fox number 7", "fox that was seen before it was number 7")
+        outcome, said = updated(model, tokenizer, file, text)
+        assert outcome.way == "edit", said
+        length = len(outcome.tensors["prefix"].tolist())
+        assert length > len(file.prefix)
+        assert outcome.metadata["report"]["sizes"] == [[length]] * len(file.report["sizes"])
+
+    def test_nodes_move_with_the_keys_that_they_stand_for(self, model, tokenizer):
+        """The first layer's keys depend on token and position alone: as nodes they come to lie on the new text's."""
+        run, old = fit_run(model, tokenizer), toys.random_tokens(60)
+        new = [*old[:30], 1, 2, 3, *old[30:]]
+        before, revision = read(run, old), Revision.of(old, new)
+        after = read(run, new, offsets=before.offsets)
+        nodes = [Quadrature.stack(bank.nodes(), scale=bank.scale, offset=bank.offset) for bank in before.banks]
+        moved = warm.moved_nodes(run, nodes, after, revision.kept)
+        kept = mx.array([place for start, end, _ in revision.kept for place in range(start, end)])
+        for head, keys in zip(moved, after.banks[0].parameters["keys"], strict=False):
+            assert mx.allclose(head["keys"], keys[kept], atol=1e-4)
 
 
 class TestFit:
@@ -258,13 +294,13 @@ class TestCommand:
         assert (folder / "book.nectar").read_bytes() == before
 
     def test_an_interrupted_update_goes_on(self, folder, monkeypatch, capsys):
-        answers, capture = [], updating.append.capture
-        sample = self_study.sample_answers
+        answers, capture = [], updating.base.capture
+        sample = sampling.sample_answers
         monkeypatch.setattr(self_study, "sample_answers", lambda *a, **o: (answers.append(1), sample(*a, **o)))
-        monkeypatch.setattr(updating.append, "capture", lambda *a, **o: (_ for _ in ()).throw(KeyboardInterrupt))
+        monkeypatch.setattr(updating.base, "capture", lambda *a, **o: (_ for _ in ()).throw(KeyboardInterrupt))
         assert self.run(folder, MORE) == 130
         assert "the same command continues" in capsys.readouterr().err
-        monkeypatch.setattr(updating.append, "capture", capture)
+        monkeypatch.setattr(updating.base, "capture", capture)
         assert self.run(folder, MORE) == 0
         assert len(answers) == 1
 

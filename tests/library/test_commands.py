@@ -68,6 +68,7 @@ def test_a_folder_is_added_listed_updated_removed(folder, cheap, notes, capsys):
     done = json.loads(out)
     assert len(done["fitted"]) == 7 and list(done["failed"]) == [str(notes / "bad.pdf")]
     assert "8 files: 7 read, 0 known, 1 cannot be read" in err and f"{notes / 'bad.pdf'}: " in err
+    assert "(7 documents to go)" in err and "7 documents fitted" in err
     assert Library(folder).options == {"budget": 0.03}
     assert run("list") == 0
     out, err = capsys.readouterr()
@@ -77,7 +78,9 @@ def test_a_folder_is_added_listed_updated_removed(folder, cheap, notes, capsys):
     assert len(listed["documents"]) == 8 and listed["model"] == "some"
     (notes / "long 0.txt").write_text("changed " * 900)
     assert run("update") == 0
-    assert cheap[-1].fitted == ["long 0.txt"] and "1 read, 6 known" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert cheap[-1].fitted == ["long 0.txt"] and "1 read, 6 known" in err
+    assert "(1 document to go)" in err and "1 document fitted" in err
     assert run("remove", notes, "--json") == 0
     assert len(json.loads(capsys.readouterr().out)["documents"]) == 8
     assert run("list") == 0 and capsys.readouterr().out == ""

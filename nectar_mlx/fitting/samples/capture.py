@@ -26,7 +26,6 @@ from ..prefill import Context
 from ..run import FitRun
 from .conversation import Conversation, Split
 from .sample_store import DeviceSampleStore, Samples, SampleStore
-from .self_study import study
 from .study_cache import StudyCache
 
 _SMALL = 4096.0  # a sixteenth of what float16 holds
@@ -48,26 +47,15 @@ class Collected:
     held_out: SampleStore
 
 
-def collect(run: FitRun, context: Context) -> Collected:
-    """Samples conversations about a context and captures what attention sees in them.
-
-    NectarError that names the layer and head where a number is not finite.
-    """
-    return capture(run, context, study(run, context))
-
-
 def capture(
     run: FitRun, context: Context, conversations: Sequence[Conversation], *, tokens: int | None = None
 ) -> Collected:
     """The samples of conversations. tokens: how many are replayed together (default: as many as is quick)."""
     wanted = run.n_samples(run.n_heads)
     spare = held_out_count(wanted)
-    store = SampleStore if device().linux_cpu else DeviceSampleStore
-    folder = None
-    if store.nbytes(run.n_heads, wanted + spare, run.geometry.head_dim) > run.memory:
-        folder = run.checkpoint.spill()
-    train = _empty(run, wanted, folder and folder / "train.samples")
-    held_out = _empty(run, spare, folder and folder / "held_out.samples")
+    folder = spill(run, wanted + spare)
+    train = empty(run, wanted, folder and folder / "train.samples")
+    held_out = empty(run, spare, folder and folder / "held_out.samples")
     replayed = [c for c in conversations if c.split != "check"]
     with run.progress("capturing attention", sum(c.fed_tokens for c in replayed)) as done:
         replay(
@@ -80,6 +68,13 @@ def capture(
             progress=done,
             world=run.world,
         )
+    return collected(run, context, conversations, train, held_out)
+
+
+def collected(
+    run: FitRun, context: Context, conversations: Sequence[Conversation], train: SampleStore, held_out: SampleStore
+) -> Collected:
+    """What was collected, if all of it is finite."""
     for bank in context.banks:
         bank.forget_half()
     for samples in (train, held_out):
@@ -92,7 +87,15 @@ def held_out_count(train: int) -> int:
     return max(train // 10, _FEWEST_HELD_OUT)
 
 
-def _empty(run: FitRun, count: int, folder: Path | None) -> SampleStore:
+def spill(run: FitRun, count: int) -> Path | None:
+    """A folder for so many samples of every head, where they do not fit the memory."""
+    store = SampleStore if device().linux_cpu else DeviceSampleStore
+    fits = store.nbytes(run.n_heads, count, run.geometry.head_dim) <= run.memory
+    return None if fits else run.checkpoint.spill()
+
+
+def empty(run: FitRun, count: int, folder: Path | None) -> SampleStore:
+    """A store for so many samples of every head, in memory or in a folder."""
     if folder or device().linux_cpu:
         return SampleStore(run.n_heads, count, run.geometry.head_dim, folder=folder)
     return DeviceSampleStore(count)

@@ -13,6 +13,7 @@ import numpy as np
 from ...core import attention
 from ...core.attention import Partial, group, ungroup
 from ...core.device import device
+from ...core.gather import take
 from ...heads import Exact
 from ...heads.exact import HalfKeys
 from ...kernels import training
@@ -30,18 +31,25 @@ class StudyCache(NectarCache):
 
     def __init__(self, bank: Any, context: int, live: Any = None, *rest: Any):
         super().__init__(bank, context, live, *rest)
-        self.half = isinstance(bank, Exact) and bank.half and live is None  # other layers share keys as they are
+        own = isinstance(bank, Exact) and live is None  # other layers share keys as they are
+        offset = bank.offset if own else None
+        self.half, self._subtracted = own and bank.half, offset
         if self.half:
             self.live = WholeCache()  # type: ignore[no-untyped-call]
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        if self._subtracted is not None and self._subtracted.shape[-1] != keys.shape[-1]:
+            self._subtracted = None  # latent attention keeps keys in two parts
+        if self._subtracted is not None:  # once, not in every step for all of them
+            keys = keys.astype(mx.float32) - self._subtracted.astype(mx.float32)[:, None]
         if not self.half:
             return super().update_and_fetch(keys, values)
-        relative = keys.astype(mx.float32)
-        if self.bank.offset is not None:
-            relative = relative - self.bank.offset.astype(mx.float32)[:, None]
-        kept = (self.bank.scale * relative).astype(mx.float16), values.astype(mx.float16)
+        kept = (self.bank.scale * keys.astype(mx.float32)).astype(mx.float16), values.astype(mx.float16)
         return self.live.update_and_fetch(*kept)  # type: ignore[no-any-return]
+
+    @property
+    def live_offset(self) -> mx.array | None:
+        return super().live_offset if self._subtracted is None else None
 
     def attend(
         self,
@@ -99,6 +107,14 @@ class StudyCache(NectarCache):
         common = 0.0 if offset is None else attention.common_score(queries, offset, scale=scale)
         part = with_sinks(part, sinks, common)
         return part._replace(output=part.output.astype(mx.float16))
+
+
+class StepCache(StudyCache):
+    """Of several sequences that advance in step; some may end before the others."""
+
+    def filter(self, kept: mx.array) -> None:
+        live: Any = self.live
+        live.keys, live.values = take(live.keys, kept), take(live.values, kept)
 
 
 def _masked(scores: mx.array, mask: mx.array) -> mx.array:

@@ -1,7 +1,7 @@
 """A fitted text that was changed, fitted again for less than a fit.
 
-append: the new text begins with the old one. The file's heads stay; nodes are fitted for the keys of what is new, and
-the two sets merge exactly.
+append: the new text begins with the old one. Nodes for its keys are put beside the file's own, and all are trained for
+a short time.
 edit: anything else. The file's heads are trained on, on the conversations that the file kept (`fit --keep-study`).
 
 Both read the whole text once, for the full cache is what the result is checked against. Where a fit is the better way,

@@ -1,5 +1,6 @@
 """What an update starts from, and what the two ways of updating share."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -14,16 +15,19 @@ from ...heads import Bank, HeadArrays, Size
 from ...store import MEAN_BITS, Layout, load
 from .. import finite
 from ..check import check
+from ..kinds import KindFit
 from ..prefill import Context, read_text
 from ..run import FitRun
 from ..samples import kept_study
-from ..samples.capture import Collected
+from ..samples.capture import Collected, capture
 from ..samples.conversation import Conversation, count_samples
 from ..samples.self_study import answer, check_conversations, training_conversations
+from ..train import merged_errors, train_heads
 from .revision import Revision
 
-_FEWEST = 8  # conversations that are sampled: fewer take as long
-_CHECKS = 0.4  # of a fit's check questions, beside those about what is new
+_FEWEST = 6  # conversations that are sampled: fewer take nearly as long
+_ANSWER = 64  # tokens of their answers, at most
+_CHECKS = 0.25  # of a fit's check questions, beside those about what is new
 _AROUND = 60  # tokens before a new passage that questions about it may quote
 
 
@@ -74,6 +78,12 @@ class FileContents:
         fits = isinstance(errors, list) and len(errors) == self.layout.n_layers * self.layout.n_kv_heads
         return [float(x) for x in errors] if fits else []
 
+    @property
+    def no_context(self) -> float | None:
+        """The divergence without the text, as the report has it: questions about most of it are asked again."""
+        known = self.metadata["report"].get("kl_no_context")
+        return float(known) if isinstance(known, int | float) else None
+
     def study(self, run: FitRun) -> list[Conversation]:
         """The conversations that were kept; none where none were."""
         kept = self.tensors.get(kept_study.TENSOR)
@@ -86,11 +96,10 @@ class FileContents:
 @dataclass(frozen=True, kw_only=True)
 class Updated:
     """What an update makes: heads as they will be stored, layer by layer, and what they were fitted to. errors: of
-    every head on held-out samples. context: all exact keys and values, the truth that it is checked against."""
+    every head on held-out samples."""
 
     heads: Sequence[HeadArrays]
     errors: Sequence[float]
-    context: Context
     data: Collected
     report: JsonObject
 
@@ -115,6 +124,7 @@ def converse(
     """
     if found := run.checkpoint.load_conversations():
         return found
+    run = replace(run, config=replace(run.config, answer_tokens=min(_ANSWER, run.config.answer_tokens)))
     config, whole = run.config, context.prefix
     passages = [list(whole[max(0, start - _AROUND) : end]) for start, end in revision.changed] or [whole]
     passages += [] if kept else [whole] * len(passages)
@@ -145,23 +155,48 @@ def _enough(asking: Sequence[Conversation], run: FitRun, *, samples: float, leas
     return chosen
 
 
+def collected(
+    run: FitRun, context: Context, revision: Revision, study: Sequence[Conversation], *, kept: int, new: int
+) -> Collected:
+    """What heads are trained on: about so many samples of conversations that were kept, and of new ones."""
+    conversations = some(study, run, samples=kept) + converse(run, context, revision, study, wanted=new)
+    given = max(1, count_samples(conversations, group=run.group))
+    return capture(replace(run, config=replace(run.config, queries=given)), context, conversations)
+
+
+def shorter(run: FitRun, data: Collected, *, steps: float, rate: float = 1.0) -> FitRun:
+    """The run with so much of a fit's steps and rate, on what was collected."""
+    config = run.config
+    usual = config.rate or run.layout.bank.learning_rate
+    changed = replace(config, queries=data.train.count, steps=math.ceil(steps * config.steps), rate=rate * usual)
+    return replace(run, config=changed)
+
+
+def retrained(kind: KindFit, file: FileContents, sizes: Sequence[Size], *, clock: Clock) -> Updated:
+    """Heads of these sizes, trained from where the kind starts them."""
+    context, layout = kind.data.context, kind.run.layout
+    heads = train_heads(kind, sizes, bits=file.bits)
+    clock.lap("regression")
+    banks = load.banks(layout, store.pack(layout, heads, offsets=context.offsets))
+    report = {"samples": kind.data.train.count, "touched": kind.n_heads - len(kind.settled)}
+    return Updated(heads=heads, errors=merged_errors(kind, banks), data=kind.data, report=report)
+
+
 def some(kept: Sequence[Conversation], run: FitRun, *, samples: int) -> list[Conversation]:
-    """Of the conversations that were kept those of the check, and of the others as many as give so many samples."""
+    """Of the conversations that were kept some of the check, and of the others as many as give so many samples; of
+    those that are held out at least one."""
     chosen = [c for c in kept if c.split == "check"][: max(2, round(_CHECKS * run.config.checks))]
-    others = [c for c in kept if c.split != "check"]
-    share = samples / max(1, count_samples(others, group=run.group))
-    taken = 0.0
-    for conversation in others:
-        taken += share
-        if taken >= 1 or share >= 1:
-            chosen.append(conversation)
-            taken -= 1
+    share = min(1.0, samples / max(1, count_samples(kept, group=run.group)))
+    for split in ("train", "held_out"):
+        of = [c for c in kept if c.split == split]
+        count = math.ceil(share * len(of))
+        chosen += [of[i * len(of) // count] for i in range(count)]
     return chosen
 
 
-def stored(run: FitRun, updated: Updated, *, clock: Clock) -> tuple[store.Tensors, JsonObject]:
+def stored(run: FitRun, file: FileContents, updated: Updated, *, clock: Clock) -> tuple[store.Tensors, JsonObject]:
     """The file's tensors, and its report: checked against the full cache."""
-    context = updated.context
+    context = updated.data.context
     tensors = store.contents(
         run.layout, updated.heads, prefix=context.prefix, windows=context.windows, offsets=context.offsets
     )
@@ -174,6 +209,6 @@ def stored(run: FitRun, updated: Updated, *, clock: Clock) -> tuple[store.Tensor
         "queries": updated.data.train.count,
         "error": [float(f"{x:.3g}") for x in updated.errors],
     }
-    report |= check(run, replace(updated.data, context=context), banks) | updated.report
+    report |= check(run, updated.data, banks, no_context=file.no_context) | updated.report
     clock.lap("check")
     return tensors, report

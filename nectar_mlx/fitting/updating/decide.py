@@ -172,7 +172,7 @@ def _updated(
     run.claim(prefix)
     ways: dict[str, Callable[..., Updated]] = {"append": append.append, "edit": edit.edit}
     updated = ways[way](run, file, revision, study, clock=clock)
-    tensors, report = stored(run, updated, clock=clock)
+    tensors, report = stored(run, file, updated, clock=clock)
     if _worse(report, file.metadata["report"]):
         return None
     report["updated"] = {"way": way, "tokens": len(prefix) - len(revision.old), "from": store.digest(file.tensors)}

@@ -3,20 +3,27 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
-from typing import Self
+from typing import NamedTuple, Self
 
 _LONGEST = 20_000  # tokens between the first and the last difference that are compared one by one
+_FEWEST = 4  # tokens in a row that count as kept: two texts have words in common anywhere
+
+
+class Run(NamedTuple):
+    """Tokens in a row that were kept: places [start, end) of the new prefix, and by how many positions they moved."""
+
+    start: int
+    end: int
+    moved: int
 
 
 @dataclass(frozen=True)
 class Revision:
-    """old, new: a prefix before and after. changed: places [start, end) of the new one whose tokens are new, in their
-    order; of what was only left out there are none. moved: by how many positions most of the kept tokens moved."""
+    """old, new: a prefix before and after. kept: the runs of tokens that are in both, in their order."""
 
     old: Sequence[int]
     new: Sequence[int]
-    changed: Sequence[tuple[int, int]]
-    moved: int = 0
+    kept: Sequence[Run]
 
     @classmethod
     def of(cls, old: Sequence[int], new: Sequence[int]) -> Self:
@@ -24,19 +31,19 @@ class Revision:
         first = _alike(old, new)
         last = min(_alike(old[::-1], new[::-1]), min(len(old), len(new)) - first)
         before, after = old[first : len(old) - last], new[first : len(new) - last]
-        if len(before) + len(after) > _LONGEST:
-            return cls(old, new, [(first, len(new) - last)])
-        changed, kept = list[tuple[int, int]](), {0: first, len(new) - len(old): last}
-        for kind, a, a_end, b, b_end in SequenceMatcher(None, before, after, autojunk=False).get_opcodes():
-            if kind == "equal":
-                kept[b - a] = kept.get(b - a, 0) + a_end - a
-            elif b < b_end:
-                changed.append((first + b, first + b_end))
-        return cls(old, new, changed, max(kept, key=lambda by: kept[by]))
+        runs = [Run(0, first, 0)]
+        if len(before) + len(after) <= _LONGEST:
+            blocks = SequenceMatcher(None, before, after, autojunk=False).get_matching_blocks()
+            runs += [Run(first + b, first + b + n, b - a) for a, b, n in blocks if n >= _FEWEST]
+        runs.append(Run(len(new) - last, len(new), len(new) - len(old)))
+        return cls(old, new, [run for run in runs if run.start < run.end])
 
     @property
-    def same(self) -> bool:
-        return list(self.old) == list(self.new)
+    def changed(self) -> list[tuple[int, int]]:
+        """Places [start, end) of the new prefix whose tokens are new, in their order; of what was only left out there
+        are none."""
+        ends, starts = [0, *(run.end for run in self.kept)], [*(run.start for run in self.kept), len(self.new)]
+        return [(end, start) for end, start in zip(ends, starts, strict=True) if end < start]
 
     @property
     def appended(self) -> int:
@@ -47,9 +54,9 @@ class Revision:
     @property
     def share(self) -> float:
         """How much of the text is another: tokens that are new or left out, of all of the longer one."""
-        added = sum(end - start for start, end in self.changed)
-        left_out = len(self.old) - (len(self.new) - added)
-        return max(added, left_out) / max(len(self.old), len(self.new))
+        kept = sum(run.end - run.start for run in self.kept)
+        longest = max(len(self.old), len(self.new))
+        return (longest - kept) / longest
 
 
 def _alike(a: Sequence[int], b: Sequence[int]) -> int:

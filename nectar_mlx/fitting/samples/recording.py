@@ -1,0 +1,180 @@
+"""Samples without a replay: what attention sees while answers are sampled is what it would see in a replay.
+
+A token of a conversation then goes through the model once. An interrupted fit feeds the tokens that it has again, in
+the very steps of before, so that its samples are the same to the last bit.
+"""
+
+import itertools
+import shutil
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from ...core.device import device
+from ...mlxlm.kept import attention_caches
+from ..distributed import World
+from ..prefill import Context
+from ..run import FitRun
+from .capture import CaptureCache, Collected, capture, collected, empty, held_out_count, spill
+from .conversation import Conversation, Split
+from .sample_store import Samples, SampleStore
+from .self_study import study
+from .study_cache import StepCache
+
+_STEPS = 16  # of which samples are taken together
+_SPLITS: tuple[Split, ...] = ("train", "held_out")
+
+
+def collect(run: FitRun, context: Context) -> Collected:
+    """Samples conversations about a context and captures what attention sees in them.
+
+    NectarError that names the layer and head where a number is not finite.
+    """
+    if not device().record:
+        return capture(run, context, study(run, context))
+    wanted = run.n_samples(run.n_heads)
+    counts: dict[Split, int] = {"train": wanted, "held_out": held_out_count(wanted)}
+    folder = spill(run, sum(counts.values()))
+    recording = Recording(folder and folder / "recorded")
+    conversations = study(run, context, recording)
+    stores = {split: empty(run, count, folder and folder / f"{split}.samples") for split, count in counts.items()}
+    for split, store in stores.items():
+        recording.move(split, store, run.world)
+    return collected(run, context, conversations, stores["train"], stores["held_out"])
+
+
+class _Cache(CaptureCache, StepCache):
+    """Of sequences that advance in step, some of which end before the others."""
+
+
+class _Fed:
+    """Tokens that were fed and whose samples were not taken yet: what each layer captured, step by step, and, once it
+    is known, which of them belong to their conversations and of which split those are."""
+
+    def __init__(self) -> None:
+        self.captured = list[list[list[Samples]]]()
+        self.places = list[np.ndarray]()
+        self.splits: Sequence[Split] = ()
+
+
+class Recording:
+    """What attention saw in the conversations that were sampled so far (`sampling.Recorder`)."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self._fed = _Fed()
+        self._pieces = _Pieces() if folder is None else _PiecesOnDisk(folder)
+
+    def begin(self, first: int) -> None:
+        self._pieces.group = first
+
+    def make_cache(self, context: Context, *, sequences: int) -> list[Any]:
+        return context.make_cache(partial(_Cache, preamble=context.preamble), sequences=sequences)
+
+    def fed(self, caches: Sequence[Any]) -> None:
+        capturing = _capturing(caches)
+        self._fed.captured.append([cache.captured for cache in capturing])
+        for cache in capturing:
+            cache.captured = []
+
+    def keep(self, caches: Sequence[Any], going: Sequence[Conversation], places: np.ndarray, *, last: bool) -> None:
+        """last: whether the batch changes, or ends, behind these."""
+        self._fed.places.append(places)
+        self._fed.splits = [c.split for c in going]
+        if last or len(self._fed.captured) >= _STEPS:
+            self._take(_capturing(caches))
+
+    def _take(self, capturing: Sequence[CaptureCache]) -> None:
+        fed, self._fed = self._fed, _Fed()
+        places = np.concatenate(fed.places, axis=1)
+        for layer, cache in enumerate(capturing):
+            cache.captured = [_joined(turn) for turn in zip(*(step[layer] for step in fed.captured), strict=True)]
+        for split in _SPLITS:
+            chosen = places & (np.array(fed.splits) == split)[:, None]
+            if chosen.any():
+                self._pieces.add(split, [cache.take(chosen) for cache in capturing])
+        for cache in capturing:
+            cache.captured = []
+
+    def move(self, split: Split, store: SampleStore, world: World) -> None:
+        """Moves the samples of a split that all ranks have into an empty store: as many as it holds, drawn at
+        random."""
+        total = sum(world.values(self._pieces.count[split]))
+        drawn = np.random.default_rng(0).permutation(total)[: store.capacity]
+        chosen = mx.array(np.sort(drawn).astype(np.int32))
+        for layer, samples in enumerate(self._pieces.layers(split, world)):
+            store.add(layer * samples.queries.shape[0], samples.take(chosen) if len(drawn) < total else samples)
+        store.advance(total)
+
+
+class _Pieces:
+    """Samples of all layers, some at a time. count: of each split. group: the number of the conversations that are
+    sampled together now, which one rank has."""
+
+    def __init__(self) -> None:
+        self.count, self.group = dict.fromkeys(_SPLITS, 0), 0
+        self._of = {split: list[list[tuple[int, Any]]]() for split in _SPLITS}  # by layer
+
+    def add(self, split: Split, layers: Sequence[Samples]) -> None:
+        mx.eval(layers)
+        self.count[split] += layers[0].queries.shape[1]
+        self._of[split] = self._of[split] or [[] for _ in layers]
+        for pieces, samples in zip(self._of[split], layers, strict=True):
+            pieces.append((self.group, self._kept(samples)))
+
+    def layers(self, split: Split, world: World) -> Iterator[Samples]:
+        """Each layer's of all ranks, in an order that does not depend on their number. They are no longer here then."""
+        for _ in range(max(world.values(len(self._of[split])))):
+            own = self._of[split].pop(0) if self._of[split] else []
+            mine = {
+                f"{group}.{number}.{name}": x
+                for number, (group, kept) in enumerate(own)
+                for name, x in self._samples(kept)._asdict().items()
+            }
+            every = dict[tuple[int, int], dict[str, mx.array]]()
+            for part in world.arrays(mine):
+                for key, x in part.items():
+                    group, number, name = key.split(".")
+                    every.setdefault((int(group), int(number)), {})[name] = x
+            yield _joined([Samples(**every[at]) for at in sorted(every)], axis=1)
+
+    def _kept(self, samples: Samples) -> Any:
+        return samples
+
+    def _samples(self, kept: Any) -> Samples:
+        samples: Samples = kept
+        return samples
+
+
+class _PiecesOnDisk(_Pieces):
+    """The same, in files of a folder of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        shutil.rmtree(folder, ignore_errors=True)  # of an interrupted run
+        folder.mkdir(parents=True)
+        self._paths = (folder / f"{number}.npy" for number in itertools.count())
+
+    def _kept(self, samples: Samples) -> Path:
+        path = next(self._paths)
+        with path.open("wb") as file:
+            for x in samples:
+                np.save(file, np.array(x.astype(mx.float32)))
+        return path
+
+    def _samples(self, kept: Path) -> Samples:
+        with kept.open("rb") as file:
+            samples = Samples(*(mx.array(np.load(file)) for _ in Samples._fields))
+        kept.unlink()
+        return samples
+
+
+def _capturing(caches: Sequence[Any]) -> list[CaptureCache]:
+    return [cache for _, cache in attention_caches(caches) if isinstance(cache, CaptureCache)]
+
+
+def _joined(pieces: Sequence[Samples], *, axis: int = 2) -> Samples:
+    return Samples(*(mx.concatenate(list(field), axis=axis) for field in zip(*pieces, strict=True)))

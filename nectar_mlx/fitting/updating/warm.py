@@ -1,0 +1,122 @@
+"""Heads that start from those of a file: nodes where their keys are now, and more for the tokens that are new."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import mlx.core as mx
+import numpy as np
+
+from ...core import attention
+from ...core.gather import take
+from ...heads import Bank, HeadArrays
+from ...mlxlm.positions import shifted
+from ..kinds.quadrature import QuadratureFit
+from ..prefill import Context
+from ..run import FitRun
+from ..samples.capture import Collected
+from ..samples.sample_store import Samples
+from ..solve import attention_matching
+from .revision import Run
+
+_PROBE = 1024  # samples by which the least used nodes are found
+
+
+class WarmFit(QuadratureFit):
+    """Every head starts from the nodes of a file, of which the least used make room where there is none, and from
+    Attention Matching of the new tokens' keys.
+
+    nodes: of every head, their keys relative to the context's offsets. places: of the new tokens. rooms: for every
+    head, how many of its nodes are for them.
+    """
+
+    def __init__(
+        self,
+        run: FitRun,
+        data: Collected,
+        *,
+        nodes: Sequence[HeadArrays],
+        places: Sequence[int],
+        rooms: Sequence[int],
+    ):
+        super().__init__(run, data)
+        self.nodes, self.places, self.rooms = nodes, mx.array(np.array(places, np.int32)), rooms
+
+    def match(self, heads: Sequence[int], counts: Sequence[int]) -> list[HeadArrays]:
+        rooms = [max(self.rooms[i], count - self.nodes[i]["bias"].size) for i, count in zip(heads, counts, strict=True)]
+        kept = [self._most_used(i, count - room) for i, count, room in zip(heads, counts, rooms, strict=True)]
+        if not self.places.size:
+            return kept
+        new = self._new(heads, rooms)
+        return [{name: mx.concatenate([a[name], b[name]]) for name in a} for a, b in zip(kept, new, strict=True)]
+
+    def _most_used(self, index: int, count: int) -> HeadArrays:
+        """So many of a head's nodes, those that take the most attention."""
+        nodes = self.nodes[index]
+        if count >= nodes["bias"].size:
+            return nodes
+        queries = self.training_samples([index], _PROBE).queries[0].astype(mx.float32)
+        scores = self.run.geometry.scale * queries @ nodes["keys"].T + nodes["bias"]
+        kept = attention_matching.most_important(mx.softmax(scores, axis=-1).mean(0), count)
+        return {name: x[kept] for name, x in nodes.items()}
+
+    def _new(self, heads: Sequence[int], rooms: Sequence[int]) -> list[HeadArrays]:
+        """Attention Matching for the new tokens alone, so many nodes for each head."""
+        scale, samples = self.run.geometry.scale, self.matching_samples(heads)
+        keys, values, outputs, logs = [], [], [], []
+        for at, (index, room) in enumerate(zip(heads, rooms, strict=True)):
+            layer, k = divmod(index, self.run.geometry.n_kv_heads)
+            own = self.banks[layer].parameters
+            own_keys, own_values = (take(own[name][k], self.places).astype(mx.float32) for name in ("keys", "values"))
+            part = attention.exact(samples.queries[at : at + 1], own_keys[None], own_values[None], scale=scale)
+            one = Samples(*(x[at : at + 1] for x in samples))._replace(
+                output=part.output, log_normalizer=part.log_normalizer
+            )
+            weights = attention_matching.importance(one, own_keys[None], scale=scale)[0]
+            chosen = attention_matching.most_important(weights, room)
+            keys.append(own_keys[chosen])
+            values.append(own_values[chosen])
+            outputs.append(part.output)
+            logs.append(part.log_normalizer)
+        samples = samples._replace(output=mx.concatenate(outputs), log_normalizer=mx.concatenate(logs))
+        matched = attention_matching.match(samples, keys, values, scale=scale)
+        everything = [room == self.places.size for room in rooms]
+        exact = [{"keys": k, "values": v, "bias": mx.zeros(k.shape[0])} for k, v in zip(keys, values, strict=True)]
+        return [e if whole else m for e, m, whole in zip(exact, matched, everything, strict=True)]
+
+
+def moved_nodes(run: FitRun, banks: Sequence[Bank], context: Context, kept: Sequence[Run]) -> list[HeadArrays]:
+    """A file's nodes where the keys that they stand for are now, relative to the context's offsets: of all the moves
+    that tokens made, each node makes the one that brings it nearest to a key that made it."""
+    places: dict[int, list[int]] = {}
+    for start, end, by in kept:
+        places.setdefault(by, []).extend(range(start, end))
+    if list(places) == [0]:
+        return [head for bank in banks for head in bank.unstack()]
+    heads: list[HeadArrays] = []
+    for layer, bank, exact in zip(run.geometry.fitted, banks, context.banks, strict=True):
+        moves = [_at(run, layer, bank, by) for by in places]
+        own = [take(exact.parameters["keys"], mx.array(at), axis=1) for at in places.values()]
+        distances = [_nearest(keys, others) for keys, others in zip(moves, own, strict=True)]
+        best = mx.argmin(mx.stack(distances), axis=0)[..., None]
+        keys = moves[0]
+        for number, moved in enumerate(moves):
+            keys = mx.where(best == number, moved, keys)
+        heads += replace(bank, parameters=bank.parameters | {"keys": keys}).unstack()
+        mx.eval([head["keys"] for head in heads])
+    return heads
+
+
+def _at(run: FitRun, layer: int, bank: Bank, by: int) -> mx.array:
+    """A bank's keys so many positions further on."""
+    keys = bank.parameters["keys"].astype(mx.float32)
+    if by == 0:
+        return keys
+    offset = mx.array(0.0) if bank.offset is None else bank.offset.astype(mx.float32)[:, None]
+    return shifted(run.model, layer, keys + offset, by) - offset
+
+
+def _nearest(keys: mx.array, others: mx.array) -> mx.array:
+    """The squared distance of keys [K, m, D] from the nearest of others [K, n, D] -> [K, m]."""
+    others = others.astype(mx.float32)
+    products = keys @ others.swapaxes(1, 2)
+    return mx.square(keys).sum(-1) + (mx.square(others).sum(-1)[:, None] - 2 * products).min(-1)

@@ -1,0 +1,116 @@
+"""Samples that are captured while answers are sampled, against those of a replay."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from nectar_mlx.fitting.distributed import World
+from nectar_mlx.fitting.samples import capture, recording, sampling, self_study
+from nectar_mlx.fitting.samples.conversation import count_samples
+from nectar_mlx.fitting.samples.sample_store import Samples, SampleStore
+from tests import toys
+from tests.fitting.toy_fit import fit_run, read
+
+STOP = set(range(0, 320, 40))  # so that answers end at different times
+
+
+def recorded(run, context):
+    made = recording.Recording()
+    return made, self_study.study(run, context, made)
+
+
+def stored(run, made, split="train", capacity=10_000):
+    store = SampleStore(run.n_heads, capacity, run.geometry.head_dim, folder=None)
+    made.move(split, store, run.world)
+    return store
+
+
+@pytest.fixture
+def some_stop(tokenizer, monkeypatch):
+    monkeypatch.setattr(type(tokenizer), "eos_token_ids", property(lambda self: STOP), raising=False)
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    ["llama", "gemma3_text", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gemma4_text", "deepseek_v3"))],
+)
+@pytest.mark.parametrize("ahead, preamble", [(1, 0), (8, 5)])
+def test_what_is_recorded_is_what_a_replay_sees(tokenizer, set_device, some_stop, architecture, ahead, preamble):
+    set_device(steps_ahead=ahead)
+    run = fit_run(toys.toy(architecture), tokenizer, queries=300)
+    context = read(run, toys.random_tokens(60), preamble=preamble)
+    made, conversations = recorded(run, context)
+    assert len({len(c.answer) for c in conversations}) > 1
+    ours = stored(run, made)
+    replayed = SampleStore(run.n_heads, 10_000, run.geometry.head_dim, folder=None)
+    told = [c for c in conversations if c.split == "train"]
+    capture.replay(run.model, context, told, {"train": replayed}, n_heads=run.geometry.n_heads)
+    assert ours.count == replayed.count == count_samples(conversations, group=run.group) > 0
+    for head in (0, run.n_heads - 1):
+        mine, theirs = (rows(store, head) for store in (ours, replayed))
+        some = mine[np.random.default_rng(0).permutation(ours.count)[:200]]
+        # Every token as often as there, for conversations may begin alike.
+        seen, expected = (alike(some, others) for others in (mine, theirs))
+        assert seen.min() >= 1 and np.array_equal(seen, expected)
+
+
+def rows(store, head):
+    """Everything about each sample, [N, 3 D + 2]."""
+    return np.concatenate([np.array(x[0]).reshape(store.count, -1) for x in store.heads([head])], axis=1)
+
+
+def alike(some, others):
+    return (np.abs(some[:, None] - others[None]).max(-1) < 5e-3).sum(1)
+
+
+def test_more_than_wanted_are_drawn_at_random(tokenizer):
+    run = fit_run(toys.toy("llama"), tokenizer)
+    made, _ = recorded(run, read(run, toys.random_tokens(60)))
+    other, _ = recorded(run, read(run, toys.random_tokens(60)))
+    whole, part = (rows(stored(run, m, capacity=n), 5) for m, n in ((made, 10_000), (other, 90)))
+    places = np.array([np.abs(whole - row).max(1).argmin() for row in part])
+    assert len(part) == 90 and np.array_equal(whole[places], part)
+    assert [np.mean(places < at * len(whole)) for at in (0.25, 0.5, 0.75)] == pytest.approx([0.25, 0.5, 0.75], abs=0.2)
+
+
+def test_nothing_is_drawn_again_for_samples_of_an_interrupted_run(tokenizer, monkeypatch):
+    run = fit_run(toys.toy("llama"), tokenizer)
+    context = read(run, toys.random_tokens(60))
+    first, conversations = recorded(run, context)
+    monkeypatch.setattr(run.checkpoint, "load_conversations", lambda: conversations)
+    monkeypatch.setattr(sampling, "sample", lambda *a, **k: pytest.fail("an answer was sampled again"))
+    second, again = recorded(run, context)
+    assert again == conversations
+    for ours, theirs in zip(stored(run, first).heads([0, 5]), stored(run, second).heads([0, 5]), strict=True):
+        assert mx.array_equal(ours, theirs)
+
+
+def test_samples_of_two_ranks_come_in_the_order_of_one():
+    def piece(at):
+        return Samples(*(mx.full(shape, at) for shape in ((2, 3, 4),) * 3 + ((2, 3),) * 2))
+
+    def pieces(*groups):
+        made = recording._Pieces()
+        for group in groups:
+            made.group = group
+            for number in range(2):
+                made.add("train", [piece(100.0 * layer + 10 * group + number) for layer in range(2)])
+        return made
+
+    alone = list(pieces(0, 1, 2).layers("train", World()))
+    first, second = pieces(0, 2), pieces(1)
+    told = [
+        {f"{group}.{number}.{name}": x for number, (group, s) in enumerate(of) for name, x in s._asdict().items()}
+        for of in second._of["train"]
+    ]
+
+    class Two(World):
+        def values(self, value):
+            return [value, len(told)]
+
+        def arrays(self, arrays):
+            layer = int(arrays["0.0.queries"][0, 0, 0].item()) // 100
+            return [dict(arrays), told[layer]]
+
+    for ours, expected in zip(first.layers("train", Two(0, 2)), alone, strict=True):
+        assert all(mx.array_equal(x, y) for x, y in zip(ours, expected, strict=True))
