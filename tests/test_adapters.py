@@ -89,6 +89,26 @@ def test_an_adapter_of_another_model_is_refused(folder, tmp_path, capsys):
     assert f"mlx-lm cannot load the adapter {path} for this model" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("change", "scale", "complaint"),
+    [
+        (lambda weights: weights.popitem(), 4.0, "its file has no model.layers."),
+        (lambda weights: weights.update({min(weights): mx.full(weights[min(weights)].shape, mx.nan)}), 4.0, "finite"),
+        (lambda weights: None, float("nan"), "the scale of model.layers"),
+        (lambda weights: None, 1e39, "the scale of model.layers"),
+    ],
+    ids=["missing", "nan", "scale", "large scale"],
+)
+def test_an_adapter_that_is_incomplete_or_no_number_is_refused(change, scale, complaint, folder, tmp_path):
+    path = toys.adapter(tmp_path / "bad", scale=scale)
+    weights = dict(mx.load(f"{path}/adapters.safetensors"))
+    change(weights)
+    mx.eval(weights)
+    mx.save_safetensors(f"{path}/adapters.safetensors", weights)
+    with pytest.raises(NectarError, match=complaint):
+        models.load(str(folder / "model"), adapter=path)
+
+
 def test_an_adapter_that_was_trained_further(folder, tmp_path, capsys):
     path = toys.adapter(tmp_path / "mine")
     model, tokenizer = models.load(str(folder / "model"), adapter=path)

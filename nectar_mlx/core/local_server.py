@@ -55,7 +55,7 @@ def find(file: Path) -> Found | None:
     except OSError:
         return None
     for note in sorted(_folder(create=False).glob("*.json")):
-        with suppress(OSError, ValueError, AttributeError, KeyError, TypeError):
+        with suppress(OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError):
             told = json.loads(note.read_text())
             for name, identity in told["files"].items():
                 if identity == wanted:

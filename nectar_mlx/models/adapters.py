@@ -8,7 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from nectar_mlx.errors import NectarError
-from nectar_mlx.models.fingerprints import adapter_fingerprint
+from nectar_mlx.models.fingerprints import adapter_fingerprint, lora_scales
 
 _FILES = ("adapter_config.json", "adapters.safetensors")
 
@@ -31,10 +31,12 @@ def apply(model: nn.Module, path: str) -> None:
     """Changes a model as the adapter in this folder says. NectarError where mlx-lm cannot read it for this model."""
     from mlx_lm.utils import load_adapters
 
-    folder = Path(path).expanduser()
+    folder, before = Path(path).expanduser(), lora_scales(model)
     try:
         load_adapters(model, str(folder))
-        sha256 = adapter_fingerprint(model, cast("dict[str, mx.array]", mx.load(str(folder / _FILES[1]))))
+        weights = cast("dict[str, mx.array]", mx.load(str(folder / _FILES[1])))
+        _check_weights(weights, {name: x for name, x in lora_scales(model).items() if name not in before})
+        sha256 = adapter_fingerprint(model, weights)
     except Exception as error:  # a folder from anyone, and layers that the model may not have
         reason = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
         raise NectarError(f"mlx-lm cannot load the adapter {path} for this model ({reason})") from error
@@ -42,6 +44,18 @@ def apply(model: nn.Module, path: str) -> None:
         raise NectarError(f"the adapter {path} changes nothing in this model: is it another model's?")
     model.eval()
     vars(model)["_nectar_adapter"] = Adapter(path, sha256)
+
+
+def _check_weights(weights: dict[str, mx.array], scales: dict[str, float]) -> None:
+    """ValueError for layers that mlx-lm makes and the file does not fill, which are random, and for what is no number.
+
+    scales: of the layers that the adapter adds.
+    """
+    if missing := {f"{layer}.{leaf}" for layer in scales for leaf in ("lora_a", "lora_b")} - weights.keys():
+        raise ValueError(f"its file has no {min(missing)}")
+    for name, array in [*weights.items(), *((f"the scale of {layer}", mx.array(x)) for layer, x in scales.items())]:
+        if not mx.isfinite(array).all().item():
+            raise ValueError(f"{name} is not finite")
 
 
 def of(model: nn.Module) -> Adapter | None:

@@ -47,7 +47,7 @@ def adapter_fingerprint(model: nn.Module, names: Iterable[str] = ()) -> str | No
 
     names: of the parameters that an adapter without LoRA layers sets.
     """
-    scales, chosen = _lora_scales(model), set(names)
+    scales, chosen = lora_scales(model), set(names)
 
     def is_added(name: str) -> bool:
         layer, _, leaf = name.rpartition(".")
@@ -75,7 +75,7 @@ def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
 def _settings(model: nn.Module) -> dict[str, Any]:
     read = arguments(model)
     settings: dict[str, Any] = {"class": type(model).__name__} if read is None else dataclasses.asdict(read)
-    if scales := _lora_scales(model):
+    if scales := lora_scales(model):
         settings["lora_scales"] = scales
     return settings
 
@@ -84,7 +84,7 @@ def _parameters(model: nn.Module) -> list[tuple[str, mx.array]]:
     return sorted(tree_flatten(model.parameters()))  # type: ignore[arg-type]
 
 
-def _lora_scales(model: nn.Module) -> dict[str, float]:
+def lora_scales(model: nn.Module) -> dict[str, float]:
     """What each LoRA layer multiplies its product by, which is no parameter."""
     return {name: float(getattr(module, "scale", 1.0)) for name, module in model.named_modules() if "lora_a" in module}
 

@@ -67,7 +67,11 @@ class Adding:
                 self._wanted.wait_for(lambda: self._stopped or self._update or self.pending)
                 if self._stopped:
                     return
+                self.pending = _there(self.pending)
                 paths = list(self.pending)
+            if not paths and not self._update:
+                continue
+            failed = False
             with tempfile.TemporaryFile() as said:
                 try:
                     failed = self._run(paths, said)
@@ -75,7 +79,8 @@ class Adding:
                 except OSError as error:
                     self.message = f"no process can be started ({error})"
             with self._wanted:
-                self.pending = self.pending[len(paths) :]
+                left = _there(paths)  # one that is removed meanwhile fails all; the others are tried again
+                self.pending = (left if failed and len(left) < len(paths) else []) + self.pending[len(paths) :]
 
     def _run(self, paths: Sequence[Path], said: IO[bytes]) -> bool:
         """Runs `nectar add`, or `nectar update` where there are no paths; whether it failed."""
@@ -92,6 +97,10 @@ class Adding:
             return process.wait() != 0
         finally:
             self._process = None
+
+
+def _there(paths: Sequence[Path]) -> list[Path]:
+    return [path for path in paths if path.exists()]
 
 
 def _last_line(said: IO[bytes]) -> str:

@@ -1,6 +1,8 @@
 """Answers that follow a JSON schema: tokens that would break it are left out (llguidance, an optional package)."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
+from fractions import Fraction
 from typing import Any, cast
 
 import mlx.core as mx
@@ -13,6 +15,9 @@ from .errors import refused
 from .tools import MAX_DEPTH, depth, invalid
 
 MAX_SCHEMA = 64 << 10  # bytes
+MAX_MULTIPLE = 20_000  # the least common one of a schema's `multipleOf`: a state each, whatever the limits
+# llguidance's own limits let a single token take seconds, in which nobody's answer goes on.
+_LIMITS: Any = {"initial_lexer_fuel": 200_000, "step_lexer_fuel": 100_000, "max_lexer_states": 20_000}
 # With flexible white space an answer may be endless.
 _STYLE: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
@@ -39,20 +44,41 @@ class Constraints:
         text = msgspec.json.encode(schema)
         if len(text) > MAX_SCHEMA:
             raise invalid(param, f"the schema has more than {MAX_SCHEMA:,} bytes")
+        if common_multiple(schema) > MAX_MULTIPLE:
+            raise invalid(param, f"the least common multiple of all multipleOf is above {MAX_MULTIPLE:,}")
         if self._lexer is None:
             fast = getattr(self._tokenizer, "_tokenizer", self._tokenizer)
             ends = sorted(self._tokenizer.eos_token_ids)
             self._lexer = llguidance.hf.from_tokenizer(fast, eos_token=ends)
         try:
             grammar = llguidance.LLMatcher.grammar_from_json_schema(text.decode(), overrides=_STYLE)
-            problem = llguidance.LLMatcher.validate_grammar(grammar, self._lexer)
+            limits = llguidance.LLParserLimits(**_LIMITS)
+            matcher = llguidance.LLMatcher(self._lexer, grammar, limits=limits)
+            problem = matcher.get_error()
         except (TypeError, ValueError) as error:
             problem = str(error)
         if problem:
             line = problem.strip().splitlines()[0][:300]
             raise invalid(param, f"the schema is not supported: {line}")
         lexer = self._lexer
-        return lambda: _Processor(llguidance.LLMatcher(lexer, grammar), lexer)
+        return lambda: _Processor(matcher.deep_copy(), lexer)
+
+
+def common_multiple(schema: Any) -> int:
+    """The least common multiple of all numbers that a schema has as `multipleOf`, in units of their last digit."""
+    found = {Fraction(str(number)) for number in _multiples(schema)} - {Fraction(0)}
+    unit = math.lcm(*(number.denominator for number in found))
+    return math.lcm(*(abs(int(number * unit)) for number in found))
+
+
+def _multiples(schema: Any) -> Iterator[int | float]:
+    if isinstance(schema, dict):
+        number = schema.get("multipleOf")
+        if isinstance(number, int | float) and not isinstance(number, bool) and math.isfinite(number):
+            yield number
+    if isinstance(schema, dict | list):
+        for item in schema.values() if isinstance(schema, dict) else schema:
+            yield from _multiples(item)
 
 
 class _Processor:

@@ -26,6 +26,8 @@ from .web import Json, Request, Route
 
 _AROUND = 3_000  # characters that are shown before and after a passage, at most
 _PASSAGE = 10_000  # characters of a passage, at most
+_DIGITS = 15  # of a place in a text, at most: `int` refuses thousands
+_NO_PASSAGE = ApiError(400, "the text has no such passage", code="invalid_value")
 
 
 class LibraryApi:
@@ -38,7 +40,7 @@ class LibraryApi:
     def routes(self) -> list[BaseRoute]:
         routes: list[BaseRoute] = [
             At("/api/library", Route(self.show), methods=["GET"]),
-            At("/api/library/passage/{start:int}/{end:int}/{model:path}", Route(self.passage), methods=["GET"]),
+            At("/api/library/passage/{start}/{end}/{model:path}", Route(self.passage), methods=["GET"]),
         ]
         if self._adding is not None and self._service.library is not None:
             folder = self._service.library.library.folder.documents
@@ -58,7 +60,7 @@ class LibraryApi:
         if library is None or adding is None:
             files = [_of_file(name, path) for name, path in self._shelf.files.items()]
             return {"library": None, "documents": files, "busy": False, "message": "", "max_upload": 0}
-        busy, pending = adding.busy, list(adding.pending)
+        busy, pending = adding.busy, [path for path in adding.pending if path.exists()]
         documents = library.refresh()
         known = {document.path for document in documents.values()}
         waiting = [_of_pending(path) for path in pending if os.fsencode(path) not in known]
@@ -79,7 +81,7 @@ class LibraryApi:
         served = self._service.library
         paths = [d.path for d in served.library.documents() if _identifier(d.path) == wanted]
         if not paths:
-            raise ApiError(404, "this document is no longer in the library", code="not_found")
+            return self._remove_waiting(wanted)
         path = Path(os.fsdecode(paths[0]))
         removed = served.library.remove([path])
         if path.parent == served.library.folder.documents.absolute():
@@ -88,6 +90,15 @@ class LibraryApi:
         if removed.waiting:
             self._adding.update()
         return {"removed": removed.documents, "waiting": removed.waiting}
+
+    def _remove_waiting(self, wanted: str) -> JsonObject:
+        """Deletes an upload that no process has read yet."""
+        assert self._adding is not None
+        paths = [path for path in self._adding.pending if _identifier(os.fsencode(path)) == wanted and path.exists()]
+        if not paths:
+            raise ApiError(404, "this document is no longer in the library", code="not_found")
+        paths[0].unlink(missing_ok=True)
+        return {"removed": [str(paths[0])], "waiting": []}
 
     async def update(self, request: Request) -> Json:
         """Looks again at all files, and tries again what could not be fitted."""
@@ -101,11 +112,17 @@ class LibraryApi:
 
     def _passage(self, params: Mapping[str, Any]) -> JsonObject:
         engine, model = self._service.engine, self._service.name(params["model"])
-        start, end = params["start"], params["end"]
+        start, end = _number(params["start"]), _number(params["end"])
         reading = result(engine, engine.call(lambda: engine.shelf.get(model).passages(engine.shelf.tokenizer).reading))
         if not 0 <= start < end <= len(reading.text) or end - start > _PASSAGE:
-            raise ApiError(400, "the text has no such passage", code="invalid_value")
+            raise _NO_PASSAGE
         return _excerpt(reading, start, end)
+
+
+def _number(text: str) -> int:
+    if not text.isdecimal() or len(text) > _DIGITS:
+        raise _NO_PASSAGE
+    return int(text)
 
 
 def _excerpt(reading: Reading, start: int, end: int) -> JsonObject:

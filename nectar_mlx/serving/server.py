@@ -1,8 +1,10 @@
 """How the server starts, and how it ends in order."""
 
+import asyncio
 import contextlib
 import errno
 import ipaddress
+import logging
 import os
 import signal
 import socket
@@ -23,7 +25,7 @@ from ..models import hub
 from .adding import Adding
 from .admission import Settings
 from .app import make_app
-from .connection import Connection
+from .connection import MAX_HEADLESS, Connection
 from .engine import Engine
 from .guard import Access
 from .library import ServedLibrary
@@ -35,6 +37,7 @@ _GRACE = 5  # seconds that open requests get to finish when the server is stoppe
 _THREAD_EXIT = 0.3  # seconds that an ended engine may need to free MLX's memory
 _KEEP_ALIVE = 30  # seconds that a connection may stay open between two requests
 _HEAD_BYTES = 64 << 10  # of a request
+_BACKLOG = MAX_HEADLESS  # accepted at a time: connections are counted only in between
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +84,7 @@ class Server:
             timeout_keep_alive=_KEEP_ALIVE,
             timeout_graceful_shutdown=_GRACE,
             h11_max_incomplete_event_size=_HEAD_BYTES,
+            backlog=_BACKLOG,
         )
         self._uvicorn = _Uvicorn(config, log)
 
@@ -114,6 +118,7 @@ class _Uvicorn(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, log: Log):
         super().__init__(config)
         self._log, self.signals = log, 0
+        logging.getLogger("uvicorn.error").addFilter(_was_not_cancelled)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -133,6 +138,11 @@ class _Uvicorn(uvicorn.Server):
             os._exit(130)
         self._log("stopping: answers get a few seconds to end; once more ends at once")
         self.should_exit = True
+
+
+def _was_not_cancelled(record: logging.LogRecord) -> bool:
+    """Leaves out a traceback for each answer that is cut off at the end: uvicorn says in a line how many there were."""
+    return not (record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError))
 
 
 def start(
@@ -200,7 +210,7 @@ def _common_model(files: Mapping[str, Path]) -> str:
 def _listen(host: str, port: int) -> socket.socket:
     try:
         family = socket.getaddrinfo(host or "0.0.0.0", port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((host, port), family=family, backlog=1024)
+        return socket.create_server((host, port), family=family, backlog=_BACKLOG)
     except (OSError, OverflowError) as error:
         if getattr(error, "errno", None) == errno.EADDRINUSE:
             raise NectarError(f"cannot listen on {host}:{port}, which is in use: --port takes another one") from None

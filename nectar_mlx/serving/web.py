@@ -61,6 +61,10 @@ class Route:
             await unless_gone(receive, self._answer(request, reply))
         except ApiError as error:
             await reply.json(error.status, self._style(error), headers_of(error))
+        except asyncio.CancelledError:  # the server stops, and its time for answers to end is over
+            if reply.begun:
+                raise
+            await reply.json(503, self._style(ApiError(503, "the server is stopping", code="stopping")))
 
     async def _answer(self, request: Request, reply: "Sender") -> None:
         on_error = None

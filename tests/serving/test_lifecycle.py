@@ -2,6 +2,7 @@
 
 import queue
 import signal
+import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +13,7 @@ import openai
 import pytest
 
 from nectar_mlx import Nectar, NectarError, serve
-from nectar_mlx.serving import decoding
+from nectar_mlx.serving import decoding, server
 from nectar_mlx.serving.admission import Settings
 from nectar_mlx.serving.engine import Engine
 from nectar_mlx.serving.job import Failed, Finished, Job, Started, Ticket
@@ -249,6 +250,18 @@ def test_a_second_signal_ends_it_at_once(tmp_path):
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=60) == 130
     assert "Traceback" not in process.stderr.read()
+
+
+def test_a_request_that_is_cut_off_at_the_end_is_told(books, monkeypatch, caplog):
+    monkeypatch.setattr(server, "_GRACE", 1)
+    running = Running(arguments(books))
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 9"
+    with socket.create_connection(("127.0.0.1", running.port)) as client:
+        client.sendall(head + b"\r\n\r\n{")
+        assert wait_for(lambda: running.server._uvicorn.server_state.tasks)
+        running.close()
+        assert client.recv(1000).startswith(b"HTTP/1.1 503 ")
+    assert "Cancel 1 running task" in caplog.text and "Traceback" not in caplog.text
 
 
 def test_importing_the_command_is_quick():

@@ -6,12 +6,15 @@ import random
 
 import pytest
 
+from nectar_mlx.serving.constraint import common_multiple
 from nectar_mlx.serving.errors import ApiError
 from nectar_mlx.serving.schema import ChatRequest, CompletionRequest, OllamaChat, ResponsesRequest, parse
 
 from .running import QUESTIONS, ask, wait_for
 
 DEEP = functools.reduce(lambda schema, _: {"type": "array", "items": schema}, range(400), {"type": "integer"})
+# A grammar of it takes minutes, and gigabytes.
+SLOW = {"allOf": [{"type": "number", "multipleOf": 7919}, {"multipleOf": 0.0001}, {"multipleOf": 7907}]}
 IMAGE = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://127.0.0.1/x"}}]}
 HELLO = {"messages": [{"role": "user", "content": "x"}]}
 
@@ -56,6 +59,11 @@ HELLO = {"messages": [{"role": "user", "content": "x"}]}
         (
             "chat/completions",
             HELLO | {"response_format": {"type": "json_schema", "json_schema": {"schema": DEEP}}},
+            "response_format",
+        ),
+        (
+            "chat/completions",
+            HELLO | {"response_format": {"type": "json_schema", "json_schema": {"schema": SLOW}}},
             "response_format",
         ),
         ("chat/completions", HELLO | {"exact": 0.1}, None),
@@ -131,6 +139,19 @@ def test_an_unknown_model(running, path, body):
 )
 def test_an_unknown_path_or_method(running, method, path, status):
     assert running.request(method, path, {})[0] == status
+
+
+@pytest.mark.parametrize("start, end", [("0", "9" * 5000), ("x", "1"), ("-1", "1"), ("2", "1")])
+def test_a_passage_that_cannot_be(running, start, end):
+    status, found, _ = running.request("GET", f"/api/library/passage/{start}/{end}/red")
+    assert status == 400 and json.loads(found)["error"]["message"] == "the text has no such passage"
+
+
+@pytest.mark.parametrize(
+    "numbers, expected", [([], 1), ([4, 6], 12), ([0.01, 5], 500), ([0.25, 0.1], 10), ([0, -3], 3), ([1e300], 10**300)]
+)
+def test_the_common_multiple_of_a_schema(numbers, expected):
+    assert common_multiple({"anyOf": [{"items": {"multipleOf": number}} for number in numbers]}) == expected
 
 
 def test_errors_of_a_stream_are_answers(running):
