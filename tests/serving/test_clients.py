@@ -7,7 +7,7 @@ import pytest
 
 from nectar_mlx.evaluation import similarity
 
-from .running import QUESTIONS, TOKENS
+from .running import QUESTIONS, TOKENS, wait_for
 
 ENDS = {"logit_bias": {"1": 100}}
 
@@ -93,8 +93,9 @@ def test_embeddings(running, monkeypatch, tmp_path):
 def test_metrics(running):
     before = metrics(running)
     running.client().responses.create(model="red", input=QUESTIONS[3], max_output_tokens=3)
+    expected = before["nectar_answer_tokens_total"] + 3  # counted when the answer has gone out
+    wait_for(lambda: metrics(running)["nectar_answer_tokens_total"] == expected)
     after = metrics(running)
-    assert after["nectar_answer_tokens_total"] == before["nectar_answer_tokens_total"] + 3
     path = 'nectar_requests_total{path="/v1/responses",status="200"}'
     assert after[path] == before.get(path, 0) + 1
     assert after["nectar_open_files"] >= 1
