@@ -300,9 +300,10 @@ class TestCommand:
         monkeypatch.setattr(updating.base, "capture", lambda *a, **o: (_ for _ in ()).throw(KeyboardInterrupt))
         assert self.run(folder, MORE) == 130
         assert "the same command continues" in capsys.readouterr().err
+        sampled = len(answers)
         monkeypatch.setattr(updating.base, "capture", capture)
         assert self.run(folder, MORE) == 0
-        assert len(answers) == 1
+        assert len(answers) == sampled > 0, "answers are not sampled again"
 
     @pytest.mark.parametrize("name", ["absent.nectar", "text.nectar"])
     def test_what_is_no_nectar_is_refused(self, tmp_path, capsys, name):
