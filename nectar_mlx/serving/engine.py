@@ -22,7 +22,7 @@ from .decoding import AnswerSequence, Batch, size_class
 from .job import Failed, Ticket
 from .kept import KeptPrompts
 from .metrics import Metrics
-from .shelf import Shelf
+from .shelf import Shelf, UnreadableFile
 
 T = TypeVar("T")
 _SMALLEST_PIECE = 16  # tokens of a prompt
@@ -290,5 +290,7 @@ class Engine:
 
 
 def _log_error(error: Exception) -> None:
-    if not isinstance(error, NectarError):
+    if isinstance(error, UnreadableFile):
+        _log.error("%s", error)
+    elif not isinstance(error, NectarError):
         _log.error("%s: %s", type(error).__name__, error, exc_info=error)

@@ -4,7 +4,7 @@ from ..answering import SamplingError
 from ..core.types import JsonObject
 from ..errors import NectarError
 from .engine import Busy
-from .shelf import UnknownModel
+from .shelf import UnknownModel, UnreadableFile
 
 
 class ApiError(Exception):
@@ -33,6 +33,8 @@ def as_api_error(error: BaseException) -> ApiError:
         return error
     if isinstance(error, UnknownModel):
         return ApiError(404, str(error), code="model_not_found", param="model")
+    if isinstance(error, UnreadableFile):  # its message names a path
+        return ApiError(503, "this model's file cannot be read; the server's log says why", code="file_unreadable")
     if isinstance(error, SamplingError):
         return ApiError(400, str(error), code="invalid_value", param=error.name)
     if isinstance(error, NectarError):

@@ -24,6 +24,10 @@ class UnknownModel(NectarError):
     """A request names a model that is not served."""
 
 
+class UnreadableFile(NectarError):
+    """A file that is served cannot be read."""
+
+
 class Shelf:
     """Belongs to the engine's thread, where MLX computes. Only `files` may be read from another one.
 
@@ -52,7 +56,7 @@ class Shelf:
         self._first: JsonObject | None = None
 
     def get(self, name: str, chunk: int | None = None) -> Nectar:
-        """A file, or one chunk of its text as if it alone had been fitted. NectarError if it cannot be read."""
+        """A file, or one chunk of its text as if it alone had been fitted; UnknownModel or UnreadableFile."""
         if name not in self.files:
             raise UnknownModel(f"there is no model {name!r}; there are: {listed(self.files)}")
         key = self.files[name], chunk
@@ -99,7 +103,10 @@ class Shelf:
     def _read(self, name: str) -> Nectar:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)
-            nectar = Nectar.load(self.files[name], self.model, self.tokenizer, like=self._first)
+            try:
+                nectar = Nectar.load(self.files[name], self.model, self.tokenizer, like=self._first)
+            except NectarError as error:
+                raise UnreadableFile(str(error)) from error
         for warning in caught:
             self._log(str(warning.message))
         if not nectar.faithful:
