@@ -7,7 +7,7 @@ import shutil
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -87,17 +87,28 @@ def written_at_once(folder: Path) -> Iterator[Path]:
     folder.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{folder.name}-"
     _remove_abandoned(folder.parent, prefix)
-    scratch = Path(tempfile.mkdtemp(prefix=prefix, dir=folder.parent))
-    try:
-        with locked(scratch):
+    with ExitStack() as stack:
+        scratch = _locked_scratch(folder.parent, prefix, stack)
+        try:
             yield scratch
             try:
                 scratch.rename(folder)
             except OSError:
                 if not folder.is_dir():
                     raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _locked_scratch(parent: Path, prefix: str, stack: ExitStack) -> Path:
+    """A new folder, locked; another one where a writer that cleans up took it before it was."""
+    for _ in range(100):
+        scratch = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+        with suppress(OSError):
+            stack.enter_context(locked(scratch))
+            if scratch.is_dir():
+                return scratch
+    raise NectarError(f"{parent}: temporary folders vanish as soon as they are made")
 
 
 def free_space(folder: Path) -> int:

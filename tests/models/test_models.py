@@ -199,7 +199,7 @@ def test_of_two_writers_the_first_wins_and_nothing_is_left(tmp_path: Path) -> No
 
     def write(number: int) -> None:
         with files.written_at_once(tmp_path / "model") as scratch:
-            barrier.wait()
+            barrier.wait(60)
             (scratch / "a").write_text(str(number))
             (scratch / "b").write_text(str(number))
 
