@@ -7,7 +7,7 @@ import shutil
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -24,7 +24,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     temporary, prefix = None, _prefix(path)
     try:
         _remove_abandoned(path.parent, prefix)
-        handle, temporary = _own_file(path.parent, prefix)
+        handle, temporary = _own(lambda: tempfile.mkstemp(dir=path.parent, prefix=prefix))
         with os.fdopen(handle, "wb") as file:
             write(file)
             file.flush()
@@ -44,15 +44,23 @@ def _prefix(path: Path) -> str:
     return f".nectar-{zlib.crc32(path.name.encode()):08x}-"
 
 
-def _own_file(folder: Path, prefix: str) -> tuple[int, Path]:
-    """A temporary file that is locked as long as its writer lives: open, and its path."""
+def _own(make: Callable[[], tuple[int, str]]) -> tuple[int, Path]:
+    """A temporary file or folder that is locked as long as its writer lives: open, and its path. make: opens one."""
     while True:
-        handle, name = tempfile.mkstemp(dir=folder, prefix=prefix)
+        handle, name = make()
         with suppress(OSError):  # some file systems have no locks
             fcntl.flock(handle, fcntl.LOCK_EX)
-        if os.fstat(handle).st_nlink:  # else another writer was faster than the lock, and took it for abandoned
+        if os.path.exists(name):  # else another writer was faster than the lock, and took it for abandoned
             return handle, Path(name)
         os.close(handle)
+
+
+def _new_folder(parent: Path, prefix: str) -> tuple[int, str]:
+    """As `tempfile.mkstemp`; another one where a writer took it for abandoned before it was open."""
+    while True:
+        name = tempfile.mkdtemp(prefix=prefix, dir=parent)
+        with suppress(FileNotFoundError):
+            return os.open(name, os.O_RDONLY), name
 
 
 def _remove_abandoned(folder: Path, prefix: str) -> None:
@@ -87,28 +95,17 @@ def written_at_once(folder: Path) -> Iterator[Path]:
     folder.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{folder.name}-"
     _remove_abandoned(folder.parent, prefix)
-    with ExitStack() as stack:
-        scratch = _locked_scratch(folder.parent, prefix, stack)
+    handle, scratch = _own(lambda: _new_folder(folder.parent, prefix))
+    try:
+        yield scratch
         try:
-            yield scratch
-            try:
-                scratch.rename(folder)
-            except OSError:
-                if not folder.is_dir():
-                    raise
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _locked_scratch(parent: Path, prefix: str, stack: ExitStack) -> Path:
-    """A new folder, locked; another one where a writer that cleans up took it before it was."""
-    for _ in range(100):
-        scratch = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
-        with suppress(OSError):
-            stack.enter_context(locked(scratch))
-            if scratch.is_dir():
-                return scratch
-    raise NectarError(f"{parent}: temporary folders vanish as soon as they are made")
+            scratch.rename(folder)
+        except OSError:
+            if not folder.is_dir():
+                raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+        os.close(handle)
 
 
 def free_space(folder: Path) -> int:

@@ -1,8 +1,10 @@
 """A file appears whole or not at all."""
 
+import fcntl
 import os
 import resource
 import stat
+import tempfile
 import threading
 
 import pytest
@@ -126,3 +128,20 @@ def test_a_folder_of_a_killed_writer_too(tmp_path):
         with written_at_once(tmp_path / "model"):
             assert scratch.exists()
     assert {p.name for p in tmp_path.iterdir()} == {".model-kept", "model"}
+
+
+@pytest.mark.parametrize("module, name", [(tempfile, "mkdtemp"), (fcntl, "flock")], ids=["before it is open", "then"])
+def test_a_folder_that_another_writer_took_for_abandoned_is_made_anew(tmp_path, monkeypatch, module, name):
+    real = getattr(module, name)
+
+    def after_the_other_writer(*arguments, **options):
+        monkeypatch.setattr(module, name, real)
+        made = real(*arguments, **options)
+        next(tmp_path.iterdir()).rmdir()
+        return made
+
+    monkeypatch.setattr(module, name, after_the_other_writer)
+    with written_at_once(tmp_path / "model") as scratch:
+        (scratch / "a").write_text("whole")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert (tmp_path / "model" / "a").read_text() == "whole"
