@@ -48,16 +48,17 @@ def _integer(text: str, low: int, high: int, wanted: str) -> int:
 
 def size(text: str) -> int:
     """Bytes from a text such as 500M or 4G (powers of ten)."""
-    return _scaled(re.sub("B$", "", text, flags=re.IGNORECASE), text, "a size such as 500M or 4G")
+    return _scaled(text, "B?", "a size such as 500M or 4G")
 
 
 def tokens(text: str) -> int:
     """The length of a text in tokens, such as 50000 or 50k."""
-    return _scaled(text, text, "a number of tokens such as 50000 or 50k")
+    return _scaled(text, "", "a number of tokens such as 50000 or 50k")
 
 
-def _scaled(number_text: str, text: str, wanted: str) -> int:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMGT]?)", number_text, re.IGNORECASE)
+def _scaled(text: str, unit: str, wanted: str) -> int:
+    """A number with a power of ten. unit: a pattern of what may follow. wanted: what the text should be."""
+    match = re.fullmatch(rf"(\d+(?:\.\d+)?)\s*([kMGT]?){unit}", text, re.IGNORECASE)
     if not match:
         raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
     number = float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " ")

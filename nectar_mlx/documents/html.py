@@ -10,7 +10,7 @@ from typing import Protocol
 from nectar_mlx.documents import formula
 from nectar_mlx.documents.encoding import decode
 from nectar_mlx.documents.page import Page
-from nectar_mlx.documents.reading import Document, Unreadable
+from nectar_mlx.documents.reading import Document, Unreadable, told
 from nectar_mlx.documents.tags import repaired
 
 _HIDDEN = set(
@@ -111,7 +111,7 @@ def html_text(page: str) -> tuple[str, list[str]]:
         if _NOSCRIPT.search(page):
             return html_text(_NOSCRIPT.sub("", page))  # all that there is without scripts
         return _Reader(root, whole=True).text if root is not None else "", []
-    return reader.text, [f"{what} ({count} times)" if count > 1 else what for what, count in reader.left_out.items()]
+    return reader.text, told(reader.left_out)
 
 
 def links(page: str) -> list[tuple[str, str]]:

@@ -1,6 +1,7 @@
 """What reading gives: the text, its places, and what became of each file."""
 
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -54,6 +55,11 @@ class Document:
 
 Inner = Callable[[bytes, str], Document]
 """Reads a document that lies in another one, by its name."""
+
+
+def told(left_out: Counter[str]) -> list[str]:
+    """What was left out, each with how often it was, for `Document.left_out`."""
+    return [f"{what} ({count} times)" if count > 1 else what for what, count in left_out.items()]
 
 
 class Places:

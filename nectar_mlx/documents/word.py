@@ -9,7 +9,7 @@ from nectar_mlx.documents.archive import Archive, Element, attribute, child, chi
 from nectar_mlx.documents.charts import chart
 from nectar_mlx.documents.numbering import Numbering, Style, outline, styles
 from nectar_mlx.documents.office import Relations, main_part, relations
-from nectar_mlx.documents.reading import Document, Inner, Unreadable
+from nectar_mlx.documents.reading import Document, Inner, Unreadable, told
 from nectar_mlx.documents.word_signs import SIGNS, form_field, instructions, is_hidden, is_raised, raised, symbol
 
 # Fallback repeats what Choice holds; moved text is read where it went; the rest is not shown.
@@ -37,7 +37,7 @@ def read_docx(data: bytes, name: str, *, inner: Inner) -> Document:
         texts = [text for text in texts if any(character.isalpha() for character in text)]
         sections.insert(0, texts) if kind == "header" else sections.append(texts)
     text = blocks.joined([block for section in sections for block in section])
-    left_out = [f"{what} ({count} times)" if count > 1 else what for what, count in writer.left_out.items()]
+    left_out = told(writer.left_out)
     if writer.pictures:
         left_out.append(f"{writer.pictures} picture{'s' * (writer.pictures > 1)}")
     return Document("docx", text, left_out=left_out)

@@ -67,6 +67,8 @@ def load(
 
     if adapter is not None:
         adapters.check(adapter)  # before a model is downloaded
+    if adapter is not None and group is not None:
+        raise NectarError("a model with an adapter cannot be divided among ranks: fuse them first, with mlx_lm.fuse")
     source = resolve(name, log=log, progress=progress, may_fetch=may_fetch)
     if source.kind != "folder":  # which was named as it is
         log(source.description)
@@ -75,8 +77,6 @@ def load(
     # A folder from anyone: mlx-lm, transformers and tokenizers raise what they like, and a model's module may exit.
     except (Exception, SystemExit) as error:
         raise NectarError(f"{name}: mlx-lm cannot load {source.path} ({_first_line(error)})") from error
-    if adapter is not None and group is not None:
-        raise NectarError("a model with an adapter cannot be divided among ranks: fuse them first, with mlx_lm.fuse")
     if adapter is not None:
         adapters.apply(model, adapter)
     if group is not None:

@@ -82,9 +82,9 @@ def invalid(param: str, reason: str) -> ApiError:
 
 def depth(value: Any) -> int:
     """Of nested objects and lists."""
-    depth, level = 0, [value]
+    levels, level = 0, [value]
     while level:
-        depth += 1
+        levels += 1
         inner = [one.values() if isinstance(one, dict) else one for one in level if isinstance(one, dict | list)]
         level = [item for items in inner for item in items]
-    return depth
+    return levels
