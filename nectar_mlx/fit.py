@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -250,7 +251,8 @@ def _mode(nectar: "Nectar") -> str:
 
 
 def _default_output(context: Sequence[str]) -> Path:
-    return Path(Path(context[0]).resolve().name).with_suffix(".nectar")
+    name = os.path.basename(os.path.abspath(context[0])) or "context"  # the disk's root has no name
+    return Path(name).with_suffix(".nectar")
 
 
 if __name__ == "__main__":
