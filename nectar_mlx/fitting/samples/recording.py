@@ -15,6 +15,7 @@ import mlx.core as mx
 import numpy as np
 
 from ...core.device import device
+from ...errors import NectarError
 from ...mlxlm.kept import attention_caches
 from ..distributed import World
 from ..prefill import Context
@@ -160,9 +161,12 @@ class _PiecesOnDisk(_Pieces):
 
     def _kept(self, samples: Samples) -> Path:
         path = next(self._paths)
-        with path.open("wb") as file:
-            for x in samples:
-                np.save(file, np.array(x.astype(mx.float32)))
+        try:
+            with path.open("wb") as file:
+                for x in samples:
+                    np.save(file, np.array(x.astype(mx.float32)))
+        except OSError as error:
+            raise NectarError(f"cannot write {path}: {error.strerror or error}") from error
         return path
 
     def _samples(self, kept: Path) -> Samples:
