@@ -68,7 +68,8 @@ class RowFormat(NamedTuple):
             pair = mx.array(bits.view(np.float32))
             return pair[..., :D], pair[..., D:]
         scales = np.ascontiguousarray(rows[..., 2 * D : self.payload]).view(np.float16).astype(np.float32)
-        data = rows[..., : 2 * D].view(np.int8).reshape(*rows.shape[:-1], 2 * self.groups, -1) * scales[..., None]
+        with np.errstate(invalid="ignore"):  # `KeyFile.read` refuses what is not finite
+            data = rows[..., : 2 * D].view(np.int8).reshape(*rows.shape[:-1], 2 * self.groups, -1) * scales[..., None]
         pair = mx.array(data.reshape(*rows.shape[:-1], 2 * D))
         return pair[..., :D], pair[..., D:]
 
