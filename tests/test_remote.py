@@ -101,10 +101,14 @@ def test_only_its_owner_may_ask(server):
     assert modes == {".sock": 0o600, ".json": 0o600} and folder.stat().st_mode & 0o777 == 0o700
 
 
-def test_a_folder_of_another_user_is_not_looked_into(server, book, monkeypatch):
-    assert local_server.find(book.path) is not None
-    monkeypatch.setattr(os, "geteuid", lambda: 12345)
-    assert local_server.find(book.path) is None and local_server.LocalSocket({"book": book.path}).listeners == []
+def test_a_folder_of_another_user_is_not_looked_into(book, monkeypatch):
+    with tempfile.TemporaryDirectory(prefix="n") as folder:
+        monkeypatch.setenv("NECTAR_CACHE", folder)
+        local = local_server.LocalSocket({"book": book.path})
+        assert local_server.find(book.path) is not None
+        monkeypatch.setattr(os, "geteuid", lambda: 12345)
+        assert local_server.find(book.path) is None and local_server.LocalSocket({"book": book.path}).listeners == []
+        local.close()
 
 
 def test_what_a_killed_server_left_is_removed_and_the_model_is_loaded_here(book, monkeypatch, capsys):
