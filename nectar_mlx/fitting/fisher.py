@@ -40,14 +40,7 @@ class ProbedCache(NectarCache):
         return output + self.probe[..., : output.shape[-1]].astype(output.dtype)
 
 
-def metric(information: mx.array) -> mx.array:
-    """What turns an output's error Δ [N, D] into nats, |Δ · metric|² = ½ ΔᵀFΔ: half of F [M, D, D], its root."""
-    values, vectors = np.linalg.eigh(np.array(information, dtype=np.float64) / 2)
-    roots = np.sqrt(np.maximum(values, 0))[:, None]
-    return mx.array(((vectors * roots) @ vectors.swapaxes(1, 2)).astype(np.float32))
-
-
-def fisher(
+def metric(
     model: nn.Module,
     context: Context,
     conversations: Sequence[Conversation],
@@ -56,9 +49,9 @@ def fisher(
     progress: Callable[[int], None] = lambda done: None,
     world: World | None = None,
 ) -> mx.array:
-    """E[g gᵀ] per fitted layer and KV head, [M, D, D], in nats: over the tokens of the conversations and the query
-    heads of the group. progress is told how many conversations are done. world: whose ranks share the work; all of them
-    get the same.
+    """½ E[g gᵀ] per fitted layer and KV head, [M, D, D], by which an error δ of an output costs δᵀ · metric · δ nats:
+    over the tokens of the conversations and the query heads of the group. progress is told how many conversations are
+    done. world: whose ranks share the work; all of them get the same.
     """
     try:
         gradients = partial(_gradients, LayerRunner(model, geometry), context, geometry=geometry)
@@ -81,7 +74,7 @@ def fisher(
     ordered = world.in_order(list(sums), [list(of.values()) for of in world.arrays(sums)])
     total = sum(ordered, mx.zeros((K * len(context.banks), D, D)))
     count = geometry.n_heads // K * sum(c.fed_tokens for c in conversations)
-    return total / max(count, 1)
+    return total / (2 * max(count, 1))
 
 
 def _together(context: Context, conversations: Sequence[Conversation], geometry: Geometry) -> int:

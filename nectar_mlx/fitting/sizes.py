@@ -65,11 +65,8 @@ def trial_errors(kind: KindFit, nbytes: float) -> np.ndarray:
     world = run.world
     probes = [c for c in kind.data.conversations if c.answer and c.split == "train"][: fisher.N_PROBE]
     with run.progress("measuring sensitivity", len(probes)) as done:
-        information = fisher.fisher(
-            run.model, kind.data.context, probes, geometry=run.geometry, progress=done, world=world
-        )
-        finite.check_heads("measuring sensitivity", finite.not_finite([information]), run.geometry)
-        metric = fisher.metric(information)
+        metric = fisher.metric(run.model, kind.data.context, probes, geometry=run.geometry, progress=done, world=world)
+        finite.check_heads("measuring sensitivity", finite.not_finite([metric]), run.geometry)
     with run.progress("deciding sizes", len(trials)) as done:
         for number, group in enumerate(world.mine(trials)):
             training = kind.training(group, _TRIAL_SAMPLES)

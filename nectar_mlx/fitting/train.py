@@ -84,23 +84,26 @@ def _train_group(
     bank = rounded(kind, trained, training, bits=bits, steps=steps)  # the text's own keys are better left as they are
     heads = bank.unstack()
     if kind.data.held_out.count:
-        heads = _better(kind, group, first, bank, training, bits=bits)
-    broken = [
-        i for i, head in zip(group, heads, strict=True) if not all(mx.isfinite(x).all().item() for x in head.values())
-    ]
+        heads = _better(kind, group, first, bank, bits=bits)
+    fine = mx.stack([mx.stack([mx.isfinite(x).all() for x in head.values()]).all() for head in heads])
+    broken = [i for i, whole in zip(group, np.array(fine).tolist(), strict=True) if not whole]
     finite.check_heads("training", broken, geometry)
     return dict(zip(group, heads, strict=True))
 
 
-def _better(
-    kind: KindFit, group: Sequence[int], first: Bank, trained: Bank, training: Training, *, bits: float
-) -> list[HeadArrays]:
+def _better(kind: KindFit, group: Sequence[int], first: Bank, trained: Bank, *, bits: float) -> list[HeadArrays]:
     """Of each head the trained one, or the first, rounded, where that errs less on held-out samples."""
     held_out = kind.held_out_samples(group)
     before, after = (np.array(regression.errors(bank, held_out)) for bank in (first, trained))
     worse, heads = ~(after <= before), trained.unstack()
     if not worse.any():
         return heads
-    plain = rounded(kind, first, training, bits=bits, steps=0)
-    better = worse & ~(np.array(regression.errors(plain, held_out)) >= after)
-    return [p if b else h for p, b, h in zip(plain.unstack(), better, heads, strict=True)]
+    few = np.flatnonzero(worse).tolist()
+    starts = first.unstack()
+    start = type(first).stack([starts[m] for m in few], scale=first.scale)
+    plain = rounded(kind, start, kind.training([group[m] for m in few]), bits=bits, steps=0)
+    errors = np.array(regression.errors(plain, held_out.of_heads(few)))
+    for m, head, error in zip(few, plain.unstack(), errors, strict=True):
+        if not error >= after[m]:
+            heads[m] = head
+    return heads

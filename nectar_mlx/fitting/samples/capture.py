@@ -124,7 +124,8 @@ class CaptureCache(StudyCache):
     def see(self, queries: mx.array, context: Partial, live: Partial) -> None:
         output, live_output = context.output.astype(self._type), live.output.astype(self._type)
         self.captured.append(Samples(queries, output, live_output, context.log_normalizer, live.log_normalizer))
-        mx.async_eval(self.captured[-1])  # or all layers' would wait in float32
+        if queries.shape[2] > 1:
+            mx.async_eval(self.captured[-1])  # or all layers' would wait in float32
 
     def take(self, places: np.ndarray) -> Samples:
         """The samples of these places [B, T], by KV head: [K, samples, ...]; those of a token lie side by side. Where

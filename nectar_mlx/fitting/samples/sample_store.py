@@ -26,9 +26,13 @@ class Samples(NamedTuple):
         """Some of the samples of every head."""
         return Samples(*(x[:, chosen] for x in self))
 
+    def of_heads(self, heads: Indices) -> "Samples":
+        """The samples of some of the heads."""
+        return Samples(*(take(x, mx.array(np.asarray(heads, np.int32))) for x in self))
+
     def take(self, indices: mx.array) -> "Samples":
         """The samples at these indices, of every head."""
-        return Samples(*(mx.take(x, indices, axis=1) for x in self))
+        return Samples(*(take(x, indices, axis=1) for x in self))
 
 
 class SampleStore:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Protocol
 
-from ...core.device import device
 from ...core.types import Tokenizer
 from ...mlxlm import prompts
 from ..prefill import Context
@@ -90,15 +89,15 @@ def expected_to_give(
     return batch[:count]
 
 
-def side_by_side(run: FitRun, count: int) -> list[slice]:
-    """How so many conversations, in order of their prompts' lengths, are divided into those that are sampled together:
-    whatever the number of ranks, for a conversation's logits are rounded otherwise beside others.
-
-    No more together than was chosen and the memory holds; a multiple of the device's shares, if that leaves enough.
+def side_by_side(run: FitRun, count: int, *, tokens: int) -> list[slice]:
+    """How so many conversations about a context of so many tokens, in order of their prompts' lengths, are divided into
+    those that are sampled together: whatever the number of ranks, for a conversation's logits are rounded otherwise
+    beside others. No more together than was chosen and the memory holds.
     """
     config = run.config
     fit = max(FEWEST_TOGETHER, min(run.memory // 4, _LIVE_BYTES) // run.geometry.cache_bytes(2 * config.answer_tokens))
-    groups = count_groups(count, most=min(config.conversations, fit), shares=device().study_shares)
+    scores = count * run.geometry.n_heads * tokens
+    groups = count_groups(count, most=min(config.conversations, fit), scores=scores)
     return [slice(count * i // groups, count * (i + 1) // groups) for i in range(groups)]
 
 
@@ -135,7 +134,7 @@ def answer(
     conversation."""
     config, world = run.config, run.world
     order = sorted(range(len(batch)), key=lambda i: len(batch[i].prompt))
-    groups = [order[part] for part in side_by_side(run, len(batch))]
+    groups = [order[part] for part in side_by_side(run, len(batch), tokens=len(context.prefix))]
     mine = world.mine(groups)
     share = [batch[i] for group in mine for i in group]
     begun, at = (len(mine), 0) if answered else run.checkpoint.load_answers(share, seed=seed)
