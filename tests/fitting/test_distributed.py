@@ -12,7 +12,7 @@ import pytest
 
 from nectar_mlx import store
 from nectar_mlx.fitting import distributed
-from nectar_mlx.fitting.distributed import World, _packed, _unpacked
+from nectar_mlx.fitting.distributed import World, _packed, _unpacked, parts
 from tests import launching, toys
 from tests.fitting.toy_fit import FAST, TEXT
 
@@ -58,6 +58,9 @@ def test_shares_are_all_of_the_work():
     pieces = list(range(11))
     shares = [World(rank, 4).mine(pieces) for rank in range(4)]
     assert World(2, 4).in_order(shares[2], shares) == pieces
+    divided = [parts(pieces, 2)[number] for number in range(2)]
+    assert divided == [[0, 2, 4, 6, 8, 10], [1, 3, 5, 7, 9]]
+    assert [[World(rank, 3).has(number) for number in range(2)] for rank in range(3)] == [[1, 0], [0, 1], [0, 0]]
 
 
 def test_arrays_keep_every_bit():
@@ -68,7 +71,8 @@ def test_arrays_keep_every_bit():
         "none": mx.zeros((0, 4)),
         "flags": mx.array([True, False]),
     }
-    for name, x in _unpacked(_packed(arrays)).items():
+    facts = [(name, distributed._NAMES[x.dtype], x.shape) for name, x in arrays.items()]
+    for name, x in _unpacked(_packed(arrays.values()), facts).items():
         assert x.dtype == arrays[name].dtype
         assert x.shape == arrays[name].shape
         assert mx.array_equal(x, arrays[name])
@@ -85,14 +89,14 @@ def test_what_is_told_may_be_longer_than_what_is_sent_at_once(monkeypatch):
         return mx.array(every)
 
     ranks = threading.local()
-    monkeypatch.setattr(distributed, "_PIECE", 4)
+    monkeypatch.setattr(distributed, "_PIECE", 32)
     monkeypatch.setattr(distributed, "_gather", lambda x: gather(ranks.own, x))
 
     def gathered(rank, data):
         ranks.own = rank
-        return [part.tobytes() for part in World(rank, 2).gathered(np.frombuffer(data, np.uint8))]
+        return [np.array(part).tobytes() for part in World(rank, 2).gathered(mx.array(list(data), mx.uint8))]
 
-    for data in ((b"12345678", b"123"), (b"", b"123456789"), (b"", b"")):
+    for data in ((bytes(range(70)), b"123"), (b"", b"123456789"), (b"", b"")):
         with ThreadPoolExecutor(2) as pool:
             assert list(pool.map(gathered, (0, 1), data)) == [list(data)] * 2
 

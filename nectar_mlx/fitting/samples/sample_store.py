@@ -32,7 +32,8 @@ class Samples(NamedTuple):
 
 
 class SampleStore:
-    """Samples of all heads, layer by layer, float32, in memory or in a mapped file.
+    """Samples of all heads, layer by layer, float32, in memory or in a mapped file. Heads that are given none take none
+    of either: another rank has theirs.
 
     count: of each head, so far. capacity: at most.
     """
