@@ -57,9 +57,9 @@ class World:
         """This rank's share of some pieces of work."""
         return pieces[self.rank :: self.size]
 
-    def has(self, piece: int) -> bool:
-        """Whether the piece of this number is among this rank's."""
-        return piece % self.size == self.rank
+    def owner(self, piece: int) -> int:
+        """The rank whose share has the piece of this number."""
+        return piece % self.size
 
     def gathered(self, data: mx.array) -> list[mx.array]:
         """The bytes [n] of all ranks, by rank. All ranks must call it."""

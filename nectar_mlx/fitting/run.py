@@ -86,10 +86,10 @@ class FitRun:
 
     def shares(self, heads: int, n: int) -> int:
         """Into how many parts so many heads of n tokens are divided, each for one rank: whatever the number of ranks,
-        so that the same heads are trained side by side; one, where more groups would take longer to start."""
-        share = share_of(self.config, self.geometry, n) or FIRST
-        groups = heads * share * n * self.config.batch // (_WORTH * device().launch_scores)
-        return int(min(max(groups, 1), device().study_shares))
+        so that the same heads are trained side by side; into one, where starting more groups would take long."""
+        share, shares = share_of(self.config, self.geometry, n) or FIRST, device().study_shares
+        scores = heads * share * n * self.config.batch  # of a training step
+        return shares if scores >= shares * _WORTH * device().launch_scores else 1
 
     def n_samples(self, heads: int) -> int:
         """Samples a head, of so many heads at a time: as asked for, or as many as are useful and the memory holds."""

@@ -221,7 +221,7 @@ def replay(
             places = batch.places
         taken = list[dict[str, mx.array]]()
         for rank in range(world.size):
-            layers = [layer for layer in range(len(context.banks)) if layer % shares % world.size == rank]
+            layers = [layer for layer in range(len(context.banks)) if world.owner(layer % shares) == rank]
             of_all = world.arrays(_taken(capturing, stores.values(), places, layers))
             if rank == world.rank:
                 taken = of_all

@@ -136,7 +136,7 @@ class _Pieces:
                 for name, x in self._samples(kept)._asdict().items()
             }
             parts, every = world.arrays(mine), dict[tuple[int, int], dict[str, mx.array]]()
-            if not world.has(layer % shares):
+            if world.owner(layer % shares) != world.rank:
                 continue
             for part in parts:
                 for key, x in part.items():
