@@ -5,6 +5,7 @@ import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
@@ -12,21 +13,28 @@ import pytest
 
 from nectar_mlx import store
 from nectar_mlx.fitting import distributed
-from nectar_mlx.fitting.distributed import World, _packed, _unpacked
+from nectar_mlx.fitting.distributed import World, _packed, _unpacked, parts
+from nectar_mlx.fitting.kinds.quadrature import QuadratureFit
+from nectar_mlx.fitting.samples.recording import collect
 from tests import launching, toys
-from tests.fitting.toy_fit import FAST, TEXT
+from tests.fitting.toy_fit import FAST, TEXT, fit_run, read
 
 PROGRAM = """
 import os, sys, time
+from dataclasses import replace
 import nectar_mlx.fit
+from nectar_mlx.core.device import device, using
 from nectar_mlx.fitting import checkpoint, config
 plain = config.FitConfig
 config.FitConfig = lambda **given: plain(**{**%r, **given})
 if os.environ.get("WAITS") == os.environ.get("MLX_RANK", "none"):  # behind its first heads, for whoever kills it
     save = checkpoint.Checkpoint.save_heads
     checkpoint.Checkpoint.save_heads = lambda *given: (save(*given), time.sleep(1000))
-sys.exit(nectar_mlx.fit.main(sys.argv[1:]))
+with using(replace(device(), launch_scores=1024)):  # so that a toy's heads are worth dividing
+    sys.exit(nectar_mlx.fit.main(sys.argv[1:]))
 """
+
+
 STUDY = {"queries": 2500, "conversations": 20, "checks": 9}  # several groups that are sampled, several that are checked
 
 
@@ -58,6 +66,27 @@ def test_shares_are_all_of_the_work():
     pieces = list(range(11))
     shares = [World(rank, 4).mine(pieces) for rank in range(4)]
     assert World(2, 4).in_order(shares[2], shares) == pieces
+    divided = [parts(pieces, 2)[number] for number in range(2)]
+    assert divided == [[0, 2, 4, 6, 8, 10], [1, 3, 5, 7, 9]]
+    assert all(number in World(World(0, 4).owner(number), 4).mine(pieces) for number in pieces)
+
+
+@pytest.mark.parametrize("heads, tokens, expected", [(90, 3600, 4), (36, 2000, 4), (12, 2000, 1), (3, 3600, 1)])
+def test_heads_are_divided_where_that_costs_one_process_little(tokenizer, heads, tokens, expected):
+    run = fit_run(toys.toy("llama"), tokenizer, budget=0.02, batch=512)
+    assert run.shares(heads, tokens) == expected
+
+
+def test_ranks_have_all_heads_and_groups_of_one_process(tokenizer, set_device):
+    set_device(launch_scores=1)
+    run = fit_run(toys.toy("llama"), tokenizer, budget=0.3)
+    data = collect(run, read(run, toys.random_tokens(60)))
+    sizes = [(4 + i,) for i in range(run.n_heads)]
+    assert [list(part) for part in data.parts] == [[0, 1], [2, 3], [4, 5], []], "the heads of a layer stay together"
+    ranks = [QuadratureFit(replace(run, world=World(rank, 2)), data) for rank in range(2)]
+    assert [kind.layers for kind in ranks] == [[0, 2], [1]]
+    of_ranks = [group for kind in ranks for group in kind.groups(sizes)]
+    assert sorted(of_ranks) == sorted(QuadratureFit(run, data).groups(sizes))
 
 
 def test_arrays_keep_every_bit():
@@ -68,7 +97,8 @@ def test_arrays_keep_every_bit():
         "none": mx.zeros((0, 4)),
         "flags": mx.array([True, False]),
     }
-    for name, x in _unpacked(_packed(arrays)).items():
+    facts = [(name, distributed._NAMES[x.dtype], x.shape) for name, x in arrays.items()]
+    for name, x in _unpacked(_packed(arrays.values()), facts).items():
         assert x.dtype == arrays[name].dtype
         assert x.shape == arrays[name].shape
         assert mx.array_equal(x, arrays[name])
@@ -85,14 +115,14 @@ def test_what_is_told_may_be_longer_than_what_is_sent_at_once(monkeypatch):
         return mx.array(every)
 
     ranks = threading.local()
-    monkeypatch.setattr(distributed, "_PIECE", 4)
+    monkeypatch.setattr(distributed, "_PIECE", 32)
     monkeypatch.setattr(distributed, "_gather", lambda x: gather(ranks.own, x))
 
     def gathered(rank, data):
         ranks.own = rank
-        return [part.tobytes() for part in World(rank, 2).gathered(np.frombuffer(data, np.uint8))]
+        return [np.array(part).tobytes() for part in World(rank, 2).gathered(mx.array(list(data), mx.uint8))]
 
-    for data in ((b"12345678", b"123"), (b"", b"123456789"), (b"", b"")):
+    for data in ((bytes(range(70)), b"123"), (b"", b"123456789"), (b"", b"")):
         with ThreadPoolExecutor(2) as pool:
             assert list(pool.map(gathered, (0, 1), data)) == [list(data)] * 2
 

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from nectar_mlx.fitting.solve.grouping import groups, room_for
+from nectar_mlx.fitting.solve.grouping import groups
 
 
 def cost(split, sizes, launch):
@@ -31,13 +31,3 @@ def test_no_other_split_is_cheaper(launch):
         for cuts in [[i + 1 for i in range(6) if mask >> i & 1]]
     )
     assert cost(groups(sizes, room=1000, launch=launch), sizes, launch) == cheapest
-
-
-@pytest.mark.parametrize("heads, size, expected", [(90, 37_000, 8), (40, 50_000, 8), (36, 40_000, 4), (3, 37_000, 1)])
-def test_ranks_get_even_shares(heads, size, expected):
-    """Where the groups are worth starting; else one process would pay for it."""
-    sizes = [size + 100 * i for i in range(heads)]
-    split = groups(sizes, room=room_for(sizes, room=1 << 19, launch=1 << 14, shares=4), launch=1 << 14)
-    assert len(split) == expected
-    share = max(sum(sizes[i] for group in split[rank::4] for i in group) for rank in range(4)) / sum(sizes)
-    assert share < (0.27 if expected > 1 else 1.01)

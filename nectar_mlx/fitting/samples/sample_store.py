@@ -36,13 +36,14 @@ class Samples(NamedTuple):
 
 
 class SampleStore:
-    """Samples of all heads, layer by layer, float32, in memory or in a mapped file.
+    """Samples of all heads, layer by layer, float32, in memory or in a mapped file. Heads that are given none take none
+    of either: another rank has theirs.
 
     count: of each head, so far. capacity: at most.
     """
 
     def __init__(self, heads: int, capacity: int, head_dim: int, *, folder: Path | None):
-        self.count, self.capacity, self._broken = 0, capacity, set[int]()
+        self.count, self.capacity, self._given, self._broken = 0, capacity, set[int](), set[int]()
         wide, narrow = (heads, capacity, head_dim), (heads, capacity)
         arrays = []
         for name, shape in zip(Samples._fields, (wide, wide, wide, narrow, narrow), strict=True):
@@ -71,6 +72,7 @@ class SampleStore:
         """Writes samples [K, n, ...] of one layer at the current end; call `advance` once all layers are in."""
         self._broken |= {first_head + k for k in not_finite(samples)}
         K, n = samples.queries.shape[0], min(samples.queries.shape[1], self.capacity - self.count)
+        self._given.update(range(first_head, first_head + K))
         for kept, new in zip(self._data, samples, strict=True):
             kept[first_head : first_head + K, self.count : self.count + n] = np.array(new.astype(mx.float32))[:, :n]
 
@@ -79,6 +81,7 @@ class SampleStore:
 
     def heads(self, indices: Sequence[int], samples: Indices | None = None) -> Samples:
         """The samples of some heads as mx arrays. samples: the indices of those to take, in order (default: all)."""
+        assert not self.count or self._given.issuperset(indices), "another rank has them"
         few = samples is not None and 2 * len(samples) < self.count  # then nothing else is read
         read: Any = samples if few else slice(self.count)
         # Ordering on the device also moves the arrays there: made from numpy, they stay in host memory under CUDA.
@@ -106,7 +109,7 @@ class DeviceSampleStore(SampleStore):
     which they were captured."""
 
     def __init__(self, capacity: int):
-        self.count, self.capacity = 0, capacity
+        self.count, self.capacity, self._given = 0, capacity, set[int]()
         self._finite = list[tuple[int, mx.array]]()  # of some samples: their first head, and which heads' are
         self._layers = dict[int, list[Samples]]()  # by their first head, in the order of capture
 
@@ -115,6 +118,7 @@ class DeviceSampleStore(SampleStore):
         self._layers, self._finite = {}, []
 
     def add(self, first_head: int, samples: Samples) -> None:
+        self._given.update(range(first_head, first_head + samples.queries.shape[0]))
         self._finite.append((first_head, finite(samples)))
         self._layers.setdefault(first_head, []).append(samples.some(slice(self.capacity - self.count)))
 
@@ -123,6 +127,7 @@ class DeviceSampleStore(SampleStore):
         return {first + k for first, fine in self._finite for k in np.flatnonzero(~np.array(fine)).tolist()}
 
     def heads(self, indices: Sequence[int], samples: Indices | None = None) -> Samples:
+        assert not self.count or self._given.issuperset(indices), "another rank has them"
         order = None if samples is None else mx.array(np.asarray(samples, np.int32))
         taken = []
         for field in range(len(Samples._fields)):

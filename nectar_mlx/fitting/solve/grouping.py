@@ -2,9 +2,6 @@
 
 from collections.abc import Sequence
 
-_SPARE = 1.1  # of an even share: heads cannot be divided
-_WORTH = 8  # times what it costs to start a group
-
 
 def groups(sizes: Sequence[float], *, room: float, launch: float) -> list[list[int]]:
     """Indices of heads, split so that a step over all groups takes least; the largest heads first.
@@ -29,11 +26,3 @@ def groups(sizes: Sequence[float], *, room: float, launch: float) -> list[list[i
         members.insert(0, order[start[j] : j])
         j = start[j]
     return members
-
-
-def room_for(sizes: Sequence[float], *, room: float, launch: float, shares: int) -> float:
-    """As much room as leaves a multiple of `shares` groups, about, which as many ranks then share evenly; no more than
-    `room`, and enough that what starting a group costs does not count."""
-    total = sum(sizes)
-    parts = shares * -(-_SPARE * total // (shares * room))
-    return min(room, _SPARE * total / max(1.0, min(parts, total // (_WORTH * launch))))
