@@ -20,13 +20,13 @@ from ..fitting.config import FitConfig
 from ..fitting.distributed import World
 from ..fitting.kinds import kind_fit
 from ..fitting.run import FitRun
-from ..fitting.samples import capture, self_study
+from ..fitting.samples import recording
 from ..fitting.sizes import plan_sizes
 from ..fitting.train import train_heads
 from ..mlxlm import attention_patch
 from .measure import Shape
 
-STAGES = ("prefill", "sampling", "capture", "deciding sizes", "regression")
+STAGES = ("prefill", "study", "deciding sizes", "regression", "packing")
 Row = dict[str, Any]
 
 
@@ -66,7 +66,7 @@ def rows(shape: Shape, contexts: list[int], config: FitConfig) -> Iterator[Row]:
 
 
 def stages(model: nn.Module, shape: Shape, tokens: int, config: FitConfig) -> Iterator[Row]:
-    """One row a stage of one fit of a text of so many tokens; that of the capture has the samples a head, too, and the
+    """One row a stage of one fit of a text of so many tokens; that of the study has the samples a head, too, and the
     last one the digest of what a file would hold."""
     geometry = attention_patch.route(model)
     prefix = np.random.default_rng(0).integers(0, shape.vocabulary, tokens).tolist()
@@ -75,18 +75,16 @@ def stages(model: nn.Module, shape: Shape, tokens: int, config: FitConfig) -> It
     clock = Clock()
     context = prefill.read_text(model, prefix, geometry)
     yield clock.stage("prefill")
-    conversations = self_study.study(run, context)
-    yield clock.stage("sampling")
-    data = capture.capture(run, context, conversations)
-    yield clock.stage("capture") | {"samples": data.train.capacity}
+    data = recording.collect(run, context)
+    yield clock.stage("study") | {"samples": data.train.capacity}
     kind = kind_fit(run, data)
     affordable = partial(affordable_bytes, geometry=geometry, layout=run.layout, n=tokens)
     plan = plan_sizes(kind, affordable, share_of(config, geometry, tokens))
     yield clock.stage("deciding sizes")
     heads = train_heads(kind, plan.sizes)
-    row = clock.stage("regression")
+    yield clock.stage("regression")
     tensors = store.contents(run.layout, heads, prefix=prefix, windows={}, offsets=context.offsets)
-    yield row | {"digest": store.digest(tensors)}
+    yield clock.stage("packing") | {"digest": store.digest(tensors)}
 
 
 class Clock:

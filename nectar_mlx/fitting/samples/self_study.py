@@ -17,7 +17,7 @@ from .sampling import Recorder, chances, sample_answers
 from .study_cache import allow_half
 
 CHECK_TEMPERATURE = 0.7
-_LIVE_BYTES = 6_000_000_000  # of keys and values of conversations that are sampled together, at most
+_LIVE_BYTES = 9_000_000_000  # of keys and values of conversations that are sampled together, at most
 _ENOUGH = 0.9  # of the samples asked for: not another batch for the last few
 _ALL = 1 << 30  # tokens: more than a conversation has
 
