@@ -12,7 +12,7 @@ from . import cli
 from .benchmarks import report, run
 from .benchmarks.cache_variants import VARIANTS
 from .benchmarks.measure import CACHE_STEP, SHAPES
-from .core import plotting
+from .core import environment, plotting
 from .core.progress import no_log
 from .errors import NectarError
 from .fitting.config import FitConfig, effort
@@ -71,6 +71,7 @@ def _work(arguments: argparse.Namespace) -> None:
     if arguments.what == "selftest":
         result = run.tune(shape, log=cli.say) if arguments.tune else run.selftest()
     elif arguments.what == "fit":
+        environment.launch_singly()
         given = {"queries": arguments.queries, "steps": arguments.steps}
         options = effort(arguments.effort) | {name: value for name, value in given.items() if value is not None}
         config = FitConfig(budget=arguments.budget, **options)

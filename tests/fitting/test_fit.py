@@ -4,7 +4,6 @@ import signal
 import subprocess
 import sys
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
@@ -189,11 +188,11 @@ def test_as_many_conversations_side_by_side_as_fit(tokenizer, set_device):
 
 def test_as_few_conversations_as_give_the_samples(tokenizer):
     run = fit_run(toys.toy("llama"), tokenizer)
-    make = partial(self_study.training_conversations, tokenizer, toys.random_tokens(40))
-    batch = self_study.expected_to_give(6000, make, run, first=0)
+    tokens = toys.random_tokens(40)
+    batch = self_study.expected_to_give(6000, self_study.asking(tokenizer, tokens, first=0, seed=0), run)
     given = [run.group * (len(c.prompt) + run.config.answer_tokens) * (c.split == "train") for c in batch]
     assert sum(given) >= 6000 > sum(given[:-1])
-    assert len(self_study.expected_to_give(1, make, run, first=0)) == 16
+    assert len(self_study.expected_to_give(1, self_study.asking(tokenizer, tokens, first=0, seed=0), run)) == 16
 
 
 def test_what_a_conversation_draws_is_its_own(tokenizer):
