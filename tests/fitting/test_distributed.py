@@ -13,7 +13,7 @@ import pytest
 
 from nectar_mlx import store
 from nectar_mlx.fitting import distributed
-from nectar_mlx.fitting.distributed import World, _packed, _unpacked, parts
+from nectar_mlx.fitting.distributed import World, _packed, _unpacked, batches, parts
 from nectar_mlx.fitting.kinds.quadrature import QuadratureFit
 from nectar_mlx.fitting.samples.recording import collect
 from tests import launching, toys
@@ -69,6 +69,23 @@ def test_shares_are_all_of_the_work():
     divided = [parts(pieces, 2)[number] for number in range(2)]
     assert divided == [[0, 2, 4, 6, 8, 10], [1, 3, 5, 7, 9]]
     assert all(number in World(World(0, 4).owner(number), 4).mine(pieces) for number in pieces)
+
+
+@pytest.mark.parametrize(
+    "count, most, shares, lengths",
+    [
+        (96, 32, 2, [24] * 4),
+        (8, 3, 2, [2] * 4),
+        (8, 8, 2, [8]),
+        (3, 1, 4, [1] * 3),
+        (9, 4, 4, [2, 2, 2, 3]),
+        (0, 4, 2, []),
+    ],
+)
+def test_batches_are_as_many_for_each_rank(count, most, shares, lengths):
+    made = batches(count, most=most, shares=shares)
+    assert [len(batch) for batch in made] == lengths
+    assert [number for batch in made for number in batch] == list(range(count))
 
 
 @pytest.mark.parametrize("heads, tokens, expected", [(90, 3600, 4), (36, 2000, 4), (12, 2000, 1), (3, 3600, 1)])
