@@ -111,6 +111,14 @@ def parts(pieces: Sequence[_T], count: int) -> list[Sequence[_T]]:
     return [pieces[first::count] for first in range(count)]
 
 
+def batches(count: int, *, most: int, shares: int) -> list[range]:
+    """The numbers 0 … count - 1 in batches of at most `most`, about as long as each other: one, or a multiple of
+    `shares`."""
+    fewest = -(-count // most)
+    number = min(count, -(-fewest // shares) * shares) if fewest > 1 else fewest
+    return [range(count * i // number, count * (i + 1) // number) for i in range(number)]
+
+
 def _gather(x: mx.array) -> mx.array:
     """Of all ranks, one after the other: on the stream of the engine, which with NCCL is the GPU's."""
     try:

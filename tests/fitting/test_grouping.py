@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from nectar_mlx.fitting.solve.grouping import groups
+from nectar_mlx.fitting.solve.grouping import evened, groups
 
 
 def cost(split, sizes, launch):
@@ -31,3 +31,18 @@ def test_no_other_split_is_cheaper(launch):
         for cuts in [[i + 1 for i in range(6) if mask >> i & 1]]
     )
     assert cost(groups(sizes, room=1000, launch=launch), sizes, launch) == cheapest
+
+
+def test_parts_become_even_with_few_heads_moved():
+    costs = np.random.default_rng(0).exponential(size=90) ** 2  # some heads cost far more than others
+    parts = [range(90)[part::4] for part in range(4)]
+    made = evened(parts, costs.tolist())
+    assert sorted(head for part in made for head in part) == list(range(90))
+    loads = [costs[part].sum() for part in made]
+    assert max(costs[list(part)].sum() for part in parts) > 0.3 * costs.sum() > 1.1 * max(loads)
+    assert sum(head not in parts[number] for number, part in enumerate(made) for head in part) < 20
+
+
+def test_a_head_that_costs_more_than_a_share_stays():
+    assert evened([[0, 1], [2]], [10.0, 1.0, 1.0]) == [[0], [2, 1]]
+    assert evened([[0], []], [1.0]) == [[0], []]

@@ -86,11 +86,15 @@ class KindFit:
         return size[0] * self.run.config.batch
 
     def groups(self, sizes: Sequence[Size]) -> list[list[int]]:
-        """Heads that are trained together, of those that this rank fits. sizes: of all."""
-        together = list[list[int]]()
-        for part in self.run.world.mine(self.data.parts):
-            costs = [self.step_scores(sizes[head]) for head in part]
-            groups = grouping.groups(costs, room=self.training_scores, launch=device().launch_scores)
+        """Heads that are trained together, of those that this rank fits. sizes: of all. All ranks must call it: heads
+        that cost more than was known when their samples were captured may change their rank."""
+        costs, together = [self.step_scores(size) for size in sizes], list[list[int]]()
+        mine = self.run.world.mine(grouping.evened(self.data.parts, costs))
+        self.data.fetch([head for part in mine for head in part], self.run.world)
+        for part in mine:
+            groups = grouping.groups(
+                [costs[head] for head in part], room=self.training_scores, launch=device().launch_scores
+            )
             together += [[part[i] for i in group] for group in groups]
         return together
 

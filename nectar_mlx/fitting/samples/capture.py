@@ -38,7 +38,7 @@ class Collected:
     """What heads are fitted to: the conversations about a context, and what attention saw in them, by head.
 
     train, held_out: samples of the conversations of these splits, heads numbered layer by layer, the sliding-window
-    layers left out. parts: all heads, divided whatever the number of ranks; a rank has the samples of its parts.
+    layers left out. parts: all heads, divided whatever the number of ranks; each has the samples of some parts.
     """
 
     context: Context
@@ -46,6 +46,17 @@ class Collected:
     train: SampleStore
     held_out: SampleStore
     parts: Sequence[Sequence[int]]
+
+    def fetch(self, heads: Collection[int], world: World) -> None:
+        """Gets the samples of heads that this rank does not have from those that do. All ranks must call it."""
+        holders = {head: world.owner(number) for number, part in enumerate(self.parts) for head in part}
+        for store in (self.train, self.held_out):
+            missing = {head for head in heads if not store.has(head)}
+            for head in sorted({head for of in world.values(sorted(missing)) for head in of}):
+                holds = holders[head] == world.rank
+                sent = world.arrays(store.heads([head])._asdict() if holds else {})
+                if head in missing:
+                    store.receive(head, Samples(**sent[holders[head]]))
 
 
 def capture(

@@ -76,6 +76,16 @@ class SampleStore:
         for kept, new in zip(self._data, samples, strict=True):
             kept[first_head : first_head + K, self.count : self.count + n] = np.array(new.astype(mx.float32))[:, :n]
 
+    def has(self, head: int) -> bool:
+        """Whether it was given samples of this head."""
+        return head in self._given
+
+    def receive(self, head: int, samples: Samples) -> None:
+        """Takes over a head's samples [1, count, ...], all that there are, from another rank."""
+        self._given.add(head)
+        for kept, new in zip(self._data, samples, strict=True):
+            kept[head, : self.count] = np.array(new)[0]
+
     def advance(self, count: int) -> None:
         self.count = min(self.capacity, self.count + count)
 
@@ -121,6 +131,10 @@ class DeviceSampleStore(SampleStore):
         self._given.update(range(first_head, first_head + samples.queries.shape[0]))
         self._finite.append((first_head, finite(samples)))
         self._layers.setdefault(first_head, []).append(samples.some(slice(self.capacity - self.count)))
+
+    def receive(self, head: int, samples: Samples) -> None:
+        self._given.add(head)
+        self._layers[head] = [samples]
 
     @property
     def not_finite(self) -> set[int]:  # looked at when all are in: one by one each layer's would be waited for
