@@ -69,13 +69,13 @@ def trial_errors(kind: KindFit, nbytes: float) -> np.ndarray:
             run.model, kind.data.context, probes, geometry=run.geometry, progress=done, world=world
         )
         finite.check_heads("measuring sensitivity", finite.not_finite([information]), run.geometry)
-        metric = fisher.metric(information)
     with run.progress("deciding sizes", len(trials)) as done:
         for number, group in enumerate(trials):
             training = kind.training(group, _TRIAL_SAMPLES)
             init = kind.initialize(group, [size] * len(group), training.samples)
             bank = regress(kind, init, training, steps=run.config.trial_steps)
-            errors[group] = kind.judge(bank, training.samples, take(metric, mx.array(group)))
+            metric = fisher.metric(take(information, mx.array(group)))
+            errors[group] = kind.judge(bank, training.samples, metric)
             done(number + 1)
     # A head is of one rank's groups: the others have zeros.
     total: np.ndarray = np.array(world.values(errors.tolist())).sum(axis=0)
