@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import cli, ranks, settings, store
+from .core import environment
 from .core.clock import duration
 from .core.progress import no_log, silent
 from .core.types import JsonObject
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    environment.launch_singly()
     return cli.run(_parser(), _work, argv)
 
 

@@ -252,7 +252,9 @@ class _Work:
         config = self.config
         if not self.layerwise:  # the check's beside the others
             asked = self.conversations + config.checks
-            groups = count_groups(asked, most=config.conversations, shares=self.machine.profile.study_shares)
+            scores = asked * self.shape.geometry.n_heads * self.n
+            profile = self.machine.profile
+            groups = count_groups(asked, most=config.conversations, scores=scores, profile=profile)
             seconds = self.decode(self.sampled + self.checked, together=asked // groups)
             yield Stage("sampling answers", self.shared(groups) * seconds)
             return

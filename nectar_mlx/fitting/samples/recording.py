@@ -44,7 +44,7 @@ def collect(run: FitRun, context: Context) -> Collected:
     conversations = study(run, context, recording)
     stores = {split: empty(run, count, folder and folder / f"{split}.samples") for split, count in counts.items()}
     for split, store in stores.items():
-        recording.move(split, store, run.world)
+        recording.move(split, store, run.world, shares=run.shares(run.n_heads, context.length))
     return collected(run, context, conversations, stores["train"], stores["held_out"])
 
 
@@ -100,13 +100,13 @@ class Recording:
         for cache in capturing:
             cache.captured = []
 
-    def move(self, split: Split, store: SampleStore, world: World) -> None:
-        """Moves the samples of a split that all ranks have into an empty store: as many as it holds, drawn at
-        random."""
+    def move(self, split: Split, store: SampleStore, world: World, *, shares: int = 1) -> None:
+        """Moves the samples of a split that all ranks have into empty stores: as many as these hold, drawn at random;
+        each layer's, of so many shares, into that of its rank."""
         total = sum(world.values(self._pieces.count[split]))
         drawn = np.random.default_rng(0).permutation(total)[: store.capacity]
         chosen = mx.array(np.sort(drawn).astype(np.int32))
-        for layer, samples in enumerate(self._pieces.layers(split, world)):
+        for layer, samples in self._pieces.layers(split, world, shares):
             store.add(layer * samples.queries.shape[0], samples.take(chosen) if len(drawn) < total else samples)
         store.advance(total)
 
@@ -126,21 +126,24 @@ class _Pieces:
         for pieces, samples in zip(self._of[split], layers, strict=True):
             pieces.append((self.group, self._kept(samples)))
 
-    def layers(self, split: Split, world: World) -> Iterator[Samples]:
-        """Each layer's of all ranks, in an order that does not depend on their number. They are no longer here then."""
-        for _ in range(max(world.values(len(self._of[split])))):
+    def layers(self, split: Split, world: World, shares: int) -> Iterator[tuple[int, Samples]]:
+        """The samples of all ranks in this rank's layers, in an order that does not depend on the number of ranks. They
+        are no longer here then."""
+        for layer in range(max(world.values(len(self._of[split])))):
             own = self._of[split].pop(0) if self._of[split] else []
             mine = {
                 f"{group}.{number}.{name}": x
                 for number, (group, kept) in enumerate(own)
                 for name, x in self._samples(kept)._asdict().items()
             }
-            every = dict[tuple[int, int], dict[str, mx.array]]()
-            for part in world.arrays(mine):
+            parts, every = world.arrays(mine), dict[tuple[int, int], dict[str, mx.array]]()
+            if world.owner(layer % shares) != world.rank:
+                continue
+            for part in parts:
                 for key, x in part.items():
                     group, number, name = key.split(".")
                     every.setdefault((int(group), int(number)), {})[name] = x
-            yield _joined([Samples(**every[at]) for at in sorted(every)], axis=1)
+            yield layer, _joined([Samples(**every[at]) for at in sorted(every)], axis=1)
 
     def _kept(self, samples: Samples) -> Any:
         return samples

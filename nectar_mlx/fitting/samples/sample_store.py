@@ -28,9 +28,13 @@ class Samples(NamedTuple):
         """Some of the samples of every head."""
         return Samples(*(x[:, chosen] for x in self))
 
+    def of_heads(self, heads: Indices) -> "Samples":
+        """The samples of some of the heads."""
+        return Samples(*(take(x, mx.array(np.asarray(heads, np.int32))) for x in self))
+
     def take(self, indices: mx.array) -> "Samples":
         """The samples at these indices, of every head."""
-        return Samples(*(mx.take(x, indices, axis=1) for x in self))
+        return Samples(*(take(x, indices, axis=1) for x in self))
 
 
 class _MappedFile:
@@ -66,13 +70,14 @@ class _MappedFile:
 
 
 class SampleStore:
-    """Samples of all heads, layer by layer, float32, in memory or in a mapped file.
+    """Samples of all heads, layer by layer, float32, in memory or in a mapped file. Heads that are given none take none
+    of either: another rank has theirs.
 
     count: of each head, so far. capacity: at most.
     """
 
     def __init__(self, heads: int, capacity: int, head_dim: int, *, folder: Path | None):
-        self.count, self.capacity, self._broken = 0, capacity, set[int]()
+        self.count, self.capacity, self._given, self._broken = 0, capacity, set[int](), set[int]()
         wide, narrow = (heads, capacity, head_dim), (heads, capacity)
         self._data: list[np.ndarray | _MappedFile] = []
         for name, shape in zip(Samples._fields, (wide, wide, wide, narrow, narrow), strict=True):
@@ -99,6 +104,7 @@ class SampleStore:
         """Writes samples [K, n, ...] of one layer at the current end; call `advance` once all layers are in."""
         self._broken |= {first_head + k for k in not_finite(samples)}
         K, n = samples.queries.shape[0], min(samples.queries.shape[1], self.capacity - self.count)
+        self._given.update(range(first_head, first_head + K))
         for kept, new in zip(self._data, samples, strict=True):
             values = np.array(new.astype(mx.float32))[:, :n]
             if isinstance(kept, np.ndarray):
@@ -107,11 +113,22 @@ class SampleStore:
                 for k in range(K if n else 0):
                     kept.write(first_head + k, self.count, values[k])
 
+    def has(self, head: int) -> bool:
+        """Whether it was given samples of this head."""
+        return head in self._given
+
+    def receive(self, head: int, samples: Samples) -> None:
+        """Takes over a head's samples [1, count, ...], all that there are, from another rank."""
+        self._given.add(head)
+        for kept, new in zip(self._data, samples, strict=True):
+            kept[head, : self.count] = np.array(new)[0]
+
     def advance(self, count: int) -> None:
         self.count = min(self.capacity, self.count + count)
 
     def heads(self, indices: Sequence[int], samples: Indices | None = None) -> Samples:
         """The samples of some heads as mx arrays. samples: the indices of those to take, in order (default: all)."""
+        assert not self.count or self._given.issuperset(indices), "another rank has them"
         few = samples is not None and 2 * len(samples) < self.count  # then nothing else is read
         read: Any = samples if few else slice(self.count)
         # Ordering on the device also moves the arrays there: made from numpy, they stay in host memory under CUDA.
@@ -139,7 +156,7 @@ class DeviceSampleStore(SampleStore):
     which they were captured."""
 
     def __init__(self, capacity: int):
-        self.count, self.capacity = 0, capacity
+        self.count, self.capacity, self._given = 0, capacity, set[int]()
         self._finite = list[tuple[int, mx.array]]()  # of some samples: their first head, and which heads' are
         self._layers = dict[int, list[Samples]]()  # by their first head, in the order of capture
 
@@ -148,14 +165,20 @@ class DeviceSampleStore(SampleStore):
         self._layers, self._finite = {}, []
 
     def add(self, first_head: int, samples: Samples) -> None:
+        self._given.update(range(first_head, first_head + samples.queries.shape[0]))
         self._finite.append((first_head, finite(samples)))
         self._layers.setdefault(first_head, []).append(samples.some(slice(self.capacity - self.count)))
+
+    def receive(self, head: int, samples: Samples) -> None:
+        self._given.add(head)
+        self._layers[head] = [samples]
 
     @property
     def not_finite(self) -> set[int]:  # looked at when all are in: one by one each layer's would be waited for
         return {first + k for first, fine in self._finite for k in np.flatnonzero(~np.array(fine)).tolist()}
 
     def heads(self, indices: Sequence[int], samples: Indices | None = None) -> Samples:
+        assert not self.count or self._given.issuperset(indices), "another rank has them"
         order = None if samples is None else mx.array(np.asarray(samples, np.int32))
         taken = []
         for field in range(len(Samples._fields)):
