@@ -71,6 +71,14 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
         filled(SampleStore(LAYERS * K, CAPACITY, D, folder=tmp_path), (7,))
 
 
+def test_a_head_is_taken_over_from_another_rank(tmp_path):
+    for store in stores(tmp_path)[:2]:
+        expected = filled(store, (7, 9))
+        store.receive(1, Samples(*(mx.array(x[[4]]) for x in expected)))
+        for ours, truth in zip(store.heads([1, 2]), expected, strict=True):
+            assert np.array_equal(np.array(ours), truth[[4, 2]])
+
+
 def test_a_cleared_store_takes_samples_again(tmp_path):
     for store in stores(tmp_path):
         filled(store, (7, 9))

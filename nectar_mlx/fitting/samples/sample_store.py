@@ -105,13 +105,7 @@ class SampleStore:
         self._broken |= {first_head + k for k in not_finite(samples)}
         K, n = samples.queries.shape[0], min(samples.queries.shape[1], self.capacity - self.count)
         self._given.update(range(first_head, first_head + K))
-        for kept, new in zip(self._data, samples, strict=True):
-            values = np.array(new.astype(mx.float32))[:, :n]
-            if isinstance(kept, np.ndarray):
-                kept[first_head : first_head + K, self.count : self.count + n] = values
-            else:
-                for k in range(K if n else 0):
-                    kept.write(first_head + k, self.count, values[k])
+        self._write(first_head, self.count, n, samples)
 
     def has(self, head: int) -> bool:
         """Whether it was given samples of this head."""
@@ -120,8 +114,16 @@ class SampleStore:
     def receive(self, head: int, samples: Samples) -> None:
         """Takes over a head's samples [1, count, ...], all that there are, from another rank."""
         self._given.add(head)
+        self._write(head, 0, self.count, samples)
+
+    def _write(self, first_head: int, at: int, count: int, samples: Samples) -> None:
+        """So many samples of each head, from its at-th on."""
         for kept, new in zip(self._data, samples, strict=True):
-            kept[head, : self.count] = np.array(new)[0]
+            for head, values in enumerate(np.array(new.astype(mx.float32))[:, :count], first_head):
+                if isinstance(kept, np.ndarray):
+                    kept[head, at : at + count] = values
+                elif count:
+                    kept.write(head, at, values)
 
     def advance(self, count: int) -> None:
         self.count = min(self.capacity, self.count + count)
