@@ -167,7 +167,7 @@ def main():
         files = [toys.exact(model, prompts.prefix(tokenizer, text)) for text in texts]
     for name, view in views(model, tokenizer, texts, files, asked, arguments.views):
         results = [told(model, tokenizer, view(i), *rest) for i, (_, _, *rest) in enumerate(asked)]
-        figures = {"texts": len(texts), "keys": "fitted" if arguments.files else "exact", "view": name}
+        figures = {"texts": len(texts), "kind": files[0].layout.kind if files else "exact", "view": name}
         for kind in KINDS:
             right, logs = zip(*(r for r, fact in zip(results, asked, strict=True) if fact[1] == kind), strict=True)
             figures[kind] = [sum(right), len(right), round(float(np.mean(logs)), 3)]
