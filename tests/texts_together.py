@@ -25,7 +25,8 @@ from nectar_mlx.mlxlm import prompts
 from tests import toys
 from tests.library.cheap import CheapFitter
 
-VIEWS = ["read as one", "end to end", "side by side", "the right text", "the routed text"]
+VIEWS = ["read as one", "end to end", "side by side", "the right text", "the routed text", "the surest text"]
+SURE = 5  # tokens of an answer by which the surest text is chosen
 KINDS = ("own words", "shared words")
 FACTS = (
     (
@@ -94,6 +95,19 @@ def told(model, tokenizer, cache, question, sentence, number):
     return bool((logs.argmax(-1) == number_ids).all()), float(logs[rows, number_ids].mean())
 
 
+def sureness(model, tokenizer, cache, question, sentence):
+    """Mean log-probability of the likeliest tokens with which the model goes on."""
+    import mlx.core as mx
+
+    tokens = mx.array([prompts.prompt(tokenizer, question) + tokenizer.encode(sentence, add_special_tokens=False)])
+    total = 0.0
+    for _ in range(SURE):
+        logits = model(tokens, cache=cache)[:, -1].astype(mx.float32)
+        tokens, top = logits.argmax(-1)[:, None], logits.max() - mx.logsumexp(logits)
+        total += top.item()
+    return total / SURE
+
+
 def routed(model, tokenizer, texts, files, asked):
     """For every fact, the text that the library answers from, by words and with the model's view; and those that are
     close to it by words."""
@@ -141,6 +155,17 @@ def views(model, tokenizer, texts, files, asked, wanted):
         for name, found in (("by words", by_words), ("with the model", by_both)):
             # None of them: the one that the words fit best is read all the same.
             yield f"routed {name}", lambda i, found=found: files[found[i] or 0].make_cache()
+
+    if "the surest text" in wanted:
+        sure = [
+            [sureness(model, tokenizer, file.make_cache(), question, sentence) for file in files]
+            for _, _, question, sentence, _ in asked
+        ]
+        surest = [int(np.argmax(of)) for of in sure]
+        for kind in KINDS:
+            of = [i for i, fact in enumerate(asked) if fact[1] == kind]
+            print(json.dumps({"surest right": kind, "of": len(of), "right": sum(surest[i] == asked[i][0] for i in of)}))
+        yield "the surest text", lambda i: files[surest[i]].make_cache()
 
 
 def main():
