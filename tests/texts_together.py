@@ -26,7 +26,7 @@ from tests import toys
 from tests.library.cheap import CheapFitter
 
 VIEWS = ["read as one", "end to end", "side by side", "the right text", "the routed text", "the surest text"]
-SURE = 5  # tokens of an answer by which the surest text is chosen
+SURE = 3  # tokens of an answer by which the surest text is chosen
 KINDS = ("own words", "shared words")
 FACTS = (
     (
