@@ -195,7 +195,7 @@ def replay(
     how many are done. world: whose ranks share the work; all of them get all samples.
     """
     group = n_heads // len(context.banks[0].sizes)
-    tokens = tokens or max(_FEWEST_TOKENS, device().replay_scores // (n_heads * len(context.prefix)))
+    tokens = tokens or together(context, n_heads)
     done, world = 0, world or World()
     batches = replay_batches(conversations, stores, group=group, tokens=tokens)
     for first in range(0, len(batches), world.size):
@@ -213,6 +213,11 @@ def replay(
         mx.eval([c.captured for c in capturing])  # not more than a batch is under way
         done += sum(c.fed_tokens for batch in share for c in batch.conversations)
         progress(done)
+
+
+def together(context: Context, n_heads: int) -> int:
+    """How many tokens it is quick to replay together."""
+    return max(_FEWEST_TOKENS, device().replay_scores // (n_heads * len(context.prefix)))
 
 
 def record(caches: Sequence[CaptureCache], stores: Collection[SampleStore], places: Iterable[np.ndarray]) -> None:
