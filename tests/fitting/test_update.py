@@ -14,7 +14,7 @@ from nectar_mlx.fitting.checkpoint import Checkpoint
 from nectar_mlx.fitting.samples import kept_study, recording, sampling, self_study
 from nectar_mlx.fitting.samples.capture import capture
 from nectar_mlx.fitting.samples.conversation import Conversation
-from nectar_mlx.fitting.updating import questions, warm
+from nectar_mlx.fitting.updating import questions, revise, warm
 from nectar_mlx.fitting.updating.revision import Revision
 from nectar_mlx.heads import Quadrature
 from nectar_mlx.mlxlm import prompts
@@ -142,6 +142,22 @@ def test_without_a_study_some_are_about_the_whole_text_and_one_is_held_out(model
     asked = questions.about_the_new(run, Revision.of(list(range(200)), list(range(220))), [], samples=100)
     assert "held_out" in [c.split for c in asked]
     assert sum(c.split == "check" for c in asked) == run.config.checks
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "nodes", "tokens", "more", "size"),
+    [
+        (1000, 1100, 50, 100, 16, 71),  # in proportion, and 16 more
+        (1000, 1100, 990, 100, 16, 1090),  # not more than there are new tokens
+        (1000, 1100, 1000, 100, 16, 1100),  # every key
+        (1000, 1000, 50, 40, 0, 50),  # as many tokens as before
+        (1000, 900, 50, 0, 0, 45),
+        (1000, 10, 1, 0, 0, 1),
+    ],
+)
+def test_heads_grow_with_the_text(old, new, nodes, tokens, more, size):
+    revision = Revision(range(old), range(new), [])
+    assert revise.new_size(nodes, revision, tokens=tokens, more=more) == (size,)
 
 
 class TestAppend:

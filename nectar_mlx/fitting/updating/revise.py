@@ -5,32 +5,38 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ...core.clock import Clock
+from ...heads import Size
 from ..run import FitRun
 from ..samples.conversation import Conversation
 from .base import FileContents, Updated, collected, read, retrained, shorter
 from .revision import Revision
 from .warm import WarmFit, moved_nodes
 
-# Nodes of a head for the new tokens, beside those in proportion: the error of a few falls the fastest. At most, and for
-# each of them.
-_MORE, _PER_TOKEN = 16, 1 / 8
+_PER_TOKEN = 1 / 8  # of `Effort.more`, for each new token
 
 
 @dataclass(frozen=True, kw_only=True)
 class Effort:
-    """What an update takes of a fit: samples of conversations that were kept, and of new ones for each share of the
-    text that is new; steps, and their rate. fresh: whether a head may start from Attention Matching of all keys."""
+    """What an update takes of a fit.
+
+    kept: samples of conversations that were kept. new: samples of new conversations, for the share of the text that is
+    new. steps, rate: of the regression. nodes: of a head for the new tokens, in proportion. more: nodes beside those,
+    at most, by which the heads grow: the error of a few falls the fastest. fresh: whether a head may start from
+    Attention Matching of all keys.
+    """
 
     kept: float
     new: float
     steps: float
     rate: float
+    nodes: float
+    more: int
     fresh: bool
 
 
 # Behind a text nearly all nodes are already where they belong; a change within it moves what follows.
-APPEND = Effort(kept=0.2, new=1.2, steps=0.4, rate=1 / 2, fresh=False)
-EDIT = Effort(kept=0.45, new=1.0, steps=0.5, rate=1.0, fresh=True)
+APPEND = Effort(kept=0.15, new=1.0, steps=0.3, rate=1 / 2, nodes=1.0, more=16, fresh=False)
+EDIT = Effort(kept=0.35, new=1.0, steps=0.5, rate=1.0, nodes=1.5, more=0, fresh=True)
 
 
 def revise(
@@ -51,8 +57,10 @@ def revise(
     data = collected(run, context, revision, study, kept=kept, new=new if study else new + kept)
     clock.lap("study")
     places = [place for start, end in revision.changed for place in range(start, end)]
-    sizes = _sizes(file, revision)
-    rooms = [_room(m, len(places), context.length) for (m,) in sizes]
+    more = min(effort.more, math.ceil(_PER_TOKEN * len(places)))
+    sizes = [new_size(m, revision, tokens=len(places), more=more) for (m,) in file.sizes]
+    crowd = effort.nodes * len(places) / context.length
+    rooms = [min(len(places), m // 2, math.ceil(crowd * m) + more) for (m,) in sizes]
     kind = WarmFit(
         shorter(run, data, steps=effort.steps, rate=effort.rate),
         data,
@@ -66,12 +74,8 @@ def revise(
     return retrained(kind, file, sizes, clock=clock)
 
 
-def _sizes(file: FileContents, revision: Revision) -> list[tuple[int]]:
-    """In proportion to the text's length: a head that kept every key keeps every key."""
-    n = len(revision.new)
-    return [(min(n, max(1, round(size[0] * n / len(revision.old)))),) for size in file.sizes]
-
-
-def _room(nodes: int, tokens: int, length: int) -> int:
-    """How many of a head's nodes are for so many new tokens, of all of the text."""
-    return min(tokens, nodes // 2, math.ceil(nodes * tokens / length) + min(_MORE, math.ceil(_PER_TOKEN * tokens)))
+def new_size(nodes: int, revision: Revision, *, tokens: int, more: int) -> Size:
+    """Of a head of so many nodes: in proportion to the text's length, and some more, but not by more than there are new
+    tokens. A head that kept every key keeps every key."""
+    before, length = len(revision.old), len(revision.new)
+    return (min(length, nodes + tokens, max(1, round(nodes * length / before)) + more),)
