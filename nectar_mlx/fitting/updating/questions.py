@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from statistics import median
 
 from ..run import FitRun
 from ..samples.conversation import Conversation, count_samples
@@ -13,7 +12,6 @@ _FEWEST = 6  # conversations that are sampled: fewer take nearly as long
 _CHECKS = 0.25  # of a fit's check questions, beside those about what is new
 _NEW_CHECKS = 1 / 8  # of a fit's check questions, about what is new; at least two
 _AROUND = 60  # tokens before a new passage that questions about it may quote
-_DRAWN = 4  # prompts, of which one is asked: one of about the same length as the others
 
 
 def some(kept: Sequence[Conversation], run: FitRun, *, samples: int) -> list[Conversation]:
@@ -30,36 +28,32 @@ def some(kept: Sequence[Conversation], run: FitRun, *, samples: int) -> list[Con
 
 def about_the_new(run: FitRun, revision: Revision, kept: Sequence[Conversation], *, samples: int) -> list[Conversation]:
     """Conversations about the new passages that give about so many samples a head, their answers still to come; where
-    none are kept, half of them are about the whole text.
-
-    Their prompts are of about one length: of those that are sampled in step, what is longer is read token by token.
-    """
+    none are kept, half of them are about the whole text."""
     config, whole = run.config, list(revision.new)
     passages = [whole[start:end] for start, end in revision.passages(_AROUND)] or [whole]
     passages += [] if kept else [whole] * len(passages)
     most = _FEWEST + samples // (run.group * config.answer_tokens)
-    drawn = [
-        training_conversations(run.tokenizer, passage, first=len(kept) + at, count=_DRAWN * most, seed=config.seed)
-        for at, passage in enumerate(passages)
-    ]
-    length = median(len(c.prompt) for of in drawn for c in of)
-    count = max(_FEWEST, math.ceil(samples / (run.group * (length + config.answer_tokens))))
-    asked = _shared_out([_alike(of, length) for of in drawn], count)
-    batch = [Conversation(c.prompt, split="train" if n % 10 else "held_out") for n, c in enumerate(asked, len(kept))]
     checks = max(2, math.ceil(_NEW_CHECKS * config.checks)) if kept else config.checks
-    drawn = [
-        check_conversations(run.tokenizer, passage, first=len(kept) + at, count=_DRAWN * checks, seed=config.seed)
-        for at, passage in enumerate(passages)
-    ]
-    return batch + _shared_out([_alike(of, length) for of in drawn], checks)
+    training, checking = list[list[Conversation]](), list[list[Conversation]]()
+    for first, passage in enumerate(passages, len(kept)):
+        options = {"first": first, "seed": config.seed}
+        training.append(training_conversations(run.tokenizer, passage, count=most, **options))
+        checking.append(check_conversations(run.tokenizer, passage, count=checks, **options))
+    asked = _enough(_in_turn(training), run, samples=samples)
+    batch = [Conversation(c.prompt, split="train" if n % 10 else "held_out") for n, c in enumerate(asked, len(kept))]
+    return batch + _in_turn(checking)[:checks]
 
 
-def _alike(conversations: Sequence[Conversation], length: float) -> list[Conversation]:
-    """Those first whose prompts are nearest to this length."""
-    return sorted(conversations, key=lambda c: abs(len(c.prompt) - length))
+def _enough(conversations: Sequence[Conversation], run: FitRun, *, samples: int) -> list[Conversation]:
+    """The first ones, as many as will give so many samples a head."""
+    given = 0
+    for count, conversation in enumerate(conversations):
+        if given >= samples and count >= _FEWEST:
+            return list(conversations[:count])
+        given += run.group * (len(conversation.prompt) + run.config.answer_tokens)
+    return list(conversations)
 
 
-def _shared_out(passages: Sequence[Sequence[Conversation]], count: int) -> list[Conversation]:
-    """So many conversations, of each passage the first ones and about as many as of the others."""
-    in_turn = [of[at] for at in range(max(map(len, passages))) for of in passages if at < len(of)]
-    return in_turn[:count]
+def _in_turn(passages: Sequence[Sequence[Conversation]]) -> list[Conversation]:
+    """One of each passage, then the next of each."""
+    return [c for turn in zip(*passages, strict=True) for c in turn]

@@ -10,7 +10,7 @@ from ..run import FitRun
 from ..samples.conversation import Conversation
 from .base import FileContents, Updated, collected, read, retrained, shorter
 from .revision import Revision
-from .warm import WarmFit, moved_nodes
+from .warm import WarmFit, attention_shares, moved_nodes
 
 _PER_TOKEN = 1 / 8  # of `Effort.more`, for each new token
 
@@ -20,23 +20,21 @@ class Effort:
     """What an update takes of a fit.
 
     kept: samples of conversations that were kept. new: samples of new conversations, for the share of the text that is
-    new. steps, rate: of the regression. nodes: of a head for the new tokens, in proportion. more: nodes beside those,
-    at most, by which the heads grow: the error of a few falls the fastest. fresh: whether a head may start from
-    Attention Matching of all keys.
+    new. steps, rate: of the regression. more: nodes of a head for the new tokens, at most, by which it grows beside its
+    share: the error of a few falls the fastest. fresh: whether a head may start from Attention Matching of all keys.
     """
 
     kept: float
     new: float
     steps: float
     rate: float
-    nodes: float
     more: int
     fresh: bool
 
 
 # Behind a text nearly all nodes are already where they belong; a change within it moves what follows.
-APPEND = Effort(kept=0.15, new=1.0, steps=0.3, rate=1 / 2, nodes=1.0, more=16, fresh=False)
-EDIT = Effort(kept=0.35, new=1.0, steps=0.5, rate=1.0, nodes=1.5, more=0, fresh=True)
+APPEND = Effort(kept=0.2, new=1.0, steps=0.3, rate=1 / 2, more=16, fresh=False)
+EDIT = Effort(kept=0.45, new=1.0, steps=0.5, rate=1.0, more=0, fresh=True)
 
 
 def revise(
@@ -59,8 +57,8 @@ def revise(
     places = [place for start, end in revision.changed for place in range(start, end)]
     more = min(effort.more, math.ceil(_PER_TOKEN * len(places)))
     sizes = [new_size(m, revision, tokens=len(places), more=more) for (m,) in file.sizes]
-    crowd = effort.nodes * len(places) / context.length
-    rooms = [min(len(places), m // 2, math.ceil(crowd * m) + more) for (m,) in sizes]
+    shares = attention_shares(run, data, places)
+    rooms = [_room(m, s, len(places), more=more) for (m,), s in zip(sizes, shares, strict=True)]
     kind = WarmFit(
         shorter(run, data, steps=effort.steps, rate=effort.rate),
         data,
@@ -72,6 +70,12 @@ def revise(
     if not revision.appended and all(part.moved == 0 for part in revision.kept):
         kind.settle(file)
     return retrained(kind, file, sizes, clock=clock)
+
+
+def _room(nodes: int, share: float, tokens: int, *, more: int) -> int:
+    """How many of a head's nodes are for new tokens that take so much of its attention: the end of a text, where they
+    often are, takes more than its length tells."""
+    return min(tokens, nodes // 2, math.ceil(share * nodes) + more)
 
 
 def new_size(nodes: int, revision: Revision, *, tokens: int, more: int) -> Size:

@@ -20,7 +20,7 @@ from .base import FileContents
 from .revision import Run
 
 _SAME = 1.1  # times the error that a head had: it is left as it is
-_PROBE = 1024  # samples by which the least used nodes are found
+_PROBE = 1024  # samples by which the use of nodes and tokens is told
 
 
 class WarmFit(QuadratureFit):
@@ -105,6 +105,18 @@ class WarmFit(QuadratureFit):
             for index, head, error in zip(heads, bank.unstack(), errors, strict=True):
                 if error <= _SAME * file.errors[index]:
                     self.settled[index] = head
+
+
+def attention_shares(run: FitRun, data: Collected, places: Sequence[int]) -> list[float]:
+    """Of every head the share of its attention to the text that some tokens of it take, on average over samples."""
+    K, at, shares = run.geometry.n_kv_heads, mx.array(np.array(places, np.int32)), list[float]()
+    probe = np.linspace(0, data.train.count - 1, min(_PROBE, data.train.count)).astype(np.int32)
+    for layer, bank in enumerate(data.context.fitted if len(places) else ()):
+        samples = data.train.heads(range(layer * K, layer * K + K), probe)
+        keys = take(bank.parameters["keys"], at, axis=1)
+        weights = attention_matching.attention_weights(samples, keys, scale=run.geometry.scale)
+        shares += np.array(weights.sum(-1).mean(1)).tolist()
+    return shares or [0.0] * run.n_heads
 
 
 def moved_nodes(run: FitRun, banks: Sequence[Bank], context: Context, kept: Sequence[Run]) -> list[HeadArrays]:
