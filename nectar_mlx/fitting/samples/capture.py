@@ -224,7 +224,7 @@ def replay(
     many shares.
     """
     group = n_heads // len(context.banks[0].sizes)
-    tokens = tokens or max(_FEWEST_TOKENS, device().replay_scores // (n_heads * len(context.prefix)))
+    tokens = tokens or together(context, n_heads)
     done, world = 0, world or World()
     batches = replay_batches(conversations, stores, group=group, tokens=tokens)
     for first in range(0, len(batches), world.size):
@@ -248,6 +248,11 @@ def replay(
         mx.eval([c.captured for c in capturing])  # not more than a batch is under way
         done += sum(c.fed_tokens for batch in share for c in batch.conversations)
         progress(done)
+
+
+def together(context: Context, n_heads: int) -> int:
+    """How many tokens it is quick to replay together."""
+    return max(_FEWEST_TOKENS, device().replay_scores // (n_heads * len(context.prefix)))
 
 
 def record(cache: CaptureCache, stores: Collection[SampleStore], places: Sequence[np.ndarray], *, group: int) -> None:

@@ -55,7 +55,7 @@ def study(run: FitRun, context: Context, recorder: Recorder | None = None) -> li
             if not batch:
                 break
             told = batch_progress(run, batch, samples, wanted, done)
-            answered = _answered_before(batch, before[len(conversations) :])
+            answered = answered_before(batch, before[len(conversations) :])
             seed, first = config.seed + number, len(conversations)
             answer(run, context, batch, seed=seed, progress=told, recorder=recorder, answered=answered, first=first)
             conversations += batch
@@ -65,7 +65,7 @@ def study(run: FitRun, context: Context, recorder: Recorder | None = None) -> li
     return conversations
 
 
-def _answered_before(batch: Sequence[Conversation], known: Sequence[Conversation]) -> bool:
+def answered_before(batch: Sequence[Conversation], known: Sequence[Conversation]) -> bool:
     """Puts the answers that an interrupted run has left into a batch; False where there are none."""
     if [c.prompt for c in known[: len(batch)]] != [c.prompt for c in batch]:
         return False
