@@ -15,13 +15,12 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from ...core.device import device
 from ...errors import NectarError
 from ...mlxlm.kept import attention_caches
 from ..distributed import World
 from ..prefill import Context
 from ..run import FitRun
-from .capture import CaptureCache, Collected, capture, collected, empty, held_out_count, replay_batches, spill, together
+from .capture import CaptureCache, Collected, collected, empty, held_out_count, replay_batches, spill, together
 from .conversation import Conversation, Split, count_samples
 from .sample_store import Samples, SampleStore
 from .sampling import Recorder
@@ -49,16 +48,13 @@ def collect(
     known. whole: all their samples are taken, not as many as a fit wants. NectarError that names the layer and
     head where a number is not finite.
     """
-    wanted, recording = run.n_samples(run.n_heads), None
-    if device().record:
-        folder = spill(run, wanted + held_out_count(wanted))
-        recording = Recording(folder and folder / "recorded")
+    wanted = run.n_samples(run.n_heads)
+    folder = spill(run, wanted + held_out_count(wanted))
+    recording = Recording(folder and folder / "recorded")
     conversations = [*kept, *ask(run, context, recording)]
     if whole:
         wanted = max(1, count_samples(conversations, group=run.group))
         run = replace(run, config=replace(run.config, queries=wanted))
-    if recording is None:
-        return capture(run, context, conversations)
     recording.replay(run, context, [c for c in kept if c.split != "check"])
     counts: dict[Split, int] = {"train": wanted, "held_out": held_out_count(wanted)}
     folder = spill(run, sum(counts.values()))
