@@ -16,7 +16,6 @@ from ..core.types import LayerCache, Tokenizer
 from ..errors import NectarError
 from ..fitting import fisher, prefill
 from ..fitting.fidelity import Change, Prompt
-from ..fitting.fisher import N_PROBE
 from ..fitting.prefill import Context
 from ..fitting.samples import capture, instructions, sampling
 from ..fitting.samples.conversation import Conversation, count_samples
@@ -162,7 +161,8 @@ class EvalContext:
     @cached_property
     def metric(self) -> mx.array:
         """The metric that measures the heads' errors in nats, [n_heads, D, D] (fitting/fisher.py)."""
-        return fisher.metric(self.model, self.context, self.answered[:N_PROBE], geometry=self.geometry)
+        probes = self.answered[: device().fisher_probes]
+        return fisher.metric(self.model, self.context, probes, geometry=self.geometry)
 
     def ask(self, question: str) -> list[int]:
         return prompts.prompt(self.tokenizer, question)

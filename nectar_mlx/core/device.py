@@ -17,6 +17,7 @@ class Device:
 
     linux_cpu: whether MLX runs on its Linux CPU build, where numpy is faster at exponentials, top-k and gathers.
     half: whether products of half-precision numbers are faster than those of float32.
+    end_together: whether answers that are sampled together go on until the last of them ends.
     compile_steps: whether `mx.compile` pays for a training step. Under CUDA each fused kernel takes seconds to build
     and a step has dozens; under Metal it takes milliseconds.
 
@@ -28,21 +29,24 @@ class Device:
     layer_training_scores: the same where only one layer exists at a time, at least.
     launch_scores: what starting a group of heads costs, in scores of a step.
 
-    fit_steps, fit_batch, fit_samples, fit_conversations, fit_checks: defaults of `FitConfig`.
-    trial_steps, trial_checks: of the short fits that choose a budget. excerpt_tokens: on which it is chosen where the
-    text is read in chunks. layerwise_tokens: in all layers at once, at least, where a fit goes layer by layer;
-    layerwise_replay_tokens: of conversations replayed through all layers. passage_conversations: about one passage,
-    sampled side by side. study_shares: into a multiple of so many parts sampled conversations are divided, which
-    several ranks share, if a step over all of them has `shared_scores` in a layer: with fewer it would take as long for
-    half of them. steps_ahead: of sampling, queued before the first one's tokens are looked at.
+    fit_steps, fit_batch, fit_samples, fit_conversations, fit_checks, fit_trial_steps, fit_matching,
+    fit_answer_tokens: defaults of `FitConfig`. rounding_samples: by which it is measured how finely nodes must be kept.
+    trial_samples: of a short fit, at most. trial_steps, trial_checks: of those that choose a budget.
+    excerpt_tokens: on which it is chosen where the text is read in chunks.
+    layerwise_tokens: in all layers at once, at least, where a fit goes layer by layer; layerwise_replay_tokens: of
+    conversations replayed through all layers. passage_conversations: about one passage, sampled side by side.
+    study_shares: into a multiple of so many parts sampled conversations are divided, which several ranks share, if that
+    leaves study_share in each, and a step over all of them has shared_scores in a layer: with fewer it would take as
+    long for half of them. steps_ahead: of sampling, queued before the first one's tokens are looked at.
     completion_keys: of the context that a completion is trained on.
-    fisher_batch: conversations differentiated at a time.
+    fisher_probes: conversations that tell the sensitivity of heads; fisher_batch: differentiated at a time.
     check_batch: conversations compared at a time. baseline_conversations, baseline_batch, cartridge_steps: of the
     methods that `evaluate` builds. choices_batch: multiple-choice questions read at a time.
     """
 
     linux_cpu: bool
     half: bool
+    end_together: bool
     compile_steps: bool
     max_scores: int
     max_batch_scores: int
@@ -55,6 +59,11 @@ class Device:
     fit_samples: int
     fit_conversations: int
     fit_checks: int
+    fit_trial_steps: int
+    fit_answer_tokens: int
+    fit_matching: int
+    rounding_samples: int
+    trial_samples: int
     trial_steps: int
     trial_checks: int
     excerpt_tokens: int
@@ -63,8 +72,10 @@ class Device:
     passage_conversations: int
     study_shares: int
     shared_scores: int
+    study_share: int
     completion_keys: int
     steps_ahead: int
+    fisher_probes: int
     fisher_batch: int
     check_batch: int
     baseline_conversations: int
@@ -76,6 +87,7 @@ class Device:
 LINUX_CPU = Device(
     linux_cpu=True,
     half=False,
+    end_together=True,
     compile_steps=False,
     max_scores=1 << 20,
     max_batch_scores=1 << 20,
@@ -88,6 +100,11 @@ LINUX_CPU = Device(
     fit_samples=20_000,
     fit_conversations=56,
     fit_checks=16,
+    fit_trial_steps=30,
+    fit_answer_tokens=48,
+    fit_matching=2048,
+    rounding_samples=1 << 12,
+    trial_samples=1 << 12,
     trial_steps=40,
     trial_checks=8,
     excerpt_tokens=1024,
@@ -96,8 +113,10 @@ LINUX_CPU = Device(
     passage_conversations=8,
     study_shares=4,
     shared_scores=0,
+    study_share=48,
     completion_keys=1024,
     steps_ahead=1,
+    fisher_probes=8,
     fisher_batch=1,
     check_batch=4,
     baseline_conversations=8,
@@ -108,6 +127,7 @@ LINUX_CPU = Device(
 GPU = Device(
     linux_cpu=False,
     half=True,
+    end_together=False,
     compile_steps=sys.platform == "darwin",
     max_scores=1 << 27,
     max_batch_scores=1 << 28,
@@ -120,6 +140,11 @@ GPU = Device(
     fit_samples=150_000,
     fit_conversations=512,
     fit_checks=96,
+    fit_trial_steps=100,
+    fit_answer_tokens=96,
+    fit_matching=4096,
+    rounding_samples=1 << 14,
+    trial_samples=1 << 15,
     trial_steps=100,
     trial_checks=48,
     excerpt_tokens=4096,
@@ -128,8 +153,10 @@ GPU = Device(
     passage_conversations=16,
     study_shares=2,
     shared_scores=1 << 27,
+    study_share=16,
     completion_keys=2048,
     steps_ahead=8,
+    fisher_probes=8,
     fisher_batch=8,
     check_batch=24,  # four batches of the checks, for four ranks
     baseline_conversations=128,

@@ -13,6 +13,7 @@ from ..store import BITS
 from .prefill_attention import Prefill
 
 _COUNTS = ("answer_tokens", "batch", "conversations", "matching_samples")
+FEWEST_SAMPLES = 20_000  # a head, of those that are useful, however little memory there is
 _LARGEST_SIZE = 1e18  # bytes; more is taken for as many
 
 
@@ -35,7 +36,8 @@ class FitConfig:
         and captured samples before they go to disk (default: half of what is free).
     layerwise: whether it goes layer by layer whatever the memory.
     prefill: how the text is read, dense, or fixed (sparsely, for texts whose dense prefill takes too long).
-    answer_tokens, temperature: of the sampled answers that the fit learns from.
+    answer_tokens, temperature: of the sampled answers that the fit learns from; on a CPU those to short questions
+        are longer (`self_study.longest_answers`).
     conversations: sampled side by side, at most.
     checks: questions that a finished file is checked with.
     power: of the errors that bytes follow (default: 0.6, below a budget of 1% 0.75).
@@ -56,15 +58,15 @@ class FitConfig:
     memory: int | None = None
     layerwise: bool | None = None
     prefill: Prefill = "dense"
-    answer_tokens: int = 96
+    answer_tokens: int = field(default_factory=lambda: device().fit_answer_tokens)
     checks: int = field(default_factory=lambda: device().fit_checks)
     temperature: float = 0.9
     conversations: int = field(default_factory=lambda: device().fit_conversations)
     power: float | None = None
-    trial_steps: int = 100
+    trial_steps: int = field(default_factory=lambda: device().fit_trial_steps)
     rate: float | None = None
     batch: int = field(default_factory=lambda: device().fit_batch)
-    matching_samples: int = 4096
+    matching_samples: int = field(default_factory=lambda: device().fit_matching)
     keep_study: bool = False
 
     def __post_init__(self) -> None:

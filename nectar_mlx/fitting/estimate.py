@@ -16,14 +16,14 @@ from ..heads import AUTO, KINDS
 from ..mlxlm.attention_patch import Geometry
 from ..store import Layout
 from .budget import affordable_bytes, size_for
-from .config import FitConfig
+from .config import FEWEST_SAMPLES, FitConfig
 from .samples.conversation import FEWEST_TOGETHER, count_groups
 
 AUTO_SHARE = 0.04  # of the KV cache; what was chosen for three models was 0.024, 0.04 and 0.16 (docs/results.md)
 _QUESTIONS = 1024  # of the window, that questions and answers need
-QUESTION_TOKENS = 44  # of a sampled question, with the turn's own
+QUESTION_TOKENS, LONGEST_QUESTION = 44, 80  # of a sampled question, with the turn's own: on average, and at most
 _TRAIN_SHARE = 0.9  # of conversations, those that are not held out
-_PROBES, _CANDIDATES = 8, 3  # conversations of the sensitivity; budgets that are tried
+_CANDIDATES = 3  # budgets that are tried
 _TRAINED = 12  # operations a step, sample, node and entry of it: two products and their gradients
 _ROUNDING = 1.4  # of the regression's steps, with those of rounding
 _KEY_BYTES = 1.2  # of a number in the key file, with scales, checksums and sketches
@@ -183,19 +183,26 @@ class _Work:
             return config.queries
         each = (4 if profile.linux_cpu else 2) * (3 * self.layout.head_dim + 2)
         most = (config.memory or self.machine.memory / 8) / (each * self.heads)
-        return int(max(20_000, min(profile.fit_samples * config.sample_share, most)))
+        wanted = profile.fit_samples * config.sample_share
+        return int(max(min(FEWEST_SAMPLES, wanted), min(wanted, most)))
+
+    @property
+    def conversation(self) -> int:
+        """Tokens of one."""
+        question = LONGEST_QUESTION if self.machine.profile.end_together else QUESTION_TOKENS
+        return question + self.config.answer_tokens
 
     @property
     def conversations(self) -> int:
         """That heads are trained on, as in `self_study.study`."""
         g = self.shape.geometry
-        each = g.n_heads // g.n_kv_heads * (QUESTION_TOKENS + self.config.answer_tokens)
+        each = g.n_heads // g.n_kv_heads * self.conversation
         return max(FEWEST_TOGETHER, int(self.samples / (_TRAIN_SHARE * each)) + 1)
 
     @property
     def sampled(self) -> int:
         """Tokens of the conversations that heads are trained on."""
-        return self.conversations * (QUESTION_TOKENS + self.config.answer_tokens)
+        return self.conversations * self.conversation
 
     def shared(self, pieces: float) -> float:
         """What is left for this machine of work in so many pieces."""
@@ -204,7 +211,7 @@ class _Work:
     @property
     def checked(self) -> int:
         """Tokens of the check's conversations."""
-        return self.config.checks * (QUESTION_TOKENS + self.config.answer_tokens)
+        return self.config.checks * self.conversation
 
     def nodes(self, share: float) -> int:
         """Of all heads together."""
@@ -284,9 +291,9 @@ class _Work:
 
     def sizes(self, *, choice: bool) -> Iterator[Stage]:
         profile, config = self.machine.profile, self.config
-        tokens = _PROBES * (QUESTION_TOKENS + config.answer_tokens)
+        tokens = profile.fisher_probes * self.conversation
         sensitivity = self.seconds(3 * tokens * self.token(vocabulary=True), "sensitivity")
-        yield Stage("measuring sensitivity", self.shared(_PROBES / profile.fisher_batch) * sensitivity)
+        yield Stage("measuring sensitivity", self.shared(profile.fisher_probes / profile.fisher_batch) * sensitivity)
         yield Stage("deciding sizes", self.train(self.nodes(self.share), config.trial_steps))
         if choice and config.budget == "auto" and config.size is None:
             for _ in range(_CANDIDATES):
@@ -320,5 +327,5 @@ class _Work:
         samples = min(samples, self.config.memory or self.machine.memory / 2)  # the others are on the disk
         if self.layerwise:
             return weights + 1.5 * cache / self.layout.n_layers + samples / self.layout.n_layers
-        live = config.conversations * (QUESTION_TOKENS + config.answer_tokens) / self.n * cache
+        live = config.conversations * self.conversation / self.n * cache
         return weights + cache + max(samples, live)

@@ -26,8 +26,7 @@ from .layers import LayerRunner
 from .prefill import Context
 from .samples.conversation import Conversation
 
-N_PROBE = 8  # conversations that tell it well enough
-_ANSWERED = 16  # tokens whose logits are held at a time
+_ANSWERED = 128  # tokens of all answers whose logits are held at a time
 
 
 class ProbedCache(NectarCache):
@@ -109,14 +108,16 @@ def _gradients(
         hidden = runner.layer(layer, hidden, cache)
         mx.eval(hidden)
 
+    step = max(1, _ANSWERED // len(sequences))
+
     def log_likelihood(last: mx.array, start: int) -> mx.array:
-        logs = log_probabilities(runner.logits(last[:, start : start + _ANSWERED]))
-        target = mx.array(targets[:, start : start + _ANSWERED, None])
+        logs = log_probabilities(runner.logits(last[:, start : start + step]))
+        target = mx.array(targets[:, start : start + step, None])
         # Not `take_along_axis`: what MLX differentiates it by is built for seconds under CUDA.
         return mx.where(mx.arange(logs.shape[-1]) == target, logs, 0.0).sum()
 
     change = mx.zeros_like(hidden)
-    for start in range(min(len(c.prompt) for c in conversations) - 1, longest, _ANSWERED):
+    for start in range(min(len(c.prompt) for c in conversations) - 1, longest, step):
         change = change + mx.grad(log_likelihood)(hidden, start)
         mx.eval(change)
     fitted, caches = len(context.banks), context.make_cache(sequences=len(sequences))

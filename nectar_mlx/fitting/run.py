@@ -20,13 +20,12 @@ from ..store import Layout
 from .auto_budget import FIRST
 from .budget import share_of
 from .checkpoint import Checkpoint, Plan, text_digest
-from .config import FitConfig
+from .config import FEWEST_SAMPLES, FitConfig
 from .distributed import World
 from .others import OtherFile, digests
 from .samples.conversation import Conversation
 from .samples.sample_store import DeviceSampleStore, SampleStore
 
-_FEWEST_SAMPLES = 20_000  # a head
 _WORTH = 8  # times what it costs to start a group
 _MOST_BYTES = 9_000_000_000  # of samples, unless another limit is set
 ROUTER_SAMPLES = 2048  # whose queries the router is made from: all that a kind needs which is not trained
@@ -104,7 +103,7 @@ class FitRun:
         store = SampleStore if device().linux_cpu else DeviceSampleStore
         most = room // store.nbytes(heads, 1, self.geometry.head_dim)
         wanted = round(device().fit_samples * self.config.sample_share)
-        return int(max(min(_FEWEST_SAMPLES, wanted), min(wanted, most)))
+        return int(max(min(FEWEST_SAMPLES, wanted), min(wanted, most)))
 
     def claim(self, prefix: Sequence[int], *, preamble: int = 0) -> None:
         """Starts or continues the fit of this prefix; see `Checkpoint.claim`."""

@@ -17,7 +17,6 @@ from .checkpoint import Plan
 from .kinds import KindFit
 from .train import groups, regress, rounded
 
-_TRIAL_SAMPLES = 1 << 15  # of a short fit, at most
 _MOST_BITS, _OVERHEAD_BITS = 11.0, 0.5  # of a number; the second for biases, exponents and what training adds
 
 Affordable = Callable[[float], float]
@@ -63,13 +62,13 @@ def trial_errors(kind: KindFit, nbytes: float) -> np.ndarray:
     errors = np.zeros(kind.n_heads)
     trials = kind.groups([size] * kind.n_heads)
     world = run.world
-    probes = [c for c in kind.data.conversations if c.answer and c.split == "train"][: fisher.N_PROBE]
+    probes = [c for c in kind.data.conversations if c.answer and c.split == "train"][: device().fisher_probes]
     with run.progress("measuring sensitivity", len(probes)) as done:
         metric = fisher.metric(run.model, kind.data.context, probes, geometry=run.geometry, progress=done, world=world)
         finite.check_heads("measuring sensitivity", finite.not_finite([metric]), run.geometry)
     with run.progress("deciding sizes", len(trials)) as done:
         for number, group in enumerate(trials):
-            training = kind.training(group, _TRIAL_SAMPLES)
+            training = kind.training(group, device().trial_samples)
             init = kind.initialize(group, [size] * len(group), training.samples)
             bank = regress(kind, init, training, steps=run.config.trial_steps)
             errors[group] = kind.judge(bank, training.samples, take(metric, mx.array(group)))
@@ -89,7 +88,7 @@ def short_fit(kind: KindFit, sizes: Sequence[Size], bits: float) -> JsonObject:
     K, steps = run.geometry.n_kv_heads, device().trial_steps
     with run.progress("choosing a budget", kind.n_heads) as done:
         for group, whole in groups(kind, sizes):
-            training = kind.training(group, _TRIAL_SAMPLES)
+            training = kind.training(group, device().trial_samples)
             init = kind.initialize(group, [sizes[i] for i in group], training.samples)
             if whole:
                 bank = rounded(kind, init.bank, training, bits=bits, steps=0)

@@ -13,10 +13,10 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models import base
+from mlx_lm.models import activations, base
 from mlx_lm.utils import MODEL_REMAPPING
 
-from . import direct, latent
+from . import activation, direct, latent
 
 REASONS = {
     "gemma2": "it caps its attention scores in code of its own",
@@ -49,12 +49,14 @@ def attention(
 
 
 def rebind(model: nn.Module) -> None:
-    """Routes the attention of every model that is loaded, and the latent attention of this one."""
+    """Routes the attention and the activations of every model that is loaded, and the latent attention of this one."""
     for name, module in list(sys.modules.items()):
         if module is base or not name.startswith("mlx_lm.models."):
             continue
         if getattr(module, "scaled_dot_product_attention", None) is stock_attention:
             setattr(module, "scaled_dot_product_attention", attention)  # noqa: B010
+        if getattr(module, "swiglu", None) is activation.stock_swiglu and module is not activations:
+            setattr(module, "swiglu", activation.swiglu)  # noqa: B010
     for kind in {type(module) for module in model.modules()}:
         if direct.is_direct(kind):
             direct.reroute(kind, attention)

@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 
 from nectar_mlx.core import attention
+from nectar_mlx.core import exp as fast_exp
 from nectar_mlx.core.exp import exp, sigmoid
 from tests.oracle import attention as oracle
 from tests.oracle import repeat_heads
@@ -129,3 +130,16 @@ def test_sigmoid_and_its_slope():
     close(sigmoid(x), truth)
     slope = mx.grad(lambda x: sigmoid(x).sum())(x)
     close(slope, truth * (1 - truth), 1e-6)
+
+
+@pytest.mark.parametrize("far", [0.0, 1000.0])
+def test_weights_of_scores_in_any_layout_and_of_rows_far_apart(monkeypatch, set_device, far):
+    """Some rows at a time, relative to one number where their largest scores are alike."""
+    set_device(linux_cpu=True)
+    monkeypatch.setattr(fast_exp, "_BLOCK", 40)
+    scores = normal(3, 9, 5) * 10 + far * mx.arange(5)
+    weights, top, total = fast_exp.exp_of_scores(scores.swapaxes(1, 2))
+    truth = np.array(scores.swapaxes(1, 2), np.float64)
+    log = np.log(np.exp(truth - truth.max(-1, keepdims=True)).sum(-1, keepdims=True)) + truth.max(-1, keepdims=True)
+    close(top + mx.log(total), log)
+    close(weights / total, np.exp(truth - log), 1e-5)

@@ -168,7 +168,7 @@ def test_a_fit_of_anything_else_is_not_resumed(tokenizer, finished, what, change
 
 def test_as_many_conversations_side_by_side_as_fit(tokenizer, set_device):
     model = toys.toy("llama")
-    set_device(study_shares=4, shared_scores=16 * attention_patch.route(model).n_heads * 100)
+    set_device(study_shares=4, study_share=16, shared_scores=16 * attention_patch.route(model).n_heads * 100)
     each = attention_patch.route(model).cache_bytes(2 * FAST["answer_tokens"])
 
     def sizes(count, tokens=1000, **options):
@@ -186,13 +186,27 @@ def test_as_many_conversations_side_by_side_as_fit(tokenizer, set_device):
     assert sizes(200, tokens=7, conversations=100) == [100, 100]
 
 
-def test_as_few_conversations_as_give_the_samples(tokenizer):
+def test_as_few_conversations_as_give_the_samples(tokenizer, set_device):
+    set_device(end_together=False)
     run = fit_run(toys.toy("llama"), tokenizer)
     tokens = toys.random_tokens(40)
     batch = self_study.expected_to_give(6000, self_study.asking(tokenizer, tokens, first=0, seed=0), run)
     given = [run.group * (len(c.prompt) + run.config.answer_tokens) * (c.split == "train") for c in batch]
     assert sum(given) >= 6000 > sum(given[:-1])
     assert len(self_study.expected_to_give(1, self_study.asking(tokenizer, tokens, first=0, seed=0), run)) == 16
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_answers_that_are_sampled_together_end_together_on_a_cpu(tokenizer, set_device, together):
+    set_device(end_together=together)
+    run = fit_run(toys.toy("llama"), tokenizer)
+    batch = [Conversation(toys.random_tokens(n, seed=n)) for n in (3, 9, 5)]
+    limits = self_study.longest_answers(run, batch)
+    assert limits == ([22, 16, 20] if together else [16] * 3)
+    context = read(run, toys.random_tokens(20))
+    draws = {"temperature": 1.0, "chances": sampling.chances(0, range(3), max(limits))}
+    sampling.sample_answers(run.model, context, batch, stop=set(), max_tokens=limits, **draws)
+    assert [len(c.answer) for c in batch] == limits
 
 
 def test_what_a_conversation_draws_is_its_own(tokenizer):

@@ -75,6 +75,26 @@ def test_half_precision_trains_as_float32_does(set_device, size, common):
     np.testing.assert_allclose(errors[1], errors[0], rtol=0.02)
 
 
+@pytest.mark.parametrize("size, common", [(1.0, 0.0), (100.0, 0.0), (1.0, 30.0)])
+def test_steps_by_head_are_those_of_all_heads_together(set_device, size, common):
+    """On a Linux CPU each head is trained by itself, at its own number of nodes. What is held is other in each."""
+    given, keys, values = samples(size, common)
+    bank, trained = start(keys, values), []
+    where = {
+        "keys": mx.arange(D)[None, None] < mx.array([3, 5])[:, None, None],
+        "values": mx.arange(12)[None, :, None] < mx.array([2, 6])[:, None, None],
+    }
+    held = regression.Held(where, {name: mx.round(bank.parameters[name]) for name in where})
+    for linux_cpu in (True, False):
+        set_device(linux_cpu=linux_cpu)
+        training = NodeTraining([given], scale=SCALE, batch=250)
+        first = training.train(Init.of(bank), steps=20, rate=3e-2)
+        trained.append(training.train(Init.of(first), steps=20, rate=3e-2, first=1, held=held).parameters)
+    ours, theirs = trained
+    for name, x in theirs.items():
+        np.testing.assert_allclose(ours[name], x, rtol=2e-3, atol=2e-3 * float(mx.abs(mx.maximum(x, -1e3)).max()))
+
+
 def test_numbers_too_large_for_half_precision_are_trained_in_float32(set_device):
     set_device(half=True)
     given, *_ = samples()

@@ -33,7 +33,7 @@ def count_groups(count: int, *, most: int, scores: int, profile: Device | None =
     if that leaves enough in each. scores: of all of them, in one layer and step. profile: default `device()`."""
     profile, fewest = profile or device(), -(-count // most)
     shares = profile.study_shares if scores >= profile.shared_scores else 1
-    return max(fewest, min(-(-fewest // shares) * shares, count // FEWEST_TOGETHER))
+    return max(fewest, min(-(-fewest // shares) * shares, count // profile.study_share))
 
 
 def count_samples(

@@ -55,7 +55,8 @@ def collect(
     if whole:
         wanted = max(1, count_samples(conversations, group=run.group))
         run = replace(run, config=replace(run.config, queries=wanted))
-    recording.replay(run, context, [c for c in kept if c.split != "check"])
+    if known := [c for c in kept if c.split != "check"]:
+        recording.replay(run, context, known)
     counts: dict[Split, int] = {"train": wanted, "held_out": held_out_count(wanted)}
     folder = spill(run, sum(counts.values()))
     stores = {split: empty(run, count, folder and folder / f"{split}.samples") for split, count in counts.items()}

@@ -10,7 +10,7 @@ import numpy as np
 
 from ...core.gather import take
 from ...errors import NectarError
-from ..finite import finite, not_finite
+from ..finite import finite
 
 Indices = np.ndarray | Sequence[int]
 
@@ -102,10 +102,11 @@ class SampleStore:
 
     def add(self, first_head: int, samples: Samples) -> None:
         """Writes samples [K, n, ...] of one layer at the current end; call `advance` once all layers are in."""
-        self._broken |= {first_head + k for k in not_finite(samples)}
         K, n = samples.queries.shape[0], min(samples.queries.shape[1], self.capacity - self.count)
         self._given.update(range(first_head, first_head + K))
-        self._write(first_head, self.count, n, samples)
+        arrays = [np.array(x.astype(mx.float32), copy=False)[:, :n] for x in samples]
+        self._broken |= {first_head + k for k in range(K) if not all(np.isfinite(x[k]).all() for x in arrays)}
+        self._write(first_head, self.count, arrays)
 
     def has(self, head: int) -> bool:
         """Whether it was given samples of this head."""
@@ -114,15 +115,15 @@ class SampleStore:
     def receive(self, head: int, samples: Samples) -> None:
         """Takes over a head's samples [1, count, ...], all that there are, from another rank."""
         self._given.add(head)
-        self._write(head, 0, self.count, samples)
+        self._write(head, 0, [np.array(x.astype(mx.float32), copy=False)[:, : self.count] for x in samples])
 
-    def _write(self, first_head: int, at: int, count: int, samples: Samples) -> None:
-        """So many samples of each head, from its at-th on."""
-        for kept, new in zip(self._data, samples, strict=True):
-            for head, values in enumerate(np.array(new.astype(mx.float32))[:, :count], first_head):
+    def _write(self, first_head: int, at: int, arrays: Sequence[np.ndarray]) -> None:
+        """Each field's values [heads, n, ...], from the heads' at-th samples on."""
+        for kept, new in zip(self._data, arrays, strict=True):
+            for head, values in enumerate(new, first_head):
                 if isinstance(kept, np.ndarray):
-                    kept[head, at : at + count] = values
-                elif count:
+                    kept[head, at : at + len(values)] = values
+                elif len(values):
                     kept.write(head, at, values)
 
     def advance(self, count: int) -> None:

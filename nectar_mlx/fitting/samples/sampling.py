@@ -1,9 +1,9 @@
 """Answers sampled with the full cache, all conversations of a batch in step."""
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -51,7 +51,7 @@ def sample_answers(
     batch: Sequence[Conversation],
     *,
     stop: set[int],
-    max_tokens: int,
+    max_tokens: int | Sequence[int],
     temperature: float | Sequence[float],
     chances: FloatArray,
     progress: Callable[[int], None] = lambda tokens: None,
@@ -59,16 +59,18 @@ def sample_answers(
     recorder: Recorder | None = None,
 ) -> None:
     """Samples the answers of a batch with the full cache, all conversations in step; the shortest prompt comes first.
-    temperature: of all, or of each. chances: random numbers [conversations, max_tokens]. progress is told how many
-    tokens of each there are. at: how many there were when it was interrupted, 0 to begin. recorder: shown what
+    max_tokens, temperature: of all, or of each. chances: random numbers [conversations, max_tokens]. progress is told
+    how many tokens of each there are. at: how many there were when it was interrupted, 0 to begin. recorder: shown what
     attention sees, in the very steps of a run that was not interrupted; the tokens of before are not drawn again.
 
     Every conversation starts at the same position: the longer prompts are still being read while the shorter ones are
     answered, so none is padded and positions are exact. Several steps are queued before the first one's tokens are
     looked at; what is drawn behind the end of an answer is dropped.
     """
-    first, longest = min(len(c.prompt) for c in batch), max(len(c.prompt) for c in batch)
-    ahead, length = device().steps_ahead, longest + max_tokens
+    limits = [max_tokens] * len(batch) if isinstance(max_tokens, int) else max_tokens
+    ends = {id(c): _End(stop, limit) for c, limit in zip(batch, limits, strict=True)}
+    first, length = min(len(c.prompt) for c in batch), max(len(c.prompt) + ends[id(c)].limit for c in batch)
+    ahead = device().steps_ahead
     heats = [temperature] * len(batch) if isinstance(temperature, float | int) else temperature
     drawn_by = {id(c): (heat, row) for c, heat, row in zip(batch, heats, chances, strict=True)}
     before = dict[int, list[int]]()
@@ -77,7 +79,7 @@ def sample_answers(
         for c in batch:
             c.answer = []
     drawn_until, at = (at, 0) if recorder else (0, at)
-    going = _going_on(batch, at, ahead=ahead, stop=stop, max_tokens=max_tokens)
+    going = _going_on(batch, at, ahead=ahead, ends=ends)
     if not going:
         return
     make_cache = partial(recorder.make_cache, context) if recorder else partial(context.make_cache, StepCache)
@@ -110,7 +112,7 @@ def sample_answers(
             continue
         known = at - len(queued)
         for step, drawn in enumerate(np.array(mx.stack(queued)).tolist()):
-            ended = [_extend(c, token, known + step, stop, max_tokens) for c, token in zip(going, drawn, strict=True)]
+            ended = [_extend(c, token, known + step, ends[id(c)]) for c, token in zip(going, drawn, strict=True)]
         if recorder:
             recorder.keep(caches, going, _belong(going, ended, known - 1, at - 1), last=_worth_dropping(ended))
         queued = []
@@ -125,14 +127,22 @@ def sample_answers(
                 cache.filter(kept)
 
 
-def _going_on(
-    batch: Sequence[Conversation], at: int, *, ahead: int, stop: set[int], max_tokens: int
-) -> list[Conversation]:
+class _End(NamedTuple):
+    """Where an answer ends: at one of these tokens, or after so many."""
+
+    stop: set[int]
+    limit: int
+
+    def of(self, answer: Sequence[int]) -> bool:
+        return bool(answer) and (answer[-1] in self.stop or len(answer) >= self.limit)
+
+
+def _going_on(batch: Sequence[Conversation], at: int, *, ahead: int, ends: Mapping[int, _End]) -> list[Conversation]:
     """Those that a run which was interrupted at so many tokens of each had not dropped; none where it had ended."""
     going = list(batch)
     first = min(len(c.prompt) for c in batch)
     for step in range(first + ahead - 1, at + 1, ahead):
-        ended = [_has_ended(c, stop, max_tokens) and len(c.prompt) + len(c.answer) <= step + 1 for c in going]
+        ended = [ends[id(c)].of(c.answer) and len(c.prompt) + len(c.answer) <= step + 1 for c in going]
         if all(ended):
             return []
         if _worth_dropping(ended):
@@ -143,7 +153,7 @@ def _going_on(
 def _placed(chances: FloatArray, first: int, length: int) -> FloatArray:
     """Each random number where its token will stand, behind a prompt of `first` tokens, [length]."""
     placed = np.zeros(length, np.float32)
-    placed[first : first + len(chances)] = chances
+    placed[first : first + len(chances)] = chances[: length - first]
     return placed
 
 
@@ -190,15 +200,10 @@ def sample(logits: mx.array, *, temperature: float | mx.array, chance: mx.array)
     return (cumulative > chance * cumulative[:, -1:]).argmax(-1).astype(mx.int32)
 
 
-def _has_ended(conversation: Conversation, stop: set[int], max_tokens: int) -> bool:
-    answer = conversation.answer
-    return bool(answer) and (answer[-1] in stop or len(answer) >= max_tokens)
-
-
-def _extend(conversation: Conversation, token: int, at: int, stop: set[int], max_tokens: int) -> bool:
+def _extend(conversation: Conversation, token: int, at: int, end: _End) -> bool:
     """Adds the sampled token if the prompt is read; True if the answer has ended (a stop token is not fed)."""
-    ended = _has_ended(conversation, stop, max_tokens)
+    ended = end.of(conversation.answer)
     if ended or at < len(conversation.prompt):
         return ended
     conversation.answer.append(token)
-    return _has_ended(conversation, stop, max_tokens)
+    return end.of(conversation.answer)

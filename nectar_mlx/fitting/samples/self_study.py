@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Protocol
 
+from ...core.device import device
 from ...core.types import Tokenizer
 from ...mlxlm import prompts
 from ..prefill import Context
@@ -81,8 +82,16 @@ def expected_to_give(samples: int, asked: Iterable[Conversation], run: FitRun) -
         if given >= samples and len(batch) >= FEWEST_TOGETHER:
             break
         batch.append(conversation)
-        given += run.group * (len(conversation.prompt) + run.config.answer_tokens) * (conversation.split == "train")
+        training = (c for c in zip(batch, longest_answers(run, batch), strict=True) if c[0].split == "train")
+        given = run.group * sum(len(c.prompt) + longest for c, longest in training)
     return batch
+
+
+def longest_answers(run: FitRun, together: Sequence[Conversation]) -> list[int]:
+    """How long the answers of conversations that are sampled together may become: as long as was chosen, or, where a
+    step takes about as long for a few as for all, until the one with the longest prompt ends."""
+    longest = max(len(c.prompt) for c in together) if device().end_together else 0
+    return [run.config.answer_tokens + max(0, longest - len(c.prompt)) for c in together]
 
 
 def side_by_side(run: FitRun, count: int, *, tokens: int) -> list[slice]:
@@ -151,14 +160,15 @@ def answer(
         if number > begun:
             sampled(number, 0)
         together = [batch[i] for i in group]
+        limits = longest_answers(run, together)
         sample_answers(
             run.model,
             context,
             together,
             stop=set(run.tokenizer.eos_token_ids),
-            max_tokens=config.answer_tokens,
+            max_tokens=limits,
             temperature=[CHECK_TEMPERATURE if c.split == "check" else config.temperature for c in together],
-            chances=chances(seed, group, config.answer_tokens),
+            chances=chances(seed, group, max(limits)),
             progress=partial(sampled, number),
             at=_ALL if number < begun else at if number == begun else 0,
             recorder=recorder,

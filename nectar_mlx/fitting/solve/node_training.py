@@ -14,13 +14,15 @@ from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import mlx.core as mx
+import numpy as np
 
 from ...core.device import device
 from ...heads import HeadArrays, Quadrature
 from ...kernels import training
 from ...kernels.training import BETA1, BETA2, PLAIN, TAIL, Moments
 from ..samples.sample_store import Samples
-from . import optimizers
+from . import cpu_steps, optimizers
+from .cpu_steps import HeadBatch
 from .initial import Init
 from .regression import NONE_HELD, Held, Training, scales
 
@@ -128,8 +130,47 @@ class NodeTraining(Training):
         bank = init.bank
         assert isinstance(bank, Quadrature)
         state = self._start(bank.parameters, held)
-        keys, values = self._run(state, held, steps=steps, rate=rate, first=first) if steps else state[:2]
+        keys, values = state[:2]
+        if steps and device().linux_cpu and self.batches[0].queries.dtype == mx.float32:
+            counts = [count for (count,) in bank.sizes]
+            keys, values = self._run_by_head(state, held, counts, steps=steps, rate=rate, first=first)
+        elif steps:
+            keys, values = self._run(state, held, steps=steps, rate=rate, first=first)
         return self._bank(bank, keys, values, held)
+
+    def _run_by_head(
+        self, state: State, held: Held, counts: Sequence[int], *, steps: int, rate: float, first: int
+    ) -> tuple[mx.array, mx.array]:
+        """Keys and values after so many steps, on a Linux CPU. counts: of each head's nodes."""
+        keys, values = np.array(state.keys), np.array(state.values)
+        rates = [
+            [np.broadcast_to(np.array(x), (len(counts), x.shape[1])) for x in pair] for pair in self._rates(state, held)
+        ]
+        D, ratio, table = values.shape[-1] - TAIL, np.array(self.units.ratio), _rows(steps, rate)
+        for m, n in enumerate(counts):
+            of_keys, of_values = (columns[m] * rows[m, :n, None] for columns, rows in rates)
+            keys[m, :n, : D + 1], values[m, :n, :D] = cpu_steps.train(
+                keys[m, :n, : D + 1],
+                values[m, :n, :D],
+                self._head_batches[m],
+                table=table,
+                ratio=float(ratio[m]),
+                rates=cpu_steps.Rates(of_keys[:, : D + 1], of_values[:, :D]),
+                first=first,
+            )
+        return mx.array(keys), mx.array(values)
+
+    @cached_property
+    def _head_batches(self) -> list[list[HeadBatch]]:
+        """All samples in units, by head."""
+        M, D = self.samples.queries.shape[0], self.samples.queries.shape[-1]
+        return [
+            [
+                HeadBatch.of(b.queries[m, :, :D], b.queries[m, :, D + 2], b.change[m, :], b.live[m, :], b.gap[m, :])
+                for b in self.batches
+            ]
+            for m in range(M)
+        ]
 
     def _run(self, state: State, held: Held, *, steps: int, rate: float, first: int) -> tuple[mx.array, mx.array]:
         """Keys and values after so many steps."""
@@ -237,10 +278,13 @@ def _step(
 
 def _schedule(steps: int, rate: float) -> list[mx.array]:
     """For each step the rate, and what corrects the moments."""
-    rows = [
-        [rate * optimizers.schedule(i, steps), 1 / (1 - BETA1 ** (i + 1)), 1 / (1 - BETA2 ** (i + 1))]
-        for i in range(steps)
-    ]
-    table = mx.array(rows) + 0.0  # in the device's memory
+    table = mx.array(_rows(steps, rate)) + 0.0  # in the device's memory
     mx.eval(table)
     return [table[i, :] for i in range(steps)]
+
+
+def _rows(steps: int, rate: float) -> list[tuple[float, float, float]]:
+    return [
+        (rate * optimizers.schedule(i, steps), 1 / (1 - BETA1 ** (i + 1)), 1 / (1 - BETA2 ** (i + 1)))
+        for i in range(steps)
+    ]

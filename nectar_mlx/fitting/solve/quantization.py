@@ -19,6 +19,7 @@ import mlx.core as mx
 import numpy as np
 
 from ...core import rans
+from ...core.device import device
 from ...core.types import FloatArray, IntArray
 from ...heads import Bank, HeadArrays
 from ...store import MEAN_BITS
@@ -30,7 +31,6 @@ from .regression import Training
 
 PARTS = 8
 _SHARE = 0.4  # of a regression's steps that rounding takes on top of them
-_N_PROBE = 1 << 14  # samples by which costs are measured, at most
 _FLOOR = 1e-2  # of the mean cost: a node that these samples hardly notice is what another question asks for
 _LARGEST = 1024  # integer in a row, to begin with: `store` finds rows with four times as much
 _COARSEST = 12  # half octaves by which a step exceeds a number that it leaves zero
@@ -60,7 +60,7 @@ class RoundingPlan:
 
     @classmethod
     def of(cls, bank: Bank, samples: Samples, *, bits: float) -> "RoundingPlan":
-        probe = samples.some(slice(_N_PROBE))
+        probe = samples.some(slice(device().rounding_samples))
         counts = [count for (count,) in bank.sizes]
         effects = attention_matching.mean_squares(probe.queries)
         costs = attention_matching.costs(probe, bank)
