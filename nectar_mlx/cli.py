@@ -85,6 +85,11 @@ def run(parser: argparse.ArgumentParser, work: Callable[[argparse.Namespace], No
         complain(f"{parser.prog}: {error.strerror or error}{f': {error.filename}' if error.filename else ''}")
         _drop_output()
         return FAULT
+    except RuntimeError as error:
+        if "home directory" not in str(error):
+            raise
+        complain(f"{parser.prog}: there is no user of that name for a path that begins with ~")
+        return FAULT
     except KeyboardInterrupt:
         complain(f"{parser.prog}: interrupted")
         return INTERRUPTED

@@ -19,8 +19,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .errors import NectarError
-from .heads import Bank, HeadArrays, Quadrature
-from .heads.nodes import plain_nodes
+from .heads import Bank
+from .mlxlm import placement
 from .mlxlm.kept import Kept, make_caches, plain_windows
 from .mlxlm.positions import shifted
 from .nectar import Nectar
@@ -65,43 +65,21 @@ def compose(
     if len({nectar.metadata["model_sha256"] for nectar in nectars}) > 1:
         raise NectarError("these files were fitted on different models: compose files of one model")
     last = plain_windows(nectars[-1].geometry, nectars[-1].windows, "put together")
-    common = _common([nectar.prefix for nectar in nectars]) if preamble is None else preamble
+    common = placement.common_tokens([nectar.prefix for nectar in nectars]) if preamble is None else preamble
     lengths = [nectar.start - common for nectar in nectars]
     # All texts end where the question starts, or where the next one begins.
     longest = max(lengths)
-    shifts = [sum(lengths[:i]) if end_to_end else longest - length for i, length in enumerate(lengths)]
+    shifts = placement.end_to_end(lengths) if end_to_end else [longest - length for length in lengths]
     geometry, less = nectars[0].geometry, math.log(len(nectars))
     banks: list[Bank] = []
     for index, layer in enumerate(geometry.fitted):
-        parts = [plain_nodes(nectar.banks[index]) for nectar in nectars]
-        moved = [
-            part | {"keys": shifted(model, layer, part["keys"], by) if by else part["keys"]}
-            for part, by in zip(parts, shifts, strict=True)
-        ]
-        banks.append(_joined(moved, less, scale=geometry.scale))
+        nodes = placement.nodes(model, layer, [nectar.banks[index] for nectar in nectars], shifts)
+        nodes["bias"] = nodes["bias"] - less
+        banks.append(placement.bank(nodes, scale=geometry.scale, offset=nodes["keys"].mean(1)))
+        mx.eval(banks[-1].parameters)
     start = common + (sum(lengths) if end_to_end else longest)
     by = start - nectars[-1].start
     windows = {
         layer: replace(w, keys=shifted(model, layer, w.keys, by).astype(w.keys.dtype)) for layer, w in last.items()
     }
     return Composition(nectars, banks, windows, start)
-
-
-def _joined(parts: Sequence[HeadArrays], less: float, *, scale: float) -> Quadrature:
-    """One bank of all nodes, every bias lowered; keys relative to their mean."""
-    nodes = {name: mx.concatenate([part[name] for part in parts], axis=1) for name in ("keys", "values", "bias")}
-    offset = nodes["keys"].mean(1)
-    nodes |= {"keys": nodes["keys"] - offset[:, None], "bias": nodes["bias"] - less}
-    mx.eval(nodes, offset)
-    K, m = nodes["bias"].shape
-    return Quadrature(parameters=nodes, sizes=((m,),) * K, scale=scale, offset=offset)
-
-
-def _common(prefixes: Sequence[Sequence[int]]) -> int:
-    """How many tokens all prefixes begin with."""
-    alike = 0
-    for tokens in zip(*prefixes, strict=False):
-        if len(set(tokens)) > 1:
-            break
-        alike += 1
-    return alike

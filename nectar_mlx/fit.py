@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -88,6 +89,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--keep-study", action="store_true", help="keep the questions and answers in the file: for `nectar update`"
     )
+    parser.add_argument(
+        "--with",
+        dest="others",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="another .nectar that is in view, too: for answers from both, put together; may be given again",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of sampling and initialization (0)")
     kept = parser.add_mutually_exclusive_group()
     kept.add_argument("--resume", action="store_true", help="continue an interrupted fit; fail if it was another one")
@@ -100,6 +110,8 @@ def _parser() -> argparse.ArgumentParser:
 def _work(arguments: argparse.Namespace) -> None:
     if arguments.budget and arguments.size:
         raise NectarError("--budget and --size both set how much to keep: give one of them")
+    if arguments.others and arguments.shard:
+        raise NectarError("a model that is divided among ranks fits one text alone: leave out --with or --shard")
     output = arguments.output or _default_output(arguments.context)
     if not arguments.dry_run:
         store.check_writable(output)  # before hours of work
@@ -131,6 +143,7 @@ def _work(arguments: argparse.Namespace) -> None:
     choose(arguments, log=cli.say)
     models.resolve(arguments.model, log=cli.say, progress=cli.progress)  # one that there is, before anything is asked
     wanted = {"model": arguments.model, "adapter": arguments.adapter or "", "config": asdict(config)}
+    wanted["with"] = [Nectar.read(path).digest for path in arguments.others]
     check_output(output, arguments.force, wanted, reading.as_list())
     group, world = ranks.group(arguments), World.here()
     folder = output.with_name(output.name + (".partial" if world.first else f".rank-{world.rank}.partial"))
@@ -141,7 +154,8 @@ def _work(arguments: argparse.Namespace) -> None:
         model, tokenizer = models.load(
             arguments.model, adapter=arguments.adapter, log=cli.say, progress=cli.progress, group=group
         )
-        fit = sharded.fit if group else partial(pipeline.fit, checkpoint=checkpoint)
+        others = [Nectar.load(path, model, tokenizer) for path in arguments.others]
+        fit = sharded.fit if group else partial(pipeline.fit, checkpoint=checkpoint, others=others)
         try:
             with cli.overall() if world.first else nullcontext(silent) as progress:
                 fitted = fit(
@@ -240,6 +254,11 @@ def _report(output: Path, nectar: "Nectar", *, as_json: bool) -> None:
         cli.say(f"{left_out:,} more tokens of the text were left out, because of --context-tokens")
     if nectar.verdict:
         cli.say(nectar.verdict)
+    if names := nectar.report.get("with"):
+        report = nectar.report
+        cli.say(
+            f"with {', '.join(names)} in view: KL {report['kl_with']:.4f}, the same token {report['agree_with']:.1%}"
+        )
     if as_json:
         facts = {"output": str(output), "bytes": size, "cache_bytes": whole, "tokens": tokens}
         print(json.dumps(facts | nectar.report))
@@ -252,7 +271,8 @@ def _mode(nectar: "Nectar") -> str:
 
 
 def _default_output(context: Sequence[str]) -> Path:
-    return Path(Path(context[0]).resolve().name).with_suffix(".nectar")
+    name = os.path.basename(os.path.abspath(context[0])) or "context"  # the disk's root has no name
+    return Path(name).with_suffix(".nectar")
 
 
 if __name__ == "__main__":

@@ -93,6 +93,7 @@ class Nectar:
         *,
         budget: float | str = "auto",
         progress: Progress = silent,
+        others: Sequence["Nectar"] = (),
         **options: Any,
     ) -> Self:
         """Fits a text.
@@ -103,15 +104,19 @@ class Nectar:
             budget: bytes kept / bytes of the bf16 KV cache, as a number or as "2%"; a size such as "20M"; or "auto",
                 the smallest at which answers are expected to be close to those with the full text.
             progress: whom the fit reports to (`core.progress`); `Overall` makes one of all stages.
+            others: files that are in view, before the text, in its conversations and in the loss: for
+                `compose([*others, fitted], model)`.
             options: fields of `fitting.config.FitConfig`.
 
-        NectarError for a text, budget, option or model that cannot be fitted.
+        NectarError for a text, budget, option or model that cannot be fitted, and for others that cannot be put
+        together with it.
         """
         from .fitting.config import FitConfig, parse_budget
         from .fitting.pipeline import fit
 
         chosen = parse_budget(budget) if isinstance(budget, str) else {"budget": budget}
-        return cls(*fit(model, tokenizer, text, config=FitConfig(**chosen, **options), progress=progress))
+        config = FitConfig(**chosen, **options)
+        return cls(*fit(model, tokenizer, text, config=config, progress=progress, others=others))
 
     @classmethod
     def load(

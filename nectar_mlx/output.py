@@ -20,7 +20,8 @@ def check(path: Path, force: bool, fit: Mapping[str, object], files: object = No
     Args:
         path: where the file will be written.
         force: replace it whatever it holds.
-        fit: what the new file's metadata will say, as far as it is known: `model`, `config`; `adapter`, its path or "".
+        fit: what the new file's metadata will say, as far as it is known: `model`, `config`; `adapter`, its path or "";
+            `with`, the digests of other files that were in view.
         files: what its report will say of the files that were read, `Reading.as_list()`.
 
     NectarError if the answer is no, or if there is no terminal to ask at.
@@ -53,4 +54,4 @@ def _held(path: Path) -> JsonObject:
     except (TypeError, ValueError):
         return {}
     adapter = metadata.get("adapter", {}).get("path", "")
-    return {"source": "", **metadata, "adapter": adapter, "files": files, "tokens": tensors["prefix"].size}
+    return {"source": "", "with": [], **metadata, "adapter": adapter, "files": files, "tokens": tensors["prefix"].size}

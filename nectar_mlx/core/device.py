@@ -17,7 +17,6 @@ class Device:
 
     linux_cpu: whether MLX runs on its Linux CPU build, where numpy is faster at exponentials, top-k and gathers.
     half: whether products of half-precision numbers are faster than those of float32.
-    record: whether samples are captured while answers are sampled, not in a replay.
     compile_steps: whether `mx.compile` pays for a training step. Under CUDA each fused kernel takes seconds to build
     and a step has dozens; under Metal it takes milliseconds.
 
@@ -44,7 +43,6 @@ class Device:
 
     linux_cpu: bool
     half: bool
-    record: bool
     compile_steps: bool
     max_scores: int
     max_batch_scores: int
@@ -78,7 +76,6 @@ class Device:
 LINUX_CPU = Device(
     linux_cpu=True,
     half=False,
-    record=True,
     compile_steps=False,
     max_scores=1 << 20,
     max_batch_scores=1 << 20,
@@ -111,7 +108,6 @@ LINUX_CPU = Device(
 GPU = Device(
     linux_cpu=False,
     half=True,
-    record=True,
     compile_steps=sys.platform == "darwin",
     max_scores=1 << 27,
     max_batch_scores=1 << 28,

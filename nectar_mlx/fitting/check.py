@@ -40,7 +40,8 @@ def check(
     context = data.context
     conversations = answered_checks(data.conversations)[:questions]
     conversations.sort(key=lambda c: len(c.prompt))  # those of a batch are padded to the longest
-    make_cache = partial(make_caches, banks, context.windows if windows is None else windows, context.start)
+    windows = context.windows if windows is None else windows
+    make_cache = partial(make_caches, context.in_view(banks), windows, context.start)
     views: dict[str, fidelity.MakeCache] = {"nectar": make_cache}
     if no_context is None:
         views["no context"] = read_head(run.model, run.tokenizer, context.prefix, run.geometry).make_cache

@@ -22,10 +22,12 @@ from ..core.types import JsonObject, Tokenizer
 from ..errors import NectarError
 from ..heads import AUTO, Bank
 from ..mlxlm import attention_patch, prompts
+from ..mlxlm.kept import plain_windows
 from ..mlxlm.window import window
 from ..store import chunking, load
 from ..store.kv_file import KeyFile
 from . import chunks, finite, verdict
+from . import others as other_files
 from .budget import affordable_bytes, share_of
 from .check import check
 from .checkpoint import Checkpoint
@@ -34,6 +36,7 @@ from .distributed import World
 from .estimate import estimate
 from .kinds import HybridFit
 from .machines import here, shape_of
+from .others import OtherFile, Others
 from .prefill import read_text
 from .run import FitRun, identity
 from .samples import kept_study
@@ -58,13 +61,14 @@ def fit(
     checkpoint: Checkpoint | None = None,
     log: Log = no_log,
     world: World | None = None,
+    others: Sequence[OtherFile] = (),
 ) -> tuple[store.Tensors, store.Metadata, KeyFile | None]:
     """Fits a text -> what a Nectar is made of; see the module's first lines.
 
     name, source: what the file says of the model and the text. checkpoint: where an interrupted fit leaves its work,
     and a resumed one finds it. log: is told before it takes long. world: the processes that share the work; all of them
-    call this, and get the same. NectarError for a text, budget or model that cannot
-    be fitted.
+    call this, and get the same. others: files that are in view, before the text, in its conversations and in the loss.
+    NectarError for a text, budget or model that cannot be fitted, and for files that cannot be put together with it.
     """
     clock, keys = Clock(), None
     mx.reset_peak_memory()
@@ -78,9 +82,11 @@ def fit(
         config=config,
         progress=progress,
         checkpoint=checkpoint or Checkpoint(None),
-        facts=identity(model, tokenizer, text),
+        facts=identity(model, tokenizer, text) | other_files.digests(others),
         world=world or World(),
+        others=others,
     )
+    other_files.check(others, model=run.facts["model"], kind=run.layout.kind)
     whole = prompts.prefix(tokenizer, text)
     prefix = whole if config.context_tokens is None else prompts.cut(tokenizer, whole, config.context_tokens)
     run = _agreed(run)
@@ -91,7 +97,9 @@ def fit(
     _announce(run, len(prefix), len(lengths), name=name, log=log)
     provenance = run.provenance(model=name or getattr(tokenizer, "name_or_path", ""), source=source)
     layerwise = needs_layers(run, len(prefix) - sum(lengths) + max(lengths))
-    if len(lengths) > 1 or layerwise:
+    in_pieces = len(lengths) > 1 or layerwise
+    _check_room(run, prefix, in_pieces=in_pieces)
+    if in_pieces:
         tensors, report = chunks.fit(run, prefix, chunks=lengths, layerwise=layerwise, clock=clock)
     else:
         tensors, report, keys = _fit_whole(run, prefix, text=text, clock=clock)
@@ -120,11 +128,15 @@ def _fit_whole(
     run: FitRun, prefix: Sequence[int], *, text: str, clock: Clock
 ) -> tuple[store.Tensors, JsonObject, KeyFile | None]:
     """All layers of all of the text at once -> tensors and report, and the file of keys, where the kind has one."""
+    others = Others.before(prefix, run.others, run.model, run.geometry)
     with run.progress("reading", len(prefix)) as done:
         context = read_text(run.model, prefix, run.geometry, prefill=run.config.prefill, progress=done)
     clock.lap("read")
     finite.check_banks("reading", context.banks, run.geometry)
     finite.check_logits(run.model(mx.array([prefix[-1:]]), cache=context.make_cache()))
+    if others is not None:
+        plain_windows(run.geometry, context.windows, "put together")
+        context = replace(context, others=others)
     contents = partial(store.contents, prefix=prefix, offsets=context.offsets)
     if not run.layout.bank.fitted:
         heads = [head for bank in context.banks for head in bank.unstack()]
@@ -149,11 +161,29 @@ def _fit_whole(
         "error": merged_errors(kind, banks),
     }
     report |= ({"exponent": plan.exponent} if plan.exponent else {}) | ({"state": state} if state else {})
-    report |= check(run, kind.data, banks, windows=windows)
+    alone = replace(kind.data, context=replace(context, others=None))
+    report |= check(run, alone, banks, windows=windows)
+    if others is not None:
+        figures = check(run, kind.data, banks, windows=windows, no_context=report["kl_no_context"])
+        report |= {"with": other_files.names(run.others), "kl_with": figures["kl"], "agree_with": figures["agree"]}
     clock.lap("check")
     if run.config.keep_study:
         tensors[kept_study.TENSOR] = kept_study.packed(kind.data.conversations)
     return tensors, report, keys
+
+
+def _check_room(run: FitRun, prefix: Sequence[int], *, in_pieces: bool) -> None:
+    """NectarError where other files are to be in view and there is no room for them, or for the text itself."""
+    if not run.others:
+        return
+    if in_pieces:
+        raise NectarError("a text that is fitted in chunks or layer by layer is fitted alone: leave out --with")
+    tokens, positions = other_files.tokens(prefix, run.others), window(run.model)
+    if positions is not None and tokens + _QUESTION_TOKENS > positions:
+        raise NectarError(
+            f"together the texts take {tokens:,} tokens; the model's window of {positions:,} leaves room for "
+            f"{max(0, positions - _QUESTION_TOKENS):,}: leave out --with"
+        )
 
 
 def _announce(run: FitRun, tokens: int, chunks: int, *, name: str, log: Log) -> None:

@@ -9,11 +9,12 @@ import mlx.nn as nn
 from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, RotatingKVCache
 
 from ..core.types import Tokenizer
-from ..heads import Exact
+from ..heads import Bank, Exact
 from ..mlxlm import prompts
 from ..mlxlm.cache import NectarCache
 from ..mlxlm.geometry import LATENT, SHARED, STATE, Geometry, Layer
 from ..mlxlm.kept import Kept, make_caches, shared_layers, what_is_kept, widened
+from .others import Others
 from .prefill_attention import Prefill, ReadingCache
 
 READ = 512  # tokens of a text that are read at a time
@@ -24,13 +25,14 @@ class Context:
     """A prefix and its exact keys and values: one `Exact` bank a layer with full attention ([K, n, D] each, positions
     0 … n-1), and what each other layer keeps, by its index. chunks: lengths of the prefix's last pieces, where
     each was read on its own (chunks.py). preamble: how many of the first tokens the heads that are fitted here do not
-    stand for, for others will."""
+    stand for, for others will. others: other texts in view."""
 
     prefix: list[int]
     banks: list[Exact]
     windows: dict[int, Kept] = field(default_factory=dict)
     chunks: Sequence[int] = ()
     preamble: int = 0
+    others: Others | None = None
 
     @property
     def fitted(self) -> list[Exact]:
@@ -54,7 +56,11 @@ class Context:
 
     def make_cache(self, make: Callable[..., NectarCache] = NectarCache, *, sequences: int = 1) -> list[Any]:
         """One cache a layer; make: as for `make_caches`. sequences: how many advance in step."""
-        return list(widened(make_caches(self.banks, self.windows, self.start, make=make), sequences))
+        return list(widened(make_caches(self.in_view(self.banks), self.windows, self.start, make=make), sequences))
+
+    def in_view(self, banks: Sequence[Bank]) -> Sequence[Bank]:
+        """Heads for this text, a bank a layer, beside those of the other texts in view."""
+        return banks if self.others is None else self.others.together(banks)
 
 
 def read_text(

@@ -22,6 +22,7 @@ from .budget import share_of
 from .checkpoint import Checkpoint, Plan, text_digest
 from .config import FitConfig
 from .distributed import World
+from .others import OtherFile, digests
 from .samples.conversation import Conversation
 from .samples.sample_store import DeviceSampleStore, SampleStore
 
@@ -40,7 +41,7 @@ class FitRun:
 
     facts: what decides the result beside the settings and the prefix (`identity`). free: bytes of memory that the fit
     may take where the settings do not say it; a resumed one goes on with those of its first run. world: the
-    processes that share its work.
+    processes that share its work. others: files that are in view.
     """
 
     model: nn.Module
@@ -52,6 +53,7 @@ class FitRun:
     facts: Mapping[str, Any] = field(default_factory=dict)
     free: int = field(default_factory=lambda: free_memory() // 2)
     world: World = field(default_factory=World)
+    others: Sequence[OtherFile] = ()
 
     @cached_property
     def layout(self) -> Layout:
@@ -130,6 +132,7 @@ class FitRun:
             "tokenizer_sha256": self.facts["tokenizer"],
             "config": asdict(self.config),
             "source": source,
+            **digests(self.others),
         }
 
     def part(self, name: str, **changes: Any) -> Self:

@@ -280,7 +280,7 @@ def test_where_samples_are_kept_changes_nothing(tokenizer, toy_fit, tmp_path, mo
         config=FitConfig(**FAST | SHORT, memory=1, layerwise=False),
         checkpoint=Checkpoint(tmp_path),
     )
-    assert list(tmp_path.glob("train.samples/*.npy"))
+    assert list(tmp_path.glob("train.samples/*.f32"))
     stores = []
 
     def on_device(heads, capacity, head_dim, *, folder):

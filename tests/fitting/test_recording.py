@@ -54,6 +54,19 @@ def test_what_is_recorded_is_what_a_replay_sees(tokenizer, set_device, some_stop
         assert seen.min() >= 1 and np.array_equal(seen, expected)
 
 
+def test_conversations_that_are_known_are_seen_as_in_a_replay(tokenizer, some_stop):
+    run = fit_run(toys.toy("llama"), tokenizer, queries=300)
+    context = read(run, toys.random_tokens(60))
+    known = self_study.study(run, context)
+    ours = recording.collect(run, context, lambda *_: [], kept=known, whole=True)
+    whole = fit_run(run.model, tokenizer, queries=count_samples(known, group=run.group))
+    replayed = capture.capture(whole, context, known)
+    assert ours.conversations == known
+    assert ours.train.count == replayed.train.count == count_samples(known, group=run.group)
+    mine, theirs = (np.sort(rows(data.train, 5), axis=0) for data in (ours, replayed))
+    assert np.abs(mine - theirs).max() < 5e-3
+
+
 def rows(store, head):
     """Everything about each sample, [N, 3 D + 2]."""
     return np.concatenate([np.array(x[0]).reshape(store.count, -1) for x in store.heads([head])], axis=1)

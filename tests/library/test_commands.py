@@ -156,6 +156,23 @@ def test_ask_goes_to_the_right_document_and_says_which(filled, capsys):
     assert max(Library(filled).documents(), key=lambda document: document.used).name == "kettle.txt"
 
 
+def test_of_documents_that_share_a_questions_words_one_answers_and_the_other_is_named(folder, tmp_path, model, capsys):
+    (tmp_path / "codes.txt").write_text(
+        "The access code of the Harwick depot is 4417. " + "Herons stand in water. " * 200
+    )
+    (tmp_path / "letter.txt").write_text(
+        "Nobody at the Harwick depot would tell us the access code. " + "Tea is poured hot. " * 250
+    )
+    (tmp_path / "kettle.txt").write_text("The copper kettle costs 90 crowns. " + "Boats lie in the harbour. " * 200)
+    paths = [tmp_path / f"{name}.txt" for name in ("codes", "letter", "kettle")]
+    Library(folder).add(paths, ModelFitter(str(model), {"kind": "exact", "context_tokens": 60}))
+    assert run("ask", "library", "What is the access code of the Harwick depot?", "--max-tokens", 3) == 0
+    err = capsys.readouterr().err
+    assert "from codes.txt (close to it: letter.txt)" in err or "from letter.txt (close to it: codes.txt)" in err
+    assert run("ask", "library", "What does the copper kettle cost?", "--max-tokens", 3) == 0
+    assert "from kettle.txt\n" in capsys.readouterr().err
+
+
 def test_none_of_them_is_an_answer(filled, capsys):
     question = "Who composed the opera about the barber?"
     assert run("ask", "library", question) == 0

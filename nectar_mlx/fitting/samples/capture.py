@@ -19,6 +19,7 @@ from ...core.attention import Partial
 from ...core.device import device
 from ...core.gather import take
 from ...heads import Exact
+from ...heads.together import Together
 from ...mlxlm.kept import attention_caches
 from .. import finite
 from ..distributed import World, parts
@@ -125,17 +126,22 @@ class CaptureCache(StudyCache):
     """Keeps the samples of every call: of one, or of as many as there are layers that share its keys.
 
     preamble: how many of the context's first tokens are counted to the live ones, for other heads will stand for them.
+    So are other texts in view.
     """
 
-    def __init__(self, bank: Exact, context: int, *rest: Any, preamble: int = 0):
-        super().__init__(bank.part(slice(preamble, None)), context, *rest)
+    def __init__(self, bank: Exact | Together, context: int, *rest: Any, preamble: int = 0):
+        self._together = bank if isinstance(bank, Together) else None
+        own: Any = bank.own if isinstance(bank, Together) else bank
+        super().__init__(own.part(slice(preamble, None)), context, *rest)
         self.captured: list[Samples] = []
-        self._preamble = bank.part(slice(preamble)) if preamble else None
+        self._preamble = own.part(slice(preamble)) if preamble else None
         # Outputs are means of values: float16 holds them if it holds the values, with room for those to come.
-        self._type = mx.float16 if bank.largest_value < _SMALL else mx.float32
+        self._type = mx.float16 if own.largest_value < _SMALL else mx.float32
 
     def over_live(self, queries: mx.array, *rest: Any, **options: Any) -> Partial:
         live = super().over_live(queries, *rest, **options)
+        if self._together is not None:
+            return self._together.all_but_own(queries, live)
         if self._preamble is None:
             return live
         merged = attention.merge(self._preamble.over(queries), live)
@@ -218,7 +224,7 @@ def replay(
     many shares.
     """
     group = n_heads // len(context.banks[0].sizes)
-    tokens = tokens or max(_FEWEST_TOKENS, device().replay_scores // (n_heads * len(context.prefix)))
+    tokens = tokens or together(context, n_heads)
     done, world = 0, world or World()
     batches = replay_batches(conversations, stores, group=group, tokens=tokens)
     for first in range(0, len(batches), world.size):
@@ -242,6 +248,11 @@ def replay(
         mx.eval([c.captured for c in capturing])  # not more than a batch is under way
         done += sum(c.fed_tokens for batch in share for c in batch.conversations)
         progress(done)
+
+
+def together(context: Context, n_heads: int) -> int:
+    """How many tokens it is quick to replay together."""
+    return max(_FEWEST_TOKENS, device().replay_scores // (n_heads * len(context.prefix)))
 
 
 def record(cache: CaptureCache, stores: Collection[SampleStore], places: Sequence[np.ndarray], *, group: int) -> None:

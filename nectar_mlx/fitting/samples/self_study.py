@@ -38,6 +38,7 @@ def study(run: FitRun, context: Context, recorder: Recorder | None = None) -> li
     before, config = run.kept_conversations(), run.config
     conversations = list[Conversation]() if recorder else before
     wanted = run.n_samples(run.n_heads)
+    studied = context.prefix if context.others is None else context.others.studied_with(context.prefix)
     allow_half(run.model, context)
     with run.progress("sampling answers", wanted) as done:
         while True:
@@ -45,7 +46,7 @@ def study(run: FitRun, context: Context, recorder: Recorder | None = None) -> li
             number = sum(c.split != "check" for c in conversations)
             batch: list[Conversation] = []
             if samples < _ENOUGH * wanted:
-                asked = asking(run.tokenizer, context.prefix, first=number, seed=config.seed)
+                asked = asking(run.tokenizer, studied, first=number, seed=config.seed)
                 batch += expected_to_give(wanted - samples, asked, run)
             if not answered_checks(conversations):  # beside the others they cost little
                 batch += check_conversations(
@@ -54,7 +55,7 @@ def study(run: FitRun, context: Context, recorder: Recorder | None = None) -> li
             if not batch:
                 break
             told = batch_progress(run, batch, samples, wanted, done)
-            answered = _answered_before(batch, before[len(conversations) :])
+            answered = answered_before(batch, before[len(conversations) :])
             seed, first = config.seed + number, len(conversations)
             answer(run, context, batch, seed=seed, progress=told, recorder=recorder, answered=answered, first=first)
             conversations += batch
@@ -64,7 +65,7 @@ def study(run: FitRun, context: Context, recorder: Recorder | None = None) -> li
     return conversations
 
 
-def _answered_before(batch: Sequence[Conversation], known: Sequence[Conversation]) -> bool:
+def answered_before(batch: Sequence[Conversation], known: Sequence[Conversation]) -> bool:
     """Puts the answers that an interrupted run has left into a batch; False where there are none."""
     if [c.prompt for c in known[: len(batch)]] != [c.prompt for c in batch]:
         return False
