@@ -5,9 +5,11 @@ import sys
 from collections.abc import Sequence
 
 from . import cli, from_library
+from .core import environment
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    environment.launch_singly()
     return cli.run(_parser(), _work, argv)
 
 

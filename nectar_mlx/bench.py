@@ -12,9 +12,11 @@ from . import cli
 from .benchmarks import report, run
 from .benchmarks.cache_variants import VARIANTS
 from .benchmarks.measure import CACHE_STEP, SHAPES
-from .core import plotting
+from .core import environment, plotting
+from .core.progress import no_log
 from .errors import NectarError
 from .fitting.config import FitConfig, effort
+from .fitting.distributed import World
 
 _CONTEXTS = {"decode": "1k,8k,32k,128k,512k,1m", "fit": "8k,32k,128k", "selftest": "1k"}
 
@@ -69,10 +71,14 @@ def _work(arguments: argparse.Namespace) -> None:
     if arguments.what == "selftest":
         result = run.tune(shape, log=cli.say) if arguments.tune else run.selftest()
     elif arguments.what == "fit":
+        environment.launch_singly()
         given = {"queries": arguments.queries, "steps": arguments.steps}
         options = effort(arguments.effort) | {name: value for name, value in given.items() if value is not None}
         config = FitConfig(budget=arguments.budget, **options)
-        result = run.fit(shape, contexts, config, log=cli.say)
+        first = World.here().first
+        result = run.fit(shape, contexts, config, log=cli.say if first else no_log)
+        if not first:  # one rank reports
+            return
     else:
         methods = [m.strip() for m in arguments.methods.split(",")]
         if unknown := set(methods) - set(VARIANTS):

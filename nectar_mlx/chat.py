@@ -1,6 +1,7 @@
 """`nectar chat book.nectar`: a conversation with a .nectar, at a terminal or over a pipe."""
 
 import argparse
+import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -141,10 +142,14 @@ def _show_sources(conversation: Conversation) -> None:
 
 def _save(name: str, conversation: Conversation) -> None:
     """Writes the conversation as Markdown. NectarError where there is a file already, or none can be written."""
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if not name:
         raise NectarError("/save takes the name of a file: /save notes.md")
-    if path.exists():
+    try:
+        exists = path.exists()
+    except OSError as error:  # a name that is too long
+        raise NectarError(f"{path}: {error.strerror}") from None
+    if exists:
         raise NectarError(f"{path} exists: take another name")
     titles = {"user": "## ", "assistant": ""}
     text = "\n\n".join(titles.get(m["role"], "") + m["content"] for m in conversation.messages)

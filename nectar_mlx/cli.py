@@ -9,7 +9,8 @@ import os
 import sys
 import textwrap
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -70,7 +71,7 @@ def run(parser: argparse.ArgumentParser, work: Callable[[argparse.Namespace], No
     try:
         args = parser.parse_args(argv)
         console.set_quiet(getattr(args, "quiet", False))
-        with interrupt.kept():
+        with interrupt.kept(), _without_torch():
             work(args)
         sys.stdout.flush()
     except SystemExit as exit:  # argparse: after --help, or after its message about an error
@@ -84,10 +85,29 @@ def run(parser: argparse.ArgumentParser, work: Callable[[argparse.Namespace], No
         complain(f"{parser.prog}: {error.strerror or error}{f': {error.filename}' if error.filename else ''}")
         _drop_output()
         return FAULT
+    except RuntimeError as error:
+        if "home directory" not in str(error):
+            raise
+        complain(f"{parser.prog}: there is no user of that name for a path that begins with ~")
+        return FAULT
     except KeyboardInterrupt:
         complain(f"{parser.prog}: interrupted")
         return INTERRUPTED
     return DONE
+
+
+@contextmanager
+def _without_torch() -> Iterator[None]:
+    """Inside, PyTorch is not found, unless it is imported already: no command needs it, and where it is installed
+    transformers would import it and what goes with it, for five to fifteen seconds."""
+    if "torch" in sys.modules:
+        yield
+        return
+    sys.modules["torch"] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules["torch"]
 
 
 def _drop_output() -> None:

@@ -28,6 +28,8 @@ def _parser() -> argparse.ArgumentParser:
 def _work(args: argparse.Namespace) -> None:
     if args.output.exists() and Path(args.nectar).exists() and args.output.samefile(args.nectar):
         raise NectarError(f"{args.output} is the .nectar itself: name another file to write")
+    if args.output.exists() and not interchange.is_written_here(args.output):
+        raise NectarError(f"{args.output} exists and is not from `nectar export`: name another file to write")
     nectar = Nectar.read(args.nectar)
     if args.prompt_cache:
         interchange.write_prompt_cache(nectar, args.output)

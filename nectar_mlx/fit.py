@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import cli, ranks, settings, store
+from .core import environment
 from .core.clock import duration
 from .core.progress import no_log, silent
 from .core.types import JsonObject
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    environment.launch_singly()
     return cli.run(_parser(), _work, argv)
 
 
@@ -268,7 +271,8 @@ def _mode(nectar: "Nectar") -> str:
 
 
 def _default_output(context: Sequence[str]) -> Path:
-    return Path(Path(context[0]).resolve().name).with_suffix(".nectar")
+    name = os.path.basename(os.path.abspath(context[0])) or "context"  # the disk's root has no name
+    return Path(name).with_suffix(".nectar")
 
 
 if __name__ == "__main__":

@@ -82,7 +82,9 @@ def _can_be_asked(folder: Path) -> bool:
     try:
         config = json.loads((folder / "config.json").read_text())
         tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
+        return False
+    if not isinstance(config, dict) or not isinstance(tokenizer, dict):
         return False
     has_template = bool(tokenizer.get("chat_template")) or (folder / "chat_template.jinja").exists()
-    return has_template and isinstance(config, dict) and hook.may_route(str(config.get("model_type")))
+    return has_template and hook.may_route(str(config.get("model_type")))

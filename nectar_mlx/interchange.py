@@ -20,9 +20,20 @@ from .heads import Exact
 from .heads.nodes import plain_nodes
 from .mlxlm.kept import plain_windows
 from .nectar import Nectar
+from .store import tensor_file
 
 FORMAT, VERSION = "nectar-nodes", "1"
 DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
+
+
+def is_written_here(path: Path) -> bool:
+    """Whether a file is one of this module's, which may be written again."""
+    try:
+        metadata = tensor_file.metadata(path)
+    except NectarError:
+        return False
+    # A prompt cache's `model` is under a number of mlx-lm's.
+    return metadata.get("format") == FORMAT or any(name.endswith(".model") for name in metadata)
 
 
 def write_nodes(nectar: Nectar, path: str | Path, *, dtype: str = "float16") -> None:

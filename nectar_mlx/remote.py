@@ -9,7 +9,7 @@ import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from . import cli
 from .core import local_server, terminal
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 _CONNECT, _SILENCE = 0.5, 120.0  # seconds to connect, and without a byte: a server that is busy sends one every ten
 _READING = ("sources", "bytes_read_per_token")
-_BROKEN = (OSError, ValueError, LookupError, TypeError, AttributeError)
-_MOST_HEAD = 100  # lines of an answer's head
+_BROKEN = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, OverflowError)
+_MOST_HEAD, _MOST_BYTES = 100, 8 << 20  # lines of an answer's head; bytes of a line, or of an error
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -46,7 +46,7 @@ def reply(args: argparse.Namespace, messages: Sequence[Mapping[str, str]]) -> "R
             if len(messages) == 1:
                 cli.say(f"answered by the server that runs here{_not_faithful(_header(path))}")
             return Reply(response, args, _header(path))
-        message = json.loads(response.read())["error"]["message"]
+        message = str(json.loads(response.read())["error"]["message"])
     except (ConnectionRefusedError, FileNotFoundError):
         local_server.forget(found)  # of a server that was killed
         return None
@@ -70,23 +70,46 @@ def conversation(args: argparse.Namespace) -> "Conversation | None":
     return Conversation(args, _header(path))
 
 
+class _Event(NamedTuple):
+    """A line of an answer as it comes. pieces: answer, thoughts, and why it ended. extra: for `Reply.facts`."""
+
+    pieces: "list[tuple[str, str, str | None]]"
+    usage: dict[str, int]
+    extra: "JsonObject"
+
+    @classmethod
+    def of(cls, line: bytes) -> "_Event":
+        """NectarError with the server's message; one of `_BROKEN` for a line that no server of ours writes."""
+        event = json.loads(line)
+        if "error" in event:
+            raise NectarError(str(event["error"]["message"]))
+        pieces = [
+            (_text(choice["delta"].get("content")), _text(choice["delta"].get("reasoning")), _reason(choice))
+            for choice in event.get("choices", ())
+        ]
+        usage = {name: int(count) for name, count in (event.get("usage") or {}).items() if not isinstance(count, dict)}
+        extra = {name: event[name] for name in ("chunk", *_READING) if name in event}
+        for source in extra.get("sources") or ():
+            _source_line(source)
+        return cls(pieces, usage, extra)
+
+
 class Reply:
     """One answer; iterate over it once."""
 
     def __init__(self, response: "_Response", args: argparse.Namespace, header: "JsonObject"):
         self._response, self._args, self._header = response, args, header
-        self._usage: JsonObject = {}
+        self._usage: dict[str, int] = {}
         self._extra: JsonObject = {}
 
     def __iter__(self) -> Iterator[Written]:
         """NectarError where the server ends in the middle of the answer."""
         loops, reason, started, pieces = Repetition(), None, 0.0, 0
         for event in self._events():
-            self._usage = event.get("usage") or self._usage
-            self._extra |= {name: event[name] for name in ("chunk", *_READING) if name in event}
-            for choice in event.get("choices", ()):
-                answer, thoughts = (choice["delta"].get(name) or "" for name in ("content", "reasoning"))
-                reason = choice.get("finish_reason") or reason
+            self._usage = event.usage or self._usage
+            self._extra |= event.extra
+            for answer, thoughts, ended in event.pieces:
+                reason = ended or reason
                 if answer or thoughts:
                     started, pieces = started or time.perf_counter(), pieces + 1
                     yield Written(answer, thoughts, answer)
@@ -102,24 +125,19 @@ class Reply:
         prompt_tokens = self._usage.get("prompt_tokens", 0)
         yield Written(ended=Ended(reason=reason, tokens=tokens, prompt_tokens=prompt_tokens, tokens_per_second=speed))
 
-    def _events(self) -> "Iterator[JsonObject]":
+    def _events(self) -> Iterator[_Event]:
         try:
             for line in self._response:
                 data = line.removeprefix(b"data: ").strip()
-                if data == line.strip() or data == b"[DONE]":  # a blank line, a comment, the end
-                    continue
-                event: JsonObject = json.loads(data)
-                if "error" in event:
-                    raise NectarError(str(event["error"]["message"]))
-                yield event
+                if data != line.strip() and data != b"[DONE]":  # no blank line, no comment, not the end
+                    yield _Event.of(data)
         except _BROKEN as error:
             raise NectarError(f"the server that runs here ended in the middle of the answer ({error})") from None
 
     def sources(self) -> list[str]:
         """The passages that say what it says, a line each."""
         found = self._extra.get("sources") or ()
-        parts = [[source[name] for name in ("document", "place", "score", "text")] for source in found]
-        return [f"[{number}] {terminal.quoted(*part)}" for number, part in enumerate(parts, 1)]
+        return [f"[{number}] {_source_line(source)}" for number, source in enumerate(found, 1)]
 
     def cited(self) -> str:
         """A server does not mark sentences (`_needs_model`)."""
@@ -191,19 +209,41 @@ class _Response:
             head = ["POST /v1/chat/completions HTTP/1.0", "Host: localhost", "Content-Type: application/json", *key]
             connection.sendall("\r\n".join([*head, f"Content-Length: {len(body)}", "", ""]).encode() + body)
             self._file = connection.makefile("rb")
-        self.status = int(self._file.readline().split()[1])
+        self.status = int(self._line().split()[1])
         for _ in range(_MOST_HEAD):
-            if not self._file.readline().strip():
+            if not self._line().strip():
                 break
 
     def __iter__(self) -> Iterator[bytes]:
-        return iter(self._file)
+        return iter(self._line, b"")
+
+    def _line(self) -> bytes:
+        line = self._file.readline(_MOST_BYTES)
+        if len(line) == _MOST_BYTES:
+            raise ValueError("a line of it has no end")
+        return line
 
     def read(self) -> bytes:
-        return self._file.read()
+        return self._file.read(_MOST_BYTES)
 
     def close(self) -> None:
         self._file.close()
+
+
+def _text(value: object) -> str:
+    """A text that may be left out; ValueError for anything else."""
+    if value is not None and not isinstance(value, str):
+        raise ValueError("a part of it is no text")
+    return value or ""
+
+
+def _reason(choice: "JsonObject") -> str | None:
+    return _text(choice.get("finish_reason")) or None
+
+
+def _source_line(source: "JsonObject") -> str:
+    document, place, text = (_text(source[name]) for name in ("document", "place", "text"))
+    return terminal.quoted(document, place, float(source["score"]), text)
 
 
 def _body(name: str, args: argparse.Namespace, messages: Sequence[Mapping[str, str]]) -> bytes:
@@ -229,7 +269,7 @@ def _header(path: Path) -> "JsonObject":
     """What a file says of itself, read without the library that checks it: the server has done that."""
     try:
         with path.open("rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+            header = json.loads(file.read(min(int.from_bytes(file.read(8), "little"), _MOST_BYTES)))
         said = header["__metadata__"]
         report = json.loads(said["report"])
         return {
@@ -238,7 +278,7 @@ def _header(path: Path) -> "JsonObject":
             "tokens": header["prefix"]["shape"][0],
             "verdict": report.get("verdict", ""),
         }
-    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError):
+    except _BROKEN:
         return {"model": "", "source": "", "tokens": 0, "verdict": ""}
 
 

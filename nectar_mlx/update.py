@@ -9,10 +9,12 @@ import time
 from collections.abc import Sequence
 
 from . import cli, from_library, update_file
+from .core import environment
 from .errors import NectarError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    environment.launch_singly()
     argv = sys.argv[1:] if argv is None else argv
     return update_file.main(argv) if update_file.names_file(argv) else cli.run(_parser(), _work, argv)
 

@@ -148,6 +148,11 @@ def test_bad_arguments(argv, capsys):
     assert_one_line(capsys, "nectar ask")
 
 
+def test_a_path_of_a_user_who_is_not_there(book, capsys):
+    assert ask.main([str(book.path), QUESTION, "--adapter", "~nobody-of-this-name/adapter"]) == cli.FAULT
+    assert capsys.readouterr().err.count("\n") == 1
+
+
 def test_an_interrupt(book, monkeypatch, capsys):
     def interrupted(*args, **options):
         raise KeyboardInterrupt

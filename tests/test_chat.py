@@ -8,7 +8,7 @@ import sys
 import mlx_lm
 import pytest
 
-from nectar_mlx import Nectar, chat, cli
+from nectar_mlx import Nectar, NectarError, chat, cli
 from nectar_mlx.conversation import LocalConversation
 from nectar_mlx.mlxlm.window import NoRoom
 from tests import toys
@@ -168,3 +168,21 @@ def test_a_bad_file(tmp_path, capsys):
     assert chat.main([str(tmp_path / "no.nectar")]) == cli.FAULT
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and "no such file" in err
+
+
+class Said:
+    messages = ({"role": "user", "content": "who?"}, {"role": "assistant", "content": "a fox"})
+
+
+def test_a_conversation_is_saved(tmp_path):
+    chat._save(str(tmp_path / "notes.md"), Said())
+    assert (tmp_path / "notes.md").read_text() == "## who?\n\na fox\n"
+    with pytest.raises(NectarError, match="exists"):
+        chat._save(str(tmp_path / "notes.md"), Said())
+
+
+@pytest.mark.parametrize("name", ["", "a" * 5000, "~nobody-of-this-name/notes.md", "/nowhere/notes.md"])
+def test_a_name_that_cannot_be_saved_to_does_not_end_the_chat(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(NectarError):
+        chat._save(name, Said())

@@ -238,6 +238,7 @@ def test_the_likeliest_choice_is_the_answer(model, prefix, tmp_path, set_device,
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [("", "no question"), ("\n \n", "no question"), ('{"question": ', "not JSON"), ('{"answer": "x"}', "missing"),
+     ('{"question": ' + "[" * 100_000, "not JSON"), ('{"question": "Who?", "depth": ' + "9" * 5000 + "}", "not JSON"),
      ('{"question": "Who?", "answer": ["x"]}', "must be text"), ('{"question": "Who?", "depth": "deep"}', "number"),
      ('{"question": "Who?", "choices": "x"}', "list of texts"),
      ('{"question": "Who?", "answer": "x", "choices": ["a x", "x b"]}', "exactly one"),

@@ -78,3 +78,18 @@ def test_what_cannot_be_exported_is_one_line(tmp_path, capsys):
     nectar.banks[0].parameters["values"] = nectar.banks[0].parameters["values"] * 1e9
     with pytest.raises(NectarError, match="beyond float16"):
         interchange.write_nodes(nectar, tmp_path / "big.safetensors")
+
+
+@pytest.mark.parametrize("option", [(), ("--prompt-cache",)])
+def test_only_what_was_exported_is_replaced(option, tmp_path, capsys):
+    model = toys.toy("gemma3_text")
+    path, letter, weights = (tmp_path / name for name in ("a.nectar", "letter.txt", "model.safetensors"))
+    toys.exact(model, toys.random_tokens(N)).save(path)
+    letter.write_text("a letter")
+    mx.save_safetensors(str(weights), {"w": mx.zeros(3)}, {"format": "mlx"})
+    for other in (letter, weights):
+        held = other.read_bytes()
+        assert export.main([str(path), str(other), *option]) == cli.FAULT
+        assert "name another file" in capsys.readouterr().err and other.read_bytes() == held
+    for _ in range(2):
+        assert export.main([str(path), str(tmp_path / "out"), *option]) == 0

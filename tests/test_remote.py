@@ -1,5 +1,6 @@
 """`ask` and `chat` by a server that runs: the same answers, no MLX in the client, and a way back where it is gone."""
 
+import contextlib
 import io
 import json
 import os
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from nectar_mlx import ask, chat, cli, serve
+from nectar_mlx import ask, chat, cli, remote, serve
 from nectar_mlx.core import local_server
 from tests import toys
 
@@ -100,6 +101,16 @@ def test_only_its_owner_may_ask(server):
     assert modes == {".sock": 0o600, ".json": 0o600} and folder.stat().st_mode & 0o777 == 0o700
 
 
+def test_a_folder_of_another_user_is_not_looked_into(book, monkeypatch):
+    with tempfile.TemporaryDirectory(prefix="n") as folder:
+        monkeypatch.setenv("NECTAR_CACHE", folder)
+        local = local_server.LocalSocket({"book": book.path})
+        assert local_server.find(book.path) is not None
+        monkeypatch.setattr(os, "geteuid", lambda: 12345)
+        assert local_server.find(book.path) is None and local_server.LocalSocket({"book": book.path}).listeners == []
+        local.close()
+
+
 def test_what_a_killed_server_left_is_removed_and_the_model_is_loaded_here(book, monkeypatch, capsys):
     with tempfile.TemporaryDirectory(prefix="n") as folder:
         monkeypatch.setenv("NECTAR_CACHE", folder)
@@ -117,6 +128,64 @@ def test_a_broken_note_is_passed_over(book, monkeypatch, note):
         Path(folder, "servers").mkdir()
         Path(folder, "servers", "1.json").write_text(note)
         assert local_server.find(book.path) is None
+
+
+def _choice(**fields):
+    return json.dumps({"choices": [{"delta": {"content": "a"}, "finish_reason": "stop"} | fields]})
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "[]",
+        "3",
+        '{"choices": 3}',
+        '{"choices": [[]]}',
+        '{"choices": [{}]}',
+        _choice(delta=None),
+        _choice(delta={"content": 3}),
+        _choice(delta={"content": {}}),
+        _choice(delta={"reasoning": ["a"]}),
+        _choice(finish_reason=["stop"]),
+        '{"usage": [3]}',
+        '{"usage": {"completion_tokens": "many"}}',
+        '{"usage": {"completion_tokens": Infinity}}',
+        '{"sources": 3}',
+        '{"sources": ["a"]}',
+        '{"sources": [{"document": 3, "place": "", "score": 1, "text": ""}]}',
+        '{"sources": [{"document": "", "place": "", "score": "a", "text": ""}]}',
+        '{"error": "a"}',
+        '{"error": {"message": "no\\n\\u001b[31m"}}',
+        "[" * 100_000,
+        "a" * (9 << 20),
+    ],
+    ids=lambda line: line[:50],
+)
+def test_a_false_server_is_one_line(book, monkeypatch, capsys, line):
+    """A process of the same user that answers on the socket, but not as this server does."""
+    with tempfile.TemporaryDirectory(prefix="n") as folder:
+        monkeypatch.setenv("NECTAR_CACHE", folder)
+        local = local_server.LocalSocket({"book": book.path})
+
+        def serve_once():
+            connection, _ = local.listeners[0].accept()
+            with connection:
+                connection.recv(1 << 16)
+                with contextlib.suppress(OSError):
+                    connection.sendall(f"HTTP/1.0 200 OK\r\n\r\ndata: {line}\n\n".encode())
+
+        thread = threading.Thread(target=serve_once)
+        thread.start()
+        code = ask.main([str(book.path), QUESTION, "--sources"])
+        thread.join()
+        local.close()
+    said = capsys.readouterr().err
+    assert code == 2 and said.splitlines()[-1].startswith("nectar") and "\x1b" not in said, said
+
+
+def test_a_file_whose_header_has_no_end_is_no_memory(tmp_path):
+    (tmp_path / "x.nectar").write_bytes(b"\xff" * 100)
+    assert remote._header(tmp_path / "x.nectar")["tokens"] == 0
 
 
 def test_no_socket_where_the_path_is_too_long(book, tmp_path, monkeypatch):

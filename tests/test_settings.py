@@ -90,13 +90,14 @@ def test_the_default_model_is_the_settings_then_the_largest_that_fits(file, monk
 def test_models_in_the_hubs_cache_are_found_if_they_can_be_asked(tmp_path, monkeypatch):
     monkeypatch.setenv("NECTAR_CACHE", str(tmp_path / "none"))
     snapshots = {}
-    for name, model_type in (("me/llama", "llama"), ("me/bert", "bert")):
+    settings = {"me/llama": {"model_type": "llama"}, "me/bert": {"model_type": "bert"}, "me/list": [], "me/deep": None}
+    for name, config in settings.items():
         folder = tmp_path / "hub" / f"models--{name.replace('/', '--')}"
         snapshot = folder / "snapshots" / ("1" * 40)
         snapshot.mkdir(parents=True)
         (folder / "refs").mkdir()
         (folder / "refs" / "main").write_text("1" * 40)
-        (snapshot / "config.json").write_text(json.dumps({"model_type": model_type}))
+        (snapshot / "config.json").write_text(json.dumps(config) if config is not None else "[" * 100_000)
         (snapshot / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ 1 }}"}))
         (snapshot / "model.safetensors").write_bytes(b"12345")
         snapshots[name] = snapshot

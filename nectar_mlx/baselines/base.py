@@ -162,8 +162,7 @@ class EvalContext:
     @cached_property
     def metric(self) -> mx.array:
         """The metric that measures the heads' errors in nats, [n_heads, D, D] (fitting/fisher.py)."""
-        information = fisher.fisher(self.model, self.context, self.answered[:N_PROBE], geometry=self.geometry)
-        return fisher.metric(information)
+        return fisher.metric(self.model, self.context, self.answered[:N_PROBE], geometry=self.geometry)
 
     def ask(self, question: str) -> list[int]:
         return prompts.prompt(self.tokenizer, question)

@@ -1,6 +1,6 @@
 """What `bench fit` measures: time and peak memory of each stage of a fit, with random weights and a text of noise.
 
-The stages are those of `fitting.fit`.
+The stages are those of `fitting.fit`, and so are the shares of ranks, where there are several.
 """
 
 import time
@@ -13,18 +13,20 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from .. import store
 from ..fitting import prefill
 from ..fitting.budget import affordable_bytes, share_of
 from ..fitting.config import FitConfig
+from ..fitting.distributed import World
 from ..fitting.kinds import kind_fit
 from ..fitting.run import FitRun
-from ..fitting.samples import capture, self_study
+from ..fitting.samples import recording
 from ..fitting.sizes import plan_sizes
 from ..fitting.train import train_heads
 from ..mlxlm import attention_patch
 from .measure import Shape
 
-STAGES = ("prefill", "sampling", "capture", "deciding sizes", "regression")
+STAGES = ("prefill", "study", "deciding sizes", "regression", "packing")
 Row = dict[str, Any]
 
 
@@ -53,6 +55,7 @@ class Words:
 
 def rows(shape: Shape, contexts: list[int], config: FitConfig) -> Iterator[Row]:
     """One row a context and stage, as soon as it is known: seconds, and the peak of MLX's memory, weights included."""
+    mx.random.seed(0)  # or ranks would have other weights
     model = shape.model()
     small = replace(config, queries=256, steps=2, trial_steps=2, answer_tokens=4)
     for _ in stages(model, shape, min(contexts[0], 1024), small):  # kernels are compiled when they are first needed
@@ -63,23 +66,25 @@ def rows(shape: Shape, contexts: list[int], config: FitConfig) -> Iterator[Row]:
 
 
 def stages(model: nn.Module, shape: Shape, tokens: int, config: FitConfig) -> Iterator[Row]:
-    """One row a stage of one fit of a text of so many tokens; that of the capture has the samples a head, too."""
+    """One row a stage of one fit of a text of so many tokens; that of the study has the samples a head, too, and the
+    last one the digest of what a file would hold."""
     geometry = attention_patch.route(model)
     prefix = np.random.default_rng(0).integers(0, shape.vocabulary, tokens).tolist()
-    run = FitRun(model=model, tokenizer=Words(shape.vocabulary), geometry=geometry, config=config)
+    words, world = Words(shape.vocabulary), World.here()
+    run = FitRun(model=model, tokenizer=words, geometry=geometry, config=config, world=world)
     clock = Clock()
     context = prefill.read_text(model, prefix, geometry)
     yield clock.stage("prefill")
-    conversations = self_study.study(run, context)
-    yield clock.stage("sampling")
-    data = capture.capture(run, context, conversations)
-    yield clock.stage("capture") | {"samples": data.train.capacity}
+    data = recording.collect(run, context)
+    yield clock.stage("study") | {"samples": data.train.capacity}
     kind = kind_fit(run, data)
     affordable = partial(affordable_bytes, geometry=geometry, layout=run.layout, n=tokens)
     plan = plan_sizes(kind, affordable, share_of(config, geometry, tokens))
     yield clock.stage("deciding sizes")
-    train_heads(kind, plan.sizes)
+    heads = train_heads(kind, plan.sizes)
     yield clock.stage("regression")
+    tensors = store.contents(run.layout, heads, prefix=prefix, windows={}, offsets=context.offsets)
+    yield clock.stage("packing") | {"digest": store.digest(tensors)}
 
 
 class Clock:

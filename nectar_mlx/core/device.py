@@ -17,7 +17,6 @@ class Device:
 
     linux_cpu: whether MLX runs on its Linux CPU build, where numpy is faster at exponentials, top-k and gathers.
     half: whether products of half-precision numbers are faster than those of float32.
-    record: whether samples are captured while answers are sampled, not in a replay.
     compile_steps: whether `mx.compile` pays for a training step. Under CUDA each fused kernel takes seconds to build
     and a step has dozens; under Metal it takes milliseconds.
 
@@ -34,7 +33,8 @@ class Device:
     text is read in chunks. layerwise_tokens: in all layers at once, at least, where a fit goes layer by layer;
     layerwise_replay_tokens: of conversations replayed through all layers. passage_conversations: about one passage,
     sampled side by side. study_shares: into a multiple of so many parts sampled conversations are divided, which
-    several ranks share; steps_ahead: of sampling, queued before the first one's tokens are looked at.
+    several ranks share, if a step over all of them has `shared_scores` in a layer: with fewer it would take as long for
+    half of them. steps_ahead: of sampling, queued before the first one's tokens are looked at.
     completion_keys: of the context that a completion is trained on.
     fisher_batch: conversations differentiated at a time.
     check_batch: conversations compared at a time. baseline_conversations, baseline_batch, cartridge_steps: of the
@@ -43,7 +43,6 @@ class Device:
 
     linux_cpu: bool
     half: bool
-    record: bool
     compile_steps: bool
     max_scores: int
     max_batch_scores: int
@@ -63,6 +62,7 @@ class Device:
     layerwise_replay_tokens: int
     passage_conversations: int
     study_shares: int
+    shared_scores: int
     completion_keys: int
     steps_ahead: int
     fisher_batch: int
@@ -76,7 +76,6 @@ class Device:
 LINUX_CPU = Device(
     linux_cpu=True,
     half=False,
-    record=True,
     compile_steps=False,
     max_scores=1 << 20,
     max_batch_scores=1 << 20,
@@ -96,6 +95,7 @@ LINUX_CPU = Device(
     layerwise_replay_tokens=128,
     passage_conversations=8,
     study_shares=4,
+    shared_scores=0,
     completion_keys=1024,
     steps_ahead=1,
     fisher_batch=1,
@@ -108,7 +108,6 @@ LINUX_CPU = Device(
 GPU = Device(
     linux_cpu=False,
     half=True,
-    record=False,
     compile_steps=sys.platform == "darwin",
     max_scores=1 << 27,
     max_batch_scores=1 << 28,
@@ -119,7 +118,7 @@ GPU = Device(
     fit_steps=750,
     fit_batch=2048,
     fit_samples=150_000,
-    fit_conversations=384,
+    fit_conversations=512,
     fit_checks=96,
     trial_steps=100,
     trial_checks=48,
@@ -128,10 +127,11 @@ GPU = Device(
     layerwise_replay_tokens=256,
     passage_conversations=16,
     study_shares=2,
+    shared_scores=1 << 27,
     completion_keys=2048,
     steps_ahead=8,
     fisher_batch=8,
-    check_batch=32,
+    check_batch=24,  # four batches of the checks, for four ranks
     baseline_conversations=128,
     baseline_batch=128,
     cartridge_steps=300,

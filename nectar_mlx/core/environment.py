@@ -1,4 +1,5 @@
-"""Variables of the environment that huggingface_hub reads when it is imported, where a wrong one is a traceback."""
+"""Variables of the environment: those that huggingface_hub reads when it is imported, where a wrong one is a traceback,
+and those by which MLX launches kernels."""
 
 import os
 from urllib.parse import urlsplit
@@ -24,3 +25,10 @@ def check() -> None:
             int(value or 0)
         except ValueError:
             raise NectarError(f"{name} is {value!r}, which is no whole number: change or unset it") from None
+
+
+def launch_singly() -> None:
+    """For commands that fit: MLX launches kernels one by one on NVIDIA, not as graphs, unless it is told otherwise. The
+    arrays of a fit change their shapes at every step, and graphs would be built anew (docs/log/speed.md). It counts if
+    nothing has been computed yet."""
+    os.environ.setdefault("MLX_USE_CUDA_GRAPHS", "0")

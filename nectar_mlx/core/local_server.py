@@ -32,6 +32,8 @@ class LocalSocket:
         self._path = _folder() / f"{os.getpid()}.sock"
         self.listeners: list[socket.socket] = []
         self.close()  # what an earlier process of this number left
+        if not _is_own(self._path.parent):
+            return
         with suppress(OSError):  # the path is too long, or the folder cannot be written
             listener = _listen(self._path)
             self.listeners.append(listener)
@@ -54,7 +56,8 @@ def find(file: Path) -> Found | None:
         wanted = _identity(file)
     except OSError:
         return None
-    for note in sorted(_folder(create=False).glob("*.json")):
+    folder = _folder(create=False)
+    for note in sorted(folder.glob("*.json")) if _is_own(folder) else ():
         with suppress(OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError):
             told = json.loads(note.read_text())
             for name, identity in told["files"].items():
@@ -87,6 +90,14 @@ def _folder(*, create: bool = True) -> Path:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             folder.chmod(0o700)
     return folder
+
+
+def _is_own(folder: Path) -> bool:
+    """Whether a folder is there and this user's: who else can write to it could answer in a server's place."""
+    try:
+        return folder.lstat().st_uid == os.geteuid()
+    except OSError:
+        return False
 
 
 def _listen(path: Path) -> socket.socket:

@@ -64,14 +64,16 @@ def encode(integers: IntArray, log2_scales: IntArray) -> ByteArray:
     verbatim = _bits(raised - (high << low), low)
     table, model = models(), _model(log2_scales)
     symbols, model = _lanes(high + table.limits.take(model), int(table.limits[0])), _lanes(model)
-    states, words = np.full(model.shape[1], 1 << 16, np.uint64), list[ByteArray]()
-    for of, symbol in zip(model[::-1], symbols[::-1], strict=True):  # backwards: what is coded last is decoded first
-        frequency = table.frequencies[of, symbol].astype(np.uint64)
-        full = states >= frequency << np.uint64(32 - _PRECISION)
-        words.append((states[full] & np.uint64(0xFFFF)).astype("<u2").view(np.uint8))
-        states = np.where(full, states >> np.uint64(16), states)
-        states = (states // frequency << np.uint64(_PRECISION)) + states % frequency
-        states += table.cumulative[of, symbol].astype(np.uint64)
+    places = model * np.int32(table.frequencies.shape[1]) + symbols
+    frequencies, cumulative = (x.astype(np.uint32).take(places) for x in (table.frequencies, table.cumulative))
+    states, words = np.full(model.shape[1], 1 << 16, np.uint32), list[ByteArray]()
+    # Backwards: what is coded last is decoded first. A state stays below 2^32.
+    for frequency, before in zip(frequencies[::-1], cumulative[::-1], strict=True):
+        full = states >> np.uint32(32 - _PRECISION) >= frequency
+        words.append((states[full] & np.uint32(0xFFFF)).astype("<u2").view(np.uint8))
+        states = np.where(full, states >> np.uint32(16), states)
+        quotient = states // frequency
+        states = (quotient << np.uint32(_PRECISION)) + (states - quotient * frequency) + before
     parts = [states.astype("<u4").view(np.uint8), *reversed(words), verbatim]
     return np.concatenate(parts) if len(integers) else np.zeros(0, np.uint8)
 

@@ -7,6 +7,7 @@ import select
 import struct
 import subprocess
 import sys
+import threading
 import time
 from functools import lru_cache
 from pathlib import Path
@@ -110,6 +111,7 @@ def serve() -> None:
     from nectar_mlx.documents import pdf
     from nectar_mlx.documents.formats import parse
 
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a library prints is no answer
     pdf.page_read = lambda number: _send(answers, number)
@@ -123,6 +125,13 @@ def serve() -> None:
             _send(answers, parse(data, name))
         except Unreadable as error:
             _send(answers, str(error))
+
+
+def _end_with(parent: int) -> None:
+    """Ends this process, whatever it is at, when the program that started it was killed."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os._exit(1)
 
 
 def _send(pipe: IO[bytes], message: object) -> None:

@@ -104,8 +104,8 @@ def _question(line: str, ask: Callable[[str], list[int]], place: str) -> Questio
     if line.startswith("{"):
         try:
             entry = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise NectarError(f"{place}: not JSON ({error.msg})") from None
+        except (ValueError, RecursionError) as error:
+            raise NectarError(f"{place}: not JSON ({getattr(error, 'msg', error)})") from None
     text = entry.get("question")
     if not isinstance(text, str) or not text.strip():
         raise NectarError(f'{place}: a "question" is missing')

@@ -252,7 +252,9 @@ class _Work:
         config = self.config
         if not self.layerwise:  # the check's beside the others
             asked = self.conversations + config.checks
-            groups = count_groups(asked, most=config.conversations, shares=self.machine.profile.study_shares)
+            scores = asked * self.shape.geometry.n_heads * self.n
+            profile = self.machine.profile
+            groups = count_groups(asked, most=config.conversations, scores=scores, profile=profile)
             seconds = self.decode(self.sampled + self.checked, together=asked // groups)
             yield Stage("sampling answers", self.shared(groups) * seconds)
             return
@@ -270,7 +272,7 @@ class _Work:
             return
         yield self.read()
         yield from self.study()
-        if self.replayed or not self.machine.profile.record:
+        if self.replayed:
             captured = self.seconds(self.sampled * self.token(vocabulary=False), "capturing") / self.machines
             samples = self.samples * self.heads * _compute_bytes(self.machine) * (3 * self.layout.head_dim + 2)
             yield Stage("capturing attention", captured + samples * (1 - 1 / self.machines) / _LINK)
@@ -305,8 +307,8 @@ class _Work:
     def kept(self) -> float:
         """Bytes of the checkpoint: heads in float32, and samples, where they do not fit the memory."""
         samples = 4.4 * self.samples * self.heads * (3 * self.layout.head_dim + 2)
-        spilled = samples if samples > self.machine.memory / 2 and not self.layerwise else 0.0
-        spilled *= 2 if self.machine.profile.record else 1  # in pieces until the last answer has ended
+        # Twice: they are in pieces until the last answer has ended.
+        spilled = 2 * samples if samples > self.machine.memory / 2 and not self.layerwise else 0.0
         return 4.0 * self.nodes(self.share) * (2 * self.layout.head_dim + 1) + spilled
 
     def memory(self) -> float:

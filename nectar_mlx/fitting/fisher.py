@@ -20,7 +20,7 @@ from ..errors import NectarError
 from ..mlxlm.attention_patch import Geometry
 from ..mlxlm.cache import NectarCache
 from ..mlxlm.kept import attention_caches
-from .distributed import World
+from .distributed import World, batches
 from .fidelity import log_probabilities
 from .layers import LayerRunner
 from .prefill import Context
@@ -40,14 +40,7 @@ class ProbedCache(NectarCache):
         return output + self.probe[..., : output.shape[-1]].astype(output.dtype)
 
 
-def metric(information: mx.array) -> mx.array:
-    """What turns an output's error Δ [N, D] into nats, |Δ · metric|² = ½ ΔᵀFΔ: half of F [M, D, D], its root."""
-    values, vectors = np.linalg.eigh(np.array(information, dtype=np.float64) / 2)
-    roots = np.sqrt(np.maximum(values, 0))[:, None]
-    return mx.array(((vectors * roots) @ vectors.swapaxes(1, 2)).astype(np.float32))
-
-
-def fisher(
+def metric(
     model: nn.Module,
     context: Context,
     conversations: Sequence[Conversation],
@@ -56,18 +49,21 @@ def fisher(
     progress: Callable[[int], None] = lambda done: None,
     world: World | None = None,
 ) -> mx.array:
-    """E[g gᵀ] per fitted layer and KV head, [M, D, D], in nats: over the tokens of the conversations and the query
-    heads of the group. progress is told how many conversations are done. world: whose ranks share the work; all of them
-    get the same.
+    """½ E[g gᵀ] per fitted layer and KV head, [M, D, D], by which an error δ of an output costs δᵀ · metric · δ nats:
+    over the tokens of the conversations and the query heads of the group. progress is told how many conversations are
+    done. world: whose ranks share the work; all of them get the same.
     """
     try:
         gradients = partial(_gradients, LayerRunner(model, geometry), context, geometry=geometry)
     except NectarError:  # its layers are not called one by one
         gradients = partial(_gradients_at_once, model, context, geometry=geometry)
     K, D, world = geometry.n_kv_heads, geometry.head_dim, world or World()
-    batch = _together(context, conversations, geometry)
-    parts = [conversations[start : start + batch] for start in range(0, len(conversations), batch)]
+    together = batches(
+        len(conversations), most=_together(context, conversations, geometry), shares=device().study_shares
+    )
+    parts = [[conversations[number] for number in numbers] for numbers in together]
     sums: dict[str, mx.array] = {}
+    done = 0
     for number, part in enumerate(world.mine(parts)):
         layers = [mx.zeros((K, D, D)) for _ in context.banks]
         for fitted, g in gradients(part):
@@ -76,16 +72,17 @@ def fisher(
             mx.eval(layers[fitted])
         sums[str(number)] = mx.concatenate(layers)
         mx.clear_cache()
-        progress(min(len(conversations), (number + 1) * batch * world.size))
+        done += len(part) * world.size
+        progress(min(len(conversations), done))
     # In the order of the parts, whoever made them: so all worlds get the same bits.
     ordered = world.in_order(list(sums), [list(of.values()) for of in world.arrays(sums)])
     total = sum(ordered, mx.zeros((K * len(context.banks), D, D)))
     count = geometry.n_heads // K * sum(c.fed_tokens for c in conversations)
-    return total / max(count, 1)
+    return total / (2 * max(count, 1))
 
 
 def _together(context: Context, conversations: Sequence[Conversation], geometry: Geometry) -> int:
-    """How many conversations are differentiated at a time: their scores in one layer must fit the memory."""
+    """How many conversations are differentiated at a time, at most: their scores in one layer must fit the memory."""
     longest = max((c.fed_tokens for c in conversations), default=1)
     room = device().max_batch_scores // (geometry.n_heads * longest * len(context.prefix))
     return max(1, min(device().fisher_batch, room))

@@ -26,6 +26,7 @@ from ..mlxlm.kept import Kept, make_caches, what_is_kept, widened
 from . import finite
 from .budget import head_sizes, size_for
 from .checkpoint import Plan
+from .distributed import parts
 from .fitted_chunk import Answer, ChunkTarget, FittedChunk
 from .kinds import KindFit, kind_fit
 from .layers import LayerRunner
@@ -228,6 +229,7 @@ class LayerwiseFit:
             conversations=[],
             train=stores["train"],
             held_out=stores["held_out"],
+            parts=parts(range(K), run.shares(K, len(self.prefix))),
         )
         return kind_fit(run, data, training_scores=self.training_scores)
 
@@ -262,4 +264,4 @@ class LayerwiseFit:
             hidden[i] = self.runner.layer(layer, hidden[i], cache)
             mx.eval(hidden[i], cache.state)
             if isinstance(cache, CaptureCache):
-                record([cache], stores.values(), batch.places)
+                record(cache, stores.values(), batch.places, group=self.run.group)

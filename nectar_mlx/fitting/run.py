@@ -17,6 +17,8 @@ from ..heads import AUTO, KINDS
 from ..mlxlm.attention_patch import Geometry
 from ..models import adapters
 from ..store import Layout
+from .auto_budget import FIRST
+from .budget import share_of
 from .checkpoint import Checkpoint, Plan, text_digest
 from .config import FitConfig
 from .distributed import World
@@ -25,6 +27,7 @@ from .samples.conversation import Conversation
 from .samples.sample_store import DeviceSampleStore, SampleStore
 
 _FEWEST_SAMPLES = 20_000  # a head
+_WORTH = 8  # times what it costs to start a group
 _MOST_BYTES = 9_000_000_000  # of samples, unless another limit is set
 ROUTER_SAMPLES = 2048  # whose queries the router is made from: all that a kind needs which is not trained
 
@@ -82,6 +85,13 @@ class FitRun:
     def memory(self) -> int:
         """Bytes that keys and values, or captured samples, may take."""
         return self.config.memory or self.free
+
+    def shares(self, heads: int, n: int) -> int:
+        """Into how many parts so many heads of n tokens are divided, each for one rank: whatever the number of ranks,
+        so that the same heads are trained side by side; into one, where starting more groups would take long."""
+        share, shares = share_of(self.config, self.geometry, n) or FIRST, device().study_shares
+        scores = heads * share * n * self.config.batch  # of a training step
+        return shares if scores >= shares * _WORTH * device().launch_scores else 1
 
     def n_samples(self, heads: int) -> int:
         """Samples a head, of so many heads at a time: as asked for, or as many as are useful and the memory holds."""

@@ -65,13 +65,10 @@ def trial_errors(kind: KindFit, nbytes: float) -> np.ndarray:
     world = run.world
     probes = [c for c in kind.data.conversations if c.answer and c.split == "train"][: fisher.N_PROBE]
     with run.progress("measuring sensitivity", len(probes)) as done:
-        information = fisher.fisher(
-            run.model, kind.data.context, probes, geometry=run.geometry, progress=done, world=world
-        )
-        finite.check_heads("measuring sensitivity", finite.not_finite([information]), run.geometry)
-        metric = fisher.metric(information)
+        metric = fisher.metric(run.model, kind.data.context, probes, geometry=run.geometry, progress=done, world=world)
+        finite.check_heads("measuring sensitivity", finite.not_finite([metric]), run.geometry)
     with run.progress("deciding sizes", len(trials)) as done:
-        for number, group in enumerate(world.mine(trials)):
+        for number, group in enumerate(trials):
             training = kind.training(group, _TRIAL_SAMPLES)
             init = kind.initialize(group, [size] * len(group), training.samples)
             bank = regress(kind, init, training, steps=run.config.trial_steps)
@@ -91,7 +88,7 @@ def short_fit(kind: KindFit, sizes: Sequence[Size], bits: float) -> JsonObject:
     run, heads = kind.run, dict[int, HeadArrays]()
     K, steps = run.geometry.n_kv_heads, device().trial_steps
     with run.progress("choosing a budget", kind.n_heads) as done:
-        for group, whole in run.world.mine(list(groups(kind, sizes))):
+        for group, whole in groups(kind, sizes):
             training = kind.training(group, _TRIAL_SAMPLES)
             init = kind.initialize(group, [sizes[i] for i in group], training.samples)
             if whole:

@@ -20,10 +20,13 @@ def train_heads(kind: KindFit, sizes: Sequence[Size], *, bits: float = MEAN_BITS
     row."""
     heads, n_heads = kind.run.checkpoint.load_heads() | kind.settled, kind.n_heads
     if not kind.run.layout.bank.trainable:
-        samples = kind.data.held_out.heads(range(n_heads))
-        return kind.initialize(range(n_heads), sizes, samples).bank.unstack()
+        for part in kind.run.world.mine(kind.data.parts):
+            init = kind.initialize(part, [sizes[i] for i in part], kind.data.held_out.heads(part))
+            heads |= dict(zip(part, init.bank.unstack(), strict=True))
+        heads = kind.run.world.heads(heads)
+        return [heads[i] for i in range(n_heads)]
     with kind.run.progress("fitting heads", n_heads) as done:
-        for group, whole in kind.run.world.mine(list(groups(kind, sizes))):
+        for group, whole in groups(kind, sizes):
             left = [i for i in group if i not in heads]
             if left:
                 fitted = _train_group(kind, left, [sizes[i] for i in left], train=not whole, bits=bits)
@@ -35,7 +38,8 @@ def train_heads(kind: KindFit, sizes: Sequence[Size], *, bits: float = MEAN_BITS
 
 
 def groups(kind: KindFit, sizes: Sequence[Size]) -> Iterator[tuple[list[int], bool]]:
-    """Heads that are fitted together, and whether they have room for every key, so that nothing is trained."""
+    """Heads of this rank that are fitted together, and whether they have room for every key, so that nothing is
+    trained."""
     for group in kind.groups(sizes):
         whole = [i for i in group if kind.keeps_every_key(sizes[i])]
         others = [i for i in group if not kind.keeps_every_key(sizes[i])]
@@ -64,10 +68,11 @@ def _rate(kind: KindFit) -> float:
 def merged_errors(kind: KindFit, banks: Sequence[Bank]) -> list[float]:
     """Merged error of every head on the held-out samples; banks: one a layer."""
     K, errors = kind.run.geometry.n_kv_heads, np.zeros(kind.n_heads)
-    for layer, bank in enumerate(banks):
+    for layer in kind.layers:
         heads = range(layer * K, layer * K + K)
-        errors[heads] = np.array(regression.errors(bank, kind.data.held_out.heads(heads)))
-    return [float(f"{x:.3g}") for x in errors]
+        errors[heads] = np.array(regression.errors(banks[layer], kind.data.held_out.heads(heads)))
+    # A layer is one rank's: the others have zeros.
+    return [float(f"{sum(of_ranks):.3g}") for of_ranks in zip(*kind.run.world.values(errors.tolist()), strict=True)]
 
 
 def _train_group(
@@ -84,23 +89,26 @@ def _train_group(
     bank = rounded(kind, trained, training, bits=bits, steps=steps)  # the text's own keys are better left as they are
     heads = bank.unstack()
     if kind.data.held_out.count:
-        heads = _better(kind, group, first, bank, training, bits=bits)
-    broken = [
-        i for i, head in zip(group, heads, strict=True) if not all(mx.isfinite(x).all().item() for x in head.values())
-    ]
+        heads = _better(kind, group, first, bank, bits=bits)
+    fine = mx.stack([mx.stack([mx.isfinite(x).all() for x in head.values()]).all() for head in heads])
+    broken = [i for i, whole in zip(group, np.array(fine).tolist(), strict=True) if not whole]
     finite.check_heads("training", broken, geometry)
     return dict(zip(group, heads, strict=True))
 
 
-def _better(
-    kind: KindFit, group: Sequence[int], first: Bank, trained: Bank, training: Training, *, bits: float
-) -> list[HeadArrays]:
+def _better(kind: KindFit, group: Sequence[int], first: Bank, trained: Bank, *, bits: float) -> list[HeadArrays]:
     """Of each head the trained one, or the first, rounded, where that errs less on held-out samples."""
     held_out = kind.held_out_samples(group)
     before, after = (np.array(regression.errors(bank, held_out)) for bank in (first, trained))
     worse, heads = ~(after <= before), trained.unstack()
     if not worse.any():
         return heads
-    plain = rounded(kind, first, training, bits=bits, steps=0)
-    better = worse & ~(np.array(regression.errors(plain, held_out)) >= after)
-    return [p if b else h for p, b, h in zip(plain.unstack(), better, heads, strict=True)]
+    few = np.flatnonzero(worse).tolist()
+    starts = first.unstack()
+    start = type(first).stack([starts[m] for m in few], scale=first.scale)
+    plain = rounded(kind, start, kind.training([group[m] for m in few]), bits=bits, steps=0)
+    errors = np.array(regression.errors(plain, held_out.of_heads(few)))
+    for m, head, error in zip(few, plain.unstack(), errors, strict=True):
+        if not error >= after[m]:
+            heads[m] = head
+    return heads

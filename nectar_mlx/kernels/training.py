@@ -140,8 +140,9 @@ def plain_adam(
     g = mx.where(g == g, g, 0.0)
     first = BETA1 * moments.first + (1 - BETA1) * g
     second = BETA2 * moments.second + (1 - BETA2) * mx.square(g)
-    rate = now[0] * by_column[:, None] * by_row[..., None]
-    values = values - rate * (first * now[1]) / (mx.sqrt(second * now[2]) + EPSILON)
+    step, of_first, of_second = now[:1], now[1:2], now[2:]  # slices: a number by its index is a gather of its own
+    rate = step * by_column[:, None] * by_row[..., None]
+    values = values - rate * (first * of_first) / (mx.sqrt(second * of_second) + EPSILON)
     return values, Moments(first, second), widened(values, gradient.dtype, keys=keys)
 
 

@@ -7,6 +7,7 @@ work/            a folder for each fit under way, from which an interrupted one 
 """
 
 import os
+import re
 import shutil
 import sys
 from collections.abc import Collection
@@ -14,6 +15,8 @@ from pathlib import Path
 
 from ..errors import NectarError
 from .database import path_bytes
+
+_VOLUME = "[0-9a-f]{32}"  # a volume's name (`volumes.plan`)
 
 
 def default_folder() -> Path:
@@ -29,17 +32,28 @@ class Folder:
     """The files of one library, apart from its database."""
 
     def __init__(self, path: Path):
-        """Makes the folders where they are missing. NectarError where that cannot be done."""
+        """Makes the folders where they are missing. NectarError where that cannot be done, or where there is another
+        folder of this name with something in it."""
         self.path, self.database = path, path / "library.db"
         self.documents = path / "documents"
         self.volumes, self._work = path / "volumes", path / "work"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            self._refuse_others()
             for folder in (path, self.documents, self.volumes, self._work):
                 folder.mkdir(mode=0o700, exist_ok=True)
             path.chmod(0o700)
         except OSError as error:
             raise NectarError(f"the library {path} cannot be made: {error.strerror or error}") from None
+
+    def _refuse_others(self) -> None:
+        """A library closes its folder to others, and removes what it does not know."""
+        if not self.path.is_dir() or self.database.exists():
+            return
+        own = {folder.name for folder in (self.documents, self.volumes, self._work)}
+        others = (name for name in os.listdir(self.path) if name not in own and not name.startswith("."))
+        if (other := next(others, None)) is not None:
+            raise NectarError(f"{self.path} is no library and holds other files ({other}): name a folder of its own")
 
     def volume(self, name: str) -> Path:
         return self.volumes / f"{name}.nectar"
@@ -65,7 +79,8 @@ class Folder:
         shutil.rmtree(made, ignore_errors=True)
 
     def sweep(self, known: Collection[str]) -> None:
-        """Removes the files of volumes that are not among the known ones."""
+        """Removes the files of volumes that are not among the known ones, and no other file."""
         for file in (*self.volumes.iterdir(), *self._work.iterdir()):
-            if file.name.partition(".")[0] not in known:
+            name = file.name.partition(".")[0]
+            if re.fullmatch(_VOLUME, name) and name not in known:
                 shutil.rmtree(file, ignore_errors=True) if file.is_dir() else file.unlink(missing_ok=True)

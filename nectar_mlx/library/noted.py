@@ -3,9 +3,10 @@
 import sqlite3
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from ..core.progress import Overall, Progress, Update
+from ..errors import NectarError
 from .database import Database
 
 _EVERY = 0.5  # seconds between two notes
@@ -38,7 +39,7 @@ class Noted(Overall):
         self._written, status = now, self.status()
         left = None if status.total_seconds is None else status.total_seconds - status.elapsed
         row = (self._volume, status.description, status.share, left)
-        with self._database.writing() as rows:
+        with suppress(NectarError), self._database.writing() as rows:  # no fit fails for it
             rows.execute("INSERT OR REPLACE INTO progress VALUES (?, ?, ?, ?)", row)
 
 

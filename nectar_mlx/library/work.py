@@ -120,7 +120,7 @@ def _fit(
 
 def _is_fatal(error: BaseException | None) -> bool:
     while error is not None:
-        if isinstance(error, OSError) and error.errno in _FATAL:
+        if isinstance(error, sqlite3.Error) or (isinstance(error, OSError) and error.errno in _FATAL):
             return True
         error = error.__cause__ or error.__context__
     return False

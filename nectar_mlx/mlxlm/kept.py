@@ -177,7 +177,8 @@ def _window(ring: Any) -> Window:
 
 
 def _exact(cache: Any, layer: Layer, offset: mx.array | None) -> Exact:
-    keys, values = (mx.contiguous(x[0]) for x in cache.keys_and_values())
+    # Squeezed, for under CUDA a plain index is a gather of its own, built for seconds.
+    keys, values = (mx.contiguous(x[:1].squeeze(0)) for x in cache.keys_and_values())
     cache.keys = cache.values = None
     if layer.kind == LATENT:  # kept as a latent vector, which is the value, and the part of the key with the position
         keys, values = mx.concatenate([keys, values], axis=-1), keys

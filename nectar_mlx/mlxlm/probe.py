@@ -215,7 +215,7 @@ def _continued(model: nn.Module, ids: mx.array, caches: Sequence[Any]) -> np.nda
     """The logits of the last tokens, [T, V] float32, given in pieces."""
     logits, start = [], _CONTEXT
     for length in _LIVE:
-        logits.append(model(ids[:, start : start + length], cache=caches)[0].astype(mx.float32))
+        logits.append(model(ids[:, start : start + length], cache=caches).squeeze(0).astype(mx.float32))
         mx.eval(logits[-1])
         start += length
     return np.array(mx.concatenate(logits))

@@ -74,6 +74,7 @@ def load(
         log(source.description)
     try:
         model, tokenizer = mlx_lm.load(str(source.path), lazy=True)[:2]
+        tokenizer.encode("a")  # some of its settings are looked at only now
     # A folder from anyone: mlx-lm, transformers and tokenizers raise what they like, and a model's module may exit.
     except (Exception, SystemExit) as error:
         raise NectarError(f"{name}: mlx-lm cannot load {source.path} ({_first_line(error)})") from error

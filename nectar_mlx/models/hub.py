@@ -250,7 +250,7 @@ def _is_model(folder: Path) -> bool:
         return any(folder.glob("model*.safetensors"))
     try:
         return all((folder / file).exists() for file in set(json.loads(index.read_text())["weight_map"].values()))
-    except (AttributeError, LookupError, RecursionError, TypeError, ValueError):
+    except (AttributeError, LookupError, OSError, RecursionError, TypeError, ValueError):
         return False
 
 

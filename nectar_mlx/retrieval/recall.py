@@ -10,7 +10,7 @@ what the text says next: a file that knows the text well tells where an answer l
 chosen while fitting, against the full cache; a file close to the text gets the weight 0.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
@@ -18,6 +18,7 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
+from ..core.gather import take
 from ..core.types import DoubleArray, JsonObject
 
 SHORTEST = 8  # tokens of a match; shorter ones are names and phrases, after which the text is no guide
@@ -154,12 +155,13 @@ class Calibration:
 
     def add(self, prompt: Sequence[int], answer: Sequence[int], reference: mx.array, ours: mx.array) -> None:
         """One answer's logits [A, V], the full cache's and the file's."""
-        matched, kl = 0, np.zeros(len(self._tried))
-        for i, copy in enumerate(copies(self._prefix, prompt, answer)):
-            if copy is not None:
-                matched += 1
-                kl += self._changes(copy, *(_probabilities(x[i], copy) for x in (reference, ours)))
-        self.seen.append(Seen(len(answer), matched, kl.tolist()))
+        found = {i: copy for i, copy in enumerate(copies(self._prefix, prompt, answer)) if copy is not None}
+        kl = np.zeros(len(self._tried))
+        if found:
+            pairs = zip(_probabilities(reference, found), _probabilities(ours, found), strict=True)
+            for copy, (exact, model) in zip(found.values(), pairs, strict=True):
+                kl += self._changes(copy, exact, model)
+        self.seen.append(Seen(len(answer), len(found), kl.tolist()))
 
     def _changes(self, copy: Copy, reference: DoubleArray, model: DoubleArray) -> DoubleArray:
         """By how much each of the weights changes KL(reference ‖ mixture) at one token."""
@@ -185,6 +187,12 @@ class Calibration:
         }
 
 
-def _probabilities(logits: mx.array, copy: Copy) -> DoubleArray:
-    logits = logits.astype(mx.float32)
-    return np.exp(np.array((logits - mx.logsumexp(logits))[mx.array(copy.tokens)], np.float64))
+def _probabilities(logits: mx.array, found: Mapping[int, Copy]) -> list[DoubleArray]:
+    """Of the tokens of each copy, by its row of logits [A, V]. All at once: each would be waited for."""
+    logits, counts = logits.astype(mx.float32), [len(copy.tokens) for copy in found.values()]
+    rows = np.repeat(np.fromiter(found, np.int32), counts)
+    places = rows * logits.shape[1] + np.concatenate([copy.tokens for copy in found.values()])
+    chosen, norms = take(logits.reshape(-1), mx.array(places.astype(np.int32))), mx.logsumexp(logits, axis=-1)
+    mx.eval(chosen, norms)
+    probabilities = np.exp(np.array(chosen, np.float64) - np.array(norms, np.float64)[rows])
+    return np.split(probabilities, np.cumsum(counts)[:-1])

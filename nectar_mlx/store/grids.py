@@ -15,11 +15,12 @@ from typing import NamedTuple
 import numpy as np
 
 from ..core import rans
-from ..core.types import AnyArray, ByteArray, FloatArray, IntArray
+from ..core.types import AnyArray, ByteArray, DoubleArray, FloatArray, IntArray
 from ..errors import NectarError
 
 _LARGEST = 4096  # integer of a row whose step is found
 _LARGEST_ROUNDED = 127  # integer of a row that must be rounded
+_NOTHING = 1e-12  # rows whose entries are no larger are zero
 _LEAST_EXPONENT, _MOST_EXPONENT = -300, 100  # of a row's step or a column's scale
 BLOCK = 1 << 22  # integers that are coded together, at most; files depend on it
 _WORKERS = os.cpu_count() or 1
@@ -36,26 +37,18 @@ class GridMatrix(NamedTuple):
     def of(cls, values: AnyArray) -> "GridMatrix":
         """values [rows, D] with the coarsest steps that lose nothing; rows without such are rounded to integers up to
         _LARGEST_ROUNDED."""
-        values = values.astype(np.float64)
-        top = np.abs(values).max(1, initial=0)
-        left = np.flatnonzero(top > 0)
-        integers, exponents = np.zeros(values.shape, np.int32), np.zeros(len(values), np.int32)
-        coarsest = np.floor(2 * np.log2(np.maximum(top, 1e-30))).astype(np.int32) + 1  # the largest entry is 1
-        for finer in range(2 * int(np.log2(_LARGEST)) + 1):
-            steps = np.exp2((coarsest[left] - finer) / 2)[:, None]
-            few = values[left, :8] / steps  # a few entries refute most steps
-            possible = np.abs(few - np.rint(few)).max(1, initial=0) < 1e-3
-            scaled = values[left[possible]] / steps[possible]
-            rounded = np.rint(scaled)
-            fits = (np.abs(scaled - rounded).max(1, initial=0) < 1e-3) & (np.abs(rounded).max(1, initial=0) > 0)
-            rows = left[possible][fits]
-            integers[rows], exponents[rows] = rounded[fits], coarsest[rows] - finer
-            possible[possible] = fits
-            left = left[~possible]
-        exponents[left] = np.ceil(2 * np.log2(top[left] / _LARGEST_ROUNDED))
-        exponents[top == 0] = exponents[top > 0].min(initial=0)
-        integers[left] = np.rint(values[left] / np.exp2(exponents[left] / 2)[:, None])
-        return cls(integers, exponents)
+        return cls.of_all([values])[0]
+
+    @classmethod
+    def of_all(cls, matrices: Sequence[AnyArray]) -> list["GridMatrix"]:
+        """`of` of several matrices of one width, all rows at once."""
+        integers, exponents = _coarsest(np.concatenate(matrices).astype(np.float64))
+        ends = np.cumsum([len(x) for x in matrices])[:-1]
+        found = [cls(x, e) for x, e in zip(np.split(integers, ends), np.split(exponents, ends), strict=True)]
+        for matrix in found:
+            zero = ~matrix.integers.any(1)
+            matrix.exponents[zero] = matrix.exponents[~zero].min(initial=0)
+        return found
 
     @property
     def values(self) -> FloatArray:
@@ -71,6 +64,28 @@ class GridMatrix(NamedTuple):
         while (beyond := (np.abs(self.integers) > rans.limit(log2_scales(columns, self.exponents))).any(0)).any():
             columns += beyond
         return columns
+
+
+def _coarsest(values: DoubleArray) -> tuple[IntArray, IntArray]:
+    """The integers [rows, D] and exponents [rows] of `GridMatrix.of`; a row of zeros has the exponent 0."""
+    top = np.abs(values).max(1, initial=0)
+    left = np.flatnonzero(top > _NOTHING)
+    integers, exponents = np.zeros(values.shape, np.int32), np.zeros(len(values), np.int32)
+    coarsest = np.floor(2 * np.log2(np.maximum(top, 1e-30))).astype(np.int32) + 1  # the largest entry is 1
+    for finer in range(2 * int(np.log2(_LARGEST)) + 1):
+        steps = np.exp2((coarsest[left] - finer) / 2)[:, None]
+        few = values[left, :8] / steps  # a few entries refute most steps
+        possible = np.abs(few - np.rint(few)).max(1, initial=0) < 1e-3
+        scaled = values[left[possible]] / steps[possible]
+        rounded = np.rint(scaled)
+        fits = (np.abs(scaled - rounded).max(1, initial=0) < 1e-3) & (np.abs(rounded).max(1, initial=0) > 0)
+        rows = left[possible][fits]
+        integers[rows], exponents[rows] = rounded[fits], coarsest[rows] - finer
+        possible[possible] = fits
+        left = left[~possible]
+    exponents[left] = np.ceil(2 * np.log2(top[left] / _LARGEST_ROUNDED))
+    integers[left] = np.rint(values[left] / np.exp2(exponents[left] / 2)[:, None])
+    return integers, exponents
 
 
 def column_scales(values: AnyArray) -> IntArray:

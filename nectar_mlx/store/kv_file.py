@@ -9,6 +9,7 @@ checksum, which differs by row and file too. The other arrays are small, are rea
 metadata: the router's index, the text, and the characters of it that each token stands for.
 """
 
+import mmap
 import re
 from collections.abc import Sequence
 from contextlib import suppress
@@ -67,7 +68,8 @@ class RowFormat(NamedTuple):
             pair = mx.array(bits.view(np.float32))
             return pair[..., :D], pair[..., D:]
         scales = np.ascontiguousarray(rows[..., 2 * D : self.payload]).view(np.float16).astype(np.float32)
-        data = rows[..., : 2 * D].view(np.int8).reshape(*rows.shape[:-1], 2 * self.groups, -1) * scales[..., None]
+        with np.errstate(invalid="ignore"):  # `KeyFile.read` refuses what is not finite
+            data = rows[..., : 2 * D].view(np.int8).reshape(*rows.shape[:-1], 2 * self.groups, -1) * scales[..., None]
         pair = mx.array(data.reshape(*rows.shape[:-1], 2 * D))
         return pair[..., :D], pair[..., D:]
 
@@ -77,7 +79,7 @@ class KeyFile:
     """Every token's key and value, in memory or in a mapped file.
 
     rows: [layers, K, n, row bytes]. small: what else the file holds (`retrieval.sketch`, `retrieval.sources`). nectar:
-    the digest of the .nectar that this belongs to. version: of the rows' checksums.
+    the digest of the .nectar that this belongs to. version: of the rows' checksums. mapped: the file, None in memory.
     """
 
     rows: Rows = field(repr=False)
@@ -85,6 +87,7 @@ class KeyFile:
     small: Arrays = field(repr=False)
     nectar: str
     version: str = FORMAT
+    mapped: mmap.mmap | None = field(default=None, repr=False)
 
     @classmethod
     def of(
@@ -111,6 +114,8 @@ class KeyFile:
 
     def read(self, layer: int, positions: npt.NDArray[np.integer]) -> tuple[mx.array, mx.array]:
         """Keys and values [K, ..., D] at positions [K, ...] of one layer. NectarError if a row is damaged."""
+        if self.mapped is not None and not tensor_file.is_whole(self.mapped):
+            raise NectarError("the .kv file was cut short while it was open: fit again, or delete it")
         K = positions.shape[0]
         first = (layer * K + np.arange(K)) * self.tokens
         # The tokens of a prompt read mostly the same rows.
@@ -168,14 +173,14 @@ class KeyFile:
         if not re.fullmatch(r"[1-9][0-9]{0,4}", head_dim) or bits not in ("8", "16"):
             raise NectarError(f"{path} is damaged: its rows are of no known form")
         form = RowFormat(int(head_dim), int(bits))
-        arrays = tensor_file.map_arrays(path)
+        arrays, mapped = tensor_file.map_arrays(path)
         rows = arrays.pop("rows", None)
         if rows is None or rows.dtype != np.uint8 or rows.shape != (*shape, form.nbytes):
             raise NectarError(f"{path} is damaged: its rows are not those of its .nectar")
         small = {name: np.array(array) for name, array in arrays.items()}
         if tensor_file.digest(small) != metadata.get("small_sha256"):
             raise NectarError(f"{path} is damaged: its contents do not match its checksum")
-        return cls(rows=rows.view(np.uint8), format=form, small=small, nectar=nectar, version=version)
+        return cls(rows=rows, format=form, small=small, nectar=nectar, version=version, mapped=mapped)
 
 
 def kv_path(nectar: str | Path, digest: str) -> Path:

@@ -122,7 +122,7 @@ def pack(layout: Layout, heads: Sequence[HeadArrays], *, offsets: Sequence[mx.ar
             tensors[f"heads.{name}.scales"] = mx.concatenate([p.scales for p in parts])[:, 0]
     if layout.bits is None:
         names = _matrix_shapes(layout, sizes[0])
-        tensors |= _coded(GridMatrix.of(np.array(h[n].astype(mx.float32))) for h in heads for n in names)
+        tensors |= _coded(GridMatrix.of_all([np.array(h[n].astype(mx.float32)) for h in heads for n in names]))
     mx.eval(tensors)
     return tensors
 

@@ -9,6 +9,7 @@ sha256 of every byte before it.
 import hashlib
 import json
 import math
+import mmap
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -139,15 +140,23 @@ def read(path: Path) -> Tensors:
         return {name: _tensor(entry, file, header.start) for name, entry in header.entries.items()}
 
 
-def map_arrays(path: Path) -> Arrays:
-    """All arrays of a file, on the disk until they are used, bfloat16 as uint16. NectarError as for `metadata`."""
+def map_arrays(path: Path) -> tuple[Arrays, mmap.mmap]:
+    """All arrays of a file, on the disk until they are used, bfloat16 as uint16, and what maps it. To use what a file
+    that was cut no longer has ends the process: `is_whole` tells. NectarError as for `metadata`."""
     header = _header_of(path)
-    with _damage_named(path):
-        data = np.memmap(path, np.uint8, "r", offset=0)[header.start :]
-        return {
+    with _damage_named(path), open(path, "rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        data = np.frombuffer(mapped, np.uint8)[header.start :]
+        arrays: Arrays = {
             name: data[slice(*entry.span)].view(_numpy_type(entry)).reshape(entry.shape)
             for name, entry in header.entries.items()
         }
+        return arrays, mapped
+
+
+def is_whole(mapped: mmap.mmap) -> bool:
+    """Whether a mapped file is still as long as when it was mapped."""
+    return mapped.size() >= len(mapped)
 
 
 @contextmanager

@@ -88,3 +88,10 @@ def test_the_file_keeps_the_list(notes: Path, tmp_path: Path, capsys: pytest.Cap
     assert ask.main([str(output), "What is under the mat?", "--json", "--max-tokens", "3"]) == 0
     source = json.loads(capsys.readouterr().out)["sources"][0]
     assert (source["document"], source["place"]) == ("a.txt", "line 1") and "under the mat" in source["text"]
+
+
+def test_a_file_is_named_after_the_context() -> None:
+    names = ["book.txt", "a/notes", "a/notes/.", "/"]
+    assert [str(fit._default_output([name])) for name in names] == [
+        "book.nectar", "notes.nectar", "notes.nectar", "context.nectar",
+    ]  # fmt: skip

@@ -1,8 +1,12 @@
 """PDF files: the order of reading, paragraphs, columns, tables, and pages that are pictures."""
 
+import os
+import sys
+import time
 import zlib
 from pathlib import Path
 
+import psutil
 import pypdf
 import pytest
 from hypothesis import given, settings
@@ -26,6 +30,7 @@ from tests.documents.makers import (
     write,
 )
 
+ROOT = Path(__file__).parents[2]
 PICTURE = b"q 500 0 0 700 40 60 cm /I Do Q"
 
 
@@ -330,23 +335,28 @@ class TestPages:
 class TestProcess:
     def test_forms_that_multiply_are_stopped(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(worker, "SECONDS", 1.0)
-        calls = [stream(b"/N Do /N Do", form(7 + level)) for level in range(40)]
-        font = b"<< /Type /Font /Subtype /Type1 /BaseFont /Helvetica >>"
-        objects = [
-            b"<< /Type /Catalog /Pages 2 0 R >>",
-            b"<< /Type /Pages /Count 1 /Kids [3 0 R] >>",
-            b"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 600 800] /Contents 5 0 R "
-            b"/Resources << /XObject << /N 6 0 R >> >> >>",
-            font,
-            stream(b"/N Do"),
-            *calls,
-            stream(b"BT /F1 12 Tf (x) Tj ET", form(4)),
-        ]
-        write(tmp_path / "a.pdf", pdf_file(objects))
+        write(tmp_path / "a.pdf", multiplying())
         write(tmp_path / "b.pdf", pdf(column([FOX])))
         reading = documents.read([tmp_path])
         assert reading.text == f"# b.pdf\n\n{FOX}"
         assert reading.files[0].reason == "page 1 takes more than 1 seconds to read"
+
+    @pytest.mark.process
+    def test_it_ends_with_a_program_that_is_killed(self, tmp_path: Path) -> None:
+        """Nobody watches over it then."""
+        code = "import sys; from nectar_mlx import documents; documents.read([sys.argv[1]])"
+        path = write(tmp_path / "a.pdf", multiplying())
+        program = psutil.Popen([sys.executable, "-c", code, str(path)], env=os.environ | {"PYTHONPATH": str(ROOT)})
+        busy = list[psutil.Process]()
+        for _ in range(600):
+            busy = [child for child in program.children() if child.cpu_times().user > 1.0]
+            if busy:
+                break
+            time.sleep(0.1)
+        program.kill()
+        program.wait()
+        gone, _ = psutil.wait_procs(busy, timeout=10)
+        assert busy and gone == busy
 
     def test_memory_is_bounded(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(worker, "MOST_BYTES", 1 << 28)
@@ -360,6 +370,23 @@ class TestProcess:
         ]
         reason = refusal(write(tmp_path / "a.pdf", pdf_file(objects)))
         assert "of memory" in reason or "no text" in reason
+
+
+def multiplying() -> bytes:
+    """A page whose forms draw each other two to the power of forty times."""
+    calls = [stream(b"/N Do /N Do", form(7 + level)) for level in range(40)]
+    font = b"<< /Type /Font /Subtype /Type1 /BaseFont /Helvetica >>"
+    objects = [
+        b"<< /Type /Catalog /Pages 2 0 R >>",
+        b"<< /Type /Pages /Count 1 /Kids [3 0 R] >>",
+        b"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 600 800] /Contents 5 0 R "
+        b"/Resources << /XObject << /N 6 0 R >> >> >>",
+        font,
+        stream(b"/N Do"),
+        *calls,
+        stream(b"BT /F1 12 Tf (x) Tj ET", form(4)),
+    ]
+    return pdf_file(objects)
 
 
 def form(number: int) -> bytes:

@@ -5,6 +5,8 @@ import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
 
 import mlx.core as mx
 import numpy as np
@@ -12,21 +14,29 @@ import pytest
 
 from nectar_mlx import store
 from nectar_mlx.fitting import distributed
-from nectar_mlx.fitting.distributed import World, _packed, _unpacked
+from nectar_mlx.fitting.distributed import World, _packed, _unpacked, batches, parts
+from nectar_mlx.fitting.kinds.quadrature import QuadratureFit
+from nectar_mlx.fitting.samples.recording import collect
+from nectar_mlx.fitting.samples.sample_store import DeviceSampleStore, SampleStore
 from tests import launching, toys
-from tests.fitting.toy_fit import FAST, TEXT
+from tests.fitting.toy_fit import FAST, TEXT, fit_run, read
 
 PROGRAM = """
 import os, sys, time
+from dataclasses import replace
 import nectar_mlx.fit
+from nectar_mlx.core.device import device, using
 from nectar_mlx.fitting import checkpoint, config
 plain = config.FitConfig
 config.FitConfig = lambda **given: plain(**{**%r, **given})
 if os.environ.get("WAITS") == os.environ.get("MLX_RANK", "none"):  # behind its first heads, for whoever kills it
     save = checkpoint.Checkpoint.save_heads
     checkpoint.Checkpoint.save_heads = lambda *given: (save(*given), time.sleep(1000))
-sys.exit(nectar_mlx.fit.main(sys.argv[1:]))
+with using(replace(device(), launch_scores=1024)):  # so that a toy's heads are worth dividing
+    sys.exit(nectar_mlx.fit.main(sys.argv[1:]))
 """
+
+
 STUDY = {"queries": 2500, "conversations": 20, "checks": 9}  # several groups that are sampled, several that are checked
 
 
@@ -58,6 +68,32 @@ def test_shares_are_all_of_the_work():
     pieces = list(range(11))
     shares = [World(rank, 4).mine(pieces) for rank in range(4)]
     assert World(2, 4).in_order(shares[2], shares) == pieces
+    divided = [parts(pieces, 2)[number] for number in range(2)]
+    assert divided == [[0, 2, 4, 6, 8, 10], [1, 3, 5, 7, 9]]
+    assert all(number in World(World(0, 4).owner(number), 4).mine(pieces) for number in pieces)
+
+
+@pytest.mark.parametrize(
+    "count, most, shares, lengths",
+    [
+        (96, 32, 2, [24] * 4),
+        (8, 3, 2, [2] * 4),
+        (8, 8, 2, [8]),
+        (3, 1, 4, [1] * 3),
+        (9, 4, 4, [2, 2, 2, 3]),
+        (0, 4, 2, []),
+    ],
+)
+def test_batches_are_as_many_for_each_rank(count, most, shares, lengths):
+    made = batches(count, most=most, shares=shares)
+    assert [len(batch) for batch in made] == lengths
+    assert [number for batch in made for number in batch] == list(range(count))
+
+
+@pytest.mark.parametrize("heads, tokens, expected", [(90, 3600, 4), (36, 2000, 4), (12, 2000, 1), (3, 3600, 1)])
+def test_heads_are_divided_where_that_costs_one_process_little(tokenizer, heads, tokens, expected):
+    run = fit_run(toys.toy("llama"), tokenizer, budget=0.02, batch=512)
+    assert run.shares(heads, tokens) == expected
 
 
 def test_arrays_keep_every_bit():
@@ -68,33 +104,77 @@ def test_arrays_keep_every_bit():
         "none": mx.zeros((0, 4)),
         "flags": mx.array([True, False]),
     }
-    for name, x in _unpacked(_packed(arrays)).items():
+    facts = [(name, distributed._NAMES[x.dtype], x.shape) for name, x in arrays.items()]
+    for name, x in _unpacked(_packed(arrays.values()), facts).items():
         assert x.dtype == arrays[name].dtype
         assert x.shape == arrays[name].shape
         assert mx.array_equal(x, arrays[name])
 
 
-def test_what_is_told_may_be_longer_than_what_is_sent_at_once(monkeypatch):
-    told, together = [None, None], threading.Barrier(2)
+@pytest.fixture
+def two_ranks(monkeypatch):
+    """Calls a function of a world in two threads, which are its ranks -> what both give."""
+    told, together, own = [None, None], threading.Barrier(2), threading.local()
 
-    def gather(rank, x):
-        told[rank] = np.array(x)
+    def gather(x):
+        told[own.rank] = np.array(x)
         together.wait(120)
         every = np.concatenate(told)
         together.wait(120)
         return mx.array(every)
 
-    ranks = threading.local()
-    monkeypatch.setattr(distributed, "_PIECE", 4)
-    monkeypatch.setattr(distributed, "_gather", lambda x: gather(ranks.own, x))
+    def rank(work, number):
+        own.rank = number
+        return work(World(number, 2))
 
-    def gathered(rank, data):
-        ranks.own = rank
-        return [part.tobytes() for part in World(rank, 2).gathered(np.frombuffer(data, np.uint8))]
+    monkeypatch.setattr(distributed, "_gather", gather)
+    with ThreadPoolExecutor(2) as pool:
+        yield lambda work: list(pool.map(partial(rank, work), (0, 1)))
 
-    for data in ((b"12345678", b"123"), (b"", b"123456789"), (b"", b"")):
-        with ThreadPoolExecutor(2) as pool:
-            assert list(pool.map(gathered, (0, 1), data)) == [list(data)] * 2
+
+def test_what_is_told_may_be_longer_than_what_is_sent_at_once(two_ranks, monkeypatch):
+    monkeypatch.setattr(distributed, "_PIECE", 32)
+    for data in ((bytes(range(70)), b"123"), (b"", b"123456789"), (b"", b"")):
+
+        def gathered(world, data=data):
+            return [np.array(part).tobytes() for part in world.gathered(mx.array(list(data[world.rank]), mx.uint8))]
+
+        assert two_ranks(gathered) == [list(data)] * 2
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+def test_ranks_fit_the_groups_of_one_process_to_its_samples(tokenizer, set_device, two_ranks, on_device):
+    """Each has the samples of some layers; those of a head that is moved to even out the work go with it."""
+    set_device(launch_scores=1)
+    run = fit_run(toys.toy("llama"), tokenizer, budget=0.3)
+    whole = collect(run, read(run, toys.random_tokens(60)))
+    assert [list(part) for part in whole.parts] == [[0, 1], [2, 3], [4, 5], []]
+    sizes = [(size,) for size in (4, 30, 5, 6, 7, 8)]
+    alone = QuadratureFit(run, whole)
+
+    def part_of(store, layers):
+        count, D = store.count, run.geometry.head_dim
+        own = DeviceSampleStore(count) if on_device else SampleStore(run.n_heads, count, D, folder=None)
+        for layer in layers:
+            own.add(2 * layer, store.heads([2 * layer, 2 * layer + 1]))
+        own.advance(count)
+        return own
+
+    def fitted(world):
+        layers = QuadratureFit(replace(run, world=world), whole).layers
+        stores = {name: part_of(getattr(whole, name), layers) for name in ("train", "held_out")}
+        kind = QuadratureFit(replace(run, world=world), replace(whole, **stores))
+        groups = kind.groups(sizes)
+        for group in groups:
+            for ours, theirs in zip(kind.training_samples(group), alone.training_samples(group), strict=True):
+                assert mx.array_equal(ours, theirs)
+            assert mx.array_equal(kind.held_out_samples(group).output, alone.held_out_samples(group).output)
+        return layers, groups
+
+    (first, of_first), (second, of_second) = two_ranks(fitted)
+    assert (first, second) == ([0, 2], [1])
+    assert sorted([*of_first, *of_second]) == sorted(alone.groups(sizes))
+    assert any(head // 2 in first for group in of_second for head in group), "a head was moved"
 
 
 def test_a_process_by_itself_is_a_world_of_one():

@@ -4,7 +4,6 @@ import signal
 import subprocess
 import sys
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
@@ -168,12 +167,12 @@ def test_a_fit_of_anything_else_is_not_resumed(tokenizer, finished, what, change
 
 
 def test_as_many_conversations_side_by_side_as_fit(tokenizer, set_device):
-    set_device(study_shares=4)
     model = toys.toy("llama")
+    set_device(study_shares=4, shared_scores=16 * attention_patch.route(model).n_heads * 100)
     each = attention_patch.route(model).cache_bytes(2 * FAST["answer_tokens"])
 
-    def sizes(count, **options):
-        parts = self_study.side_by_side(fit_run(model, tokenizer, **options), count)
+    def sizes(count, tokens=1000, **options):
+        parts = self_study.side_by_side(fit_run(model, tokenizer, **options), count, tokens=tokens)
         assert [i for part in parts for i in range(count)[part]] == list(range(count))
         return [part.stop - part.start for part in parts]
 
@@ -183,15 +182,17 @@ def test_as_many_conversations_side_by_side_as_fit(tokenizer, set_device):
     assert sizes(200, conversations=1000, memory=4 * 40 * each) == [25] * 8
     assert sizes(40, conversations=1000, memory=1) == [13, 13, 14]
     assert sizes(3, conversations=1) == [1, 1, 1]
+    assert sizes(200, tokens=7, conversations=1000) == [200]  # so few scores take as long for half of them
+    assert sizes(200, tokens=7, conversations=100) == [100, 100]
 
 
 def test_as_few_conversations_as_give_the_samples(tokenizer):
     run = fit_run(toys.toy("llama"), tokenizer)
-    make = partial(self_study.training_conversations, tokenizer, toys.random_tokens(40))
-    batch = self_study.expected_to_give(6000, make, run, first=0)
+    tokens = toys.random_tokens(40)
+    batch = self_study.expected_to_give(6000, self_study.asking(tokenizer, tokens, first=0, seed=0), run)
     given = [run.group * (len(c.prompt) + run.config.answer_tokens) * (c.split == "train") for c in batch]
     assert sum(given) >= 6000 > sum(given[:-1])
-    assert len(self_study.expected_to_give(1, make, run, first=0)) == 16
+    assert len(self_study.expected_to_give(1, self_study.asking(tokenizer, tokens, first=0, seed=0), run)) == 16
 
 
 def test_what_a_conversation_draws_is_its_own(tokenizer):
@@ -279,7 +280,7 @@ def test_where_samples_are_kept_changes_nothing(tokenizer, toy_fit, tmp_path, mo
         config=FitConfig(**FAST | SHORT, memory=1, layerwise=False),
         checkpoint=Checkpoint(tmp_path),
     )
-    assert list(tmp_path.glob("train.samples/*.npy"))
+    assert list(tmp_path.glob("train.samples/*.f32"))
     stores = []
 
     def on_device(heads, capacity, head_dim, *, folder):

@@ -1,11 +1,14 @@
 """Samples in memory, in a mapped file and on the device are the same samples."""
 
+import errno
+import os
 from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
+from nectar_mlx import NectarError
 from nectar_mlx.fitting.samples.conversation import Conversation
 from nectar_mlx.fitting.samples.sample_store import DeviceSampleStore, Samples, SampleStore
 from nectar_mlx.fitting.samples.self_study import batch_progress
@@ -46,6 +49,34 @@ def test_every_store_gives_the_samples_that_went_in(tmp_path, batches, chosen, h
             whole = truth[list(heads)]
             wanted = whole if chosen is None else whole[:, chosen]
             assert np.array_equal(np.array(ours), wanted)
+
+
+def test_a_file_that_is_written_a_piece_at_a_time(tmp_path, monkeypatch):
+    write = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda file, data, at: write(file, data[:5], at))
+    store = SampleStore(LAYERS * K, CAPACITY, D, folder=tmp_path)
+    expected = filled(store, (7, 9))
+    for ours, truth in zip(store.heads(range(6)), expected, strict=True):
+        assert np.array_equal(np.array(ours), truth)
+
+
+def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
+    """Through mapped memory it would be the end of the process."""
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(NectarError, match=r"cannot write .*queries.f32: No space left on device"):
+        filled(SampleStore(LAYERS * K, CAPACITY, D, folder=tmp_path), (7,))
+
+
+def test_a_head_is_taken_over_from_another_rank(tmp_path):
+    for store in stores(tmp_path)[:2]:
+        expected = filled(store, (7, 9))
+        store.receive(1, Samples(*(mx.array(x[[4]]) for x in expected)))
+        for ours, truth in zip(store.heads([1, 2]), expected, strict=True):
+            assert np.array_equal(np.array(ours), truth[[4, 2]])
 
 
 def test_a_cleared_store_takes_samples_again(tmp_path):

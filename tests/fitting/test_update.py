@@ -11,10 +11,10 @@ import pytest
 from nectar_mlx import Nectar, NectarError, store, update, update_file
 from nectar_mlx.fitting import updating
 from nectar_mlx.fitting.checkpoint import Checkpoint
-from nectar_mlx.fitting.samples import kept_study, sampling, self_study
+from nectar_mlx.fitting.samples import kept_study, recording, sampling, self_study
 from nectar_mlx.fitting.samples.capture import capture
 from nectar_mlx.fitting.samples.conversation import Conversation
-from nectar_mlx.fitting.updating import warm
+from nectar_mlx.fitting.updating import questions, revise, warm
 from nectar_mlx.fitting.updating.revision import Revision
 from nectar_mlx.heads import Quadrature
 from nectar_mlx.mlxlm import prompts
@@ -74,6 +74,14 @@ class TestRevision:
         assert all(token in rest for token in kept)
         assert 0 <= revision.share <= 1
 
+    def test_passages_that_meet_are_one(self):
+        old = list(range(100))
+        new = [*old[:10], 200, *old[10:20], 201, *old[20:90], 202, 203, *old[90:]]
+        revision = Revision.of(old, new)
+        assert revision.changed == [(10, 11), (21, 22), (92, 94)]
+        assert revision.passages(15) == [(0, 22), (77, 94)]
+        assert revision.passages(5) == [(5, 11), (16, 22), (87, 94)]
+
     def test_very_many_tokens_are_not_compared_one_by_one(self):
         old, new = list(range(40_000)), [0, *range(100_000, 140_000), 39_999]
         assert Revision.of(old, new).changed == [(1, 40_001)]
@@ -108,9 +116,41 @@ class TestKeptStudy:
 def test_some_of_the_kept_conversations_are_held_out(model, tokenizer):
     run = fit_run(model, tokenizer)
     kept = [Conversation([1] * 10, [2] * 10, "held_out" if i % 10 == 0 else "train") for i in range(40)]
-    few = updating.base.some(kept, run, samples=run.group * 19 * 4)
+    few = questions.some(kept, run, samples=run.group * 19 * 4)
     assert [sum(c.split == split for c in few) for split in ("train", "held_out")] == [4, 1]
-    assert len(updating.base.some(kept, run, samples=10**6)) == len(kept)
+    assert len(questions.some(kept, run, samples=10**6)) == len(kept)
+
+
+def test_new_questions_give_the_samples_that_are_wanted(model, tokenizer):
+    run = fit_run(model, tokenizer, answer_tokens=16)
+    new = toys.random_tokens(300)
+    asked = questions.about_the_new(run, Revision.of(new[:200], new), [Conversation([1], [2])], samples=1500)
+    each = [run.group * (len(c.prompt) + 16) for c in asked if c.split != "check"]
+    assert sum(each[:-1]) < 1500 <= sum(each)
+    assert sum(c.split == "check" for c in asked) == 2
+
+
+def test_without_a_study_some_are_about_the_whole_text_and_one_is_held_out(model, tokenizer):
+    run = fit_run(model, tokenizer)
+    asked = questions.about_the_new(run, Revision.of(list(range(200)), list(range(220))), [], samples=100)
+    assert "held_out" in [c.split for c in asked]
+    assert sum(c.split == "check" for c in asked) == run.config.checks
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "nodes", "tokens", "more", "size"),
+    [
+        (1000, 1100, 50, 100, 16, 71),  # in proportion, and 16 more
+        (1000, 1100, 990, 100, 16, 1090),  # not more than there are new tokens
+        (1000, 1100, 1000, 100, 16, 1100),  # every key
+        (1000, 1000, 50, 40, 0, 50),  # as many tokens as before
+        (1000, 900, 50, 0, 0, 45),
+        (1000, 10, 1, 0, 0, 1),
+    ],
+)
+def test_heads_grow_with_the_text(old, new, nodes, tokens, more, size):
+    revision = Revision(range(old), range(new), [])
+    assert revise.new_size(nodes, revision, tokens=tokens, more=more) == (size,)
 
 
 class TestAppend:
@@ -294,16 +334,12 @@ class TestCommand:
         assert (folder / "book.nectar").read_bytes() == before
 
     def test_an_interrupted_update_goes_on(self, folder, monkeypatch, capsys):
-        answers, capture = [], updating.base.capture
-        sample = sampling.sample_answers
-        monkeypatch.setattr(self_study, "sample_answers", lambda *a, **o: (answers.append(1), sample(*a, **o)))
-        monkeypatch.setattr(updating.base, "capture", lambda *a, **o: (_ for _ in ()).throw(KeyboardInterrupt))
-        assert self.run(folder, MORE) == 130
+        with monkeypatch.context() as patch:
+            patch.setattr(recording.Recording, "move", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+            assert self.run(folder, MORE) == 130
         assert "the same command continues" in capsys.readouterr().err
-        sampled = len(answers)
-        monkeypatch.setattr(updating.base, "capture", capture)
+        monkeypatch.setattr(sampling, "sample", lambda *a, **k: pytest.fail("an answer was sampled again"))
         assert self.run(folder, MORE) == 0
-        assert len(answers) == sampled > 0, "answers are not sampled again"
 
     @pytest.mark.parametrize("name", ["absent.nectar", "text.nectar"])
     def test_what_is_no_nectar_is_refused(self, tmp_path, capsys, name):

@@ -7,12 +7,14 @@ import stat
 import subprocess
 import sys
 import threading
+from contextlib import nullcontext
 
 import pytest
 
 from nectar_mlx.errors import NectarError
 from nectar_mlx.library import Library, default_folder
 from nectar_mlx.library.database import path_bytes
+from nectar_mlx.library.noted import Noted
 from tests.library.cheap import CheapFitter
 
 
@@ -130,12 +132,27 @@ def test_a_fitter_that_fails_otherwise_stops_nothing(library, notes):
     assert set(added.work.failed.values()) == {"the fit fails (ValueError: shape mismatch)"}
 
 
-def test_a_full_disk_stops_and_the_next_call_goes_on(library, notes):
+@pytest.mark.parametrize(
+    "error",
+    [OSError(errno.ENOSPC, "No space left on device"), sqlite3.OperationalError("No space left: the disk is full")],
+)
+def test_a_full_disk_stops_and_the_next_call_goes_on(library, notes, error):
     with pytest.raises(NectarError, match="No space left"):
-        library.add([notes], CheapFitter(raising=OSError(errno.ENOSPC, "No space left on device")))
+        library.add([notes], CheapFitter(raising=error))
     assert set(states(library).values()) == {"waiting"}
     library.add([notes], CheapFitter())
     assert set(states(library).values()) == {"ready"}
+
+
+def test_a_fit_does_not_fail_for_a_note_of_how_far_it_is(library, monkeypatch):
+    def full():
+        raise NectarError("the disk is full")
+
+    monkeypatch.setattr(library._database, "writing", full)
+    told = []
+    with Noted(library._database, "a volume", lambda *stage: nullcontext(told.append))("sampling", 3) as count:
+        count(2)
+    assert told == [2]
 
 
 def test_an_interrupt_leaves_the_volume_to_the_next_call(library, notes):
@@ -325,6 +342,21 @@ def test_a_library_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(NectarError, match="cannot be made"):
         Library(tmp_path / "file")
+
+
+def test_a_folder_of_something_else_is_left_as_it_is(tmp_path):
+    """A library closes its folder to others, and clears `volumes` and `work`."""
+    home = tmp_path / "home"
+    (home / "work").mkdir(parents=True)
+    (home / "work" / "thesis.txt").write_text("all of it")
+    (home / "letter.txt").write_text("a letter")
+    home.chmod(0o755)
+    with pytest.raises(NectarError, match=r"no library and holds other files \(letter.txt\)"):
+        Library(home)
+    assert stat.S_IMODE(home.stat().st_mode) == 0o755 and len(list(home.iterdir())) == 2
+    (home / "letter.txt").unlink()
+    Library(home).update(CheapFitter())
+    assert (home / "work" / "thesis.txt").read_text() == "all of it"
 
 
 def test_where_the_library_is(monkeypatch, tmp_path):

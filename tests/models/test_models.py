@@ -17,6 +17,7 @@ from mlx_lm.models import llama
 
 from nectar_mlx import NectarError, models
 from nectar_mlx.core import files, folders
+from tests import toys
 
 
 @pytest.fixture(scope="module")
@@ -192,6 +193,14 @@ def test_a_folder_that_mlx_lm_cannot_read(files: dict[str, str], tmp_path: Path)
     with pytest.raises(NectarError, match="mlx-lm cannot load") as error:
         models.load(str(tmp_path))
     assert "\n" not in str(error.value)
+
+
+def test_a_tokenizer_that_only_fails_when_it_is_used(tmp_path: Path) -> None:
+    toys.save_model(toys.toy("llama"), tmp_path / "model", toys.tokenizer())
+    settings = tmp_path / "model" / "tokenizer_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"model_max_length": "long"}))
+    with pytest.raises(NectarError, match="mlx-lm cannot load"):
+        models.load(str(tmp_path / "model"))
 
 
 def test_of_two_writers_the_first_wins_and_nothing_is_left(tmp_path: Path) -> None:

@@ -38,6 +38,14 @@ def test_other_values_are_rounded_to_a_byte():
     assert (np.abs(found.values - values) <= np.abs(values).max(1, keepdims=True) / 88 / 2).all()
 
 
+def test_rows_of_next_to_nothing_are_zero():
+    values = np.random.default_rng(2).normal(size=(9, 32)).astype(np.float32)
+    values[3:] *= 1e-20
+    scales, integers = grids.encode([GridMatrix.of(values)])
+    (back,) = grids.decode(scales, integers, [values.shape])
+    assert back.integers[:3].any(1).all() and not back.integers[3:].any()
+
+
 SHAPES = [(80, 32), (0, 32), (1, 32), (6, 32), (400, 32)]
 
 

@@ -1,5 +1,6 @@
 """The .kv file: rows come back as they were, and nothing but the file of this very .nectar is ever believed."""
 
+import os
 import warnings
 from dataclasses import replace
 
@@ -48,7 +49,7 @@ def test_rows_hold_what_the_type_can_hold(tmp_path, bits, head_dim):
 def test_any_rows_of_any_layer(path):
     keys, memory = KeyFile.open(path, nectar=TIE, shape=SHAPE), KeyFile.of(layers(), small={}, nectar=TIE)
     at = np.random.default_rng(2).integers(0, N, (K, 4, 6))
-    assert isinstance(keys.rows, np.memmap) and keys.small["note"].tolist() == [0, 1, 2, 3, 4]
+    assert keys.mapped is not None and keys.small["note"].tolist() == [0, 1, 2, 3, 4]
     for layer in range(L):
         whole = memory.layer(layer)
         for x, y in zip(whole, keys.read(layer, at), strict=True):
@@ -93,6 +94,14 @@ def test_a_changed_byte_is_noticed_when_it_is_read(path):
     with pytest.raises(NectarError, match="damaged"):
         for layer in range(L):
             keys.layer(layer)
+
+
+def test_a_file_that_is_cut_short_while_it_is_open_is_one_line(path):
+    """To read mapped memory behind a file's end ends the process."""
+    keys = KeyFile.open(path, nectar=TIE, shape=SHAPE)
+    os.truncate(path, 100)
+    with pytest.raises(NectarError, match="cut short while it was open"):
+        keys.layer(0)
 
 
 @pytest.mark.parametrize("words", [(0, 1), (2, 5), (0, 1, 2, 3), (1, 16)])

@@ -9,6 +9,7 @@ import numpy as np
 from ...core.device import device
 from ...core.gather import take
 from ...heads import Bank, HeadArrays, Size
+from ..distributed import parts
 from ..prefill import Context
 from ..run import FitRun
 from ..samples.capture import Collected
@@ -85,10 +86,23 @@ class KindFit:
         return size[0] * self.run.config.batch
 
     def groups(self, sizes: Sequence[Size]) -> list[list[int]]:
-        """Heads that are trained together."""
-        costs, launch = [self.step_scores(size) for size in sizes], device().launch_scores
-        room = grouping.room_for(costs, room=self.training_scores, launch=launch, shares=device().study_shares)
-        return grouping.groups(costs, room=room, launch=launch)
+        """Heads that are trained together, of those that this rank fits. sizes: of all. All ranks must call it: heads
+        that cost more than was known when their samples were captured may change their rank."""
+        costs, together = [self.step_scores(size) for size in sizes], list[list[int]]()
+        mine = self.run.world.mine(grouping.evened(self.data.parts, costs))
+        self.data.fetch([head for part in mine for head in part], self.run.world)
+        for part in mine:
+            groups = grouping.groups(
+                [costs[head] for head in part], room=self.training_scores, launch=device().launch_scores
+            )
+            together += [[part[i] for i in group] for group in groups]
+        return together
+
+    @cached_property
+    def layers(self) -> list[int]:
+        """Those whose samples this rank has."""
+        every = parts(range(len(self.banks)), len(self.data.parts))
+        return sorted(layer for part in self.run.world.mine(every) for layer in part)
 
     @cached_property
     def order(self) -> np.ndarray:
@@ -105,11 +119,10 @@ class KindFit:
         return self.rank_keys()
 
     def rank_keys(self) -> list[mx.array]:
-        """Computes `importance`; each rank that of some layers."""
+        """Computes `importance`; each rank that of its layers."""
         run, K, ranked = self.run, self.run.geometry.n_kv_heads, dict[str, mx.array]()
-        mine = run.world.mine(range(len(self.banks)))
-        with run.progress("ranking keys", len(mine)) as done:
-            for number, layer in enumerate(mine):
+        with run.progress("ranking keys", len(self.layers)) as done:
+            for number, layer in enumerate(self.layers):
                 heads = range(layer * K, layer * K + K)
                 samples, keys = self.ranking_samples(heads), self.banks[layer].parameters["keys"]
                 weights = attention_matching.importance(samples, keys, scale=run.geometry.scale)

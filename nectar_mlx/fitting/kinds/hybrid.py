@@ -37,6 +37,9 @@ class HybridFit(KindFit):
                 f"kind {run.config.kind} needs a text of at least {_FEWEST_TOKENS} tokens: use quadrature"
             )
 
+    def prepare(self) -> None:
+        _ = self.sketch
+
     @cached_property
     def order(self) -> np.ndarray:
         """Shuffled by token: its heads read the same keys."""
@@ -111,10 +114,9 @@ class HybridFit(KindFit):
         K, train = self.run.geometry.n_kv_heads, self.data.train
         # At random: samples at a fixed distance may all be one query head's.
         chosen = np.sort(self.shuffled(train.count)[:ROUTER_SAMPLES])
-        queries = [
-            np.array(train.heads(range(i * K, i * K + K), chosen).queries.astype(mx.float32))
-            for i in range(len(self.banks))
-        ]
+        own = {str(i): train.heads(range(i * K, i * K + K), chosen).queries.astype(mx.float32) for i in self.layers}
+        every = {layer: x for part in self.run.world.arrays(own) for layer, x in part.items()}
+        queries = [np.array(every[str(layer)]) for layer in range(len(self.banks))]
         keys = [bank.parameters["keys"] for bank in self.banks]
         return sketch.build(keys, queries, scale=self.run.geometry.scale)
 

@@ -19,6 +19,7 @@ class ThresholdedFit(HybridFit):
     """Of `heads.ThresholdedNodes`: nodes of the whole middle; where to cut is learned from there."""
 
     def prepare(self) -> None:
+        super().prepare()
         _ = self.importance
 
     def rank_keys(self) -> list[mx.array]:

@@ -22,7 +22,7 @@ from ...heads import Exact
 from ...heads.together import Together
 from ...mlxlm.kept import attention_caches
 from .. import finite
-from ..distributed import World
+from ..distributed import World, parts
 from ..prefill import Context
 from ..run import FitRun
 from .conversation import Conversation, Split
@@ -39,13 +39,25 @@ class Collected:
     """What heads are fitted to: the conversations about a context, and what attention saw in them, by head.
 
     train, held_out: samples of the conversations of these splits, heads numbered layer by layer, the sliding-window
-    layers left out.
+    layers left out. parts: all heads, divided whatever the number of ranks; each has the samples of some parts.
     """
 
     context: Context
     conversations: Sequence[Conversation]
     train: SampleStore
     held_out: SampleStore
+    parts: Sequence[Sequence[int]]
+
+    def fetch(self, heads: Collection[int], world: World) -> None:
+        """Gets the samples of heads that this rank does not have from those that do. All ranks must call it."""
+        holders = {head: world.owner(number) for number, part in enumerate(self.parts) for head in part}
+        for store in (self.train, self.held_out):
+            missing = {head for head in heads if not store.has(head)}
+            for head in sorted({head for of in world.values(sorted(missing)) for head in of}):
+                holds = holders[head] == world.rank
+                sent = world.arrays(store.heads([head])._asdict() if holds else {})
+                if head in missing:
+                    store.receive(head, Samples(**sent[holders[head]]))
 
 
 def capture(
@@ -68,6 +80,7 @@ def capture(
             tokens=tokens,
             progress=done,
             world=run.world,
+            shares=run.shares(run.n_heads, context.length),
         )
     return collected(run, context, conversations, train, held_out)
 
@@ -78,9 +91,16 @@ def collected(
     """What was collected, if all of it is finite."""
     for bank in context.banks:
         bank.forget_half()
-    for samples in (train, held_out):
-        finite.check_heads("capturing attention", samples.not_finite, run.geometry)
-    return Collected(context=context, conversations=conversations, train=train, held_out=held_out)
+    broken = run.world.values(sorted(train.not_finite | held_out.not_finite))
+    finite.check_heads("capturing attention", {head for of in broken for head in of}, run.geometry)
+    K, layers = run.geometry.n_kv_heads, parts(range(len(context.banks)), run.shares(run.n_heads, context.length))
+    return Collected(
+        context=context,
+        conversations=conversations,
+        train=train,
+        held_out=held_out,
+        parts=[[layer * K + k for layer in part for k in range(K)] for part in layers],
+    )
 
 
 def held_out_count(train: int) -> int:
@@ -130,7 +150,8 @@ class CaptureCache(StudyCache):
     def see(self, queries: mx.array, context: Partial, live: Partial) -> None:
         output, live_output = context.output.astype(self._type), live.output.astype(self._type)
         self.captured.append(Samples(queries, output, live_output, context.log_normalizer, live.log_normalizer))
-        mx.async_eval(self.captured[-1])  # or all layers' would wait in float32
+        if queries.shape[2] > 1:
+            mx.async_eval(self.captured[-1])  # or all layers' would wait in float32
 
     def take(self, places: np.ndarray) -> Samples:
         """The samples of these places [B, T], by KV head: [K, samples, ...]; those of a token lie side by side. Where
@@ -194,18 +215,20 @@ def replay(
     tokens: int | None = None,
     progress: Callable[[int], None] = lambda tokens: None,
     world: World | None = None,
+    shares: int = 1,
 ) -> None:
     """Replays conversations behind the context; what attention sees goes into the stores of their splits.
 
     n_heads: of queries. tokens: how many are replayed together, about; default: as many as is quick. progress is told
-    how many are done. world: whose ranks share the work; all of them get all samples.
+    how many are done. world: whose ranks share the work; each gets the samples of its layers, which are divided into so
+    many shares.
     """
     group = n_heads // len(context.banks[0].sizes)
-    tokens = tokens or max(_FEWEST_TOKENS, device().replay_scores // (n_heads * len(context.prefix)))
+    tokens = tokens or together(context, n_heads)
     done, world = 0, world or World()
     batches = replay_batches(conversations, stores, group=group, tokens=tokens)
     for first in range(0, len(batches), world.size):
-        share, seen, capturing = batches[first : first + world.size], dict[str, mx.array](), list[CaptureCache]()
+        share, capturing, places = batches[first : first + world.size], list[CaptureCache](), list[np.ndarray]()
         if world.rank < len(share):
             batch = share[world.rank]
             make = partial(CaptureCache, preamble=context.preamble)
@@ -213,44 +236,58 @@ def replay(
             capturing = [c for _, c in attention_caches(caches) if isinstance(c, CaptureCache)]
             model(batch.tokens, cache=caches)  # its logits are never evaluated
             mx.async_eval([c.captured for c in capturing])
-            seen = _taken(capturing, stores.values(), batch.places)
-        for arrays in world.arrays(seen):
-            _keep(arrays, list(stores.values()))
+            places = batch.places
+        taken = list[dict[str, mx.array]]()
+        for rank in range(world.size):
+            layers = [layer for layer in range(len(context.banks)) if world.owner(layer % shares) == rank]
+            of_all = world.arrays(_taken(capturing, stores.values(), places, layers))
+            if rank == world.rank:
+                taken = of_all
+        for batch, arrays in zip(share, taken, strict=False):
+            _keep(arrays, stores.values(), batch.places, group=group)
         mx.eval([c.captured for c in capturing])  # not more than a batch is under way
         done += sum(c.fed_tokens for batch in share for c in batch.conversations)
         progress(done)
 
 
-def record(caches: Sequence[CaptureCache], stores: Collection[SampleStore], places: Iterable[np.ndarray]) -> None:
-    """Writes what the caches saw into each store, from its places [B, T]."""
-    _keep(_taken(caches, stores, places), list(stores))
+def together(context: Context, n_heads: int) -> int:
+    """How many tokens it is quick to replay together."""
+    return max(_FEWEST_TOKENS, device().replay_scores // (n_heads * len(context.prefix)))
+
+
+def record(cache: CaptureCache, stores: Collection[SampleStore], places: Sequence[np.ndarray], *, group: int) -> None:
+    """Writes what a layer's cache saw into each store, from its places [B, T]: `group` samples a token."""
+    _keep(_taken([cache], stores, places, [0]), stores, places, group=group)
 
 
 def _taken(
-    caches: Sequence[CaptureCache], stores: Iterable[SampleStore], places: Iterable[np.ndarray]
+    caches: Sequence[CaptureCache], stores: Iterable[SampleStore], places: Iterable[np.ndarray], layers: Sequence[int]
 ) -> dict[str, mx.array]:
-    """What the caches saw in the places of each store, by store, layer and field."""
+    """What the caches of these layers saw in the places of each store, by store, layer and field."""
     taken: dict[str, mx.array] = {}
-    for number, (store, chosen) in enumerate(zip(stores, places, strict=True)):
+    for number, (store, chosen) in enumerate(zip(stores, places, strict=False)):
         if store.full or not chosen.any():
             continue
-        for layer, cache in enumerate(caches):
-            samples = cache.take(chosen)
+        for layer in layers:
+            samples = caches[layer].take(chosen)
             mx.async_eval(samples)
             taken |= {f"{number}.{layer}.{name}": x for name, x in samples._asdict().items()}
     return taken
 
 
-def _keep(taken: Mapping[str, mx.array], stores: Sequence[SampleStore]) -> None:
-    """Writes what was taken into the stores."""
-    layers: dict[tuple[int, int], dict[str, mx.array]] = {}
+def _keep(
+    taken: Mapping[str, mx.array], stores: Iterable[SampleStore], places: Iterable[np.ndarray], *, group: int
+) -> None:
+    """Writes what was taken into the stores, which count all samples, whichever rank keeps them."""
+    seen: dict[tuple[int, int], dict[str, mx.array]] = {}
     for key, x in taken.items():
-        of, layer, name = key.split(".")
-        layers.setdefault((int(of), int(layer)), {})[name] = x
-    for number, store in enumerate(stores):
-        parts = {at: Samples(**fields) for (owner, at), fields in layers.items() if owner == number}
-        if store.full or not parts:
+        owner, at, name = key.split(".")
+        seen.setdefault((int(owner), int(at)), {})[name] = x
+    for number, (store, chosen) in enumerate(zip(stores, places, strict=True)):
+        if store.full:
             continue
-        for at, samples in parts.items():
-            store.add(at * samples.queries.shape[0], samples)
-        store.advance(samples.queries.shape[1])
+        for (of, layer), fields in seen.items():
+            if of == number:
+                samples = Samples(**fields)
+                store.add(layer * samples.queries.shape[0], samples)
+        store.advance(group * int(chosen.sum()))

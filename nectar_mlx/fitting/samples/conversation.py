@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from ...core.device import Device, device
+
 Split = Literal["train", "held_out", "check"]
 FEWEST_TOGETHER = 16  # conversations: with fewer, sampling is slow on any machine
 
@@ -26,10 +28,11 @@ class Conversation:
         return len(self.prompt) + max(0, len(self.answer) - 1)
 
 
-def count_groups(count: int, *, most: int, shares: int) -> int:
-    """In how many groups so many conversations are sampled, at most `most` together: a multiple of `shares`, if that
-    leaves enough in each."""
-    fewest = -(-count // most)
+def count_groups(count: int, *, most: int, scores: int, profile: Device | None = None) -> int:
+    """In how many groups so many conversations are sampled, at most `most` together: a multiple of the device's shares,
+    if that leaves enough in each. scores: of all of them, in one layer and step. profile: default `device()`."""
+    profile, fewest = profile or device(), -(-count // most)
+    shares = profile.study_shares if scores >= profile.shared_scores else 1
     return max(fewest, min(-(-fewest // shares) * shares, count // FEWEST_TOGETHER))
 
 

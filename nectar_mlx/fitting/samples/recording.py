@@ -6,7 +6,8 @@ the very steps of before, so that its samples are the same to the last bit.
 
 import itertools
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,15 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from ...core.device import device
+from ...errors import NectarError
 from ...mlxlm.kept import attention_caches
 from ..distributed import World
 from ..prefill import Context
 from ..run import FitRun
-from .capture import CaptureCache, Collected, capture, collected, empty, held_out_count, spill
-from .conversation import Conversation, Split
+from .capture import CaptureCache, Collected, collected, empty, held_out_count, replay_batches, spill, together
+from .conversation import Conversation, Split, count_samples
 from .sample_store import Samples, SampleStore
+from .sampling import Recorder
 from .self_study import study
 from .study_cache import StepCache
 
@@ -29,21 +31,36 @@ _STEPS = 16  # of which samples are taken together
 _SPLITS: tuple[Split, ...] = ("train", "held_out")
 
 
-def collect(run: FitRun, context: Context) -> Collected:
+Ask = Callable[[FitRun, Context, Recorder | None], list[Conversation]]
+
+
+def collect(
+    run: FitRun,
+    context: Context,
+    ask: Ask = study,
+    *,
+    kept: Sequence[Conversation] = (),
+    whole: bool = False,
+) -> Collected:
     """Samples conversations about a context and captures what attention sees in them.
 
-    NectarError that names the layer and head where a number is not finite.
+    ask: makes the conversations, and samples their answers (default: those of a fit). kept: others, whose answers are
+    known. whole: all their samples are taken, not as many as a fit wants. NectarError that names the layer and
+    head where a number is not finite.
     """
-    if not device().record:
-        return capture(run, context, study(run, context))
     wanted = run.n_samples(run.n_heads)
+    folder = spill(run, wanted + held_out_count(wanted))
+    recording = Recording(folder and folder / "recorded")
+    conversations = [*kept, *ask(run, context, recording)]
+    if whole:
+        wanted = max(1, count_samples(conversations, group=run.group))
+        run = replace(run, config=replace(run.config, queries=wanted))
+    recording.replay(run, context, [c for c in kept if c.split != "check"])
     counts: dict[Split, int] = {"train": wanted, "held_out": held_out_count(wanted)}
     folder = spill(run, sum(counts.values()))
-    recording = Recording(folder and folder / "recorded")
-    conversations = study(run, context, recording)
     stores = {split: empty(run, count, folder and folder / f"{split}.samples") for split, count in counts.items()}
     for split, store in stores.items():
-        recording.move(split, store, run.world)
+        recording.move(split, store, run.world, shares=run.shares(run.n_heads, context.length))
     return collected(run, context, conversations, stores["train"], stores["held_out"])
 
 
@@ -87,6 +104,21 @@ class Recording:
         if last or len(self._fed.captured) >= _STEPS:
             self._take(_capturing(caches))
 
+    def replay(self, run: FitRun, context: Context, conversations: Sequence[Conversation]) -> None:
+        """Sees conversations whose answers are known, behind those that were sampled."""
+        group, tokens = run.group, together(context, run.geometry.n_heads)
+        with run.progress("capturing attention", sum(c.fed_tokens for c in conversations)) as done:
+            seen = 0
+            for batch in replay_batches(conversations, {}, group=group, tokens=tokens):
+                caches = self.make_cache(context, sequences=len(batch.conversations))
+                run.model(batch.tokens, cache=caches)  # its logits are never evaluated
+                self.fed(caches)
+                fed = np.array([c.fed_tokens for c in batch.conversations])
+                places = np.arange(batch.tokens.shape[1])[None] < fed[:, None]
+                self.keep(caches, batch.conversations, places, last=True)
+                seen += int(fed.sum())
+                done(seen)
+
     def _take(self, capturing: Sequence[CaptureCache]) -> None:
         fed, self._fed = self._fed, _Fed()
         places = np.concatenate(fed.places, axis=1)
@@ -99,13 +131,13 @@ class Recording:
         for cache in capturing:
             cache.captured = []
 
-    def move(self, split: Split, store: SampleStore, world: World) -> None:
-        """Moves the samples of a split that all ranks have into an empty store: as many as it holds, drawn at
-        random."""
+    def move(self, split: Split, store: SampleStore, world: World, *, shares: int = 1) -> None:
+        """Moves the samples of a split that all ranks have into empty stores: as many as these hold, drawn at random;
+        each layer's, of so many shares, into that of its rank."""
         total = sum(world.values(self._pieces.count[split]))
         drawn = np.random.default_rng(0).permutation(total)[: store.capacity]
         chosen = mx.array(np.sort(drawn).astype(np.int32))
-        for layer, samples in enumerate(self._pieces.layers(split, world)):
+        for layer, samples in self._pieces.layers(split, world, shares):
             store.add(layer * samples.queries.shape[0], samples.take(chosen) if len(drawn) < total else samples)
         store.advance(total)
 
@@ -125,21 +157,24 @@ class _Pieces:
         for pieces, samples in zip(self._of[split], layers, strict=True):
             pieces.append((self.group, self._kept(samples)))
 
-    def layers(self, split: Split, world: World) -> Iterator[Samples]:
-        """Each layer's of all ranks, in an order that does not depend on their number. They are no longer here then."""
-        for _ in range(max(world.values(len(self._of[split])))):
+    def layers(self, split: Split, world: World, shares: int) -> Iterator[tuple[int, Samples]]:
+        """The samples of all ranks in this rank's layers, in an order that does not depend on the number of ranks. They
+        are no longer here then."""
+        for layer in range(max(world.values(len(self._of[split])))):
             own = self._of[split].pop(0) if self._of[split] else []
             mine = {
                 f"{group}.{number}.{name}": x
                 for number, (group, kept) in enumerate(own)
                 for name, x in self._samples(kept)._asdict().items()
             }
-            every = dict[tuple[int, int], dict[str, mx.array]]()
-            for part in world.arrays(mine):
+            parts, every = world.arrays(mine), dict[tuple[int, int], dict[str, mx.array]]()
+            if world.owner(layer % shares) != world.rank:
+                continue
+            for part in parts:
                 for key, x in part.items():
                     group, number, name = key.split(".")
                     every.setdefault((int(group), int(number)), {})[name] = x
-            yield _joined([Samples(**every[at]) for at in sorted(every)], axis=1)
+            yield layer, _joined([Samples(**every[at]) for at in sorted(every)], axis=1)
 
     def _kept(self, samples: Samples) -> Any:
         return samples
@@ -160,9 +195,12 @@ class _PiecesOnDisk(_Pieces):
 
     def _kept(self, samples: Samples) -> Path:
         path = next(self._paths)
-        with path.open("wb") as file:
-            for x in samples:
-                np.save(file, np.array(x.astype(mx.float32)))
+        try:
+            with path.open("wb") as file:
+                for x in samples:
+                    np.save(file, np.array(x.astype(mx.float32)))
+        except OSError as error:
+            raise NectarError(f"cannot write {path}: {error.strerror or error}") from error
         return path
 
     def _samples(self, kept: Path) -> Samples:

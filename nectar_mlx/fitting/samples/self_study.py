@@ -3,11 +3,10 @@ real answers. Replaying the text alone gives three times the divergence (docs/lo
 """
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Protocol
 
-from ...core.device import device
 from ...core.types import Tokenizer
 from ...mlxlm import prompts
 from ..prefill import Context
@@ -18,7 +17,7 @@ from .sampling import Recorder, chances, sample_answers
 from .study_cache import allow_half
 
 CHECK_TEMPERATURE = 0.7
-_LIVE_BYTES = 6_000_000_000  # of keys and values of conversations that are sampled together, at most
+_LIVE_BYTES = 9_000_000_000  # of keys and values of conversations that are sampled together, at most
 _ENOUGH = 0.9  # of the samples asked for: not another batch for the last few
 _ALL = 1 << 30  # tokens: more than a conversation has
 
@@ -46,9 +45,8 @@ def study(run: FitRun, context: Context, recorder: Recorder | None = None) -> li
             number = sum(c.split != "check" for c in conversations)
             batch: list[Conversation] = []
             if samples < _ENOUGH * wanted:
-                batch += expected_to_give(
-                    wanted - samples, partial(training_conversations, run.tokenizer, context.prefix), run, first=number
-                )
+                asked = asking(run.tokenizer, context.prefix, first=number, seed=config.seed)
+                batch += expected_to_give(wanted - samples, asked, run)
             if not answered_checks(conversations):  # beside the others they cost little
                 batch += check_conversations(
                     run.tokenizer, context.prefix, first=0, count=config.checks, seed=config.seed
@@ -56,7 +54,7 @@ def study(run: FitRun, context: Context, recorder: Recorder | None = None) -> li
             if not batch:
                 break
             told = batch_progress(run, batch, samples, wanted, done)
-            answered = _answered_before(batch, before[len(conversations) :])
+            answered = answered_before(batch, before[len(conversations) :])
             seed, first = config.seed + number, len(conversations)
             answer(run, context, batch, seed=seed, progress=told, recorder=recorder, answered=answered, first=first)
             conversations += batch
@@ -66,7 +64,7 @@ def study(run: FitRun, context: Context, recorder: Recorder | None = None) -> li
     return conversations
 
 
-def _answered_before(batch: Sequence[Conversation], known: Sequence[Conversation]) -> bool:
+def answered_before(batch: Sequence[Conversation], known: Sequence[Conversation]) -> bool:
     """Puts the answers that an interrupted run has left into a batch; False where there are none."""
     if [c.prompt for c in known[: len(batch)]] != [c.prompt for c in batch]:
         return False
@@ -75,30 +73,26 @@ def _answered_before(batch: Sequence[Conversation], known: Sequence[Conversation
     return True
 
 
-def expected_to_give(
-    samples: int, make: Callable[..., list[Conversation]], run: FitRun, *, first: int
-) -> list[Conversation]:
-    """Conversations number first, first + 1, …: as few as give so many samples if every answer is of full length.
-    make: `training_conversations` about a text."""
-    config = run.config
-    most = max(FEWEST_TOGETHER, samples // (run.group * config.answer_tokens) * 10 // 9 + 2)
-    batch, given, count = make(first=first, count=most, seed=config.seed), 0, 0
-    while count < most and (given < samples or count < FEWEST_TOGETHER):
-        conversation = batch[count]
-        given += run.group * (len(conversation.prompt) + config.answer_tokens) * (conversation.split == "train")
-        count += 1
-    return batch[:count]
+def expected_to_give(samples: int, asked: Iterable[Conversation], run: FitRun) -> list[Conversation]:
+    """The first conversations of those `asked`, as few as give so many samples if every answer is of full length."""
+    batch, given = list[Conversation](), 0
+    for conversation in asked:
+        if given >= samples and len(batch) >= FEWEST_TOGETHER:
+            break
+        batch.append(conversation)
+        given += run.group * (len(conversation.prompt) + run.config.answer_tokens) * (conversation.split == "train")
+    return batch
 
 
-def side_by_side(run: FitRun, count: int) -> list[slice]:
-    """How so many conversations, in order of their prompts' lengths, are divided into those that are sampled together:
-    whatever the number of ranks, for a conversation's logits are rounded otherwise beside others.
-
-    No more together than was chosen and the memory holds; a multiple of the device's shares, if that leaves enough.
+def side_by_side(run: FitRun, count: int, *, tokens: int) -> list[slice]:
+    """How so many conversations about a context of so many tokens, in order of their prompts' lengths, are divided into
+    those that are sampled together: whatever the number of ranks, for a conversation's logits are rounded otherwise
+    beside others. No more together than was chosen and the memory holds.
     """
     config = run.config
     fit = max(FEWEST_TOGETHER, min(run.memory // 4, _LIVE_BYTES) // run.geometry.cache_bytes(2 * config.answer_tokens))
-    groups = count_groups(count, most=min(config.conversations, fit), shares=device().study_shares)
+    scores = count * run.geometry.n_heads * tokens
+    groups = count_groups(count, most=min(config.conversations, fit), scores=scores)
     return [slice(count * i // groups, count * (i + 1) // groups) for i in range(groups)]
 
 
@@ -135,7 +129,7 @@ def answer(
     conversation."""
     config, world = run.config, run.world
     order = sorted(range(len(batch)), key=lambda i: len(batch[i].prompt))
-    groups = [order[part] for part in side_by_side(run, len(batch))]
+    groups = [order[part] for part in side_by_side(run, len(batch), tokens=len(context.prefix))]
     mine = world.mine(groups)
     share = [batch[i] for group in mine for i in group]
     begun, at = (len(mine), 0) if answered else run.checkpoint.load_answers(share, seed=seed)
@@ -174,15 +168,20 @@ def answer(
             batch[i].answer = sampled_answer
 
 
+def asking(tokenizer: Tokenizer, text: Sequence[int], *, first: int, seed: int) -> Iterator[Conversation]:
+    """Conversations number first, first + 1, … about a text, without end, their answers still to come; one in ten is
+    held out, whatever the batches: were it one of each batch, a batch of one would give no samples.
+    """
+    questions = instructions.training(partial(instructions.passage, tokenizer, text), seed=seed + first)
+    for number, question in enumerate(questions, first):
+        yield Conversation(prompts.prompt(tokenizer, question), split="train" if number % 10 else "held_out")
+
+
 def training_conversations(
     tokenizer: Tokenizer, text: Sequence[int], *, first: int, count: int, seed: int
 ) -> list[Conversation]:
-    """Conversations number first, first + 1, … about a text, their answers still to come; one in ten is held out,
-    whatever the batches: were it one of each batch, a batch of one would give no samples.
-    """
-    questions = instructions.training(partial(instructions.passage, tokenizer, text), seed=seed + first)
-    prompted = [prompts.prompt(tokenizer, question) for question in itertools.islice(questions, count)]
-    return [Conversation(p, split="train" if number % 10 else "held_out") for number, p in enumerate(prompted, first)]
+    """So many of `asking`."""
+    return list(itertools.islice(asking(tokenizer, text, first=first, seed=seed), count))
 
 
 def check_conversations(

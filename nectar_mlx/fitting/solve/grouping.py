@@ -2,8 +2,7 @@
 
 from collections.abc import Sequence
 
-_SPARE = 1.1  # of an even share: heads cannot be divided
-_WORTH = 8  # times what it costs to start a group
+_UNEVEN = 1.03  # times an even share: less is not worth moving a head
 
 
 def groups(sizes: Sequence[float], *, room: float, launch: float) -> list[list[int]]:
@@ -31,9 +30,17 @@ def groups(sizes: Sequence[float], *, room: float, launch: float) -> list[list[i
     return members
 
 
-def room_for(sizes: Sequence[float], *, room: float, launch: float, shares: int) -> float:
-    """As much room as leaves a multiple of `shares` groups, about, which as many ranks then share evenly; no more than
-    `room`, and enough that what starting a group costs does not count."""
-    total = sum(sizes)
-    parts = shares * -(-_SPARE * total // (shares * room))
-    return min(room, _SPARE * total / max(1.0, min(parts, total // (_WORTH * launch))))
+def evened(parts: Sequence[Sequence[int]], costs: Sequence[float]) -> list[list[int]]:
+    """Parts of about equal cost, with as few heads moved from one to another as do. costs: of all heads."""
+    evened = [list(part) for part in parts]
+    even = sum(costs) / len(parts)
+    while True:
+        loads = [sum(costs[head] for head in part) for part in evened]
+        largest, smallest = loads.index(max(loads)), loads.index(min(loads))
+        excess = loads[largest] - loads[smallest]
+        movable = [head for head in evened[largest] if 0 < costs[head] < excess]
+        if loads[largest] <= _UNEVEN * even or not movable:
+            return evened
+        moved = min(movable, key=lambda head: abs(costs[head] - excess / 2))
+        evened[largest].remove(moved)
+        evened[smallest].append(moved)

@@ -33,6 +33,7 @@ _SHARE = 0.4  # of a regression's steps that rounding takes on top of them
 _N_PROBE = 1 << 14  # samples by which costs are measured, at most
 _FLOOR = 1e-2  # of the mean cost: a node that these samples hardly notice is what another question asks for
 _LARGEST = 1024  # integer in a row, to begin with: `store` finds rows with four times as much
+_COARSEST = 12  # half octaves by which a step exceeds a number that it leaves zero
 _MATRICES = ("keys", "values")
 
 
@@ -91,10 +92,11 @@ def row_steps(bank: Bank, costs: HeadArrays, *, bits: float) -> HeadArrays:
     """The step of every row; costs [M, m]: of an error of 1 in one number of it, squared."""
     most = max(count for (count,) in bank.sizes)
     steps = {n: np.ones((len(bank.sizes), most, 1), np.float32) for n in _MATRICES}
+    rows = {n: np.array(bank.parameters[n].astype(mx.float32)) for n in _MATRICES}
     row_costs = {n: np.array(costs[n]) for n in _MATRICES}
-    for m, head in enumerate(bank.unstack()):
-        values = [np.array(head[n].astype(mx.float32)) for n in _MATRICES]
-        head_costs = [row_costs[n][m, : len(values[0])] for n in _MATRICES]
+    for m, (count,) in enumerate(bank.sizes):
+        values = [rows[n][m, :count] for n in _MATRICES]
+        head_costs = [row_costs[n][m, :count] for n in _MATRICES]
         floored = [np.maximum(x, _FLOOR * x.mean() + 1e-30) for x in head_costs]
         for name, exponents in zip(_MATRICES, _exponents(values, floored, bits=bits), strict=True):
             steps[name][m, : len(exponents), 0] = np.exp2(exponents / 2)
@@ -104,18 +106,20 @@ def row_steps(bank: Bank, costs: HeadArrays, *, bits: float) -> HeadArrays:
 def _exponents(values: Sequence[FloatArray], costs: Sequence[FloatArray], *, bits: float) -> list[IntArray]:
     """Of matrices [rows, D] with the costs of their rows: the rows' steps, twice their binary logarithms, for which the
     numbers take so many bits on average."""
-    sizes = [column_scales(x) for x in values]
-    finest = [np.ceil(2 * np.log2(np.abs(x).max(1) / _LARGEST + 1e-12)) for x in values]
+    offsets = [np.log2(cost) for cost in costs]
+    finest = [np.ceil(2 * np.log2(np.abs(x).max(1) / _LARGEST + 1e-12)).astype(int) for x in values]
+    columns = [column_scales(x) for x in values]
+    first, last = min(int(x.min()) for x in finest), max(int(x.max()) for x in columns) + _COARSEST
+    # What a row takes by its exponent, from the first to the last, behind which all numbers are zero.
+    tables = [rans.cost(log2_scales(x, np.arange(first, last + 1, dtype=np.int32))).sum(1) for x in columns]
     wanted, low, high = bits * sum(x.size for x in values), -120.0, 120.0
     for _ in range(24):  # bisection: coarser grids take fewer bits
-        level = (low + high) / 2
+        level, taken = (low + high) / 2, 0.0
         exponents = [
-            np.maximum(np.rint(level - np.log2(cost)), least).astype(int)
-            for cost, least in zip(costs, finest, strict=True)
+            np.maximum(np.rint(level - offset), least).astype(int)
+            for offset, least in zip(offsets, finest, strict=True)
         ]
-        taken = 0.0
-        for size, exponent in zip(sizes, exponents, strict=True):
-            known, row = np.unique(exponent, return_inverse=True)
-            taken += rans.cost(log2_scales(size, known)).sum(1)[row].sum()
+        for table, exponent in zip(tables, exponents, strict=True):
+            taken += table[np.minimum(exponent, last) - first].sum()
         low, high = (level, high) if taken > wanted else (low, level)
     return exponents

@@ -52,18 +52,18 @@ NONE_HELD = Held({}, {})
 
 
 def merged_error(part: Partial, samples: Samples, metric: mx.array) -> mx.array:
-    """Mean of |Δ · metric|² over the samples, Δ the error of the merged output [M, N, D], metric [M, D, D] -> [M]."""
+    """Mean of Δᵀ · metric · Δ over the samples, Δ the error of the merged output [M, N, D], metric [M, D, D] -> [M]."""
     gate = sigmoid(part.log_normalizer - samples.live_log_normalizer)[..., None]
     exact = sigmoid(samples.log_normalizer - samples.live_log_normalizer)[..., None]
     live = samples.live_output.astype(mx.float32)
     error = gate * (part.output - live) - exact * (samples.output.astype(mx.float32) - live)
-    return mx.square(error @ metric).sum(-1).mean(1)
+    return (error @ metric * error).sum(-1).mean(1)
 
 
 def relative(scale: Scales, head_dim: int) -> mx.array:
     """The metric in which the error of an output is its share of the output's variance, [M, D, D]."""
     identity = (mx.arange(head_dim)[:, None] == mx.arange(head_dim)).astype(mx.float32)
-    return identity / mx.sqrt(head_dim * scale.output)[:, None, None]
+    return identity / (head_dim * scale.output)[:, None, None]
 
 
 def plain_error(part: Partial, samples: Samples, scale: Scales) -> mx.array:

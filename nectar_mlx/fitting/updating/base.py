@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import mlx.core as mx
@@ -19,16 +19,17 @@ from ..kinds import KindFit
 from ..prefill import Context, read_text
 from ..run import FitRun
 from ..samples import kept_study
-from ..samples.capture import Collected, capture
-from ..samples.conversation import Conversation, count_samples
-from ..samples.self_study import answer, check_conversations, training_conversations
+from ..samples.capture import Collected
+from ..samples.conversation import Conversation
+from ..samples.recording import collect
+from ..samples.sampling import Recorder
+from ..samples.self_study import answer, answered_before
+from ..samples.study_cache import allow_half
 from ..train import merged_errors, train_heads
+from . import questions
 from .revision import Revision
 
-_FEWEST = 6  # conversations that are sampled: fewer take nearly as long
 _ANSWER = 64  # tokens of their answers, at most
-_CHECKS = 0.25  # of a fit's check questions, beside those about what is new
-_AROUND = 60  # tokens before a new passage that questions about it may quote
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,54 +115,26 @@ def read(run: FitRun, file: FileContents, prefix: Sequence[int]) -> Context:
     return context
 
 
-def converse(
-    run: FitRun, context: Context, revision: Revision, kept: Sequence[Conversation], *, wanted: int
-) -> list[Conversation]:
-    """Conversations about the new passages, and about the text as a whole, their answers sampled.
-
-    kept: of the old text. wanted: samples a head from new conversations; where none are kept, half of them are about
-    the whole text.
-    """
-    if found := run.checkpoint.load_conversations():
-        return found
-    run = replace(run, config=replace(run.config, answer_tokens=min(_ANSWER, run.config.answer_tokens)))
-    config, whole = run.config, context.prefix
-    passages = [list(whole[max(0, start - _AROUND) : end]) for start, end in revision.changed] or [whole]
-    passages += [] if kept else [whole] * len(passages)
-    count = _FEWEST + wanted // (run.group * config.answer_tokens)
-    checks = max(2, config.checks // 8) if kept else config.checks
-    batch: list[Conversation] = []
-    for number, passage in enumerate(passages):
-        few = count * (number + 1) // len(passages) - count * number // len(passages)
-        first, asked = len(kept) + len(batch), checks * (number + 1) // len(passages) - checks * number // len(passages)
-        asking = training_conversations(run.tokenizer, passage, first=first, count=few, seed=config.seed)
-        batch += _enough(asking, run, samples=wanted / len(passages), least=_FEWEST // len(passages))
-        batch += check_conversations(run.tokenizer, passage, first=first, count=asked, seed=config.seed)
-    longest = max(len(c.prompt) for c in batch) + config.answer_tokens
-    with run.progress("sampling answers", longest) as done:
-        answer(run, context, batch, seed=config.seed, progress=done)
-    run.checkpoint.save_conversations(batch)
-    return batch
-
-
-def _enough(asking: Sequence[Conversation], run: FitRun, *, samples: float, least: int) -> list[Conversation]:
-    """The first conversations, as many as will give so many samples."""
-    chosen, given = list[Conversation](), 0
-    for conversation in asking:
-        if given >= samples and len(chosen) >= least:
-            break
-        chosen.append(conversation)
-        given += run.group * (len(conversation.prompt) + run.config.answer_tokens)
-    return chosen
-
-
 def collected(
     run: FitRun, context: Context, revision: Revision, study: Sequence[Conversation], *, kept: int, new: int
 ) -> Collected:
-    """What heads are trained on: about so many samples of conversations that were kept, and of new ones."""
-    conversations = some(study, run, samples=kept) + converse(run, context, revision, study, wanted=new)
-    given = max(1, count_samples(conversations, group=run.group))
-    return capture(replace(run, config=replace(run.config, queries=given)), context, conversations)
+    """What heads are trained on: about so many samples a head of conversations that were kept, and of new ones."""
+    run = replace(run, config=replace(run.config, answer_tokens=min(_ANSWER, run.config.answer_tokens)))
+    batch = questions.about_the_new(run, revision, study, samples=new)
+    return collect(run, context, partial(_answered, batch), kept=questions.some(study, run, samples=kept), whole=True)
+
+
+def _answered(
+    batch: list[Conversation], run: FitRun, context: Context, recorder: Recorder | None
+) -> list[Conversation]:
+    """The conversations, their answers sampled, or those that an interrupted update has sampled."""
+    allow_half(run.model, context)
+    answered = answered_before(batch, run.kept_conversations())
+    longest = max(len(c.prompt) for c in batch) + run.config.answer_tokens
+    with run.progress("sampling answers", longest) as done:
+        answer(run, context, batch, seed=run.config.seed, progress=done, recorder=recorder, answered=answered)
+    run.checkpoint.save_conversations(batch)
+    return batch
 
 
 def shorter(run: FitRun, data: Collected, *, steps: float, rate: float = 1.0) -> FitRun:
@@ -180,18 +153,6 @@ def retrained(kind: KindFit, file: FileContents, sizes: Sequence[Size], *, clock
     banks = load.banks(layout, store.pack(layout, heads, offsets=context.offsets))
     report = {"samples": kind.data.train.count, "touched": kind.n_heads - len(kind.settled)}
     return Updated(heads=heads, errors=merged_errors(kind, banks), data=kind.data, report=report)
-
-
-def some(kept: Sequence[Conversation], run: FitRun, *, samples: int) -> list[Conversation]:
-    """Of the conversations that were kept some of the check, and of the others as many as give so many samples; of
-    those that are held out at least one."""
-    chosen = [c for c in kept if c.split == "check"][: max(2, round(_CHECKS * run.config.checks))]
-    share = min(1.0, samples / max(1, count_samples(kept, group=run.group)))
-    for split in ("train", "held_out"):
-        of = [c for c in kept if c.split == split]
-        count = math.ceil(share * len(of))
-        chosen += [of[i * len(of) // count] for i in range(count)]
-    return chosen
 
 
 def stored(run: FitRun, file: FileContents, updated: Updated, *, clock: Clock) -> tuple[store.Tensors, JsonObject]:

@@ -1,6 +1,5 @@
 """Deciding how a file is brought up to date, and doing it."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,8 +22,8 @@ from ..config import FitConfig
 from ..run import FitRun, identity
 from ..samples import kept_study
 from ..samples.conversation import Conversation
-from . import append, edit
-from .base import FileContents, Updated, stored
+from .base import FileContents, stored
+from .revise import APPEND, EDIT, revise
 from .revision import Revision
 
 Way = Literal["same", "append", "edit", "fit"]
@@ -170,8 +169,7 @@ def _updated(
     """The result of an update; None where it is worse than the file was for its text."""
     clock, prefix = Clock(), list(revision.new)
     run.claim(prefix)
-    ways: dict[str, Callable[..., Updated]] = {"append": append.append, "edit": edit.edit}
-    updated = ways[way](run, file, revision, study, clock=clock)
+    updated = revise(run, file, revision, study, APPEND if way == "append" else EDIT, clock=clock)
     tensors, report = stored(run, file, updated, clock=clock)
     if _worse(report, file.metadata["report"]):
         return None

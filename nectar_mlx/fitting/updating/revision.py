@@ -45,6 +45,16 @@ class Revision:
         ends, starts = [0, *(run.end for run in self.kept)], [*(run.start for run in self.kept), len(self.new)]
         return [(end, start) for end, start in zip(ends, starts, strict=True) if end < start]
 
+    def passages(self, before: int) -> list[tuple[int, int]]:
+        """What is new, with so many tokens before it; places that meet are one."""
+        found = list[tuple[int, int]]()
+        for start, end in self.changed:
+            start = max(0, start - before)
+            if found and start <= found[-1][1]:
+                start = found.pop()[0]
+            found.append((start, end))
+        return found
+
     @property
     def appended(self) -> int:
         """Tokens that follow the old prefix; 0 where anything else is different."""

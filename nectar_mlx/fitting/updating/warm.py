@@ -8,17 +8,19 @@ import numpy as np
 
 from ...core import attention
 from ...core.gather import take
-from ...heads import Bank, HeadArrays
+from ...heads import Bank, HeadArrays, Quadrature
 from ...mlxlm.positions import shifted
 from ..kinds.quadrature import QuadratureFit
 from ..prefill import Context
 from ..run import FitRun
 from ..samples.capture import Collected
 from ..samples.sample_store import Samples
-from ..solve import attention_matching
+from ..solve import attention_matching, regression
+from .base import FileContents
 from .revision import Run
 
-_PROBE = 1024  # samples by which the least used nodes are found
+_SAME = 1.1  # times the error that a head had: it is left as it is
+_PROBE = 1024  # samples by which the use of nodes and tokens is told
 
 
 class WarmFit(QuadratureFit):
@@ -26,7 +28,8 @@ class WarmFit(QuadratureFit):
     Attention Matching of the new tokens' keys.
 
     nodes: of every head, their keys relative to the context's offsets. places: of the new tokens. rooms: for every
-    head, how many of its nodes are for them.
+    head, how many of its nodes are for them. fresh: whether a head starts from Attention Matching of the whole text
+    where that errs less on held-out samples.
     """
 
     def __init__(
@@ -37,11 +40,21 @@ class WarmFit(QuadratureFit):
         nodes: Sequence[HeadArrays],
         places: Sequence[int],
         rooms: Sequence[int],
+        fresh: bool = False,
     ):
         super().__init__(run, data)
         self.nodes, self.places, self.rooms = nodes, mx.array(np.array(places, np.int32)), rooms
+        self.fresh = fresh
 
     def match(self, heads: Sequence[int], counts: Sequence[int]) -> list[HeadArrays]:
+        if not self.fresh:
+            return self._warm(heads, counts)
+        warm, fresh = self._warm(heads, counts), super().match(heads, counts)
+        held_out, scale = self.held_out_samples(heads), self.run.geometry.scale
+        errors = [np.array(regression.errors(Quadrature.stack(x, scale=scale), held_out)) for x in (warm, fresh)]
+        return [w if kept else f for w, f, kept in zip(warm, fresh, errors[0] <= errors[1], strict=True)]
+
+    def _warm(self, heads: Sequence[int], counts: Sequence[int]) -> list[HeadArrays]:
         rooms = [max(self.rooms[i], count - self.nodes[i]["bias"].size) for i, count in zip(heads, counts, strict=True)]
         kept = [self._most_used(i, count - room) for i, count, room in zip(heads, counts, rooms, strict=True)]
         if not self.places.size:
@@ -82,6 +95,28 @@ class WarmFit(QuadratureFit):
         everything = [room == self.places.size for room in rooms]
         exact = [{"keys": k, "values": v, "bias": mx.zeros(k.shape[0])} for k, v in zip(keys, values, strict=True)]
         return [e if whole else m for e, m, whole in zip(exact, matched, everything, strict=True)]
+
+    def settle(self, file: FileContents) -> None:
+        """Leaves heads as they are that answer the new text as well as they did the old one."""
+        K = self.run.geometry.n_kv_heads
+        for layer, bank in enumerate(file.banks if file.errors else ()):
+            heads = range(layer * K, layer * K + K)
+            errors = np.array(regression.errors(bank, self.held_out_samples(heads)))
+            for index, head, error in zip(heads, bank.unstack(), errors, strict=True):
+                if error <= _SAME * file.errors[index]:
+                    self.settled[index] = head
+
+
+def attention_shares(run: FitRun, data: Collected, places: Sequence[int]) -> list[float]:
+    """Of every head the share of its attention to the text that some tokens of it take, on average over samples."""
+    K, at, shares = run.geometry.n_kv_heads, mx.array(np.array(places, np.int32)), list[float]()
+    probe = np.linspace(0, data.train.count - 1, min(_PROBE, data.train.count)).astype(np.int32)
+    for layer, bank in enumerate(data.context.fitted if len(places) else ()):
+        samples = data.train.heads(range(layer * K, layer * K + K), probe)
+        keys = take(bank.parameters["keys"], at, axis=1)
+        weights = attention_matching.attention_weights(samples, keys, scale=run.geometry.scale)
+        shares += np.array(weights.sum(-1).mean(1)).tolist()
+    return shares or [0.0] * run.n_heads
 
 
 def moved_nodes(run: FitRun, banks: Sequence[Bank], context: Context, kept: Sequence[Run]) -> list[HeadArrays]:

@@ -1,0 +1,59 @@
+"""Which conversations an update learns from: some of those that were kept, and new ones about what is new."""
+
+import math
+from collections.abc import Sequence
+
+from ..run import FitRun
+from ..samples.conversation import Conversation, count_samples
+from ..samples.self_study import check_conversations, training_conversations
+from .revision import Revision
+
+_FEWEST = 6  # conversations that are sampled: fewer take nearly as long
+_CHECKS = 0.25  # of a fit's check questions, beside those about what is new
+_NEW_CHECKS = 1 / 8  # of a fit's check questions, about what is new; at least two
+_AROUND = 60  # tokens before a new passage that questions about it may quote
+
+
+def some(kept: Sequence[Conversation], run: FitRun, *, samples: int) -> list[Conversation]:
+    """Of the conversations that were kept some of the check, and of the others as many as give so many samples a head;
+    of those that are held out at least one."""
+    chosen = [c for c in kept if c.split == "check"][: max(2, round(_CHECKS * run.config.checks))]
+    share = min(1.0, samples / max(1, count_samples(kept, group=run.group)))
+    for split in ("train", "held_out"):
+        of = [c for c in kept if c.split == split]
+        count = math.ceil(share * len(of))
+        chosen += [of[i * len(of) // count] for i in range(count)]
+    return chosen
+
+
+def about_the_new(run: FitRun, revision: Revision, kept: Sequence[Conversation], *, samples: int) -> list[Conversation]:
+    """Conversations about the new passages that give about so many samples a head, their answers still to come; where
+    none are kept, half of them are about the whole text."""
+    config, whole = run.config, list(revision.new)
+    passages = [whole[start:end] for start, end in revision.passages(_AROUND)] or [whole]
+    passages += [] if kept else [whole] * len(passages)
+    most = _FEWEST + samples // (run.group * config.answer_tokens)
+    checks = max(2, math.ceil(_NEW_CHECKS * config.checks)) if kept else config.checks
+    training, checking = list[list[Conversation]](), list[list[Conversation]]()
+    for first, passage in enumerate(passages, len(kept)):
+        options = {"first": first, "seed": config.seed}
+        training.append(training_conversations(run.tokenizer, passage, count=most, **options))
+        checking.append(check_conversations(run.tokenizer, passage, count=checks, **options))
+    asked = _enough(_in_turn(training), run, samples=samples)
+    batch = [Conversation(c.prompt, split="train" if n % 10 else "held_out") for n, c in enumerate(asked, len(kept))]
+    return batch + _in_turn(checking)[:checks]
+
+
+def _enough(conversations: Sequence[Conversation], run: FitRun, *, samples: int) -> list[Conversation]:
+    """The first ones, as many as will give so many samples a head."""
+    given = 0
+    for count, conversation in enumerate(conversations):
+        if given >= samples and count >= _FEWEST:
+            return list(conversations[:count])
+        given += run.group * (len(conversation.prompt) + run.config.answer_tokens)
+    return list(conversations)
+
+
+def _in_turn(passages: Sequence[Sequence[Conversation]]) -> list[Conversation]:
+    """One of each passage, then the next of each."""
+    return [c for turn in zip(*passages, strict=True) for c in turn]

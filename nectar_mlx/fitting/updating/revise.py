@@ -1,0 +1,85 @@
+"""A file's heads trained on for a text that was changed, from where they are."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ...core.clock import Clock
+from ...heads import Size
+from ..run import FitRun
+from ..samples.conversation import Conversation
+from .base import FileContents, Updated, collected, read, retrained, shorter
+from .revision import Revision
+from .warm import WarmFit, attention_shares, moved_nodes
+
+_PER_TOKEN = 1 / 8  # of `Effort.more`, for each new token
+
+
+@dataclass(frozen=True, kw_only=True)
+class Effort:
+    """What an update takes of a fit.
+
+    kept: samples of conversations that were kept. new: samples of new conversations, for the share of the text that is
+    new. steps, rate: of the regression. more: nodes of a head for the new tokens, at most, by which it grows beside its
+    share: the error of a few falls the fastest. fresh: whether a head may start from Attention Matching of all keys.
+    """
+
+    kept: float
+    new: float
+    steps: float
+    rate: float
+    more: int
+    fresh: bool
+
+
+# Behind a text nearly all nodes are already where they belong; a change within it moves what follows.
+APPEND = Effort(kept=0.2, new=1.0, steps=0.3, rate=1 / 2, more=16, fresh=False)
+EDIT = Effort(kept=0.45, new=1.0, steps=0.5, rate=1.0, more=0, fresh=True)
+
+
+def revise(
+    run: FitRun,
+    file: FileContents,
+    revision: Revision,
+    study: Sequence[Conversation],
+    effort: Effort,
+    *,
+    clock: Clock,
+) -> Updated:
+    """Heads for the new text. study: the conversations that were kept, of the old one."""
+    context = read(run, file, revision.new)
+    clock.lap("read")
+    usual, share = run.n_samples(run.n_heads), revision.share
+    kept = int(min(1.0, effort.kept + share) * usual)
+    new = int(min(1.0, effort.new * share) * usual)
+    data = collected(run, context, revision, study, kept=kept, new=new if study else new + kept)
+    clock.lap("study")
+    places = [place for start, end in revision.changed for place in range(start, end)]
+    more = min(effort.more, math.ceil(_PER_TOKEN * len(places)))
+    sizes = [new_size(m, revision, tokens=len(places), more=more) for (m,) in file.sizes]
+    shares = attention_shares(run, data, places)
+    rooms = [_room(m, s, len(places), more=more) for (m,), s in zip(sizes, shares, strict=True)]
+    kind = WarmFit(
+        shorter(run, data, steps=effort.steps, rate=effort.rate),
+        data,
+        nodes=moved_nodes(run, file.banks, context, revision.kept),
+        places=places,
+        rooms=rooms,
+        fresh=effort.fresh,
+    )
+    if not revision.appended and all(part.moved == 0 for part in revision.kept):
+        kind.settle(file)
+    return retrained(kind, file, sizes, clock=clock)
+
+
+def _room(nodes: int, share: float, tokens: int, *, more: int) -> int:
+    """How many of a head's nodes are for new tokens that take so much of its attention: the end of a text, where they
+    often are, takes more than its length tells."""
+    return min(tokens, nodes // 2, math.ceil(share * nodes) + more)
+
+
+def new_size(nodes: int, revision: Revision, *, tokens: int, more: int) -> Size:
+    """Of a head of so many nodes: in proportion to the text's length, and some more, but not by more than there are new
+    tokens. A head that kept every key keeps every key."""
+    before, length = len(revision.old), len(revision.new)
+    return (min(length, nodes + tokens, max(1, round(nodes * length / before)) + more),)

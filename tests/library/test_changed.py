@@ -1,0 +1,53 @@
+"""A document of a library that is changed: its file is brought up to date, and where that would be worse it is fitted
+anew; with a real fit of a toy model."""
+
+import pytest
+
+from nectar_mlx import store
+from nectar_mlx.fitting import updating
+from nectar_mlx.library import Library, ModelFitter, volumes
+from tests import toys
+from tests.fitting.toy_fit import FAST, TEXT
+
+MORE = TEXT + " A new hare came by, and it sang about the river."
+EDITED = MORE.replace("fox number 7", "cat number 9")
+
+
+@pytest.fixture
+def added(tmp_path, monkeypatch):
+    """Writes a document of a library on a toy model, and looks at it again: its file's report, and what was said."""
+    said: list[str] = []
+    monkeypatch.setattr(volumes, "SHORT", 100)  # characters, so that it has a file of its own
+    toys.save_model(toys.toy("llama"), tmp_path / "model", toys.tokenizer())
+    fitter = ModelFitter(str(tmp_path / "model"), FAST | {"budget": 0.3}, log=said.append)
+    library, note = Library(tmp_path / "library"), tmp_path / "note.md"
+
+    def added(text):
+        said.clear()
+        note.write_text(text)
+        library.add([note], fitter)
+        (document,) = library.documents()
+        return store.read(document.file)[1]["report"], said
+
+    added(TEXT)
+    return added
+
+
+def test_what_is_added_to_it_and_what_is_changed_in_it_is_fitted_alone(added):
+    report, said = added(MORE)
+    assert report["updated"]["way"] == "append" and "tokens were added" in said[0]
+    report, said = added(EDITED)
+    assert report["updated"]["way"] == "edit" and "of the text is another" in said[0]
+
+
+def test_another_text_is_fitted_anew(added):
+    report, said = added(" ".join(TEXT.split()[::-1]))
+    assert "updated" not in report
+    assert said[-1].startswith("fitting anew: ") and said[-1].endswith("of the text is another")
+
+
+def test_an_update_that_is_worse_is_given_up(added, monkeypatch):
+    monkeypatch.setattr(updating.decide, "_worse", lambda new, old: True)
+    report, said = added(MORE)
+    assert "updated" not in report
+    assert said[-1] == "fitting anew: the update answers worse than the file did"
