@@ -31,10 +31,10 @@ class OtherFile(FittedText, Protocol):
 
 @dataclass(frozen=True)
 class Others:
-    """The other texts in view. prefixes: their token ids. layers: their heads as nodes, by layer, their keys absolute
-    and at their places before the text."""
+    """The other texts in view. texts: how many there are with the text itself. layers: their heads as nodes, by layer,
+    their keys absolute and at their places before the text."""
 
-    prefixes: Sequence[Sequence[int]]
+    texts: int
     layers: Sequence[HeadArrays]
 
     @classmethod
@@ -49,12 +49,7 @@ class Others:
             placement.nodes(model, layer, [file.banks[index] for file in files], [by - own for by in shifts])
             for index, layer in enumerate(geometry.fitted)
         ]
-        return cls([file.prefix for file in files], layers)
-
-    def studied_with(self, prefix: Sequence[int]) -> list[int]:
-        """What passages for questions are taken from: half of it is the text, and half the others."""
-        others = [token for other in self.prefixes for token in other]
-        return [*(list(prefix) * -(-len(others) // len(prefix))), *others]
+        return cls(len(files) + 1, layers)
 
     def together(self, banks: Sequence[Bank]) -> list[Bank]:
         """A text's heads, a bank a layer, each beside those of the others."""
@@ -62,8 +57,7 @@ class Others:
             placement.bank(nodes, scale=own.scale, offset=own.offset)
             for own, nodes in zip(banks, self.layers, strict=True)
         )
-        texts = len(self.prefixes) + 1
-        return [Together.of(own, other, texts=texts) for own, other in zip(banks, others, strict=True)]
+        return [Together.of(own, other, texts=self.texts) for own, other in zip(banks, others, strict=True)]
 
 
 def check(files: Sequence[OtherFile], *, model: str, kind: str) -> None:

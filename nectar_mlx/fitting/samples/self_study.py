@@ -39,7 +39,6 @@ def study(run: FitRun, context: Context, recorder: Recorder | None = None) -> li
     before, config = run.kept_conversations(), run.config
     conversations = list[Conversation]() if recorder else before
     wanted = run.n_samples(run.n_heads)
-    studied = context.prefix if context.others is None else context.others.studied_with(context.prefix)
     allow_half(run.model, context)
     with run.progress("sampling answers", wanted) as done:
         while True:
@@ -47,7 +46,7 @@ def study(run: FitRun, context: Context, recorder: Recorder | None = None) -> li
             number = sum(c.split != "check" for c in conversations)
             batch: list[Conversation] = []
             if samples < _ENOUGH * wanted:
-                asked = asking(run.tokenizer, studied, first=number, seed=config.seed)
+                asked = asking(run.tokenizer, context.prefix, first=number, seed=config.seed)
                 batch += expected_to_give(wanted - samples, asked, run)
             if not answered_checks(conversations):  # beside the others they cost little
                 batch += check_conversations(
