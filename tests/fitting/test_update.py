@@ -186,6 +186,17 @@ class TestAppend:
             assert mx.allclose(bank(queries).output, exact(queries).output, atol=1e-4)
             assert mx.allclose(bank.parameters["keys"], exact.parameters["keys"], atol=1e-5)
 
+    def test_the_attention_that_tokens_take_is_that_of_the_exact_context(self, model, tokenizer):
+        run, tokens = fit_run(model, tokenizer, queries=300), toys.random_tokens(60)
+        context = read(run, tokens)
+        asked = self_study.training_conversations(tokenizer, tokens, first=0, count=8, seed=0)
+        self_study.answer(run, context, asked, seed=0)
+        data = capture(run, context, asked)
+        first, rest = (warm.attention_shares(run, data, places) for places in (range(20), range(20, 60)))
+        assert np.allclose(np.array(first) + rest, 1, atol=1e-4)
+        assert len(first) == run.n_heads and 0 < min(first) < max(first) < 1
+        assert warm.attention_shares(run, data, []) == [0.0] * run.n_heads
+
     def test_it_samples_a_fraction_of_a_fit(self, model, tokenizer, fitted, monkeypatch):
         sampled = []
         answer = sampling.sample_answers
@@ -335,7 +346,7 @@ class TestCommand:
 
     def test_an_interrupted_update_goes_on(self, folder, monkeypatch, capsys):
         with monkeypatch.context() as patch:
-            patch.setattr(recording.Recording, "move", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+            patch.setattr(recording.Recording, "move", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
             assert self.run(folder, MORE) == 130
         assert "the same command continues" in capsys.readouterr().err
         monkeypatch.setattr(sampling, "sample", lambda *a, **k: pytest.fail("an answer was sampled again"))

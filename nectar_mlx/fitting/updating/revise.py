@@ -13,6 +13,7 @@ from .revision import Revision
 from .warm import WarmFit, attention_shares, moved_nodes
 
 _PER_TOKEN = 1 / 8  # of `Effort.more`, for each new token
+_CROWD = 1.5  # times their number: the attention that new tokens within a text are taken to get
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +35,7 @@ class Effort:
 
 # Behind a text nearly all nodes are already where they belong; a change within it moves what follows.
 APPEND = Effort(kept=0.2, new=1.0, steps=0.3, rate=1 / 2, more=16, fresh=False)
-EDIT = Effort(kept=0.45, new=1.0, steps=0.5, rate=1.0, more=0, fresh=True)
+EDIT = Effort(kept=0.35, new=1.0, steps=0.5, rate=1.0, more=0, fresh=True)
 
 
 def revise(
@@ -57,7 +58,9 @@ def revise(
     places = [place for start, end in revision.changed for place in range(start, end)]
     more = min(effort.more, math.ceil(_PER_TOKEN * len(places)))
     sizes = [new_size(m, revision, tokens=len(places), more=more) for (m,) in file.sizes]
-    shares = attention_shares(run, data, places)
+    shares = [_CROWD * len(places) / context.length] * run.n_heads
+    if revision.appended:  # the end of a text takes more attention than its length tells
+        shares = attention_shares(run, data, places)
     rooms = [_room(m, s, len(places), more=more) for (m,), s in zip(sizes, shares, strict=True)]
     kind = WarmFit(
         shorter(run, data, steps=effort.steps, rate=effort.rate),
@@ -73,8 +76,7 @@ def revise(
 
 
 def _room(nodes: int, share: float, tokens: int, *, more: int) -> int:
-    """How many of a head's nodes are for new tokens that take so much of its attention: the end of a text, where they
-    often are, takes more than its length tells."""
+    """How many of a head's nodes are for new tokens that take about so much of its attention."""
     return min(tokens, nodes // 2, math.ceil(share * nodes) + more)
 
 
