@@ -14,7 +14,6 @@ from .gradients import Arrays, with_vjp
 from .types import FloatArray
 
 _BLOCK = 1 << 17  # numbers: several passes over half a megabyte stay in the processor's nearer caches
-_ALIKE = 60.0  # between the largest scores of rows: weights relative to the largest of them are float32 numbers
 
 
 def exp(x: mx.array) -> mx.array:
@@ -41,7 +40,7 @@ def _exp(x: mx.array) -> tuple[mx.array]:
 def exp_of_scores(scores: mx.array) -> tuple[mx.array, mx.array, mx.array]:
     """e^(s - top), top and the sum, each over the last axis of scores [..., n] float32, which may be overwritten.
 
-    top: the largest score of a row, or a number not far above it. Not differentiable."""
+    top: the largest score of a row. Not differentiable."""
     if device().linux_cpu:
         try:
             mx.eval(scores)
@@ -61,13 +60,8 @@ def _overwritten(scores: mx.array) -> tuple[mx.array, mx.array, mx.array]:
     weights = np.array(scores, copy=False)
     top, total = (np.empty((*weights.shape[:-1], 1), np.float32) for _ in range(2))
     for w, t, s in blocks(weights, top, total):
-        np.max(w, axis=-1, keepdims=True, out=t)
-        if t.max() - t.min() < _ALIKE:  # one number for all rows is subtracted three times as fast
-            t[:] = t.max()
-            w -= t[0, 0]
-        else:
-            w -= t
-        np.exp(w, out=w)
+        np.max(w, axis=-1, keepdims=True, out=t)  # a row's own: it must not depend on those beside it
+        np.exp(np.subtract(w, t, out=w), out=w)
         np.einsum("ij->i", w, out=s[:, 0])
     return scores, mx.array(top), mx.array(total)
 
