@@ -104,11 +104,12 @@ def _better(kind: KindFit, group: Sequence[int], first: Bank, trained: Bank, *, 
     if not worse.any():
         return heads
     few = np.flatnonzero(worse).tolist()
-    starts = first.unstack()
-    start = type(first).stack([starts[m] for m in few], scale=first.scale)
-    plain = rounded(kind, start, kind.training([group[m] for m in few]), bits=bits, steps=0)
-    errors = np.array(regression.errors(plain, held_out.of_heads(few)))
-    for m, head, error in zip(few, plain.unstack(), errors, strict=True):
+    starts, errors = [first.unstack()[m] for m in few], before[few]
+    if kind.run.layout.bits is None:  # then what is stored is rounded here, and errs otherwise
+        start = type(first).stack(starts, scale=first.scale)
+        plain = rounded(kind, start, kind.training([group[m] for m in few]), bits=bits, steps=0)
+        starts, errors = plain.unstack(), np.array(regression.errors(plain, held_out.of_heads(few)))
+    for m, head, error in zip(few, starts, errors, strict=True):
         if not error >= after[m]:
             heads[m] = head
     return heads
