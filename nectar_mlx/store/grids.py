@@ -41,14 +41,18 @@ class GridMatrix(NamedTuple):
 
     @classmethod
     def of_all(cls, matrices: Sequence[AnyArray]) -> list["GridMatrix"]:
-        """`of` of several matrices of one width, all rows at once."""
-        integers, exponents = _coarsest(np.concatenate(matrices).astype(np.float64))
-        ends = np.cumsum([len(x) for x in matrices])[:-1]
-        found = [cls(x, e) for x, e in zip(np.split(integers, ends), np.split(exponents, ends), strict=True)]
-        for matrix in found:
+        """`of` of several matrices, all rows of one width at once."""
+        found = dict[int, GridMatrix]()
+        for width in {x.shape[1] for x in matrices}:
+            alike = [i for i, x in enumerate(matrices) if x.shape[1] == width]
+            integers, exponents = _coarsest(np.concatenate([matrices[i] for i in alike]).astype(np.float64))
+            ends = np.cumsum([len(matrices[i]) for i in alike])[:-1]
+            parts = zip(alike, np.split(integers, ends), np.split(exponents, ends), strict=True)
+            found |= {i: cls(x, e) for i, x, e in parts}
+        for matrix in found.values():
             zero = ~matrix.integers.any(1)
             matrix.exponents[zero] = matrix.exponents[~zero].min(initial=0)
-        return found
+        return [found[i] for i in range(len(matrices))]
 
     @property
     def values(self) -> FloatArray:

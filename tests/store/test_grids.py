@@ -59,6 +59,13 @@ def matrices():
     ]
 
 
+def test_matrices_of_several_widths_are_what_each_is_alone():
+    values = [settled(9, 32), settled(5, 48, seed=1), settled(0, 32), settled(7, 32, seed=2)]
+    for found, alone in zip(GridMatrix.of_all(values), map(GridMatrix.of, values), strict=True):
+        np.testing.assert_array_equal(found.integers, alone.integers)
+        np.testing.assert_array_equal(found.exponents, alone.exponents)
+
+
 def test_matrices_come_back(matrices):
     shapes = [m.integers.shape for m in matrices]
     back = list(grids.decode(*grids.encode(matrices), shapes))
