@@ -103,8 +103,8 @@ def _better(kind: KindFit, group: Sequence[int], first: Bank, trained: Bank, *, 
     worse, heads = ~(after <= before), trained.unstack()
     if not worse.any():
         return heads
-    few = np.flatnonzero(worse).tolist()
-    starts, errors = [first.unstack()[m] for m in few], before[few]
+    few, every = np.flatnonzero(worse).tolist(), first.unstack()
+    starts, errors = [every[m] for m in few], before[few]
     if kind.run.layout.bits is None:  # then what is stored is rounded here, and errs otherwise
         start = type(first).stack(starts, scale=first.scale)
         plain = rounded(kind, start, kind.training([group[m] for m in few]), bits=bits, steps=0)
