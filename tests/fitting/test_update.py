@@ -19,6 +19,7 @@ from nectar_mlx.fitting.updating.revision import Revision
 from nectar_mlx.heads import Quadrature
 from nectar_mlx.mlxlm import prompts
 from tests import toys
+from tests.fitting import update_figures
 from tests.fitting.toy_fit import FAST, TEXT, fit_run, read
 
 MORE = TEXT + " A new hare came by, and it sang about the river."
@@ -371,3 +372,19 @@ def test_work_of_another_update_is_not_taken(model, tokenizer, fitted, tmp_path)
     run.checkpoint.save_conversations([Conversation([1], [2])])
     outcome, _ = updated(model, tokenizer, fitted, MORE, checkpoint=Checkpoint(tmp_path))
     assert outcome.metadata["report"]["queries"] > 10
+
+
+@pytest.mark.parametrize("kind", ["append", "edit"])
+def test_the_figures_of_an_update_are_told(tmp_path, model, tokenizer, kind):
+    toys.save_model(model, tmp_path / "model", tokenizer)
+    (tmp_path / "text").write_text(TEXT.replace(". ", ".\n\n"))
+    settings = json.dumps(FAST | {"budget": 0.3})
+    options = ["--kind", kind, "--settings", settings, "--folder", str(tmp_path), "--questions", "4"]
+    options += ["--about-new", "2", "--share", "0.1"]
+    first, again = (update_figures.main([str(tmp_path / "model"), str(tmp_path / "text"), *options]) for _ in range(2))
+    assert first["way"] == kind
+    assert first["seconds"]["fits"] == again["seconds"]["fits"]  # the kept one
+    for part in ("all", "general", "about new"):
+        value, error = first["ratio"][part]
+        assert value == pytest.approx(first["kl"]["update"][part] / first["kl"]["fit 0"][part], rel=0.01)
+        assert error > 0
