@@ -128,7 +128,7 @@ def test_new_questions_give_the_samples_that_are_wanted(model, tokenizer):
     asked = questions.about_the_new(run, Revision.of(new[:200], new), [Conversation([1], [2])], samples=1500)
     each = [run.group * (len(c.prompt) + 16) for c in asked if c.split != "check"]
     assert sum(each[:-1]) < 1500 <= sum(each)
-    assert sum(c.split == "check" for c in asked) == 2
+    assert sum(c.split == "check" for c in asked) == 1
 
 
 def test_without_a_study_some_are_about_the_whole_text_and_one_is_held_out(model, tokenizer):
@@ -139,19 +139,26 @@ def test_without_a_study_some_are_about_the_whole_text_and_one_is_held_out(model
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "nodes", "tokens", "more", "size"),
+    ("old", "new", "sizes", "tokens", "after"),
     [
-        (1000, 1100, 50, 100, 16, 71),  # in proportion, and 16 more
-        (1000, 1100, 990, 100, 16, 1090),  # not more than there are new tokens
-        (1000, 1100, 1000, 100, 16, 1100),  # every key
-        (1000, 1000, 50, 40, 0, 50),  # as many tokens as before
-        (1000, 900, 50, 0, 0, 45),
-        (1000, 10, 1, 0, 0, 1),
+        (1000, 1100, [10, 190], 100, [20, 200]),  # what is more is divided equally
+        (1000, 1100, [10, 190, 1000], 100, [20, 200, 1100]),  # every key
+        (1000, 1100, [950, 990], 100, [1047, 1087]),
+        (1000, 1010, [500, 999], 3, [503, 1002]),  # not more than there are new tokens
+        (1000, 1000, [50, 60], 40, [50, 60]),  # as many tokens as before
+        (1000, 900, [50, 1000], 0, [45, 900]),
+        (1000, 10, [1], 0, [1]),
+        (1000, 1100, [1000, 1000], 100, [1100, 1100]),
     ],
 )
-def test_heads_grow_with_the_text(old, new, nodes, tokens, more, size):
+def test_heads_grow_with_the_text(old, new, sizes, tokens, after):
     revision = Revision(range(old), range(new), [])
-    assert revise.new_size(nodes, revision, tokens=tokens, more=more) == (size,)
+    assert revise.new_sizes([(m,) for m in sizes], revision, tokens=tokens) == [(m,) for m in after]
+
+
+def test_questions_of_about_one_length_are_asked(model, tokenizer):
+    asked = [Conversation([1] * n) for n in (90, 10, 50, 52, 11, 55, 80, 48)]
+    assert [len(c.prompt) for c in questions._alike(asked, 4)] == [50, 52, 55, 48]
 
 
 class TestAppend:
@@ -380,7 +387,7 @@ def test_the_figures_of_an_update_are_told(tmp_path, model, tokenizer, kind):
     (tmp_path / "text").write_text(TEXT.replace(". ", ".\n\n"))
     settings = json.dumps(FAST | {"budget": 0.3})
     options = ["--kind", kind, "--settings", settings, "--folder", str(tmp_path), "--questions", "4"]
-    options += ["--about-new", "2", "--share", "0.1"]
+    options += ["--about-new", "2", "--share", "0.1", "--tokens", "400"]
     first, again = (update_figures.main([str(tmp_path / "model"), str(tmp_path / "text"), *options]) for _ in range(2))
     assert first["way"] == kind
     assert first["seconds"]["fits"] == again["seconds"]["fits"]  # the kept one

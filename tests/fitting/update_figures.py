@@ -3,12 +3,12 @@
     python -m tests.fitting.update_figures MODEL TEXT --kind append [--tokens 1500] [--settings '{"budget": 0.05}'] ...
 
 MODEL: a name, a folder or a .gguf file. TEXT: a file. Of it the first --tokens are the new text. append: the old text
-lacks the last tenth of its own length. edit: in the old text one paragraph (or several, until they are --share of it)
-is another. The old text is fitted, keeping its conversations, then updated to the new text, then the new text is
-fitted, with --fits seeds. All are compared with the full cache, on answers to questions of a seed that no fit uses:
---questions about the whole text and --about-new about what changed. One JSON object: seconds by stage (wall,
-processor), bytes, and the divergences; `ratio` is the update's divergence over that of the fits, with the standard
-error over questions (of the ratio of two means, by its first-order residuals).
+lacks its last tokens, a tenth as many as it has. edit: in the old text some lines, --share of it, are others: those
+behind the tokens that are taken, so TEXT must be longer. The old text is fitted, keeping its conversations, then
+updated to the new text, then the new text is fitted, with --fits seeds. All are compared with the full cache, on
+answers to questions of a seed that no fit uses: --questions about the whole text and --about-new about what changed.
+One JSON object: seconds by stage (wall, processor), bytes, and the divergences; `ratio` is the update's divergence over
+that of the fits, with the standard error over questions (of the ratio of two means, by its first-order residuals).
 
 Nothing is downloaded where MODEL and TEXT are paths.
 """
@@ -79,29 +79,20 @@ def appended(tokenizer: Any, text: str, *, tokens: int, share: float) -> tuple[s
 
 
 def edited(tokenizer: Any, text: str, *, tokens: int, share: float) -> tuple[str, str]:
-    """The first tokens of a text with a paragraph that is another before and after. The other one is the last of
-    these tokens, which both texts lack at their end."""
+    """The first tokens of a text, with other lines in one place before: those behind these tokens."""
     ids = tokenizer.encode(text, add_special_tokens=False)[:tokens]
-    parts = tokenizer.decode(ids).strip().split("\n\n")
+    new = tokenizer.decode(ids).rstrip()
+    lines, behind = new.split("\n"), text[len(new) :].split("\n")[1:]
 
-    def several(at: int, step: int) -> slice:
-        """As many paragraphs from one on, forwards or backwards, as are the share asked for."""
-        count = 1
-        while len(tokenizer.encode("\n\n".join(parts[span(at, step, count)]))) < share * len(ids):
-            count += 1
-        return span(at, step, count)
+    def several(lines: list[str], first: int) -> slice:
+        """As many lines from one on as are the share asked for."""
+        for end in range(first + 1, len(lines) + 1):
+            if len(tokenizer.encode("\n".join(lines[first:end]))) >= share * len(ids):
+                return slice(first, end)
+        return sys.exit(f"there are too few lines behind {len(ids)} tokens of the text: give fewer --tokens")
 
-    def span(at: int, step: int, count: int) -> slice:
-        return slice(at, at + count) if step > 0 else slice(max(0, at - count + 1), at + 1)
-
-    other = several(len(parts) - 1, -1)
-    rest = parts[: other.start]
-    replaced = several(len(rest) // 3, 1)
-    if replaced.stop > len(rest):
-        sys.exit(f"{len(parts)} paragraphs are too few for an edit of {share:.0%}: give more --tokens")
-    old, new = list(rest), list(rest)
-    new[replaced] = parts[other]
-    return "\n\n".join(old), "\n\n".join(new)
+    at = several(lines, len(lines) // 3)
+    return "\n".join([*lines[: at.start], *behind[several(behind, 0)], *lines[at.stop :]]), new
 
 
 def questions(run: FitRun, context: Any, revision: Revision, *, about_all: int, about_new: int) -> list[Conversation]:
@@ -163,9 +154,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     old_text, new_text = make(tokenizer, text, tokens=args.tokens, share=share)
 
     def kept(name: str) -> Path | None:
-        return args.folder and args.folder / f"{args.kind}-{name}.nectar"
+        return args.folder and args.folder / f"{name}.nectar"
 
-    old, of_old = fit(model, tokenizer, old_text, kept=kept("old"), config=config, name=args.model)
+    old, of_old = fit(model, tokenizer, old_text, kept=kept(f"old-{args.kind}"), config=config, name=args.model)
     updates = []
     for _ in range(args.repeat):
         outcome, seconds = timed(
@@ -173,7 +164,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         )
         updates.append(seconds)
     if outcome.tensors is None or outcome.metadata is None:
-        sys.exit("the paragraph and its replacement are the same: give other --tokens")
+        sys.exit("the lines and their replacement are the same: give other --tokens")
     updated = Nectar(outcome.tensors, outcome.metadata)
     fits, of_fits = [], []
     for seed in range(args.fits):

@@ -9,8 +9,9 @@ from ..samples.self_study import check_conversations, training_conversations
 from .revision import Revision
 
 _FEWEST = 6  # conversations that are sampled: fewer take nearly as long
-_CHECKS = 0.25  # of a fit's check questions, beside those about what is new
-_NEW_CHECKS = 1 / 8  # of a fit's check questions, about what is new; at least two
+_CHECKS = 3 / 16  # of a fit's check questions, beside those about what is new
+_NEW_CHECKS = 1 / 16  # of a fit's check questions, about what is new
+_CHOICE = 4  # times as many questions as are asked: those of about one length are
 _AROUND = 60  # tokens before a new passage that questions about it may quote
 
 
@@ -33,15 +34,24 @@ def about_the_new(run: FitRun, revision: Revision, kept: Sequence[Conversation],
     passages = [whole[start:end] for start, end in revision.passages(_AROUND)] or [whole]
     passages += [] if kept else [whole] * len(passages)
     most = _FEWEST + samples // (run.group * config.answer_tokens)
-    checks = max(2, math.ceil(_NEW_CHECKS * config.checks)) if kept else config.checks
+    checks = math.ceil(_NEW_CHECKS * config.checks) if kept else config.checks
     training, checking = list[list[Conversation]](), list[list[Conversation]]()
     for first, passage in enumerate(passages, len(kept)):
         options = {"first": first, "seed": config.seed}
-        training.append(training_conversations(run.tokenizer, passage, count=most, **options))
-        checking.append(check_conversations(run.tokenizer, passage, count=checks, **options))
+        training.append(_alike(training_conversations(run.tokenizer, passage, count=_CHOICE * most, **options), most))
+        checking.append(_alike(check_conversations(run.tokenizer, passage, count=_CHOICE * checks, **options), checks))
     asked = _enough(_in_turn(training), run, samples=samples)
     batch = [Conversation(c.prompt, split="train" if n % 10 else "held_out") for n, c in enumerate(asked, len(kept))]
     return batch + _in_turn(checking)[:checks]
+
+
+def _alike(conversations: Sequence[Conversation], count: int) -> list[Conversation]:
+    """So many of about one length, in their order: the rest of a longer prompt is read token by token while shorter
+    ones are answered."""
+    lengths = [len(c.prompt) for c in conversations]
+    middle = sorted(lengths)[len(lengths) // 2]
+    chosen = sorted(range(len(lengths)), key=lambda i: abs(lengths[i] - middle))[:count]
+    return [conversations[i] for i in sorted(chosen)]
 
 
 def _enough(conversations: Sequence[Conversation], run: FitRun, *, samples: int) -> list[Conversation]:

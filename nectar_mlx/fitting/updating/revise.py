@@ -12,7 +12,6 @@ from .base import FileContents, Updated, collected, read, retrained, shorter
 from .revision import Revision
 from .warm import WarmFit, attention_shares, moved_nodes
 
-_PER_TOKEN = 1 / 8  # of `Effort.more`, for each new token
 _CROWD = 1.5  # times their number: the attention that new tokens within a text are taken to get
 
 
@@ -21,21 +20,19 @@ class Effort:
     """What an update takes of a fit.
 
     kept: samples of conversations that were kept. new: samples of new conversations, for the share of the text that is
-    new. steps, rate: of the regression. more: nodes of a head for the new tokens, at most, by which it grows beside its
-    share: the error of a few falls the fastest. fresh: whether a head may start from Attention Matching of all keys.
+    new. steps, rate: of the regression. fresh: whether a head may start from Attention Matching of all keys.
     """
 
     kept: float
     new: float
     steps: float
     rate: float
-    more: int
     fresh: bool
 
 
 # Behind a text nearly all nodes are already where they belong; a change within it moves what follows.
-APPEND = Effort(kept=0.2, new=1.0, steps=0.3, rate=1 / 2, more=16, fresh=False)
-EDIT = Effort(kept=0.35, new=1.0, steps=0.5, rate=1.0, more=0, fresh=True)
+APPEND = Effort(kept=0.2, new=1.0, steps=0.3, rate=1 / 2, fresh=False)
+EDIT = Effort(kept=0.35, new=1.0, steps=0.5, rate=1.0, fresh=True)
 
 
 def revise(
@@ -56,12 +53,14 @@ def revise(
     data = collected(run, context, revision, study, kept=kept, new=new if study else new + kept)
     clock.lap("study")
     places = [place for start, end in revision.changed for place in range(start, end)]
-    more = min(effort.more, math.ceil(_PER_TOKEN * len(places)))
-    sizes = [new_size(m, revision, tokens=len(places), more=more) for (m,) in file.sizes]
+    sizes = new_sizes(file.sizes, revision, tokens=len(places))
     shares = [_CROWD * len(places) / context.length] * run.n_heads
     if revision.appended:  # the end of a text takes more attention than its length tells
         shares = attention_shares(run, data, places)
-    rooms = [_room(m, s, len(places), more=more) for (m,), s in zip(sizes, shares, strict=True)]
+    rooms = [
+        _room(m, s, len(places), more=max(0, m - old))
+        for (m,), (old,), s in zip(sizes, file.sizes, shares, strict=True)
+    ]
     kind = WarmFit(
         shorter(run, data, steps=effort.steps, rate=effort.rate),
         data,
@@ -80,8 +79,18 @@ def _room(nodes: int, share: float, tokens: int, *, more: int) -> int:
     return min(tokens, nodes // 2, math.ceil(share * nodes) + more)
 
 
-def new_size(nodes: int, revision: Revision, *, tokens: int, more: int) -> Size:
-    """Of a head of so many nodes: in proportion to the text's length, and some more, but not by more than there are new
-    tokens. A head that kept every key keeps every key."""
+def new_sizes(sizes: Sequence[Size], revision: Revision, *, tokens: int) -> list[Size]:
+    """Of heads of these sizes, all together in proportion to the text's length. By what that is more every head grows
+    alike, for the error of a few nodes falls the fastest, but not by more than there are new tokens; a head that kept
+    every key keeps every key."""
     before, length = len(revision.old), len(revision.new)
-    return (min(length, nodes + tokens, max(1, round(nodes * length / before)) + more),)
+    others = [m for (m,) in sizes if m < before]
+    growth = (length / before - 1) * sum(others)
+    more = min(tokens, round(growth / max(1, len(others))))
+
+    def new_size(nodes: int) -> int:
+        if nodes >= before:
+            return length
+        return min(length, nodes + more) if growth > 0 else max(1, round(nodes * length / before))
+
+    return [(new_size(m),) for (m,) in sizes]
