@@ -50,7 +50,7 @@ def groups(kind: KindFit, sizes: Sequence[Size]) -> Iterator[tuple[list[int], bo
 
 def regress(kind: KindFit, init: Init, training: Training, *, steps: int) -> Bank:
     """A bank trained from its start for so many steps."""
-    return training.train(init, steps=steps, rate=_rate(kind))
+    return training.train(init, steps=steps, rate=kind.rate(init.bank.sizes))
 
 
 def rounded(kind: KindFit, bank: Bank, training: Training, *, bits: float, steps: int) -> Bank:
@@ -58,11 +58,7 @@ def rounded(kind: KindFit, bank: Bank, training: Training, *, bits: float, steps
     to which those of rounding are proportional."""
     if kind.run.layout.bits is not None:
         return bank
-    return quantization.round_nodes(bank, training, bits=bits, steps=steps, rate=_rate(kind))
-
-
-def _rate(kind: KindFit) -> float:
-    return kind.run.config.rate or kind.run.layout.bank.learning_rate
+    return quantization.round_nodes(bank, training, bits=bits, steps=steps, rate=kind.rate(bank.sizes))
 
 
 def merged_errors(kind: KindFit, banks: Sequence[Bank]) -> list[float]:
@@ -84,7 +80,7 @@ def _train_group(
     first = copy(init.bank)
     first.parameters = init.to_bank(init.parameters)
     finite.check_heads("initialization", [group[m] for m in finite.not_finite(first.parameters.values())], geometry)
-    steps = kind.run.config.steps if train else 0
+    steps = kind.steps(sizes) if train else 0
     trained = regress(kind, init, training, steps=steps) if steps else first
     bank = rounded(kind, trained, training, bits=bits, steps=steps)  # the text's own keys are better left as they are
     heads = bank.unstack()

@@ -185,7 +185,15 @@ class TestAppend:
         self_study.answer(run, context, asked, seed=0)
         data = capture(run, context, asked)
         nodes = [head for bank in context.banks for head in bank.part(slice(40)).nodes()]
-        kind = warm.WarmFit(run, data, nodes=nodes, places=range(40, 60), rooms=[20] * len(nodes))
+        kind = warm.WarmFit(
+            run,
+            data,
+            nodes=nodes,
+            places=range(40, 60),
+            sizes=[(60,)] * len(nodes),
+            rooms=[20] * len(nodes),
+            effort=revise.APPEND,
+        )
         started = kind.match(range(kind.n_heads), [60] * kind.n_heads)
         K = run.geometry.n_kv_heads
         for layer, exact in enumerate(context.banks):

@@ -73,6 +73,14 @@ class KindFit:
         """Samples of a step."""
         return self.run.config.batch
 
+    def steps(self, sizes: Sequence[Size]) -> int:
+        """Of the regression of heads of these sizes, which are trained together."""
+        return self.run.config.steps
+
+    def rate(self, sizes: Sequence[Size]) -> float:
+        """Of the same."""
+        return self.run.config.rate or self.run.layout.bank.learning_rate
+
     def judge(self, bank: Bank, samples: Samples, metric: mx.array) -> np.ndarray:
         """What the errors of some heads cost, [M], by which they get their bytes. metric: as in `regression.errors`."""
         return np.array(regression.errors(bank, samples, metric=metric))

@@ -1,6 +1,5 @@
 """What an update starts from, and what the two ways of updating share."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -29,7 +28,7 @@ from ..train import merged_errors, train_heads
 from . import questions
 from .revision import Revision
 
-_ANSWER = 64  # tokens of their answers, at most
+_ANSWER = 24  # tokens of their answers, at most
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,14 +134,6 @@ def _answered(
         answer(run, context, batch, seed=run.config.seed, progress=done, recorder=recorder, answered=answered)
     run.checkpoint.save_conversations(batch)
     return batch
-
-
-def shorter(run: FitRun, data: Collected, *, steps: float, rate: float = 1.0) -> FitRun:
-    """The run with so much of a fit's steps and rate, on what was collected."""
-    config = run.config
-    usual = config.rate or run.layout.bank.learning_rate
-    changed = replace(config, queries=data.train.count, steps=math.ceil(steps * config.steps), rate=rate * usual)
-    return replace(run, config=changed)
 
 
 def retrained(kind: KindFit, file: FileContents, sizes: Sequence[Size], *, clock: Clock) -> Updated:

@@ -2,37 +2,21 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from ...core.clock import Clock
 from ...heads import Size
 from ..run import FitRun
 from ..samples.conversation import Conversation
-from .base import FileContents, Updated, collected, read, retrained, shorter
+from .base import FileContents, Updated, collected, read, retrained
 from .revision import Revision
-from .warm import WarmFit, attention_shares, moved_nodes
+from .warm import Effort, WarmFit, attention_shares, moved_nodes
 
 _CROWD = 1.5  # times their number: the attention that new tokens within a text are taken to get
 
 
-@dataclass(frozen=True, kw_only=True)
-class Effort:
-    """What an update takes of a fit.
-
-    kept: samples of conversations that were kept. new: samples of new conversations, for the share of the text that is
-    new. steps, rate: of the regression. fresh: whether a head may start from Attention Matching of all keys.
-    """
-
-    kept: float
-    new: float
-    steps: float
-    rate: float
-    fresh: bool
-
-
 # Behind a text nearly all nodes are already where they belong; a change within it moves what follows.
-APPEND = Effort(kept=0.2, new=1.0, steps=0.3, rate=1 / 2, fresh=False)
-EDIT = Effort(kept=0.35, new=1.0, steps=0.5, rate=1.0, fresh=True)
+APPEND = Effort(kept=0.35, new=1.0, steps=0.3, rate=1 / 2, few=0.6, fresh=False)
+EDIT = Effort(kept=0.5, new=1.0, steps=0.4, rate=1.0, few=0.8, fresh=True)
 
 
 def revise(
@@ -62,12 +46,13 @@ def revise(
         for (m,), (old,), s in zip(sizes, file.sizes, shares, strict=True)
     ]
     kind = WarmFit(
-        shorter(run, data, steps=effort.steps, rate=effort.rate),
+        run,
         data,
         nodes=moved_nodes(run, file.banks, context, revision.kept),
         places=places,
+        sizes=sizes,
         rooms=rooms,
-        fresh=effort.fresh,
+        effort=effort,
     )
     if not revision.appended and all(part.moved == 0 for part in revision.kept):
         kind.settle(file)

@@ -1,14 +1,15 @@
 """Heads that start from those of a file: nodes where their keys are now, and more for the tokens that are new."""
 
+import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 import numpy as np
 
 from ...core import attention
 from ...core.gather import take
-from ...heads import Bank, HeadArrays, Quadrature
+from ...heads import Bank, HeadArrays, Quadrature, Size
 from ...mlxlm.positions import shifted
 from ..kinds.quadrature import QuadratureFit
 from ..prefill import Context
@@ -23,13 +24,30 @@ _SAME = 1.1  # times the error that a head had: it is left as it is
 _PROBE = 1024  # samples by which the use of nodes and tokens is told
 
 
+@dataclass(frozen=True, kw_only=True)
+class Effort:
+    """What an update takes of a fit.
+
+    kept: samples of conversations that were kept. new: samples of new conversations, for the share of the text that is
+    new. steps, rate: of the regression. few: steps of heads that are smaller than the mean, which err the most and take
+    the least time; their rate is a fit's. fresh: whether a head may start from Attention Matching of all keys.
+    """
+
+    kept: float
+    new: float
+    steps: float
+    rate: float
+    few: float
+    fresh: bool
+
+
 class WarmFit(QuadratureFit):
     """Every head starts from the nodes of a file, of which the least used make room where there is none, and from
     Attention Matching of the new tokens' keys.
 
-    nodes: of every head, their keys relative to the context's offsets. places: of the new tokens. rooms: for every
-    head, how many of its nodes are for them. fresh: whether a head starts from Attention Matching of the whole text
-    where that errs less on held-out samples.
+    nodes: of every head, their keys relative to the context's offsets. places: of the new tokens. sizes, rooms: of
+    every head how many nodes it gets, and how many of them are for the new tokens. effort: how long heads are trained,
+    and whether one starts from Attention Matching of the whole text where that errs less on held-out samples.
     """
 
     def __init__(
@@ -39,15 +57,26 @@ class WarmFit(QuadratureFit):
         *,
         nodes: Sequence[HeadArrays],
         places: Sequence[int],
+        sizes: Sequence[Size],
         rooms: Sequence[int],
-        fresh: bool = False,
+        effort: Effort,
     ):
         super().__init__(run, data)
         self.nodes, self.places, self.rooms = nodes, mx.array(np.array(places, np.int32)), rooms
-        self.fresh = fresh
+        self.effort, self._mean = effort, sum(m for (m,) in sizes) / len(sizes)
+
+    def steps(self, sizes: Sequence[Size]) -> int:
+        return math.ceil((self.effort.few if self._few(sizes) else self.effort.steps) * super().steps(sizes))
+
+    def rate(self, sizes: Sequence[Size]) -> float:
+        return (1.0 if self._few(sizes) else self.effort.rate) * super().rate(sizes)
+
+    def _few(self, sizes: Sequence[Size]) -> bool:
+        """Whether all of them are smaller than the mean."""
+        return max(m for (m,) in sizes) < self._mean
 
     def match(self, heads: Sequence[int], counts: Sequence[int]) -> list[HeadArrays]:
-        if not self.fresh:
+        if not self.effort.fresh:
             return self._warm(heads, counts)
         warm, fresh = self._warm(heads, counts), super().match(heads, counts)
         held_out, scale = self.held_out_samples(heads), self.run.geometry.scale
