@@ -118,7 +118,7 @@ class _Process:
         while not answer.endswith(b"\n"):
             readable, writable, _ = select.select([of], [to] if sending else [], [], 0.05)
             waited = time.monotonic() - since
-            if waited > _SOON and _computed(process.pid) > until or waited > _MOST_WAIT:
+            if (waited > _SOON and _computed(process.pid) > until) or waited > _MOST_WAIT:
                 raise NectarError(f"the model's chat template takes more than {seconds:.1g} s: take another model")
             if writable:
                 try:
