@@ -90,9 +90,9 @@ class StudyCache(NectarCache):
             merged = attention.merge(context, live)
             return merged.output[..., : values.shape[-1]].astype(queries.dtype)
         gate = mx.sigmoid(context.log_normalizer - live.log_normalizer)[..., None].astype(mx.float16)
-        merged = (live.output + gate * (context.output - live.output)).astype(queries.dtype)
-        _queue.add(queries.size // queries.shape[-1] * self.half.keys.shape[1], merged)
-        return merged
+        output = (live.output + gate * (context.output - live.output)).astype(queries.dtype)
+        _queue.add(queries.size // queries.shape[-1] * self.half.keys.shape[1], output)
+        return output
 
     def see(self, queries: mx.array, context: Partial, live: Partial) -> None:
         """Called with what `attend` merges."""
