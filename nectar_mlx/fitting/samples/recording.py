@@ -50,7 +50,7 @@ def collect(
     """
     wanted = run.n_samples(run.n_heads)
     folder = spill(run, wanted + held_out_count(wanted))
-    recording = Recording(folder and folder / "recorded")
+    recording = Recording(folder and folder / "recorded", density=1.0 if whole else run.density)
     conversations = [*kept, *ask(run, context, recording)]
     if whole:
         wanted = max(1, count_samples(conversations, group=run.group))
@@ -82,12 +82,14 @@ class _Fed:
 class Recording:
     """What attention saw in the conversations that were sampled so far (`sampling.Recorder`)."""
 
-    def __init__(self, folder: Path | None = None) -> None:
-        self._fed = _Fed()
+    def __init__(self, folder: Path | None = None, *, density: float = 1.0) -> None:
+        """folder: for what is captured, where it does not fit the memory. density: share of the tokens whose samples
+        are kept."""
+        self._fed, self._density, self._chance = _Fed(), density, np.random.default_rng(0)
         self._pieces = _Pieces() if folder is None else _PiecesOnDisk(folder)
 
     def begin(self, first: int) -> None:
-        self._pieces.group = first
+        self._pieces.group, self._chance = first, np.random.default_rng(first)
 
     def make_cache(self, context: Context, *, sequences: int) -> list[Any]:
         return context.make_cache(partial(_Cache, preamble=context.preamble), sequences=sequences)
@@ -100,6 +102,8 @@ class Recording:
 
     def keep(self, caches: Sequence[Any], going: Sequence[Conversation], places: np.ndarray, *, last: bool) -> None:
         """last: whether the batch changes, or ends, behind these."""
+        if self._density < 1:
+            places = places & (self._chance.random(places.shape, np.float32) < self._density)
         self._fed.places.append(places)
         self._fed.splits = [c.split for c in going]
         if last or len(self._fed.captured) >= _STEPS:
@@ -121,16 +125,19 @@ class Recording:
                 done(seen)
 
     def _take(self, capturing: Sequence[CaptureCache]) -> None:
+        """One layer after the other: what was captured of all of them would be there three times over."""
         fed, self._fed = self._fed, _Fed()
-        places = np.concatenate(fed.places, axis=1)
+        places, splits = np.concatenate(fed.places, axis=1), np.array(fed.splits)
+        chosen = {split: places & (splits == split)[:, None] for split in _SPLITS}
         for layer, cache in enumerate(capturing):
-            cache.captured = [_joined(turn) for turn in zip(*(step[layer] for step in fed.captured), strict=True)]
-        for split in _SPLITS:
-            chosen = places & (np.array(fed.splits) == split)[:, None]
-            if chosen.any():
-                self._pieces.add(split, [cache.take(chosen) for cache in capturing])
-        for cache in capturing:
+            steps = [step[layer] for step in fed.captured]
+            cache.captured = [_joined(turn) for turn in zip(*steps, strict=True)]
+            for split, of_split in chosen.items():
+                if of_split.any():
+                    self._pieces.add(split, layer, cache.take(of_split))
             cache.captured = []
+            for step in fed.captured:
+                step[layer] = []
 
     def move(self, split: Split, store: SampleStore, world: World, *, shares: int = 1) -> None:
         """Moves the samples of a split that all ranks have into empty stores: as many as these hold, drawn at random;
@@ -151,12 +158,15 @@ class _Pieces:
         self.count, self.group = dict.fromkeys(_SPLITS, 0), 0
         self._of = {split: list[list[tuple[int, Any]]]() for split in _SPLITS}  # by layer
 
-    def add(self, split: Split, layers: Sequence[Samples]) -> None:
-        mx.eval(layers)
-        self.count[split] += layers[0].queries.shape[1]
-        self._of[split] = self._of[split] or [[] for _ in layers]
-        for pieces, samples in zip(self._of[split], layers, strict=True):
-            pieces.append((self.group, self._kept(samples)))
+    def add(self, split: Split, layer: int, samples: Samples) -> None:
+        """Of a layer, when those before it were added."""
+        of_layers = self._of[split]
+        if layer == 0:
+            self.count[split] += samples.queries.shape[1]
+        if layer == len(of_layers):
+            of_layers.append([])
+        mx.eval(samples)
+        of_layers[layer].append((self.group, self._kept(samples)))
 
     def layers(self, split: Split, world: World, shares: int) -> Iterator[tuple[int, Samples]]:
         """The samples of all ranks in this rank's layers, in an order that does not depend on the number of ranks. They
