@@ -8,10 +8,10 @@ from ..samples.conversation import Conversation, count_samples
 from ..samples.self_study import check_conversations, training_conversations
 from .revision import Revision
 
-_FEWEST = 6  # conversations that are sampled: fewer take nearly as long
+_FEWEST = 4  # conversations that are sampled: fewer take nearly as long
 _CHECKS = 3 / 16  # of a fit's check questions, beside those about what is new
 _NEW_CHECKS = 1 / 16  # of a fit's check questions, about what is new
-_CHOICE = 4  # times as many questions as are asked: those of about one length are
+_CHOICE = 16  # times as many questions as are asked: those of about one length are
 _AROUND = 60  # tokens before a new passage that questions about it may quote
 
 
@@ -35,23 +35,24 @@ def about_the_new(run: FitRun, revision: Revision, kept: Sequence[Conversation],
     passages += [] if kept else [whole] * len(passages)
     most = _FEWEST + samples // (run.group * config.answer_tokens)
     checks = math.ceil(_NEW_CHECKS * config.checks) if kept else config.checks
-    training, checking = list[list[Conversation]](), list[list[Conversation]]()
+    training, checking, length = list[list[Conversation]](), list[list[Conversation]](), 0
     for first, passage in enumerate(passages, len(kept)):
         options = {"first": first, "seed": config.seed}
-        training.append(_alike(training_conversations(run.tokenizer, passage, count=_CHOICE * most, **options), most))
-        checking.append(_alike(check_conversations(run.tokenizer, passage, count=_CHOICE * checks, **options), checks))
+        many = training_conversations(run.tokenizer, passage, count=_CHOICE * most, **options)
+        length = length or sorted(len(c.prompt) for c in many)[len(many) // 2]
+        training.append(_alike(many, most, length=length))
+        many = check_conversations(run.tokenizer, passage, count=_CHOICE * checks, **options)
+        checking.append(_alike(many, checks, length=length))
     asked = _enough(_in_turn(training), run, samples=samples)
     batch = [Conversation(c.prompt, split="train" if n % 10 else "held_out") for n, c in enumerate(asked, len(kept))]
     return batch + _in_turn(checking)[:checks]
 
 
-def _alike(conversations: Sequence[Conversation], count: int) -> list[Conversation]:
-    """So many of about one length, in their order: the rest of a longer prompt is read token by token while shorter
-    ones are answered."""
-    lengths = [len(c.prompt) for c in conversations]
-    middle = sorted(lengths)[len(lengths) // 2]
-    chosen = sorted(range(len(lengths)), key=lambda i: abs(lengths[i] - middle))[:count]
-    return [conversations[i] for i in sorted(chosen)]
+def _alike(conversations: Sequence[Conversation], count: int, *, length: int) -> list[Conversation]:
+    """So many whose prompts are about so long, in their order: the rest of a longer prompt is read token by token while
+    shorter ones are answered."""
+    nearest = sorted(range(len(conversations)), key=lambda i: abs(len(conversations[i].prompt) - length))
+    return [conversations[i] for i in sorted(nearest[:count])]
 
 
 def _enough(conversations: Sequence[Conversation], run: FitRun, *, samples: int) -> list[Conversation]:
