@@ -28,7 +28,7 @@ from ..train import merged_errors, train_heads
 from . import questions
 from .revision import Revision
 
-_ANSWER = 24  # tokens of their answers, at most
+_ANSWER = 24  # tokens of new answers, at most, where others are kept
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +118,8 @@ def collected(
     run: FitRun, context: Context, revision: Revision, study: Sequence[Conversation], *, kept: int, new: int
 ) -> Collected:
     """What heads are trained on: about so many samples a head of conversations that were kept, and of new ones."""
-    run = replace(run, config=replace(run.config, answer_tokens=min(_ANSWER, run.config.answer_tokens)))
+    if study:  # the others' answers are of full length
+        run = replace(run, config=replace(run.config, answer_tokens=min(_ANSWER, run.config.answer_tokens)))
     batch = questions.about_the_new(run, revision, study, samples=new)
     return collect(run, context, partial(_answered, batch), kept=questions.some(study, run, samples=kept), whole=True)
 

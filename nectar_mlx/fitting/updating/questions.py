@@ -28,20 +28,20 @@ def some(kept: Sequence[Conversation], run: FitRun, *, samples: int) -> list[Con
 
 
 def about_the_new(run: FitRun, revision: Revision, kept: Sequence[Conversation], *, samples: int) -> list[Conversation]:
-    """Conversations about the new passages that give about so many samples a head, their answers still to come; where
-    none are kept, half of them are about the whole text."""
+    """Conversations about the new passages that give about so many samples a head, their answers still to come, of
+    about one length; where none are kept, of all lengths, and half of them about the whole text."""
     config, whole = run.config, list(revision.new)
     passages = [whole[start:end] for start, end in revision.passages(_AROUND)] or [whole]
     passages += [] if kept else [whole] * len(passages)
     most = _FEWEST + samples // (run.group * config.answer_tokens)
-    checks = math.ceil(_NEW_CHECKS * config.checks) if kept else config.checks
+    checks, choice = (math.ceil(_NEW_CHECKS * config.checks), _CHOICE) if kept else (config.checks, 1)
     training, checking, length = list[list[Conversation]](), list[list[Conversation]](), 0
     for first, passage in enumerate(passages, len(kept)):
         options = {"first": first, "seed": config.seed}
-        many = training_conversations(run.tokenizer, passage, count=_CHOICE * most, **options)
+        many = training_conversations(run.tokenizer, passage, count=choice * most, **options)
         length = length or sorted(len(c.prompt) for c in many)[len(many) // 2]
         training.append(_alike(many, most, length=length))
-        many = check_conversations(run.tokenizer, passage, count=_CHOICE * checks, **options)
+        many = check_conversations(run.tokenizer, passage, count=choice * checks, **options)
         checking.append(_alike(many, checks, length=length))
     asked = _enough(_in_turn(training), run, samples=samples)
     batch = [Conversation(c.prompt, split="train" if n % 10 else "held_out") for n, c in enumerate(asked, len(kept))]
