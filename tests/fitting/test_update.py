@@ -157,8 +157,13 @@ def test_heads_grow_with_the_text(old, new, sizes, tokens, after):
 
 
 def test_questions_of_about_one_length_are_asked(model, tokenizer):
-    asked = [Conversation([1] * n) for n in (90, 10, 50, 52, 11, 55, 80, 48)]
-    assert [len(c.prompt) for c in questions._alike(asked, 4, length=51)] == [50, 52, 55, 48]
+    run, new = fit_run(model, tokenizer, answer_tokens=16), toys.random_tokens(300)
+    revision = Revision.of(new[:200], new)
+    lengths = [
+        {len(c.prompt) for c in questions.about_the_new(run, revision, kept, samples=1500)}
+        for kept in ([Conversation([1], [2])], [])
+    ]
+    assert max(lengths[0]) - min(lengths[0]) < 10 < max(lengths[1]) - min(lengths[1])
 
 
 class TestAppend:

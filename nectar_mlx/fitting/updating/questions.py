@@ -11,7 +11,7 @@ from .revision import Revision
 _FEWEST = 4  # conversations that are sampled: fewer take nearly as long
 _CHECKS = 3 / 16  # of a fit's check questions, beside those about what is new
 _NEW_CHECKS = 1 / 16  # of a fit's check questions, about what is new
-_CHOICE = 16  # times as many questions as are asked: those of about one length are
+_CHOICE = 128  # questions about a passage, at least, of which those of about one length are asked
 _AROUND = 60  # tokens before a new passage that questions about it may quote
 
 
@@ -34,25 +34,24 @@ def about_the_new(run: FitRun, revision: Revision, kept: Sequence[Conversation],
     passages = [whole[start:end] for start, end in revision.passages(_AROUND)] or [whole]
     passages += [] if kept else [whole] * len(passages)
     most = _FEWEST + samples // (run.group * config.answer_tokens)
-    checks, choice = (math.ceil(_NEW_CHECKS * config.checks), _CHOICE) if kept else (config.checks, 1)
+    checks = math.ceil(_NEW_CHECKS * config.checks) if kept else config.checks
     training, checking, length = list[list[Conversation]](), list[list[Conversation]](), 0
     for first, passage in enumerate(passages, len(kept)):
         options = {"first": first, "seed": config.seed}
-        many = training_conversations(run.tokenizer, passage, count=choice * most, **options)
-        length = length or sorted(len(c.prompt) for c in many)[len(many) // 2]
-        training.append(_alike(many, most, length=length))
-        many = check_conversations(run.tokenizer, passage, count=choice * checks, **options)
-        checking.append(_alike(many, checks, length=length))
+        training.append(training_conversations(run.tokenizer, passage, count=max(most, _CHOICE), **options))
+        checking.append(check_conversations(run.tokenizer, passage, count=max(checks, _CHOICE), **options))
+        length = length or sorted(len(c.prompt) for c in training[0])[len(training[0]) // 2]
+    if kept:
+        training, checking = ([_alike(each, length) for each in of] for of in (training, checking))
     asked = _enough(_in_turn(training), run, samples=samples)
     batch = [Conversation(c.prompt, split="train" if n % 10 else "held_out") for n, c in enumerate(asked, len(kept))]
     return batch + _in_turn(checking)[:checks]
 
 
-def _alike(conversations: Sequence[Conversation], count: int, *, length: int) -> list[Conversation]:
-    """So many whose prompts are about so long, in their order: the rest of a longer prompt is read token by token while
+def _alike(conversations: Sequence[Conversation], length: int) -> list[Conversation]:
+    """Those whose prompts are about so long come first: the rest of a longer prompt is read token by token while
     shorter ones are answered."""
-    nearest = sorted(range(len(conversations)), key=lambda i: abs(len(conversations[i].prompt) - length))
-    return [conversations[i] for i in sorted(nearest[:count])]
+    return sorted(conversations, key=lambda c: abs(len(c.prompt) - length))
 
 
 def _enough(conversations: Sequence[Conversation], run: FitRun, *, samples: int) -> list[Conversation]:
