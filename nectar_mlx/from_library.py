@@ -127,10 +127,10 @@ class Questions:
         NectarError where the document has no file yet.
         """
 
-        def likelihood(model: nn.Module, tokenizer: Tokenizer, nectar: Nectar) -> float:
+        def likelihood(model: "nn.Module", tokenizer: Tokenizer, nectar: "Nectar") -> float:
             return nectar.log_likelihood(model, nectar.prompt(tokenizer, question))
 
-        def first_sentence(model: nn.Module, tokenizer: Tokenizer, nectar: Nectar) -> str:
+        def first_sentence(model: "nn.Module", tokenizer: Tokenizer, nectar: "Nectar") -> str:
             return nectar.first_sentence(model, tokenizer, question)
 
         self.routing = self.library.route(

@@ -137,16 +137,19 @@ def routed(model, tokenizer, texts, files, asked):
         def number(candidate):
             return None if candidate is None else int(Path(candidate.document.name).stem)
 
-        def evidence(documents):
-            of = [files[int(Path(document.name).stem)] for document in documents]
-            return [file.log_likelihood(model, file.prompt(tokenizer, question)) for file in of]
+        def asking(question):
+            def behind(look):
+                return lambda documents: [look(files[int(Path(document.name).stem)]) for document in documents]
 
-        by_words, by_both, close = [], [], []
-        for _, _, question, *_ in asked:
-            routing = library.route(question)
-            by_words.append(number(routing.best))
-            close.append([number(candidate) for candidate in routing.close])
-            by_both.append(number(library.route(question, evidence=evidence).best))
+            likelihood = behind(lambda file: file.log_likelihood(model, file.prompt(tokenizer, question)))
+            answers = behind(lambda file: file.first_sentence(model, tokenizer, question))
+            return library.route(question, evidence=likelihood, answers=answers)
+
+        questions = [question for _, _, question, *_ in asked]
+        routings = [library.route(question) for question in questions]
+        by_words = [number(routing.best) for routing in routings]
+        close = [[number(candidate) for candidate in routing.close] for routing in routings]
+        by_both = [number(asking(question).best) for question in questions]
     return by_words, by_both, close
 
 

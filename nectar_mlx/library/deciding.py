@@ -38,6 +38,8 @@ def _said(passages: "Passages", question: str, answer: str) -> float:
     """How much of answer and question a sentence of the text says, in [0, 1]; 0 where none says the answer."""
     from ..retrieval.citing import support
 
+    if not answer:
+        return 0.0
     said = support(passages, question, answer)
     both = (said + support(passages, "", question)) / 2
     return float(both[said >= _LEAST].max(initial=0.0))

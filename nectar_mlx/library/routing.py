@@ -107,12 +107,12 @@ def with_evidence(routing: Routing, evidence: Evidence) -> Routing:
 def with_answers(routing: Routing, question: str, answers: Answers, text: Callable[[Document], str]) -> Routing:
     """The routing with the best and the close documents in the order in which their texts say what is answered behind
     their files; where none does, it stays as the words have it. text: of a document."""
-    first = [c for c in [*routing.candidates[:1], *routing.close][:_ASKED] if c.document.file is not None]
-    if len(first) < 2:
+    close = [*routing.candidates[:1], *routing.close][:_ASKED]
+    asked = [candidate.document for candidate in close if candidate.document.file is not None]
+    if len(asked) < 2:
         return routing
-    said = answers([candidate.document for candidate in first])
-    found = support(question, said, [text(candidate.document) for candidate in first])
-    asked = [replace(candidate, support=x) for candidate, x in zip(first, found, strict=True)]
-    asked.sort(key=lambda candidate: -(candidate.support or 0.0))
-    others = [c for c in routing.candidates if c not in first]
-    return Routing([*asked, *others], routing.odds)
+    supports = support(question, answers(asked), [text(document) for document in asked])
+    found = dict(zip((document.path for document in asked), supports, strict=True))
+    close = [replace(candidate, support=found.get(candidate.document.path)) for candidate in close]
+    others = [c for c in routing.candidates if all(c.document.path != seen.document.path for seen in close)]
+    return Routing([*sorted(close, key=lambda candidate: -(candidate.support or 0.0)), *others], routing.odds)
