@@ -196,7 +196,7 @@ class _Work:
         """That heads are trained on, as in `self_study.study`."""
         g = self.shape.geometry
         each = g.n_heads // g.n_kv_heads * self.conversation
-        return max(FEWEST_TOGETHER, int(self.samples / (_TRAIN_SHARE * each)) + 1)
+        return max(FEWEST_TOGETHER, int(self.samples / (_TRAIN_SHARE * each * self.config.density)) + 1)
 
     @property
     def sampled(self) -> int:

@@ -25,6 +25,24 @@ _LARGEST = 4096.0  # scale · |q| |k|, of any query and key, up to which half pr
 _PROBED = 64  # tokens whose queries tell how large those to come are
 _HIDDEN = -60_000.0  # the score of a hidden key
 _HALF_MAX = 65504.0  # of float16
+_QUEUED = 1 << 29  # scores that are queued at a time: with the weights they become, 2 GB
+
+
+class _Queue:
+    """Scores of calls that the device has been told of and may not have computed: they take memory meanwhile."""
+
+    def __init__(self) -> None:
+        self._scores = 0
+
+    def add(self, scores: int, result: mx.array) -> None:
+        """What a call returns, which takes so many scores: it is waited for where they are many together."""
+        self._scores += scores
+        if self._scores > _QUEUED:
+            mx.eval(result)
+            self._scores = 0
+
+
+_queue = _Queue()
 
 
 class StudyCache(NectarCache):
@@ -72,7 +90,9 @@ class StudyCache(NectarCache):
             merged = attention.merge(context, live)
             return merged.output[..., : values.shape[-1]].astype(queries.dtype)
         gate = mx.sigmoid(context.log_normalizer - live.log_normalizer)[..., None].astype(mx.float16)
-        return (live.output + gate * (context.output - live.output)).astype(queries.dtype)
+        output = (live.output + gate * (context.output - live.output)).astype(queries.dtype)
+        _queue.add(queries.size // queries.shape[-1] * self.half.keys.shape[1], output)
+        return output
 
     def see(self, queries: mx.array, context: Partial, live: Partial) -> None:
         """Called with what `attend` merges."""
