@@ -1,5 +1,5 @@
 """Which of several close documents answers a question: the one with a sentence that says what the model answers behind
-its file, and what was asked.
+its file, what was asked, and what the answer adds to it.
 
 How sure the model is of an answer does not tell: behind a text that speaks of the same thing without the answer it
 takes a number from elsewhere, and is as sure of it (docs/log/composition.md).
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..core.words import words
 from ..documents import FileReport, Reading
 
 if TYPE_CHECKING:
@@ -35,11 +36,14 @@ def support(question: str, answers: Sequence[str], texts: Sequence[str]) -> list
 
 
 def _said(passages: "Passages", question: str, answer: str) -> float:
-    """How much of answer and question a sentence of the text says, in [0, 1]; 0 where none says the answer."""
+    """How much of answer and question one sentence of the text says, in [0, 1]; 0 where none says the answer. It counts
+    half where it says nothing that the answer adds to the question: texts that only speak of the same thing do that."""
     from ..retrieval.citing import support
 
     if not answer:
         return 0.0
+    known = set(words(question))
+    added = " ".join(word for word in words(answer) if word not in known)
     said = support(passages, question, answer)
-    both = (said + support(passages, "", question)) / 2
+    both = (said + support(passages, "", question)) / 2 * (1 + support(passages, "", added)) / 2
     return float(both[said >= _LEAST].max(initial=0.0))
