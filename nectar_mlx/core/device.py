@@ -6,9 +6,10 @@ A module asks `device()` where it needs a number, so that every such number stan
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
+import psutil
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +59,7 @@ class Device:
     fit_batch: int
     fit_samples: int
     fit_tokens: int
-    fit_density: float
+    fewest_tokens: int
     fit_conversations: int
     fit_checks: int
     fit_trial_steps: int
@@ -101,7 +102,7 @@ LINUX_CPU = Device(
     fit_batch=512,
     fit_samples=20_000,
     fit_tokens=0,
-    fit_density=1.0,
+    fewest_tokens=0,
     fit_conversations=56,
     fit_checks=16,
     fit_trial_steps=30,
@@ -143,7 +144,7 @@ GPU = Device(
     fit_batch=2048,
     fit_samples=150_000,
     fit_tokens=50_000,
-    fit_density=1.0,
+    fewest_tokens=25_000,
     fit_conversations=512,
     fit_checks=96,
     fit_trial_steps=100,
@@ -171,11 +172,31 @@ GPU = Device(
     choices_batch=8,
 )
 
-_current = LINUX_CPU if sys.platform == "linux" and mx.default_device() == mx.cpu else GPU
+# Of a laptop with 16 or 24 GB, most of which a fit cannot have: less is computed at a time.
+SMALL_GPU = replace(
+    GPU,
+    max_scores=1 << 25,
+    max_batch_scores=1 << 26,
+    replay_scores=1 << 26,
+    training_scores=1 << 25,
+    fisher_batch=2,
+    check_batch=6,
+    choices_batch=2,
+)
+_LARGE_MEMORY = 40e9  # bytes
+
+
+def gpu(memory: float) -> Device:
+    """The profile of a Mac or an NVIDIA GPU in a machine with so many bytes of memory."""
+    return GPU if memory > _LARGE_MEMORY else SMALL_GPU
+
+
+_is_linux_cpu = sys.platform == "linux" and mx.default_device() == mx.cpu
+_current = LINUX_CPU if _is_linux_cpu else gpu(psutil.virtual_memory().total)
 
 
 def device() -> Device:
-    """The profile of the machine MLX computes on: a Mac, or an NVIDIA GPU (`GPU`), or a Linux CPU (`LINUX_CPU`)."""
+    """The profile of the machine MLX computes on: a Mac or an NVIDIA GPU (`gpu`), or a Linux CPU (`LINUX_CPU`)."""
     return _current
 
 

@@ -30,7 +30,6 @@ class FitConfig:
         while they are trained, each row in as many bits as it needs, 4 on average.
     queries: captured samples a head (default: `useful_samples`).
     sample_share: of the samples that a fit takes by default.
-    density: share of the tokens of a conversation whose samples are kept: with fewer there are more conversations.
     steps, batch, rate: of the regression; rate's default is the kind's.
     seed: of everything that is drawn. Equal fits give equal files.
     context_tokens: cut the text after so many tokens.
@@ -54,7 +53,6 @@ class FitConfig:
     bits: int | None = None
     queries: int | None = None
     sample_share: float = 1.0
-    density: float = field(default_factory=lambda: device().fit_density)
     steps: int = field(default_factory=lambda: device().fit_steps)
     seed: int = 0
     context_tokens: int | None = None
@@ -79,8 +77,6 @@ class FitConfig:
                 f"a budget of {self.budget:g} is not in (0, 1]: it is the share of the KV cache to keep, such as 0.02 "
                 "or 2%; or give a size such as 20M, or auto"
             )
-        if not 0 < self.density <= 1:
-            raise NectarError(f"density is a share in (0, 1], not {self.density:g}")
         if self.bits not in (None, *BITS):
             raise NectarError(f"{self.bits} bits are not supported: choose {', '.join(map(str, BITS))}")
         if self.kind not in ("auto", *KINDS):
@@ -103,6 +99,14 @@ def useful_samples(config: FitConfig, profile: Device, *, group: int, nbytes: in
     wanted = round(max(profile.fit_samples, profile.fit_tokens * group) * config.sample_share)
     room = config.memory or min(round(_MOST_BYTES * max(1.0, config.sample_share)), memory // 8)
     return max(min(FEWEST_SAMPLES, wanted), min(wanted, room // nbytes))
+
+
+def density(config: FitConfig, profile: Device, *, group: int, samples: int) -> float:
+    """Share of the tokens of conversations whose samples are kept: a few of many conversations tell more than all of
+    a few. All, where their number was chosen. group: as above. samples: a head."""
+    if config.queries:
+        return 1.0
+    return min(1.0, samples / max(1.0, profile.fewest_tokens * config.sample_share * group))
 
 
 EFFORTS = ("quick", "normal", "best")

@@ -7,7 +7,7 @@ callers use. MLX is imported only when something is fitted, or asked of several 
 
 from .documents import Document
 from .fitter import Fitter, ModelFitter
-from .folder import default_folder
+from .folder import default_folder, holds_library
 from .library import Added, Library, Removed
 from .routing import Answers, Candidate, Evidence, Routing
 from .scan import Scan
@@ -29,4 +29,5 @@ __all__ = [
     "Scan",
     "Work",
     "default_folder",
+    "holds_library",
 ]

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
+from nectar_mlx.core import device
 from nectar_mlx.fitting.config import FitConfig
 from nectar_mlx.fitting.run import FitRun
 from nectar_mlx.fitting.samples.sample_store import DeviceSampleStore, SampleStore
@@ -64,6 +65,26 @@ def test_as_many_tokens_where_many_query_heads_share_a_kv_head(memory, set_devic
     assert run().n_samples(48) == 120_000  # two query heads a KV head
 
 
+@pytest.mark.parametrize(
+    "total, options, share",
+    [
+        (16 << 30, {}, 20_000 / 100_000),  # a small machine: some samples of many conversations
+        (1 << 40, {}, 50_000 / 100_000),
+        (1 << 40, {"sample_share": 0.5}, 0.5),
+        (16 << 30, {"queries": 5000}, 1.0),
+        (16 << 30, {"kind": "retrieval"}, 1.0),
+    ],
+)
+def test_few_samples_are_of_many_conversations(memory, set_device, monkeypatch, total, options, share):
+    """Four query heads a KV head; 25,000 tokens are asked for."""
+    set_device(linux_cpu=False, fit_samples=50_000, fit_tokens=0, fewest_tokens=25_000)
+    memory(total)
+    wide = Geometry.uniform(
+        model_type="llama", n_heads=HEADS * 2, n_kv_heads=HEADS // 2, head_dim=DIM, scale=0.1, windows=(0, 0)
+    )
+    assert replace(run(**options), geometry=wide).density == pytest.approx(share)
+
+
 def test_an_effort_of_more_samples_may_take_more_memory(memory, set_device):
     set_device(linux_cpu=True)
     memory(1 << 40)
@@ -91,3 +112,12 @@ def test_a_kind_that_is_not_trained_needs_those_of_the_router_alone():
 )
 def test_each_kind_has_its_bits(options, bits):
     assert run(**options).layout.bits == bits
+
+
+@pytest.mark.parametrize("memory, profile", [(16e9, device.SMALL_GPU), (36e9, device.SMALL_GPU), (64e9, device.GPU)])
+def test_a_small_machine_computes_less_at_a_time(memory, profile):
+    """Whatever follows from how much is computed alike stays as it is: batches, steps, samples."""
+    chosen = device.gpu(memory)
+    assert chosen == profile
+    fits = [name for name in vars(profile) if name.startswith(("fit_", "trial_", "study_"))]
+    assert all(getattr(chosen, name) == getattr(device.GPU, name) for name in fits) and len(fits) > 10
