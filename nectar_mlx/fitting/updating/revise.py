@@ -16,7 +16,7 @@ _CROWD = 1.5  # times their number: the attention that new tokens within a text 
 
 # Behind a text nearly all nodes are already where they belong; a change within it moves what follows.
 APPEND = Effort(kept=0.4, new=1.0, steps=0.3, rate=1 / 2, few=0.6, fresh=False)
-EDIT = Effort(kept=0.5, new=1.0, steps=0.3, rate=1 / 2, few=0.8, fresh=True)
+EDIT = Effort(kept=0.5, new=1.0, steps=0.3, rate=1 / 2, few=0.6, fresh=True)
 
 
 def revise(
