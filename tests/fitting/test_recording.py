@@ -1,11 +1,14 @@
 """Samples that are captured while answers are sampled, against those of a replay."""
 
+from dataclasses import replace
+
 import mlx.core as mx
 import numpy as np
 import pytest
 
+from nectar_mlx.fitting import check, fidelity
 from nectar_mlx.fitting.distributed import World
-from nectar_mlx.fitting.samples import capture, recording, sampling, self_study
+from nectar_mlx.fitting.samples import capture, conversation, recording, sampling, self_study
 from nectar_mlx.fitting.samples.conversation import count_samples
 from nectar_mlx.fitting.samples.sample_store import Samples, SampleStore
 from tests import toys
@@ -96,6 +99,29 @@ def test_nothing_is_drawn_again_for_samples_of_an_interrupted_run(tokenizer, mon
     assert again == conversations
     for ours, theirs in zip(stored(run, first).heads([0, 5]), stored(run, second).heads([0, 5]), strict=True):
         assert mx.array_equal(ours, theirs)
+    ours, theirs = (made.finals_of(of, run.world) for made, of in ((first, conversations), (second, again)))
+    assert ours.keys() == theirs.keys() and all(mx.array_equal(ours[i], theirs[i]) for i in ours)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3_text"])
+def test_the_full_cache_s_logits_of_the_checks_follow_from_what_is_kept(
+    tokenizer, some_stop, monkeypatch, architecture
+):
+    run = fit_run(toys.toy(architecture), tokenizer, checks=5)
+    data = recording.collect(run, read(run, toys.random_tokens(60)))
+    checks = conversation.answered_checks(data.conversations)
+    assert [data.conversations[i] for i in sorted(data.finals)] == checks
+    assert len({len(c.answer) for c in checks}) > 1
+    known = check._known(run, data, checks)
+    for one in checks:
+        (expected,) = fidelity.answer_logits(run.model, data.context.make_cache(), [one])
+        np.testing.assert_allclose(known(one), expected, rtol=1e-3, atol=1e-3)
+    figures = [check.check(run, of, data.context.banks) for of in (data, replace(data, finals={}))]
+    assert figures[0]["kl"] == pytest.approx(figures[1]["kl"], abs=1e-6)
+    assert figures[0]["kl_no_context"] == pytest.approx(figures[1]["kl_no_context"], rel=1e-3)
+    with monkeypatch.context() as patch:
+        patch.setattr(fidelity, "answer_logits", lambda model, *a, **k: pytest.fail("computed again"))
+        fidelity.compare(run.model, pytest.fail, {}, checks, known=known)
 
 
 def test_samples_of_two_ranks_come_in_the_order_of_one():

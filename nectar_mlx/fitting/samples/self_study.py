@@ -10,6 +10,7 @@ from typing import Protocol
 from ...core.device import device
 from ...core.types import Tokenizer
 from ...mlxlm import prompts
+from ..layers import layer_runner
 from ..prefill import Context
 from ..run import FitRun
 from . import instructions
@@ -144,7 +145,7 @@ def answer(
     begun, at = (len(mine), 0) if answered else run.checkpoint.load_answers(share, seed=seed)
     lengths = [len(batch[group[-1]].prompt) + config.answer_tokens for group in mine]
 
-    before = begun, at
+    before, runner = (begun, at), layer_runner(run.model, run.geometry) if device().linux_cpu else None
 
     def sampled(number: int, at: int) -> None:
         progress((sum(lengths[:number]) + at) * max(lengths) // sum(lengths))
@@ -171,6 +172,7 @@ def answer(
             progress=partial(sampled, number),
             at=_ALL if number < begun else at if number == begun else 0,
             recorder=recorder,
+            runner=runner,
         )
     answers = [[batch[i].answer for i in group] for group in mine]
     for group, sampled_answers in zip(groups, world.in_order(answers, world.values(answers)), strict=True):
