@@ -30,9 +30,10 @@ class Device:
     launch_scores: what starting a group of heads costs, in scores of a step.
 
     fit_steps, fit_batch, fit_samples, fit_conversations, fit_checks, fit_trial_steps, fit_matching,
-    fit_answer_tokens: defaults of `FitConfig`. rounding_samples: by which it is measured how finely nodes must be kept.
-    trial_samples: of a short fit, at most. trial_steps, trial_checks: of those that choose a budget.
-    excerpt_tokens: on which it is chosen where the text is read in chunks.
+    fit_answer_tokens: defaults of `FitConfig`. trained_share: of the text's keys, beyond which a large head is not
+    trained. rounding_samples: by which it is measured how finely nodes must be kept. trial_samples: of a short fit, at
+    most. trial_steps, trial_checks: of those that choose a budget. excerpt_tokens: on which it is chosen where the text
+    is read in chunks.
     layerwise_tokens: in all layers at once, at least, where a fit goes layer by layer; layerwise_replay_tokens: of
     conversations replayed through all layers. passage_conversations: about one passage, sampled side by side.
     study_shares: into a multiple of so many parts sampled conversations are divided, which several ranks share, if that
@@ -62,6 +63,7 @@ class Device:
     fit_trial_steps: int
     fit_answer_tokens: int
     fit_matching: int
+    trained_share: float
     rounding_samples: int
     trial_samples: int
     trial_steps: int
@@ -103,6 +105,7 @@ LINUX_CPU = Device(
     fit_trial_steps=30,
     fit_answer_tokens=48,
     fit_matching=2048,
+    trained_share=0.4,
     rounding_samples=1 << 12,
     trial_samples=1 << 12,
     trial_steps=40,
@@ -143,6 +146,7 @@ GPU = Device(
     fit_trial_steps=100,
     fit_answer_tokens=96,
     fit_matching=4096,
+    trained_share=1.0,
     rounding_samples=1 << 14,
     trial_samples=1 << 15,
     trial_steps=100,
