@@ -59,7 +59,7 @@ class Nectar:
     def __init__(self, tensors: store.Tensors, metadata: store.Metadata, keys: KeyFile | None = None):
         """tensors, metadata: what a file holds (`store.contents`, `store.description`). keys: the file beside it.
 
-        NectarError where they do not fit each other.
+        NectarError where they do not fit each other; of heads when these are first asked for.
         """
         self.tensors, self.metadata, self.keys = tensors, metadata, keys
         self.geometry, self.layout = load.geometry(metadata), Layout(**metadata["layout"])
@@ -70,10 +70,9 @@ class Nectar:
         self.report: JsonObject = metadata["report"]
         if not isinstance(self.report, dict):
             raise NectarError("the file is damaged: its report is none")
-        self.banks = load.banks(self.layout, tensors)
         self.windows = load.windows(tensors, self.geometry, self.start)
         shapes = {(x.n_kv_heads, x.head_dim, x.scale) for x in (self.layout, self.geometry)}
-        if len(self.banks) != len(self.geometry.fitted) or len(shapes) > 1:
+        if self.layout.n_layers != len(self.geometry.fitted) or len(shapes) > 1:
             raise NectarError("the file is damaged: its heads are not those of its model")
         self._text = FittedText(self._ids, self.report, name=str(metadata.get("source") or ""))
 
@@ -146,7 +145,9 @@ class Nectar:
         """Reads a .nectar without its model: to look at, not to answer from. NectarError unless it is whole."""
         tensors, metadata = store.read(hub.nectar_file(path))
         with store.damage_named(path):
-            return cls(tensors, metadata)
+            nectar = cls(tensors, metadata)
+            _ = nectar.banks  # or damage would show when they are first needed
+            return nectar
 
     def save(self, path: str | Path) -> None:
         """Writes a .nectar, and its keys beside it. The report's timings are left out: equal fits give equal files.
@@ -328,6 +329,11 @@ class Nectar:
     def digest(self) -> str:
         """sha256 of the tensors: what ties a file of keys to this one."""
         return store.digest(self.tensors)
+
+    @cached_property
+    def banks(self) -> list[Bank]:
+        """The head functions, one bank for each layer with full attention. NectarError where the tensors hold none."""
+        return load.banks(self.layout, self.tensors)
 
     @cached_property
     def recall(self) -> Recall:

@@ -167,9 +167,9 @@ class EvalContext:
     def ask(self, question: str) -> list[int]:
         return prompts.prompt(self.tokenizer, question)
 
-    def passage(self, rng: random.Random) -> str:
-        """A random passage of 20 to 60 tokens of the document."""
-        return instructions.passage(self.tokenizer, self.context.prefix[len(self.head) :], rng)
+    def passage(self, rng: random.Random, at: float | None = None) -> str:
+        """A passage of 20 to 60 tokens of the document, at this place in [0, 1) or anywhere."""
+        return instructions.passage(self.tokenizer, self.context.prefix[len(self.head) :], rng, at)
 
     def sample_answers(
         self,

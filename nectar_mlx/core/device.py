@@ -58,6 +58,7 @@ class Device:
     fit_steps: int
     fit_batch: int
     fit_samples: int
+    fit_tokens: int
     fit_conversations: int
     fit_checks: int
     fit_trial_steps: int
@@ -100,6 +101,7 @@ LINUX_CPU = Device(
     fit_steps=300,
     fit_batch=512,
     fit_samples=20_000,
+    fit_tokens=0,
     fit_conversations=56,
     fit_checks=16,
     fit_trial_steps=30,
@@ -141,6 +143,7 @@ GPU = Device(
     fit_steps=750,
     fit_batch=2048,
     fit_samples=150_000,
+    fit_tokens=50_000,
     fit_conversations=512,
     fit_checks=96,
     fit_trial_steps=100,

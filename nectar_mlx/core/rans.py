@@ -29,15 +29,16 @@ _STEPS = 1024  # integers of a lane
 class Models(NamedTuple):
     """The distributions, by log2 scale, from the smallest on.
 
-    limits: the symbols of a model are the integers -limit … limit, counted from 0. frequencies, cumulative [models,
-    symbols]: of each symbol in 2^_PRECISION, and of all symbols before it. For the decoder, at [model · 2^_PRECISION +
-    slot]: symbols, the one that has this slot; and moves, its frequency and the slot's place among its slots, in one
-    word. costs: bits that an integer takes on average.
+    limits: the symbols of a model are the integers -limit … limit, counted from 0. frequencies [models, symbols]: of
+    each symbol in 2^_PRECISION. For the encoder, at [model · symbols + symbol]: starts, its frequency and how many
+    slots come before its own, in one word. For the decoder, at [model · 2^_PRECISION + slot]: symbols, the one that
+    has this slot; and moves, its frequency and the slot's place among its slots, in one word. costs: bits that an
+    integer takes on average.
     """
 
     limits: IntArray
     frequencies: npt.NDArray[np.int64]
-    cumulative: npt.NDArray[np.int64]
+    starts: WordArray
     symbols: ByteArray
     moves: WordArray
     costs: DoubleArray
@@ -56,24 +57,29 @@ def cost(log2_scales: IntArray) -> DoubleArray:
 
 def encode(integers: IntArray, log2_scales: IntArray) -> ByteArray:
     """Integers [N] with their log2 scales [N] -> bytes. ValueError for an integer beyond its `limit`."""
-    if (np.abs(integers) > limit(log2_scales)).any():
+    table, model, low = models(), _model(log2_scales), _low_bits(log2_scales)
+    wide = np.flatnonzero(low)
+    high = integers.astype(np.int32)
+    raised = high[wide] + (1 << low[wide] >> 1)
+    high[wide] = raised >> low[wide]
+    verbatim = _bits(raised & (1 << low[wide]) - 1, low[wide])
+    limits = table.limits.take(model)
+    if (np.abs(high) > limits).any():
         raise ValueError("an integer is larger than its log2 scale allows")
-    low = _low_bits(log2_scales)
-    raised = integers + (1 << low >> 1)
-    high = raised >> low
-    verbatim = _bits(raised - (high << low), low)
-    table, model = models(), _model(log2_scales)
-    symbols, model = _lanes(high + table.limits.take(model), int(table.limits[0])), _lanes(model)
-    places = model * np.int32(table.frequencies.shape[1]) + symbols
-    frequencies, cumulative = (x.astype(np.uint32).take(places) for x in (table.frequencies, table.cumulative))
-    states, words = np.full(model.shape[1], 1 << 16, np.uint32), list[ByteArray]()
+    high += limits
+    high += model * np.int32(table.frequencies.shape[1])
+    starts = table.starts.take(_lanes(high, int(table.limits[0])))
+    states, words = np.full(starts.shape[1], 1 << 16, np.uint32), list[ByteArray]()
+    shift, slot = np.uint32(_PRECISION), np.uint32((1 << _PRECISION) - 1)
     # Backwards: what is coded last is decoded first. A state stays below 2^32.
-    for frequency, before in zip(frequencies[::-1], cumulative[::-1], strict=True):
-        full = states >> np.uint32(32 - _PRECISION) >= frequency
-        words.append((states[full] & np.uint32(0xFFFF)).astype("<u2").view(np.uint8))
-        states = np.where(full, states >> np.uint32(16), states)
+    for start in starts[::-1]:
+        frequency = start >> shift
+        full = np.flatnonzero(states >> (np.uint32(32) - shift) >= frequency)
+        over = states[full]
+        words.append(over.astype("<u2").view(np.uint8))
+        states[full] = over >> np.uint32(16)
         quotient = states // frequency
-        states = (quotient << np.uint32(_PRECISION)) + (states - quotient * frequency) + before
+        states += quotient * ((slot + np.uint32(1)) - frequency) + (start & slot)
     parts = [states.astype("<u4").view(np.uint8), *reversed(words), verbatim]
     return np.concatenate(parts) if len(integers) else np.zeros(0, np.uint8)
 
@@ -138,7 +144,9 @@ def _bits(values: IntArray, counts: IntArray) -> ByteArray:
     """The lowest counts[i] bits of every value, end to end, those with equal counts side by side."""
     parts = [np.zeros(0, np.uint8)]
     for count in range(1, int(counts.max(initial=0)) + 1):
-        parts.append((values[counts == count, None] >> np.arange(count) & 1).astype(np.uint8).reshape(-1))
+        narrow = np.uint8 if count <= 8 else np.uint32  # a quarter of the memory to go through
+        of_count = values[counts == count].astype(narrow)
+        parts.append((of_count[:, None] >> np.arange(count, dtype=narrow) & narrow(1)).astype(np.uint8).reshape(-1))
     return np.packbits(np.concatenate(parts))
 
 
@@ -174,7 +182,7 @@ def models() -> Models:
     return Models(
         limits=limits,
         frequencies=frequencies,
-        cumulative=cumulative,
+        starts=(frequencies << _PRECISION | cumulative).astype(np.uint32).reshape(-1),
         symbols=symbols.astype(np.uint8).reshape(-1),
         moves=moves.astype(np.uint32).reshape(-1),
         costs=costs,

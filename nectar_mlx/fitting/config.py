@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ..core.device import device
+from ..core.device import Device, device
 from ..core.types import JsonObject
 from ..errors import NectarError
 from ..heads import ALIASES, KINDS
@@ -14,6 +14,7 @@ from .prefill_attention import Prefill
 
 _COUNTS = ("answer_tokens", "batch", "conversations", "matching_samples")
 FEWEST_SAMPLES = 20_000  # a head, of those that are useful, however little memory there is
+_MOST_BYTES = 9_000_000_000  # of samples in a fit of normal effort, unless another limit is set
 _LARGEST_SIZE = 1e18  # bytes; more is taken for as many
 
 
@@ -27,7 +28,7 @@ class FitConfig:
     kind: of head function: auto (quadrature), or one of `heads.KINDS`.
     bits: of a stored matrix entry, 16 or 4 to 8, rounded at once. Default: the kind's own; nodes alone are rounded
         while they are trained, each row in as many bits as it needs, 4 on average.
-    queries: captured samples a head (default: 20,000; on a GPU up to 120,000, as the memory holds).
+    queries: captured samples a head (default: `useful_samples`).
     sample_share: of the samples that a fit takes by default.
     steps, batch, rate: of the regression; rate's default is the kind's.
     seed: of everything that is drawn. Equal fits give equal files.
@@ -88,6 +89,16 @@ class FitConfig:
                 raise NectarError(f"{name} must be positive, not {value}")
         if self.seed >= 1 << 63:  # other seeds are derived from it, and MLX takes 64 bits
             raise NectarError(f"seed must be below 2^63, not {self.seed}")
+
+
+def useful_samples(config: FitConfig, profile: Device, *, group: int, nbytes: int, memory: int) -> int:
+    """Samples a head by default: as many as are useful and the memory holds.
+
+    group: query heads that share a KV head. nbytes: of one sample of all heads. memory: bytes that the machine has.
+    """
+    wanted = round(max(profile.fit_samples, profile.fit_tokens * group) * config.sample_share)
+    room = config.memory or min(round(_MOST_BYTES * max(1.0, config.sample_share)), memory // 8)
+    return max(min(FEWEST_SAMPLES, wanted), min(wanted, room // nbytes))
 
 
 EFFORTS = ("quick", "normal", "best")

@@ -16,7 +16,7 @@ from ..heads import AUTO, KINDS
 from ..mlxlm.attention_patch import Geometry
 from ..store import Layout
 from .budget import affordable_bytes, size_for
-from .config import FEWEST_SAMPLES, FitConfig
+from .config import FitConfig, useful_samples
 from .samples.conversation import FEWEST_TOGETHER, count_groups
 
 AUTO_SHARE = 0.04  # of the KV cache; what was chosen for three models was 0.024, 0.04 and 0.16 (docs/results.md)
@@ -181,10 +181,9 @@ class _Work:
         profile, config = self.machine.profile, self.config
         if config.queries:
             return config.queries
-        each = (4 if profile.linux_cpu else 2) * (3 * self.layout.head_dim + 2)
-        most = (config.memory or self.machine.memory / 8) / (each * self.heads)
-        wanted = profile.fit_samples * config.sample_share
-        return int(max(min(FEWEST_SAMPLES, wanted), min(wanted, most)))
+        g, each = self.shape.geometry, (4 if profile.linux_cpu else 2) * (3 * self.layout.head_dim + 2)
+        group, memory = g.n_heads // g.n_kv_heads, int(self.machine.memory)
+        return useful_samples(config, profile, group=group, nbytes=each * self.heads, memory=memory)
 
     @property
     def conversation(self) -> int:

@@ -20,14 +20,13 @@ from ..store import Layout
 from .auto_budget import FIRST
 from .budget import share_of
 from .checkpoint import Checkpoint, Plan, text_digest
-from .config import FEWEST_SAMPLES, FitConfig
+from .config import FitConfig, useful_samples
 from .distributed import World
 from .others import OtherFile, digests
 from .samples.conversation import Conversation
 from .samples.sample_store import DeviceSampleStore, SampleStore
 
 _WORTH = 8  # times what it costs to start a group
-_MOST_BYTES = 9_000_000_000  # of samples, unless another limit is set
 ROUTER_SAMPLES = 2048  # whose queries the router is made from: all that a kind needs which is not trained
 
 
@@ -98,12 +97,14 @@ class FitRun:
             return min(self.config.queries or ROUTER_SAMPLES, ROUTER_SAMPLES)
         if self.config.queries:
             return self.config.queries
-        # Of all memory, not of what is free: an interrupted fit goes on with the same samples.
-        room = self.config.memory or min(_MOST_BYTES, psutil.virtual_memory().total // 8)
         store = SampleStore if device().linux_cpu else DeviceSampleStore
-        most = room // store.nbytes(heads, 1, self.geometry.head_dim)
-        wanted = round(device().fit_samples * self.config.sample_share)
-        return int(max(min(FEWEST_SAMPLES, wanted), min(wanted, most)))
+        return useful_samples(
+            self.config,
+            device(),
+            group=self.group,
+            nbytes=store.nbytes(heads, 1, self.geometry.head_dim),
+            memory=psutil.virtual_memory().total,  # not what is free: an interrupted fit goes on with the same samples
+        )
 
     def claim(self, prefix: Sequence[int], *, preamble: int = 0) -> None:
         """Starts or continues the fit of this prefix; see `Checkpoint.claim`."""

@@ -11,7 +11,7 @@ from .base import Bank, HeadArrays, Size
 
 
 class HalfKeys(NamedTuple):
-    """Keys, times the scale, and values [K, n, D] in half precision, n a multiple of 8; known [1]: how many."""
+    """Keys and values [K, n, D] in half precision, n a multiple of 8; known [1]: how many are not padding."""
 
     keys: mx.array
     values: mx.array
@@ -26,7 +26,7 @@ class Exact(Bank):
     default_bits = 16
     fitted = trainable = False
     keeps_keys = True
-    half = False  # whether numbers are so small that half precision tells scores apart
+    half: HalfKeys | None = None  # kept where half precision tells scores apart
 
     def apply(self, parameters: HeadArrays, queries: mx.array) -> Partial:
         return exact(queries, parameters["keys"], parameters["values"], scale=self.scale)
@@ -49,19 +49,20 @@ class Exact(Bank):
         """The largest size of a number in the values."""
         return float(mx.abs(self.parameters["values"]).max().astype(mx.float32).item())  # type: ignore[arg-type]
 
-    @cached_property
-    def half_keys(self) -> HalfKeys:
-        """The keys and values in half precision; `forget_half` frees them."""
+    def halve(self) -> None:
+        """Keeps the keys and values in half precision, until `forget_half`. Those in bfloat16 are no longer kept beside
+        them: float16 holds such numbers, so a long text takes its memory once."""
         n = self.parameters["keys"].shape[1]
-        more = [(0, 0), (0, -n % 8), (0, 0)]
-        keys = (self.scale * self.parameters["keys"].astype(mx.float32)).astype(mx.float16)
-        values = self.parameters["values"].astype(mx.float16)
-        made = HalfKeys(mx.pad(keys, more), mx.pad(values, more), mx.array([n], mx.int32) + 0)
-        mx.eval(made)
-        return made
+        padded = {
+            name: mx.pad(x.astype(mx.float16), [(0, 0), (0, -n % 8), (0, 0)]) for name, x in self.parameters.items()
+        }
+        mx.eval(padded)
+        self.half = HalfKeys(padded["keys"], padded["values"], mx.array([n], mx.int32) + 0)
+        if all(x.dtype == mx.bfloat16 for x in self.parameters.values()):
+            self.parameters = {name: x[:, :n] for name, x in padded.items()}
 
     def forget_half(self) -> None:
-        self.__dict__.pop("half_keys", None)
+        self.half = None
 
     def part(self, chosen: slice) -> Self:
         """Some of the keys, in all heads the same."""
@@ -70,7 +71,8 @@ class Exact(Bank):
         parameters = {name: x[:, chosen] for name, x in self.parameters.items()}
         sizes = ((parameters["keys"].shape[1],),) * len(self.sizes)
         part = replace(self, parameters=parameters, sizes=sizes)
-        part.half = self.half
+        if self.half is not None:
+            part.halve()
         return part
 
     def nodes(self) -> list[HeadArrays]:

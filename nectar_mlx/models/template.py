@@ -25,6 +25,7 @@ SECONDS = 0.5  # of computing, for a conversation of a few words: it takes a mil
 _SECONDS_PER_BYTE = 1e-6
 _SECONDS_TO_START = 20.0
 _MOST_WAIT = 120.0  # seconds, computing or not
+_SOON = 0.05  # seconds in which nearly every answer comes: until then nobody asks how much was computed
 _PROGRAM = Path(__file__).with_name("template_process.py")
 _REASONING = ("reasoning_content", "thinking", "reasoning")  # names of an answer's thoughts, the standard one first
 
@@ -111,12 +112,13 @@ class _Process:
     def _exchange(self, process: "subprocess.Popen[bytes]", request: bytes, seconds: float) -> bytes:
         """The line that answers a request. seconds: of computing; waiting for a busy machine is no fault."""
         assert process.stdin is not None and process.stdout is not None
-        to, of, measured = process.stdin.fileno(), process.stdout.fileno(), psutil.Process(process.pid)
+        to, of = process.stdin.fileno(), process.stdout.fileno()
         sending, answer = memoryview(request), bytearray()
-        until, since = _computed(measured) + seconds, time.monotonic()
+        until, since = _computed(process.pid) + seconds, time.monotonic()
         while not answer.endswith(b"\n"):
             readable, writable, _ = select.select([of], [to] if sending else [], [], 0.05)
-            if _computed(measured) > until or time.monotonic() - since > _MOST_WAIT:
+            waited = time.monotonic() - since
+            if (waited > _SOON and _computed(process.pid) > until) or waited > _MOST_WAIT:
                 raise NectarError(f"the model's chat template takes more than {seconds:.1g} s: take another model")
             if writable:
                 try:
@@ -131,11 +133,18 @@ class _Process:
         return bytes(answer)
 
 
-def _computed(process: psutil.Process) -> float:
+def _computed(pid: int) -> float:
+    """Seconds of a processor that this process has taken."""
     with suppress(psutil.Error):  # it is gone, which reading from it tells
-        times = process.cpu_times()
+        times = _known(pid).cpu_times()
         return float(times.user + times.system)
     return 0.0
+
+
+@lru_cache(maxsize=4)
+def _known(pid: int) -> psutil.Process:
+    """Finding it takes ten times as long as asking it."""
+    return psutil.Process(pid)
 
 
 @lru_cache

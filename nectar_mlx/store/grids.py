@@ -15,13 +15,14 @@ from typing import NamedTuple
 import numpy as np
 
 from ..core import rans
-from ..core.types import AnyArray, ByteArray, DoubleArray, FloatArray, IntArray
+from ..core.types import AnyArray, ByteArray, FloatArray, IntArray
 from ..errors import NectarError
 
 _LARGEST = 4096  # integer of a row whose step is found
 _LARGEST_ROUNDED = 127  # integer of a row that must be rounded
 _NOTHING = 1e-12  # rows whose entries are no larger are zero
 _LEAST_EXPONENT, _MOST_EXPONENT = -300, 100  # of a row's step or a column's scale
+_TOGETHER = 1 << 17  # numbers whose steps are looked for at a time: they stay in a core's cache
 BLOCK = 1 << 22  # integers that are coded together, at most; files depend on it
 _WORKERS = os.cpu_count() or 1
 MEAN_BITS = 4.0  # that an entry is to take on average: fewer leave more room for nodes, which are then too coarse
@@ -45,7 +46,7 @@ class GridMatrix(NamedTuple):
         found = dict[int, GridMatrix]()
         for width in {x.shape[1] for x in matrices}:
             alike = [i for i, x in enumerate(matrices) if x.shape[1] == width]
-            integers, exponents = _coarsest(np.concatenate([matrices[i] for i in alike]).astype(np.float64))
+            integers, exponents = _coarsest(np.concatenate([matrices[i] for i in alike]))
             ends = np.cumsum([len(matrices[i]) for i in alike])[:-1]
             parts = zip(alike, np.split(integers, ends), np.split(exponents, ends), strict=True)
             found |= {i: cls(x, e) for i, x, e in parts}
@@ -70,8 +71,18 @@ class GridMatrix(NamedTuple):
         return columns
 
 
-def _coarsest(values: DoubleArray) -> tuple[IntArray, IntArray]:
+def _coarsest(values: AnyArray) -> tuple[IntArray, IntArray]:
     """The integers [rows, D] and exponents [rows] of `GridMatrix.of`; a row of zeros has the exponent 0."""
+    step = max(1, _TOGETHER // max(1, values.shape[1]))
+    with ThreadPoolExecutor(_WORKERS) as threads:
+        parts = list(threads.map(_coarsest_of, (values[i : i + step] for i in range(0, len(values), step))))
+    parts = parts or [_coarsest_of(values)]
+    return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
+
+
+def _coarsest_of(values: AnyArray) -> tuple[IntArray, IntArray]:
+    """`_coarsest` of some rows."""
+    values = values.astype(np.float64)
     top = np.abs(values).max(1, initial=0)
     left = np.flatnonzero(top > _NOTHING)
     integers, exponents = np.zeros(values.shape, np.int32), np.zeros(len(values), np.int32)
@@ -111,7 +122,9 @@ def expected_bytes(rows: int, width: int) -> float:
 
 def encode(matrices: Sequence[GridMatrix]) -> tuple[ByteArray, ByteArray]:
     """Several matrices -> their exponents and column scales, and their integers."""
-    header, vectors, columns = list[int](), list[_Coded](), [matrix.column_scales() for matrix in matrices]
+    header, vectors = list[int](), list[_Coded]()
+    with ThreadPoolExecutor(_WORKERS) as threads:
+        columns = list(threads.map(GridMatrix.column_scales, matrices))
     for matrix, scales in zip(matrices, columns, strict=True):
         for vector in (matrix.exponents, scales):
             middle = round(float(vector.mean())) if len(vector) else 0

@@ -1,5 +1,6 @@
 """What follows from a configuration: samples a head, and bits."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import psutil
@@ -53,6 +54,22 @@ def test_the_memory_that_is_asked_for_counts_instead(memory, set_device):
     one = SampleStore.nbytes(HEADS, 1, DIM)
     assert run(memory=30_000 * one).n_samples(HEADS) == 30_000
     assert run(memory=10 * one).n_samples(HEADS) == 20_000
+
+
+def test_as_many_tokens_where_many_query_heads_share_a_kv_head(memory, set_device):
+    set_device(linux_cpu=False, fit_tokens=50_000)
+    memory(1 << 40)
+    wide = Geometry.uniform(model_type="qwen2", n_heads=14, n_kv_heads=2, head_dim=64, scale=0.1, windows=(0, 0))
+    assert replace(run(), geometry=wide).n_samples(48) == 350_000
+    assert run().n_samples(48) == 120_000  # two query heads a KV head
+
+
+def test_an_effort_of_more_samples_may_take_more_memory(memory, set_device):
+    set_device(linux_cpu=True)
+    memory(1 << 40)
+    one = SampleStore.nbytes(HEADS, 1, DIM)
+    assert run(sample_share=4.0).n_samples(HEADS) == 36_000_000_000 // one
+    assert run(sample_share=0.5).n_samples(HEADS) == min(60_000, 9_000_000_000 // one)
 
 
 def test_a_kind_that_is_not_trained_needs_those_of_the_router_alone():

@@ -133,7 +133,8 @@ def test_samples_of_two_ranks_come_in_the_order_of_one():
         for group in groups:
             made.group = group
             for number in range(2):
-                made.add("train", [piece(100.0 * layer + 10 * group + number) for layer in range(2)])
+                for layer in range(2):
+                    made.add("train", layer, piece(100.0 * layer + 10 * group + number))
         return made
 
     alone = list(pieces(0, 1, 2).layers("train", World(), 2))

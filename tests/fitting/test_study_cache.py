@@ -46,7 +46,7 @@ def test_half_precision_sees_what_float32_sees(set_device, architecture):
     capture.replay(model, context, batch, {"train": half}, n_heads=geometry.n_heads)
     set_device(half=False, linux_cpu=True)
     for bank in context.banks:
-        bank.half = False
+        bank.forget_half()
     plain = SampleStore(len(context.banks) * K, 4000, D, folder=None)
     capture.replay(model, context, batch, {"train": plain}, n_heads=geometry.n_heads)
     assert half.count == plain.count > 0 and half.not_finite == set()
@@ -64,7 +64,20 @@ def test_scores_too_large_for_half_precision_keep_float32(set_device):
     assert all(bank.half for bank in context.banks)
     context.banks[1].parameters["keys"] = 1e4 * context.banks[1].parameters["keys"]
     allow_half(model, context)
-    assert [bank.half for bank in context.banks] == [True, False, True]
+    assert [bank.half is not None for bank in context.banks] == [True, False, True]
+
+
+def test_numbers_of_bfloat16_are_not_kept_twice(set_device):
+    model = toys.toy("llama")
+    bank = prefill.read_text(model, toys.random_tokens(43), attention_patch.route(model)).banks[0]
+    before = {name: x.astype(mx.bfloat16) for name, x in bank.parameters.items()}
+    bank.parameters = before
+    bank.halve()
+    for name, x in bank.parameters.items():
+        assert x.dtype == mx.float16 and mx.array_equal(x.astype(mx.bfloat16), before[name])
+    assert [x.shape[1] for x in bank.half[:2]] == [48, 48] and bank.half.known.item() == 43
+    bank.forget_half()
+    assert bank.half is None and bank.parameters["keys"].shape[1] == 43
 
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16, mx.float32, mx.int32, mx.bool_])

@@ -92,17 +92,40 @@ CHECK_ABOUT = (
     'Go on from here, as the text does: "{passage}"',
 )
 
+_GOLDEN = 0.6180339887498949  # multiples of it, modulo 1, are spread evenly, however many there are
 
-def passage(tokenizer: Tokenizer, ids: Sequence[int], rng: random.Random, *, tokens: tuple[int, int] = (20, 60)) -> str:
-    """Some of these tokens in a row, as text. tokens: how many, from and below."""
+
+def passage(
+    tokenizer: Tokenizer,
+    ids: Sequence[int],
+    rng: random.Random,
+    at: float | None = None,
+    *,
+    tokens: tuple[int, int] = (20, 60),
+) -> str:
+    """Some of these tokens in a row, as text. at: where, in [0, 1) of the text; anywhere. tokens: how many, from and
+    below."""
     length = rng.randrange(*tokens)
-    start = rng.randrange(0, max(1, len(ids) - length))
+    room = max(1, len(ids) - length)
+    start = rng.randrange(room) if at is None else int(at * room)
     return str(tokenizer.decode(ids[start : start + length], skip_special_tokens=True)).strip()
 
 
-def training(passage: Callable[[random.Random], str], *, seed: int) -> Iterator[str]:
-    """An endless mix: 12% generic, 83% about a random passage, 5% that have nothing to do with the text."""
-    yield from _mix(GENERIC, ABOUT, UNRELATED, passage, random.Random(seed))
+def training(passage: Callable[[random.Random, float], str], *, seed: int) -> Iterator[str]:
+    """An endless mix: 12% generic, 83% about a passage, 5% that have nothing to do with the text. However few there
+    are, their passages lie all over the text: drawn anywhere, they would leave a third of it out where they are
+    together as long as it is."""
+    rng = random.Random(seed)
+    at = rng.random()
+    while True:
+        draw = rng.random()
+        if draw < 0.05:
+            yield rng.choice(UNRELATED)
+        elif draw < 0.17:
+            yield rng.choice(GENERIC)
+        else:
+            at = (at + _GOLDEN) % 1
+            yield rng.choice(ABOUT).format(passage=passage(rng, at))
 
 
 def checking(passage: Callable[..., str], *, seed: int) -> Iterator[str]:
@@ -113,20 +136,3 @@ def checking(passage: Callable[..., str], *, seed: int) -> Iterator[str]:
         yield rng.choice(CHECK_PHRASE).format(phrase=passage(rng, tokens=(3, 9)))
         yield rng.choice(CHECK_ABOUT).format(passage=passage(rng))
         yield rng.choice(CHECK_GENERIC)
-
-
-def _mix(
-    generic: tuple[str, ...],
-    about: tuple[str, ...],
-    unrelated: tuple[str, ...],
-    passage: Callable[[random.Random], str],
-    rng: random.Random,
-) -> Iterator[str]:
-    while True:
-        draw = rng.random()
-        if draw < 0.05:
-            yield rng.choice(unrelated)
-        elif draw < 0.17:
-            yield rng.choice(generic)
-        else:
-            yield rng.choice(about).format(passage=passage(rng))

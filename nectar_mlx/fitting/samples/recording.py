@@ -136,16 +136,19 @@ class Recording:
         return {int(i): finals for of_rank in world.arrays(mine) for i, finals in of_rank.items()}
 
     def _take(self, capturing: Sequence[CaptureCache]) -> None:
+        """One layer after the other: what was captured of all of them would be there three times over."""
         fed, self._fed = self._fed, _Fed()
-        places = np.concatenate(fed.places, axis=1)
+        places, splits = np.concatenate(fed.places, axis=1), np.array(fed.splits)
+        chosen = {split: places & (splits == split)[:, None] for split in _SPLITS}
         for layer, cache in enumerate(capturing):
-            cache.captured = [_joined(turn) for turn in zip(*(step[layer] for step in fed.captured), strict=True)]
-        for split in _SPLITS:
-            chosen = places & (np.array(fed.splits) == split)[:, None]
-            if chosen.any():
-                self._pieces.add(split, [cache.take(chosen) for cache in capturing])
-        for cache in capturing:
+            steps = [step[layer] for step in fed.captured]
+            cache.captured = [_joined(turn) for turn in zip(*steps, strict=True)]
+            for split, of_split in chosen.items():
+                if of_split.any():
+                    self._pieces.add(split, layer, cache.take(of_split))
             cache.captured = []
+            for step in fed.captured:
+                step[layer] = []
 
     def move(self, split: Split, store: SampleStore, world: World, *, shares: int = 1) -> None:
         """Moves the samples of a split that all ranks have into empty stores: as many as these hold, drawn at random;
@@ -166,12 +169,15 @@ class _Pieces:
         self.count, self.group = dict.fromkeys(_SPLITS, 0), 0
         self._of = {split: list[list[tuple[int, Any]]]() for split in _SPLITS}  # by layer
 
-    def add(self, split: Split, layers: Sequence[Samples]) -> None:
-        mx.eval(layers)
-        self.count[split] += layers[0].queries.shape[1]
-        self._of[split] = self._of[split] or [[] for _ in layers]
-        for pieces, samples in zip(self._of[split], layers, strict=True):
-            pieces.append((self.group, self._kept(samples)))
+    def add(self, split: Split, layer: int, samples: Samples) -> None:
+        """Of a layer, when those before it were added."""
+        of_layers = self._of[split]
+        if layer == 0:
+            self.count[split] += samples.queries.shape[1]
+        if layer == len(of_layers):
+            of_layers.append([])
+        mx.eval(samples)
+        of_layers[layer].append((self.group, self._kept(samples)))
 
     def layers(self, split: Split, world: World, shares: int) -> Iterator[tuple[int, Samples]]:
         """The samples of all ranks in this rank's layers, in an order that does not depend on the number of ranks. They

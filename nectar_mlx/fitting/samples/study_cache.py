@@ -24,28 +24,48 @@ from ..prefill import Context
 _LARGEST = 4096.0  # scale · |q| |k|, of any query and key, up to which half precision is used
 _PROBED = 64  # tokens whose queries tell how large those to come are
 _HIDDEN = -60_000.0  # the score of a hidden key
+_HALF_MAX = 65504.0  # of float16
+_QUEUED = 1 << 29  # scores that are queued at a time: with the weights they become, 2 GB
+
+
+class _Queue:
+    """Scores of calls that the device has been told of and may not have computed: they take memory meanwhile."""
+
+    def __init__(self) -> None:
+        self._scores = 0
+
+    def add(self, scores: int, result: mx.array) -> None:
+        """What a call returns, which takes so many scores: it is waited for where they are many together."""
+        self._scores += scores
+        if self._scores > _QUEUED:
+            mx.eval(result)
+            self._scores = 0
+
+
+_queue = _Queue()
 
 
 class StudyCache(NectarCache):
     """Attends exactly over context and live tokens, and shows both parts to `see`."""
 
+    _scaled: mx.array  # the queries of the call in half precision, times the scale
+
     def __init__(self, bank: Any, context: int, live: Any = None, *rest: Any):
         super().__init__(bank, context, live, *rest)
         own = isinstance(bank, Exact) and live is None  # other layers share keys as they are
-        offset = bank.offset if own else None
-        self.half, self._subtracted = own and bank.half, offset
-        if self.half:
+        self.half = bank.half if own else None
+        self._subtracted = bank.offset.astype(mx.float32) if own and bank.offset is not None else None
+        if self.half is not None:
             self.live = WholeCache()  # type: ignore[no-untyped-call]
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         if self._subtracted is not None and self._subtracted.shape[-1] != keys.shape[-1]:
             self._subtracted = None  # latent attention keeps keys in two parts
         if self._subtracted is not None:  # once, not in every step for all of them
-            keys = keys.astype(mx.float32) - self._subtracted.astype(mx.float32)[:, None]
-        if not self.half:
+            keys = keys.astype(mx.float32) - self._subtracted[:, None]
+        if self.half is None:
             return super().update_and_fetch(keys, values)
-        kept = (self.bank.scale * keys.astype(mx.float32)).astype(mx.float16), values.astype(mx.float16)
-        return self.live.update_and_fetch(*kept)  # type: ignore[no-any-return]
+        return self.live.update_and_fetch(keys.astype(mx.float16), values.astype(mx.float16))  # type: ignore[no-any-return]
 
     @property
     def live_offset(self) -> mx.array | None:
@@ -61,24 +81,27 @@ class StudyCache(NectarCache):
         mask: mx.array | str | None,
         sinks: mx.array | None = None,
     ) -> mx.array:
+        if self.half is not None:
+            self._scaled = scale * queries.astype(mx.float16)
         live = self.over_live(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
         context = self.over_context(queries)
         self.see(queries, context, live)
-        if not self.half:
+        if self.half is None:
             merged = attention.merge(context, live)
             return merged.output[..., : values.shape[-1]].astype(queries.dtype)
         gate = mx.sigmoid(context.log_normalizer - live.log_normalizer)[..., None].astype(mx.float16)
-        return (live.output + gate * (context.output - live.output)).astype(queries.dtype)
+        output = (live.output + gate * (context.output - live.output)).astype(queries.dtype)
+        _queue.add(queries.size // queries.shape[-1] * self.half.keys.shape[1], output)
+        return output
 
     def see(self, queries: mx.array, context: Partial, live: Partial) -> None:
         """Called with what `attend` merges."""
 
     def over_context(self, queries: mx.array) -> Partial:
-        if not self.half:
+        if self.half is None:
             return super().over_context(queries)
         B, _, T, _ = queries.shape
-        keys = self.bank.half_keys  # type: ignore[attr-defined]
-        part = half_attention(group(queries.astype(mx.float16), keys.keys.shape[0]), keys)
+        part = half_attention(group(self._scaled, self.half.keys.shape[0]), self.half)
         return Partial(*(ungroup(x, B, T) for x in part))
 
     def over_live(
@@ -91,10 +114,10 @@ class StudyCache(NectarCache):
         mask: mx.array | str | None,
         sinks: mx.array | None = None,
     ) -> Partial:
-        if not self.half:
+        if self.half is None:
             return super().over_live(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
         (B, H, T, D), (K, S), n = queries.shape, keys.shape[1:3], self.size()
-        scores = queries.astype(mx.float16).reshape(B, K, H // K * T, D) @ keys.swapaxes(2, 3)
+        scores = self._scaled.reshape(B, K, H // K * T, D) @ keys.swapaxes(2, 3)
         if mask is not None:
             if isinstance(mask, str):
                 mask = mx.arange(n - T, n)[:, None] >= mx.arange(n)
@@ -136,7 +159,8 @@ def _count(n: int) -> mx.array:
 
 
 def half_attention(queries: mx.array, keys: HalfKeys) -> Partial:
-    """Attention of half-precision queries [K, N, D] over the keys; the output is half precision, too."""
+    """Attention of half-precision queries [K, N, D], times the scale, over the keys; the output is half precision,
+    too."""
     K, n = keys.keys.shape[:2]
     step = max(1, device().max_scores // (K * n))
     parts = []
@@ -173,4 +197,6 @@ def allow_half(model: nn.Module, context: Context) -> None:
         query = float(np.array(cache.largest))
         key = float(np.array(mx.linalg.norm(bank.parameters["keys"].astype(mx.float32), axis=-1).max()))
         small = 2 * bank.scale * query * key < _LARGEST and 2 * query < _LARGEST and bank.largest_value < _LARGEST
-        bank.half = small and cache.alike
+        bank.forget_half()
+        if small and 2 * key < _HALF_MAX and cache.alike:
+            bank.halve()
