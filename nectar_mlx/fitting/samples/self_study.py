@@ -20,7 +20,8 @@ from .study_cache import allow_half
 
 CHECK_TEMPERATURE = 0.7
 _LIVE_BYTES = 9_000_000_000  # of keys and values of conversations that are sampled together, at most
-_ENOUGH = 0.9  # of the samples asked for: not another batch for the last few
+# Not another batch for the last few samples: so large a share of those asked for, or for fewer conversations.
+_ENOUGH, _FEW = 0.9, FEWEST_TOGETHER // 2
 _ALL = 1 << 30  # tokens: more than a conversation has
 
 
@@ -46,7 +47,7 @@ def study(run: FitRun, context: Context, recorder: Recorder | None = None) -> li
             samples = count_samples(conversations, group=run.group)
             number = sum(c.split != "check" for c in conversations)
             batch: list[Conversation] = []
-            if samples < _ENOUGH * wanted:
+            if samples < _ENOUGH * wanted and (wanted - samples) * number >= samples * _FEW:
                 asked = asking(run.tokenizer, context.prefix, first=number, seed=config.seed)
                 batch += expected_to_give(wanted - samples, asked, run)
             if not answered_checks(conversations):  # beside the others they cost little
