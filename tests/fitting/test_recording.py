@@ -1,6 +1,7 @@
 """Samples that are captured while answers are sampled, against those of a replay."""
 
 from dataclasses import replace
+from itertools import islice
 
 import mlx.core as mx
 import numpy as np
@@ -122,6 +123,19 @@ def test_the_full_cache_s_logits_of_the_checks_follow_from_what_is_kept(
     with monkeypatch.context() as patch:
         patch.setattr(fidelity, "answer_logits", lambda model, *a, **k: pytest.fail("computed again"))
         fidelity.compare(run.model, pytest.fail, {}, checks, known=known)
+
+
+def test_no_batch_is_made_for_a_few_missing_samples(tokenizer, some_stop, monkeypatch):
+    def asked(queries):
+        run = fit_run(toys.toy("llama"), tokenizer, queries=queries)
+        conversations = self_study.study(run, read(run, toys.random_tokens(60)))
+        return sum(c.split != "check" for c in conversations), count_samples(conversations, group=run.group)
+
+    monkeypatch.setattr(self_study, "expected_to_give", lambda samples, asked, run: list(islice(asked, 16)))
+    number, samples = asked(1)
+    assert number == 16 and asked(round(samples / 0.8))[0] == 16 and asked(2 * samples)[0] > 16
+    monkeypatch.setattr(self_study, "_FEW", 0)
+    assert asked(round(samples / 0.8))[0] > 16
 
 
 def test_samples_of_two_ranks_come_in_the_order_of_one():
