@@ -59,6 +59,7 @@ class Device:
     fit_batch: int
     fit_samples: int
     fit_tokens: int
+    fewest_tokens: int
     fit_conversations: int
     fit_checks: int
     fit_trial_steps: int
@@ -102,6 +103,7 @@ LINUX_CPU = Device(
     fit_batch=512,
     fit_samples=14_000,
     fit_tokens=0,
+    fewest_tokens=0,
     fit_conversations=96,
     fit_checks=12,
     fit_trial_steps=30,
@@ -144,6 +146,7 @@ GPU = Device(
     fit_batch=2048,
     fit_samples=150_000,
     fit_tokens=50_000,
+    fewest_tokens=25_000,
     fit_conversations=512,
     fit_checks=96,
     fit_trial_steps=100,

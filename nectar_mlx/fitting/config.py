@@ -101,6 +101,14 @@ def useful_samples(config: FitConfig, profile: Device, *, group: int, nbytes: in
     return max(min(FEWEST_SAMPLES, wanted), min(wanted, room // nbytes))
 
 
+def density(config: FitConfig, profile: Device, *, group: int, samples: int) -> float:
+    """Share of the tokens of conversations whose samples are kept: a few of many conversations tell more than all of
+    a few. All, where their number was chosen. group: as above. samples: a head."""
+    if config.queries:
+        return 1.0
+    return min(1.0, samples / max(1.0, profile.fewest_tokens * config.sample_share * group))
+
+
 EFFORTS = ("quick", "normal", "best")
 
 

@@ -16,7 +16,7 @@ from ..heads import AUTO, KINDS
 from ..mlxlm.attention_patch import Geometry
 from ..store import Layout
 from .budget import affordable_bytes, size_for
-from .config import FitConfig, useful_samples
+from .config import FitConfig, density, useful_samples
 from .samples.conversation import FEWEST_TOGETHER, count_groups
 
 AUTO_SHARE = 0.04  # of the KV cache; what was chosen for three models was 0.024, 0.04 and 0.16 (docs/results.md)
@@ -195,9 +195,10 @@ class _Work:
     @property
     def conversations(self) -> int:
         """That heads are trained on, as in `self_study.study`."""
-        g = self.shape.geometry
-        each = g.n_heads // g.n_kv_heads * self.conversation
-        return max(FEWEST_TOGETHER, int(self.samples / (_TRAIN_SHARE * each)) + 1)
+        g, samples = self.shape.geometry, self.samples
+        group = g.n_heads // g.n_kv_heads
+        share = _TRAIN_SHARE * density(self.config, self.machine.profile, group=group, samples=samples)
+        return max(FEWEST_TOGETHER, int(samples / (share * group * self.conversation)) + 1)
 
     @property
     def sampled(self) -> int:

@@ -20,7 +20,7 @@ from ..store import Layout
 from .auto_budget import FIRST
 from .budget import share_of
 from .checkpoint import Checkpoint, Plan, text_digest
-from .config import FitConfig, useful_samples
+from .config import FitConfig, density, useful_samples
 from .distributed import World
 from .others import OtherFile, digests
 from .samples.conversation import Conversation
@@ -105,6 +105,13 @@ class FitRun:
             nbytes=store.nbytes(heads, 1, self.geometry.head_dim),
             memory=psutil.virtual_memory().total,  # not what is free: an interrupted fit goes on with the same samples
         )
+
+    @property
+    def density(self) -> float:
+        """Share of the tokens of conversations whose samples are kept."""
+        if not self.layout.bank.trainable:
+            return 1.0
+        return density(self.config, device(), group=self.group, samples=self.n_samples(self.n_heads))
 
     def claim(self, prefix: Sequence[int], *, preamble: int = 0) -> None:
         """Starts or continues the fit of this prefix; see `Checkpoint.claim`."""

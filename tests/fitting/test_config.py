@@ -64,6 +64,26 @@ def test_as_many_tokens_where_many_query_heads_share_a_kv_head(memory, set_devic
     assert run().n_samples(48) == 120_000  # two query heads a KV head
 
 
+@pytest.mark.parametrize(
+    "total, options, share",
+    [
+        (16 << 30, {}, 20_000 / 100_000),  # a small machine: some samples of many conversations
+        (1 << 40, {}, 50_000 / 100_000),
+        (1 << 40, {"sample_share": 0.5}, 0.5),
+        (16 << 30, {"queries": 5000}, 1.0),
+        (16 << 30, {"kind": "retrieval"}, 1.0),
+    ],
+)
+def test_few_samples_are_of_many_conversations(memory, set_device, monkeypatch, total, options, share):
+    """Four query heads a KV head; 25,000 tokens are asked for."""
+    set_device(linux_cpu=False, fit_samples=50_000, fit_tokens=0, fewest_tokens=25_000)
+    memory(total)
+    wide = Geometry.uniform(
+        model_type="llama", n_heads=HEADS * 2, n_kv_heads=HEADS // 2, head_dim=DIM, scale=0.1, windows=(0, 0)
+    )
+    assert replace(run(**options), geometry=wide).density == pytest.approx(share)
+
+
 def test_an_effort_of_more_samples_may_take_more_memory(memory, set_device):
     set_device(linux_cpu=True)
     memory(1 << 40)

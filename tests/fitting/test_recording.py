@@ -18,8 +18,8 @@ from tests.fitting.toy_fit import fit_run, read
 STOP = set(range(0, 320, 40))  # so that answers end at different times
 
 
-def recorded(run, context):
-    made = recording.Recording()
+def recorded(run, context, **options):
+    made = recording.Recording(**options)
     return made, self_study.study(run, context, made)
 
 
@@ -88,6 +88,28 @@ def test_more_than_wanted_are_drawn_at_random(tokenizer):
     places = np.array([np.abs(whole - row).max(1).argmin() for row in part])
     assert len(part) == 90 and np.array_equal(whole[places], part)
     assert [np.mean(places < at * len(whole)) for at in (0.25, 0.5, 0.75)] == pytest.approx([0.25, 0.5, 0.75], abs=0.2)
+
+
+def test_of_some_tokens_alone_samples_are_kept(tokenizer, monkeypatch):
+    """The same ones where answers are fed again."""
+    run = fit_run(toys.toy("llama"), tokenizer, queries=2000)
+    context = read(run, toys.random_tokens(60))
+    whole, conversations = recorded(run, context)
+    first, _ = recorded(run, context, density=0.3)
+    monkeypatch.setattr(run.checkpoint, "load_conversations", lambda: conversations)
+    again, _ = recorded(run, context, density=0.3)
+    every, some, same = (rows(stored(run, made), 3) for made in (whole, first, again))
+    assert 0.2 < len(some) / len(every) < 0.4 and np.array_equal(some, same)
+    assert set(map(bytes, some)) < set(map(bytes, every))
+
+
+def test_more_conversations_are_sampled_where_some_tokens_are_kept(tokenizer, monkeypatch):
+    run = fit_run(toys.toy("llama"), tokenizer, queries=2000)
+    context = read(run, toys.random_tokens(60))
+    monkeypatch.setattr(type(run), "density", 0.5)
+    data = recording.collect(run, context)
+    assert count_samples(data.conversations, group=run.group) > 0.9 * 4000
+    assert 0.8 * 2000 < data.train.count <= 2000
 
 
 def test_nothing_is_drawn_again_for_samples_of_an_interrupted_run(tokenizer, monkeypatch):

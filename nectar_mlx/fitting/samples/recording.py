@@ -51,7 +51,7 @@ def collect(
     """
     wanted = run.n_samples(run.n_heads)
     folder = spill(run, wanted + held_out_count(wanted))
-    recording = Recording(folder and folder / "recorded")
+    recording = Recording(folder and folder / "recorded", density=1.0 if whole else run.density)
     conversations = [*kept, *ask(run, context, recording)]
     if whole:
         wanted = max(1, count_samples(conversations, group=run.group))
@@ -84,12 +84,15 @@ class _Fed:
 class Recording:
     """What attention saw in the conversations that were sampled so far (`sampling.Recorder`)."""
 
-    def __init__(self, folder: Path | None = None) -> None:
-        self._fed, self._finals = _Fed(), dict[int, list[mx.array]]()  # by the identity of a check's conversation
+    def __init__(self, folder: Path | None = None, *, density: float = 1.0) -> None:
+        """folder: for what is captured, where it does not fit the memory. density: share of the tokens whose samples
+        are kept."""
+        self._fed, self._density, self._chance = _Fed(), density, np.random.default_rng(0)
+        self._finals = dict[int, list[mx.array]]()  # by the identity of a check's conversation
         self._pieces = _Pieces() if folder is None else _PiecesOnDisk(folder)
 
     def begin(self, first: int) -> None:
-        self._pieces.group = first
+        self._pieces.group, self._chance = first, np.random.default_rng(first)
 
     def make_cache(self, context: Context, *, sequences: int) -> list[Any]:
         return context.make_cache(partial(_Cache, preamble=context.preamble), sequences=sequences)
@@ -110,6 +113,8 @@ class Recording:
 
     def keep(self, caches: Sequence[Any], going: Sequence[Conversation], places: np.ndarray, *, last: bool) -> None:
         """last: whether the batch changes, or ends, behind these."""
+        if self._density < 1:
+            places = places & (self._chance.random(places.shape, np.float32) < self._density)
         self._fed.places.append(places)
         self._fed.splits = [c.split for c in going]
         if last or len(self._fed.captured) >= _STEPS:

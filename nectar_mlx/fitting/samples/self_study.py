@@ -40,7 +40,7 @@ def study(run: FitRun, context: Context, recorder: Recorder | None = None) -> li
     """
     before, config = run.kept_conversations(), run.config
     conversations = list[Conversation]() if recorder else before
-    wanted = run.n_samples(run.n_heads)
+    wanted = round(run.n_samples(run.n_heads) / run.density)
     allow_half(run.model, context)
     with run.progress("sampling answers", wanted) as done:
         while True:
@@ -78,13 +78,16 @@ def answered_before(batch: Sequence[Conversation], known: Sequence[Conversation]
 
 def expected_to_give(samples: int, asked: Iterable[Conversation], run: FitRun) -> list[Conversation]:
     """The first conversations of those `asked`, as few as give so many samples if every answer is of full length."""
-    batch, given = list[Conversation](), 0
+    batch, training, tokens, longest = list[Conversation](), 0, 0, 0
     for conversation in asked:
+        given = run.group * (training * longest if device().end_together else tokens)
         if given >= samples and len(batch) >= FEWEST_TOGETHER:
             break
         batch.append(conversation)
-        training = (c for c in zip(batch, longest_answers(run, batch), strict=True) if c[0].split == "train")
-        given = run.group * sum(len(c.prompt) + longest for c, longest in training)
+        full = len(conversation.prompt) + run.config.answer_tokens
+        longest = max(longest, full)
+        if conversation.split == "train":
+            training, tokens = training + 1, tokens + full
     return batch
 
 
