@@ -25,7 +25,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _work(args: argparse.Namespace) -> None:
-    library = from_library.open_library(args)
+    library = from_library.open_library(args, make=True)
     fitter = from_library.fitter(library, args)
     added = library.add(
         args.paths, fitter, include=args.include, exclude=args.exclude, progress=cli.progress, log=cli.say

@@ -16,7 +16,7 @@ from . import cli, settings
 from .core.types import JsonObject, Tokenizer
 from .errors import NectarError
 from .installed import choose
-from .library import Added, Document, Identity, Library, ModelFitter, Routing
+from .library import Added, Document, Identity, Library, ModelFitter, Routing, holds_library
 
 if TYPE_CHECKING:
     import mlx.nn as nn
@@ -34,11 +34,15 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--queries", type=int, metavar="N", help="captured queries a head; kept for later calls")
 
 
-def open_library(args: argparse.Namespace) -> Library:
-    """That of --library, else of $NECTAR_LIBRARY, else of the settings, else the one in the user's data folder."""
-    if args.library is None and not os.environ.get("NECTAR_LIBRARY"):
-        return Library(settings.read().library)
-    return Library(args.library)
+def open_library(args: argparse.Namespace, *, make: bool = False) -> Library:
+    """That of --library, else of $NECTAR_LIBRARY, else of the settings, else the one in the user's data folder.
+
+    make: whether --library may name a folder that holds none yet; else NectarError, for it is most likely mistyped.
+    """
+    chosen = args.library or os.environ.get("NECTAR_LIBRARY") or settings.read().library
+    if args.library and not make and not holds_library(Path(args.library).expanduser()):
+        raise NectarError(f"there is no library in {chosen}: `nectar add FOLDER --library {chosen}` makes one")
+    return Library(chosen)
 
 
 def fitter(library: Library, args: argparse.Namespace) -> ModelFitter:

@@ -133,7 +133,7 @@ def _library(args: argparse.Namespace) -> "tuple[Library | None, str | None, str
     from . import from_library
     from .installed import choose
 
-    library = from_library.open_library(args)
+    library = from_library.open_library(args, make=True)
     identity = library.identity
     if identity is None:
         choose(args, log=cli.say)

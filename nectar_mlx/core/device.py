@@ -6,9 +6,10 @@ A module asks `device()` where it needs a number, so that every such number stan
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
+import psutil
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,11 +176,31 @@ GPU = Device(
     choices_batch=8,
 )
 
-_current = LINUX_CPU if sys.platform == "linux" and mx.default_device() == mx.cpu else GPU
+# Of a laptop with 16 or 24 GB, most of which a fit cannot have: less is computed at a time.
+SMALL_GPU = replace(
+    GPU,
+    max_scores=1 << 25,
+    max_batch_scores=1 << 26,
+    replay_scores=1 << 26,
+    training_scores=1 << 25,
+    fisher_batch=2,
+    check_batch=6,
+    choices_batch=2,
+)
+_LARGE_MEMORY = 40e9  # bytes
+
+
+def gpu(memory: float) -> Device:
+    """The profile of a Mac or an NVIDIA GPU in a machine with so many bytes of memory."""
+    return GPU if memory > _LARGE_MEMORY else SMALL_GPU
+
+
+_is_linux_cpu = sys.platform == "linux" and mx.default_device() == mx.cpu
+_current = LINUX_CPU if _is_linux_cpu else gpu(psutil.virtual_memory().total)
 
 
 def device() -> Device:
-    """The profile of the machine MLX computes on: a Mac, or an NVIDIA GPU (`GPU`), or a Linux CPU (`LINUX_CPU`)."""
+    """The profile of the machine MLX computes on: a Mac or an NVIDIA GPU (`gpu`), or a Linux CPU (`LINUX_CPU`)."""
     return _current
 
 

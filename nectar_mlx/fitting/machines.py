@@ -11,7 +11,7 @@ import mlx.nn as nn
 import psutil
 from mlx.utils import tree_flatten
 
-from ..core.device import GPU, LINUX_CPU, device, using
+from ..core.device import GPU, LINUX_CPU, device, gpu, using
 from ..core.types import JsonObject
 from ..errors import NectarError
 from ..mlxlm.attention_patch import Geometry
@@ -33,7 +33,7 @@ def _apple(name: str, rate: float, bandwidth: float, memory: int, basis: str = "
         rate=_APPLE_SHARE * rate * 1e12,
         bandwidth=bandwidth * 1e9,
         memory=memory * 1e9,
-        profile=replace(GPU, compile_steps=True),
+        profile=replace(gpu(memory * 1e9), compile_steps=True),
         basis=basis,
     )
 

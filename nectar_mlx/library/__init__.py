@@ -7,7 +7,7 @@ something is fitted.
 
 from .documents import Document
 from .fitter import Fitter, ModelFitter
-from .folder import default_folder
+from .folder import default_folder, holds_library
 from .library import Added, Library, Removed
 from .routing import Candidate, Evidence, Routing
 from .scan import Scan
@@ -28,4 +28,5 @@ __all__ = [
     "Scan",
     "Work",
     "default_folder",
+    "holds_library",
 ]

@@ -16,6 +16,7 @@ from pathlib import Path
 from ..errors import NectarError
 from .database import path_bytes
 
+_DATABASE = "library.db"
 _VOLUME = "[0-9a-f]{32}"  # a volume's name (`volumes.plan`)
 
 
@@ -28,13 +29,18 @@ def default_folder() -> Path:
     return Path(os.environ.get("XDG_DATA_HOME") or "~/.local/share").expanduser() / "nectar" / "library"
 
 
+def holds_library(path: Path) -> bool:
+    """Whether a folder is a library's."""
+    return (path / _DATABASE).exists()
+
+
 class Folder:
     """The files of one library, apart from its database."""
 
     def __init__(self, path: Path):
         """Makes the folders where they are missing. NectarError where that cannot be done, or where there is another
         folder of this name with something in it."""
-        self.path, self.database = path, path / "library.db"
+        self.path, self.database = path, path / _DATABASE
         self.documents = path / "documents"
         self.volumes, self._work = path / "volumes", path / "work"
         try:

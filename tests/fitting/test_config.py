@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
+from nectar_mlx.core import device
 from nectar_mlx.fitting.config import FitConfig
 from nectar_mlx.fitting.run import FitRun
 from nectar_mlx.fitting.samples.sample_store import DeviceSampleStore, SampleStore
@@ -111,3 +112,12 @@ def test_a_kind_that_is_not_trained_needs_those_of_the_router_alone():
 )
 def test_each_kind_has_its_bits(options, bits):
     assert run(**options).layout.bits == bits
+
+
+@pytest.mark.parametrize("memory, profile", [(16e9, device.SMALL_GPU), (36e9, device.SMALL_GPU), (64e9, device.GPU)])
+def test_a_small_machine_computes_less_at_a_time(memory, profile):
+    """Whatever follows from how much is computed alike stays as it is: batches, steps, samples."""
+    chosen = device.gpu(memory)
+    assert chosen == profile
+    fits = [name for name in vars(profile) if name.startswith(("fit_", "trial_", "study_"))]
+    assert all(getattr(chosen, name) == getattr(device.GPU, name) for name in fits) and len(fits) > 10

@@ -120,7 +120,7 @@ def test_update_can_watch(folder, cheap, notes, monkeypatch, capsys):
         (["ask", "library", "Who?"], ["is empty", "nectar add"]),
         (["chat", "library"], ["is empty", "nectar add"]),
         (["ask", "book.nectar", "Who?", "--library", "somewhere"], ["--library is for"]),
-        (["list", "--library", "/dev/null/library"], ["cannot be made"]),
+        (["list", "--library", "/dev/null/library"], ["there is no library in /dev/null/library"]),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(folder, cheap, argv, parts, monkeypatch, capsys):
@@ -230,6 +230,13 @@ def test_the_settings_name_the_library_the_model_and_the_budget(tmp_path, monkey
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["library"] == str(tmp_path / "other")
     assert __main__.main(["add", str(tmp_path / "note.txt"), "--budget", "5%", "--model", "two"]) == 0
     assert Library(tmp_path / "other").options == {"budget": 0.05} and cheap[-1].identity.name == "two"
+
+
+@pytest.mark.parametrize("command", [["list"], ["update"], ["remove", "a.txt"], ["ask", "library", "What?"]])
+def test_a_mistyped_library_is_named_and_not_made(tmp_path, capsys, command):
+    assert __main__.main([*command, "--library", str(tmp_path / "libary")]) != 0
+    assert "there is no library in" in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "libary").exists()
 
 
 def test_sources_name_the_document_and_its_page(folder, tmp_path, model, capsys):
