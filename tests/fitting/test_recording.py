@@ -126,10 +126,11 @@ def test_nothing_is_drawn_again_for_samples_of_an_interrupted_run(tokenizer, mon
     assert ours.keys() == theirs.keys() and all(mx.array_equal(ours[i], theirs[i]) for i in ours)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("architecture, ahead", [("llama", 1), ("llama", 8), ("gemma3_text", 1)])
 def test_the_full_cache_s_logits_of_the_checks_follow_from_what_is_kept(
-    tokenizer, some_stop, monkeypatch, architecture
+    tokenizer, some_stop, set_device, monkeypatch, architecture, ahead
 ):
+    set_device(steps_ahead=ahead)
     run = fit_run(toys.toy(architecture), tokenizer, checks=5)
     data = recording.collect(run, read(run, toys.random_tokens(60)))
     checks = conversation.answered_checks(data.conversations)

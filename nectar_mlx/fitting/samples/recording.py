@@ -137,7 +137,8 @@ class Recording:
 
     def finals_of(self, conversations: Sequence[Conversation], world: World) -> dict[int, mx.array]:
         """For `Collected`: what the last layer gave where the checks' answers were drawn, whichever rank drew them."""
-        mine = {str(i): mx.stack(self._finals[id(c)]) for i, c in enumerate(conversations) if id(c) in self._finals}
+        kept = {i: self._finals[id(c)][: len(c.answer)] for i, c in enumerate(conversations) if id(c) in self._finals}
+        mine = {str(i): mx.stack(finals) for i, finals in kept.items() if finals}
         return {int(i): finals for of_rank in world.arrays(mine) for i, finals in of_rank.items()}
 
     def _take(self, capturing: Sequence[CaptureCache]) -> None:
