@@ -7,10 +7,10 @@ import argparse
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from . import cli, settings
 from .core.types import JsonObject, Tokenizer
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     import mlx.nn as nn
 
     from .nectar import Nectar
+
+T = TypeVar("T")
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -128,7 +130,18 @@ class Questions:
 
         NectarError where the document has no file yet.
         """
-        self.routing = self.library.route(question, evidence=lambda documents: self._likelihoods(documents, question))
+
+        def likelihood(model: "nn.Module", tokenizer: Tokenizer, nectar: "Nectar") -> float:
+            return nectar.log_likelihood(model, nectar.prompt(tokenizer, question))
+
+        def first_sentence(model: "nn.Module", tokenizer: Tokenizer, nectar: "Nectar") -> str:
+            return nectar.first_sentence(model, tokenizer, question)
+
+        self.routing = self.library.route(
+            question,
+            evidence=lambda documents: self._behind(documents, likelihood, otherwise=math.nan),
+            answers=lambda documents: self._behind(documents, first_sentence, otherwise=""),
+        )
         best = self.routing.best
         if best is None:
             return None
@@ -161,6 +174,7 @@ class Questions:
                 "place": " ".join(candidate.place) if candidate.place else None,
                 "score": round(candidate.score, 3),
                 "log_likelihood": candidate.log_likelihood,
+                "support": candidate.support,
             }
             for candidate in routing.candidates
         ]
@@ -185,15 +199,16 @@ class Questions:
         self._nectar.about(document.name)
         return self._base[1], self._base[2], self._nectar
 
-    def _likelihoods(self, documents: Sequence[Document], question: str) -> list[float]:
-        """How likely a question is behind documents; NaN for another model's, and for files that cannot be read."""
+    def _behind(
+        self, documents: Sequence[Document], look: "Callable[[nn.Module, Tokenizer, Nectar], T]", *, otherwise: T
+    ) -> list[T]:
+        """What is found behind documents; otherwise: for another model's, and for files that cannot be read."""
         found = []
         for document in documents:
             try:
                 if self._base is not None and document.model != self._base[0]:
                     raise NectarError("another model's")
-                model, tokenizer, nectar = self._load(document)
-                found.append(nectar.log_likelihood(model, nectar.prompt(tokenizer, question)))
+                found.append(look(*self._load(document)))
             except NectarError:
-                found.append(math.nan)
+                found.append(otherwise)
         return found

@@ -24,6 +24,7 @@ from .models import hub
 from .models.sharding import shard_of
 from .retrieval import HybridBank, HybridContext, KeyFile, citing, find_keys, kv_path, recording
 from .retrieval.citing import Cited
+from .retrieval.first_sentence import first_sentence
 from .retrieval.fitted_text import FittedText
 from .retrieval.likelihood import log_likelihood
 from .retrieval.passages import Passages
@@ -264,6 +265,12 @@ class Nectar:
     def log_likelihood(self, model: nn.Module, prompt: Sequence[int]) -> float:
         """How likely a prompt is behind the context, in nats. prompt: the token ids of `prompt`."""
         return log_likelihood(model, self.make_cache(), prompt)
+
+    def first_sentence(self, model: nn.Module, tokenizer: Tokenizer, question: str) -> str:
+        """The first sentence of the likeliest answer, at most 24 tokens; from the nearest chunk, where there is one."""
+        number = self.nearest(tokenizer, question)
+        part = self if number is None else self.chunk(number)
+        return first_sentence(model, tokenizer, part.make_cache(), self.prompt(tokenizer, question))
 
     def likeliest_chunk(self, model: nn.Module, tokenizer: Tokenizer, question: str) -> int | None:
         """The number (from 0) of the chunk behind which a question is likeliest; reads it once a chunk.

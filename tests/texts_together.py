@@ -1,32 +1,36 @@
 """Facts planted in several texts: how well they are told with all texts read as one, put together, or one chosen.
 
-    python -m tests.texts_together MODEL BOOK --texts 4 --write FOLDER    # to be fitted
-    python -m tests.texts_together MODEL BOOK --texts 4 [--files FOLDER/document-*.nectar] [--views "end to end" …]
+    python -m tests.texts_together MODEL BOOK --texts 4 --budget 4% [--effort best] [--views "end to end" …]
 
-BOOK: a text that is cut into documents. Every document gets six facts with a number: three whose question names a word
-that no other text has, and three of which other texts speak, too, without the number, so that every word of the
-question is in several texts. The model is given the sentence that tells the fact, up to the number: right where every
-token of the number is the likeliest one; and the mean log-probability of the number. Keys and values are exact, which
-bounds what fitted files could reach, or those of files. One JSON line a view: of each kind of question how many are
-right, of how many, and the mean log-probability.
+MODEL: as for `nectar fit`: a name, a folder or a .gguf file. BOOK: a text that is cut into documents. Every document
+gets six facts with a number: three whose question names a word that no other text has, and three of which other texts
+speak, too, without the number, so that every word of the question is in several texts. The model is given the sentence
+that tells the fact, up to the number: right where every token of the number is the likeliest one; and the mean
+log-probability of the number. Keys and values are exact, which bounds what fitted files can reach; with a budget, each
+text is also fitted by itself. All texts read as one are a text for themselves. One JSON line a fit and a view: of each
+kind of question how many are right, of how many, and the mean log-probability. At last the same as a table.
 """
 
 import argparse
 import json
 import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
 
 from nectar_mlx import Nectar, models
 from nectar_mlx.composition import compose
+from nectar_mlx.fitting.config import EFFORTS, effort
 from nectar_mlx.library import Library
 from nectar_mlx.mlxlm import prompts
+from nectar_mlx.mlxlm.kept import widened
 from tests import toys
 from tests.library.cheap import CheapFitter
 
 VIEWS = ["read as one", "end to end", "side by side", "the right text", "the routed text", "the surest text"]
 SURE = 3  # tokens of an answer by which the surest text is chosen
+BATCH = 8  # facts that are read together
 KINDS = ("own words", "shared words")
 FACTS = (
     (
@@ -80,31 +84,44 @@ def documents(tokenizer, book, count, tokens):
     return texts, [fact for fact in asked if fact[0] < count]
 
 
-def told(model, tokenizer, cache, question, sentence, number):
-    """Whether the number is the likeliest, and the mean log-probability of its tokens."""
+def log_probabilities(model, file, sequences):
+    """Behind a file, of each sequence's tokens: those of the token that follows, [T, V]."""
     import mlx.core as mx  # behind nectar_mlx, which loads the faster BLAS
 
-    before = tokenizer.encode(sentence, add_special_tokens=False)
-    whole = tokenizer.encode(f"{sentence} {number}", add_special_tokens=False)
-    same = next(i for i, (a, b) in enumerate(zip([*before, None], whole, strict=False)) if a != b)
-    number_ids = whole[same:]
-    tokens = prompts.prompt(tokenizer, question) + whole
-    logits = model(mx.array([tokens[:-1]]), cache=cache)[0, -len(number_ids) :].astype(mx.float32)
-    logs = np.array(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
-    rows = np.arange(len(number_ids))
-    return bool((logs.argmax(-1) == number_ids).all()), float(logs[rows, number_ids].mean())
+    for start in range(0, len(sequences), BATCH):
+        part = sequences[start : start + BATCH]
+        longest = max(map(len, part))  # what is filled up behind a sequence, the sequence does not see
+        tokens = mx.array([ids + [0] * (longest - len(ids)) for ids in part])
+        logits = model(tokens, cache=widened(file.make_cache(), len(part))).astype(mx.float32)
+        logs = np.array(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
+        yield from (of[: len(ids)] for of, ids in zip(logs, part, strict=True))
 
 
-def sureness(model, tokenizer, cache, question, sentence):
-    """Mean log-probability of the likeliest tokens with which the model goes on."""
-    import mlx.core as mx
+def told(model, tokenizer, file, facts):
+    """Of each fact whether the number is the likeliest, and the mean log-probability of its tokens."""
+    sequences, numbers = [], []
+    for _, _, question, sentence, number in facts:
+        before = tokenizer.encode(sentence, add_special_tokens=False)
+        whole = tokenizer.encode(f"{sentence} {number}", add_special_tokens=False)
+        same = next(i for i, (a, b) in enumerate(zip([*before, None], whole, strict=False)) if a != b)
+        sequences.append(prompts.prompt(tokenizer, question) + whole[:-1])
+        numbers.append(whole[same:])
+    for logs, number in zip(log_probabilities(model, file, sequences), numbers, strict=True):
+        logs = logs[-len(number) :]
+        yield bool((logs.argmax(-1) == number).all()), float(logs[np.arange(len(number)), number].mean())
 
-    tokens = mx.array([prompts.prompt(tokenizer, question) + tokenizer.encode(sentence, add_special_tokens=False)])
-    total = 0.0
+
+def sureness(model, tokenizer, file, facts):
+    """Of each fact, the mean log-probability of the likeliest tokens with which the model goes on."""
+    sequences = [
+        prompts.prompt(tokenizer, question) + tokenizer.encode(sentence, add_special_tokens=False)
+        for _, _, question, sentence, _ in facts
+    ]
+    total = np.zeros(len(facts))
     for _ in range(SURE):
-        logits = model(tokens, cache=cache)[:, -1].astype(mx.float32)
-        tokens, top = logits.argmax(-1)[:, None], logits.max() - mx.logsumexp(logits)
-        total += top.item()
+        last = [logs[-1] for logs in log_probabilities(model, file, sequences)]
+        total += [logs.max() for logs in last]
+        sequences = [[*ids, int(logs.argmax())] for ids, logs in zip(sequences, last, strict=True)]
     return total / SURE
 
 
@@ -120,30 +137,29 @@ def routed(model, tokenizer, texts, files, asked):
         def number(candidate):
             return None if candidate is None else int(Path(candidate.document.name).stem)
 
-        def evidence(documents):
-            of = [files[int(Path(document.name).stem)] for document in documents]
-            return [file.log_likelihood(model, file.prompt(tokenizer, question)) for file in of]
+        def asking(question):
+            def behind(look):
+                return lambda documents: [look(files[int(Path(document.name).stem)]) for document in documents]
 
-        by_words, by_both, close = [], [], []
-        for _, _, question, *_ in asked:
-            routing = library.route(question)
-            by_words.append(number(routing.best))
-            close.append([number(candidate) for candidate in routing.close])
-            by_both.append(number(library.route(question, evidence=evidence).best))
+            likelihood = behind(lambda file: file.log_likelihood(model, file.prompt(tokenizer, question)))
+            answers = behind(lambda file: file.first_sentence(model, tokenizer, question))
+            return library.route(question, evidence=likelihood, answers=answers)
+
+        questions = [question for _, _, question, *_ in asked]
+        routings = [library.route(question) for question in questions]
+        by_words = [number(routing.best) for routing in routings]
+        close = [[number(candidate) for candidate in routing.close] for routing in routings]
+        by_both = [number(asking(question).best) for question in questions]
     return by_words, by_both, close
 
 
 def views(model, tokenizer, texts, files, asked, wanted):
-    """By name, each wanted view as a function of a fact's number, which gives a cache."""
-    if "read as one" in wanted:
-        one = toys.exact(model, prompts.prefix(tokenizer, "\n\n".join(texts)))
-        yield "read as one", lambda i: one.make_cache()
+    """By name, what each wanted view has before each fact: something with `make_cache`."""
     for name, end_to_end in (("end to end", True), ("side by side", False)):
         if name in wanted:
-            together = compose(files, model, end_to_end=end_to_end)
-            yield name, lambda i, together=together: together.make_cache()
+            yield name, [compose(files, model, end_to_end=end_to_end)] * len(asked)
     if "the right text" in wanted:
-        yield "the right text", lambda i: files[asked[i][0]].make_cache()
+        yield "the right text", [files[document] for document, *_ in asked]
     if "the routed text" in wanted:
         by_words, by_both, close = routed(model, tokenizer, texts, files, asked)
         for kind in KINDS:
@@ -154,18 +170,36 @@ def views(model, tokenizer, texts, files, asked, wanted):
                               "with the model": sum(right[1]), "first or named as close": sum(named)}))  # fmt: skip
         for name, found in (("by words", by_words), ("with the model", by_both)):
             # None of them: the one that the words fit best is read all the same.
-            yield f"routed {name}", lambda i, found=found: files[found[i] or 0].make_cache()
-
+            yield f"routed {name}", [files[number or 0] for number in found]
     if "the surest text" in wanted:
-        sure = [
-            [sureness(model, tokenizer, file.make_cache(), question, sentence) for file in files]
-            for _, _, question, sentence, _ in asked
-        ]
-        surest = [int(np.argmax(of)) for of in sure]
+        surest = np.argmax([sureness(model, tokenizer, file, asked) for file in files], axis=0)
         for kind in KINDS:
             of = [i for i, fact in enumerate(asked) if fact[1] == kind]
-            print(json.dumps({"surest right": kind, "of": len(of), "right": sum(surest[i] == asked[i][0] for i in of)}))
-        yield "the surest text", lambda i: files[surest[i]].make_cache()
+            right = sum(int(surest[i] == asked[i][0]) for i in of)
+            print(json.dumps({"surest right": kind, "of": len(of), "right": right}))
+        yield "the surest text", [files[number] for number in surest]
+
+
+def figures(model, tokenizer, view, asked):
+    """Of each kind of question: how many are right, of how many, and the mean log-probability."""
+    results = {}
+    for file in {id(file): file for file in view}.values():
+        of = [i for i, behind in enumerate(view) if behind is file]
+        results |= zip(of, told(model, tokenizer, file, [asked[i] for i in of]), strict=True)
+    found = {}
+    for kind in KINDS:
+        right, logs = zip(*(results[i] for i, fact in enumerate(asked) if fact[1] == kind), strict=True)
+        found[kind] = [sum(right), len(right), round(float(np.mean(logs)), 3)]
+    return found
+
+
+def fitted(model, tokenizer, text, budget, options):
+    start = time.perf_counter()
+    file = Nectar.fit(model, tokenizer, text, budget=budget, **options)
+    report = {name: file.report.get(name) for name in ("kl", "agree", "gap_closed")}
+    seconds = round(time.perf_counter() - start, 1)
+    print(json.dumps({"fitted": len(file.prefix), "bytes": file.nbytes, "seconds": seconds, **report}), flush=True)
+    return file
 
 
 def main():
@@ -174,29 +208,31 @@ def main():
     parser.add_argument("book", type=Path)
     parser.add_argument("--texts", type=int, default=4, help=f"how many, at most {MOST}")
     parser.add_argument("--tokens", type=int, default=1650, help="of the book in each; facts come on top")
-    parser.add_argument("--write", type=Path, help="write the texts to this folder, and stop")
-    parser.add_argument("--files", nargs="+", type=Path, help="their .nectar files (default: exact keys)")
-    parser.add_argument("--views", nargs="+", default=VIEWS)
+    parser.add_argument("--budget", help="fit every text with it, too, such as 4%%")
+    parser.add_argument("--effort", choices=EFFORTS, default="normal", help="of these fits")
+    parser.add_argument("--views", nargs="+", default=VIEWS, choices=VIEWS)
     arguments = parser.parse_args()
     model, tokenizer = models.load(arguments.model)
     texts, asked = documents(tokenizer, arguments.book.read_text(), arguments.texts, arguments.tokens)
-    if arguments.write:
-        for number, text in enumerate(texts):
-            (arguments.write / f"document-{number}.txt").write_text(text)
-        return
-    if arguments.files:
-        files = [Nectar.load(path, model, tokenizer) for path in arguments.files]
-    elif arguments.views == ["read as one"]:
-        files = []
-    else:
-        files = [toys.exact(model, prompts.prefix(tokenizer, text)) for text in texts]
-    for name, view in views(model, tokenizer, texts, files, asked, arguments.views):
-        results = [told(model, tokenizer, view(i), *rest) for i, (_, _, *rest) in enumerate(asked)]
-        figures = {"texts": len(texts), "kind": files[0].layout.kind if files else "exact", "view": name}
-        for kind in KINDS:
-            right, logs = zip(*(r for r, fact in zip(results, asked, strict=True) if fact[1] == kind), strict=True)
-            figures[kind] = [sum(right), len(right), round(float(np.mean(logs)), 3)]
-        print(json.dumps(figures), flush=True)
+    prefixes = [prompts.prefix(tokenizer, text) for text in texts]
+    print(json.dumps({"texts": len(texts), "tokens": [len(prefix) for prefix in prefixes]}), flush=True)
+    rows = []
+
+    def measure(kind, name, view):
+        found = figures(model, tokenizer, view, asked)
+        print(json.dumps({"files": kind, "view": name, **found}), flush=True)
+        rows.append((kind, name, *(f"{right} of {count} ({logs:.2f})" for right, count, logs in found.values())))
+
+    if "read as one" in arguments.views:
+        measure("exact", "read as one", [toys.exact(model, prompts.prefix(tokenizer, "\n\n".join(texts)))] * len(asked))
+    made = {"exact": lambda: [toys.exact(model, prefix) for prefix in prefixes]}
+    if arguments.budget:
+        options = effort(arguments.effort)
+        made[arguments.budget] = lambda: [fitted(model, tokenizer, text, arguments.budget, options) for text in texts]
+    for kind, make in made.items():
+        for name, view in views(model, tokenizer, texts, make(), asked, arguments.views):
+            measure(kind, name, view)
+    print("\n".join(f"| {' | '.join(row)} |" for row in [("files", "in view", *KINDS), ("---",) * 4, *rows]))
 
 
 if __name__ == "__main__":

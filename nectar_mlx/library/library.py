@@ -21,7 +21,7 @@ from .documents import Document, documents
 from .fitter import Fitter
 from .folder import Folder, default_folder
 from .question_words import question_words
-from .routing import Candidate, Evidence, Routing, odds, with_evidence
+from .routing import Answers, Candidate, Evidence, Routing, odds, with_answers, with_evidence
 from .scan import Root, Scan
 from .volumes import Identity
 from .work import Work, fit_waiting
@@ -174,11 +174,13 @@ class Library:
         self._sweep()
         return Removed([shown(path) for path in dict.fromkeys(gone)], waiting)
 
-    def route(self, question: str, *, evidence: Evidence | None = None) -> Routing:
-        """The documents that answer a question, or the answer that none does: by words, and, where these leave doubt,
-        by how likely the question is behind the files of the first few.
+    def route(self, question: str, *, evidence: Evidence | None = None, answers: Answers | None = None) -> Routing:
+        """The documents that answer a question, or the answer that none does: by words; where several are close, by
+        what is answered behind their files; where words leave doubt, by how likely the question is behind them.
 
-        evidence: how likely the question is behind documents' files, which takes the model; None for words alone.
+        Args:
+            evidence: how likely the question is behind documents' files.
+            answers: the first sentence of the answer behind them. Both take the model; None leaves it out.
         """
         known = [document for document in self.documents() if document.text is not None]
         by_text: dict[int, Document] = {}
@@ -195,6 +197,8 @@ class Library:
                 for match in found[:_LISTED]
             ]
         routing = Routing(candidates, odds(found))
+        if answers is not None and routing.close:
+            return with_answers(routing, question, answers, self.text)
         return routing if evidence is None else with_evidence(routing, evidence)
 
     def touch(self, document: Document) -> None:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from .deciding import support
 from .documents import Document
 from .search import Match
 
@@ -12,11 +13,14 @@ _BIAS, _GAP, _RAREST, _MISSING, _FOCUS = -2.65, 2.65, 2.36, -3.17, 3.03
 _CLOSE = 0.85  # of the best document's score: from there on another one is close
 _UNSURE = 2.0  # log-odds within which the model's own view is asked for, where there is one
 _LOOKS = 3  # documents that the model looks at
+_ASKED = 4  # close documents that are asked
 _LIKELIER = 10.0  # nats by which a question is likelier behind the document that it is about (docs/log/library.md)
 _TELLS = _UNSURE  # log-odds that this gives
 
 Evidence = Callable[[Sequence[Document]], Sequence[float]]
 """How likely a question is behind the files of some documents, in nats; NaN where that is not known."""
+Answers = Callable[[Sequence[Document]], Sequence[str]]
+"""The first sentence of the answer behind the files of some documents; "" where there is none."""
 
 
 @dataclass(frozen=True)
@@ -28,12 +32,15 @@ class Candidate:
         score: of its words; candidates are in this order.
         place: the page, chapter, sheet or mail where most of the words are, as [unit, name]; None where it has none.
         log_likelihood: of the question behind its file; None where the model was not asked.
+        support: how far its text, and no other, says what is answered behind its file (`deciding`); None where nothing
+            was asked.
     """
 
     document: Document
     score: float
     place: tuple[str, str] | None = None
     log_likelihood: float | None = None
+    support: float | None = None
 
     def describe(self) -> str:
         """The name with the place, for a person."""
@@ -95,3 +102,17 @@ def with_evidence(routing: Routing, evidence: Evidence) -> Routing:
     if best - second >= _LIKELIER:
         return Routing([ranked[0], *(c for c in seen if c is not ranked[0]), *others], routing.odds + _TELLS)
     return Routing([*seen, *others], routing.odds)
+
+
+def with_answers(routing: Routing, question: str, answers: Answers, text: Callable[[Document], str]) -> Routing:
+    """The routing with the best and the close documents in the order in which their texts say what is answered behind
+    their files; where none does, it stays as the words have it. text: of a document."""
+    close = [*routing.candidates[:1], *routing.close][:_ASKED]
+    asked = [candidate.document for candidate in close if candidate.document.file is not None]
+    if len(asked) < 2:
+        return routing
+    supports = support(question, answers(asked), [text(document) for document in asked])
+    found = dict(zip((document.path for document in asked), supports, strict=True))
+    close = [replace(candidate, support=found.get(candidate.document.path)) for candidate in close]
+    others = [c for c in routing.candidates if all(c.document.path != seen.document.path for seen in close)]
+    return Routing([*sorted(close, key=lambda candidate: -(candidate.support or 0.0)), *others], routing.odds)

@@ -13,7 +13,10 @@ from ..core.types import JsonObject
 from ..errors import NectarError
 from ..library import Document, Library, Routing
 from ..library.database import shown
+from ..mlxlm import prompts
+from ..retrieval.first_sentence import LONGEST, cut
 from .engine import Busy, Engine
+from .job import Event, Failed, Finished, Job, Ticket, Written
 
 T = TypeVar("T")
 LIBRARY = "library"  # the model that stands for all documents
@@ -64,7 +67,11 @@ class ServedLibrary:
         of = {document.path: name for name, document in named.items()}
         first: Routing | None = None
         for question in questions:
-            routing = self.library.route(question, evidence=partial(self._likelihoods, question, of))
+            routing = self.library.route(
+                question,
+                evidence=partial(self._likelihoods, question, of),
+                answers=partial(self._first_sentences, question, of),
+            )
             first = first or routing
             if routing.best is not None:
                 return self._target(routing, of)
@@ -99,6 +106,39 @@ class ServedLibrary:
             except NectarError:
                 found.append(math.nan)
         return found
+
+    def _first_sentences(self, question: str, of: Mapping[bytes, str], documents: Sequence[Document]) -> list[str]:
+        """What is answered behind documents: jobs among the others', which the engine batches."""
+        if len(question) > _WEIGHED:
+            return [""] * len(documents)
+        prompt = result(
+            self._engine, self._engine.call(partial(prompts.prompt, self._engine.shelf.tokenizer, question))
+        )
+        answers = [self._answer(of.get(document.path, ""), question, prompt) for document in documents]
+        found = []
+        for answer in answers:
+            try:
+                found.append(cut(result(self._engine, answer)))
+            except NectarError:
+                found.append("")
+        return found
+
+    def _answer(self, name: str, question: str, prompt: Sequence[int]) -> "Future[str]":
+        """The likeliest answer's first tokens."""
+        future: Future[str] = Future()
+        parts: list[str] = []
+
+        def deliver(event: Event) -> None:
+            if isinstance(event, Written):
+                parts.append(event.text)
+            elif isinstance(event, Finished):
+                future.set_result("".join(parts))
+            elif isinstance(event, Failed):
+                future.set_exception(event.error)
+
+        job = Job(name=name, prompt=prompt, questions=[question], max_tokens=LONGEST, recall=False)
+        self._engine.submit(Ticket(job, deliver))
+        return future
 
 
 def result(engine: Engine, future: "Future[T]") -> T:

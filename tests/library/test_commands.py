@@ -1,5 +1,6 @@
 """`nectar add`, `list`, `remove`, `update`, and `ask` and `chat` with the library."""
 
+import contextlib
 import io
 import json
 import threading
@@ -7,12 +8,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from nectar_mlx import __main__, cli, from_library, installed, update
+from nectar_mlx import Nectar, __main__, cli, from_library, installed, serve, update
 from nectar_mlx.installed import Installed
-from nectar_mlx.library import Library, ModelFitter
+from nectar_mlx.library import Library, ModelFitter, routing
 from tests import toys
 from tests.documents.makers import column, pdf_pages, shown
 from tests.library.cheap import CheapFitter
+from tests.serving.running import Running
 
 LEASE = ["The landlord is Adele Kuhn.", "The rent is 930 euros a month.", "Pets are allowed."]
 
@@ -156,21 +158,56 @@ def test_ask_goes_to_the_right_document_and_says_which(filled, capsys):
     assert max(Library(filled).documents(), key=lambda document: document.used).name == "kettle.txt"
 
 
-def test_of_documents_that_share_a_questions_words_one_answers_and_the_other_is_named(folder, tmp_path, model, capsys):
-    (tmp_path / "codes.txt").write_text(
-        "The access code of the Harwick depot is 4417. " + "Herons stand in water. " * 200
-    )
-    (tmp_path / "letter.txt").write_text(
-        "Nobody at the Harwick depot would tell us the access code. " + "Tea is poured hot. " * 250
-    )
-    (tmp_path / "kettle.txt").write_text("The copper kettle costs 90 crowns. " + "Boats lie in the harbour. " * 200)
-    paths = [tmp_path / f"{name}.txt" for name in ("codes", "letter", "kettle")]
+CODE = "What is the access code of the Harwick depot?"
+
+
+@pytest.fixture
+def depot(folder, tmp_path, model):
+    """Exact documents, two of which share a question's words: one has the answer, the other has more of the words."""
+    texts = {
+        "codes": "Harwick depot, access code: 4417. " + "Herons stand in water. " * 200,
+        "letter": "Nobody says what the access code of the Harwick depot is. " + "Tea is poured hot. " * 250,
+        "kettle": "The copper kettle costs 90 crowns. " + "Boats lie in the harbour. " * 200,
+    }
+    for name, text in texts.items():
+        (tmp_path / f"{name}.txt").write_text(text)
+    paths = [tmp_path / f"{name}.txt" for name in texts]
     Library(folder).add(paths, ModelFitter(str(model), {"kind": "exact", "context_tokens": 60}))
-    assert run("ask", "library", "What is the access code of the Harwick depot?", "--max-tokens", 3) == 0
-    err = capsys.readouterr().err
-    assert "from codes.txt (close to it: letter.txt)" in err or "from letter.txt (close to it: codes.txt)" in err
+    return folder
+
+
+def test_of_documents_that_share_a_questions_words_one_answers_and_the_other_is_named(depot, monkeypatch, capsys):
+    def first_sentence(nectar, model, tokenizer, question):
+        assert question == CODE
+        return "It is 4417." if "codes" in nectar.metadata["source"] else "The access code of the Harwick depot is 90."
+
+    monkeypatch.setattr(Nectar, "first_sentence", first_sentence)
+    assert Library(depot).route(CODE).best.document.name == "letter.txt", "words alone are wrong"
+    assert run("ask", "library", CODE, "--max-tokens", 3, "--json") == 0
+    out, err = capsys.readouterr()
+    assert "from codes.txt (close to it: letter.txt)" in err
+    supports = {candidate["document"]: candidate["support"] for candidate in json.loads(out)["candidates"]}
+    assert supports["codes.txt"] > 0.5 and supports["letter.txt"] == 0
     assert run("ask", "library", "What does the copper kettle cost?", "--max-tokens", 3) == 0
     assert "from kettle.txt\n" in capsys.readouterr().err
+
+
+def test_the_server_decides_by_the_same_answers(depot, monkeypatch, capsys):
+    seen = []
+
+    def support(question, answers, texts):
+        seen.append((question, list(answers), [text[:20] for text in texts]))
+        return [0.0, 1.0]
+
+    monkeypatch.setattr(routing, "support", support)
+    assert run("ask", "library", CODE, "--max-tokens", 3) == 0
+    assert "from codes.txt (close to it: letter.txt)" in capsys.readouterr().err
+    arguments = serve.make_parser().parse_args(["library", "--port", "0", "--log-level", "WARNING"])
+    with contextlib.closing(Running(arguments)) as running:
+        body = {"model": "library", "max_tokens": 3, "messages": [{"role": "user", "content": CODE}]}
+        status, reply = running.post("/v1/chat/completions", body)
+    assert status == 200 and reply["document"] == "codes.txt" and reply["close"] == ["letter.txt"]
+    assert seen[0] == seen[1] and any(seen[0][1])
 
 
 def test_none_of_them_is_an_answer(filled, capsys):

@@ -1,12 +1,13 @@
 """From questions to documents: a hundred of them, in ten languages."""
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from nectar_mlx.library import Library, index
-from nectar_mlx.library.routing import Candidate, Routing, with_evidence
+from nectar_mlx.library.routing import Candidate, Routing, with_answers, with_evidence
 from tests.documents.makers import column, pdf
 from tests.library import generated
 from tests.library import generated_third as third
@@ -149,3 +150,32 @@ def test_the_model_is_not_asked_without_doubt(zoo):
 def test_what_the_model_cannot_say_changes_nothing(zoo):
     documents, routing = with_nats(zoo, 0.5, [float("nan"), -30.0, float("nan")])
     assert routing.odds == 0.5 and [c.document for c in routing.candidates] == documents
+
+
+def test_close_documents_with_files_are_asked_and_four_at_most(zoo):
+    (one,) = (document for document in zoo.documents() if document.name == "note.txt")
+    documents = [replace(one, path=bytes([65 + n]), file=None if n == 1 else one.file) for n in range(7)]
+    routing = Routing([Candidate(document, 1 - n / 100) for n, document in enumerate(documents)], 1.0)
+    seen = []
+
+    def answers(asked):
+        seen.extend(document.name for document in asked)
+        return ["The year is 1999.", "", "The year is 1987."]
+
+    texts = dict(zip("ABCDEFG", ["Bread.", "Milk.", "Kettles.", "In the year 1987."] * 2, strict=False))
+    decided = with_answers(routing, "What year?", answers, lambda document: texts[document.name])
+    assert seen == ["A", "C", "D"], "of the first four, those with a file"
+    assert [candidate.document.name for candidate in decided.candidates] == list("DABCEFG")
+    assert (
+        decided.odds == 1.0
+        and [c.support is not None for c in decided.candidates] == [True, True, False, True] + [False] * 3
+    )
+    assert {"A", "C"} <= {candidate.document.name for candidate in decided.close}
+
+
+def test_documents_are_not_asked_where_one_stands_alone_or_none_answers(zoo):
+    def answers(asked):
+        raise AssertionError("asked")
+
+    for question in ("In which year was the heron Olga ringed?", "Who won the chess olympiad in Baku?"):
+        assert zoo.route(question, answers=answers) == zoo.route(question)
