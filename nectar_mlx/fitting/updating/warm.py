@@ -11,6 +11,7 @@ from ...core import attention
 from ...core.gather import take
 from ...heads import Bank, HeadArrays, Quadrature, Size
 from ...mlxlm.positions import shifted
+from ..kinds.base import KindFit
 from ..kinds.quadrature import QuadratureFit
 from ..prefill import Context
 from ..run import FitRun
@@ -74,6 +75,9 @@ class WarmFit(QuadratureFit):
     def _few(self, sizes: Sequence[Size]) -> bool:
         """Whether all of them are smaller than the mean."""
         return max(m for (m,) in sizes) < self._mean
+
+    def trained(self, sizes: Sequence[Size]) -> list[bool]:
+        return KindFit.trained(self, sizes)  # large ones, too: they start from what stood for another text
 
     def match(self, heads: Sequence[int], counts: Sequence[int]) -> list[HeadArrays]:
         if not self.effort.fresh:
