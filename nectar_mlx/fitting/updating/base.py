@@ -95,12 +95,10 @@ class FileContents:
 
 @dataclass(frozen=True, kw_only=True)
 class Updated:
-    """What an update makes: heads as they will be stored, layer by layer, and what they were fitted to. errors: of
-    every head on held-out samples."""
+    """What an update makes: heads, layer by layer, of the kind that fitted them."""
 
+    kind: KindFit
     heads: Sequence[HeadArrays]
-    errors: Sequence[float]
-    data: Collected
     report: JsonObject
 
 
@@ -139,17 +137,16 @@ def _answered(
 
 def retrained(kind: KindFit, file: FileContents, sizes: Sequence[Size], *, clock: Clock) -> Updated:
     """Heads of these sizes, trained from where the kind starts them."""
-    context, layout = kind.data.context, kind.run.layout
     heads = train_heads(kind, sizes, bits=file.bits)
     clock.lap("regression")
-    banks = load.banks(layout, store.pack(layout, heads, offsets=context.offsets))
     report = {"samples": kind.data.train.count, "touched": kind.n_heads - len(kind.settled)}
-    return Updated(heads=heads, errors=merged_errors(kind, banks), data=kind.data, report=report)
+    return Updated(kind=kind, heads=heads, report=report)
 
 
 def stored(run: FitRun, file: FileContents, updated: Updated, *, clock: Clock) -> tuple[store.Tensors, JsonObject]:
     """The file's tensors, and its report: checked against the full cache."""
-    context = updated.data.context
+    data = updated.kind.data
+    context = data.context
     tensors = store.contents(
         run.layout, updated.heads, prefix=context.prefix, windows=context.windows, offsets=context.offsets
     )
@@ -159,9 +156,9 @@ def stored(run: FitRun, file: FileContents, updated: Updated, *, clock: Clock) -
         "budget": sum(x.nbytes for name, x in tensors.items() if name != "prefix")
         / run.geometry.cache_bytes(len(context.prefix)),
         "sizes": [list(size) for bank in banks for size in bank.sizes],
-        "queries": updated.data.train.count,
-        "error": [float(f"{x:.3g}") for x in updated.errors],
+        "queries": data.train.count,
+        "error": [float(f"{x:.3g}") for x in merged_errors(updated.kind, banks)],
     }
-    report |= check(run, updated.data, banks, no_context=file.no_context) | updated.report
+    report |= check(run, data, banks, no_context=file.no_context) | updated.report
     clock.lap("check")
     return tensors, report

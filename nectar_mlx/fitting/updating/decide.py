@@ -23,7 +23,7 @@ from ..run import FitRun, identity
 from ..samples import kept_study
 from ..samples.conversation import Conversation
 from .base import FileContents, stored
-from .revise import APPEND, EDIT, revise
+from .revise import revise
 from .revision import Revision
 
 Way = Literal["same", "append", "edit", "fit"]
@@ -79,6 +79,8 @@ def update(
     way, reason, revision, study = _way(run, file, text)
     if way == "same":
         return Outcome(way="same")
+    if metadata["report"].get("with"):
+        log("the files that were in view when it was fitted no longer are: `nectar fit --with` keeps them there")
     if way in ("append", "edit"):
         log(f"{_described(way, revision)}: fitting what that changes")
         outcome = _updated(run, file, revision, study, way=way, source=source)
@@ -169,13 +171,13 @@ def _updated(
     """The result of an update; None where it is worse than the file was for its text."""
     clock, prefix = Clock(), list(revision.new)
     run.claim(prefix)
-    updated = revise(run, file, revision, study, APPEND if way == "append" else EDIT, clock=clock)
+    updated = revise(run, file, revision, study, clock=clock)
     tensors, report = stored(run, file, updated, clock=clock)
     if _worse(report, file.metadata["report"]):
         return None
     report["updated"] = {"way": way, "tokens": len(prefix) - len(revision.old), "from": store.digest(file.tensors)}
     if kept_study.TENSOR in file.tensors:
-        fresh = [c for c in updated.data.conversations if not any(c is old for old in study)]
+        fresh = [c for c in updated.kind.data.conversations if not any(c is old for old in study)]
         tensors[kept_study.TENSOR] = kept_study.packed([*fresh, *study][: 2 * len(study)])
     kept = sum(x.nbytes for name, x in tensors.items() if name not in ("prefix", kept_study.TENSOR))
     if sentence := verdict.sentence(report, share=kept / run.geometry.cache_bytes(len(prefix))):

@@ -2,8 +2,10 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 from ...core.clock import Clock
+from ...core.device import device
 from ...heads import Size
 from ..run import FitRun
 from ..samples.conversation import Conversation
@@ -17,6 +19,7 @@ _CROWD = 1.5  # times their number: the attention that new tokens within a text 
 # Behind a text nearly all nodes are already where they belong; a change within it moves what follows.
 APPEND = Effort(kept=0.4, new=1.0, steps=0.3, rate=1 / 2, few=0.6, fresh=False)
 EDIT = Effort(kept=0.5, new=1.0, steps=0.3, rate=1 / 2, few=0.6, fresh=True)
+EDIT_LARGE = replace(EDIT, steps=0.5, rate=1.0)  # where there are samples enough for large heads to be trained
 
 
 def revise(
@@ -24,11 +27,11 @@ def revise(
     file: FileContents,
     revision: Revision,
     study: Sequence[Conversation],
-    effort: Effort,
     *,
     clock: Clock,
 ) -> Updated:
     """Heads for the new text. study: the conversations that were kept, of the old one."""
+    effort = effort_for(revision)
     context = read(run, file, revision.new)
     clock.lap("read")
     usual, share = run.n_samples(run.n_heads), revision.share
@@ -57,6 +60,13 @@ def revise(
     if not revision.appended and all(part.moved == 0 for part in revision.kept):
         kind.settle(file)
     return retrained(kind, file, sizes, clock=clock)
+
+
+def effort_for(revision: Revision) -> Effort:
+    """What an update takes of a fit on this device."""
+    if revision.appended:
+        return APPEND
+    return EDIT if device().trained_share < 1 else EDIT_LARGE
 
 
 def _room(nodes: int, share: float, tokens: int, *, more: int) -> int:
