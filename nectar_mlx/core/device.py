@@ -31,9 +31,10 @@ class Device:
     launch_scores: what starting a group of heads costs, in scores of a step.
 
     fit_steps, fit_batch, fit_samples, fit_conversations, fit_checks, fit_trial_steps, fit_matching,
-    fit_answer_tokens: defaults of `FitConfig`. rounding_samples: by which it is measured how finely nodes must be kept.
-    trial_samples: of a short fit, at most. trial_steps, trial_checks: of those that choose a budget.
-    excerpt_tokens: on which it is chosen where the text is read in chunks.
+    fit_answer_tokens: defaults of `FitConfig`. trained_share: of the text's keys, beyond which a large head is not
+    trained. rounding_samples: by which it is measured how finely nodes must be kept. trial_samples: of a short fit, at
+    most. trial_steps, trial_checks: of those that choose a budget. excerpt_tokens: on which it is chosen where the text
+    is read in chunks.
     layerwise_tokens: in all layers at once, at least, where a fit goes layer by layer; layerwise_replay_tokens: of
     conversations replayed through all layers. passage_conversations: about one passage, sampled side by side.
     study_shares: into a multiple of so many parts sampled conversations are divided, which several ranks share, if that
@@ -65,6 +66,7 @@ class Device:
     fit_trial_steps: int
     fit_answer_tokens: int
     fit_matching: int
+    trained_share: float
     rounding_samples: int
     trial_samples: int
     trial_steps: int
@@ -98,16 +100,17 @@ LINUX_CPU = Device(
     training_scores=1 << 19,
     layer_training_scores=1 << 16,
     launch_scores=1 << 14,
-    fit_steps=300,
+    fit_steps=250,
     fit_batch=512,
-    fit_samples=20_000,
+    fit_samples=14_000,
     fit_tokens=0,
     fewest_tokens=0,
-    fit_conversations=56,
-    fit_checks=16,
+    fit_conversations=96,
+    fit_checks=12,
     fit_trial_steps=30,
     fit_answer_tokens=48,
     fit_matching=2048,
+    trained_share=0.4,
     rounding_samples=1 << 12,
     trial_samples=1 << 12,
     trial_steps=40,
@@ -121,7 +124,7 @@ LINUX_CPU = Device(
     study_share=48,
     completion_keys=1024,
     steps_ahead=1,
-    fisher_probes=8,
+    fisher_probes=3,
     fisher_batch=1,
     check_batch=4,
     baseline_conversations=8,
@@ -150,6 +153,7 @@ GPU = Device(
     fit_trial_steps=100,
     fit_answer_tokens=96,
     fit_matching=4096,
+    trained_share=1.0,
     rounding_samples=1 << 14,
     trial_samples=1 << 15,
     trial_steps=100,

@@ -37,6 +37,15 @@ def _exp(x: mx.array) -> tuple[mx.array]:
     return (mx.array(np.exp(np.array(x, copy=False))),)
 
 
+def log_sum_exp(x: mx.array) -> mx.array:
+    """log Σ e^x over the last axis of x [..., n] float32. Not differentiable on a Linux CPU."""
+    if not device().linux_cpu:
+        return mx.logsumexp(x, axis=-1)
+    top = x.max(-1, keepdims=True)
+    _, _, total = exp_of_scores(x - top)
+    return (top + mx.log(total))[..., 0]
+
+
 def exp_of_scores(scores: mx.array) -> tuple[mx.array, mx.array, mx.array]:
     """e^(s - top), top and the sum, each over the last axis of scores [..., n] float32, which may be overwritten.
 

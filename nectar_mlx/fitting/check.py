@@ -15,7 +15,7 @@ from ..retrieval.recall import Calibration, Seen
 from . import fidelity
 from .distributed import World
 from .fidelity import Divergence
-from .layers import LayerRunner
+from .layers import layer_runner
 from .prefill import read_head
 from .run import FitRun
 from .samples.capture import Collected
@@ -60,6 +60,7 @@ def check(
             context.make_cache,
             views,
             [conversations[number] for number in mine],
+            known=_known(run, data, conversations),
             observe=observe,
             progress=done,
         )
@@ -70,6 +71,16 @@ def check(
         _name_layer(run, make_cache(), conversations[divergences["nectar"].conversation[broken[0]]])
     figures = measured(divergences["nectar"], divergences["no context"] if no_context is None else no_context)
     return figures | {"recall": calibration.report(figures["kl"])}
+
+
+def _known(run: FitRun, data: Collected, conversations: Sequence[Conversation]) -> fidelity.Known | None:
+    """The full cache's logits, where the last layer's output was kept while the answers were sampled."""
+    finals = {id(c): data.finals[i] for i, c in enumerate(data.conversations) if i in data.finals}
+    runner = layer_runner(run.model, run.geometry) if finals else None
+    if runner is None or any(id(c) not in finals for c in conversations):
+        return None
+    logits = runner.logits
+    return lambda conversation: logits(finals[id(conversation)][None])[0, :]
 
 
 def _of_all(world: World, divergence: Divergence, mine: Sequence[int]) -> Divergence:
@@ -83,9 +94,8 @@ def _of_all(world: World, divergence: Divergence, mine: Sequence[int]) -> Diverg
 
 def _name_layer(run: FitRun, caches: Sequence[LayerCache], conversation: Conversation) -> None:
     """NectarError that names the first layer whose output is not finite, if one layer after the other shows it."""
-    try:
-        runner = LayerRunner(run.model, run.geometry)
-    except NectarError:  # an architecture that does more between its layers
+    runner = layer_runner(run.model, run.geometry)
+    if runner is None:
         return
     hidden = runner.embed(mx.array([conversation.prompt + conversation.answer]))
     for layer, cache in enumerate(caches):

@@ -120,7 +120,7 @@ def effort(name: str) -> JsonObject:
     steps = device().fit_steps
     if name == "quick":
         return {"steps": steps // 3, "sample_share": 0.3}
-    return {"steps": 4 * steps, "sample_share": 4.0, "rate": 2e-2} if name == "best" else {}
+    return {"steps": 20 * steps // 3, "sample_share": 4.0, "rate": 2e-2} if name == "best" else {}
 
 
 def parse_budget(text: str) -> JsonObject:

@@ -29,7 +29,8 @@ _ROUNDING = 1.4  # of the regression's steps, with those of rounding
 _KEY_BYTES = 1.2  # of a number in the key file, with scales, checksums and sketches
 _START = 2e9  # operations that starting a head takes the time of
 # How fast a stage is, as a multiple of the machine's rate: measured on two CPU cores, and on one H200.
-_CPU = {"reading": 2.0, "sampling": 0.8, "capturing": 1.2, "sensitivity": 1.3, "training": 0.6, "checking": 1.0}
+_CPU = {"reading": 2.0, "sampling": 1.8, "capturing": 1.2, "sensitivity": 1.9, "training": 1.4, "checking": 3.0}
+_SMALL_HEADS = 0.45  # of all nodes: in heads that are trained, where much larger ones are not (measured at 4%)
 _GPU = {"reading": 2.0, "sampling": 5.0, "capturing": 4.0, "sensitivity": 1.5, "training": 5.0, "checking": 1.5}
 _LAUNCH_SECONDS = 5e-4  # that a GPU takes a layer of a decoding step, at least
 _LINK = 5e9  # bytes a second between two machines: half of what Thunderbolt 5 is published to carry
@@ -242,6 +243,11 @@ class _Work:
         alone = self.seconds(operations, "training") + self.heads * _START / self.machine.rate
         return alone if self.layerwise else self.shared(self.heads) * alone
 
+    def regression(self) -> float:
+        """Seconds of all heads that are trained, with their rounding."""
+        trained = _SMALL_HEADS if self.machine.profile.trained_share < 1 else 1.0
+        return self.train(int(trained * self.nodes(self.share)), int(_ROUNDING * self.config.steps))
+
     def check(self) -> float:
         """Of a text in one chunk, whose answers are shared."""
         return self.shared(max(1, self.config.checks / self.machine.profile.check_batch)) * self.check_alone()
@@ -287,7 +293,7 @@ class _Work:
         yield Stage("ranking keys", self.seconds(ranking, "training"))
         if sizes:
             yield from self.sizes(choice=choice)
-        yield Stage("fitting heads", self.train(self.nodes(self.share), int(_ROUNDING * self.config.steps)))
+        yield Stage("fitting heads", self.regression())
 
     def sizes(self, *, choice: bool) -> Iterator[Stage]:
         profile, config = self.machine.profile, self.config
@@ -307,7 +313,7 @@ class _Work:
             _, *stages, _ = small.stages(sizes=True, choice=False)
             yield from stages
         yield from replace(self, n=min(self.n, 900)).study()
-        whole = self.read().seconds + self.train(self.nodes(self.share), int(_ROUNDING * self.config.steps))
+        whole = self.read().seconds + self.regression()
         captured = self.sampled * self.token(vocabulary=False)
         yield Stage("fitting layers", whole + self.seconds(captured, "capturing"))
 

@@ -15,6 +15,7 @@ from .samples.conversation import Conversation
 MakeCache = Callable[[], Any]
 Prompt = Callable[[Conversation], list[int]]
 Change = Callable[[Conversation, mx.array], mx.array]  # of an answer's logits [answer, vocabulary]
+Known = Callable[[Conversation], mx.array]
 Observe = Callable[[str, Conversation, mx.array, mx.array], None]
 
 MAX_ENTRIES = 1 << 24  # entries of a vocabulary-wide array at a time: 64 MB, whatever the vocabulary
@@ -82,20 +83,22 @@ def compare(
     *,
     prompts: Mapping[str, Prompt | None] | None = None,
     change: Mapping[str, Change] | None = None,
+    known: Known | None = None,
     observe: Observe = lambda *_: None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> dict[str, Divergence]:
     """Every other view of the context against the reference, teacher-forced on the same answers.
 
     prompts: for a view that reads something else than the conversation's own prompt, what it reads. change: for a view
-    whose logits are changed, how. observe: told each view's name, each conversation, the reference's logits and the
-    view's. progress is told how many conversations are done.
+    whose logits are changed, how. known: gives the reference's logits, where they need not be computed again. observe:
+    told each view's name, each conversation, the reference's logits and the view's. progress is told how many
+    conversations are done.
     """
     divergences: dict[str, list[Divergence]] = {name: [] for name in others}
     batch = device().check_batch
     for start in range(0, len(conversations), batch):
         part = conversations[start : start + batch]
-        truth = answer_logits(model, reference(), part)
+        truth = [known(c) for c in part] if known else answer_logits(model, reference(), part)
         for name, make_cache in others.items():
             ours = answer_logits(model, make_cache(), part, (prompts or {}).get(name))
             for i, conversation in enumerate(part):

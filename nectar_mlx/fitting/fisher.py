@@ -16,13 +16,12 @@ import numpy as np
 
 from ..core import attention
 from ..core.device import device
-from ..errors import NectarError
 from ..mlxlm.attention_patch import Geometry
 from ..mlxlm.cache import NectarCache
 from ..mlxlm.kept import attention_caches
 from .distributed import World, batches
 from .fidelity import log_probabilities
-from .layers import LayerRunner
+from .layers import LayerRunner, layer_runner
 from .prefill import Context
 from .samples.conversation import Conversation
 
@@ -52,9 +51,10 @@ def metric(
     over the tokens of the conversations and the query heads of the group. progress is told how many conversations are
     done. world: whose ranks share the work; all of them get the same.
     """
-    try:
-        gradients = partial(_gradients, LayerRunner(model, geometry), context, geometry=geometry)
-    except NectarError:  # its layers are not called one by one
+    runner = layer_runner(model, geometry)
+    if runner:
+        gradients = partial(_gradients, runner, context, geometry=geometry)
+    else:
         gradients = partial(_gradients_at_once, model, context, geometry=geometry)
     K, D, world = geometry.n_kv_heads, geometry.head_dim, world or World()
     together = batches(

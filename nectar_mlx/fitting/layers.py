@@ -5,7 +5,7 @@ mlx-lm's models run all their layers in one call. Here the layers are called one
 function. Hidden states are [B, T, E].
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -66,6 +66,19 @@ class LayerRunner:
         result: mx.array = self._layers[layer](hidden, mask, cache)
         return result
 
+    def through(self, tokens: mx.array, cache: Sequence[Any]) -> mx.array:
+        """What the last layer gives for tokens [B, T] in the model's own call, whose logits are not computed."""
+        calls: dict[Any, Any] = {type(layer): type(layer).__call__ for layer in self._layers}
+        outputs: list[mx.array] = []
+
+        def keep(layer: Any, *arguments: Any, **named: Any) -> mx.array:
+            outputs[:] = [calls[type(layer)](layer, *arguments, **named)]
+            return outputs[0]
+
+        with self.patched_layers(keep):
+            self.model(tokens, cache=cache)
+        return outputs[0]
+
     def logits(self, hidden: mx.array) -> mx.array:
         """What follows the last layer: [B, T, E] -> [B, T, V]."""
         with self.patched_layers(lambda layer, before, *others, **named: hidden):
@@ -83,3 +96,11 @@ class LayerRunner:
         finally:
             for kind, original in kinds.items():
                 kind.__call__ = original
+
+
+def layer_runner(model: nn.Module, geometry: Geometry) -> LayerRunner | None:
+    """The layers of a model; None where they are not called one by one."""
+    try:
+        return LayerRunner(model, geometry)
+    except NectarError:
+        return None

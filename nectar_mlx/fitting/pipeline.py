@@ -161,7 +161,7 @@ def _fit_whole(
         "error": merged_errors(kind, banks),
     }
     report |= ({"exponent": plan.exponent} if plan.exponent else {}) | ({"state": state} if state else {})
-    alone = replace(kind.data, context=replace(context, others=None))
+    alone = kind.data if others is None else replace(kind.data, context=replace(context, others=None), finals={})
     report |= check(run, alone, banks, windows=windows)
     if others is not None:
         figures = check(run, kind.data, banks, windows=windows, no_context=report["kl_no_context"])

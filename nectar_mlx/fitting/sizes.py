@@ -81,19 +81,18 @@ def trial_errors(kind: KindFit, nbytes: float) -> np.ndarray:
 def short_fit(kind: KindFit, sizes: Sequence[Size], bits: float) -> JsonObject:
     """The check's figures for heads of these sizes, trained for a short time and not rounded.
 
-    Heads with room for every key are rounded, to so many bits a number: nothing else separates them from the full
-    cache.
+    Heads that are not trained are rounded, to so many bits a number, as they will be.
     """
     run, heads = kind.run, dict[int, HeadArrays]()
     K, steps = run.geometry.n_kv_heads, device().trial_steps
     with run.progress("choosing a budget", kind.n_heads) as done:
-        for group, whole in groups(kind, sizes):
+        for group, train in groups(kind, sizes):
             training = kind.training(group, device().trial_samples)
             init = kind.initialize(group, [sizes[i] for i in group], training.samples)
-            if whole:
-                bank = rounded(kind, init.bank, training, bits=bits, steps=0)
-            else:
+            if train:
                 bank = regress(kind, init, training, steps=steps)
+            else:
+                bank = rounded(kind, init.bank, training, bits=bits, steps=0)
             heads |= dict(zip(group, bank.unstack(), strict=True))
             done(len(heads))
     heads = run.world.heads(heads)

@@ -26,10 +26,10 @@ def train_heads(kind: KindFit, sizes: Sequence[Size], *, bits: float = MEAN_BITS
         heads = kind.run.world.heads(heads)
         return [heads[i] for i in range(n_heads)]
     with kind.run.progress("fitting heads", n_heads) as done:
-        for group, whole in groups(kind, sizes):
+        for group, train in groups(kind, sizes):
             left = [i for i in group if i not in heads]
             if left:
-                fitted = _train_group(kind, left, [sizes[i] for i in left], train=not whole, bits=bits)
+                fitted = _train_group(kind, left, [sizes[i] for i in left], train=train, bits=bits)
                 kind.run.checkpoint.save_heads(fitted)
                 heads |= fitted
             done(len(heads))
@@ -38,14 +38,15 @@ def train_heads(kind: KindFit, sizes: Sequence[Size], *, bits: float = MEAN_BITS
 
 
 def groups(kind: KindFit, sizes: Sequence[Size]) -> Iterator[tuple[list[int], bool]]:
-    """Heads of this rank that are fitted together, and whether they have room for every key, so that nothing is
-    trained."""
+    """Heads of this rank that are fitted together, and whether they are trained. Those with room for every key start
+    otherwise than others that are not trained."""
+    trained = kind.trained(sizes)
     for group in kind.groups(sizes):
-        whole = [i for i in group if kind.keeps_every_key(sizes[i])]
-        others = [i for i in group if not kind.keeps_every_key(sizes[i])]
-        for members, keeps in ((whole, True), (others, False)):
-            if members:
-                yield sorted(members), keeps
+        alike = dict[tuple[bool, bool], list[int]]()
+        for i in sorted(group):
+            alike.setdefault((kind.keeps_every_key(sizes[i]), trained[i]), []).append(i)
+        for (_, train), members in sorted(alike.items(), reverse=True):
+            yield members, train
 
 
 def regress(kind: KindFit, init: Init, training: Training, *, steps: int) -> Bank:
@@ -86,9 +87,9 @@ def _train_group(
     finite.check_heads("initialization", [group[m] for m in finite.not_finite(first.parameters.values())], geometry)
     steps = kind.run.config.steps if train else 0
     trained = regress(kind, init, training, steps=steps) if steps else first
-    bank = rounded(kind, trained, training, bits=bits, steps=steps)  # the text's own keys are better left as they are
+    bank = rounded(kind, trained, training, bits=bits, steps=steps)
     heads = bank.unstack()
-    if kind.data.held_out.count:
+    if steps and kind.data.held_out.count:
         heads = _better(kind, group, first, bank, bits=bits)
     fine = mx.stack([mx.stack([mx.isfinite(x).all() for x in head.values()]).all() for head in heads])
     broken = [i for i, whole in zip(group, np.array(fine).tolist(), strict=True) if not whole]

@@ -18,6 +18,7 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
+from ..core.exp import log_sum_exp
 from ..core.gather import take
 from ..core.types import DoubleArray, JsonObject
 
@@ -189,10 +190,11 @@ class Calibration:
 
 def _probabilities(logits: mx.array, found: Mapping[int, Copy]) -> list[DoubleArray]:
     """Of the tokens of each copy, by its row of logits [A, V]. All at once: each would be waited for."""
-    logits, counts = logits.astype(mx.float32), [len(copy.tokens) for copy in found.values()]
-    rows = np.repeat(np.fromiter(found, np.int32), counts)
+    counts = [len(copy.tokens) for copy in found.values()]
+    logits = take(logits, mx.array(np.fromiter(found, np.int32))).astype(mx.float32)
+    rows = np.repeat(np.arange(len(found)), counts)
     places = rows * logits.shape[1] + np.concatenate([copy.tokens for copy in found.values()])
-    chosen, norms = take(logits.reshape(-1), mx.array(places.astype(np.int32))), mx.logsumexp(logits, axis=-1)
+    chosen, norms = take(logits.reshape(-1), mx.array(places.astype(np.int32))), log_sum_exp(logits)
     mx.eval(chosen, norms)
     probabilities = np.exp(np.array(chosen, np.float64) - np.array(norms, np.float64)[rows])
     return np.split(probabilities, np.cumsum(counts)[:-1])

@@ -4,7 +4,7 @@ import pytest
 
 from nectar_mlx.core import attention
 from nectar_mlx.core import exp as fast_exp
-from nectar_mlx.core.exp import exp, sigmoid
+from nectar_mlx.core.exp import exp, log_sum_exp, sigmoid
 from tests.oracle import attention as oracle
 from tests.oracle import repeat_heads
 
@@ -115,6 +115,17 @@ def test_half_precision_inputs_are_accumulated_in_float32():
     exact = attention.causal(*(x.astype(mx.float32) for x in (q, k, v)), scale=0.125)
     assert part.output.dtype == part.log_normalizer.dtype == mx.float32
     close(part.output, np.array(exact.output))
+
+
+@pytest.mark.parametrize("linux_cpu", [True, False])
+def test_log_sum_exp_is_that_of_float64(set_device, linux_cpu):
+    set_device(linux_cpu=linux_cpu)
+    given = np.random.default_rng(0).normal(size=(3, 5, 700)).astype(np.float32) * 30 + 90
+    x = mx.array(given)
+    top = given.max(-1).astype(np.float64)
+    expected = top + np.log(np.exp(given - top[..., None]).sum(-1))
+    np.testing.assert_allclose(np.array(log_sum_exp(x)), expected, rtol=1e-6)
+    assert np.array_equal(np.array(x), given), "what is given stays as it is"
 
 
 def test_the_fast_exponential_is_the_exponential():

@@ -253,6 +253,15 @@ def test_a_head_that_keeps_every_key_is_rounded_and_not_trained(collected, monke
     assert calls >= {(9, True), (60, False)} and (60, True) not in calls
 
 
+def test_heads_much_larger_than_the_others_are_not_trained(collected, set_device):
+    set_device(trained_share=0.4)
+    assert collected.length == 60
+    assert collected.trained([(9,)] * 4 + [(20,), (31,)]) == [True] * 5 + [False]
+    assert collected.trained([(40,)] * 5 + [(60,)]) == [True] * 5 + [False], "a large budget trains all but whole heads"
+    set_device(trained_share=1.0)
+    assert collected.trained([(9,)] * 4 + [(59,), (60,)]) == [True] * 5 + [False]
+
+
 def test_nodes_are_fitted_as_they_will_be_stored(collected):
     heads, layout = heads_of_two_sizes(collected), collected.run.layout
     stored = store.unpack(layout, store.pack(layout, heads))

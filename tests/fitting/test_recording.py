@@ -1,11 +1,15 @@
 """Samples that are captured while answers are sampled, against those of a replay."""
 
+from dataclasses import replace
+from itertools import islice
+
 import mlx.core as mx
 import numpy as np
 import pytest
 
+from nectar_mlx.fitting import check, fidelity
 from nectar_mlx.fitting.distributed import World
-from nectar_mlx.fitting.samples import capture, recording, sampling, self_study
+from nectar_mlx.fitting.samples import capture, conversation, recording, sampling, self_study
 from nectar_mlx.fitting.samples.conversation import count_samples
 from nectar_mlx.fitting.samples.sample_store import Samples, SampleStore
 from tests import toys
@@ -118,6 +122,43 @@ def test_nothing_is_drawn_again_for_samples_of_an_interrupted_run(tokenizer, mon
     assert again == conversations
     for ours, theirs in zip(stored(run, first).heads([0, 5]), stored(run, second).heads([0, 5]), strict=True):
         assert mx.array_equal(ours, theirs)
+    ours, theirs = (made.finals_of(of, run.world) for made, of in ((first, conversations), (second, again)))
+    assert ours.keys() == theirs.keys() and all(mx.array_equal(ours[i], theirs[i]) for i in ours)
+
+
+@pytest.mark.parametrize("architecture, ahead", [("llama", 1), ("llama", 8), ("gemma3_text", 1)])
+def test_the_full_cache_s_logits_of_the_checks_follow_from_what_is_kept(
+    tokenizer, some_stop, set_device, monkeypatch, architecture, ahead
+):
+    set_device(steps_ahead=ahead)
+    run = fit_run(toys.toy(architecture), tokenizer, checks=5)
+    data = recording.collect(run, read(run, toys.random_tokens(60)))
+    checks = conversation.answered_checks(data.conversations)
+    assert [data.conversations[i] for i in sorted(data.finals)] == checks
+    assert len({len(c.answer) for c in checks}) > 1
+    known = check._known(run, data, checks)
+    for one in checks:
+        (expected,) = fidelity.answer_logits(run.model, data.context.make_cache(), [one])
+        np.testing.assert_allclose(known(one), expected, rtol=1e-3, atol=1e-3)
+    figures = [check.check(run, of, data.context.banks) for of in (data, replace(data, finals={}))]
+    assert figures[0]["kl"] == pytest.approx(figures[1]["kl"], abs=1e-6)
+    assert figures[0]["kl_no_context"] == pytest.approx(figures[1]["kl_no_context"], rel=1e-3)
+    with monkeypatch.context() as patch:
+        patch.setattr(fidelity, "answer_logits", lambda model, *a, **k: pytest.fail("computed again"))
+        fidelity.compare(run.model, pytest.fail, {}, checks, known=known)
+
+
+def test_no_batch_is_made_for_a_few_missing_samples(tokenizer, some_stop, monkeypatch):
+    def asked(queries):
+        run = fit_run(toys.toy("llama"), tokenizer, queries=queries)
+        conversations = self_study.study(run, read(run, toys.random_tokens(60)))
+        return sum(c.split != "check" for c in conversations), count_samples(conversations, group=run.group)
+
+    monkeypatch.setattr(self_study, "expected_to_give", lambda samples, asked, run: list(islice(asked, 16)))
+    number, samples = asked(1)
+    assert number == 16 and asked(round(samples / 0.8))[0] == 16 and asked(2 * samples)[0] > 16
+    monkeypatch.setattr(self_study, "_FEW", 0)
+    assert asked(round(samples / 0.8))[0] > 16
 
 
 def test_samples_of_two_ranks_come_in_the_order_of_one():

@@ -66,8 +66,12 @@ class KindFit:
         return self.matching_samples(heads)
 
     def keeps_every_key(self, size: Size) -> bool:
-        """Whether a head of this size has room for every key, so that nothing is trained."""
+        """Whether a head of this size has room for every key, and keeps them as they are."""
         return False
+
+    def trained(self, sizes: Sequence[Size]) -> list[bool]:
+        """Which of all heads, of these sizes, are trained."""
+        return [not self.keeps_every_key(size) for size in sizes]
 
     def batch(self) -> int:
         """Samples of a step."""

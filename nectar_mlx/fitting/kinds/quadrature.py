@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 
+from ...core.device import device
 from ...heads import Quadrature, Size
 from ..samples.sample_store import Samples
 from ..solve.initial import Init
@@ -11,6 +12,7 @@ from ..solve.node_training import NodeTraining
 from ..solve.regression import Training
 from .base import KindFit
 
+_LARGE = 2.0  # times the mean of all heads
 PART = 1 << 14  # samples that are prepared for training at a time
 
 
@@ -19,6 +21,12 @@ class QuadratureFit(KindFit):
 
     def keeps_every_key(self, size: Size) -> bool:
         return size[0] >= self.length
+
+    def trained(self, sizes: Sequence[Size]) -> list[bool]:
+        counts = [count for count, *_ in sizes]
+        # A head that gets so much more than others looks for single tokens: it would learn its samples by heart.
+        most = max(device().trained_share * self.length, _LARGE * sum(counts) / len(counts))
+        return [count <= most and trains for count, trains in zip(counts, super().trained(sizes), strict=True)]
 
     def prepare(self) -> None:
         _ = self.importance

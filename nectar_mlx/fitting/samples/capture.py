@@ -5,7 +5,7 @@ queries, the exact (o, L) of the context and the (o, L) of the live tokens: what
 """
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,7 +39,9 @@ class Collected:
     """What heads are fitted to: the conversations about a context, and what attention saw in them, by head.
 
     train, held_out: samples of the conversations of these splits, heads numbered layer by layer, the sliding-window
-    layers left out. parts: all heads, divided whatever the number of ranks; each has the samples of some parts.
+    layers left out. parts: all heads, divided whatever the number of ranks; each has the samples of some parts. finals:
+    by the number of a check's conversation what the last layer gave where its answer was drawn, [answer, E], as far as
+    that was kept.
     """
 
     context: Context
@@ -47,6 +49,7 @@ class Collected:
     train: SampleStore
     held_out: SampleStore
     parts: Sequence[Sequence[int]]
+    finals: Mapping[int, mx.array] = field(default_factory=dict)
 
     def fetch(self, heads: Collection[int], world: World) -> None:
         """Gets the samples of heads that this rank does not have from those that do. All ranks must call it."""

@@ -15,6 +15,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from ...core.gather import take
 from ...errors import NectarError
 from ...mlxlm.kept import attention_caches
 from ..distributed import World
@@ -62,7 +63,8 @@ def collect(
     stores = {split: empty(run, count, folder and folder / f"{split}.samples") for split, count in counts.items()}
     for split, store in stores.items():
         recording.move(split, store, run.world, shares=run.shares(run.n_heads, context.length))
-    return collected(run, context, conversations, stores["train"], stores["held_out"])
+    data = collected(run, context, conversations, stores["train"], stores["held_out"])
+    return replace(data, finals=recording.finals_of(conversations, run.world))
 
 
 class _Cache(CaptureCache, StepCache):
@@ -86,6 +88,7 @@ class Recording:
         """folder: for what is captured, where it does not fit the memory. density: share of the tokens whose samples
         are kept."""
         self._fed, self._density, self._chance = _Fed(), density, np.random.default_rng(0)
+        self._finals = dict[int, list[mx.array]]()  # by the identity of a check's conversation
         self._pieces = _Pieces() if folder is None else _PiecesOnDisk(folder)
 
     def begin(self, first: int) -> None:
@@ -99,6 +102,14 @@ class Recording:
         self._fed.captured.append([cache.captured for cache in capturing])
         for cache in capturing:
             cache.captured = []
+
+    def predicted(self, going: Sequence[Conversation], last: mx.array, answering: Sequence[int]) -> None:
+        kept = [i for i in answering if going[i].split == "check"]
+        if kept:
+            finals = take(last[:, 0], mx.array(kept, mx.int32))
+            mx.eval(finals)
+            for i, final in zip(kept, finals, strict=True):
+                self._finals.setdefault(id(going[i]), []).append(final)
 
     def keep(self, caches: Sequence[Any], going: Sequence[Conversation], places: np.ndarray, *, last: bool) -> None:
         """last: whether the batch changes, or ends, behind these."""
@@ -123,6 +134,12 @@ class Recording:
                 self.keep(caches, batch.conversations, places, last=True)
                 seen += int(fed.sum())
                 done(seen)
+
+    def finals_of(self, conversations: Sequence[Conversation], world: World) -> dict[int, mx.array]:
+        """For `Collected`: what the last layer gave where the checks' answers were drawn, whichever rank drew them."""
+        kept = {i: self._finals[id(c)][: len(c.answer)] for i, c in enumerate(conversations) if id(c) in self._finals}
+        mine = {str(i): mx.stack(finals) for i, finals in kept.items() if finals}
+        return {int(i): finals for of_rank in world.arrays(mine) for i, finals in of_rank.items()}
 
     def _take(self, capturing: Sequence[CaptureCache]) -> None:
         """One layer after the other: what was captured of all of them would be there three times over."""

@@ -14,6 +14,7 @@ from ...core.exp import exp
 from ...core.gather import take
 from ...core.types import FloatArray
 from ...mlxlm.kept import attention_caches
+from ..layers import LayerRunner
 from ..prefill import Context
 from .conversation import Conversation
 from .study_cache import StepCache
@@ -33,6 +34,9 @@ class Recorder(Protocol):
 
     def fed(self, caches: Sequence[Any]) -> None:
         """Called when some tokens more were fed to each sequence."""
+
+    def predicted(self, going: Sequence[Conversation], last: mx.array, answering: Sequence[int]) -> None:
+        """Called with what the last layer gave, [B, 1, E], and the sequences whose next token is drawn from it."""
 
     def keep(self, caches: Sequence[Any], going: Sequence[Conversation], places: np.ndarray, *, last: bool) -> None:
         """Called when it is known which of the tokens fed since the last time, [B, T], belong to their conversations.
@@ -57,11 +61,13 @@ def sample_answers(
     progress: Callable[[int], None] = lambda tokens: None,
     at: int = 0,
     recorder: Recorder | None = None,
+    runner: LayerRunner | None = None,
 ) -> None:
     """Samples the answers of a batch with the full cache, all conversations in step; the shortest prompt comes first.
     max_tokens, temperature: of all, or of each. chances: random numbers [conversations, max_tokens]. progress is told
     how many tokens of each there are. at: how many there were when it was interrupted, 0 to begin. recorder: shown what
     attention sees, in the very steps of a run that was not interrupted; the tokens of before are not drawn again.
+    runner: of the model's layers, where those logits alone are to be computed that a token is drawn from.
 
     Every conversation starts at the same position: the longer prompts are still being read while the shorter ones are
     answered, so none is padded and positions are exact. Several steps are queued before the first one's tokens are
@@ -95,13 +101,18 @@ def sample_answers(
     chance = mx.array(np.stack([_placed(drawn_by[id(c)][1], len(c.prompt), length) for c in going]))
     queued: list[mx.array] = []
     while True:
-        logits = model(tokens, cache=caches)[:, -1]
+        answering = [i for i, c in enumerate(going) if at >= len(c.prompt) and not ends[id(c)].of(c.answer)]
+        top = runner.through(tokens, caches)[:, -1:] if runner else model(tokens, cache=caches)[:, -1]
         if recorder:
             recorder.fed(caches)
+        if recorder and runner:
+            recorder.predicted(going, top, answering)
         if at <= drawn_until:  # then the logits are never evaluated
             queued.append(mx.array([before[id(c)][at] if at < len(before[id(c)]) else 0 for c in going], mx.int32))
+        elif runner:
+            queued.append(_drawn(runner, top, answering, temperature=heat, chance=chance[:, at : at + 1]))
         else:
-            queued.append(sample(logits, temperature=heat, chance=chance[:, at : at + 1]))
+            queued.append(sample(top, temperature=heat, chance=chance[:, at : at + 1]))
         last = at + 1 >= length
         if not last:
             tokens = mx.where(prompts[:, at : at + 1] >= 0, prompts[:, at : at + 1], queued[-1][:, None])
@@ -176,6 +187,18 @@ def _read(
             if recorder:
                 recorder.fed(caches)
                 recorder.keep(caches, going, np.ones((len(going), stop - start), bool), last=True)
+
+
+def _drawn(
+    runner: LayerRunner, top: mx.array, answering: Sequence[int], *, temperature: mx.array, chance: mx.array
+) -> mx.array:
+    """Tokens [B] for what the last layer gave, [B, 1, E], drawn where they are answers; 0 elsewhere."""
+    drawn = mx.zeros(top.shape[0], mx.int32)
+    if not answering:
+        return drawn
+    rows = mx.array(list(answering), mx.int32)
+    logits = runner.logits(take(top, rows))[:, -1]
+    return drawn.at[rows].add(sample(logits, temperature=take(temperature, rows), chance=take(chance, rows)))
 
 
 def _worth_dropping(ended: Sequence[bool]) -> bool:

@@ -10,6 +10,7 @@ from typing import Protocol
 from ...core.device import device
 from ...core.types import Tokenizer
 from ...mlxlm import prompts
+from ..layers import layer_runner
 from ..prefill import Context
 from ..run import FitRun
 from . import instructions
@@ -19,7 +20,8 @@ from .study_cache import allow_half
 
 CHECK_TEMPERATURE = 0.7
 _LIVE_BYTES = 9_000_000_000  # of keys and values of conversations that are sampled together, at most
-_ENOUGH = 0.9  # of the samples asked for: not another batch for the last few
+# Not another batch for the last few samples: so large a share of those asked for, or for fewer conversations.
+_ENOUGH, _FEW = 0.9, FEWEST_TOGETHER // 2
 _ALL = 1 << 30  # tokens: more than a conversation has
 
 
@@ -45,7 +47,7 @@ def study(run: FitRun, context: Context, recorder: Recorder | None = None) -> li
             samples = count_samples(conversations, group=run.group)
             number = sum(c.split != "check" for c in conversations)
             batch: list[Conversation] = []
-            if samples < _ENOUGH * wanted:
+            if samples < _ENOUGH * wanted and (wanted - samples) * number >= samples * _FEW:
                 asked = asking(run.tokenizer, context.prefix, first=number, seed=config.seed)
                 batch += expected_to_give(wanted - samples, asked, run)
             if not answered_checks(conversations):  # beside the others they cost little
@@ -147,7 +149,7 @@ def answer(
     begun, at = (len(mine), 0) if answered else run.checkpoint.load_answers(share, seed=seed)
     lengths = [len(batch[group[-1]].prompt) + config.answer_tokens for group in mine]
 
-    before = begun, at
+    before, runner = (begun, at), layer_runner(run.model, run.geometry) if device().linux_cpu else None
 
     def sampled(number: int, at: int) -> None:
         progress((sum(lengths[:number]) + at) * max(lengths) // sum(lengths))
@@ -174,6 +176,7 @@ def answer(
             progress=partial(sampled, number),
             at=_ALL if number < begun else at if number == begun else 0,
             recorder=recorder,
+            runner=runner,
         )
     answers = [[batch[i].answer for i in group] for group in mine]
     for group, sampled_answers in zip(groups, world.in_order(answers, world.values(answers)), strict=True):

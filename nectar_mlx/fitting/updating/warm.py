@@ -8,8 +8,9 @@ import numpy as np
 
 from ...core import attention
 from ...core.gather import take
-from ...heads import Bank, HeadArrays, Quadrature
+from ...heads import Bank, HeadArrays, Quadrature, Size
 from ...mlxlm.positions import shifted
+from ..kinds.base import KindFit
 from ..kinds.quadrature import QuadratureFit
 from ..prefill import Context
 from ..run import FitRun
@@ -45,6 +46,9 @@ class WarmFit(QuadratureFit):
         super().__init__(run, data)
         self.nodes, self.places, self.rooms = nodes, mx.array(np.array(places, np.int32)), rooms
         self.fresh = fresh
+
+    def trained(self, sizes: Sequence[Size]) -> list[bool]:
+        return KindFit.trained(self, sizes)  # large ones, too: they start from what stood for another text
 
     def match(self, heads: Sequence[int], counts: Sequence[int]) -> list[HeadArrays]:
         if not self.fresh:
