@@ -60,10 +60,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return cli.FAULT
     try:
         environment.check()  # before any module of a command is imported
+        run = importlib.import_module(f".{command}", __package__).main
     except NectarError as error:
         cli.complain(f"nectar {command}: {error}")
         return cli.FAULT
-    return int(importlib.import_module(f".{command}", __package__).main(rest))
+    except KeyboardInterrupt:  # importing takes a second; later `cli.run` catches it
+        cli.complain(f"nectar {command}: interrupted")
+        return cli.INTERRUPTED
+    return int(run(rest))
 
 
 if __name__ == "__main__":

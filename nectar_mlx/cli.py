@@ -182,8 +182,11 @@ def load_model(
     )
 
 
-def load_nectar(file: Path, model: "nn.Module", tokenizer: "Tokenizer", *, name: str = "") -> "Nectar":
-    """`Nectar.load` with its warnings as lines on stderr. name: what a person knows the file by, if not its own."""
+def load_nectar(
+    file: Path, model: "nn.Module", tokenizer: "Tokenizer", *, name: str = "", silent: bool = False
+) -> "Nectar":
+    """`Nectar.load` with its warnings, and a verdict worse than "close", as lines on stderr, unless it is to be silent.
+    name: what a person knows the file by, if not its own."""
     from .nectar import Nectar
 
     with warnings.catch_warnings(record=True) as caught:
@@ -192,6 +195,8 @@ def load_nectar(file: Path, model: "nn.Module", tokenizer: "Tokenizer", *, name:
             nectar = Nectar.load(file, model, tokenizer)
         except NectarError as error:
             raise NectarError(_named(str(error), file, name)) from error
+    if silent:
+        return nectar
     for warning in caught:
         say(_named(str(warning.message), file, name))
     if not nectar.faithful:

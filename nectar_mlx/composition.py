@@ -23,6 +23,7 @@ from .heads import Bank
 from .mlxlm import placement
 from .mlxlm.kept import Kept, make_caches, plain_windows
 from .mlxlm.positions import shifted
+from .mlxlm.window import window
 from .nectar import Nectar
 
 
@@ -58,17 +59,27 @@ def compose(
         preamble: tokens that all prefixes begin with (default: as many as they do).
         end_to_end: each text behind the one before it; else all at the same positions, behind the preamble.
 
-    NectarError for files of different models, or of networks, and where a layer's keys cannot be moved.
+    NectarError for files of different models, or of networks, where a layer's keys cannot be moved, for texts beyond
+    the model's window, and for a preamble that they do not share.
     """
     if not nectars:
         raise NectarError("there is no file to compose")
     if len({nectar.metadata["model_sha256"] for nectar in nectars}) > 1:
         raise NectarError("these files were fitted on different models: compose files of one model")
     last = plain_windows(nectars[-1].geometry, nectars[-1].windows, "put together")
-    common = placement.common_tokens([nectar.prefix for nectar in nectars]) if preamble is None else preamble
+    alike = placement.common_tokens([nectar.prefix for nectar in nectars])
+    common = alike if preamble is None else preamble
+    if not 0 <= common <= alike:
+        raise NectarError(f"a preamble of {common:,} tokens: these files have {alike:,} in common at their beginning")
     lengths = [nectar.start - common for nectar in nectars]
     # All texts end where the question starts, or where the next one begins.
     longest = max(lengths)
+    start = common + (sum(lengths) if end_to_end else longest)
+    if (positions := window(model)) is not None and start >= positions:
+        raise NectarError(
+            f"together the texts take {start:,} tokens, and the model's window has {positions:,}: compose fewer files, "
+            "or with end_to_end=False"
+        )
     shifts = placement.end_to_end(lengths) if end_to_end else [longest - length for length in lengths]
     geometry, less = nectars[0].geometry, math.log(len(nectars))
     banks: list[Bank] = []
@@ -77,7 +88,6 @@ def compose(
         nodes["bias"] = nodes["bias"] - less
         banks.append(placement.bank(nodes, scale=geometry.scale, offset=nodes["keys"].mean(1)))
         mx.eval(banks[-1].parameters)
-    start = common + (sum(lengths) if end_to_end else longest)
     by = start - nectars[-1].start
     windows = {
         layer: replace(w, keys=shifted(model, layer, w.keys, by).astype(w.keys.dtype)) for layer, w in last.items()

@@ -184,7 +184,8 @@ class Questions:
             "candidates": candidates,
         }
 
-    def _load(self, document: Document) -> "tuple[nn.Module, Tokenizer, Nectar]":
+    def _load(self, document: Document, *, silent: bool = False) -> "tuple[nn.Module, Tokenizer, Nectar]":
+        """silent: nothing is said of the file, which is then read again where answers come from it."""
         from . import models
 
         wanted = self.args.model or document.model
@@ -194,7 +195,12 @@ class Questions:
             self._base, self._nectar = (wanted, *models.load(wanted, adapter=adapter or None, log=cli.say)), None
         if self._nectar is None or self.document is None or self.document.file != document.file:
             assert document.file is not None
-            self._nectar = cli.load_nectar(document.file, self._base[1], self._base[2], name=document.name)
+            if not document.file.exists():
+                raise NectarError(f"the file of {document.name} is gone: `nectar update` fits it again")
+            nectar = cli.load_nectar(document.file, *self._base[1:], name=document.name, silent=silent)
+            if silent:
+                return self._base[1], self._base[2], nectar
+            self._nectar = nectar
         self.document = document
         self._nectar.about(document.name)
         return self._base[1], self._base[2], self._nectar
@@ -202,13 +208,18 @@ class Questions:
     def _behind(
         self, documents: Sequence[Document], look: "Callable[[nn.Module, Tokenizer, Nectar], T]", *, otherwise: T
     ) -> list[T]:
-        """What is found behind documents; otherwise: for another model's, and for files that cannot be read."""
-        found = []
+        """What is found behind documents; otherwise: for another model's, and for files that cannot be read, which are
+        named."""
+        found, unread = [], []
         for document in documents:
-            try:
-                if self._base is not None and document.model != self._base[0]:
-                    raise NectarError("another model's")
-                found.append(look(*self._load(document)))
-            except NectarError:
+            if self._base is not None and document.model != self._base[0]:
                 found.append(otherwise)
+                continue
+            try:
+                found.append(look(*self._load(document, silent=True)))
+            except NectarError as error:
+                unread.append(str(error))
+                found.append(otherwise)
+        for line in dict.fromkeys(unread):
+            cli.say(line)
         return found

@@ -38,7 +38,7 @@ def _work(arguments: argparse.Namespace) -> None:
     chosen = arguments.machine or ""
     named = [machine for machine in (machines.here(), *machines.MACHINES) if chosen.lower() in machine.name.lower()]
     if not named:
-        raise NectarError(f"no machine with {chosen!r} in its name: {', '.join(m.name for m in machines.MACHINES)}")
+        raise NectarError(f"no machine with {chosen!r} in its name: {'; '.join(m.name for m in machines.MACHINES)}")
     if not 1 <= arguments.machines <= 8:
         raise NectarError(f"--machines must be 1 to 8, not {arguments.machines}")
     if not all(arguments.tokens or machines.TOKENS):

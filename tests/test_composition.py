@@ -76,5 +76,12 @@ def test_two_texts_are_one_softmax():
 def test_what_cannot_be_composed():
     with pytest.raises(NectarError, match="no file"):
         compose([], toys.toy("llama"))
+    one = toys.exact(model := toys.toy("llama", max_position_embeddings=100), toys.random_tokens(N))
+    assert compose([one], model, preamble=5).start == N
+    with pytest.raises(NectarError, match="together the texts take 115 tokens, and the model's window has 100"):
+        compose([one, one], model, preamble=5)
+    for preamble in (-1, N + 1):
+        with pytest.raises(NectarError, match=f"have {N} in common"):
+            compose([one, one], model, preamble=preamble)
     with pytest.raises(NectarError, match="different models"):
         compose([toys.exact(toys.toy(a), toys.random_tokens(N)) for a in ("llama", "qwen3")], toys.toy("llama"))

@@ -21,7 +21,7 @@ from .documents import Document, documents
 from .fitter import Fitter
 from .folder import Folder, default_folder
 from .question_words import question_words
-from .routing import Answers, Candidate, Evidence, Routing, odds, with_answers, with_evidence
+from .routing import LOOKED_AT, WEIGHED, Answers, Candidate, Evidence, Routing, odds, with_answers, with_evidence
 from .scan import Root, Scan
 from .volumes import Identity
 from .work import Work, fit_waiting
@@ -180,8 +180,11 @@ class Library:
 
         Args:
             evidence: how likely the question is behind documents' files.
-            answers: the first sentence of the answer behind them. Both take the model; None leaves it out.
+            answers: the first sentence of the answer behind them. Both take the model; None leaves it out, as do
+                questions of more than 1,000 characters. Of longer ones the first 10,000 characters count.
         """
+        if len(question) > WEIGHED:
+            question, evidence, answers = question[:LOOKED_AT], None, None
         known = [document for document in self.documents() if document.text is not None]
         by_text: dict[int, Document] = {}
         names: dict[int, set[str]] = {}
@@ -208,6 +211,8 @@ class Library:
 
     def _fit(self, fitter: Fitter, *, refit: bool, progress: Progress, log: Log) -> Work:
         """Loads the model only if there is something to fit, or if it may be another one."""
+        with self._database.writing() as rows:
+            volumes.miss_lost(rows, {file.stem for file in self.folder.volumes.glob("*.nectar")})
         known = self.identity
         if known is not None and (known.name, known.adapter) == (fitter.name, fitter.adapter) and not refit:
             self._plan(known)

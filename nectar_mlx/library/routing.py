@@ -16,6 +16,8 @@ _LOOKS = 3  # documents that the model looks at
 _ASKED = 4  # close documents that are asked
 _LIKELIER = 10.0  # nats by which a question is likelier behind the document that it is about (docs/log/library.md)
 _TELLS = _UNSURE  # log-odds that this gives
+LOOKED_AT = 10_000  # characters of a question by which its document is found
+WEIGHED = 1_000  # characters of a question, at most, for which the model is asked: longer ones take it long
 
 Evidence = Callable[[Sequence[Document]], Sequence[float]]
 """How likely a question is behind the files of some documents, in nats; NaN where that is not known."""

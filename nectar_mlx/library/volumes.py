@@ -11,7 +11,7 @@ A volume is fitted by the one process that has claimed it. The claim of a proces
 import hashlib
 import os
 import sqlite3
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -129,6 +129,13 @@ def members(rows: sqlite3.Connection, volume: str) -> list[int]:
     """A volume's texts, in order."""
     found = rows.execute("SELECT text FROM members WHERE volume = ? ORDER BY position", (volume,))
     return [row[0] for row in found]
+
+
+def miss_lost(rows: sqlite3.Connection, present: Collection[str]) -> None:
+    """Finished volumes whose file is gone are to be fitted again. present: those that have one."""
+    for (volume,) in rows.execute("SELECT id FROM volumes WHERE state = 'done'").fetchall():
+        if volume not in present:
+            rows.execute("UPDATE volumes SET state = 'waiting' WHERE id = ?", (volume,))
 
 
 def former(rows: sqlite3.Connection, claimed: "Claim") -> str | None:

@@ -20,8 +20,6 @@ from .job import Event, Failed, Finished, Job, Ticket, Written
 
 T = TypeVar("T")
 LIBRARY = "library"  # the model that stands for all documents
-_LOOKED_AT = 10_000  # characters of a question by which its document is found
-_WEIGHED = 1_000  # characters of a question, at most, for which the model is asked which document it is about
 _EARLIER = 8  # questions of a conversation that are looked at
 
 
@@ -60,7 +58,7 @@ class ServedLibrary:
     async def find(self, questions: Sequence[str]) -> Target:
         """The document that a conversation is about: that of its last question, or of the nearest one before that names
         one. NectarError where that document has no file yet."""
-        return await asyncio.to_thread(self._find, [question[:_LOOKED_AT] for question in questions[:_EARLIER]])
+        return await asyncio.to_thread(self._find, questions[:_EARLIER])
 
     def _find(self, questions: Sequence[str]) -> Target:
         named = self.refresh()
@@ -99,8 +97,6 @@ class ServedLibrary:
         found = []
         for document in documents:
             try:
-                if len(question) > _WEIGHED:
-                    raise NectarError("that would hold up the others")
                 likelihood = self._engine.call(partial(look, of.get(document.path, "")))
                 found.append(result(self._engine, likelihood))
             except NectarError:
@@ -109,8 +105,6 @@ class ServedLibrary:
 
     def _first_sentences(self, question: str, of: Mapping[bytes, str], documents: Sequence[Document]) -> list[str]:
         """What is answered behind documents: jobs among the others', which the engine batches."""
-        if len(question) > _WEIGHED:
-            return [""] * len(documents)
         prompt = result(
             self._engine, self._engine.call(partial(prompts.prompt, self._engine.shelf.tokenizer, question))
         )

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from nectar_mlx import cli
+from nectar_mlx import __main__, cli
 from nectar_mlx.core import interrupt
 
 
@@ -26,6 +26,15 @@ def work(_):
 
 def test_while_an_object_is_destroyed(capsys):
     assert cli.run(cli.Parser("fit"), work, []) == cli.INTERRUPTED
+    assert capsys.readouterr().err == "nectar fit: interrupted\n"
+
+
+def test_while_the_command_is_imported(capsys, monkeypatch):
+    def imported(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(__main__.importlib, "import_module", imported)
+    assert __main__.main(["fit"]) == cli.INTERRUPTED
     assert capsys.readouterr().err == "nectar fit: interrupted\n"
 
 

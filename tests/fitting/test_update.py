@@ -378,7 +378,15 @@ class TestCommand:
         (tmp_path / "text.nectar").write_text("no")
         (tmp_path / "book.txt").write_text(TEXT)
         assert update.main([str(tmp_path / name), "--context", str(tmp_path / "book.txt")]) == 2
-        assert capsys.readouterr().err.count("\n") == 1
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1 and "--output" not in err
+
+    def test_a_file_that_was_fitted_with_others_is_left_as_it_is(self, folder, fitted, capsys):
+        Nectar(fitted.tensors, fitted.metadata | {"with": ["0" * 64]}).save(folder / "book.nectar")
+        before = (folder / "book.nectar").read_bytes()
+        assert self.run(folder, MORE) == 2
+        assert "`nectar fit --with` fits it again" in capsys.readouterr().err
+        assert (folder / "book.nectar").read_bytes() == before
 
     def test_options_of_the_library_are_not_a_file(self):
         assert not update_file.names_file([])

@@ -192,6 +192,32 @@ def test_of_documents_that_share_a_questions_words_one_answers_and_the_other_is_
     assert "from kettle.txt\n" in capsys.readouterr().err
 
 
+def test_a_close_document_whose_file_cannot_be_read_is_named(depot, capsys):
+    letter = next(d for d in Library(depot).documents() if d.name == "letter.txt")
+    letter.file.write_bytes(letter.file.read_bytes()[:-100])
+    run("ask", "library", CODE, "--max-tokens", 3)
+    assert capsys.readouterr().err.startswith("letter.txt is not a .nectar or .kv file, or is cut short")
+    letter.file.unlink()
+    run("ask", "library", CODE, "--max-tokens", 3)
+    assert "the file of letter.txt is gone: `nectar update` fits it again" in capsys.readouterr().err
+
+
+def test_documents_that_are_only_asked_have_no_verdict_told(depot, monkeypatch, capsys):
+    monkeypatch.setattr(Nectar, "faithful", False)
+    monkeypatch.setattr(Nectar, "verdict", "Far from the text.")
+    monkeypatch.setattr(Nectar, "first_sentence", lambda *_: "It is 4417.")
+    assert run("ask", "library", CODE, "--max-tokens", 3) == 0
+    err = capsys.readouterr().err
+    assert err.count("Far from the text.") == 1 and "codes.txt: Far from the text." in err
+
+
+def test_a_very_long_question_is_not_asked_behind_close_documents(depot, monkeypatch, capsys):
+    monkeypatch.setattr(Nectar, "first_sentence", lambda *_: pytest.fail("it would be read for each document"))
+    assert run("ask", "library", f"{CODE} " * 300, "--max-tokens", 3) == 2
+    err = capsys.readouterr().err
+    assert "the model's window" in err and "Traceback" not in err
+
+
 def test_the_server_decides_by_the_same_answers(depot, monkeypatch, capsys):
     seen = []
 

@@ -48,6 +48,14 @@ def test_nothing_is_fitted_twice_nor_is_the_model_needed(library, notes):
     assert added.scan.read == [] and len(added.scan.unchanged) == 7 and added.work.fitted == []
 
 
+def test_a_document_whose_file_is_gone_is_fitted_again(library, notes):
+    library.add([notes], CheapFitter())
+    by_name(library)["long 0.txt"].file.unlink()
+    fitter = CheapFitter()
+    assert library.update(fitter).work.fitted == ["long 0.txt"] and fitter.fitted == ["long 0.txt"]
+    assert by_name(library)["long 0.txt"].file.exists()
+
+
 def test_what_changes_alone_is_fitted_again(library, notes):
     library.add([notes], CheapFitter())
     (notes / "long 0.txt").write_text("The otter lives in the river. " * 300)
