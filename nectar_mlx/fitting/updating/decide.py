@@ -79,8 +79,6 @@ def update(
     way, reason, revision, study = _way(run, file, text)
     if way == "same":
         return Outcome(way="same")
-    if metadata["report"].get("with"):
-        log("the files that were in view when it was fitted no longer are: `nectar fit --with` keeps them there")
     if way in ("append", "edit"):
         log(f"{_described(way, revision)}: fitting what that changes")
         outcome = _updated(run, file, revision, study, way=way, source=source)
