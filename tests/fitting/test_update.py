@@ -388,6 +388,17 @@ class TestCommand:
         assert "`nectar fit --with` fits it again" in capsys.readouterr().err
         assert (folder / "book.nectar").read_bytes() == before
 
+    def test_most_likely_the_wrong_text_does_not_replace_the_file(self, folder, capsys):
+        before = (folder / "book.nectar").read_bytes()
+        other = " ".join(f"Ship {n} lay in harbour {n * 7 % 11}." for n in range(40))
+        assert self.run(folder, other) == 2
+        assert "of the text is another: if it is the right one" in capsys.readouterr().err
+        assert (folder / "book.nectar").read_bytes() == before
+        assert self.run(folder, other, "--output", str(folder / "ships.nectar")) == 0
+        assert (folder / "book.nectar").read_bytes() == before
+        assert self.run(folder, other, "--force") == 0
+        assert "fitted anew" in capsys.readouterr().err
+
     def test_options_of_the_library_are_not_a_file(self):
         assert not update_file.names_file([])
         assert not update_file.names_file(["--watch"])

@@ -57,11 +57,13 @@ def update(
     progress: Progress = silent,
     checkpoint: Checkpoint | None = None,
     log: Log = no_log,
+    most: float = 1.0,
 ) -> Outcome:
     """Brings a file up to date with a text, in the cheapest way that does as well as a fit.
 
     tensors, metadata: what the file holds. config: of a fit (default: that of the file). log: is told the way that was
-    taken, and why it is a fit. The rest: as for `pipeline.fit`. NectarError for a text that cannot be fitted.
+    taken, and why it is a fit. most: how much of the text may be another, for it could be the wrong one. The rest: as
+    for `pipeline.fit`. NectarError for a text that cannot be fitted, and for one of which more is another.
     """
     file = FileContents(tensors=tensors, metadata=metadata)
     config = config or config_of(metadata)
@@ -77,6 +79,11 @@ def update(
         facts=identity(model, tokenizer, text) | {"update of": store.digest(tensors)},
     )
     way, reason, revision, study = _way(run, file, text)
+    if revision.new != revision.old and not revision.appended and revision.share > most:
+        raise NectarError(
+            f"{revision.share:.0%} of the text is another: if it is the right one, say so by --force, or give another "
+            "--output"
+        )
     if way == "same":
         return Outcome(way="same")
     if way in ("append", "edit"):
