@@ -20,7 +20,7 @@ import mlx.nn as nn
 
 from .errors import NectarError
 from .heads import Bank
-from .mlxlm import placement
+from .mlxlm import attention_patch, placement
 from .mlxlm.kept import Kept, make_caches, plain_windows
 from .mlxlm.positions import shifted
 from .mlxlm.window import window
@@ -59,13 +59,15 @@ def compose(
         preamble: tokens that all prefixes begin with (default: as many as they do).
         end_to_end: each text behind the one before it; else all at the same positions, behind the preamble.
 
-    NectarError for files of different models, or of networks, where a layer's keys cannot be moved, for texts beyond
-    the model's window, and for a preamble that they do not share.
+    NectarError for files of different models or of another one, or of networks, where a layer's keys cannot be moved,
+    for texts beyond the model's window, and for a preamble that they do not share.
     """
     if not nectars:
         raise NectarError("there is no file to compose")
     if len({nectar.metadata["model_sha256"] for nectar in nectars}) > 1:
         raise NectarError("these files were fitted on different models: compose files of one model")
+    if attention_patch.route(model) != nectars[0].geometry:
+        raise NectarError("these files were fitted on another model than the one given: load that one")
     last = plain_windows(nectars[-1].geometry, nectars[-1].windows, "put together")
     alike = placement.common_tokens([nectar.prefix for nectar in nectars])
     common = alike if preamble is None else preamble

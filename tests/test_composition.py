@@ -85,3 +85,5 @@ def test_what_cannot_be_composed():
             compose([one, one], model, preamble=preamble)
     with pytest.raises(NectarError, match="different models"):
         compose([toys.exact(toys.toy(a), toys.random_tokens(N)) for a in ("llama", "qwen3")], toys.toy("llama"))
+    with pytest.raises(NectarError, match="another model than the one given"):
+        compose([one, one], toys.toy("llama", num_hidden_layers=2), preamble=5)
