@@ -101,12 +101,13 @@ def sample_answers(
     chance = mx.array(np.stack([_placed(drawn_by[id(c)][1], len(c.prompt), length) for c in going]))
     queued: list[mx.array] = []
     while True:
-        answering = [i for i, c in enumerate(going) if at >= len(c.prompt) and not ends[id(c)].of(c.answer)]
         top = runner.through(tokens, caches)[:, -1:] if runner else model(tokens, cache=caches)[:, -1]
         if recorder:
             recorder.fed(caches)
-        if recorder and runner:
-            recorder.predicted(going, top, answering)
+        if runner:
+            answering = [i for i, c in enumerate(going) if at >= len(c.prompt) and not ends[id(c)].of(c.answer)]
+            if recorder:
+                recorder.predicted(going, top, answering)
         if at <= drawn_until:  # then the logits are never evaluated
             queued.append(mx.array([before[id(c)][at] if at < len(before[id(c)]) else 0 for c in going], mx.int32))
         elif runner:
