@@ -65,8 +65,8 @@ def _parser() -> argparse.ArgumentParser:
         help="bits of a stored matrix entry: 16, or 4 to 8 (default: a step for each node, 4 bits on average; with "
         "exact keys 6; networks 8)",
     )
-    parser.add_argument("--queries", type=int, metavar="N", help="captured queries a head (20000; GPU: 150000 or more)")
-    parser.add_argument("--steps", type=int, metavar="N", help="steps of the regression (750 on a GPU, 300 on a CPU)")
+    parser.add_argument("--queries", type=int, metavar="N", help="captured queries a head (14000; GPU: 150000 or more)")
+    parser.add_argument("--steps", type=int, metavar="N", help="steps of the regression (750 on a GPU, 250 on a CPU)")
     parser.add_argument(
         "--effort", default="normal", help="quick, normal or best: how many answers are sampled, and steps (normal)"
     )

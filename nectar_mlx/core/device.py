@@ -31,8 +31,10 @@ class Device:
     launch_scores: what starting a group of heads costs, in scores of a step.
 
     fit_steps, fit_batch, fit_samples, fit_conversations, fit_checks, fit_trial_steps, fit_matching,
-    fit_answer_tokens: defaults of `FitConfig`. trained_share: of the text's keys, beyond which a large head is not
-    trained. rounding_samples: by which it is measured how finely nodes must be kept. trial_samples: of a short fit, at
+    fit_answer_tokens: defaults of `FitConfig`. fit_tokens: of conversations whose samples are taken, where the memory
+    holds them; each query head that shares a KV head gives one a token. fewest_tokens: of conversations, if the memory
+    holds but a part of their samples. trained_share: of the text's keys, beyond which a large head is not trained.
+    rounding_samples: by which it is measured how finely nodes must be kept. trial_samples: of a short fit, at
     most. trial_steps, trial_checks: of those that choose a budget. excerpt_tokens: on which it is chosen where the text
     is read in chunks.
     layerwise_tokens: in all layers at once, at least, where a fit goes layer by layer; layerwise_replay_tokens: of

@@ -177,14 +177,18 @@ class _Work:
         return self.layout.n_layers * self.layout.n_kv_heads
 
     @property
+    def group(self) -> int:
+        """Query heads a KV head."""
+        return self.shape.geometry.n_heads // self.shape.geometry.n_kv_heads
+
+    @property
     def samples(self) -> int:
         """A head."""
         profile, config = self.machine.profile, self.config
         if config.queries:
             return config.queries
-        g, each = self.shape.geometry, (4 if profile.linux_cpu else 2) * (3 * self.layout.head_dim + 2)
-        group, memory = g.n_heads // g.n_kv_heads, int(self.machine.memory)
-        return useful_samples(config, profile, group=group, nbytes=each * self.heads, memory=memory)
+        each, memory = (4 if profile.linux_cpu else 2) * (3 * self.layout.head_dim + 2), int(self.machine.memory)
+        return useful_samples(config, profile, group=self.group, nbytes=each * self.heads, memory=memory)
 
     @property
     def conversation(self) -> int:
@@ -195,10 +199,9 @@ class _Work:
     @property
     def conversations(self) -> int:
         """That heads are trained on, as in `self_study.study`."""
-        g, samples = self.shape.geometry, self.samples
-        group = g.n_heads // g.n_kv_heads
-        share = _TRAIN_SHARE * density(self.config, self.machine.profile, group=group, samples=samples)
-        return max(FEWEST_TOGETHER, int(samples / (share * group * self.conversation)) + 1)
+        samples = self.samples
+        share = _TRAIN_SHARE * density(self.config, self.machine.profile, group=self.group, samples=samples)
+        return max(FEWEST_TOGETHER, int(samples / (share * self.group * self.conversation)) + 1)
 
     @property
     def sampled(self) -> int:

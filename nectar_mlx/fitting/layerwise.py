@@ -32,7 +32,7 @@ from .kinds import KindFit, kind_fit
 from .layers import LayerRunner
 from .prefill import READ, Context, read_text, reading_cache
 from .run import FitRun
-from .samples import self_study
+from .samples import instructions, self_study
 from .samples.capture import CaptureCache, Collected, ReplayBatch, capture, held_out_count, record, replay_batches
 from .samples.conversation import Conversation, Split, answered_checks, count_samples
 from .samples.sample_store import SampleStore
@@ -42,7 +42,6 @@ from .train import merged_errors, train_heads
 PASSAGE = 900  # tokens that a conversation is sampled about, at most
 PROMPT = 96  # tokens of a long prompt
 _EXCERPT, _EXCERPT_SAMPLES = 1024, 3000  # tokens and samples a head by which sizes are decided, at most
-_GOLDEN = 0.6180339887  # multiples of it, modulo 1, fill the unit interval evenly at any number
 
 
 class LayerwiseFit:
@@ -116,7 +115,7 @@ class LayerwiseFit:
         """The tokens that conversations of one batch are about."""
         preamble = prompts.preamble(self.run.tokenizer)
         last = max(preamble, len(self.prefix) - self.passage_tokens)
-        start = preamble + int((number * _GOLDEN + 0.5) % 1 * (last - preamble + 1))
+        start = preamble + int((number * instructions.GOLDEN + 0.5) % 1 * (last - preamble + 1))
         return self.prefix[:preamble] + self.prefix[start : start + self.passage_tokens]
 
     def _sample_batch(

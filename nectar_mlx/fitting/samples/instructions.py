@@ -92,7 +92,7 @@ CHECK_ABOUT = (
     'Go on from here, as the text does: "{passage}"',
 )
 
-_GOLDEN = 0.6180339887498949  # multiples of it, modulo 1, are spread evenly, however many there are
+GOLDEN = 0.6180339887498949  # multiples of it, modulo 1, are spread evenly, however many there are
 
 
 def passage(
@@ -124,7 +124,7 @@ def training(passage: Callable[[random.Random, float], str], *, seed: int) -> It
         elif draw < 0.17:
             yield rng.choice(GENERIC)
         else:
-            at = (at + _GOLDEN) % 1
+            at = (at + GOLDEN) % 1
             yield rng.choice(ABOUT).format(passage=passage(rng, at))
 
 

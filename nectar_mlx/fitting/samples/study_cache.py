@@ -19,12 +19,12 @@ from ...heads.exact import HalfKeys
 from ...kernels import training
 from ...mlxlm.cache import NectarCache, WholeCache, with_sinks
 from ...mlxlm.kept import attention_caches
+from ...store import HALF_MAX
 from ..prefill import Context
 
 _LARGEST = 4096.0  # scale · |q| |k|, of any query and key, up to which half precision is used
 _PROBED = 64  # tokens whose queries tell how large those to come are
 _HIDDEN = -60_000.0  # the score of a hidden key
-_HALF_MAX = 65504.0  # of float16
 _QUEUED = 1 << 29  # scores that are queued at a time: with the weights they become, 2 GB
 
 
@@ -198,5 +198,5 @@ def allow_half(model: nn.Module, context: Context) -> None:
         key = float(np.array(mx.linalg.norm(bank.parameters["keys"].astype(mx.float32), axis=-1).max()))
         small = 2 * bank.scale * query * key < _LARGEST and 2 * query < _LARGEST and bank.largest_value < _LARGEST
         bank.forget_half()
-        if small and 2 * key < _HALF_MAX and cache.alike:
+        if small and 2 * key < HALF_MAX and cache.alike:
             bank.halve()
