@@ -60,7 +60,7 @@ def check(
             context.make_cache,
             views,
             [conversations[number] for number in mine],
-            known=_known(run, data, conversations),
+            known=_known(run, data),
             observe=observe,
             progress=done,
         )
@@ -73,14 +73,16 @@ def check(
     return figures | {"recall": calibration.report(figures["kl"])}
 
 
-def _known(run: FitRun, data: Collected, conversations: Sequence[Conversation]) -> fidelity.Known | None:
-    """The full cache's logits, where the last layer's output was kept while the answers were sampled."""
-    finals = {id(c): data.finals[i] for i, c in enumerate(data.conversations) if i in data.finals}
+def _known(run: FitRun, data: Collected) -> fidelity.Known:
+    """The full cache's logits, where the last layer's output was kept when an answer was drawn or replayed."""
+    finals = {id(data.conversations[i]): of for i, of in data.finals.items()}
     runner = layer_runner(run.model, run.geometry) if finals else None
-    if runner is None or any(id(c) not in finals for c in conversations):
-        return None
-    logits = runner.logits
-    return lambda conversation: logits(finals[id(conversation)][None])[0, :]
+
+    def known(conversation: Conversation) -> mx.array | None:
+        final = finals.get(id(conversation))
+        return None if runner is None or final is None else runner.logits(final[None])[0, :]
+
+    return known
 
 
 def _of_all(world: World, divergence: Divergence, mine: Sequence[int]) -> Divergence:

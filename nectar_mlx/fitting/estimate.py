@@ -130,6 +130,23 @@ def estimate(
     return Estimate(stages, work.memory(), size, disk, chunks, layerwise, min(step, cache), cache)
 
 
+def update_stages(
+    shape: Shape, machine: Machine, config: FitConfig, tokens: int, *, kept: float, new: float
+) -> list[Stage]:
+    """Of an update (`updating`) of a text that is fitted at once. config: its steps, check questions and answers. kept,
+    new: samples a head of conversations that are replayed, and of those that are sampled."""
+    work = _Work(shape=shape, machine=machine, config=config, n=tokens, layerwise=False)
+    replayed, sampled = (samples / (_TRAIN_SHARE * work.group) for samples in (kept, new))
+    captured = work.seconds(replayed * work.token(vocabulary=False), "capturing")
+    return [
+        work.read(),
+        Stage("sampling answers", work.decode(sampled, together=max(1, int(sampled / work.conversation)))),
+        Stage("capturing attention", captured),
+        Stage("fitting heads", work.regression()),
+        Stage("checking", work.check()),
+    ]
+
+
 def _excerpt(work: "_Work") -> Iterator[Stage]:
     """Choosing a budget on the first tokens of the text."""
     small = replace(work, n=min(work.n, work.machine.profile.excerpt_tokens), layerwise=False)

@@ -15,7 +15,7 @@ from .samples.conversation import Conversation
 MakeCache = Callable[[], Any]
 Prompt = Callable[[Conversation], list[int]]
 Change = Callable[[Conversation, mx.array], mx.array]  # of an answer's logits [answer, vocabulary]
-Known = Callable[[Conversation], mx.array]
+Known = Callable[[Conversation], mx.array | None]
 Observe = Callable[[str, Conversation, mx.array, mx.array], None]
 
 MAX_ENTRIES = 1 << 24  # entries of a vocabulary-wide array at a time: 64 MB, whatever the vocabulary
@@ -83,14 +83,14 @@ def compare(
     *,
     prompts: Mapping[str, Prompt | None] | None = None,
     change: Mapping[str, Change] | None = None,
-    known: Known | None = None,
+    known: Known = lambda conversation: None,
     observe: Observe = lambda *_: None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> dict[str, Divergence]:
     """Every other view of the context against the reference, teacher-forced on the same answers.
 
     prompts: for a view that reads something else than the conversation's own prompt, what it reads. change: for a view
-    whose logits are changed, how. known: gives the reference's logits, where they need not be computed again. observe:
+    whose logits are changed, how. known: gives the reference's logits, None where they must be computed. observe:
     told each view's name, each conversation, the reference's logits and the view's. progress is told how many
     conversations are done.
     """
@@ -98,7 +98,7 @@ def compare(
     batch = device().check_batch
     for start in range(0, len(conversations), batch):
         part = conversations[start : start + batch]
-        truth = [known(c) for c in part] if known else answer_logits(model, reference(), part)
+        truth = _truth(model, reference, part, known)
         for name, make_cache in others.items():
             ours = answer_logits(model, make_cache(), part, (prompts or {}).get(name))
             for i, conversation in enumerate(part):
@@ -107,6 +107,16 @@ def compare(
                 divergences[name].append(divergence(truth[i], logits, conversation.answer, start + i))
         progress(start + len(part))
     return {n: joined(parts) for n, parts in divergences.items()}
+
+
+def _truth(
+    model: nn.Module, reference: MakeCache, conversations: Sequence[Conversation], known: Known
+) -> list[mx.array]:
+    """The reference's logits."""
+    found = [known(c) for c in conversations]
+    missing = [c for c, logits in zip(conversations, found, strict=True) if logits is None]
+    computed = iter(answer_logits(model, reference(), missing) if missing else ())
+    return [next(computed) if logits is None else logits for logits in found]
 
 
 def joined(parts: Sequence[Divergence]) -> Divergence:

@@ -136,10 +136,14 @@ def test_the_full_cache_s_logits_of_the_checks_follow_from_what_is_kept(
     checks = conversation.answered_checks(data.conversations)
     assert [data.conversations[i] for i in sorted(data.finals)] == checks
     assert len({len(c.answer) for c in checks}) > 1
-    known = check._known(run, data, checks)
-    for one in checks:
-        (expected,) = fidelity.answer_logits(run.model, data.context.make_cache(), [one])
-        np.testing.assert_allclose(known(one), expected, rtol=1e-3, atol=1e-3)
+    again = recording.collect(run, data.context, lambda *_: [], kept=checks)  # replayed
+    assert len(again.finals) == len(checks)
+    for known in (check._known(run, data), check._known(run, again)):
+        for one in checks:
+            (expected,) = fidelity.answer_logits(run.model, data.context.make_cache(), [one])
+            np.testing.assert_allclose(known(one), expected, rtol=1e-3, atol=1e-3)
+    known = check._known(run, data)
+    assert known(conversation.Conversation([1], [2])) is None
     figures = [check.check(run, of, data.context.banks) for of in (data, replace(data, finals={}))]
     assert figures[0]["kl"] == pytest.approx(figures[1]["kl"], abs=1e-6)
     assert figures[0]["kl_no_context"] == pytest.approx(figures[1]["kl_no_context"], rel=1e-3)

@@ -143,8 +143,9 @@ def test_without_a_study_some_are_about_the_whole_text_and_one_is_held_out(model
     [
         (1000, 1100, [10, 190], 100, [20, 200]),  # what is more is divided equally
         (1000, 1100, [10, 190, 1000], 100, [20, 200, 1100]),  # every key
-        (1000, 1100, [950, 990], 100, [1047, 1087]),
-        (1000, 1010, [500, 999], 3, [503, 1002]),  # not more than there are new tokens
+        (1000, 1100, [10, 190, 500], 100, [20, 200, 550]),  # a large one grows as the text does
+        (1000, 1100, [890, 950], 100, [979, 1100]),  # nearly every key
+        (1000, 1010, [400, 999], 3, [403, 1010]),  # not more than there are new tokens
         (1000, 1000, [50, 60], 40, [50, 60]),  # as many tokens as before
         (1000, 900, [50, 1000], 0, [45, 900]),
         (1000, 10, [1], 0, [1]),

@@ -130,6 +130,10 @@ class KindFit:
         """Per head, the root-mean-square attention of every key of the context, [n]."""
         return self.rank_keys()
 
+    def ranked(self, index: int) -> mx.array:
+        """The `importance` of one head."""
+        return self.importance[index]
+
     def rank_keys(self) -> list[mx.array]:
         """Computes `importance`; each rank that of its layers."""
         run, K, ranked = self.run, self.run.geometry.n_kv_heads, dict[str, mx.array]()
@@ -149,7 +153,7 @@ class KindFit:
         for index, count in zip(heads, counts, strict=True):
             layer, k = divmod(index, self.run.geometry.n_kv_heads)
             parameters = self.banks[layer].parameters
-            chosen = attention_matching.most_important(self.importance[index], count)
+            chosen = attention_matching.most_important(self.ranked(index), count)
             keys.append(take(parameters["keys"][k, :], chosen))
             values.append(take(parameters["values"][k, :], chosen))
         return attention_matching.match(self.matching_samples(heads), keys, values, scale=self.run.geometry.scale)

@@ -15,10 +15,12 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from ...core.device import device
 from ...core.gather import take
 from ...errors import NectarError
 from ...mlxlm.kept import attention_caches
 from ..distributed import World
+from ..layers import layer_runner
 from ..prefill import Context
 from ..run import FitRun
 from .capture import CaptureCache, Collected, collected, empty, held_out_count, replay_batches, spill, together
@@ -56,8 +58,8 @@ def collect(
     if whole:
         wanted = max(1, count_samples(conversations, group=run.group))
         run = replace(run, config=replace(run.config, queries=wanted))
-    if known := [c for c in kept if c.split != "check"]:
-        recording.replay(run, context, known)
+    if kept:
+        recording.replay(run, context, kept)
     counts: dict[Split, int] = {"train": wanted, "held_out": held_out_count(wanted)}
     folder = spill(run, sum(counts.values()))
     stores = {split: empty(run, count, folder and folder / f"{split}.samples") for split, count in counts.items()}
@@ -121,14 +123,22 @@ class Recording:
             self._take(_capturing(caches))
 
     def replay(self, run: FitRun, context: Context, conversations: Sequence[Conversation]) -> None:
-        """Sees conversations whose answers are known, behind those that were sampled."""
+        """Sees conversations whose answers are known, behind those that were sampled; those of a check where it keeps
+        what their tokens are drawn from."""
         group, tokens = run.group, together(context, run.geometry.n_heads)
+        runner = layer_runner(run.model, run.geometry) if device().linux_cpu else None
+        conversations = [c for c in conversations if runner or c.split != "check"]
         with run.progress("capturing attention", sum(c.fed_tokens for c in conversations)) as done:
             seen = 0
             for batch in replay_batches(conversations, {}, group=group, tokens=tokens):
                 caches = self.make_cache(context, sequences=len(batch.conversations))
-                run.model(batch.tokens, cache=caches)  # its logits are never evaluated
-                self.fed(caches)
+                last = runner.through(batch.tokens, caches) if runner else run.model(batch.tokens, cache=caches)
+                self.fed(caches)  # a model's logits are never evaluated
+                for i, c in enumerate(batch.conversations):
+                    if c.split == "check":
+                        finals = last[i, len(c.prompt) - 1 : c.fed_tokens]
+                        mx.eval(finals)
+                        self._finals[id(c)] = list(finals)
                 fed = np.array([c.fed_tokens for c in batch.conversations])
                 places = np.arange(batch.tokens.shape[1])[None] < fed[:, None]
                 self.keep(caches, batch.conversations, places, last=True)

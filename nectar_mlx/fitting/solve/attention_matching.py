@@ -10,14 +10,14 @@ from collections.abc import Iterator, Sequence
 import mlx.core as mx
 
 from ...core.device import device
-from ...core.exp import exp, sigmoid
+from ...core.exp import exp, exp_of_scores, sigmoid
 from ...heads import Bank, HeadArrays
 from ..samples.sample_store import Samples
 
 _RIDGE = 1e-2  # relative to the mean diagonal: a head of many nodes would fit its samples and nothing else
 _NNLS_STEPS = 300
 _RIDGE_STEPS = 48
-_SCORE_ARRAYS = 8  # as large as the scores, that `costs` holds at the same time
+_SCORE_ARRAYS = 4  # as large as the scores, that `costs` holds at the same time
 
 
 def attention_weights(samples: Samples, keys: mx.array, *, scale: float, bias: mx.array | None = None) -> mx.array:
@@ -47,22 +47,22 @@ def costs(samples: Samples, bank: Bank) -> HeadArrays:
     key's also by its value's distance from the output, and by the queries' mean square about their mean: what errs
     alike for all queries is the bias's."""
     p = bank.parameters
-    values = p["values"].astype(mx.float32)
+    keys, values, bias = (p[name].astype(mx.float32) for name in ("keys", "values", "bias"))
     square = mean_squares(samples.queries, centered=True).mean(1) * bank.scale**2
-    total = {n: mx.zeros(p["bias"].shape) for n in ("keys", "values")}
-    for part in _parts(samples, _SCORE_ARRAYS * p["bias"].size):
-        answer = bank(part.queries)
-        own = part._replace(log_normalizer=answer.log_normalizer)
-        weights = attention_weights(own, p["keys"], scale=bank.scale, bias=p["bias"])
-        gate = sigmoid(answer.log_normalizer - part.live_log_normalizer)[..., None]
-        share, merged = mx.square(gate * weights), gate * answer.output + (1 - gate) * part.live_output
-        far = mx.square(merged).sum(-1, keepdims=True) - 2 * merged @ values.swapaxes(1, 2)
-        far = far + mx.square(values).sum(-1)[:, None]
-        total["values"] = total["values"] + share.sum(1)
-        total["keys"] = total["keys"] + (share * mx.maximum(far, 0)).sum(1)
-        mx.eval(total)
+    shares, by_output = mx.zeros((*bias.shape, 1)), mx.zeros((*values.shape[:2], values.shape[2] + 1))
+    for part in _parts(samples, _SCORE_ARRAYS * bias.size):
+        scores = bank.scale * part.queries.astype(mx.float32) @ keys.swapaxes(1, 2) + bias[:, None]
+        weights, top, total = exp_of_scores(scores)
+        gate = sigmoid((top + mx.log(total)) - part.live_log_normalizer[..., None])
+        merged = gate * ((weights @ values) / total) + (1 - gate) * part.live_output
+        share = mx.square(weights * (gate / total)).swapaxes(1, 2)
+        shares = shares + share.sum(-1, keepdims=True)
+        by_output = by_output + share @ mx.concatenate([merged, mx.square(merged).sum(-1, keepdims=True)], axis=-1)
+        mx.eval(shares, by_output)
+    # The squared distances |merged|² - 2 merged · v + |v|², each times its share, of all samples together.
+    far = by_output[..., -1] + (values * (values * shares - 2 * by_output[..., :-1])).sum(-1)
     count = samples.queries.shape[1]
-    return {"keys": total["keys"] * square[:, None] / count, "values": total["values"] / count}
+    return {"keys": mx.maximum(far, 0) * square[:, None] / count, "values": shares[..., 0] / count}
 
 
 def mean_squares(queries: mx.array, *, centered: bool = False) -> mx.array:

@@ -31,7 +31,7 @@ from .regression import Training
 
 PARTS = 8
 _SHARE = 0.4  # of a regression's steps that rounding takes on top of them
-_FLOOR = 1e-2  # of the mean cost: a node that these samples hardly notice is what another question asks for
+_FLOOR = 1e-1  # of the mean cost: a node that these samples hardly notice is what another question asks for
 _LARGEST = 1024  # integer in a row, to begin with: `store` finds rows with four times as much
 _COARSEST = 12  # half octaves by which a step exceeds a number that it leaves zero
 _MATRICES = ("keys", "values")

@@ -116,10 +116,16 @@ def collected(
     run: FitRun, context: Context, revision: Revision, study: Sequence[Conversation], *, kept: int, new: int
 ) -> Collected:
     """What heads are trained on: about so many samples a head of conversations that were kept, and of new ones."""
-    if study:  # the others' answers are of full length
-        run = replace(run, config=replace(run.config, answer_tokens=min(_ANSWER, run.config.answer_tokens)))
+    run = answering(run, study)
     batch = questions.about_the_new(run, revision, study, samples=new)
     return collect(run, context, partial(_answered, batch), kept=questions.some(study, run, samples=kept), whole=True)
+
+
+def answering(run: FitRun, study: Sequence[Conversation]) -> FitRun:
+    """The run as it samples new answers: short ones where there are others, which are of full length."""
+    if not study:
+        return run
+    return replace(run, config=replace(run.config, answer_tokens=min(_ANSWER, run.config.answer_tokens)))
 
 
 def _answered(

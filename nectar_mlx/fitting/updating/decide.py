@@ -7,8 +7,8 @@ import mlx.nn as nn
 
 from ... import __version__, store
 from ...core import json_text
-from ...core.clock import Clock
-from ...core.progress import Log, Progress, no_log, silent
+from ...core.clock import Clock, duration
+from ...core.progress import Log, Overall, Progress, no_log, silent
 from ...core.types import Tokenizer
 from ...errors import NectarError
 from ...heads import Quadrature
@@ -19,11 +19,13 @@ from ...store.kv_file import KeyFile
 from .. import finite, pipeline, verdict
 from ..checkpoint import Checkpoint
 from ..config import FitConfig
+from ..estimate import estimate
+from ..machines import here, shape_of
 from ..run import FitRun, identity
 from ..samples import kept_study
 from ..samples.conversation import Conversation
 from .base import FileContents, stored
-from .revise import revise
+from .revise import expected_stages, revise
 from .revision import Revision
 
 Way = Literal["same", "append", "edit", "fit"]
@@ -87,6 +89,8 @@ def update(
     if way == "same":
         return Outcome(way="same")
     if way in ("append", "edit"):
+        way, reason = _cheaper(run, revision, study, way)
+    if way in ("append", "edit"):
         log(f"{_described(way, revision)}: fitting what that changes")
         outcome = _updated(run, file, revision, study, way=way, source=source)
         if outcome is not None:
@@ -145,6 +149,18 @@ def _way(run: FitRun, file: FileContents, text: str) -> tuple[Way, str, Revision
     if not study:
         return "fit", "the file keeps no conversations (nectar fit --keep-study)", revision, study
     return "edit", "", revision, study
+
+
+def _cheaper(run: FitRun, revision: Revision, study: list[Conversation], way: Way) -> tuple[Way, str]:
+    """An update where it is expected to take less than a fit; else a fit, and why. Tells progress what to expect."""
+    shape, machine = shape_of(run.model, run.geometry, ""), here()
+    stages = expected_stages(run, revision, study, shape=shape, machine=machine)
+    ours, fit = sum(stage.seconds for stage in stages), estimate(shape, machine, run.config, len(revision.new)).seconds
+    if ours >= fit:
+        return "fit", f"an update is expected to take {duration(ours)}, a fit {duration(fit)}"
+    if isinstance(run.progress, Overall):
+        run.progress.expect(stages)
+    return way, ""
 
 
 def _prefix(run: FitRun, file: FileContents, text: str) -> list[int]:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 
+from ..config import FitConfig
 from ..run import FitRun
 from ..samples.conversation import Conversation, count_samples
 from ..samples.self_study import check_conversations, training_conversations
@@ -18,7 +19,7 @@ _AROUND = 60  # tokens before a new passage that questions about it may quote
 def some(kept: Sequence[Conversation], run: FitRun, *, samples: int) -> list[Conversation]:
     """Of the conversations that were kept some of the check, and of the others as many as give so many samples a head;
     of those that are held out at least one."""
-    chosen = [c for c in kept if c.split == "check"][: max(2, round(_CHECKS * run.config.checks))]
+    chosen = [c for c in kept if c.split == "check"][: _kept_checks(run.config)]
     share = min(1.0, samples / max(1, count_samples(kept, group=run.group)))
     for split in ("train", "held_out"):
         of = [c for c in kept if c.split == split]
@@ -34,7 +35,7 @@ def about_the_new(run: FitRun, revision: Revision, kept: Sequence[Conversation],
     passages = [whole[start:end] for start, end in revision.passages(_AROUND)] or [whole]
     passages += [] if kept else [whole] * len(passages)
     most = _FEWEST + samples // (run.group * config.answer_tokens)
-    checks = math.ceil(_NEW_CHECKS * config.checks) if kept else config.checks
+    checks = _new_checks(config) if kept else config.checks
     training, checking, length = list[list[Conversation]](), list[list[Conversation]](), 0
     for first, passage in enumerate(passages, len(kept)):
         options = {"first": first, "seed": config.seed}
@@ -46,6 +47,19 @@ def about_the_new(run: FitRun, revision: Revision, kept: Sequence[Conversation],
     asked = _enough(_in_turn(training), run, samples=samples)
     batch = [Conversation(c.prompt, split="train" if n % 10 else "held_out") for n, c in enumerate(asked, len(kept))]
     return batch + _in_turn(checking)[:checks]
+
+
+def count_checks(config: FitConfig) -> int:
+    """How many check questions an update asks, where some are kept."""
+    return _kept_checks(config) + _new_checks(config)
+
+
+def _kept_checks(config: FitConfig) -> int:
+    return max(2, round(_CHECKS * config.checks))
+
+
+def _new_checks(config: FitConfig) -> int:
+    return math.ceil(_NEW_CHECKS * config.checks)
 
 
 def _alike(conversations: Sequence[Conversation], length: int) -> list[Conversation]:

@@ -6,20 +6,25 @@ from dataclasses import replace
 
 from ...core.clock import Clock
 from ...core.device import device
+from ...core.progress import Stage
 from ...heads import Size
+from ..estimate import Machine, Shape, update_stages
 from ..run import FitRun
 from ..samples.conversation import Conversation
-from .base import FileContents, Updated, collected, read, retrained
+from . import questions
+from .base import FileContents, Updated, answering, collected, read, retrained
 from .revision import Revision
 from .warm import Effort, WarmFit, attention_shares, moved_nodes
 
-_CROWD = 1.5  # times their number: the attention that new tokens within a text are taken to get
+_LARGE, _WHOLE = 0.4, 0.9  # of the text's keys: what large heads have, and those that keep all of them
+_CROWD = 1.5  # times their share of the text: the share of a head's nodes that new tokens get, at least
 
 
 # Behind a text nearly all nodes are already where they belong; a change within it moves what follows.
 APPEND = Effort(kept=0.4, new=1.0, steps=0.3, rate=1 / 2, few=0.6, fresh=False)
 EDIT = Effort(kept=0.5, new=1.0, steps=0.3, rate=1 / 2, few=0.6, fresh=True)
-EDIT_LARGE = replace(EDIT, steps=0.5, rate=1.0)  # where there are samples enough for large heads to be trained
+# Where a fit takes many samples and all heads are trained, steps and samples are the smaller part of its time.
+WHOLE = Effort(kept=1.0, new=1.0, steps=1.0, rate=1.0, few=1.0, fresh=False)
 
 
 def revise(
@@ -34,16 +39,15 @@ def revise(
     effort = effort_for(revision)
     context = read(run, file, revision.new)
     clock.lap("read")
-    usual, share = run.n_samples(run.n_heads), revision.share
-    kept = int(min(1.0, effort.kept + share) * usual)
-    new = int(min(1.0, effort.new * share) * usual)
-    data = collected(run, context, revision, study, kept=kept, new=new if study else new + kept)
+    kept, new = wanted_samples(run, revision, study)
+    data = collected(run, context, revision, study, kept=kept, new=new)
     clock.lap("study")
     places = [place for start, end in revision.changed for place in range(start, end)]
     sizes = new_sizes(file.sizes, revision, tokens=len(places))
-    shares = [_CROWD * len(places) / context.length] * run.n_heads
+    least = _CROWD * len(places) / context.length  # what is seldom looked for is to be found, too
+    shares = [least] * run.n_heads
     if revision.appended:  # the end of a text takes more attention than its length tells
-        shares = attention_shares(run, data, places)
+        shares = [max(least, share) for share in attention_shares(run, data, places)]
     rooms = [
         _room(m, s, len(places), more=max(0, m - old))
         for (m,), (old,), s in zip(sizes, file.sizes, shares, strict=True)
@@ -62,11 +66,33 @@ def revise(
     return retrained(kind, file, sizes, clock=clock)
 
 
+def expected_stages(
+    run: FitRun, revision: Revision, study: Sequence[Conversation], *, shape: Shape, machine: Machine
+) -> list[Stage]:
+    """What an update is expected to take. shape: of the model."""
+    effort, (kept, new) = effort_for(revision), wanted_samples(run, revision, study)
+    config = answering(run, study).config
+    config = replace(
+        config,
+        steps=math.ceil(effort.steps * config.steps),
+        checks=questions.count_checks(config) if study else config.checks,
+    )
+    return update_stages(shape, machine, config, len(revision.new), kept=kept, new=new)
+
+
+def wanted_samples(run: FitRun, revision: Revision, study: Sequence[Conversation]) -> tuple[int, int]:
+    """How many samples a head are wanted of conversations that were kept, and of new ones."""
+    effort, usual, share = effort_for(revision), run.n_samples(run.n_heads), revision.share
+    kept, new = int(min(1.0, effort.kept + share) * usual), int(min(1.0, effort.new * share) * usual)
+    return (kept, new) if study else (0, new + kept)
+
+
 def effort_for(revision: Revision) -> Effort:
     """What an update takes of a fit on this device."""
+    few = device().trained_share < 1
     if revision.appended:
-        return APPEND
-    return EDIT if device().trained_share < 1 else EDIT_LARGE
+        return APPEND if few else WHOLE
+    return EDIT if few else replace(WHOLE, fresh=True)
 
 
 def _room(nodes: int, share: float, tokens: int, *, more: int) -> int:
@@ -75,17 +101,19 @@ def _room(nodes: int, share: float, tokens: int, *, more: int) -> int:
 
 
 def new_sizes(sizes: Sequence[Size], revision: Revision, *, tokens: int) -> list[Size]:
-    """Of heads of these sizes, all together in proportion to the text's length. By what that is more every head grows
-    alike, for the error of a few nodes falls the fastest, but not by more than there are new tokens; a head that kept
-    every key keeps every key."""
+    """Of heads of these sizes, in proportion to the text's length. A large head looks for single tokens: it grows as
+    the text does, and one that kept nearly every key keeps every key. What the others grow by is divided equally, for
+    the error of a few nodes falls the fastest, but none by more than there are new tokens."""
     before, length = len(revision.old), len(revision.new)
-    others = [m for (m,) in sizes if m < before]
+    others = [m for (m,) in sizes if m <= _LARGE * before]
     growth = (length / before - 1) * sum(others)
     more = min(tokens, round(growth / max(1, len(others))))
 
     def new_size(nodes: int) -> int:
-        if nodes >= before:
+        if nodes >= _WHOLE * before:
             return length
-        return min(length, nodes + more) if growth > 0 else max(1, round(nodes * length / before))
+        if growth <= 0 or nodes > _LARGE * before:
+            return max(1, round(nodes * length / before))
+        return min(length, nodes + more)
 
     return [(new_size(m),) for (m,) in sizes]

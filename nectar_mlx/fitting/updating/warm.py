@@ -11,7 +11,6 @@ from ...core import attention
 from ...core.gather import take
 from ...heads import Bank, HeadArrays, Quadrature, Size
 from ...mlxlm.positions import shifted
-from ..kinds.base import KindFit
 from ..kinds.quadrature import QuadratureFit
 from ..prefill import Context
 from ..run import FitRun
@@ -65,6 +64,7 @@ class WarmFit(QuadratureFit):
         super().__init__(run, data)
         self.nodes, self.places, self.rooms = nodes, mx.array(np.array(places, np.int32)), rooms
         self.effort, self._mean = effort, sum(m for (m,) in sizes) / len(sizes)
+        self._trains = self.trained(sizes)
 
     def steps(self, sizes: Sequence[Size]) -> int:
         return math.ceil((self.effort.few if self._few(sizes) else self.effort.steps) * super().steps(sizes))
@@ -76,16 +76,23 @@ class WarmFit(QuadratureFit):
         """Whether all of them are smaller than the mean."""
         return max(m for (m,) in sizes) < self._mean
 
-    def trained(self, sizes: Sequence[Size]) -> list[bool]:
-        return KindFit.trained(self, sizes)  # large ones, too: they start from what stood for another text
-
     def match(self, heads: Sequence[int], counts: Sequence[int]) -> list[HeadArrays]:
+        if not any(
+            self._trains[i] for i in heads
+        ):  # as in a fit: what is not trained on is not better than a new start
+            return super().match(heads, counts)
         if not self.effort.fresh:
             return self._warm(heads, counts)
         warm, fresh = self._warm(heads, counts), super().match(heads, counts)
         held_out, scale = self.held_out_samples(heads), self.run.geometry.scale
         errors = [np.array(regression.errors(Quadrature.stack(x, scale=scale), held_out)) for x in (warm, fresh)]
         return [w if kept else f for w, f, kept in zip(warm, fresh, errors[0] <= errors[1], strict=True)]
+
+    def ranked(self, index: int) -> mx.array:
+        layer, k = divmod(index, self.run.geometry.n_kv_heads)  # not of all heads: few may start so
+        keys = self.banks[layer].parameters["keys"][k : k + 1]
+        samples = self.ranking_samples([index])
+        return attention_matching.importance(samples, keys, scale=self.run.geometry.scale)[0]
 
     def _warm(self, heads: Sequence[int], counts: Sequence[int]) -> list[HeadArrays]:
         rooms = [max(self.rooms[i], count - self.nodes[i]["bias"].size) for i, count in zip(heads, counts, strict=True)]
