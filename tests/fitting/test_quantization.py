@@ -80,6 +80,13 @@ def test_less_is_lost_than_with_the_same_step_in_all_rows(samples, trained):
     assert (lost[0] < lost[1]).all() and lost[0].sum() < 0.8 * lost[1].sum()
 
 
+def test_a_row_that_no_sample_looks_for_is_kept_not_much_more_coarsely_than_others(trained):
+    costs = {n: mx.ones(trained.parameters["bias"].shape) for n in ("keys", "values")}
+    costs["keys"] = mx.where(mx.arange(costs["keys"].shape[1]) == 5, 0.0, costs["keys"])
+    steps = np.array(quantization.row_steps(trained, costs, bits=4)["keys"])[0, :, 0]
+    assert 2 * np.median(steps) < steps[5] < 5 * np.median(steps)
+
+
 def test_costs_are_what_errors_add(samples, trained):
     """An error of 1e-3 in every number of one row, of either sign, adds its cost, on average over signs."""
     costs, rng = attention_matching.costs(samples, trained), np.random.default_rng(0)
@@ -138,10 +145,10 @@ def test_keys_that_few_samples_look_for_can_still_be_found():
 
 def test_no_row_gets_a_finer_grid_than_can_be_found_again():
     """However much more one row costs than all others."""
-    x, costs = np.random.default_rng(0).normal(size=(50, D)), np.full(50, 1e-3)
+    x, costs = np.random.default_rng(0).normal(size=(500, D)), np.full(500, 1e-3)
     costs[7] = 1e9
     matrix = mx.array(x.astype(np.float32))
-    bank = Quadrature.stack([{"keys": matrix, "values": matrix, "bias": mx.zeros(50)}], scale=0.2)
+    bank = Quadrature.stack([{"keys": matrix, "values": matrix, "bias": mx.zeros(500)}], scale=0.2)
     row_costs = {name: mx.array(costs.astype(np.float32))[None] for name in ("keys", "values")}
     steps = np.array(quantization.row_steps(bank, row_costs, bits=4.0)["keys"][0], np.float64)
     numbers = np.rint(x / steps)

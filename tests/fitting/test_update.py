@@ -9,8 +9,14 @@ import numpy as np
 import pytest
 
 from nectar_mlx import Nectar, NectarError, store, update, update_file
-from nectar_mlx.fitting import updating
+from nectar_mlx.core.device import using
+from nectar_mlx.core.progress import Overall, Stage
+from nectar_mlx.fitting import machines, updating
 from nectar_mlx.fitting.checkpoint import Checkpoint
+from nectar_mlx.fitting.config import FitConfig
+from nectar_mlx.fitting.estimate import estimate
+from nectar_mlx.fitting.kinds.quadrature import QuadratureFit
+from nectar_mlx.fitting.run import FitRun
 from nectar_mlx.fitting.samples import kept_study, recording, sampling, self_study
 from nectar_mlx.fitting.samples.capture import capture
 from nectar_mlx.fitting.samples.conversation import Conversation
@@ -208,6 +214,23 @@ class TestAppend:
             assert mx.allclose(bank(queries).output, exact(queries).output, atol=1e-4)
             assert mx.allclose(bank.parameters["keys"], exact.parameters["keys"], atol=1e-5)
 
+    def test_a_head_that_is_not_trained_starts_as_in_a_fit(self, model, tokenizer, set_device):
+        set_device(trained_share=0.0)
+        run, tokens = fit_run(model, tokenizer, queries=300), toys.random_tokens(60)
+        context = read(run, tokens)
+        asked = self_study.training_conversations(tokenizer, tokens, first=0, count=8, seed=0)
+        self_study.answer(run, context, asked, seed=0)
+        data, nodes = capture(run, context, asked), [head for bank in context.banks for head in bank.nodes()]
+        sizes, last = [(4,)] * (len(nodes) - 1) + [(40,)], len(nodes) - 1
+        options = {"nodes": nodes, "places": range(50, 60), "sizes": sizes, "rooms": [2] * len(nodes)}
+        kind = warm.WarmFit(run, data, effort=revise.APPEND, **options)
+        assert kind.trained(sizes) == [True] * last + [False]
+        fit = QuadratureFit(run, data)
+        for i, count, same in ((last, 40, True), (0, 4, False)):
+            ours, theirs = kind.match([i], [count])[0], fit.match([i], [count])[0]
+            assert mx.allclose(ours["keys"], theirs["keys"], atol=1e-6).item() == same
+            assert mx.allclose(ours["values"], theirs["values"], atol=1e-4).item() == same
+
     def test_the_attention_that_tokens_take_is_that_of_the_exact_context(self, model, tokenizer):
         run, tokens = fit_run(model, tokenizer, queries=300), toys.random_tokens(60)
         context = read(run, tokens)
@@ -334,6 +357,15 @@ class TestFit:
         assert outcome.metadata["report"]["kl"] < 0.5
         assert len(said) == 2
 
+    def test_where_an_update_is_expected_to_take_as_long_the_text_is_fitted(
+        self, model, tokenizer, fitted, monkeypatch
+    ):
+        monkeypatch.setattr(updating.decide, "expected_stages", lambda *a, **k: [Stage("reading", 1e6)])
+        outcome, said = updated(model, tokenizer, fitted, MORE)
+        assert outcome.way == "fit"
+        assert outcome.reason.startswith("an update is expected to take 12 days, a fit ")
+        assert said == [f"fitting anew: {outcome.reason}"]
+
     def test_the_same_text_is_left_alone(self, model, tokenizer, fitted):
         assert updated(model, tokenizer, fitted, TEXT)[0] == updating.Outcome(way="same")
 
@@ -404,6 +436,38 @@ class TestCommand:
         assert not update_file.names_file([])
         assert not update_file.names_file(["--watch"])
         assert update_file.names_file(["book.nectar"])
+
+
+@pytest.mark.parametrize("kind, less", [("append", 0.6), ("edit", 0.7)])
+@pytest.mark.parametrize("machine", [machines.MACHINES[0], machines.MACHINES[-1]], ids=["cpu", "gpu"])
+def test_an_update_is_expected_to_take_less_than_a_fit(tokenizer, kind, less, machine):
+    old = list(range(2000))
+    new = {"append": [*old, *range(3000, 3200)], "edit": [*old[:500], *range(3000, 3100), *old[600:]]}[kind]
+    shape = machines.named_shape("SmolLM2-135M")
+    with using(machine.profile):
+        run = FitRun(model=None, tokenizer=tokenizer, geometry=shape.geometry, config=FitConfig(budget=0.04))
+        study, revision = [Conversation([1], [2])], Revision.of(old, new)
+        stages = revise.expected_stages(run, revision, study, shape=shape, machine=machine)
+        fit = estimate(shape, machine, run.config, len(new)).seconds
+    assert 0.1 * fit < sum(stage.seconds for stage in stages) < less * fit
+
+
+def test_the_stages_of_an_update_are_expected(model, tokenizer, fitted):
+    class Recorded(Overall):
+        def __init__(self):
+            super().__init__()
+            self.expected, self.came = [], []
+
+        def expect(self, stages):
+            self.expected = [stage.description for stage in stages]
+
+        def _enter(self, description):
+            self.came.append(description)
+            super()._enter(description)
+
+    progress = Recorded()
+    updated(model, tokenizer, fitted, MORE, progress=progress)
+    assert progress.came == progress.expected
 
 
 def test_work_of_another_update_is_not_taken(model, tokenizer, fitted, tmp_path):
