@@ -21,10 +21,11 @@ _CROWD = 1.5  # times their share of the text: the share of a head's nodes that 
 
 
 # Behind a text nearly all nodes are already where they belong; a change within it moves what follows.
-APPEND = Effort(kept=0.4, new=1.0, steps=0.3, rate=1 / 2, few=0.6, fresh=False)
+APPEND = Effort(kept=0.75, new=1.0, steps=0.3, rate=1 / 2, few=0.6, fresh=False)
 EDIT = Effort(kept=0.5, new=1.0, steps=0.3, rate=1 / 2, few=0.6, fresh=True)
-# Where a fit takes many samples and all heads are trained, steps and samples are the smaller part of its time.
-WHOLE = Effort(kept=1.0, new=1.0, steps=1.0, rate=1.0, few=1.0, fresh=False)
+# Where all heads are trained on many samples, both are the smaller part of a fit's time, and it takes more of either.
+APPEND_MANY = Effort(kept=1.0, new=3.0, steps=1.0, rate=1.0, few=1.0, fresh=False)
+EDIT_MANY = Effort(kept=1.0, new=1.0, steps=0.5, rate=1.0, few=1.0, fresh=True)
 
 
 def revise(
@@ -89,10 +90,10 @@ def wanted_samples(run: FitRun, revision: Revision, study: Sequence[Conversation
 
 def effort_for(revision: Revision) -> Effort:
     """What an update takes of a fit on this device."""
-    few = device().trained_share < 1
+    many = device().trained_share == 1
     if revision.appended:
-        return APPEND if few else WHOLE
-    return EDIT if few else replace(WHOLE, fresh=True)
+        return APPEND_MANY if many else APPEND
+    return EDIT_MANY if many else EDIT
 
 
 def _room(nodes: int, share: float, tokens: int, *, more: int) -> int:
