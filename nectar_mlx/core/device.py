@@ -44,6 +44,7 @@ class Device:
     long for half of them. steps_ahead: of sampling, queued before the first one's tokens are looked at.
     completion_keys: of the context that a completion is trained on.
     fisher_probes: conversations that tell the sensitivity of heads; fisher_batch: differentiated at a time.
+    distillation_steps: of the best effort, through the whole model; distillation_batch: conversations of a step.
     check_batch: conversations compared at a time. baseline_conversations, baseline_batch, cartridge_steps: of the
     methods that `evaluate` builds. choices_batch: multiple-choice questions read at a time.
     """
@@ -84,6 +85,8 @@ class Device:
     steps_ahead: int
     fisher_probes: int
     fisher_batch: int
+    distillation_steps: int
+    distillation_batch: int
     check_batch: int
     baseline_conversations: int
     baseline_batch: int
@@ -128,6 +131,8 @@ LINUX_CPU = Device(
     steps_ahead=1,
     fisher_probes=3,
     fisher_batch=1,
+    distillation_steps=0,  # a step takes as long as reading a thousand tokens
+    distillation_batch=8,
     check_batch=4,
     baseline_conversations=8,
     baseline_batch=16,
@@ -171,6 +176,8 @@ GPU = Device(
     steps_ahead=8,
     fisher_probes=8,
     fisher_batch=8,
+    distillation_steps=300,
+    distillation_batch=32,
     check_batch=24,  # four batches of the checks, for four ranks
     baseline_conversations=128,
     baseline_batch=128,
@@ -186,6 +193,7 @@ SMALL_GPU = replace(
     replay_scores=1 << 26,
     training_scores=1 << 25,
     fisher_batch=2,
+    distillation_batch=8,
     check_batch=6,
     choices_batch=2,
 )

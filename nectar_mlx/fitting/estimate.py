@@ -297,6 +297,15 @@ class _Work:
         if sizes:
             yield from self.sizes(choice=choice)
         yield Stage("fitting heads", self.regression())
+        if self.config.distillation_steps and self.layout.bits is None and not self.replayed:
+            yield Stage("distilling", self.distillation())
+
+    def distillation(self) -> float:
+        """Seconds: a step takes every layer forward twice and back once."""
+        shape, tokens = self.shape, self.machine.profile.distillation_batch * self.conversation
+        step = tokens * (8 * shape.body + 6 * shape.vocabulary)
+        launched = 0.0 if self.machine.profile.linux_cpu else 8 * _LAUNCH_SECONDS * shape.geometry.n_layers
+        return self.config.distillation_steps * (self.seconds(step, "sensitivity") + launched)
 
     def sizes(self, *, choice: bool) -> Iterator[Stage]:
         profile, config = self.machine.profile, self.config
