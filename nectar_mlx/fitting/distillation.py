@@ -37,12 +37,13 @@ _MATRICES = ("keys", "values")
 
 def distilled(kind: KindFit, sizes: Sequence[Size], heads: list[HeadArrays]) -> list[HeadArrays]:
     """Heads trained on for `FitConfig.distillation_steps`, or as they were where that is no better on conversations
-    that are held out, and where it cannot be done: for networks, files in view, and models whose layers are not called
-    one by one. sizes: of the heads. One rank does it."""
+    that are held out, and where it cannot be done: for networks, chunks, files in view, and models whose layers are not
+    called one by one. sizes: of the heads. One rank does it."""
     run, context = kind.run, kind.data.context
     if not run.config.distillation_steps or run.layout.bank is not Quadrature or run.layout.bits is not None:
         return heads
-    runner = None if context.others else layer_runner(run.model, run.geometry)
+    whole = not (context.others or context.chunks or context.preamble)
+    runner = layer_runner(run.model, run.geometry) if whole else None
     own = [isinstance(cache, NectarCache) for cache in context.make_cache()]
     if runner is None or sum(own) != len(context.banks):
         return heads

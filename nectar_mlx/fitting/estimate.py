@@ -12,7 +12,7 @@ from typing import NamedTuple
 from ..core.clock import duration
 from ..core.device import Device
 from ..core.progress import Stage
-from ..heads import AUTO, KINDS
+from ..heads import AUTO, KINDS, Quadrature
 from ..mlxlm.attention_patch import Geometry
 from ..store import Layout
 from .budget import affordable_bytes, size_for
@@ -119,6 +119,8 @@ def estimate(
     ]:  # the first one is fitted together, each of the others by one machine
         name = "" if chunks == 1 else f"chunk {number + 1} of {chunks}: "
         stages += [Stage(name + what, seconds) for what, seconds in (others if number else first)]
+    if config.distillation_steps and work.layout.bank is Quadrature and chunks == 1 and not layerwise:
+        stages.append(Stage("distilling", work.distillation()))
     if work.layout.bank.fitted:
         stages.append(Stage("checking", work.check() if chunks == 1 else -(-chunks // machines) * work.check_alone()))
     kept = size = work.share * shape.geometry.cache_bytes(tokens)
@@ -297,8 +299,6 @@ class _Work:
         if sizes:
             yield from self.sizes(choice=choice)
         yield Stage("fitting heads", self.regression())
-        if self.config.distillation_steps and self.layout.bits is None and not self.replayed:
-            yield Stage("distilling", self.distillation())
 
     def distillation(self) -> float:
         """Seconds: a step takes every layer forward twice and back once."""
