@@ -44,7 +44,8 @@ class FitConfig:
     power: of the errors that bytes follow (default: 0.6, below a budget of 1% 0.75).
     trial_steps: of the short fit that decides the sizes of heads.
     matching_samples: that Attention Matching solves on.
-    distillation_steps: of training the heads through the whole model, after the regression.
+    distillation_steps: of training the heads through the whole model, after the regression, where the budget is below
+        1%.
     keep_study: whether the file keeps the conversations, so that a changed text is fitted again for less.
     """
 
@@ -103,12 +104,14 @@ def useful_samples(config: FitConfig, profile: Device, *, group: int, nbytes: in
     return max(min(FEWEST_SAMPLES, wanted), min(wanted, room // nbytes))
 
 
-def density(config: FitConfig, profile: Device, *, group: int, samples: int) -> float:
+def density(config: FitConfig, profile: Device, *, group: int, samples: int, distilled: bool) -> float:
     """Share of the tokens of conversations whose samples are kept: a few of many conversations tell more than all of
-    a few. All, where their number was chosen. group: as above. samples: a head."""
+    a few. All, where their number was chosen. group: as above. samples: a head. distilled: whether heads are trained on
+    whole conversations, too, which takes more of them."""
     if config.queries:
         return 1.0
-    return min(1.0, samples / max(1.0, profile.fewest_tokens * config.sample_share * group))
+    fewest = profile.distilled_tokens if distilled else profile.fewest_tokens
+    return min(1.0, samples / max(1.0, fewest * config.sample_share * group))
 
 
 EFFORTS = ("quick", "normal", "best")

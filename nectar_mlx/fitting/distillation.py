@@ -20,30 +20,26 @@ import numpy as np
 
 from ..core.device import device
 from ..core.gather import take
-from ..heads import Bank, HeadArrays, Quadrature, Size
+from ..heads import Bank, HeadArrays, Size
 from ..mlxlm.cache import NectarCache
 from ..store.grids import GridMatrix
 from .backward import Call, backward, forward
-from .fidelity import MAX_ENTRIES, log_probabilities
+from .fidelity import log_probabilities
 from .kinds import KindFit
 from .layers import LayerRunner, layer_runner
 from .samples.conversation import Conversation
 from .solve import optimizers
 
-_RATE = 3e-3  # of Adam, in units of the root mean square of a head's keys and of its values; biases in nats
+_RATE = 4e-3  # of Adam, in units of the root mean square of a head's keys and of its values; biases in nats
 _JUDGED = 64  # conversations that are held out, by which it is decided whether the result is kept, at most
 _MATRICES = ("keys", "values")
 
 
 def distilled(kind: KindFit, sizes: Sequence[Size], heads: list[HeadArrays]) -> list[HeadArrays]:
-    """Heads trained on for `FitConfig.distillation_steps`, or as they were where that is no better on conversations
-    that are held out, and where it cannot be done: for networks, chunks, files in view, and models whose layers are not
-    called one by one. sizes: of the heads. One rank does it."""
+    """Heads trained on, where they are to be (`FitRun.distills`); as they were where that is no better on conversations
+    that are held out, and for models whose layers are not called one by one. sizes: of the heads. One rank does it."""
     run, context = kind.run, kind.data.context
-    if not run.config.distillation_steps or run.layout.bank is not Quadrature or run.layout.bits is not None:
-        return heads
-    whole = not (context.others or context.chunks or context.preamble)
-    runner = layer_runner(run.model, run.geometry) if whole else None
+    runner = layer_runner(run.model, run.geometry) if run.distills(context) else None
     own = [isinstance(cache, NectarCache) for cache in context.make_cache()]
     if runner is None or sum(own) != len(context.banks):
         return heads
@@ -213,7 +209,8 @@ class _Distillation:
     @property
     def rows_at_once(self) -> int:
         """Rows whose logits are held at a time."""
-        return max(1, 8 * MAX_ENTRIES // self.runner.logits(mx.zeros((1, 1, self.runner.width))).shape[-1])
+        logits = self.runner.logits(mx.zeros((1, 1, self.runner.width)))  # never evaluated
+        return max(1, device().max_scores // logits.shape[-1])
 
     def divergence(self, vector: mx.array) -> float:
         """The mean divergence over conversations that are held out."""

@@ -15,7 +15,7 @@ from ..core.progress import Stage
 from ..heads import AUTO, KINDS, Quadrature
 from ..mlxlm.attention_patch import Geometry
 from ..store import Layout
-from .budget import affordable_bytes, size_for
+from .budget import SMALL, affordable_bytes, size_for
 from .config import FitConfig, density, useful_samples
 from .samples.conversation import FEWEST_TOGETHER, count_groups
 
@@ -119,7 +119,7 @@ def estimate(
     ]:  # the first one is fitted together, each of the others by one machine
         name = "" if chunks == 1 else f"chunk {number + 1} of {chunks}: "
         stages += [Stage(name + what, seconds) for what, seconds in (others if number else first)]
-    if config.distillation_steps and work.layout.bank is Quadrature and chunks == 1 and not layerwise:
+    if work.distills and chunks == 1 and not layerwise:
         stages.append(Stage("distilling", work.distillation()))
     if work.layout.bank.fitted:
         stages.append(Stage("checking", work.check() if chunks == 1 else -(-chunks // machines) * work.check_alone()))
@@ -167,6 +167,12 @@ class _Work:
         return AUTO_SHARE if config.budget == "auto" else config.budget
 
     @property
+    def distills(self) -> bool:
+        """As `FitRun.distills`."""
+        nodes = self.layout.bank is Quadrature and self.layout.bits is None
+        return bool(self.config.distillation_steps) and nodes and self.share < SMALL
+
+    @property
     def layout(self) -> Layout:
         g, kind = self.shape.geometry, AUTO if self.config.kind == "auto" else self.config.kind
         bits = self.config.bits or KINDS[kind].default_bits
@@ -202,7 +208,9 @@ class _Work:
     def conversations(self) -> int:
         """That heads are trained on, as in `self_study.study`."""
         samples = self.samples
-        share = _TRAIN_SHARE * density(self.config, self.machine.profile, group=self.group, samples=samples)
+        share = _TRAIN_SHARE * density(
+            self.config, self.machine.profile, group=self.group, samples=samples, distilled=self.distills
+        )
         return max(FEWEST_TOGETHER, int(samples / (share * self.group * self.conversation)) + 1)
 
     @property

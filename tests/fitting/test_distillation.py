@@ -9,6 +9,7 @@ import pytest
 from nectar_mlx import store
 from nectar_mlx.fitting import backward, checkpoint, distillation, fidelity
 from nectar_mlx.fitting.checkpoint import Checkpoint
+from nectar_mlx.fitting.config import FitConfig
 from nectar_mlx.fitting.kinds import kind_fit
 from nectar_mlx.fitting.layers import layer_runner
 from nectar_mlx.fitting.samples.recording import collect
@@ -16,7 +17,7 @@ from nectar_mlx.fitting.train import train_heads
 from nectar_mlx.mlxlm import prompts
 from nectar_mlx.store import load
 from tests import toys
-from tests.fitting.toy_fit import TEXT, fit_run, read
+from tests.fitting.toy_fit import FAST, TEXT, fit_run, read
 
 NODES = 6
 
@@ -30,7 +31,8 @@ def fitted(tokenizer, architecture="llama", **options):
 
 
 def distilled(kind, sizes, heads, *, steps, **changes):
-    run = replace(kind.run, config=replace(kind.run.config, distillation_steps=steps), **changes)
+    config = replace(kind.run.config, distillation_steps=steps, budget=0.005)
+    run = replace(kind.run, config=config, **changes)
     before, kind.run = kind.run, run
     try:
         return distillation.distilled(kind, sizes, heads)
@@ -139,8 +141,30 @@ def test_an_interrupted_one_goes_on_to_the_same_bits(fit, tmp_path, monkeypatch)
         assert all(np.array_equal(np.array(x[name]), np.array(y[name])) for name in x)
 
 
-def test_networks_are_left_as_they_are(tokenizer):
-    run = fit_run(toys.toy("llama"), tokenizer, kind="mlp", distillation_steps=5, steps=2)
-    kind = kind_fit(run, collect(run, read(run, prompts.prefix(tokenizer, TEXT))))
-    heads = [{}] * kind.n_heads
-    assert distillation.distilled(kind, [(4, 1)] * kind.n_heads, heads) is heads
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        ({}, True),
+        ({"budget": 0.01}, False),
+        ({"size": 100}, True),
+        ({"budget": "auto"}, False),
+        ({"kind": "mlp"}, False),
+        ({"bits": 8}, False),
+        ({"distillation_steps": 0}, False),
+    ],
+)
+def test_small_files_of_nodes_are_distilled(tokenizer, options, expected):
+    run = fit_run(toys.toy("llama"), tokenizer, **{"budget": 0.009, "distillation_steps": 5} | options)
+    context = read(run, toys.random_tokens(60))
+    assert run.distills(context) == expected
+    assert not run.distills(replace(context, chunks=(30,)))
+    assert not run.distills(replace(context, preamble=5))
+
+
+def test_a_whole_fit_is_distilled(tokenizer, monkeypatch):
+    told = []
+    monkeypatch.setattr(distillation._Distillation, "run", lambda self: told.append(1) or self.heads)
+    for budget in (0.009, 0.05):
+        run_config = FitConfig(**FAST | {"budget": budget, "distillation_steps": 2})
+        toys.fit(toys.toy("llama"), tokenizer, TEXT, config=run_config)
+    assert told == [1]
