@@ -312,7 +312,7 @@ class _Work:
         """Seconds: a step takes every layer forward twice and back once."""
         shape, tokens = self.shape, self.machine.profile.distillation_batch * self.conversation
         step = tokens * (8 * shape.body + 6 * shape.vocabulary)
-        launched = 0.0 if self.machine.profile.linux_cpu else 8 * _LAUNCH_SECONDS * shape.geometry.n_layers
+        launched = 0.0 if self.machine.profile.linux_cpu else 16 * _LAUNCH_SECONDS * shape.geometry.n_layers
         return self.config.distillation_steps * (self.seconds(step, "sensitivity") + launched)
 
     def sizes(self, *, choice: bool) -> Iterator[Stage]:
