@@ -39,6 +39,8 @@ class Recorded(Overall):
     ({"kind": "exact", "context_tokens": 150}, 4096),
     ({"budget": 0.5, "layerwise": True, "context_tokens": 300}, 4096),
     ({"budget": 0.5}, 1500),
+    ({"budget": 0.009, "distillation_steps": 2, "context_tokens": 150}, 4096),
+    ({"budget": 0.009, "distillation_steps": 2}, 1500),
 ])  # fmt: skip
 def test_the_stages_that_come_are_those_that_were_expected(tokenizer, options, positions):
     """In their order; of the budgets that are tried there may be more or fewer."""
