@@ -202,7 +202,7 @@ class TestAppend:
             data,
             nodes=nodes,
             places=range(40, 60),
-            sizes=[(60,)] * len(nodes),
+            sizes=[(59,)] * len(nodes),  # with 60 they would be untrained
             rooms=[20] * len(nodes),
             effort=revise.APPEND,
         )
@@ -326,6 +326,11 @@ class TestFit:
             (EDITED, {"study": None}, "keep-study"),
             (MORE, {"model_sha256": "0" * 64}, "another model"),
             (MORE, {"nectar_mlx": "0.0.1"}, "version 0.0.1"),
+            (
+                MORE,
+                {"config": FAST | {"budget": 0.3, "distillation_steps": 9}, "report": {"budget": 0.005}},
+                "whole model",
+            ),
         ],
     )
     def test_it_says_why(self, model, tokenizer, fitted, text, change, reason):

@@ -21,8 +21,8 @@ _CROWD = 1.5  # times their share of the text: the share of a head's nodes that 
 
 
 # Behind a text nearly all nodes are already where they belong; a change within it moves what follows.
-APPEND = Effort(kept=0.75, new=1.0, steps=0.3, rate=1 / 2, few=0.6, fresh=False)
-EDIT = Effort(kept=0.5, new=1.0, steps=0.3, rate=1 / 2, few=0.6, fresh=True)
+APPEND = Effort(kept=0.75, new=1.0, steps=0.5, rate=1 / 2, few=0.8, fresh=False)
+EDIT = Effort(kept=0.65, new=1.0, steps=0.4, rate=1 / 2, few=0.7, fresh=True)
 # Where all heads are trained on many samples, both are the smaller part of a fit's time, and it takes more of either.
 APPEND_MANY = Effort(kept=1.0, new=3.0, steps=1.0, rate=1.0, few=1.0, fresh=False)
 EDIT_MANY = Effort(kept=1.0, new=1.0, steps=0.5, rate=1.0, few=1.0, fresh=True)
