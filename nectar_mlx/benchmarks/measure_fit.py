@@ -83,7 +83,7 @@ def stages(model: nn.Module, shape: Shape, tokens: int, config: FitConfig) -> It
     yield clock.stage("deciding sizes")
     heads = train_heads(kind, plan.sizes)
     yield clock.stage("regression")
-    tensors = store.contents(run.layout, heads, prefix=prefix, windows={}, offsets=context.offsets)
+    tensors = store.contents(run.layout, heads, prefix=prefix, windows={}, offsets=context.offsets, shared=world.shared)
     yield clock.stage("packing") | {"digest": store.digest(tensors)}
 
 

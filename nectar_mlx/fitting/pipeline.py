@@ -137,7 +137,7 @@ def _fit_whole(
     if others is not None:
         plain_windows(run.geometry, context.windows, "put together")
         context = replace(context, others=others)
-    contents = partial(store.contents, prefix=prefix, offsets=context.offsets)
+    contents = partial(store.contents, prefix=prefix, offsets=context.offsets, shared=run.world.shared)
     if not run.layout.bank.fitted:
         heads = [head for bank in context.banks for head in bank.unstack()]
         return contents(run.layout, heads, windows=context.windows), {}, None

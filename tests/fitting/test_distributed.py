@@ -18,6 +18,7 @@ from nectar_mlx.fitting.distributed import World, _packed, _unpacked, batches, p
 from nectar_mlx.fitting.kinds.quadrature import QuadratureFit
 from nectar_mlx.fitting.samples.recording import collect
 from nectar_mlx.fitting.samples.sample_store import DeviceSampleStore, SampleStore
+from nectar_mlx.store import grids
 from tests import launching, toys
 from tests.fitting.toy_fit import FAST, TEXT, fit_run, read
 
@@ -175,6 +176,24 @@ def test_ranks_fit_the_groups_of_one_process_to_its_samples(tokenizer, set_devic
     assert (first, second) == ([0, 2], [1])
     assert sorted([*of_first, *of_second]) == sorted(alone.groups(sizes))
     assert any(head // 2 in first for group in of_second for head in group), "a head was moved"
+
+
+def test_ranks_pack_some_of_the_heads_each(two_ranks, monkeypatch):
+    monkeypatch.setattr(grids, "BLOCK", 700)
+    layout = store.Layout(kind="quadrature", n_layers=5, n_kv_heads=1, head_dim=8, scale=0.2, bits=None)
+    rng = np.random.default_rng(0)
+    heads = [
+        {"keys": mx.array(rng.normal(size=(n, 8))), "values": mx.array(rng.normal(size=(n, 8))), "bias": mx.zeros(n)}
+        for n in (40, 30, 1, 80, 20)
+    ]
+    mx.eval(heads)
+    packed, coded = list[int](), grids.coded
+    monkeypatch.setattr(grids, "coded", lambda values: (packed.append(len(values)), coded(values))[1])
+    alone = store.pack(layout, heads)
+    for tensors in two_ranks(lambda world: store.pack(layout, heads, shared=world.shared)):
+        assert tensors.keys() == alone.keys()
+        assert all(mx.array_equal(x, alone[name]) for name, x in tensors.items())
+    assert [packed[0], *sorted(packed[1:])] == [5, 2, 3]
 
 
 def test_a_process_by_itself_is_a_world_of_one():
