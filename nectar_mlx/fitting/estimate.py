@@ -199,9 +199,10 @@ class _Work:
     @property
     def conversations(self) -> int:
         """That heads are trained on, as in `self_study.study`."""
-        samples = self.samples
-        share = _TRAIN_SHARE * density(self.config, self.machine.profile, group=self.group, samples=samples)
-        return max(FEWEST_TOGETHER, int(samples / (share * self.group * self.conversation)) + 1)
+        samples, profile = self.samples, self.machine.profile
+        share = _TRAIN_SHARE * density(self.config, profile, group=self.group, samples=samples)
+        count = max(FEWEST_TOGETHER, int(samples / (share * self.group * self.conversation)) + 1)
+        return count if count < 2 * profile.study_share else int(count / profile.expected_share)
 
     @property
     def sampled(self) -> int:
