@@ -32,6 +32,7 @@ _START = 2e9  # operations that starting a head takes the time of
 _CPU = {"reading": 2.0, "sampling": 1.8, "capturing": 1.2, "sensitivity": 1.9, "training": 1.4, "checking": 3.0}
 _SMALL_HEADS = 0.45  # of all nodes: in heads that are trained, where much larger ones are not (measured at 4%)
 _GPU = {"reading": 2.0, "sampling": 5.0, "capturing": 4.0, "sensitivity": 1.5, "training": 5.0, "checking": 1.5}
+_CHECKED_AGAIN = 2 / 3  # of a check, where answers without the text are known
 _LAUNCH_SECONDS = 5e-4  # that a GPU takes a layer of a decoding step, at least
 _LINK = 5e9  # bytes a second between two machines: half of what Thunderbolt 5 is published to carry
 _READ = 2  # bytes that the decode kernel reads of a byte of a file: nodes of 4 bits are widened to 8
@@ -100,17 +101,25 @@ class Estimate(NamedTuple):
 
 
 def estimate(
-    shape: Shape, machine: Machine, config: FitConfig, tokens: int, *, chunks: int | None = None, machines: int = 1
+    shape: Shape,
+    machine: Machine,
+    config: FitConfig,
+    tokens: int,
+    *,
+    chunks: int | None = None,
+    machines: int = 1,
+    others: bool = False,
 ) -> Estimate:
     """Of a text of so many tokens. chunks: that it is read in (default: as the model's window says). machines: equal
-    ones that share the work."""
+    ones that share the work. others: whether it is fitted with other files in view, by which it is checked again; their
+    few nodes cost little."""
     chunks = chunks or -(-tokens // max(1, shape.window - _QUESTIONS))
     n = -(-tokens // chunks)
     limit = config.memory or machine.memory / 2
     layerwise = config.layerwise or shape.geometry.cache_bytes(n) * _compute_bytes(machine) / 2 > limit
     work = _Work(shape=shape, machine=machine, config=config, n=n, layerwise=layerwise, machines=machines)
     stages = list(_excerpt(work)) if config.budget == "auto" and (chunks > 1 or layerwise) else []
-    first, others = (
+    first, later = (
         list(part) for part in (work.parts(choice=chunks == 1), replace(work, machines=1).parts(first=False))
     )
     for number in [
@@ -118,9 +127,11 @@ def estimate(
         *range(1, chunks, machines),
     ]:  # the first one is fitted together, each of the others by one machine
         name = "" if chunks == 1 else f"chunk {number + 1} of {chunks}: "
-        stages += [Stage(name + what, seconds) for what, seconds in (others if number else first)]
+        stages += [Stage(name + what, seconds) for what, seconds in (later if number else first)]
     if work.layout.bank.fitted:
         stages.append(Stage("checking", work.check() if chunks == 1 else -(-chunks // machines) * work.check_alone()))
+        if others:
+            stages.append(Stage("checking", _CHECKED_AGAIN * work.check()))
     kept = size = work.share * shape.geometry.cache_bytes(tokens)
     size += 4 * tokens
     if work.layout.bank.keeps_keys:

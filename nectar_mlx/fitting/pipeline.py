@@ -190,7 +190,7 @@ def _announce(run: FitRun, tokens: int, chunks: int, *, name: str, log: Log) -> 
     """Tells what the fit is expected to take: the progress, a person where it is long, and NectarError where the disk
     has no room for it."""
     shape = shape_of(run.model, run.geometry, name)
-    expected = estimate(shape, here(), run.config, tokens, chunks=chunks)
+    expected = estimate(shape, here(), run.config, tokens, chunks=chunks, others=bool(run.others))
     if run.checkpoint.folder is not None:
         folder = run.checkpoint.folder.parent.resolve()
         needed, free = expected.size + expected.disk, free_space(folder)
