@@ -24,6 +24,7 @@ _LEAST, _MOST = -8, 6  # log2 scales with a distribution of their own; larger on
 _PRECISION = 14  # bits of a probability
 _MOST_LOW = 20  # bits that are stored as they are: more do not fit beside the others
 _STEPS = 1024  # integers of a lane
+_SHIFT, _SLOT = np.uint32(_PRECISION), np.uint32((1 << _PRECISION) - 1)
 _LOW_AT = 16  # bits, behind which an entry of `Models.places` tells of low ones
 _NUMBERS = 1 << 16  # that are looked up at once; files do not depend on it
 
@@ -32,20 +33,21 @@ class Models(NamedTuple):
     """The distributions, by log2 scale, from the smallest on.
 
     limits: the symbols of a model are the integers -limit … limit, counted from 0. frequencies [models, symbols]: of
-    each symbol in 2^_PRECISION. For the encoder, integer by integer: starts, its frequency and how many
-    slots come before its own, in one word; 0 where there is no such symbol. places: by log2 scale, as in
-    _SCALES, where the integer 0 is in starts, the others around it, and how many low bits there are, _LOW_AT bits
-    above. For the decoder, at [model · 2^_PRECISION + slot]: symbols, the one that
-    has this slot; and moves, its frequency and the slot's place among its slots, in one word. costs: bits that an
-    integer takes on average.
+    each symbol in 2^_PRECISION. For the encoder: starts, an integer's frequency and how many slots come before its own,
+    in one word, or 0 where there is no such symbol; places, by log2 scale as in _SCALES, where the integer 0 is in
+    starts, the others around it, and, _LOW_AT bits above, how many low bits there are. For the decoder, at [model ·
+    2^_PRECISION + slot]: symbols, the integer that has this slot; and moves, its frequency and the slot's place among
+    its slots, in one word; moves_at, by log2 scale, where a model's begin. costs: bits that an integer takes on
+    average.
     """
 
     limits: IntArray
     frequencies: npt.NDArray[np.int64]
     starts: WordArray
     places: IntArray
-    symbols: ByteArray
+    symbols: npt.NDArray[np.int8]
     moves: WordArray
+    moves_at: WordArray
     costs: DoubleArray
 
 
@@ -70,10 +72,10 @@ def encode(integers: IntArray, log2_scales: IntArray) -> ByteArray:
         starts, *verbatim = _starts(whole[steps], scales[steps])
         low_bits.append(verbatim[0])
         counts.append(verbatim[1])
-        frequencies = starts >> np.uint32(_PRECISION)
+        frequencies = starts >> _SHIFT
         ends = frequencies << np.uint32(32 - _PRECISION)  # of the states that do not lose a word
         others = np.uint32(1 << _PRECISION) - frequencies
-        starts &= np.uint32((1 << _PRECISION) - 1)
+        starts &= _SLOT
         for start, frequency, other, end in zip(*(x[::-1] for x in (starts, frequencies, others, ends)), strict=True):
             full = np.flatnonzero(states >= end)
             over = states.take(full)
@@ -108,33 +110,41 @@ def _starts(integers: IntArray, log2_scales: IntArray) -> tuple[WordArray, IntAr
 
 def decode(data: ByteArray, log2_scales: IntArray) -> IntArray:
     """The integers [N] with these log2 scales. NectarError if the bytes are not those of so many integers."""
-    low, model, table = _low_bits(log2_scales), _model(log2_scales), models()
-    if low.max(initial=0) > _MOST_LOW:
+    table, scales = models(), _lanes(log2_scales, _LEAST)
+    low_bits = sum(int(_low_bits(scales[steps]).sum()) for steps in _together(scales))
+    if _low_bits(log2_scales.max(initial=_LEAST)) > _MOST_LOW:
         raise NectarError("the file is damaged: its coded numbers are too large")
-    places = _lanes(model).astype(np.uint32) << np.uint32(_PRECISION)
-    lanes, tail = places.shape[1], (int(low.sum()) + 7) // 8
+    lanes, tail = scales.shape[1], (low_bits + 7) // 8
     if len(data) < 4 * lanes + tail or (len(data) - tail) % 2 or (len(data) > 0) != (len(log2_scales) > 0):
         raise NectarError("the file is damaged: its coded numbers are cut short")
     end = len(data) - tail
     states = data[: 4 * lanes].view("<u4").astype(np.uint32)
     words = data[4 * lanes : end].view("<u2").astype(np.uint32)
-    at, shift, slot = 0, np.uint32(_PRECISION), np.uint32((1 << _PRECISION) - 1)
-    for place in places:  # of a model in the table, then of the integer's slot
-        np.bitwise_or(place, states & slot, out=place)
-        moves = table.moves.take(place)
-        states = (moves >> shift) * (states >> shift) + (moves & slot)
-        short = np.flatnonzero(states < 1 << 16)
-        if at + len(short) > len(words):
-            raise NectarError("the file is damaged: its coded numbers are cut short")
-        states[short] = states[short] << np.uint32(16) | words[at : at + len(short)]
-        at += len(short)
+    at, integers = 0, np.empty(scales.shape, np.int32)
+    wide, counts = [np.zeros(0, np.intp)], [np.zeros(0, np.int32)]
+    for steps in _together(scales):
+        places = table.moves_at.take(scales[steps] - int(_SCALES[0]), mode="clip")
+        for place in places:  # of a model in the table, then of the integer's slot
+            place += states & _SLOT
+            moves = table.moves.take(place)
+            states >>= _SHIFT
+            states *= moves >> _SHIFT
+            states += moves & _SLOT
+            short = np.flatnonzero(states < 1 << 16)
+            if at + len(short) > len(words):
+                raise NectarError("the file is damaged: its coded numbers are cut short")
+            states[short] = states.take(short) << np.uint32(16) | words[at : at + len(short)]
+            at += len(short)
+        integers[steps] = table.symbols.take(places)
+        low = _low_bits(scales[steps]).reshape(-1)
+        some = np.flatnonzero(low)
+        wide.append(some + steps.start * lanes)
+        counts.append(low.take(some))
     if at != len(words) or (states != 1 << 16).any():
         raise NectarError("the file is damaged: its coded numbers do not end where they should")
-    integers: IntArray = table.symbols.take(places.reshape(-1)[: len(log2_scales)]).astype(np.int32)
-    integers -= table.limits.take(model)
-    wide = np.flatnonzero(low)
-    integers[wide] = (integers[wide] << low[wide]) + _unbits(data[end:], low[wide]) - (1 << low[wide] >> 1)
-    return integers
+    flat, with_low, low = integers.reshape(-1)[: len(log2_scales)], np.concatenate(wide), np.concatenate(counts)
+    flat[with_low] = (flat[with_low] << low) + _unbits(data[end:], low) - (1 << low >> 1)
+    return flat
 
 
 def _model(log2_scales: IntArray) -> ByteArray:
@@ -215,8 +225,9 @@ def models() -> Models:
         frequencies=frequencies,
         starts=starts.reshape(-1),
         places=_MODELS.astype(np.int32) * starts.shape[1] + int(limits[-1]) | _LOW_BITS << _LOW_AT,
-        symbols=symbols.astype(np.uint8).reshape(-1),
+        symbols=(symbols - limits[:, None]).astype(np.int8).reshape(-1),
         moves=moves.astype(np.uint32).reshape(-1),
+        moves_at=_MODELS.astype(np.uint32) << _SHIFT,
         costs=costs,
     )
 
