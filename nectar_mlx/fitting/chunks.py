@@ -148,6 +148,7 @@ def _fit_at_once(run: FitRun, text: Sequence[int], target: ChunkTarget, *, clock
             prefill=run.config.prefill,
             offsets=target.offsets,
             preamble=target.preamble,
+            world=run.world,
             progress=done,
         )
     clock.lap("read")

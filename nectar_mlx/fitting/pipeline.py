@@ -130,7 +130,7 @@ def _fit_whole(
     """All layers of all of the text at once -> tensors and report, and the file of keys, where the kind has one."""
     others = Others.before(prefix, run.others, run.model, run.geometry)
     with run.progress("reading", len(prefix)) as done:
-        context = read_text(run.model, prefix, run.geometry, prefill=run.config.prefill, progress=done)
+        context = read_text(run.model, prefix, run.geometry, prefill=run.config.prefill, world=run.world, progress=done)
     clock.lap("read")
     finite.check_banks("reading", context.banks, run.geometry)
     finite.check_logits(run.model(mx.array([prefix[-1:]]), cache=context.make_cache()))

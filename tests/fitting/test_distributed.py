@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 from nectar_mlx import store
-from nectar_mlx.fitting import distributed
+from nectar_mlx.fitting import distributed, prefill
 from nectar_mlx.fitting.distributed import World, _packed, _unpacked, batches, parts
 from nectar_mlx.fitting.kinds.quadrature import QuadratureFit
+from nectar_mlx.fitting.layers import LayerRunner
 from nectar_mlx.fitting.samples.recording import collect
 from nectar_mlx.fitting.samples.sample_store import DeviceSampleStore, SampleStore
 from nectar_mlx.store import grids
@@ -176,6 +177,34 @@ def test_ranks_fit_the_groups_of_one_process_to_its_samples(tokenizer, set_devic
     assert (first, second) == ([0, 2], [1])
     assert sorted([*of_first, *of_second]) == sorted(alone.groups(sizes))
     assert any(head // 2 in first for group in of_second for head in group), "a head was moved"
+
+
+@pytest.mark.parametrize("how", ["dense", "fixed"])
+def test_ranks_read_some_of_a_text_each(tokenizer, two_ranks, monkeypatch, how):
+    monkeypatch.setattr(prefill, "READ", 32)
+    run, tokens = fit_run(toys.toy("llama"), tokenizer), toys.random_tokens(150)
+    alone, seen, lock = read(run, tokens, prefill=how), list[int](), threading.RLock()
+
+    def locked(work):  # what a model's class does is changed for a while, for both threads
+        def call(*given):
+            with lock:
+                return work(*given)
+
+        return call
+
+    def layer(runner, index, hidden, cache, call=LayerRunner.layer):
+        result = call(runner, index, hidden, cache)
+        seen.append(hidden.shape[1] if cache is not None else 0)
+        return result
+
+    monkeypatch.setattr(LayerRunner, "layer", locked(layer))
+    monkeypatch.setattr(LayerRunner, "embed", locked(LayerRunner.embed))
+    monkeypatch.setattr(prefill, "layer_runner", locked(prefill.layer_runner))
+    for context in two_ranks(lambda world: read(run, tokens, prefill=how, world=world)):
+        for ours, theirs in zip(context.banks, alone.banks, strict=True):
+            assert all(mx.array_equal(x, theirs.parameters[name]) for name, x in ours.parameters.items())
+            assert mx.array_equal(ours.offset, theirs.offset)
+    assert sum(seen) == 3 * 150, "a piece goes through each layer once"
 
 
 def test_ranks_pack_some_of_the_heads_each(two_ranks, monkeypatch):
