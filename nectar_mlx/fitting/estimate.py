@@ -17,6 +17,7 @@ from ..mlxlm.attention_patch import Geometry
 from ..store import Layout
 from .budget import affordable_bytes, size_for
 from .config import FitConfig, density, useful_samples
+from .prefill import READ
 from .samples.conversation import FEWEST_TOGETHER, count_groups
 
 AUTO_SHARE = 0.04  # of the KV cache; what was chosen for three models was 0.024, 0.04 and 0.16 (docs/results.md)
@@ -295,10 +296,10 @@ class _Work:
 
     def stages(self, *, sizes: bool, choice: bool) -> Iterator[Stage]:
         """All layers at once. sizes: whether they are decided here. choice: whether the budget is, too."""
+        sent = self.shape.geometry.cache_bytes(self.n) * (1 - 1 / self.machines) / _LINK
+        yield Stage("reading", self.shared(-(-self.n // READ)) * self.read().seconds + sent)
         if not self.layout.bank.fitted:
-            yield self.read()
             return
-        yield self.read()
         yield from self.study()
         if self.replayed:
             captured = self.seconds(self.sampled * self.token(vocabulary=False), "capturing") / self.machines
