@@ -33,7 +33,8 @@ class Device:
     fit_steps, fit_batch, fit_samples, fit_conversations, fit_checks, fit_trial_steps, fit_matching,
     fit_answer_tokens: defaults of `FitConfig`. fit_tokens: of conversations whose samples are taken, where the memory
     holds them; each query head that shares a KV head gives one a token. fewest_tokens: of conversations, if the memory
-    holds but a part of their samples. trained_share: of the text's keys, beyond which a large head is not trained.
+    holds but a part of their samples; distilled_tokens: the same where heads are distilled. trained_share: of the
+    text's keys, beyond which a large head is not trained.
     rounding_samples: by which it is measured how finely nodes must be kept. trial_samples: of a short fit, at
     most. trial_steps, trial_checks: of those that choose a budget. excerpt_tokens: on which it is chosen where the text
     is read in chunks.
@@ -44,6 +45,7 @@ class Device:
     long for half of them. steps_ahead: of sampling, queued before the first one's tokens are looked at.
     completion_keys: of the context that a completion is trained on.
     fisher_probes: conversations that tell the sensitivity of heads; fisher_batch: differentiated at a time.
+    distillation_steps: of the best effort, through the whole model; distillation_batch: conversations of a step.
     check_batch: conversations compared at a time. baseline_conversations, baseline_batch, cartridge_steps: of the
     methods that `evaluate` builds. choices_batch: multiple-choice questions read at a time.
     """
@@ -63,6 +65,7 @@ class Device:
     fit_samples: int
     fit_tokens: int
     fewest_tokens: int
+    distilled_tokens: int
     fit_conversations: int
     fit_checks: int
     fit_trial_steps: int
@@ -85,6 +88,8 @@ class Device:
     steps_ahead: int
     fisher_probes: int
     fisher_batch: int
+    distillation_steps: int
+    distillation_batch: int
     check_batch: int
     baseline_conversations: int
     baseline_batch: int
@@ -108,6 +113,7 @@ LINUX_CPU = Device(
     fit_samples=14_000,
     fit_tokens=0,
     fewest_tokens=0,
+    distilled_tokens=0,
     fit_conversations=96,
     fit_checks=12,
     fit_trial_steps=30,
@@ -130,6 +136,8 @@ LINUX_CPU = Device(
     steps_ahead=1,
     fisher_probes=3,
     fisher_batch=1,
+    distillation_steps=0,  # a step takes as long as reading a thousand tokens
+    distillation_batch=8,
     check_batch=4,
     baseline_conversations=8,
     baseline_batch=16,
@@ -152,6 +160,7 @@ GPU = Device(
     fit_samples=150_000,
     fit_tokens=50_000,
     fewest_tokens=25_000,
+    distilled_tokens=75_000,
     fit_conversations=512,
     fit_checks=96,
     fit_trial_steps=100,
@@ -174,6 +183,8 @@ GPU = Device(
     steps_ahead=8,
     fisher_probes=8,
     fisher_batch=8,
+    distillation_steps=400,
+    distillation_batch=32,
     check_batch=24,  # four batches of the checks, for four ranks
     baseline_conversations=128,
     baseline_batch=128,
@@ -189,6 +200,7 @@ SMALL_GPU = replace(
     replay_scores=1 << 26,
     training_scores=1 << 25,
     fisher_batch=2,
+    distillation_batch=16,
     check_batch=6,
     choices_batch=2,
 )

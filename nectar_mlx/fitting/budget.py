@@ -17,6 +17,8 @@ from ..mlxlm.attention_patch import Geometry
 from ..store import Layout
 from .config import FitConfig
 
+SMALL = 0.01  # share of the KV cache: of fewer bytes the heads that matter need more, and files gain by distillation
+
 
 def share_of(config: FitConfig, geometry: Geometry, n: int) -> float | None:
     """The share of the KV cache of n tokens that is asked for; None where it is still to be chosen."""
@@ -66,7 +68,7 @@ def head_sizes(
 ) -> list[Size]:
     """Every head's size for n tokens, by the errors [n_heads] that it made among equals. share: of the KV cache."""
     least, most = smallest_bytes(layout), store.head_bytes(layout, size_for(layout, float("inf"), most=n))
-    power = config.power or (0.6 if share >= 0.01 else 0.75)  # of few bytes the heads that matter need more
+    power = config.power or (0.6 if share >= SMALL else 0.75)
     head_bytes = allocate(errors.tolist(), total=nbytes, power=power, least=least, most=most)
     return [size_for(layout, b, most=n) for b in head_bytes]
 

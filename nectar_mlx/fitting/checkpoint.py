@@ -197,6 +197,16 @@ class Checkpoint:
                 heads.setdefault(int(index), {})[name] = array
         return heads
 
+    def save_distillation(self, step: int, arrays: Mapping[str, mx.array]) -> None:
+        """Keeps heads that are being distilled, every SAVE_SECONDS. step: how many steps were taken."""
+        if time.monotonic() - self._saved > SAVE_SECONDS:
+            self._write_arrays("distillation.safetensors", arrays, {"step": str(step)})
+            self._saved = time.monotonic()
+
+    def load_distillation(self) -> tuple[int, dict[str, mx.array]] | None:
+        found = self._read_arrays("distillation.safetensors")
+        return None if found is None else (int(found[1]["step"]), found[0])
+
     def save_chunk(self, arrays: Mapping[str, mx.array], report: Mapping[str, object]) -> None:
         """Keeps what is left of a chunk that is done: arrays by name, and a report that goes with them. The rest is
         removed."""

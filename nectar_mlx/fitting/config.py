@@ -44,6 +44,8 @@ class FitConfig:
     power: of the errors that bytes follow (default: 0.6, below a budget of 1% 0.75).
     trial_steps: of the short fit that decides the sizes of heads.
     matching_samples: that Attention Matching solves on.
+    distillation_steps: of training the heads through the whole model, after the regression, where the budget is below
+        1%.
     keep_study: whether the file keeps the conversations, so that a changed text is fitted again for less.
     """
 
@@ -68,6 +70,7 @@ class FitConfig:
     rate: float | None = None
     batch: int = field(default_factory=lambda: device().fit_batch)
     matching_samples: int = field(default_factory=lambda: device().fit_matching)
+    distillation_steps: int = 0
     keep_study: bool = False
 
     def __post_init__(self) -> None:
@@ -83,9 +86,9 @@ class FitConfig:
             raise NectarError(f"unknown kind {self.kind!r}: choose one of auto, {', '.join(KINDS)}")
         if self.prefill not in ("dense", "fixed"):
             raise NectarError(f"unknown prefill {self.prefill!r}: choose dense or fixed")
-        for name in ("size", "queries", "seed", "steps", "context_tokens", "memory", *_COUNTS):
+        for name in ("size", "queries", "seed", "steps", "context_tokens", "memory", "distillation_steps", *_COUNTS):
             value = getattr(self, name)
-            if value is not None and value < (0 if name == "seed" else 1):
+            if value is not None and value < (0 if name in ("seed", "distillation_steps") else 1):
                 raise NectarError(f"{name} must be positive, not {value}")
         if self.seed >= 1 << 63:  # other seeds are derived from it, and MLX takes 64 bits
             raise NectarError(f"seed must be below 2^63, not {self.seed}")
@@ -101,12 +104,14 @@ def useful_samples(config: FitConfig, profile: Device, *, group: int, nbytes: in
     return max(min(FEWEST_SAMPLES, wanted), min(wanted, room // nbytes))
 
 
-def density(config: FitConfig, profile: Device, *, group: int, samples: int) -> float:
+def density(config: FitConfig, profile: Device, *, group: int, samples: int, distilled: bool) -> float:
     """Share of the tokens of conversations whose samples are kept: a few of many conversations tell more than all of
-    a few. All, where their number was chosen. group: as above. samples: a head."""
+    a few. All, where their number was chosen. group: as above. samples: a head. distilled: whether heads are trained on
+    whole conversations, too, which takes more of them."""
     if config.queries:
         return 1.0
-    return min(1.0, samples / max(1.0, profile.fewest_tokens * config.sample_share * group))
+    fewest = profile.distilled_tokens if distilled else profile.fewest_tokens
+    return min(1.0, samples / max(1.0, fewest * config.sample_share * group))
 
 
 EFFORTS = ("quick", "normal", "best")
@@ -120,7 +125,10 @@ def effort(name: str) -> JsonObject:
     steps = device().fit_steps
     if name == "quick":
         return {"steps": steps // 3, "sample_share": 0.3}
-    return {"steps": 20 * steps // 3, "sample_share": 4.0, "rate": 2e-2} if name == "best" else {}
+    if name == "normal":
+        return {}
+    distillation = device().distillation_steps
+    return {"steps": 20 * steps // 3, "sample_share": 4.0, "rate": 2e-2, "distillation_steps": distillation}
 
 
 def parse_budget(text: str) -> JsonObject:

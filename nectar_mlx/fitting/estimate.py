@@ -12,10 +12,10 @@ from typing import NamedTuple
 from ..core.clock import duration
 from ..core.device import Device
 from ..core.progress import Stage
-from ..heads import AUTO, KINDS
+from ..heads import AUTO, KINDS, Quadrature
 from ..mlxlm.attention_patch import Geometry
 from ..store import Layout
-from .budget import affordable_bytes, size_for
+from .budget import SMALL, affordable_bytes, size_for
 from .config import FitConfig, density, useful_samples
 from .prefill import READ
 from .samples.conversation import FEWEST_TOGETHER, count_groups
@@ -129,6 +129,8 @@ def estimate(
     ]:  # the first one is fitted together, each of the others by one machine
         name = "" if chunks == 1 else f"chunk {number + 1} of {chunks}: "
         stages += [Stage(name + what, seconds) for what, seconds in (later if number else first)]
+    if work.distills and chunks == 1 and not layerwise:
+        stages.append(Stage("distilling", work.distillation()))
     if work.layout.bank.fitted:
         stages.append(Stage("checking", work.check() if chunks == 1 else -(-chunks // machines) * work.check_alone()))
         if others:
@@ -177,6 +179,12 @@ class _Work:
         return AUTO_SHARE if config.budget == "auto" else config.budget
 
     @property
+    def distills(self) -> bool:
+        """As `FitRun.distills`."""
+        nodes = self.layout.bank is Quadrature and self.layout.bits is None
+        return bool(self.config.distillation_steps) and nodes and self.share < SMALL
+
+    @property
     def layout(self) -> Layout:
         g, kind = self.shape.geometry, AUTO if self.config.kind == "auto" else self.config.kind
         bits = self.config.bits or KINDS[kind].default_bits
@@ -212,7 +220,7 @@ class _Work:
     def conversations(self) -> int:
         """That heads are trained on, as in `self_study.study`."""
         samples, profile = self.samples, self.machine.profile
-        share = _TRAIN_SHARE * density(self.config, profile, group=self.group, samples=samples)
+        share = _TRAIN_SHARE * density(self.config, profile, group=self.group, samples=samples, distilled=self.distills)
         count = max(FEWEST_TOGETHER, int(samples / (share * self.group * self.conversation)) + 1)
         return count if count < 2 * profile.study_share else int(count / profile.expected_share)
 
@@ -310,6 +318,13 @@ class _Work:
         if sizes:
             yield from self.sizes(choice=choice)
         yield Stage("fitting heads", self.regression())
+
+    def distillation(self) -> float:
+        """Seconds: a step takes every layer forward twice and back once."""
+        shape, tokens = self.shape, self.machine.profile.distillation_batch * self.conversation
+        step = tokens * (8 * shape.body + 6 * shape.vocabulary)
+        launched = 0.0 if self.machine.profile.linux_cpu else 16 * _LAUNCH_SECONDS * shape.geometry.n_layers
+        return self.config.distillation_steps * (self.seconds(step, "sensitivity") + launched)
 
     def sizes(self, *, choice: bool) -> Iterator[Stage]:
         profile, config = self.machine.profile, self.config

@@ -6,7 +6,6 @@ model drew itself. With it the errors of all heads are counted in one currency, 
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
 
@@ -19,6 +18,7 @@ from ..core.device import device
 from ..mlxlm.attention_patch import Geometry
 from ..mlxlm.cache import NectarCache
 from ..mlxlm.kept import attention_caches
+from .backward import Call, backward, differentiable, forward
 from .distributed import World, batches
 from .fidelity import log_probabilities
 from .layers import LayerRunner, layer_runner
@@ -102,12 +102,7 @@ def _gradients(
     targets = np.full(tokens.shape, -1, np.int32)
     for row, c in zip(targets, conversations, strict=True):
         row[len(c.prompt) - 1 : len(c.prompt) - 1 + len(c.answer)] = c.answer
-    before, hidden = list[mx.array](), runner.embed(tokens)
-    for layer, cache in enumerate(context.make_cache(sequences=len(sequences))):
-        before.append(hidden)
-        hidden = runner.layer(layer, hidden, cache)
-        mx.eval(hidden)
-
+    before, hidden = forward(runner, tokens, context.make_cache(sequences=len(sequences)))
     step = max(1, _ANSWERED // len(sequences))
 
     def log_likelihood(last: mx.array, start: int) -> mx.array:
@@ -120,16 +115,17 @@ def _gradients(
     for start in range(min(len(c.prompt) for c in conversations) - 1, longest, step):
         change = change + mx.grad(log_likelihood)(hidden, start)
         mx.eval(change)
-    fitted, caches = len(context.banks), context.make_cache(sequences=len(sequences))
-    for layer in reversed(range(geometry.n_layers)):
+    caches = context.make_cache(sequences=len(sequences))
+
+    def probed(layer: int) -> tuple[Call, list[mx.array]]:
         cache = caches.pop()
-        inputs, call = [before.pop()], partial(_through, runner, layer, cache)
-        if isinstance(cache, NectarCache):
-            inputs.append(mx.zeros((len(sequences), geometry.n_heads, longest, geometry.head_dim)))
-            call = partial(_through, runner, layer, ProbedCache(cache.bank, cache.context))
-        with _differentiable(runner.model):
-            _, (change, *probe) = mx.vjp(call, inputs, [change])
-            mx.eval(change, probe)
+        if not isinstance(cache, NectarCache):
+            return partial(_through, runner, layer, cache), []
+        zeros = mx.zeros((len(sequences), geometry.n_heads, longest, geometry.head_dim))
+        return partial(_through, runner, layer, ProbedCache(cache.bank, cache.context)), [zeros]
+
+    fitted = len(context.banks)
+    for _, probe in backward(runner, before, change, probed):
         if probe:
             fitted -= 1
             yield fitted, probe[0]
@@ -158,21 +154,10 @@ def _gradients_of_one(
         return mx.take_along_axis(log_probabilities(logits), answer, axis=-1).sum()
 
     zeros = mx.zeros((1, geometry.n_heads, len(tokens) - 1, geometry.head_dim))
-    with _differentiable(model):
+    with differentiable(model):
         probes = mx.grad(log_likelihood)([zeros] * fitted)
         mx.eval(probes)
     yield from enumerate(probes)
-
-
-@contextmanager
-def _differentiable(model: nn.Module) -> Iterator[None]:
-    """Inside, recurrent layers take mlx-lm's plain operations: their kernels have no reverse pass."""
-    training = model.training
-    model.train()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 def _through(runner: LayerRunner, layer: int, cache: Any, hidden: mx.array, *probe: mx.array) -> mx.array:

@@ -13,16 +13,17 @@ from .. import __version__, kernels, models
 from ..core.device import device
 from ..core.progress import Progress, silent
 from ..core.types import Tokenizer
-from ..heads import AUTO, KINDS
+from ..heads import AUTO, KINDS, Quadrature
 from ..mlxlm.attention_patch import Geometry
 from ..models import adapters
 from ..store import Layout
 from .auto_budget import FIRST
-from .budget import share_of
+from .budget import SMALL, share_of
 from .checkpoint import Checkpoint, Plan, text_digest
 from .config import FitConfig, density, useful_samples
 from .distributed import World
 from .others import OtherFile, digests
+from .prefill import Context
 from .samples.conversation import Conversation
 from .samples.sample_store import DeviceSampleStore, SampleStore
 
@@ -106,12 +107,20 @@ class FitRun:
             memory=psutil.virtual_memory().total,  # not what is free: an interrupted fit goes on with the same samples
         )
 
-    @property
-    def density(self) -> float:
-        """Share of the tokens of conversations whose samples are kept."""
+    def distills(self, context: Context) -> bool:
+        """Whether heads are trained through the whole model in the end: nodes that are rounded row by row, of small
+        files, where they are all that stands for the texts in view."""
+        share, layout = share_of(self.config, self.geometry, context.length), self.layout
+        nodes = layout.bank is Quadrature and layout.bits is None
+        alone = not (context.others or context.chunks or context.preamble)
+        return bool(self.config.distillation_steps) and nodes and alone and share is not None and share < SMALL
+
+    def density(self, context: Context) -> float:
+        """Share of the tokens of conversations about a text whose samples are kept."""
         if not self.layout.bank.trainable:
             return 1.0
-        return density(self.config, device(), group=self.group, samples=self.n_samples(self.n_heads))
+        samples = self.n_samples(self.n_heads)
+        return density(self.config, device(), group=self.group, samples=samples, distilled=self.distills(context))
 
     def claim(self, prefix: Sequence[int], *, preamble: int = 0) -> None:
         """Starts or continues the fit of this prefix; see `Checkpoint.claim`."""

@@ -3,6 +3,7 @@
 from ..core.clock import Clock
 from ..heads import HeadArrays
 from .checkpoint import Plan
+from .distillation import distilled
 from .kinds import KIND_FITS, KindFit, kind_fit
 from .prefill import Context
 from .run import FitRun
@@ -32,4 +33,6 @@ def fit_context(
     clock.lap("budgets")
     heads = train_heads(kind, plan.sizes, bits=plan.bits)
     clock.lap("regression")
+    heads = distilled(kind, plan.sizes, heads)
+    clock.lap("distillation")
     return kind, plan, heads

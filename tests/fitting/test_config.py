@@ -8,6 +8,7 @@ import pytest
 
 from nectar_mlx.core import device
 from nectar_mlx.fitting.config import FitConfig
+from nectar_mlx.fitting.prefill import Context
 from nectar_mlx.fitting.run import FitRun
 from nectar_mlx.fitting.samples.sample_store import DeviceSampleStore, SampleStore
 from nectar_mlx.mlxlm.attention_patch import Geometry
@@ -73,16 +74,18 @@ def test_as_many_tokens_where_many_query_heads_share_a_kv_head(memory, set_devic
         (1 << 40, {"sample_share": 0.5}, 0.5),
         (16 << 30, {"queries": 5000}, 1.0),
         (16 << 30, {"kind": "retrieval"}, 1.0),
+        (1 << 40, {"distillation_steps": 1, "budget": 0.009}, 50_000 / 200_000),  # whole conversations are used, too
+        (1 << 40, {"distillation_steps": 1, "budget": 0.01}, 50_000 / 100_000),
     ],
 )
 def test_few_samples_are_of_many_conversations(memory, set_device, monkeypatch, total, options, share):
     """Four query heads a KV head; 25,000 tokens are asked for."""
-    set_device(linux_cpu=False, fit_samples=50_000, fit_tokens=0, fewest_tokens=25_000)
+    set_device(linux_cpu=False, fit_samples=50_000, fit_tokens=0, fewest_tokens=25_000, distilled_tokens=50_000)
     memory(total)
     wide = Geometry.uniform(
         model_type="llama", n_heads=HEADS * 2, n_kv_heads=HEADS // 2, head_dim=DIM, scale=0.1, windows=(0, 0)
     )
-    assert replace(run(**options), geometry=wide).density == pytest.approx(share)
+    assert replace(run(**options), geometry=wide).density(Context([1, 2, 3], [])) == pytest.approx(share)
 
 
 def test_an_effort_of_more_samples_may_take_more_memory(memory, set_device):

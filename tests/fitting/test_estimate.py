@@ -8,7 +8,8 @@ import pytest
 from nectar_mlx import NectarError, plan
 from nectar_mlx.benchmarks import planning
 from nectar_mlx.core.progress import Overall
-from nectar_mlx.fitting import machines, pipeline
+from nectar_mlx.fitting import estimate as estimates
+from nectar_mlx.fitting import machines, pipeline, run
 from nectar_mlx.fitting.config import FitConfig
 from nectar_mlx.fitting.estimate import estimate
 from tests import toys
@@ -39,9 +40,13 @@ class Recorded(Overall):
     ({"kind": "exact", "context_tokens": 150}, 4096),
     ({"budget": 0.5, "layerwise": True, "context_tokens": 300}, 4096),
     ({"budget": 0.5}, 1500),
+    ({"budget": 0.5, "distillation_steps": 2, "context_tokens": 150}, 4096),
+    ({"budget": 0.5, "distillation_steps": 2}, 1500),
 ])  # fmt: skip
-def test_the_stages_that_come_are_those_that_were_expected(tokenizer, options, positions):
+def test_the_stages_that_come_are_those_that_were_expected(tokenizer, monkeypatch, options, positions):
     """In their order; of the budgets that are tried there may be more or fewer."""
+    for module in (run, estimates):
+        monkeypatch.setattr(module, "SMALL", 1.0)
     progress = Recorded()
     model = toys.toy("llama", max_position_embeddings=positions)
     toys.fit(model, tokenizer, TEXT, config=FitConfig(**FAST | options), progress=progress)

@@ -106,7 +106,7 @@ def test_of_some_tokens_alone_samples_are_kept(tokenizer, monkeypatch):
 def test_more_conversations_are_sampled_where_some_tokens_are_kept(tokenizer, monkeypatch):
     run = fit_run(toys.toy("llama"), tokenizer, queries=2000)
     context = read(run, toys.random_tokens(60))
-    monkeypatch.setattr(type(run), "density", 0.5)
+    monkeypatch.setattr(type(run), "density", lambda self, context: 0.5)
     data = recording.collect(run, context)
     assert count_samples(data.conversations, group=run.group) > 0.9 * 4000
     assert 0.8 * 2000 < data.train.count <= 2000

@@ -9,7 +9,7 @@ import pytest
 from nectar_mlx import Nectar, NectarError, ask, evaluate, fit
 from nectar_mlx.core.attention import Partial, merge
 from nectar_mlx.fitting.config import FitConfig
-from nectar_mlx.fitting.kinds import distillation, hybrid, kind_fit, retrieval
+from nectar_mlx.fitting.kinds import feature_map, hybrid, kind_fit, retrieval
 from nectar_mlx.fitting.samples import recording, thresholds
 from nectar_mlx.fitting.samples.sample_store import Samples
 from nectar_mlx.fitting.solve import regression
@@ -114,9 +114,9 @@ def test_clusters_are_a_feature_map_that_knows_its_keys():
     centres = 2 * rng.normal(size=(5, D))
     keys = (centres[rng.integers(0, 5, 200)] + 0.02 * rng.normal(size=(200, D))).astype(np.float32)
     values, queries = rng.normal(size=(200, D)).astype(np.float32), rng.normal(size=(300, D)).astype(np.float32)
-    head = distillation.clusters(keys, queries, 12, scale=SCALE, seed=0)
+    head = feature_map.clusters(keys, queries, 12, scale=SCALE, seed=0)
     anchors = {f"anchor_{name}": mx.zeros((ANCHORS, D)) for name in ("keys", "values")}
-    head = distillation.summarise(head | anchors, mx.array(keys), mx.array(values), bits=16)
+    head = feature_map.summarise(head | anchors, mx.array(keys), mx.array(values), bits=16)
     bank = Completion.stack([head], scale=SCALE)
     shares = key_features(bank.parameters, mx.array(keys)[None])
     np.testing.assert_allclose(np.array(shares.sum(-1)), 1, rtol=1e-5)

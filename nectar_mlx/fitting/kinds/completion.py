@@ -11,7 +11,7 @@ from ...heads import HeadArrays, Size
 from ...heads.hybrid import SINKS, anchor_positions, middle
 from ..samples.sample_store import Samples
 from ..solve.initial import Init
-from . import distillation
+from . import feature_map
 from .hybrid import HybridFit
 
 
@@ -41,11 +41,11 @@ class CompletionFit(HybridFit):
         keys, values = keys[:, inside].astype(mx.float32), values[:, inside].astype(mx.float32)
         queries = np.array(samples.queries[..., :-1].astype(mx.float32))
         maps = [
-            distillation.clusters(np.array(keys[i]), queries[i], count, scale=scale, seed=self.run.config.seed)
+            feature_map.clusters(np.array(keys[i]), queries[i], count, scale=scale, seed=self.run.config.seed)
             | self.anchors(index)
             for i, (index, (count,)) in enumerate(zip(heads, sizes, strict=True))
         ]
-        bank = distillation.Distilled.start(maps, keys, values, self.selector(heads), scale=scale, repeat=self.repeat)
+        bank = feature_map.Distilled.start(maps, keys, values, self.selector(heads), scale=scale, repeat=self.repeat)
         return Init.of(bank)
 
     def finish(self, index: int, head: HeadArrays) -> HeadArrays:
@@ -53,4 +53,4 @@ class CompletionFit(HybridFit):
         inside = middle(self.length)
         bits = self.run.layout.bits
         assert bits is not None, "these kinds are not coded"
-        return distillation.summarise(head, keys[0, inside], values[0, inside], bits=bits)
+        return feature_map.summarise(head, keys[0, inside], values[0, inside], bits=bits)

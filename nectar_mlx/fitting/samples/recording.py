@@ -51,7 +51,7 @@ def collect(
     """
     wanted = run.n_samples(run.n_heads)
     folder = spill(run, wanted + held_out_count(wanted))
-    recording = Recording(folder and folder / "recorded", density=1.0 if whole else run.density)
+    recording = Recording(folder and folder / "recorded", density=1.0 if whole else run.density(context))
     conversations = [*kept, *ask(run, context, recording)]
     if whole:
         wanted = max(1, count_samples(conversations, group=run.group))

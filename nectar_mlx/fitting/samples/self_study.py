@@ -40,7 +40,7 @@ def study(run: FitRun, context: Context, recorder: Recorder | None = None) -> li
     """
     before, config = run.kept_conversations(), run.config
     conversations = list[Conversation]() if recorder else before
-    wanted = round(run.n_samples(run.n_heads) / run.density)
+    wanted = round(run.n_samples(run.n_heads) / run.density(context))
     allow_half(run.model, context)
     with run.progress("sampling answers", wanted) as done:
         while True:

@@ -1,0 +1,264 @@
+"""Distillation: heads trained through the whole model, after the regression.
+
+The regression makes each head answer as exact attention does; what the errors of all heads do to an answer together it
+does not see. Here the next-token distributions behind the heads are brought to those behind the full cache (Cartridges,
+arXiv 2506.06266), on the conversations of the fit: the loss is KL(full cache ‖ heads) over the tokens of the answers.
+It does most where files are smallest (docs/log/distillation.md).
+
+Nodes stay on the grids that they were rounded to: the forward pass takes the rounded numbers, and the gradient passes
+as if they were not (straight-through estimator, arXiv 1308.3432). What the full cache's last layer gave is computed
+once. Gradients are had layer by layer (`backward`).
+"""
+
+from collections.abc import Iterator, Sequence
+from copy import copy
+from functools import partial
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from ..core.device import device
+from ..core.gather import take
+from ..heads import Bank, HeadArrays, Size
+from ..mlxlm.cache import NectarCache
+from ..store.grids import GridMatrix
+from .backward import Call, backward, forward
+from .fidelity import log_probabilities
+from .kinds import KindFit
+from .layers import LayerRunner, layer_runner
+from .samples.conversation import Conversation
+from .solve import optimizers
+
+_RATE = 4e-3  # of Adam, in units of the root mean square of a head's keys and of its values; biases in nats
+_JUDGED = 64  # conversations that are held out, by which it is decided whether the result is kept, at most
+_MATRICES = ("keys", "values")
+
+
+def distilled(kind: KindFit, sizes: Sequence[Size], heads: list[HeadArrays]) -> list[HeadArrays]:
+    """Heads trained on, where they are to be (`FitRun.distills`); as they were where that is no better on conversations
+    that are held out, and for models whose layers are not called one by one. sizes: of the heads. One rank does it."""
+    run, context = kind.run, kind.data.context
+    runner = layer_runner(run.model, run.geometry) if run.distills(context) else None
+    own = [isinstance(cache, NectarCache) for cache in context.make_cache()]
+    if runner is None or sum(own) != len(context.banks):
+        return heads
+    trained = dict[int, HeadArrays]()
+    if run.world.first:
+        trained = dict(enumerate(_Distillation(kind, sizes, heads, runner).run()))
+    return [head for _, head in sorted(run.world.heads(trained).items())]
+
+
+class _Batch:
+    """Conversations side by side: tokens [B, T], and where in [B · T] the answers are drawn, [R]."""
+
+    def __init__(self, conversations: Sequence[Conversation]):
+        sequences = [(c.prompt + c.answer)[:-1] for c in conversations]
+        longest, at = max(map(len, sequences)), list[int]()
+        # Right padding is harmless: attention is causal, and padded places count for nothing.
+        self.tokens = mx.array([s + [0] * (longest - len(s)) for s in sequences])
+        for row, c in enumerate(conversations):
+            at += range(row * longest + len(c.prompt) - 1, row * longest + c.fed_tokens)
+        self.drawn = mx.array(at)
+        places = np.full(self.tokens.size, len(at), np.int32)  # of a place in `drawn`, or of zeros behind it
+        places[at] = np.arange(len(at))
+        self._places = mx.array(places)
+
+    def rows(self, hidden: mx.array) -> mx.array:
+        """Of hidden states [B, T, E] those by which answers are drawn, [R, E]."""
+        return take(hidden.reshape(-1, hidden.shape[-1]), self.drawn)
+
+    def spread(self, rows: mx.array) -> mx.array:
+        """The inverse, zeros elsewhere."""
+        padded = mx.concatenate([rows, mx.zeros_like(rows[:1])])
+        return take(padded, self._places).reshape(*self.tokens.shape, -1)
+
+
+class _Distillation:
+    """The heads of all layers in one vector [P], and what it is moved by.
+
+    steps: of the grid that each number lies on, 0 where it is not rounded. rates: of each number; 0 for those of heads
+    that are not trained, and for padding.
+    """
+
+    def __init__(self, kind: KindFit, sizes: Sequence[Size], heads: list[HeadArrays], runner: LayerRunner):
+        self.kind, self.heads, self.runner, self.context = kind, heads, runner, kind.data.context
+        self.banks = list[Bank]()
+        trained, K = kind.trained(sizes), kind.run.geometry.n_kv_heads
+        steps, rates, vector = list[mx.array](), list[mx.array](), list[mx.array]()
+        for layer, exact in enumerate(self.context.banks):
+            own = slice(layer * K, layer * K + K)
+            bank = kind.run.layout.bank.stack(heads[own], scale=exact.scale, offset=exact.offset)
+            grids = bank.stack([_grids(head) for head in heads[own]], scale=exact.scale).parameters
+            scales = [_scales(head, train=train) for head, train in zip(heads[own], trained[own], strict=True)]
+            self.banks.append(bank)
+            for name, x in bank.parameters.items():
+                vector.append(x.astype(mx.float32).reshape(-1))
+                steps.append(mx.maximum(grids[name], 0.0).reshape(-1))
+                scale = mx.array([s[name] for s in scales]).reshape(-1, *[1] * (x.ndim - 1))
+                rates.append(mx.broadcast_to(scale, x.shape).reshape(-1))
+        self.vector, self.steps, self.rates = (mx.concatenate(parts) for parts in (vector, steps, rates))
+        conversations = [c for c in kind.data.conversations if c.answer]
+        self.training = [c for c in conversations if c.split == "train"]
+        self.held_out = [c for c in conversations if c.split == "held_out"][:_JUDGED]
+        self.finals = dict[int, mx.array]()  # by the conversation's id
+
+    def run(self) -> list[HeadArrays]:
+        """The heads after all steps, or as they were."""
+        run, steps = self.kind.run, self.kind.run.config.distillation_steps
+        if not self.training or not self.held_out:
+            return self.heads
+        before = self.divergence(self.vector)
+        state = optimizers.start({"": self.vector})
+        first, kept = 0, run.checkpoint.load_distillation()
+        if kept is not None:
+            first, self.vector = kept[0], kept[1]["vector"]
+            state = optimizers.State(mx.array(float(first)), {"": kept[1]["first"]}, {"": kept[1]["second"]})
+        batches = _batches(self.training, seed=run.config.seed)
+        with run.progress("distilling", steps) as done:
+            for step in range(steps):
+                conversations = next(batches)
+                if step < first:
+                    continue
+                rate = self.rates * (_RATE * optimizers.schedule(step, steps))
+                vector, state = optimizers.update(
+                    {"": self.vector},
+                    {"": self.gradient(_Batch(conversations), conversations)},
+                    state,
+                    rate=rate,
+                    muon_rate=mx.array(0.0),
+                    muon=frozenset(),
+                )
+                self.vector = vector[""]
+                mx.eval(self.vector, state)
+                moments = {"first": state.first[""], "second": state.second[""]}
+                run.checkpoint.save_distillation(step + 1, {"vector": self.vector} | moments)
+                done(step + 1)
+        if not self.divergence(self.vector) < before:
+            return self.heads
+        return [head for bank in self.banks_of(self.rounded(self.vector)) for head in bank.unstack()]
+
+    def rounded(self, vector: mx.array) -> mx.array:
+        """As it is stored."""
+        steps = mx.where(self.steps > 0, self.steps, 1.0)
+        return mx.where(self.steps > 0, mx.round(vector / steps) * steps, vector)
+
+    def banks_of(self, vector: mx.array) -> list[Bank]:
+        """The heads of all layers with other parameters."""
+        banks, at = list[Bank](), 0
+        for bank in self.banks:
+            other, parameters = copy(bank), HeadArrays()
+            for name, x in bank.parameters.items():
+                parameters[name] = vector[at : at + x.size].reshape(x.shape)
+                at += x.size
+            other.parameters = parameters
+            banks.append(other)
+        return banks
+
+    def caches(self, banks: Sequence[Bank], sequences: int) -> list[Any]:
+        """One a layer, behind these heads."""
+        remaining = iter(banks)
+        return [
+            NectarCache(next(remaining), self.context.start) if isinstance(cache, NectarCache) else cache
+            for cache in self.context.make_cache(sequences=sequences)
+        ]
+
+    def finals_of(self, batch: _Batch, conversations: Sequence[Conversation]) -> mx.array:
+        """What the last layer gives behind the full cache where answers are drawn, [R, E]."""
+        if any(id(c) not in self.finals for c in conversations):
+            _, last = forward(self.runner, batch.tokens, self.context.make_cache(sequences=len(conversations)))
+            ends = np.cumsum([len(c.answer) for c in conversations])[:-1].tolist()
+            rows = mx.split(batch.rows(last), ends)
+            mx.eval(rows)
+            self.finals |= {id(c): x for c, x in zip(conversations, rows, strict=True)}
+        return mx.concatenate([self.finals[id(c)] for c in conversations])
+
+    def gradient(self, batch: _Batch, conversations: Sequence[Conversation]) -> mx.array:
+        """Of the mean divergence of a batch by the vector, [P]."""
+        sequences, banks = len(conversations), self.banks_of(self.rounded(self.vector))
+        truth = self.finals_of(batch, conversations)
+        before, last = forward(self.runner, batch.tokens, self.caches(banks, sequences))
+        change = batch.spread(self.by_rows(truth, batch.rows(last)) / len(truth)).astype(last.dtype)
+        caches, gradients = self.caches(banks, sequences), list[mx.array]()
+
+        def differentiated(layer: int) -> tuple[Call, list[mx.array]]:
+            cache = caches.pop()
+            if not isinstance(cache, NectarCache):
+                return partial(_through, self.runner, layer, cache, ()), []
+            parameters = cache.bank.parameters
+            return partial(_through, self.runner, layer, cache, tuple(parameters)), list(parameters.values())
+
+        for _, of_layer in backward(self.runner, before, change, differentiated):
+            gradients = [*(g.reshape(-1) for g in of_layer), *gradients]
+        return mx.concatenate(gradients)
+
+    def by_rows(self, truth: mx.array, rows: mx.array) -> mx.array:
+        """The gradient of the sum of divergences by what the last layer gives, [R, E]."""
+        parts, step = list[mx.array](), self.rows_at_once
+        for start in range(0, len(rows), step):
+            part = slice(start, start + step)
+            parts.append(mx.grad(self.divergences)(rows[part], truth[part]))
+            mx.eval(parts)
+        return mx.concatenate(parts)
+
+    def divergences(self, rows: mx.array, truth: mx.array) -> mx.array:
+        """The sum of KL(truth ‖ rows) over rows [R, E] of what the last layer gives."""
+        ours, full = (log_probabilities(self.runner.logits(x[None])) for x in (rows, truth))
+        return (mx.exp(full) * (full - ours)).sum()
+
+    @property
+    def rows_at_once(self) -> int:
+        """Rows whose logits are held at a time."""
+        logits = self.runner.logits(mx.zeros((1, 1, self.runner.width)))  # never evaluated
+        return max(1, device().max_scores // logits.shape[-1])
+
+    def divergence(self, vector: mx.array) -> float:
+        """The mean divergence over conversations that are held out."""
+        total, banks = 0.0, self.banks_of(self.rounded(vector))
+        for part in _together(self.held_out):
+            batch = _Batch(part)
+            _, last = forward(self.runner, batch.tokens, self.caches(banks, len(part)))
+            rows, truth, step = batch.rows(last), self.finals_of(batch, part), self.rows_at_once
+            for start in range(0, len(rows), step):
+                part_sum = self.divergences(rows[start : start + step], truth[start : start + step])
+                total += float(part_sum.item())  # type: ignore[arg-type]
+        return total / sum(len(c.answer) for c in self.held_out)
+
+
+def _through(
+    runner: LayerRunner, layer: int, cache: Any, names: Sequence[str], hidden: mx.array, *parameters: mx.array
+) -> mx.array:
+    if names:
+        cache.bank.parameters = dict(zip(names, parameters, strict=True))
+    return runner.layer(layer, hidden, cache)
+
+
+def _grids(head: HeadArrays) -> HeadArrays:
+    """The step of each number of a head, 0 where it is not rounded."""
+    grids = {name: mx.zeros(x.shape) for name, x in head.items()}
+    found = GridMatrix.of_all([np.array(head[name].astype(mx.float32)) for name in _MATRICES])
+    for name, matrix in zip(_MATRICES, found, strict=True):
+        steps = mx.array(np.exp2(matrix.exponents / 2).astype(np.float32))[:, None]
+        grids[name] = mx.broadcast_to(steps, head[name].shape)
+    return grids
+
+
+def _scales(head: HeadArrays, *, train: bool) -> dict[str, float]:
+    """What each array of a head is measured in; zeros for a head that is not trained."""
+    size = {name: float(np.sqrt(np.square(np.array(head[name].astype(mx.float32))).mean())) for name in _MATRICES}
+    return {name: size.get(name, 1.0) if train else 0.0 for name in head}
+
+
+def _together(conversations: Sequence[Conversation]) -> list[list[Conversation]]:
+    """Conversations of about one length, as many as are differentiated side by side."""
+    ordered, size = sorted(conversations, key=lambda c: c.fed_tokens), device().distillation_batch
+    groups = -(-len(ordered) // size)
+    return [ordered[len(ordered) * i // groups : len(ordered) * (i + 1) // groups] for i in range(groups)]
+
+
+def _batches(conversations: Sequence[Conversation], *, seed: int) -> Iterator[list[Conversation]]:
+    """Without end, each conversation once in a round."""
+    random, groups = np.random.default_rng(seed), _together(conversations)
+    while True:
+        for i in random.permutation(len(groups)):
+            yield groups[i]
