@@ -19,6 +19,7 @@ from nectar_mlx.fitting.kinds.quadrature import QuadratureFit
 from nectar_mlx.fitting.layers import LayerRunner
 from nectar_mlx.fitting.samples.recording import collect
 from nectar_mlx.fitting.samples.sample_store import DeviceSampleStore, SampleStore
+from nectar_mlx.fitting.solve import grouping
 from nectar_mlx.store import grids
 from tests import launching, toys
 from tests.fitting.toy_fit import FAST, TEXT, fit_run, read
@@ -223,6 +224,19 @@ def test_ranks_pack_some_of_the_heads_each(two_ranks, monkeypatch):
         assert tensors.keys() == alone.keys()
         assert all(mx.array_equal(x, alone[name]) for name, x in tensors.items())
     assert [packed[0], *sorted(packed[1:])] == [5, 2, 3]
+
+
+def test_parts_have_as_much_to_train(tokenizer):
+    """The sizes of a fit on a CPU, where the largest heads are not trained: most of their nodes cost little."""
+    sizes = [1600, 1600, 1600, 1600, 1407, 1282, 1193, 1267, 785, 666, 610, 511, 361, 261, 329, 310]
+    sizes += [188, 224, 321, 228, 208, 193, 204, 209, 144, 193, 238, 104, 86, 159, 73, 136]
+    run, trained = fit_run(toys.toy("llama"), tokenizer, budget=0.3, steps=250), [size <= 661 for size in sizes]
+    kind = QuadratureFit(run, collect(run, read(run, toys.random_tokens(60))))
+    costs = [kind.cost((size,), trained=trains) for size, trains in zip(sizes, trained, strict=True)]
+    layers = parts(range(8), 4)
+    made = grouping.evened([[4 * layer + k for layer in part for k in range(4)] for part in layers], costs)
+    nodes = [sum(sizes[head] for head in part if trained[head]) for part in made]
+    assert max(nodes) < 1.25 * sum(nodes) / 4, nodes
 
 
 def test_a_process_by_itself_is_a_world_of_one():
