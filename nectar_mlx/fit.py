@@ -232,7 +232,8 @@ def _estimate(arguments: argparse.Namespace, tokens: int) -> JsonObject:
     budget = arguments.size or arguments.budget or "auto"
     options = settings(machine, budget=budget, kind=arguments.kind, effort=arguments.effort)
     count = min(tokens, arguments.context_tokens or tokens)
-    expected = estimate(named_shape(arguments.model), machine, options, max(1, count))
+    shape = named_shape(arguments.model)
+    expected = estimate(shape, machine, options, max(1, count), others=bool(arguments.others))
     return {"seconds": round(expected.seconds, 1), "file_bytes": int(expected.size), "basis": machine.basis}
 
 

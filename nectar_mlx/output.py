@@ -15,7 +15,7 @@ _CHARACTERS = 16  # of a token, on average, at most
 
 def check(path: Path, force: bool, fit: Mapping[str, object], files: object = None) -> None:
     """Asks before a .nectar is replaced by a different one. A fit of the same text, by the same model, with the same
-    settings may always be made again, and an interrupted one, whose folder is beside it, goes on.
+    settings may always be made again.
 
     Args:
         path: where the file will be written.
@@ -26,7 +26,7 @@ def check(path: Path, force: bool, fit: Mapping[str, object], files: object = No
 
     NectarError if the answer is no, or if there is no terminal to ask at.
     """
-    if force or not path.exists() or path.with_name(f"{path.name}.partial").exists():
+    if force or not path.exists():
         return
     held = _held(path)
     wanted = json.loads(json.dumps(fit))

@@ -126,9 +126,16 @@ def test_another_fit_is_not_replaced_without_a_question(tmp_path, monkeypatch):
         output.check(path, False, *others[0])
     monkeypatch.setattr(output.terminal, "confirm", lambda question, otherwise: True)
     output.check(path, False, *others[0])
+
+
+def test_an_interrupted_fit_does_not_replace_a_file_without_a_question(tmp_path):
+    """It may have been another one: whoever agreed to that did not agree to this."""
+    path = tmp_path / "book.nectar"
+    toys.picked(toys.toy("llama"), toys.random_tokens(40), 8).save(path)
     (tmp_path / "book.nectar.partial").mkdir()
-    monkeypatch.undo()
-    output.check(path, False, *others[0])
+    (tmp_path / "book.nectar.partial" / "fit.json").write_text("{}")
+    with pytest.raises(NectarError, match="holds another fit"):
+        output.check(path, False, {"model": "other"})
 
 
 def test_a_damaged_fit_is_not_replaced_without_a_question_either(tmp_path):

@@ -73,7 +73,7 @@ def stages(model: nn.Module, shape: Shape, tokens: int, config: FitConfig) -> It
     words, world = Words(shape.vocabulary), World.here()
     run = FitRun(model=model, tokenizer=words, geometry=geometry, config=config, world=world)
     clock = Clock()
-    context = prefill.read_text(model, prefix, geometry)
+    context = prefill.read_text(model, prefix, geometry, world=world)
     yield clock.stage("prefill")
     data = recording.collect(run, context)
     yield clock.stage("study") | {"samples": data.train.capacity}
@@ -83,7 +83,7 @@ def stages(model: nn.Module, shape: Shape, tokens: int, config: FitConfig) -> It
     yield clock.stage("deciding sizes")
     heads = train_heads(kind, plan.sizes)
     yield clock.stage("regression")
-    tensors = store.contents(run.layout, heads, prefix=prefix, windows={}, offsets=context.offsets)
+    tensors = store.contents(run.layout, heads, prefix=prefix, windows={}, offsets=context.offsets, shared=world.shared)
     yield clock.stage("packing") | {"digest": store.digest(tensors)}
 
 

@@ -25,10 +25,10 @@ _HEAD = """# Planning on paper
 - An Apple machine is taken to do the share of its published float32 rate that an H100 does, 0.21. No fit has run on
   one. Times may be off by half where the rate is measured, by more elsewhere.
 - A text longer than the model's window is read in chunks. "—": a fit needs more memory than one machine has.
-- Several machines: each has the model; the text is read by all of them. They share sampling, capture, sizes, training
-  and the check of the first chunk, and take one of the other chunks each. Samples travel at 5 GB/s, half of what
-  Thunderbolt 5 is published to carry. On GPUs answers are sampled in a multiple of two groups, so more than two
-  machines gain little in one chunk ([log/distributed.md](log/distributed.md)).
+- Several machines: each has the model. They share reading, sampling, sizes, training and the check of the first
+  chunk, and take one of the other chunks each. Keys and values travel at 5 GB/s, half of what Thunderbolt 5 is
+  published to carry. On GPUs answers are sampled in a multiple of two groups, so more than two machines gain little in
+  one chunk ([log/distributed.md](log/distributed.md)).
 """
 
 

@@ -83,6 +83,7 @@ class Device:
     study_shares: int
     shared_scores: int
     study_share: int
+    expected_share: float
     completion_keys: int
     steps_ahead: int
     fisher_probes: int
@@ -130,6 +131,7 @@ LINUX_CPU = Device(
     study_shares=4,
     shared_scores=0,
     study_share=36,
+    expected_share=0.9,
     completion_keys=1024,
     steps_ahead=1,
     fisher_probes=3,
@@ -176,6 +178,7 @@ GPU = Device(
     study_shares=2,
     shared_scores=1 << 27,
     study_share=16,
+    expected_share=1.0,
     completion_keys=2048,
     steps_ahead=8,
     fisher_probes=8,

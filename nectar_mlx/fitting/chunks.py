@@ -75,7 +75,9 @@ def fit(
     before = read_text(run.model, prefix[:preamble], run.geometry, offsets=offsets).banks if preamble else []
     heads = list(_heads(run.layout, before, [chunk.layers for chunk in fitted]))
     windows = states.coded(fitted[-1].windows, 16)
-    tensors = store.contents(run.layout, heads, prefix=prefix, windows=windows, offsets=offsets)
+    tensors = store.contents(
+        run.layout, heads, prefix=prefix, windows=windows, offsets=offsets, shared=run.world.shared
+    )
     banks = load.banks(run.layout, tensors, trusted=True)
     finite.check_banks("rounding", banks, run.geometry)
     report = {
@@ -146,6 +148,7 @@ def _fit_at_once(run: FitRun, text: Sequence[int], target: ChunkTarget, *, clock
             prefill=run.config.prefill,
             offsets=target.offsets,
             preamble=target.preamble,
+            world=run.world,
             progress=done,
         )
     clock.lap("read")
@@ -153,10 +156,11 @@ def _fit_at_once(run: FitRun, text: Sequence[int], target: ChunkTarget, *, clock
         run, context, lambda share: target.nbytes, target.share, plan=target.plan, clock=clock
     )
     one, K = replace(run.layout, n_layers=1), geometry.n_kv_heads
-    layers = [
-        store.pack(one, heads[i : i + K], offsets=[bank.offset])
-        for i, bank in zip(range(0, len(heads), K), context.banks, strict=True)
-    ]
+    offsets = [bank.offset for bank in context.banks]
+    layers = run.world.shared(
+        range(len(offsets)),
+        lambda mine: [store.pack(one, heads[i * K : i * K + K], offsets=[offsets[i]]) for i in mine],
+    )
     runner = LayerRunner(run.model, geometry)
     return FittedChunk(
         plan=plan,

@@ -15,7 +15,7 @@ sends from, which with NCCL is the GPU's.
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -93,17 +93,31 @@ class World:
         longest = max(map(len, by_rank))
         return [results[at] for at in range(longest) for results in by_rank if at < len(results)]
 
+    def shared(
+        self, pieces: Sequence[_T], make: Callable[[Sequence[_T]], Sequence[Mapping[str, mx.array]]]
+    ) -> list[dict[str, mx.array]]:
+        """Arrays made of every piece of work, in the order of the pieces. make: of a rank's share of them. All ranks
+        must call it."""
+        own = make(self.mine(pieces))
+        by_rank = self._numbered(dict(enumerate(own)))
+        return self.in_order(own, [list(of.values()) for of in by_rank])
+
     def heads(self, heads: Mapping[int, HeadArrays]) -> dict[int, HeadArrays]:
         """The heads that all ranks have, by their numbers."""
+        return {number: head for of in self._numbered(heads) for number, head in of.items()}
+
+    def _numbered(self, own: Mapping[int, Mapping[str, mx.array]]) -> list[dict[int, dict[str, mx.array]]]:
+        """Arrays by number and name, of all ranks."""
         if self.size == 1:
-            return dict(heads)
-        flat = {f"{index}.{name}": x for index, head in heads.items() for name, x in head.items()}
-        merged: dict[int, HeadArrays] = {}
-        for part in self.arrays(flat):
+            return [{number: dict(arrays) for number, arrays in own.items()}]
+        by_rank = list[dict[int, dict[str, mx.array]]]()
+        for part in self.arrays({f"{number}.{name}": x for number, of in own.items() for name, x in of.items()}):
+            found = dict[int, dict[str, mx.array]]()
             for key, x in part.items():
-                index, name = key.split(".", 1)
-                merged.setdefault(int(index), {})[name] = x
-        return merged
+                number, name = key.split(".", 1)
+                found.setdefault(int(number), {})[name] = x
+            by_rank.append(found)
+        return by_rank
 
 
 def parts(pieces: Sequence[_T], count: int) -> list[Sequence[_T]]:

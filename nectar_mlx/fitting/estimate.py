@@ -17,6 +17,7 @@ from ..mlxlm.attention_patch import Geometry
 from ..store import Layout
 from .budget import SMALL, affordable_bytes, size_for
 from .config import FitConfig, density, useful_samples
+from .prefill import READ
 from .samples.conversation import FEWEST_TOGETHER, count_groups
 
 AUTO_SHARE = 0.04  # of the KV cache; what was chosen for three models was 0.024, 0.04 and 0.16 (docs/results.md)
@@ -32,6 +33,7 @@ _START = 2e9  # operations that starting a head takes the time of
 _CPU = {"reading": 2.0, "sampling": 1.8, "capturing": 1.2, "sensitivity": 1.9, "training": 1.4, "checking": 3.0}
 _SMALL_HEADS = 0.45  # of all nodes: in heads that are trained, where much larger ones are not (measured at 4%)
 _GPU = {"reading": 2.0, "sampling": 5.0, "capturing": 4.0, "sensitivity": 1.5, "training": 5.0, "checking": 1.5}
+_CHECKED_AGAIN = 2 / 3  # of a check, where answers without the text are known
 _LAUNCH_SECONDS = 5e-4  # that a GPU takes a layer of a decoding step, at least
 _LINK = 5e9  # bytes a second between two machines: half of what Thunderbolt 5 is published to carry
 _READ = 2  # bytes that the decode kernel reads of a byte of a file: nodes of 4 bits are widened to 8
@@ -100,17 +102,25 @@ class Estimate(NamedTuple):
 
 
 def estimate(
-    shape: Shape, machine: Machine, config: FitConfig, tokens: int, *, chunks: int | None = None, machines: int = 1
+    shape: Shape,
+    machine: Machine,
+    config: FitConfig,
+    tokens: int,
+    *,
+    chunks: int | None = None,
+    machines: int = 1,
+    others: bool = False,
 ) -> Estimate:
     """Of a text of so many tokens. chunks: that it is read in (default: as the model's window says). machines: equal
-    ones that share the work."""
+    ones that share the work. others: whether it is fitted with other files in view, by which it is checked again; their
+    few nodes cost little."""
     chunks = chunks or -(-tokens // max(1, shape.window - _QUESTIONS))
     n = -(-tokens // chunks)
     limit = config.memory or machine.memory / 2
     layerwise = config.layerwise or shape.geometry.cache_bytes(n) * _compute_bytes(machine) / 2 > limit
     work = _Work(shape=shape, machine=machine, config=config, n=n, layerwise=layerwise, machines=machines)
     stages = list(_excerpt(work)) if config.budget == "auto" and (chunks > 1 or layerwise) else []
-    first, others = (
+    first, later = (
         list(part) for part in (work.parts(choice=chunks == 1), replace(work, machines=1).parts(first=False))
     )
     for number in [
@@ -118,11 +128,13 @@ def estimate(
         *range(1, chunks, machines),
     ]:  # the first one is fitted together, each of the others by one machine
         name = "" if chunks == 1 else f"chunk {number + 1} of {chunks}: "
-        stages += [Stage(name + what, seconds) for what, seconds in (others if number else first)]
+        stages += [Stage(name + what, seconds) for what, seconds in (later if number else first)]
     if work.distills and chunks == 1 and not layerwise:
         stages.append(Stage("distilling", work.distillation()))
     if work.layout.bank.fitted:
         stages.append(Stage("checking", work.check() if chunks == 1 else -(-chunks // machines) * work.check_alone()))
+        if others:
+            stages.append(Stage("checking", _CHECKED_AGAIN * work.check()))
     kept = size = work.share * shape.geometry.cache_bytes(tokens)
     size += 4 * tokens
     if work.layout.bank.keeps_keys:
@@ -207,11 +219,10 @@ class _Work:
     @property
     def conversations(self) -> int:
         """That heads are trained on, as in `self_study.study`."""
-        samples = self.samples
-        share = _TRAIN_SHARE * density(
-            self.config, self.machine.profile, group=self.group, samples=samples, distilled=self.distills
-        )
-        return max(FEWEST_TOGETHER, int(samples / (share * self.group * self.conversation)) + 1)
+        samples, profile = self.samples, self.machine.profile
+        share = _TRAIN_SHARE * density(self.config, profile, group=self.group, samples=samples, distilled=self.distills)
+        count = max(FEWEST_TOGETHER, int(samples / (share * self.group * self.conversation)) + 1)
+        return count if count < 2 * profile.study_share else int(count / profile.expected_share)
 
     @property
     def sampled(self) -> int:
@@ -293,10 +304,10 @@ class _Work:
 
     def stages(self, *, sizes: bool, choice: bool) -> Iterator[Stage]:
         """All layers at once. sizes: whether they are decided here. choice: whether the budget is, too."""
+        sent = self.shape.geometry.cache_bytes(self.n) * (1 - 1 / self.machines) / _LINK
+        yield Stage("reading", self.shared(-(-self.n // READ)) * self.read().seconds + sent)
         if not self.layout.bank.fitted:
-            yield self.read()
             return
-        yield self.read()
         yield from self.study()
         if self.replayed:
             captured = self.seconds(self.sampled * self.token(vocabulary=False), "capturing") / self.machines

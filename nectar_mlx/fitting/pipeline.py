@@ -130,14 +130,14 @@ def _fit_whole(
     """All layers of all of the text at once -> tensors and report, and the file of keys, where the kind has one."""
     others = Others.before(prefix, run.others, run.model, run.geometry)
     with run.progress("reading", len(prefix)) as done:
-        context = read_text(run.model, prefix, run.geometry, prefill=run.config.prefill, progress=done)
+        context = read_text(run.model, prefix, run.geometry, prefill=run.config.prefill, world=run.world, progress=done)
     clock.lap("read")
     finite.check_banks("reading", context.banks, run.geometry)
     finite.check_logits(run.model(mx.array([prefix[-1:]]), cache=context.make_cache()))
     if others is not None:
         plain_windows(run.geometry, context.windows, "put together")
         context = replace(context, others=others)
-    contents = partial(store.contents, prefix=prefix, offsets=context.offsets)
+    contents = partial(store.contents, prefix=prefix, offsets=context.offsets, shared=run.world.shared)
     if not run.layout.bank.fitted:
         heads = [head for bank in context.banks for head in bank.unstack()]
         return contents(run.layout, heads, windows=context.windows), {}, None
@@ -190,7 +190,7 @@ def _announce(run: FitRun, tokens: int, chunks: int, *, name: str, log: Log) -> 
     """Tells what the fit is expected to take: the progress, a person where it is long, and NectarError where the disk
     has no room for it."""
     shape = shape_of(run.model, run.geometry, name)
-    expected = estimate(shape, here(), run.config, tokens, chunks=chunks)
+    expected = estimate(shape, here(), run.config, tokens, chunks=chunks, others=bool(run.others))
     if run.checkpoint.folder is not None:
         folder = run.checkpoint.folder.parent.resolve()
         needed, free = expected.size + expected.disk, free_space(folder)

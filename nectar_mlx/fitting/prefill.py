@@ -14,8 +14,11 @@ from ..mlxlm import prompts
 from ..mlxlm.cache import NectarCache
 from ..mlxlm.geometry import LATENT, SHARED, STATE, Geometry, Layer
 from ..mlxlm.kept import Kept, make_caches, shared_layers, what_is_kept, widened
+from .distributed import World
+from .layers import layer_runner
 from .others import Others
 from .prefill_attention import Prefill, ReadingCache
+from .shared_reading import can_be_shared, read_layers
 
 READ = 512  # tokens of a text that are read at a time
 
@@ -71,21 +74,27 @@ def read_text(
     prefill: Prefill = "dense",
     offsets: Sequence[mx.array | None] = (),
     preamble: int = 0,
+    world: World | None = None,
     progress: Callable[[int], None] = lambda n: None,
 ) -> Context:
     """Prefills the prefix, some tokens at a time. progress is told how many tokens are done.
 
     preamble: as in `Context`. offsets: one [K, D] for each layer with full attention, relative to which its keys are
-    kept (default: their mean).
+    kept (default: their mean). world: of the ranks that share the work, where the model allows it; all call this.
     """
     layers = [layer for layer in geometry.layers if layer.kind != SHARED]
-    caches: list[Any] = [reading_cache(len(prefix), layer, prefill=prefill) for layer in layers]
-    tokens = mx.array(list(prefix))[None]
-    for start in range(0, len(prefix), READ):
-        model(tokens[:, start : start + READ], cache=caches)
-        mx.eval([c.state for c in caches])
-        mx.clear_cache()
-        progress(min(start + READ, len(prefix)))
+    tokens, pieces = mx.array(list(prefix))[None], [slice(i, i + READ) for i in range(0, len(prefix), READ)]
+    caches: Sequence[Any]
+    shared = world is not None and world.size > 1 and len(pieces) > 1 and can_be_shared(geometry)
+    if shared and world is not None and (runner := layer_runner(model, geometry)) is not None:
+        caches = read_layers(runner, tokens, pieces=pieces, world=world, prefill=prefill, progress=progress)
+    else:
+        caches = [reading_cache(len(prefix), layer, prefill=prefill) for layer in layers]
+        for piece in pieces:
+            model(tokens[:, piece], cache=caches)
+            mx.eval([c.state for c in caches])
+            mx.clear_cache()
+            progress(min(piece.stop, len(prefix)))
     context = Context(list(prefix), [], shared_layers(geometry), preamble=preamble)
     for number, (layer, cache) in enumerate(zip(layers, caches, strict=True)):
         offset = offsets[len(context.banks)] if len(offsets) > len(context.banks) else None

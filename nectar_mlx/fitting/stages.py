@@ -33,6 +33,7 @@ def fit_context(
     clock.lap("budgets")
     heads = train_heads(kind, plan.sizes, bits=plan.bits)
     clock.lap("regression")
-    heads = distilled(kind, plan.sizes, heads)
-    clock.lap("distillation")
+    if run.distills(context):
+        heads = distilled(kind, plan.sizes, heads)
+        clock.lap("distillation")
     return kind, plan, heads

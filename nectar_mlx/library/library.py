@@ -138,11 +138,13 @@ class Library:
 
     def update(self, fitter: Fitter, *, progress: Progress = silent, log: Log = no_log, retry: bool = True) -> Added:
         """Reads all that was ever added again, fits what is new or changed, and then what was fitted on another model:
-        the documents that were used last come first. retry: fit again what failed. Errors as in `add`."""
+        the documents that were used last come first. retry: fit again what failed, and what has a damaged file, for
+        which all of the model's files are read. Errors as in `add`."""
         scanned = scan.scan(self._database, scan.known_roots(self._database), own=self.folder.is_own, progress=progress)
         if retry:
             with self._database.writing() as rows:
                 rows.execute("UPDATE volumes SET state = 'waiting', reason = '' WHERE state = 'failed'")
+            self._miss_damaged(fitter)
         return Added(scanned, self._fit(fitter, refit=True, progress=progress, log=log))
 
     def remove(self, paths: Sequence[str | Path], *, missing: bool = False) -> Removed:
@@ -212,7 +214,7 @@ class Library:
     def _fit(self, fitter: Fitter, *, refit: bool, progress: Progress, log: Log) -> Work:
         """Loads the model only if there is something to fit, or if it may be another one."""
         with self._database.writing() as rows:
-            volumes.miss_lost(rows, {file.stem for file in self.folder.volumes.glob("*.nectar")})
+            volumes.miss(rows, (v for v in volumes.finished(rows) if not self.folder.volume(v).exists()))
         known = self.identity
         if known is not None and (known.name, known.adapter) == (fitter.name, fitter.adapter) and not refit:
             self._plan(known)
@@ -224,6 +226,17 @@ class Library:
                 return Work()
         self._set("identity", list(fitter.identity))
         return fit_waiting(self._database, self.folder, fitter, refit=refit, progress=progress, log=log)
+
+    def _miss_damaged(self, fitter: Fitter) -> None:
+        """What the library's model was fitted to is to be fitted again where its file is not whole."""
+        if (known := self.identity) is None:
+            return
+        with self._database.reading() as rows:
+            fitted = volumes.finished(rows, known)
+        if fitted and fitter.identity.digests == known.digests:
+            damaged = [volume for volume in fitted if not fitter.is_whole(self.folder.volume(volume))]
+            with self._database.writing() as rows:
+                volumes.miss(rows, damaged)
 
     def _plan(self, identity: Identity) -> None:
         with self._database.writing() as rows:

@@ -11,7 +11,7 @@ A volume is fitted by the one process that has claimed it. The claim of a proces
 import hashlib
 import os
 import sqlite3
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -131,11 +131,17 @@ def members(rows: sqlite3.Connection, volume: str) -> list[int]:
     return [row[0] for row in found]
 
 
-def miss_lost(rows: sqlite3.Connection, present: Collection[str]) -> None:
-    """Finished volumes whose file is gone are to be fitted again. present: those that have one."""
-    for (volume,) in rows.execute("SELECT id FROM volumes WHERE state = 'done'").fetchall():
-        if volume not in present:
-            rows.execute("UPDATE volumes SET state = 'waiting' WHERE id = ?", (volume,))
+def finished(rows: sqlite3.Connection, identity: Identity | None = None) -> list[str]:
+    """The volumes that are fitted, or those that are by one model."""
+    query = "SELECT id FROM volumes WHERE state = 'done'"
+    if identity is None:
+        return [row[0] for row in rows.execute(query)]
+    return [row[0] for row in rows.execute(f"{query} AND (model_sha256, tokenizer_sha256) = (?, ?)", identity.digests)]
+
+
+def miss(rows: sqlite3.Connection, lost: Iterable[str]) -> None:
+    """Finished volumes whose file is gone, or damaged, are to be fitted again."""
+    rows.executemany("UPDATE volumes SET state = 'waiting' WHERE id = ?", [(volume,) for volume in lost])
 
 
 def former(rows: sqlite3.Connection, claimed: "Claim") -> str | None:

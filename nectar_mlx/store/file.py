@@ -24,7 +24,7 @@ from ..core.types import JsonObject
 from ..errors import NectarError
 from ..heads import HeadArrays
 from . import schema, tensor_file
-from .layout import Layout, pack
+from .layout import Layout, Shared, alone, pack
 from .tensor_file import Tensors
 
 if TYPE_CHECKING:  # commands import this module, and mlx-lm takes seconds
@@ -45,12 +45,14 @@ def contents(
     prefix: Sequence[int],
     windows: "Mapping[int, Kept]",
     offsets: Sequence[mx.array | None] = (),
+    shared: Shared = alone,
 ) -> Tensors:
     """All tensors of a file, quantized: writing them loses nothing more.
 
-    heads: layer by layer. windows: what the layers without heads keep, by layer. offsets: as for `layout.pack`.
+    heads: layer by layer. windows: what the layers without heads keep, by layer. offsets, shared: as for `layout.pack`.
     """
-    tensors = {"prefix": mx.array(list(prefix), dtype=mx.int32)} | pack(layout, heads, offsets=offsets)
+    packed = pack(layout, heads, offsets=offsets, shared=shared)
+    tensors = {"prefix": mx.array(list(prefix), dtype=mx.int32)} | packed
     return tensors | {f"windows.{layer}.{name}": x for layer, k in windows.items() for name, x in k.tensors().items()}
 
 

@@ -7,6 +7,7 @@ less its row's exponent, and the columns' scales and the rows' exponents are cod
 are in half octaves: twice a binary logarithm.
 """
 
+import itertools
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,16 +16,16 @@ from typing import NamedTuple
 import numpy as np
 
 from ..core import rans
-from ..core.types import AnyArray, ByteArray, FloatArray, IntArray
+from ..core.types import AnyArray, ByteArray, DoubleArray, FloatArray, IntArray
 from ..errors import NectarError
 
 _LARGEST = 4096  # integer of a row whose step is found
 _LARGEST_ROUNDED = 127  # integer of a row that must be rounded
 _NOTHING = 1e-12  # rows whose entries are no larger are zero
 _LEAST_EXPONENT, _MOST_EXPONENT = -300, 100  # of a row's step or a column's scale
-_TOGETHER = 1 << 17  # numbers whose steps are looked for at a time: they stay in a core's cache
+_TOGETHER = 1 << 18  # numbers whose steps are looked for at a time: they stay in a core's cache
 BLOCK = 1 << 22  # integers that are coded together, at most; files depend on it
-_WORKERS = min(8, os.cpu_count() or 1)  # each takes some 150 MB, and more threads wait for memory
+_WORKERS = min(8, os.cpu_count() or 1)  # each takes some 100 MB
 MEAN_BITS = 4.0  # that an entry is to take on average: fewer leave more room for nodes, which are then too coarse
 
 
@@ -66,41 +67,49 @@ class GridMatrix(NamedTuple):
         if not len(self.integers):
             return np.zeros(self.integers.shape[1], np.int32)
         columns: IntArray = np.maximum(column_scales(self.values), self.exponents.min() - 12)
-        while (beyond := (np.abs(self.integers) > rans.limit(log2_scales(columns, self.exponents))).any(0)).any():
+        order = np.argsort(self.exponents, kind="stable")
+        steps, firsts = np.unique(self.exponents[order], return_index=True)
+        largest = np.maximum.reduceat(np.abs(self.integers[order]), firsts)
+        while (beyond := (largest > rans.limit(log2_scales(columns, steps))).any(0)).any():
             columns += beyond
         return columns
 
 
 def _coarsest(values: AnyArray) -> tuple[IntArray, IntArray]:
     """The integers [rows, D] and exponents [rows] of `GridMatrix.of`; a row of zeros has the exponent 0."""
-    step = max(1, _TOGETHER // max(1, values.shape[1]))
-    with ThreadPoolExecutor(_WORKERS) as threads:
-        parts = list(threads.map(_coarsest_of, (values[i : i + step] for i in range(0, len(values), step))))
-    parts = parts or [_coarsest_of(values)]
-    return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
-
-
-def _coarsest_of(values: AnyArray) -> tuple[IntArray, IntArray]:
-    """`_coarsest` of some rows."""
-    values = values.astype(np.float64)
-    top = np.abs(values).max(1, initial=0)
-    left = np.flatnonzero(top > _NOTHING)
     integers, exponents = np.zeros(values.shape, np.int32), np.zeros(len(values), np.int32)
+    step = max(1, _TOGETHER // max(1, values.shape[1]))
+    for first in range(0, len(values), step):
+        rows = slice(first, first + step)
+        _find(values[rows].astype(np.float64), integers[rows], exponents[rows])
+    return integers, exponents
+
+
+def _find(values: DoubleArray, integers: IntArray, exponents: IntArray) -> None:
+    """`_coarsest` of some rows, into arrays of zeros."""
+    top = np.abs(values).max(1, initial=0)
+    few, left = values[:, :8].T.copy(), np.flatnonzero(top > _NOTHING)
     coarsest = np.floor(2 * np.log2(np.maximum(top, 1e-30))).astype(np.int32) + 1  # the largest entry is 1
     for finer in range(2 * int(np.log2(_LARGEST)) + 1):
-        steps = np.exp2((coarsest[left] - finer) / 2)[:, None]
-        few = values[left, :8] / steps  # a few entries refute most steps
-        possible = np.abs(few - np.rint(few)).max(1, initial=0) < 1e-3
-        scaled = values[left[possible]] / steps[possible]
-        rounded = np.rint(scaled)
-        fits = (np.abs(scaled - rounded).max(1, initial=0) < 1e-3) & (np.abs(rounded).max(1, initial=0) > 0)
-        rows = left[possible][fits]
-        integers[rows], exponents[rows] = rounded[fits], coarsest[rows] - finer
-        possible[possible] = fits
-        left = left[~possible]
+        steps = np.exp2((coarsest[left] - finer) / 2)
+        fits = _are_whole(few.take(left, 1) / steps, 0)[0]  # a few entries refute most steps
+        possible = fits.nonzero()[0]
+        if not len(possible):
+            continue
+        whole, rounded = _are_whole(values.take(left[possible], 0) / steps[possible, None], 1)
+        rows = left[possible[whole]]
+        integers[rows], exponents[rows] = rounded[whole], coarsest[rows] - finer
+        fits[possible] = whole
+        left = left[~fits]
     exponents[left] = np.ceil(2 * np.log2(top[left] / _LARGEST_ROUNDED))
     integers[left] = np.rint(values[left] / np.exp2(exponents[left] / 2)[:, None])
-    return integers, exponents
+
+
+def _are_whole(scaled: DoubleArray, axis: int) -> tuple[AnyArray, DoubleArray]:
+    """Whether all numbers along an axis are whole; and all of them rounded. Overwrites them."""
+    rounded = np.rint(scaled)
+    scaled -= rounded
+    return np.abs(scaled, out=scaled).max(axis, initial=0) < 1e-3, rounded
 
 
 def column_scales(values: AnyArray) -> IntArray:
@@ -111,7 +120,7 @@ def column_scales(values: AnyArray) -> IntArray:
 
 def log2_scales(columns: IntArray, exponents: IntArray) -> IntArray:
     """Of the integers of every row and column, [rows, D]. columns: `column_scales`."""
-    return np.asarray(columns[None] - exponents[:, None])
+    return np.asarray(columns.astype(np.int16)[None] - exponents.astype(np.int16)[:, None])
 
 
 def expected_bytes(rows: int, width: int) -> float:
@@ -120,27 +129,48 @@ def expected_bytes(rows: int, width: int) -> float:
     return rows * (width * (MEAN_BITS + 0.11) / 8 + 0.4) + 0.4 * width + 4 if rows else 0
 
 
+class Block(NamedTuple):
+    """Matrices that are coded together: the exponents of all rows, the scales of all columns, integers as bytes."""
+
+    exponents: IntArray
+    columns: IntArray
+    coded: ByteArray
+
+    @classmethod
+    def of(cls, matrices: Sequence[GridMatrix]) -> "Block":
+        columns = [matrix.column_scales() for matrix in matrices]
+        scales = [log2_scales(c, m.exponents).reshape(-1) for c, m in zip(columns, matrices, strict=True)]
+        coded = rans.encode(np.concatenate([m.integers.reshape(-1) for m in matrices]), np.concatenate(scales))
+        return cls(np.concatenate([m.exponents for m in matrices]), np.concatenate(columns), coded)
+
+
+def coded(matrices: Sequence[Sequence[AnyArray]]) -> list[Block]:
+    """The matrices [rows, D] of several blocks, each as `GridMatrix.of` finds it."""
+    with ThreadPoolExecutor(_WORKERS) as threads:
+        return list(threads.map(lambda values: Block.of(GridMatrix.of_all(values)), matrices))
+
+
 def encode(matrices: Sequence[GridMatrix]) -> tuple[ByteArray, ByteArray]:
     """Several matrices -> their exponents and column scales, and their integers."""
+    parts = [matrices[block] for block in blocks([matrix.integers.size for matrix in matrices])]
+    with ThreadPoolExecutor(_WORKERS) as threads:
+        every = list(threads.map(Block.of, parts))
+    return join(every, [matrix.integers.shape for matrix in matrices])
+
+
+def join(every: Sequence[Block], shapes: Sequence[tuple[int, ...]]) -> tuple[ByteArray, ByteArray]:
+    """`encode` of matrices of these shapes, by their blocks."""
     header, vectors = list[int](), list[_Coded]()
-    with ThreadPoolExecutor(_WORKERS) as threads:
-        columns = list(threads.map(GridMatrix.column_scales, matrices))
-    for matrix, scales in zip(matrices, columns, strict=True):
-        for vector in (matrix.exponents, scales):
-            middle = round(float(vector.mean())) if len(vector) else 0
-            scale = _common_scale(vector - middle)
-            vectors.append(_Coded(vector - middle, np.full(len(vector), scale)))
-            header += [middle, scale]
-
-    def write(block: slice) -> ByteArray:
-        pairs = zip(matrices[block], columns[block], strict=True)
-        return _encoded([_Coded(m.integers.reshape(-1), log2_scales(c, m.exponents).reshape(-1)) for m, c in pairs])
-
-    parts = [np.array(header, np.int8).view(np.uint8), _encoded(vectors)]
-    with ThreadPoolExecutor(_WORKERS) as threads:
-        coded = list(threads.map(write, blocks([matrix.integers.size for matrix in matrices])))
-    lengths = np.array([len(x) for x in coded], "<u4").view(np.uint8)
-    return np.concatenate(parts), np.concatenate([lengths, *coded])
+    rows = np.split(np.concatenate([block.exponents for block in every]), np.cumsum([n for n, _ in shapes])[:-1])
+    columns = np.split(np.concatenate([block.columns for block in every]), np.cumsum([n for _, n in shapes])[:-1])
+    for vector in itertools.chain.from_iterable(zip(rows, columns, strict=True)):
+        middle = round(float(vector.mean())) if len(vector) else 0
+        scale = _common_scale(vector - middle)
+        vectors.append(_Coded(vector - middle, np.full(len(vector), scale)))
+        header += [middle, scale]
+    lengths = np.array([len(block.coded) for block in every], "<u4").view(np.uint8)
+    scales = np.concatenate([np.array(header, np.int8).view(np.uint8), _encoded(vectors)])
+    return scales, np.concatenate([lengths, *(block.coded for block in every)])
 
 
 def decode(scales: ByteArray, integers: ByteArray, shapes: Sequence[tuple[int, int]]) -> Iterator[GridMatrix]:

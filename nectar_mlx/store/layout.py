@@ -17,16 +17,19 @@ import mlx.core as mx
 import numpy as np
 
 from ..core.quantize import Quantized, Stored, dequantize, group_size, quantize, unpack_integers
+from ..core.types import ByteArray
 from ..errors import NectarError
 from ..heads import ALIASES, KINDS, Bank, HeadArrays
 from . import grids
-from .grids import GridMatrix
+from .grids import Block, GridMatrix
 from .tensor_file import Tensors
 
 BITS = (4, 5, 6, 7, 8, 16)  # of a matrix entry; 16 = float
 HALF_MAX = 65504.0  # the largest float16
 CODED = ("heads.grids", "heads.numbers")  # tensors of entropy-coded matrices
 LARGEST = 1e9  # of any number in a file: those of models are far smaller, and products of these stay finite
+# (pieces, make): what `make` makes of all pieces of work, in their order.
+Shared = Callable[[Sequence[slice], Callable[[Sequence[slice]], list[Tensors]]], list[Tensors]]
 _Parameter = TypeVar("_Parameter", bound=mx.array | Quantized)
 
 
@@ -101,8 +104,20 @@ def mean_bits(layout: Layout, tensors: Tensors) -> float:
     return round(8 * tensors["heads.numbers"].nbytes / max(1, sum(map(math.prod, shapes))), 2)
 
 
-def pack(layout: Layout, heads: Sequence[HeadArrays], *, offsets: Sequence[mx.array | None] = ()) -> Tensors:
-    """All heads, layer by layer -> the tensors of the file. offsets: of each layer's heads, [K, D]; none are zero."""
+def alone(pieces: Sequence[slice], make: Callable[[Sequence[slice]], list[Tensors]]) -> list[Tensors]:
+    """`Shared` of a single process."""
+    return make(pieces)
+
+
+def pack(
+    layout: Layout,
+    heads: Sequence[HeadArrays],
+    *,
+    offsets: Sequence[mx.array | None] = (),
+    shared: Shared = alone,
+) -> Tensors:
+    """All heads, layer by layer -> the tensors of the file. offsets: of each layer's heads, [K, D]; none are zero.
+    shared: what is made of all pieces of work, in their order; ranks can share it."""
     sizes = [layout.bank.size_of(h) for h in heads]
     heads = [layout.narrowed(head) for head in heads]
     tensors: Tensors = {"sizes": mx.array(sizes, dtype=mx.int32)}
@@ -121,10 +136,21 @@ def pack(layout: Layout, heads: Sequence[HeadArrays], *, offsets: Sequence[mx.ar
             tensors[f"heads.{name}"] = mx.concatenate([p.data for p in parts])
             tensors[f"heads.{name}.scales"] = mx.concatenate([p.scales for p in parts])[:, 0]
     if layout.bits is None:
-        names = _matrix_shapes(layout, sizes[0])
-        tensors |= _coded(GridMatrix.of_all([np.array(h[n].astype(mx.float32)) for h in heads for n in names]))
+        tensors |= _packed_matrices([h[n] for h in heads for n in _matrix_shapes(layout, sizes[0])], shared)
     mx.eval(tensors)
     return tensors
+
+
+def _packed_matrices(matrices: Sequence[mx.array], shared: Shared) -> Tensors:
+    """Matrices [rows, D], entropy-coded. shared: as for `pack`."""
+
+    def coded(pieces: Sequence[slice]) -> list[Tensors]:
+        values = [[np.array(x.astype(mx.float32)) for x in matrices[piece]] for piece in pieces]
+        return [{n: mx.array(x) for n, x in block._asdict().items()} for block in grids.coded(values)]
+
+    made = shared(grids.blocks([x.size for x in matrices]), coded)
+    every = [Block(**{name: np.array(x) for name, x in block.items()}) for block in made]
+    return _named(grids.join(every, [x.shape for x in matrices]))
 
 
 def _in_16_bits(matrices: mx.array) -> mx.array:
@@ -133,9 +159,8 @@ def _in_16_bits(matrices: mx.array) -> mx.array:
     return matrices.astype(mx.float16 if fits else mx.bfloat16)
 
 
-def _coded(matrices: Iterable[GridMatrix]) -> Tensors:
-    scales, integers = grids.encode(list(matrices))
-    return {"heads.grids": mx.array(scales), "heads.numbers": mx.array(integers)}
+def _named(parts: tuple[ByteArray, ByteArray]) -> Tensors:
+    return {name: mx.array(data) for name, data in zip(CODED, parts, strict=True)}
 
 
 def unpack(layout: Layout, tensors: Tensors, *, half: bool = False, trusted: bool = False) -> list[Bank]:
@@ -199,7 +224,7 @@ def select_nodes(layout: Layout, tensors: Tensors, nodes: Sequence[np.ndarray]) 
     if layout.bits is None:
         chosen = [n for n in nodes for _ in _matrix_shapes(layout, (1,))]
         matrices = zip(_matrices(layout, tensors), chosen, strict=True)
-        selected |= _coded(GridMatrix(m.integers[n], m.exponents[n]) for m, n in matrices)
+        selected |= _named(grids.encode([GridMatrix(m.integers[n], m.exponents[n]) for m, n in matrices]))
     mx.eval(selected)
     return selected
 

@@ -12,12 +12,15 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from nectar_mlx import store
-from nectar_mlx.fitting import distributed
+from nectar_mlx import Nectar, store
+from nectar_mlx.fitting import distributed, prefill
 from nectar_mlx.fitting.distributed import World, _packed, _unpacked, batches, parts
 from nectar_mlx.fitting.kinds.quadrature import QuadratureFit
+from nectar_mlx.fitting.layers import LayerRunner
 from nectar_mlx.fitting.samples.recording import collect
 from nectar_mlx.fitting.samples.sample_store import DeviceSampleStore, SampleStore
+from nectar_mlx.fitting.solve import grouping
+from nectar_mlx.store import grids
 from tests import launching, toys
 from tests.fitting.toy_fit import FAST, TEXT, fit_run, read
 
@@ -26,9 +29,11 @@ import os, sys, time
 from dataclasses import replace
 import nectar_mlx.fit
 from nectar_mlx.core.device import device, using
-from nectar_mlx.fitting import checkpoint, config
+from nectar_mlx.fitting import checkpoint, config, run
+given_steps = {"distillation_steps": 3} if os.environ.get("DISTILLS") else {}
+run.SMALL = 1.0 if given_steps else 0.01
 plain = config.FitConfig
-config.FitConfig = lambda **given: plain(**{**%r, **given})
+config.FitConfig = lambda **given: plain(**{**%r, **given_steps, **given})
 if os.environ.get("WAITS") == os.environ.get("MLX_RANK", "none"):  # behind its first heads, for whoever kills it
     save = checkpoint.Checkpoint.save_heads
     checkpoint.Checkpoint.save_heads = lambda *given: (save(*given), time.sleep(1000))
@@ -58,10 +63,10 @@ def alone(folder):
     return (folder / "alone.nectar").read_bytes()
 
 
-def start(folder, output, *, ranks, waits="", model="model"):
+def start(folder, output, *, ranks, waits="", distills="", model="model"):
     """Begins a fit in so many processes -> that of the launcher."""
     options = ["--model", folder / model, "--context", folder / "book.txt", "--budget", "0.3", "--output", output]
-    return launching.start(folder / "fit.py", *options, ranks=ranks, WAITS=waits)
+    return launching.start(folder / "fit.py", *options, ranks=ranks, WAITS=waits, DISTILLS=distills)
 
 
 def test_shares_are_all_of_the_work():
@@ -177,6 +182,65 @@ def test_ranks_fit_the_groups_of_one_process_to_its_samples(tokenizer, set_devic
     assert any(head // 2 in first for group in of_second for head in group), "a head was moved"
 
 
+@pytest.mark.parametrize("how", ["dense", "fixed"])
+def test_ranks_read_some_of_a_text_each(tokenizer, two_ranks, monkeypatch, how):
+    monkeypatch.setattr(prefill, "READ", 32)
+    run, tokens = fit_run(toys.toy("llama"), tokenizer), toys.random_tokens(150)
+    alone, seen, lock = read(run, tokens, prefill=how), list[int](), threading.RLock()
+
+    def locked(work):  # what a model's class does is changed for a while, for both threads
+        def call(*given):
+            with lock:
+                return work(*given)
+
+        return call
+
+    def layer(runner, index, hidden, cache, call=LayerRunner.layer):
+        result = call(runner, index, hidden, cache)
+        seen.append(hidden.shape[1] if cache is not None else 0)
+        return result
+
+    monkeypatch.setattr(LayerRunner, "layer", locked(layer))
+    monkeypatch.setattr(LayerRunner, "embed", locked(LayerRunner.embed))
+    monkeypatch.setattr(prefill, "layer_runner", locked(prefill.layer_runner))
+    for context in two_ranks(lambda world: read(run, tokens, prefill=how, world=world)):
+        for ours, theirs in zip(context.banks, alone.banks, strict=True):
+            assert all(mx.array_equal(x, theirs.parameters[name]) for name, x in ours.parameters.items())
+            assert mx.array_equal(ours.offset, theirs.offset)
+    assert sum(seen) == 3 * 150, "a piece goes through each layer once"
+
+
+def test_ranks_pack_some_of_the_heads_each(two_ranks, monkeypatch):
+    monkeypatch.setattr(grids, "BLOCK", 700)
+    layout = store.Layout(kind="quadrature", n_layers=5, n_kv_heads=1, head_dim=8, scale=0.2, bits=None)
+    rng = np.random.default_rng(0)
+    heads = [
+        {"keys": mx.array(rng.normal(size=(n, 8))), "values": mx.array(rng.normal(size=(n, 8))), "bias": mx.zeros(n)}
+        for n in (40, 30, 1, 80, 20)
+    ]
+    mx.eval(heads)
+    packed, coded = list[int](), grids.coded
+    monkeypatch.setattr(grids, "coded", lambda values: (packed.append(len(values)), coded(values))[1])
+    alone = store.pack(layout, heads)
+    for tensors in two_ranks(lambda world: store.pack(layout, heads, shared=world.shared)):
+        assert tensors.keys() == alone.keys()
+        assert all(mx.array_equal(x, alone[name]) for name, x in tensors.items())
+    assert [packed[0], *sorted(packed[1:])] == [5, 2, 3]
+
+
+def test_parts_have_as_much_to_train(tokenizer):
+    """The sizes of a fit on a CPU, where the largest heads are not trained: most of their nodes cost little."""
+    sizes = [1600, 1600, 1600, 1600, 1407, 1282, 1193, 1267, 785, 666, 610, 511, 361, 261, 329, 310]
+    sizes += [188, 224, 321, 228, 208, 193, 204, 209, 144, 193, 238, 104, 86, 159, 73, 136]
+    run, trained = fit_run(toys.toy("llama"), tokenizer, budget=0.3, steps=250), [size <= 661 for size in sizes]
+    kind = QuadratureFit(run, collect(run, read(run, toys.random_tokens(60))))
+    costs = [kind.cost((size,), trained=trains) for size, trains in zip(sizes, trained, strict=True)]
+    layers = parts(range(8), 4)
+    made = grouping.evened([[4 * layer + k for layer in part for k in range(4)] for part in layers], costs)
+    nodes = [sum(sizes[head] for head in part if trained[head]) for part in made]
+    assert max(nodes) < 1.25 * sum(nodes) / 4, nodes
+
+
 def test_a_process_by_itself_is_a_world_of_one():
     assert World.here() == World()
     assert World().values({"a": 1}) == [{"a": 1}]
@@ -195,6 +259,22 @@ def test_ranks_write_the_file_of_one_process(folder, alone, ranks):
 
 
 @pytest.mark.process
+@pytest.mark.slow
+def test_ranks_write_the_distilled_file_of_one_process(folder, alone):
+    """One of them distills, in the units of all layers."""
+    files = []
+    for ranks in (1, 2):
+        output = folder / f"distilled-{ranks}.nectar"
+        said = launching.said(start(folder, output, ranks=ranks, distills="yes"))
+        assert output.exists(), said
+        files.append(output.read_bytes())
+    assert files[0] == files[1]
+    before, after = (
+        Nectar.read(folder / f"{name}.nectar").tensors["heads.numbers"] for name in ("alone", "distilled-1")
+    )
+    assert before.shape != after.shape or not mx.array_equal(before, after)
+
+
 @pytest.mark.slow
 def test_ranks_share_the_chunks_of_a_long_text(folder):
     """The first one is fitted together, each of the others by one rank."""

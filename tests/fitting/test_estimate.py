@@ -110,6 +110,13 @@ def test_more_takes_more():
     assert seconds("Qwen3-1.7B") < seconds("Qwen3-8B") < seconds("Qwen3-32B") < seconds("Llama-3.3-70B")
 
 
+def test_a_text_that_is_fitted_with_others_is_checked_again():
+    shape, config = machines.named_shape("SmolLM2-135M"), machines.settings(H100, budget="0.02", kind="auto")
+    alone, beside = (estimate(shape, H100, config, 6000, others=others).stages for others in (False, True))
+    assert beside[:-1] == alone and beside[-1].description == alone[-1].description == "checking"
+    assert beside[-1].seconds == pytest.approx(alone[-1].seconds * 2 / 3)
+
+
 def test_the_command_prints_every_combination(capsys):
     arguments = ["--model", "Qwen3-1.7B", "Llama-3.3-70B", "--tokens", "10k", "10M", "--machine", "M4"]
     assert plan.main([*arguments, "--json"]) == 0

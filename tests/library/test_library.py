@@ -56,6 +56,25 @@ def test_a_document_whose_file_is_gone_is_fitted_again(library, notes):
     assert by_name(library)["long 0.txt"].file.exists()
 
 
+def test_a_document_whose_file_is_damaged_is_fitted_again(library, notes):
+    library.add([notes], CheapFitter())
+    damaged = by_name(library)["long 0.txt"].file
+    whole = damaged.read_text()
+    damaged.write_text(whole[:-9])
+    fitter = CheapFitter()
+    assert library.update(fitter, retry=False).work.fitted == [], "a look every few seconds reads no files"
+    assert library.update(fitter).work.fitted == ["long 0.txt"] and fitter.fitted == ["long 0.txt"]
+    assert by_name(library)["long 0.txt"].file.read_text() == whole
+
+
+def test_a_damaged_file_of_an_older_model_is_not_fitted_by_it_again(library, notes):
+    library.add([notes], CheapFitter())
+    for document in library.documents():
+        document.file.write_text("damaged")
+    assert len(library.update(CheapFitter("newer")).work.fitted) == len(library.documents())
+    assert all(document.state == "ready" for document in library.documents())
+
+
 def test_what_changes_alone_is_fitted_again(library, notes):
     library.add([notes], CheapFitter())
     (notes / "long 0.txt").write_text("The otter lives in the river. " * 300)

@@ -18,6 +18,10 @@ from ..solve import attention_matching, grouping, regression
 from ..solve.initial import Init
 from ..solve.regression import Training
 
+# Steps of the regression that take as long as where a head starts and its rounding: measured on a CPU; keys that are
+# kept as they are need no start.
+_START, _KEPT = 60, 12
+
 
 class KindFit:
     """A kind of head function, as it is fitted to what was collected of a context.
@@ -97,16 +101,21 @@ class KindFit:
         """What a head of this size costs a training step, in scores."""
         return size[0] * self.run.config.batch
 
+    def cost(self, size: Size, *, trained: bool) -> float:
+        """What fitting a head of this size takes, in scores: where it starts, and its steps."""
+        start = _KEPT if self.keeps_every_key(size) else _START
+        return self.step_scores(size) * (start + trained * self.run.config.steps)
+
     def groups(self, sizes: Sequence[Size]) -> list[list[int]]:
         """Heads that are trained together, of those that this rank fits. sizes: of all. All ranks must call it: heads
         that cost more than was known when their samples were captured may change their rank."""
-        costs, together = [self.step_scores(size) for size in sizes], list[list[int]]()
+        costs = [self.cost(size, trained=trains) for size, trains in zip(sizes, self.trained(sizes), strict=True)]
+        together = list[list[int]]()
         mine = self.run.world.mine(grouping.evened(self.data.parts, costs))
         self.data.fetch([head for part in mine for head in part], self.run.world)
         for part in mine:
-            groups = grouping.groups(
-                [costs[head] for head in part], room=self.training_scores, launch=device().launch_scores
-            )
+            scores = [self.step_scores(sizes[head]) for head in part]
+            groups = grouping.groups(scores, room=self.training_scores, launch=device().launch_scores)
             together += [[part[i] for i in group] for group in groups]
         return together
 

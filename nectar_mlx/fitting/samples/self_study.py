@@ -77,10 +77,15 @@ def answered_before(batch: Sequence[Conversation], known: Sequence[Conversation]
 
 
 def expected_to_give(samples: int, asked: Iterable[Conversation], run: FitRun) -> list[Conversation]:
-    """The first conversations of those `asked`, as few as give so many samples if every answer is of full length."""
+    """The first conversations of those `asked`, as few as give so many samples if every answer is of full length; or,
+    where they are sampled in several groups, if they give the share of that which the device expects: one rank alone
+    would sample the few that are missing."""
+    profile = device()
     batch, training, tokens, longest = list[Conversation](), 0, 0, 0
     for conversation in asked:
-        given = run.group * (training * longest if device().end_together else tokens)
+        given = run.group * (training * longest if profile.end_together else tokens)
+        if len(batch) >= 2 * profile.study_share:
+            given = round(given * profile.expected_share)
         if given >= samples and len(batch) >= FEWEST_TOGETHER:
             break
         batch.append(conversation)
