@@ -5,9 +5,10 @@ does not see. Here the next-token distributions behind the heads are brought to 
 arXiv 2506.06266), on the conversations of the fit: the loss is KL(full cache ‖ heads) over the tokens of the answers.
 It does most where files are smallest (docs/log/distillation.md).
 
-Nodes stay on the grids that they were rounded to: the forward pass takes the rounded numbers, and the gradient passes
-as if they were not (straight-through estimator, arXiv 1308.3432). What the full cache's last layer gave is computed
-once. Gradients are had layer by layer (`backward`).
+Nodes are trained in the units of the regression, about the mean query: a bias is b' = b + scale · mean·k. They stay on
+the grids that they were rounded to: the forward pass takes the rounded numbers, and the gradient passes as if they were
+not (straight-through estimator, arXiv 1308.3432). What the full cache's last layer gives is computed once. Gradients
+are had layer by layer (`backward`).
 """
 
 from collections.abc import Iterator, Sequence
@@ -29,10 +30,12 @@ from .kinds import KindFit
 from .layers import LayerRunner, layer_runner
 from .samples.conversation import Conversation
 from .solve import optimizers
+from .solve.node_training import UNIT_SAMPLES, Units
 
-_RATE = 4e-3  # of Adam, in units of the root mean square of a head's keys and of its values; biases in nats
+_RATE = 4e-3  # of Adam, in units
 _JUDGED = 64  # conversations that are held out, by which it is decided whether the result is kept, at most
 _MATRICES = ("keys", "values")
+_NAMES = (*_MATRICES, "bias")  # of a layer's arrays, in the order of the vector
 
 
 def distilled(kind: KindFit, sizes: Sequence[Size], heads: list[HeadArrays]) -> list[HeadArrays]:
@@ -43,9 +46,9 @@ def distilled(kind: KindFit, sizes: Sequence[Size], heads: list[HeadArrays]) -> 
     own = [isinstance(cache, NectarCache) for cache in context.make_cache()]
     if runner is None or sum(own) != len(context.banks):
         return heads
-    trained = dict[int, HeadArrays]()
+    trained, units = dict[int, HeadArrays](), _units(kind)
     if run.world.first:
-        trained = dict(enumerate(_Distillation(kind, sizes, heads, runner).run()))
+        trained = dict(enumerate(_Distillation(kind, sizes, heads, runner, units).run()))
     return [head for _, head in sorted(run.world.heads(trained).items())]
 
 
@@ -75,28 +78,37 @@ class _Batch:
 
 
 class _Distillation:
-    """The heads of all layers in one vector [P], and what it is moved by.
+    """The heads of all layers in one vector [P], layer by layer keys, values and biases b', and what it is moved by.
 
     steps: of the grid that each number lies on, 0 where it is not rounded. rates: of each number; 0 for those of heads
-    that are not trained, and for padding.
+    that are not trained. means: scale · mean query of each layer's heads, [K, D, 1]. units: of each layer's heads.
     """
 
-    def __init__(self, kind: KindFit, sizes: Sequence[Size], heads: list[HeadArrays], runner: LayerRunner):
+    def __init__(
+        self,
+        kind: KindFit,
+        sizes: Sequence[Size],
+        heads: list[HeadArrays],
+        runner: LayerRunner,
+        units: Sequence[Units],
+    ):
         self.kind, self.heads, self.runner, self.context = kind, heads, runner, kind.data.context
-        self.banks = list[Bank]()
+        self.banks, self.means = list[Bank](), list[mx.array]()
         trained, K = kind.trained(sizes), kind.run.geometry.n_kv_heads
         steps, rates, vector = list[mx.array](), list[mx.array](), list[mx.array]()
-        for layer, exact in enumerate(self.context.banks):
+        for layer, (exact, unit) in enumerate(zip(self.context.banks, units, strict=True)):
             own = slice(layer * K, layer * K + K)
             bank = kind.run.layout.bank.stack(heads[own], scale=exact.scale, offset=exact.offset)
-            grids = bank.stack([_grids(head) for head in heads[own]], scale=exact.scale).parameters
-            scales = [_scales(head, train=train) for head, train in zip(heads[own], trained[own], strict=True)]
+            p = {name: bank.parameters[name].astype(mx.float32) for name in _NAMES}
             self.banks.append(bank)
-            for name, x in bank.parameters.items():
-                vector.append(x.astype(mx.float32).reshape(-1))
-                steps.append(mx.maximum(grids[name], 0.0).reshape(-1))
-                scale = mx.array([s[name] for s in scales]).reshape(-1, *[1] * (x.ndim - 1))
-                rates.append(mx.broadcast_to(scale, x.shape).reshape(-1))
+            self.means.append(exact.scale * unit.mean.swapaxes(1, 2))
+            p["bias"] = p["bias"] + (p["keys"] @ self.means[-1])[..., 0]
+            grids = bank.stack([_grids(head) for head in heads[own]], scale=exact.scale).parameters
+            moved = mx.array(trained[own]).astype(mx.float32)[:, None, None]
+            rate = {"keys": moved * unit.key, "values": moved * unit.value, "bias": moved[..., 0]}
+            vector += [p[name].reshape(-1) for name in _NAMES]
+            steps += [mx.maximum(grids[name], 0.0).reshape(-1) for name in _NAMES]
+            rates += [mx.broadcast_to(rate[name], p[name].shape).reshape(-1) for name in _NAMES]
         self.vector, self.steps, self.rates = (mx.concatenate(parts) for parts in (vector, steps, rates))
         conversations = [c for c in kind.data.conversations if c.answer]
         self.training = [c for c in conversations if c.split == "train"]
@@ -144,14 +156,15 @@ class _Distillation:
         return mx.where(self.steps > 0, mx.round(vector / steps) * steps, vector)
 
     def banks_of(self, vector: mx.array) -> list[Bank]:
-        """The heads of all layers with other parameters."""
+        """The heads of all layers by other numbers."""
         banks, at = list[Bank](), 0
-        for bank in self.banks:
-            other, parameters = copy(bank), HeadArrays()
-            for name, x in bank.parameters.items():
-                parameters[name] = vector[at : at + x.size].reshape(x.shape)
+        for bank, mean in zip(self.banks, self.means, strict=True):
+            other, p = copy(bank), HeadArrays()
+            for name in _NAMES:
+                x = bank.parameters[name]
+                p[name] = vector[at : at + x.size].reshape(x.shape)
                 at += x.size
-            other.parameters = parameters
+            other.parameters = p | {"bias": p["bias"] - (p["keys"] @ mean)[..., 0]}
             banks.append(other)
         return banks
 
@@ -183,13 +196,15 @@ class _Distillation:
 
         def differentiated(layer: int) -> tuple[Call, list[mx.array]]:
             cache = caches.pop()
-            if not isinstance(cache, NectarCache):
-                return partial(_through, self.runner, layer, cache, ()), []
-            parameters = cache.bank.parameters
-            return partial(_through, self.runner, layer, cache, tuple(parameters)), list(parameters.values())
+            heads = isinstance(cache, NectarCache)
+            return partial(_through, self.runner, layer, cache), [cache.bank.parameters[n] for n in _NAMES if heads]
 
+        means = iter(reversed(self.means))
         for _, of_layer in backward(self.runner, before, change, differentiated):
-            gradients = [*(g.reshape(-1) for g in of_layer), *gradients]
+            if of_layer:
+                keys, values, bias = of_layer
+                keys = keys - bias[..., None] * next(means).swapaxes(1, 2)
+                gradients = [*(g.reshape(-1) for g in (keys, values, bias)), *gradients]
         return mx.concatenate(gradients)
 
     def by_rows(self, truth: mx.array, rows: mx.array) -> mx.array:
@@ -225,12 +240,19 @@ class _Distillation:
         return total / sum(len(c.answer) for c in self.held_out)
 
 
-def _through(
-    runner: LayerRunner, layer: int, cache: Any, names: Sequence[str], hidden: mx.array, *parameters: mx.array
-) -> mx.array:
-    if names:
-        cache.bank.parameters = dict(zip(names, parameters, strict=True))
+def _through(runner: LayerRunner, layer: int, cache: Any, hidden: mx.array, *parameters: mx.array) -> mx.array:
+    if parameters:
+        cache.bank.parameters = dict(zip(_NAMES, parameters, strict=True))
     return runner.layer(layer, hidden, cache)
+
+
+def _units(kind: KindFit) -> list[Units]:
+    """Those that the heads of each layer are trained in; each rank tells those of its layers."""
+    K, scale, own = kind.run.geometry.n_kv_heads, kind.run.geometry.scale, dict[int, HeadArrays]()
+    for layer in kind.layers:
+        samples = kind.data.train.heads(range(layer * K, layer * K + K), kind.order[:UNIT_SAMPLES])
+        own[layer] = Units.of(samples, scale=scale)._asdict()
+    return [Units(**units) for _, units in sorted(kind.run.world.heads(own).items())]
 
 
 def _grids(head: HeadArrays) -> HeadArrays:
@@ -241,12 +263,6 @@ def _grids(head: HeadArrays) -> HeadArrays:
         steps = mx.array(np.exp2(matrix.exponents / 2).astype(np.float32))[:, None]
         grids[name] = mx.broadcast_to(steps, head[name].shape)
     return grids
-
-
-def _scales(head: HeadArrays, *, train: bool) -> dict[str, float]:
-    """What each array of a head is measured in; zeros for a head that is not trained."""
-    size = {name: float(np.sqrt(np.square(np.array(head[name].astype(mx.float32))).mean())) for name in _MATRICES}
-    return {name: size.get(name, 1.0) if train else 0.0 for name in head}
 
 
 def _together(conversations: Sequence[Conversation]) -> list[list[Conversation]]:

@@ -17,14 +17,15 @@ from nectar_mlx.fitting.train import train_heads
 from nectar_mlx.mlxlm import prompts
 from nectar_mlx.store import load
 from tests import toys
+from tests.fitting.test_numbers import large_keys, large_scores, large_values
 from tests.fitting.toy_fit import FAST, TEXT, fit_run, read
 
 NODES = 6
 
 
-def fitted(tokenizer, architecture="llama", **options):
+def fitted(tokenizer, model, **options):
     """Heads of a few nodes before they are distilled: kind, sizes, heads."""
-    run = fit_run(toys.toy(architecture), tokenizer, **{"conversations": 24, "queries": 2000} | options)
+    run = fit_run(model, tokenizer, **{"conversations": 24, "queries": 2000} | options)
     kind = kind_fit(run, collect(run, read(run, prompts.prefix(tokenizer, TEXT))))
     sizes = [(NODES,)] * kind.n_heads
     return kind, sizes, train_heads(kind, sizes)
@@ -56,14 +57,16 @@ def make(context, banks):
 
 @pytest.fixture(scope="module")
 def fit(tokenizer):
-    return fitted(tokenizer)
+    return fitted(tokenizer, toys.toy("llama"))
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3_text"])
 def test_the_gradient_is_that_of_the_whole_model(tokenizer, architecture):
-    kind, sizes, heads = fitted(tokenizer, architecture)
+    kind, sizes, heads = fitted(tokenizer, toys.toy(architecture))
     run, context = kind.run, kind.data.context
-    work = distillation._Distillation(kind, sizes, heads, layer_runner(run.model, run.geometry))
+    work = distillation._Distillation(
+        kind, sizes, heads, layer_runner(run.model, run.geometry), distillation._units(kind)
+    )
     conversations = [replace(c, answer=c.answer[: 3 + i]) for i, c in enumerate(work.training[:3])]
     assert len({c.fed_tokens for c in conversations}) > 1
     batch = distillation._Batch(conversations)
@@ -99,6 +102,13 @@ def test_it_brings_answers_closer_and_stays_on_the_grids(fit):
             assert np.abs(integers - np.rint(integers)).max() < 1e-3
     # Answers to other questions, by other instructions.
     assert divergence(kind, ours, "check") < 0.9 * divergence(kind, heads, "check")
+
+
+@pytest.mark.parametrize("make, size", [(large_scores, 2e4), (large_values, 1e5), (large_keys, 1e6)])
+def test_numbers_of_any_size_are_trained_in_their_units(tokenizer, make, size):
+    kind, sizes, heads = fitted(tokenizer, make(size))
+    ours = distilled(kind, sizes, heads, steps=60)
+    assert divergence(kind, ours, "check") < 0.98 * divergence(kind, heads, "check")
 
 
 def test_a_result_that_is_no_better_is_not_kept(fit, monkeypatch):

@@ -12,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from nectar_mlx import store
+from nectar_mlx import Nectar, store
 from nectar_mlx.fitting import distributed, prefill
 from nectar_mlx.fitting.distributed import World, _packed, _unpacked, batches, parts
 from nectar_mlx.fitting.kinds.quadrature import QuadratureFit
@@ -29,9 +29,11 @@ import os, sys, time
 from dataclasses import replace
 import nectar_mlx.fit
 from nectar_mlx.core.device import device, using
-from nectar_mlx.fitting import checkpoint, config
+from nectar_mlx.fitting import checkpoint, config, run
+given_steps = {"distillation_steps": 3} if os.environ.get("DISTILLS") else {}
+run.SMALL = 1.0 if given_steps else 0.01
 plain = config.FitConfig
-config.FitConfig = lambda **given: plain(**{**%r, **given})
+config.FitConfig = lambda **given: plain(**{**%r, **given_steps, **given})
 if os.environ.get("WAITS") == os.environ.get("MLX_RANK", "none"):  # behind its first heads, for whoever kills it
     save = checkpoint.Checkpoint.save_heads
     checkpoint.Checkpoint.save_heads = lambda *given: (save(*given), time.sleep(1000))
@@ -61,10 +63,10 @@ def alone(folder):
     return (folder / "alone.nectar").read_bytes()
 
 
-def start(folder, output, *, ranks, waits="", model="model"):
+def start(folder, output, *, ranks, waits="", distills="", model="model"):
     """Begins a fit in so many processes -> that of the launcher."""
     options = ["--model", folder / model, "--context", folder / "book.txt", "--budget", "0.3", "--output", output]
-    return launching.start(folder / "fit.py", *options, ranks=ranks, WAITS=waits)
+    return launching.start(folder / "fit.py", *options, ranks=ranks, WAITS=waits, DISTILLS=distills)
 
 
 def test_shares_are_all_of_the_work():
@@ -257,6 +259,22 @@ def test_ranks_write_the_file_of_one_process(folder, alone, ranks):
 
 
 @pytest.mark.process
+@pytest.mark.slow
+def test_ranks_write_the_distilled_file_of_one_process(folder, alone):
+    """One of them distills, in the units of all layers."""
+    files = []
+    for ranks in (1, 2):
+        output = folder / f"distilled-{ranks}.nectar"
+        said = launching.said(start(folder, output, ranks=ranks, distills="yes"))
+        assert output.exists(), said
+        files.append(output.read_bytes())
+    assert files[0] == files[1]
+    before, after = (
+        Nectar.read(folder / f"{name}.nectar").tensors["heads.numbers"] for name in ("alone", "distilled-1")
+    )
+    assert before.shape != after.shape or not mx.array_equal(before, after)
+
+
 @pytest.mark.slow
 def test_ranks_share_the_chunks_of_a_long_text(folder):
     """The first one is fitted together, each of the others by one rank."""

@@ -27,7 +27,7 @@ from .initial import Init
 from .regression import NONE_HELD, Held, Training, scales
 
 _LARGEST = 256.0  # of a query's number, an output's or a log-normalizer, in units, that half precision is used for
-_UNIT_SAMPLES = 2048
+UNIT_SAMPLES = 2048
 
 
 class Units(NamedTuple):
@@ -45,7 +45,7 @@ class Units(NamedTuple):
 
     @classmethod
     def of(cls, samples: Samples, *, scale: float) -> "Units":
-        few, norm = samples.some(slice(_UNIT_SAMPLES)), scales(samples)
+        few, norm = samples.some(slice(UNIT_SAMPLES)), scales(samples)
         queries, output = few.queries.astype(mx.float32), few.output.astype(mx.float32)
         mean = queries.mean(1, keepdims=True)
         deviation = mx.sqrt(mx.square(queries - mean).sum(-1).mean(1)) + 1e-12
@@ -121,7 +121,7 @@ class NodeTraining(Training):
 
     def _too_large(self) -> bool:
         """Whether numbers are too large for half precision to tell scores apart."""
-        few = Batch.of(self.samples.some(slice(_UNIT_SAMPLES)), self.units, scale=self._scale, dtype=mx.float32)
+        few = Batch.of(self.samples.some(slice(UNIT_SAMPLES)), self.units, scale=self._scale, dtype=mx.float32)
         largest = [mx.abs(x).max() for x in (few.queries, few.change, few.live)]
         return not mx.stack(largest).max().item() < _LARGEST  # type: ignore[operator]
 
