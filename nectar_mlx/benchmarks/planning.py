@@ -8,8 +8,8 @@ from functools import cache
 
 from ..core.clock import duration
 from ..core.types import JsonObject
-from ..fitting.estimate import Machine
 from ..fitting.machines import MACHINES, SHAPES, TOKENS, planned, settings
+from ..fitting.work import Machine
 
 MODELS = ("Qwen3-1.7B", "Qwen3-8B", "Qwen3-32B", "Llama-3.3-70B")
 CLUSTERS = ("M4 Max, 128 GB", "M3 Ultra, 512 GB", "M5 Ultra, 512 GB", "H100, 80 GB")

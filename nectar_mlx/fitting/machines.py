@@ -18,7 +18,8 @@ from ..mlxlm.attention_patch import Geometry
 from ..mlxlm.window import window
 from .config import FitConfig, parse_budget
 from .config import effort as effort_options
-from .estimate import Machine, Shape, estimate
+from .estimate import estimate
+from .work import Machine, Shape
 
 _APPLE_SHARE = 0.21  # of the float32 rate: what the stages of a fit reach on an H100, of its 67 · 10¹² a second
 _CPU_SHARE = 2.7  # what the stages of a fit reach, in multiples of what `here` measures: on two cores, one thread

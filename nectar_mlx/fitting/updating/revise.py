@@ -8,9 +8,10 @@ from ...core.clock import Clock
 from ...core.device import device
 from ...core.progress import Stage
 from ...heads import Size
-from ..estimate import Machine, Shape, update_stages
+from ..estimate import update_stages
 from ..run import FitRun
 from ..samples.conversation import Conversation
+from ..work import Machine, Shape
 from . import questions
 from .base import FileContents, Updated, answering, collected, read, retrained
 from .revision import Revision
