@@ -68,7 +68,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--queries", type=int, metavar="N", help="captured queries a head (14000; GPU: 150000 or more)")
     parser.add_argument("--steps", type=int, metavar="N", help="steps of the regression (750 on a GPU, 250 on a CPU)")
     parser.add_argument(
-        "--effort", default="normal", help="quick, normal or best: how many answers are sampled, and steps (normal)"
+        "--effort",
+        default="normal",
+        help="quick, normal or best: how many answers are sampled, and steps; best also trains files below 1%% through "
+        "the whole model, on a GPU (normal)",
     )
     parser.add_argument(
         "--memory",
@@ -242,7 +245,7 @@ def _report(output: Path, nectar: "Nectar", *, as_json: bool) -> None:
 
     size, whole, tokens = output.stat().st_size, nectar.cache_nbytes, len(nectar.prefix)
     cli.say(
-        f"{output}: {size / 1e6:.2f} MB for {tokens:,} tokens: {size / whole:.1%} of the KV cache's "
+        f"{output}: {size / 1e6:.2f} MB for {tokens:,} tokens: {nectar.nbytes / whole:.1%} of the KV cache's "
         f"{whole / 1e6:.1f} MB, {size / tokens:,.0f} bytes a token; "
         f"{sum(nectar.report['seconds'].values()):.0f} s{_mode(nectar)}"
     )

@@ -57,8 +57,8 @@ def affordable_bytes(
     if available < needed and not at_least:
         smallest = (needed + preamble_bytes) / 0.9
         raise NectarError(
-            f"a budget of {share:.2%} ({kept / 1e6:.2g} MB) is too small for {n:,} tokens: it takes at least "
-            f"{math.ceil(1000 * smallest / whole) / 10:g}% ({smallest / 1e6:.2g} MB); --budget auto chooses one"
+            f"a budget of {share:.2%} ({kept / 1e3:,.1f} kB) is too small for {n:,} tokens: it takes at least "
+            f"{math.ceil(1000 * smallest / whole) / 10:g}% ({smallest / 1e3:,.1f} kB); --budget auto chooses one"
         )
     return max(available, needed)
 

@@ -104,7 +104,7 @@ class Checkpoint:
         if kept == mine:
             return
         if isinstance(kept, dict) and self.holds_work():
-            what = ", ".join(name for name in mine if kept.get(name) != mine[name]) or "facts"
+            what = ", ".join(_different(mine, kept)) or "facts"
             if self.must_match:
                 raise NectarError(
                     f"{self.folder} holds a fit with other {what}, which --resume cannot continue: leave --resume "
@@ -277,6 +277,18 @@ class Checkpoint:
             shutil.rmtree(self.folder, ignore_errors=True)
         if self._temporary is not None:
             self._temporary.cleanup()
+
+
+def _different(mine: Mapping[str, Any], kept: Mapping[str, Any]) -> list[str]:
+    """The names of the facts that differ; of settings, which ones."""
+    names = list[str]()
+    for name, fact in mine.items():
+        other: Any = kept.get(name)
+        if other != fact:
+            both = isinstance(fact, dict) and isinstance(other, dict)
+            fields = [field for field in fact if other.get(field) != fact[field]] if both else []
+            names.append(f"{name} ({', '.join(fields)})" if fields else name)
+    return names
 
 
 def text_digest(text: str | Sequence[int]) -> str:

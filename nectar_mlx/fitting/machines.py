@@ -178,6 +178,7 @@ def planned(shape: Shape, tokens: int, machine: Machine, config: FitConfig, *, m
         "machine": machine.name,
         "machines": machines,
         "seconds": round(expected.seconds, 1),
+        "stages": [{"stage": stage.description, "seconds": round(stage.seconds, 1)} for stage in expected.stages],
         "memory_bytes": int(expected.memory),
         "file_bytes": int(expected.size),
         "disk_bytes": int(expected.size + expected.disk),

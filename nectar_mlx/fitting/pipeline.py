@@ -129,6 +129,12 @@ def _fit_whole(
 ) -> tuple[store.Tensors, JsonObject, KeyFile | None]:
     """All layers of all of the text at once -> tensors and report, and the file of keys, where the kind has one."""
     others = Others.before(prefix, run.others, run.model, run.geometry)
+    share = share_of(run.config, run.geometry, len(prefix))
+    affordable = partial(
+        affordable_bytes, geometry=run.geometry, layout=run.layout, n=len(prefix), at_least=share is None
+    )
+    if run.layout.bank.trainable and share is not None:
+        affordable(share)  # one that is too small is refused before anything takes long
     with run.progress("reading", len(prefix)) as done:
         context = read_text(run.model, prefix, run.geometry, prefill=run.config.prefill, world=run.world, progress=done)
     clock.lap("read")
@@ -141,10 +147,6 @@ def _fit_whole(
     if not run.layout.bank.fitted:
         heads = [head for bank in context.banks for head in bank.unstack()]
         return contents(run.layout, heads, windows=context.windows), {}, None
-    share = share_of(run.config, run.geometry, len(prefix))
-    affordable = partial(
-        affordable_bytes, geometry=run.geometry, layout=run.layout, n=len(prefix), at_least=share is None
-    )
     kind, plan, heads = fit_context(run, context, affordable, share, clock=clock)
     windows, state = coded_states(run, kind.data)
     tensors, keys = contents(run.layout, heads, windows=windows), None

@@ -12,7 +12,7 @@ import pytest
 
 from nectar_mlx import Nectar, NectarError, fit, store
 from nectar_mlx.core.progress import no_update
-from nectar_mlx.fitting import prefill
+from nectar_mlx.fitting import pipeline, prefill
 from nectar_mlx.fitting.checkpoint import Checkpoint
 from nectar_mlx.fitting.config import FitConfig
 from nectar_mlx.fitting.kinds import kind_fit
@@ -49,6 +49,12 @@ def test_a_fitted_context_is_near_the_full_cache_and_within_its_budget(tokenizer
     ours = logits(model, nectar, tokens)
     assert mx.abs(ours - full).mean() < 0.4 * mx.abs(none - full).mean()
     assert nectar.report["kl"] < 0.4 * nectar.report["kl_no_context"] and len(nectar.report["error"]) == 6
+
+
+def test_a_budget_that_is_too_small_is_refused_before_the_text_is_read(tokenizer, monkeypatch):
+    monkeypatch.setattr(pipeline, "read_text", lambda *a, **k: pytest.fail("the text was read"))
+    with pytest.raises(NectarError, match=r"a budget of 0\.10% \(0\.\d kB\) is too small for \d+ tokens"):
+        toys.fit(toys.toy("llama"), tokenizer, TEXT, config=FitConfig(**FAST, budget=0.001))
 
 
 @pytest.mark.parametrize("architecture", ["gemma3_text", "qwen3", "phi3", "mistral", "granite"])
