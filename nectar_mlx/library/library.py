@@ -144,7 +144,7 @@ class Library:
         if retry:
             with self._database.writing() as rows:
                 rows.execute("UPDATE volumes SET state = 'waiting', reason = '' WHERE state = 'failed'")
-            self._miss_damaged(fitter)
+            self._miss_damaged(fitter, log)
         return Added(scanned, self._fit(fitter, refit=True, progress=progress, log=log))
 
     def remove(self, paths: Sequence[str | Path], *, missing: bool = False) -> Removed:
@@ -227,7 +227,7 @@ class Library:
         self._set("identity", list(fitter.identity))
         return fit_waiting(self._database, self.folder, fitter, refit=refit, progress=progress, log=log)
 
-    def _miss_damaged(self, fitter: Fitter) -> None:
+    def _miss_damaged(self, fitter: Fitter, log: Log) -> None:
         """What the library's model was fitted to is to be fitted again where its file is not whole."""
         if (known := self.identity) is None:
             return
@@ -235,6 +235,8 @@ class Library:
             fitted = volumes.finished(rows, known)
         if fitted and fitter.identity.digests == known.digests:
             damaged = [volume for volume in fitted if not fitter.is_whole(self.folder.volume(volume))]
+            if damaged:
+                log(f"{len(damaged)} of the library's files cannot be read: what they held is fitted again")
             with self._database.writing() as rows:
                 volumes.miss(rows, damaged)
 

@@ -52,7 +52,9 @@ def test_a_document_whose_file_is_gone_is_fitted_again(library, notes):
     library.add([notes], CheapFitter())
     by_name(library)["long 0.txt"].file.unlink()
     fitter = CheapFitter()
-    assert library.update(fitter).work.fitted == ["long 0.txt"] and fitter.fitted == ["long 0.txt"]
+    said: list[str] = []
+    assert library.update(fitter, log=said.append).work.fitted == ["long 0.txt"] and fitter.fitted == ["long 0.txt"]
+    assert said[0] == "1 of the library's files cannot be read: what they held is fitted again"
     assert by_name(library)["long 0.txt"].file.exists()
 
 
