@@ -12,7 +12,7 @@ import numpy as np
 
 from .. import store
 from ..errors import NectarError
-from ..heads import Size
+from ..heads import Quadrature, Size
 from ..mlxlm.attention_patch import Geometry
 from ..store import Layout
 from .config import FitConfig
@@ -25,6 +25,13 @@ def share_of(config: FitConfig, geometry: Geometry, n: int) -> float | None:
     if config.size is not None:
         return config.size / geometry.cache_bytes(n)
     return None if config.budget == "auto" else config.budget
+
+
+def distills(config: FitConfig, layout: Layout, share: float | None) -> bool:
+    """Whether heads are trained through the whole model in the end: nodes that are rounded row by row, in small
+    files."""
+    nodes = layout.bank is Quadrature and layout.bits is None
+    return bool(config.distillation_steps) and nodes and share is not None and share < SMALL
 
 
 def affordable_bytes(

@@ -13,12 +13,12 @@ from .. import __version__, kernels, models
 from ..core.device import device
 from ..core.progress import Progress, silent
 from ..core.types import Tokenizer
-from ..heads import AUTO, KINDS, Quadrature
+from ..heads import AUTO, KINDS
 from ..mlxlm.attention_patch import Geometry
 from ..models import adapters
 from ..store import Layout
 from .auto_budget import FIRST
-from .budget import SMALL, share_of
+from .budget import distills, share_of
 from .checkpoint import Checkpoint, Plan, text_digest
 from .config import FitConfig, density, useful_samples
 from .distributed import World
@@ -108,12 +108,10 @@ class FitRun:
         )
 
     def distills(self, context: Context) -> bool:
-        """Whether heads are trained through the whole model in the end: nodes that are rounded row by row, of small
-        files, where they are all that stands for the texts in view."""
-        share, layout = share_of(self.config, self.geometry, context.length), self.layout
-        nodes = layout.bank is Quadrature and layout.bits is None
+        """As `budget.distills`, where the heads are all that stands for the texts in view."""
+        share = share_of(self.config, self.geometry, context.length)
         alone = not (context.others or context.chunks or context.preamble)
-        return bool(self.config.distillation_steps) and nodes and alone and share is not None and share < SMALL
+        return alone and distills(self.config, self.layout, share)
 
     def density(self, context: Context) -> float:
         """Share of the tokens of conversations about a text whose samples are kept."""

@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 
 from ..core.device import Device
 from ..core.progress import Stage
-from ..heads import AUTO, KINDS, Quadrature
+from ..heads import AUTO, KINDS
 from ..mlxlm.attention_patch import Geometry
 from ..store import Layout
-from .budget import SMALL, affordable_bytes, size_for
+from .budget import affordable_bytes, distills, size_for
 from .config import FitConfig, density, useful_samples
 from .prefill import READ
 from .samples.conversation import FEWEST_TOGETHER, count_groups
@@ -89,9 +89,7 @@ class Work:
 
     @property
     def distills(self) -> bool:
-        """As `FitRun.distills`."""
-        nodes = self.layout.bank is Quadrature and self.layout.bits is None
-        return bool(self.config.distillation_steps) and nodes and self.share < SMALL
+        return distills(self.config, self.layout, self.share)
 
     @property
     def layout(self) -> Layout:

@@ -29,9 +29,9 @@ import os, sys, time
 from dataclasses import replace
 import nectar_mlx.fit
 from nectar_mlx.core.device import device, using
-from nectar_mlx.fitting import checkpoint, config, run
+from nectar_mlx.fitting import budget, checkpoint, config
 given_steps = {"distillation_steps": 3} if os.environ.get("DISTILLS") else {}
-run.SMALL = 1.0 if given_steps else 0.01
+budget.SMALL = 1.0 if given_steps else 0.01
 plain = config.FitConfig
 config.FitConfig = lambda **given: plain(**{**%r, **given_steps, **given})
 if os.environ.get("WAITS") == os.environ.get("MLX_RANK", "none"):  # behind its first heads, for whoever kills it

@@ -8,7 +8,7 @@ import pytest
 from nectar_mlx import NectarError, plan
 from nectar_mlx.benchmarks import planning
 from nectar_mlx.core.progress import Overall
-from nectar_mlx.fitting import machines, pipeline, run, work
+from nectar_mlx.fitting import budget, machines, pipeline
 from nectar_mlx.fitting.config import FitConfig
 from nectar_mlx.fitting.estimate import estimate
 from tests import toys
@@ -44,8 +44,7 @@ class Recorded(Overall):
 ])  # fmt: skip
 def test_the_stages_that_come_are_those_that_were_expected(tokenizer, monkeypatch, options, positions):
     """In their order; of the budgets that are tried there may be more or fewer."""
-    for module in (run, work):
-        monkeypatch.setattr(module, "SMALL", 1.0)
+    monkeypatch.setattr(budget, "SMALL", 1.0)
     progress = Recorded()
     model = toys.toy("llama", max_position_embeddings=positions)
     toys.fit(model, tokenizer, TEXT, config=FitConfig(**FAST | options), progress=progress)
