@@ -13,7 +13,7 @@ are had layer by layer (`backward`).
 
 from collections.abc import Iterator, Sequence
 from copy import copy
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import mlx.core as mx
@@ -25,6 +25,7 @@ from ..heads import Bank, HeadArrays, Size
 from ..mlxlm.cache import NectarCache
 from ..store.grids import GridMatrix
 from .backward import Call, backward, forward
+from .distributed import batches
 from .fidelity import log_probabilities
 from .kinds import KindFit
 from .layers import LayerRunner, layer_runner
@@ -39,8 +40,8 @@ _NAMES = (*_MATRICES, "bias")  # of a layer's arrays, in the order of the vector
 
 
 def distilled(kind: KindFit, sizes: Sequence[Size], heads: list[HeadArrays]) -> list[HeadArrays]:
-    """Heads trained on, where they are to be (`FitRun.distills`); as they were where that is no better on conversations
-    that are held out, and for models whose layers are not called one by one. sizes: of the heads. One rank does it."""
+    """Heads trained on, where `FitRun.distills`; as they were where that is no better on conversations that are held
+    out, and for models whose layers are not called one by one. sizes: of the heads. One rank does it."""
     run, context = kind.run, kind.data.context
     runner = layer_runner(run.model, run.geometry) if run.distills(context) else None
     own = [isinstance(cache, NectarCache) for cache in context.make_cache()]
@@ -126,10 +127,10 @@ class _Distillation:
         if kept is not None:
             first, self.vector = kept[0], kept[1]["vector"]
             state = optimizers.State(mx.array(float(first)), {"": kept[1]["first"]}, {"": kept[1]["second"]})
-        batches = _batches(self.training, seed=run.config.seed)
+        following = _batches(self.training, seed=run.config.seed)
         with run.progress("distilling", steps) as done:
             for step in range(steps):
-                conversations = next(batches)
+                conversations = next(following)
                 if step < first:
                     continue
                 rate = self.rates * (_RATE * optimizers.schedule(step, steps))
@@ -221,7 +222,7 @@ class _Distillation:
         ours, full = (log_probabilities(self.runner.logits(x[None])) for x in (rows, truth))
         return (mx.exp(full) * (full - ours)).sum()
 
-    @property
+    @cached_property
     def rows_at_once(self) -> int:
         """Rows whose logits are held at a time."""
         logits = self.runner.logits(mx.zeros((1, 1, self.runner.width)))  # never evaluated
@@ -267,9 +268,9 @@ def _grids(head: HeadArrays) -> HeadArrays:
 
 def _together(conversations: Sequence[Conversation]) -> list[list[Conversation]]:
     """Conversations of about one length, as many as are differentiated side by side."""
-    ordered, size = sorted(conversations, key=lambda c: c.fed_tokens), device().distillation_batch
-    groups = -(-len(ordered) // size)
-    return [ordered[len(ordered) * i // groups : len(ordered) * (i + 1) // groups] for i in range(groups)]
+    ordered = sorted(conversations, key=lambda c: c.fed_tokens)
+    groups = batches(len(ordered), most=device().distillation_batch, shares=1)
+    return [[ordered[number] for number in group] for group in groups]
 
 
 def _batches(conversations: Sequence[Conversation], *, seed: int) -> Iterator[list[Conversation]]:

@@ -7,30 +7,13 @@ import pytest
 
 from nectar_mlx import NectarError, plan
 from nectar_mlx.benchmarks import planning
-from nectar_mlx.core.progress import Overall
 from nectar_mlx.fitting import budget, machines, pipeline
 from nectar_mlx.fitting.config import FitConfig
 from nectar_mlx.fitting.estimate import estimate
 from tests import toys
-from tests.fitting.toy_fit import FAST, TEXT
+from tests.fitting.toy_fit import FAST, TEXT, Recorded
 
 H100 = next(machine for machine in machines.MACHINES if machine.name.startswith("H100"))
-
-
-class Recorded(Overall):
-    """Keeps what was expected at first, and what came."""
-
-    def __init__(self):
-        super().__init__()
-        self.expected, self.came = [], []
-
-    def expect(self, stages):
-        self.expected = [stage.description for stage in stages]
-        super().expect(stages)
-
-    def _enter(self, description):
-        self.came.append(description)
-        super()._enter(description)
 
 
 @pytest.mark.parametrize("options, positions", [

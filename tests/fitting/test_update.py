@@ -10,7 +10,7 @@ import pytest
 
 from nectar_mlx import Nectar, NectarError, store, update, update_file
 from nectar_mlx.core.device import using
-from nectar_mlx.core.progress import Overall, Stage
+from nectar_mlx.core.progress import Stage
 from nectar_mlx.fitting import machines, updating
 from nectar_mlx.fitting.checkpoint import Checkpoint
 from nectar_mlx.fitting.config import FitConfig
@@ -26,7 +26,7 @@ from nectar_mlx.heads import Quadrature
 from nectar_mlx.mlxlm import prompts
 from tests import toys
 from tests.fitting import update_figures
-from tests.fitting.toy_fit import FAST, TEXT, fit_run, read
+from tests.fitting.toy_fit import FAST, TEXT, Recorded, fit_run, read
 
 MORE = TEXT + " A new hare came by, and it sang about the river."
 EDITED = TEXT.replace("fox number 7", "cat number 9")
@@ -458,18 +458,6 @@ def test_an_update_is_expected_to_take_less_than_a_fit(tokenizer, kind, less, ma
 
 
 def test_the_stages_of_an_update_are_expected(model, tokenizer, fitted):
-    class Recorded(Overall):
-        def __init__(self):
-            super().__init__()
-            self.expected, self.came = [], []
-
-        def expect(self, stages):
-            self.expected = [stage.description for stage in stages]
-
-        def _enter(self, description):
-            self.came.append(description)
-            super()._enter(description)
-
     progress = Recorded()
     updated(model, tokenizer, fitted, MORE, progress=progress)
     assert progress.came == progress.expected

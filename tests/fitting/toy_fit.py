@@ -1,5 +1,6 @@
 """The text, the settings and the first stages of a fit that the tests of fitting share."""
 
+from nectar_mlx.core.progress import Overall
 from nectar_mlx.fitting import prefill
 from nectar_mlx.fitting.config import FitConfig
 from nectar_mlx.fitting.run import FitRun
@@ -30,3 +31,19 @@ def fit_run(model, tokenizer, **options):
 def read(run, tokens, **options):
     """The run's model reads some tokens."""
     return prefill.read_text(run.model, tokens, run.geometry, **options)
+
+
+class Recorded(Overall):
+    """Keeps what was expected at first, and what came."""
+
+    def __init__(self):
+        super().__init__()
+        self.expected, self.came = [], []
+
+    def expect(self, stages):
+        self.expected = [stage.description for stage in stages]
+        super().expect(stages)
+
+    def _enter(self, description):
+        self.came.append(description)
+        super()._enter(description)

@@ -17,7 +17,7 @@ from ...mlxlm.geometry import LATENT, SHARED, STATE
 from ...models.encoder import Span
 from ...store.kv_file import KeyFile
 from .. import finite, pipeline, verdict
-from ..budget import SMALL
+from ..budget import distills
 from ..checkpoint import Checkpoint
 from ..config import FitConfig
 from ..estimate import estimate
@@ -140,7 +140,7 @@ def _way(run: FitRun, file: FileContents, text: str) -> tuple[Way, str, Revision
         return "fit", "layers of other kinds than attention of their own cannot be updated", nothing, []
     if metadata["chunks"] or pipeline.in_parts(run, prefix):
         return "fit", "a text that is fitted in parts cannot be updated", nothing, []
-    if run.config.distillation_steps and metadata["report"].get("budget", 1.0) < SMALL:
+    if distills(run.config, run.layout, metadata["report"].get("budget")):
         return "fit", "heads that were trained through the whole model cannot be updated", nothing, []
     revision, study = Revision.of(file.prefix, prefix), file.study(run)
     if revision.appended:
