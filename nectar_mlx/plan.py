@@ -71,6 +71,8 @@ def _show(rows: Sequence[JsonObject]) -> None:
         machine = row["machine"] if row["machines"] == 1 else f"{row['machines']} × {row['machine']}"
         table.add_row(row["model"], f"{row['tokens']:,}", machine, time, memory, size, ", ".join(how), row["basis"])
     Console(width=None if sys.stdout.isatty() else 160).print(table)
+    for reason in dict.fromkeys(row["undistilled"] for row in rows if row["undistilled"]):
+        cli.say(reason)
     cli.say("estimates: times may be off by half, and on machines that are calculated by more")
 
 

@@ -27,11 +27,41 @@ def share_of(config: FitConfig, geometry: Geometry, n: int) -> float | None:
     return None if config.budget == "auto" else config.budget
 
 
-def distills(config: FitConfig, layout: Layout, share: float | None) -> bool:
-    """Whether heads are trained through the whole model in the end: nodes that are rounded row by row, in small
-    files."""
-    nodes = layout.bank is Quadrature and layout.bits is None
-    return bool(config.distillation_steps) and nodes and share is not None and share < SMALL
+def distills(
+    config: FitConfig,
+    layout: Layout,
+    share: float | None,
+    *,
+    chunks: bool = False,
+    layerwise: bool = False,
+    others: bool = False,
+) -> bool:
+    """Whether heads are trained through the whole model in the end. chunks, layerwise: how the text is fitted. others:
+    whether other files are in view."""
+    hindered = undistilled(config, layout, share, chunks=chunks, layerwise=layerwise, others=others)
+    return _small(config, share) and not hindered
+
+
+def undistilled(
+    config: FitConfig, layout: Layout, share: float | None, *, chunks: bool, layerwise: bool, others: bool
+) -> str:
+    """Why heads are not trained through the whole model, for a person, where their fit is of the effort that trains
+    small files so; "" for all other fits. Arguments as for `distills`."""
+    reasons = {
+        "on a CPU": not config.distillation_steps,
+        "heads of this kind": layout.bank is not Quadrature or layout.bits is not None,
+        "texts that are fitted in chunks": chunks,
+        "texts that are fitted layer by layer": layerwise,
+        "with other files in view": others,
+    }
+    reason = next((reason for reason, holds in reasons.items() if holds), "")
+    if not reason or not _small(config, share):
+        return ""
+    return f"--effort best trains files below {SMALL:.0%} through the whole model, but not {reason}"
+
+
+def _small(config: FitConfig, share: float | None) -> bool:
+    return config.distillation_steps is not None and share is not None and share < SMALL
 
 
 def affordable_bytes(

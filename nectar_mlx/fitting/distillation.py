@@ -40,10 +40,10 @@ _NAMES = (*_MATRICES, "bias")  # of a layer's arrays, in the order of the vector
 
 
 def distilled(kind: KindFit, sizes: Sequence[Size], heads: list[HeadArrays]) -> list[HeadArrays]:
-    """Heads trained on, where `FitRun.distills`; as they were where that is no better on conversations that are held
-    out, and for models whose layers are not called one by one. sizes: of the heads. One rank does it."""
+    """Heads trained on; as they were where that is no better on conversations that are held out, and for models whose
+    layers are not called one by one. sizes: of the heads. One rank does it."""
     run, context = kind.run, kind.data.context
-    runner = layer_runner(run.model, run.geometry) if run.distills(context) else None
+    runner = layer_runner(run.model, run.geometry)
     own = [isinstance(cache, NectarCache) for cache in context.make_cache()]
     if runner is None or sum(own) != len(context.banks):
         return heads
@@ -118,7 +118,8 @@ class _Distillation:
 
     def run(self) -> list[HeadArrays]:
         """The heads after all steps, or as they were."""
-        run, steps = self.kind.run, self.kind.run.config.distillation_steps
+        run = self.kind.run
+        steps = run.config.distillation_steps or 0
         if not self.training or not self.held_out:
             return self.heads
         before = self.divergence(self.vector)

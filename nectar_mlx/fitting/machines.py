@@ -186,6 +186,7 @@ def planned(shape: Shape, tokens: int, machine: Machine, config: FitConfig, *, m
         "cache_bytes": int(expected.cache),
         "chunks": expected.chunks,
         "layerwise": expected.layerwise,
+        "undistilled": expected.undistilled,
         "fits": expected.memory <= machine.memory,
         "basis": machine.basis,
     }

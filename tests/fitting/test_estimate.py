@@ -82,6 +82,47 @@ def test_what_was_measured_is_estimated_within_half(tokens, seconds):
     assert estimate(shape, H100, config, tokens).seconds == pytest.approx(seconds, rel=0.5)
 
 
+@pytest.mark.parametrize("options, reason", [
+    ({"budget": 0.009, "distillation_steps": 2}, None),
+    ({"budget": 0.009, "distillation_steps": 0}, "on a CPU"),
+    ({"budget": 0.009, "distillation_steps": 2, "layerwise": True}, "texts that are fitted layer by layer"),
+    ({"budget": 0.009, "distillation_steps": 2, "bits": 8}, "heads of this kind"),
+    ({"budget": 0.02, "distillation_steps": 0}, None),
+    ({"budget": 0.009}, None),
+])  # fmt: skip
+def test_a_fit_says_that_a_small_file_is_not_distilled(tokenizer, monkeypatch, options, reason):
+    """Before anything takes long; of an effort, or a budget, that never does it nothing is said."""
+    said = []
+
+    def ended(*arguments, **named):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "_check_room", ended)
+    with pytest.raises(KeyboardInterrupt):
+        toys.fit(toys.toy("llama"), tokenizer, TEXT, config=FitConfig(**FAST | options), log=said.append)
+    line = f"--effort best trains files below 1% through the whole model, but not {reason}"
+    assert said == ([] if reason is None else [line])
+
+
+def test_a_plan_says_that_small_files_are_not_distilled(capsys):
+    def planned(*arguments):
+        assert plan.main(["--model", "Qwen3-1.7B", "--effort", "best", *arguments]) == 0
+        return [line for line in capsys.readouterr().err.splitlines() if "through the whole model" in line]
+
+    small = ["--budget", "0.5%", "--tokens", "10k"]
+    both = planned("--machine", "GB", *small, "1M")
+    assert [line.partition("but not ")[2] for line in both] == ["on a CPU", "texts that are fitted in chunks"]
+    assert planned("--machine", "H100", *small) == planned("--machine", "2 CPU", "--tokens", "10k") == []
+
+
+def test_a_size_is_that_of_all_chunks_together():
+    shape = machines.named_shape("Qwen3-1.7B")
+    share, size = (machines.settings(H100, budget=budget, kind="auto") for budget in ("1%", "1.147G"))
+    one, other = (estimate(shape, H100, config, 1_000_000) for config in (share, size))
+    assert one.chunks > 1 and other.size == pytest.approx(one.size, rel=0.01)
+    assert other.seconds == pytest.approx(one.seconds, rel=0.01)
+
+
 def test_more_takes_more():
     def seconds(name="Qwen3-8B", tokens=10_000):
         config = machines.settings(H100, budget="2%", kind="auto")
