@@ -179,7 +179,7 @@ def _check_room(run: FitRun, prefix: Sequence[int], *, in_pieces: bool) -> None:
     if not run.others:
         return
     if in_pieces:
-        raise NectarError("a text that is fitted in chunks or layer by layer is fitted alone: leave out --with")
+        raise NectarError(other_files.ALONE)
     tokens, positions = other_files.tokens(prefix, run.others), window(run.model)
     if positions is not None and tokens + _QUESTION_TOKENS > positions:
         raise NectarError(
