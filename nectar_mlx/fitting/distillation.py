@@ -27,6 +27,7 @@ from ..store.grids import GridMatrix
 from .backward import Call, backward, forward
 from .distributed import batches
 from .fidelity import log_probabilities
+from .joint_attention import JointCache
 from .kinds import KindFit
 from .layers import LayerRunner, layer_runner
 from .samples.conversation import Conversation
@@ -174,7 +175,7 @@ class _Distillation:
         """One a layer, behind these heads."""
         remaining = iter(banks)
         return [
-            NectarCache(next(remaining), self.context.start) if isinstance(cache, NectarCache) else cache
+            JointCache(next(remaining), self.context.start) if isinstance(cache, NectarCache) else cache
             for cache in self.context.make_cache(sequences=sequences)
         ]
 
