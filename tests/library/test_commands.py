@@ -3,7 +3,10 @@
 import contextlib
 import io
 import json
+import subprocess
+import sys
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,6 +19,7 @@ from tests.documents.makers import column, pdf_pages, shown
 from tests.library.cheap import CheapFitter
 from tests.serving.running import Running
 
+ROOT = Path(__file__).parents[2]
 LEASE = ["The landlord is Adele Kuhn.", "The rent is 930 euros a month.", "Pets are allowed."]
 
 
@@ -86,6 +90,18 @@ def test_a_folder_is_added_listed_updated_removed(folder, cheap, notes, capsys):
     assert run("remove", notes, "--json") == 0
     assert len(json.loads(capsys.readouterr().out)["documents"]) == 8
     assert run("list") == 0 and capsys.readouterr().out == ""
+
+
+@pytest.mark.process
+def test_what_needs_no_model_imports_none_of_its_libraries(folder, cheap, notes):
+    assert run("add", notes, "--model", "some") == 0
+    code = (
+        "import sys; from nectar_mlx.__main__ import main; print(main(['list']), main(['remove', sys.argv[1]]), "
+        "[name for name in ('mlx', 'mlx_lm', 'transformers', 'huggingface_hub') if name in sys.modules])"
+    )
+    command = [sys.executable, "-c", code, str(notes / "long 0.txt")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert done.stdout.splitlines()[-1] == "0 0 []", done.stdout + done.stderr
 
 
 def test_update_can_watch(folder, cheap, notes, monkeypatch, capsys):
