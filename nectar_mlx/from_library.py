@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, TypeVar
 from . import cli, settings
 from .core.types import JsonObject, Tokenizer
 from .errors import NectarError
-from .installed import choose
 from .library import Added, Document, Identity, Library, ModelFitter, Routing, holds_library
 
 if TYPE_CHECKING:
@@ -77,6 +76,8 @@ def _model(args: argparse.Namespace, known: Identity | None) -> tuple[str, str]:
     """The model to fit on and its adapter, "" for none: those given, else the library's, else the default ones."""
     if args.model is None and known is not None:
         return known.name, args.adapter or known.adapter
+    from .installed import choose  # imports mlx-lm, which takes a second and which `list` and `remove` do not need
+
     choose(args, log=cli.say)
     return args.model, args.adapter or ""
 

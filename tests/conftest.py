@@ -4,6 +4,7 @@ import os
 import signal
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # else each process that tests start compiles all that it imports
 if "PYTEST_XDIST_WORKER" in os.environ:  # a core for each process
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # started in the background of a script, as nohup does

@@ -1,7 +1,8 @@
 """Nothing leaves the machine once the model is on its disk: every command, with every socket watched.
 
 A hook in the process notes what is connected to, sent to or looked up besides loopback. Where the system has network
-namespaces, the command runs in one without a network, too. `push` is left out: sending is its purpose.
+namespaces, the commands run in one without a network, too. `push` is left out: sending is its purpose. The others run
+one after the other in one process, so that what they import is imported once; only the server has its own.
 """
 
 import json
@@ -20,7 +21,7 @@ from tests import toys
 
 WATCH = """
 import json, sys
-seen = open(sys.argv.pop(1), "a", buffering=1)
+seen, running = open(sys.argv.pop(1), "a", buffering=1), "import"
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 def watch(event, arguments):
     if event in ("socket.getaddrinfo", "socket.gethostbyname"):
@@ -30,10 +31,27 @@ def watch(event, arguments):
     else:
         return
     if host and (host.decode() if isinstance(host, bytes) else host) not in LOOPBACK:
-        seen.write(json.dumps([event, str(host)]) + "\\n")
+        seen.write(json.dumps([running, event, str(host)]) + "\\n")
 sys.addaudithook(watch)
 """
-RUN = WATCH + "from nectar_mlx.__main__ import main; sys.exit(main(sys.argv[1:]))"
+# Prints a line for each command: its name, its exit code, and all that it said.
+RUN = (
+    WATCH
+    + """
+import io, traceback
+from contextlib import redirect_stderr, redirect_stdout
+from nectar_mlx.__main__ import main
+for arguments in json.loads(sys.argv[1]):
+    running, said = arguments[0], io.StringIO()
+    sys.stdin = io.StringIO("who?\\n/quit\\n")
+    with redirect_stdout(said), redirect_stderr(said):
+        try:
+            code = main(arguments)
+        except BaseException:
+            code = traceback.format_exc()
+    print(json.dumps([running, code, said.getvalue()]), flush=True)
+"""
+)
 # The server answers one question from a thread beside it.
 SERVE = (
     WATCH
@@ -63,7 +81,7 @@ CASES = {
     "ask": ["book.nectar", "who?", "--max-tokens", "3"],
     "chat": ["book.nectar", "--max-tokens", "3"],
     "serve": ["book.nectar"],
-    "evaluate": ["book.nectar", "--no-answers", "--answer-tokens", "4"],
+    "evaluate": ["book.nectar", "--no-answers", "--answer-tokens", "4", "--rows", "256"],
     "inspect": ["book.nectar"],
     "export": ["book.nectar", "out.safetensors", "--prompt-cache"],
     "bench": ["decode", "--shape", "toy", "--contexts", "64", "--rounds", "1"],
@@ -94,7 +112,7 @@ def place(tmp_path_factory):
     return folder
 
 
-def run(place, program, arguments, *, alone=False):
+def run(place, program, *arguments, alone=False):
     """The process, and what it asked of the network. alone: in a network namespace of its own."""
     seen = place / "seen"
     seen.write_text("")
@@ -106,10 +124,19 @@ def run(place, program, arguments, *, alone=False):
         "PYTHONPATH": root,
     }
     command = [*sealed, sys.executable, "-c", program, str(seen), *arguments]
-    done = subprocess.run(
-        command, capture_output=True, text=True, input="who?\n/quit\n", cwd=place, env=environment, timeout=600
-    )
+    done = subprocess.run(command, capture_output=True, text=True, cwd=place, env=environment, timeout=600)
     return done, [json.loads(line) for line in seen.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def commands(place):
+    """Every command but the server has run -> exit code, what it said and what it asked of the network, by name."""
+    arguments = [[name, *CASES[name]] for name in sorted(COMMANDS.keys() - SENDING - {"serve"})]
+    done, seen = run(place, RUN, json.dumps(arguments), alone=can_be_alone())
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert [event for event in seen if event[0] == "import"] == []
+    told = [json.loads(line) for line in done.stdout.splitlines()]
+    return {name: (code, said, [event for event in seen if event[0] == name]) for name, code, said in told}
 
 
 def test_every_command_has_a_case():
@@ -117,22 +144,26 @@ def test_every_command_has_a_case():
 
 
 def test_the_hook_sees_what_is_sent(place):
-    done, seen = run(place, WATCH + "import socket; socket.getaddrinfo('example.invalid', 80)", [])
-    assert done.returncode != 0 and seen == [["socket.getaddrinfo", "example.invalid"]]
+    done, seen = run(place, WATCH + "import socket; socket.getaddrinfo('example.invalid', 80)")
+    assert done.returncode != 0 and seen == [["import", "socket.getaddrinfo", "example.invalid"]]
 
 
-@pytest.mark.parametrize("name", sorted(COMMANDS.keys() - SENDING))
-def test_a_command_asks_nothing_of_the_network(place, name):
-    alone = name != "serve" and can_be_alone()  # without its network a namespace has no loopback either
-    program, arguments = (SERVE, CASES[name]) if name == "serve" else (RUN, [name, *CASES[name]])
-    done, seen = run(place, program, arguments, alone=alone)
+@pytest.mark.parametrize("name", sorted(COMMANDS.keys() - SENDING - {"serve"}))
+def test_a_command_asks_nothing_of_the_network(commands, name):
+    code, said, seen = commands[name]
+    assert code == 0, said[-2000:]
+    assert seen == []
+
+
+def test_the_server_asks_nothing_of_the_network(place):
+    done, seen = run(place, SERVE, *CASES["serve"])  # without its network a namespace has no loopback either
     assert done.returncode == 0, done.stderr[-2000:]
     assert seen == []
 
 
 def test_telemetry_is_off(place):
     code = "import nectar_mlx.models; from huggingface_hub import constants; print(constants.HF_HUB_DISABLE_TELEMETRY)"
-    done, _ = run(place, WATCH + code, [])
+    done, _ = run(place, WATCH + code)
     assert done.stdout == "True\n"
 
 

@@ -34,7 +34,7 @@ from .samples.conversation import Conversation
 from .solve import optimizers
 from .solve.node_training import UNIT_SAMPLES, Units
 
-_RATE = 4e-3  # of Adam, in units
+_RATE = 8e-3  # of Adam, in units
 _JUDGED = 64  # conversations that are held out, by which it is decided whether the result is kept, at most
 _MATRICES = ("keys", "values")
 _NAMES = (*_MATRICES, "bias")  # of a layer's arrays, in the order of the vector

@@ -4,6 +4,7 @@ figures."""
 import json
 import time
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import mlx.core as mx
@@ -22,7 +23,7 @@ from .estimate import estimate
 from .work import Machine, Shape
 
 _APPLE_SHARE = 0.21  # of the float32 rate: what the stages of a fit reach on an H100, of its 67 · 10¹² a second
-_CPU_SHARE = 2.7  # what the stages of a fit reach, in multiples of what `here` measures: on two cores, one thread
+_CPU_SHARE = 2.7  # what the stages of a fit reach, in multiples of what `_rate` measures: on two cores, one thread
 _UNKNOWN_WINDOW = 1 << 62
 TOKENS = (10_000, 100_000, 1_000_000, 10_000_000)  # of the texts that fits are planned for
 
@@ -145,15 +146,8 @@ def _configured(name: str, path: Path) -> Shape:
 
 
 def here() -> Machine:
-    """This machine, measured for a fifth of a second: attention of 512 queries over 1,024 keys in 8 heads."""
-    queries, keys = mx.random.normal((8, 512, 64)), mx.random.normal((8, 1024, 64))
-    operations, times = 4.0 * 8 * 512 * 1024 * 64, list[float]()
-    copies = 1 if device().linux_cpu else 32
-    while len(times) < 3 or sum(times) < 0.2:
-        start = time.perf_counter()
-        mx.eval([mx.softmax(queries * (1 + i) @ keys.swapaxes(1, 2), axis=-1) @ keys for i in range(copies)])
-        times.append(time.perf_counter() - start)
-    rate = copies * operations / min(times[1:])
+    """This machine; its rate is measured once a process."""
+    rate = _rate(device().linux_cpu)
     return Machine(
         name="this machine",
         rate=(_CPU_SHARE if device().linux_cpu else 1.0) * rate,
@@ -162,6 +156,19 @@ def here() -> Machine:
         profile=device(),
         basis="measured",
     )
+
+
+@cache
+def _rate(linux_cpu: bool) -> float:
+    """Operations a second, in a fifth of a second: attention of 512 queries over 1,024 keys in 8 heads."""
+    queries, keys = (mx.random.normal((8, n, 64), key=mx.random.key(n)) for n in (512, 1024))
+    operations, times = 4.0 * 8 * 512 * 1024 * 64, list[float]()
+    copies = 1 if linux_cpu else 32
+    while len(times) < 3 or sum(times) < 0.2:
+        start = time.perf_counter()
+        mx.eval([mx.softmax(queries * (1 + i) @ keys.swapaxes(1, 2), axis=-1) @ keys for i in range(copies)])
+        times.append(time.perf_counter() - start)
+    return copies * operations / min(times[1:])
 
 
 def settings(machine: Machine, *, budget: str, kind: str, effort: str = "normal") -> FitConfig:

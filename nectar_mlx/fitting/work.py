@@ -141,7 +141,7 @@ class Work:
         """Of all heads together."""
         shape, layout = self.shape, self.layout
         nbytes = affordable_bytes(share, geometry=shape.geometry, layout=layout, n=self.n, at_least=True)
-        return int(self.heads * size_for(layout, nbytes / self.heads, most=self.n)[0])
+        return int(self.heads * size_for(layout, nbytes / self.heads, share=share, most=self.n)[0])
 
     def seconds(self, operations: float, stage: str) -> float:
         shares = _CPU if self.machine.profile.linux_cpu else _GPU

@@ -13,6 +13,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from .class_source import mentions
+
 _NAME = "mx.fast.scaled_dot_product_attention"
 _cache: ContextVar[Any] = ContextVar("cache", default=None)
 Attention = Callable[..., mx.array]
@@ -31,10 +33,7 @@ class _Standing:
 
 def is_direct(kind: type[nn.Module]) -> bool:
     """Whether a class of modules calls MLX's attention by its name."""
-    try:
-        return kind.__module__.startswith("mlx_lm.models.") and _NAME in inspect.getsource(kind)
-    except (OSError, TypeError):
-        return False
+    return kind.__module__.startswith("mlx_lm.models.") and mentions(kind, _NAME)
 
 
 def reroute(kind: Any, attention: Attention) -> None:

@@ -14,14 +14,12 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from .class_source import mentions
+
 
 def is_latent(kind: type[nn.Module]) -> bool:
     """Whether a class of modules is latent attention whose cache holds latent vectors."""
-    try:
-        source = inspect.getsource(kind)
-    except (OSError, TypeError):
-        return False
-    return all(name in source for name in ("self.embed_q", "self.unembed_out", "self.kv_a_proj_with_mqa"))
+    return mentions(kind, "self.embed_q", "self.unembed_out", "self.kv_a_proj_with_mqa")
 
 
 def routed(stock: Callable[..., mx.array]) -> Callable[..., mx.array]:

@@ -53,6 +53,13 @@ def test_a_short_fit_is_not(tokenizer):
     toys.fit(toys.toy("llama"), tokenizer, TEXT, config=config, log=pytest.fail)
 
 
+def test_the_machine_is_measured_once(monkeypatch):
+    """A library of many documents fits each of them in one process."""
+    first = machines.here()
+    monkeypatch.setattr(machines, "time", None)
+    assert machines.here().rate == first.rate
+
+
 @pytest.mark.parametrize("name, parameters", [
     ("SmolLM2-135M", 135e6), ("Qwen3-1.7B", 1.7e9), ("Qwen3-8B", 7.6e9), ("Llama-3.3-70B", 70e9),
 ])  # fmt: skip

@@ -3,7 +3,10 @@
 import contextlib
 import io
 import json
+import subprocess
+import sys
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,6 +19,7 @@ from tests.documents.makers import column, pdf_pages, shown
 from tests.library.cheap import CheapFitter
 from tests.serving.running import Running
 
+ROOT = Path(__file__).parents[2]
 LEASE = ["The landlord is Adele Kuhn.", "The rent is 930 euros a month.", "Pets are allowed."]
 
 
@@ -111,6 +115,18 @@ def test_list_tells_a_damaged_file_from_its_header(folder, cheap, notes, capsys)
     assert "`nectar update` fits again what is damaged" in err
     assert run("update") == 0 and run("list") == 0
     assert "damaged" not in capsys.readouterr().out
+
+
+@pytest.mark.process
+def test_what_needs_no_model_imports_none_of_its_libraries(folder, cheap, notes):
+    assert run("add", notes, "--model", "some") == 0
+    code = (
+        "import sys; from nectar_mlx.__main__ import main; print(main(['list']), main(['remove', sys.argv[1]]), "
+        "[name for name in ('mlx_lm', 'transformers', 'huggingface_hub') if name in sys.modules])"
+    )
+    command = [sys.executable, "-c", code, str(notes / "long 0.txt")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert done.stdout.splitlines()[-1] == "0 0 []", done.stdout + done.stderr
 
 
 def test_update_can_watch(folder, cheap, notes, monkeypatch, capsys):

@@ -155,24 +155,41 @@ def translation_unit(text: str) -> str:
     )
 
 
+def _made_once(parts: list[str], make: Callable[[Path, Path], None]) -> Path:
+    """The file of a build, named by what it is made from. make(folder to work in, file to write)."""
+    made = BUILDS / hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
+    if not made.exists():
+        BUILDS.mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=BUILDS) as folder:
+            make(Path(folder), Path(folder, "made"))
+            Path(folder, "made").replace(made)  # whole, whoever else makes it meanwhile
+    return made
+
+
+def _base() -> list[str]:
+    return [*compiler(), "-std=c++17", f"-I{HERE}"]
+
+
+def _simulator(mode: str) -> Path:
+    """The compiled simulator, the same for all kernels of a build."""
+    command = [*_base(), "-O2", *_SANITIZERS[mode][1], "-c", str(HERE / "simulator.cpp"), "-o"]
+    texts = [(HERE / name).read_text() for name in ("simulator.h", "simulator.cpp")]
+    return _made_once([*command, *texts], lambda _, out: _run([*command, str(out)]))
+
+
 def build(unit: str, mode: str, warnings: list[str] = _STRICT) -> Path:
     """C++ that defines kernel_entry -> a program that runs jobs; made once."""
-    flags, defines = _SANITIZERS[mode]
-    base = [*compiler(), "-std=c++17", f"-I{HERE}"]
-    parts = [unit, *((HERE / n).read_text() for n in ("simulator.h", "simulator.cpp", "vocabulary.h")), mode, *base]
-    program = BUILDS / hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
-    if program.exists():
-        return program
-    BUILDS.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=BUILDS) as folder:
-        source, kernel, runtime, out = (Path(folder, n) for n in ("kernel.cpp", "kernel.o", "simulator.o", "program"))
+    flags, _ = _SANITIZERS[mode]
+    texts = [unit, *((HERE / name).read_text() for name in ("simulator.h", "simulator.cpp", "vocabulary.h"))]
+
+    def make(folder: Path, out: Path) -> None:
+        source, kernel = folder / "kernel.cpp", folder / "kernel.o"
         source.write_text(unit)
         exact = ["-O0", "-g1", "-ffp-contract=off"]  # compiles five times faster than -O1 under a sanitizer
-        _run([*base, *exact, *flags, *warnings, "-c", str(source), "-o", str(kernel)])
-        _run([*base, "-O2", *defines, "-c", str(HERE / "simulator.cpp"), "-o", str(runtime)])
-        _run([*base, *flags, str(kernel), str(runtime), "-o", str(out)])
-        out.replace(program)
-    return program
+        _run([*_base(), *exact, *flags, *warnings, "-c", str(source), "-o", str(kernel)])
+        _run([*_base(), *flags, str(kernel), str(_simulator(mode)), "-o", str(out)])
+
+    return _made_once([*texts, mode, *_base()], make)
 
 
 def strided_bytes(x: mx.array) -> tuple[bytes, list[int]]:
@@ -200,11 +217,14 @@ def run_job(
     for role, data in buffers:
         size = data if isinstance(data, int) else len(data)
         job += struct.pack("<qi", size, role) + (b"" if isinstance(data, int) else data)
-    quiet = {"ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0", "TSAN_OPTIONS": "halt_on_error=1"}
+    sanitizers = {
+        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
+        "TSAN_OPTIONS": "halt_on_error=1:atexit_sleep_ms=0",  # one thread runs all fibers
+    }
     with tempfile.TemporaryDirectory() as folder:
         jobs, results = Path(folder, "jobs"), Path(folder, "results")
         jobs.write_bytes(job)
-        _run([str(program), str(jobs), str(results)], env={**os.environ, **quiet})
+        _run([str(program), str(jobs), str(results)], env={**os.environ, **sanitizers})
         data = results.read_bytes()
     written = []
     for role, content in buffers:

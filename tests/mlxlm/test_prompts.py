@@ -5,6 +5,7 @@ ones: where BOS and system turns go, what is trimmed, who may speak when. The fu
 """
 
 import itertools
+from functools import cache
 
 import pytest
 from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -114,12 +115,16 @@ def make(name: str):
     return toys.tokenizer(template, bos="<bos>", specials=SPECIALS)
 
 
+@cache
+def smollm2():
+    return models.load(models.DEMO)[1]
+
+
 @pytest.fixture(params=[*TEMPLATES, "smollm2"])
 def case(request):
     """A tokenizer, what opens its first user turn, what opens its answers."""
     if request.param == "smollm2":
-        _, tokenizer = models.load(models.DEMO)
-        return tokenizer, "<|im_start|>user\n", "<|im_start|>assistant\n"
+        return smollm2(), "<|im_start|>user\n", "<|im_start|>assistant\n"
     return make(request.param), *TEMPLATES[request.param][1:]
 
 
@@ -293,7 +298,7 @@ def assert_whole(tokenizer) -> list[int]:
 
 
 def test_smollm2s_prefix_and_prompt_are_the_tokens_of_the_whole():
-    assert_whole(models.load(models.DEMO)[1])
+    assert_whole(smollm2())
 
 
 @pytest.mark.parametrize("template", [name for name in TEMPLATES if TEMPLATES[name][0]])
