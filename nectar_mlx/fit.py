@@ -210,6 +210,8 @@ def _show(reading: "Reading", arguments: argparse.Namespace) -> None:
     else:
         seconds, size = facts["seconds"], facts["file_bytes"]
         cli.say(f"estimated: {duration(seconds)} here, a file of {size / 1e6:,.2f} MB ({facts['basis']})")
+        if facts["undistilled"]:
+            cli.say(facts["undistilled"])
     if arguments.json:
         print(json.dumps(facts))
 
@@ -237,7 +239,12 @@ def _estimate(arguments: argparse.Namespace, tokens: int) -> JsonObject:
     count = min(tokens, arguments.context_tokens or tokens)
     shape = named_shape(arguments.model)
     expected = estimate(shape, machine, options, max(1, count), others=bool(arguments.others))
-    return {"seconds": round(expected.seconds, 1), "file_bytes": int(expected.size), "basis": machine.basis}
+    return {
+        "seconds": round(expected.seconds, 1),
+        "file_bytes": int(expected.size),
+        "basis": machine.basis,
+        "undistilled": expected.undistilled,
+    }
 
 
 def _report(output: Path, nectar: "Nectar", *, as_json: bool) -> None:

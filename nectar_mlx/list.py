@@ -22,7 +22,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _work(args: argparse.Namespace) -> None:
     library = from_library.open_library(args)
-    documents, identity = library.documents(), library.identity
+    documents, identity = [document.looked_at() for document in library.documents()], library.identity
     if args.json:
         facts = {"library": str(library.folder.path), "model": identity.name if identity else None}
         print(json.dumps(facts | {"documents": [document.as_json() for document in documents]}))
@@ -34,6 +34,8 @@ def _work(args: argparse.Namespace) -> None:
     hint = "" if documents else ": `nectar add FOLDER` fills it"
     count = f"{len(documents):,} document{'s' * (len(documents) != 1)}"
     cli.say(f"{count} in {library.folder.path}{model}{hint}")
+    if any(document.state == "damaged" for document in documents):
+        cli.say("`nectar update` fits again what is damaged")
 
 
 def _described(document: Document) -> str:

@@ -14,15 +14,14 @@ from .core.progress import Progress, silent
 from .core.types import JsonObject, LayerCache, Tokenizer
 from .documents import Reading
 from .errors import NectarError
-from .fitting import verdict
-from .fitting.samples import kept_study
-from .heads import Bank, HybridHead
+from .heads import Bank
 from .kernels import DecodeKernel
 from .mlxlm import attention_patch, prompts
 from .mlxlm.kept import make_caches
 from .models import hub
 from .models.sharding import shard_of
-from .retrieval import HybridBank, HybridContext, KeyFile, citing, find_keys, kv_path, recording
+from .nectar_file import NectarFile
+from .retrieval import HybridBank, HybridContext, citing, find_keys, recording
 from .retrieval.citing import Cited
 from .retrieval.first_sentence import first_sentence
 from .retrieval.fitted_text import FittedText
@@ -30,59 +29,16 @@ from .retrieval.likelihood import log_likelihood
 from .retrieval.passages import Passages
 from .retrieval.recall import Recall
 from .retrieval.sources import Source
-from .store import Layout, chunking, load, sharding
+from .store import chunking, load, sharding
 from .store import text as kept_text
-from .store.chunking import ChunkedPrefix
-from .store.kv_file import remove_stale_keys
-
-_MEASURED = ("seconds", "peak_memory")  # of a report: other in every fit, so not in the file
 
 
-class Nectar:
+class Nectar(NectarFile):
     """A long context, fitted: per layer and KV head a function of the query that stands for the context's keys and
     values (Nectar, arXiv 2605.09778).
 
-    Attributes:
-        prefix: the token ids that it stands for, at positions 0 … n-1.
-        chunks: lengths in tokens of the chunks that the prefix ends with, each read on its own; empty where the text
-            was read in one piece.
-        banks: the head functions, one bank for each layer with full attention.
-        windows: what each layer without heads keeps, by layer: a sliding window's exact keys and values, a state.
-        keys: the file of exact keys and values beside it, None where there is none.
-        hybrid: the banks that read those keys, and what answers read of them.
-        report: what was measured while fitting: `kl`, `agree`, `gap_closed`, ...; `seconds` and
-            `peak_memory` only until it is saved.
-        metadata: model, tokenizer, settings, source.
-        geometry, layout: of the model's attention, and of the heads in the file.
-        tensors: what the file holds.
+    Attributes: those of a `NectarFile`, and `hybrid`: the banks that read exact keys, and what answers read of them.
     """
-
-    def __init__(self, tensors: store.Tensors, metadata: store.Metadata, keys: KeyFile | None = None):
-        """tensors, metadata: what a file holds (`store.contents`, `store.description`). keys: the file beside it.
-
-        NectarError where they do not fit each other; of heads when these are first asked for.
-        """
-        self.tensors, self.metadata, self.keys = tensors, metadata, keys
-        self.geometry, self.layout = load.geometry(metadata), Layout(**metadata["layout"])
-        ids: Any = tensors["prefix"].tolist()
-        self.prefix: list[int] = ids
-        self._ids = ChunkedPrefix.checked(self.prefix, metadata.get("chunks", []))
-        self.chunks = list(self._ids.lengths)
-        self.report: JsonObject = metadata["report"]
-        if not isinstance(self.report, dict):
-            raise NectarError("the file is damaged: its report is none")
-        self.windows = load.windows(tensors, self.geometry, self.start)
-        shapes = {(x.n_kv_heads, x.head_dim, x.scale) for x in (self.layout, self.geometry)}
-        if self.layout.n_layers != len(self.geometry.fitted) or len(shapes) > 1:
-            raise NectarError("the file is damaged: its heads are not those of its model")
-        self._text = FittedText(self._ids, self.report, name=str(metadata.get("source") or ""))
-
-    def __repr__(self) -> str:
-        share = f"{self.nbytes / max(1, self.cache_nbytes):.2%} of the KV cache"
-        parts = [f"{len(self.prefix):,} tokens for {self.metadata['model'] or 'an unnamed model'}", self.layout.kind]
-        parts += [f"{self.nbytes:,} bytes", share]
-        parts += [f"{len(self.chunks)} chunks"] if self.chunks else []
-        return f"<Nectar: {', '.join(parts)}>"
 
     @classmethod
     def fit(
@@ -140,31 +96,6 @@ class Nectar:
             keys = find_keys(hub.nectar_file(path), nectar.digest)
             nectar.keys = load.key_file(keys, nectar=nectar.digest, shape=shape, head_dim=nectar.geometry.head_dim)
         return nectar
-
-    @classmethod
-    def read(cls, path: str | Path) -> Self:
-        """Reads a .nectar without its model: to look at, not to answer from. NectarError unless it is whole."""
-        tensors, metadata = store.read(hub.nectar_file(path))
-        with store.damage_named(path):
-            nectar = cls(tensors, metadata)
-            _ = nectar.banks  # or damage would show when they are first needed
-            return nectar
-
-    def save(self, path: str | Path) -> None:
-        """Writes a .nectar, and its keys beside it. The report's timings are left out: equal fits give equal files.
-
-        The keys are written first, under a name of their own, and those of a file that was there are removed last: a
-        process that is killed in between leaves the old pair or the new one. NectarError if the path holds something
-        else, or cannot be written; then what was there stays.
-        """
-        path, keys = Path(path), None
-        store.check_writable(path)
-        if self.keys is not None:
-            keys = kv_path(path, self.digest)
-            self.keys.write(keys)
-        report = {name: value for name, value in self.report.items() if name not in _MEASURED}
-        store.write(path, self.tensors, self.metadata | {"report": report})
-        remove_stale_keys(path, but=keys)
 
     def make_cache(self, *, kv_bits: int | None = None, exact_fraction: float | None = None) -> list[Any]:
         """Fresh caches for mlx-lm, one a layer, that start behind the context.
@@ -296,52 +227,6 @@ class Nectar:
         part._text = self._text.of_chunk(number)
         return part
 
-    @property
-    def start(self) -> int:
-        """The position of the token that follows: behind the prefix, or behind its longest chunk."""
-        return self._ids.start
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the fitted parameters, as kept."""
-        return sum(x.nbytes for name, x in self.tensors.items() if name not in ("prefix", kept_study.TENSOR))
-
-    @property
-    def cache_nbytes(self) -> int:
-        """Bytes of the bf16 KV cache that it replaces."""
-        return self.geometry.cache_bytes(len(self.prefix))
-
-    @property
-    def bits(self) -> float:
-        """Bits that an entry of a matrix takes in the file, on average."""
-        return store.mean_bits(self.layout, self.tensors)
-
-    @property
-    def verdict(self) -> str:
-        """How close its answers are to those with the full text, in one sentence; "" where it was not checked, as
-        where every key is kept."""
-        return str(self.report.get("verdict", ""))
-
-    @property
-    def faithful(self) -> bool:
-        """Whether the verdict is that its answers are close to those with the full text, or there is none."""
-        return verdict.grade(self.report) in (None, "close")
-
-    @property
-    def is_hybrid(self) -> bool:
-        """Whether its heads are made for exact keys beside them."""
-        return issubclass(self.layout.bank, HybridHead)
-
-    @cached_property
-    def digest(self) -> str:
-        """sha256 of the tensors: what ties a file of keys to this one."""
-        return store.digest(self.tensors)
-
-    @cached_property
-    def banks(self) -> list[Bank]:
-        """The head functions, one bank for each layer with full attention. NectarError where the tensors hold none."""
-        return load.banks(self.layout, self.tensors)
-
     @cached_property
     def recall(self) -> Recall:
         """How much of the text's own wording counts where an answer quotes it, as the fit found best."""
@@ -350,6 +235,10 @@ class Nectar:
     @cached_property
     def hybrid(self) -> HybridContext:
         return HybridContext(self.banks, self.keys, self.geometry, nbytes=self.nbytes)
+
+    @cached_property
+    def _text(self) -> FittedText:
+        return FittedText(self._ids, self.report, name=str(self.metadata.get("source") or ""))
 
     @cached_property
     def _without_retrieval(self) -> list[Bank]:

@@ -27,6 +27,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--budget", default="auto", metavar="SHARE", help="as for fit (auto: counted as 4%%)")
     parser.add_argument("--kind", default="auto", help="as for fit (auto)")
     parser.add_argument("--effort", default="normal", help="as for fit: quick, normal or best (normal)")
+    parser.add_argument(
+        "--with",
+        dest="others",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="as for fit; the file need not exist yet",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON list")
     return parser
 
@@ -47,7 +55,7 @@ def _work(arguments: argparse.Namespace) -> None:
     configs = [(machine, machines.settings(machine, **options)) for machine in named]
     shapes = [machines.named_shape(name) for name in arguments.model or machines.SHAPES]
     rows = [
-        machines.planned(shape, tokens, machine, config, machines=arguments.machines)
+        machines.planned(shape, tokens, machine, config, machines=arguments.machines, others=bool(arguments.others))
         for shape in shapes
         for tokens in arguments.tokens or machines.TOKENS
         for machine, config in configs
@@ -55,12 +63,14 @@ def _work(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print(json.dumps(rows))
     else:
-        _show(rows)
+        _show(rows, others=bool(arguments.others))
 
 
-def _show(rows: Sequence[JsonObject]) -> None:
+def _show(rows: Sequence[JsonObject], *, others: bool) -> None:
     from rich.console import Console
     from rich.table import Table
+
+    from .fitting.others import ALONE
 
     table = Table("model", "tokens", "machine", "time", "memory", "file", "how", "rate")
     for row in rows:
@@ -71,6 +81,10 @@ def _show(rows: Sequence[JsonObject]) -> None:
         machine = row["machine"] if row["machines"] == 1 else f"{row['machines']} × {row['machine']}"
         table.add_row(row["model"], f"{row['tokens']:,}", machine, time, memory, size, ", ".join(how), row["basis"])
     Console(width=None if sys.stdout.isatty() else 160).print(table)
+    if others and any(row["chunks"] > 1 or row["layerwise"] for row in rows):
+        cli.say(ALONE)
+    for reason in dict.fromkeys(row["undistilled"] for row in rows if row["undistilled"]):
+        cli.say(reason)
     cli.say("estimates: times may be off by half, and on machines that are calculated by more")
 
 

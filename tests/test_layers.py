@@ -17,6 +17,7 @@ LEVELS = (
     ("store",),
     ("retrieval",),
     ("fitting",),
+    ("nectar_file",),
     ("nectar",),
     ("__init__", "baselines", "composition", "interchange", "library"),
     ("evaluation", "benchmarks"),

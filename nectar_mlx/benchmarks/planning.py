@@ -12,13 +12,14 @@ from ..fitting.machines import MACHINES, SHAPES, TOKENS, planned, settings
 from ..fitting.work import Machine
 
 MODELS = ("Qwen3-1.7B", "Qwen3-8B", "Qwen3-32B", "Llama-3.3-70B")
-CLUSTERS = ("M4 Max, 128 GB", "M3 Ultra, 512 GB", "M5 Ultra, 512 GB", "H100, 80 GB")
+CLUSTERS = ("M4 Max, 128 GB", "M3 Ultra, 512 GB", "M5 Ultra, 512 GB", "H200, 141 GB")
 COUNTS = (1, 2, 4, 8)
 _TITLES = ("10k", "100k", "1M", "10M")
 _HEAD = """# Planning on paper
 
 **Calculated, not measured.** What `nectar plan` says of fits with default options (`--budget auto`, counted as 4%;
-16-bit weights), for machines that nobody has run them on. `python -m nectar_mlx.benchmarks.planning` prints this page.
+16-bit weights), for machines on most of which nobody has run them. `python -m nectar_mlx.benchmarks.planning` prints
+this page.
 
 - The operations of each stage follow from the model's shape and the text's length. How many a second a machine does of
   them is measured on one H200 and on two CPU cores ([log/speed.md](log/speed.md), [log/fit-time.md](log/fit-time.md)).

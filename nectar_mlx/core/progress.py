@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol, TypeAlias
 
 _LAST = 0.99  # what is shown while something is still under way, at most
-_PRIOR = 0.005  # of the expected time, for which the expectation counts as much as what was seen
+_PRIOR = 0.02  # of the expected time, for which the expectation counts as much as what was seen
+_SEEN = 0.05  # of a stage of which nothing was expected, from which on its end is told
 
 Update: TypeAlias = Callable[[int], None]
 """Takes how much of a stage's total is done."""
@@ -48,10 +49,15 @@ class Status:
 
 class Overall:
     """A `Progress` that makes one of all stages of a task. Once it is told what to expect it estimates the end: by the
-    expectation at first, later by how much slower or faster the stages went than expected."""
+    expectation at first, later by how much slower or faster the stages went than expected.
+
+    The pace is that of the last report: a report that is late would else move the end, and the next one move it back.
+    """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic):
         self._clock, self._start = clock, clock()
+        self._reported = self._start  # when something was last done
+        self._expected: float | None = None  # when it was told what to expect: what came before is not in the pace
         self._stages, self._at = list[Stage](), -1
         self._done = self._total = 0
         self._shown = 0.0
@@ -59,16 +65,20 @@ class Overall:
     def expect(self, stages: Sequence[Stage]) -> None:
         """The stages that follow those so far, in their order. One that is left out takes no time."""
         self._stages[self._at + 1 :] = stages
+        if self._expected is None:
+            self._expected = self._reported = self._clock()
 
     @contextmanager
     def __call__(self, description: str, total: int, /) -> Iterator[Update]:
         self._enter(description)
-        self._done, self._total = 0, total
+        self._done, self._total, self._reported = 0, total, self._clock()
         yield self._update
         self._done = self._total = max(total, 1)
+        self._reported = self._clock()
 
     def _update(self, done: int) -> None:
-        self._done = done
+        if done != self._done:
+            self._done, self._reported = done, self._clock()
 
     def _enter(self, description: str) -> None:
         for at in range(self._at + 1, len(self._stages)):
@@ -84,19 +94,20 @@ class Overall:
     def status(self) -> Status:
         """May be asked for from another thread."""
         stages, at = list(self._stages), self._at
-        elapsed = self._clock() - self._start
+        elapsed, known = self._clock() - self._start, self._reported - self._start
         part = min(1.0, self._done / max(1, self._total))
         expected = sum(stage.seconds for stage in stages)
         behind = sum(stage.seconds for stage in stages[: max(at, 0)])
         behind += part * stages[at].seconds if at >= 0 else 0.0
-        left = share = None
+        total = share = None
         if expected:
-            prior = _PRIOR * expected
-            left = (expected - behind) * (elapsed + prior) / (behind + prior)
-            share = elapsed / (elapsed + left) if elapsed + left else 0.0
+            pace = self._pace(behind, expected)
+            later = sum(stage.seconds for stage in stages[at + 1 :])
+            total = max(known + pace * (expected - behind), elapsed + pace * later)
+            share = elapsed / total if total else 0.0
         elif stages:
             share = (max(at, 0) + part) / len(stages)
-            left = elapsed / share - elapsed if len(stages) == 1 and share > _PRIOR else None
+            total = max(known / part, elapsed) if len(stages) == 1 and part >= _SEEN else None
         self._shown = max(self._shown, min(_LAST, share or 0.0))
         return Status(
             description=stages[at].description if at >= 0 else "",
@@ -106,8 +117,14 @@ class Overall:
             total=self._total,
             share=self._shown,
             elapsed=elapsed,
-            total_seconds=None if left is None else elapsed + left,
+            total_seconds=total,
         )
+
+    def _pace(self, behind: float, expected: float) -> float:
+        """How many seconds those of the expectation take. behind: of it, when something was last done. Machines differ
+        by factors, and so do a stage's first moments from the rest: it is a factor that is weighed."""
+        spent = self._reported - self._expected if self._expected is not None else 0.0
+        return (spent / behind) ** (behind / (behind + _PRIOR * expected)) if behind and spent else 1.0
 
 
 def silent(description: str, total: int, /) -> AbstractContextManager[Update]:

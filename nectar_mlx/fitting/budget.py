@@ -14,10 +14,12 @@ from .. import store
 from ..errors import NectarError
 from ..heads import Quadrature, Size
 from ..mlxlm.attention_patch import Geometry
-from ..store import Layout
+from ..store import MEAN_BITS, Layout
 from .config import FitConfig
 
 SMALL = 0.01  # share of the KV cache: of fewer bytes the heads that matter need more, and files gain by distillation
+
+_FINE, _FEWEST_BITS = 0.02, 3.0  # share from which nodes take MEAN_BITS; what they take at a quarter of it
 
 
 def share_of(config: FitConfig, geometry: Geometry, n: int) -> float | None:
@@ -27,11 +29,47 @@ def share_of(config: FitConfig, geometry: Geometry, n: int) -> float | None:
     return None if config.budget == "auto" else config.budget
 
 
-def distills(config: FitConfig, layout: Layout, share: float | None) -> bool:
-    """Whether heads are trained through the whole model in the end: nodes that are rounded row by row, in small
-    files."""
-    nodes = layout.bank is Quadrature and layout.bits is None
-    return bool(config.distillation_steps) and nodes and share is not None and share < SMALL
+def distills(
+    config: FitConfig,
+    layout: Layout,
+    share: float | None,
+    *,
+    chunks: bool = False,
+    layerwise: bool = False,
+    others: bool = False,
+) -> bool:
+    """Whether heads are trained through the whole model in the end. chunks, layerwise: how the text is fitted. others:
+    whether other files are in view."""
+    hindered = undistilled(config, layout, share, chunks=chunks, layerwise=layerwise, others=others)
+    return _small(config, share) and not hindered
+
+
+def undistilled(
+    config: FitConfig, layout: Layout, share: float | None, *, chunks: bool, layerwise: bool, others: bool
+) -> str:
+    """Why heads are not trained through the whole model, for a person, where their fit is of the effort that trains
+    small files so; "" for all other fits. Arguments as for `distills`."""
+    reasons = {
+        "on a CPU": not config.distillation_steps,
+        "heads of this kind": layout.bank is not Quadrature or layout.bits is not None,
+        "texts that are fitted in chunks": chunks,
+        "texts that are fitted layer by layer": layerwise,
+        "with other files in view": others,
+    }
+    reason = next((reason for reason, holds in reasons.items() if holds), "")
+    if not reason or not _small(config, share):
+        return ""
+    return f"--effort best trains files below {SMALL:.0%} through the whole model, but not {reason}"
+
+
+def node_bits(share: float) -> float:
+    """That a number of a node takes on average in a file of such a share of the KV cache: where nodes are few, more of
+    them do more than finer ones."""
+    return min(MEAN_BITS, max(_FEWEST_BITS, MEAN_BITS + 0.5 * math.log2(share / _FINE)))
+
+
+def _small(config: FitConfig, share: float | None) -> bool:
+    return config.distillation_steps is not None and share is not None and share < SMALL
 
 
 def affordable_bytes(
@@ -60,7 +98,7 @@ def affordable_bytes(
     plain = replace(layout, bits=layout.bits or 8)
     preamble_bytes = n_heads * store.head_bytes(plain, (preamble,)) if preamble else 0.0
     available = kept - min(besides, kept / 10) - preamble_bytes
-    needed = chunks * n_heads * smallest_bytes(layout)
+    needed = chunks * n_heads * smallest_bytes(layout, share=share)
     if available < needed and not at_least:
         smallest = (needed + preamble_bytes) / 0.9
         raise NectarError(
@@ -74,10 +112,11 @@ def head_sizes(
     errors: np.ndarray, nbytes: float, *, share: float, layout: Layout, config: FitConfig, n: int
 ) -> list[Size]:
     """Every head's size for n tokens, by the errors [n_heads] that it made among equals. share: of the KV cache."""
-    least, most = smallest_bytes(layout), store.head_bytes(layout, size_for(layout, float("inf"), most=n))
+    least = smallest_bytes(layout, share=share)
+    most = store.head_bytes(layout, layout.bank.size_for(n), bits=node_bits(share))
     power = config.power or (0.6 if share >= SMALL else 0.75)
     head_bytes = allocate(errors.tolist(), total=nbytes, power=power, least=least, most=most)
-    return [size_for(layout, b, most=n) for b in head_bytes]
+    return [size_for(layout, b, share=share, most=n) for b in head_bytes]
 
 
 def allocate(errors: Sequence[float], *, total: float, power: float, least: float, most: float) -> list[float]:
@@ -97,20 +136,20 @@ def allocate(errors: Sequence[float], *, total: float, power: float, least: floa
     return [float(x) for x in np.clip(low * share, least, most)]
 
 
-def size_for(layout: Layout, nbytes: float, *, most: int) -> Size:
-    """The largest head of the kind that these bytes buy, the smallest one if they buy none. most: of nodes or hidden
-    units.
+def size_for(layout: Layout, nbytes: float, *, share: float, most: int) -> Size:
+    """The largest head of the kind that these bytes buy in a file of such a share of the KV cache, the smallest one if
+    they buy none. most: of nodes or hidden units.
     """
-    low, high = 1, most
+    low, high, bits = 1, most, node_bits(share)
     while low < high:
         middle = (low + high + 1) // 2
-        if store.head_bytes(layout, layout.bank.size_for(middle)) <= nbytes:
+        if store.head_bytes(layout, layout.bank.size_for(middle), bits=bits) <= nbytes:
             low = middle
         else:
             high = middle - 1
     return layout.bank.size_for(low)
 
 
-def smallest_bytes(layout: Layout) -> float:
+def smallest_bytes(layout: Layout, *, share: float) -> float:
     """Bytes of the smallest head worth fitting: four nodes, or the smallest network."""
-    return store.head_bytes(layout, layout.bank.size_for(4))
+    return store.head_bytes(layout, layout.bank.size_for(4), bits=node_bits(share))

@@ -45,7 +45,7 @@ class FitConfig:
     trial_steps: of the short fit that decides the sizes of heads.
     matching_samples: that Attention Matching solves on.
     distillation_steps: of training the heads through the whole model, after the regression, where the budget is below
-        1%.
+        1% (default: none). 0: asked for, on a machine that is too slow for it.
     keep_study: whether the file keeps the conversations, so that a changed text is fitted again for less.
     """
 
@@ -70,7 +70,7 @@ class FitConfig:
     rate: float | None = None
     batch: int = field(default_factory=lambda: device().fit_batch)
     matching_samples: int = field(default_factory=lambda: device().fit_matching)
-    distillation_steps: int = 0
+    distillation_steps: int | None = None
     keep_study: bool = False
 
     def __post_init__(self) -> None:

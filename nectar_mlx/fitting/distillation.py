@@ -27,23 +27,24 @@ from ..store.grids import GridMatrix
 from .backward import Call, backward, forward
 from .distributed import batches
 from .fidelity import log_probabilities
+from .joint_attention import JointCache
 from .kinds import KindFit
 from .layers import LayerRunner, layer_runner
 from .samples.conversation import Conversation
 from .solve import optimizers
 from .solve.node_training import UNIT_SAMPLES, Units
 
-_RATE = 4e-3  # of Adam, in units
+_RATE = 8e-3  # of Adam, in units
 _JUDGED = 64  # conversations that are held out, by which it is decided whether the result is kept, at most
 _MATRICES = ("keys", "values")
 _NAMES = (*_MATRICES, "bias")  # of a layer's arrays, in the order of the vector
 
 
 def distilled(kind: KindFit, sizes: Sequence[Size], heads: list[HeadArrays]) -> list[HeadArrays]:
-    """Heads trained on, where `FitRun.distills`; as they were where that is no better on conversations that are held
-    out, and for models whose layers are not called one by one. sizes: of the heads. One rank does it."""
+    """Heads trained on; as they were where that is no better on conversations that are held out, and for models whose
+    layers are not called one by one. sizes: of the heads. One rank does it."""
     run, context = kind.run, kind.data.context
-    runner = layer_runner(run.model, run.geometry) if run.distills(context) else None
+    runner = layer_runner(run.model, run.geometry)
     own = [isinstance(cache, NectarCache) for cache in context.make_cache()]
     if runner is None or sum(own) != len(context.banks):
         return heads
@@ -118,7 +119,8 @@ class _Distillation:
 
     def run(self) -> list[HeadArrays]:
         """The heads after all steps, or as they were."""
-        run, steps = self.kind.run, self.kind.run.config.distillation_steps
+        run = self.kind.run
+        steps = run.config.distillation_steps or 0
         if not self.training or not self.held_out:
             return self.heads
         before = self.divergence(self.vector)
@@ -173,7 +175,7 @@ class _Distillation:
         """One a layer, behind these heads."""
         remaining = iter(banks)
         return [
-            NectarCache(next(remaining), self.context.start) if isinstance(cache, NectarCache) else cache
+            JointCache(next(remaining), self.context.start) if isinstance(cache, NectarCache) else cache
             for cache in self.context.make_cache(sequences=sequences)
         ]
 

@@ -6,8 +6,9 @@ from typing import NamedTuple
 
 from ..core.clock import duration
 from ..core.progress import Stage
+from .budget import distills, share_of, undistilled
 from .config import FitConfig
-from .work import TRAIN_SHARE, Machine, Shape, Work, compute_bytes
+from .work import AUTO_SHARE, TRAIN_SHARE, Machine, Shape, Work, compute_bytes
 
 _QUESTIONS = 1024  # of the window, that questions and answers need
 _CHECKED_AGAIN = 2 / 3  # of a check, where answers without the text are known
@@ -18,8 +19,8 @@ _READ = 2  # bytes that the decode kernel reads of a byte of a file: nodes of 4 
 class Estimate(NamedTuple):
     """stages: of the fit, in their order. memory: bytes in use at the same time, weights included. size: bytes of the
     file, and of its keys. disk: bytes that are written besides while the fit runs. chunks: that the text is read in.
-    layerwise: whether layer by layer. step: bytes of the file that a decoding step reads, cache: of the text's bfloat16
-    keys and values."""
+    layerwise: whether layer by layer. undistilled: as `budget.undistilled` says. step: bytes of the file that a
+    decoding step reads, cache: of the text's bfloat16 keys and values."""
 
     stages: list[Stage]
     memory: float
@@ -27,6 +28,7 @@ class Estimate(NamedTuple):
     disk: float
     chunks: int
     layerwise: bool
+    undistilled: str
     step: float
     cache: float
 
@@ -59,7 +61,18 @@ def estimate(
     n = -(-tokens // chunks)
     limit = config.memory or machine.memory / 2
     layerwise = config.layerwise or shape.geometry.cache_bytes(n) * compute_bytes(machine) / 2 > limit
-    work = Work(shape=shape, machine=machine, config=config, n=n, layerwise=layerwise, machines=machines)
+    share = share_of(config, shape.geometry, tokens)
+    work = Work(
+        shape=shape,
+        machine=machine,
+        config=config,
+        n=n,
+        share=share or AUTO_SHARE,
+        layerwise=layerwise,
+        machines=machines,
+    )
+    way = {"chunks": chunks > 1, "layerwise": layerwise, "others": others}
+    work = replace(work, distills=distills(config, work.layout, share, **way))
     stages = list(_excerpt(work)) if config.budget == "auto" and (chunks > 1 or layerwise) else []
     first, later = (
         list(part) for part in (work.parts(choice=chunks == 1), replace(work, machines=1).parts(first=False))
@@ -70,7 +83,7 @@ def estimate(
     ]:  # the first one is fitted together, each of the others by one machine
         name = "" if chunks == 1 else f"chunk {number + 1} of {chunks}: "
         stages += [Stage(name + what, seconds) for what, seconds in (later if number else first)]
-    if work.distills and chunks == 1 and not layerwise:
+    if work.distills:
         stages.append(Stage("distilling", work.distillation()))
     if work.layout.bank.fitted:
         stages.append(Stage("checking", work.check() if chunks == 1 else -(-chunks // machines) * work.check_alone()))
@@ -82,7 +95,8 @@ def estimate(
         size += shape.geometry.cache_bytes(tokens) * _KEY_BYTES / 2
     disk, cache = size + chunks * work.kept(), float(shape.geometry.cache_bytes(tokens))
     step = (_READ if work.layout.bits is None else 1) * kept
-    return Estimate(stages, work.memory(), size, disk, chunks, layerwise, min(step, cache), cache)
+    reason = undistilled(config, work.layout, share, **way)
+    return Estimate(stages, work.memory(), size, disk, chunks, layerwise, reason, min(step, cache), cache)
 
 
 def update_stages(
@@ -90,7 +104,8 @@ def update_stages(
 ) -> list[Stage]:
     """Of an update (`updating`) of a text that is fitted at once. config: its steps, check questions and answers. kept,
     new: samples a head of conversations that are replayed, and of those that are sampled."""
-    work = Work(shape=shape, machine=machine, config=config, n=tokens, layerwise=False)
+    share = share_of(config, shape.geometry, tokens) or AUTO_SHARE
+    work = Work(shape=shape, machine=machine, config=config, n=tokens, share=share, layerwise=False)
     replayed, sampled = (samples / (TRAIN_SHARE * work.group) for samples in (kept, new))
     captured = work.seconds(replayed * work.token(vocabulary=False), "capturing")
     return [

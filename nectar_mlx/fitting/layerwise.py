@@ -160,15 +160,15 @@ class LayerwiseFit:
             conversations = self_study.study(trial, excerpt)
             data = capture(trial, excerpt, conversations, tokens=device().layerwise_replay_tokens)
             nbytes = target.nbytes * len(excerpt.prefix) / len(self.prefix)
-            nodes, *_ = size_for(run.layout, nbytes / run.n_heads, most=excerpt.length)
+            nodes, *_ = size_for(run.layout, nbytes / run.n_heads, share=target.share, most=excerpt.length)
             # Samples of heads that are tried together are there at once.
             samples = SampleStore.nbytes(1, trial.n_samples(run.n_heads), run.geometry.head_dim)
             together = self.memory // 8 // samples
             kind = kind_fit(trial, data, training_scores=min(self.training_scores, together * nodes * run.config.batch))
             n = len(self.prefix) - prompts.preamble(run.tokenizer)
-            errors = trial_errors(kind, nbytes)
+            errors = trial_errors(kind, nbytes, share=target.share)
             sizes = head_sizes(errors, target.nbytes, share=target.share, layout=run.layout, config=run.config, n=n)
-            plan = Plan(sizes, target.share, bits=mean_bits(run.layout, sizes, target.nbytes, n=n))
+            plan = Plan(sizes, target.share, bits=mean_bits(run.layout, sizes, target.nbytes, share=target.share, n=n))
             run.checkpoint.save_plan(plan)
         return plan
 

@@ -53,8 +53,9 @@ MACHINES = (
     _apple("M2 Ultra, 192 GB", 27.2, 800, 192),
     _apple("M3 Ultra, 512 GB", 28.2, 819, 512),
     _apple("M5 Ultra, 512 GB", 36.8, 1228, 512, "calculated as two M5 Max"),
+    Machine(name="H100, 80 GB", rate=14e12, bandwidth=3.35e12, memory=80e9, profile=GPU, basis="calculated as an H200"),
     Machine(
-        name="H100, 80 GB", rate=14e12, bandwidth=3.35e12, memory=80e9, profile=GPU, basis="measured at 1.7B's shape"
+        name="H200, 141 GB", rate=14e12, bandwidth=4.8e12, memory=141e9, profile=GPU, basis="measured at 1.7B's shape"
     ),
 )
 
@@ -176,9 +177,12 @@ def settings(machine: Machine, *, budget: str, kind: str, effort: str = "normal"
         return FitConfig(**effort_options(effort), **parse_budget(budget), kind=kind)
 
 
-def planned(shape: Shape, tokens: int, machine: Machine, config: FitConfig, *, machines: int = 1) -> JsonObject:
-    """What a fit would take. machines: how many share it; memory is that of each."""
-    expected = estimate(shape, machine, config, tokens, machines=machines)
+def planned(
+    shape: Shape, tokens: int, machine: Machine, config: FitConfig, *, machines: int = 1, others: bool = False
+) -> JsonObject:
+    """What a fit would take. machines: how many share it; memory is that of each. others: whether other files are in
+    view."""
+    expected = estimate(shape, machine, config, tokens, machines=machines, others=others)
     return {
         "model": shape.name,
         "tokens": tokens,
@@ -193,6 +197,7 @@ def planned(shape: Shape, tokens: int, machine: Machine, config: FitConfig, *, m
         "cache_bytes": int(expected.cache),
         "chunks": expected.chunks,
         "layerwise": expected.layerwise,
+        "undistilled": expected.undistilled,
         "fits": expected.memory <= machine.memory,
         "basis": machine.basis,
     }

@@ -18,6 +18,8 @@ from ..mlxlm import placement
 from ..mlxlm.geometry import Geometry
 from ..mlxlm.placement import FittedText
 
+ALONE = "a text that is fitted in chunks or layer by layer is fitted alone: leave out --with"
+
 
 class OtherFile(FittedText, Protocol):
     """A file that may be in view (`Nectar`)."""

@@ -179,7 +179,7 @@ def _check_room(run: FitRun, prefix: Sequence[int], *, in_pieces: bool) -> None:
     if not run.others:
         return
     if in_pieces:
-        raise NectarError("a text that is fitted in chunks or layer by layer is fitted alone: leave out --with")
+        raise NectarError(other_files.ALONE)
     tokens, positions = other_files.tokens(prefix, run.others), window(run.model)
     if positions is not None and tokens + _QUESTION_TOKENS > positions:
         raise NectarError(
@@ -189,8 +189,8 @@ def _check_room(run: FitRun, prefix: Sequence[int], *, in_pieces: bool) -> None:
 
 
 def _announce(run: FitRun, tokens: int, chunks: int, *, name: str, log: Log) -> None:
-    """Tells what the fit is expected to take: the progress, a person where it is long, and NectarError where the disk
-    has no room for it."""
+    """Tells what the fit is expected to take: the progress, a person where it is long, or where an effort is not made
+    as a whole, and NectarError where the disk has no room for it."""
     shape = shape_of(run.model, run.geometry, name)
     expected = estimate(shape, here(), run.config, tokens, chunks=chunks, others=bool(run.others))
     if run.checkpoint.folder is not None:
@@ -203,6 +203,8 @@ def _announce(run: FitRun, tokens: int, chunks: int, *, name: str, log: Log) -> 
             )
     if isinstance(run.progress, Overall):
         run.progress.expect(expected.stages)
+    if expected.undistilled:
+        log(expected.undistilled)
     if expected.seconds > LONG:
         log(f"this takes {expected.sentence()}")
 

@@ -108,10 +108,10 @@ class FitRun:
         )
 
     def distills(self, context: Context) -> bool:
-        """As `budget.distills`, where the heads are all that stands for the texts in view."""
+        """Whether the heads of a context that was read at once are trained through the whole model in the end."""
         share = share_of(self.config, self.geometry, context.length)
-        alone = not (context.others or context.chunks or context.preamble)
-        return alone and distills(self.config, self.layout, share)
+        chunks, others = bool(context.chunks or context.preamble), context.others is not None
+        return distills(self.config, self.layout, share, chunks=chunks, others=others)
 
     def density(self, context: Context) -> float:
         """Share of the tokens of conversations about a text whose samples are kept."""

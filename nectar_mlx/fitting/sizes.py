@@ -11,7 +11,7 @@ from ..core.types import JsonObject
 from ..heads import HeadArrays, Size
 from ..store import MEAN_BITS, Layout
 from . import auto_budget, finite, fisher
-from .budget import head_sizes, size_for
+from .budget import head_sizes, node_bits, size_for
 from .check import check
 from .checkpoint import Plan
 from .kinds import KindFit
@@ -39,12 +39,13 @@ def _plan(kind: KindFit, affordable: Affordable, share: float | None) -> Plan:
     layout = kind.run.layout
     if not layout.bank.trainable:
         return Plan([layout.bank.size_for(0)] * kind.n_heads, share or auto_budget.FIRST)
-    errors, exponent = trial_errors(kind, affordable(share or auto_budget.FIRST)), None
+    first = share or auto_budget.FIRST
+    errors, exponent = trial_errors(kind, affordable(first), share=first), None
 
     def sizes_and_bits(share: float) -> tuple[list[Size], float]:
         nbytes = affordable(share)
         sizes = head_sizes(errors, nbytes, share=share, layout=layout, config=kind.run.config, n=kind.length)
-        return sizes, mean_bits(layout, sizes, nbytes, n=kind.length)
+        return sizes, mean_bits(layout, sizes, nbytes, share=share, n=kind.length)
 
     if share is None:
         share = auto_budget.FIRST
@@ -55,10 +56,11 @@ def _plan(kind: KindFit, affordable: Affordable, share: float | None) -> Plan:
     return Plan(sizes, share, exponent, bits)
 
 
-def trial_errors(kind: KindFit, nbytes: float) -> np.ndarray:
-    """Every head's error [n_heads], in nats, after a short fit in which all heads have the same size."""
+def trial_errors(kind: KindFit, nbytes: float, *, share: float) -> np.ndarray:
+    """Every head's error [n_heads], in nats, after a short fit in which all heads have the same size. nbytes: of all
+    heads, in a file of such a share of the KV cache."""
     run = kind.run
-    size = size_for(run.layout, nbytes / kind.n_heads, most=kind.length)
+    size = size_for(run.layout, nbytes / kind.n_heads, share=share, most=kind.length)
     errors = np.zeros(kind.n_heads)
     trials = kind.groups([size] * kind.n_heads)
     world = run.world
@@ -103,10 +105,10 @@ def short_fit(kind: KindFit, sizes: Sequence[Size], bits: float) -> JsonObject:
     return check(run, kind.data, banks, questions=device().trial_checks, stage="checking a budget")
 
 
-def mean_bits(layout: Layout, sizes: Sequence[Size], nbytes: float, *, n: int) -> float:
+def mean_bits(layout: Layout, sizes: Sequence[Size], nbytes: float, *, share: float, n: int) -> float:
     """How many bits a number of a node gets: more, where every head keeps the keys of all n tokens and bytes are
     left."""
-    if layout.bits is not None or any(size != size_for(layout, float("inf"), most=n) for size in sizes):
-        return MEAN_BITS
+    if layout.bits is not None or any(size != layout.bank.size_for(n) for size in sizes):
+        return node_bits(share)
     numbers = 2 * layout.head_dim * n * len(sizes)
     return max(MEAN_BITS, min(_MOST_BITS, 8 * nbytes / numbers - _OVERHEAD_BITS))

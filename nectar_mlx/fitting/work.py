@@ -13,7 +13,7 @@ from ..core.progress import Stage
 from ..heads import AUTO, KINDS
 from ..mlxlm.attention_patch import Geometry
 from ..store import Layout
-from .budget import affordable_bytes, distills, size_for
+from .budget import affordable_bytes, size_for
 from .config import FitConfig, density, useful_samples
 from .prefill import READ
 from .samples.conversation import FEWEST_TOGETHER, count_groups
@@ -70,26 +70,18 @@ class Machine:
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """The stages of fitting n tokens at once. replayed: whether conversations are replayed on any machine."""
+    """The stages of fitting n tokens at once. share: of their KV cache that is kept. distills: whether heads are
+    trained through the whole model. replayed: whether conversations are replayed on any machine."""
 
     shape: Shape
     machine: Machine
     config: FitConfig
     n: int
+    share: float
     layerwise: bool
     machines: int = 1
+    distills: bool = False
     replayed: bool = False
-
-    @property
-    def share(self) -> float:
-        config = self.config
-        if config.size is not None:
-            return config.size / self.shape.geometry.cache_bytes(self.n)
-        return AUTO_SHARE if config.budget == "auto" else config.budget
-
-    @property
-    def distills(self) -> bool:
-        return distills(self.config, self.layout, self.share)
 
     @property
     def layout(self) -> Layout:
@@ -149,7 +141,7 @@ class Work:
         """Of all heads together."""
         shape, layout = self.shape, self.layout
         nbytes = affordable_bytes(share, geometry=shape.geometry, layout=layout, n=self.n, at_least=True)
-        return int(self.heads * size_for(layout, nbytes / self.heads, most=self.n)[0])
+        return int(self.heads * size_for(layout, nbytes / self.heads, share=share, most=self.n)[0])
 
     def seconds(self, operations: float, stage: str) -> float:
         shares = _CPU if self.machine.profile.linux_cpu else _GPU
@@ -231,7 +223,7 @@ class Work:
         shape, tokens = self.shape, self.machine.profile.distillation_batch * self.conversation
         step = tokens * (8 * shape.body + 6 * shape.vocabulary)
         launched = 0.0 if self.machine.profile.linux_cpu else 16 * _LAUNCH_SECONDS * shape.geometry.n_layers
-        return self.config.distillation_steps * (self.seconds(step, "sensitivity") + launched)
+        return (self.config.distillation_steps or 0) * (self.seconds(step, "sensitivity") + launched)
 
     def sizes(self, *, choice: bool) -> Iterator[Stage]:
         profile, config = self.machine.profile, self.config

@@ -3,11 +3,13 @@
 import json
 import os
 import sqlite3
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
 from ..core.types import JsonObject
+from ..errors import NectarError
 from .database import shown
 from .noted import progress_of
 from .volumes import Identity, alive
@@ -39,8 +41,8 @@ class Document:
     Attributes:
         path: as the file system has it. name: its last part, for a person.
         state: "ready"; "older model", where its file was fitted on another model than the library's; "waiting" and
-            "fitting", where it has no file yet; "failed" and "not read", for a reason.
-        reason: why it could not be read or fitted.
+            "fitting", where it has no file yet; "failed" and "not read", for a reason, as is "damaged" (`looked_at`).
+        reason: why it could not be read or fitted, or what is wrong with its file.
         missing: whether it is gone from the disk. What was read of it stays until it is removed.
         kind: "pdf", "text", ... characters: how many were read. left_out: what was not, and why.
         places: pages, chapters, sheets, slides or mails.
@@ -71,6 +73,18 @@ class Document:
     def name(self) -> str:
         return shown(os.path.basename(self.path))
 
+    def looked_at(self) -> "Document":
+        """The same, but "damaged" for a reason where its file is gone, or has another size or header than was written.
+        No more of the file is read: `Library.update` reads all, and fits again what is damaged."""
+        if self.file is None:
+            return self
+        try:
+            stat = self.file.stat()
+            reason = _damage(self.file, stat.st_size, stat.st_mtime_ns)
+        except OSError as error:
+            reason = f"its file cannot be read ({error.strerror})"
+        return replace(self, state="damaged", reason=reason) if reason else self
+
     def as_json(self) -> JsonObject:
         """For `--json`: all but what only the library uses."""
         return {
@@ -89,6 +103,19 @@ class Document:
             "used": self.used,
             "progress": None if self.progress is None else self.progress._asdict(),
         }
+
+
+@lru_cache(4096)
+def _damage(path: Path, size: int, changed: int) -> str:
+    """What is wrong with a file, "" for nothing that its header shows. changed: when, so that the next state of the
+    file is looked at anew."""
+    from .. import store  # with MLX, which most uses of a library can do without
+
+    try:
+        store.check_header(path)
+    except NectarError as error:
+        return str(error).removeprefix(f"{path} is damaged: ").removeprefix(f"{path} ").removesuffix("; fit it again")
+    return ""
 
 
 def documents(rows: sqlite3.Connection, identity: Identity | None, folder: Path) -> list[Document]:

@@ -66,7 +66,7 @@ class LibraryApi:
         waiting = [_of_pending(path) for path in pending if os.fsencode(path) not in known]
         return {
             "library": LIBRARY,
-            "documents": [_of_document(name, document) for name, document in documents.items()] + waiting,
+            "documents": [_of_document(name, document.looked_at()) for name, document in documents.items()] + waiting,
             "busy": busy,
             "message": adding.message,
             "max_upload": MAX_UPLOAD,

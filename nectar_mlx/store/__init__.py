@@ -3,6 +3,7 @@
 from . import tensor_file
 from .file import (
     Metadata,
+    check_header,
     check_writable,
     contents,
     damage_named,
@@ -26,6 +27,7 @@ __all__ = [
     "Layout",
     "Metadata",
     "Tensors",
+    "check_header",
     "check_writable",
     "contents",
     "damage_named",

@@ -120,6 +120,12 @@ def read(path: Path) -> tuple[Tensors, Metadata]:
     return tensors, metadata
 
 
+def check_header(path: Path) -> None:
+    """NectarError where a file's size or metadata are not as they were written; its tensors are neither read nor
+    checked, so that a changed byte in one goes unnoticed."""
+    _metadata(path)
+
+
 def model_name(path: Path) -> str:
     """The model that a file was fitted on; its tensors are neither read nor checked."""
     return str(_metadata(path)["model"])

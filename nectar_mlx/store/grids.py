@@ -26,7 +26,7 @@ _LEAST_EXPONENT, _MOST_EXPONENT = -300, 100  # of a row's step or a column's sca
 _TOGETHER = 1 << 18  # numbers whose steps are looked for at a time: they stay in a core's cache
 BLOCK = 1 << 22  # integers that are coded together, at most; files depend on it
 _WORKERS = min(8, os.cpu_count() or 1)  # each takes some 100 MB
-MEAN_BITS = 4.0  # that an entry is to take on average: fewer leave more room for nodes, which are then too coarse
+MEAN_BITS = 4.0  # that an entry takes on average, where nothing else is said
 
 
 class GridMatrix(NamedTuple):
@@ -123,10 +123,10 @@ def log2_scales(columns: IntArray, exponents: IntArray) -> IntArray:
     return np.asarray(columns.astype(np.int16)[None] - exponents.astype(np.int16)[:, None])
 
 
-def expected_bytes(rows: int, width: int) -> float:
-    """Bytes that a matrix takes in the file once it was rounded to MEAN_BITS; measured: training moves what is still
+def expected_bytes(rows: int, width: int, *, bits: float) -> float:
+    """Bytes that a matrix takes in the file once it was rounded to so many bits; measured: training moves what is still
     free away from the steps that were chosen for it."""
-    return rows * (width * (MEAN_BITS + 0.11) / 8 + 0.4) + 0.4 * width + 4 if rows else 0
+    return rows * (width * (bits + 0.11) / 8 + 0.4) + 0.4 * width + 4 if rows else 0
 
 
 class Block(NamedTuple):

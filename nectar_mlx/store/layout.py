@@ -83,16 +83,16 @@ class Layout:
 _Read = Callable[[Layout, Tensors, str, int, tuple[int, ...]], _Parameter]
 
 
-def head_bytes(layout: Layout, size: tuple[int, ...]) -> float:
-    """Bytes that a head of this size takes in the file; about so many where it is coded."""
-    return sum(_parameter_bytes(layout, shape) for shape in layout.shapes(size).values())
+def head_bytes(layout: Layout, size: tuple[int, ...], *, bits: float = grids.MEAN_BITS) -> float:
+    """Bytes that a head of this size takes in the file; about so many where it is coded, in so many bits a number."""
+    return sum(_parameter_bytes(layout, shape, bits) for shape in layout.shapes(size).values())
 
 
-def _parameter_bytes(layout: Layout, shape: tuple[int, ...]) -> float:
+def _parameter_bytes(layout: Layout, shape: tuple[int, ...], bits: float) -> float:
     if len(shape) == 1 or layout.bits == 16:
         return 2 * math.prod(shape)
     if layout.bits is None:
-        return grids.expected_bytes(shape[0], shape[1])
+        return grids.expected_bytes(shape[0], shape[1], bits=bits)
     return math.prod(shape) * (layout.bits / 8 + 2 / layout.group)
 
 

@@ -43,6 +43,47 @@ def test_after_a_tenth_the_end_is_known_on_a_machine_of_any_speed(clock, slower)
     assert statuses[-1].stage == statuses[-1].stages == 3
 
 
+def test_the_first_seconds_of_a_busy_machine_tell_no_wild_end(clock):
+    """It takes twice as long as expected, its first report comes late, and something came before."""
+    task = Overall(clock)
+    clock.now += 4
+    task.expect(EXPECTED)
+    totals = []
+
+    def wait(seconds):
+        for _ in range(round(seconds / 0.5)):
+            clock.now += 0.5
+            totals.append(task.status().total_seconds)
+
+    for stage in EXPECTED:
+        with task(stage.description, 5) as update:
+            wait(0.1 * stage.seconds)
+            for step in range(1, 6):
+                wait(1.9 * stage.seconds / 5)
+                update(step)
+    assert min(totals) > clock.now / 2.1 and max(totals) < 1.2 * clock.now
+
+
+def test_between_two_reports_the_end_stays_unless_time_runs_out(clock):
+    task = Overall(clock)
+    task.expect(EXPECTED)
+    with task("read", 10) as update:
+        clock.now += 2
+        update(2)
+        first = task.status().total_seconds
+        assert first == pytest.approx(100)
+        clock.now += 7
+        assert task.status().total_seconds == first
+        clock.now += 21
+        assert task.status().total_seconds == pytest.approx(30 + 90), "what follows is still to come"
+
+
+def test_a_stage_that_comes_alone_tells_its_end_when_some_of_it_is_done(clock):
+    task = Overall(clock)
+    totals = [status.total_seconds for status in run(task, clock, "load", 100, steps=100)]
+    assert set(totals[:4]) == {None} and totals[5:] == pytest.approx([100] * 95)
+
+
 def test_a_stage_that_is_left_out_takes_no_time(clock):
     task = Overall(clock)
     task.expect(EXPECTED)

@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nectar_mlx.fitting.budget import allocate
+from nectar_mlx import store
+from nectar_mlx.fitting.budget import allocate, node_bits, size_for
 
 
 def test_heads_that_err_more_get_more():
@@ -40,3 +41,12 @@ def test_never_more_than_the_total_and_never_out_of_order(errors, total, power):
 def test_every_head_gets_the_most_where_there_are_bytes_for_it(seed):
     errors, most = np.random.default_rng(seed).exponential(size=6), 100.1 + seed
     assert allocate(errors.tolist(), total=1e9, power=0.6, least=1, most=most) == [most] * 6
+
+
+@pytest.mark.parametrize("share, bits", [(0.5, 4), (0.02, 4), (0.01, 3.5), (0.005, 3), (0.001, 3)])
+def test_small_files_have_more_nodes_of_fewer_bits(share, bits):
+    assert node_bits(share) == pytest.approx(bits)
+    layout = store.Layout(kind="quadrature", n_layers=2, n_kv_heads=2, head_dim=64, scale=0.125, bits=None)
+    (ours,), (finest,) = (size_for(layout, 10_000, share=x, most=10_000) for x in (share, 1.0))
+    assert ours / finest == pytest.approx(4.29 / (bits + 0.29), rel=0.01)
+    assert store.head_bytes(layout, (ours,), bits=bits) <= 10_000

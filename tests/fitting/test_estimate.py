@@ -13,7 +13,7 @@ from nectar_mlx.fitting.estimate import estimate
 from tests import toys
 from tests.fitting.toy_fit import FAST, TEXT, Recorded
 
-H100 = next(machine for machine in machines.MACHINES if machine.name.startswith("H100"))
+H200 = next(machine for machine in machines.MACHINES if machine.name.startswith("H200"))
 
 
 @pytest.mark.parametrize("options, positions", [
@@ -84,25 +84,81 @@ def test_a_loaded_model_has_the_shape_of_its_configuration(tmp_path, tokenizer):
 @pytest.mark.parametrize("tokens, seconds", [(8192, 21.0), (32768, 48.0)])
 def test_what_was_measured_is_estimated_within_half(tokens, seconds):
     shape = machines._shape("Qwen3-1.7B", 28, *machines._PUBLISHED["Qwen3-1.7B"][1:-1], 1 << 20)
-    with machines.using(H100.profile):
+    with machines.using(H200.profile):
         config = FitConfig(budget=0.02, queries=62_000)
-    assert estimate(shape, H100, config, tokens).seconds == pytest.approx(seconds, rel=0.5)
+    assert estimate(shape, H200, config, tokens).seconds == pytest.approx(seconds, rel=0.5)
+
+
+@pytest.mark.parametrize("options, reason", [
+    ({"budget": 0.009, "distillation_steps": 2}, None),
+    ({"budget": 0.009, "distillation_steps": 0}, "on a CPU"),
+    ({"budget": 0.009, "distillation_steps": 2, "layerwise": True}, "texts that are fitted layer by layer"),
+    ({"budget": 0.009, "distillation_steps": 2, "bits": 8}, "heads of this kind"),
+    ({"budget": 0.02, "distillation_steps": 0}, None),
+    ({"budget": 0.009}, None),
+])  # fmt: skip
+def test_a_fit_says_that_a_small_file_is_not_distilled(tokenizer, monkeypatch, options, reason):
+    """Before anything takes long; of an effort, or a budget, that never does it nothing is said."""
+    said = []
+
+    def ended(*arguments, **named):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "_check_room", ended)
+    with pytest.raises(KeyboardInterrupt):
+        toys.fit(toys.toy("llama"), tokenizer, TEXT, config=FitConfig(**FAST | options), log=said.append)
+    line = f"--effort best trains files below 1% through the whole model, but not {reason}"
+    assert said == ([] if reason is None else [line])
+
+
+def test_a_plan_says_that_small_files_are_not_distilled(capsys):
+    def planned(*arguments):
+        assert plan.main(["--model", "Qwen3-1.7B", "--effort", "best", *arguments]) == 0
+        return [line for line in capsys.readouterr().err.splitlines() if "through the whole model" in line]
+
+    small = ["--budget", "0.5%", "--tokens", "10k"]
+    both = planned("--machine", "GB", *small, "1M")
+    assert [line.partition("but not ")[2] for line in both] == ["on a CPU", "texts that are fitted in chunks"]
+    assert planned("--machine", "H200", *small) == planned("--machine", "2 CPU", "--tokens", "10k") == []
+
+
+def test_a_size_is_that_of_all_chunks_together():
+    shape = machines.named_shape("Qwen3-1.7B")
+    share, size = (machines.settings(H200, budget=budget, kind="auto") for budget in ("1%", "1.147G"))
+    one, other = (estimate(shape, H200, config, 1_000_000) for config in (share, size))
+    assert one.chunks > 1 and other.size == pytest.approx(one.size, rel=0.01)
+    assert other.seconds == pytest.approx(one.seconds, rel=0.01)
 
 
 def test_more_takes_more():
     def seconds(name="Qwen3-8B", tokens=10_000):
-        config = machines.settings(H100, budget="2%", kind="auto")
-        return estimate(machines.named_shape(name), H100, config, tokens).seconds
+        config = machines.settings(H200, budget="2%", kind="auto")
+        return estimate(machines.named_shape(name), H200, config, tokens).seconds
 
     assert seconds() < seconds(tokens=20_000) < seconds(tokens=100_000) < seconds(tokens=1_000_000)
     assert seconds("Qwen3-1.7B") < seconds("Qwen3-8B") < seconds("Qwen3-32B") < seconds("Llama-3.3-70B")
 
 
 def test_a_text_that_is_fitted_with_others_is_checked_again():
-    shape, config = machines.named_shape("SmolLM2-135M"), machines.settings(H100, budget="0.02", kind="auto")
-    alone, beside = (estimate(shape, H100, config, 6000, others=others).stages for others in (False, True))
+    shape, config = machines.named_shape("SmolLM2-135M"), machines.settings(H200, budget="0.02", kind="auto")
+    alone, beside = (estimate(shape, H200, config, 6000, others=others).stages for others in (False, True))
     assert beside[:-1] == alone and beside[-1].description == alone[-1].description == "checking"
     assert beside[-1].seconds == pytest.approx(alone[-1].seconds * 2 / 3)
+
+
+def test_others_in_view_are_planned(capsys):
+    options = ["--model", "Qwen3-1.7B", "--tokens", "10k", "--machine", "H200", "--json"]
+    stages = []
+    for beside in ([], ["--with", "b.nectar", "--with", "c.nectar"]):
+        assert plan.main([*options, *beside]) == 0
+        (row,) = json.loads(capsys.readouterr().out)
+        stages.append([stage["stage"] for stage in row["stages"]])
+    assert stages[1] == [*stages[0], "checking"]
+    said = []
+    for tokens in ("10k", "1M"):
+        assert plan.main(["--model", "Qwen3-1.7B", "--tokens", tokens, "--machine", "H200", "--with", "b.nectar"]) == 0
+        said.append("leave out --with" in capsys.readouterr().err)
+    assert said == [False, True]
 
 
 def test_the_command_prints_every_combination(capsys):
@@ -138,10 +194,10 @@ def test_a_configuration_that_is_none_is_one_line(tmp_path):
 
 
 def test_several_machines_take_less_and_never_less_than_their_share():
-    shape, settings = machines.named_shape("Qwen3-1.7B"), machines.settings(H100, budget="2%", kind="auto")
+    shape, settings = machines.named_shape("Qwen3-1.7B"), machines.settings(H200, budget="2%", kind="auto")
 
     def seconds(tokens, count):
-        return estimate(shape, H100, settings, tokens, machines=count).seconds
+        return estimate(shape, H200, settings, tokens, machines=count).seconds
 
     for tokens in (10_000, 1_000_000):
         one, two, eight = (seconds(tokens, count) for count in (1, 2, 8))
@@ -164,7 +220,7 @@ def test_the_number_of_machines_is_asked_for(capsys):
 def test_an_effort_is_planned(capsys):
     seconds = []
     for effort in ("quick", "normal", "best"):
-        options = ["--model", "Qwen3-8B", "--tokens", "100k", "--machine", "H100", "--effort", effort, "--json"]
+        options = ["--model", "Qwen3-8B", "--tokens", "100k", "--machine", "H200", "--effort", effort, "--json"]
         assert plan.main(options) == 0
         seconds.append(json.loads(capsys.readouterr().out)[0]["seconds"])
     assert seconds == sorted(seconds) and seconds[2] > 2 * seconds[1]

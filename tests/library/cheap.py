@@ -1,11 +1,14 @@
-"""A fitter that needs no model: its file is the text and its settings. Also a program that adds a folder with it, or
-with a toy model."""
+"""A fitter that needs no model: its file is a .nectar without heads, whose source is the text. Also a program that adds
+a folder with it, or with a toy model."""
 
 import hashlib
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
+
+from nectar_mlx import store
 from nectar_mlx.errors import NectarError
 from nectar_mlx.library import Identity, Library, ModelFitter
 from tests.fitting.toy_fit import FAST as TOY
@@ -33,16 +36,26 @@ class CheapFitter:
         if self._broken in text:
             raise NectarError("this text cannot be fitted")
         self.fitted.append(source)
-        self.former.append(former and former.read_text())
-        half = f"{self.identity}\n{source}\n"
-        with output.open("w") as file:
-            file.write(half)
-            file.flush()
-            time.sleep(self._seconds / 2)
-            file.write(text + "\nend")
+        self.former.append(former and text_in(former))
+        output.write_text(source)  # what a kill leaves is no whole file
+        time.sleep(self._seconds / 2)
+        _, model, tokenizer, _ = self.identity
+        digests = {"model_sha256": model, "tokenizer_sha256": tokenizer, "prefix_sha256": "none"}
+        nothing = {"geometry": {}, "layout": {}, "report": {}, "model": self.name, "nectar_mlx": ""}
+        metadata = nothing | digests | {"source": f"{source}\n{text}"}
+        store.write(output, {"prefix": np.arange(300, dtype=np.int32)}, metadata)
 
     def is_whole(self, path):
-        return path.is_file() and path.read_text().startswith(f"{self.identity}\n") and path.read_text().endswith("end")
+        try:
+            store.check_header(path)
+            return store.tensor_file.metadata(path)["model_sha256"] == self.identity.model_sha256
+        except NectarError:
+            return False
+
+
+def text_in(path):
+    """The text of a file that a `CheapFitter` wrote."""
+    return store.tensor_file.metadata(path)["source"]
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from nectar_mlx.errors import NectarError
 from nectar_mlx.library import Library, default_folder
 from nectar_mlx.library.database import path_bytes
 from nectar_mlx.library.noted import Noted
-from tests.library.cheap import CheapFitter
+from tests.library.cheap import CheapFitter, text_in
 
 
 def by_name(library):
@@ -35,7 +35,7 @@ def test_each_long_document_has_a_file_and_short_ones_share(library, notes):
     assert any(documents[f"note {i}.md"].shared for i in range(5))
     assert len(added.work.fitted) == 7 and len(fitter.fitted) == len({d.file for d in documents.values()})
     assert "copper" in library.text(documents["note 0.md"])
-    assert "# note 0.md\n\n" in documents["note 0.md"].file.read_text() or not documents["note 0.md"].shared
+    assert "# note 0.md\n\n" in text_in(documents["note 0.md"].file) or not documents["note 0.md"].shared
 
 
 def test_nothing_is_fitted_twice_nor_is_the_model_needed(library, notes):
@@ -61,12 +61,12 @@ def test_a_document_whose_file_is_gone_is_fitted_again(library, notes):
 def test_a_document_whose_file_is_damaged_is_fitted_again(library, notes):
     library.add([notes], CheapFitter())
     damaged = by_name(library)["long 0.txt"].file
-    whole = damaged.read_text()
-    damaged.write_text(whole[:-9])
+    whole = damaged.read_bytes()
+    damaged.write_bytes(whole[:-9])
     fitter = CheapFitter()
     assert library.update(fitter, retry=False).work.fitted == [], "a look every few seconds reads no files"
     assert library.update(fitter).work.fitted == ["long 0.txt"] and fitter.fitted == ["long 0.txt"]
-    assert by_name(library)["long 0.txt"].file.read_text() == whole
+    assert by_name(library)["long 0.txt"].file.read_bytes() == whole
 
 
 def test_a_damaged_file_of_an_older_model_is_not_fitted_by_it_again(library, notes):
@@ -84,7 +84,7 @@ def test_what_changes_alone_is_fitted_again(library, notes):
     fitter = CheapFitter()
     added = library.add([notes], fitter)
     assert fitter.fitted == ["long 0.txt", "new.txt"] and len(added.scan.read) == 2
-    assert "heron" not in "".join(path.read_text() for path in library.folder.volumes.iterdir())
+    assert "heron" not in "".join(text_in(path) for path in library.folder.volumes.iterdir())
 
 
 def test_a_changed_document_starts_from_its_old_file(library, notes):
@@ -98,9 +98,9 @@ def test_a_changed_document_starts_from_its_old_file(library, notes):
     library.update(fitter)
     former = dict(zip(fitter.fitted, fitter.former, strict=True))
     assert "heron" in former["long 0.txt"] and former["new.txt"] is None
-    assert "heron" not in "".join(path.read_text() for path in library.folder.volumes.iterdir())
+    assert "heron" not in "".join(text_in(path) for path in library.folder.volumes.iterdir())
     library.remove([notes / "long 0.txt"])
-    assert "otter" not in "".join(path.read_text() for path in library.folder.volumes.iterdir())
+    assert "otter" not in "".join(text_in(path) for path in library.folder.volumes.iterdir())
 
 
 def test_a_document_that_is_removed_takes_its_old_file_along(library, notes):
@@ -109,7 +109,7 @@ def test_a_document_that_is_removed_takes_its_old_file_along(library, notes):
     with pytest.raises(KeyboardInterrupt):
         library.update(CheapFitter(raising=KeyboardInterrupt()))
     library.remove([notes / "long 0.txt"])
-    assert "heron" not in "".join(path.read_text() for path in library.folder.volumes.iterdir())
+    assert "heron" not in "".join(text_in(path) for path in library.folder.volumes.iterdir())
 
 
 def test_a_touched_or_renamed_file_is_not_fitted_again(library, notes):

@@ -6,9 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 
+from nectar_mlx.library import Library
 from nectar_mlx.serving.adding import Adding
 from nectar_mlx.serving.errors import ApiError
+from nectar_mlx.serving.library import names
 from nectar_mlx.serving.library_api import LibraryApi
+from tests.library.cheap import CheapFitter
 
 from .running import wait_for
 
@@ -46,6 +49,20 @@ def test_a_file_that_is_removed_while_it_waits_or_is_read(library, files, monkey
     assert wait_for(lambda: len(ran) == 2 and not adding.busy)
     adding.stop()
     assert ran == [files[1:], files[2:]] and adding.message == ""
+
+
+def test_the_page_tells_a_damaged_file(files, tmp_path):
+    library = Library(tmp_path / "library")
+    for path in files[:2]:
+        path.write_text(path.name * 1000)
+    library.add(files[:2], CheapFitter())
+    damaged = library.documents()[0].file
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    served = SimpleNamespace(refresh=lambda: names(library.documents()))
+    service = SimpleNamespace(engine=SimpleNamespace(shelf=None), library=served)
+    shown = LibraryApi(service, SimpleNamespace(busy=False, pending=[], message=""))._show()["documents"]
+    assert [(document["state"], document["model"]) for document in shown] == [("damaged", None), ("ready", "b.txt")]
+    assert "cut short" in shown[0]["reason"]
 
 
 def test_an_upload_is_removed_while_it_waits(library, files):

@@ -168,7 +168,7 @@ def test_whenever_it_is_killed_a_file_and_its_keys_belong_together(tmp_path, mon
     steps = {
         "keys": "nectar_mlx.store.kv_file.KeyFile.write",
         "nectar": "nectar_mlx.store.write",
-        "clean": "nectar_mlx.nectar.remove_stale_keys",
+        "clean": "nectar_mlx.nectar_file.remove_stale_keys",
     }
     if killed is None:
         new.save(path)
