@@ -111,7 +111,7 @@ class Work:
         from nectar_mlx.core import device
 
         main = {"fit": fit.main, "add": add.main, "update": update.main}[command]
-        quick = {"fit_checks": 2, "fit_conversations": 6, "fit_batch": 128, "trial_steps": 5}
+        quick = dict(fit_checks=2, fit_conversations=6, fit_answer_tokens=24, fit_batch=128, trial_steps=5)
         with device.using(replace(device.device(), **quick)):
             return main([*map(str, arguments), "--model", self._model])
 

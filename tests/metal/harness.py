@@ -171,25 +171,32 @@ def _base() -> list[str]:
 
 
 def _simulator(mode: str) -> Path:
-    """The compiled simulator, the same for all kernels of a build."""
-    command = [*_base(), "-O2", *_SANITIZERS[mode][1], "-c", str(HERE / "simulator.cpp"), "-o"]
+    """The program that runs a kernel's library, the same for all kernels of a build."""
+    flags, defines = _SANITIZERS[mode]
     texts = [(HERE / name).read_text() for name in ("simulator.h", "simulator.cpp")]
-    return _made_once([*command, *texts], lambda _, out: _run([*command, str(out)]))
-
-
-def build(unit: str, mode: str, warnings: list[str] = _STRICT) -> Path:
-    """C++ that defines kernel_entry -> a program that runs jobs; made once."""
-    flags, _ = _SANITIZERS[mode]
-    texts = [unit, *((HERE / name).read_text() for name in ("simulator.h", "simulator.cpp", "vocabulary.h"))]
+    compiled, linked = [*_base(), "-O2", *defines], [*_base(), *flags, "-rdynamic"]
 
     def make(folder: Path, out: Path) -> None:
-        source, kernel = folder / "kernel.cpp", folder / "kernel.o"
-        source.write_text(unit)
-        exact = ["-O0", "-g1", "-ffp-contract=off"]  # compiles five times faster than -O1 under a sanitizer
-        _run([*_base(), *exact, *flags, *warnings, "-c", str(source), "-o", str(kernel)])
-        _run([*_base(), *flags, str(kernel), str(_simulator(mode)), "-o", str(out)])
+        part = str(folder / "simulator.o")
+        _run([*compiled, "-c", str(HERE / "simulator.cpp"), "-o", part])
+        _run([*linked, part, "-o", str(out)])
 
-    return _made_once([*texts, mode, *_base()], make)
+    return _made_once([*texts, *compiled, *linked], make)
+
+
+def build(unit: str, mode: str, warnings: list[str] = _STRICT) -> tuple[Path, Path]:
+    """C++ that defines kernel_entry -> a program, and a library of it that the program runs; both are made once."""
+    texts = [unit, *((HERE / name).read_text() for name in ("simulator.h", "vocabulary.h"))]
+    exact = ["-O0", "-g1", "-ffp-contract=off"]  # compiles five times faster than -O1 under a sanitizer
+    library = ["-shared", "-fPIC", *(["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else [])]
+    command = [*_base(), *exact, *_SANITIZERS[mode][0], *warnings, *library]
+
+    def make(folder: Path, out: Path) -> None:
+        source = folder / "kernel.cpp"
+        source.write_text(unit)
+        _run([*command, str(source), "-o", str(out)])
+
+    return _simulator(mode), _made_once([*texts, *command], make)
 
 
 def strided_bytes(x: mx.array) -> tuple[bytes, list[int]]:
@@ -206,13 +213,16 @@ _UNSIGNED = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32}
 
 
 def run_job(
-    program: Path,
+    program: tuple[Path, Path],
     buffers: list[tuple[int, bytes | int]],
     grid: tuple[int, ...],
     threadgroup: tuple[int, ...],
     schedule: str = "forward",
 ) -> list[bytes]:
-    """buffers: (role, bytes, or an output's size), roles as simulator.cpp has them. Returns what was written."""
+    """program: of `build`. buffers: (role, bytes, or an output's size), roles as simulator.cpp has them.
+
+    Returns what was written.
+    """
     job = struct.pack("<8i", *grid, *threadgroup, SCHEDULES[schedule], len(buffers))
     for role, data in buffers:
         size = data if isinstance(data, int) else len(data)
@@ -224,7 +234,7 @@ def run_job(
     with tempfile.TemporaryDirectory() as folder:
         jobs, results = Path(folder, "jobs"), Path(folder, "results")
         jobs.write_bytes(job)
-        _run([str(program), str(jobs), str(results)], env={**os.environ, **sanitizers})
+        _run([*map(str, program), str(jobs), str(results)], env={**os.environ, **sanitizers})
         data = results.read_bytes()
     written = []
     for role, content in buffers:

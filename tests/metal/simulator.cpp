@@ -1,6 +1,7 @@
 // Compiled without a sanitizer, so that only the kernel is observed; WITH_ASAN and WITH_TSAN announce the fibers to one.
 #include "simulator.h"
 
+#include <dlfcn.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -338,23 +339,28 @@ void run(const Launch& what) {
 
 }  // namespace simulator
 
-// usage: program jobs results. A job: 8 int32 (grid, threadgroup, schedule, number of buffers), then for each buffer int64
+// usage: program kernel jobs results. kernel: a library that defines kernel_entry.
+// A job: 8 int32 (grid, threadgroup, schedule, number of buffers), then for each buffer int64
 // bytes, int32 (1 for an output, 2 for an input that is written) and an input's bytes. Outputs start as NaN; what outputs and
 // written inputs hold at the end goes to `results`.
-extern "C" void kernel_entry(void** buffers, const simulator::Position& position);
-
 template <typename T>
 static bool read(FILE* file, T* to, size_t n) { return fread(to, sizeof(T), n, file) == n; }
 
 int main(int argc, char** argv) {
-  if (argc != 3) return 2;
-  FILE* jobs = fopen(argv[1], "rb");
-  FILE* results = fopen(argv[2], "wb");
-  if (!jobs || !results) return 2;
+  if (argc != 4) return 2;
+  void* library = dlopen(argv[1], RTLD_NOW);
+  if (!library) {
+    fprintf(stderr, "error: %s\n", dlerror());
+    return 2;
+  }
+  const auto kernel = reinterpret_cast<void (*)(void**, const simulator::Position&)>(dlsym(library, "kernel_entry"));
+  FILE* jobs = fopen(argv[2], "rb");
+  FILE* results = fopen(argv[3], "wb");
+  if (!kernel || !jobs || !results) return 2;
   int32_t head[8];
   while (read(jobs, head, 8)) {
     simulator::Launch what{};
-    what.kernel = kernel_entry;
+    what.kernel = kernel;
     for (int d = 0; d < 3; d++) what.grid[d] = head[d], what.threadgroup[d] = head[3 + d];
     what.schedule = static_cast<simulator::Schedule>(head[6]);
     what.threadgroup_memory = 32768;

@@ -166,7 +166,8 @@ def test_fitting(architecture):
     """A fit runs on every architecture, and knows more of the text than a model that never saw it."""
     model, tokenizer = toys.toy(architecture), toys.tokenizer()
     text = "the quick brown fox jumps over the lazy dog; who is he? the answer is here. " * 12
-    nectar = Nectar.fit(model, tokenizer, text, budget=0.6, queries=150, steps=8)
+    few = {"queries": 150, "conversations": 8, "checks": 2, "answer_tokens": 16, "steps": 8}
+    nectar = Nectar.fit(model, tokenizer, text, budget=0.6, **few)
     assert nectar.layout.n_layers == len(nectar.geometry.fitted)
     prompt = mx.array([nectar.prompt(tokenizer, "who is the fox?")])
     truth = toys.exact(model, nectar.prefix)
