@@ -101,7 +101,7 @@ def _header(message: Message, name: str) -> str:
 
 def _body(message: Message, inner: Inner, left_out: list[str]) -> list[str]:
     texts: list[str] = []
-    for number, part in enumerate(_parts(message)):
+    for number, part in enumerate(_parts(message, left_out)):
         if number >= _MOST_PARTS:
             left_out.append(f"parts after the first {_MOST_PARTS}")
             break
@@ -120,12 +120,13 @@ def _body(message: Message, inner: Inner, left_out: list[str]) -> list[str]:
     return texts
 
 
-def _parts(message: Message) -> Iterator[Message]:
+def _parts(message: Message, left_out: list[str]) -> Iterator[Message]:
     """The parts to be read: of alternatives one, the plain text where it says anything."""
-    stack = [(message, 0)]
+    stack, deeper = [(message, 0)], 0
     while stack:
         part, depth = stack.pop()
         if depth > _MOST_DEPTH:
+            deeper += 1
             continue
         yield part
         payload = part.get_payload() if part.is_multipart() else ""
@@ -133,6 +134,8 @@ def _parts(message: Message) -> Iterator[Message]:
         if part.get_content_type() == "multipart/alternative" and inside:
             inside = [_chosen(inside)]
         stack += [(item, depth + 1) for item in reversed(inside)]
+    if deeper:
+        left_out.append(f"{deeper} part{'s' * (deeper > 1)} nested more than {_MOST_DEPTH} deep")
 
 
 def _chosen(alternatives: list[Message]) -> Message:
