@@ -11,6 +11,7 @@ not (straight-through estimator, arXiv 1308.3432). What the full cache's last la
 are had layer by layer (`backward`).
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from copy import copy
 from functools import cached_property, partial
@@ -34,7 +35,8 @@ from .samples.conversation import Conversation
 from .solve import optimizers
 from .solve.node_training import UNIT_SAMPLES, Units
 
-_RATE = 8e-3  # of Adam, in units
+_RATE = 8e-3  # of Adam, in units, where a step takes _TOGETHER conversations
+_TOGETHER = 96
 _JUDGED = 64  # conversations that are held out, by which it is decided whether the result is kept, at most
 _MATRICES = ("keys", "values")
 _NAMES = (*_MATRICES, "bias")  # of a layer's arrays, in the order of the vector
@@ -130,17 +132,18 @@ class _Distillation:
             first, self.vector = kept[0], kept[1]["vector"]
             state = optimizers.State(mx.array(float(first)), {"": kept[1]["first"]}, {"": kept[1]["second"]})
         following = _batches(self.training, seed=run.config.seed)
+        # Smaller steps where fewer conversations make a gradient noisier.
+        largest = self.rates * (_RATE * math.sqrt(min(1.0, device().distillation_batch / _TOGETHER)))
         with run.progress("distilling", steps) as done:
             for step in range(steps):
                 conversations = next(following)
                 if step < first:
                     continue
-                rate = self.rates * (_RATE * optimizers.schedule(step, steps))
                 vector, state = optimizers.update(
                     {"": self.vector},
                     {"": self.gradient(_Batch(conversations), conversations)},
                     state,
-                    rate=rate,
+                    rate=largest * optimizers.schedule(step, steps),
                     muon_rate=mx.array(0.0),
                     muon=frozenset(),
                 )

@@ -91,8 +91,9 @@ def test_the_gradient_is_that_of_the_whole_model(tokenizer, architecture):
     np.testing.assert_allclose(ours, expected, atol=2e-3 * np.abs(expected).max())
 
 
-def test_it_brings_answers_closer_and_stays_on_the_grids(fit):
+def test_it_brings_answers_closer_and_stays_on_the_grids(fit, monkeypatch):
     kind, sizes, heads = fit
+    monkeypatch.setattr(distillation, "_RATE", 1.4e-2)  # there are few steps
     ours = distilled(kind, sizes, heads, steps=80)
     moved = [np.abs(np.array(x["keys"]) - np.array(y["keys"])).max() for x, y in zip(heads, ours, strict=True)]
     assert max(moved) > 0
