@@ -77,11 +77,13 @@ def _mail_text(data: bytes, inner: Inner, left_out: list[str]) -> str:
     message = BytesParser(policy=_Raw()).parsebytes(data)
     if not any(message.get(header) for header in (*_HEADERS, "Content-Type", "MIME-Version", "Message-ID")):
         raise Unreadable("not a mail: it has no headers")
-    return "\n\n".join([*_heading(message, "#"), *_body(message, inner, left_out)])
+    return "\n\n".join([*_heading(message, "#", left_out), *_body(message, inner, left_out)])
 
 
-def _heading(message: Message, signs: str) -> list[str]:
+def _heading(message: Message, signs: str, left_out: list[str]) -> list[str]:
     """The subject as a heading, and the headers that a person reads."""
+    long = [name for name, value in message.raw_items() if len(value) > _MOST_HEADER and name.title() in _HEADERS]
+    left_out += [f"the header {name} behind its first {_MOST_HEADER:,} characters" for name in long]
     lines = [f"{header}: {value}" for header in _HEADERS if (value := _header(message, header))]
     subject = _header(message, "Subject")
     return [part for part in (f"{signs} {subject}" if subject else "", "\n".join(lines)) if part]
@@ -108,7 +110,7 @@ def _body(message: Message, inner: Inner, left_out: list[str]) -> list[str]:
         kind, name = part.get_content_type(), _file_name(part)
         if part.is_multipart():
             if kind == "message/rfc822":
-                texts += _heading(part.get_payload(0), "##")  # type: ignore[arg-type]
+                texts += _heading(part.get_payload(0), "##", left_out)  # type: ignore[arg-type]
         elif kind in _SIGNATURES:
             continue
         elif kind in ("text/plain", "text/html") and (not name or not _is_attached(part)):

@@ -80,6 +80,13 @@ def test_parts_that_are_nested_too_deep_are_named(tmp_path: Path) -> None:
     assert report_of(path).left_out == ["2 parts nested more than 20 deep"]
 
 
+def test_a_header_that_is_cut_is_named(tmp_path: Path) -> None:
+    many = ",\n ".join(f"reader{number}@example.org" for number in range(200))
+    path = write(tmp_path / "a.eml", f"From: a@b.org\nTO: {many}\nX-Long: {many}\n\nHello.")
+    assert "reader10@" in (text := text_of(path)) and "reader199@" not in text and text.endswith("Hello.")
+    assert report_of(path).left_out == ["the header TO behind its first 2,000 characters"]
+
+
 def test_a_mailbox(tmp_path: Path) -> None:
     mails = [
         f"From ann@x.org Mon Jan  1 00:00:00 2024\n{PLAIN.replace('4711', str(n))}\n\n>From here on\n\n" for n in (1, 2)
