@@ -122,9 +122,10 @@ class Questions:
         return questions
 
     def start(self) -> "tuple[nn.Module, Tokenizer, Nectar]":
-        """The model, and the file that was used last, to begin a conversation with."""
+        """The model, and the file that was used last, to begin a conversation with: one that is not damaged."""
         ready = [document for document in self.library.documents() if document.file is not None]
-        return self._load(max(ready, key=lambda document: document.used))
+        ready.sort(key=lambda document: document.used, reverse=True)
+        return self._load(next((document for document in ready if document.looked_at() == document), ready[0]))
 
     def find(self, question: str) -> "tuple[nn.Module, Tokenizer, Nectar] | None":
         """The model and the file of the document that answers, which is named on stderr; None where none does.

@@ -298,6 +298,17 @@ def test_chat_goes_from_document_to_document(filled, monkeypatch, capsys):
     assert out.startswith("None of the 2 documents") and out.count("user: ") == 3
 
 
+def test_chat_begins_though_the_file_that_was_used_last_is_damaged(filled, monkeypatch, capsys):
+    question = "When was the heron Olga ringed?"
+    library = Library(filled)
+    used = library.route("What does the copper kettle cost?").best.document
+    library.touch(used)
+    used.file.write_bytes(used.file.read_bytes()[:-1])
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{question}\n"))
+    assert run("chat", "library", "--max-tokens", 3) == 0
+    assert "from herons.txt" in capsys.readouterr().err
+
+
 def test_a_file_that_was_tampered_with_is_one_line(filled, capsys):
     for path in (filled / "volumes").iterdir():
         content = bytearray(path.read_bytes())

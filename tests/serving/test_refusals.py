@@ -84,7 +84,7 @@ def test_bad_requests(running, path, body, param):
     assert status == 400
     assert set(found["error"]) == {"message", "type", "code", "param"}
     assert found["error"]["param"] == (param if param != "messages" or "messages" in body else found["error"]["param"])
-    assert running.engine.open == 0
+    assert wait_for(lambda: running.engine.open == 0)
 
 
 @pytest.mark.parametrize(
