@@ -52,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--no-answers", action="store_true", help="do not sample answers to compare their meaning")
     parser.add_argument("--yes", action="store_true", help="fetch the model that compares them (84 MB, once)")
     parser.add_argument("--report", metavar="FILE.html", help="write the result as a page")
-    parser.add_argument("--plot", metavar="FILE.png", help="draw divergence against bytes (needs nectar-mlx[plot])")
+    parser.add_argument("--plot", metavar="FILE.png", help="draw divergence against bytes (needs the extra 'plot')")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
 
