@@ -45,7 +45,8 @@ class Device:
     long for half of them. steps_ahead: of sampling, queued before the first one's tokens are looked at.
     completion_keys: of the context that a completion is trained on.
     fisher_probes: conversations that tell the sensitivity of heads; fisher_batch: differentiated at a time.
-    distillation_steps: of the best effort, through the whole model; distillation_batch: conversations of a step.
+    distillation_steps: of the best effort, through the whole model; distillation_batch: conversations of a step, at
+    most.
     check_batch: conversations compared at a time. baseline_conversations, baseline_batch, cartridge_steps: of the
     methods that `evaluate` builds. choices_batch: multiple-choice questions read at a time.
     """
@@ -183,7 +184,7 @@ GPU = Device(
     steps_ahead=8,
     fisher_probes=8,
     fisher_batch=8,
-    distillation_steps=400,
+    distillation_steps=250,
     distillation_batch=96,
     check_batch=24,  # four batches of the checks, for four ranks
     baseline_conversations=128,

@@ -18,7 +18,6 @@ from ..store import MEAN_BITS, Layout
 from .config import FitConfig
 
 SMALL = 0.01  # share of the KV cache: of fewer bytes the heads that matter need more, and files gain by distillation
-
 _FINE, _FEWEST_BITS = 0.02, 3.0  # share from which nodes take MEAN_BITS; what they take at a quarter of it
 
 

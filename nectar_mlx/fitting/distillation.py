@@ -11,6 +11,7 @@ not (straight-through estimator, arXiv 1308.3432). What the full cache's last la
 are had layer by layer (`backward`).
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from copy import copy
 from functools import cached_property, partial
@@ -34,7 +35,8 @@ from .samples.conversation import Conversation
 from .solve import optimizers
 from .solve.node_training import UNIT_SAMPLES, Units
 
-_RATE = 8e-3  # of Adam, in units
+_RATE = 8e-3  # of Adam, in units, where a step takes _TOGETHER conversations
+_TOGETHER = 96
 _JUDGED = 64  # conversations that are held out, by which it is decided whether the result is kept, at most
 _MATRICES = ("keys", "values")
 _NAMES = (*_MATRICES, "bias")  # of a layer's arrays, in the order of the vector
@@ -129,18 +131,19 @@ class _Distillation:
         if kept is not None:
             first, self.vector = kept[0], kept[1]["vector"]
             state = optimizers.State(mx.array(float(first)), {"": kept[1]["first"]}, {"": kept[1]["second"]})
-        following = _batches(self.training, seed=run.config.seed)
+        following = _batches(self.training, most=self.side_by_side, seed=run.config.seed)
+        # Smaller steps where fewer conversations make a gradient noisier.
+        largest = self.rates * (_RATE * math.sqrt(min(1.0, self.side_by_side / _TOGETHER)))
         with run.progress("distilling", steps) as done:
             for step in range(steps):
                 conversations = next(following)
                 if step < first:
                     continue
-                rate = self.rates * (_RATE * optimizers.schedule(step, steps))
                 vector, state = optimizers.update(
                     {"": self.vector},
                     {"": self.gradient(_Batch(conversations), conversations)},
                     state,
-                    rate=rate,
+                    rate=largest * optimizers.schedule(step, steps),
                     muon_rate=mx.array(0.0),
                     muon=frozenset(),
                 )
@@ -225,6 +228,14 @@ class _Distillation:
         return (mx.exp(full) * (full - ours)).sum()
 
     @cached_property
+    def side_by_side(self) -> int:
+        """Conversations of a step: as many as the machine's memory holds the scores of, in one layer."""
+        longest = max(c.fed_tokens for c in (*self.training, *self.held_out))
+        nodes = max(bank.parameters["bias"].shape[1] for bank in self.banks)
+        scores = self.kind.run.geometry.n_heads * longest * (nodes + longest)
+        return max(1, min(device().distillation_batch, device().max_batch_scores // scores))
+
+    @cached_property
     def rows_at_once(self) -> int:
         """Rows whose logits are held at a time."""
         logits = self.runner.logits(mx.zeros((1, 1, self.runner.width)))  # never evaluated
@@ -233,7 +244,7 @@ class _Distillation:
     def divergence(self, vector: mx.array) -> float:
         """The mean divergence over conversations that are held out."""
         total, banks = 0.0, self.banks_of(self.rounded(vector))
-        for part in _together(self.held_out):
+        for part in _together(self.held_out, most=self.side_by_side):
             batch = _Batch(part)
             _, last = forward(self.runner, batch.tokens, self.caches(banks, len(part)))
             rows, truth, step = batch.rows(last), self.finals_of(batch, part), self.rows_at_once
@@ -268,16 +279,16 @@ def _grids(head: HeadArrays) -> HeadArrays:
     return grids
 
 
-def _together(conversations: Sequence[Conversation]) -> list[list[Conversation]]:
-    """Conversations of about one length, as many as are differentiated side by side."""
+def _together(conversations: Sequence[Conversation], *, most: int) -> list[list[Conversation]]:
+    """Conversations of about one length, at most so many side by side."""
     ordered = sorted(conversations, key=lambda c: c.fed_tokens)
-    groups = batches(len(ordered), most=device().distillation_batch, shares=1)
+    groups = batches(len(ordered), most=most, shares=1)
     return [[ordered[number] for number in group] for group in groups]
 
 
-def _batches(conversations: Sequence[Conversation], *, seed: int) -> Iterator[list[Conversation]]:
+def _batches(conversations: Sequence[Conversation], *, most: int, seed: int) -> Iterator[list[Conversation]]:
     """Without end, each conversation once in a round."""
-    random, groups = np.random.default_rng(seed), _together(conversations)
+    random, groups = np.random.default_rng(seed), _together(conversations, most=most)
     while True:
         for i in random.permutation(len(groups)):
             yield groups[i]

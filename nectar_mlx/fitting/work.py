@@ -26,9 +26,25 @@ _TRAINED = 12  # operations a step, sample, node and entry of it: two products a
 _ROUNDING = 1.4  # of the regression's steps, with those of rounding
 _START = 2e9  # operations that starting a head takes the time of
 # How fast a stage is, as a multiple of the machine's rate: measured on two CPU cores, and on one H200.
-_CPU = {"reading": 2.0, "sampling": 1.8, "capturing": 1.2, "sensitivity": 1.9, "training": 1.4, "checking": 3.0}
+_CPU = {
+    "reading": 2.0,
+    "sampling": 1.8,
+    "capturing": 1.2,
+    "sensitivity": 1.9,
+    "distilling": 1.9,
+    "training": 1.4,
+    "checking": 3.0,
+}
 _SMALL_HEADS = 0.45  # of all nodes: in heads that are trained, where much larger ones are not (measured at 4%)
-_GPU = {"reading": 2.0, "sampling": 5.0, "capturing": 4.0, "sensitivity": 1.5, "training": 5.0, "checking": 1.5}
+_GPU = {
+    "reading": 2.0,
+    "sampling": 5.0,
+    "capturing": 4.0,
+    "sensitivity": 1.5,
+    "distilling": 4.0,
+    "training": 5.0,
+    "checking": 1.5,
+}
 _LAUNCH_SECONDS = 5e-4  # that a GPU takes a layer of a decoding step, at least
 _LINK = 5e9  # bytes a second between two machines: half of what Thunderbolt 5 is published to carry
 
@@ -223,7 +239,7 @@ class Work:
         shape, tokens = self.shape, self.machine.profile.distillation_batch * self.conversation
         step = tokens * (8 * shape.body + 6 * shape.vocabulary)
         launched = 0.0 if self.machine.profile.linux_cpu else 16 * _LAUNCH_SECONDS * shape.geometry.n_layers
-        return (self.config.distillation_steps or 0) * (self.seconds(step, "sensitivity") + launched)
+        return (self.config.distillation_steps or 0) * max(self.seconds(step, "distilling"), launched)
 
     def sizes(self, *, choice: bool) -> Iterator[Stage]:
         profile, config = self.machine.profile, self.config

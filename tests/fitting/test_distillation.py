@@ -42,6 +42,11 @@ def distilled(kind, sizes, heads, *, steps, **changes):
         kind.run = before
 
 
+def work_of(kind, sizes, heads):
+    runner = layer_runner(kind.run.model, kind.run.geometry)
+    return distillation._Distillation(kind, sizes, heads, runner, distillation._units(kind))
+
+
 def divergence(kind, heads, split):
     """From the full cache, over the answers of a split, as the file will have the heads."""
     run, context = kind.run, kind.data.context
@@ -65,9 +70,7 @@ def fit(tokenizer):
 def test_the_gradient_is_that_of_the_whole_model(tokenizer, architecture):
     kind, sizes, heads = fitted(tokenizer, toys.toy(architecture))
     run, context = kind.run, kind.data.context
-    work = distillation._Distillation(
-        kind, sizes, heads, layer_runner(run.model, run.geometry), distillation._units(kind)
-    )
+    work = work_of(kind, sizes, heads)
     conversations = [replace(c, answer=c.answer[: 3 + i]) for i, c in enumerate(work.training[:3])]
     assert len({c.fed_tokens for c in conversations}) > 1
     batch = distillation._Batch(conversations)
@@ -91,8 +94,9 @@ def test_the_gradient_is_that_of_the_whole_model(tokenizer, architecture):
     np.testing.assert_allclose(ours, expected, atol=2e-3 * np.abs(expected).max())
 
 
-def test_it_brings_answers_closer_and_stays_on_the_grids(fit):
+def test_it_brings_answers_closer_and_stays_on_the_grids(fit, monkeypatch):
     kind, sizes, heads = fit
+    monkeypatch.setattr(distillation, "_RATE", 1.4e-2)  # there are few steps
     ours = distilled(kind, sizes, heads, steps=80)
     moved = [np.abs(np.array(x["keys"]) - np.array(y["keys"])).max() for x, y in zip(heads, ours, strict=True)]
     assert max(moved) > 0
@@ -123,6 +127,16 @@ def test_a_result_that_is_no_better_is_not_kept(fit, monkeypatch):
         for x, y in zip(heads, distilled(kind, sizes, heads, steps=3), strict=True)
         for name in x
     )
+
+
+def test_a_step_has_as_many_conversations_as_the_memory_holds_the_scores_of(fit, set_device):
+    kind, sizes, heads = fit
+    work = work_of(kind, sizes, heads)
+    longest = max(c.fed_tokens for c in (*work.training, *work.held_out))
+    scores = kind.run.geometry.n_heads * longest * (longest + NODES)
+    for held, expected in ((3.5, 3), (0.5, 1), (1000, 8)):
+        set_device(max_batch_scores=int(held * scores), distillation_batch=8)
+        assert work_of(kind, sizes, heads).side_by_side == expected
 
 
 def test_heads_that_are_not_trained_stay_as_they_are(fit, monkeypatch):
