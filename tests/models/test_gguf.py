@@ -277,6 +277,15 @@ def test_the_settings_survive(case: str, tmp_path: Path, tokenizer: Tokenizer) -
     assert_same_logits(tmp_path / "toy.gguf", model, expected, 1e-5)
 
 
+def test_it_is_converted_once_and_later_called_so(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    write_gguf(tmp_path / "toy.gguf", toy_model("qwen3", tokenizer.get_vocab_size()), tokenizer)
+    lines: list[str] = []
+    folder = models.resolve(str(tmp_path / "toy.gguf"), log=lines.append).path
+    assert len(lines) == 1 and "once" in lines[0]
+    source = models.resolve(str(tmp_path / "toy.gguf"), log=lines.append)
+    assert source.description.endswith(f": its conversion in {folder}") and len(lines) == 1, "it is not converted again"
+
+
 def test_a_fit_of_it_is_estimated(tmp_path: Path, tokenizer: Tokenizer) -> None:
     model = toy_model("qwen3", tokenizer.get_vocab_size())
     write_gguf(tmp_path / "toy.gguf", model, tokenizer)
