@@ -114,7 +114,8 @@ def _damage(path: Path, size: int, changed: int) -> str:
     try:
         store.check_header(path)
     except NectarError as error:
-        return str(error).removeprefix(f"{path} is damaged: ").removeprefix(f"{path} ").removesuffix("; fit it again")
+        told = str(error).removeprefix(f"{path} is damaged: ").removesuffix("; fit it again")
+        return told.replace(f"{path} is", "its file is")
     return ""
 
 
