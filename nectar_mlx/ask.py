@@ -116,7 +116,7 @@ class _Here:
             yield piece
 
     def sources(self) -> list[str]:
-        return cli.source_lines(self._found())
+        return [] if self._none else cli.source_lines(self._found())
 
     def cited(self) -> str:
         """The answer with a mark behind each sentence, once it has ended."""

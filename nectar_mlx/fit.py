@@ -209,7 +209,7 @@ def _show(reading: "Reading", arguments: argparse.Namespace) -> None:
         cli.say(f"time and size are not estimated: {error}")
     else:
         seconds, size = facts["seconds"], facts["file_bytes"]
-        cli.say(f"estimated: {duration(seconds)} here, a file of {size / 1e6:,.2f} MB ({facts['basis']})")
+        cli.say(f"estimated: {duration(seconds)} here, which may be off by half, and a file of {size / 1e6:,.2f} MB")
         if facts["undistilled"]:
             cli.say(facts["undistilled"])
     if arguments.json:

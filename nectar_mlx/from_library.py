@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, TypeVar
 from . import cli, settings
 from .core.types import JsonObject, Tokenizer
 from .errors import NectarError
-from .library import Added, Document, Identity, Library, ModelFitter, Routing, holds_library
+from .library import Added, Document, Identity, Library, ModelFitter, Routing, holds_library, none_of
 
 if TYPE_CHECKING:
     import mlx.nn as nn
@@ -159,10 +159,7 @@ class Questions:
 
     def none(self) -> str:
         """That no document answers, in one sentence, with the nearest one."""
-        count = len(self.library.documents())
-        sentence = f"None of the {count:,} documents in the library is about this."
-        nearest = self.routing.candidates[0].describe() if self.routing and self.routing.candidates else ""
-        return f"{sentence} The nearest is {nearest}." if nearest else sentence
+        return none_of(self.library.documents(), self.routing)
 
     def facts(self) -> JsonObject:
         """For `--json`."""
@@ -199,7 +196,13 @@ class Questions:
             assert document.file is not None
             if not document.file.exists():
                 raise NectarError(f"the file of {document.name} is gone: `nectar update` fits it again")
-            nectar = cli.load_nectar(document.file, *self._base[1:], name=document.name, silent=silent)
+            name = f"the fitted file of {document.name}"  # the document itself is whole
+            try:
+                nectar = cli.load_nectar(document.file, *self._base[1:], name=name, silent=silent)
+            except NectarError as error:
+                told = str(error).removesuffix("; fit it again")
+                advice = "; `nectar update` fits it again" if "is damaged" in told or "cut short" in told else ""
+                raise NectarError(told + advice) from error
             if silent:
                 return self._base[1], self._base[2], nectar
             self._nectar = nectar

@@ -16,11 +16,12 @@ from .retrieval import find_keys
 from .store import load
 
 _PACKED = {"verdict", "edits", "text", "packed_files"}  # shown first, or packed
+_SHARES = {"share_of_kv_cache", "budget", "agree", "gap_closed", "agree_with"}
 _UNCHECKED = "How close this file is to the full text has not been measured: `nectar evaluate` measures it."
 _LEGEND = (
     "KL: how far answers are from those with the full text, in nats a token; 0 is no difference. Agree: share of "
-    "tokens that are the same. Gap closed: 1 is an answer as with the full text, 0 as without it. Share of KV cache: "
-    "size of the file without tokens and report, against what the full text takes in memory."
+    "tokens that are the same. Gap closed: 100% is an answer as with the full text, 0% as without it. Share of KV "
+    "cache: size of the file without tokens and report, against what the full text takes in memory."
 )
 
 
@@ -113,6 +114,8 @@ def _readable(name: str, value: object) -> str:
         return f"{value}"[:16]
     if isinstance(value, dict):
         return ", ".join(f"{k}={v}" for k, v in value.items() if v is not None)
+    if isinstance(value, float):
+        return f"{100 * value:.3g}%" if name in _SHARES else f"{value:.4g}"
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 

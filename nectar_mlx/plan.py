@@ -16,7 +16,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = cli.Parser("plan", "Estimates time, memory and size of a fit. Nothing is loaded or fetched.")
-    parser.add_argument("--model", nargs="+", metavar="NAME", help="published names, or folders (all known ones)")
+    parser.add_argument(
+        "--model", nargs="+", metavar="NAME", help="published names, folders or .gguf files (all known ones)"
+    )
     parser.add_argument(
         "--tokens", type=cli.tokens, nargs="+", metavar="N", help="of the text: 50000, 50k (10k to 10M)"
     )
@@ -43,10 +45,12 @@ def _work(arguments: argparse.Namespace) -> None:
     from .errors import NectarError
     from .fitting import machines
 
-    chosen = arguments.machine or ""
-    named = [machine for machine in (machines.here(), *machines.MACHINES) if chosen.lower() in machine.name.lower()]
+    chosen = (arguments.machine or "").lower()
+    named = [machines.here()] if "this machine".startswith(chosen) else []  # "Mac" is in it, too
+    named += [machine for machine in machines.MACHINES if chosen in machine.name.lower()]
     if not named:
-        raise NectarError(f"no machine with {chosen!r} in its name: {'; '.join(m.name for m in machines.MACHINES)}")
+        known = "; ".join(["this machine", *(machine.name for machine in machines.MACHINES)])
+        raise NectarError(f"no machine with {arguments.machine!r} in its name: {known}")
     if not 1 <= arguments.machines <= 8:
         raise NectarError(f"--machines must be 1 to 8, not {arguments.machines}")
     if not all(arguments.tokens or machines.TOKENS):

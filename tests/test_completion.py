@@ -110,5 +110,6 @@ def test_the_doctor_tells_what_is_here(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("nectar_mlx.installed.installed", list)
     assert doctor.main([]) == 0
     out = capsys.readouterr().out
-    assert "charts: yes" in out or "charts: pip install" in out
-    assert "! No optimised BLAS" in out and "! No model" in out and "budget must be a text" in out
+    assert "charts: yes" in out or "charts: not installed: pip install '.[plot]' in the clone" in " ".join(out.split())
+    assert "! No optimised BLAS" in out and "pip install '.[cpu]' in the clone" in " ".join(out.split())
+    assert "! No model" in out and "budget must be a text" in out

@@ -371,15 +371,20 @@ def test_mistakes_are_one_line_and_exit_code_2(model, prefix, tmp_path, capsys, 
     assert out == "" and err.splitlines()[-1].startswith("nectar evaluate: ")
 
 
-def test_a_download_is_asked_for(monkeypatch, tmp_path, capsys):
+def test_a_download_is_asked_for(model, prefix, monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("NECTAR_CACHE", str(tmp_path))
     assert evaluate.main(["missing.nectar"]) == 2
+    assert capsys.readouterr().err == "nectar evaluate: missing.nectar: no such file\n", (
+        "nothing is to be fetched for it"
+    )
+    toys.picked(model, prefix, 20, TOKENIZER).save(file := tmp_path / "it.nectar")
+    assert evaluate.main([str(file)]) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and "84 MB" in err and "--yes fetches it" in err
     for answer in (True, False):
         monkeypatch.setattr(evaluate.terminal, "confirm", lambda question, otherwise, answer=answer: answer)
-        assert evaluate._options(evaluate._parser().parse_args(["missing.nectar"])).fetch is answer
-    assert evaluate._options(evaluate._parser().parse_args(["missing.nectar", "--yes"])).fetch
+        assert evaluate._options(evaluate._parser().parse_args([str(file)])).fetch is answer
+    assert evaluate._options(evaluate._parser().parse_args([str(file), "--yes"])).fetch
 
 
 def test_without_leave_nothing_is_fetched(model, monkeypatch, tmp_path):

@@ -1,6 +1,7 @@
 """`nectar inspect` tells what a file holds without its model."""
 
 import json
+import re
 
 import pytest
 
@@ -33,6 +34,7 @@ def test_text(path, capsys):
     assert inspect.main([str(path)]) == 0
     out = capsys.readouterr().out
     assert "toy" in out and "quadrature" in out and " MB (" in out and "0.5" in out
+    assert re.search(r"^share of kv cache +\d[\d.]{0,3}%$", out, re.MULTILINE), out
 
 
 def test_a_damaged_file(path, tmp_path, capsys):

@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import NectarError
+from . import extras
 
 
 def check(path: Path) -> None:
     """NectarError where no picture can be drawn, before the work that it is to show."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise NectarError("--plot needs matplotlib: pip install 'nectar-mlx[plot]'")
+        raise NectarError(f"--plot needs matplotlib: {extras.install('plot')}")
     if not path.resolve().parent.is_dir():
         raise NectarError(f"{path}: there is no such folder")
 

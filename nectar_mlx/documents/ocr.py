@@ -9,6 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nectar_mlx.core import extras
 from nectar_mlx.documents.pdf.layout import Line
 from nectar_mlx.documents.reading import Document, Unreadable
 
@@ -31,7 +32,7 @@ def available() -> str:
 def advice() -> str:
     """What installs it."""
     if sys.platform == "darwin":
-        return "pip install 'nectar-mlx[ocr]' installs it"
+        return extras.install("ocr")
     return "install tesseract: the package tesseract-ocr of Debian and Ubuntu, tesseract of Fedora"
 
 

@@ -111,23 +111,26 @@ def shape_of(model: nn.Module, geometry: Geometry, name: str) -> Shape:
 
 
 def named_shape(name: str) -> Shape:
-    """Of a model by a published name (any owner, any suffix), or of a folder with a config.json; nothing is fetched.
+    """Of a model by a published name (any owner, any suffix), of a folder with a config.json, or of a .gguf file;
+    nothing is fetched.
 
-    NectarError if it is neither.
+    NectarError if it is none of them.
     """
     path = Path(name).expanduser()
+    if path.suffix == ".gguf" and path.is_file():
+        return _configured(path.name, path)
     if (path / "config.json").is_file():
         return _configured(name, path / "config.json")
     short = name.split("/")[-1].lower()
     known = [shape for key, shape in SHAPES.items() if short.startswith(key.lower())]
     if not known:
-        raise NectarError(f"{name}: no folder with a config.json, and none of {', '.join(SHAPES)}")
+        raise NectarError(f"{name}: no folder with a config.json, no .gguf file, and none of {', '.join(SHAPES)}")
     return known[0]
 
 
 def _configured(name: str, path: Path) -> Shape:
     try:
-        config: JsonObject = json.loads(path.read_bytes())
+        config = _gguf_config(path) if path.suffix == ".gguf" else json.loads(path.read_bytes())
         config = config.get("text_config") or config
         heads, width = config["num_attention_heads"], config["hidden_size"]
         return _shape(
@@ -143,6 +146,12 @@ def _configured(name: str, path: Path) -> Shape:
         )
     except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise NectarError(f"{path} does not describe a model ({type(error).__name__}: {error})") from None
+
+
+def _gguf_config(path: Path) -> JsonObject:
+    from ..models.gguf import read_config  # takes seconds to import
+
+    return read_config(path)
 
 
 def here() -> Machine:

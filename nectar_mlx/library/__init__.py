@@ -9,7 +9,7 @@ from .documents import Document
 from .fitter import Fitter, ModelFitter
 from .folder import default_folder, holds_library
 from .library import Added, Library, Removed
-from .routing import Answers, Candidate, Evidence, Routing
+from .routing import Answers, Candidate, Evidence, Routing, none_of
 from .scan import Scan
 from .volumes import Identity
 from .work import Work
@@ -30,4 +30,5 @@ __all__ = [
     "Work",
     "default_folder",
     "holds_library",
+    "none_of",
 ]

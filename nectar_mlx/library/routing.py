@@ -75,6 +75,20 @@ class Routing:
         return [c for c in self.candidates[1:] if self.found and c.score >= _CLOSE * self.candidates[0].score]
 
 
+def none_of(documents: Sequence[Document], routing: Routing | None) -> str:
+    """That none of the documents of a library answers, for a person: with the nearest, and what could not be read."""
+    if not documents:
+        return "The library is empty: add a document first."
+    unread = sum(document.text is None for document in documents)
+    count = len(documents) - unread
+    sentence = f"None of the {count:,} documents in the library is about this."
+    if count < 2:
+        sentence = "No document in the library is about this."
+    if routing and routing.candidates:
+        sentence += f" The nearest is {routing.candidates[0].describe()}."
+    return sentence + (f" {unread:,} more could not be read." if unread else "")
+
+
 def odds(found: Sequence[Match]) -> float:
     """Log-odds that the first of the matches answers the question."""
     if not found:

@@ -100,7 +100,8 @@ def resolve(name: str, *, log: Log = no_log, progress: Progress = silent, may_fe
     if os.path.isdir(path):
         return Source(name, "folder", path, f"{name}: the folder {path}")
     if os.path.isfile(path) or path.suffix == ".gguf" or name.startswith((".", "~", "/")):
-        return Source(name, "gguf", _converted(path, log, progress), f"{name}: converted from GGUF")
+        folder = _converted(path, log, progress)
+        return Source(name, "gguf", folder, f"{name}: its conversion in {folder}")
     if cached := hub.cached(name):
         repository, folder = cached
         return Source(name, "cache", folder, f"{name}: {repository} from the hub's cache")

@@ -9,6 +9,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ def convert(path: Path, folder: Path, *, progress: Progress = silent) -> None:
 
     Raises NectarError for a file that is no GGUF, or whose architecture, weights or tokenizer are not supported.
     """
-    try:
+    with _described(path):
         metadata, tensors = read(path)
         config = _config(path, metadata, tensors)
         gguf_settings.check_tensors(metadata, config, tensors)
@@ -77,6 +78,18 @@ def convert(path: Path, folder: Path, *, progress: Progress = silent) -> None:
         for number, shard in enumerate(_shards(path, config, tensors, progress), start=1):
             mx.save_safetensors(str(folder / f"model-{number:05}.safetensors"), shard, {"format": "mlx"})
         (folder / "config.json").write_text(json.dumps(config, indent=2))
+
+
+def read_config(path: Path) -> JsonObject:
+    """What `convert` would write into config.json; no weights are read. Raises NectarError as it does."""
+    with _described(path):
+        return _config(path, *read(path))
+
+
+@contextmanager
+def _described(path: Path) -> Iterator[None]:
+    try:
+        yield
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise NectarError(f"{path}: its settings do not describe a model ({reason})") from error

@@ -10,6 +10,7 @@ import msgspec
 import numpy as np
 
 from ..answering.sampling import Processor
+from ..core import extras
 from ..errors import NectarError
 from .errors import refused
 from .tools import MAX_DEPTH, depth, invalid
@@ -36,9 +37,7 @@ class Constraints:
             import llguidance
             import llguidance.hf
         except ImportError:
-            raise refused(
-                param, "only text is supported: for JSON, install the extra 'json' (llguidance) and restart"
-            ) from None
+            raise refused(param, f"only text is supported: for JSON {extras.install('json')} and restart") from None
         if depth(schema) > MAX_DEPTH:
             raise invalid(param, f"the schema is deeper than {MAX_DEPTH} levels")
         text = msgspec.json.encode(schema)

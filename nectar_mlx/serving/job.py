@@ -22,7 +22,8 @@ class Job:
     log-probabilities. constraint: makes a processor of logits for one answer. thinks: whether thoughts are told from
     the answer. sources: whether the answer is to name its sources. recall: whether the text's own words count where an
     answer quotes it (`retrieval.recall`). tools: what the answer may call. facts: what the reply says of its document.
-    said: an answer that is known without the model.
+    said: an answer that is known without the model. about: the document that alone is to be a source, of those in one
+    file; "" for all of them.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Job:
     tools: Tools | None = None
     facts: JsonObject = field(default_factory=dict)
     said: str | None = None
+    about: str = ""
 
     def __post_init__(self) -> None:
         StopStrings(self.stops)  # NectarError here, not in the engine

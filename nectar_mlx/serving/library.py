@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from ..core.types import JsonObject
 from ..errors import NectarError
-from ..library import Document, Library, Routing
+from ..library import Document, Library, Routing, none_of
 from ..library.database import shown
 from ..mlxlm import prompts
 from ..retrieval.first_sentence import LONGEST, cut
@@ -26,11 +26,12 @@ _EARLIER = 8  # questions of a conversation that are looked at
 @dataclass(frozen=True)
 class Target:
     """Where an answer is from. name: the model. facts: what the reply says of it. said: the whole answer, where no
-    document has one."""
+    document has one. about: the document whose passages its sources are, of those in one file."""
 
     name: str
     facts: JsonObject = field(default_factory=dict)
     said: str | None = None
+    about: str = ""
 
 
 class ServedLibrary:
@@ -72,10 +73,11 @@ class ServedLibrary:
             )
             first = first or routing
             if routing.best is not None:
-                return self._target(routing, of)
-        return Target(LIBRARY, {"document": None}, _none(len(named), first))
+                return self._target(routing, of, still=routing is not first)
+        return Target(LIBRARY, {"document": None}, none_of([*named.values()], first))
 
-    def _target(self, routing: Routing, of: Mapping[bytes, str]) -> Target:
+    def _target(self, routing: Routing, of: Mapping[bytes, str], *, still: bool) -> Target:
+        """still: whether it is that of an earlier question."""
         assert routing.best is not None
         document, name = routing.best.document, of.get(routing.best.document.path, "")
         if name not in self._engine.shelf.files:
@@ -84,7 +86,7 @@ class ServedLibrary:
         self.library.touch(document)
         place = " ".join(routing.best.place) if routing.best.place else None
         close = [of[candidate.document.path] for candidate in routing.close if candidate.document.path in of]
-        return Target(name, {"document": name, "place": place, "close": close})
+        return Target(name, {"document": name, "place": place, "close": close, "still": still}, about=document.name)
 
     def _likelihoods(self, question: str, of: Mapping[bytes, str], documents: Sequence[Document]) -> list[float]:
         """How likely a question is behind documents, one after the other between the engine's steps."""
@@ -156,13 +158,3 @@ def names(documents: Sequence[Document]) -> dict[str, Document]:
             name += "\N{REPLACEMENT CHARACTER}"
         found[name] = document
     return found
-
-
-def _none(count: int, routing: Routing | None) -> str:
-    if not count:
-        return "The library is empty: add a document first."
-    sentence = f"None of the {count:,} documents in the library is about this."
-    if count == 1:
-        sentence = "No document in the library is about this."
-    nearest = routing.candidates[0].describe() if routing and routing.candidates else ""
-    return f"{sentence} The nearest is {nearest}." if nearest else sentence

@@ -5,6 +5,7 @@ import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
 from ..core.types import JsonObject
@@ -147,7 +148,9 @@ class Service:
     async def _target(self, model: str | None, questions: Sequence[str]) -> Target:
         """Where to answer from. questions: the user's, the last one first."""
         name = self.name(model)
-        return await self.library.find(questions) if self.library and name == LIBRARY else Target(name)
+        if self.library and name == LIBRARY:
+            return await self.library.find(questions)
+        return Target(name, about=PurePosixPath(name).name if self.library else "")
 
     async def chat_job(
         self,

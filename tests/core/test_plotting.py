@@ -20,7 +20,7 @@ def test_what_is_missing_is_told_before_the_work(tmp_path, capsys, monkeypatch):
         with monkeypatch.context() as without:
             without.setattr(importlib.util, "find_spec", lambda name: None)
             assert main([*arguments, str(tmp_path / "a.png")]) == 2
-            assert "pip install 'nectar-mlx[plot]'" in capsys.readouterr().err
+            assert "pip install '.[plot]' in the clone" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["a.unknown", "folder.png"])

@@ -200,6 +200,7 @@ def test_the_command_prints_every_combination(capsys):
 @pytest.mark.parametrize("arguments, word", [
     (["--model", "nothing-9B"], "nothing-9B"),
     (["--machine", "abacus"], "abacus"),
+    (["--machine", "Mac"], "Mac"),  # not "this machine"
     (["--tokens", "0"], "--tokens"),
     (["--tokens", "5x"], "number of tokens such as 50000 or 50k"),
     (["--budget", "7"], "budget"),

@@ -109,7 +109,7 @@ def test_list_tells_a_damaged_file_from_its_header(folder, cheap, notes, capsys)
     assert {document["state"] for document in listed.values()} == {"damaged", "ready"}
     assert run("list") == 0
     out, err = capsys.readouterr()
-    assert "damaged: is not a .nectar or .kv file, or is cut short (its arrays do not fill it)" in out
+    assert "damaged: its file is not a .nectar or .kv file, or is cut short (its arrays do not fill it)" in out
     assert "damaged: its metadata do not match their checksum" in out
     assert "damaged: its file cannot be read (No such file or directory)" in out
     assert "`nectar update` fits again what is damaged" in err
@@ -237,7 +237,7 @@ def test_a_close_document_whose_file_cannot_be_read_is_named(depot, capsys):
     letter = next(d for d in Library(depot).documents() if d.name == "letter.txt")
     letter.file.write_bytes(letter.file.read_bytes()[:-100])
     run("ask", "library", CODE, "--max-tokens", 3)
-    assert capsys.readouterr().err.startswith("letter.txt is not a .nectar or .kv file, or is cut short")
+    assert capsys.readouterr().err.startswith("the fitted file of letter.txt is not a .nectar or .kv file")
     letter.file.unlink()
     run("ask", "library", CODE, "--max-tokens", 3)
     assert "the file of letter.txt is gone: `nectar update` fits it again" in capsys.readouterr().err
@@ -277,6 +277,21 @@ def test_the_server_decides_by_the_same_answers(depot, monkeypatch, capsys):
     assert seen[0] == seen[1] and any(seen[0][1])
 
 
+def test_the_servers_sources_are_of_the_document_alone_though_others_share_its_file(folder, tmp_path, model):
+    (tmp_path / "boat.txt").write_text("The deposit of the boat is 80 crowns. It lies in the harbour.")
+    (tmp_path / "bill.txt").write_text("The plumber asked for 90 crowns, and for a deposit of 9 crowns.")
+    paths = [tmp_path / "boat.txt", tmp_path / "bill.txt"]
+    Library(folder).add(paths, ModelFitter(str(model), {"kind": "exact"}))
+    assert len({document.file for document in Library(folder).documents()}) == 1
+    arguments = serve.make_parser().parse_args(["library", "--port", "0", "--log-level", "WARNING"])
+    with contextlib.closing(Running(arguments)) as running:
+        for name in ("library", "boat.txt"):
+            said = [{"role": "user", "content": "What is the deposit of the boat?"}]
+            body = {"model": name, "max_tokens": 3, "sources": True, "messages": said}
+            status, reply = running.post("/v1/chat/completions", body)
+            assert status == 200 and {source["document"] for source in reply["sources"]} == {"boat.txt"}
+
+
 def test_none_of_them_is_an_answer(filled, capsys):
     question = "Who composed the opera about the barber?"
     assert run("ask", "library", question) == 0
@@ -286,6 +301,16 @@ def test_none_of_them_is_an_answer(filled, capsys):
     answer = json.loads(capsys.readouterr().out)
     assert answer["answer"] is None and answer["document"] is None
     assert answer["log_odds"] is None or answer["log_odds"] < 0
+    assert run("ask", "library", question, "--sources") == 0
+    assert capsys.readouterr().err == "", "there is no answer that a passage could say"
+
+
+def test_what_could_not_be_read_is_not_counted_among_the_documents_that_are_not_about_it(filled, cheap, capsys):
+    (old := filled.parent / "old.doc").write_bytes(b"an old one")
+    assert run("add", old) == 0 and "not read" not in capsys.readouterr().out
+    assert run("ask", "library", "Who composed the opera about the barber?") == 0
+    out = capsys.readouterr().out
+    assert out.startswith("None of the 2 documents") and "1 more could not be read" in out
 
 
 def test_chat_goes_from_document_to_document(filled, monkeypatch, capsys):
@@ -315,7 +340,8 @@ def test_a_file_that_was_tampered_with_is_one_line(filled, capsys):
         content[-7] ^= 1
         path.write_bytes(content)
     assert run("ask", "library", "When was the heron Olga ringed?") == cli.FAULT
-    assert "is damaged" in capsys.readouterr().err.splitlines()[-1]
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert "the fitted file of herons.txt is damaged: " in told and told.endswith("; `nectar update` fits it again")
 
 
 def test_the_model_in_use_answers_in_another_thread(filled):

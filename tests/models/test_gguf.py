@@ -15,6 +15,7 @@ from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers import models as tokenizer_models
 
 from nectar_mlx import NectarError, models
+from nectar_mlx.fitting import machines
 from nectar_mlx.models.gguf_tokenizer import SPLITS
 
 TEXT = (
@@ -274,6 +275,28 @@ def test_the_settings_survive(case: str, tmp_path: Path, tokenizer: Tokenizer) -
     model = toy_model(arch, tokenizer.get_vocab_size(), **changes)
     expected = write_gguf(tmp_path / "toy.gguf", model, tokenizer)
     assert_same_logits(tmp_path / "toy.gguf", model, expected, 1e-5)
+
+
+def test_it_is_converted_once_and_later_called_so(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    write_gguf(tmp_path / "toy.gguf", toy_model("qwen3", tokenizer.get_vocab_size()), tokenizer)
+    lines: list[str] = []
+    folder = models.resolve(str(tmp_path / "toy.gguf"), log=lines.append).path
+    assert len(lines) == 1 and "once" in lines[0]
+    source = models.resolve(str(tmp_path / "toy.gguf"), log=lines.append)
+    assert source.description.endswith(f": its conversion in {folder}") and len(lines) == 1, "it is not converted again"
+
+
+def test_a_fit_of_it_is_estimated(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    model = toy_model("qwen3", tokenizer.get_vocab_size())
+    write_gguf(tmp_path / "toy.gguf", model, tokenizer)
+    shape, args = machines.named_shape(str(tmp_path / "toy.gguf")), model.args
+    assert (shape.name, shape.geometry.n_layers, shape.window) == (
+        "toy.gguf", args.num_hidden_layers, args.max_position_embeddings,
+    )  # fmt: skip
+    assert shape.vocabulary == args.vocab_size * args.hidden_size
+    (tmp_path / "none.gguf").write_bytes(b"GGUF")
+    with pytest.raises(NectarError, match="none"):
+        machines.named_shape(str(tmp_path / "none.gguf"))
 
 
 def test_gemma3_ends_a_turn_with_a_token_that_its_file_does_not_name(tmp_path: Path) -> None:

@@ -90,6 +90,15 @@ def test_none_of_the_documents_is_an_answer(page):
     assert page.text(".answer") == "No document in the library is about this."
 
 
+def test_a_question_that_names_no_document_says_so(page):
+    ask(page, "Which lamp does Odalys mend?")
+    ended(page)
+    ask(page, "How many zebras does Peru export?")
+    ended(page, 2)
+    said = page.run("[...document.querySelectorAll('.from')].map(line => line.textContent)")
+    assert said == ["From keeper.md", "The question names no document: still from keeper.md"]
+
+
 def test_it_is_there_after_a_reload_and_exported(page, tmp_path):
     ask(page, "Which lamp does Odalys mend?")
     ended(page)

@@ -107,7 +107,7 @@ function take(turn, part) {
   turn.model = part.model;
   turn.answer += choice?.delta?.content ?? "";
   turn.thoughts += choice?.delta?.reasoning ?? "";
-  for (const name of ["document", "place", "close", "sources"]) if (name in part) turn[name] = part[name];
+  for (const name of ["document", "place", "close", "still", "sources"]) if (name in part) turn[name] = part[name];
   if (choice?.delta?.content || choice?.delta?.reasoning) byId("status").textContent = "Answering…";
   if (choice?.finish_reason) turn.state = choice.finish_reason === "length" ? "cut" : "done";
 }

@@ -1,7 +1,7 @@
 // The conversation: kept in this browser, shown, and written as Markdown. Each tab has its own, which a reload keeps; a
 // new tab begins with the one that was changed last.
-// A turn: {question, target, answer, thoughts, model, document, place, close, sources, state, error}; its state is
-// "running", "done", "cut", "stopped" or "failed".
+// A turn: {question, target, answer, thoughts, model, document, place, close, still, sources, state, error}; its state
+// is "running", "done", "cut", "stopped" or "failed".
 
 import { render } from "./markdown.js";
 
@@ -51,7 +51,8 @@ export function show(item, turn, actions) {
   const parts = [element("h2", "question", turn.question)];
   if (turn.document) {
     const close = turn.close?.length ? ` (close to it: ${turn.close.join("; ")})` : "";
-    parts.push(element("p", "from", `From ${[turn.document, turn.place].filter(Boolean).join(", ")}${close}`));
+    const from = turn.still ? "The question names no document: still from" : "From";
+    parts.push(element("p", "from", `${from} ${[turn.document, turn.place].filter(Boolean).join(", ")}${close}`));
   }
   if (turn.thoughts) {
     const thoughts = element("details", "thoughts");
