@@ -15,6 +15,7 @@ from mlx.utils import tree_flatten
 from ..core.device import GPU, LINUX_CPU, device, gpu, using
 from ..core.types import JsonObject
 from ..errors import NectarError
+from ..heads import AUTO, KINDS
 from ..mlxlm.attention_patch import Geometry
 from ..mlxlm.window import window
 from .config import FitConfig, parse_budget
@@ -192,6 +193,7 @@ def planned(
     """What a fit would take. machines: how many share it; memory is that of each. others: whether other files are in
     view."""
     expected = estimate(shape, machine, config, tokens, machines=machines, others=others)
+    whole = expected.chunks == 1 or KINDS[AUTO if config.kind == "auto" else config.kind].joinable
     return {
         "model": shape.name,
         "tokens": tokens,
@@ -207,6 +209,6 @@ def planned(
         "chunks": expected.chunks,
         "layerwise": expected.layerwise,
         "undistilled": expected.undistilled,
-        "fits": expected.memory <= machine.memory,
+        "fits": whole and expected.memory <= machine.memory,
         "basis": machine.basis,
     }

@@ -139,6 +139,13 @@ def test_exact_keys_are_read_at_once(capsys):
     assert row["chunks"] == 1 and not row["layerwise"]
 
 
+def test_what_cannot_be_joined_does_not_fit_in_chunks(capsys):
+    options = ["--model", "Qwen3-8B", "--tokens", "30k", "100k", "--machine", "H200", "--json", "--kind"]
+    for kind, expected in (("hybrid", [True, False]), ("auto", [True, True])):
+        assert plan.main([*options, kind]) == 0
+        assert [row["fits"] for row in json.loads(capsys.readouterr().out)] == expected
+
+
 @pytest.mark.parametrize("window, tokens, reason", [
     (4096, "1000000T", "4096: at most 100,000"),
     (1080, "10", "its window of 1,080 tokens is too small"),
