@@ -11,7 +11,7 @@ from ... import store
 from ...core.clock import Clock
 from ...core.types import JsonObject
 from ...heads import Bank, HeadArrays, Size
-from ...store import MEAN_BITS, Layout, load
+from ...store import Layout, load
 from .. import finite
 from ..budget import node_bits
 from ..check import check
@@ -71,8 +71,8 @@ class FileContents:
         """What a number of a node gets."""
         if all(size[0] >= len(self.prefix) for size in self.sizes):
             return store.mean_bits(self.layout, self.tensors)
-        share = self.metadata["report"].get("budget")
-        return node_bits(share) if isinstance(share, float) and share > 0 else MEAN_BITS
+        nbytes = sum(x.nbytes for name, x in self.tensors.items() if name.startswith("heads."))
+        return node_bits(self.layout, nbytes / len(self.sizes))
 
     @property
     def errors(self) -> list[float]:
