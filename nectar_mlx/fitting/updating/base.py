@@ -13,7 +13,6 @@ from ...core.types import JsonObject
 from ...heads import Bank, HeadArrays, Size
 from ...store import Layout, load
 from .. import finite
-from ..budget import node_bits
 from ..check import check
 from ..kinds import KindFit
 from ..prefill import Context, read_text
@@ -68,11 +67,9 @@ class FileContents:
 
     @property
     def bits(self) -> float:
-        """What a number of a node gets."""
-        if all(size[0] >= len(self.prefix) for size in self.sizes):
-            return store.mean_bits(self.layout, self.tensors)
-        nbytes = sum(x.nbytes for name, x in self.tensors.items() if name.startswith("heads."))
-        return node_bits(self.layout, nbytes / len(self.sizes))
+        """What a number of a node gets: as many as it got in the file."""
+        whole = all(size[0] >= len(self.prefix) for size in self.sizes)
+        return store.mean_bits(self.layout, self.tensors) - (0.0 if whole else store.MOVED_BITS)
 
     @property
     def errors(self) -> list[float]:
