@@ -31,8 +31,8 @@ def typed(text: str, where: str) -> str:
     if bad is None:
         return text
     code = ord(bad[0])
-    what = f"byte 0x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else f"half a surrogate pair, U+{code:04X}"
-    raise NectarError(f"{where} is not UTF-8 text: it has a {what}, at character {bad.start() + 1}")
+    what = f"a byte 0x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else f"half a surrogate pair, U+{code:04X}"
+    raise NectarError(f"{where} is not UTF-8 text: it has {what}, at character {bad.start() + 1}")
 
 
 def standard_input(*, line: bool = False) -> str:

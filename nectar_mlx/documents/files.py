@@ -1,6 +1,7 @@
 """Which files a list of paths stands for: folders in natural order, each file once, hidden ones left aside."""
 
 import io
+import os
 import re
 import sys
 import zipfile
@@ -60,9 +61,11 @@ def _zipped(folder: Path) -> bytes:
     if sum(file.stat().st_size for file in files) > MAX_FILE:
         raise Unreadable(f"larger than {MAX_FILE / 1e9:.1f} GB")
     data = io.BytesIO()
-    with zipfile.ZipFile(data, "w", zipfile.ZIP_STORED) as archive:
+    # A zip file has no times before 1980, and no names that are no text: neither matters here.
+    with zipfile.ZipFile(data, "w", zipfile.ZIP_STORED, strict_timestamps=False) as archive:
         for file in files:
-            archive.write(file, file.relative_to(folder).as_posix())
+            name = os.fsencode(file.relative_to(folder).as_posix())
+            archive.write(file, name.decode(errors="replace"))
     return data.getvalue()
 
 

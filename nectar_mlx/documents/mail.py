@@ -77,11 +77,13 @@ def _mail_text(data: bytes, inner: Inner, left_out: list[str]) -> str:
     message = BytesParser(policy=_Raw()).parsebytes(data)
     if not any(message.get(header) for header in (*_HEADERS, "Content-Type", "MIME-Version", "Message-ID")):
         raise Unreadable("not a mail: it has no headers")
-    return "\n\n".join([*_heading(message, "#"), *_body(message, inner, left_out)])
+    return "\n\n".join([*_heading(message, "#", left_out), *_body(message, inner, left_out)])
 
 
-def _heading(message: Message, signs: str) -> list[str]:
+def _heading(message: Message, signs: str, left_out: list[str]) -> list[str]:
     """The subject as a heading, and the headers that a person reads."""
+    long = [name for name, value in message.raw_items() if len(value) > _MOST_HEADER and name.title() in _HEADERS]
+    left_out += [f"the header {name} behind its first {_MOST_HEADER:,} characters" for name in long]
     lines = [f"{header}: {value}" for header in _HEADERS if (value := _header(message, header))]
     subject = _header(message, "Subject")
     return [part for part in (f"{signs} {subject}" if subject else "", "\n".join(lines)) if part]
@@ -101,14 +103,14 @@ def _header(message: Message, name: str) -> str:
 
 def _body(message: Message, inner: Inner, left_out: list[str]) -> list[str]:
     texts: list[str] = []
-    for number, part in enumerate(_parts(message)):
+    for number, part in enumerate(_parts(message, left_out)):
         if number >= _MOST_PARTS:
             left_out.append(f"parts after the first {_MOST_PARTS}")
             break
         kind, name = part.get_content_type(), _file_name(part)
         if part.is_multipart():
             if kind == "message/rfc822":
-                texts += _heading(part.get_payload(0), "##")  # type: ignore[arg-type]
+                texts += _heading(part.get_payload(0), "##", left_out)  # type: ignore[arg-type]
         elif kind in _SIGNATURES:
             continue
         elif kind in ("text/plain", "text/html") and (not name or not _is_attached(part)):
@@ -120,12 +122,13 @@ def _body(message: Message, inner: Inner, left_out: list[str]) -> list[str]:
     return texts
 
 
-def _parts(message: Message) -> Iterator[Message]:
+def _parts(message: Message, left_out: list[str]) -> Iterator[Message]:
     """The parts to be read: of alternatives one, the plain text where it says anything."""
-    stack = [(message, 0)]
+    stack, deeper = [(message, 0)], 0
     while stack:
         part, depth = stack.pop()
         if depth > _MOST_DEPTH:
+            deeper += 1
             continue
         yield part
         payload = part.get_payload() if part.is_multipart() else ""
@@ -133,6 +136,8 @@ def _parts(message: Message) -> Iterator[Message]:
         if part.get_content_type() == "multipart/alternative" and inside:
             inside = [_chosen(inside)]
         stack += [(item, depth + 1) for item in reversed(inside)]
+    if deeper:
+        left_out.append(f"{deeper} part{'s' * (deeper > 1)} nested more than {_MOST_DEPTH} deep")
 
 
 def _chosen(alternatives: list[Message]) -> Message:

@@ -54,6 +54,7 @@ def fit(
 
     layerwise: whether the keys and values of only one layer of a chunk may exist at a time.
     """
+    runner = LayerRunner(run.model, run.geometry)  # a model that has none is refused before anything takes long
     share = share_of(run.config, run.geometry, len(prefix))
     chosen = share is None
     if share is None:
@@ -89,7 +90,7 @@ def fit(
     }
     make_cache = partial(make_caches, banks, windows, whole.start)
     head = read_head(run.model, run.tokenizer, prefix, run.geometry)
-    runner, recall, own = LayerRunner(run.model, run.geometry), Calibration(prefix), list[list[Any]]()
+    recall, own = Calibration(prefix), list[list[Any]]()
     mine = run.world.mine(fitted)
     with run.progress("checking", len(mine)) as done:
         for number, chunk in enumerate(mine, 1):

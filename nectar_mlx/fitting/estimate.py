@@ -6,11 +6,14 @@ from typing import NamedTuple
 
 from ..core.clock import duration
 from ..core.progress import Stage
+from ..errors import NectarError
 from .budget import distills, share_of, undistilled
 from .config import FitConfig
 from .work import AUTO_SHARE, TRAIN_SHARE, Machine, Shape, Work, compute_bytes
 
-_QUESTIONS = 1024  # of the window, that questions and answers need
+QUESTIONS = 1024  # of the window, that questions and answers need
+SMALLEST_CHUNK = 64  # tokens of a text that are worth reading at a time
+_MOST_CHUNKS = 100_000  # whose stages are listed
 _CHECKED_AGAIN = 2 / 3  # of a check, where answers without the text are known
 _KEY_BYTES = 1.2  # of a number in the key file, with scales, checksums and sketches
 _READ = 2  # bytes that the decode kernel reads of a byte of a file: nodes of 4 bits are widened to 8
@@ -56,24 +59,27 @@ def estimate(
 ) -> Estimate:
     """Of a text of so many tokens. chunks: that it is read in (default: as the model's window says). machines: equal
     ones that share the work. others: whether it is fitted with other files in view, by which it is checked again; their
-    few nodes cost little."""
-    chunks = chunks or -(-tokens // max(1, shape.window - _QUESTIONS))
-    n = -(-tokens // chunks)
-    limit = config.memory or machine.memory / 2
-    layerwise = config.layerwise or shape.geometry.cache_bytes(n) * compute_bytes(machine) / 2 > limit
+    few nodes cost little. NectarError for a text that the model's window is too small for."""
     share = share_of(config, shape.geometry, tokens)
     work = Work(
         shape=shape,
         machine=machine,
         config=config,
-        n=n,
+        n=tokens,
         share=share or AUTO_SHARE,
-        layerwise=layerwise,
+        layerwise=False,
         machines=machines,
     )
+    bank = work.layout.bank
+    chunks = chunks or (_chunks(shape, tokens) if bank.fitted else 1)
+    n, limit = -(-tokens // chunks), config.memory or machine.memory / 2
+    layerwise = bool(config.layerwise)
+    if config.layerwise is None and not bank.keeps_keys:
+        layerwise = shape.geometry.cache_bytes(n) * compute_bytes(machine) / 2 > limit
+    work = replace(work, n=n, layerwise=layerwise)
     way = {"chunks": chunks > 1, "layerwise": layerwise, "others": others}
     work = replace(work, distills=distills(config, work.layout, share, **way))
-    stages = list(_excerpt(work)) if config.budget == "auto" and (chunks > 1 or layerwise) else []
+    stages = list(_excerpt(work)) if share is None and (chunks > 1 or layerwise) else []
     first, later = (
         list(part) for part in (work.parts(choice=chunks == 1), replace(work, machines=1).parts(first=False))
     )
@@ -85,13 +91,13 @@ def estimate(
         stages += [Stage(name + what, seconds) for what, seconds in (later if number else first)]
     if work.distills:
         stages.append(Stage("distilling", work.distillation()))
-    if work.layout.bank.fitted:
+    if bank.fitted:
         stages.append(Stage("checking", work.check() if chunks == 1 else -(-chunks // machines) * work.check_alone()))
         if others:
             stages.append(Stage("checking", _CHECKED_AGAIN * work.check()))
     kept = size = work.share * shape.geometry.cache_bytes(tokens)
     size += 4 * tokens
-    if work.layout.bank.keeps_keys:
+    if bank.keeps_keys:
         size += shape.geometry.cache_bytes(tokens) * _KEY_BYTES / 2
     disk, cache = size + chunks * work.kept(), float(shape.geometry.cache_bytes(tokens))
     step = (_READ if work.layout.bits is None else 1) * kept
@@ -115,6 +121,16 @@ def update_stages(
         Stage("fitting heads", work.regression()),
         Stage("checking", work.check()),
     ]
+
+
+def _chunks(shape: Shape, tokens: int) -> int:
+    """That a text of so many tokens is read in. NectarError for a window that is too small for any, or a text that is
+    longer than any."""
+    if (room := shape.window - QUESTIONS) < SMALLEST_CHUNK:
+        raise NectarError(f"{shape.name}: its window of {shape.window:,} tokens is too small for a text with questions")
+    if (chunks := -(-tokens // room)) > _MOST_CHUNKS:
+        raise NectarError(f"{tokens:,} tokens are {chunks:,} chunks for {shape.name}: at most {_MOST_CHUNKS:,}")
+    return chunks
 
 
 def _excerpt(work: Work) -> Iterator[Stage]:

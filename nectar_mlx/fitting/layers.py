@@ -5,6 +5,7 @@ mlx-lm's models run all their layers in one call. Here the layers are called one
 function. Hidden states are [B, T, E].
 """
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.base import create_attention_mask, create_ssm_mask
+from mlx_lm.models.cache import make_prompt_cache
 
 from ..errors import NectarError
 from ..mlxlm.geometry import STATE, Geometry
@@ -27,17 +29,19 @@ class LayerRunner:
     def __init__(self, model: nn.Module, geometry: Geometry):
         self.model, self._kinds = model, geometry.layers
         self._layers: list[Any] = list(model.layers)
-        reason = f"{geometry.model_type} models cannot be fitted layer by layer: their layers share more"
+        reason = f"{geometry.model_type} models cannot be fitted layer by layer or in chunks: their layers share more"
         if len(self._layers) != geometry.n_layers:
             raise NectarError(reason)
-        tokens = mx.zeros((1, 3), dtype=mx.int32)
-        expected = model(tokens)
+        # Behind other tokens, as in every use: some models tell their layers, or the embedding, where these end.
+        tokens, caches = mx.zeros((1, 3), dtype=mx.int32), make_prompt_cache(model)
+        model(tokens, cache=caches)
+        expected = model(tokens, cache=copy.deepcopy(caches))
         finite.check_logits(expected)
         try:
             hidden = self.embed(tokens)
             self.width: int = hidden.shape[-1]
             for layer in range(len(self._layers)):
-                hidden = self.layer(layer, hidden, None)
+                hidden = self.layer(layer, hidden, caches[layer])
             logits = self.logits(hidden)
         except (AttributeError, IndexError, KeyError, TypeError, ValueError):  # called in another way
             raise NectarError(reason) from None

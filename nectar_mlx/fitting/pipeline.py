@@ -33,7 +33,7 @@ from .check import check
 from .checkpoint import Checkpoint
 from .config import FitConfig
 from .distributed import World
-from .estimate import estimate
+from .estimate import QUESTIONS, SMALLEST_CHUNK, estimate
 from .kinds import HybridFit
 from .machines import here, shape_of
 from .others import OtherFile, Others
@@ -45,8 +45,6 @@ from .state_bits import coded_states
 from .train import merged_errors
 
 LONG = 600.0  # seconds of a fit that is announced
-_QUESTION_TOKENS = 1024  # of the window, that questions and answers need
-_SMALLEST_CHUNK = 64  # tokens of a text that are worth reading at a time
 
 
 def fit(
@@ -181,10 +179,10 @@ def _check_room(run: FitRun, prefix: Sequence[int], *, in_pieces: bool) -> None:
     if in_pieces:
         raise NectarError(other_files.ALONE)
     tokens, positions = other_files.tokens(prefix, run.others), window(run.model)
-    if positions is not None and tokens + _QUESTION_TOKENS > positions:
+    if positions is not None and tokens + QUESTIONS > positions:
         raise NectarError(
             f"together the texts take {tokens:,} tokens; the model's window of {positions:,} leaves room for "
-            f"{max(0, positions - _QUESTION_TOKENS):,}: leave out --with"
+            f"{max(0, positions - QUESTIONS):,}: leave out --with"
         )
 
 
@@ -230,14 +228,14 @@ def needs_layers(run: FitRun, n: int) -> bool:
 def _chunk_lengths(run: FitRun, prefix: Sequence[int]) -> list[int]:
     """The lengths of the chunks in which the document fits the model's window; one, wherever it can be."""
     preamble, positions = prompts.preamble(run.tokenizer), window(run.model)
-    room = (positions or 1 << 62) - preamble - _QUESTION_TOKENS
+    room = (positions or 1 << 62) - preamble - QUESTIONS
     tokens = len(prefix) - preamble
     if not run.layout.bank.fitted or tokens <= room:
         return [tokens]
-    if room < _SMALLEST_CHUNK:
+    if room < SMALLEST_CHUNK:
         raise NectarError(
             f"the model's window of {positions:,} tokens is too small: beside a text, questions and answers take "
-            f"{_QUESTION_TOKENS:,}"
+            f"{QUESTIONS:,}"
         )
     if not run.layout.bank.joinable:
         raise NectarError(

@@ -108,14 +108,16 @@ class Document:
 @lru_cache(4096)
 def _damage(path: Path, size: int, changed: int) -> str:
     """What is wrong with a file, "" for nothing that its header shows. changed: when, so that the next state of the
-    file is looked at anew."""
+    file is looked at anew. OSError where it cannot be read, which is no state of the file: nothing is remembered."""
     from .. import store  # with MLX, which most uses of a library can do without
 
     try:
         store.check_header(path)
     except NectarError as error:
-        told = str(error).removeprefix(f"{path} is damaged: ").removesuffix("; fit it again")
-        return told.replace(f"{path} is", "its file is")
+        if isinstance(error.__cause__, OSError):
+            raise error.__cause__ from None
+        reason = str(error).removeprefix(f"{path} is damaged").removeprefix(f"{path}:").lstrip(": ")
+        return reason.removesuffix("; fit it again").replace(str(path), "its file")
     return ""
 
 

@@ -13,6 +13,7 @@ import secrets
 from collections.abc import Sequence
 from typing import Any
 
+from ..core.terminal import typed
 from ..core.types import JsonObject, Tokenizer
 from ..errors import NectarError
 from ..models.encoder import Encoder, Preceding, Span, encoder, hidden
@@ -39,11 +40,11 @@ def cut(tokenizer: Tokenizer, prefix: list[int], max_tokens: int) -> list[int]:
 
 def located(tokenizer: Tokenizer, text: str) -> tuple[list[int], list[Span]]:
     """The prefix, and the characters [start, end) of the text for each of its tokens. Both are negative for the
-    template's own tokens; the list is empty if the tokenizer gives no offsets.
+    template's own tokens; the list is empty if the tokenizer gives no offsets. NectarError for lone surrogates.
     """
     control, turn, preceding = _head(tokenizer)
     before = turn + INTRODUCTION
-    ids, spans = encoder(tokenizer).text(before + text, preceding)
+    ids, spans = encoder(tokenizer).text(before + typed(text, "the text"), preceding)
     if spans:
         spans = [(-1, -1)] * len(control) + [(start - len(before), end - len(before)) for start, end in spans]
     return control + ids, spans
@@ -152,7 +153,7 @@ def _hidden(encodes: Encoder, value: Any, mark: str) -> Any:
         return {hidden(encodes, name, mark): _hidden(encodes, item, mark) for name, item in value.items()}
     if isinstance(value, list):
         return [_hidden(encodes, item, mark) for item in value]
-    return hidden(encodes, value, mark) if isinstance(value, str) else value
+    return hidden(encodes, typed(value, "a message"), mark) if isinstance(value, str) else value
 
 
 def _thoughts(tokenizer: Tokenizer, answer: str) -> re.Match[str] | None:

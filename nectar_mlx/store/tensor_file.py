@@ -98,10 +98,9 @@ def _pieces(arrays: Mapping[str, mx.array | AnyArray], metadata: Mapping[str, st
 
 def read_sealed(path: Path) -> Tensors:
     """All arrays of a file that `write_sealed` wrote. NectarError as for `metadata`, and where a byte was changed."""
-    if not path.is_file():
-        raise NectarError(f"{path}: no such file")
-    sha, left = hashlib.sha256(), path.stat().st_size - _CHECKSUM_BYTES
-    with open(path, "rb") as file:
+    sha = hashlib.sha256()
+    with _opened(path) as file:
+        left = os.fstat(file.fileno()).st_size - _CHECKSUM_BYTES
         while left > 0 and (piece := file.read(min(left, _PIECE))):
             sha.update(piece)
             left -= len(piece)
@@ -136,7 +135,7 @@ def metadata(path: Path) -> dict[str, str]:
 def read(path: Path) -> Tensors:
     """All arrays of a file, in memory. NectarError as for `metadata`."""
     header = _header_of(path)
-    with _damage_named(path), open(path, "rb") as file:
+    with _opened(path) as file:
         return {name: _tensor(entry, file, header.start) for name, entry in header.entries.items()}
 
 
@@ -144,7 +143,7 @@ def map_arrays(path: Path) -> tuple[Arrays, mmap.mmap]:
     """All arrays of a file, on the disk until they are used, bfloat16 as uint16, and what maps it. To use what a file
     that was cut no longer has ends the process: `is_whole` tells. NectarError as for `metadata`."""
     header = _header_of(path)
-    with _damage_named(path), open(path, "rb") as file:
+    with _opened(path) as file:
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         data = np.frombuffer(mapped, np.uint8)[header.start :]
         arrays: Arrays = {
@@ -161,21 +160,31 @@ def is_whole(mapped: mmap.mmap) -> bool:
 
 @contextmanager
 def _damage_named(path: Path) -> Iterator[None]:
-    """NectarError for what is raised inside where a file is damaged."""
+    """NectarError for what is raised inside where a file is damaged, or, because of an OSError, cannot be read."""
     try:
         yield
-    except (OSError, ValueError, TypeError) as error:
+    except OSError as error:
+        raise NectarError(f"{path} cannot be read: {error.strerror or error}") from error
+    except (ValueError, TypeError) as error:
         named = path.suffix in (".nectar", ".kv")
         advice = "" if named else f"; if it is a text, `nectar fit --context {path}` makes one of it"
         raise NectarError(f"{path} is not a .nectar or .kv file, or is cut short ({error}){advice}") from None
 
 
+@contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    """The file, to read from. NectarError where there is none; inside, as for `_damage_named`."""
+    with _damage_named(path):
+        if not path.is_file():
+            raise NectarError(f"{path}: no such file")
+        with open(path, "rb") as file:
+            yield file
+
+
 def _header_of(path: Path) -> _Header:
     """The header, of which nothing is believed: the arrays lie end to end and fill the file, and each has as many bytes
     as its type and shape say. Nothing is allocated by a number in it."""
-    if not path.is_file():
-        raise NectarError(f"{path}: no such file")
-    with _damage_named(path), open(path, "rb") as file:
+    with _opened(path) as file:
         size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
         if not 2 <= length <= min(size - 8, json_text.MOST_BYTES):

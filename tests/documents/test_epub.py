@@ -1,5 +1,7 @@
 """E-books: every chapter in its order and in its encoding, and books that are not whole."""
 
+import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -30,6 +32,16 @@ def book(path: Path, changes: dict[str, str | bytes | None]) -> Path:
 
 def one_chapter(path: Path, content: str | bytes) -> Path:
     return book(path, {"OEBPS/text/one.xhtml": content, "OEBPS/text/two b.xhtml": "<p>.</p>"})
+
+
+def test_a_folder_with_times_and_names_that_no_zip_file_has(tmp_path: Path) -> None:
+    for name, content in BOOK.items():
+        (file := tmp_path / "a.epub" / name).parent.mkdir(parents=True, exist_ok=True)
+        write(file, content)
+        os.utime(file, (0, 0))
+    if sys.platform == "linux":  # elsewhere names are text
+        (tmp_path / "a.epub" / "cover\udcff.jpg").write_bytes(b"no text")
+    assert "fox" in text_of(tmp_path / "a.epub")
 
 
 def test_chapters_in_reading_order(tmp_path: Path) -> None:

@@ -71,6 +71,22 @@ def test_a_mail_in_a_mail(tmp_path: Path) -> None:
     assert "outer" in (text := text_of(write(tmp_path / "a.eml", bytes(outer)))) and "inner" in text
 
 
+def test_parts_that_are_nested_too_deep_are_named(tmp_path: Path) -> None:
+    data = "Content-Type: text/plain\n\ninnermost"
+    for n in range(30):
+        data = f"Content-Type: multipart/mixed; boundary=b{n}\n\n--b{n}\n\nlevel {n}\n--b{n}\n{data}\n--b{n}--\n"
+    path = write(tmp_path / "a.eml", f"Subject: Deep\n{data}")
+    assert "level 29" in (text := text_of(path)) and "innermost" not in text
+    assert report_of(path).left_out == ["2 parts nested more than 20 deep"]
+
+
+def test_a_header_that_is_cut_is_named(tmp_path: Path) -> None:
+    many = ",\n ".join(f"reader{number}@example.org" for number in range(200))
+    path = write(tmp_path / "a.eml", f"From: a@b.org\nTO: {many}\nX-Long: {many}\n\nHello.")
+    assert "reader10@" in (text := text_of(path)) and "reader199@" not in text and text.endswith("Hello.")
+    assert report_of(path).left_out == ["the header TO behind its first 2,000 characters"]
+
+
 def test_a_mailbox(tmp_path: Path) -> None:
     mails = [
         f"From ann@x.org Mon Jan  1 00:00:00 2024\n{PLAIN.replace('4711', str(n))}\n\n>From here on\n\n" for n in (1, 2)

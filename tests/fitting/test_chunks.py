@@ -360,6 +360,13 @@ def test_what_cannot_be_joined_is_refused_with_what_fits(tokenizer, tmp_path, ca
     assert f"--context-tokens {room}" in error and f"{WINDOW:,}" in error and "quadrature" in error
 
 
+def test_a_model_whose_layers_share_more_is_refused_at_once(tokenizer, monkeypatch):
+    monkeypatch.setattr(chunks, "_fit_all", None)
+    model = toys.toy("deepseek_v3", max_position_embeddings=1400)
+    with pytest.raises(NectarError, match="deepseek_v3 models cannot be fitted layer by layer or in chunks"):
+        toys.fit(model, tokenizer, toy_fit.TEXT, config=FitConfig(**FAST, budget=0.5))
+
+
 def test_the_sources_of_a_chunk_are_in_the_whole_text(tokenizer, chunked, tmp_path):
     fitted = chunked("llama")
     whole = Nectar(fitted.tensors, fitted.metadata | {"report": dict(fitted.report)})

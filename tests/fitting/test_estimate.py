@@ -23,7 +23,8 @@ H200 = next(machine for machine in machines.MACHINES if machine.name.startswith(
     ({"budget": 0.5, "layerwise": True, "context_tokens": 300}, 4096),
     ({"budget": 0.5}, 1500),
     ({"budget": 0.5, "distillation_steps": 2, "context_tokens": 150}, 4096),
-    ({"budget": 0.5, "distillation_steps": 2}, 1500),
+    ({"size": 300_000, "distillation_steps": 2}, 1500),
+    ({"kind": "exact", "memory": 1000, "context_tokens": 150}, 4096),
 ])  # fmt: skip
 def test_the_stages_that_come_are_those_that_were_expected(tokenizer, monkeypatch, options, positions):
     """In their order; of the budgets that are tried there may be more or fewer."""
@@ -128,6 +129,28 @@ def test_a_size_is_that_of_all_chunks_together():
     one, other = (estimate(shape, H200, config, 1_000_000) for config in (share, size))
     assert one.chunks > 1 and other.size == pytest.approx(one.size, rel=0.01)
     assert other.seconds == pytest.approx(one.seconds, rel=0.01)
+
+
+def test_exact_keys_are_read_at_once(capsys):
+    """Where they are more than half of the memory, too: fits of this kind forget no keys."""
+    options = ["--model", "Qwen3-8B", "--tokens", "300k", "--kind", "exact", "--machine", "H100", "--json"]
+    assert plan.main(options) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert row["chunks"] == 1 and not row["layerwise"]
+
+
+@pytest.mark.parametrize("window, tokens, reason", [
+    (4096, "1000000T", "4096: at most 100,000"),
+    (1080, "10", "its window of 1,080 tokens is too small"),
+])  # fmt: skip
+def test_a_text_that_no_window_holds_is_one_line(tmp_path, capsys, window, tokens, reason):
+    config = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 96}
+    folder = tmp_path / str(window)
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 320, "max_position_embeddings": window}))
+    assert plan.main(["--model", str(folder), "--tokens", tokens, "--machine", "H100"]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and reason in err
 
 
 def test_more_takes_more():

@@ -84,6 +84,14 @@ def test_a_model_that_does_more_than_call_its_layers_is_named(monkeypatch):
         LayerRunner(model, geometry)
 
 
+@pytest.mark.parametrize("architecture", ["bailing_moe_linear", "gpt2"])
+def test_a_model_that_tells_more_than_its_layers_where_a_text_ends_is_named(architecture):
+    """It is as expected where nothing stands before the tokens."""
+    model = toys.toy(architecture)
+    with pytest.raises(NectarError, match=f"{architecture} models cannot be fitted layer by layer"):
+        LayerRunner(model, attention_patch.route(model))
+
+
 @pytest.mark.parametrize("architecture", EVERY)
 def test_a_layers_samples_are_those_of_the_whole_model(tokenizer, architecture):
     """Conversations replayed layer by layer, and by the whole model behind the whole text."""

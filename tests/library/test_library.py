@@ -15,6 +15,7 @@ from nectar_mlx.errors import NectarError
 from nectar_mlx.library import Library, default_folder
 from nectar_mlx.library.database import path_bytes
 from nectar_mlx.library.noted import Noted
+from nectar_mlx.store import tensor_file
 from tests.library.cheap import CheapFitter, text_in
 
 
@@ -67,6 +68,22 @@ def test_a_document_whose_file_is_damaged_is_fitted_again(library, notes):
     assert library.update(fitter, retry=False).work.fitted == [], "a look every few seconds reads no files"
     assert library.update(fitter).work.fitted == ["long 0.txt"] and fitter.fitted == ["long 0.txt"]
     assert by_name(library)["long 0.txt"].file.read_bytes() == whole
+
+
+def test_what_a_file_could_not_be_read_for_is_not_remembered(library, notes, monkeypatch):
+    library.add([notes], CheapFitter())
+    document = by_name(library)["long 0.txt"]
+
+    def refused(*arguments):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tensor_file, "open", refused, raising=False)
+        assert document.looked_at().reason == "its file cannot be read (Too many open files)"
+    assert document.looked_at().state == "ready"
+    document.file.unlink()
+    document.file.mkdir()
+    assert document.looked_at().reason == "no such file"
 
 
 def test_a_damaged_file_of_an_older_model_is_not_fitted_by_it_again(library, notes):

@@ -176,6 +176,14 @@ def test_a_system_message_reaches_the_model_once(case):
     assert prompt.count("French") == 1
 
 
+def test_half_a_surrogate_pair_is_named():
+    tokenizer = toys.tokenizer()
+    with pytest.raises(NectarError, match=r"the text is not UTF-8 text: it has half a .* U\+D800, at character 2$"):
+        prompts.prefix(tokenizer, "a\ud800b")
+    with pytest.raises(NectarError, match=r"a message is not UTF-8 text: it has a byte 0xff, at character 1$"):
+        prompts.prompt(tokenizer, "\udcff?")
+
+
 def test_thinking_is_off_unless_asked_for():
     tokenizer = make("qwen3")
     assert text(tokenizer, prompts.prompt(tokenizer, "Why?")).endswith("assistant\n<think>\n\n</think>\n\n")

@@ -1,7 +1,9 @@
 """The bytes of .nectar and .kv files, written here by hand as the layout says, so that files of today stay readable."""
 
+import errno
 import hashlib
 import json
+import os
 import struct
 
 import mlx.core as mx
@@ -51,6 +53,18 @@ def test_arrays_of_every_type_come_back(tmp_path):
         assert mx.array_equal(found[name], array) and mx.array_equal(loaded[name], array)
         assert np.array_equal(mapped[name], np.array(array.view(mx.uint16) if name == "brains" else array))
     assert tensor_file.digest(found) == tensor_file.digest(CONTENT)
+
+
+@pytest.mark.parametrize("read", [tensor_file.metadata, tensor_file.read, tensor_file.read_sealed])
+def test_a_file_that_cannot_be_read_is_not_called_damaged(tmp_path, monkeypatch, read):
+    tensor_file.write_sealed(tmp_path / "a.nectar", CONTENT, {})
+
+    def refused(*arguments):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(tensor_file, "open", refused, raising=False)
+    with pytest.raises(NectarError, match=r"a\.nectar cannot be read: Permission denied$"):
+        read(tmp_path / "a.nectar")
 
 
 def test_other_readers_read_it(tmp_path):
