@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from . import __version__, cli
-from .core import environment
+from .core import environment, extras
 from .errors import NectarError
 
 COMMANDS = {
@@ -63,6 +63,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         run = importlib.import_module(f".{command}", __package__).main
     except NectarError as error:
         cli.complain(f"nectar {command}: {error}")
+        return cli.FAULT
+    except ImportError as error:
+        if not (told := extras.without_backend(error)):
+            raise
+        cli.complain(f"nectar {command}: {told}")
         return cli.FAULT
     except KeyboardInterrupt:  # importing takes a second; later `cli.run` catches it
         cli.complain(f"nectar {command}: interrupted")

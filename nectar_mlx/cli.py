@@ -24,7 +24,7 @@ from .console import progress as progress
 from .console import row as row
 from .console import say as say
 from .console import show as show
-from .core import interrupt, numbers, terminal
+from .core import extras, interrupt, numbers, terminal
 from .core.numbers import share as share
 from .core.numbers import size as size
 from .core.numbers import tokens as tokens
@@ -78,6 +78,11 @@ def run(parser: argparse.ArgumentParser, work: Callable[[argparse.Namespace], No
         return exit.code if isinstance(exit.code, int) else FAULT
     except NectarError as error:
         complain(f"{parser.prog}: {error}")
+        return FAULT
+    except ImportError as error:
+        if not (told := extras.without_backend(error)):
+            raise
+        complain(f"{parser.prog}: {told}")
         return FAULT
     except BrokenPipeError:  # the reader of our output is gone, so there is no message
         _drop_output()

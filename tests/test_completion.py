@@ -1,5 +1,6 @@
 """The completion scripts, by the shells themselves; and `nectar doctor`."""
 
+import importlib
 import json
 import shutil
 import subprocess
@@ -93,6 +94,21 @@ def test_nectar_alone_explains_itself_in_ten_lines(capsys):
     assert len(lines) == 10 and max(map(len, lines)) < 80
     assert __main__.main(["aks"]) == cli.FAULT
     assert capsys.readouterr().err == "nectar: there is no command 'aks'; did you mean ask?\n"
+
+
+@pytest.mark.parametrize("place", [(importlib, "import_module"), (doctor, "_work")])
+def test_an_installation_without_what_computes_is_one_line(place, monkeypatch, capsys):
+    def without(*_):
+        raise ImportError(told)
+
+    told = "libmlx.so: cannot open shared object file: No such file or directory"
+    monkeypatch.setattr(*place, without)
+    assert __main__.main(["doctor"]) == cli.FAULT
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and "pip install '.[cpu]' in the clone" in err
+    told = "no module named anything"
+    with pytest.raises(ImportError, match="anything"):
+        __main__.main(["doctor"])
 
 
 def test_the_doctor_tells_what_is_here(tmp_path, monkeypatch, capsys):

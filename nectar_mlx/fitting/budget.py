@@ -18,7 +18,7 @@ from ..store import MEAN_BITS, Layout
 from .config import FitConfig
 
 SMALL = 0.01  # share of the KV cache: of fewer bytes the heads that matter need more, and files gain by distillation
-_FINE, _FEWEST_BITS = 0.02, 3.0  # share from which nodes take MEAN_BITS; what they take at a quarter of it
+_MANY, _FEWEST_BITS = 200, 3.0  # nodes a head from which they take MEAN_BITS; what half as many take
 
 
 def share_of(config: FitConfig, geometry: Geometry, n: int) -> float | None:
@@ -61,10 +61,11 @@ def undistilled(
     return f"--effort best trains files below {SMALL:.0%} through the whole model, but not {reason}"
 
 
-def node_bits(share: float) -> float:
-    """That a number of a node takes on average in a file of such a share of the KV cache: where nodes are few, more of
-    them do more than finer ones."""
-    return min(MEAN_BITS, max(_FEWEST_BITS, MEAN_BITS + 0.5 * math.log2(share / _FINE)))
+def node_bits(layout: Layout, nbytes: float) -> float:
+    """That a number of a node takes on average where heads have so many bytes on average: where nodes are few, more of
+    them do more than finer ones (docs/log/rounding.md)."""
+    nodes = nbytes / store.head_bytes(layout, layout.bank.size_for(_MANY)) * _MANY
+    return min(MEAN_BITS, max(_FEWEST_BITS, MEAN_BITS + math.log2(max(nodes, 1) / _MANY)))
 
 
 def _small(config: FitConfig, share: float | None) -> bool:
@@ -97,7 +98,7 @@ def affordable_bytes(
     plain = replace(layout, bits=layout.bits or 8)
     preamble_bytes = n_heads * store.head_bytes(plain, (preamble,)) if preamble else 0.0
     available = kept - min(besides, kept / 10) - preamble_bytes
-    needed = chunks * n_heads * smallest_bytes(layout, share=share)
+    needed = chunks * n_heads * smallest_bytes(layout)
     if available < needed and not at_least:
         smallest = (needed + preamble_bytes) / 0.9
         raise NectarError(
@@ -111,11 +112,11 @@ def head_sizes(
     errors: np.ndarray, nbytes: float, *, share: float, layout: Layout, config: FitConfig, n: int
 ) -> list[Size]:
     """Every head's size for n tokens, by the errors [n_heads] that it made among equals. share: of the KV cache."""
-    least = smallest_bytes(layout, share=share)
-    most = store.head_bytes(layout, layout.bank.size_for(n), bits=node_bits(share))
+    bits = node_bits(layout, nbytes / len(errors))
+    least, most = smallest_bytes(layout), store.head_bytes(layout, layout.bank.size_for(n), bits=bits)
     power = config.power or (0.6 if share >= SMALL else 0.75)
     head_bytes = allocate(errors.tolist(), total=nbytes, power=power, least=least, most=most)
-    return [size_for(layout, b, share=share, most=n) for b in head_bytes]
+    return [size_for(layout, b, bits=bits, most=n) for b in head_bytes]
 
 
 def allocate(errors: Sequence[float], *, total: float, power: float, least: float, most: float) -> list[float]:
@@ -135,11 +136,11 @@ def allocate(errors: Sequence[float], *, total: float, power: float, least: floa
     return [float(x) for x in np.clip(low * share, least, most)]
 
 
-def size_for(layout: Layout, nbytes: float, *, share: float, most: int) -> Size:
-    """The largest head of the kind that these bytes buy in a file of such a share of the KV cache, the smallest one if
-    they buy none. most: of nodes or hidden units.
+def size_for(layout: Layout, nbytes: float, *, bits: float, most: int) -> Size:
+    """The largest head of the kind that these bytes buy, the smallest one if they buy none. bits: of a number of a
+    node. most: of nodes or hidden units.
     """
-    low, high, bits = 1, most, node_bits(share)
+    low, high = 1, most
     while low < high:
         middle = (low + high + 1) // 2
         if store.head_bytes(layout, layout.bank.size_for(middle), bits=bits) <= nbytes:
@@ -149,6 +150,6 @@ def size_for(layout: Layout, nbytes: float, *, share: float, most: int) -> Size:
     return layout.bank.size_for(low)
 
 
-def smallest_bytes(layout: Layout, *, share: float) -> float:
+def smallest_bytes(layout: Layout) -> float:
     """Bytes of the smallest head worth fitting: four nodes, or the smallest network."""
-    return store.head_bytes(layout, layout.bank.size_for(4), bits=node_bits(share))
+    return store.head_bytes(layout, layout.bank.size_for(4), bits=_FEWEST_BITS)

@@ -24,7 +24,7 @@ from ..mlxlm import prompts
 from ..mlxlm.attention_patch import compute_type
 from ..mlxlm.kept import Kept, make_caches, what_is_kept, widened
 from . import finite
-from .budget import head_sizes, size_for
+from .budget import head_sizes, node_bits, size_for
 from .checkpoint import Plan
 from .distributed import parts
 from .fitted_chunk import Answer, ChunkTarget, FittedChunk
@@ -160,15 +160,16 @@ class LayerwiseFit:
             conversations = self_study.study(trial, excerpt)
             data = capture(trial, excerpt, conversations, tokens=device().layerwise_replay_tokens)
             nbytes = target.nbytes * len(excerpt.prefix) / len(self.prefix)
-            nodes, *_ = size_for(run.layout, nbytes / run.n_heads, share=target.share, most=excerpt.length)
+            each = nbytes / run.n_heads
+            nodes, *_ = size_for(run.layout, each, bits=node_bits(run.layout, each), most=excerpt.length)
             # Samples of heads that are tried together are there at once.
             samples = SampleStore.nbytes(1, trial.n_samples(run.n_heads), run.geometry.head_dim)
             together = self.memory // 8 // samples
             kind = kind_fit(trial, data, training_scores=min(self.training_scores, together * nodes * run.config.batch))
             n = len(self.prefix) - prompts.preamble(run.tokenizer)
-            errors = trial_errors(kind, nbytes, share=target.share)
+            errors = trial_errors(kind, nbytes)
             sizes = head_sizes(errors, target.nbytes, share=target.share, layout=run.layout, config=run.config, n=n)
-            plan = Plan(sizes, target.share, bits=mean_bits(run.layout, sizes, target.nbytes, share=target.share, n=n))
+            plan = Plan(sizes, target.share, bits=mean_bits(run.layout, sizes, target.nbytes, n=n))
             run.checkpoint.save_plan(plan)
         return plan
 

@@ -39,13 +39,12 @@ def _plan(kind: KindFit, affordable: Affordable, share: float | None) -> Plan:
     layout = kind.run.layout
     if not layout.bank.trainable:
         return Plan([layout.bank.size_for(0)] * kind.n_heads, share or auto_budget.FIRST)
-    first = share or auto_budget.FIRST
-    errors, exponent = trial_errors(kind, affordable(first), share=first), None
+    errors, exponent = trial_errors(kind, affordable(share or auto_budget.FIRST)), None
 
     def sizes_and_bits(share: float) -> tuple[list[Size], float]:
         nbytes = affordable(share)
         sizes = head_sizes(errors, nbytes, share=share, layout=layout, config=kind.run.config, n=kind.length)
-        return sizes, mean_bits(layout, sizes, nbytes, share=share, n=kind.length)
+        return sizes, mean_bits(layout, sizes, nbytes, n=kind.length)
 
     if share is None:
         share = auto_budget.FIRST
@@ -56,11 +55,12 @@ def _plan(kind: KindFit, affordable: Affordable, share: float | None) -> Plan:
     return Plan(sizes, share, exponent, bits)
 
 
-def trial_errors(kind: KindFit, nbytes: float, *, share: float) -> np.ndarray:
+def trial_errors(kind: KindFit, nbytes: float) -> np.ndarray:
     """Every head's error [n_heads], in nats, after a short fit in which all heads have the same size. nbytes: of all
-    heads, in a file of such a share of the KV cache."""
+    heads together."""
     run = kind.run
-    size = size_for(run.layout, nbytes / kind.n_heads, share=share, most=kind.length)
+    each = nbytes / kind.n_heads
+    size = size_for(run.layout, each, bits=node_bits(run.layout, each), most=kind.length)
     errors = np.zeros(kind.n_heads)
     trials = kind.groups([size] * kind.n_heads)
     world = run.world
@@ -105,10 +105,10 @@ def short_fit(kind: KindFit, sizes: Sequence[Size], bits: float) -> JsonObject:
     return check(run, kind.data, banks, questions=device().trial_checks, stage="checking a budget")
 
 
-def mean_bits(layout: Layout, sizes: Sequence[Size], nbytes: float, *, share: float, n: int) -> float:
+def mean_bits(layout: Layout, sizes: Sequence[Size], nbytes: float, *, n: int) -> float:
     """How many bits a number of a node gets: more, where every head keeps the keys of all n tokens and bytes are
     left."""
     if layout.bits is not None or any(size != layout.bank.size_for(n) for size in sizes):
-        return node_bits(share)
+        return node_bits(layout, nbytes / len(sizes))
     numbers = 2 * layout.head_dim * n * len(sizes)
     return max(MEAN_BITS, min(_MOST_BITS, 8 * nbytes / numbers - _OVERHEAD_BITS))

@@ -16,7 +16,7 @@ from .file import (
     tensors_digest,
     write,
 )
-from .grids import MEAN_BITS
+from .grids import MEAN_BITS, MOVED_BITS
 from .layout import BITS, HALF_MAX, Layout, head_bytes, integer_heads, mean_bits, pack, select_nodes, unpack
 from .tensor_file import Tensors, digest
 
@@ -24,6 +24,7 @@ __all__ = [
     "BITS",
     "HALF_MAX",
     "MEAN_BITS",
+    "MOVED_BITS",
     "Layout",
     "Metadata",
     "Tensors",

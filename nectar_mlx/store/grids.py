@@ -27,6 +27,7 @@ _TOGETHER = 1 << 18  # numbers whose steps are looked for at a time: they stay i
 BLOCK = 1 << 22  # integers that are coded together, at most; files depend on it
 _WORKERS = min(8, os.cpu_count() or 1)  # each takes some 100 MB
 MEAN_BITS = 4.0  # that an entry takes on average, where nothing else is said
+MOVED_BITS = 0.11  # that it takes more: training moves what is still free away from the steps that were chosen for it
 
 
 class GridMatrix(NamedTuple):
@@ -124,9 +125,8 @@ def log2_scales(columns: IntArray, exponents: IntArray) -> IntArray:
 
 
 def expected_bytes(rows: int, width: int, *, bits: float) -> float:
-    """Bytes that a matrix takes in the file once it was rounded to so many bits; measured: training moves what is still
-    free away from the steps that were chosen for it."""
-    return rows * (width * (bits + 0.11) / 8 + 0.4) + 0.4 * width + 4 if rows else 0
+    """Bytes that a matrix takes in the file once it was rounded to so many bits; measured."""
+    return rows * (width * (bits + MOVED_BITS) / 8 + 0.4) + 0.4 * width + 4 if rows else 0
 
 
 class Block(NamedTuple):

@@ -6,7 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nectar_mlx import store
-from nectar_mlx.fitting.budget import allocate, node_bits, size_for
+from nectar_mlx.fitting.budget import allocate, head_sizes, node_bits, size_for
+from nectar_mlx.fitting.config import FitConfig
+from nectar_mlx.fitting.sizes import mean_bits
 
 
 def test_heads_that_err_more_get_more():
@@ -43,10 +45,20 @@ def test_every_head_gets_the_most_where_there_are_bytes_for_it(seed):
     assert allocate(errors.tolist(), total=1e9, power=0.6, least=1, most=most) == [most] * 6
 
 
-@pytest.mark.parametrize("share, bits", [(0.5, 4), (0.02, 4), (0.01, 3.5), (0.005, 3), (0.001, 3)])
-def test_small_files_have_more_nodes_of_fewer_bits(share, bits):
-    assert node_bits(share) == pytest.approx(bits)
+@pytest.mark.parametrize("nodes, bits", [(5000, 4), (200, 4), (142, 3.5), (100, 3), (5, 3), (0.1, 3)])
+def test_few_nodes_have_fewer_bits(nodes, bits):
     layout = store.Layout(kind="quadrature", n_layers=2, n_kv_heads=2, head_dim=64, scale=0.125, bits=None)
-    (ours,), (finest,) = (size_for(layout, 10_000, share=x, most=10_000) for x in (share, 1.0))
+    each = store.head_bytes(layout, (1000,)) * nodes / 1000
+    assert node_bits(layout, each) == pytest.approx(bits, abs=0.02)
+    (ours,) = size_for(layout, 10_000, bits=bits, most=10_000)
+    (finest,) = size_for(layout, 10_000, bits=4, most=10_000)
     assert ours / finest == pytest.approx(4.29 / (bits + 0.29), rel=0.01)
     assert store.head_bytes(layout, (ours,), bits=bits) <= 10_000
+
+
+def test_sizes_follow_the_bits():
+    layout = store.Layout(kind="quadrature", n_layers=2, n_kv_heads=2, head_dim=64, scale=0.125, bits=None)
+    nbytes = 4 * store.head_bytes(layout, (1000,)) / 20  # of 50 nodes a head in 4 bits
+    sizes = head_sizes(np.ones(4), nbytes, share=0.005, layout=layout, config=FitConfig(), n=4000)
+    assert all(size == size_for(layout, nbytes / 4, bits=3, most=4000) for size in sizes) and sizes[0][0] > 60
+    assert mean_bits(layout, sizes, nbytes, n=4000) == 3

@@ -117,6 +117,6 @@ def test_a_bank_is_the_standardized_network(samples):
 @pytest.mark.parametrize("kind", ["quadrature", "corrected", "mlp"])
 def test_sizes_are_the_largest_that_the_bytes_buy(kind, nbytes):
     layout = Layout(kind=kind, n_layers=1, n_kv_heads=M, head_dim=D, scale=SCALE, bits=8)
-    size, smallest = size_for(layout, nbytes, share=0.02, most=10_000), size_for(layout, 0, share=0.02, most=10_000)
+    size, smallest = size_for(layout, nbytes, bits=4, most=10_000), size_for(layout, 0, bits=4, most=10_000)
     assert store.head_bytes(layout, size) <= nbytes or size == smallest
     assert store.head_bytes(layout, layout.bank.size_for(size[0] + 8)) > nbytes

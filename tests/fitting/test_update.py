@@ -3,6 +3,7 @@
 import json
 import random
 import zlib
+from dataclasses import asdict
 
 import mlx.core as mx
 import numpy as np
@@ -21,6 +22,7 @@ from nectar_mlx.fitting.samples import kept_study, recording, sampling, self_stu
 from nectar_mlx.fitting.samples.capture import capture
 from nectar_mlx.fitting.samples.conversation import Conversation
 from nectar_mlx.fitting.updating import questions, revise, warm
+from nectar_mlx.fitting.updating.base import FileContents
 from nectar_mlx.fitting.updating.revision import Revision
 from nectar_mlx.heads import Quadrature
 from nectar_mlx.mlxlm import prompts
@@ -53,6 +55,21 @@ def updated(model, tokenizer, file, text, **options):
         model, tokenizer, text, tensors=file.tensors, metadata=file.metadata, log=said.append, **options
     )
     return outcome, said
+
+
+@pytest.mark.parametrize("step, bits", [(0.5, 3.05), (0.25, 4.05)])  # the entropy of a normal number
+def test_numbers_keep_the_bits_of_the_file(step, bits):
+    """Those that its own size says, whatever a fit of today would choose for so few nodes."""
+    draw, n = np.random.default_rng(0).normal, 60
+
+    def rounded(*shape):
+        return mx.array((np.rint(draw(size=shape) / step) * step).astype(np.float32))
+
+    heads = [{"keys": rounded(n, 64), "values": rounded(n, 64), "bias": mx.zeros(n)} for _ in range(4)]
+    layout = store.Layout(kind="quadrature", n_layers=2, n_kv_heads=2, head_dim=64, scale=0.1, bits=None)
+    tensors = store.pack(layout, heads) | {"prefix": mx.arange(1000)}
+    found = FileContents(tensors=tensors, metadata={"layout": asdict(layout)}).bits
+    assert found == pytest.approx(bits - store.MOVED_BITS, abs=0.06)
 
 
 class TestRevision:

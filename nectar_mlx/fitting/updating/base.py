@@ -11,9 +11,8 @@ from ... import store
 from ...core.clock import Clock
 from ...core.types import JsonObject
 from ...heads import Bank, HeadArrays, Size
-from ...store import MEAN_BITS, Layout, load
+from ...store import Layout, load
 from .. import finite
-from ..budget import node_bits
 from ..check import check
 from ..kinds import KindFit
 from ..prefill import Context, read_text
@@ -68,11 +67,9 @@ class FileContents:
 
     @property
     def bits(self) -> float:
-        """What a number of a node gets."""
-        if all(size[0] >= len(self.prefix) for size in self.sizes):
-            return store.mean_bits(self.layout, self.tensors)
-        share = self.metadata["report"].get("budget")
-        return node_bits(share) if isinstance(share, float) and share > 0 else MEAN_BITS
+        """What a number of a node gets: as many as it got in the file."""
+        whole = all(size[0] >= len(self.prefix) for size in self.sizes)
+        return store.mean_bits(self.layout, self.tensors) - (0.0 if whole else store.MOVED_BITS)
 
     @property
     def errors(self) -> list[float]:
