@@ -12,7 +12,7 @@ import mlx.nn as nn
 import psutil
 from mlx.utils import tree_flatten
 
-from ..core.device import GPU, LINUX_CPU, device, gpu, using
+from ..core.device import LINUX_CPU, device, gpu, using
 from ..core.types import JsonObject
 from ..errors import NectarError
 from ..heads import AUTO, KINDS
@@ -54,9 +54,21 @@ MACHINES = (
     _apple("M2 Ultra, 192 GB", 27.2, 800, 192),
     _apple("M3 Ultra, 512 GB", 28.2, 819, 512),
     _apple("M5 Ultra, 512 GB", 36.8, 1228, 512, "calculated as two M5 Max"),
-    Machine(name="H100, 80 GB", rate=14e12, bandwidth=3.35e12, memory=80e9, profile=GPU, basis="calculated as an H200"),
     Machine(
-        name="H200, 141 GB", rate=14e12, bandwidth=4.8e12, memory=141e9, profile=GPU, basis="measured at 1.7B's shape"
+        name="H100, 80 GB",
+        rate=14e12,
+        bandwidth=3.35e12,
+        memory=80e9,
+        profile=gpu(80e9, nvidia=True),
+        basis="calculated as an H200",
+    ),
+    Machine(
+        name="H200, 141 GB",
+        rate=14e12,
+        bandwidth=4.8e12,
+        memory=141e9,
+        profile=gpu(80e9, nvidia=True),
+        basis="measured at 1.7B's shape",
     ),
 )
 
