@@ -197,7 +197,7 @@ def test_ranks_read_some_of_a_text_each(tokenizer, two_ranks, monkeypatch, how):
 
     def layer(runner, index, hidden, cache, call=LayerRunner.layer):
         result = call(runner, index, hidden, cache)
-        seen.append(hidden.shape[1] if cache is not None else 0)
+        seen.append(hidden.shape[1] if hidden.shape[1] > 3 else 0)  # 3: of the runner's own proof
         return result
 
     monkeypatch.setattr(LayerRunner, "layer", locked(layer))
