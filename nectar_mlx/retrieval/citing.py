@@ -12,7 +12,7 @@ import numpy as np
 
 from ..core.types import DoubleArray
 from ..core.words import words
-from .passages import Passages, names, numbers, sentences
+from .passages import Passages, numbers, sentences, with_stems
 from .sources import Source, source_of, without_thoughts
 
 UNSUPPORTED = "[?]"
@@ -20,6 +20,7 @@ _ENOUGH = 0.5  # of a sentence's words, weighted
 _SHORT = 4  # words; so short a sentence is read together with the question
 _FROM_QUESTION = 0.5  # what the question's words count then
 _NAME = 2.0  # what a name counts
+_TOLD = 0.25  # of the other words, weighted, that the supporting sentence says itself
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def support(passages: Passages, question: str, sentence: str) -> DoubleArray:
     said = words(sentence)
     value, total = np.zeros(len(passages.sentences)), 0.0
     weights = dict.fromkeys(words(question), _FROM_QUESTION) if len(said) <= _SHORT else {}
-    weights |= dict.fromkeys(said, 1.0) | dict.fromkeys(words(" ".join(names(sentence))), _NAME)
+    weights |= dict.fromkeys(said, 1.0) | dict.fromkeys(words(" ".join(passages.names_in(sentence))), _NAME)
     for word, weight in weights.items():
         weight *= passages.rarity(word)
         total += weight
@@ -92,21 +93,33 @@ def support(passages: Passages, question: str, sentence: str) -> DoubleArray:
 
 def _agrees(passages: Passages, number: int, question: str, sentence: str) -> bool:
     """Whether a sentence of the text has the numbers and names of an answer's sentence. Names may also stand beside one
-    that has none of its own ("It was built in 1902.")."""
-    start, end = passages.sentences[number]
-    text = passages.reading.text[start:end]
-    if not set(numbers(sentence)) <= {*numbers(text), *numbers(question)}:
+    that has no others ("It was built in 1902.")."""
+    text = passages.sentence(number)
+    if not set(numbers(sentence)) <= {*numbers(text), *numbers(question)} or not _tells(passages, text, sentence):
         return False
-    missing = set(_called(passages, sentence)) - set(_pairs(text)) - set(words(text))
+    called = set(_called(passages, sentence))
+    missing = called - set(_pairs(text)) - set(words(text))
     if not missing or not passages.names_tell:
         return True
     around = passages.around(number)
-    return not names(text) and missing <= {*_pairs(around), *words(around)}
+    others = set(words(" ".join(passages.names_in(text)))) - called
+    return not others and missing <= {*_pairs(around), *words(around)}
+
+
+def _tells(passages: Passages, text: str, sentence: str) -> bool:
+    """Whether a sentence of the text itself, not those beside it, says some of what an answer's says of its names."""
+    called = set(words(" ".join([*passages.names_in(sentence), *numbers(sentence)])))
+    told = {word: passages.rarity(word) for word in words(sentence) if word not in called}
+    own = with_stems(text)
+    return sum(rarity for word, rarity in told.items() if not own.isdisjoint(with_stems(word))) >= _TOLD * sum(
+        told.values()
+    )
 
 
 def _called(passages: Passages, sentence: str) -> Iterator[str]:
     """The names in a sentence, and with the word beside them where the text says it so: "Kestrel", "Kestrel pump"."""
-    found = set(words(" ".join(name for name in names(sentence) if name.lower() not in passages.lower_case)))
+    called = passages.names_in(sentence)
+    found = set(words(" ".join(name for name in called if name.lower() not in passages.lower_case)))
     yield from found
     for pair in _pairs(sentence):
         if not found.isdisjoint(pair.split()) and passages.says(pair):

@@ -9,7 +9,7 @@ subject in the heading. Numbers and names of the answer count twice, for they ar
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -63,10 +63,10 @@ class Passages:
         self.owner = np.array(owners, np.int64)
         holders, titled = defaultdict[str, list[int]](list), defaultdict[str, list[int]](list)
         for number, (start, end) in enumerate(self.sentences):
-            for word in _with_stems(reading.text[start:end]):
+            for word in with_stems(reading.text[start:end]):
                 holders[word].append(number)
         for number, passage in enumerate(self.all):
-            for word in _with_stems(f"{passage.file.name} {passage.place.name if passage.place else ''}"):
+            for word in with_stems(f"{passage.file.name} {passage.place.name if passage.place else ''}"):
                 titled[word].append(number)
         self._holders, self._titled = dict(holders), dict(titled)
         parts = [(id(self.all[n].file), id(self.all[n].place)) for n in owners]
@@ -81,6 +81,17 @@ class Passages:
     def lower_case(self) -> set[str]:
         """Words that the text has without a capital: no names."""
         return {word for word in re.findall(r"\w+", self.reading.text) if word.islower()}
+
+    @cached_property
+    def named(self) -> set[str]:
+        """Words that have a capital wherever the text has them, and somewhere inside of a sentence: names at the start
+        of one, too."""
+        return set(names(self.reading.text)) - {word.capitalize() for word in self.lower_case}
+
+    def names_in(self, sentence: str) -> list[str]:
+        """The names in a sentence, with its first word where the text knows that for a name."""
+        first = re.search(r"\w+", sentence)
+        return ([first[0]] if first and first[0] in self.named else []) + names(sentence)
 
     def says(self, phrase: str) -> bool:
         """Whether a sentence has these words one after the other."""
@@ -219,6 +230,7 @@ def _stem(word: str) -> str:
     return word[:_STEM] + "…"
 
 
-def _with_stems(text: str) -> Iterable[str]:
+def with_stems(text: str) -> set[str]:
+    """The words of a text, and what longer ones begin with."""
     found = set(words(text))
     return found | {_stem(word) for word in found if len(word) > _STEM}

@@ -242,3 +242,27 @@ def test_sources_of_an_answer_about_one_document_name_no_other():
     for about, named in (("a.txt", {"a.txt"}), ("b.txt", {"b.txt"}), ("c.txt", {"a.txt", "b.txt"})):
         fitted.about = about
         assert {source.document for source in asked()} == named
+
+
+@pytest.mark.parametrize("before", ["", "Nobody came for weeks. The clock of the tower stood still.\n\n"])
+def test_what_one_did_does_not_support_that_another_did_it(tmp_path, before):
+    """Names that begin a sentence, and names of the sentence beside the one that tells it."""
+    (tmp_path / "house.txt").write_text(
+        f"{before}The harbour opened in 1902. In the spring the gardener Oakes planted forty walnut trees behind the "
+        "house. A week later Filby paid the whole bill for the gravel path in cash. The cook, Brandt, left in June. "
+        "Oakes sold the boat. A year later Filby bought a horse."
+    )
+    passages = Passages(documents.read([tmp_path / "house.txt"]))
+    said = {
+        "Oakes planted forty walnut trees behind the house.": True,
+        "Walnut trees were planted behind the house.": True,
+        "The gravel path was paid in cash by Filby, the whole bill.": True,
+        "Oakes sold the boat.": True,
+        "Filby planted forty walnut trees behind the house.": False,
+        "The gardener Filby planted forty walnut trees behind the house.": False,
+        "Brandt paid the whole bill for the gravel path in cash.": False,
+        "Filby sold the boat.": False,
+    }
+    for sentence, supported in said.items():
+        cited = citing.cite(passages, "What happened?", sentence, [])
+        assert (cited.sentences[0].source is not None) == supported, sentence
