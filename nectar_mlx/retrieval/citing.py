@@ -7,6 +7,7 @@ This compares words: it finds facts that are not in the text, or not together, b
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from math import fsum
 
 import numpy as np
 
@@ -95,7 +96,9 @@ def _agrees(passages: Passages, number: int, question: str, sentence: str) -> bo
     """Whether a sentence of the text has the numbers and names of an answer's sentence. Names may also stand beside one
     that has no others ("It was built in 1902.")."""
     text = passages.sentence(number)
-    if not set(numbers(sentence)) <= {*numbers(text), *numbers(question)} or not _tells(passages, text, sentence):
+    if not set(numbers(sentence)) <= {*numbers(text), *numbers(question)}:
+        return False
+    if not _tells(passages, text, question, sentence):
         return False
     called = set(_called(passages, sentence))
     missing = called - set(_pairs(text)) - set(words(text))
@@ -106,14 +109,16 @@ def _agrees(passages: Passages, number: int, question: str, sentence: str) -> bo
     return not others and missing <= {*_pairs(around), *words(around)}
 
 
-def _tells(passages: Passages, text: str, sentence: str) -> bool:
+def _tells(passages: Passages, text: str, question: str, sentence: str) -> bool:
     """Whether a sentence of the text itself, not those beside it, says some of what an answer's says of its names."""
-    called = set(words(" ".join([*passages.names_in(sentence), *numbers(sentence)])))
-    told = {word: passages.rarity(word) for word in words(sentence) if word not in called}
+    if not (called := passages.names_in(sentence)):
+        return True
+    said = words(sentence)
+    said += words(question) if len(said) <= _SHORT else []
+    told = set(said) - set(words(" ".join([*called, *numbers(sentence)])))
     own = with_stems(text)
-    return sum(rarity for word, rarity in told.items() if not own.isdisjoint(with_stems(word))) >= _TOLD * sum(
-        told.values()
-    )
+    held = {word for word in told if not own.isdisjoint(with_stems(word))}
+    return fsum(map(passages.rarity, held)) >= _TOLD * fsum(map(passages.rarity, told))
 
 
 def _called(passages: Passages, sentence: str) -> Iterator[str]:
