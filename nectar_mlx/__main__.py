@@ -60,14 +60,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return cli.FAULT
     try:
         environment.check()  # before any module of a command is imported
-        run = importlib.import_module(f".{command}", __package__).main
+        with extras.backend_named():
+            run = importlib.import_module(f".{command}", __package__).main
     except NectarError as error:
         cli.complain(f"nectar {command}: {error}")
-        return cli.FAULT
-    except ImportError as error:
-        if not (told := extras.without_backend(error)):
-            raise
-        cli.complain(f"nectar {command}: {told}")
         return cli.FAULT
     except KeyboardInterrupt:  # importing takes a second; later `cli.run` catches it
         cli.complain(f"nectar {command}: interrupted")

@@ -71,18 +71,13 @@ def run(parser: argparse.ArgumentParser, work: Callable[[argparse.Namespace], No
     try:
         args = parser.parse_args(argv)
         console.set_quiet(getattr(args, "quiet", False))
-        with interrupt.kept(), _without_torch():
+        with interrupt.kept(), _without_torch(), extras.backend_named():
             work(args)
         sys.stdout.flush()
     except SystemExit as exit:  # argparse: after --help, or after its message about an error
         return exit.code if isinstance(exit.code, int) else FAULT
     except NectarError as error:
         complain(f"{parser.prog}: {error}")
-        return FAULT
-    except ImportError as error:
-        if not (told := extras.without_backend(error)):
-            raise
-        complain(f"{parser.prog}: {told}")
         return FAULT
     except BrokenPipeError:  # the reader of our output is gone, so there is no message
         _drop_output()

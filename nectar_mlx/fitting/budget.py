@@ -150,6 +150,12 @@ def size_for(layout: Layout, nbytes: float, *, bits: float, most: int) -> Size:
     return layout.bank.size_for(low)
 
 
+def equal_size(layout: Layout, nbytes: float, *, heads: int, most: int) -> Size:
+    """The size of each of so many equal heads that have these bytes together. most: as for `size_for`."""
+    each = nbytes / heads
+    return size_for(layout, each, bits=node_bits(layout, each), most=most)
+
+
 def smallest_bytes(layout: Layout) -> float:
     """Bytes of the smallest head worth fitting: four nodes, or the smallest network."""
     return store.head_bytes(layout, layout.bank.size_for(4), bits=_FEWEST_BITS)

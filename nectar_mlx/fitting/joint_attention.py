@@ -1,8 +1,8 @@
 """Attention over nodes and live tokens as one set, for training nodes through a model.
 
 A `NectarCache` merges the two parts, each with its own log-normalizer. Here each sequence's live keys stand behind the
-nodes, a node's bias is one more number of its key, and one softmax is over all of them: a third of the operations, and
-a reverse pass that is written out:
+nodes, a node's bias is one more number of its key, and one softmax is over all of them: fewer operations, and a reverse
+pass that is written out:
 
     p = softmax(q kᵀ),  o = p v;    ∂s = p (∂o vᵀ - ∂o·o),  ∂q = ∂s k,  ∂k = ∂sᵀ q,  ∂v = pᵀ ∂o
 

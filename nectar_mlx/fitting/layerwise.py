@@ -24,7 +24,7 @@ from ..mlxlm import prompts
 from ..mlxlm.attention_patch import compute_type
 from ..mlxlm.kept import Kept, make_caches, what_is_kept, widened
 from . import finite
-from .budget import head_sizes, node_bits, size_for
+from .budget import equal_size, head_sizes
 from .checkpoint import Plan
 from .distributed import parts
 from .fitted_chunk import Answer, ChunkTarget, FittedChunk
@@ -160,8 +160,7 @@ class LayerwiseFit:
             conversations = self_study.study(trial, excerpt)
             data = capture(trial, excerpt, conversations, tokens=device().layerwise_replay_tokens)
             nbytes = target.nbytes * len(excerpt.prefix) / len(self.prefix)
-            each = nbytes / run.n_heads
-            nodes, *_ = size_for(run.layout, each, bits=node_bits(run.layout, each), most=excerpt.length)
+            nodes, *_ = equal_size(run.layout, nbytes, heads=run.n_heads, most=excerpt.length)
             # Samples of heads that are tried together are there at once.
             samples = SampleStore.nbytes(1, trial.n_samples(run.n_heads), run.geometry.head_dim)
             together = self.memory // 8 // samples

@@ -24,6 +24,7 @@ from .estimate import estimate
 from .work import Machine, Shape
 
 _APPLE_SHARE = 0.21  # of the float32 rate: what the stages of a fit reach on an H100, of its 67 · 10¹² a second
+_NVIDIA_RATE = 14e12  # the same in operations a second, of an H200 as of an H100
 _CPU_SHARE = 2.7  # what the stages of a fit reach, in multiples of what `_rate` measures: on two cores, one thread
 _UNKNOWN_WINDOW = 1 << 62
 TOKENS = (10_000, 100_000, 1_000_000, 10_000_000)  # of the texts that fits are planned for
@@ -41,6 +42,18 @@ def _apple(name: str, rate: float, bandwidth: float, memory: int, basis: str = "
     )
 
 
+def _nvidia(name: str, bandwidth: float, memory: int, basis: str) -> Machine:
+    """bandwidth in TB/s; memory in GB, the GPU's."""
+    return Machine(
+        name=name,
+        rate=_NVIDIA_RATE,
+        bandwidth=bandwidth * 1e12,
+        memory=memory * 1e9,
+        profile=gpu(memory * 1e9, nvidia=True),
+        basis=basis,
+    )
+
+
 MACHINES = (
     Machine(
         name="2 CPU cores, 16 GB", rate=20e9, bandwidth=20e9, memory=16e9, profile=LINUX_CPU, basis="measured at 135M"
@@ -54,22 +67,8 @@ MACHINES = (
     _apple("M2 Ultra, 192 GB", 27.2, 800, 192),
     _apple("M3 Ultra, 512 GB", 28.2, 819, 512),
     _apple("M5 Ultra, 512 GB", 36.8, 1228, 512, "calculated as two M5 Max"),
-    Machine(
-        name="H100, 80 GB",
-        rate=14e12,
-        bandwidth=3.35e12,
-        memory=80e9,
-        profile=gpu(80e9, nvidia=True),
-        basis="calculated as an H200",
-    ),
-    Machine(
-        name="H200, 141 GB",
-        rate=14e12,
-        bandwidth=4.8e12,
-        memory=141e9,
-        profile=gpu(80e9, nvidia=True),
-        basis="measured at 1.7B's shape",
-    ),
+    _nvidia("H100, 80 GB", 3.35, 80, "calculated as an H200"),
+    _nvidia("H200, 141 GB", 4.8, 141, "measured at 1.7B's shape"),
 )
 
 # Published configurations: layers, width, heads, KV heads, width of the network, vocabulary, window.

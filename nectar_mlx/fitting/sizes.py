@@ -11,7 +11,7 @@ from ..core.types import JsonObject
 from ..heads import HeadArrays, Size
 from ..store import MEAN_BITS, Layout
 from . import auto_budget, finite, fisher
-from .budget import head_sizes, node_bits, size_for
+from .budget import equal_size, head_sizes, node_bits
 from .check import check
 from .checkpoint import Plan
 from .kinds import KindFit
@@ -59,8 +59,7 @@ def trial_errors(kind: KindFit, nbytes: float) -> np.ndarray:
     """Every head's error [n_heads], in nats, after a short fit in which all heads have the same size. nbytes: of all
     heads together."""
     run = kind.run
-    each = nbytes / kind.n_heads
-    size = size_for(run.layout, each, bits=node_bits(run.layout, each), most=kind.length)
+    size = equal_size(run.layout, nbytes, heads=kind.n_heads, most=kind.length)
     errors = np.zeros(kind.n_heads)
     trials = kind.groups([size] * kind.n_heads)
     world = run.world

@@ -13,7 +13,7 @@ from ..core.progress import Stage
 from ..heads import AUTO, KINDS
 from ..mlxlm.attention_patch import Geometry
 from ..store import Layout
-from .budget import affordable_bytes, node_bits, size_for
+from .budget import affordable_bytes, equal_size
 from .config import FitConfig, density, useful_samples
 from .prefill import READ
 from .samples.conversation import FEWEST_TOGETHER, count_groups
@@ -157,8 +157,7 @@ class Work:
         """Of all heads together."""
         shape, layout = self.shape, self.layout
         nbytes = affordable_bytes(share, geometry=shape.geometry, layout=layout, n=self.n, at_least=True)
-        each = nbytes / self.heads
-        return int(self.heads * size_for(layout, each, bits=node_bits(layout, each), most=self.n)[0])
+        return int(self.heads * equal_size(layout, nbytes, heads=self.heads, most=self.n)[0])
 
     def seconds(self, operations: float, stage: str) -> float:
         shares = _CPU if self.machine.profile.linux_cpu else _GPU
