@@ -121,10 +121,8 @@ def collected(
     """What heads are trained on: about so many samples a head of conversations that were kept, and of new ones. And of
     its conversations those of the check that are about what is new."""
     run = answering(run, study)
-    batch, checking = (
-        questions.about_the_new(run, revision, study, samples=new),
-        questions.checking_the_new(run, revision),
-    )
+    batch = questions.about_the_new(run, revision, study, samples=new)
+    checking = questions.checking_the_new(run, revision)
     ask = partial(_answered, batch, checking)
     return collect(run, context, ask, kept=questions.some(study, run, samples=kept), whole=True), checking
 
@@ -203,7 +201,8 @@ def stored(run: FitRun, file: FileContents, updated: Updated, *, clock: Clock) -
     }
     new = answered_checks(updated.new)
     whole = [c for c in answered_checks(data.conversations) if not any(c is other for other in new)]
-    report |= check(run, data, banks, asked=whole or new, no_context=file.no_context) | updated.report
+    whole = whole or new  # a study may hold none of a check
+    report |= check(run, data, banks, asked=whole, no_context=file.no_context) | updated.report
     figures = check(run, data, banks, asked=new, stage="checking what is new")
     report["new"] = {"questions": len(new)} | {name: x for name, x in figures.items() if name != "recall"}
     clock.lap("check")
