@@ -194,7 +194,7 @@ def load_nectar(
         try:
             nectar = Nectar.load(file, model, tokenizer)
         except NectarError as error:
-            raise NectarError(_named(str(error), file, name)) from error
+            raise NectarError(_named(error.message, file, name), advice=error.advice) from error
     if silent:
         return nectar
     for warning in caught:
