@@ -19,6 +19,7 @@ from .volumes import Claim
 _REMOVED = "removed before it was fitted"
 # Of the machine, not of the document: the next one would fail in the same way.
 _FATAL = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE}
+_FATAL |= {errno.EISDIR}  # a folder in the place of a volume's file
 
 
 @dataclass
@@ -84,6 +85,7 @@ def _fit(
     """Fits a claimed volume, and writes down how that ended; the reason where it failed, or is not wanted any more."""
     state, reason, wanted = "waiting", None, True
     try:
+        folder.check_place(claim.volume)
         if not fitter.is_whole(folder.volume(claim.volume)):  # else its process was killed just before it said so
             made = folder.work(claim.volume)
             with database.reading() as rows:

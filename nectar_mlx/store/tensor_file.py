@@ -176,7 +176,7 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
     """The file, to read from. NectarError where there is none; inside, as for `_damage_named`."""
     with _damage_named(path):
         if not path.is_file():
-            raise NectarError(f"{path}: no such file")
+            raise NectarError(f"{path} is a folder" if path.is_dir() else f"{path}: no such file")
         with open(path, "rb") as file:
             yield file
 

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import sqlite3
 import stat
 import subprocess
@@ -83,7 +84,21 @@ def test_what_a_file_could_not_be_read_for_is_not_remembered(library, notes, mon
     assert document.looked_at().state == "ready"
     document.file.unlink()
     document.file.mkdir()
-    assert document.looked_at().reason == "no such file"
+    assert document.looked_at().reason == "its file is a folder"
+
+
+def test_a_folder_in_the_place_of_a_file_is_one_line(library, notes):
+    library.add([notes], CheapFitter())
+    place = by_name(library)["long 0.txt"].file
+    place.unlink()
+    (place / "inside").mkdir(parents=True)
+    fitter = CheapFitter()
+    with pytest.raises(NectarError) as caught:
+        library.update(fitter)
+    assert str(caught.value) == f"{place} is a folder, where a file of the library belongs; remove it"
+    assert fitter.fitted == [] and (place / "inside").is_dir(), "nothing is fitted in vain, or removed"
+    shutil.rmtree(place)
+    assert library.update(fitter).work.fitted == ["long 0.txt"]
 
 
 def test_a_damaged_file_of_an_older_model_is_not_fitted_by_it_again(library, notes):
