@@ -1,8 +1,8 @@
 """The completion scripts, by the shells themselves; and `nectar doctor`."""
 
 import importlib
-import os
 import json
+import os
 import shutil
 import subprocess
 import sys
