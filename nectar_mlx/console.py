@@ -177,8 +177,10 @@ def _bar(status: "Status") -> "RenderableType":
 
 
 def _stage(status: "Status") -> str:
-    """The stage, its number where there are several, and how much of it is done."""
+    """The part of the task, or else the number of the stage where there are several; the stage, and how much of it is
+    done."""
     number = f"stage {status.stage} of {status.stages}, " if status.stages > 1 else ""
+    number = f"{status.part}, " if status.part else number
     part = f" ({min(status.done, status.total):,} of {status.total:,})" if status.total > 1 else ""
     return f"{number}{status.description}{part}"
 
