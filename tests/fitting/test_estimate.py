@@ -204,6 +204,27 @@ def test_the_command_prints_every_combination(capsys):
     assert "Llama-3.3-70B" in capsys.readouterr().out
 
 
+def test_a_plan_without_a_choice_is_of_this_machine_and_one_size(capsys):
+    def planned(*arguments):
+        assert plan.main(list(arguments)) == 0
+        return capsys.readouterr()
+
+    def chosen(*arguments):
+        rows = json.loads(planned(*arguments, "--json").out)
+        return [{row[name] for row in rows} for name in ("model", "tokens", "machine")]
+
+    models, sizes, named = set(machines.SHAPES), set(machines.TOKENS), {m.name for m in machines.MACHINES}
+    here = {"this machine"}
+    assert chosen() == [models, {10_000}, here]
+    assert chosen("--tokens", "50k") == [models, {50_000}, here]
+    assert chosen("--machine", "H200") == [models, {10_000}, {"H200, 141 GB"}]
+    assert chosen("--model", "Qwen3-8B") == [{"Qwen3-8B"}, sizes, named | here]
+    assert chosen("--all") == [models, sizes, named | here]
+    out, err = planned()
+    assert len(out.splitlines()) == len(models) + 4 and "--all shows all" in err
+    assert "--all" not in planned("--model", "Qwen3-8B", "--machine", "H200").err
+
+
 @pytest.mark.parametrize("arguments, word", [
     (["--model", "nothing-9B"], "nothing-9B"),
     (["--machine", "abacus"], "abacus"),
