@@ -9,7 +9,6 @@ from . import cli
 from .core.clock import duration
 from .core.types import JsonObject
 
-
 _HERE = "this machine"  # its name among the machines
 
 
@@ -104,8 +103,9 @@ def _show(rows: Sequence[JsonObject], *, others: bool) -> None:
     Console(width=None if sys.stdout.isatty() else 160).print(table)
     if others and any(row["chunks"] > 1 or row["layerwise"] for row in rows):
         cli.say(ALONE)
-    for reason in dict.fromkeys(row["undistilled"] for row in rows if row["undistilled"]):
-        cli.say(reason)
+    for name in ("undistilled", "exceeded"):
+        for reason in dict.fromkeys(row[name] for row in rows if row[name]):
+            cli.say(reason)
     cli.say("estimates: times may be off by half, and on machines that are calculated by more")
 
 
