@@ -29,6 +29,8 @@ class Device:
     training_scores: of a training batch, of all heads that are trained together.
     layer_training_scores: the same where only one layer exists at a time, at least.
     launch_scores: what starting a group of heads costs, in scores of a step.
+    start_steps: of the regression, that take as long as all else that a head of the same size needs; kept_steps: as
+    rounding one that keeps every key. Measured (docs/log/distributed.md).
 
     fit_steps, fit_batch, fit_samples, fit_conversations, fit_checks, fit_trial_steps, fit_matching,
     fit_answer_tokens: defaults of `FitConfig`. fit_tokens: of conversations whose samples are taken, where the memory
@@ -46,7 +48,7 @@ class Device:
     completion_keys: of the context that a completion is trained on.
     fisher_probes: conversations that tell the sensitivity of heads; fisher_batch: differentiated at a time.
     distillation_steps: of the best effort, through the whole model; distillation_batch: conversations of a step, at
-    most.
+    most; distillation_scores: of a step, in one layer, at most.
     check_batch: conversations compared at a time. baseline_conversations, baseline_batch, cartridge_steps: of the
     methods that `evaluate` builds. choices_batch: multiple-choice questions read at a time.
     """
@@ -61,6 +63,8 @@ class Device:
     training_scores: int
     layer_training_scores: int
     launch_scores: int
+    start_steps: int
+    kept_steps: int
     fit_steps: int
     fit_batch: int
     fit_samples: int
@@ -91,6 +95,7 @@ class Device:
     fisher_batch: int
     distillation_steps: int
     distillation_batch: int
+    distillation_scores: int
     check_batch: int
     baseline_conversations: int
     baseline_batch: int
@@ -109,6 +114,8 @@ LINUX_CPU = Device(
     training_scores=1 << 19,
     layer_training_scores=1 << 16,
     launch_scores=1 << 14,
+    start_steps=60,
+    kept_steps=12,
     fit_steps=250,
     fit_batch=512,
     fit_samples=14_000,
@@ -139,6 +146,7 @@ LINUX_CPU = Device(
     fisher_batch=1,
     distillation_steps=0,  # a step takes as long as reading a thousand tokens
     distillation_batch=8,
+    distillation_scores=1 << 20,
     check_batch=4,
     baseline_conversations=8,
     baseline_batch=16,
@@ -156,6 +164,8 @@ GPU = Device(
     training_scores=1 << 27,
     layer_training_scores=1 << 22,
     launch_scores=1 << 22,
+    start_steps=900,
+    kept_steps=230,
     fit_steps=750,
     fit_batch=2048,
     fit_samples=150_000,
@@ -186,6 +196,7 @@ GPU = Device(
     fisher_batch=8,
     distillation_steps=400,
     distillation_batch=32,
+    distillation_scores=1 << 28,
     check_batch=24,  # four batches of the checks, for four ranks
     baseline_conversations=128,
     baseline_batch=128,
@@ -202,6 +213,7 @@ SMALL_GPU = replace(
     training_scores=1 << 25,
     fisher_batch=2,
     distillation_batch=16,
+    distillation_scores=1 << 26,
     check_batch=6,
     choices_batch=2,
 )
@@ -215,11 +227,25 @@ def gpu(memory: float, *, nvidia: bool = False) -> Device:
         return profile
     # The host launches a step's kernels no faster for fewer conversations. Elsewhere fewer of them in more steps gain
     # as much for half of the work.
-    return replace(profile, distillation_steps=250, distillation_batch=3 * profile.distillation_batch)
+    return replace(
+        profile,
+        distilled_tokens=2 * profile.distilled_tokens,
+        distillation_steps=300,
+        distillation_batch=3 * profile.distillation_batch,
+        distillation_scores=4 * profile.distillation_scores,
+    )
 
 
-_is_linux_cpu = sys.platform == "linux" and mx.default_device() == mx.cpu
-_current = LINUX_CPU if _is_linux_cpu else gpu(psutil.virtual_memory().total, nvidia=sys.platform == "linux")
+def _here() -> Device:
+    memory, nvidia = psutil.virtual_memory().total, sys.platform == "linux"
+    if not nvidia:
+        return gpu(memory)
+    if mx.default_device() == mx.cpu:
+        return LINUX_CPU
+    return gpu(min(memory, int(mx.device_info().get("total_memory", memory))), nvidia=True)  # its own
+
+
+_current = _here()
 
 
 def device() -> Device:

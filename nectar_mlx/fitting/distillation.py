@@ -233,7 +233,7 @@ class _Distillation:
         longest = max(c.fed_tokens for c in (*self.training, *self.held_out))
         nodes = max(bank.parameters["bias"].shape[1] for bank in self.banks)
         scores = self.kind.run.geometry.n_heads * longest * (nodes + longest)
-        return max(1, min(device().distillation_batch, device().max_batch_scores // scores))
+        return max(1, min(device().distillation_batch, device().distillation_scores // scores))
 
     @cached_property
     def rows_at_once(self) -> int:

@@ -1,5 +1,6 @@
 """How close a finished file's answers are to those with the whole text in view, in figures and in one sentence."""
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -70,8 +71,10 @@ def sentence(report: JsonObject, *, share: float) -> str:
 
 
 def _larger(report: JsonObject, share: float) -> str:
-    """The budget at which the gap is expected to be closed, as a percentage."""
+    """The budget at which the gap is expected to be closed, as a percentage of one digit, or whole; rounded up, or it
+    could be the one that was too small."""
     target = max((1 - CLOSE) * report["kl_no_context"], CLOSE_KL)
     needed = share * (report["kl"] / target) ** (1 / report.get("exponent", EXPONENT))
     percent = 100 * min(1.0, max(needed, 1.25 * share))
-    return f"{percent:.0f}%" if percent >= 2 else f"{percent:.1g}%"
+    unit = 10.0 ** min(0, math.floor(math.log10(percent)))
+    return f"{math.ceil(percent / unit - 1e-6) * unit:.3g}%"

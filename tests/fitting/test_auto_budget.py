@@ -180,6 +180,15 @@ def test_a_check_that_is_not_finite_is_refused(kl, floor):
         verdict.measured(divergence([kl]), divergence([floor]))
 
 
+@pytest.mark.parametrize(
+    "share, larger", [(0.0195, "3%"), (0.02, "3%"), (0.004, "0.5%"), (0.005, "0.7%"), (0.08, "10%"), (0.9, "100%")]
+)
+def test_the_budget_that_is_recommended_is_larger_than_that_of_the_file(share, larger):
+    # 0.97 of the gap is closed: a power law alone would ask for 1.24 times the bytes, and 1.25 are asked for at least
+    report = {"gap_closed": 0.97, "kl": 0.0285, "kl_no_context": 0.98, "agree": 0.9}
+    assert verdict.sentence(report, share=share).endswith(f"a budget of about {larger} would be close to it.")
+
+
 def test_files_that_were_not_checked_have_no_verdict():
     assert verdict.grade({"kl": 0.1}) is None and verdict.sentence({}, share=0.1) == ""
 

@@ -135,7 +135,7 @@ def test_a_step_has_as_many_conversations_as_the_memory_holds_the_scores_of(fit,
     longest = max(c.fed_tokens for c in (*work.training, *work.held_out))
     scores = kind.run.geometry.n_heads * longest * (longest + NODES)
     for held, expected in ((3.5, 3), (0.5, 1), (1000, 8)):
-        set_device(max_batch_scores=int(held * scores), distillation_batch=8)
+        set_device(distillation_scores=int(held * scores), distillation_batch=8)
         assert work_of(kind, sizes, heads).side_by_side == expected
 
 
