@@ -142,6 +142,7 @@ class ModelFitter:
                 source=source,
                 progress=progress,
                 checkpoint=checkpoint,
+                log=self._log,
             )
             nectar = Nectar(*fitted)
         nectar.keep(reading, tokenizer)

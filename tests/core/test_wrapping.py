@@ -7,8 +7,9 @@ import termios
 
 import pytest
 
-from nectar_mlx import cli
+from nectar_mlx import cli, writing
 from nectar_mlx.core.wrapping import Wrap
+from nectar_mlx.writing import Written
 
 PROSE = "The heron stood in the shallow water near the reeds, and did not move."
 
@@ -84,6 +85,22 @@ def test_answers_and_notices_are_wrapped_at_a_terminal(terminal, monkeypatch):
     assert shown() == "The heron stood in\nthe shallow\n"
     cli.show(PROSE[:30])
     assert shown() == PROSE[:30] + "\n", "JSON and tables are as they are"
+
+
+def test_thoughts_and_an_interrupted_answer_are_shown_to_their_last_words(terminal, monkeypatch):
+    stream, shown = terminal
+    monkeypatch.setattr("sys.stdout", stream)
+    monkeypatch.setattr("sys.stderr", stream)
+
+    def pieces():
+        yield Written(thoughts="Who flew over the")
+        yield Written(thoughts=" lake?")
+        yield Written(answer="The heron fl")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        writing.show(pieces())
+    assert shown() == "Who flew over the\nlake?\n\nThe heron fl"
 
 
 def test_nothing_is_changed_elsewhere(capsys):
