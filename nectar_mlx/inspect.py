@@ -52,6 +52,8 @@ def _work(args: argparse.Namespace) -> None:
         # What is per head is for --json, and what is not there is nothing to read.
         if name not in _PACKED and not isinstance(value, list | dict) and not _is_absent(value):
             cli.row(name.replace("_", " "), _readable(name, value))
+    if new := facts["report"].get("new"):
+        cli.row("about what is new", ", ".join(f"{n.replace('_', ' ')} {_readable(n, x)}" for n, x in new.items()))
     if names := facts["report"].get("with"):
         cli.row("fitted with", ", ".join(map(str, names)))
     for file in facts["report"].get("files", []):

@@ -29,6 +29,8 @@ class Device:
     training_scores: of a training batch, of all heads that are trained together.
     layer_training_scores: the same where only one layer exists at a time, at least.
     launch_scores: what starting a group of heads costs, in scores of a step.
+    start_steps: of the regression, that take as long as all else that a head of the same size needs; kept_steps: as
+    rounding one that keeps every key. Measured (docs/log/distributed.md).
 
     fit_steps, fit_batch, fit_samples, fit_conversations, fit_checks, fit_trial_steps, fit_matching,
     fit_answer_tokens: defaults of `FitConfig`. fit_tokens: of conversations whose samples are taken, where the memory
@@ -61,6 +63,8 @@ class Device:
     training_scores: int
     layer_training_scores: int
     launch_scores: int
+    start_steps: int
+    kept_steps: int
     fit_steps: int
     fit_batch: int
     fit_samples: int
@@ -110,6 +114,8 @@ LINUX_CPU = Device(
     training_scores=1 << 19,
     layer_training_scores=1 << 16,
     launch_scores=1 << 14,
+    start_steps=60,
+    kept_steps=12,
     fit_steps=250,
     fit_batch=512,
     fit_samples=14_000,
@@ -158,6 +164,8 @@ GPU = Device(
     training_scores=1 << 27,
     layer_training_scores=1 << 22,
     launch_scores=1 << 22,
+    start_steps=900,
+    kept_steps=230,
     fit_steps=750,
     fit_batch=2048,
     fit_samples=150_000,

@@ -29,17 +29,17 @@ def check(
     banks: Sequence[Bank],
     *,
     windows: Mapping[int, Kept] | None = None,
-    questions: int | None = None,
+    asked: Sequence[Conversation] | None = None,
     no_context: float | None = None,
     stage: str = "checking",
 ) -> JsonObject:
-    """How far the answers to the check questions, or the first so many, are from the full cache's (`verdict`), and how
-    much recall helps them; banks: one a layer. windows: what the layers without heads keep (default: the context's).
-    no_context: the divergence without the text, where it is known. stage: what progress calls it. Each rank compares
-    some of the answers."""
+    """How far the answers to the check questions are from the full cache's (`verdict`), and how much recall helps them;
+    banks: one a layer. windows: what the layers without heads keep (default: the context's). asked: of the data's
+    conversations those that are compared (default: all that were answered). no_context: the divergence without the
+    text, where it is known. stage: what progress calls it. Each rank compares some of the answers."""
     context = data.context
-    conversations = answered_checks(data.conversations)[:questions]
-    conversations.sort(key=lambda c: len(c.prompt))  # those of a batch are padded to the longest
+    conversations = answered_checks(data.conversations) if asked is None else asked
+    conversations = sorted(conversations, key=lambda c: len(c.prompt))  # those of a batch are padded to the longest
     windows = context.windows if windows is None else windows
     make_cache = partial(make_caches, context.in_view(banks), windows, context.start)
     views: dict[str, fidelity.MakeCache] = {"nectar": make_cache}

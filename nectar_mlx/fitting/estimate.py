@@ -16,6 +16,7 @@ SMALLEST_CHUNK = 64  # tokens of a text that are worth reading at a time
 _MOST_CHUNKS = 100_000  # whose stages are listed
 _CHECKED_AGAIN = 2 / 3  # of a check, where answers without the text are known
 _KEY_BYTES = 1.2  # of a number in the key file, with scales, checksums and sketches
+_SHORT = 32  # tokens of a short question and its answer
 _READ = 2  # bytes that the decode kernel reads of a byte of a file: nodes of 4 bits are widened to 8
 
 
@@ -106,20 +107,23 @@ def estimate(
 
 
 def update_stages(
-    shape: Shape, machine: Machine, config: FitConfig, tokens: int, *, kept: float, new: float
+    shape: Shape, machine: Machine, config: FitConfig, tokens: int, *, kept: float, new: float, checks: int
 ) -> list[Stage]:
     """Of an update (`updating`) of a text that is fitted at once. config: its steps, check questions and answers. kept,
-    new: samples a head of conversations that are replayed, and of those that are sampled."""
+    new: samples a head of conversations that are replayed, and of those that are sampled. checks: questions about what
+    is new."""
     share = share_of(config, shape.geometry, tokens) or AUTO_SHARE
     work = Work(shape=shape, machine=machine, config=config, n=tokens, share=share, layerwise=False)
     replayed, sampled = (samples / (TRAIN_SHARE * work.group) for samples in (kept, new))
     captured = work.seconds(replayed * work.token(vocabulary=False), "capturing")
+    sampling = work.decode(sampled, together=max(1, int(sampled / work.conversation)))
     return [
         work.read(),
-        Stage("sampling answers", work.decode(sampled, together=max(1, int(sampled / work.conversation)))),
+        Stage("sampling answers", sampling + work.decode(checks * _SHORT, together=checks)),
         Stage("capturing attention", captured),
         Stage("fitting heads", work.regression()),
         Stage("checking", work.check()),
+        Stage("checking what is new", work.check() * checks * _SHORT / work.checked),
     ]
 
 

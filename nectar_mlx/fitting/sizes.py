@@ -15,6 +15,7 @@ from .budget import equal_size, head_sizes, node_bits
 from .check import check
 from .checkpoint import Plan
 from .kinds import KindFit
+from .samples.conversation import answered_checks
 from .train import groups, regress, rounded
 
 _MOST_BITS, _OVERHEAD_BITS = 11.0, 0.5  # of a number; the second for biases, exponents and what training adds
@@ -101,7 +102,8 @@ def short_fit(kind: KindFit, sizes: Sequence[Size], bits: float) -> JsonObject:
         run.layout.bank.stack([heads[layer * K + k] for k in range(K)], scale=run.geometry.scale, offset=offset)
         for layer, offset in enumerate(kind.data.context.offsets)
     ]
-    return check(run, kind.data, banks, questions=device().trial_checks, stage="checking a budget")
+    asked = answered_checks(kind.data.conversations)[: device().trial_checks]
+    return check(run, kind.data, banks, asked=asked, stage="checking a budget")
 
 
 def mean_bits(layout: Layout, sizes: Sequence[Size], nbytes: float, *, n: int) -> float:

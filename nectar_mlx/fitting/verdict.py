@@ -18,6 +18,7 @@ _ROUNDING = 1e-5  # nats that rounding errors come to
 EXPONENT = 1.7  # KL falls with so much of a power of the bytes, where nothing better is known (docs/log/budgets.md)
 
 Grade = Literal["close", "usable", "not faithful"]
+_GRADES: tuple[Grade, ...] = ("close", "usable", "not faithful")
 
 
 def measured(ours: Divergence, no_context: Divergence | float) -> JsonObject:
@@ -43,10 +44,26 @@ def _figures(kl: float, agree: float, floor: float) -> JsonObject:
 
 
 def grade(report: JsonObject) -> Grade | None:
-    """None for files that do not say, and for those that keep every key."""
-    if not all(isinstance(report.get(name), int | float) for name in ("gap_closed", "kl")):
+    """None for files that do not say, and for those that keep every key. Of an updated file: the worse of what the
+    questions about the whole text and those about what is new say."""
+    return _grade(worse(report))
+
+
+def worse(report: JsonObject) -> JsonObject:
+    """Of the figures of a report those that decide the verdict: its own, or those about what is new."""
+    new = report.get("new")
+    return max(report, new, key=_badness) if isinstance(new, dict) else report
+
+
+def _badness(figures: JsonObject) -> tuple[int, float]:
+    reached = _grade(figures)
+    return (_GRADES.index(reached), -figures["gap_closed"]) if reached else (-1, 0.0)
+
+
+def _grade(figures: JsonObject) -> Grade | None:
+    if not all(isinstance(figures.get(name), int | float) for name in ("gap_closed", "kl")):
         return None
-    gap, kl = report["gap_closed"], report["kl"]
+    gap, kl = figures["gap_closed"], figures["kl"]
     if gap >= CLOSE or kl <= CLOSE_KL:
         return "close"
     usable = gap >= USABLE or (kl <= USABLE_KL and gap >= USABLE_KL_GAP)
@@ -55,26 +72,32 @@ def grade(report: JsonObject) -> Grade | None:
 
 def sentence(report: JsonObject, *, share: float) -> str:
     """The verdict for a person. share: bytes kept / bytes of the bf16 KV cache."""
-    reached = grade(report)
+    reached, deciding = grade(report), worse(report)
     if reached is None:
         return ""
-    gap, kl = report["gap_closed"], report["kl"]
-    figures = f"{max(gap, 0):.1%} of what the text changes is kept, KL {kl:.4f}"
-    if gap < USABLE and reached != "not faithful":
-        figures = f"KL {kl:.4f}, where the whole text changes answers by {report['kl_no_context']:.4f}"
+    figures = _in_words(report)
+    if new := report.get("new"):
+        figures += f"; about what is new {_in_words(new, of='')}"
     if reached == "close":
         return f"Close to the full text: {figures}."
-    more = f"a budget of about {_larger(report, share)} would be close to it"
+    more = f"a budget of about {_larger(deciding, share, report.get('exponent', EXPONENT))} would be close to it"
     if reached == "usable":
         return f"Usable: {figures}; {more}."
     return f"Not faithful to the text: {figures}. Fit it again with a larger budget: {more}."
 
 
-def _larger(report: JsonObject, share: float) -> str:
+def _in_words(figures: JsonObject, *, of: str = " of what the text changes is kept") -> str:
+    gap, kl = figures["gap_closed"], figures["kl"]
+    if gap < USABLE and _grade(figures) != "not faithful":
+        return f"KL {kl:.4f}, where the whole text changes answers by {figures['kl_no_context']:.4f}"
+    return f"{max(gap, 0):.1%}{of}, KL {kl:.4f}"
+
+
+def _larger(figures: JsonObject, share: float, exponent: float) -> str:
     """The budget at which the gap is expected to be closed, as a percentage of one digit, or whole; rounded up, or it
     could be the one that was too small."""
-    target = max((1 - CLOSE) * report["kl_no_context"], CLOSE_KL)
-    needed = share * (report["kl"] / target) ** (1 / report.get("exponent", EXPONENT))
+    target = max((1 - CLOSE) * figures["kl_no_context"], CLOSE_KL)
+    needed = share * (figures["kl"] / target) ** (1 / exponent)
     percent = 100 * min(1.0, max(needed, 1.25 * share))
     unit = 10.0 ** min(0, math.floor(math.log10(percent)))
     return f"{math.ceil(percent / unit - 1e-6) * unit:.3g}%"

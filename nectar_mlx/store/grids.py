@@ -25,7 +25,7 @@ _NOTHING = 1e-12  # rows whose entries are no larger are zero
 _LEAST_EXPONENT, _MOST_EXPONENT = -300, 100  # of a row's step or a column's scale
 _TOGETHER = 1 << 18  # numbers whose steps are looked for at a time: they stay in a core's cache
 BLOCK = 1 << 22  # integers that are coded together, at most; files depend on it
-_WORKERS = min(8, os.cpu_count() or 1)  # each takes some 100 MB
+_WORKERS = min(2, os.cpu_count() or 1)  # more wait for each other (docs/log/file.md); each takes some 100 MB
 MEAN_BITS = 4.0  # that an entry takes on average, where nothing else is said
 MOVED_BITS = 0.11  # that it takes more: training moves what is still free away from the steps that were chosen for it
 

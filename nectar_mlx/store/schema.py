@@ -80,6 +80,14 @@ class _File(msgspec.Struct):
     left_out: list[str]
 
 
+class _New(msgspec.Struct):
+    """What the check of an update found about what is new."""
+
+    kl: float
+    kl_no_context: float
+    gap_closed: float
+
+
 class _Report(msgspec.Struct):
     """What is read of a report; it may hold more, which is only shown."""
 
@@ -90,6 +98,7 @@ class _Report(msgspec.Struct):
     agree: float | None = None
     kl_no_context: float | None = None
     gap_closed: float | None = None
+    new: _New | None = None
     files: list[_File] = []
     packed_files: str = ""
     edits: str = ""

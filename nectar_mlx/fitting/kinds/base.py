@@ -18,10 +18,6 @@ from ..solve import attention_matching, grouping, regression
 from ..solve.initial import Init
 from ..solve.regression import Training
 
-# Steps of the regression that take as long as where a head starts and its rounding: measured on a CPU; keys that are
-# kept as they are need no start.
-_START, _KEPT = 60, 12
-
 
 class KindFit:
     """A kind of head function, as it is fitted to what was collected of a context.
@@ -103,7 +99,7 @@ class KindFit:
 
     def cost(self, size: Size, *, trained: bool) -> float:
         """What fitting a head of this size takes, in scores: where it starts, and its steps."""
-        start = _KEPT if self.keeps_every_key(size) else _START
+        start = device().kept_steps if self.keeps_every_key(size) else device().start_steps
         return self.step_scores(size) * (start + trained * self.run.config.steps)
 
     def groups(self, sizes: Sequence[Size]) -> list[list[int]]:

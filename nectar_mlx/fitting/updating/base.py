@@ -1,6 +1,6 @@
 """What an update starts from, and what the two ways of updating share."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
@@ -19,7 +19,7 @@ from ..prefill import Context, read_text
 from ..run import FitRun
 from ..samples import kept_study
 from ..samples.capture import Collected
-from ..samples.conversation import Conversation
+from ..samples.conversation import Conversation, answered_checks
 from ..samples.recording import collect
 from ..samples.sampling import Recorder
 from ..samples.self_study import answer, answered_before
@@ -29,6 +29,7 @@ from . import questions
 from .revision import Revision
 
 _ANSWER = 24  # tokens of new answers, at most, where others are kept
+_CHECK_ANSWER = 16  # tokens of answers to the check's questions about what is new, at most
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,9 +96,11 @@ class FileContents:
 
 @dataclass(frozen=True, kw_only=True)
 class Updated:
-    """What an update makes: heads, layer by layer, of the kind that fitted them."""
+    """What an update makes: heads, layer by layer, of the kind that fitted them. new: the check's conversations about
+    what is new."""
 
     kind: KindFit
+    new: Sequence[Conversation]
     heads: Sequence[HeadArrays]
     report: JsonObject
 
@@ -114,11 +117,14 @@ def read(run: FitRun, file: FileContents, prefix: Sequence[int]) -> Context:
 
 def collected(
     run: FitRun, context: Context, revision: Revision, study: Sequence[Conversation], *, kept: int, new: int
-) -> Collected:
-    """What heads are trained on: about so many samples a head of conversations that were kept, and of new ones."""
+) -> tuple[Collected, list[Conversation]]:
+    """What heads are trained on: about so many samples a head of conversations that were kept, and of new ones. And of
+    its conversations those of the check that are about what is new."""
     run = answering(run, study)
     batch = questions.about_the_new(run, revision, study, samples=new)
-    return collect(run, context, partial(_answered, batch), kept=questions.some(study, run, samples=kept), whole=True)
+    checking = questions.checking_the_new(run, revision)
+    ask = partial(_answered, batch, checking)
+    return collect(run, context, ask, kept=questions.some(study, run, samples=kept), whole=True), checking
 
 
 def answering(run: FitRun, study: Sequence[Conversation]) -> FitRun:
@@ -129,28 +135,56 @@ def answering(run: FitRun, study: Sequence[Conversation]) -> FitRun:
 
 
 def _answered(
-    batch: list[Conversation], run: FitRun, context: Context, recorder: Recorder | None
+    batch: list[Conversation],
+    checking: list[Conversation],
+    run: FitRun,
+    context: Context,
+    recorder: Recorder | None,
 ) -> list[Conversation]:
-    """The conversations, their answers sampled, or those that an interrupted update has sampled."""
+    """Both, their answers sampled, or those that an interrupted update has sampled. The check's by themselves: beside
+    longer prompts, which are read token by token, short ones take as many steps more."""
     allow_half(run.model, context)
-    answered = answered_before(batch, run.kept_conversations())
-    longest = max(len(c.prompt) for c in batch) + run.config.answer_tokens
-    with run.progress("sampling answers", longest) as done:
-        answer(run, context, batch, seed=run.config.seed, progress=done, recorder=recorder, answered=answered)
-    run.checkpoint.save_conversations(batch)
-    return batch
+    known, asked = run.kept_conversations(), list[Conversation]()
+    short = replace(run, config=replace(run.config, answer_tokens=min(_CHECK_ANSWER, run.config.answer_tokens)))
+    parts = [(run, batch), (short, checking)]
+    lengths = [max(len(c.prompt) for c in part) + of.config.answer_tokens for of, part in parts]
+    with run.progress("sampling answers", sum(lengths)) as done:
+        for number, (of, part) in enumerate(parts):
+            first = len(asked)
+            answered = answered_before(part, known[first:])
+            answer(
+                of,
+                context,
+                part,
+                seed=run.config.seed + number,
+                progress=partial(_further, done, sum(lengths[:number])),
+                recorder=recorder,
+                answered=answered,
+                first=first,
+            )
+            asked += part
+            if not answered:
+                run.checkpoint.save_conversations(asked)
+    return asked
 
 
-def retrained(kind: KindFit, file: FileContents, sizes: Sequence[Size], *, clock: Clock) -> Updated:
-    """Heads of these sizes, trained from where the kind starts them."""
+def _further(done: Callable[[int], None], before: int, tokens: int) -> None:
+    done(before + tokens)
+
+
+def retrained(
+    kind: KindFit, file: FileContents, sizes: Sequence[Size], *, new: Sequence[Conversation], clock: Clock
+) -> Updated:
+    """Heads of these sizes, trained from where the kind starts them. new: as in `Updated`."""
     heads = train_heads(kind, sizes, bits=file.bits)
     clock.lap("regression")
     report = {"samples": kind.data.train.count, "touched": kind.n_heads - len(kind.settled)}
-    return Updated(kind=kind, heads=heads, report=report)
+    return Updated(kind=kind, new=new, heads=heads, report=report)
 
 
 def stored(run: FitRun, file: FileContents, updated: Updated, *, clock: Clock) -> tuple[store.Tensors, JsonObject]:
-    """The file's tensors, and its report: checked against the full cache."""
+    """The file's tensors, and its report: checked against the full cache, by questions about the whole text and, apart,
+    by those about what is new."""
     data = updated.kind.data
     context = data.context
     tensors = store.contents(
@@ -165,6 +199,11 @@ def stored(run: FitRun, file: FileContents, updated: Updated, *, clock: Clock) -
         "queries": data.train.count,
         "error": [float(f"{x:.3g}") for x in merged_errors(updated.kind, banks)],
     }
-    report |= check(run, data, banks, no_context=file.no_context) | updated.report
+    new = answered_checks(updated.new)
+    whole = [c for c in answered_checks(data.conversations) if not any(c is other for other in new)]
+    whole = whole or new  # a study may hold none of a check
+    report |= check(run, data, banks, asked=whole, no_context=file.no_context) | updated.report
+    figures = check(run, data, banks, asked=new, stage="checking what is new")
+    report["new"] = {"questions": len(new)} | {name: x for name, x in figures.items() if name != "recall"}
     clock.lap("check")
     return tensors, report

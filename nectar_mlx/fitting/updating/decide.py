@@ -218,6 +218,7 @@ def _updated(
 
 
 def _worse(new: store.Metadata, old: store.Metadata) -> bool:
-    """Whether a result is no longer close where the file was, by more than a check's own chance."""
+    """Whether a result is no longer close where the file was, by more than a check's own chance; about the whole text,
+    or about what is new."""
     before, after = verdict.grade(old), verdict.grade(new)
-    return before == "close" != after and new["kl"] > _WORSE * old["kl"] + _NOTICED
+    return before == "close" != after and verdict.worse(new)["kl"] > _WORSE * old["kl"] + _NOTICED

@@ -42,7 +42,7 @@ def revise(
     context = read(run, file, revision.new)
     clock.lap("read")
     kept, new = wanted_samples(run, revision, study)
-    data = collected(run, context, revision, study, kept=kept, new=new)
+    data, checking = collected(run, context, revision, study, kept=kept, new=new)
     clock.lap("study")
     places = [place for start, end in revision.changed for place in range(start, end)]
     sizes = new_sizes(file.sizes, revision, tokens=len(places))
@@ -65,7 +65,7 @@ def revise(
     )
     if not revision.appended and all(part.moved == 0 for part in revision.kept):
         kind.settle(file)
-    return retrained(kind, file, sizes, clock=clock)
+    return retrained(kind, file, sizes, new=checking, clock=clock)
 
 
 def expected_stages(
@@ -79,7 +79,8 @@ def expected_stages(
         steps=math.ceil(effort.steps * config.steps),
         checks=questions.count_checks(config) if study else config.checks,
     )
-    return update_stages(shape, machine, config, len(revision.new), kept=kept, new=new)
+    checks = questions.count_new_checks(config)
+    return update_stages(shape, machine, config, len(revision.new), kept=kept, new=new, checks=checks)
 
 
 def wanted_samples(run: FitRun, revision: Revision, study: Sequence[Conversation]) -> tuple[int, int]:

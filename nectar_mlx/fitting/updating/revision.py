@@ -45,6 +45,13 @@ class Revision:
         ends, starts = [0, *(run.end for run in self.kept)], [*(run.start for run in self.kept), len(self.new)]
         return [(end, start) for end, start in zip(ends, starts, strict=True) if end < start]
 
+    @property
+    def left_out(self) -> list[tuple[int, int]]:
+        """Places [start, end) of the old prefix whose tokens are in the new one no more, in their order."""
+        old = [(run.start - run.moved, run.end - run.moved) for run in self.kept]
+        ends, starts = [0, *(end for _, end in old)], [*(start for start, _ in old), len(self.old)]
+        return [(end, start) for end, start in zip(ends, starts, strict=True) if end < start]
+
     def passages(self, before: int) -> list[tuple[int, int]]:
         """What is new, with so many tokens before it; places that meet are one."""
         found = list[tuple[int, int]]()
