@@ -179,7 +179,7 @@ def _work(arguments: argparse.Namespace) -> None:
                 nectar.keep(reading, tokenizer)
                 nectar.save(output)
         except (KeyboardInterrupt, NectarError):
-            if checkpoint.holds_work():
+            if checkpoint.continues():
                 cli.say(f"the finished work is kept in {folder}: the same command continues")
             raise
         checkpoint.clear()

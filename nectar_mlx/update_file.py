@@ -79,7 +79,7 @@ def _work(args: argparse.Namespace) -> None:
                     most=_MOST if _same_file(output, args.file) and not args.force else 1.0,
                 )
         except (KeyboardInterrupt, NectarError):
-            if checkpoint.holds_work():
+            if checkpoint.continues():
                 cli.say(f"the finished work is kept in {folder}: the same command continues")
             raise
         nectar = Nectar(tensors, metadata)
