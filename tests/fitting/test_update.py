@@ -164,6 +164,13 @@ def test_new_questions_give_the_samples_that_are_wanted(model, tokenizer):
     assert "check" not in [c.split for c in asked]
 
 
+def test_one_is_held_out_where_the_study_holds_none(model, tokenizer):
+    run, revision = fit_run(model, tokenizer), Revision.of(list(range(200)), list(range(220)))
+    for kept in ([Conversation([1], [2], "train")] * 4, [Conversation([1], [2], "held_out")]):
+        asked = questions.about_the_new(run, revision, kept, samples=100)
+        assert sum(c.split == "held_out" for c in [*kept, *asked]) == 1
+
+
 def test_without_a_study_some_are_about_the_whole_text_and_one_is_held_out(model, tokenizer):
     run = fit_run(model, tokenizer)
     asked = questions.about_the_new(run, Revision.of(list(range(200)), list(range(220))), [], samples=100)
@@ -346,6 +353,11 @@ class TestAppend:
         again, _ = updated(model, tokenizer, Nectar(once.tensors, once.metadata), MORE + " It slept.")
         assert again.way == "append"
         assert again.metadata["report"]["error"]
+        first, last = (FileContents(tensors=x.tensors, metadata=x.metadata) for x in (fitted, again))
+        run = fit_run(model, tokenizer)
+        checks = [[c for c in x.study(run) if c.split == "check"] for x in (first, last)]
+        assert checks[0] == checks[1], "the questions whose divergence without the text is known"
+        assert len(last.study(run)) > len(first.study(run))
 
     def test_tokens_that_would_be_merged_across_the_end_stay_apart(self, model, tokenizer, fitted):
         text = TEXT[:-1] + ".. and more."

@@ -201,7 +201,9 @@ def _updated(
         return None
     report["updated"] = {"way": way, "tokens": len(prefix) - len(revision.old), "from": store.digest(file.tensors)}
     if kept_study.TENSOR in file.tensors:
-        fresh = [c for c in updated.kind.data.conversations if not any(c is old for old in study)]
+        # Without those that ask about what is new: the next check is of the whole text, as this file's own was.
+        others = [*study, *updated.new]
+        fresh = [c for c in updated.kind.data.conversations if not any(c is other for other in others)]
         tensors[kept_study.TENSOR] = kept_study.packed([*fresh, *study][: 2 * len(study)])
     kept = sum(x.nbytes for name, x in tensors.items() if name not in ("prefix", kept_study.TENSOR))
     if sentence := verdict.sentence(report, share=kept / run.geometry.cache_bytes(len(prefix))):
