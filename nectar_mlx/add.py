@@ -27,9 +27,10 @@ def _parser() -> argparse.ArgumentParser:
 def _work(args: argparse.Namespace) -> None:
     library = from_library.open_library(args, make=True)
     fitter = from_library.fitter(library, args)
-    added = library.add(
-        args.paths, fitter, include=args.include, exclude=args.exclude, progress=cli.progress, log=cli.say
-    )
+    with cli.overall() as progress:
+        added = library.add(
+            args.paths, fitter, include=args.include, exclude=args.exclude, progress=progress, log=cli.say
+        )
     from_library.report(added, as_json=args.json)
 
 

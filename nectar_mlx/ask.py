@@ -58,11 +58,11 @@ def _work(args: argparse.Namespace) -> None:
     if not args.json:
         ended = writing.show(iter(reply), quiet=args.cite)
         if args.cite:
-            cli.show(reply.cited())
+            cli.show_answer(reply.cited())
         writing.say_how_it_ended(ended, args)
         for source in reply.sources() if args.sources or args.cite else ():
             # What the marks mean belongs to the answer; that there is no source does not.
-            (cli.show if args.cite and source.startswith("[") else cli.say)(source)
+            (cli.show_answer if args.cite and source.startswith("[") else cli.say)(source)
         return
     answer, thoughts, first, ended = "", "", 0.0, None
     for piece in reply:

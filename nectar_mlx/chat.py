@@ -123,7 +123,7 @@ def _obey(name: str, argument: str, conversation: Conversation) -> None:
         cli.say("the conversation is cleared, the text is kept")
     elif name == "/history":
         for message in conversation.messages:
-            cli.show(f"{message['role']}: {message['content']}")
+            cli.show_answer(f"{message['role']}: {message['content']}")
     elif name == "/sources":
         _show_sources(conversation)
     elif name == "/doc":

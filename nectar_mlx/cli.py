@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from . import console
+from .console import answering as answering
 from .console import complain as complain
 from .console import hint as hint
 from .console import overall as overall
@@ -24,6 +25,8 @@ from .console import progress as progress
 from .console import row as row
 from .console import say as say
 from .console import show as show
+from .console import show_answer as show_answer
+from .console import thinking as thinking
 from .core import extras, interrupt, numbers, terminal
 from .core.numbers import share as share
 from .core.numbers import size as size
@@ -194,7 +197,7 @@ def load_nectar(
         try:
             nectar = Nectar.load(file, model, tokenizer)
         except NectarError as error:
-            raise NectarError(_named(str(error), file, name)) from error
+            raise NectarError(_named(error.message, file, name), advice=error.advice) from error
     if silent:
         return nectar
     for warning in caught:

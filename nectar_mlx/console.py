@@ -3,15 +3,18 @@
 The answer or the JSON goes to stdout, everything else to stderr.
 """
 
+import os
 import sys
 import textwrap
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, TextIO
 
 from .core import terminal
 from .core.clock import duration
+from .core.wrapping import Wrap
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -36,7 +39,8 @@ def say(line: str) -> None:
 
 def complain(line: str) -> None:
     """One line for a person, on stderr, with --quiet, too: what is wrong."""
-    _tell(terminal.printable(line, one_line=True) + "\n")
+    flow = Flow(_tell, sys.stderr)
+    flow.add(terminal.printable(line, one_line=True) + "\n")
 
 
 def show(text: str = "", *, end: str = "\n") -> None:
@@ -48,6 +52,47 @@ def hint(text: str) -> None:
     """Text on stderr as it comes, such as a model's thoughts; nothing with --quiet."""
     if not _quiet:
         _tell(terminal.printable(text))
+
+
+class Flow:
+    """A text that is shown as it comes. At a terminal its lines end at words; elsewhere nothing is changed."""
+
+    def __init__(self, show: Callable[[str], None], stream: TextIO):
+        """show: of this module, that shows a part of a text. stream: that it writes to."""
+        self._show = show
+        at_terminal = stream is not None and stream.isatty()  # Python has none where a program has no console
+        self._wrap = Wrap(lambda: _columns(stream)) if at_terminal else None
+
+    def add(self, text: str) -> None:
+        self._show(text if self._wrap is None else self._wrap.feed(terminal.printable(text)))
+
+    def finish(self) -> None:
+        """Shows the last word."""
+        if self._wrap is not None:
+            self._show(self._wrap.finish())
+
+
+def answering() -> Flow:
+    """An answer on stdout, as `show` shows it."""
+    return Flow(partial(show, end=""), sys.stdout)
+
+
+def show_answer(text: str) -> None:
+    """A whole answer, or what belongs to it, on stdout."""
+    answering().add(f"{text}\n")
+
+
+def thinking() -> Flow:
+    """A model's thoughts on stderr, as `hint` shows them."""
+    return Flow(hint, sys.stderr)
+
+
+def _columns(stream: TextIO) -> int:
+    """Of the terminal that a stream writes to; 0 where that is not known."""
+    try:
+        return os.get_terminal_size(stream.fileno()).columns
+    except (OSError, ValueError):
+        return 0
 
 
 def _tell(text: str) -> None:
@@ -132,8 +177,10 @@ def _bar(status: "Status") -> "RenderableType":
 
 
 def _stage(status: "Status") -> str:
-    """The stage, its number where there are several, and how much of it is done."""
+    """The part of the task, or else the number of the stage where there are several; the stage, and how much of it is
+    done."""
     number = f"stage {status.stage} of {status.stages}, " if status.stages > 1 else ""
+    number = f"{status.part}, " if status.part else number
     part = f" ({min(status.done, status.total):,} of {status.total:,})" if status.total > 1 else ""
     return f"{number}{status.description}{part}"
 

@@ -210,8 +210,8 @@ def _show(reading: "Reading", arguments: argparse.Namespace) -> None:
     else:
         seconds, size = facts["seconds"], facts["file_bytes"]
         cli.say(f"estimated: {duration(seconds)} here, which may be off by half, and a file of {size / 1e6:,.2f} MB")
-        if facts["undistilled"]:
-            cli.say(facts["undistilled"])
+        for line in filter(None, (facts["undistilled"], facts["exceeded"])):
+            cli.say(line)
     if arguments.json:
         print(json.dumps(facts))
 
@@ -244,6 +244,7 @@ def _estimate(arguments: argparse.Namespace, tokens: int) -> JsonObject:
         "file_bytes": int(expected.size),
         "basis": machine.basis,
         "undistilled": expected.undistilled,
+        "exceeded": expected.exceeded,
     }
 
 

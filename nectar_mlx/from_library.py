@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from . import cli, settings
 from .core.types import JsonObject, Tokenizer
-from .errors import NectarError
+from .errors import FIT_AGAIN, NectarError
 from .library import Added, Document, Identity, Library, ModelFitter, Routing, holds_library, none_of
 
 if TYPE_CHECKING:
@@ -200,9 +200,9 @@ class Questions:
             try:
                 nectar = cli.load_nectar(document.file, *self._base[1:], name=name, silent=silent)
             except NectarError as error:
-                told = str(error).removesuffix("; fit it again")
-                advice = "; `nectar update` fits it again" if "is damaged" in told or "cut short" in told else ""
-                raise NectarError(told + advice) from error
+                if error.advice != FIT_AGAIN:
+                    raise
+                raise NectarError(error.message, advice="`nectar update` fits it again") from error
             if silent:
                 return self._base[1], self._base[2], nectar
             self._nectar = nectar

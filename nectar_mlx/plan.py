@@ -9,6 +9,8 @@ from . import cli
 from .core.clock import duration
 from .core.types import JsonObject
 
+_HERE = "this machine"  # its name among the machines
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     return cli.run(_parser(), _work, argv)
@@ -20,9 +22,18 @@ def _parser() -> argparse.ArgumentParser:
         "--model", nargs="+", metavar="NAME", help="published names, folders or .gguf files (all known ones)"
     )
     parser.add_argument(
-        "--tokens", type=cli.tokens, nargs="+", metavar="N", help="of the text: 50000, 50k (10k to 10M)"
+        "--tokens",
+        type=cli.tokens,
+        nargs="+",
+        metavar="N",
+        help="of the text: 50000, 50k (10k to 10M; without --model 10k)",
     )
-    parser.add_argument("--machine", metavar="NAME", help="only machines with this in their name, such as M4 or H100")
+    parser.add_argument(
+        "--machine",
+        metavar="NAME",
+        help="only machines with this in their name, such as M4 or H100 (all known ones; without --model this machine)",
+    )
+    parser.add_argument("--all", action="store_true", help="without --model, too, all sizes and machines")
     parser.add_argument(
         "--machines", type=int, default=1, metavar="N", help="equal ones that share the fit, 1 to 8 (1)"
     )
@@ -45,15 +56,18 @@ def _work(arguments: argparse.Namespace) -> None:
     from .errors import NectarError
     from .fitting import machines
 
-    chosen = (arguments.machine or "").lower()
-    named = [machines.here()] if "this machine".startswith(chosen) else []  # "Mac" is in it, too
+    # All models, sizes and machines are some 400 rows.
+    brief = not (arguments.model or arguments.all)
+    chosen = (arguments.machine or (_HERE if brief else "")).lower()
+    named = [machines.here()] if _HERE.startswith(chosen) else []  # "Mac" is in it, too
     named += [machine for machine in machines.MACHINES if chosen in machine.name.lower()]
     if not named:
-        known = "; ".join(["this machine", *(machine.name for machine in machines.MACHINES)])
+        known = "; ".join([_HERE, *(machine.name for machine in machines.MACHINES)])
         raise NectarError(f"no machine with {arguments.machine!r} in its name: {known}")
     if not 1 <= arguments.machines <= 8:
         raise NectarError(f"--machines must be 1 to 8, not {arguments.machines}")
-    if not all(arguments.tokens or machines.TOKENS):
+    sizes = arguments.tokens or machines.TOKENS[: 1 if brief else None]
+    if not all(sizes):
         raise NectarError("--tokens must be at least 1")
     options = {name: getattr(arguments, name) for name in ("budget", "kind", "effort")}
     configs = [(machine, machines.settings(machine, **options)) for machine in named]
@@ -61,13 +75,15 @@ def _work(arguments: argparse.Namespace) -> None:
     rows = [
         machines.planned(shape, tokens, machine, config, machines=arguments.machines, others=bool(arguments.others))
         for shape in shapes
-        for tokens in arguments.tokens or machines.TOKENS
+        for tokens in sizes
         for machine, config in configs
     ]
     if arguments.json:
         print(json.dumps(rows))
     else:
         _show(rows, others=bool(arguments.others))
+        if brief:
+            cli.say("--model, --tokens and --machine choose others; --all shows all")
 
 
 def _show(rows: Sequence[JsonObject], *, others: bool) -> None:
@@ -87,8 +103,9 @@ def _show(rows: Sequence[JsonObject], *, others: bool) -> None:
     Console(width=None if sys.stdout.isatty() else 160).print(table)
     if others and any(row["chunks"] > 1 or row["layerwise"] for row in rows):
         cli.say(ALONE)
-    for reason in dict.fromkeys(row["undistilled"] for row in rows if row["undistilled"]):
-        cli.say(reason)
+    for name in ("undistilled", "exceeded"):
+        for reason in dict.fromkeys(row[name] for row in rows if row[name]):
+            cli.say(reason)
     cli.say("estimates: times may be off by half, and on machines that are calculated by more")
 
 

@@ -39,11 +39,13 @@ def _work(args: argparse.Namespace) -> None:
     if library.is_empty:
         raise NectarError(f"the library {library.folder.path} is empty: `nectar add FOLDER` fills it")
     fitter = from_library.fitter(library, args)
-    added = library.update(fitter, progress=cli.progress, log=cli.say)
+    with cli.overall() as progress:
+        added = library.update(fitter, progress=progress, log=cli.say)
     from_library.report(added, as_json=args.json)
     while args.watch:
         time.sleep(args.every)
-        added = library.update(fitter, progress=cli.progress, log=cli.say, retry=False)
+        with cli.overall() as progress:
+            added = library.update(fitter, progress=progress, log=cli.say, retry=False)
         if added.scan.read or added.work.fitted or added.work.failed:
             from_library.report(added, as_json=args.json)
 

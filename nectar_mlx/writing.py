@@ -99,17 +99,21 @@ def show(pieces: Iterator[Written], *, quiet: bool = False) -> Ended | None:
     """Shows an answer as it comes, on stdout (not if quiet), and its thoughts on stderr; how it ended, None where
     nothing came."""
     ended, thinking = None, False
-    for piece in pieces:
-        if piece.thoughts:
-            cli.hint(piece.thoughts)
-        if thinking and piece.answer:
-            cli.hint("\n\n")
-        thinking = (thinking or bool(piece.thoughts)) and not piece.answer
-        if not quiet:
-            cli.show(piece.answer, end="")
-        ended = piece.ended
+    answer, thoughts = cli.answering(), cli.thinking()
+    try:
+        for piece in pieces:
+            thoughts.add(piece.thoughts)
+            if thinking and piece.answer:
+                thoughts.add("\n\n")
+            thinking = (thinking or bool(piece.thoughts)) and not piece.answer
+            if not quiet:
+                answer.add(piece.answer)
+            ended = piece.ended
+    finally:  # an answer that is interrupted is shown to its last word
+        thoughts.finish()
+        answer.finish()
     if thinking:
-        cli.hint("\n")
+        thoughts.add("\n")
     if not quiet:
         print(flush=True)
     return ended

@@ -2,8 +2,11 @@
 
 import importlib
 import json
+import os
 import shutil
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -109,6 +112,25 @@ def test_an_installation_without_what_computes_is_one_line(place, monkeypatch, c
     told = "no module named anything"
     with pytest.raises(ImportError, match="anything"):
         __main__.main(["doctor"])
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("command", ["fit", "evaluate"])
+def test_a_module_of_a_command_says_it_as_the_command_does(command, tmp_path):
+    """Their modules import MLX, which is before their `main`."""
+    (tmp_path / "mlx").mkdir()
+    (tmp_path / "mlx/__init__.py").write_text("")
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{Path(__file__).parent.parent}"}
+
+    def run(told):
+        (tmp_path / "mlx/core.py").write_text(f"raise ImportError({told!r})")
+        arguments = [sys.executable, "-m", f"nectar_mlx.{command}", "--help"]
+        return subprocess.run(arguments, capture_output=True, text=True, env=environment, cwd=tmp_path)
+
+    done = run("libmlx.so: cannot open shared object file: No such file or directory")
+    line = f"nectar {command}: MLX has nothing to compute with: pip install '.[cpu]' in the clone of nectar_mlx"
+    assert done.returncode == cli.FAULT and done.stderr.count("\n") == 1 and done.stderr.startswith(line)
+    assert "Traceback" in run("no module named anything").stderr
 
 
 def test_the_doctor_tells_what_is_here(tmp_path, monkeypatch, capsys):

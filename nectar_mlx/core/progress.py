@@ -35,7 +35,8 @@ class Stage(NamedTuple):
 @dataclass(frozen=True)
 class Status:
     """How far a task is: stage number `stage` (from 1) of `stages`, and done / total of it. share: of the whole task.
-    elapsed, total_seconds: of the whole task so far, and at its end as far as is known (None: it is not)."""
+    elapsed, total_seconds: of the whole task so far, and at its end as far as is known (None: it is not). part: of the
+    task, to which the stage belongs, for a person; "" where it has no parts."""
 
     description: str
     stage: int
@@ -45,6 +46,7 @@ class Status:
     share: float
     elapsed: float
     total_seconds: float | None
+    part: str = ""
 
 
 class Overall:
@@ -61,12 +63,16 @@ class Overall:
         self._stages, self._at = list[Stage](), -1
         self._done = self._total = 0
         self._shown = 0.0
+        self._part = ""
 
-    def expect(self, stages: Sequence[Stage]) -> None:
-        """The stages that follow those so far, in their order. One that is left out takes no time."""
+    def expect(self, stages: Sequence[Stage], *, part: str = "") -> None:
+        """The stages that follow those so far, in their order. One that is left out takes no time. part: as in
+        `Status`, of the stages from now on."""
         self._stages[self._at + 1 :] = stages
+        self._part = part
         if self._expected is None:
             self._expected = self._reported = self._clock()
+            self._shown = 0.0  # it was the share of what came before
 
     @contextmanager
     def __call__(self, description: str, total: int, /) -> Iterator[Update]:
@@ -118,6 +124,7 @@ class Overall:
             share=self._shown,
             elapsed=elapsed,
             total_seconds=total,
+            part=self._part,
         )
 
     def _pace(self, behind: float, expected: float) -> float:

@@ -18,6 +18,7 @@ from ..store import MEAN_BITS, Layout
 from .config import FitConfig
 
 SMALL = 0.01  # share of the KV cache: of fewer bytes the heads that matter need more, and files gain by distillation
+MOST_BITS, OVERHEAD_BITS = 11.0, 0.5  # of a number; the second for biases, exponents and what training adds
 _MANY, _FEWEST_BITS = 200, 3.0  # nodes a head from which they take MEAN_BITS; what half as many take
 
 
@@ -59,6 +60,30 @@ def undistilled(
     if not reason or not _small(config, share):
         return ""
     return f"--effort best trains files below {SMALL:.0%} through the whole model, but not {reason}"
+
+
+def beyond_budget(kept: float, *, windows: float, keys: float) -> float:
+    """Bytes by which a file is larger than those that it is to keep, because of what sliding windows take, which is
+    kept whatever the budget: `affordable_bytes` gives a tenth of it away at most. keys: bytes of the keys and values
+    that heads stand for, in bfloat16."""
+    finest = keys * (MOST_BITS + OVERHEAD_BITS) / 16
+    return max(0.0, windows + min(0.9 * kept, finest) - kept)
+
+
+def exceeded(share: float | None, kept: float, *, windows: float, keys: float) -> str:
+    """That a file will be larger than its budget by more than a tenth, for a person; "" where it will not. share: that
+    is asked for, None where none is. Other arguments as for `beyond_budget`."""
+    more = beyond_budget(kept, windows=windows, keys=keys)
+    if share is None or more <= kept / 10:
+        return ""
+    return (
+        f"the budget of {share:.2%} is {_size(kept)}, but the model's sliding windows, which are kept as they are, "
+        f"take {_size(windows)}: the file will have about {_size(kept + more)}"
+    )
+
+
+def _size(nbytes: float) -> str:
+    return f"{nbytes / 1e6:,.1f} MB" if nbytes >= 1e6 else f"{nbytes / 1e3:,.1f} kB"
 
 
 def node_bits(layout: Layout, nbytes: float) -> float:

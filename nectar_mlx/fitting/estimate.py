@@ -7,7 +7,7 @@ from typing import NamedTuple
 from ..core.clock import duration
 from ..core.progress import Stage
 from ..errors import NectarError
-from .budget import distills, share_of, undistilled
+from .budget import beyond_budget, distills, exceeded, share_of, undistilled
 from .config import FitConfig
 from .work import AUTO_SHARE, TRAIN_SHARE, Machine, Shape, Work, compute_bytes
 
@@ -23,8 +23,8 @@ _READ = 2  # bytes that the decode kernel reads of a byte of a file: nodes of 4 
 class Estimate(NamedTuple):
     """stages: of the fit, in their order. memory: bytes in use at the same time, weights included. size: bytes of the
     file, and of its keys. disk: bytes that are written besides while the fit runs. chunks: that the text is read in.
-    layerwise: whether layer by layer. undistilled: as `budget.undistilled` says. step: bytes of the file that a
-    decoding step reads, cache: of the text's bfloat16 keys and values."""
+    layerwise: whether layer by layer. undistilled, exceeded: as `budget` says. step: bytes of the file that a decoding
+    step reads, cache: of the text's bfloat16 keys and values."""
 
     stages: list[Stage]
     memory: float
@@ -33,6 +33,7 @@ class Estimate(NamedTuple):
     chunks: int
     layerwise: bool
     undistilled: str
+    exceeded: str
     step: float
     cache: float
 
@@ -96,14 +97,17 @@ def estimate(
         stages.append(Stage("checking", work.check() if chunks == 1 else -(-chunks // machines) * work.check_alone()))
         if others:
             stages.append(Stage("checking", _CHECKED_AGAIN * work.check()))
-    kept = size = work.share * shape.geometry.cache_bytes(tokens)
-    size += 4 * tokens
+    kept = work.share * shape.geometry.cache_bytes(tokens)
+    windows = shape.geometry.window_bytes(n) * compute_bytes(machine) / 2 if bank.fitted else 0.0
+    parts = {"windows": windows, "keys": shape.geometry.cache_bytes(tokens) - shape.geometry.window_bytes(tokens)}
+    size = kept + beyond_budget(kept, **parts) + 4 * tokens
     if bank.keeps_keys:
         size += shape.geometry.cache_bytes(tokens) * _KEY_BYTES / 2
     disk, cache = size + chunks * work.kept(), float(shape.geometry.cache_bytes(tokens))
     step = (_READ if work.layout.bits is None else 1) * kept
     reason = undistilled(config, work.layout, share, **way)
-    return Estimate(stages, work.memory(), size, disk, chunks, layerwise, reason, min(step, cache), cache)
+    more = exceeded(share, kept, **parts)
+    return Estimate(stages, work.memory(), size, disk, chunks, layerwise, reason, more, min(step, cache), cache)
 
 
 def update_stages(

@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.base import create_attention_mask, create_ssm_mask
-from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.models.cache import CacheList, RotatingKVCache, make_prompt_cache
 
 from ..errors import NectarError
 from ..mlxlm.geometry import STATE, Geometry
@@ -34,7 +34,8 @@ class LayerRunner:
             raise NectarError(reason)
         # Behind other tokens, as in every use: some models tell their layers, or the embedding, where these end.
         tokens, caches = mx.zeros((1, 3), dtype=mx.int32), make_prompt_cache(model)
-        model(tokens, cache=caches)
+        with _windows_asked(caches) as self._windows:
+            model(tokens, cache=caches)
         expected = model(tokens, cache=copy.deepcopy(caches))
         finite.check_logits(expected)
         try:
@@ -66,7 +67,7 @@ class LayerRunner:
         if kind.kind == STATE:
             mask = create_ssm_mask(hidden, cache)
         else:
-            mask = create_attention_mask(hidden, cache, window_size=kind.window or None)
+            mask = create_attention_mask(hidden, cache, window_size=self._windows.get(kind.window))
         result: mx.array = self._layers[layer](hidden, mask, cache)
         return result
 
@@ -100,6 +101,33 @@ class LayerRunner:
         finally:
             for kind, original in kinds.items():
                 kind.__call__ = original
+
+
+@contextmanager
+def _windows_asked(caches: Sequence[Any]) -> Iterator[dict[int, int]]:
+    """For the keys that sliding windows keep, those that the model's own masks ask for: plamo3's are one more. The
+    model is called inside."""
+    asked: dict[int, int] = {}
+    parts = [part for cache in caches for part in (cache.caches if isinstance(cache, CacheList) else [cache])]
+    rings: list[Any] = [part for part in parts if isinstance(part, RotatingKVCache)]
+
+    def recording(ring: Any) -> Callable[..., Any]:
+        own = ring.make_mask
+
+        def make_mask(*arguments: Any, **named: Any) -> Any:
+            asked[ring.max_size] = named.get("window_size") or ring.max_size
+            return own(*arguments, **named)
+
+        return make_mask
+
+    for ring in rings:
+        asked[ring.max_size] = ring.max_size
+        ring.make_mask = recording(ring)
+    try:
+        yield asked
+    finally:
+        for ring in rings:
+            del ring.make_mask
 
 
 def layer_runner(model: nn.Module, geometry: Geometry) -> LayerRunner | None:

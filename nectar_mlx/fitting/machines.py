@@ -3,6 +3,7 @@ figures."""
 
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -85,7 +86,17 @@ _PUBLISHED = {
 
 
 def _shape(
-    name: str, layers: int, width: int, heads: int, kv: int, head: int, inner: int, words: int, window: int
+    name: str,
+    layers: int,
+    width: int,
+    heads: int,
+    kv: int,
+    head: int,
+    inner: int,
+    words: int,
+    window: int,
+    *,
+    windows: Sequence[int] = (),
 ) -> Shape:
     geometry = Geometry.uniform(
         model_type="",
@@ -93,7 +104,7 @@ def _shape(
         n_kv_heads=kv,
         head_dim=head,
         scale=head**-0.5,
-        windows=(0,) * layers,
+        windows=windows or (0,) * layers,
     )
     body = layers * (2.0 * width * head * (heads + kv) + 3.0 * width * inner)
     return Shape(name=name, geometry=geometry, body=body, vocabulary=float(words * width), window=window)
@@ -155,9 +166,26 @@ def _configured(name: str, path: Path) -> Shape:
             config["intermediate_size"],
             config["vocab_size"],
             config.get("max_position_embeddings") or _UNKNOWN_WINDOW,
+            windows=_windows(config),
         )
     except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise NectarError(f"{path} does not describe a model ({type(error).__name__}: {error})") from None
+
+
+def _windows(config: JsonObject) -> tuple[int, ...]:
+    """The sliding window of each layer, 0 for none; of the forms that configurations have for it the two usual ones.
+    ValueError where no layer has full attention."""
+    count, size = config["num_hidden_layers"], config.get("sliding_window") or 0
+    pattern = config.get("sliding_window_pattern") or config.get("_sliding_window_pattern")
+    slides = [False] * count
+    if types := config.get("layer_types"):
+        slides = ["sliding" in kind for kind in types]
+    elif isinstance(pattern, int):
+        slides = [(layer + 1) % pattern != 0 for layer in range(count)]
+    windows = tuple(size if sliding else 0 for sliding in slides)
+    if all(windows):
+        raise ValueError("no layer has full attention")
+    return windows
 
 
 def _gguf_config(path: Path) -> JsonObject:
@@ -220,6 +248,7 @@ def planned(
         "chunks": expected.chunks,
         "layerwise": expected.layerwise,
         "undistilled": expected.undistilled,
+        "exceeded": expected.exceeded,
         "fits": whole and expected.memory <= machine.memory,
         "basis": machine.basis,
     }

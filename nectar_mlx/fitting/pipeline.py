@@ -187,8 +187,8 @@ def _check_room(run: FitRun, prefix: Sequence[int], *, in_pieces: bool) -> None:
 
 
 def _announce(run: FitRun, tokens: int, chunks: int, *, name: str, log: Log) -> None:
-    """Tells what the fit is expected to take: the progress, a person where it is long, or where an effort is not made
-    as a whole, and NectarError where the disk has no room for it."""
+    """Tells what the fit is expected to take: the progress, a person where it is long, where an effort is not made as a
+    whole or the file will be larger than its budget, and NectarError where the disk has no room for it."""
     shape = shape_of(run.model, run.geometry, name)
     expected = estimate(shape, here(), run.config, tokens, chunks=chunks, others=bool(run.others))
     if run.checkpoint.folder is not None:
@@ -201,8 +201,8 @@ def _announce(run: FitRun, tokens: int, chunks: int, *, name: str, log: Log) -> 
             )
     if isinstance(run.progress, Overall):
         run.progress.expect(expected.stages)
-    if expected.undistilled:
-        log(expected.undistilled)
+    for line in filter(None, (expected.undistilled, expected.exceeded)):
+        log(line)
     if expected.seconds > LONG:
         log(f"this takes {expected.sentence()}")
 

@@ -11,14 +11,12 @@ from ..core.types import JsonObject
 from ..heads import HeadArrays, Size
 from ..store import MEAN_BITS, Layout
 from . import auto_budget, finite, fisher
-from .budget import equal_size, head_sizes, node_bits
+from .budget import MOST_BITS, OVERHEAD_BITS, equal_size, head_sizes, node_bits
 from .check import check
 from .checkpoint import Plan
 from .kinds import KindFit
 from .samples.conversation import answered_checks
 from .train import groups, regress, rounded
-
-_MOST_BITS, _OVERHEAD_BITS = 11.0, 0.5  # of a number; the second for biases, exponents and what training adds
 
 Affordable = Callable[[float], float]
 
@@ -112,4 +110,4 @@ def mean_bits(layout: Layout, sizes: Sequence[Size], nbytes: float, *, n: int) -
     if layout.bits is not None or any(size != layout.bank.size_for(n) for size in sizes):
         return node_bits(layout, nbytes / len(sizes))
     numbers = 2 * layout.head_dim * n * len(sizes)
-    return max(MEAN_BITS, min(_MOST_BITS, 8 * nbytes / numbers - _OVERHEAD_BITS))
+    return max(MEAN_BITS, min(MOST_BITS, 8 * nbytes / numbers - OVERHEAD_BITS))

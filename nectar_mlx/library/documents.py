@@ -116,8 +116,8 @@ def _damage(path: Path, size: int, changed: int) -> str:
     except NectarError as error:
         if isinstance(error.__cause__, OSError):
             raise error.__cause__ from None
-        reason = str(error).removeprefix(f"{path} is damaged").removeprefix(f"{path}:").lstrip(": ")
-        return reason.removesuffix("; fit it again").replace(str(path), "its file")
+        reason = error.message.removeprefix(f"{path} is damaged").removeprefix(f"{path}:").lstrip(": ")
+        return reason.replace(str(path), "its file")
     return ""
 
 

@@ -12,6 +12,10 @@ from .volumes import Identity
 
 if TYPE_CHECKING:
     from .. import store
+    from ..fitting.config import FitConfig
+    from ..fitting.work import Shape
+
+_CHARACTERS = 4  # of a token, about
 
 
 class Fitter(Protocol):
@@ -46,6 +50,9 @@ class Fitter(Protocol):
         was changed, to start from. NectarError for a text that cannot be fitted.
         """
 
+    def expected(self, characters: int) -> float:
+        """Seconds that the fit of so long a text is expected to take; 0 where that is not known."""
+
     def is_whole(self, path: Path) -> bool:
         """Whether this is a whole .nectar of this model."""
 
@@ -71,6 +78,29 @@ class ModelFitter:
         digests = models.fingerprint(model), models.tokenizer_fingerprint(tokenizer)
         return Identity(self.name, *digests, self.adapter)
 
+    @cached_property
+    def _config(self) -> "FitConfig":
+        from ..fitting.config import FitConfig
+
+        return FitConfig(keep_study=True, **self.options)
+
+    @cached_property
+    def _shape(self) -> "Shape":
+        from ..fitting.machines import shape_of
+        from ..mlxlm import attention_patch
+
+        return shape_of(self._loaded[0], attention_patch.route(self._loaded[0]), self.name)
+
+    def expected(self, characters: int) -> float:
+        """As for a fit from the start, also where an update may take less."""
+        from ..fitting.estimate import estimate
+        from ..fitting.machines import here
+
+        try:
+            return estimate(self._shape, here(), self._config, max(1, characters // _CHARACTERS)).seconds
+        except NectarError:  # its fit will say so
+            return 0.0
+
     def fit(
         self,
         reading: Reading,
@@ -83,12 +113,10 @@ class ModelFitter:
     ) -> None:
         from ..fitting import pipeline, updating
         from ..fitting.checkpoint import Checkpoint
-        from ..fitting.config import FitConfig
         from ..nectar import Nectar
 
         model, tokenizer = self._loaded
-        checkpoint = Checkpoint(partial)
-        config = FitConfig(keep_study=True, **self.options)
+        checkpoint, config = Checkpoint(partial), self._config
         if former is not None and (before := _read(former)) is not None:
             tensors, metadata = before
             outcome = updating.update(
@@ -114,6 +142,7 @@ class ModelFitter:
                 source=source,
                 progress=progress,
                 checkpoint=checkpoint,
+                log=self._log,
             )
             nectar = Nectar(*fitted)
         nectar.keep(reading, tokenizer)

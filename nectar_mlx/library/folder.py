@@ -6,6 +6,7 @@ documents/       what was added without a file of its own on this machine, as fr
 work/            a folder for each fit under way, from which an interrupted one goes on
 """
 
+import errno
 import os
 import re
 import shutil
@@ -74,6 +75,12 @@ class Folder:
         folder = self._work / name
         folder.mkdir(mode=0o700, exist_ok=True)
         return folder
+
+    def check_place(self, name: str) -> None:
+        """NectarError where there is a folder in the place of a volume's file."""
+        if (place := self.volume(name)).is_dir():
+            error = IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+            raise NectarError(f"{place} is a folder, where a file of the library belongs; remove it") from error
 
     def publish(self, name: str) -> None:
         """Moves a fitted volume from its work folder to its place: what belongs beside it first."""

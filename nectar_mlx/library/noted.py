@@ -2,10 +2,10 @@
 
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 
-from ..core.progress import Overall, Progress, Update
+from ..core.progress import Overall, Progress, Stage, Update
 from ..errors import NectarError
 from .database import Database
 
@@ -13,12 +13,21 @@ _EVERY = 0.5  # seconds between two notes
 
 
 class Noted(Overall):
-    """Reports to `progress`, and notes the share of the whole fit in the database."""
+    """Of the fit of one volume: reports to `progress`, and notes the share of the whole fit in the database."""
 
-    def __init__(self, database: Database, volume: str, progress: Progress):
+    def __init__(
+        self, database: Database, volume: str, progress: Progress, *, part: str = "", later: Sequence[Stage] = ()
+    ):
+        """part: of all that is to be fitted, for a person. later: what is fitted after this volume."""
         super().__init__()
         self._database, self._volume, self._progress = database, volume, progress
+        self._of_all, self._later = part, later
         self._written = 0.0
+
+    def expect(self, stages: Sequence[Stage], *, part: str = "") -> None:
+        super().expect(stages, part=part)
+        if isinstance(self._progress, Overall):
+            self._progress.expect([*stages, *self._later], part=self._of_all)
 
     @contextmanager
     def __call__(self, description: str, total: int, /) -> Iterator[Update]:

@@ -165,10 +165,12 @@ def answered(rows: sqlite3.Connection) -> set[int]:
 
 @dataclass(frozen=True)
 class Claim:
-    """A volume to be fitted by this process. urgent: it has no forerunner of the same texts on another model."""
+    """A volume to be fitted by this process. characters: of its texts. urgent: it has no forerunner of the same texts
+    on another model."""
 
     volume: str
     texts: tuple[int, ...]
+    characters: int
     urgent: bool
 
 
@@ -205,7 +207,8 @@ def waiting(rows: sqlite3.Connection, identity: Identity) -> list[Claim]:
         forerunner = own in done
         used = 0.0 if not forerunner else -max(texts[text].used for text in own)
         rank = (2 if forerunner else int(all(text in held for text in own)), used, min(place[t] for t in own))
-        ordered.append((rank, Claim(volume, own, urgent=not forerunner)))
+        characters = sum(texts[text].characters for text in own)
+        ordered.append((rank, Claim(volume, own, characters, urgent=not forerunner)))
     return [candidate for _, candidate in sorted(ordered, key=lambda item: item[0])]
 
 

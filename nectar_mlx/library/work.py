@@ -3,6 +3,7 @@
 import errno
 import json
 import sqlite3
+import time
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,11 +15,13 @@ from . import noted, volumes
 from .database import Database, shown
 from .fitter import Fitter
 from .folder import Folder
+from .foreseen import Foreseen
 from .volumes import Claim
 
 _REMOVED = "removed before it was fitted"
 # Of the machine, not of the document: the next one would fail in the same way.
 _FATAL = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE}
+_FATAL |= {errno.EISDIR}  # a folder in the place of a volume's file
 
 
 @dataclass
@@ -50,21 +53,25 @@ def fit_waiting(
 
     NectarError for a full disk and the like; a volume that cannot be fitted is noted, and the next one is taken.
     """
-    work, identity = Work(), fitter.identity
+    work, identity, foreseen = Work(), fitter.identity, Foreseen(fitter)
     while True:
         with database.writing() as rows:
             volumes.plan(rows, identity)
             volumes.forget_texts(rows)
             folder.sweep({row[0] for row in rows.execute("SELECT id FROM volumes")})
-            left = volumes.waiting(rows, identity)
+            left = [waiting for waiting in volumes.waiting(rows, identity) if refit or waiting.urgent]
             claim = volumes.claim(rows, identity, refit=refit)
             names = [] if claim is None else [_name(rows, text) for text in claim.texts]
         if claim is None:
             break
-        to_go = sum(len(waiting.texts) for waiting in left if refit or waiting.urgent)
-        log(f"fitting {', '.join(names)} ({to_go} document{'s' * (to_go != 1)} to go)")
-        reason = _fit(database, folder, fitter, claim, names, progress=progress)
+        to_go = sum(len(waiting.texts) for waiting in left)
+        log(f"fitting {', '.join(names)} ({to_go} document{'s' * (to_go != 1)} to go{foreseen.end(left)})")
+        part, later = _part(work, len(names), to_go), foreseen.stages(left[1:])
+        noted_to = noted.Noted(database, claim.volume, progress, part=part, later=later)
+        started = time.monotonic()
+        reason = _fit(database, folder, fitter, claim, names, progress=noted_to)
         if reason is None:
+            foreseen.took(claim, time.monotonic() - started)
             work.fitted += names
         else:
             log(f"{', '.join(names)}: {reason}")
@@ -78,12 +85,22 @@ def fit_waiting(
     return work
 
 
+def _part(work: Work, count: int, to_go: int) -> str:
+    """Which of all documents the next ones are, counted from 1; "" for all of them."""
+    done = len(work.fitted) + len(work.failed)
+    if done + to_go == count:
+        return ""
+    which = f"document {done + 1}" if count == 1 else f"documents {done + 1} to {done + count}"
+    return f"{which} of {done + to_go}"
+
+
 def _fit(
     database: Database, folder: Folder, fitter: Fitter, claim: Claim, names: list[str], *, progress: Progress
 ) -> str | None:
     """Fits a claimed volume, and writes down how that ended; the reason where it failed, or is not wanted any more."""
     state, reason, wanted = "waiting", None, True
     try:
+        folder.check_place(claim.volume)
         if not fitter.is_whole(folder.volume(claim.volume)):  # else its process was killed just before it said so
             made = folder.work(claim.volume)
             with database.reading() as rows:
@@ -93,7 +110,7 @@ def _fit(
                 made / folder.volume(claim.volume).name,
                 source=", ".join(names),
                 partial=made / "partial",
-                progress=noted.Noted(database, claim.volume, progress),
+                progress=progress,
                 former=folder.volume(former) if former else None,
             )
             folder.publish(claim.volume)

@@ -4,8 +4,9 @@ A passage supports a sentence if it holds the sentence's numbers and, weighted b
 This compares words: it finds facts that are not in the text, or not together, but no wrong "not" and no wrong order.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
 from math import fsum
 
@@ -77,58 +78,72 @@ def _supporting(passages: Passages, question: str, sentence: str) -> int | None:
 
 def support(passages: Passages, question: str, sentence: str) -> DoubleArray:
     """[sentences of the text], in [0, 1]: how much of an answer's sentence each says; 0 where a number is missing."""
-    said = words(sentence)
+    said = _Said(passages, question, sentence)
     value, total = np.zeros(len(passages.sentences)), 0.0
-    weights = dict.fromkeys(words(question), _FROM_QUESTION) if len(said) <= _SHORT else {}
-    weights |= dict.fromkeys(said, 1.0) | dict.fromkeys(words(" ".join(passages.names_in(sentence))), _NAME)
-    for word, weight in weights.items():
+    for word, weight in said.weights.items():
         weight *= passages.rarity(word)
         total += weight
         value += weight * passages.held(word)
     best = value / total if total else value
     for n in np.flatnonzero(best >= _ENOUGH).tolist():
-        if not _agrees(passages, n, question, sentence):
+        if not _agrees(passages, n, said):
             best[n] = 0.0
     return best
 
 
-def _agrees(passages: Passages, number: int, question: str, sentence: str) -> bool:
+class _Said:
+    """What an answer's sentence says, for a comparison with many sentences of the text. A short one is read together
+    with the question."""
+
+    def __init__(self, passages: Passages, question: str, sentence: str):
+        self._passages, self._sentence = passages, sentence
+        self._names = passages.names_in(sentence)
+        self._words = words(sentence)
+        self._asked = words(question) if len(self._words) <= _SHORT else []
+        self.numbers = set(numbers(sentence)) - set(numbers(question))
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """What each word counts, rarity apart."""
+        names = dict.fromkeys(words(" ".join(self._names)), _NAME)
+        return dict.fromkeys(self._asked, _FROM_QUESTION) | dict.fromkeys(self._words, 1.0) | names
+
+    @cached_property
+    def told(self) -> list[tuple[set[str], float]]:
+        """What it says of its names: each word and its stem, and its rarity; nothing where there are no names."""
+        if not self._names:
+            return []
+        told = {*self._words, *self._asked} - set(words(" ".join([*self._names, *numbers(self._sentence)])))
+        return [(with_stems(word), self._passages.rarity(word)) for word in told]
+
+    @cached_property
+    def called(self) -> set[str]:
+        """Its names, and with the word beside them where the text says it so: "Kestrel", "Kestrel pump"."""
+        lower_case = self._passages.lower_case
+        names = set(words(" ".join(name for name in self._names if name.lower() not in lower_case)))
+        pairs = (pair for pair in _pairs(self._sentence) if not names.isdisjoint(pair.split()))
+        return names.union(filter(self._passages.says, pairs))
+
+
+def _agrees(passages: Passages, number: int, said: _Said) -> bool:
     """Whether a sentence of the text has the numbers and names of an answer's sentence. Names may also stand beside one
     that has no others ("It was built in 1902.")."""
     text = passages.sentence(number)
-    if not set(numbers(sentence)) <= {*numbers(text), *numbers(question)}:
+    if not said.numbers <= set(numbers(text)) or not _tells(text, said):
         return False
-    if not _tells(passages, text, question, sentence):
-        return False
-    called = set(_called(passages, sentence))
-    missing = called - set(_pairs(text)) - set(words(text))
+    missing = said.called - set(_pairs(text)) - set(words(text))
     if not missing or not passages.names_tell:
         return True
     around = passages.around(number)
-    others = set(words(" ".join(passages.names_in(text)))) - called
+    others = set(words(" ".join(passages.names_in(text)))) - said.called
     return not others and missing <= {*_pairs(around), *words(around)}
 
 
-def _tells(passages: Passages, text: str, question: str, sentence: str) -> bool:
+def _tells(text: str, said: _Said) -> bool:
     """Whether a sentence of the text itself, not those beside it, says some of what an answer's says of its names."""
-    if not (called := passages.names_in(sentence)):
-        return True
-    said = words(sentence)
-    said += words(question) if len(said) <= _SHORT else []
-    told = set(said) - set(words(" ".join([*called, *numbers(sentence)])))
     own = with_stems(text)
-    held = {word for word in told if not own.isdisjoint(with_stems(word))}
-    return fsum(map(passages.rarity, held)) >= _TOLD * fsum(map(passages.rarity, told))
-
-
-def _called(passages: Passages, sentence: str) -> Iterator[str]:
-    """The names in a sentence, and with the word beside them where the text says it so: "Kestrel", "Kestrel pump"."""
-    called = passages.names_in(sentence)
-    found = set(words(" ".join(name for name in called if name.lower() not in passages.lower_case)))
-    yield from found
-    for pair in _pairs(sentence):
-        if not found.isdisjoint(pair.split()) and passages.says(pair):
-            yield pair
+    held = fsum(rarity for stems, rarity in said.told if not own.isdisjoint(stems))
+    return held >= _TOLD * fsum(rarity for _, rarity in said.told)
 
 
 def _pairs(text: str) -> list[str]:

@@ -21,7 +21,7 @@ import numpy as np
 from .. import __version__
 from ..core import json_text
 from ..core.types import JsonObject
-from ..errors import NectarError
+from ..errors import FIT_AGAIN, NectarError
 from ..heads import HeadArrays
 from . import schema, tensor_file
 from .layout import Layout, Shared, alone, pack
@@ -115,10 +115,10 @@ def read(path: Path) -> tuple[Tensors, Metadata]:
     metadata = _metadata(path)
     tensors = (tensor_file.read if metadata["format"] == _FIRST else tensor_file.read_sealed)(path)
     if tensor_file.digest(tensors) != metadata["tensors_sha256"]:
-        raise NectarError(f"{path} is damaged: its contents do not match its checksum; fit it again")
+        raise NectarError(f"{path} is damaged: its contents do not match its checksum", advice=FIT_AGAIN)
     prefix = tensors.get("prefix")
     if prefix is None or prefix.dtype != mx.int32 or prefix_digest(tensors) != metadata["prefix_sha256"]:
-        raise NectarError(f"{path} is damaged: its prefix does not match its checksum; fit it again")
+        raise NectarError(f"{path} is damaged: its prefix does not match its checksum", advice=FIT_AGAIN)
     with damage_named(path):
         schema.check(metadata, tensors)
     return tensors, metadata
@@ -154,9 +154,9 @@ def _metadata(path: Path) -> Metadata:
     elif version != FORMAT:
         raise NectarError(f"{path} {_of_another_version(version)}")
     if missing := _NEEDED - strings.keys():
-        raise NectarError(f"{path} is damaged: {', '.join(sorted(missing))} missing; fit it again")
+        raise NectarError(f"{path} is damaged: {', '.join(sorted(missing))} missing", advice=FIT_AGAIN)
     if version == FORMAT and strings["digest"] != tensor_file.metadata_digest(strings):
-        raise NectarError(f"{path} is damaged: its metadata do not match their checksum; fit it again")
+        raise NectarError(f"{path} is damaged: its metadata do not match their checksum", advice=FIT_AGAIN)
     with damage_named(path):
         return {k: v if k in _TEXTS else json_text.decode(v) for k, v in strings.items()}
 
@@ -167,8 +167,8 @@ def damage_named(path: str | Path) -> Iterator[None]:
     try:
         yield
     except (NectarError, ValueError) as error:
-        reason = str(error).removeprefix("the file is damaged: ")
-        raise NectarError(f"{path} is damaged: {reason}; fit it again") from None
+        reason = (error.message if isinstance(error, NectarError) else str(error)).removeprefix("the file is damaged: ")
+        raise NectarError(f"{path} is damaged: {reason}", advice=FIT_AGAIN) from None
 
 
 def _of_another_version(version: str) -> str:

@@ -23,7 +23,7 @@ import numpy as np
 from ..core import json_text
 from ..core.files import write_atomically
 from ..core.types import AnyArray
-from ..errors import NectarError
+from ..errors import FIT_AGAIN, NectarError
 
 Tensors = dict[str, mx.array]
 Arrays = dict[str, AnyArray]
@@ -105,7 +105,7 @@ def read_sealed(path: Path) -> Tensors:
             sha.update(piece)
             left -= len(piece)
         if left or file.read() != sha.digest():
-            raise NectarError(f"{path} is damaged: its bytes do not match its checksum")
+            raise NectarError(f"{path} is damaged: its bytes do not match its checksum", advice=FIT_AGAIN)
     tensors = read(path)
     tensors.pop(_CHECKSUM, None)
     return tensors
@@ -166,9 +166,9 @@ def _damage_named(path: Path) -> Iterator[None]:
     except OSError as error:
         raise NectarError(f"{path} cannot be read: {error.strerror or error}") from error
     except (ValueError, TypeError) as error:
-        named = path.suffix in (".nectar", ".kv")
-        advice = "" if named else f"; if it is a text, `nectar fit --context {path}` makes one of it"
-        raise NectarError(f"{path} is not a .nectar or .kv file, or is cut short ({error}){advice}") from None
+        text = f"if it is a text, `nectar fit --context {path}` makes one of it"
+        advice = {".nectar": FIT_AGAIN, ".kv": ""}.get(path.suffix, text)
+        raise NectarError(f"{path} is not a .nectar or .kv file, or is cut short ({error})", advice=advice) from None
 
 
 @contextmanager
@@ -176,7 +176,7 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
     """The file, to read from. NectarError where there is none; inside, as for `_damage_named`."""
     with _damage_named(path):
         if not path.is_file():
-            raise NectarError(f"{path}: no such file")
+            raise NectarError(f"{path} is a folder" if path.is_dir() else f"{path}: no such file")
         with open(path, "rb") as file:
             yield file
 

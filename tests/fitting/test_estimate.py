@@ -123,6 +123,66 @@ def test_a_plan_says_that_small_files_are_not_distilled(capsys):
     assert planned("--machine", "H200", *small) == planned("--machine", "2 CPU", "--tokens", "10k") == []
 
 
+@pytest.mark.parametrize("options, exceeded", [
+    ({"budget": 0.05}, True),
+    ({"size": 12_000}, True),
+    ({"budget": 0.9}, False),
+    ({"budget": "auto"}, False),  # it is chosen, and nothing is asked for
+])  # fmt: skip
+def test_a_fit_says_what_windows_take_beyond_the_budget(tokenizer, monkeypatch, options, exceeded):
+    said = []
+
+    def ended(*arguments, **named):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "_check_room", ended)
+    with pytest.raises(KeyboardInterrupt):
+        toys.fit(toys.toy("gemma3_text"), tokenizer, TEXT, config=FitConfig(**FAST | options), log=said.append)
+    assert len(said) == exceeded and all("sliding windows, which are kept as they are, take 12.3 kB" in s for s in said)
+
+
+@pytest.mark.parametrize("budget", [0.05, 0.3])
+def test_the_size_of_a_file_with_windows_is_expected(tokenizer, budget):
+    said, model = [], toys.toy("gemma3_text")
+    options = FAST | {"budget": budget, "context_tokens": 300}
+    nectar = toys.fit(model, tokenizer, TEXT, config=FitConfig(**options), log=said.append)
+    told = float(said[0].partition("the file will have about ")[2].partition(" kB")[0])
+    assert told == pytest.approx(nectar.nbytes / 1e3, rel=0.1) and nectar.nbytes > 1.1 * budget * nectar.cache_nbytes
+
+
+def test_a_plan_says_what_windows_take_beyond_the_budget(tmp_path, tokenizer, capsys):
+    from nectar_mlx.mlxlm import attention_patch
+
+    model = toys.toy("gemma3_text")
+    folder = str(toys.save_model(model, tmp_path / "model", tokenizer))
+    assert machines.named_shape(folder).geometry.windows == attention_patch.route(model).windows
+
+    def planned(*options):
+        assert plan.main(["--model", folder, "--machine", "H200", "--tokens", "300", "--json", *options]) == 0
+        (row,) = json.loads(capsys.readouterr().out)
+        return row["file_bytes"], row["exceeded"]
+
+    small, said = planned("--budget", "5%")
+    assert "2.2 kB" in said and "take 6.1 kB: the file will have about 8.1 kB" in said
+    assert small == int(6144 + 0.9 * 0.05 * 44_544 + 4 * 300), "windows, heads and the prefix"
+    assert planned("--budget", "90%")[1] == planned()[1] == "", "auto is no budget"
+    assert plan.main(["--model", folder, "--machine", "H200", "--tokens", "300", "--budget", "5%"]) == 0
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("fields, windows", [
+    ({}, (0, 0, 0, 0)),
+    ({"sliding_window": 64}, (0, 0, 0, 0)),  # mlx-lm heeds it with a pattern alone
+    ({"sliding_window": 64, "sliding_window_pattern": 2}, (64, 0, 64, 0)),
+    ({"sliding_window": 64, "layer_types": ["sliding_attention", "full_attention"] * 2}, (64, 0, 64, 0)),
+    ({"sliding_window": None, "layer_types": ["full_attention"] * 4}, (0, 0, 0, 0)),
+])  # fmt: skip
+def test_the_windows_of_a_configuration(tmp_path, fields, windows):
+    config = {"num_hidden_layers": 4, "hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 96}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"vocab_size": 320} | fields))
+    assert machines.named_shape(str(tmp_path)).geometry.windows == windows
+
+
 def test_a_size_is_that_of_all_chunks_together():
     shape = machines.named_shape("Qwen3-1.7B")
     share, size = (machines.settings(H200, budget=budget, kind="auto") for budget in ("1%", "1.147G"))
@@ -202,6 +262,27 @@ def test_the_command_prints_every_combination(capsys):
     assert {row["fits"] for row in rows} == {True, False} and rows[0]["basis"] == "calculated"
     assert plan.main(arguments) == 0
     assert "Llama-3.3-70B" in capsys.readouterr().out
+
+
+def test_a_plan_without_a_choice_is_of_this_machine_and_one_size(capsys):
+    def planned(*arguments):
+        assert plan.main(list(arguments)) == 0
+        return capsys.readouterr()
+
+    def chosen(*arguments):
+        rows = json.loads(planned(*arguments, "--json").out)
+        return [{row[name] for row in rows} for name in ("model", "tokens", "machine")]
+
+    models, sizes, named = set(machines.SHAPES), set(machines.TOKENS), {m.name for m in machines.MACHINES}
+    here = {"this machine"}
+    assert chosen() == [models, {10_000}, here]
+    assert chosen("--tokens", "50k") == [models, {50_000}, here]
+    assert chosen("--machine", "H200") == [models, {10_000}, {"H200, 141 GB"}]
+    assert chosen("--model", "Qwen3-8B") == [{"Qwen3-8B"}, sizes, named | here]
+    assert chosen("--all") == [models, sizes, named | here]
+    out, err = planned()
+    assert len(out.splitlines()) == len(models) + 4 and "--all shows all" in err
+    assert "--all" not in planned("--model", "Qwen3-8B", "--machine", "H200").err
 
 
 @pytest.mark.parametrize("arguments, word", [

@@ -8,6 +8,7 @@ from pydoc_data.topics import topics
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx_lm.models.cache import make_prompt_cache
 
 from nectar_mlx import NectarError, fit, models, store
 from nectar_mlx.core.device import device
@@ -55,15 +56,19 @@ def random_conversations(count):
     ]
 
 
-@pytest.mark.parametrize("architecture", EVERY)
+@pytest.mark.parametrize("architecture", [*EVERY, "plamo3"])  # whose masks reach a key further than its caches
 def test_layers_one_by_one_are_the_model(architecture):
+    """Also behind what a cache holds, and for a single token."""
     model = toys.toy(architecture)
     by_layer = LayerRunner(model, attention_patch.route(model))
     tokens = mx.array([toys.random_tokens(40), toys.random_tokens(40, seed=1)])
-    hidden = by_layer.embed(tokens)
-    for layer in range(len(model.layers)):
-        hidden = by_layer.layer(layer, hidden, None)
-    np.testing.assert_allclose(by_layer.logits(hidden), model(tokens), atol=1e-5)
+    own, caches = make_prompt_cache(model), make_prompt_cache(model)
+    calls = [(tokens, [None] * len(caches), None), *((piece, caches, own) for piece in (tokens, tokens, tokens[:, :1]))]
+    for piece, behind, own_behind in calls:
+        hidden = by_layer.embed(piece)
+        for layer, cache in enumerate(behind):
+            hidden = by_layer.layer(layer, hidden, cache)
+        np.testing.assert_allclose(by_layer.logits(hidden), model(piece, cache=own_behind), atol=1e-5)
 
 
 def test_a_model_that_does_more_than_call_its_layers_is_named(monkeypatch):

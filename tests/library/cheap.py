@@ -45,6 +45,9 @@ class CheapFitter:
         metadata = nothing | digests | {"source": f"{source}\n{text}"}
         store.write(output, {"prefix": np.arange(300, dtype=np.int32)}, metadata)
 
+    def expected(self, characters):
+        return self._seconds
+
     def is_whole(self, path):
         try:
             store.check_header(path)

@@ -2,15 +2,18 @@
 
 import errno
 import os
+import shutil
 import sqlite3
 import stat
 import subprocess
 import sys
 import threading
+import types
 from contextlib import nullcontext
 
 import pytest
 
+from nectar_mlx.core.progress import Overall, Stage
 from nectar_mlx.errors import NectarError
 from nectar_mlx.library import Library, default_folder
 from nectar_mlx.library.database import path_bytes
@@ -83,7 +86,64 @@ def test_what_a_file_could_not_be_read_for_is_not_remembered(library, notes, mon
     assert document.looked_at().state == "ready"
     document.file.unlink()
     document.file.mkdir()
-    assert document.looked_at().reason == "no such file"
+    assert document.looked_at().reason == "its file is a folder"
+
+
+def test_the_progress_is_that_of_all_documents(library, tmp_path):
+    for number in range(3):
+        (tmp_path / f"heron {number}.txt").write_text(f"The heron {number} lives in the reeds. " * 300)
+    now, told, said = [0.0], [], []
+    progress = Overall(lambda: now[0])
+
+    class Telling(CheapFitter):
+        def expected(self, characters):
+            return 10.0
+
+        def fit(self, reading, output, *, progress, **options):
+            stages = [Stage("reading", 4.0), Stage("training", 6.0)]
+            progress.expect(stages)
+            for stage in stages:
+                with progress(stage.description, 2) as update:
+                    for done in (1, 2):
+                        now[0] += stage.seconds  # twice as long as expected
+                        update(done)
+                        told.append(whole.status())
+            super().fit(reading, output, progress=progress, **options)
+
+    whole = progress
+    library.add([tmp_path], Telling(), progress=progress, log=said.append)
+    assert [status.part for status in told] == [f"document {n} of 3" for n in (1, 2, 3) for _ in range(4)]
+    assert [status.description for status in told[:4]] == ["reading", "reading", "training", "training"]
+    for status in told[2:]:
+        assert status.total_seconds == pytest.approx(60, rel=0.25) and status.elapsed <= 60
+        assert status.share == pytest.approx(status.elapsed / 60, abs=0.1)
+    assert said[0].endswith("(3 documents to go, about 30 s)"), "what was expected"
+    assert len(said) == 3, "one line a document"
+
+
+def test_the_time_that_is_left_follows_from_the_fits_before(library, tmp_path, monkeypatch):
+    for number in range(3):
+        (tmp_path / f"heron {number}.txt").write_text(f"The heron {number} lives in the reeds. " * 300)
+    said, now = [], iter(range(0, 1000, 25))  # a fit takes 25 s
+    monkeypatch.setattr("nectar_mlx.library.work.time", types.SimpleNamespace(monotonic=lambda: next(now)))
+    fitter = CheapFitter()
+    fitter.expected = lambda characters: 10.0
+    library.add([tmp_path], fitter, log=said.append)
+    assert [line.partition("go, ")[2] for line in said] == ["about 30 s)", "about 50 s)", "about 25 s)"]
+
+
+def test_a_folder_in_the_place_of_a_file_is_one_line(library, notes):
+    library.add([notes], CheapFitter())
+    place = by_name(library)["long 0.txt"].file
+    place.unlink()
+    (place / "inside").mkdir(parents=True)
+    fitter = CheapFitter()
+    with pytest.raises(NectarError) as caught:
+        library.update(fitter)
+    assert str(caught.value) == f"{place} is a folder, where a file of the library belongs; remove it"
+    assert fitter.fitted == [] and (place / "inside").is_dir(), "nothing is fitted in vain, or removed"
+    shutil.rmtree(place)
+    assert library.update(fitter).work.fitted == ["long 0.txt"]
 
 
 def test_a_damaged_file_of_an_older_model_is_not_fitted_by_it_again(library, notes):

@@ -244,6 +244,22 @@ def test_sources_of_an_answer_about_one_document_name_no_other():
         assert {source.document for source in asked()} == named
 
 
+def test_what_a_sentence_says_is_found_out_once(tmp_path, monkeypatch):
+    """However many sentences of the text could support it."""
+    (tmp_path / "house.txt").write_text(" ".join(f"Oakes planted {n} tall walnut trees." for n in range(40)))
+    passages, asked = Passages(documents.read([tmp_path / "house.txt"])), []
+    own = Passages.names_in
+
+    def names_in(self, sentence):
+        asked.append(sentence)
+        return own(self, sentence)
+
+    monkeypatch.setattr(Passages, "names_in", names_in)
+    sentence = "Oakes planted tall walnut trees."
+    assert (citing.support(passages, "Who planted trees?", sentence) > 0.5).all()
+    assert len(passages.sentences) == 40 and asked.count(sentence) == 1
+
+
 @pytest.mark.parametrize("before", ["", "Nobody came for weeks. The clock of the tower stood still.\n\n"])
 def test_what_one_did_does_not_support_that_another_did_it(tmp_path, before):
     """Names that begin a sentence, and names of the sentence beside the one that tells it."""

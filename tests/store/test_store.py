@@ -195,8 +195,8 @@ def test_a_full_disk_leaves_what_was_there(saved, monkeypatch):
 
 
 def test_a_missing_file_and_a_folder_are_named(tmp_path):
-    for path in (tmp_path / "none.nectar", tmp_path):
-        with pytest.raises(NectarError, match="no such file"):
+    for path, reason in ((tmp_path / "none.nectar", "no such file"), (tmp_path, "is a folder")):
+        with pytest.raises(NectarError, match=reason):
             store.read(path)
 
 

@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 
 from ...core import json_text
-from ...errors import NectarError
+from ...errors import FIT_AGAIN, NectarError
 from .conversation import Conversation, Split
 
 TENSOR = "study"  # its name in the file
@@ -35,9 +35,9 @@ def unpacked(kept: mx.array, *, vocabulary: int) -> list[Conversation]:
         data = stream.decompress(bytes(np.array(kept.astype(mx.uint8))), json_text.MOST_BYTES)
         rows = json_text.typed(json_text.decode(data), list[_Kept])
     except (ValueError, zlib.error) as error:
-        raise NectarError(f"the file is damaged: its study cannot be read ({error}); fit it again") from None
+        raise NectarError(f"the file is damaged: its study cannot be read ({error})", advice=FIT_AGAIN) from None
     if any(not row.prompt or not row.answer for row in rows):
-        raise NectarError("the file is damaged: a conversation of its study is empty; fit it again")
+        raise NectarError("the file is damaged: a conversation of its study is empty", advice=FIT_AGAIN)
     if any(not 0 <= token < vocabulary for row in rows for token in row.prompt + row.answer):
-        raise NectarError("the file is damaged: a token of its study is none of the model's; fit it again")
+        raise NectarError("the file is damaged: a token of its study is none of the model's", advice=FIT_AGAIN)
     return [Conversation(row.prompt, row.answer, row.split) for row in rows]
