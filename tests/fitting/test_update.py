@@ -15,6 +15,7 @@ from nectar_mlx.core.progress import Stage
 from nectar_mlx.fitting import machines, pipeline, updating, verdict
 from nectar_mlx.fitting.checkpoint import Checkpoint
 from nectar_mlx.fitting.config import FitConfig
+from nectar_mlx.fitting.distributed import World
 from nectar_mlx.fitting.estimate import estimate
 from nectar_mlx.fitting.kinds.quadrature import QuadratureFit
 from nectar_mlx.fitting.run import FitRun
@@ -542,6 +543,12 @@ class TestCommand:
         assert (folder / "book.nectar").read_bytes() == before
         assert self.run(folder, other, "--force") == 0
         assert "fitted anew" in capsys.readouterr().err
+
+    def test_several_ranks_are_refused(self, folder, monkeypatch, capsys):
+        monkeypatch.setattr(World, "here", lambda: World(1, 2))
+        assert self.run(folder, MORE) == 2
+        assert "is the work of one process" in capsys.readouterr().err
+        assert not (folder / "book.nectar.partial").exists()
 
     def test_options_of_the_library_are_not_a_file(self):
         assert not update_file.names_file([])
