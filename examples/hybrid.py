@@ -5,6 +5,7 @@ python examples/hybrid.py book.nectar --model NAME    a file of yours, and its m
 """
 
 import argparse
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -22,6 +23,7 @@ READ = 512  # tokens at a time
 
 def toy():
     """A random model of 4 layers, one with attention, and a tokenizer of bytes."""
+    sys.path.append(str(Path(__file__).parent.parent))  # the clone, where nectar_mlx is not installed from it in place
     from tests import toys
 
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "partial_rotary_factor": 0.25}

@@ -16,7 +16,7 @@ COMMANDS = {
     "add": "add documents to the library",
     "list": "show the documents of the library",
     "remove": "take documents out of the library",
-    "update": "look again at all that was added to the library",
+    "update": "bring the library, or one .nectar, up to date with its documents",
     "serve": "serve .nectar files over HTTP, OpenAI-compatible",
     "evaluate": "compare a .nectar with full attention and with other ways to shrink a cache",
     "inspect": "show what is in a .nectar, and how close it is to its text",

@@ -154,7 +154,8 @@ def _save(name: str, conversation: Conversation) -> None:
     titles = {"user": "## ", "assistant": ""}
     text = "\n\n".join(titles.get(m["role"], "") + m["content"] for m in conversation.messages)
     write_atomically(path, lambda file: file.write(f"{text}\n".encode()))
-    cli.say(f"{path}: {len(conversation.messages) // 2} questions with their answers")
+    count = len(conversation.messages) // 2
+    cli.say(f"{path}: 1 question with its answer" if count == 1 else f"{path}: {count} questions with their answers")
 
 
 def _turn(conversation: Conversation, question: str, args: argparse.Namespace, at_terminal: bool) -> None:

@@ -7,13 +7,12 @@ interrupted. What commands say goes through `console`.
 import argparse
 import os
 import sys
-import textwrap
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from . import console
 from .console import answering as answering
@@ -32,6 +31,9 @@ from .core.numbers import share as share
 from .core.numbers import size as size
 from .core.numbers import tokens as tokens
 from .errors import NectarError
+from .parser import FAULT as FAULT
+from .parser import Parser as Parser
+from .parser import refuse_unknown
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -41,28 +43,9 @@ if TYPE_CHECKING:
     from .nectar import Nectar
     from .retrieval.sources import Source
 
-DONE, FAULT, INTERRUPTED = 0, 2, 130
+DONE, INTERRUPTED = 0, 130
 LIBRARY = "library"  # in the place of a .nectar
 ASKED = "a .nectar file, the id of one on the hub (user/name), or the word library: all that `nectar add` took in"
-
-
-class _HelpFormatter(argparse.HelpFormatter):
-    """Breaks lines between words only, so that a name with hyphens can be copied."""
-
-    def _split_lines(self, text: str, width: int) -> list[str]:
-        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
-
-
-class Parser(argparse.ArgumentParser):
-    """A parser with errors of one line. command: the name that follows `nectar`."""
-
-    def __init__(self, command: str, description: str | None = None):
-        super().__init__(
-            prog=f"nectar {command}", description=description, allow_abbrev=False, formatter_class=_HelpFormatter
-        )
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(FAULT, terminal.printable(f"{self.prog}: {message} (see {self.prog} --help)", one_line=True) + "\n")
 
 
 def run(parser: argparse.ArgumentParser, work: Callable[[argparse.Namespace], None], argv: Sequence[str] | None) -> int:
@@ -72,6 +55,8 @@ def run(parser: argparse.ArgumentParser, work: Callable[[argparse.Namespace], No
         if reconfigure := getattr(stream, "reconfigure", None):
             reconfigure(errors="backslashreplace")
     try:
+        argv = sys.argv[1:] if argv is None else argv
+        refuse_unknown(parser, argv)
         args = parser.parse_args(argv)
         console.set_quiet(getattr(args, "quiet", False))
         with interrupt.kept(), _without_torch(), extras.backend_named():

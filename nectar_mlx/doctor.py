@@ -146,7 +146,9 @@ def _missing(facts: JsonObject) -> list[str]:
     """What keeps this installation from working, or from being fast, and what to do about it."""
     kernels, missing = facts["kernels"], list[str]()
     if "library" in facts["BLAS"] and facts["BLAS"]["library"] is None:
-        missing.append(f"No optimised BLAS: fits take tens of times longer; {extras.install('cpu')} brings one.")
+        room = f"{facts['folders']['cache']} and the folder for temporary files cannot take its 25 MB"
+        cause = room if blas.is_installed("scipy-openblas32") else f"{extras.install('cpu')} brings one"
+        missing.append(f"No optimised BLAS: fits take tens of times longer; {cause}.")
     if not facts["models"]:
         missing.append("No model on this machine: the first fit will download one (`nectar demo`: 93 MB).")
     if "error" in facts["settings"]:

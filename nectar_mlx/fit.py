@@ -22,6 +22,7 @@ from .output import check as check_output
 
 if TYPE_CHECKING:
     from .documents import Reading
+    from .fitting.config import FitConfig
     from .nectar import Nectar
 
 
@@ -115,6 +116,7 @@ def _work(arguments: argparse.Namespace) -> None:
         raise NectarError("--budget and --size both set how much to keep: give one of them")
     if arguments.others and arguments.shard:
         raise NectarError("a model that is divided among ranks fits one text alone: leave out --with or --shard")
+    config = _config(arguments)
     output = arguments.output or _default_output(arguments.context)
     if not arguments.dry_run:
         store.check_writable(output)  # before hours of work
@@ -129,20 +131,10 @@ def _work(arguments: argparse.Namespace) -> None:
     from . import models
     from .fitting import pipeline, sharded
     from .fitting.checkpoint import Checkpoint
-    from .fitting.config import FitConfig, effort, parse_budget, parse_size
     from .fitting.distributed import World
     from .installed import choose
     from .nectar import Nectar
 
-    names = ("kind", "bits", "queries", "steps", "seed", "context_tokens", "memory", "layerwise", "prefill")
-    options = effort(arguments.effort)
-    options |= {name: value for name in names if (value := getattr(arguments, name)) is not None}
-    options["keep_study"] = arguments.keep_study
-    if arguments.size is None:
-        options |= parse_budget(arguments.budget or settings.read().budget or "auto")
-    else:
-        options["size"] = parse_size(arguments.size)
-    config = FitConfig(**options)
     choose(arguments, log=cli.say)
     models.resolve(arguments.model, log=cli.say, progress=cli.progress)  # one that there is, before anything is asked
     wanted = {"model": arguments.model, "adapter": arguments.adapter or "", "config": asdict(config)}
@@ -179,12 +171,27 @@ def _work(arguments: argparse.Namespace) -> None:
                 nectar.keep(reading, tokenizer)
                 nectar.save(output)
         except (KeyboardInterrupt, NectarError):
-            if checkpoint.holds_work():
+            if checkpoint.continues():
                 cli.say(f"the finished work is kept in {folder}: the same command continues")
             raise
         checkpoint.clear()
     _report(output, nectar, as_json=arguments.json)
     cli.say(nectar.text(tokenizer).summary())
+
+
+def _config(arguments: argparse.Namespace) -> "FitConfig":
+    """The settings; NectarError for a wrong one, before documents are read."""
+    from .fitting.config import FitConfig, effort, parse_budget, parse_size
+
+    names = ("kind", "bits", "queries", "steps", "seed", "context_tokens", "memory", "layerwise", "prefill")
+    options = effort(arguments.effort)
+    options |= {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    options["keep_study"] = arguments.keep_study
+    if arguments.size is None:
+        options |= parse_budget(arguments.budget or settings.read().budget or "auto")
+    else:
+        options["size"] = parse_size(arguments.size)
+    return FitConfig(**options)
 
 
 def _show(reading: "Reading", arguments: argparse.Namespace) -> None:

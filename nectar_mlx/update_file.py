@@ -17,8 +17,8 @@ _MOST = 0.75  # of a text: where more is another, it is most likely the wrong on
 
 
 def names_file(argv: Sequence[str]) -> bool:
-    """Whether these arguments of `nectar update` begin with a file, not with options of the library's update."""
-    return bool(argv) and argv[0].endswith(".nectar")
+    """Whether these arguments of `nectar update` are of one file: the library's update takes no file and no context."""
+    return bool(argv) and (argv[0].endswith(".nectar") or any(a.partition("=")[0] == "--context" for a in argv))
 
 
 def main(argv: Sequence[str]) -> int:
@@ -29,7 +29,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = cli.Parser(
         "update", "Brings a .nectar up to date with its text. Only what changed is fitted, where that is good enough."
     )
-    parser.add_argument("file", type=Path, help="the .nectar")
+    parser.add_argument("file", type=Path, metavar="FILE.nectar", help="the file to bring up to date")
     parser.add_argument("--context", required=True, nargs="+", metavar="FILE", help="the files and folders as they are")
     parser.add_argument(
         "--include", nargs="+", default=[], metavar="PATTERN", help="of a folder read only these: '*.md'"
@@ -82,7 +82,7 @@ def _work(args: argparse.Namespace) -> None:
                     most=_MOST if _same_file(output, args.file) and not args.force else 1.0,
                 )
         except (KeyboardInterrupt, NectarError):
-            if checkpoint.holds_work():
+            if checkpoint.continues():
                 cli.say(f"the finished work is kept in {folder}: the same command continues")
             raise
         nectar = Nectar(tensors, metadata)

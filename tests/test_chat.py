@@ -174,8 +174,9 @@ class Said:
     messages = ({"role": "user", "content": "who?"}, {"role": "assistant", "content": "a fox"})
 
 
-def test_a_conversation_is_saved(tmp_path):
+def test_a_conversation_is_saved(tmp_path, capsys):
     chat._save(str(tmp_path / "notes.md"), Said())
+    assert capsys.readouterr().err.endswith("notes.md: 1 question with its answer\n")
     assert (tmp_path / "notes.md").read_text() == "## who?\n\na fox\n"
     with pytest.raises(NectarError, match="exists"):
         chat._save(str(tmp_path / "notes.md"), Said())

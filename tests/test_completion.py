@@ -143,7 +143,7 @@ def test_the_doctor_tells_what_is_here(tmp_path, monkeypatch, capsys):
     (tmp_path / "config.toml").write_text("budget = 2")
     monkeypatch.setenv("NECTAR_CACHE", str(tmp_path / "empty"))
     monkeypatch.setattr(doctor.blas, "loaded", None)
-    monkeypatch.setattr(doctor.blas, "is_installed", lambda name: True)
+    monkeypatch.setattr(doctor.blas, "is_installed", lambda name: name == "mlx-cpu")
     monkeypatch.setattr(doctor.sys, "platform", "linux")
     monkeypatch.setattr("nectar_mlx.installed.installed", list)
     assert doctor.main([]) == 0
@@ -151,3 +151,7 @@ def test_the_doctor_tells_what_is_here(tmp_path, monkeypatch, capsys):
     assert "charts: yes" in out or "charts: not installed: pip install '.[plot]' in the clone" in " ".join(out.split())
     assert "! No optimised BLAS" in out and "pip install '.[cpu]' in the clone" in " ".join(out.split())
     assert "! No model" in out and "budget must be a text" in out
+    monkeypatch.setattr(doctor.blas, "is_installed", lambda name: True)
+    assert doctor.main([]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "/empty and the folder for temporary files cannot take its 25 MB" in out

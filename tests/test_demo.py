@@ -1,5 +1,6 @@
 import json
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -54,3 +55,16 @@ def test_the_example_runs_as_it_is(model_folder, tmp_path, monkeypatch, capsys):
     runpy.run_path(str(example), run_name="__main__")
     assert book.with_suffix(".nectar").is_file()
     assert "x smaller" in capsys.readouterr().out
+
+
+@pytest.mark.process
+def test_the_hybrid_example_runs_in_a_clone_that_is_not_installed_in_place(tmp_path):
+    root = Path(__file__).parents[1]
+    (tmp_path / "nectar_mlx").symlink_to(root / "nectar_mlx")
+    code = (
+        f"import runpy, sys; sys.path = [path for path in sys.path if path not in ('', {str(root)!r})]\n"
+        f"sys.path.append({str(tmp_path)!r}); sys.argv[1:] = ['--tokens', '60']\n"
+        f"runpy.run_path({str(root / 'examples' / 'hybrid.py')!r}, run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "the .nectar" in done.stdout, done.stderr

@@ -10,6 +10,7 @@ import types
 from collections.abc import Iterator
 from pathlib import Path
 
+import mlx_lm
 import pytest
 
 import nectar_mlx.fitting.kinds
@@ -167,6 +168,24 @@ def load(source: str, name: str) -> types.ModuleType:
     sys.modules[name] = module
     exec(compile(source, name, "exec"), module.__dict__)
     return module
+
+
+@pytest.mark.fit
+@pytest.mark.parametrize("document", ["README.md", "docs/api.md"])
+def test_the_snippets_run_one_after_the_other(document, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("book.txt").write_text(" ".join(f"Fox number {i} sees dog {i * i % 17}." for i in range(60)))
+    Path("notes").mkdir()
+    Path("notes/fox.md").write_text("A fox.")
+    model, tokenizer, fit, generate = toys.toy("llama"), toys.tokenizer(), Nectar.fit, mlx_lm.generate
+    fast = {"budget": 0.5, "queries": 300, "conversations": 8, "trial_steps": 2, "answer_tokens": 8, "checks": 1}
+    fast |= {"steps": 2, "batch": 64}
+    monkeypatch.setattr("nectar_mlx.models.load", lambda name, **options: (model, tokenizer))
+    monkeypatch.setattr(Nectar, "fit", lambda *texts, **options: fit(*texts, **(options | fast)))
+    monkeypatch.setattr(mlx_lm, "generate", lambda *asked, **options: generate(*asked, **options, max_tokens=4))
+    program = "".join(blocks(ROOT / document, python=True))
+    exec(compile(program, document, "exec"), {})
+    assert Nectar.load("book.nectar", model, tokenizer).prefix
 
 
 @pytest.mark.fit

@@ -22,7 +22,7 @@ LEVELS = (
     ("__init__", "baselines", "composition", "interchange", "library"),
     ("evaluation", "benchmarks"),
     ("serving",),
-    ("agent", "console", "editor", "output", "settings"),
+    ("agent", "console", "editor", "output", "parser", "settings"),
     ("installed",),
     ("cli",),
     ("from_library", "inspect", "ranks", "update_file", "writing"),

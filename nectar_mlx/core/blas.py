@@ -9,9 +9,12 @@ Its threads wait for each other by spinning, so one that shares its core with an
 they get the cores that are idle when MLX is imported.
 """
 
+import atexit
 import ctypes
 import os
+import shutil
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Iterator
@@ -93,7 +96,11 @@ def candidates() -> Iterator[str]:
 
 
 def unprefixed_openblas() -> str | None:
-    """The path of a copy of scipy-openblas32's library with plain symbols, or None without that package."""
+    """The path of a copy of scipy-openblas32's library with plain symbols, or None without that package.
+
+    Where the cache folder cannot take it (read-only, a full disk), the copy is in a temporary folder, for this process
+    alone; None where that cannot take it either.
+    """
     from importlib import metadata, util
 
     package = util.find_spec("scipy_openblas32")
@@ -102,20 +109,43 @@ def unprefixed_openblas() -> str | None:
     version = metadata.version("scipy-openblas32")
     folder = cache_folder() / f"openblas-{version}-{os.uname().machine}"
     copy = folder / "libopenblas.so"
-    if not copy.exists():
-        try:
-            import lief
+    if copy.exists():
+        return str(copy)
+    try:
+        library = _without_prefix(next(Path(package.origin).parent.glob("lib/libscipy_openblas*.so")))
+    except (ImportError, StopIteration):
+        return None
+    try:
+        with written_at_once(folder) as scratch:
+            (scratch / copy.name).write_bytes(library)
+        return str(copy)
+    except OSError:
+        return _temporary(library, copy.name)
 
-            library = lief.ELF.parse(str(next(Path(package.origin).parent.glob("lib/libscipy_openblas*.so"))))
-            if library is None:
-                return None
-            for symbol in library.dynamic_symbols:
-                symbol.name = str(symbol.name).removeprefix("scipy_")
-            with written_at_once(folder) as scratch:
-                library.write(str(scratch / copy.name))
-        except (ImportError, OSError, StopIteration):
-            return None
-    return str(copy)
+
+def _without_prefix(library: Path) -> bytes:
+    """A library whose symbols have lost their prefix. As bytes: lief writes files that a full disk cuts short, and says
+    nothing."""
+    import lief
+
+    parsed = lief.ELF.parse(str(library))
+    if parsed is None:
+        raise ImportError(f"{library} is not a library")
+    for symbol in parsed.dynamic_symbols:
+        symbol.name = str(symbol.name).removeprefix("scipy_")
+    return bytes(parsed.write_to_bytes())
+
+
+def _temporary(library: bytes, name: str) -> str | None:
+    """A file of the bytes that goes when this process ends; None where there is no room for it."""
+    try:
+        folder = tempfile.mkdtemp(prefix="nectar-")
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        path = Path(folder) / name
+        path.write_bytes(library)
+    except OSError:
+        return None
+    return str(path)
 
 
 def works(library: str) -> bool:

@@ -30,7 +30,7 @@ _KINDS = {
     "a film": "mp4 mov avi mkv webm wmv m4v mpg mpeg",
     "an archive, whose files are not read": "zip tar gz tgz bz2 xz 7z rar zst dmg iso jar",
     "a program": "exe dll so dylib o a class pyc bin app msi deb rpm wasm",
-    "data of another program": "db sqlite sqlite3 parquet npy npz pkl pt safetensors gguf nectar h5 hdf5 mat",
+    "data of another program": "db sqlite sqlite3 parquet npy npz pkl pt safetensors gguf h5 hdf5 mat",
     "a font": "ttf otf woff woff2",
 }
 _OTHER = {suffix: kind for kind, suffixes in _KINDS.items() for suffix in suffixes.split()}
@@ -57,6 +57,7 @@ _HINTS = {
     "ps": "a PostScript file; convert it to .pdf",
     "xlsb": "a binary Excel file; save it as .xlsx",
     "djvu": "a DjVu file; convert it to .pdf",
+    "nectar": "a text that is fitted already; `nectar ask` takes it",
 }
 
 

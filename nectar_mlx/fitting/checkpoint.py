@@ -99,11 +99,8 @@ class Checkpoint:
         if self.folder is None:
             return
         mine = json.loads(json.dumps({"format": FORMAT, **claim}))
-        self._claimed = hashlib.sha256(json.dumps(mine, sort_keys=True).encode()).hexdigest()
         kept = self._read(_CLAIM)
-        if kept == mine:
-            return
-        if isinstance(kept, dict) and self.holds_work():
+        if kept != mine and isinstance(kept, dict) and self.holds_work():
             what = ", ".join(_different(mine, kept)) or "facts"
             if self.must_match:
                 raise NectarError(
@@ -111,6 +108,9 @@ class Checkpoint:
                     "out to start anew"
                 )
             self.log(f"starting anew: {self.folder} holds a fit with other {what}")
+        self._claimed = hashlib.sha256(json.dumps(mine, sort_keys=True).encode()).hexdigest()
+        if kept == mine:
+            return
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._remove(but=(_LOCK,))
         self._write(_CLAIM, mine)
@@ -128,6 +128,10 @@ class Checkpoint:
         """Whether there is anything that a resumed fit would not compute again."""
         files = self.folder.rglob("*") if self.folder is not None else ()
         return any(path.suffix in (".json", ".safetensors") and path.name != _CLAIM for path in files)
+
+    def continues(self) -> bool:
+        """Whether the same fit, which has claimed the folder, would continue from what it holds."""
+        return bool(self._claimed) and self.holds_work()
 
     def spill(self) -> Path:
         """A folder for arrays that do not fit in memory."""

@@ -101,7 +101,7 @@ def resolve(name: str, *, log: Log = no_log, progress: Progress = silent, may_fe
         return Source(name, "folder", path, f"{name}: the folder {path}")
     if os.path.isfile(path) or path.suffix == ".gguf" or name.startswith((".", "~", "/")):
         folder = _converted(path, log, progress)
-        return Source(name, "gguf", folder, f"{name}: its conversion in {folder}")
+        return Source(name, "gguf", folder, f"{path.name}: the GGUF file, as it was converted once")
     if cached := hub.cached(name):
         repository, folder = cached
         return Source(name, "cache", folder, f"{name}: {repository} from the hub's cache")
@@ -164,7 +164,8 @@ def _convert(path: Path, folder: Path, log: Log, progress: Progress) -> None:
         with written_at_once(folder) as scratch:
             gguf.convert(path, scratch, progress=progress)
     except OSError as error:
-        raise NectarError(f"{path.name}: cannot be converted into {folder} ({error})") from error
+        reason = f"cannot be converted into {folder} ({error.strerror or error})"
+        raise NectarError(f"{path.name}: {reason}; NECTAR_CACHE names another folder for it") from error
 
 
 def _first_line(error: BaseException) -> str:

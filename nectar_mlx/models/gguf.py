@@ -19,6 +19,7 @@ import mlx_lm  # noqa: F401  keeps transformers from advising to install PyTorch
 import numpy as np
 import transformers
 
+from nectar_mlx.core.files import free_space
 from nectar_mlx.core.progress import Progress, silent
 from nectar_mlx.core.types import AnyArray, JsonObject
 from nectar_mlx.errors import NectarError
@@ -62,18 +63,21 @@ _REQUIRED = (
     "attention.head_count",
     "attention.layer_norm_rms_epsilon",
 )
+_TOKENIZER_BYTES = 20_000_000  # the 49,152 tokens of SmolLM2 take 3.5 MB; the largest vocabularies have 262,144
 _TYPES = {"F32": mx.float32, "F16": mx.float16}
 
 
 def convert(path: Path, folder: Path, *, progress: Progress = silent) -> None:
     """Write the model in `path` (.gguf) into `folder`, which exists and is empty, the way `mlx_lm.load` reads it.
 
-    Raises NectarError for a file that is no GGUF, or whose architecture, weights or tokenizer are not supported.
+    Raises NectarError for a file that is no GGUF, or whose architecture, weights or tokenizer are not supported, and
+    where the folder's disk has no room for it.
     """
     with _described(path):
         metadata, tensors = read(path)
         config = _config(path, metadata, tensors)
         gguf_settings.check_tensors(metadata, config, tensors)
+        _check_room(path, folder, tensors)
         gguf_tokenizer.build(path, metadata).save_pretrained(folder)
         for number, shard in enumerate(_shards(path, config, tensors, progress), start=1):
             mx.save_safetensors(str(folder / f"model-{number:05}.safetensors"), shard, {"format": "mlx"})
@@ -205,13 +209,29 @@ def _end_tokens(metadata: JsonObject) -> list[int]:
     return list(dict.fromkeys(token for token in ids if token is not None))
 
 
-def _shards(
-    path: Path, config: JsonObject, tensors: Mapping[str, Tensor], progress: Progress
-) -> Iterator[dict[str, mx.array]]:
+def _check_room(path: Path, folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """NectarError where the weights do not fit the disk: MLX and tokenizers raise there what nobody expects."""
+    numbers = sum(math.prod(tensor.shape) for tensor in tensors.values())
+    needed, free = int(numbers) * _dtype(tensors).size + _TOKENIZER_BYTES, free_space(folder)
+    if needed > free:
+        raise NectarError(
+            f"{path.name}: its conversion takes {needed / 1e6:,.0f} MB; {folder.parent} has room for "
+            f"{free / 1e6:,.0f} MB: free some, or NECTAR_CACHE names another folder"
+        )
+
+
+def _dtype(tensors: Mapping[str, Tensor]) -> mx.Dtype:
+    """The type that most of the weights have, or can be dequantized to."""
     sizes: Counter[str] = Counter()
     for tensor in tensors.values():
         sizes[tensor.tensor_type.name] += math.prod(tensor.shape)
-    dtype = _TYPES.get(sizes.most_common(1)[0][0], mx.bfloat16)
+    return _TYPES.get(sizes.most_common(1)[0][0], mx.bfloat16)
+
+
+def _shards(
+    path: Path, config: JsonObject, tensors: Mapping[str, Tensor], progress: Progress
+) -> Iterator[dict[str, mx.array]]:
+    dtype = _dtype(tensors)
     shard: dict[str, mx.array] = {}
     with progress(f"converting {path.name}", len(tensors)) as done:
         for number, tensor in enumerate(tensors.values(), 1):

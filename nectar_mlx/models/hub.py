@@ -103,11 +103,14 @@ def nectar_file(name: str | Path) -> Path:
     """The path of a .nectar: a file's own, or for user/name that file of the repository, downloaded where needed, with
     its keys.
 
-    Raises NectarError for a folder, and for a repository that cannot be had or does not hold exactly one .nectar.
+    Raises NectarError for a folder, for a file whose fit has not ended, and for a repository that cannot be had or does
+    not hold exactly one .nectar.
     """
     path = Path(name)
     if path.is_dir():
         raise NectarError(f"{name} is a folder, not a .nectar: `nectar fit --context {name}` makes one of it")
+    if os.path.isdir(f"{path}.partial") and not os.path.exists(path):
+        raise NectarError(f"{name} is not there yet: its fit still runs, or the same `nectar fit` continues it")
     repository = str(name)
     if os.path.exists(path) or path.suffix == ".nectar" or not _REPOSITORY.fullmatch(repository):
         return path

@@ -137,11 +137,26 @@ def test_leaves_other_systems_and_builds_alone(monkeypatch) -> None:
 
 
 @pytest.mark.process
-def test_an_unwritable_cache_is_no_error(tmp_path) -> None:
-    blocked = tmp_path / "file"
+def test_a_cache_that_takes_nothing_leaves_a_copy_for_the_process(tmp_path) -> None:
+    blocked, temporary = tmp_path / "file", tmp_path / "temporary"
     blocked.write_text("")
-    code = "import nectar_mlx.core.blas as b; print(b.unprefixed_openblas())"
-    assert run(code, NECTAR_CACHE=str(blocked / "cache"), NECTAR_BLAS="off").stdout.strip() == "None"
+    temporary.mkdir()
+    code = "import nectar_mlx, mlx.core, nectar_mlx.core.blas as b; print(b.loaded)"
+    done = run(code, NECTAR_CACHE=str(blocked / "cache"), TMPDIR=str(temporary))
+    assert done.stdout.startswith(str(temporary)) and not done.stderr
+    assert not list(temporary.iterdir())  # gone with its process
+
+
+@pytest.mark.process
+def test_a_full_disk_keeps_no_part_of_the_library(tmp_path) -> None:
+    code = (
+        "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (2**21, 2**21))\n"  # of 25 MB
+        "import nectar_mlx.core.blas as b; print(b.unprefixed_openblas())"
+    )
+    done = run(code, NECTAR_CACHE=str(tmp_path), NECTAR_BLAS="off")
+    assert done.stdout.strip() == "None", done.stderr
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 @pytest.mark.parametrize("running, cores, idle", [(1, 8, 8), (3, 8, 6), (9, 8, 1), (40, 8, 1), (1, 1, 1)])

@@ -46,6 +46,19 @@ def test_a_dry_run_estimates_tokens_time_and_size(
     assert "about " in err and "time and size are not estimated: " in err and "seconds" not in json.loads(out)
 
 
+@pytest.mark.parametrize(
+    "wrong, said",
+    [(["--budget", "2"], "a budget of 2 is not in (0, 1]"), (["--effort", "fast"], "unknown effort 'fast'")],
+)
+def test_wrong_settings_are_told_before_documents_are_read(
+    notes: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, wrong: list[str], said: str
+) -> None:
+    monkeypatch.setattr("nectar_mlx.documents.read", lambda *paths, **options: pytest.fail("documents were read"))
+    for dry in ([], ["--dry-run"]):
+        assert fit.main(["--context", str(notes), *wrong, *dry]) == 2
+        assert said in capsys.readouterr().err
+
+
 def test_a_dry_run_needs_no_model(
     notes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -126,6 +126,7 @@ def test_folders_that_are_one_file(tmp_path: Path) -> None:
         ("a.mobi", b"BOOKMOBI", "Kindle"),
         ("a.msg", b"x", "Outlook"),
         ("a.doc", b"x", "save it as .docx"),
+        ("a.nectar", b"x", "fitted already; `nectar ask` takes it"),
     ],
 )
 def test_what_is_wrong_is_said(name: str, data: bytes, reason: str) -> None:

@@ -555,6 +555,20 @@ class TestCommand:
         assert not update_file.names_file(["--watch"])
         assert update_file.names_file(["book.nectar"])
 
+    @pytest.mark.parametrize(
+        "arguments, said",
+        [
+            (["--context", "book.txt"], "required: FILE.nectar"),
+            (["book.txt", "--context", "book.txt"], "book.txt is not a .nectar"),
+            (["--strict", "book.nectar", "--context=other.txt"], "other.txt: no such file"),
+        ],
+    )
+    def test_with_a_context_it_is_of_a_file(self, folder, monkeypatch, capsys, arguments, said):
+        monkeypatch.chdir(folder)
+        (folder / "book.txt").write_text(MORE)
+        assert update.main(arguments) == 2
+        assert said in capsys.readouterr().err
+
 
 @pytest.mark.parametrize("kind, less", [("append", 0.7), ("edit", 0.7)])
 @pytest.mark.parametrize("machine", [machines.MACHINES[0], machines.MACHINES[-1]], ids=["cpu", "gpu"])

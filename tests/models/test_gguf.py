@@ -283,7 +283,22 @@ def test_it_is_converted_once_and_later_called_so(tmp_path: Path, tokenizer: Tok
     folder = models.resolve(str(tmp_path / "toy.gguf"), log=lines.append).path
     assert len(lines) == 1 and "once" in lines[0]
     source = models.resolve(str(tmp_path / "toy.gguf"), log=lines.append)
-    assert source.description.endswith(f": its conversion in {folder}") and len(lines) == 1, "it is not converted again"
+    assert source.path == folder and len(lines) == 1, "it is not converted again"
+    assert source.description == "toy.gguf: the GGUF file, as it was converted once"
+
+
+def test_a_disk_without_room_for_it_is_one_line(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = toy_model("qwen3", tokenizer.get_vocab_size())
+    write_gguf(tmp_path / "toy.gguf", model, tokenizer)
+    monkeypatch.setattr("nectar_mlx.models.gguf.free_space", lambda folder: 20_000_000)
+    with pytest.raises(NectarError, match="NECTAR_CACHE names another folder") as error:
+        models.resolve(str(tmp_path / "toy.gguf"))
+    assert "\n" not in str(error.value) and not list((tmp_path / "cache").iterdir())
+    weights = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
+    monkeypatch.setattr("nectar_mlx.models.gguf.free_space", lambda folder: 20_000_000 + weights)
+    models.resolve(str(tmp_path / "toy.gguf"))
 
 
 def test_a_fit_of_it_is_estimated(tmp_path: Path, tokenizer: Tokenizer) -> None:

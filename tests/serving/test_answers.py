@@ -1,7 +1,10 @@
 """Answers of the server are those of single requests, whoever else asks."""
 
+import json
+import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import mlx.core as mx
 import mlx_lm
@@ -35,6 +38,13 @@ def test_chat_and_stream(running, answers):
         assert "".join(pieces) == expected and len(pieces) > 2
     usage = list(ask(client, "red", QUESTIONS[0], stream=True, stream_options={"include_usage": True}))[-1].usage
     assert 0 < usage.completion_tokens <= TOKENS
+
+
+def test_the_request_that_the_documentation_shows(running):
+    shown = (Path(__file__).parents[2] / "docs" / "server.md").read_text()
+    path, body = re.findall(r"curl http://127\.0\.0\.1:8080(\S+) .*?-d '(.*?)'", shown, re.S)[0]
+    status, reply = running.post(path, json.loads(body) | {"model": "red", "max_tokens": TOKENS})
+    assert status == 200 and reply["choices"][0]["message"]["role"] == "assistant"
 
 
 def test_completion_continues_the_document(running, books):
