@@ -31,6 +31,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     cli.add_adapter(parser)
     parser.add_argument("--budget", metavar="SHARE", help="bytes to keep, as for `nectar fit`; kept for later calls")
     parser.add_argument("--kind", help="of head function, as for `nectar fit`; kept for later calls")
+    parser.add_argument("--effort", help="quick, normal or best, as for `nectar fit`; kept for later calls")
     parser.add_argument("--steps", type=int, metavar="N", help="steps of the regression; kept for later calls")
     parser.add_argument("--queries", type=int, metavar="N", help="captured queries a head; kept for later calls")
 
@@ -51,7 +52,7 @@ def fitter(library: Library, args: argparse.Namespace) -> ModelFitter:
 
     Without --model and --budget the library's own are taken, at first those of the settings.
     """
-    from .fitting.config import FitConfig, parse_budget
+    from .fitting.config import FitConfig, effort, parse_budget
 
     options = library.options
     known = library.identity
@@ -61,6 +62,9 @@ def fitter(library: Library, args: argparse.Namespace) -> ModelFitter:
     if budget is not None:
         options = {name: value for name, value in options.items() if name not in ("budget", "size")}
         options |= parse_budget(budget)
+    if args.effort is not None:
+        options = {name: value for name, value in options.items() if name not in effort("best")}
+        options |= effort(args.effort)
     options |= {n: value for n in ("kind", "steps", "queries") if (value := getattr(args, n)) is not None}
     FitConfig(**options)  # refuses what is wrong before any file is read
     name, adapter = _model(args, known)

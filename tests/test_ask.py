@@ -123,7 +123,7 @@ def test_bad_files(book, make, complaint, tmp_path, capsys):
 def test_another_model(book, tmp_path, capsys):
     other = toys.save_model(toys.toy("llama", seed=5), tmp_path / "other", toys.tokenizer())
     assert ask.main([str(book.path), QUESTION, "--model", str(other)]) == cli.FAULT
-    assert_one_line(capsys, "fitted on .* which is not the model given")
+    assert_one_line(capsys, "fitted on .* which is not the model in use")
 
 
 def test_another_tokenizer(book, tmp_path, capsys):

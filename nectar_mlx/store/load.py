@@ -98,7 +98,7 @@ def check_model(path: str | Path, metadata: Metadata, model: nn.Module, tokenize
     if attention_patch.route(model) != geometry(metadata) or models.fingerprint(model) != metadata["model_sha256"]:
         check_adapter(path, metadata, model)
         raise NectarError(
-            f"{path} was fitted on {metadata['model']}, which is not the model given: load that one, or fit again"
+            f"{path} was fitted on {metadata['model']}, which is not the model in use: load that one, or fit again"
         )
     if tokenizer is not None and models.tokenizer_fingerprint(tokenizer) != metadata["tokenizer_sha256"]:
         raise NectarError(f"{path} was fitted with another tokenizer or chat template than the one given: fit again")

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from nectar_mlx import Nectar, __main__, cli, from_library, installed, serve, update
+from nectar_mlx.fitting.config import effort
 from nectar_mlx.installed import Installed
 from nectar_mlx.library import Library, ModelFitter, routing
 from tests import toys
@@ -153,6 +154,7 @@ def test_update_can_watch(folder, cheap, notes, monkeypatch, capsys):
         (["add", "."], ["--model Qwen3-1.7B"]),
         (["add", "/nonexistent", "--model", "some"], ["no such file"]),
         (["add", ".", "--model", "some", "--budget", "much"], ["a budget is"]),
+        (["add", ".", "--model", "some", "--effort", "much"], ["unknown effort"]),
         (["add", ".", "--model", "some", "--kind", "odd"], ["unknown kind"]),
         (["add"], ["nectar add --help"]),
         (["update"], ["is empty", "nectar add"]),
@@ -351,6 +353,18 @@ def test_the_model_in_use_answers_in_another_thread(filled):
     thread.start()
     thread.join()
     assert found[0].best.document.name == "kettle.txt"
+
+
+def test_an_effort_is_kept_until_another_is_given(folder, cheap, tmp_path):
+    (tmp_path / "a.txt").write_text("Olga has a heron.")
+    for given, kept in [
+        (["--effort", "quick", "--budget", "3%"], effort("quick") | {"budget": 0.03}),
+        ([], effort("quick") | {"budget": 0.03}),
+        (["--effort", "best", "--steps", "7"], effort("best") | {"budget": 0.03, "steps": 7}),
+        (["--effort", "normal"], {"budget": 0.03}),
+    ]:
+        assert run("add", tmp_path / "a.txt", "--model", "some", *given) == 0
+        assert Library(folder).options == kept
 
 
 def test_the_settings_name_the_library_the_model_and_the_budget(tmp_path, monkeypatch, cheap, capsys):

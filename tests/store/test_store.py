@@ -84,9 +84,9 @@ def test_what_is_saved_is_what_is_loaded(saved):
 
 def test_another_model_is_refused(saved):
     path, _ = saved
-    with pytest.raises(NectarError, match="which is not the model given"):
+    with pytest.raises(NectarError, match="which is not the model in use"):
         Nectar.load(path, toys.toy("llama", seed=1))
-    with pytest.raises(NectarError, match="which is not the model given"):
+    with pytest.raises(NectarError, match="which is not the model in use"):
         Nectar.load(path, toys.toy("qwen2"))
 
 
