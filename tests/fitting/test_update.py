@@ -359,6 +359,8 @@ class TestAppend:
         checks = [[c for c in x.study(run) if c.split == "check"] for x in (first, last)]
         assert checks[0] == checks[1], "the questions whose divergence without the text is known"
         assert len(last.study(run)) > len(first.study(run))
+        kept = again.metadata["report"]["updated"]["fitted"]
+        assert kept == {name: fitted.report[name] for name in ("kl", "gap_closed")}, "of the fit, not of an update"
 
     def test_tokens_that_would_be_merged_across_the_end_stay_apart(self, model, tokenizer, fitted):
         text = TEXT[:-1] + ".. and more."
@@ -449,9 +451,26 @@ class TestFit:
         monkeypatch.setattr(updating.decide, "stored", bad)
         metadata = fitted.metadata | {"report": fitted.report | {"kl": 0.001, "gap_closed": 0.999}}
         outcome, said = updated(model, tokenizer, Nectar(fitted.tensors, metadata), MORE)
-        assert (outcome.way, outcome.reason) == ("fit", "the update answers worse than the file did")
+        assert (outcome.way, outcome.reason) == ("fit", "the update answers worse than the file did when it was fitted")
         assert outcome.metadata["report"]["kl"] < 0.5
         assert len(said) == 2
+
+    @pytest.mark.parametrize(
+        ("of_the_fit", "before", "after", "given_up"),
+        [
+            (0.999, 0.97, 0.96, True),  # many updates that lost a little each
+            (0.999, 0.995, 0.985, False),
+            (0.95, 0.95, 0.5, True),
+            (0.95, 0.93, 0.91, False),
+            (0.5, 0.5, 0.1, False),
+        ],
+    )
+    def test_it_is_compared_with_the_last_fit(self, of_the_fit, before, after, given_up):
+        then, now, new = ({"kl": 2 * (1 - gap), "gap_closed": gap} for gap in (of_the_fit, before, after))
+        fitted = updating.decide._fitted(now | {"updated": {"fitted": then}})
+        assert updating.decide._worse(new, fitted) == given_up
+        for odd in (None, [], {"fitted": 1}, {"fitted": {"kl": "x"}}):
+            assert updating.decide._fitted(now | {"updated": odd})["kl"] == now["kl"]
 
     def test_a_result_that_lost_what_is_new_is_given_up(self, model, tokenizer, fitted, monkeypatch):
         """However close it is to the rest of the text."""
@@ -465,7 +484,7 @@ class TestFit:
         monkeypatch.setattr(updating.base, "check", check)
         metadata = fitted.metadata | {"report": fitted.report | {"kl": 0.001, "gap_closed": 0.999}}
         outcome, _ = updated(model, tokenizer, Nectar(fitted.tensors, metadata), MORE)
-        assert (outcome.way, outcome.reason) == ("fit", "the update answers worse than the file did")
+        assert (outcome.way, outcome.reason) == ("fit", "the update answers worse than the file did when it was fitted")
         assert len(asked) == 2 and not set(asked[0]) & set(asked[1])
 
     def test_where_an_update_is_expected_to_take_as_long_the_text_is_fitted(
