@@ -165,6 +165,17 @@ def test_new_questions_give_the_samples_that_are_wanted(model, tokenizer):
     assert "check" not in [c.split for c in asked]
 
 
+@pytest.mark.parametrize("count", [3, 10, 100])
+def test_a_long_append_does_not_drive_out_the_study(count):
+    study = [Conversation([1], [n], "check" if n >= 8 else "train") for n in range(10)]
+    fresh = [Conversation([2], [n], "train") for n in range(count)]
+    kept = updating.decide._further_study(study, fresh)
+    assert [c for c in kept if c.split == "check"] == study[8:]
+    assert len(kept) == min(20, 10 + count)
+    of_study = sum(c.prompt == [1] and c.split == "train" for c in kept)
+    assert of_study == (8 if count <= 10 else pytest.approx(18 * 8 / (8 + count), abs=1))
+
+
 def test_one_is_held_out_where_the_study_holds_none(model, tokenizer):
     run, revision = fit_run(model, tokenizer), Revision.of(list(range(200)), list(range(220)))
     for kept in ([Conversation([1], [2], "train")] * 4, [Conversation([1], [2], "held_out")]):

@@ -206,7 +206,7 @@ def _updated(
         # Without those that ask about what is new: the next check is of the whole text, as this file's own was.
         others = [*study, *updated.new]
         fresh = [c for c in updated.kind.data.conversations if not any(c is other for other in others)]
-        tensors[kept_study.TENSOR] = kept_study.packed([*fresh, *study][: 2 * len(study)])
+        tensors[kept_study.TENSOR] = kept_study.packed(_further_study(study, fresh))
     kept = sum(x.nbytes for name, x in tensors.items() if name not in ("prefix", kept_study.TENSOR))
     if sentence := verdict.sentence(report, share=kept / run.geometry.cache_bytes(len(prefix))):
         report["verdict"] = sentence
@@ -219,6 +219,14 @@ def _updated(
         report=report,
     )
     return Outcome(way=way, tensors=tensors, metadata=metadata)
+
+
+def _further_study(study: list[Conversation], fresh: list[Conversation]) -> list[Conversation]:
+    """What is kept of both, at most twice as many as before: the check's, and of the others some from everywhere."""
+    checks = [c for c in study if c.split == "check"]
+    others = [*fresh, *(c for c in study if c.split != "check")]
+    count = min(len(others), 2 * len(study) - len(checks))
+    return checks + [others[i * len(others) // count] for i in range(count)]
 
 
 def _fitted(report: store.Metadata) -> store.Metadata:
