@@ -373,6 +373,13 @@ class TestAppend:
         kept = again.metadata["report"]["updated"]["fitted"]
         assert kept == {name: fitted.report[name] for name in ("kl", "gap_closed")}, "of the fit, not of an update"
 
+    def test_a_study_without_checks(self, model, tokenizer, fitted):
+        file = FileContents(tensors=fitted.tensors, metadata=fitted.metadata)
+        study = [c for c in file.study(fit_run(model, tokenizer)) if c.split != "check"]
+        tensors = fitted.tensors | {kept_study.TENSOR: kept_study.packed(study)}
+        report = updated(model, tokenizer, Nectar(tensors, fitted.metadata), MORE)[0].metadata["report"]
+        assert report["kl_no_context"] == report["new"]["kl_no_context"] != fitted.report["kl_no_context"]
+
     def test_tokens_that_would_be_merged_across_the_end_stay_apart(self, model, tokenizer, fitted):
         text = TEXT[:-1] + ".. and more."
         ids = prompts.prefix(tokenizer, text)
