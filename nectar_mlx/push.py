@@ -116,14 +116,17 @@ is needed to answer about it: share it only where you may share the text.
 
 
 def _fidelity(report: JsonObject) -> dict[str, str]:
-    """What the fit measured on answers that it was not fitted on."""
+    """What the fit measured on answers that it was not fitted on; of an updated file also about what was new."""
     titles = {
         "kl": "divergence from full attention, held out (nats a token)",
         "agree": "same most likely token as full attention, held out",
         "gap_closed": "share of the gap between no context and full attention that it closes",
     }
-    figures = {title: report[key] for key, title in titles.items() if isinstance(report.get(key), int | float)}
-    return {title: f"{value:.3g}" for title, value in figures.items()} or {"fidelity": "not measured"}
+    rows = dict[str, str]()
+    for figures, about in ((report, ""), (report.get("new") or {}, ", about what its last update changed")):
+        known = {title: figures[key] for key, title in titles.items() if isinstance(figures.get(key), int | float)}
+        rows |= {f"{title}{about}": f"{value:.3g}" for title, value in known.items()}
+    return rows or {"fidelity": "not measured"}
 
 
 if __name__ == "__main__":

@@ -52,10 +52,13 @@ def _work(args: argparse.Namespace) -> None:
         raise NectarError(f"{args.file} was fitted with other files in view: `nectar fit --with` fits it again")
     from . import documents
     from .fitting.checkpoint import Checkpoint
+    from .fitting.distributed import World
     from .fitting.updating import update
     from .nectar import Nectar
     from .store import load
 
+    if World.here().size > 1:
+        raise NectarError("an update is the work of one process: start it without mlx.launch")
     reading = documents.read(args.context, include=args.include, exclude=args.exclude, strict=args.strict)
     folder = output.with_name(output.name + ".partial")
     checkpoint = Checkpoint(folder, log=cli.say)

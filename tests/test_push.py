@@ -246,3 +246,6 @@ def test_card_says_how_faithful_it_is():
     ):
         assert said in card
     assert "not measured" in push.card({**facts, "report": {}}, "someone/book", sums)
+    updated = push.card(facts | {"report": facts["report"] | {"new": {"gap_closed": 0.31}}}, "someone/book", sums)
+    assert set(card.splitlines()) < set(updated.splitlines())
+    assert "closes, about what its last update changed | 0.31 |" in updated

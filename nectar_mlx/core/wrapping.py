@@ -13,8 +13,9 @@ _NO_END = {"Cf", "Ps", "Pi"}
 class Wrap:
     """Holds back the last word of what it is fed, until it is known how long that is.
 
-    A word that is wider than the terminal is left to the terminal, so that it can be copied. Between wide characters,
-    as Chinese and Japanese have them, a line may end without a blank.
+    A word that is wider than the terminal is left to the terminal, so that it can be copied, and shown as it comes:
+    Thai has no blanks, and a row of digits may be all of an answer. Between wide characters, as Chinese and Japanese
+    have them, a line may end without a blank.
     """
 
     def __init__(self, columns: Callable[[], int]):
@@ -22,6 +23,7 @@ class Wrap:
         self._columns = columns
         self._column = 0  # where the next character goes
         self._blanks = self._word = ""
+        self._begun = False  # whether the word's beginning was shown
 
     def feed(self, text: str) -> str:
         """More text -> what can be shown of it and of what was held back."""
@@ -29,7 +31,8 @@ class Wrap:
 
     def finish(self) -> str:
         """What is held back still."""
-        shown, self._word = self._placed() if self._word else "", ""
+        shown = self._placed() if self._word else ""
+        self._begun = False
         return shown
 
     def _add(self, character: str) -> str:
@@ -44,23 +47,27 @@ class Wrap:
             if self._word and _may_break(self._word[-1], character):
                 shown = self.finish()
             self._word += character
+            if 0 < 2 * self._columns() <= len(self._word):  # then it is wider, even if half of it are marks
+                shown += self._placed()
+                self._begun = True
         return shown
 
     def _placed(self) -> str:
-        """The word with the blanks before it, or on a new line."""
+        """The word, or more of it, with the blanks before it, or on a new line."""
         from rich.cells import cell_len  # takes longer than an answer's first word of a server
 
         columns, start = self._columns(), self._column
         for blank in self._blanks:
             start += _TAB - start % _TAB if blank == "\t" else 1
         blanks, self._blanks = self._blanks, ""
-        width = cell_len(self._word)
-        if self._column and 0 < columns < start + width:
+        word, self._word = self._word, ""
+        width = cell_len(word)
+        if self._column and not self._begun and 0 < columns < start + width:
             blanks, start = "\n", 0
         self._column = start + width
         if 0 < columns < self._column:  # the terminal breaks the word itself
             self._column = (self._column - 1) % columns + 1
-        return blanks + self._word
+        return blanks + word
 
 
 def _may_break(before: str, after: str) -> bool:

@@ -19,6 +19,7 @@ TARGET = 0.99  # of the gap closed
 TARGET_KL = 1e-3  # nats a token that are close, however little the text changes
 FIRST, LEAST, MOST = 0.02, 0.0025, 0.8  # from 0.3 on every head keeps all keys of the text, at 0.8 in 11 bits a number
 _AIM = 0.9  # of the wanted divergence: what a share between two candidates is to leave
+_SHALLOWEST = 0.5  # exponent
 _WORTH, _MORE = 1.2, 3  # how much smaller a share must be for one more short fit; how many more, at most
 
 Figures = JsonObject
@@ -58,12 +59,14 @@ def choose(measure: Callable[[float], Figures], *, least: float = LEAST, most: f
         low, high = candidate(max(low.share / 2, least)), low
     if low.share == high.share:
         return Choice(high.share, EXPONENT)
-    exponent = float(np.clip(_exponent(low, high), 0.5, 4.0))
+    exponent = float(np.clip(_exponent(low, high), _SHALLOWEST, 4.0))
     if low.excess <= 1:
         return Choice(low.share, exponent)
-    smaller = high.share * (high.excess / _AIM) ** (1 / _exponent(low, high))
+    if high.excess > 1:  # nothing is enough, and more bytes may do nothing: no power law
+        return Choice(high.share, exponent)
+    smaller = high.share * (high.excess / _AIM) ** (1 / max(_exponent(low, high), _SHALLOWEST))
     for _ in range(_MORE):
-        if high.excess > 1 or _WORTH * smaller > high.share:
+        if _WORTH * smaller > high.share:
             break
         between = candidate(smaller)
         if between.excess <= 1:

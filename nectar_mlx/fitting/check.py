@@ -77,10 +77,12 @@ def _known(run: FitRun, data: Collected) -> fidelity.Known:
     """The full cache's logits, where the last layer's output was kept when an answer was drawn or replayed."""
     finals = {id(data.conversations[i]): of for i, of in data.finals.items()}
     runner = layer_runner(run.model, run.geometry) if finals else None
+    if runner is None or not runner.steps_as_it_reads:  # answers were drawn one by one, and are compared read together
+        return lambda conversation: None
 
     def known(conversation: Conversation) -> mx.array | None:
         final = finals.get(id(conversation))
-        return None if runner is None or final is None else runner.logits(final[None])[0, :]
+        return None if final is None else runner.logits(final[None])[0, :]
 
     return known
 

@@ -12,7 +12,8 @@ from ..heads import ALIASES, KINDS
 from ..store import BITS
 from .prefill_attention import Prefill
 
-_COUNTS = ("answer_tokens", "batch", "conversations", "matching_samples")
+_COUNTS = ("answer_tokens", "batch", "checks", "conversations", "matching_samples")
+_POSITIVE = ("sample_share", "temperature", "rate")
 FEWEST_SAMPLES = 20_000  # a head, of those that are useful, however little memory there is
 _MOST_BYTES = 9_000_000_000  # of samples in a fit of normal effort, unless another limit is set
 _LARGEST_SIZE = 1e18  # bytes; more is taken for as many
@@ -90,6 +91,9 @@ class FitConfig:
             value = getattr(self, name)
             if value is not None and value < (0 if name in ("seed", "distillation_steps") else 1):
                 raise NectarError(f"{name} must be positive, not {value}")
+        for name in _POSITIVE:
+            if (number := getattr(self, name)) is not None and not 0 < number < math.inf:
+                raise NectarError(f"{name} must be positive, not {number:g}")
         if self.seed >= 1 << 63:  # other seeds are derived from it, and MLX takes 64 bits
             raise NectarError(f"seed must be below 2^63, not {self.seed}")
 

@@ -49,6 +49,12 @@ class LayerRunner:
         if not mx.allclose(logits, expected, rtol=1e-2, atol=1e-2):
             raise NectarError(reason)
 
+    @property
+    def steps_as_it_reads(self) -> bool:
+        """Whether tokens that are fed one by one see what they see together. Those of mlx-lm's plamo3 do not: its masks
+        reach further than its caches."""
+        return all(asked == kept for kept, asked in self._windows.items())
+
     def embed(self, tokens: mx.array) -> mx.array:
         """What the first layer sees of tokens [B, T]."""
         inputs: list[mx.array] = []

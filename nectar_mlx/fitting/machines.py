@@ -7,12 +7,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Annotated
 
 import mlx.core as mx
 import mlx.nn as nn
+import msgspec
 import psutil
 from mlx.utils import tree_flatten
 
+from ..core import json_text
 from ..core.device import LINUX_CPU, device, gpu, using
 from ..core.types import JsonObject
 from ..errors import NectarError
@@ -151,41 +154,70 @@ def named_shape(name: str) -> Shape:
     return known[0]
 
 
+_Count = Annotated[int, msgspec.Meta(ge=1, le=1 << 40)]
+_MaybeCount = Annotated[int, msgspec.Meta(ge=0, le=1 << 40)] | None  # 0 and null: it is not said
+
+
+class _Config(msgspec.Struct):
+    """What is read of a model's config.json."""
+
+    num_hidden_layers: Annotated[int, msgspec.Meta(ge=1, le=10_000)]
+    hidden_size: _Count
+    num_attention_heads: _Count
+    intermediate_size: _Count
+    vocab_size: _Count
+    num_key_value_heads: _MaybeCount = None
+    head_dim: _MaybeCount = None
+    max_position_embeddings: _MaybeCount = None
+    sliding_window: _MaybeCount = None
+    sliding_window_pattern: int | str | None = None
+    former_pattern: int | str | None = msgspec.field(default=None, name="_sliding_window_pattern")
+    layer_types: list[str] | None = None
+
+    @property
+    def kv_heads(self) -> int:
+        """ValueError where they do not share the heads equally."""
+        count = self.num_key_value_heads or self.num_attention_heads
+        if self.num_attention_heads % count:
+            raise ValueError(f"{self.num_attention_heads} heads cannot share {count} KV heads")
+        return count
+
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """The sliding window of each layer, 0 for none; of the forms that configurations have for it the two usual
+        ones. ValueError where no layer has full attention."""
+        slides = [False] * self.num_hidden_layers
+        pattern = self.sliding_window_pattern or self.former_pattern
+        if self.layer_types:
+            slides = ["sliding" in kind for kind in self.layer_types]
+        elif isinstance(pattern, int):
+            slides = [(layer + 1) % pattern != 0 for layer in range(self.num_hidden_layers)]
+        if len(slides) != self.num_hidden_layers:
+            raise ValueError(f"{self.num_hidden_layers} layers, but the types of {len(slides)}")
+        windows = tuple((self.sliding_window or 0) if sliding else 0 for sliding in slides)
+        if all(windows):
+            raise ValueError("no layer has full attention")
+        return windows
+
+
 def _configured(name: str, path: Path) -> Shape:
     try:
-        config = _gguf_config(path) if path.suffix == ".gguf" else json.loads(path.read_bytes())
-        config = config.get("text_config") or config
-        heads, width = config["num_attention_heads"], config["hidden_size"]
+        told = _gguf_config(path) if path.suffix == ".gguf" else json.loads(path.read_bytes())
+        config = json_text.typed(told.get("text_config") or told, _Config)
         return _shape(
             name,
-            config["num_hidden_layers"],
-            width,
-            heads,
-            config.get("num_key_value_heads") or heads,
-            config.get("head_dim") or width // heads,
-            config["intermediate_size"],
-            config["vocab_size"],
-            config.get("max_position_embeddings") or _UNKNOWN_WINDOW,
-            windows=_windows(config),
+            config.num_hidden_layers,
+            config.hidden_size,
+            config.num_attention_heads,
+            config.kv_heads,
+            config.head_dim or config.hidden_size // config.num_attention_heads,
+            config.intermediate_size,
+            config.vocab_size,
+            config.max_position_embeddings or _UNKNOWN_WINDOW,
+            windows=config.windows,
         )
-    except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise NectarError(f"{path} does not describe a model ({type(error).__name__}: {error})") from None
-
-
-def _windows(config: JsonObject) -> tuple[int, ...]:
-    """The sliding window of each layer, 0 for none; of the forms that configurations have for it the two usual ones.
-    ValueError where no layer has full attention."""
-    count, size = config["num_hidden_layers"], config.get("sliding_window") or 0
-    pattern = config.get("sliding_window_pattern") or config.get("_sliding_window_pattern")
-    slides = [False] * count
-    if types := config.get("layer_types"):
-        slides = ["sliding" in kind for kind in types]
-    elif isinstance(pattern, int):
-        slides = [(layer + 1) % pattern != 0 for layer in range(count)]
-    windows = tuple(size if sliding else 0 for sliding in slides)
-    if all(windows):
-        raise ValueError("no layer has full attention")
-    return windows
 
 
 def _gguf_config(path: Path) -> JsonObject:

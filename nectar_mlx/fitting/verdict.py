@@ -18,7 +18,7 @@ _ROUNDING = 1e-5  # nats that rounding errors come to
 EXPONENT = 1.7  # KL falls with so much of a power of the bytes, where nothing better is known (docs/log/budgets.md)
 
 Grade = Literal["close", "usable", "not faithful"]
-_GRADES: tuple[Grade, ...] = ("close", "usable", "not faithful")
+GRADES: tuple[Grade, ...] = ("close", "usable", "not faithful")
 
 
 def measured(ours: Divergence, no_context: Divergence | float) -> JsonObject:
@@ -57,7 +57,7 @@ def worse(report: JsonObject) -> JsonObject:
 
 def _badness(figures: JsonObject) -> tuple[int, float]:
     reached = _grade(figures)
-    return (_GRADES.index(reached), -figures["gap_closed"]) if reached else (-1, 0.0)
+    return (GRADES.index(reached), -figures["gap_closed"]) if reached else (-1, 0.0)
 
 
 def _grade(figures: JsonObject) -> Grade | None:

@@ -87,8 +87,12 @@ def prefix_digest(tensors: Tensors) -> str:
 
 
 def write(path: Path, tensors: Tensors, metadata: Metadata) -> None:
-    """Writes the file: all of it appears, or nothing changes. NectarError if it cannot be written."""
-    strings = {k: v if k in _TEXTS else json.dumps(v) for k, v in metadata.items()}
+    """Writes the file: all of it appears, or nothing changes. NectarError if it cannot be written, or not read again:
+    it may be about to take the place of one that can."""
+    try:
+        strings = {k: v if k in _TEXTS else json.dumps(v, allow_nan=False) for k, v in metadata.items()}
+    except ValueError:
+        raise NectarError(f"{path} is not written: a number in its metadata is not finite") from None
     strings |= {"format": FORMAT, "tensors_sha256": tensor_file.digest(tensors)}
     strings["digest"] = tensor_file.metadata_digest(strings)
     tensor_file.write_sealed(path, dict(sorted(tensors.items())), dict(sorted(strings.items())))

@@ -57,6 +57,16 @@ def test_the_last_word_is_held_back_and_no_other():
     assert [wrap.feed(piece) for piece in ("The he", "ron ", "stood", "\n")] == ["The", " heron", "", "\nstood\n"]
 
 
+@pytest.mark.parametrize("word", ["0123456789" * 50, "ภาษาไทย" * 50, "e\u0301" * 200])
+def test_a_word_wider_than_the_terminal_is_shown_as_it_comes(word):
+    wrap = Wrap(lambda: 40)
+    shown = wrap.feed("It is ")
+    for start in range(0, len(word), 7):
+        shown += wrap.feed(word[start : start + 7])
+        assert len(f"It is\n{word[: start + 7]}") - len(shown) < 90
+    assert shown + wrap.finish() == f"It is\n{word}"
+
+
 def test_a_terminal_that_changes_its_width():
     columns = [20]
     wrap = Wrap(lambda: columns[0])

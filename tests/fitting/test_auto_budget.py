@@ -54,6 +54,12 @@ def test_what_no_share_can_do_ends_at_the_bounds(wanted, share):
     assert auto_budget.choose(measure).share == share and len(measured) < 8
 
 
+@pytest.mark.parametrize("kl", [(0.06, 0.06, 0.06), (0.06, 0.0600001, 0.06), (0.0080001, 0.008, 0.008)])
+def test_bytes_that_change_next_to_nothing(kl):
+    choice = auto_budget.choose(lambda share: {"kl": kl[min(2, round(share / 0.02) - 1)], "kl_no_context": FLOOR})
+    assert choice.share in (0.04, auto_budget.MOST) and choice.exponent == 0.5
+
+
 def test_noise_does_not_leave_the_bracket():
     """More bytes that came out worse are taken for no better."""
     kl = {0.02: 0.011, 0.04: 0.02, 0.08: 0.006}

@@ -7,6 +7,7 @@ import psutil
 import pytest
 
 from nectar_mlx.core import device
+from nectar_mlx.errors import NectarError
 from nectar_mlx.fitting.config import FitConfig
 from nectar_mlx.fitting.prefill import Context
 from nectar_mlx.fitting.run import FitRun
@@ -124,3 +125,11 @@ def test_a_small_machine_computes_less_at_a_time(memory, profile):
     assert chosen == profile
     fits = [name for name in vars(profile) if name.startswith(("fit_", "trial_", "study_"))]
     assert all(getattr(chosen, name) == getattr(device.GPU, name) for name in fits) and len(fits) > 10
+
+
+@pytest.mark.parametrize("name", ["answer_tokens", "checks", "sample_share", "temperature", "rate", "steps"])
+@pytest.mark.parametrize("value", [0, -1])
+def test_what_would_be_noticed_at_the_end_or_not_at_all_is_refused(name, value):
+    """A temperature of 0 draws token 0; without checks the whole fit is in vain."""
+    with pytest.raises(NectarError, match=f"{name} must be positive"):
+        FitConfig(**{name: value})

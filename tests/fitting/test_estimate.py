@@ -299,10 +299,24 @@ def test_a_mistake_is_one_line(capsys, arguments, word):
     assert out == "" and word in err and "Traceback" not in err
 
 
-def test_a_configuration_that_is_none_is_one_line(tmp_path):
-    (tmp_path / "config.json").write_text('{"hidden_size": "wide"}')
-    with pytest.raises(NectarError, match="does not describe a model"):
-        machines.named_shape(str(tmp_path))
+@pytest.mark.parametrize("fields", [
+    {"hidden_size": "wide"},
+    {"vocab_size": 1e308},
+    {"intermediate_size": 10**400},
+    {"num_hidden_layers": 2**62},
+    {"num_key_value_heads": 5},
+    {"max_position_embeddings": [1]},
+    {"sliding_window": "x", "sliding_window_pattern": 2},
+    {"layer_types": ["full_attention"]},
+    {"layer_types": [1] * 4},
+])  # fmt: skip
+def test_a_configuration_that_is_none_is_one_line(tmp_path, fields):
+    config = {"num_hidden_layers": 4, "hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 96}
+    for told in (fields, config | {"vocab_size": 320} | fields):
+        (tmp_path / "config.json").write_text(json.dumps(told))
+        with pytest.raises(NectarError, match="does not describe a model") as caught:
+            machines.named_shape(str(tmp_path))
+        assert "\n" not in str(caught.value)
 
 
 def test_several_machines_take_less_and_never_less_than_their_share():

@@ -15,6 +15,7 @@ from nectar_mlx.core.progress import Stage
 from nectar_mlx.fitting import machines, pipeline, updating, verdict
 from nectar_mlx.fitting.checkpoint import Checkpoint
 from nectar_mlx.fitting.config import FitConfig
+from nectar_mlx.fitting.distributed import World
 from nectar_mlx.fitting.estimate import estimate
 from nectar_mlx.fitting.kinds.quadrature import QuadratureFit
 from nectar_mlx.fitting.run import FitRun
@@ -162,6 +163,24 @@ def test_new_questions_give_the_samples_that_are_wanted(model, tokenizer):
     each = [run.group * (len(c.prompt) + 16) for c in asked]
     assert sum(each[:-1]) < 1500 <= sum(each)
     assert "check" not in [c.split for c in asked]
+
+
+@pytest.mark.parametrize("count", [3, 10, 100])
+def test_a_long_append_does_not_drive_out_the_study(count):
+    study = [Conversation([1], [n], "check" if n >= 8 else "train") for n in range(10)]
+    fresh = [Conversation([2], [n], "train") for n in range(count)]
+    kept = updating.decide._further_study(study, fresh)
+    assert [c for c in kept if c.split == "check"] == study[8:]
+    assert len(kept) == min(20, 10 + count)
+    of_study = sum(c.prompt == [1] and c.split == "train" for c in kept)
+    assert of_study == (8 if count <= 10 else pytest.approx(18 * 8 / (8 + count), abs=1))
+
+
+def test_one_is_held_out_where_the_study_holds_none(model, tokenizer):
+    run, revision = fit_run(model, tokenizer), Revision.of(list(range(200)), list(range(220)))
+    for kept in ([Conversation([1], [2], "train")] * 4, [Conversation([1], [2], "held_out")]):
+        asked = questions.about_the_new(run, revision, kept, samples=100)
+        assert sum(c.split == "held_out" for c in [*kept, *asked]) == 1
 
 
 def test_without_a_study_some_are_about_the_whole_text_and_one_is_held_out(model, tokenizer):
@@ -346,6 +365,20 @@ class TestAppend:
         again, _ = updated(model, tokenizer, Nectar(once.tensors, once.metadata), MORE + " It slept.")
         assert again.way == "append"
         assert again.metadata["report"]["error"]
+        first, last = (FileContents(tensors=x.tensors, metadata=x.metadata) for x in (fitted, again))
+        run = fit_run(model, tokenizer)
+        checks = [[c for c in x.study(run) if c.split == "check"] for x in (first, last)]
+        assert checks[0] == checks[1], "the questions whose divergence without the text is known"
+        assert len(last.study(run)) > len(first.study(run))
+        kept = again.metadata["report"]["updated"]["fitted"]
+        assert kept == {name: fitted.report[name] for name in ("kl", "gap_closed")}, "of the fit, not of an update"
+
+    def test_a_study_without_checks(self, model, tokenizer, fitted):
+        file = FileContents(tensors=fitted.tensors, metadata=fitted.metadata)
+        study = [c for c in file.study(fit_run(model, tokenizer)) if c.split != "check"]
+        tensors = fitted.tensors | {kept_study.TENSOR: kept_study.packed(study)}
+        report = updated(model, tokenizer, Nectar(tensors, fitted.metadata), MORE)[0].metadata["report"]
+        assert report["kl_no_context"] == report["new"]["kl_no_context"] != fitted.report["kl_no_context"]
 
     def test_tokens_that_would_be_merged_across_the_end_stay_apart(self, model, tokenizer, fitted):
         text = TEXT[:-1] + ".. and more."
@@ -436,9 +469,26 @@ class TestFit:
         monkeypatch.setattr(updating.decide, "stored", bad)
         metadata = fitted.metadata | {"report": fitted.report | {"kl": 0.001, "gap_closed": 0.999}}
         outcome, said = updated(model, tokenizer, Nectar(fitted.tensors, metadata), MORE)
-        assert (outcome.way, outcome.reason) == ("fit", "the update answers worse than the file did")
+        assert (outcome.way, outcome.reason) == ("fit", "the update answers worse than the file did when it was fitted")
         assert outcome.metadata["report"]["kl"] < 0.5
         assert len(said) == 2
+
+    @pytest.mark.parametrize(
+        ("of_the_fit", "before", "after", "given_up"),
+        [
+            (0.999, 0.97, 0.96, True),  # many updates that lost a little each
+            (0.999, 0.995, 0.985, False),
+            (0.95, 0.95, 0.5, True),
+            (0.95, 0.93, 0.91, False),
+            (0.5, 0.5, 0.1, False),
+        ],
+    )
+    def test_it_is_compared_with_the_last_fit(self, of_the_fit, before, after, given_up):
+        then, now, new = ({"kl": 2 * (1 - gap), "gap_closed": gap} for gap in (of_the_fit, before, after))
+        fitted = updating.decide._fitted(now | {"updated": {"fitted": then}})
+        assert updating.decide._worse(new, fitted) == given_up
+        for odd in (None, [], {"fitted": 1}, {"fitted": {"kl": "x"}}):
+            assert updating.decide._fitted(now | {"updated": odd})["kl"] == now["kl"]
 
     def test_a_result_that_lost_what_is_new_is_given_up(self, model, tokenizer, fitted, monkeypatch):
         """However close it is to the rest of the text."""
@@ -452,7 +502,7 @@ class TestFit:
         monkeypatch.setattr(updating.base, "check", check)
         metadata = fitted.metadata | {"report": fitted.report | {"kl": 0.001, "gap_closed": 0.999}}
         outcome, _ = updated(model, tokenizer, Nectar(fitted.tensors, metadata), MORE)
-        assert (outcome.way, outcome.reason) == ("fit", "the update answers worse than the file did")
+        assert (outcome.way, outcome.reason) == ("fit", "the update answers worse than the file did when it was fitted")
         assert len(asked) == 2 and not set(asked[0]) & set(asked[1])
 
     def test_where_an_update_is_expected_to_take_as_long_the_text_is_fitted(
@@ -530,6 +580,12 @@ class TestCommand:
         assert (folder / "book.nectar").read_bytes() == before
         assert self.run(folder, other, "--force") == 0
         assert "fitted anew" in capsys.readouterr().err
+
+    def test_several_ranks_are_refused(self, folder, monkeypatch, capsys):
+        monkeypatch.setattr(World, "here", lambda: World(1, 2))
+        assert self.run(folder, MORE) == 2
+        assert "is the work of one process" in capsys.readouterr().err
+        assert not (folder / "book.nectar.partial").exists()
 
     def test_options_of_the_library_are_not_a_file(self):
         assert not update_file.names_file([])

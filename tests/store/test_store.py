@@ -198,3 +198,13 @@ def test_a_missing_file_and_a_folder_are_named(tmp_path):
     for path, reason in ((tmp_path / "none.nectar", "no such file"), (tmp_path, "is a folder")):
         with pytest.raises(NectarError, match=reason):
             store.read(path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_file_that_could_not_be_read_again_takes_no_place(tmp_path, value):
+    path, nectar = tmp_path / "toy.nectar", toys.picked(toys.toy("llama"), toys.random_tokens(50), 10)
+    nectar.save(path)
+    before = path.read_bytes()
+    with pytest.raises(NectarError, match="not finite"):
+        Nectar(nectar.tensors, nectar.metadata | {"report": {"error": [value]}}).save(path)
+    assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1

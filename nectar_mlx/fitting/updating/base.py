@@ -201,8 +201,8 @@ def stored(run: FitRun, file: FileContents, updated: Updated, *, clock: Clock) -
     }
     new = answered_checks(updated.new)
     whole = [c for c in answered_checks(data.conversations) if not any(c is other for other in new)]
-    whole = whole or new  # a study may hold none of a check
-    report |= check(run, data, banks, asked=whole, no_context=file.no_context) | updated.report
+    floor = file.no_context if whole else None  # a study may hold none of a check
+    report |= check(run, data, banks, asked=whole or new, no_context=floor) | updated.report
     figures = check(run, data, banks, asked=new, stage="checking what is new")
     report["new"] = {"questions": len(new)} | {name: x for name, x in figures.items() if name != "recall"}
     clock.lap("check")

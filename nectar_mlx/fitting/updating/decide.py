@@ -33,7 +33,7 @@ Way = Literal["same", "append", "edit", "fit"]
 
 MOST_APPENDED, MOST_EDITED = 0.5, 0.25  # of the text: beyond, a fit does better for about as much
 _SEAM = 4  # tokens at the end of the old text that more text may have merged with its own
-_WORSE, _NOTICED = 1.5, 0.01  # times the file's divergence, and nats: a result that is worse is given up for a fit
+_WORSE, _NOTICED = 1.5, 0.01  # times the fit's divergence, and nats: a result that is worse is given up for a fit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +96,7 @@ def update(
         outcome = _updated(run, file, revision, study, way=way, source=source)
         if outcome is not None:
             return outcome
-        reason = "the update answers worse than the file did"
+        reason = "the update answers worse than the file did when it was fitted"
     log(f"fitting anew: {reason}")
     fitted = pipeline.fit(
         model,
@@ -197,12 +197,16 @@ def _updated(
     run.claim(prefix)
     updated = revise(run, file, revision, study, clock=clock)
     tensors, report = stored(run, file, updated, clock=clock)
-    if _worse(report, file.metadata["report"]):
+    fitted = _fitted(file.metadata["report"])
+    if _worse(report, fitted):
         return None
     report["updated"] = {"way": way, "tokens": len(prefix) - len(revision.old), "from": store.digest(file.tensors)}
+    report["updated"]["fitted"] = {name: fitted[name] for name in ("kl", "gap_closed") if name in fitted}
     if kept_study.TENSOR in file.tensors:
-        fresh = [c for c in updated.kind.data.conversations if not any(c is old for old in study)]
-        tensors[kept_study.TENSOR] = kept_study.packed([*fresh, *study][: 2 * len(study)])
+        # Without those that ask about what is new: the next check is of the whole text, as this file's own was.
+        others = [*study, *updated.new]
+        fresh = [c for c in updated.kind.data.conversations if not any(c is other for other in others)]
+        tensors[kept_study.TENSOR] = kept_study.packed(_further_study(study, fresh))
     kept = sum(x.nbytes for name, x in tensors.items() if name not in ("prefix", kept_study.TENSOR))
     if sentence := verdict.sentence(report, share=kept / run.geometry.cache_bytes(len(prefix))):
         report["verdict"] = sentence
@@ -217,8 +221,25 @@ def _updated(
     return Outcome(way=way, tensors=tensors, metadata=metadata)
 
 
-def _worse(new: store.Metadata, old: store.Metadata) -> bool:
-    """Whether a result is no longer close where the file was, by more than a check's own chance; about the whole text,
+def _further_study(study: list[Conversation], fresh: list[Conversation]) -> list[Conversation]:
+    """What is kept of both, at most twice as many as before: the check's, and of the others some from everywhere."""
+    checks = [c for c in study if c.split == "check"]
+    others = [*fresh, *(c for c in study if c.split != "check")]
+    count = min(len(others), 2 * len(study) - len(checks))
+    return checks + [others[i * len(others) // count] for i in range(count)]
+
+
+def _fitted(report: store.Metadata) -> store.Metadata:
+    """The figures of the last fit, which all updates since are compared with: each loses too little to be noticed."""
+    updated = report.get("updated")
+    figures = updated.get("fitted") if isinstance(updated, dict) else None
+    return figures if isinstance(figures, dict) and verdict.grade(figures) is not None else report
+
+
+def _worse(new: store.Metadata, fitted: store.Metadata) -> bool:
+    """Whether a result is of a lower grade than the fit was, by more than a check's own chance; about the whole text,
     or about what is new."""
-    before, after = verdict.grade(old), verdict.grade(new)
-    return before == "close" != after and verdict.worse(new)["kl"] > _WORSE * old["kl"] + _NOTICED
+    before, after = verdict.grade(fitted), verdict.grade(new)
+    if before is None or after is None or verdict.GRADES.index(after) <= verdict.GRADES.index(before):
+        return False
+    return bool(verdict.worse(new)["kl"] > _WORSE * fitted["kl"] + _NOTICED)

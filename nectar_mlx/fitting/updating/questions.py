@@ -49,7 +49,8 @@ def about_the_new(run: FitRun, revision: Revision, kept: Sequence[Conversation],
         length = sorted(len(c.prompt) for c in training[0])[len(training[0]) // 2]
         training = [_alike(each, length) for each in training]
     asked = _enough(_in_turn(training), run, samples=samples)
-    batch = [Conversation(c.prompt, split="train" if n % 10 else "held_out") for n, c in enumerate(asked, len(kept))]
+    first = len(kept) if any(c.split == "held_out" for c in kept) else 0  # the first one of all is held out
+    batch = [Conversation(c.prompt, split="train" if n % 10 else "held_out") for n, c in enumerate(asked, first)]
     whole_text = {"first": len(kept), "count": 0 if kept else config.checks, "seed": config.seed}
     return batch + check_conversations(run.tokenizer, whole, **whole_text)
 
