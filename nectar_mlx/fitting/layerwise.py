@@ -36,7 +36,7 @@ from .samples import instructions, self_study
 from .samples.capture import CaptureCache, Collected, ReplayBatch, capture, held_out_count, record, replay_batches
 from .samples.conversation import Conversation, Split, answered_checks, count_samples
 from .samples.sample_store import SampleStore
-from .sizes import mean_bits, trial_errors
+from .sizes import mean_bits, sensitivity, trial_errors
 from .train import merged_errors, train_heads
 
 PASSAGE = 900  # tokens that a conversation is sampled about, at most
@@ -166,7 +166,7 @@ class LayerwiseFit:
             together = self.memory // 8 // samples
             kind = kind_fit(trial, data, training_scores=min(self.training_scores, together * nodes * run.config.batch))
             n = len(self.prefix) - prompts.preamble(run.tokenizer)
-            errors = trial_errors(kind, nbytes)
+            errors = trial_errors(kind, nbytes, sensitivity(kind))
             sizes = head_sizes(errors, target.nbytes, share=target.share, layout=run.layout, config=run.config, n=n)
             plan = Plan(sizes, target.share, bits=mean_bits(run.layout, sizes, target.nbytes, n=n))
             run.checkpoint.save_plan(plan)

@@ -14,9 +14,12 @@ from . import auto_budget, finite, fisher
 from .budget import MOST_BITS, OVERHEAD_BITS, equal_size, head_sizes, node_bits
 from .check import check
 from .checkpoint import Plan
+from .distributed import World
 from .kinds import KindFit
 from .samples.conversation import answered_checks
 from .train import groups, regress, rounded
+
+_ABOVE_ALL = 1e9  # times the largest error: of heads that get as many bytes as they can have
 
 Affordable = Callable[[float], float]
 
@@ -38,7 +41,8 @@ def _plan(kind: KindFit, affordable: Affordable, share: float | None) -> Plan:
     layout = kind.run.layout
     if not layout.bank.trainable:
         return Plan([layout.bank.size_for(0)] * kind.n_heads, share or auto_budget.FIRST)
-    errors, exponent = trial_errors(kind, affordable(share or auto_budget.FIRST)), None
+    metric = sensitivity(kind)
+    errors, exponent = trial_errors(kind, affordable(share or auto_budget.FIRST), metric), None
 
     def sizes_and_bits(share: float) -> tuple[list[Size], float]:
         nbytes = affordable(share)
@@ -51,21 +55,32 @@ def _plan(kind: KindFit, affordable: Affordable, share: float | None) -> Plan:
             choice = auto_budget.choose(lambda share: short_fit(kind, *sizes_and_bits(share)))
             share, exponent = choice.share, choice.exponent
     sizes, bits = sizes_and_bits(share)
+    if starved := heads_that_need_every_key(kind, sizes, metric, nats=float(errors.sum())):
+        errors[starved] = _ABOVE_ALL * errors.max()
+        sizes, bits = sizes_and_bits(share)
     return Plan(sizes, share, exponent, bits)
 
 
-def trial_errors(kind: KindFit, nbytes: float) -> np.ndarray:
+def sensitivity(kind: KindFit) -> mx.array:
+    """What errors of each head cost the answers (`fisher.metric`)."""
+    run = kind.run
+    probes = [c for c in kind.data.conversations if c.answer and c.split == "train"][: device().fisher_probes]
+    with run.progress("measuring sensitivity", len(probes)) as done:
+        metric = fisher.metric(
+            run.model, kind.data.context, probes, geometry=run.geometry, progress=done, world=run.world
+        )
+        finite.check_heads("measuring sensitivity", finite.not_finite([metric]), run.geometry)
+    return metric
+
+
+def trial_errors(kind: KindFit, nbytes: float, metric: mx.array) -> np.ndarray:
     """Every head's error [n_heads], in nats, after a short fit in which all heads have the same size. nbytes: of all
-    heads together."""
+    heads together. metric: their `sensitivity`."""
     run = kind.run
     size = equal_size(run.layout, nbytes, heads=kind.n_heads, most=kind.length)
     errors = np.zeros(kind.n_heads)
     trials = kind.groups([size] * kind.n_heads)
     world = run.world
-    probes = [c for c in kind.data.conversations if c.answer and c.split == "train"][: device().fisher_probes]
-    with run.progress("measuring sensitivity", len(probes)) as done:
-        metric = fisher.metric(run.model, kind.data.context, probes, geometry=run.geometry, progress=done, world=world)
-        finite.check_heads("measuring sensitivity", finite.not_finite([metric]), run.geometry)
     with run.progress("deciding sizes", len(trials)) as done:
         for number, group in enumerate(trials):
             training = kind.training(group, device().trial_samples)
@@ -73,7 +88,26 @@ def trial_errors(kind: KindFit, nbytes: float) -> np.ndarray:
             bank = regress(kind, init, training, steps=run.config.trial_steps)
             errors[group] = kind.judge(bank, training.samples, take(metric, mx.array(group)))
             done(number + 1)
-    # A head is of one rank's groups: the others have zeros.
+    return _of_all_ranks(errors, world)
+
+
+def heads_that_need_every_key(kind: KindFit, sizes: Sequence[Size], metric: mx.array, *, nats: float) -> list[int]:
+    """Of the large heads that are not trained those that lose more by each key that they have no room for than a node
+    of all heads stands for. Such a head looks for single tokens, and its size does not tell it
+    (docs/log/budgets.md). nats: errors of all heads, as `trial_errors` finds them."""
+    K, errors = kind.run.geometry.n_kv_heads, np.zeros(kind.n_heads)
+    for i, (size, trained) in enumerate(zip(sizes, kind.trained(sizes), strict=True)):
+        if trained or kind.keeps_every_key(size) or i // K not in kind.layers:
+            continue
+        bank = kind.initialize([i], [size], kind.held_out_samples([i])).bank
+        errors[i] = kind.judge(bank, kind.held_out_samples([i]), take(metric, mx.array([i])))[0]
+    missing = np.array([max(1, kind.length - size[0]) for size in sizes])
+    lost = _of_all_ranks(errors, kind.run.world) / missing
+    return np.flatnonzero(lost > nats / sum(size[0] for size in sizes)).tolist()
+
+
+def _of_all_ranks(errors: np.ndarray, world: World) -> np.ndarray:
+    """A head is of one rank's groups: the others have zeros."""
     total: np.ndarray = np.array(world.values(errors.tolist())).sum(axis=0)
     return total
 

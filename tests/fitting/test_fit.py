@@ -12,7 +12,7 @@ import pytest
 
 from nectar_mlx import Nectar, NectarError, fit, store
 from nectar_mlx.core.progress import no_update
-from nectar_mlx.fitting import pipeline, prefill
+from nectar_mlx.fitting import pipeline, prefill, sizes
 from nectar_mlx.fitting.checkpoint import Checkpoint
 from nectar_mlx.fitting.config import FitConfig
 from nectar_mlx.fitting.kinds import kind_fit
@@ -268,6 +268,31 @@ def test_heads_much_larger_than_the_others_are_not_trained(collected, set_device
     assert collected.trained([(40,)] * 5 + [(60,)]) == [True] * 5 + [False], "a large budget trains all but whole heads"
     set_device(trained_share=1.0)
     assert collected.trained([(9,)] * 4 + [(59,), (60,)]) == [True] * 5 + [False]
+
+
+@pytest.mark.parametrize("loss, needed", [(11, True), (9, False)])
+def test_a_large_head_that_loses_more_by_a_key_than_a_node_stands_for_needs_every_key(
+    collected, set_device, monkeypatch, loss, needed
+):
+    set_device(trained_share=0.4)
+    last = collected.n_heads - 1
+    planned, metric = [(9,)] * last + [(50,)], mx.ones((collected.n_heads, 1))
+    mean = 0.1 / sum(nodes for (nodes,) in planned)  # 10 keys are missing
+    monkeypatch.setattr(type(collected), "judge", lambda kind, bank, samples, metric: np.array([loss * mean]))
+    found = sizes.heads_that_need_every_key(collected, planned, metric, nats=0.1)
+    assert found == ([last] if needed else [])
+    set_device(trained_share=1.0)
+    assert sizes.heads_that_need_every_key(collected, planned, metric, nats=0.1) == [], "it is trained"
+
+
+def test_a_head_that_needs_every_key_gets_them_at_the_cost_of_the_others(collected, monkeypatch):
+    nbytes = 0.1 * collected.run.geometry.cache_bytes(60)
+    plain = sizes.plan_sizes(collected, lambda share: nbytes, 0.1)
+    least = plain.sizes.index(min(plain.sizes))
+    monkeypatch.setattr(sizes, "heads_that_need_every_key", lambda kind, sizes, metric, *, nats: [least])
+    plan = sizes.plan_sizes(collected, lambda share: nbytes, 0.1)
+    assert plan.sizes[least] == (60,) and plain.sizes[least] < (60,)
+    assert sum(nodes for (nodes,) in plan.sizes) <= 1.02 * sum(nodes for (nodes,) in plain.sizes)
 
 
 def test_nodes_are_fitted_as_they_will_be_stored(collected):
