@@ -57,10 +57,12 @@ def test_the_library_is_no_file(tmp_path, monkeypatch, capsys):
     ("geometry", {"scale": "0.25"}),
     ("layout", {"scale": None}),
 ])  # fmt: skip
-def test_a_file_whose_settings_are_of_another_type_is_damaged(path, tmp_path, capsys, name, value):
+def test_a_file_whose_settings_are_of_another_type_is_damaged(path, tmp_path, monkeypatch, capsys, name, value):
     tensors, metadata = store.read(path)
     changed = metadata[name] | value if name in ("geometry", "layout") else value
-    store.write(tmp_path / "other.nectar", tensors, metadata | {name: changed})
+    with monkeypatch.context() as patch:  # `store.write` refuses what is not finite
+        patch.setattr(json, "dumps", lambda value, dumps=json.dumps, **_: dumps(value))
+        store.write(tmp_path / "other.nectar", tensors, metadata | {name: changed})
     assert inspect.main([str(tmp_path / "other.nectar")]) == cli.FAULT
     assert "damaged" in capsys.readouterr().err
 
