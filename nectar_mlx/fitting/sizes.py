@@ -99,8 +99,9 @@ def heads_that_need_every_key(kind: KindFit, sizes: Sequence[Size], metric: mx.a
     for i, (size, trained) in enumerate(zip(sizes, kind.trained(sizes), strict=True)):
         if trained or kind.keeps_every_key(size) or i // K not in kind.layers:
             continue
-        bank = kind.initialize([i], [size], kind.held_out_samples([i])).bank
-        errors[i] = kind.judge(bank, kind.held_out_samples([i]), take(metric, mx.array([i])))[0]
+        samples = kind.held_out_samples([i])
+        start = kind.initialize([i], [size], samples).bank
+        errors[i] = kind.judge(start, samples, take(metric, mx.array([i])))[0]
     missing = np.array([max(1, kind.length - size[0]) for size in sizes])
     lost = _of_all_ranks(errors, kind.run.world) / missing
     return np.flatnonzero(lost > nats / sum(size[0] for size in sizes)).tolist()
