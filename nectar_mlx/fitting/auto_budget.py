@@ -59,12 +59,13 @@ def choose(measure: Callable[[float], Figures], *, least: float = LEAST, most: f
         low, high = candidate(max(low.share / 2, least)), low
     if low.share == high.share:
         return Choice(high.share, EXPONENT)
-    exponent = float(np.clip(_exponent(low, high), _SHALLOWEST, 4.0))
+    steepness = max(_exponent(low, high), _SHALLOWEST)
+    exponent = min(steepness, 4.0)
     if low.excess <= 1:
         return Choice(low.share, exponent)
     if high.excess > 1:  # nothing is enough, and more bytes may do nothing: no power law
         return Choice(high.share, exponent)
-    smaller = high.share * (high.excess / _AIM) ** (1 / max(_exponent(low, high), _SHALLOWEST))
+    smaller = high.share * (high.excess / _AIM) ** (1 / steepness)
     for _ in range(_MORE):
         if _WORTH * smaller > high.share:
             break

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
@@ -18,7 +18,7 @@ _ROUNDING = 1e-5  # nats that rounding errors come to
 EXPONENT = 1.7  # KL falls with so much of a power of the bytes, where nothing better is known (docs/log/budgets.md)
 
 Grade = Literal["close", "usable", "not faithful"]
-GRADES: tuple[Grade, ...] = ("close", "usable", "not faithful")
+GRADES: tuple[Grade, ...] = get_args(Grade)
 
 
 def measured(ours: Divergence, no_context: Divergence | float) -> JsonObject:

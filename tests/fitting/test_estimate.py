@@ -90,6 +90,24 @@ def test_what_was_measured_is_estimated_within_half(tokens, seconds):
     assert estimate(shape, H200, config, tokens).seconds == pytest.approx(seconds, rel=0.5)
 
 
+@pytest.fixture
+def said_before(tokenizer, monkeypatch):
+    """What a toy's fit says before anything takes long."""
+
+    def fit(architecture, options):
+        said = []
+
+        def ended(*arguments, **named):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(pipeline, "_check_room", ended)
+        with pytest.raises(KeyboardInterrupt):
+            toys.fit(toys.toy(architecture), tokenizer, TEXT, config=FitConfig(**FAST | options), log=said.append)
+        return said
+
+    return fit
+
+
 @pytest.mark.parametrize("options, reason", [
     ({"budget": 0.009, "distillation_steps": 2}, None),
     ({"budget": 0.009, "distillation_steps": 0}, "on a CPU"),
@@ -98,16 +116,9 @@ def test_what_was_measured_is_estimated_within_half(tokens, seconds):
     ({"budget": 0.02, "distillation_steps": 0}, None),
     ({"budget": 0.009}, None),
 ])  # fmt: skip
-def test_a_fit_says_that_a_small_file_is_not_distilled(tokenizer, monkeypatch, options, reason):
-    """Before anything takes long; of an effort, or a budget, that never does it nothing is said."""
-    said = []
-
-    def ended(*arguments, **named):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(pipeline, "_check_room", ended)
-    with pytest.raises(KeyboardInterrupt):
-        toys.fit(toys.toy("llama"), tokenizer, TEXT, config=FitConfig(**FAST | options), log=said.append)
+def test_a_fit_says_that_a_small_file_is_not_distilled(said_before, options, reason):
+    """Of an effort, or a budget, that never does it nothing is said."""
+    said = said_before("llama", options)
     line = f"--effort best trains files below 1% through the whole model, but not {reason}"
     assert said == ([] if reason is None else [line])
 
@@ -129,15 +140,8 @@ def test_a_plan_says_that_small_files_are_not_distilled(capsys):
     ({"budget": 0.9}, False),
     ({"budget": "auto"}, False),  # it is chosen, and nothing is asked for
 ])  # fmt: skip
-def test_a_fit_says_what_windows_take_beyond_the_budget(tokenizer, monkeypatch, options, exceeded):
-    said = []
-
-    def ended(*arguments, **named):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(pipeline, "_check_room", ended)
-    with pytest.raises(KeyboardInterrupt):
-        toys.fit(toys.toy("gemma3_text"), tokenizer, TEXT, config=FitConfig(**FAST | options), log=said.append)
+def test_a_fit_says_what_windows_take_beyond_the_budget(said_before, options, exceeded):
+    said = said_before("gemma3_text", options)
     assert len(said) == exceeded and all("sliding windows, which are kept as they are, take 12.3 kB" in s for s in said)
 
 

@@ -47,6 +47,17 @@ def count_samples(
     return group * sum(tokens if until is None else min(tokens, until) for tokens in fed)
 
 
+def spread(conversations: Sequence[Conversation], count: int) -> list[Conversation]:
+    """So many of them, from everywhere."""
+    return [conversations[i * len(conversations) // count] for i in range(count)]
+
+
+def without(conversations: Sequence[Conversation], others: Sequence[Conversation]) -> list[Conversation]:
+    """Those that are not among the others; equal ones may be."""
+    among = {id(c) for c in others}
+    return [c for c in conversations if id(c) not in among]
+
+
 def answered_checks(conversations: Sequence[Conversation]) -> list[Conversation]:
     """Those that a finished fit is measured on."""
     return [c for c in conversations if c.split == "check" and c.answer]

@@ -19,7 +19,7 @@ from ..prefill import Context, read_text
 from ..run import FitRun
 from ..samples import kept_study
 from ..samples.capture import Collected
-from ..samples.conversation import Conversation, answered_checks
+from ..samples.conversation import Conversation, answered_checks, without
 from ..samples.recording import collect
 from ..samples.sampling import Recorder
 from ..samples.self_study import answer, answered_before
@@ -200,7 +200,7 @@ def stored(run: FitRun, file: FileContents, updated: Updated, *, clock: Clock) -
         "error": [float(f"{x:.3g}") for x in merged_errors(updated.kind, banks)],
     }
     new = answered_checks(updated.new)
-    whole = [c for c in answered_checks(data.conversations) if not any(c is other for other in new)]
+    whole = without(answered_checks(data.conversations), new)
     floor = file.no_context if whole else None  # a study may hold none of a check
     report |= check(run, data, banks, asked=whole or new, no_context=floor) | updated.report
     figures = check(run, data, banks, asked=new, stage="checking what is new")

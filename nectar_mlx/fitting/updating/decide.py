@@ -24,7 +24,7 @@ from ..estimate import estimate
 from ..machines import here, shape_of
 from ..run import FitRun, identity
 from ..samples import kept_study
-from ..samples.conversation import Conversation
+from ..samples.conversation import Conversation, spread, without
 from .base import FileContents, stored
 from .revise import expected_stages, revise
 from .revision import Revision
@@ -204,8 +204,7 @@ def _updated(
     report["updated"]["fitted"] = {name: fitted[name] for name in ("kl", "gap_closed") if name in fitted}
     if kept_study.TENSOR in file.tensors:
         # Without those that ask about what is new: the next check is of the whole text, as this file's own was.
-        others = [*study, *updated.new]
-        fresh = [c for c in updated.kind.data.conversations if not any(c is other for other in others)]
+        fresh = without(updated.kind.data.conversations, [*study, *updated.new])
         tensors[kept_study.TENSOR] = kept_study.packed(_further_study(study, fresh))
     kept = sum(x.nbytes for name, x in tensors.items() if name not in ("prefix", kept_study.TENSOR))
     if sentence := verdict.sentence(report, share=kept / run.geometry.cache_bytes(len(prefix))):
@@ -225,8 +224,7 @@ def _further_study(study: list[Conversation], fresh: list[Conversation]) -> list
     """What is kept of both, at most twice as many as before: the check's, and of the others some from everywhere."""
     checks = [c for c in study if c.split == "check"]
     others = [*fresh, *(c for c in study if c.split != "check")]
-    count = min(len(others), 2 * len(study) - len(checks))
-    return checks + [others[i * len(others) // count] for i in range(count)]
+    return checks + spread(others, min(len(others), 2 * len(study) - len(checks)))
 
 
 def _fitted(report: store.Metadata) -> store.Metadata:

@@ -8,7 +8,7 @@ from ...mlxlm import prompts
 from ..config import FitConfig
 from ..run import FitRun
 from ..samples import instructions
-from ..samples.conversation import Conversation, count_samples
+from ..samples.conversation import Conversation, count_samples, spread
 from ..samples.self_study import check_conversations, training_conversations
 from .revision import Revision
 
@@ -24,13 +24,11 @@ def some(kept: Sequence[Conversation], run: FitRun, *, samples: int) -> list[Con
     """Of the conversations that were kept some of the check, and of the others as many as give so many samples a head;
     of those that are held out at least one."""
     of_check = [c for c in kept if c.split == "check"]
-    count = min(len(of_check), count_checks(run.config))
-    chosen = [of_check[i * len(of_check) // count] for i in range(count)]
+    chosen = spread(of_check, min(len(of_check), count_checks(run.config)))
     share = min(1.0, samples / max(1, count_samples(kept, group=run.group)))
     for split in ("train", "held_out"):
         of = [c for c in kept if c.split == split]
-        count = math.ceil(share * len(of))
-        chosen += [of[i * len(of) // count] for i in range(count)]
+        chosen += spread(of, math.ceil(share * len(of)))
     return chosen
 
 
