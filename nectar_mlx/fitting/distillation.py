@@ -64,6 +64,7 @@ class _Batch:
         longest, at = max(map(len, sequences)), list[int]()
         # Right padding is harmless: attention is causal, and padded places count for nothing.
         self.tokens = mx.array([s + [0] * (longest - len(s)) for s in sequences])
+        self.ahead = [c.ahead for c in conversations]
         for row, c in enumerate(conversations):
             at += range(row * longest + len(c.prompt) - 1, row * longest + c.fed_tokens)
         self.drawn = mx.array(at)
@@ -174,18 +175,22 @@ class _Distillation:
             banks.append(other)
         return banks
 
-    def caches(self, banks: Sequence[Bank], sequences: int) -> list[Any]:
+    def caches(self, banks: Sequence[Bank], batch: _Batch) -> list[Any]:
         """One a layer, behind these heads."""
         remaining = iter(banks)
         return [
-            JointCache(next(remaining), self.context.start) if isinstance(cache, NectarCache) else cache
-            for cache in self.context.make_cache(sequences=sequences)
+            JointCache(next(remaining), cache.context) if isinstance(cache, NectarCache) else cache
+            for cache in self.full(batch)
         ]
+
+    def full(self, batch: _Batch) -> list[Any]:
+        """One a layer, behind all keys."""
+        return self.context.make_cache(sequences=len(batch.ahead), ahead=batch.ahead)
 
     def finals_of(self, batch: _Batch, conversations: Sequence[Conversation]) -> mx.array:
         """What the last layer gives behind the full cache where answers are drawn, [R, E]."""
         if any(id(c) not in self.finals for c in conversations):
-            _, last = forward(self.runner, batch.tokens, self.context.make_cache(sequences=len(conversations)))
+            _, last = forward(self.runner, batch.tokens, self.full(batch))
             ends = np.cumsum([len(c.answer) for c in conversations])[:-1].tolist()
             rows = mx.split(batch.rows(last), ends)
             mx.eval(rows)
@@ -194,11 +199,11 @@ class _Distillation:
 
     def gradient(self, batch: _Batch, conversations: Sequence[Conversation]) -> mx.array:
         """Of the mean divergence of a batch by the vector, [P]."""
-        sequences, banks = len(conversations), self.banks_of(self.rounded(self.vector))
+        banks = self.banks_of(self.rounded(self.vector))
         truth = self.finals_of(batch, conversations)
-        before, last = forward(self.runner, batch.tokens, self.caches(banks, sequences))
+        before, last = forward(self.runner, batch.tokens, self.caches(banks, batch))
         change = batch.spread(self.by_rows(truth, batch.rows(last)) / len(truth)).astype(last.dtype)
-        caches, gradients = self.caches(banks, sequences), list[mx.array]()
+        caches, gradients = self.caches(banks, batch), list[mx.array]()
 
         def differentiated(layer: int) -> tuple[Call, list[mx.array]]:
             cache = caches.pop()
@@ -246,7 +251,7 @@ class _Distillation:
         total, banks = 0.0, self.banks_of(self.rounded(vector))
         for part in _together(self.held_out, most=self.side_by_side):
             batch = _Batch(part)
-            _, last = forward(self.runner, batch.tokens, self.caches(banks, len(part)))
+            _, last = forward(self.runner, batch.tokens, self.caches(banks, batch))
             rows, truth, step = batch.rows(last), self.finals_of(batch, part), self.rows_at_once
             for start in range(0, len(rows), step):
                 part_sum = self.divergences(rows[start : start + step], truth[start : start + step])

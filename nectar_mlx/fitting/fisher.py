@@ -102,7 +102,8 @@ def _gradients(
     targets = np.full(tokens.shape, -1, np.int32)
     for row, c in zip(targets, conversations, strict=True):
         row[len(c.prompt) - 1 : len(c.prompt) - 1 + len(c.answer)] = c.answer
-    before, hidden = forward(runner, tokens, context.make_cache(sequences=len(sequences)))
+    make_cache = partial(context.make_cache, sequences=len(sequences), ahead=[c.ahead for c in conversations])
+    before, hidden = forward(runner, tokens, make_cache())
     step = max(1, _ANSWERED // len(sequences))
 
     def log_likelihood(last: mx.array, start: int) -> mx.array:
@@ -115,7 +116,7 @@ def _gradients(
     for start in range(min(len(c.prompt) for c in conversations) - 1, longest, step):
         change = change + mx.grad(log_likelihood)(hidden, start)
         mx.eval(change)
-    caches = context.make_cache(sequences=len(sequences))
+    caches = make_cache()
 
     def probed(layer: int) -> tuple[Call, list[mx.array]]:
         cache = caches.pop()
@@ -147,7 +148,7 @@ def _gradients_of_one(
     answer, fitted = mx.array(conversation.answer)[None, :, None], len(context.banks)
 
     def log_likelihood(probes: list[mx.array]) -> mx.array:
-        caches = context.make_cache(ProbedCache)
+        caches = context.make_cache(ProbedCache, ahead=[conversation.ahead])
         for (_, cache), probe in zip(attention_caches(caches), probes, strict=True):
             cast("ProbedCache", cache).probe = probe
         logits = model(mx.array([tokens[:-1]]), cache=caches)[:, first:]

@@ -33,6 +33,7 @@ from .layers import LayerRunner
 from .prefill import READ, Context, read_text, reading_cache
 from .run import FitRun
 from .samples import instructions, self_study
+from .samples.ahead import furthest, spaced
 from .samples.capture import CaptureCache, Collected, ReplayBatch, capture, held_out_count, record, replay_batches
 from .samples.conversation import Conversation, Split, answered_checks, count_samples
 from .samples.sample_store import SampleStore
@@ -71,6 +72,12 @@ class LayerwiseFit:
     @property
     def passage_tokens(self) -> int:
         return min(PASSAGE, self.tokens_at_once * 3 // 8)
+
+    @cached_property
+    def furthest(self) -> int:
+        """How much further on than right behind the text a conversation may begin."""
+        first = read_text(self.run.model, self.passage(0), self.run.geometry)
+        return furthest(self.run, first, start=len(self.prefix))
 
     @property
     def side_by_side(self) -> int:
@@ -128,6 +135,7 @@ class LayerwiseFit:
         run, number = self.run, len(before)
         passage = self.passage(number // self.side_by_side)
         batch = make(run.tokenizer, passage, first=number, count=self.side_by_side, seed=run.config.seed)
+        spaced(run, batch, furthest=self.furthest, first=number)
         samples = count_samples(before, group=run.group)
         self_study.answer(
             run,
@@ -258,7 +266,8 @@ class LayerwiseFit:
         """The conversations through one layer behind the whole text; what its attention saw goes to the stores."""
         make = partial(CaptureCache, preamble=self.target.preamble)
         for i, batch in enumerate(batches):
-            (cache,) = make_caches([bank] if bank else [], {0: kept} if kept else {}, len(self.prefix), make=make)
+            banks, windows = [bank] if bank else [], {0: kept} if kept else {}
+            (cache,) = make_caches(banks, windows, len(self.prefix), make=make, ahead=batch.ahead)
             widened([cache], len(batch.conversations))
             hidden[i] = self.runner.layer(layer, hidden[i], cache)
             mx.eval(hidden[i], cache.state)

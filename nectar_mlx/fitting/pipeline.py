@@ -160,6 +160,7 @@ def _fit_whole(
         "queries": kind.data.train.count,
         "error": merged_errors(kind, banks),
     }
+    report |= {"ahead": kind.data.furthest}
     report |= ({"exponent": plan.exponent} if plan.exponent else {}) | ({"state": state} if state else {})
     alone = kind.data if others is None else replace(kind.data, context=replace(context, others=None), finals={})
     report |= check(run, alone, banks, windows=windows)

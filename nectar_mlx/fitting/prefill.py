@@ -57,9 +57,12 @@ class Context:
         """What each layer's keys are relative to, [K, D]."""
         return [bank.offset for bank in self.banks]
 
-    def make_cache(self, make: Callable[..., NectarCache] = NectarCache, *, sequences: int = 1) -> list[Any]:
-        """One cache a layer; make: as for `make_caches`. sequences: how many advance in step."""
-        return list(widened(make_caches(self.in_view(self.banks), self.windows, self.start, make=make), sequences))
+    def make_cache(
+        self, make: Callable[..., NectarCache] = NectarCache, *, sequences: int = 1, ahead: Sequence[int] = ()
+    ) -> list[Any]:
+        """One cache a layer; make, ahead: as for `make_caches`. sequences: how many advance in step."""
+        caches = make_caches(self.in_view(self.banks), self.windows, self.start, make=make, ahead=ahead)
+        return list(widened(caches, sequences))
 
     def in_view(self, banks: Sequence[Bank]) -> Sequence[Bank]:
         """Heads for this text, a bank a layer, beside those of the other texts in view."""

@@ -202,13 +202,16 @@ def make_caches(
     kv_bits: int | None = None,
     kernels: Sequence[DecodeKernel] | None = None,
     make: Callable[..., NectarCache] = NectarCache,
+    ahead: Sequence[int] = (),
 ) -> list[Any]:
     """Fresh caches, one a layer, that start behind a context of so many tokens.
 
     windows: what the layers without heads keep, by layer, and the states of those that have both. banks: the heads of
     the others, in order. kv_bits: 4 or 8 quantizes the keys and values of live tokens in the layers that have a bank.
-    kernels: the banks' decode kernels. make: makes a layer's cache from the arguments of `NectarCache`.
+    kernels: the banks' decode kernels. make: makes a layer's cache from the arguments of `NectarCache`. ahead: of each
+    sequence, how many positions further on it begins in the layers that have a bank.
     """
+    starts: Any = context + mx.array(list(ahead), mx.int32) if any(ahead) else context
     of_banks: Sequence[DecodeKernel | None] = kernels or [None] * len(banks)
     remaining = zip(banks, of_banks, strict=True)
     sources = {kept.source for kept in windows.values() if isinstance(kept, Shared)}
@@ -226,7 +229,7 @@ def make_caches(
                 live = QuantizedKVCache(_quantization_group(bank), kv_bits)
             elif layer in sources:  # whoever shares its keys gets those that are written, not whole buffers
                 live = KVCache()
-            cache = make(bank, context, live, kernel)
+            cache = make(bank, starts, live, kernel)
             caches.append(cache if kept is None else CacheList(kept.make_cache(context), cache))
     return caches
 

@@ -51,6 +51,11 @@ class Collected:
     parts: Sequence[Sequence[int]]
     finals: Mapping[int, mx.array] = field(default_factory=dict)
 
+    @property
+    def furthest(self) -> int:
+        """How many positions further on than right behind the text a conversation began."""
+        return max((c.ahead for c in self.conversations), default=0)
+
     def fetch(self, heads: Collection[int], world: World) -> None:
         """Gets the samples of heads that this rank does not have from those that do. All ranks must call it."""
         holders = {head: world.owner(number) for number, part in enumerate(self.parts) for head in part}
@@ -177,6 +182,10 @@ class ReplayBatch(NamedTuple):
     tokens: mx.array
     places: list[np.ndarray]
 
+    @property
+    def ahead(self) -> list[int]:
+        return [c.ahead for c in self.conversations]
+
 
 def replay_batches(
     conversations: Sequence[Conversation], stores: Mapping[Split, SampleStore], *, group: int, tokens: int
@@ -235,7 +244,7 @@ def replay(
         if world.rank < len(share):
             batch = share[world.rank]
             make = partial(CaptureCache, preamble=context.preamble)
-            caches = context.make_cache(make, sequences=len(batch.conversations))
+            caches = context.make_cache(make, sequences=len(batch.conversations), ahead=batch.ahead)
             capturing = [c for _, c in attention_caches(caches) if isinstance(c, CaptureCache)]
             model(batch.tokens, cache=caches)  # its logits are never evaluated
             mx.async_eval([c.captured for c in capturing])

@@ -15,12 +15,14 @@ class Conversation:
     """A prompt that continues the prefix, and the answer that the model gave with its full cache, as token ids.
 
     split: heads are trained on "train" and compared on "held_out", which is of the same kind; the finished file is
-    checked on "check", which is not.
+    checked on "check", which is not. ahead: how many positions further on than right behind the prefix it begins, as
+    if other talk lay between.
     """
 
     prompt: list[int]
     answer: list[int] = field(default_factory=list)
     split: Split = "train"
+    ahead: int = 0
 
     @property
     def fed_tokens(self) -> int:

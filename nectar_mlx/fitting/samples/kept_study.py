@@ -4,6 +4,7 @@ questions and answers. Deflated JSON, some bytes a token."""
 import json
 import zlib
 from collections.abc import Sequence
+from dataclasses import asdict
 
 import mlx.core as mx
 import msgspec
@@ -11,6 +12,7 @@ import numpy as np
 
 from ...core import json_text
 from ...errors import FIT_AGAIN, NectarError
+from .ahead import FURTHEST
 from .conversation import Conversation, Split
 
 TENSOR = "study"  # its name in the file
@@ -20,11 +22,12 @@ class _Kept(msgspec.Struct):
     prompt: list[int]
     answer: list[int]
     split: Split
+    ahead: int = 0
 
 
 def packed(conversations: Sequence[Conversation]) -> mx.array:
     """Conversations -> uint8 [bytes]."""
-    rows = [{"prompt": c.prompt, "answer": c.answer, "split": c.split} for c in conversations if c.answer]
+    rows = [asdict(c) for c in conversations if c.answer]
     return mx.array(np.frombuffer(zlib.compress(json.dumps(rows, separators=(",", ":")).encode(), 9), np.uint8))
 
 
@@ -40,4 +43,6 @@ def unpacked(kept: mx.array, *, vocabulary: int) -> list[Conversation]:
         raise NectarError("the file is damaged: a conversation of its study is empty", advice=FIT_AGAIN)
     if any(not 0 <= token < vocabulary for row in rows for token in row.prompt + row.answer):
         raise NectarError("the file is damaged: a token of its study is none of the model's", advice=FIT_AGAIN)
-    return [Conversation(row.prompt, row.answer, row.split) for row in rows]
+    if any(not 0 <= row.ahead <= FURTHEST for row in rows):
+        raise NectarError("the file is damaged: a conversation of its study is nowhere near its text", advice=FIT_AGAIN)
+    return [Conversation(row.prompt, row.answer, row.split, row.ahead) for row in rows]

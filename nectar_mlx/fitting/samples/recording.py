@@ -96,8 +96,9 @@ class Recording:
     def begin(self, first: int) -> None:
         self._pieces.group, self._chance = first, np.random.default_rng(first)
 
-    def make_cache(self, context: Context, *, sequences: int) -> list[Any]:
-        return context.make_cache(partial(_Cache, preamble=context.preamble), sequences=sequences)
+    def make_cache(self, context: Context, conversations: Sequence[Conversation]) -> list[Any]:
+        make, ahead = partial(_Cache, preamble=context.preamble), [c.ahead for c in conversations]
+        return context.make_cache(make, sequences=len(conversations), ahead=ahead)
 
     def fed(self, caches: Sequence[Any]) -> None:
         capturing = _capturing(caches)
@@ -131,7 +132,7 @@ class Recording:
         with run.progress("capturing attention", sum(c.fed_tokens for c in conversations)) as done:
             seen = 0
             for batch in replay_batches(conversations, {}, group=group, tokens=tokens):
-                caches = self.make_cache(context, sequences=len(batch.conversations))
+                caches = self.make_cache(context, batch.conversations)
                 last = runner.through(batch.tokens, caches) if runner else run.model(batch.tokens, cache=caches)
                 self.fed(caches)  # a model's logits are never evaluated
                 for i, c in enumerate(batch.conversations):

@@ -2,7 +2,6 @@
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import mlx.core as mx
@@ -29,8 +28,8 @@ class Recorder(Protocol):
     def begin(self, first: int) -> None:
         """Called before some conversations are sampled together. first: the number of the first of them, of all."""
 
-    def make_cache(self, context: Context, *, sequences: int) -> list[Any]:
-        """One cache a layer that shows what it sees; sequences: how many advance in step."""
+    def make_cache(self, context: Context, conversations: Sequence[Conversation]) -> list[Any]:
+        """One cache a layer, for conversations that advance in step, that shows what it sees."""
 
     def fed(self, caches: Sequence[Any]) -> None:
         """Called when some tokens more were fed to each sequence."""
@@ -88,8 +87,10 @@ def sample_answers(
     going = _going_on(batch, at, ahead=ahead, ends=ends)
     if not going:
         return
-    make_cache = partial(recorder.make_cache, context) if recorder else partial(context.make_cache, StepCache)
-    caches = make_cache(sequences=len(going))
+    if recorder:
+        caches = recorder.make_cache(context, going)
+    else:
+        caches = context.make_cache(StepCache, sequences=len(going), ahead=[c.ahead for c in going])
     for _, cache in attention_caches(caches):  # keys and values never have to grow
         cache.live.step = -(-length // _STEP) * _STEP
     at = max(at + 1, first)

@@ -14,6 +14,7 @@ from ..layers import layer_runner
 from ..prefill import Context
 from ..run import FitRun
 from . import instructions
+from .ahead import furthest, spaced
 from .conversation import FEWEST_TOGETHER, Conversation, answered_checks, count_groups, count_samples
 from .sampling import Recorder, chances, sample_answers
 from .study_cache import allow_half
@@ -42,6 +43,7 @@ def study(run: FitRun, context: Context, recorder: Recorder | None = None) -> li
     conversations = list[Conversation]() if recorder else before
     wanted = round(run.n_samples(run.n_heads) / run.density(context))
     allow_half(run.model, context)
+    most = furthest(run, context, start=context.start)
     with run.progress("sampling answers", wanted) as done:
         while True:
             samples = count_samples(conversations, group=run.group)
@@ -49,7 +51,7 @@ def study(run: FitRun, context: Context, recorder: Recorder | None = None) -> li
             batch: list[Conversation] = []
             if samples < _ENOUGH * wanted and (wanted - samples) * number >= samples * _FEW:
                 asked = asking(run.tokenizer, context.prefix, first=number, seed=config.seed)
-                batch += expected_to_give(wanted - samples, asked, run)
+                batch += spaced(run, expected_to_give(wanted - samples, asked, run), furthest=most, first=number)
             if not answered_checks(conversations):  # beside the others they cost little
                 batch += check_conversations(
                     run.tokenizer, context.prefix, first=0, count=config.checks, seed=config.seed

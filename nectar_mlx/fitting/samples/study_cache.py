@@ -138,6 +138,8 @@ class StepCache(StudyCache):
     def filter(self, kept: mx.array) -> None:
         live: Any = self.live
         live.keys, live.values = take(live.keys, kept), take(live.values, kept)
+        if isinstance(self.context, mx.array):
+            self.context = take(self.context, kept)
 
 
 def _masked(scores: mx.array, mask: mx.array) -> mx.array:
