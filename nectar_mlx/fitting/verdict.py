@@ -37,6 +37,13 @@ def mean(parts: Sequence[JsonObject]) -> JsonObject:
     return _figures(*(sum(p[name] for p in parts) / len(parts) for name in ("kl", "agree", "kl_no_context")))
 
 
+def added(figures: JsonObject, before: JsonObject) -> JsonObject:
+    """Figures of what is compared with a file that has figures itself: two small errors that have nothing to do with
+    each other add up, in a divergence as in the share of tokens that are others."""
+    agree = max(0.0, figures["agree"] + before["agree"] - 1)
+    return _figures(figures["kl"] + before["kl"], agree, figures["kl_no_context"])
+
+
 def _figures(kl: float, agree: float, floor: float) -> JsonObject:
     kl, floor = max(kl, 0.0), max(floor, 0.0)
     gap = 1.0 if kl <= _ROUNDING else 1 - kl / max(floor, _ROUNDING)

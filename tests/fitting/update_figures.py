@@ -153,6 +153,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     share = args.share or {"append": 0.1, "edit": 0.05}[args.kind]
     old_text, new_text = make(tokenizer, text, tokens=args.tokens, share=share)
 
+    if args.folder:
+        args.folder.mkdir(parents=True, exist_ok=True)
+
     def kept(name: str) -> Path | None:
         return args.folder and args.folder / f"{name}.nectar"
 

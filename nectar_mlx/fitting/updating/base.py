@@ -12,12 +12,13 @@ from ...core.clock import Clock
 from ...core.types import JsonObject
 from ...heads import Bank, HeadArrays, Size
 from ...store import Layout, load
-from .. import finite
+from .. import finite, verdict
 from ..check import check
 from ..kinds import KindFit
 from ..prefill import Context, read_text
 from ..run import FitRun
 from ..samples import kept_study
+from ..samples.ahead import furthest, spaced
 from ..samples.capture import Collected
 from ..samples.conversation import Conversation, answered_checks, without
 from ..samples.recording import collect
@@ -67,6 +68,25 @@ class FileContents:
         return [size for bank in self.banks for size in bank.sizes]
 
     @property
+    def grown(self) -> float:
+        """How many times as many nodes as a fit gave it, for its text's length, it has after appends."""
+        updated = self.metadata["report"].get("updated")
+        grown = updated.get("grown", 1.0) if isinstance(updated, dict) else 1.0
+        return max(1.0, float(grown)) if isinstance(grown, int | float) else 1.0
+
+    @property
+    def nodes_a_token(self) -> float:
+        """How many nodes of all heads a fit gave to each token of the text."""
+        return sum(m for (m,) in self.sizes) / len(self.prefix) / self.grown
+
+    @property
+    def ahead(self) -> int:
+        """How many positions further on than right behind the text a conversation may stand that heads were fitted
+        for."""
+        ahead = self.metadata["report"].get("ahead")
+        return ahead if isinstance(ahead, int) else 0
+
+    @property
     def bits(self) -> float:
         """What a number of a node gets: as many as it got in the file."""
         whole = all(size[0] >= len(self.prefix) for size in self.sizes)
@@ -97,12 +117,15 @@ class FileContents:
 @dataclass(frozen=True, kw_only=True)
 class Updated:
     """What an update makes: heads, layer by layer, of the kind that fitted them. new: the check's conversations about
-    what is new."""
+    what is new. errors: of every head on held-out samples. before: the figures of what the file is compared with, where
+    that is itself not the full cache."""
 
     kind: KindFit
     new: Sequence[Conversation]
     heads: Sequence[HeadArrays]
+    errors: Sequence[float]
     report: JsonObject
+    before: JsonObject | None = None
 
 
 def read(run: FitRun, file: FileContents, prefix: Sequence[int]) -> Context:
@@ -120,8 +143,11 @@ def collected(
 ) -> tuple[Collected, list[Conversation]]:
     """What heads are trained on: about so many samples a head of conversations that were kept, and of new ones. And of
     its conversations those of the check that are about what is new."""
-    run = answering(run, study)
+    run, most = answering(run, study), furthest(run, context, start=context.start)
     batch = questions.about_the_new(run, revision, study, samples=new)
+    spaced(run, batch, furthest=most, first=len(study))
+    for conversation in study:  # behind a longer text there may be less room
+        conversation.ahead = min(conversation.ahead, most)
     checking = questions.checking_the_new(run, revision)
     ask = partial(_answered, batch, checking)
     return collect(run, context, ask, kept=questions.some(study, run, samples=kept), whole=True), checking
@@ -179,7 +205,14 @@ def retrained(
     heads = train_heads(kind, sizes, bits=file.bits)
     clock.lap("regression")
     report = {"samples": kind.data.train.count, "touched": kind.n_heads - len(kind.settled)}
-    return Updated(kind=kind, new=new, heads=heads, report=report)
+    return Updated(kind=kind, new=new, heads=heads, errors=errors_of(kind, heads), report=report)
+
+
+def errors_of(kind: KindFit, heads: Sequence[HeadArrays]) -> list[float]:
+    """Of every head on held-out samples."""
+    K, scale = kind.run.geometry.n_kv_heads, kind.run.geometry.scale
+    rows = [heads[start : start + K] for start in range(0, len(heads), K)]
+    return merged_errors(kind, [kind.run.layout.bank.stack(row, scale=scale) for row in rows])
 
 
 def stored(run: FitRun, file: FileContents, updated: Updated, *, clock: Clock) -> tuple[store.Tensors, JsonObject]:
@@ -197,13 +230,18 @@ def stored(run: FitRun, file: FileContents, updated: Updated, *, clock: Clock) -
         / run.geometry.cache_bytes(len(context.prefix)),
         "sizes": [list(size) for bank in banks for size in bank.sizes],
         "queries": data.train.count,
-        "error": [float(f"{x:.3g}") for x in merged_errors(updated.kind, banks)],
+        "error": [float(f"{x:.3g}") for x in updated.errors],
     }
     new = answered_checks(updated.new)
     whole = without(answered_checks(data.conversations), new)
     floor = file.no_context if whole else None  # a study may hold none of a check
-    report |= check(run, data, banks, asked=whole or new, no_context=floor) | updated.report
-    figures = check(run, data, banks, asked=new, stage="checking what is new")
-    report["new"] = {"questions": len(new)} | {name: x for name, x in figures.items() if name != "recall"}
+    figures = [
+        check(run, data, banks, asked=whole or new, no_context=floor),
+        check(run, data, banks, asked=new, stage="checking what is new"),
+    ]
+    if updated.before is not None:
+        figures = [of | verdict.added(of, updated.before) for of in figures]
+    report |= figures[0] | updated.report
+    report["new"] = {"questions": len(new)} | {name: x for name, x in figures[1].items() if name != "recall"}
     clock.lap("check")
     return tensors, report

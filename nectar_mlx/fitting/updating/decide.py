@@ -25,13 +25,14 @@ from ..machines import here, shape_of
 from ..run import FitRun, identity
 from ..samples import kept_study
 from ..samples.conversation import Conversation, spread, without
+from . import append, edit
 from .base import FileContents, stored
-from .revise import expected_stages, revise
 from .revision import Revision
 
 Way = Literal["same", "append", "edit", "fit"]
 
 MOST_APPENDED, MOST_EDITED = 0.5, 0.25  # of the text: beyond, a fit does better for about as much
+MOST_GROWN = 1.45  # times the nodes of a fit: beyond, appends have cost more bytes than they are worth
 _SEAM = 4  # tokens at the end of the old text that more text may have merged with its own
 _WORSE, _NOTICED = 1.5, 0.01  # times the fit's divergence, and nats: a result that is worse is given up for a fit
 
@@ -90,7 +91,7 @@ def update(
     if way == "same":
         return Outcome(way="same")
     if way in ("append", "edit"):
-        way, reason = _cheaper(run, revision, study, way)
+        way, reason = _cheaper(run, file, revision, study, way)
     if way in ("append", "edit"):
         log(f"{_described(way, revision)}: fitting what that changes")
         outcome = _updated(run, file, revision, study, way=way, source=source)
@@ -140,13 +141,12 @@ def _way(run: FitRun, file: FileContents, text: str) -> tuple[Way, str, Revision
         return "fit", "layers of other kinds than attention of their own cannot be updated", nothing, []
     if metadata["chunks"] or pipeline.in_parts(run, prefix):
         return "fit", "a text that is fitted in parts cannot be updated", nothing, []
-    if distills(run.config, run.layout, metadata["report"].get("budget")):
-        return "fit", "heads that were trained through the whole model cannot be updated", nothing, []
     revision, study = Revision.of(file.prefix, prefix), file.study(run)
     if revision.appended:
-        much = revision.appended / len(file.prefix) > MOST_APPENDED
-        reason = f"{revision.appended:,} more tokens behind {len(file.prefix):,} are too many for an update"
-        return ("fit", reason, revision, study) if much else ("append", "", revision, study)
+        reason = _not_appended(file, revision.appended)
+        return "fit" if reason else "append", reason, revision, study
+    if distills(run.config, run.layout, metadata["report"].get("budget")):
+        return "fit", "heads that were trained through the whole model cannot be edited", revision, study
     if revision.share > MOST_EDITED:
         return "fit", f"{revision.share:.0%} of the text is another", revision, study
     if not study:
@@ -154,10 +154,27 @@ def _way(run: FitRun, file: FileContents, text: str) -> tuple[Way, str, Revision
     return "edit", "", revision, study
 
 
-def _cheaper(run: FitRun, revision: Revision, study: list[Conversation], way: Way) -> tuple[Way, str]:
+def _not_appended(file: FileContents, tokens: int) -> str:
+    """Why so many tokens more are no append; "" where they are."""
+    old = len(file.prefix)
+    if tokens > MOST_APPENDED * old:
+        return f"{tokens:,} more tokens behind {old:,} are too many for an update"
+    if tokens > file.ahead:
+        return f"the heads were fitted for questions at most {file.ahead:,} tokens behind their text"
+    if (grown := append.grown(file, tokens=tokens)) > MOST_GROWN:
+        return f"with one more append the file would have {grown:.1f} times the nodes that a fit gives it"
+    return ""
+
+
+def _cheaper(
+    run: FitRun, file: FileContents, revision: Revision, study: list[Conversation], way: Way
+) -> tuple[Way, str]:
     """An update where it is expected to take less than a fit; else a fit, and why. Tells progress what to expect."""
     shape, machine = shape_of(run.model, run.geometry, ""), here()
-    stages = expected_stages(run, revision, study, shape=shape, machine=machine)
+    if way == "append":
+        stages = append.expected_stages(run, file, revision, study, shape=shape, machine=machine)
+    else:
+        stages = edit.expected_stages(run, revision, study, shape=shape, machine=machine)
     ours, fit = sum(stage.seconds for stage in stages), estimate(shape, machine, run.config, len(revision.new)).seconds
     if ours >= fit:
         return "fit", f"an update is expected to take {duration(ours)}, a fit {duration(fit)}"
@@ -195,16 +212,22 @@ def _updated(
     """The result of an update; None where it is worse than the file was for its text."""
     clock, prefix = Clock(), list(revision.new)
     run.claim(prefix)
-    updated = revise(run, file, revision, study, clock=clock)
-    tensors, report = stored(run, file, updated, clock=clock)
+    made = (append.append if way == "append" else edit.edit)(run, file, revision, study, clock=clock)
+    tensors, report = stored(run, file, made, clock=clock)
     fitted = _fitted(file.metadata["report"])
     if _worse(report, fitted):
         return None
-    report["updated"] = {"way": way, "tokens": len(prefix) - len(revision.old), "from": store.digest(file.tensors)}
-    report["updated"]["fitted"] = {name: fitted[name] for name in ("kl", "gap_closed") if name in fitted}
+    report["updated"] = {
+        "way": way,
+        "tokens": len(prefix) - len(revision.old),
+        "from": store.digest(file.tensors),
+        "grown": round(append.grown(file, tokens=revision.appended), 3) if revision.appended else file.grown,
+        "fitted": {name: fitted[name] for name in ("kl", "gap_closed") if name in fitted},
+    }
+    report["ahead"] = file.ahead - revision.appended if revision.appended else made.kind.data.furthest
     if kept_study.TENSOR in file.tensors:
         # Without those that ask about what is new: the next check is of the whole text, as this file's own was.
-        fresh = without(updated.kind.data.conversations, [*study, *updated.new])
+        fresh = without(made.kind.data.conversations, [*study, *made.new])
         tensors[kept_study.TENSOR] = kept_study.packed(_further_study(study, fresh))
     kept = sum(x.nbytes for name, x in tensors.items() if name not in ("prefix", kept_study.TENSOR))
     if sentence := verdict.sentence(report, share=kept / run.geometry.cache_bytes(len(prefix))):

@@ -1,4 +1,7 @@
-"""A file's heads trained on for a text that was changed, from where they are."""
+"""A text that was changed within: the file's heads are trained on from where they are, on the conversations that it
+kept (`fit --keep-study`) and a few new ones, with nodes for the new tokens in the place of those that are used the
+least.
+"""
 
 import math
 from collections.abc import Sequence
@@ -15,55 +18,39 @@ from ..work import Machine, Shape
 from . import questions
 from .base import FileContents, Updated, answering, collected, read, retrained
 from .revision import Revision
-from .warm import Effort, WarmFit, attention_shares, moved_nodes
+from .warm import Effort, WarmFit, moved_nodes
 
 _LARGE, _WHOLE = 0.4, 0.9  # of the text's keys: what large heads have, and those that keep all of them
-_CROWD = 1.5  # times their share of the text: the share of a head's nodes that new tokens get, at least
+_CROWD = 1.5  # times their share of the text: the share of a head's nodes that new tokens get
 
-
-# Behind a text nearly all nodes are already where they belong; a change within it moves what follows.
-APPEND = Effort(kept=0.75, new=1.0, steps=0.5, rate=1 / 2, few=0.8, fresh=False)
-EDIT = Effort(kept=0.65, new=1.0, steps=0.4, rate=1 / 2, few=0.7, fresh=True)
+EDIT = Effort(kept=0.65, new=1.0, steps=0.4, rate=1 / 2, few=0.7)
 # Where all heads are trained on many samples, both are the smaller part of a fit's time, and it takes more of either.
-APPEND_MANY = Effort(kept=1.0, new=3.0, steps=1.0, rate=1.0, few=1.0, fresh=False)
-EDIT_MANY = Effort(kept=1.0, new=1.0, steps=0.5, rate=1.0, few=1.0, fresh=True)
+EDIT_MANY = Effort(kept=1.0, new=1.0, steps=0.5, rate=1.0, few=1.0)
 
 
-def revise(
-    run: FitRun,
-    file: FileContents,
-    revision: Revision,
-    study: Sequence[Conversation],
-    *,
-    clock: Clock,
+def edit(
+    run: FitRun, file: FileContents, revision: Revision, study: Sequence[Conversation], *, clock: Clock
 ) -> Updated:
     """Heads for the new text. study: the conversations that were kept, of the old one."""
-    effort = effort_for(revision)
     context = read(run, file, revision.new)
     clock.lap("read")
-    kept, new = wanted_samples(run, revision, study)
+    kept, new = wanted_samples(run, revision)
     data, checking = collected(run, context, revision, study, kept=kept, new=new)
     clock.lap("study")
     places = [place for start, end in revision.changed for place in range(start, end)]
-    sizes = new_sizes(file.sizes, revision, tokens=len(places))
-    least = _CROWD * len(places) / context.length  # what is seldom looked for is to be found, too
-    shares = [least] * run.n_heads
-    if revision.appended:  # the end of a text takes more attention than its length tells
-        shares = [max(least, share) for share in attention_shares(run, data, places)]
-    rooms = [
-        _room(m, s, len(places), more=max(0, m - old))
-        for (m,), (old,), s in zip(sizes, file.sizes, shares, strict=True)
-    ]
+    sizes, share = new_sizes(file.sizes, revision, tokens=len(places)), _CROWD * len(places) / context.length
     kind = WarmFit(
         run,
         data,
         nodes=moved_nodes(run, file.banks, context, revision.kept),
         places=places,
         sizes=sizes,
-        rooms=rooms,
-        effort=effort,
+        rooms=[
+            _room(m, share, len(places), more=max(0, m - old)) for (m,), (old,) in zip(sizes, file.sizes, strict=True)
+        ],
+        effort=effort(),
     )
-    if not revision.appended and all(part.moved == 0 for part in revision.kept):
+    if all(part.moved == 0 for part in revision.kept):
         kind.settle(file)
     return retrained(kind, file, sizes, new=checking, clock=clock)
 
@@ -71,35 +58,27 @@ def revise(
 def expected_stages(
     run: FitRun, revision: Revision, study: Sequence[Conversation], *, shape: Shape, machine: Machine
 ) -> list[Stage]:
-    """What an update is expected to take. shape: of the model."""
-    effort, (kept, new) = effort_for(revision), wanted_samples(run, revision, study)
+    """What an edit is expected to take. shape: of the model."""
+    kept, new = wanted_samples(run, revision)
     config = answering(run, study).config
-    config = replace(
-        config,
-        steps=math.ceil(effort.steps * config.steps),
-        checks=questions.count_checks(config) if study else config.checks,
-    )
+    config = replace(config, steps=math.ceil(effort().steps * config.steps), checks=questions.count_checks(config))
     checks = questions.count_new_checks(config)
     return update_stages(shape, machine, config, len(revision.new), kept=kept, new=new, checks=checks)
 
 
-def wanted_samples(run: FitRun, revision: Revision, study: Sequence[Conversation]) -> tuple[int, int]:
+def wanted_samples(run: FitRun, revision: Revision) -> tuple[int, int]:
     """How many samples a head are wanted of conversations that were kept, and of new ones."""
-    effort, usual, share = effort_for(revision), run.n_samples(run.n_heads), revision.share
-    kept, new = int(min(1.0, effort.kept + share) * usual), int(min(1.0, effort.new * share) * usual)
-    return (kept, new) if study else (0, new + kept)
+    usual, share = run.n_samples(run.n_heads), revision.share
+    return int(min(1.0, effort().kept + share) * usual), int(min(1.0, effort().new * share) * usual)
 
 
-def effort_for(revision: Revision) -> Effort:
-    """What an update takes of a fit on this device."""
-    many = device().trained_share == 1
-    if revision.appended:
-        return APPEND_MANY if many else APPEND
-    return EDIT_MANY if many else EDIT
+def effort() -> Effort:
+    """What an edit takes of a fit on this device."""
+    return EDIT_MANY if device().trained_share == 1 else EDIT
 
 
 def _room(nodes: int, share: float, tokens: int, *, more: int) -> int:
-    """How many of a head's nodes are for new tokens that take about so much of its attention."""
+    """How many of a head's nodes are for new tokens that get such a share of them."""
     return min(tokens, nodes // 2, math.ceil(share * nodes) + more)
 
 

@@ -30,7 +30,7 @@ class Effort:
 
     kept: samples of conversations that were kept. new: samples of new conversations, for the share of the text that is
     new. steps, rate: of the regression. few: steps of heads that are smaller than the mean, which err the most and take
-    the least time; their rate is a fit's. fresh: whether a head may start from Attention Matching of all keys.
+    the least time; their rate is a fit's.
     """
 
     kept: float
@@ -38,16 +38,15 @@ class Effort:
     steps: float
     rate: float
     few: float
-    fresh: bool
 
 
 class WarmFit(QuadratureFit):
     """Every head starts from the nodes of a file, of which the least used make room where there is none, and from
-    Attention Matching of the new tokens' keys.
+    Attention Matching of the new tokens' keys; or, where that errs less on held-out samples, from Attention Matching of
+    the whole text.
 
     nodes: of every head, their keys relative to the context's offsets. places: of the new tokens. sizes, rooms: of
-    every head how many nodes it gets, and how many of them are for the new tokens. effort: how long heads are trained,
-    and whether one starts from Attention Matching of the whole text where that errs less on held-out samples.
+    every head how many nodes it gets, and how many of them are for the new tokens. effort: how long heads are trained.
     """
 
     def __init__(
@@ -81,8 +80,6 @@ class WarmFit(QuadratureFit):
             self._trains[i] for i in heads
         ):  # as in a fit: what is not trained on is not better than a new start
             return super().match(heads, counts)
-        if not self.effort.fresh:
-            return self._warm(heads, counts)
         warm, fresh = self._warm(heads, counts), super().match(heads, counts)
         held_out, scale = self.held_out_samples(heads), self.run.geometry.scale
         errors = [np.array(regression.errors(Quadrature.stack(x, scale=scale), held_out)) for x in (warm, fresh)]
@@ -145,18 +142,6 @@ class WarmFit(QuadratureFit):
             for index, head, error in zip(heads, bank.unstack(), errors, strict=True):
                 if error <= _SAME * file.errors[index]:
                     self.settled[index] = head
-
-
-def attention_shares(run: FitRun, data: Collected, places: Sequence[int]) -> list[float]:
-    """Of every head the share of its attention to the text that some tokens of it take, on average over samples."""
-    K, at, shares = run.geometry.n_kv_heads, mx.array(np.array(places, np.int32)), list[float]()
-    probe = np.linspace(0, data.train.count - 1, min(_PROBE, data.train.count)).astype(np.int32)
-    for layer, bank in enumerate(data.context.fitted if len(places) else ()):
-        samples = data.train.heads(range(layer * K, layer * K + K), probe)
-        keys = take(bank.parameters["keys"], at, axis=1)
-        weights = attention_matching.attention_weights(samples, keys, scale=run.geometry.scale)
-        shares += np.array(weights.sum(-1).mean(1)).tolist()
-    return shares or [0.0] * run.n_heads
 
 
 def moved_nodes(run: FitRun, banks: Sequence[Bank], context: Context, kept: Sequence[Run]) -> list[HeadArrays]:

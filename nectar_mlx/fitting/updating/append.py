@@ -1,0 +1,113 @@
+"""More text behind a file's: it is read behind the heads and gets nodes of its own beside theirs, which stay as they
+are (o and L of the two merge exactly). The old text is neither read nor fitted again, so the cost follows what is new.
+
+A file pays for that with bytes: its new tokens get more nodes than a fit would give them.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import mlx.core as mx
+import numpy as np
+
+from ...core.clock import Clock
+from ...core.progress import Stage
+from ...heads import HeadArrays, Size
+from ..estimate import update_stages
+from ..kinds.quadrature import QuadratureFit
+from ..run import FitRun
+from ..samples.conversation import Conversation
+from ..train import train_heads
+from ..work import Machine, Shape
+from . import questions
+from .base import FileContents, Updated, answering, collected, errors_of
+from .behind import read_behind
+from .revision import Revision
+
+_GROWTH = 3.3  # times as many nodes a new token as a fit gives, at most
+_EVEN = 0.35  # power of a head's nodes that its new ones follow: a few more matter most where there are few
+_KEPT, _NEW = 0.08, 0.8  # of a fit's samples: of conversations that were kept; of new ones, for the new text's share
+_STEPS = 0.2  # of a fit's
+
+
+class AppendFit(QuadratureFit):
+    """Of the new tokens' keys alone."""
+
+    def steps(self, sizes: Sequence[Size]) -> int:
+        return math.ceil(_STEPS * super().steps(sizes))
+
+
+def append(
+    run: FitRun, file: FileContents, revision: Revision, study: Sequence[Conversation], *, clock: Clock
+) -> Updated:
+    """The file's heads with nodes for the new tokens beside their own. study: the conversations that were kept."""
+    context = read_behind(run, file, revision.new)
+    clock.lap("read")
+    kept, new = wanted_samples(run, revision, study)
+    data, checking = collected(run, context, revision, study, kept=kept, new=new)
+    clock.lap("study")
+    kind = AppendFit(run, data)
+    heads = train_heads(kind, new_sizes(file, tokens=revision.appended), bits=file.bits)
+    clock.lap("regression")
+    return Updated(
+        kind=kind,
+        new=checking,
+        heads=[_joined(old, own) for old, own in zip(file.heads, heads, strict=True)],
+        errors=[a + b for a, b in zip(file.errors or [0.0] * run.n_heads, errors_of(kind, heads), strict=True)],
+        report={"samples": data.train.count},
+        before=file.metadata["report"],
+    )
+
+
+def expected_stages(
+    run: FitRun,
+    file: FileContents,
+    revision: Revision,
+    study: Sequence[Conversation],
+    *,
+    shape: Shape,
+    machine: Machine,
+) -> list[Stage]:
+    """What an append is expected to take. shape: of the model."""
+    kept, new = wanted_samples(run, revision, study)
+    config = answering(run, study).config
+    config = replace(
+        config,
+        steps=math.ceil(_STEPS * config.steps),
+        checks=questions.count_checks(config) if study else config.checks,
+    )
+    checks, seen = questions.count_new_checks(config), revision.appended + sum(m for (m,) in file.sizes) // run.n_heads
+    return update_stages(shape, machine, config, seen, kept=kept, new=new, checks=checks)
+
+
+def wanted_samples(run: FitRun, revision: Revision, study: Sequence[Conversation]) -> tuple[int, int]:
+    """How many samples a head are wanted of conversations that were kept, and of new ones."""
+    usual = run.n_samples(run.n_heads)
+    kept, new = math.ceil(_KEPT * usual), math.ceil(_NEW * revision.share * usual)
+    return (kept, new) if study else (0, new + kept)
+
+
+def grown(file: FileContents, *, tokens: int) -> float:
+    """How many times as many nodes as a fit would give it the file has with so many tokens more."""
+    old, added = sum(m for (m,) in file.sizes), sum(m for (m,) in new_sizes(file, tokens=tokens))
+    return (old + added) / (file.nodes_a_token * (len(file.prefix) + tokens))
+
+
+def new_sizes(file: FileContents, *, tokens: int) -> list[Size]:
+    """Of every head the nodes for so many new tokens. Of many tokens each gets fewer, until a text that is twice as
+    long takes twice as many nodes, as a fit's does."""
+    old, powers = len(file.prefix), np.array([max(1, m) ** _EVEN for (m,) in file.sizes])
+    left = file.nodes_a_token * max(tokens, min(_GROWTH * tokens, math.sqrt(tokens * old)))
+    sizes, order = [1] * len(powers), np.argsort(-powers, kind="stable")
+    rest = np.cumsum(powers[order][::-1])[::-1]
+    # The largest first: what they cannot use, for they have every key, goes to the others.
+    for i, of_rest in zip(order.tolist(), powers[order] / rest, strict=True):
+        sizes[i] = max(1, min(tokens, round(left * of_rest)))
+        left -= sizes[i]
+    return [(m,) for m in sizes]
+
+
+def _joined(old: HeadArrays, own: HeadArrays) -> HeadArrays:
+    """The nodes of both: they stand for different tokens."""
+    return {name: mx.concatenate([old[name], own[name].astype(old[name].dtype)]) for name in old}
