@@ -107,6 +107,11 @@ def _report(output: Path, nectar: "Nectar", way: str, *, reason: str, as_json: b
     cli.say(f"{output}: {done}: {size / 1e6:.2f} MB for {tokens:,} tokens{took}")
     if nectar.verdict:
         cli.say(nectar.verdict)
+    if way == "append":
+        from .fitting.updating.decide import MOST_GROWN
+
+        grown = nectar.report["updated"]["grown"]
+        cli.say(f"appends made it {grown:.2f} times as large as a fit would; beyond {MOST_GROWN} it is fitted anew")
     if as_json:
         facts = {"output": str(output), "way": way, "reason": reason, "bytes": size, "tokens": tokens}
         print(json.dumps(facts | nectar.report))
