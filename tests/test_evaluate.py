@@ -64,7 +64,8 @@ def test_every_method_is_measured_on_every_kind(result):
     assert names[:3] == [("nectar", "large"), ("nectar", "small"), ("no context", "large")]
     assert names.count(("Attention Matching", "small")) == 1 and len(names) == 7
     for m in result["methods"]:
-        assert m["kinds"].keys() - {"own words"} == {"on-context", "off-context", "re-reading", "continuation"}
+        kinds = {"on-context", "off-context", "re-reading", "continuation", "later turn"}
+        assert m["kinds"].keys() - {"own words"} == kinds
         assert m["kl"] == m["kinds"]["on-context"]["kl"]
         for figures in m["kinds"].values():
             low, high = figures["kl_interval"]
