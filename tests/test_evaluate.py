@@ -354,8 +354,10 @@ def test_the_command(model, prefix, tmp_path, capsys):
     told = json.loads(out)
     assert [m["method"] for m in told["methods"]] == ["nectar", "no context", "sinks + window"]
     assert math.isfinite(told["methods"][0]["kl"]) and page.read_text().startswith("<!doctype html>")
+    assert "<h3>later turn</h3>" in page.read_text()
     assert evaluate.main([*common, "--baselines", "none", "--no-answers"]) == 0
-    assert "nectar" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "nectar" in out and "  later turn" in out
 
 
 @pytest.mark.parametrize(
