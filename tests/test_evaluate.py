@@ -64,7 +64,8 @@ def test_every_method_is_measured_on_every_kind(result):
     assert names[:3] == [("nectar", "large"), ("nectar", "small"), ("no context", "large")]
     assert names.count(("Attention Matching", "small")) == 1 and len(names) == 7
     for m in result["methods"]:
-        assert m["kinds"].keys() - {"own words"} == {"on-context", "off-context", "re-reading", "continuation"}
+        kinds = {"on-context", "off-context", "re-reading", "continuation", "later turn"}
+        assert m["kinds"].keys() - {"own words"} == kinds
         assert m["kl"] == m["kinds"]["on-context"]["kl"]
         for figures in m["kinds"].values():
             low, high = figures["kl_interval"]
@@ -353,8 +354,10 @@ def test_the_command(model, prefix, tmp_path, capsys):
     told = json.loads(out)
     assert [m["method"] for m in told["methods"]] == ["nectar", "no context", "sinks + window"]
     assert math.isfinite(told["methods"][0]["kl"]) and page.read_text().startswith("<!doctype html>")
+    assert "<h3>later turn</h3>" in page.read_text()
     assert evaluate.main([*common, "--baselines", "none", "--no-answers"]) == 0
-    assert "nectar" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "nectar" in out and "  later turn" in out
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""BM25 retrieval: the passages with the best score for the question, in front of it.
+"""BM25 retrieval: the passages with the best score for the question (the last one of a talk), in front of all.
 
 Its bytes are those of the passages' keys and values in mlx-lm's 8-bit cache. Not counted: the text itself, which must
 be kept on disk and searched for every question, and the time to read the passages.
@@ -23,7 +23,7 @@ def passages(ctx: EvalContext, nbytes: int) -> View:
     index = Index.of(ctx.tokenizer, ctx.context.prefix[len(ctx.head) :], passage=size)
 
     def prompt(conversation: Conversation) -> list[int]:
-        question = str(ctx.tokenizer.decode(conversation.prompt, skip_special_tokens=True))
+        question = conversation.question or str(ctx.tokenizer.decode(conversation.prompt, skip_special_tokens=True))
         return [*introduction, *index.best(question, count), *conversation.prompt]
 
     head = no_context(ctx, 0)

@@ -14,7 +14,7 @@ from ..fitting import fidelity
 from ..fitting.samples.conversation import Conversation
 from ..mlxlm import prompts
 from .bootstrap import Bootstrap, interval
-from .questions import ON, TEMPERATURE, Expected, Question, contains
+from .questions import ON, TEMPERATURE, Expected, Question, contains, text
 from .similarity import Embed
 
 _GREEDY = 1e-3  # a temperature that leaves only ties to chance
@@ -88,10 +88,6 @@ def generate(
         batch = by_length[start : start + size]
         ctx.sample_answers(view, batch, seed=seed + start, temperature=temperature, max_tokens=max_tokens)
     return [text(ctx, c.answer) for c in conversations]
-
-
-def text(ctx: EvalContext, tokens: Sequence[int]) -> str:
-    return str(ctx.tokenizer.decode(list(tokens), skip_special_tokens=True)).strip()
 
 
 def meaning(samples: Sequence[SampledAnswers], *, by: str, embed: Embed) -> JsonObject:

@@ -1,5 +1,6 @@
 """The methods under test: files, with and without exact keys, and baselines of the same size."""
 
+import itertools
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -10,14 +11,14 @@ import numpy as np
 
 from .. import baselines
 from ..baselines import NO_CONTEXT, EvalContext, View
-from ..core.progress import Log, Progress, no_log, silent
+from ..core.progress import Log, Progress, Update, no_log, silent
 from ..errors import NectarError
 from ..fitting import fidelity
 from ..fitting.fidelity import Divergence
 from ..fitting.samples.conversation import Conversation
 from ..nectar import Nectar
 from .charts import FILE, SAME
-from .questions import Question
+from .questions import LATER, Question
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,20 +116,29 @@ def _recalled(nectar: Nectar, conversation: Conversation, logits: mx.array) -> m
 def measure(
     ctx: EvalContext, methods: Sequence[Method], questions: Sequence[Question], *, progress: Progress = silent
 ) -> list[Method]:
-    """The methods with their divergence from the full cache."""
+    """The methods with their divergence from the full cache. Later turns are in batches of their own: beside them a
+    short prompt would be padded to the length of a talk."""
+    parts = [list(group) for _, group in itertools.groupby(questions, key=lambda q: q.kind == LATER)]
+    divergences, done = list[dict[str, Divergence]](), 0
     with progress("comparing", len(questions)) as update:
-        divergences = fidelity.compare(
-            ctx.model,
-            ctx.context.make_cache,
-            {m.label: m.view.make_cache for m in methods},
-            [q.conversation for q in questions],
-            prompts={m.label: m.view.prompt for m in methods},
-            change={m.label: m.view.change for m in methods if m.view.change},
-            progress=update,
-        )
+        for part in parts:
+            divergences.append(_compared(ctx, methods, part, before=done, update=update))
+            done += len(part)
+    return [replace(m, divergence=fidelity.joined([part[m.label] for part in divergences])) for m in methods]
+
+
+def _compared(
+    ctx: EvalContext, methods: Sequence[Method], questions: Sequence[Question], *, before: int, update: Update
+) -> dict[str, Divergence]:
+    """The divergence of each method, by its label. before: how many questions were compared before these."""
+    divergences = fidelity.compare(
+        ctx.model,
+        ctx.context.make_cache,
+        {m.label: m.view.make_cache for m in methods},
+        [q.conversation for q in questions],
+        prompts={m.label: m.view.prompt for m in methods},
+        change={m.label: m.view.change for m in methods if m.view.change},
+        progress=lambda seen: update(before + seen),
+    )
     numbers = np.array([q.number for q in questions])
-    measured = []
-    for method in methods:
-        divergence = divergences[method.label]
-        measured.append(replace(method, divergence=divergence._replace(conversation=numbers[divergence.conversation])))
-    return measured
+    return {label: d._replace(conversation=numbers[d.conversation]) for label, d in divergences.items()}

@@ -18,11 +18,15 @@ from ..errors import NectarError
 from ..fitting.samples import instructions
 from ..fitting.samples.conversation import Conversation
 from ..mlxlm import prompts
+from ..mlxlm.window import window
 
 ON, OFF, REREAD, CONTINUE = "on-context", "off-context", "re-reading", "continuation"
+LATER = "later turn"
 OWN_WORDS = "own words"  # the tokens of on-context answers that do not repeat the text
 TEMPERATURE = 0.7
 _CUE, _REREAD = 16, 64  # tokens of a passage: shown, and expected to follow
+_TURNS = 3  # that stand before a later turn
+_LATER_SEED = 104_729  # of later turns, beside the evaluation's seed
 _RECITED = 8  # tokens in a row that also stand in the text: these repeat it
 
 
@@ -78,8 +82,44 @@ def _reread(ctx: EvalContext, rng: random.Random) -> Question:
     start = rng.randrange(0, max(1, len(ids) - cue - rest))
     prompt = prompts.encode(ctx.tokenizer, "\n\n", specials=False) + ids[start : start + cue]
     conversation = Conversation(prompt, ids[start + cue : start + cue + rest])
-    text = str(ctx.tokenizer.decode(ids[start : start + cue], skip_special_tokens=True)).strip()
-    return Question(text=f"{text} …", kind=REREAD, conversation=conversation)
+    return Question(text=f"{text(ctx, ids[start : start + cue])} …", kind=REREAD, conversation=conversation)
+
+
+def later_turns(ctx: EvalContext, asked: Sequence[Question], *, count: int, samples: int, seed: int) -> list[Question]:
+    """`count` questions about passages, each `samples` times, behind talks of first turns: questions about the text
+    that were asked, with the full cache's answers. Fewer where the window has no room for a talk; NectarError for none,
+    and where the chat template takes no talk.
+    """
+    rng, about = random.Random(seed + _LATER_SEED), instructions.HELD_OUT_ABOUT
+    first = list({q.number: q for q in asked if q.kind == ON}.values())
+    turns = min(_TURNS, len(first) // count)
+    questions = []
+    for i in range(count):
+        question = about[i % len(about)].format(passage=ctx.passage(rng))
+        if conversation := _behind(ctx, first[turns * i : turns * (i + 1)], question):
+            questions.append(Question(text=question, kind=LATER, conversation=conversation))
+    if not questions:
+        raise NectarError("behind the text the model's window has no room for a talk")
+    return numbered(questions, samples=samples, first=1 + max(q.number for q in asked))
+
+
+def _behind(ctx: EvalContext, turns: Sequence[Question], question: str) -> Conversation | None:
+    """The question behind as many of these turns, the last ones, as the window has room for; None behind none."""
+    size = window(ctx.model)
+    for start in range(len(turns)):
+        messages = []
+        for turn in turns[start:]:
+            messages.append({"role": "user", "content": turn.text})
+            messages.append({"role": "assistant", "content": text(ctx, turn.conversation.answer)})
+        prompt = prompts.prompt(ctx.tokenizer, [*messages, {"role": "user", "content": question}])
+        if size is None or ctx.context.start + len(prompt) + ctx.config.answer_tokens <= size:
+            return Conversation(prompt, question=question)
+    return None
+
+
+def text(ctx: EvalContext, tokens: Sequence[int]) -> str:
+    """An answer as a person reads it."""
+    return str(ctx.tokenizer.decode(list(tokens), skip_special_tokens=True)).strip()
 
 
 def from_file(path: Path, ask: Callable[[str], list[int]]) -> list[Question]:
@@ -140,11 +180,11 @@ def _words(text: str) -> list[str]:
     return re.findall(r"\w+", re.sub(r"(?<=\d),(?=\d)", "", text).casefold())
 
 
-def numbered(questions: Sequence[Question], *, samples: int) -> list[Question]:
-    """Every question with its number: once if it has its answer, else `samples` times."""
+def numbered(questions: Sequence[Question], *, samples: int, first: int = 0) -> list[Question]:
+    """Every question with its number, from `first` on: once if it has its answer, else `samples` times."""
     return [
-        replace(q, number=i, conversation=Conversation(q.conversation.prompt, list(q.conversation.answer)))
-        for i, q in enumerate(questions)
+        replace(q, number=i, conversation=replace(q.conversation, answer=list(q.conversation.answer)))
+        for i, q in enumerate(questions, first)
         for _ in range(1 if q.conversation.answer else samples)
     ]
 

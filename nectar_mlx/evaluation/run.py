@@ -1,8 +1,9 @@
 """One evaluation: files and baselines against the full cache, on held-out questions, as one JSON object.
 
 A file has the ids of its prefix, so the context is read again here and its text is not needed. Held-out questions are
-answered with the full cache. Every method then sees those answers token by token, and its next-token distributions are
-compared with the full cache's. gap closed = 1 - KL(method) / KL(no context).
+answered with the full cache, then a few more that stand behind the first ones and their answers, as later turns. Every
+method then sees those answers token by token, and its next-token distributions are compared with the full cache's.
+gap closed = 1 - KL(method) / KL(no context). The main figures and the heads' errors are those of first turns.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,7 +26,7 @@ from ..nectar import Nectar
 from . import answers, questions, similarity
 from .charts import is_file
 from .methods import Method, build, measure
-from .questions import ON
+from .questions import ON, Question
 from .summary import by_entropy, correlations, entropies, head_errors, summaries
 
 _SELF_STUDY_SEED = 7_919  # of the conversations that methods learn from, beside the evaluation's seed
@@ -40,6 +41,11 @@ class QuestionOptions:
     samples: int = 1
     seed: int = 2024
     file: Path | None = None
+
+    @property
+    def later(self) -> int:
+        """Held-out questions that stand behind a talk."""
+        return 0 if self.file else max(1, self.count // 4)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,10 +90,13 @@ def evaluate(
     asked = questions.numbered(asked, samples=asking.samples)
     if mx.default_device() == mx.cpu:
         advice = " (--baselines none --no-answers is quickest)" if chosen or options.answers else ""
-        log(f"{len(asked)} answers, {len(chosen)} baselines: this takes minutes on a CPU{advice}")
+        total = len(asked) + asking.later * asking.samples
+        log(f"{total} answers, {len(chosen)} baselines: this takes minutes on a CPU{advice}")
     questions.sample_answers(ctx, asked, seed=asking.seed, progress=progress)
     asked = [q for q in asked if q.conversation.answer]
     samples = ctx.replay([q.conversation for q in asked])
+    if asking.later:
+        asked += _later_turns(ctx, asked, asking, progress, log)
     clock.lap("answer")
     methods = build(ctx, files, chosen, exact=options.exact, progress=progress, log=log)
     clock.lap("build")
@@ -138,6 +147,19 @@ def _read_again(
         answer_tokens=options.answer_tokens,
     )
     return EvalContext(model=model, tokenizer=tokenizer, geometry=geometry, context=context, config=config)
+
+
+def _later_turns(
+    ctx: EvalContext, asked: Sequence[Question], asking: QuestionOptions, progress: Progress, log: Log
+) -> list[Question]:
+    """Answered questions behind some of the first turns; none where the model cannot have them."""
+    try:
+        later = questions.later_turns(ctx, asked, count=asking.later, samples=asking.samples, seed=asking.seed)
+    except NectarError as error:
+        log(f"later turns are left out: {error}")
+        return []
+    questions.sample_answers(ctx, later, seed=asking.seed, progress=progress)
+    return [q for q in later if q.conversation.answer]
 
 
 def _views(ctx: EvalContext, methods: Sequence[Method]) -> dict[str, View]:

@@ -161,9 +161,9 @@ def table(result: JsonObject) -> str:
             f"{name:{wide}}{m['bytes']:>11,}{m['bytes'] / full:>10.2%}{m['kl']:>8.4f}"
             f"{f' ({low:.4f}–{high:.4f})':17}{m['agree']:>7.1%}{m['gap_closed']:>7.1%}"
         )
-    lines += ["", f"{'KL by kind':{wide}}" + "".join(f"{k:>13}" for k in kinds)]
+    lines += ["", f"{'KL by kind':{wide - 2}}" + "".join(f"  {k}" for k in kinds)]
     for name, m in zip(names, methods, strict=True):
-        lines.append(f"{name:{wide}}" + "".join(f"{m['kinds'][k]['kl']:>13.4f}" for k in kinds))
+        lines.append(f"{name:{wide - 2}}" + "".join(f"{m['kinds'][k]['kl']:>{len(k) + 2}.4f}" for k in kinds))
     return "\n".join([*lines, *_meaning(result["answers"], several, wide), *_facts(result["facts"], several, wide)])
 
 

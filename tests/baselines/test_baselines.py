@@ -227,6 +227,19 @@ def test_passages_are_put_in_front_of_the_question(ctx):
     assert view.prompt(conversation)[-len(conversation.prompt) :] == conversation.prompt
 
 
+def test_the_last_question_of_a_talk_chooses_the_passages(ctx):
+    view = BASELINES["BM25 passages"].build(ctx, int(0.3 * ctx.geometry.cache_bytes(ctx.length)))
+    last, messages = "Who was Anna Velde?", [{"role": "user", "content": "On which day in May did she leave Ostend?"}]
+    messages += [{"role": "assistant", "content": "On 4 May the brig left."}, {"role": "user", "content": last}]
+    talk = prompts.prompt(TOKENIZER, messages)
+    assert view.prompt is not None
+    chosen, alone, by_all = map(
+        view.prompt, (Conversation(talk, question=last), Conversation(ctx.ask(last)), Conversation(talk))
+    )
+    assert chosen[: -len(talk)] == alone[: -len(ctx.ask(last))] != by_all[: -len(talk)]
+    assert chosen[-len(talk) :] == talk
+
+
 @pytest.mark.parametrize("name", ["Attention Matching", "Attention Matching + budgets"])
 def test_nodes_in_int8_are_fewer_in_as_many_bytes(ctx, name):
     nbytes = int(0.2 * ctx.geometry.cache_bytes(ctx.length))

@@ -16,13 +16,14 @@ class Conversation:
 
     split: heads are trained on "train" and compared on "held_out", which is of the same kind; the finished file is
     checked on "check", which is not. ahead: how many positions further on than right behind the prefix it begins, as
-    if other talk lay between.
+    if other talk lay between. question: what is asked last, where the prompt has earlier turns, too.
     """
 
     prompt: list[int]
     answer: list[int] = field(default_factory=list)
     split: Split = "train"
     ahead: int = 0
+    question: str = ""
 
     @property
     def fed_tokens(self) -> int:
