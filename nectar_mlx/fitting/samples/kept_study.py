@@ -4,7 +4,6 @@ questions and answers. Deflated JSON, some bytes a token."""
 import json
 import zlib
 from collections.abc import Sequence
-from dataclasses import asdict
 
 import mlx.core as mx
 import msgspec
@@ -27,7 +26,7 @@ class _Kept(msgspec.Struct):
 
 def packed(conversations: Sequence[Conversation]) -> mx.array:
     """Conversations -> uint8 [bytes]."""
-    rows = [asdict(c) for c in conversations if c.answer]
+    rows = [{name: getattr(c, name) for name in _Kept.__struct_fields__} for c in conversations if c.answer]
     return mx.array(np.frombuffer(zlib.compress(json.dumps(rows, separators=(",", ":")).encode(), 9), np.uint8))
 
 
