@@ -14,6 +14,8 @@ from .solve import quantization, regression
 from .solve.initial import Init
 from .solve.regression import Training
 
+_PROBE = 1024  # samples that tell how much the outputs of a whole text vary
+
 
 def train_heads(kind: KindFit, sizes: Sequence[Size], *, bits: float = MEAN_BITS) -> list[HeadArrays]:
     """All heads, trained at their own sizes. bits: of a number of a node, on average, where nodes are rounded row by
@@ -62,12 +64,18 @@ def rounded(kind: KindFit, bank: Bank, training: Training, *, bits: float, steps
     return quantization.round_nodes(bank, training, bits=bits, steps=steps, rate=kind.rate(bank.sizes))
 
 
-def merged_errors(kind: KindFit, banks: Sequence[Bank]) -> list[float]:
-    """Merged error of every head on the held-out samples; banks: one a layer."""
+def merged_errors(kind: KindFit, banks: Sequence[Bank], *, whole: Sequence[Bank] = ()) -> list[float]:
+    """Merged error of every head on the held-out samples; banks: one a layer. whole: of each layer what gives the
+    outputs whose variance errors are shares of (default: what the heads are fitted to)."""
     K, errors = kind.run.geometry.n_kv_heads, np.zeros(kind.n_heads)
     for layer in kind.layers:
         heads = range(layer * K, layer * K + K)
-        errors[heads] = np.array(regression.errors(banks[layer], kind.data.held_out.heads(heads)))
+        samples, metric = kind.data.held_out.heads(heads), None
+        if whole:
+            some = samples.some(slice(_PROBE))
+            scale = regression.scales(some._replace(output=whole[layer](some.queries).output))
+            metric = regression.relative(scale, banks[layer].head_dim)
+        errors[heads] = np.array(regression.errors(banks[layer], samples, metric=metric))
     # A layer is one rank's: the others have zeros.
     return [float(f"{sum(of_ranks):.3g}") for of_ranks in zip(*kind.run.world.values(errors.tolist()), strict=True)]
 

@@ -44,6 +44,12 @@ def added(figures: JsonObject, before: JsonObject) -> JsonObject:
     return _figures(figures["kl"] + before["kl"], agree, figures["kl_no_context"])
 
 
+def can_be_added(report: JsonObject) -> bool:
+    """Whether a report has the figures that `added` needs."""
+    kl, agree = report.get("kl"), report.get("agree")
+    return isinstance(kl, int | float) and isinstance(agree, int | float) and kl >= 0 and 0 <= agree <= 1
+
+
 def _figures(kl: float, agree: float, floor: float) -> JsonObject:
     kl, floor = max(kl, 0.0), max(floor, 0.0)
     gap = 1.0 if kl <= _ROUNDING else 1 - kl / max(floor, _ROUNDING)

@@ -22,6 +22,7 @@ from nectar_mlx.fitting.estimate import estimate
 from nectar_mlx.fitting.kinds.quadrature import QuadratureFit
 from nectar_mlx.fitting.run import FitRun
 from nectar_mlx.fitting.samples import kept_study, recording, sampling, self_study
+from nectar_mlx.fitting.samples.ahead import FURTHEST
 from nectar_mlx.fitting.samples.capture import capture
 from nectar_mlx.fitting.samples.conversation import Conversation
 from nectar_mlx.fitting.updating import append, behind, decide, edit, questions, warm
@@ -364,7 +365,13 @@ class TestAppend:
         [
             ({"ahead": 5}, "fitted for questions at most 5 tokens behind"),
             ({"ahead": None}, "fitted for questions at most 0 tokens behind"),
+            ({"ahead": -(10**400)}, "fitted for questions at most 0 tokens behind"),
             ({"updated": {"grown": 1.44}}, "times the nodes that a fit gives it"),
+            ({"updated": {"grown": 10**400}}, "times the nodes that a fit gives it"),
+            ({"kl": None}, "does not say how closely it answers"),
+            ({"kl": -0.5}, "does not say how closely it answers"),
+            ({"agree": None}, "does not say how closely it answers"),
+            ({"agree": 1.5}, "does not say how closely it answers"),
         ],
     )
     def test_where_the_old_nodes_would_not_do_it_is_a_fit(self, model, tokenizer, fitted, change, reason):
@@ -372,6 +379,25 @@ class TestAppend:
         outcome, _ = updated(model, tokenizer, Nectar(fitted.tensors, metadata), MORE)
         assert outcome.way == "fit" and reason in outcome.reason
         assert outcome.metadata["report"]["ahead"] > 100
+
+    def test_a_file_is_not_fitted_for_questions_further_on_than_any(self, model, tokenizer, fitted):
+        metadata = fitted.metadata | {"report": fitted.report | {"ahead": 10**400}}
+        outcome, _ = updated(model, tokenizer, Nectar(fitted.tensors, metadata), MORE)
+        assert outcome.way == "append" and outcome.metadata["report"]["ahead"] < FURTHEST
+
+    def test_the_file_quotes_as_it_did(self, model, tokenizer, fitted):
+        """It is compared with itself, which quotes no better."""
+        recall = {"weight": 0.8, "exponent": 0.25}
+        metadata = fitted.metadata | {"report": fitted.report | {"recall": recall}}
+        outcome, _ = updated(model, tokenizer, Nectar(fitted.tensors, metadata), MORE)
+        assert outcome.way == "append" and outcome.metadata["report"]["recall"] == recall
+
+    def test_errors_are_shares_of_what_the_whole_text_gives(self, model, tokenizer, fitted):
+        """One token's output does not vary: as a share of that, a rounding error was an error of 24."""
+        outcome, _ = updated(model, tokenizer, fitted, TEXT + "!")
+        assert outcome.way == "append"
+        for before, after in zip(fitted.report["error"], outcome.metadata["report"]["error"], strict=True):
+            assert before <= after < 1.1 * before
 
     def test_a_distilled_file_is_appended_to_and_not_edited(self, model, tokenizer, fitted, monkeypatch):
         monkeypatch.setattr(decide, "distills", lambda *_: True)

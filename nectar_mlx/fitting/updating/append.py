@@ -50,11 +50,12 @@ def append(
     kind = AppendFit(run, data)
     heads = train_heads(kind, new_sizes(file, tokens=revision.appended), bits=file.bits)
     clock.lap("regression")
+    added = errors_of(kind, heads, whole=context.banks)
     return Updated(
         kind=kind,
         new=checking,
         heads=[_joined(old, own) for old, own in zip(file.heads, heads, strict=True)],
-        errors=[a + b for a, b in zip(file.errors or [0.0] * run.n_heads, errors_of(kind, heads), strict=True)],
+        errors=[a + b for a, b in zip(file.errors or [0.0] * run.n_heads, added, strict=True)],
         report={"samples": data.train.count},
         before=file.metadata["report"],
     )

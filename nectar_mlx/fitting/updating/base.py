@@ -11,6 +11,7 @@ from ... import store
 from ...core.clock import Clock
 from ...core.types import JsonObject
 from ...heads import Bank, HeadArrays, Size
+from ...retrieval.recall import Recall
 from ...store import Layout, load
 from .. import finite, verdict
 from ..check import check
@@ -18,7 +19,7 @@ from ..kinds import KindFit
 from ..prefill import Context, read_text
 from ..run import FitRun
 from ..samples import kept_study
-from ..samples.ahead import furthest, spaced
+from ..samples.ahead import FURTHEST, furthest, spaced
 from ..samples.capture import Collected
 from ..samples.conversation import Conversation, answered_checks, without
 from ..samples.recording import collect
@@ -31,6 +32,7 @@ from .revision import Revision
 
 _ANSWER = 24  # tokens of new answers, at most, where others are kept
 _CHECK_ANSWER = 16  # tokens of answers to the check's questions about what is new, at most
+_MOST_GROWN = 100.0  # times the nodes of a fit: more than any file has
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +74,7 @@ class FileContents:
         """How many times as many nodes as a fit gave it, for its text's length, it has after appends."""
         updated = self.metadata["report"].get("updated")
         grown = updated.get("grown", 1.0) if isinstance(updated, dict) else 1.0
-        return max(1.0, float(grown)) if isinstance(grown, int | float) else 1.0
+        return float(max(1.0, min(grown, _MOST_GROWN))) if isinstance(grown, int | float) else 1.0
 
     @property
     def nodes_a_token(self) -> float:
@@ -84,7 +86,7 @@ class FileContents:
         """How many positions further on than right behind the text a conversation may stand that heads were fitted
         for."""
         ahead = self.metadata["report"].get("ahead")
-        return ahead if isinstance(ahead, int) else 0
+        return max(0, min(ahead, FURTHEST)) if isinstance(ahead, int) else 0
 
     @property
     def bits(self) -> float:
@@ -208,11 +210,11 @@ def retrained(
     return Updated(kind=kind, new=new, heads=heads, errors=errors_of(kind, heads), report=report)
 
 
-def errors_of(kind: KindFit, heads: Sequence[HeadArrays]) -> list[float]:
-    """Of every head on held-out samples."""
+def errors_of(kind: KindFit, heads: Sequence[HeadArrays], *, whole: Sequence[Bank] = ()) -> list[float]:
+    """Of every head on held-out samples; whole: as for `merged_errors`."""
     K, scale = kind.run.geometry.n_kv_heads, kind.run.geometry.scale
     rows = [heads[start : start + K] for start in range(0, len(heads), K)]
-    return merged_errors(kind, [kind.run.layout.bank.stack(row, scale=scale) for row in rows])
+    return merged_errors(kind, [kind.run.layout.bank.stack(row, scale=scale) for row in rows], whole=whole)
 
 
 def stored(run: FitRun, file: FileContents, updated: Updated, *, clock: Clock) -> tuple[store.Tensors, JsonObject]:
@@ -242,6 +244,9 @@ def stored(run: FitRun, file: FileContents, updated: Updated, *, clock: Clock) -
     if updated.before is not None:
         figures = [of | verdict.added(of, updated.before) for of in figures]
     report |= figures[0] | updated.report
+    if updated.before is not None:  # what it is compared with quotes no better than the file did
+        recall = Recall.of(updated.before)
+        report["recall"] = {"weight": recall.weight, "exponent": recall.exponent}
     report["new"] = {"questions": len(new)} | {name: x for name, x in figures[1].items() if name != "recall"}
     clock.lap("check")
     return tensors, report

@@ -157,6 +157,8 @@ def _way(run: FitRun, file: FileContents, text: str) -> tuple[Way, str, Revision
 def _not_appended(file: FileContents, tokens: int) -> str:
     """Why so many tokens more are no append; "" where they are."""
     old = len(file.prefix)
+    if not verdict.can_be_added(file.metadata["report"]):
+        return "the file does not say how closely it answers"
     if tokens > MOST_APPENDED * old:
         return f"{tokens:,} more tokens behind {old:,} are too many for an update"
     if tokens > file.ahead:
