@@ -65,15 +65,15 @@ def test_queries_are_turned_further():
     np.testing.assert_allclose(far.log_normalizer[0], mx.logsumexp(scores, axis=-1), atol=1e-4)
 
 
-def test_half_of_those_that_are_learned_from_begin_further_on():
+def test_a_quarter_of_those_that_are_learned_from_begin_further_on():
     run = make_run(toys.toy("llama"))
     splits = ["check" if i % 5 == 0 else "train" for i in range(1000)]
     spaced(run, batch := [Conversation([1], split=split) for split in splits], furthest=500, first=0)
     aheads = np.array([c.ahead for c in batch])
     assert not aheads[::5].any() and aheads.max() < 500
     moved = aheads[np.arange(1000) % 5 > 0]
-    assert 0.4 < (moved > 0).mean() < 0.6
-    assert 105 < np.median(moved[moved > 0]) < 145 and 150 < moved[moved > 0].mean() < 185  # more of them near
+    assert 0.2 < (moved > 0).mean() < 0.3
+    assert 100 < np.median(moved[moved > 0]) < 150 and 145 < moved[moved > 0].mean() < 190  # more of them near
     spaced(run, part := [Conversation([1]) for _ in range(3)], furthest=500, first=601)
     assert [c.ahead for c in part] == aheads[601:604].tolist()
     spaced(run, none := [Conversation([1]) for _ in range(9)], furthest=0, first=0)
@@ -81,13 +81,16 @@ def test_half_of_those_that_are_learned_from_begin_further_on():
 
 
 def test_as_far_as_the_window_has_room():
-    for window, expected in ((None, FURTHEST), (1 << 20, FURTHEST), (40 + 1024 + 9, 9), (1000, 0)):
+    for window, expected in ((None, 1024), (1 << 20, 1024), (40 + 1024 + 9, 9), (1000, 0)):
         model = toys.toy("llama", max_position_embeddings=window or 1 << 20)
         if window is None:
             model.args.max_position_embeddings = None
         run = make_run(model)
         context = read_text(model, toys.random_tokens(40), run.geometry)
         assert furthest(run, context, start=context.start) == expected, window
+    assert furthest(run, context, start=100_000) == 0
+    model.args.max_position_embeddings = None
+    assert furthest(run, context, start=100_000) == 12_500  # of a long text an eighth, so much may be appended
 
 
 def test_models_that_cannot_stand_at_two_positions_are_fitted_right_behind_their_text(monkeypatch):

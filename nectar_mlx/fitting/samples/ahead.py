@@ -15,8 +15,9 @@ from ..prefill import Context
 from ..run import FitRun
 from .conversation import Conversation
 
-FURTHEST = 1 << 12  # positions: more than a long talk takes
-_SHARE = 0.5  # of the conversations: the others are right behind the text
+FURTHEST = 1 << 20  # positions: more than any
+_TALK, _APPENDED = 1 << 10, 1 / 8  # positions that a talk takes, and, of the text, more of it
+_SHARE = 0.25  # of the conversations: with more of them first turns are answered less closely
 _ROOM = 1 << 10  # positions that a conversation takes itself, with its answer
 _PROBED, _BY = 8, 3  # tokens and positions by which is found out whether a model can
 _ALIKE = 2e-2  # of the largest number that the model gives: what roundings of half precision do
@@ -36,8 +37,8 @@ def furthest(run: FitRun, context: Context, *, start: int) -> int:
     """How many positions further on than `start`, right behind the text, a conversation may begin, at most: 0 where
     sequences of a batch cannot stand at positions of their own, as in models that have no rotary embedding. context: of
     the text, or of a passage of it."""
-    positions = window(run.model)
-    room = FURTHEST if positions is None else min(FURTHEST, positions - start - _ROOM)
+    positions, room = window(run.model), min(FURTHEST, max(_TALK, round(_APPENDED * start)))
+    room = room if positions is None else min(room, positions - start - _ROOM)
     return room if room > 0 and _can(run, context) else 0
 
 

@@ -7,11 +7,13 @@ A file pays for that with bytes: its new tokens get more nodes than a fit would 
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
 from ...core.clock import Clock
+from ...core.device import device
 from ...core.progress import Stage
 from ...heads import HeadArrays, Size
 from ..estimate import update_stages
@@ -27,15 +29,26 @@ from .revision import Revision
 
 _GROWTH = 3.3  # times as many nodes a new token as a fit gives, at most
 _EVEN = 0.35  # power of a head's nodes that its new ones follow: a few more matter most where there are few
-_KEPT, _NEW = 0.08, 0.8  # of a fit's samples: of conversations that were kept; of new ones, for the new text's share
-_STEPS = 0.2  # of a fit's
+
+
+class Effort(NamedTuple):
+    """What an append takes of a fit. kept: samples of conversations that were kept. new: samples of new conversations,
+    for the share of the text that is new. steps: of the regression."""
+
+    kept: float
+    new: float
+    steps: float
+
+
+APPEND = Effort(kept=0.08, new=0.8, steps=0.2)
+APPEND_MANY = Effort(kept=0.3, new=3.0, steps=0.6)  # where all heads are trained on many samples
 
 
 class AppendFit(QuadratureFit):
     """Of the new tokens' keys alone."""
 
     def steps(self, sizes: Sequence[Size]) -> int:
-        return math.ceil(_STEPS * super().steps(sizes))
+        return math.ceil(effort().steps * super().steps(sizes))
 
 
 def append(
@@ -75,7 +88,7 @@ def expected_stages(
     config = answering(run, study).config
     config = replace(
         config,
-        steps=math.ceil(_STEPS * config.steps),
+        steps=math.ceil(effort().steps * config.steps),
         checks=questions.count_checks(config) if study else config.checks,
     )
     checks, seen = questions.count_new_checks(config), revision.appended + sum(m for (m,) in file.sizes) // run.n_heads
@@ -85,8 +98,13 @@ def expected_stages(
 def wanted_samples(run: FitRun, revision: Revision, study: Sequence[Conversation]) -> tuple[int, int]:
     """How many samples a head are wanted of conversations that were kept, and of new ones."""
     usual = run.n_samples(run.n_heads)
-    kept, new = math.ceil(_KEPT * usual), math.ceil(_NEW * revision.share * usual)
+    kept, new = math.ceil(effort().kept * usual), math.ceil(min(1.0, effort().new * revision.share) * usual)
     return (kept, new) if study else (0, new + kept)
+
+
+def effort() -> Effort:
+    """What an append takes of a fit on this device."""
+    return APPEND_MANY if device().trained_share == 1 else APPEND
 
 
 def grown(file: FileContents, *, tokens: int) -> float:
