@@ -107,7 +107,7 @@ def _report(output: Path, nectar: "Nectar", way: str, *, reason: str, as_json: b
     cli.say(f"{output}: {done}: {size / 1e6:.2f} MB for {tokens:,} tokens{took}")
     if nectar.verdict:
         cli.say(nectar.verdict)
-    if way == "append":
+    if way == "append" and nectar.report["updated"]["grown"] > 1:
         from .fitting.updating.decide import MOST_GROWN
 
         grown = nectar.report["updated"]["grown"]

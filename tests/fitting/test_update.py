@@ -399,6 +399,24 @@ class TestAppend:
         for before, after in zip(fitted.report["error"], outcome.metadata["report"]["error"], strict=True):
             assert before <= after < 1.1 * before
 
+    @pytest.mark.parametrize("study", [True, False])
+    def test_where_all_heads_learn_from_many_samples_they_are_trained_on(
+        self, model, tokenizer, fitted, set_device, study
+    ):
+        """A text is read quickly there; without its conversations its heads stay as they are."""
+        set_device(trained_share=1)
+        tensors = {name: x for name, x in fitted.tensors.items() if study or name != kept_study.TENSOR}
+        metadata = fitted.metadata | {"report": fitted.report | {"ahead": 0 if study else 900}}
+        outcome, said = updated(model, tokenizer, Nectar(tensors, metadata), MORE)
+        assert outcome.way == "append", said
+        before, after = (FileContents(tensors=x.tensors, metadata=x.metadata) for x in (fitted, outcome))
+        stayed = [
+            mx.array_equal(new["keys"][:nodes], old["keys"]).item()
+            for old, new, (nodes,) in zip(before.heads, after.heads, fitted.report["sizes"], strict=True)
+        ]
+        assert any(stayed) != study and after.grown == pytest.approx(1.0 if study else after.grown)
+        assert (after.grown > 1) != study and after.ahead > 100
+
     def test_a_distilled_file_is_appended_to_and_not_edited(self, model, tokenizer, fitted, monkeypatch):
         monkeypatch.setattr(decide, "distills", lambda *_: True)
         monkeypatch.setattr(FitRun, "distills", lambda *_: False)

@@ -8,6 +8,7 @@ import mlx.nn as nn
 from ... import __version__, store
 from ...core import json_text
 from ...core.clock import Clock, duration
+from ...core.device import device
 from ...core.progress import Log, Overall, Progress, no_log, silent
 from ...core.types import Tokenizer
 from ...errors import NectarError
@@ -143,9 +144,9 @@ def _way(run: FitRun, file: FileContents, text: str) -> tuple[Way, str, Revision
         return "fit", "a text that is fitted in parts cannot be updated", nothing, []
     revision, study = Revision.of(file.prefix, prefix), file.study(run)
     if revision.appended:
-        reason = _not_appended(file, revision.appended)
+        reason = _not_appended(file, revision.appended, behind=_behind(run, file, study))
         return "fit" if reason else "append", reason, revision, study
-    if distills(run.config, run.layout, metadata["report"].get("budget")):
+    if _distilled(run, file):
         return "fit", "heads that were trained through the whole model cannot be edited", revision, study
     if revision.share > MOST_EDITED:
         return "fit", f"{revision.share:.0%} of the text is another", revision, study
@@ -154,13 +155,26 @@ def _way(run: FitRun, file: FileContents, text: str) -> tuple[Way, str, Revision
     return "edit", "", revision, study
 
 
-def _not_appended(file: FileContents, tokens: int) -> str:
+def _distilled(run: FitRun, file: FileContents) -> bool:
+    return distills(run.config, run.layout, file.metadata["report"].get("budget"))
+
+
+def _behind(run: FitRun, file: FileContents, study: list[Conversation]) -> bool:
+    """Whether more text is read and fitted behind the file's heads, which stay as they are. Where all heads are trained
+    on many samples that would lose a third of the closeness, and to read the text and train them on takes little of a
+    fit (docs/log/update.md)."""
+    return device().trained_share < 1 or not study or _distilled(run, file)
+
+
+def _not_appended(file: FileContents, tokens: int, *, behind: bool) -> str:
     """Why so many tokens more are no append; "" where they are."""
     old = len(file.prefix)
-    if not verdict.can_be_added(file.metadata["report"]):
-        return "the file does not say how closely it answers"
     if tokens > MOST_APPENDED * old:
         return f"{tokens:,} more tokens behind {old:,} are too many for an update"
+    if not behind:
+        return ""
+    if not verdict.can_be_added(file.metadata["report"]):
+        return "the file does not say how closely it answers"
     if tokens > file.ahead:
         return f"the heads were fitted for questions at most {file.ahead:,} tokens behind their text"
     if (grown := append.grown(file, tokens=tokens)) > MOST_GROWN:
@@ -173,7 +187,7 @@ def _cheaper(
 ) -> tuple[Way, str]:
     """An update where it is expected to take less than a fit; else a fit, and why. Tells progress what to expect."""
     shape, machine = shape_of(run.model, run.geometry, ""), here()
-    if way == "append":
+    if way == "append" and _behind(run, file, study):
         stages = append.expected_stages(run, file, revision, study, shape=shape, machine=machine)
     else:
         stages = edit.expected_stages(run, revision, study, shape=shape, machine=machine)
@@ -214,7 +228,8 @@ def _updated(
     """The result of an update; None where it is worse than the file was for its text."""
     clock, prefix = Clock(), list(revision.new)
     run.claim(prefix)
-    made = (append.append if way == "append" else edit.edit)(run, file, revision, study, clock=clock)
+    behind = way == "append" and _behind(run, file, study)
+    made = (append.append if behind else edit.edit)(run, file, revision, study, clock=clock)
     tensors, report = stored(run, file, made, clock=clock)
     fitted = _fitted(file.metadata["report"])
     if _worse(report, fitted):
@@ -223,10 +238,10 @@ def _updated(
         "way": way,
         "tokens": len(prefix) - len(revision.old),
         "from": store.digest(file.tensors),
-        "grown": round(append.grown(file, tokens=revision.appended), 3) if revision.appended else file.grown,
+        "grown": round(append.grown(file, tokens=revision.appended), 3) if behind else file.grown,
         "fitted": {name: fitted[name] for name in ("kl", "gap_closed") if name in fitted},
     }
-    report["ahead"] = file.ahead - revision.appended if revision.appended else made.kind.data.furthest
+    report["ahead"] = file.ahead - revision.appended if behind else made.kind.data.furthest
     if kept_study.TENSOR in file.tensors:
         # Without those that ask about what is new: the next check is of the whole text, as this file's own was.
         fresh = without(made.kind.data.conversations, [*study, *made.new])

@@ -1,6 +1,5 @@
-"""A text that was changed within: the file's heads are trained on from where they are, on the conversations that it
-kept (`fit --keep-study`) and a few new ones, with nodes for the new tokens in the place of those that are used the
-least.
+"""A text that was changed: the file's heads are trained on from where they are, on the conversations that it kept (`fit
+--keep-study`) and a few new ones, with nodes for the new tokens in the place of those that are used the least.
 """
 
 import math
@@ -26,6 +25,7 @@ _CROWD = 1.5  # times their share of the text: the share of a head's nodes that 
 EDIT = Effort(kept=0.65, new=1.0, steps=0.4, rate=1 / 2, few=0.7)
 # Where all heads are trained on many samples, both are the smaller part of a fit's time, and it takes more of either.
 EDIT_MANY = Effort(kept=1.0, new=1.0, steps=0.5, rate=1.0, few=1.0)
+MORE_MANY = Effort(kept=1.0, new=3.0, steps=1.0, rate=1.0, few=1.0)  # where more text follows
 
 
 def edit(
@@ -48,9 +48,9 @@ def edit(
         rooms=[
             _room(m, share, len(places), more=max(0, m - old)) for (m,), (old,) in zip(sizes, file.sizes, strict=True)
         ],
-        effort=effort(),
+        effort=effort(revision),
     )
-    if all(part.moved == 0 for part in revision.kept):
+    if not revision.appended and all(part.moved == 0 for part in revision.kept):
         kind.settle(file)
     return retrained(kind, file, sizes, new=checking, clock=clock)
 
@@ -61,20 +61,23 @@ def expected_stages(
     """What an edit is expected to take. shape: of the model."""
     kept, new = wanted_samples(run, revision)
     config = answering(run, study).config
-    config = replace(config, steps=math.ceil(effort().steps * config.steps), checks=questions.count_checks(config))
+    steps, checks = math.ceil(effort(revision).steps * config.steps), questions.count_checks(config)
+    config = replace(config, steps=steps, checks=checks)
     checks = questions.count_new_checks(config)
     return update_stages(shape, machine, config, len(revision.new), kept=kept, new=new, checks=checks)
 
 
 def wanted_samples(run: FitRun, revision: Revision) -> tuple[int, int]:
     """How many samples a head are wanted of conversations that were kept, and of new ones."""
-    usual, share = run.n_samples(run.n_heads), revision.share
-    return int(min(1.0, effort().kept + share) * usual), int(min(1.0, effort().new * share) * usual)
+    usual, share, taken = run.n_samples(run.n_heads), revision.share, effort(revision)
+    return int(min(1.0, taken.kept + share) * usual), int(min(1.0, taken.new * share) * usual)
 
 
-def effort() -> Effort:
-    """What an edit takes of a fit on this device."""
-    return EDIT_MANY if device().trained_share == 1 else EDIT
+def effort(revision: Revision) -> Effort:
+    """What it takes of a fit on this device."""
+    if device().trained_share < 1:
+        return EDIT
+    return MORE_MANY if revision.appended else EDIT_MANY
 
 
 def _room(nodes: int, share: float, tokens: int, *, more: int) -> int:
