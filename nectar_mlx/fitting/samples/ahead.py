@@ -50,9 +50,8 @@ def _can(run: FitRun, context: Context) -> bool:
         caches = context.make_cache(sequences=len(ahead), ahead=ahead)
         return np.array(run.model(tokens, cache=caches)[:, -1].astype(mx.float32))
 
-    alone = [last(tokens[:1], [by]) for by in (0, _BY)]
     try:
-        together = last(tokens, [0, _BY])
-    except (ValueError, TypeError, IndexError, RuntimeError):  # whatever a model does with two positions
+        alone, together = [last(tokens[:1], [by]) for by in (0, _BY)], last(tokens, [0, _BY])
+    except (ValueError, TypeError, IndexError, AttributeError, RuntimeError):  # whatever it does with two positions
         return False
     return bool(np.abs(together - np.concatenate(alone)).max() <= _ALIKE * np.abs(alone[0]).max())
