@@ -2,7 +2,7 @@
 
 append: the new text begins with the old one, and what is new is read and fitted behind the file's heads, which stay as
 they are (`append`). edit: anything else; the whole text is read again and all heads are trained on from where they are,
-on the conversations that the file kept (`edit`; so are appends where that is the quicker way to as good a file). Where
+on the conversations that the file kept (`edit`; on a GPU appends are made so, too). Where
 a fit is the better way, `update` says why, and fits.
 """
 

@@ -40,7 +40,7 @@ class Effort(NamedTuple):
     steps: float
 
 
-APPEND = Effort(kept=0.08, new=0.8, steps=0.2)
+APPEND = Effort(kept=0.08, new=1.6, steps=0.3)
 APPEND_MANY = Effort(kept=0.3, new=3.0, steps=0.6)  # where all heads are trained on many samples
 
 
