@@ -93,11 +93,7 @@ def read_text(
         caches = read_layers(runner, tokens, pieces=pieces, world=world, prefill=prefill, progress=progress)
     else:
         caches = [reading_cache(len(prefix), layer, prefill=prefill) for layer in layers]
-        for piece in pieces:
-            model(tokens[:, piece], cache=caches)
-            mx.eval([c.state for c in caches])
-            mx.clear_cache()
-            progress(min(piece.stop, len(prefix)))
+        read_into(model, prefix, caches, progress=progress)
     context = Context(list(prefix), [], shared_layers(geometry), preamble=preamble)
     for number, (layer, cache) in enumerate(zip(layers, caches, strict=True)):
         offset = offsets[len(context.banks)] if len(offsets) > len(context.banks) else None
@@ -105,6 +101,17 @@ def read_text(
         context.banks.extend([bank] if bank else [])
         context.windows.update({number: kept} if kept else {})
     return context
+
+
+def read_into(
+    model: nn.Module, tokens: Sequence[int], caches: Sequence[Any], *, progress: Callable[[int], None]
+) -> None:
+    """Feeds tokens to a model's caches, some at a time. progress is told how many are done."""
+    for start in range(0, len(tokens), READ):
+        model(mx.array([tokens[start : start + READ]]), cache=caches)
+        mx.eval([c.state for c in caches])
+        mx.clear_cache()
+        progress(min(start + READ, len(tokens)))
 
 
 def read_head(model: nn.Module, tokenizer: Tokenizer, prefix: Sequence[int], geometry: Geometry) -> Context:

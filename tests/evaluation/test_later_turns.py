@@ -3,12 +3,10 @@
 import pytest
 
 from nectar_mlx import NectarError
-from nectar_mlx.baselines import EvalConfig, EvalContext
 from nectar_mlx.evaluation import questions
 from nectar_mlx.evaluation.run import Options, QuestionOptions, evaluate
-from nectar_mlx.fitting import prefill
-from nectar_mlx.mlxlm import attention_patch, prompts
-from tests import toys
+from nectar_mlx.mlxlm import prompts
+from tests import test_evaluate, toys
 
 TEXT = "The brig left Ostend on 4 May 1847. Her master was Anna Velde, and she carried 299 casks of amber. " * 4
 TOKENIZER = toys.tokenizer()
@@ -18,15 +16,7 @@ FAST = Options(answer_tokens=8, samples=300, baselines="none", answers=False, qu
 
 
 def make_context(**arguments):
-    model = toys.toy("llama", **arguments)
-    geometry = attention_patch.route(model)
-    return EvalContext(
-        model=model,
-        tokenizer=TOKENIZER,
-        geometry=geometry,
-        context=prefill.read_text(model, PREFIX, geometry),
-        config=EvalConfig(answer_tokens=8),
-    )
+    return test_evaluate.make_context(toys.toy("llama", **arguments), PREFIX)
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ A file pays for that with bytes: its new tokens get more nodes than a fit would 
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -16,14 +15,13 @@ from ...core.clock import Clock
 from ...core.device import device
 from ...core.progress import Stage
 from ...heads import HeadArrays, Size
-from ..estimate import update_stages
 from ..kinds.quadrature import QuadratureFit
 from ..run import FitRun
 from ..samples.conversation import Conversation
 from ..train import train_heads
 from ..work import Machine, Shape
-from . import questions
-from .base import FileContents, Updated, answering, collected, errors_of
+from . import base
+from .base import FileContents, Updated, collected, errors_of
 from .behind import read_behind
 from .revision import Revision
 
@@ -85,14 +83,8 @@ def expected_stages(
 ) -> list[Stage]:
     """What an append is expected to take. shape: of the model."""
     kept, new = wanted_samples(run, revision, study)
-    config = answering(run, study).config
-    config = replace(
-        config,
-        steps=math.ceil(effort().steps * config.steps),
-        checks=questions.count_checks(config) if study else config.checks,
-    )
-    checks, seen = questions.count_new_checks(config), revision.appended + sum(m for (m,) in file.sizes) // run.n_heads
-    return update_stages(shape, machine, config, seen, kept=kept, new=new, checks=checks)
+    seen, steps = revision.appended + sum(m for (m,) in file.sizes) // run.n_heads, effort().steps
+    return base.expected_stages(run, study, tokens=seen, kept=kept, new=new, steps=steps, shape=shape, machine=machine)
 
 
 def wanted_samples(run: FitRun, revision: Revision, study: Sequence[Conversation]) -> tuple[int, int]:

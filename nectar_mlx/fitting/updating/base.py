@@ -1,5 +1,6 @@
 """What an update starts from, and what the two ways of updating share."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -9,12 +10,14 @@ import mlx.core as mx
 
 from ... import store
 from ...core.clock import Clock
+from ...core.progress import Stage
 from ...core.types import JsonObject
 from ...heads import Bank, HeadArrays, Size
 from ...retrieval.recall import Recall
 from ...store import Layout, load
 from .. import finite, verdict
 from ..check import check
+from ..estimate import update_stages
 from ..kinds import KindFit
 from ..prefill import Context, read_text
 from ..run import FitRun
@@ -27,6 +30,7 @@ from ..samples.sampling import Recorder
 from ..samples.self_study import answer, answered_before
 from ..samples.study_cache import allow_half
 from ..train import merged_errors, train_heads
+from ..work import Machine, Shape
 from . import questions
 from .revision import Revision
 
@@ -153,6 +157,29 @@ def collected(
     checking = questions.checking_the_new(run, revision)
     ask = partial(_answered, batch, checking)
     return collect(run, context, ask, kept=questions.some(study, run, samples=kept), whole=True), checking
+
+
+def expected_stages(
+    run: FitRun,
+    study: Sequence[Conversation],
+    *,
+    tokens: int,
+    kept: int,
+    new: int,
+    steps: float,
+    shape: Shape,
+    machine: Machine,
+) -> list[Stage]:
+    """What an update is expected to take. tokens: that its conversations attend to. kept, new: samples a head of
+    conversations that are replayed and sampled. steps: of a fit's. shape: of the model."""
+    config = answering(run, study).config
+    config = replace(
+        config,
+        steps=math.ceil(steps * config.steps),
+        checks=questions.count_checks(config) if study else config.checks,
+    )
+    checks = questions.count_new_checks(config)
+    return update_stages(shape, machine, config, tokens, kept=kept, new=new, checks=checks)
 
 
 def answering(run: FitRun, study: Sequence[Conversation]) -> FitRun:

@@ -11,7 +11,7 @@ from ...heads import Bank, Exact
 from ...mlxlm.kept import make_caches, what_is_kept
 from ...store import load
 from .. import finite
-from ..prefill import READ, Context
+from ..prefill import Context, read_into
 from ..run import FitRun
 from .base import FileContents
 
@@ -60,10 +60,7 @@ def read_behind(run: FitRun, file: FileContents, prefix: Sequence[int]) -> Conte
     windows = load.as_computed(load.windows(file.tensors, run.geometry, old), run.model)
     caches = make_caches(before, windows, old)
     with run.progress("reading", len(new)) as done:
-        for start in range(0, len(new), READ):
-            run.model(mx.array([new[start : start + READ]]), cache=caches)
-            mx.eval([c.state for c in caches])
-            done(min(len(new), start + READ))
+        read_into(run.model, new, caches, progress=done)
     offsets, banks, behind = iter(file.offsets), iter(before), Context(list(prefix), [], {}, preamble=old)
     for number, (layer, cache) in enumerate(zip(run.geometry.layers, caches, strict=True)):
         own, kept = what_is_kept(cache, layer, offset=next(offsets) if layer.fitted else None)

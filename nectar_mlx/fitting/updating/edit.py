@@ -4,18 +4,16 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 
 from ...core.clock import Clock
 from ...core.device import device
 from ...core.progress import Stage
 from ...heads import Size
-from ..estimate import update_stages
 from ..run import FitRun
 from ..samples.conversation import Conversation
 from ..work import Machine, Shape
-from . import questions
-from .base import FileContents, Updated, answering, collected, read, retrained
+from . import base
+from .base import FileContents, Updated, collected, read, retrained
 from .revision import Revision
 from .warm import Effort, WarmFit, moved_nodes
 
@@ -60,11 +58,10 @@ def expected_stages(
 ) -> list[Stage]:
     """What an edit is expected to take. shape: of the model."""
     kept, new = wanted_samples(run, revision)
-    config = answering(run, study).config
-    steps, checks = math.ceil(effort(revision).steps * config.steps), questions.count_checks(config)
-    config = replace(config, steps=steps, checks=checks)
-    checks = questions.count_new_checks(config)
-    return update_stages(shape, machine, config, len(revision.new), kept=kept, new=new, checks=checks)
+    tokens, steps = len(revision.new), effort(revision).steps
+    return base.expected_stages(
+        run, study, tokens=tokens, kept=kept, new=new, steps=steps, shape=shape, machine=machine
+    )
 
 
 def wanted_samples(run: FitRun, revision: Revision) -> tuple[int, int]:
