@@ -185,7 +185,7 @@ class _Distillation:
 
     def full(self, batch: _Batch) -> list[Any]:
         """One a layer, behind all keys."""
-        return self.context.make_cache(sequences=len(batch.ahead), ahead=batch.ahead)
+        return self.context.make_cache(ahead=batch.ahead)
 
     def finals_of(self, batch: _Batch, conversations: Sequence[Conversation]) -> mx.array:
         """What the last layer gives behind the full cache where answers are drawn, [R, E]."""

@@ -102,7 +102,7 @@ def _gradients(
     targets = np.full(tokens.shape, -1, np.int32)
     for row, c in zip(targets, conversations, strict=True):
         row[len(c.prompt) - 1 : len(c.prompt) - 1 + len(c.answer)] = c.answer
-    make_cache = partial(context.make_cache, sequences=len(sequences), ahead=[c.ahead for c in conversations])
+    make_cache = partial(context.make_cache, ahead=[c.ahead for c in conversations])
     before, hidden = forward(runner, tokens, make_cache())
     step = max(1, _ANSWERED // len(sequences))
 

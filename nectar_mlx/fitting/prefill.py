@@ -57,12 +57,10 @@ class Context:
         """What each layer's keys are relative to, [K, D]."""
         return [bank.offset for bank in self.banks]
 
-    def make_cache(
-        self, make: Callable[..., NectarCache] = NectarCache, *, sequences: int = 1, ahead: Sequence[int] = ()
-    ) -> list[Any]:
-        """One cache a layer; make, ahead: as for `make_caches`. sequences: how many advance in step."""
+    def make_cache(self, make: Callable[..., NectarCache] = NectarCache, *, ahead: Sequence[int] = (0,)) -> list[Any]:
+        """One cache a layer, for as many sequences as `ahead` has; make, ahead: as for `make_caches`."""
         caches = make_caches(self.in_view(self.banks), self.windows, self.start, make=make, ahead=ahead)
-        return list(widened(caches, sequences))
+        return list(widened(caches, len(ahead)))
 
     def in_view(self, banks: Sequence[Bank]) -> Sequence[Bank]:
         """Heads for this text, a bank a layer, beside those of the other texts in view."""
@@ -108,7 +106,7 @@ def read_into(
 ) -> None:
     """Feeds tokens to a model's caches, some at a time. progress is told how many are done."""
     for start in range(0, len(tokens), READ):
-        model(mx.array([tokens[start : start + READ]]), cache=caches)
+        model(mx.array([list(tokens[start : start + READ])]), cache=caches)
         mx.eval([c.state for c in caches])
         mx.clear_cache()
         progress(min(start + READ, len(tokens)))

@@ -47,7 +47,7 @@ def _can(run: FitRun, context: Context) -> bool:
     tokens = mx.array([context.prefix[-_PROBED:]] * 2)
 
     def last(tokens: mx.array, ahead: Sequence[int]) -> np.ndarray:
-        caches = context.make_cache(sequences=len(ahead), ahead=ahead)
+        caches = context.make_cache(ahead=ahead)
         return np.array(run.model(tokens, cache=caches)[:, -1].astype(mx.float32))
 
     try:

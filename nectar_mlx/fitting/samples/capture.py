@@ -244,7 +244,7 @@ def replay(
         if world.rank < len(share):
             batch = share[world.rank]
             make = partial(CaptureCache, preamble=context.preamble)
-            caches = context.make_cache(make, sequences=len(batch.conversations), ahead=batch.ahead)
+            caches = context.make_cache(make, ahead=batch.ahead)
             capturing = [c for _, c in attention_caches(caches) if isinstance(c, CaptureCache)]
             model(batch.tokens, cache=caches)  # its logits are never evaluated
             mx.async_eval([c.captured for c in capturing])

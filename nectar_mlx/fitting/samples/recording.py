@@ -98,7 +98,7 @@ class Recording:
 
     def make_cache(self, context: Context, conversations: Sequence[Conversation]) -> list[Any]:
         make, ahead = partial(_Cache, preamble=context.preamble), [c.ahead for c in conversations]
-        return context.make_cache(make, sequences=len(conversations), ahead=ahead)
+        return context.make_cache(make, ahead=ahead)
 
     def fed(self, caches: Sequence[Any]) -> None:
         capturing = _capturing(caches)

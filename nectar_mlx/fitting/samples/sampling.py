@@ -90,7 +90,7 @@ def sample_answers(
     if recorder:
         caches = recorder.make_cache(context, going)
     else:
-        caches = context.make_cache(StepCache, sequences=len(going), ahead=[c.ahead for c in going])
+        caches = context.make_cache(StepCache, ahead=[c.ahead for c in going])
     for _, cache in attention_caches(caches):  # keys and values never have to grow
         cache.live.step = -(-length // _STEP) * _STEP
     at = max(at + 1, first)
