@@ -108,7 +108,7 @@ def _report(output: Path, nectar: "Nectar", way: str, *, reason: str, as_json: b
     if nectar.verdict:
         cli.say(nectar.verdict)
     if way == "append" and nectar.report["updated"]["grown"] > 1:
-        from .fitting.updating.decide import MOST_GROWN
+        from .fitting.updating.plan import MOST_GROWN
 
         grown = nectar.report["updated"]["grown"]
         cli.say(f"appends made it {grown:.2f} times as large as a fit would; beyond {MOST_GROWN} it is fitted anew")

@@ -37,6 +37,33 @@ def test_importance_is_root_mean_square_attention(problem, set_device):
     np.testing.assert_allclose(attention_matching.importance(samples, keys, scale=0.25), truth, rtol=1e-4)
 
 
+def test_importance_by_the_share_of_the_merged_output(problem):
+    samples, keys, _ = problem
+    scores = 0.25 * np.einsum("mnd,msd->mns", np.array(samples.queries, np.float64), np.array(keys, np.float64))
+    logs = np.log(np.exp(scores).sum(-1))
+    share = 1 / (1 + np.exp(np.array(samples.live_log_normalizer, np.float64) - logs))
+    counts = np.square(share) / np.square(share).mean(1, keepdims=True) + 0.01
+    truth = np.sqrt((counts[..., None] * np.exp(2 * (scores - logs[..., None]))).mean(1))
+    np.testing.assert_allclose(
+        attention_matching.importance(samples, keys, scale=0.25, by_share=True), truth, rtol=1e-4
+    )
+
+
+def test_errors_that_count_by_their_share_are_smaller_in_the_merged_output(problem, set_device):
+    """Where the context has a large share of some outputs and hardly any of the others."""
+    samples, keys, values = problem
+    set_device(max_scores=64 * M * 15)
+    samples = samples._replace(live_log_normalizer=samples.log_normalizer + mx.where(mx.arange(N) % 4 == 0, -2.0, 9.0))
+    chosen = [x[:, :15] for x in (keys, values)]
+    errors = [
+        regression.errors(
+            Quadrature.stack(attention_matching.match(samples, *chosen, scale=0.25, by_share=by), scale=0.25), samples
+        )
+        for by in (True, False)
+    ]
+    assert (errors[0] < 0.95 * errors[1]).all()
+
+
 def test_all_keys_are_exact(problem):
     samples, *_ = problem
     bank = Quadrature.stack(matched(problem, [S] * M), scale=0.25)

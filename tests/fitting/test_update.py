@@ -25,7 +25,7 @@ from nectar_mlx.fitting.samples import kept_study, recording, sampling, self_stu
 from nectar_mlx.fitting.samples.ahead import FURTHEST
 from nectar_mlx.fitting.samples.capture import capture
 from nectar_mlx.fitting.samples.conversation import Conversation
-from nectar_mlx.fitting.updating import append, behind, decide, edit, questions, warm
+from nectar_mlx.fitting.updating import append, behind, edit, plan, questions, warm
 from nectar_mlx.fitting.updating.base import FileContents
 from nectar_mlx.fitting.updating.revision import Revision
 from nectar_mlx.heads import Quadrature
@@ -183,7 +183,7 @@ def test_new_questions_give_the_samples_that_are_wanted(model, tokenizer):
 def test_a_long_append_does_not_drive_out_the_study(count):
     study = [Conversation([1], [n], "check" if n >= 8 else "train") for n in range(10)]
     fresh = [Conversation([2], [n], "train") for n in range(count)]
-    kept = updating.decide._further_study(study, fresh)
+    kept = updating.outcome._further_study(study, fresh)
     assert [c for c in kept if c.split == "check"] == study[8:]
     assert len(kept) == min(20, 10 + count)
     of_study = sum(c.prompt == [1] and c.split == "train" for c in kept)
@@ -399,14 +399,16 @@ class TestAppend:
         for before, after in zip(fitted.report["error"], outcome.metadata["report"]["error"], strict=True):
             assert before <= after < 1.1 * before
 
-    @pytest.mark.parametrize("study", [True, False])
+    @pytest.mark.parametrize(("study", "worth"), [(True, 60), (True, 0), (False, 60)])
     def test_where_all_heads_learn_from_many_samples_they_are_trained_on(
-        self, model, tokenizer, fitted, set_device, study
+        self, model, tokenizer, fitted, set_device, monkeypatch, study, worth
     ):
-        """A text is read quickly there; without its conversations its heads stay as they are."""
+        """A text is read quickly there. Where it is not, and without its conversations, its heads stay as they are."""
         set_device(trained_share=1)
+        monkeypatch.setattr(plan, "WORTH_WAITING", worth)
         tensors = {name: x for name, x in fitted.tensors.items() if study or name != kept_study.TENSOR}
-        metadata = fitted.metadata | {"report": fitted.report | {"ahead": 0 if study else 900}}
+        trained = study and worth > 0
+        metadata = fitted.metadata | {"report": fitted.report | {"ahead": 0 if trained else 900}}
         outcome, said = updated(model, tokenizer, Nectar(tensors, metadata), MORE)
         assert outcome.way == "append", said
         before, after = (FileContents(tensors=x.tensors, metadata=x.metadata) for x in (fitted, outcome))
@@ -414,11 +416,10 @@ class TestAppend:
             mx.array_equal(new["keys"][:nodes], old["keys"]).item()
             for old, new, (nodes,) in zip(before.heads, after.heads, fitted.report["sizes"], strict=True)
         ]
-        assert any(stayed) != study and after.grown == pytest.approx(1.0 if study else after.grown)
-        assert (after.grown > 1) != study and after.ahead > 100
+        assert any(stayed) != trained and (after.grown > 1) != trained and after.ahead > 100
 
     def test_a_distilled_file_is_appended_to_and_not_edited(self, model, tokenizer, fitted, monkeypatch):
-        monkeypatch.setattr(decide, "distills", lambda *_: True)
+        monkeypatch.setattr(plan, "distills", lambda *_: True)
         monkeypatch.setattr(FitRun, "distills", lambda *_: False)
         assert updated(model, tokenizer, fitted, MORE)[0].way == "append"
         outcome, _ = updated(model, tokenizer, fitted, EDITED)
@@ -580,7 +581,7 @@ class TestFit:
         assert reason in outcome.reason
         assert said == [f"fitting anew: {outcome.reason}"]
         ((*given, options),) = fits
-        assert given == [model, tokenizer, text] and options["config"] == updating.decide.config_of(metadata)
+        assert given == [model, tokenizer, text] and options["config"] == updating.outcome.config_of(metadata)
 
     def test_other_kinds_are_fitted_anew(self, model, tokenizer):
         file = Nectar.fit(model, tokenizer, TEXT, budget=0.3, kind="mlp", **FAST)
@@ -589,13 +590,13 @@ class TestFit:
         assert outcome.tensors["prefix"].tolist() == prompts.prefix(tokenizer, MORE)
 
     def test_a_worse_result_is_given_up(self, model, tokenizer, fitted, monkeypatch):
-        stored = updating.decide.stored
+        stored = updating.outcome.stored
 
         def bad(*rest, **options):
             tensors, report = stored(*rest, **options)
             return tensors, report | {"kl": 0.5, "gap_closed": 0.2}
 
-        monkeypatch.setattr(updating.decide, "stored", bad)
+        monkeypatch.setattr(updating.outcome, "stored", bad)
         metadata = fitted.metadata | {"report": fitted.report | {"kl": 0.001, "gap_closed": 0.999}}
         outcome, said = updated(model, tokenizer, Nectar(fitted.tensors, metadata), MORE)
         assert (outcome.way, outcome.reason) == ("fit", "the update answers worse than the file did when it was fitted")
@@ -614,10 +615,10 @@ class TestFit:
     )
     def test_it_is_compared_with_the_last_fit(self, of_the_fit, before, after, given_up):
         then, now, new = ({"kl": 2 * (1 - gap), "gap_closed": gap} for gap in (of_the_fit, before, after))
-        fitted = updating.decide._fitted(now | {"updated": {"fitted": then}})
-        assert updating.decide._worse(new, fitted) == given_up
+        fitted = updating.outcome._fitted(now | {"updated": {"fitted": then}})
+        assert updating.outcome._worse(new, fitted) == given_up
         for odd in (None, [], {"fitted": 1}, {"fitted": {"kl": "x"}}):
-            assert updating.decide._fitted(now | {"updated": odd})["kl"] == now["kl"]
+            assert updating.outcome._fitted(now | {"updated": odd})["kl"] == now["kl"]
 
     def test_a_result_that_lost_what_is_new_is_given_up(self, model, tokenizer, fitted, monkeypatch):
         """However close it is to the rest of the text."""
@@ -736,8 +737,8 @@ class TestCommand:
         assert said in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("kind, less", [("append", 0.45), ("edit", 0.7)])
-@pytest.mark.parametrize("machine", [machines.MACHINES[0], machines.MACHINES[-1]], ids=["cpu", "gpu"])
+@pytest.mark.parametrize("kind, less", [("append", 0.35), ("edit", 0.7)])
+@pytest.mark.parametrize("machine", [machines.MACHINES[0], machines.MACHINES[2]], ids=["cpu", "mac"])
 def test_an_update_is_expected_to_take_less_than_a_fit(tokenizer, kind, less, machine):
     old = list(range(2000))
     new = {"append": [*old, *range(3000, 3200)], "edit": [*old[:500], *range(3000, 3100), *old[600:]]}[kind]

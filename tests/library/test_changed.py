@@ -47,7 +47,7 @@ def test_another_text_is_fitted_anew(added):
 
 
 def test_an_update_that_is_worse_is_given_up(added, monkeypatch):
-    monkeypatch.setattr(updating.decide, "_worse", lambda new, old: True)
+    monkeypatch.setattr(updating.outcome, "_worse", lambda new, old: True)
     report, said = added(MORE)
     assert "updated" not in report
     assert said[-1] == "fitting anew: the update answers worse than the file did when it was fitted"

@@ -8,7 +8,7 @@ from nectar_mlx import Nectar, NectarError, inspect, output, push, store
 from nectar_mlx.evaluation import methods
 from nectar_mlx.fitting.config import FitConfig
 from nectar_mlx.fitting.updating.base import FileContents
-from nectar_mlx.fitting.updating.decide import config_of
+from nectar_mlx.fitting.updating.outcome import config_of
 from tests import toys
 from tests.store.test_hostile import made
 

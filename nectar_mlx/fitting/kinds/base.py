@@ -23,8 +23,10 @@ class KindFit:
     """A kind of head function, as it is fitted to what was collected of a context.
 
     Heads are numbered layer by layer, the sliding-window layers left out. training_scores: of a training batch, of all
-    heads that are trained together (default: the device's).
+    heads that are trained together (default: the device's). by_share: as for `attention_matching.match`.
     """
+
+    by_share = False
 
     def __init__(self, run: FitRun, data: Collected, *, training_scores: int | None = None):
         self.run, self.data = run, data
@@ -146,7 +148,7 @@ class KindFit:
             for number, layer in enumerate(self.layers):
                 heads = range(layer * K, layer * K + K)
                 samples, keys = self.ranking_samples(heads), self.banks[layer].parameters["keys"]
-                weights = attention_matching.importance(samples, keys, scale=run.geometry.scale)
+                weights = attention_matching.importance(samples, keys, scale=run.geometry.scale, by_share=self.by_share)
                 ranked |= {str(head): x for head, x in zip(heads, weights, strict=True)}
                 done(number + 1)
         every = {head: x for part in run.world.arrays(ranked) for head, x in part.items()}
@@ -161,4 +163,5 @@ class KindFit:
             chosen = attention_matching.most_important(self.ranked(index), count)
             keys.append(take(parameters["keys"][k, :], chosen))
             values.append(take(parameters["values"][k, :], chosen))
-        return attention_matching.match(self.matching_samples(heads), keys, values, scale=self.run.geometry.scale)
+        samples, scale = self.matching_samples(heads), self.run.geometry.scale
+        return attention_matching.match(samples, keys, values, scale=scale, by_share=self.by_share)

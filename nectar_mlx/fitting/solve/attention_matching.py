@@ -15,6 +15,7 @@ from ...heads import Bank, HeadArrays
 from ..samples.sample_store import Samples
 
 _RIDGE = 1e-2  # relative to the mean diagonal: a head of many nodes would fit its samples and nothing else
+_LEAST_SHARE = 1e-2  # added to squared shares: samples in which a context hardly counts tell a little of it, too
 _NNLS_STEPS = 300
 _RIDGE_STEPS = 48
 _SCORE_ARRAYS = 4  # as large as the scores, that `costs` holds at the same time
@@ -32,11 +33,14 @@ def attention_weights(samples: Samples, keys: mx.array, *, scale: float, bias: m
     return exp(mx.minimum(scores - samples.log_normalizer[..., None], 0.0))
 
 
-def importance(samples: Samples, keys: mx.array, *, scale: float, bias: mx.array | None = None) -> mx.array:
-    """Root-mean-square attention that each key of [M, n, D] receives -> [M, n]. bias [M, n]: as above."""
-    total = mx.zeros(keys.shape[:2])
-    for part in _parts(samples, total.size):
-        total = total + mx.square(attention_weights(part, keys, scale=scale, bias=bias)).sum(1)
+def importance(
+    samples: Samples, keys: mx.array, *, scale: float, bias: mx.array | None = None, by_share: bool = False
+) -> mx.array:
+    """Root-mean-square attention that each key of [M, n, D] receives -> [M, n]. bias [M, n]: as above. by_share: as for
+    `match`."""
+    total, counts = mx.zeros(keys.shape[:2]), _counts(samples, by_share)
+    for part, count in _parts(samples, total.size, counts):
+        total = total + mx.square(count * attention_weights(part, keys, scale=scale, bias=bias)).sum(1)
         mx.eval(total)
     return mx.sqrt(total / samples.queries.shape[1])
 
@@ -50,7 +54,7 @@ def costs(samples: Samples, bank: Bank) -> HeadArrays:
     keys, values, bias = (p[name].astype(mx.float32) for name in ("keys", "values", "bias"))
     square = mean_squares(samples.queries, centered=True).mean(1) * bank.scale**2
     shares, by_output = mx.zeros((*bias.shape, 1)), mx.zeros((*values.shape[:2], values.shape[2] + 1))
-    for part in _parts(samples, _SCORE_ARRAYS * bias.size):
+    for part, _ in _parts(samples, _SCORE_ARRAYS * bias.size):
         scores = bank.scale * part.queries.astype(mx.float32) @ keys.swapaxes(1, 2) + bias[:, None]
         weights, top, total = exp_of_scores(scores)
         gate = sigmoid((top + mx.log(total)) - part.live_log_normalizer[..., None])
@@ -75,11 +79,21 @@ def mean_squares(queries: mx.array, *, centered: bool = False) -> mx.array:
     return mx.stack(squares)
 
 
-def _parts(samples: Samples, scores: int) -> Iterator[Samples]:
-    """Samples, so many at a time that there is room for the scores; scores: of one row of all heads."""
-    step = max(1, device().max_scores // scores)
+def _parts(samples: Samples, scores: int, counts: mx.array | None = None) -> Iterator[tuple[Samples, mx.array]]:
+    """Samples, so many at a time that there is room for the scores, and their counts [M, N or 1, 1]; scores: of one
+    row of all heads."""
+    step, counts = max(1, device().max_scores // scores), mx.ones((1, 1, 1)) if counts is None else counts
     for start in range(0, samples.queries.shape[1], step):
-        yield Samples(*(x[:, start : start + step] for x in samples))
+        part = slice(start, start + step)
+        yield samples.some(part), counts if counts.shape[1] == 1 else counts[:, part]
+
+
+def _counts(samples: Samples, by_share: bool) -> mx.array | None:
+    """How much each sample's errors count, [M, N, 1]."""
+    if not by_share:
+        return None
+    share = mx.square(sigmoid(samples.log_normalizer - samples.live_log_normalizer))
+    return mx.sqrt(share / mx.maximum(share.mean(1, keepdims=True), 1e-30) + _LEAST_SHARE)[..., None]
 
 
 def most_important(weights: mx.array, count: int) -> mx.array:
@@ -87,34 +101,38 @@ def most_important(weights: mx.array, count: int) -> mx.array:
     return mx.sort(mx.argpartition(-weights, count - 1)[:count])
 
 
-def match(samples: Samples, keys: Sequence[mx.array], values: Sequence[mx.array], *, scale: float) -> list[HeadArrays]:
+def match(
+    samples: Samples, keys: Sequence[mx.array], values: Sequence[mx.array], *, scale: float, by_share: bool = False
+) -> list[HeadArrays]:
     """Nodes of M heads from chosen keys of each.
 
     samples: queries and outputs [M, N, D]; keys and values: M arrays [m_i, D], the chosen ones -> M quadrature heads.
+    by_share: whether an error counts as in the merged output, by the context's share of it.
     """
+    counts = _counts(samples, by_share)
     count = max(k.shape[0] for k in keys)
     padded = mx.stack([mx.pad(k.astype(mx.float32), [(0, count - k.shape[0]), (0, 0)]) for k in keys])
     alive = mx.stack([mx.arange(count) < k.shape[0] for k in keys])
     gram, ones = mx.zeros((*alive.shape, count)), mx.zeros((*alive.shape, 1))
     right = mx.zeros((*alive.shape, values[0].shape[1]))
-    for part in _parts(samples, alive.size):
-        weights = attention_weights(part, padded, scale=scale) * alive[:, None]
-        gram, ones = mx.addmm(gram, weights.swapaxes(1, 2), weights), ones + weights.sum(1)[..., None]
+    for part, by in _parts(samples, alive.size, counts):
+        weights = by * attention_weights(part, padded, scale=scale) * alive[:, None]
+        gram, ones = mx.addmm(gram, weights.swapaxes(1, 2), weights), ones + (by * weights).sum(1)[..., None]
         mx.eval(gram, ones)
     mass = nonnegative_least_squares(gram, ones)
     gram = mx.zeros_like(gram)
-    for part in _parts(samples, alive.size):
+    for part, by in _parts(samples, alive.size, counts):
         shares = attention_weights(part, padded, scale=scale) * (alive * mass)[:, None]
-        shares = shares / mx.maximum(shares.sum(-1, keepdims=True), 1e-20)
+        shares = by * shares / mx.maximum(shares.sum(-1, keepdims=True), 1e-20)
         by_node = shares.swapaxes(1, 2)
         gram = mx.addmm(gram, by_node, shares)
-        right = mx.addmm(right, by_node, part.output.astype(mx.float32))
+        right = mx.addmm(right, by_node, by * part.output.astype(mx.float32))
         mx.eval(gram, right)
-    counts = [k.shape[0] for k in keys]
+    sizes = [k.shape[0] for k in keys]
     towards = mx.stack([mx.pad(v.astype(mx.float32), [(0, count - v.shape[0]), (0, 0)]) for v in values])
-    fitted, bias = ridge(gram, right, towards=towards, counts=counts), mx.log(mass)
+    fitted, bias = ridge(gram, right, towards=towards, counts=sizes), mx.log(mass)
     mx.eval(fitted, bias)
-    return [{"keys": padded[i, :m], "values": fitted[i, :m], "bias": bias[i, :m]} for i, m in enumerate(counts)]
+    return [{"keys": padded[i, :m], "values": fitted[i, :m], "bias": bias[i, :m]} for i, m in enumerate(sizes)]
 
 
 def nonnegative_least_squares(gram: mx.array, ones: mx.array) -> mx.array:

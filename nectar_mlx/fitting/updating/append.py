@@ -39,11 +39,13 @@ class Effort(NamedTuple):
 
 
 APPEND = Effort(kept=0.08, new=1.6, steps=0.3)
-APPEND_MANY = Effort(kept=0.3, new=3.0, steps=0.6)  # where all heads are trained on many samples
+APPEND_MANY = Effort(kept=0.3, new=2.0, steps=3.0)  # where all heads are trained on many samples
 
 
 class AppendFit(QuadratureFit):
-    """Of the new tokens' keys alone."""
+    """Of the new tokens' keys alone, which have a small share of most outputs and a large one of some."""
+
+    by_share = True
 
     def steps(self, sizes: Sequence[Size]) -> int:
         return math.ceil(effort().steps * super().steps(sizes))
