@@ -39,7 +39,7 @@ class Effort(NamedTuple):
 
 
 APPEND = Effort(kept=0.08, new=1.6, steps=0.3)
-APPEND_MANY = Effort(kept=0.3, new=2.0, steps=3.0)  # where all heads are trained on many samples
+APPEND_MANY = Effort(kept=0.3, new=2.0, steps=2.0)  # where all heads are trained on many samples
 
 
 class AppendFit(QuadratureFit):
