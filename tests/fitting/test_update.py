@@ -478,6 +478,18 @@ class TestAppend:
         report = updated(model, tokenizer, Nectar(tensors, fitted.metadata), MORE)[0].metadata["report"]
         assert report["kl_no_context"] == report["new"]["kl_no_context"] != fitted.report["kl_no_context"]
 
+    @pytest.mark.parametrize("most", [None, 550, 557])
+    def test_a_word_that_was_cut_at_the_end_stays_in_two_tokens(self, model, tokenizer, most):
+        old, whole = (prompts.prefix(tokenizer, f"{TEXT} {word}") for word in ("qu", "quick fox runs."))
+        assert whole[: len(old)] != old
+        run = fit_run(model, tokenizer, context_tokens=most)
+        prefix = decide._prefix(run, SimpleFile(prefix=old, sizes=[], metadata={}), f"{TEXT} quick fox runs.")
+        if most is None:
+            assert tokenizer.decode(prefix) == tokenizer.decode(whole)
+        else:
+            assert len(prefix) == most + prompts.preamble(tokenizer)
+        assert prefix[: len(old)] == old[: len(prefix)]
+
     def test_tokens_that_would_be_merged_across_the_end_stay_apart(self, model, tokenizer, fitted):
         text = TEXT[:-1] + ".. and more."
         ids = prompts.prefix(tokenizer, text)
@@ -664,8 +676,9 @@ class TestFit:
         assert outcome.reason.startswith("an update is expected to take 12 days, a fit ")
         assert said == [f"fitting anew: {outcome.reason}"]
 
-    def test_the_same_text_is_left_alone(self, model, tokenizer, fitted):
-        assert updated(model, tokenizer, fitted, TEXT)[0] == updating.Outcome(way="same")
+    @pytest.mark.parametrize("end", ["", "\n", " \n\n"])
+    def test_the_same_text_is_left_alone(self, model, tokenizer, fitted, end):
+        assert updated(model, tokenizer, fitted, TEXT + end)[0] == updating.Outcome(way="same")
 
 
 class TestCommand:
