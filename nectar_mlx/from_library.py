@@ -211,7 +211,7 @@ class Questions:
                 return self._base[1], self._base[2], nectar
             self._nectar = nectar
         self.document = document
-        self._nectar.about(document.name)
+        self._nectar.about(document.name, document.number)
         return self._base[1], self._base[2], self._nectar
 
     def _behind(

@@ -24,7 +24,7 @@ from .nectar_file import NectarFile
 from .retrieval import HybridBank, HybridContext, citing, find_keys, recording
 from .retrieval.citing import Cited
 from .retrieval.first_sentence import first_sentence
-from .retrieval.fitted_text import FittedText
+from .retrieval.fitted_text import About, FittedText
 from .retrieval.likelihood import log_likelihood
 from .retrieval.passages import Passages
 from .retrieval.recall import Recall
@@ -134,9 +134,10 @@ class Nectar(NectarFile):
         attention = self.hybrid.attended(caches, self.passages(tokenizer))
         return self._text.sources(tokenizer, question, answer, attention=attention, chunk=chunk, count=count)
 
-    def about(self, document: str) -> None:
-        """Answers are about this one of the documents in the text: sources name no other, if the text holds it."""
-        self._text.about = document
+    def about(self, document: str, number: int | None = None) -> None:
+        """Answers are about this one of the documents in the text: sources name no other, if the text holds it.
+        number: its place (from 0) among them, where it may have been renamed since."""
+        self._text.about = About(document, number)
 
     def cite(self, tokenizer: Tokenizer, question: str, answer: str, found: Sequence[Source]) -> Cited:
         """The answer with a mark behind each sentence: the source that supports it, or that none does."""

@@ -85,10 +85,11 @@ def _work(args: argparse.Namespace) -> None:
             if checkpoint.continues():
                 cli.say(f"the finished work is kept in {folder}: the same command continues")
             raise
-        nectar = Nectar(tensors, metadata)
         if outcome.tensors is not None and outcome.metadata is not None:
             nectar = Nectar(outcome.tensors, outcome.metadata, outcome.keys)
             nectar.keep(reading, tokenizer)
+        else:
+            nectar = Nectar.load(args.file, model)  # with the keys beside it
         if outcome.way != "same" or not _same_file(output, args.file):
             nectar.save(output)
         checkpoint.clear()

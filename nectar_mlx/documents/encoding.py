@@ -79,6 +79,8 @@ def _unmarked(data: bytes) -> str:
         return "utf-16-le"
     if even > len(sample) // 5 and odd == 0:
         return "utf-16-be"
+    if _has_stray_zeros(data):  # two letters of ASCII are one of Chinese
+        return ""
     return next((name for name in ("utf-16-le", "utf-16-be") if _is_one_script(sample, name)), "")
 
 

@@ -72,9 +72,9 @@ def _lazy(module: str, function: str) -> Reader:
 
 
 def read_text(data: bytes, name: str) -> Document:
-    """A text of any kind, as it is."""
+    """A text of any kind, as it is. What is empty at its ends is no part of it: editors add and remove it."""
     text, left_out = decode(data)
-    return Document("text", text.strip("\n"), left_out=left_out)
+    return Document("text", text.lstrip("\n").rstrip(), left_out=left_out)
 
 
 @dataclass

@@ -26,7 +26,7 @@ from ..heads import HeadArrays, Size
 from ..store import MEAN_BITS, tensor_file
 from .samples.conversation import Conversation
 
-FORMAT = 3  # of the folder: another one counts as another fit
+FORMAT = 4  # of the folder: another one counts as another fit
 SAVE_SECONDS = 15.0  # between two savings of what is under way
 _CLAIM, _LOCK = "fit.json", "lock"
 _T = TypeVar("_T")

@@ -87,6 +87,7 @@ def fit(
         "sizes": fitted[0].plan.sizes,
         "queries": fitted[-1].samples,
         "error": [error for chunk in fitted for error in chunk.errors],
+        "ahead": min(chunk.ahead for chunk in fitted),
     }
     make_cache = partial(make_caches, banks, windows, whole.start)
     head = read_head(run.model, run.tokenizer, prefix, run.geometry)
@@ -168,6 +169,7 @@ def _fit_at_once(run: FitRun, text: Sequence[int], target: ChunkTarget, *, clock
         layers=layers,
         errors=merged_errors(kind, [store.unpack(one, layer)[0] for layer in layers]),
         samples=kind.data.train.count,
+        ahead=kind.data.furthest,
         windows=context.windows,
         answers=[Answer.replayed(runner, context, c) for c in answered_checks(kind.data.conversations)],
     )

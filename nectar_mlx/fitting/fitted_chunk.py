@@ -70,13 +70,15 @@ class FittedChunk:
     """A chunk's heads, and what it is checked by.
 
     plan: what each head got. layers: each layer's heads as they will be stored. errors: of every head on held-out
-    samples. samples: a head, that it was fitted to. windows: what layers without heads keep, by layer.
+    samples. samples: a head, that it was fitted to. ahead: how many positions further on than right behind the text
+    their conversations begin, at most. windows: what layers without heads keep, by layer.
     """
 
     plan: Plan
     layers: list[store.Tensors]
     errors: list[float]
     samples: int
+    ahead: int
     windows: dict[int, Kept]
     answers: list[Answer]
 
@@ -118,6 +120,7 @@ class FittedChunk:
             "plan": self.plan._asdict(),
             "errors": self.errors,
             "samples": self.samples,
+            "ahead": self.ahead,
             "windows": bool(self.windows),
             "layers": len(self.layers),
             "answers": [asdict(answer.conversation) for answer in self.answers],
@@ -160,6 +163,7 @@ class FittedChunk:
             layers=[groups["layers", i] for i in range(record["layers"])],
             errors=record["errors"],
             samples=record["samples"],
+            ahead=record["ahead"],
             windows=states.read(dict(arrays), geometry, length) if record["windows"] else {},
             answers=[Answer(c, groups["answers", i]["hidden"]) for i, c in enumerate(conversations)],
         )

@@ -183,7 +183,8 @@ class LayerwiseFit:
     def train(self, plan: Plan, conversations: Sequence[Conversation]) -> FittedChunk:
         """All heads, trained as planned; each layer's are kept as they will be stored, which is how little they
         take from now on."""
-        chunk = FittedChunk(plan=plan, layers=[], errors=[], samples=0, windows={}, answers=[])
+        ahead = max((c.ahead for c in conversations), default=0)
+        chunk = FittedChunk(plan=plan, layers=[], errors=[], samples=0, ahead=ahead, windows={}, answers=[])
         K, one = self.run.geometry.n_kv_heads, replace(self.run.layout, n_layers=1)
         with self.run.progress("fitting layers", self.run.layout.n_layers) as done:
             for kind in self.layers(conversations, chunk):

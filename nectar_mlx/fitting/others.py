@@ -33,10 +33,11 @@ class OtherFile(FittedText, Protocol):
 
 @dataclass(frozen=True)
 class Others:
-    """The other texts in view. texts: how many there are with the text itself. layers: their heads as nodes, by layer,
-    their keys absolute and at their places before the text."""
+    """The other texts in view. texts: how many there are with the text itself. positions: that they take before it.
+    layers: their heads as nodes, by layer, their keys absolute and at their places."""
 
     texts: int
+    positions: int
     layers: Sequence[HeadArrays]
 
     @classmethod
@@ -51,7 +52,7 @@ class Others:
             placement.nodes(model, layer, [file.banks[index] for file in files], [by - own for by in shifts])
             for index, layer in enumerate(geometry.fitted)
         ]
-        return cls(len(files) + 1, layers)
+        return cls(len(files) + 1, own, layers)
 
     def together(self, banks: Sequence[Bank]) -> list[Bank]:
         """A text's heads, a bank a layer, each beside those of the others."""

@@ -148,6 +148,8 @@ def _fit_whole(
     kind, plan, heads = fit_context(run, context, affordable, share, clock=clock)
     windows, state = coded_states(run, kind.data)
     tensors, keys = contents(run.layout, heads, windows=windows), None
+    if run.config.keep_study:  # before the keys, which belong to these very tensors
+        tensors[kept_study.TENSOR] = kept_study.packed(kind.data.conversations)
     banks: Sequence[Bank] = load.banks(run.layout, tensors, trusted=True)
     finite.check_banks("rounding", banks, run.geometry)
     if isinstance(kind, HybridFit):
@@ -168,8 +170,6 @@ def _fit_whole(
         figures = check(run, kind.data, banks, windows=windows, no_context=report["kl_no_context"])
         report |= {"with": other_files.names(run.others), "kl_with": figures["kl"], "agree_with": figures["agree"]}
     clock.lap("check")
-    if run.config.keep_study:
-        tensors[kept_study.TENSOR] = kept_study.packed(kind.data.conversations)
     return tensors, report, keys
 
 

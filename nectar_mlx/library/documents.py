@@ -47,7 +47,7 @@ class Document:
         kind: "pdf", "text", ... characters: how many were read. left_out: what was not, and why.
         places: pages, chapters, sheets, slides or mails.
         file: the .nectar that answers for it; None where there is none. model: that it was fitted on.
-        shared: with how many other documents of the library.
+        shared: with how many other documents of the library. number: its place (from 0) among all of them there.
         progress: of the fit that is under way: the share of it that is done, the seconds that are left (None where that
             is not known), and its stage; None where none is.
         used: when a question was last answered from it, in seconds since 1970; 0 for never.
@@ -65,6 +65,7 @@ class Document:
     file: Path | None
     model: str
     shared: int
+    number: int
     used: float
     text: int | None
     progress: FitProgress | None = None
@@ -130,7 +131,7 @@ def documents(rows: sqlite3.Connection, identity: Identity | None, folder: Path)
     )
     result = []
     for path, text, reason, missing, used, kind, characters, left_out, places in rows.execute(query):
-        volume, model, current, size = best.get(text, ("", "", False, 1))
+        volume, model, current, size, number = best.get(text, ("", "", False, 1, 0))
         state, why, progress = pending.get(text, ("waiting", "", None))
         if volume:
             state, why = "ready" if current else "older model", ""
@@ -149,6 +150,7 @@ def documents(rows: sqlite3.Connection, identity: Identity | None, folder: Path)
                 file=folder / f"{volume}.nectar" if volume else None,
                 model=model,
                 shared=size - 1,
+                number=number,
                 used=used,
                 text=text,
                 progress=progress,
@@ -157,19 +159,19 @@ def documents(rows: sqlite3.Connection, identity: Identity | None, folder: Path)
     return result
 
 
-def _finished(rows: sqlite3.Connection, identity: Identity | None) -> dict[int, tuple[str, str, bool, int]]:
-    """For each text with a finished volume the best one: its id, its model, whether that is the library's, and how many
-    texts it holds."""
-    best: dict[int, tuple[str, str, bool, int]] = {}
+def _finished(rows: sqlite3.Connection, identity: Identity | None) -> dict[int, tuple[str, str, bool, int, int]]:
+    """For each text with a finished volume the best one: its id, its model, whether that is the library's, how many
+    texts it holds, and the place of this one among them."""
+    best: dict[int, tuple[str, str, bool, int, int]] = {}
     query = (
         "SELECT text, id, model, model_sha256, tokenizer_sha256, "
-        "(SELECT count(*) FROM members AS own WHERE own.volume = id) "
+        "(SELECT count(*) FROM members AS own WHERE own.volume = id), position "
         "FROM volumes JOIN members ON volume = id WHERE state = 'done' ORDER BY volumes.rowid DESC"
     )
-    for text, volume, model, model_sha256, tokenizer_sha256, size in rows.execute(query):
+    for text, volume, model, model_sha256, tokenizer_sha256, size, number in rows.execute(query):
         current = identity is None or (model_sha256, tokenizer_sha256) == identity.digests
         if text not in best or (current and not best[text][2]):
-            best[text] = volume, model, current, size
+            best[text] = volume, model, current, size, number
     return best
 
 

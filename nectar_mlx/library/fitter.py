@@ -131,7 +131,10 @@ class ModelFitter:
                 checkpoint=checkpoint,
                 log=self._log,
             )
-            nectar = Nectar(outcome.tensors or tensors, outcome.metadata or metadata, outcome.keys)
+            if outcome.tensors is None or outcome.metadata is None:
+                nectar = Nectar.load(former, model)  # with the keys beside it
+            else:
+                nectar = Nectar(outcome.tensors, outcome.metadata, outcome.keys)
         else:
             fitted = pipeline.fit(
                 model,

@@ -194,10 +194,15 @@ def _moved_here(rows: sqlite3.Connection, path: bytes, sha256: str) -> float:
     for other, used in rows.execute(
         "SELECT path, used FROM files WHERE sha256 = ? ORDER BY path", (sha256,)
     ).fetchall():
-        if sha256 and other != path and not os.path.lexists(other):
+        if sha256 and other != path and _is_gone(other):
             rows.execute("DELETE FROM files WHERE path = ?", (other,))
             return float(used)
     return 0.0
+
+
+def _is_gone(path: bytes) -> bool:
+    """Whether there is no file any more; a folder in its place is none."""
+    return not os.path.lexists(path) or os.path.isdir(path)
 
 
 def _mark_missing(database: Database, roots: Sequence[Root], found: Iterable[bytes], done: Scan) -> None:
@@ -206,7 +211,7 @@ def _mark_missing(database: Database, roots: Sequence[Root], found: Iterable[byt
         for path, missing in rows.execute("SELECT path, missing FROM files ORDER BY path").fetchall():
             if path in found or not any(path == root.path or path.startswith(root.path + b"/") for root in roots):
                 continue
-            if not os.path.lexists(path):
+            if _is_gone(path):
                 done.missing.append(shown(path))
                 if not missing:
                     rows.execute("UPDATE files SET missing = 1 WHERE path = ?", (path,))

@@ -121,6 +121,7 @@ def forget_texts(rows: sqlite3.Connection, *, at_once: bool = False) -> None:
         if at_once:
             rows.executemany("DELETE FROM volumes WHERE id = ?", holding)
         if at_once or not holding:
+            rows.execute("UPDATE files SET former = NULL WHERE former = ?", (text,))  # the next text may get its number
             rows.execute("DELETE FROM postings WHERE text = ?", (text,))
             rows.execute("DELETE FROM texts WHERE id = ?", (text,))
 

@@ -1,5 +1,8 @@
 """The text that a file stands for, as questions see it: its chunks, its passages, and the sources of an answer."""
 
+from dataclasses import replace
+from typing import NamedTuple
+
 from ..core.types import DoubleArray, JsonObject, Tokenizer
 from ..documents import Reading
 from ..mlxlm import prompts
@@ -11,6 +14,14 @@ from .passages import Passages
 from .sources import Source
 
 
+class About(NamedTuple):
+    """The document that answers are about. name: what it is called today. number: its place (from 0) among those that
+    the text was made of; None where the name tells."""
+
+    name: str = ""
+    number: int | None = None
+
+
 class FittedText:
     """ids: the prefix, with its chunks. report: of the file; it tells of the documents. name: of the text, where the
     report tells of none. chunk: the one that a file of one chunk stands for; `ids` are the whole text's all the same.
@@ -20,7 +31,7 @@ class FittedText:
 
     def __init__(self, ids: ChunkedPrefix, report: JsonObject, *, name: str, chunk: int | None = None):
         self.ids, self._report, self._name, self._chunk = ids, report, name, chunk
-        self.about = ""  # the document that answers are about; sources name no other where the text holds it
+        self.about = About()  # sources name no other document where the text holds this one
         self._index: ChunkIndex | None = None
         self._passages: Passages | None = None
 
@@ -52,11 +63,14 @@ class FittedText:
         chunk = chunk if self._chunk is None else self._chunk
         passages = self.passages(tokenizer)
         within = None if chunk is None else self._characters(tokenizer, chunk)
-        files = [file for file in passages.reading.files if file.name == self.about]
-        if len(files) == 1:
-            start, end = within or (files[0].start, files[0].end)
-            within = max(start, files[0].start), min(end, files[0].end)
-        return sources.find(passages, question, answer, attention=attention, within=within, count=count)
+        name, number = self.about
+        files = [f for n, f in enumerate(passages.reading.files) if (f.name == name if number is None else n == number)]
+        if len(files) != 1:
+            return sources.find(passages, question, answer, attention=attention, within=within, count=count)
+        start, end = within or (files[0].start, files[0].end)
+        within = max(start, files[0].start), min(end, files[0].end)
+        found = sources.find(passages, question, answer, attention=attention, within=within, count=count)
+        return [replace(source, document=name) for source in found]
 
     def nearest(self, tokenizer: Tokenizer, question: str) -> int | None:
         """The number of the chunk that a question is about, by its words; None where no word tells."""

@@ -108,7 +108,7 @@ class AnswerSequence:
             return {}
         question, caches = next(iter(job.questions), ""), self.caches if self.single else ()
         answer = "".join(self._said)
-        self._whole.about(job.about)  # which is another one's after another question
+        self._whole.about(*job.about)  # which is another one's after another question
         found = self._whole.sources(self._tokenizer, question, answer, caches=caches, chunk=self.chunk)
         return read | {"sources": sources_as_json(found)}
 

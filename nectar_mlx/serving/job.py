@@ -8,6 +8,7 @@ from ..answering import Sampling, StopStrings
 from ..answering.sampling import Processor
 from ..core.types import JsonObject
 from ..mlxlm.window import ANSWER_TOKENS
+from ..retrieval.fitted_text import About
 from .calls import Call, Tools
 
 
@@ -23,7 +24,7 @@ class Job:
     the answer. sources: whether the answer is to name its sources. recall: whether the text's own words count where an
     answer quotes it (`retrieval.recall`). tools: what the answer may call. facts: what the reply says of its document.
     said: an answer that is known without the model. about: the document that alone is to be a source, of those in one
-    file; "" for all of them.
+    file; without a name all of them.
     """
 
     name: str
@@ -42,7 +43,7 @@ class Job:
     tools: Tools | None = None
     facts: JsonObject = field(default_factory=dict)
     said: str | None = None
-    about: str = ""
+    about: About = field(default_factory=About)
 
     def __post_init__(self) -> None:
         StopStrings(self.stops)  # NectarError here, not in the engine

@@ -15,6 +15,7 @@ from ..library import Document, Library, Routing, none_of
 from ..library.database import shown
 from ..mlxlm import prompts
 from ..retrieval.first_sentence import LONGEST, cut
+from ..retrieval.fitted_text import About
 from .engine import Busy, Engine
 from .job import Event, Failed, Finished, Job, Ticket, Written
 
@@ -31,7 +32,7 @@ class Target:
     name: str
     facts: JsonObject = field(default_factory=dict)
     said: str | None = None
-    about: str = ""
+    about: About = field(default_factory=About)
 
 
 class ServedLibrary:
@@ -61,6 +62,11 @@ class ServedLibrary:
         one. NectarError where that document has no file yet."""
         return await asyncio.to_thread(self._find, questions[:_EARLIER])
 
+    async def about(self, name: str) -> About:
+        """The document that is served under a name."""
+        document = (await asyncio.to_thread(lambda: names(self.library.documents()))).get(name)
+        return About() if document is None else About(document.name, document.number)
+
     def _find(self, questions: Sequence[str]) -> Target:
         named = self.refresh()
         of = {document.path: name for name, document in named.items()}
@@ -86,7 +92,8 @@ class ServedLibrary:
         self.library.touch(document)
         place = " ".join(routing.best.place) if routing.best.place else None
         close = [of[candidate.document.path] for candidate in routing.close if candidate.document.path in of]
-        return Target(name, {"document": name, "place": place, "close": close, "still": still}, about=document.name)
+        facts: JsonObject = {"document": name, "place": place, "close": close, "still": still}
+        return Target(name, facts, about=About(document.name, document.number))
 
     def _likelihoods(self, question: str, of: Mapping[bytes, str], documents: Sequence[Document]) -> list[float]:
         """How likely a question is behind documents, one after the other between the engine's steps."""

@@ -5,7 +5,6 @@ import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
 from ..core.types import JsonObject
@@ -150,7 +149,7 @@ class Service:
         name = self.name(model)
         if self.library and name == LIBRARY:
             return await self.library.find(questions)
-        return Target(name, about=PurePosixPath(name).name if self.library else "")
+        return Target(name, about=await self.library.about(name)) if self.library else Target(name)
 
     async def chat_job(
         self,

@@ -103,6 +103,8 @@ def test_letters_tell_the_encoding(text: str, encoding: str, times: int) -> None
         ("Long width text ".encode("utf-32-le"), "Long width text "),
         ("Long width text ".encode("utf-32-be"), "Long width text "),
         (b"name\x00\x00value\x00\nnext\x00\n", "name value\nnext\n"),
+        (b"Another fox lives in that wood.\x00 Nobody knows.\n", "Another fox lives in that wood. Nobody knows.\n"),
+        ("春眠不覺曉處處聞啼鳥\n".encode("utf-16-le") * 3, "春眠不覺曉處處聞啼鳥\n" * 3),
         (b"12:00 start\x07 \x1b[32mok\x1b[0m\x0c", "12:00 start ok\n"),
         (b"an emoji \xed\xa0\xbd\xed\xb8\x80", "an emoji 😀"),
     ],

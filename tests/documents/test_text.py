@@ -22,6 +22,10 @@ def test_is_kept(tmp_path: Path) -> None:
     assert text_of(write(tmp_path / "a.md", text)) == text
 
 
+def test_what_is_empty_at_its_ends_is_no_part_of_it(tmp_path: Path) -> None:
+    assert text_of(write(tmp_path / "a.txt", "\n\n  indented\n\nlast  \n \t\n")) == "  indented\n\nlast"
+
+
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32", "cp1252", "utf-16-le"])
 def test_encodings(encoding: str, tmp_path: Path) -> None:
     assert text_of(write(tmp_path / "a.txt", (FRENCH * 5).encode(encoding))) == (FRENCH * 5).strip()

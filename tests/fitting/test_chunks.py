@@ -129,6 +129,7 @@ def test_every_chunk_is_answered_about(tokenizer, tmp_path, layerwise):
     assert fitted.nbytes <= 0.8 * fitted.cache_nbytes
     assert min(size for (size,) in fitted.banks[0].sizes) > prompts.preamble(tokenizer)
     assert len(fitted.report["chunks"]) == len(fitted.chunks) and fitted.report["layerwise"] == bool(layerwise)
+    assert 0 < fitted.report["ahead"] < 100, "as far as the window has room"
     assert all(chunk["kl"] < chunk["kl_no_context"] for chunk in fitted.report["chunks"])
     fitted.save(tmp_path / "book.nectar")
     again = Nectar.load(tmp_path / "book.nectar", model, tokenizer)

@@ -41,7 +41,7 @@ def layerwise_fit(model, tokenizer, prefix=None, *, nbytes=0.0, share=0.5, pream
 
 
 def empty_chunk():
-    return FittedChunk(plan=Plan([], 0.02), layers=[], errors=[], samples=0, windows={}, answers=[])
+    return FittedChunk(plan=Plan([], 0.02), layers=[], errors=[], samples=0, ahead=0, windows={}, answers=[])
 
 
 def random_conversations(count):
@@ -174,6 +174,7 @@ def test_it_fits_about_as_well_as_the_ordinary_way(toy_fit, architecture):
     options = {"kind": "quadrature", "budget": 0.5, "steps": 120, "context_tokens": 500}
     ordinary, ours = toy_fit(architecture, **options), toy_fit(architecture, **options, layerwise=True)
     assert ours.report["layerwise"] and "layerwise" not in ordinary.report
+    assert 0 < ours.report["ahead"] <= 1024  # so that where there is memory for it more text is appended
     assert ours.nbytes <= 1.05 * ordinary.nbytes  # the same budget, another split of it to be rounded
     tokens = ours.prompt(toys.tokenizer(), "Who runs?")
     full = model(mx.array([ours.prefix + tokens]))[:, len(ours.prefix) :]

@@ -12,6 +12,7 @@ from nectar_mlx.composition import compose
 from nectar_mlx.fitting.checkpoint import Checkpoint
 from nectar_mlx.fitting.config import FitConfig
 from nectar_mlx.fitting.others import Others
+from nectar_mlx.fitting.samples.ahead import furthest
 from nectar_mlx.fitting.samples.capture import CaptureCache
 from nectar_mlx.fitting.samples.sample_store import Samples
 from nectar_mlx.fitting.solve import attention_matching, regression
@@ -47,6 +48,15 @@ def test_the_others_lie_where_compose_puts_them(architecture, tokenizer):
     np.testing.assert_allclose(model(mx.array([TAIL]), cache=ours.make_cache()), expected, atol=3e-4)
     alone = model(mx.array([TAIL]), cache=replace(ours, others=None).make_cache())
     assert np.abs(np.array(alone - expected)).max() > 0.05
+
+
+def test_conversations_stand_so_far_on_that_all_texts_are_within_the_window(tokenizer):
+    model = toys.toy("llama")
+    files, own = [toys.picked(model, prefix(seed), 12) for seed in (1, 2)], prefix(3)
+    ours = in_view(model, tokenizer, files, own)
+    model.args.max_position_embeddings = compose([*files, toys.exact(model, own)], model).start + 1024 + 9
+    assert furthest(fit_run(model, tokenizer), ours, start=ours.start) == 9
+    assert furthest(fit_run(model, tokenizer), replace(ours, others=None), start=ours.start) > 100
 
 
 def test_a_sample_counts_the_others_to_the_live_tokens(tokenizer):

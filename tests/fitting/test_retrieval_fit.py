@@ -20,7 +20,7 @@ from nectar_mlx.heads.hybrid import ANCHORS, EVERYTHING, SINKS, TAIL, anchor_pos
 from nectar_mlx.mlxlm import prompts
 from nectar_mlx.retrieval import sketch
 from tests import oracle, toys
-from tests.fitting.toy_fit import TEXT, fit_run, read
+from tests.fitting.toy_fit import FAST, TEXT, fit_run, read
 
 M, N, n, D, SCALE = 2, 40, 90, 16, 0.4
 OPTIONS = {"steps": 40, "budget": 0.3}
@@ -156,6 +156,12 @@ def test_anchors_are_the_first_and_last_keys(fitted):
     keys, _ = nectar.keys.layer(1)
     at = mx.array(anchor_positions(len(nectar.prefix)))
     assert mx.abs(nectar.banks[1].parameters["anchor_keys"] - keys[:, at]).max() < 0.05 * mx.abs(keys).max()
+
+
+def test_a_file_that_keeps_its_study_has_its_keys(tokenizer, tmp_path):
+    model, config = toys.toy("llama"), FitConfig(**FAST, kind="retrieval", keep_study=True)
+    toys.fit(model, tokenizer, TEXT, config=config).save(tmp_path / "book.nectar")
+    assert Nectar.load(tmp_path / "book.nectar", model).keys is not None
 
 
 @pytest.mark.parametrize("architecture", ["gemma3_text", "gpt_oss", "qwen3"])

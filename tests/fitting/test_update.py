@@ -30,6 +30,7 @@ from nectar_mlx.fitting.updating.base import FileContents
 from nectar_mlx.fitting.updating.revision import Revision
 from nectar_mlx.heads import Quadrature
 from nectar_mlx.mlxlm import prompts
+from nectar_mlx.retrieval import find_keys
 from tests import toys
 from tests.fitting import update_figures
 from tests.fitting.toy_fit import FAST, TEXT, Recorded, fit_run, read
@@ -122,6 +123,14 @@ class TestRevision:
         left_out = {place for start, end in revision.left_out for place in range(start, end)}
         assert left_out >= set(gone)
         assert len(old) - len(left_out) == sum(run.end - run.start for run in revision.kept)
+
+    def test_what_quotes_the_old_text_where_it_is_another(self):
+        old = list(range(60))
+        revision = Revision.of(old, [*old[:20], 99, *old[21:40], *old[50:]])
+        quoted = {"kept": old[1:20], "replaced": old[18:22], "left out": [7, *old[41:45], 7], "new": [*old[17:20], 99]}
+        assert {name for name, tokens in quoted.items() if revision.quotes_left_out(tokens)} == {"replaced", "left out"}
+        assert not Revision.of(old, [*old, *old[5:9]]).quotes_left_out(old)
+        assert not Revision.of([1, 2, 3, 4, 5, 1, 2, 3, 4], [1, 2, 3, 4]).quotes_left_out([1, 2, 3, 4])
 
     def test_passages_that_meet_are_one(self):
         old = list(range(100))
@@ -470,6 +479,18 @@ class TestAppend:
         report = updated(model, tokenizer, Nectar(tensors, fitted.metadata), MORE)[0].metadata["report"]
         assert report["kl_no_context"] == report["new"]["kl_no_context"] != fitted.report["kl_no_context"]
 
+    @pytest.mark.parametrize("most", [None, 550, 557])
+    def test_a_word_that_was_cut_at_the_end_stays_in_two_tokens(self, model, tokenizer, most):
+        old, whole = (prompts.prefix(tokenizer, f"{TEXT} {word}") for word in ("qu", "quick fox runs."))
+        assert whole[: len(old)] != old
+        run = fit_run(model, tokenizer, context_tokens=most)
+        prefix = plan._prefix(run, SimpleFile(prefix=old, sizes=[], metadata={}), f"{TEXT} quick fox runs.")
+        if most is None:
+            assert tokenizer.decode(prefix) == tokenizer.decode(whole)
+        else:
+            assert len(prefix) == most + prompts.preamble(tokenizer)
+        assert prefix[: len(old)] == old[: len(prefix)]
+
     def test_tokens_that_would_be_merged_across_the_end_stay_apart(self, model, tokenizer, fitted):
         text = TEXT[:-1] + ".. and more."
         ids = prompts.prefix(tokenizer, text)
@@ -531,6 +552,18 @@ class TestEdit:
         assert nectar.report["kl_no_context"] == fitted.report["kl_no_context"]  # is not measured again
         assert [len(bank.sizes) for bank in nectar.banks] == [len(bank.sizes) for bank in fitted.banks]
         assert kept_study.TENSOR in nectar.tensors
+
+    def test_what_was_taken_out_of_the_text_is_not_in_the_file(self, model, tokenizer, fitted):
+        """Nor in the conversations that it keeps."""
+
+        def quoting(file, phrase):
+            kept = FileContents(tensors=file.tensors, metadata=file.metadata).study(fit_run(model, tokenizer))
+            return [phrase in tokenizer.decode(c.prompt) for c in kept]
+
+        quoted = next(f"fox number {n}," for n in range(16) if any(quoting(fitted, f"sees fox number {n},")))
+        outcome, said = updated(model, tokenizer, fitted, TEXT.replace(quoted, "hen,"))
+        assert outcome.way == "edit", said
+        assert not any(quoting(outcome, f"sees {quoted}")) and len(quoting(outcome, "")) > 1
 
     def test_a_head_that_kept_every_key_keeps_every_key(self, model, tokenizer):
         file = Nectar.fit(model, tokenizer, TEXT, budget=1.0, keep_study=True, **FAST)
@@ -644,8 +677,9 @@ class TestFit:
         assert outcome.reason.startswith("an update is expected to take 12 days, a fit ")
         assert said == [f"fitting anew: {outcome.reason}"]
 
-    def test_the_same_text_is_left_alone(self, model, tokenizer, fitted):
-        assert updated(model, tokenizer, fitted, TEXT)[0] == updating.Outcome(way="same")
+    @pytest.mark.parametrize("end", ["", "\n", " \n\n"])
+    def test_the_same_text_is_left_alone(self, model, tokenizer, fitted, end):
+        assert updated(model, tokenizer, fitted, TEXT + end)[0] == updating.Outcome(way="same")
 
 
 class TestCommand:
@@ -671,11 +705,18 @@ class TestCommand:
         assert facts["tokens"] == len(tensors["prefix"].tolist())
         assert not (folder / "book.nectar.partial").exists()
 
-    def test_the_same_text_changes_nothing(self, folder, capsys):
+    @pytest.mark.parametrize("text", [TEXT, TEXT + "  \n \n", "\ufeff" + TEXT + "\r\n"])
+    def test_the_same_text_changes_nothing(self, folder, capsys, text):
         before = (folder / "book.nectar").read_bytes()
-        assert self.run(folder, TEXT) == 0
+        assert self.run(folder, text) == 0
         assert "is up to date" in capsys.readouterr().err
         assert (folder / "book.nectar").read_bytes() == before
+
+    def test_a_copy_of_what_is_up_to_date_has_its_keys_beside_it(self, folder, model, tokenizer):
+        file = Nectar.fit(model, tokenizer, TEXT, kind="retrieval", **FAST)
+        Nectar(file.tensors, file.metadata | {"model": str(folder / "model")}, file.keys).save(folder / "book.nectar")
+        assert self.run(folder, TEXT, "--output", str(folder / "copy.nectar")) == 0
+        assert find_keys(folder / "copy.nectar", file.digest).exists()
 
     def test_an_interrupted_update_goes_on(self, folder, monkeypatch, capsys):
         with monkeypatch.context() as patch:
@@ -684,6 +725,17 @@ class TestCommand:
         assert "the same command continues" in capsys.readouterr().err
         monkeypatch.setattr(sampling, "sample", lambda *a, **k: pytest.fail("an answer was sampled again"))
         assert self.run(folder, MORE) == 0
+
+    def test_an_interrupted_fit_in_the_place_of_an_update_goes_on(self, folder, monkeypatch, capsys):
+        monkeypatch.setattr(updating.outcome, "_worse", lambda *_: True)
+        with monkeypatch.context() as patch:
+            patch.setattr(Checkpoint, "save_plan", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+            assert self.run(folder, MORE) == 130
+        monkeypatch.setattr(sampling, "sample", lambda *a, **k: pytest.fail("an answer was sampled again"))
+        assert self.run(folder, MORE) == 0
+        said = capsys.readouterr().err
+        assert "fitted anew" in said and "starting anew" not in said
+        assert not (folder / "book.nectar.partial").exists()
 
     @pytest.mark.parametrize("name", ["absent.nectar", "text.nectar"])
     def test_what_is_no_nectar_is_refused(self, tmp_path, capsys, name):

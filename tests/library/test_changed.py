@@ -3,9 +3,10 @@ anew; with a real fit of a toy model."""
 
 import pytest
 
-from nectar_mlx import store
+from nectar_mlx import Nectar, store
 from nectar_mlx.fitting import updating
 from nectar_mlx.library import Library, ModelFitter, volumes
+from nectar_mlx.retrieval import find_keys
 from tests import toys
 from tests.fitting.toy_fit import FAST, TEXT
 
@@ -38,6 +39,18 @@ def test_what_is_added_to_it_and_what_is_changed_in_it_is_fitted_alone(added):
     assert report["updated"]["way"] == "append" and "tokens were added" in said[0]
     report, said = added(EDITED)
     assert report["updated"]["way"] == "edit" and "of the text is another" in said[0]
+
+
+def test_a_file_that_is_still_right_keeps_the_keys_beside_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(volumes, "SHORT", 100)
+    toys.save_model(toys.toy("llama"), tmp_path / "model", toys.tokenizer())
+    fitter = ModelFitter(str(tmp_path / "model"), FAST | {"kind": "retrieval", "context_tokens": 200})
+    library, note = Library(tmp_path / "library"), tmp_path / "note.md"
+    for text in (TEXT, MORE):  # alike as far as they are read
+        note.write_text(text)
+        assert library.add([note], fitter).work.fitted == ["note.md"]
+        (document,) = library.documents()
+        assert find_keys(document.file, Nectar.read(document.file).digest).exists()
 
 
 def test_another_text_is_fitted_anew(added):

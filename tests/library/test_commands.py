@@ -279,19 +279,27 @@ def test_the_server_decides_by_the_same_answers(depot, monkeypatch, capsys):
     assert seen[0] == seen[1] and any(seen[0][1])
 
 
-def test_the_servers_sources_are_of_the_document_alone_though_others_share_its_file(folder, tmp_path, model):
+@pytest.mark.parametrize("name", ["boat.txt", "renamed.txt"])
+def test_sources_are_of_the_document_alone_though_others_share_its_file(folder, tmp_path, model, capsys, name):
+    """Whatever it is called since it was fitted, and also from a server."""
     (tmp_path / "boat.txt").write_text("The deposit of the boat is 80 crowns. It lies in the harbour.")
     (tmp_path / "bill.txt").write_text("The plumber asked for 90 crowns, and for a deposit of 9 crowns.")
     paths = [tmp_path / "boat.txt", tmp_path / "bill.txt"]
     Library(folder).add(paths, ModelFitter(str(model), {"kind": "exact"}))
+    if name != "boat.txt":
+        paths[0].rename(tmp_path / name)
+        Library(folder).add([tmp_path / name], ModelFitter(str(model), {"kind": "exact"}))
     assert len({document.file for document in Library(folder).documents()}) == 1
+    question = "What is the deposit of the boat?"
+    assert run("ask", "library", question, "--json", "--max-tokens", 3) == 0
+    assert {source["document"] for source in json.loads(capsys.readouterr().out)["sources"]} == {name}
     arguments = serve.make_parser().parse_args(["library", "--port", "0", "--log-level", "WARNING"])
     with contextlib.closing(Running(arguments)) as running:
-        for name in ("library", "boat.txt"):
-            said = [{"role": "user", "content": "What is the deposit of the boat?"}]
-            body = {"model": name, "max_tokens": 3, "sources": True, "messages": said}
+        for target in ("library", name):
+            said = [{"role": "user", "content": question}]
+            body = {"model": target, "max_tokens": 3, "sources": True, "messages": said}
             status, reply = running.post("/v1/chat/completions", body)
-            assert status == 200 and {source["document"] for source in reply["sources"]} == {"boat.txt"}
+            assert status == 200 and {source["document"] for source in reply["sources"]} == {name}
 
 
 def test_none_of_them_is_an_answer(filled, capsys):

@@ -180,6 +180,22 @@ def test_a_changed_document_starts_from_its_old_file(library, notes):
     assert "otter" not in "".join(text_in(path) for path in library.folder.volumes.iterdir())
 
 
+def test_an_emptied_document_does_not_start_from_another_ones_file(library, tmp_path):
+    """The number of a text that is gone is given again."""
+    texts = {name: f"The {name} lives by the river. " * 300 for name in ("heron", "otter")}
+    for name in texts:
+        (tmp_path / f"{name}.txt").write_text(texts[name])
+        library.add([tmp_path / f"{name}.txt"], CheapFitter())
+    (tmp_path / "otter.txt").write_text("")
+    library.update(CheapFitter())
+    (tmp_path / "lynx.txt").write_text("The lynx lives in the wood. " * 300)
+    library.add([tmp_path / "lynx.txt"], CheapFitter())
+    (tmp_path / "otter.txt").write_text(texts["otter"] + "It swims.")
+    fitter = CheapFitter()
+    library.update(fitter)
+    assert (fitter.fitted, fitter.former) == (["otter.txt"], [None])
+
+
 def test_a_document_that_is_removed_takes_its_old_file_along(library, notes):
     library.add([notes], CheapFitter())
     (notes / "long 0.txt").write_text("The otter lives in the river. " * 300)
@@ -301,6 +317,19 @@ def test_a_file_that_disappears_stays_until_it_is_removed(library, notes):
     assert found.missing and found.state == "ready" and library.text(found)
     library.remove([], missing=True)
     assert "long 0.txt" not in states(library) and not found.file.exists()
+
+
+def test_a_folder_in_the_place_of_a_document_is_not_the_document(library, notes):
+    library.add([notes], CheapFitter())
+    for number, text in enumerate(("The same as before.", (notes / "long 1.txt").read_text())):
+        place = notes / f"long {number}.txt"
+        place.unlink()
+        place.mkdir()
+        (place / f"inside {number}.txt").write_text(text)
+    added = library.update(CheapFitter())
+    assert [path.rpartition("/")[2] for path in added.scan.missing] == ["long 0.txt"]
+    assert by_name(library)["long 0.txt"].missing
+    assert "long 1.txt" not in states(library) and "inside 1.txt" in states(library), "it was moved there"
 
 
 def test_a_folder_that_is_gone_is_no_error(library, notes, tmp_path):

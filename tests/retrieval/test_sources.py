@@ -11,7 +11,7 @@ from nectar_mlx import ask, chat, documents, serve
 from nectar_mlx.documents import FileReport, Reading
 from nectar_mlx.mlxlm import prompts
 from nectar_mlx.retrieval import citing, sources
-from nectar_mlx.retrieval.fitted_text import FittedText
+from nectar_mlx.retrieval.fitted_text import About, FittedText
 from nectar_mlx.retrieval.passages import Passages
 from nectar_mlx.store.chunking import ChunkedPrefix
 from tests import toys
@@ -240,8 +240,10 @@ def test_sources_of_an_answer_about_one_document_name_no_other():
     asked = partial(fitted.sources, None, question, "Kilograms.", attention=None, chunk=None, count=3)
     assert {source.document for source in asked()} == {"a.txt", "b.txt"}
     for about, named in (("a.txt", {"a.txt"}), ("b.txt", {"b.txt"}), ("c.txt", {"a.txt", "b.txt"})):
-        fitted.about = about
+        fitted.about = About(about)
         assert {source.document for source in asked()} == named
+    fitted.about = About("renamed.txt", 1)
+    assert [(source.document, "nine" in source.text) for source in asked()] == [("renamed.txt", True)]
 
 
 def test_what_a_sentence_says_is_found_out_once(tmp_path, monkeypatch):

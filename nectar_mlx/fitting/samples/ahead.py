@@ -38,7 +38,8 @@ def furthest(run: FitRun, context: Context, *, start: int) -> int:
     sequences of a batch cannot stand at positions of their own, as in models that have no rotary embedding. context: of
     the text, or of a passage of it."""
     positions, room = window(run.model), min(FURTHEST, max(_TALK, round(_APPENDED * start)))
-    room = room if positions is None else min(room, positions - start - _ROOM)
+    before = context.others.positions if context.others else 0  # all that is in view lies within the window
+    room = room if positions is None else min(room, positions - before - start - _ROOM)
     return room if room > 0 and _can(run, context) else 0
 
 

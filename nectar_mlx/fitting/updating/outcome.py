@@ -81,10 +81,13 @@ def update(
     if plan.way == "same":
         return Outcome(way="same")
     if plan.way != "fit":
-        log(f"{plan.described()}: fitting what that changes")
-        outcome = _updated(run, file, plan, source=source)
-        if outcome is not None:
-            return outcome
+        run.claim(list(revision.new))
+        checkpoint = run.checkpoint.part("fit")  # of its own, so that the fit continues where it was interrupted
+        if not checkpoint.holds_work():  # else the update was given up before
+            log(f"{plan.described()}: fitting what that changes")
+            outcome = _updated(run, file, plan, source=source)
+            if outcome is not None:
+                return outcome
         plan = plan.fit("the update answers worse than the file did when it was fitted")
     log(f"fitting anew: {plan.reason}")
     fitted = pipeline.fit(
@@ -113,7 +116,6 @@ def _updated(run: FitRun, file: FileContents, plan: Plan, *, source: str) -> Out
     """The result of an update; None where it is worse than the file was for its text."""
     clock, revision, study = Clock(), plan.revision, plan.study
     prefix = list(revision.new)
-    run.claim(prefix)
     made = (append.append if plan.behind else edit.edit)(run, file, revision, study, clock=clock)
     tensors, report = stored(run, file, made, clock=clock)
     fitted = _fitted(file.metadata["report"])
@@ -130,7 +132,9 @@ def _updated(run: FitRun, file: FileContents, plan: Plan, *, source: str) -> Out
     if kept_study.TENSOR in file.tensors:
         # Without those that ask about what is new: the next check is of the whole text, as this file's own was.
         fresh = without(made.kind.data.conversations, [*study, *made.new])
-        tensors[kept_study.TENSOR] = kept_study.packed(_further_study(study, fresh))
+        # And without those that quote what was left out: whoever takes it out of a text wants it out of the file.
+        still = [c for c in study if not revision.quotes_left_out(c.prompt + c.answer)]
+        tensors[kept_study.TENSOR] = kept_study.packed(_further_study(still, fresh))
     kept = sum(x.nbytes for name, x in tensors.items() if name not in ("prefix", kept_study.TENSOR))
     if sentence := verdict.sentence(report, share=kept / run.geometry.cache_bytes(len(prefix))):
         report["verdict"] = sentence

@@ -68,7 +68,8 @@ def planned(run: FitRun, file: FileContents, text: str) -> Plan:
     if metadata["nectar_mlx"] != __version__:
         return plan.fit(f"the file was written by version {metadata['nectar_mlx']}")
     prefix = _prefix(run, file, text)
-    if prefix == file.prefix:
+    # What is empty at a text's ends changes no answer: commands leave it out, and callers of `Nectar.fit` may not.
+    if prefix == file.prefix or prompts.document(run.tokenizer, file.prefix).strip() == text.strip():
         return replace(plan, way="same")
     if file.layout.bank is not Quadrature or file.layout != run.layout:
         return plan.fit(f"heads of kind {file.layout.kind} cannot be updated")
@@ -138,12 +139,16 @@ def _seconds(stages: Sequence[Stage]) -> float:
 
 
 def _prefix(run: FitRun, file: FileContents, text: str) -> list[int]:
-    """The new text's prefix. Where it only goes on behind the old one it begins with the old one's tokens, even if the
-    last of them would be others with what follows."""
+    """The new text's prefix, as much of it as was chosen."""
+    whole, most = _going_on(run, file, text), run.config.context_tokens
+    return whole if most is None else prompts.cut(run.tokenizer, whole, most)
+
+
+def _going_on(run: FitRun, file: FileContents, text: str) -> list[int]:
+    """Where a text only goes on behind the old one its prefix begins with the old one's tokens, even if the last of
+    them would be others with what follows."""
     located: tuple[list[int], list[Span]] = prompts.located(run.tokenizer, text)
     ids, spans = located
-    if run.config.context_tokens is not None:
-        return prompts.cut(run.tokenizer, ids, run.config.context_tokens)
     old = file.prefix
     first = next((i for i, (a, b) in enumerate(zip(old, ids, strict=False)) if a != b), min(len(old), len(ids)))
     if not spans or first == len(old) or len(old) - first > _SEAM or first >= len(spans) or spans[first][0] < 0:

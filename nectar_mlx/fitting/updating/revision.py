@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
+from functools import cached_property
 from typing import NamedTuple, Self
 
 _LONGEST = 20_000  # tokens between the first and the last difference that are compared one by one
@@ -52,6 +53,16 @@ class Revision:
         ends, starts = [0, *(end for _, end in old)], [*(start for start, _ in old), len(self.old)]
         return [(end, start) for end, start in zip(ends, starts, strict=True) if end < start]
 
+    def quotes_left_out(self, tokens: Sequence[int]) -> bool:
+        """Whether they hold some tokens in a row that the old prefix has where something was left out, and the new one
+        nowhere."""
+        return bool(self._gone and not self._gone.isdisjoint(_rows(tokens)))
+
+    @cached_property
+    def _gone(self) -> set[tuple[int, ...]]:
+        around = [self.old[max(0, start - _FEWEST + 1) : end + _FEWEST - 1] for start, end in self.left_out]
+        return set().union(*map(_rows, around)) - _rows(self.new) if around else set()
+
     def passages(self, before: int) -> list[tuple[int, int]]:
         """What is new, with so many tokens before it; places that meet are one."""
         found = list[tuple[int, int]]()
@@ -74,6 +85,11 @@ class Revision:
         kept = sum(run.end - run.start for run in self.kept)
         longest = max(len(self.old), len(self.new))
         return (longest - kept) / longest
+
+
+def _rows(tokens: Sequence[int]) -> set[tuple[int, ...]]:
+    """All that are in a row, as many as count as kept."""
+    return {tuple(tokens[at : at + _FEWEST]) for at in range(len(tokens) - _FEWEST + 1)}
 
 
 def _alike(a: Sequence[int], b: Sequence[int]) -> int:
