@@ -131,10 +131,10 @@ def documents(rows: sqlite3.Connection, identity: Identity | None, folder: Path)
     )
     result = []
     for path, text, reason, missing, used, kind, characters, left_out, places in rows.execute(query):
-        volume, model, current, size, number = best.get(text, ("", "", False, 1, 0))
+        volume = best.get(text)
         state, why, progress = pending.get(text, ("waiting", "", None))
         if volume:
-            state, why = "ready" if current else "older model", ""
+            state, why = "ready" if volume.current else "older model", ""
         if text is None:
             state, why = "not read", reason
         result.append(
@@ -147,10 +147,10 @@ def documents(rows: sqlite3.Connection, identity: Identity | None, folder: Path)
                 characters=characters or 0,
                 left_out=json.loads(left_out or "[]"),
                 places=[Place(*place) for place in json.loads(places or "[]")],
-                file=folder / f"{volume}.nectar" if volume else None,
-                model=model,
-                shared=size - 1,
-                number=number,
+                file=folder / f"{volume.id}.nectar" if volume else None,
+                model=volume.model if volume else "",
+                shared=volume.texts - 1 if volume else 0,
+                number=volume.number if volume else 0,
                 used=used,
                 text=text,
                 progress=progress,
@@ -159,19 +159,29 @@ def documents(rows: sqlite3.Connection, identity: Identity | None, folder: Path)
     return result
 
 
-def _finished(rows: sqlite3.Connection, identity: Identity | None) -> dict[int, tuple[str, str, bool, int, int]]:
-    """For each text with a finished volume the best one: its id, its model, whether that is the library's, how many
-    texts it holds, and the place of this one among them."""
-    best: dict[int, tuple[str, str, bool, int, int]] = {}
+class _Volume(NamedTuple):
+    """A finished one, as one of its texts sees it. current: whether its model is the library's. texts: how many it
+    holds. number: this one's place (from 0) among them."""
+
+    id: str
+    model: str
+    current: bool
+    texts: int
+    number: int
+
+
+def _finished(rows: sqlite3.Connection, identity: Identity | None) -> dict[int, _Volume]:
+    """For each text with a finished volume the best one."""
+    best: dict[int, _Volume] = {}
     query = (
         "SELECT text, id, model, model_sha256, tokenizer_sha256, "
         "(SELECT count(*) FROM members AS own WHERE own.volume = id), position "
         "FROM volumes JOIN members ON volume = id WHERE state = 'done' ORDER BY volumes.rowid DESC"
     )
-    for text, volume, model, model_sha256, tokenizer_sha256, size, number in rows.execute(query):
+    for text, volume, model, model_sha256, tokenizer_sha256, texts, number in rows.execute(query):
         current = identity is None or (model_sha256, tokenizer_sha256) == identity.digests
-        if text not in best or (current and not best[text][2]):
-            best[text] = volume, model, current, size, number
+        if text not in best or (current and not best[text].current):
+            best[text] = _Volume(volume, model, current, texts, number)
     return best
 
 
