@@ -11,6 +11,7 @@ from nectar_mlx.fitting.config import FitConfig, parse_budget, parse_size
 from nectar_mlx.fitting.fidelity import Divergence
 from nectar_mlx.mlxlm import attention_patch
 from tests import toys
+from tests.fitting.toy_fit import shallow
 
 FLOOR = 0.8  # KL without the text
 FAST = {
@@ -109,40 +110,42 @@ def test_a_budget_out_of_range_is_refused(text):
 
 
 def test_a_size_is_a_share_of_the_cache():
-    geometry = attention_patch.route(toys.toy("llama"))
+    geometry = attention_patch.route(shallow())
     config = FitConfig(size=geometry.cache_bytes(100) // 4)
     assert share_of(config, geometry, 100) == pytest.approx(0.25)
     assert share_of(FitConfig(), geometry, 100) is None and share_of(FitConfig(budget=0.1), geometry, 100) == 0.1
 
 
+@pytest.mark.usefixtures("short_trials")
 @pytest.mark.parametrize("layerwise", [None, True])
 def test_the_default_fits_a_text_and_says_how_well(tokenizer, layerwise):
     text = " ".join(f"The brig number {i} left with {i * 37 % 91} casks." for i in range(16))
-    nectar = toys.fit(toys.toy("llama"), tokenizer, text, config=FitConfig(**FAST, layerwise=layerwise))
+    nectar = toys.fit(shallow(), tokenizer, text, config=FitConfig(**FAST, layerwise=layerwise))
     report = nectar.report
     assert auto_budget.LEAST <= report["budget"] <= auto_budget.MOST
     assert report["verdict"] == nectar.verdict and "%" in nectar.verdict
     assert report["gap_closed"] == pytest.approx(1 - report["kl"] / report["kl_no_context"], abs=2e-4)
 
 
+@pytest.mark.usefixtures("short_trials")
 @pytest.mark.parametrize("text", ["Hi.", "One short note.", "Anna's tram leaves at 8:14."])
 def test_a_short_note_never_fails_on_the_default(tokenizer, text):
-    nectar = toys.fit(toys.toy("llama"), tokenizer, text, config=FitConfig(**FAST))
+    nectar = toys.fit(shallow(), tokenizer, text, config=FitConfig(**FAST))
     assert np.isfinite(nectar.report["kl"]) and nectar.report["kl"] < max(0.05, nectar.report["kl_no_context"])
     assert all(mx.isfinite(bank.parameters["keys"]).all().item() for bank in nectar.banks)
 
 
 def test_what_was_left_out_is_counted(tokenizer):
     text = " ".join(f"The brig number {i} left with {i * 37 % 91} casks." for i in range(30))
-    whole = toys.fit(toys.toy("llama"), tokenizer, text, config=FitConfig(**FAST, kind="exact"))
-    cut = toys.fit(toys.toy("llama"), tokenizer, text, config=FitConfig(**FAST, kind="exact", context_tokens=100))
+    whole = toys.fit(shallow(), tokenizer, text, config=FitConfig(**FAST, kind="exact"))
+    cut = toys.fit(shallow(), tokenizer, text, config=FitConfig(**FAST, kind="exact", context_tokens=100))
     assert "left_out_tokens" not in whole.report
     assert cut.report["left_out_tokens"] == len(whole.prefix) - len(cut.prefix) > 100
 
 
 def test_a_size_is_kept_to(tokenizer):
     text = " ".join(f"The brig number {i} left with {i * 37 % 91} casks." for i in range(30))
-    nectar = toys.fit(toys.toy("llama"), tokenizer, text, config=FitConfig(**FAST, size=60_000))
+    nectar = toys.fit(shallow(), tokenizer, text, config=FitConfig(**FAST, size=60_000))
     assert 45_000 < nectar.nbytes <= 60_000
 
 
@@ -230,16 +233,17 @@ NOTES = [
 ]
 
 
+@pytest.mark.usefixtures("short_trials")
 @pytest.mark.parametrize("text", NOTES)
 def test_the_default_for_a_short_note_is_close_to_it(tokenizer, text):
     """Where all keys are kept, rounding alone is what separates them from the full cache."""
-    nectar = toys.fit(toys.toy("llama"), tokenizer, text, config=FitConfig(**FAST))
+    nectar = toys.fit(shallow(), tokenizer, text, config=FitConfig(**FAST))
     assert nectar.verdict.startswith("Close to the full text") and nectar.report["gap_closed"] > verdict.CLOSE
     assert nectar.nbytes < 0.5 * nectar.cache_nbytes
 
 
 def test_the_largest_budget_keeps_all_keys_in_eleven_bits(tokenizer):
-    nectar = toys.fit(toys.toy("llama"), tokenizer, NOTES[1], config=FitConfig(**FAST, budget=auto_budget.MOST))
+    nectar = toys.fit(shallow(), tokenizer, NOTES[1], config=FitConfig(**FAST, budget=auto_budget.MOST))
     assert all(size == (len(nectar.prefix),) for bank in nectar.banks for size in bank.sizes)
     assert nectar.bits == pytest.approx(11, abs=0.5) and nectar.report["gap_closed"] > 0.999
 

@@ -24,16 +24,16 @@ from nectar_mlx.mlxlm import attention_patch, prompts
 from nectar_mlx.store import chunking
 from tests import toys
 from tests.fitting import toy_fit
-from tests.fitting.toy_fit import FAST, fit_run
+from tests.fitting.toy_fit import SHORT_ANSWERS, fit_run, shallow
 
 TEXT = toy_fit.TEXT[: toy_fit.TEXT.index(" The old dog")]  # three chunks in the window of the toys
-SMALL = FAST | {"budget": 0.5, "queries": 300}
+SMALL = SHORT_ANSWERS | {"budget": 0.5, "queries": 300}
 WINDOW = 1024 + 200
 SLOW_LLAMA = pytest.param("llama", True, marks=pytest.mark.slow)
 
 
 def small_window(architecture="llama"):
-    model = toys.toy(architecture)
+    model = shallow(architecture)
     model.args.max_position_embeddings = WINDOW
     return model
 
@@ -99,7 +99,7 @@ def agree(model, ours, oracle, *, tolerance=1e-3):
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "granite"])
 def test_chunks_weigh_as_much_as_one(tokenizer, monkeypatch, architecture, room, layerwise):
     """Heads with room for every key of their chunk, and the exact reference, against one stock attention call."""
-    model = toys.toy(architecture)
+    model = shallow(architecture)
     geometry = attention_patch.route(model)
     preamble = prompts.preamble(tokenizer)
     prefix = prompts.prefix(tokenizer, TEXT, max_tokens=150)
@@ -365,7 +365,7 @@ def test_a_model_whose_layers_share_more_is_refused_at_once(tokenizer, monkeypat
     monkeypatch.setattr(chunks, "_fit_all", None)
     model = toys.toy("deepseek_v3", max_position_embeddings=1400)
     with pytest.raises(NectarError, match="deepseek_v3 models cannot be fitted layer by layer or in chunks"):
-        toys.fit(model, tokenizer, toy_fit.TEXT, config=FitConfig(**FAST, budget=0.5))
+        toys.fit(model, tokenizer, toy_fit.TEXT, config=FitConfig(**SHORT_ANSWERS, budget=0.5))
 
 
 def test_the_sources_of_a_chunk_are_in_the_whole_text(tokenizer, chunked, tmp_path):

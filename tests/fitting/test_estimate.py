@@ -11,7 +11,7 @@ from nectar_mlx.fitting import budget, machines, pipeline
 from nectar_mlx.fitting.config import FitConfig
 from nectar_mlx.fitting.estimate import estimate
 from tests import toys
-from tests.fitting.toy_fit import FAST, TEXT, Recorded
+from tests.fitting.toy_fit import FAST, TEXT, Recorded, shallow
 
 H200 = next(machine for machine in machines.MACHINES if machine.name.startswith("H200"))
 
@@ -30,7 +30,7 @@ def test_the_stages_that_come_are_those_that_were_expected(tokenizer, monkeypatc
     """In their order; of the budgets that are tried there may be more or fewer."""
     monkeypatch.setattr(budget, "SMALL", 1.0)
     progress = Recorded()
-    model = toys.toy("llama", max_position_embeddings=positions)
+    model = shallow("llama", max_position_embeddings=positions)
     toys.fit(model, tokenizer, TEXT, config=FitConfig(**FAST | options), progress=progress)
     of_budgets = ("choosing a budget", "checking a budget")
     came, expected = (
@@ -44,14 +44,14 @@ def test_a_long_fit_is_announced_with_time_memory_and_size(tokenizer, monkeypatc
     said = []
     monkeypatch.setattr(pipeline, "LONG", 0.0)
     config = FitConfig(**FAST | {"kind": "exact", "context_tokens": 100})
-    toys.fit(toys.toy("llama"), tokenizer, TEXT, config=config, log=said.append)
+    toys.fit(shallow(), tokenizer, TEXT, config=config, log=said.append)
     (line,) = said
     assert all(word in line for word in ("this takes about", "of memory", "of disk", "for a file of about"))
 
 
 def test_a_short_fit_is_not(tokenizer):
     config = FitConfig(**FAST | {"kind": "exact", "context_tokens": 100})
-    toys.fit(toys.toy("llama"), tokenizer, TEXT, config=config, log=pytest.fail)
+    toys.fit(shallow(), tokenizer, TEXT, config=config, log=pytest.fail)
 
 
 def test_the_machine_is_measured_once(monkeypatch):
@@ -73,7 +73,7 @@ def test_published_shapes_have_their_parameters(name, parameters):
 def test_a_loaded_model_has_the_shape_of_its_configuration(tmp_path, tokenizer):
     from nectar_mlx.mlxlm import attention_patch
 
-    model = toys.toy("llama")
+    model = shallow()
     folder = toys.save_model(model, tmp_path / "model", tokenizer)
     loaded = machines.shape_of(model, attention_patch.route(model), "toy")
     named = machines.named_shape(str(folder))

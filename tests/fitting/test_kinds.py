@@ -15,7 +15,7 @@ from nectar_mlx.heads import KINDS, Quadrature
 from nectar_mlx.mlxlm import prompts
 from nectar_mlx.store import load, pack
 from tests import toys
-from tests.fitting.toy_fit import FAST, TEXT, fit_run, read
+from tests.fitting.toy_fit import FAST, TEXT, fit_run, read, shallow
 
 TOKENS = 60
 FITTED = [kind for kind in KINDS if kind != "exact"]
@@ -34,12 +34,12 @@ def test_the_kinds_that_keep_keys_have_a_file_of_them(kind):
 @pytest.fixture(scope="module")
 def data(tokenizer):
     """What the heads of 60 tokens are fitted to."""
-    run = fit_run(toys.toy("llama"), tokenizer)
+    run = fit_run(shallow(), tokenizer)
     return recording.collect(run, read(run, prompts.prefix(tokenizer, TEXT)[:TOKENS]))
 
 
 def prepared(kind, tokenizer, data):
-    return kind_fit(fit_run(toys.toy("llama"), tokenizer, kind=kind), data)
+    return kind_fit(fit_run(shallow(), tokenizer, kind=kind), data)
 
 
 @pytest.mark.parametrize("kind", FITTED)
@@ -104,7 +104,7 @@ def sharpened(monkeypatch):
 @pytest.mark.parametrize("layerwise", [False, True])
 @pytest.mark.parametrize("bits", [None, 8])
 def test_a_kind_of_its_own_is_fitted_stored_and_loaded(tokenizer, sharpened, tmp_path, bits, layerwise):
-    model = toys.toy("llama")
+    model = shallow()
     config = FitConfig(**FAST, kind="sharpened", budget=0.5, bits=bits, context_tokens=TOKENS, layerwise=layerwise)
     nectar = toys.fit(model, tokenizer, TEXT, config=config)
     assert all(isinstance(bank, Sharpened) for bank in nectar.banks)

@@ -26,7 +26,7 @@ from nectar_mlx.mlxlm import attention_patch, prompts
 from nectar_mlx.mlxlm.cache import NectarCache
 from nectar_mlx.retrieval.recall import Calibration
 from tests import toys
-from tests.fitting.toy_fit import FAST, TEXT, fit_run, read
+from tests.fitting.toy_fit import FAST, TEXT, fit_run, read, shallow
 
 EVERY = sorted(toys.ARCHITECTURES)
 SMALL = FAST | {"budget": 0.5, "context_tokens": 300}
@@ -72,7 +72,7 @@ def test_layers_one_by_one_are_the_model(architecture):
 
 
 def test_a_model_that_does_more_than_call_its_layers_is_named(monkeypatch):
-    model = toys.toy("llama")
+    model = shallow()
     geometry = attention_patch.route(model)
     plain = type(model.model).__call__
     monkeypatch.setattr(type(model.model), "__call__", lambda self, *a, **k: 2 * plain(self, *a, **k) + 1)
@@ -170,7 +170,7 @@ def replayed_queries(model, context, conversations):
     "architecture", ["llama", *(pytest.param(a, marks=pytest.mark.slow) for a in ("gemma3", "gpt_oss", "qwen3_moe"))]
 )
 def test_it_fits_about_as_well_as_the_ordinary_way(toy_fit, architecture):
-    model = toys.toy(architecture)
+    model = shallow(architecture)
     options = {"kind": "quadrature", "budget": 0.5, "steps": 120, "context_tokens": 500}
     ordinary, ours = toy_fit(architecture, **options), toy_fit(architecture, **options, layerwise=True)
     assert ours.report["layerwise"] and "layerwise" not in ordinary.report
@@ -185,7 +185,7 @@ def test_it_fits_about_as_well_as_the_ordinary_way(toy_fit, architecture):
 
 
 def test_what_is_reported_is_the_divergence_from_the_full_cache(tokenizer):
-    model = toys.toy("llama")
+    model = shallow()
     ours, chunk = layerwise_fit(model, tokenizer), empty_chunk()
     conversations, runner = ours.study(), LayerRunner(model, ours.run.geometry)
     for _ in ours.layers(conversations, chunk):
@@ -203,7 +203,7 @@ def test_what_is_reported_is_the_divergence_from_the_full_cache(tokenizer):
 
 
 def test_passages_cover_the_text_evenly(tokenizer):
-    model, head = toys.toy("llama"), prompts.prefix(tokenizer, TEXT)[:30]
+    model, head = shallow(), prompts.prefix(tokenizer, TEXT)[:30]
     ours = layerwise_fit(model, tokenizer, head + list(range(100_000)))
     passages = [ours.passage(number) for number in range(50)]
     assert np.diff(np.sort([passage[60] for passage in passages])).max() < 2.5 * 100_000 / 50
@@ -212,7 +212,7 @@ def test_passages_cover_the_text_evenly(tokenizer):
 
 @pytest.mark.parametrize("tokens", [20, 900, 2000, 3000, 100_000])
 def test_passages_and_their_conversations_take_no_more_than_a_layer_does(tokenizer, tokens):
-    model = toys.toy("llama")
+    model = shallow()
     ours = layerwise_fit(model, tokenizer, toys.random_tokens(tokens))
     g, config = ours.run.geometry, ours.run.config
     one = 2 * 4 * g.n_kv_heads * g.head_dim  # a token's keys and values in a layer
@@ -266,7 +266,7 @@ def test_no_phase_takes_more_memory_than_fitting_a_layer():
 
 def test_only_one_layer_of_keys_and_values_exists(tokenizer):
     """What is held, above the model, while a layer is fitted."""
-    model, prefix = toys.toy("llama", num_hidden_layers=12), toys.random_tokens(3000)
+    model, prefix = shallow("llama", num_hidden_layers=12), toys.random_tokens(3000)
     ours = layerwise_fit(model, tokenizer, prefix)
     conversations = [
         Conversation(toys.random_tokens(6), toys.random_tokens(6), split="held_out" if i == 1 else "train")
@@ -283,14 +283,14 @@ def test_only_one_layer_of_keys_and_values_exists(tokenizer):
 
 
 def test_an_interrupted_fit_goes_on(tokenizer, toy_fit, tmp_path, monkeypatch):
-    model = toys.toy("llama")
+    model = shallow()
     config = FitConfig(**SMALL, layerwise=True)
     whole = toy_fit(budget=0.5, context_tokens=300, layerwise=True)
     train_heads, layers = layerwise.train_heads, []
 
     def interrupted(kind, sizes, **options):
         layers.append(1)
-        if len(layers) == 3:
+        if len(layers) == 2:
             raise KeyboardInterrupt
         return train_heads(kind, sizes, **options)
 
@@ -307,11 +307,11 @@ def test_an_interrupted_fit_goes_on(tokenizer, toy_fit, tmp_path, monkeypatch):
     monkeypatch.setattr(QuadratureFit, "initialize", noted)
     resumed = toys.fit(model, tokenizer, TEXT, config=config, checkpoint=Checkpoint(tmp_path / "part"))
     assert resumed.digest == whole.digest
-    assert len(trained) == (model.args.num_hidden_layers - 2) * model.args.num_key_value_heads
+    assert len(trained) == (model.args.num_hidden_layers - 1) * model.args.num_key_value_heads
 
 
 def test_it_is_chosen_where_the_cache_would_not_fit(tokenizer, monkeypatch):
-    model = toys.toy("llama")
+    model = shallow()
 
     def needs(tokens=1000, **options):
         return pipeline.needs_layers(fit_run(model, tokenizer, **options), tokens)
@@ -328,7 +328,7 @@ def test_it_is_chosen_where_the_cache_would_not_fit(tokenizer, monkeypatch):
 
 
 def test_the_command(tokenizer, tmp_path, capsys):
-    toys.save_model(toys.toy("llama"), tmp_path / "model", tokenizer)
+    toys.save_model(shallow(), tmp_path / "model", tokenizer)
     (tmp_path / "book.txt").write_text(TEXT)
     arguments = ["--model", str(tmp_path / "model"), "--context", str(tmp_path / "book.txt"), "--budget", "0.5"]
     small = ["--queries", "300", "--steps", "5", "--context-tokens", "200", "--layerwise", "--json"]

@@ -19,7 +19,7 @@ from nectar_mlx.heads import Exact
 from nectar_mlx.mlxlm import attention_patch
 from nectar_mlx.mlxlm.cache import NectarCache
 from tests import toys
-from tests.fitting.toy_fit import fit_run
+from tests.fitting.toy_fit import fit_run, shallow
 
 TEXT = " ".join(f"The brig number {i} left with {i * 37 % 91} casks, and the sly fox saw it." for i in range(24))
 FAST = {
@@ -130,19 +130,19 @@ def slow_dimensions(size):
 
 def large_scores(score):
     """A qwen2 whose first layer's scores are this large, for all keys alike."""
-    model, side = toys.toy("qwen2"), float(np.sqrt(score * 16**0.5 / 2))
+    model, side = shallow("qwen2"), float(np.sqrt(score * 16**0.5 / 2))
     changed(model, "k_proj.bias", lambda i, b: b + (slow_dimensions(side) if i == 0 else 0))
     queries = mx.concatenate([slow_dimensions(side)] * 2)
     return changed(model, "q_proj.bias", lambda i, b: b + (queries if i == 0 else 0))
 
 
 def large_values(size):
-    model = changed(toys.toy("llama"), "v_proj.weight", lambda i, w: w * size)
+    model = changed(shallow(), "v_proj.weight", lambda i, w: w * size)
     return changed(model, "o_proj.weight", lambda i, w: w / size)
 
 
 def large_keys(size):
-    model = changed(toys.toy("llama"), "k_proj.weight", lambda i, w: w * size)
+    model = changed(shallow(), "k_proj.weight", lambda i, w: w * size)
     return changed(model, "q_proj.weight", lambda i, w: w / size)
 
 
@@ -198,7 +198,7 @@ def test_large_scores_are_fitted_layer_by_layer(tokenizer):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_weight_that_is_not_finite_is_named(tokenizer, value):
-    model = changed(toys.toy("llama"), "v_proj.weight", lambda i, w: w * (value if i == 1 else 1))
+    model = changed(shallow(), "v_proj.weight", lambda i, w: w * (value if i == 1 else 1))
     with pytest.raises(NectarError, match=r"layers\.1\.self_attn\.v_proj\.weight"):
         toys.fit(model, tokenizer, TEXT, config=FitConfig(**FAST))
 
@@ -217,11 +217,11 @@ def test_a_number_that_rounding_broke_is_named(tokenizer, monkeypatch):
         for index in range(kind.n_heads)
     ])  # fmt: skip
     with pytest.raises(NectarError, match="rounding: layer 1, KV head 1 is not finite, so nothing is written"):
-        toys.fit(toys.toy("llama"), tokenizer, TEXT, config=FitConfig(**FAST))
+        toys.fit(shallow(), tokenizer, TEXT, config=FitConfig(**FAST))
 
 
 def test_a_head_that_training_made_worse_keeps_its_start(tokenizer):
-    model = toys.toy("llama")
+    model = shallow()
     budgets = FAST | {"budget": 0.15}
     trained = toys.fit(model, tokenizer, TEXT, config=FitConfig(**budgets))
     ruined = toys.fit(model, tokenizer, TEXT, config=FitConfig(**budgets, rate=50.0))
@@ -253,7 +253,7 @@ def test_offsets_are_means_and_keys_relative_to_them(tokenizer):
 
 @pytest.mark.parametrize("kind", ["quadrature", "corrected", "mlp"])
 def test_heads_of_16_bits_keep_to_their_budget(tokenizer, tmp_path, kind):
-    model = toys.toy("llama")
+    model = shallow()
     config = FitConfig(
         **FAST | {"kind": kind, "budget": 0.4, "bits": 16, "steps": 10, "queries": 300, "context_tokens": 300}
     )
@@ -296,7 +296,7 @@ def test_what_overflows_behind_the_last_keys_is_refused(tokenizer, make, options
 
 @pytest.mark.parametrize("kind", ["quadrature", "mlp"])
 def test_a_window_that_leaves_no_room_is_too_small(tokenizer, kind):
-    model = toys.toy("llama")
+    model = shallow()
     model.args.max_position_embeddings = 64
     with pytest.raises(NectarError, match=r"the model's window of 64 tokens is too small: .* 1,024"):
         toys.fit(model, tokenizer, TEXT, config=FitConfig(**FAST | {"kind": kind}))

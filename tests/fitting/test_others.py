@@ -20,7 +20,7 @@ from nectar_mlx.fitting.solve.initial import Init
 from nectar_mlx.heads import Quadrature
 from nectar_mlx.mlxlm.kept import attention_caches
 from tests import oracle, toys
-from tests.fitting.toy_fit import FAST, TEXT, fit_run, read
+from tests.fitting.toy_fit import FAST, TEXT, fit_run, read, shallow
 
 HEAD = toys.random_tokens(5, seed=99)
 TAIL = toys.random_tokens(9, seed=98)
@@ -61,7 +61,7 @@ def test_conversations_stand_so_far_on_that_all_texts_are_within_the_window(toke
 
 def test_a_sample_counts_the_others_to_the_live_tokens(tokenizer):
     """Against float64: the text's own (o, L), and beside it the others' nodes and live tokens, which weigh twice."""
-    model = toys.toy("llama")
+    model = shallow()
     file, own = toys.picked(model, prefix(1), 12), prefix(3)
     context = in_view(model, tokenizer, [file], own)
     caches = context.make_cache(CaptureCache)
@@ -142,11 +142,11 @@ def test_the_whole_attention_errs_less_where_the_loss_sees_the_others():
 
 @pytest.fixture(scope="module")
 def other(tokenizer):
-    return toys.fit(toys.toy("llama"), tokenizer, OTHER, config=FitConfig(**FAST, budget=0.3), source="heron.txt")
+    return toys.fit(shallow(), tokenizer, OTHER, config=FitConfig(**FAST, budget=0.3), source="heron.txt")
 
 
 def test_the_report_tells_of_the_others_and_the_claim_holds_them(tmp_path, tokenizer, other):
-    model = toys.toy("llama")
+    model = shallow()
     fitted = Nectar.fit(model, tokenizer, TEXT, others=[other], **FAST | {"budget": 0.3})
     assert fitted.report["with"] == ["heron.txt"] and fitted.metadata["with"] == [other.digest]
     assert 0 <= fitted.report["kl_with"] < fitted.report["kl_no_context"]
@@ -172,17 +172,17 @@ def test_the_report_tells_of_the_others_and_the_claim_holds_them(tmp_path, token
 
 
 def test_what_cannot_be_fitted_together_is_refused(tokenizer, other):
-    model = toys.toy("llama")
+    model = shallow()
 
     def refused(match, *, model=model, others=(other,), **options):
         with pytest.raises(NectarError, match=match) as error:
             Nectar.fit(model, tokenizer, TEXT, others=others, **FAST | {"budget": 0.3} | options)
         assert "\n" not in str(error.value)
 
-    refused("heron.txt was fitted on another model", model=toys.toy("llama", seed=1))
+    refused("heron.txt was fitted on another model", model=shallow("llama", seed=1))
     refused("kind mlp is fitted to its text alone", kind="mlp")
     refused("layer by layer is fitted alone", layerwise=True)
-    small = toys.toy("llama", max_position_embeddings=1024 + len(toys.tokenizer().encode(TEXT)) + 60)
+    small = shallow("llama", max_position_embeddings=1024 + len(toys.tokenizer().encode(TEXT)) + 60)
     refused("window of .* leaves room for", model=small, others=[fit_on(small, other)])
     networks = toys.fit(model, tokenizer, OTHER, config=FitConfig(**FAST, budget=0.3, kind="mlp"))
     refused("networks", others=[networks])
@@ -196,7 +196,7 @@ def fit_on(model, other):
 
 
 def test_a_text_is_fitted_with_another_by_a_command(tmp_path, tokenizer, capsys):
-    folder = toys.save_model(toys.toy("llama"), tmp_path / "model", tokenizer)
+    folder = toys.save_model(shallow(), tmp_path / "model", tokenizer)
     for name, text in (("first", OTHER), ("second", TEXT)):
         (tmp_path / f"{name}.txt").write_text(text)
 
@@ -212,7 +212,7 @@ def test_a_text_is_fitted_with_another_by_a_command(tmp_path, tokenizer, capsys)
     assert "with first.txt in view: KL" in said.err and json.loads(said.out)["with"] == ["first.txt"]
     assert command("second") == 2 and "another fit" in capsys.readouterr().err
     assert inspect.main([str(tmp_path / "second.nectar")]) == 0 and "first.txt" in capsys.readouterr().out
-    model = toys.toy("llama")
+    model = shallow()
     both = compose([Nectar.load(tmp_path / f"{name}.nectar", model) for name in ("first", "second")], model)
     assert mx.isfinite(model(mx.array([TAIL]), cache=both.make_cache())).all().item()
     assert command("second", "--with", tmp_path / "second.txt") == 2

@@ -20,7 +20,7 @@ from nectar_mlx.heads.hybrid import ANCHORS, EVERYTHING, SINKS, TAIL, anchor_pos
 from nectar_mlx.mlxlm import prompts
 from nectar_mlx.retrieval import sketch
 from tests import oracle, toys
-from tests.fitting.toy_fit import FAST, TEXT, fit_run, read
+from tests.fitting.toy_fit import FAST, TEXT, fit_run, read, shallow
 
 M, N, n, D, SCALE = 2, 40, 90, 16, 0.4
 OPTIONS = {"steps": 40, "budget": 0.3}
@@ -133,7 +133,7 @@ def fitted(toy_fit):
 
 
 def test_kinds(tokenizer, fitted):
-    model, errors = toys.toy("llama"), {}
+    model, errors = shallow(), {}
     for kind, nectar in fitted.items():
         assert nectar.nbytes <= 0.3 * nectar.cache_nbytes
         assert nectar.report["kl"] < (1.0 if kind == "retrieval" else 0.5) * nectar.report["kl_no_context"]
@@ -167,7 +167,7 @@ def test_a_file_that_keeps_its_study_has_its_keys(tokenizer, tmp_path):
 @pytest.mark.parametrize("architecture", ["gemma3_text", "gpt_oss", "qwen3"])
 def test_architectures(tokenizer, toy_fit, architecture):
     """Sliding windows, sinks in the denominator, normalized queries."""
-    model = toys.toy(architecture)
+    model = shallow(architecture)
     nectar = toy_fit(architecture, **OPTIONS, kind="retrieval", context_tokens=150)
     tokens = nectar.prompt(tokenizer, "Who?")
     full = model(mx.array([nectar.prefix + tokens]))[:, len(nectar.prefix) :]
@@ -177,12 +177,12 @@ def test_architectures(tokenizer, toy_fit, architecture):
 
 def test_a_text_that_is_too_short(tokenizer):
     with pytest.raises(NectarError, match="at least 48 tokens"):
-        toys.fit(toys.toy("llama"), tokenizer, "the fox", config=FitConfig(kind="hybrid"))
+        toys.fit(shallow(), tokenizer, "the fox", config=FitConfig(kind="hybrid"))
 
 
 def test_from_text_to_sources_and_evaluation(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    folder = toys.save_model(toys.toy("llama"), tmp_path / "model", toys.tokenizer())
+    folder = toys.save_model(shallow(), tmp_path / "model", toys.tokenizer())
     (tmp_path / "book.txt").write_text(TEXT)
     options = ["--queries", "300", "--steps", "5", "--budget", "0.3", "--kind", "hybrid", "--json"]
     assert fit.main(["--model", str(folder), "--context", "book.txt", *options]) == 0
@@ -219,7 +219,7 @@ def test_from_text_to_sources_and_evaluation(tmp_path, capsys, monkeypatch):
 @pytest.fixture(scope="module")
 def collected(tokenizer):
     """How the heads of the toy are fitted, kind hybrid."""
-    run = fit_run(toys.toy("llama"), tokenizer, **OPTIONS, kind="hybrid")
+    run = fit_run(shallow(), tokenizer, **OPTIONS, kind="hybrid")
     return kind_fit(run, recording.collect(run, read(run, prompts.prefix(tokenizer, TEXT))))
 
 

@@ -33,7 +33,7 @@ from nectar_mlx.mlxlm import prompts
 from nectar_mlx.retrieval import find_keys
 from tests import toys
 from tests.fitting import update_figures
-from tests.fitting.toy_fit import FAST, TEXT, Recorded, fit_run, read
+from tests.fitting.toy_fit import FAST, TEXT, Recorded, fit_run, read, shallow
 
 MORE = TEXT + " A new hare came by, and it sang about the river."
 EDITED = TEXT.replace("fox number 7", "cat number 9")
@@ -41,7 +41,7 @@ EDITED = TEXT.replace("fox number 7", "cat number 9")
 
 @pytest.fixture(scope="module")
 def model():
-    return toys.toy("llama")
+    return shallow()
 
 
 @pytest.fixture(scope="module")

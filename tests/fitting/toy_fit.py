@@ -5,6 +5,7 @@ from nectar_mlx.fitting import prefill
 from nectar_mlx.fitting.config import FitConfig
 from nectar_mlx.fitting.run import FitRun
 from nectar_mlx.mlxlm import attention_patch
+from tests import toys
 
 TEXT = " ".join(f"The {a} dog sees fox number {i}, and the {b} fox runs." for i, (a, b) in enumerate(
     (a, b) for a in ("quick", "lazy", "brown", "old") for b in ("red", "sly", "young", "tired")
@@ -19,6 +20,14 @@ FAST = {
     "batch": 128,
     "matching_samples": 400,
 }
+FEW_TOGETHER = 6  # conversations, for `self_study.FEWEST_TOGETHER`: sampling is most of what the fit of a toy takes
+SHORT_ANSWERS = FAST | {"answer_tokens": 8}  # where answers need only be there
+
+
+def shallow(architecture="llama", **arguments):
+    """A toy of two layers, if all its layers are alike."""
+    layers = {"num_hidden_layers": 2} if architecture in ("llama", "qwen2", "qwen3", "phi3", "granite") else {}
+    return toys.toy(architecture, **layers | arguments)
 
 
 def fit_run(model, tokenizer, **options):
