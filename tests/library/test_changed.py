@@ -5,10 +5,11 @@ import pytest
 
 from nectar_mlx import Nectar, store
 from nectar_mlx.fitting import updating
+from nectar_mlx.fitting.samples import self_study
 from nectar_mlx.library import Library, ModelFitter, volumes
 from nectar_mlx.retrieval import find_keys
 from tests import toys
-from tests.fitting.toy_fit import FAST, TEXT
+from tests.fitting.toy_fit import FAST, FEW_TOGETHER, TEXT, shallow
 
 MORE = TEXT + " A new hare came by, and it sang about the river."
 EDITED = MORE.replace("fox number 7", "cat number 9")
@@ -18,8 +19,9 @@ EDITED = MORE.replace("fox number 7", "cat number 9")
 def added(tmp_path, monkeypatch):
     """Writes a document of a library on a toy model, and looks at it again: its file's report, and what was said."""
     said: list[str] = []
+    monkeypatch.setattr(self_study, "FEWEST_TOGETHER", FEW_TOGETHER)
     monkeypatch.setattr(volumes, "SHORT", 100)  # characters, so that it has a file of its own
-    toys.save_model(toys.toy("llama"), tmp_path / "model", toys.tokenizer())
+    toys.save_model(shallow(), tmp_path / "model", toys.tokenizer())
     fitter = ModelFitter(str(tmp_path / "model"), FAST | {"budget": 0.3}, log=said.append)
     library, note = Library(tmp_path / "library"), tmp_path / "note.md"
 

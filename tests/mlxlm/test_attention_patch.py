@@ -10,8 +10,10 @@ import pytest
 from mlx_lm.models.cache import make_prompt_cache
 
 from nectar_mlx import Nectar, NectarError
+from nectar_mlx.fitting.samples import self_study
 from nectar_mlx.mlxlm import attention_patch, class_source, hook
 from tests import toys
+from tests.fitting.toy_fit import FEW_TOGETHER
 
 PREFIX = toys.random_tokens(70)
 TURN = toys.random_tokens(37, seed=1)
@@ -162,11 +164,12 @@ def test_compute_type_of_a_quantized_model():
 
 @pytest.mark.fit
 @pytest.mark.parametrize("architecture", sorted(toys.ARCHITECTURES))
-def test_fitting(architecture):
+def test_fitting(monkeypatch, architecture):
     """A fit runs on every architecture, and knows more of the text than a model that never saw it."""
+    monkeypatch.setattr(self_study, "FEWEST_TOGETHER", FEW_TOGETHER)
     model, tokenizer = toys.toy(architecture), toys.tokenizer()
-    text = "the quick brown fox jumps over the lazy dog; who is he? the answer is here. " * 12
-    few = {"queries": 150, "conversations": 8, "checks": 2, "answer_tokens": 16, "steps": 8}
+    text = "the quick brown fox jumps over the lazy dog; who is he? the answer is here. " * 6
+    few = {"queries": 150, "conversations": 8, "checks": 2, "answer_tokens": 8, "steps": 8}
     nectar = Nectar.fit(model, tokenizer, text, budget=0.6, **few)
     assert nectar.layout.n_layers == len(nectar.geometry.fitted)
     prompt = mx.array([nectar.prompt(tokenizer, "who is the fox?")])

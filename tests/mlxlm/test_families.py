@@ -20,7 +20,7 @@ PREFIX, TURN = toys.random_tokens(40), toys.random_tokens(12, seed=1)
 MIXED = ("qwen3_next", "falcon_h1", "nemotron_h", "plamo2", "gemma3n", "gemma4", "deepseek_v3", "mistral4", "olmo3")
 
 
-def greedy(model, caches, prompt, count=6):
+def greedy(model, caches, prompt, count=4):
     steps = generate_step(mx.array(prompt), model, prompt_cache=caches, max_tokens=count)
     return [int(token) for token, _ in steps]
 

@@ -13,10 +13,12 @@ import pytest
 
 from nectar_mlx import Nectar, serve
 from nectar_mlx.fitting.config import FitConfig
+from nectar_mlx.fitting.samples import self_study
 from nectar_mlx.mlxlm import prompts
 from nectar_mlx.serving import decoding
 from tests import toys
 from tests.fitting.test_fit import FAST, TEXT
+from tests.fitting.toy_fit import FEW_TOGETHER
 
 from .running import ENDLESS, QUESTIONS, TOKENS, Running, alone, arguments, ask, wait_for
 
@@ -209,7 +211,8 @@ def test_memory_returns_to_where_it_was(books):
         server.close()
 
 
-def test_a_text_read_in_chunks_answers_from_the_nearest(tmp_path):
+def test_a_text_read_in_chunks_answers_from_the_nearest(tmp_path, monkeypatch):
+    monkeypatch.setattr(self_study, "FEWEST_TOGETHER", FEW_TOGETHER)
     folder, tokenizer, words = tmp_path / "model", toys.tokenizer(), ("copper", "velvet", "marble")
     model = toys.toy("llama", max_position_embeddings=1024 + 200)
     toys.save_model(model, folder, tokenizer)
