@@ -76,7 +76,7 @@ def mac(tmp_path):
 
 @pytest.fixture(scope="module")
 def book(tmp_path_factory):
-    return toys.book(tmp_path_factory.mktemp("book"))
+    return toys.book(tmp_path_factory.mktemp("book"), max_position_embeddings=256)  # which ends an answer
 
 
 def answer(book, capsys) -> str:

@@ -28,7 +28,7 @@ print(code, [name for name in slow if name in sys.modules], file=sys.stderr)
 
 @pytest.fixture(scope="module")
 def book(tmp_path_factory):
-    return toys.book(tmp_path_factory.mktemp("book"), max_position_embeddings=400)
+    return toys.book(tmp_path_factory.mktemp("book"), max_position_embeddings=256)
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def test_a_question_that_passes_the_window_is_refused_as_here(server, book, caps
     for place in ((), ("--here",)):
         assert ask.main([str(book.path), QUESTION * 99, *place]) == cli.FAULT
         lines.append(capsys.readouterr().err.splitlines()[-1])
-    assert all("window of 400" in line for line in lines), lines
+    assert all("window of 256" in line for line in lines), lines
 
 
 def test_a_conversation_is_the_one_held_here(server, book, monkeypatch, capsys):
