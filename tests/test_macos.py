@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from nectar_mlx import NectarError, agent, ask, serve
+from nectar_mlx.core.folders import cache_folder
 from tests import toys
 
 FOLDER = Path(__file__).parent.parent / "examples" / "macos"
@@ -43,7 +44,8 @@ class Mac:
             folder.mkdir(parents=True)
         osascript = OSASCRIPT.format(python=sys.executable, shown=self.shown, question=QUESTION)
         self.write(tools / "osascript", osascript)
-        self.nectar(f'exec "{sys.executable}" -m nectar_mlx "$@"')
+        # A new home's cache has no BLAS, and making it ready takes longer than an answer.
+        self.nectar(f'export NECTAR_CACHE="{cache_folder()}"; exec "{sys.executable}" -m nectar_mlx "$@"')
 
     def nectar(self, line: str) -> None:
         self.write(self.home / ".local" / "bin" / "nectar", f"#!/bin/sh\n{line}\n")
