@@ -56,8 +56,9 @@ def forked(work, log, *, kill_after=None):
 
 def make_toy(folder):
     from tests import toys
+    from tests.fitting.toy_fit import shallow
 
-    toys.save_model(toys.toy("llama"), folder / "model", toys.tokenizer())
+    toys.save_model(shallow(), folder / "model", toys.tokenizer())
 
 
 def contents(place):
@@ -172,9 +173,13 @@ def main(argv):
     import nectar_mlx.library
     import nectar_mlx.nectar  # noqa: F401
     from nectar_mlx.fitting import checkpoint, pipeline
+    from nectar_mlx.fitting.samples import self_study
+    from tests.fitting.toy_fit import FEW_TOGETHER
 
     # As much of a short fit as 15 s are of a long one.
     checkpoint.SAVE_SECONDS = 0.2 if arguments.model is None else 2.0
+    if arguments.model is None:
+        self_study.FEWEST_TOGETHER = FEW_TOGETHER
     if arguments.full:  # else most would be refused before the work
         pipeline.free_space = lambda folder: 1 << 40
     folder, log = arguments.folder, arguments.folder / "log"

@@ -12,14 +12,14 @@ from nectar_mlx.fitting.samples.conversation import Conversation
 from nectar_mlx.mlxlm import attention_patch
 from nectar_mlx.mlxlm.kept import State
 from tests import toys
-from tests.fitting.toy_fit import FAST, TEXT
+from tests.fitting.toy_fit import FAST, SHORT_ANSWERS, TEXT
 
 FITTED = ("qwen3_next", "falcon_h1", "nemotron_h", "gemma3n", "gemma4", "deepseek_v3", "minicpm3", "kimi_linear")
 
 
 @pytest.mark.parametrize("family", FITTED)
 def test_a_fit_knows_the_text(family, toy_fit, tmp_path):
-    nectar = toy_fit(family, budget=0.5)
+    nectar = toy_fit(family, budget=0.5, context_tokens=200)
     model, tokenizer = toys.toy(family), toys.tokenizer()
     prompt = mx.array([nectar.prompt(tokenizer, "who is the fox?")])
     truth = model(prompt, cache=toys.exact(model, nectar.prefix).make_cache())
@@ -33,7 +33,7 @@ def test_a_fit_knows_the_text(family, toy_fit, tmp_path):
 
 @pytest.mark.parametrize("family", ["qwen3_next", "falcon_h1", "nemotron_h", "kimi_linear"])
 def test_states_are_coded_in_as_few_bits_as_the_loss_allows(family, toy_fit):
-    nectar = toy_fit(family, budget=0.5)
+    nectar = toy_fit(family, budget=0.5, context_tokens=200)
     state = nectar.report["state"]
     assert state["bits"] in (8, 16) and 0 <= state["kl"] <= state_bits.LOSS
     kept = [k for k in nectar.windows.values() if isinstance(k, State)]
@@ -44,7 +44,9 @@ def test_states_are_coded_in_as_few_bits_as_the_loss_allows(family, toy_fit):
 
 def test_states_that_lose_too_much_are_kept_as_they_are(monkeypatch):
     monkeypatch.setattr(state_bits, "LOSS", -1.0)
-    nectar = toys.fit(toys.toy("qwen3_next"), toys.tokenizer(), TEXT, config=FitConfig(**FAST, budget=0.5))
+    nectar = toys.fit(
+        toys.toy("qwen3_next"), toys.tokenizer(), TEXT, config=FitConfig(**FAST, budget=0.5, context_tokens=200)
+    )
     assert nectar.report["state"]["bits"] == 32
     context = prefill.read_text(toys.toy("qwen3_next"), nectar.prefix, nectar.geometry)
     for layer, kept in context.windows.items():
@@ -90,11 +92,10 @@ def test_a_sensitivity_layer_by_layer_is_the_same_as_at_once():
 def test_a_hybrid_is_fitted_layer_by_layer_and_in_chunks(chunked):
     """In chunks, the states kept are those behind the last one: the question follows it."""
     model, tokenizer = toys.toy("qwen3_next"), toys.tokenizer()
-    options = {"layerwise": True} if not chunked else {}
-    text = TEXT * (3 if chunked else 1)
+    options = {"layerwise": True, "context_tokens": 200} if not chunked else {}
     if chunked:
-        model.args.max_position_embeddings = 1900
-    nectar = toys.fit(model, tokenizer, text, config=FitConfig(**FAST, budget=0.5, **options))
+        model.args.max_position_embeddings = 1024 + 300
+    nectar = toys.fit(model, tokenizer, TEXT, config=FitConfig(**SHORT_ANSWERS, budget=0.5, **options))
     assert bool(nectar.chunks) == chunked
     assert nectar.report["kl"] < nectar.report["kl_no_context"]
     last = nectar.prefix if not chunked else nectar._ids.text(len(nectar.chunks) - 1)

@@ -21,7 +21,7 @@ from nectar_mlx.fitting.samples.conversation import Conversation
 from nectar_mlx.mlxlm import attention_patch
 from tests import toys
 from tests.fitting.killing import TOY
-from tests.fitting.toy_fit import FAST, TEXT
+from tests.fitting.toy_fit import FAST, TEXT, shallow
 
 ROOT = Path(__file__).parents[2]
 CONFIG = FitConfig(**FAST | {"budget": 0.5, "context_tokens": 150})
@@ -71,7 +71,7 @@ class Stop(Exception):
 @pytest.mark.parametrize("stop_at", [21, 24, 27, 33])
 def test_sampling_goes_on_in_the_middle_of_a_batch(tokenizer, stop_at):
     """Answers end and are dropped from the batch at different times, before the interruption and after it."""
-    model = toys.toy("llama")
+    model = shallow()
     context = prefill.read_text(model, toys.random_tokens(40), attention_patch.route(model))
 
     def sample(batch, **options):
@@ -99,7 +99,7 @@ def test_sampling_goes_on_in_the_middle_of_a_batch(tokenizer, stop_at):
 
 
 def test_a_batch_whose_answers_have_all_ended_is_left_as_it_is(tokenizer):
-    model = toys.toy("llama")
+    model = shallow()
     context = prefill.read_text(model, toys.random_tokens(40), attention_patch.route(model))
     batch = [Conversation([9, 10, 11], [12, 13])]
     options = {"stop": {13}, "max_tokens": 16, "temperature": 1.0, "chances": sampling.chances(3, [0], 16)}
@@ -109,7 +109,7 @@ def test_a_batch_whose_answers_have_all_ended_is_left_as_it_is(tokenizer):
 
 def test_an_interrupted_batch_of_a_fit_is_continued(tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "SAVE_SECONDS", 0.0)
-    model, steps, sample = toys.toy("llama"), [], sampling.sample
+    model, steps, sample = shallow(), [], sampling.sample
 
     def counted(*arguments, **options):
         steps.append(1)
@@ -133,7 +133,7 @@ def test_an_interrupted_batch_of_a_fit_is_continued(tokenizer, tmp_path, monkeyp
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, tokenizer):
     folder = tmp_path_factory.mktemp("command")
-    toys.save_model(toys.toy("llama"), folder / "model", tokenizer)
+    toys.save_model(shallow(), folder / "model", tokenizer)
     (folder / "book.txt").write_text(TEXT)
     return folder
 
@@ -249,7 +249,7 @@ def test_a_disk_that_fills_leaves_what_update_and_add_had(tmp_path, large_disk, 
 
 def test_a_disk_that_fills_leaves_what_was_finished(tokenizer, small_disk):
     """Wherever it fills: the fit ends with one line, and with room it continues to the same file."""
-    model = toys.toy("llama")
+    model = shallow()
     whole = toys.fit(model, tokenizer, TEXT, config=CONFIG)
     whole.save(small_disk.parent / "whole.nectar")
     expected = (small_disk.parent / "whole.nectar").read_bytes()

@@ -297,6 +297,7 @@ def test_scores_that_have_20_000_in_common(simulate, options):
     assert scores.min() > 19_000
     error = case.error()
     assert error < TOLERANCE[options["element"]]
+    simulate(mode="plain")  # of the other one only the numbers count
     bank = BANKS[case.kind].stack(case.heads, scale=case.scale)
     case.kernel = DecodeKernel(pack(bank, dtype=DTYPES[options["storage"]]))
     assert case.error() > 10 * max(error, TOLERANCE[options["element"]])
