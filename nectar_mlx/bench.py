@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = cli.Parser("bench", __doc__)
-    parser.add_argument("what", choices=("decode", "fit", "selftest"))
+    parser.add_argument("what", choices=("decode", "fit", "selftest"), metavar="WHAT", help="decode, fit or selftest")
     parser.add_argument(
         "--shape", choices=SHAPES, default="qwen3-1.7b", help="the model's sizes; its weights are random"
     )

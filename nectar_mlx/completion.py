@@ -47,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = cli.Parser(
         "completion", "Writes a completion script. " + " ".join(f"{k}: {v}." for k, v in _INSTALL.items())
     )
-    parser.add_argument("shell", choices=_INSTALL)
+    parser.add_argument("shell", choices=_INSTALL, metavar="SHELL", help="zsh, bash or fish")
     return parser
 
 

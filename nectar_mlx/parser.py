@@ -28,7 +28,17 @@ class Parser(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
+        required = message.removeprefix("the following arguments are required: ")
+        if required != message:
+            message = self._missing(required.split(", ")[0])
         self.exit(FAULT, terminal.printable(f"{self.prog}: {message} (see {self.prog} --help)", one_line=True) + "\n")
+
+    def _missing(self, name: str) -> str:
+        """What the argument of this name is for: argparse names it only."""
+        for action in self._actions:
+            if action.help and name in (*action.option_strings, action.metavar, action.dest):
+                return f"{name} is missing: {action.help}"
+        return f"{name} is missing"
 
 
 def refuse_unknown(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:

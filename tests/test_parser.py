@@ -2,7 +2,7 @@
 
 import pytest
 
-from nectar_mlx import ask, cli, fit
+from nectar_mlx import add, ask, bench, cli, fit
 
 
 @pytest.mark.parametrize(
@@ -12,7 +12,10 @@ from nectar_mlx import ask, cli, fit
         (fit, ["-context", "book.txt"], "nectar fit: there is no option -context; did you mean --context?"),
         (fit, ["--context", "book.txt", "--budgt=2%"], "there is no option --budgt; did you mean --budget?"),
         (ask, ["book.nectar", "who?", "--zzz"], "nectar ask: there is no option --zzz (see nectar ask --help)"),
-        (ask, ["book.nectar"], "nectar ask: the following arguments are required: question"),
+        (ask, ["book.nectar"], "nectar ask: question is missing: the question, in quotes or not"),
+        (fit, ["book.txt"], "nectar fit: --context is missing: files and folders to read (see nectar fit --help)"),
+        (add, [], "nectar add: PATH is missing: files and folders"),
+        (bench, [], "nectar bench: WHAT is missing: decode, fit or selftest"),
     ],
 )
 def test_an_option_that_there_is_not_is_named_with_the_one_that_was_meant(command, arguments, said, capsys):
