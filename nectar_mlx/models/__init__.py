@@ -146,8 +146,10 @@ def _fetch_demo(log: Log, progress: Progress) -> None:
 
 def _converted(path: Path, log: Log, progress: Progress) -> Path:
     """The folder that a .gguf file was converted into: another path, size or time of change makes another folder."""
-    if path.suffix != ".gguf" or not os.path.isfile(path):
+    if not os.path.isfile(path):
         raise NectarError(f"{path}: no such folder or .gguf file")
+    if path.suffix != ".gguf":
+        raise NectarError(f"{path} is not a model: give its folder, a .gguf file, or a name such as {DEMO}")
     stat = path.stat()
     key = hashlib.sha256(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:12]
     folder = cache_folder() / f"{path.stem}-{key}-{_CONVERSION}"

