@@ -30,7 +30,8 @@ def _work(args: argparse.Namespace) -> None:
     width = max((len(document.name) for document in documents), default=0)
     for document in documents:
         print(f"{document.name:<{width}}  {_described(document)}")
-    model = f", fitted on {identity.described}" if identity else ""
+    fitted = "fitted on" if any(document.file for document in documents) else "to be fitted on"
+    model = f", {fitted} {identity.described}" if identity else ""
     hint = "" if documents else ": `nectar add FOLDER` fills it"
     count = f"{len(documents):,} document{'s' * (len(documents) != 1)}"
     cli.say(f"{count} in {library.folder.path}{model}{hint}")

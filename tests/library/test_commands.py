@@ -416,6 +416,13 @@ def test_sources_name_the_document_and_its_page(folder, tmp_path, model, capsys)
     assert json.loads(capsys.readouterr().out)["sources"][0]["document"] == "note.txt"
 
 
+def test_the_list_of_what_is_not_fitted_yet_says_so(folder, cheap, tmp_path, capsys):
+    (tmp_path / "note.txt").write_text("unfittable")
+    run("add", tmp_path / "note.txt", "--model", "some")
+    capsys.readouterr()
+    assert run("list") == 0 and ", to be fitted on some\n" in capsys.readouterr().err
+
+
 def test_a_library_keeps_its_models_adapter(folder, tmp_path, model, capsys):
     (tmp_path / "herons.txt").write_text("The heron Olga was ringed in 1987. " + "Herons stand in water. " * 20)
     adapter = toys.adapter(tmp_path / "adapter")
