@@ -56,6 +56,8 @@ def _work(args: argparse.Namespace) -> None:
     served = None if group else remote.reply(args, [{"role": "user", "content": question}])
     reply = served or _Here(args, question, group)
     if not args.json:
+        if args.cite:  # a long answer would else look like a program that hangs
+            cli.say("writing the answer: with --cite it is shown whole")
         ended = writing.show(iter(reply), quiet=args.cite)
         if args.cite:
             cli.show_answer(reply.cited())

@@ -171,6 +171,7 @@ def test_ask(book, capsys):
     assert ask.main([str(book.path), "who?", "--cite", "--exact", "0", "--max-tokens", "4"]) == 0
     out, err = capsys.readouterr()
     assert out.rstrip().endswith("[?]") and "no passage of the text says this" in err
+    assert err.startswith("writing the answer: with --cite it is shown whole\n") or "\nwriting the answer: with" in err
     assert ask.main([str(book.path), "who?", "--exact", "1.5"]) == 2
 
 
