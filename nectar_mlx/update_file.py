@@ -13,7 +13,7 @@ from .errors import NectarError
 if TYPE_CHECKING:
     from .nectar import Nectar
 
-_MOST = 0.75  # of a text: where more is another, it is most likely the wrong one
+_MOST = 0.75  # of a text: where more has changed, it is most likely the wrong one
 
 
 def names_file(argv: Sequence[str]) -> bool:
@@ -37,7 +37,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--exclude", nargs="+", default=[], metavar="PATTERN", help="of a folder leave these aside")
     parser.add_argument("--strict", action="store_true", help="refuse if a file, or a part of one, cannot be read")
     parser.add_argument("--output", type=Path, help="the file to write (default: the same one)")
-    parser.add_argument("--force", action="store_true", help="replace the file, though most of the text is another")
+    parser.add_argument("--force", action="store_true", help="replace the file, though most of the text has changed")
     cli.add_model(parser)
     parser.add_argument("--fresh", action="store_true", help="start anew (default: continue an interrupted update)")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")

@@ -591,7 +591,7 @@ class TestFit:
     @pytest.mark.parametrize(
         ("text", "change", "reason"),
         [
-            (TEXT[: len(TEXT) // 3], {}, "of the text is another"),
+            (TEXT[: len(TEXT) // 3], {}, "of the text has changed"),
             (TEXT * 2, {}, "too many for an update"),
             (EDITED, {"study": None}, "keep-study"),
             (MORE, {"model_sha256": "0" * 64}, "another model"),
@@ -756,7 +756,7 @@ class TestCommand:
         before = (folder / "book.nectar").read_bytes()
         other = " ".join(f"Ship {n} lay in harbour {n * 7 % 11}." for n in range(40))
         assert self.run(folder, other) == 2
-        assert "of the text is another: if it is the right one" in capsys.readouterr().err
+        assert "of the text has changed: if it is the right one" in capsys.readouterr().err
         assert (folder / "book.nectar").read_bytes() == before
         assert self.run(folder, other, "--output", str(folder / "ships.nectar")) == 0
         assert (folder / "book.nectar").read_bytes() == before
@@ -777,7 +777,7 @@ class TestCommand:
     @pytest.mark.parametrize(
         "arguments, said",
         [
-            (["--context", "book.txt"], "required: FILE.nectar"),
+            (["--context", "book.txt"], "FILE.nectar is missing: the file to bring up to date"),
             (["book.txt", "--context", "book.txt"], "book.txt is not a .nectar"),
             (["--strict", "book.nectar", "--context=other.txt"], "other.txt: no such file"),
         ],

@@ -40,7 +40,7 @@ def test_what_is_added_to_it_and_what_is_changed_in_it_is_fitted_alone(added):
     report, said = added(MORE)
     assert report["updated"]["way"] == "append" and "tokens were added" in said[0]
     report, said = added(EDITED)
-    assert report["updated"]["way"] == "edit" and "of the text is another" in said[0]
+    assert report["updated"]["way"] == "edit" and "of the text has changed" in said[0]
 
 
 def test_a_file_that_is_still_right_keeps_the_keys_beside_it(tmp_path, monkeypatch):
@@ -58,7 +58,7 @@ def test_a_file_that_is_still_right_keeps_the_keys_beside_it(tmp_path, monkeypat
 def test_another_text_is_fitted_anew(added):
     report, said = added(" ".join(TEXT.split()[::-1]))
     assert "updated" not in report
-    assert said[-1].startswith("fitting anew: ") and said[-1].endswith("of the text is another")
+    assert said[-1].startswith("fitting anew: ") and said[-1].endswith("of the text has changed")
 
 
 def test_an_update_that_is_worse_is_given_up(added, monkeypatch):

@@ -75,7 +75,7 @@ def update(
     revision = plan.revision
     if revision.new != revision.old and not revision.appended and revision.share > most:
         raise NectarError(
-            f"{revision.share:.0%} of the text is another: if it is the right one, say so by --force, or give another "
+            f"{revision.share:.0%} of the text has changed: if it is the right one, say so by --force, or give another "
             "--output"
         )
     if plan.way == "same":

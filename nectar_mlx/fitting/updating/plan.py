@@ -53,7 +53,7 @@ class Plan:
     def described(self) -> str:
         if self.way == "append":
             return f"{self.revision.appended:,} tokens were added to {len(self.revision.old):,}"
-        return f"{self.revision.share:.1%} of the text is another"
+        return f"{self.revision.share:.1%} of the text has changed"
 
 
 def planned(run: FitRun, file: FileContents, text: str) -> Plan:
@@ -88,7 +88,7 @@ def _edit(run: FitRun, file: FileContents, plan: Plan, distilled: bool) -> Plan:
     if distilled:
         return plan.fit("heads that were trained through the whole model cannot be edited")
     if plan.revision.share > MOST_EDITED:
-        return plan.fit(f"{plan.revision.share:.0%} of the text is another")
+        return plan.fit(f"{plan.revision.share:.0%} of the text has changed")
     if not plan.study:
         return plan.fit("the file keeps no conversations (nectar fit --keep-study)")
     return _cheaper(run, plan, _trained_on(run, plan))
