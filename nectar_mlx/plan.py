@@ -17,7 +17,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = cli.Parser("plan", "Estimates time, memory and size of a fit. Nothing is loaded or fetched.")
+    parser = cli.Parser(
+        "plan",
+        "Estimates time, memory and size of a fit. Nothing is loaded or fetched. Of a text that is here: "
+        "`nectar fit --context FILE --dry-run`.",
+    )
     parser.add_argument(
         "--model", nargs="+", metavar="NAME", help="published names, folders or .gguf files (all known ones)"
     )
