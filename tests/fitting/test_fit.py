@@ -80,8 +80,8 @@ def test_equal_seeds_give_equal_tensors(tokenizer, toy_fit):
 
 
 FIGURES = {"kl", "agree", "kl_no_context", "gap_closed", "recall", "verdict"}
-LAYERWISE = FIGURES | {"budget", "sizes", "queries", "error", "seconds", "peak_memory", "layerwise"}
-WHOLE = LAYERWISE - {"layerwise"} | {"ahead"}
+WHOLE = FIGURES | {"budget", "sizes", "queries", "error", "seconds", "peak_memory", "ahead"}
+LAYERWISE = WHOLE | {"layerwise"}
 STAGES = {"read", "study", "budgets", "regression", "check"}
 
 
