@@ -132,6 +132,7 @@ def _work(arguments: argparse.Namespace) -> None:
     from .fitting import pipeline, sharded
     from .fitting.checkpoint import Checkpoint
     from .fitting.distributed import World
+    from .fitting.samples import kept_study
     from .installed import choose
     from .nectar import Nectar
 
@@ -177,6 +178,8 @@ def _work(arguments: argparse.Namespace) -> None:
         checkpoint.clear()
     _report(output, nectar, as_json=arguments.json)
     cli.say(nectar.text(tokenizer).summary())
+    if config.keep_study and kept_study.TENSOR not in nectar.tensors:  # of a text in parts, and of kinds without any
+        cli.say("--keep-study: this fit has no conversations to keep, so `nectar update` will fit a changed text anew")
 
 
 def _config(arguments: argparse.Namespace) -> "FitConfig":

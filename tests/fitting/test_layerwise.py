@@ -331,10 +331,11 @@ def test_the_command(tokenizer, tmp_path, capsys):
     toys.save_model(shallow(), tmp_path / "model", tokenizer)
     (tmp_path / "book.txt").write_text(TEXT)
     arguments = ["--model", str(tmp_path / "model"), "--context", str(tmp_path / "book.txt"), "--budget", "0.5"]
-    small = ["--queries", "300", "--steps", "5", "--context-tokens", "200", "--layerwise", "--json"]
+    small = ["--queries", "300", "--steps", "5", "--context-tokens", "200", "--layerwise", "--keep-study", "--json"]
     assert fit.main([*arguments, *small, "--output", str(tmp_path / "out.nectar")]) == 0
     out, err = capsys.readouterr()
     assert json.loads(out)["layerwise"] and "s, layer by layer\n" in err
+    assert "this fit has no conversations to keep" in err
     assert fit.main([*arguments, "--prefill", "some", "--output", str(tmp_path / "no.nectar")]) == 2
     assert "dense or fixed" in capsys.readouterr().err
 
