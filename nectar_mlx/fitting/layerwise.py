@@ -35,7 +35,7 @@ from .run import FitRun
 from .samples import instructions, self_study
 from .samples.ahead import furthest, spaced
 from .samples.capture import CaptureCache, Collected, ReplayBatch, capture, held_out_count, record, replay_batches
-from .samples.conversation import Conversation, Split, answered_checks, count_samples
+from .samples.conversation import Conversation, Split, answered_checks, count_samples, furthest_ahead
 from .samples.sample_store import SampleStore
 from .sizes import mean_bits, sensitivity, trial_errors
 from .train import merged_errors, train_heads
@@ -183,7 +183,7 @@ class LayerwiseFit:
     def train(self, plan: Plan, conversations: Sequence[Conversation]) -> FittedChunk:
         """All heads, trained as planned; each layer's are kept as they will be stored, which is how little they
         take from now on."""
-        ahead = max((c.ahead for c in conversations), default=0)
+        ahead = furthest_ahead(conversations)
         chunk = FittedChunk(plan=plan, layers=[], errors=[], samples=0, ahead=ahead, windows={}, answers=[])
         K, one = self.run.geometry.n_kv_heads, replace(self.run.layout, n_layers=1)
         with self.run.progress("fitting layers", self.run.layout.n_layers) as done:

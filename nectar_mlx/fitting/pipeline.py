@@ -101,9 +101,7 @@ def fit(
         tensors, report = chunks.fit(run, prefix, chunks=lengths, layerwise=layerwise, clock=clock)
     else:
         tensors, report, keys = _fit_whole(run, prefix, text=text, clock=clock)
-    kept = sum(x.nbytes for name, x in tensors.items() if name not in ("prefix", kept_study.TENSOR))
-    if sentence := verdict.sentence(report, share=kept / run.geometry.cache_bytes(len(prefix))):
-        report["verdict"] = sentence
+    judge(run, tensors, report, tokens=len(prefix))
     if left_out := len(whole) - len(prefix):
         report["left_out_tokens"] = left_out
     report["seconds"] = clock.laps
@@ -112,6 +110,13 @@ def fit(
         tensors, run.layout, run.geometry, provenance=provenance, report=report, chunks=lengths
     )
     return tensors, metadata, keys
+
+
+def judge(run: FitRun, tensors: store.Tensors, report: JsonObject, *, tokens: int) -> None:
+    """Adds to a report the verdict on its figures, where they allow one. tokens: that the tensors stand for."""
+    kept = sum(x.nbytes for name, x in tensors.items() if name not in ("prefix", kept_study.TENSOR))
+    if sentence := verdict.sentence(report, share=kept / run.geometry.cache_bytes(tokens)):
+        report["verdict"] = sentence
 
 
 def _agreed(run: FitRun) -> FitRun:

@@ -65,12 +65,12 @@ class FittedText:
         within = None if chunk is None else self._characters(tokenizer, chunk)
         name, number = self.about
         files = [f for n, f in enumerate(passages.reading.files) if (f.name == name if number is None else n == number)]
-        if len(files) != 1:
-            return sources.find(passages, question, answer, attention=attention, within=within, count=count)
-        start, end = within or (files[0].start, files[0].end)
-        within = max(start, files[0].start), min(end, files[0].end)
+        one = files[0] if len(files) == 1 else None
+        if one is not None:
+            start, end = within or (one.start, one.end)
+            within = max(start, one.start), min(end, one.end)
         found = sources.find(passages, question, answer, attention=attention, within=within, count=count)
-        return [replace(source, document=name) for source in found]
+        return found if one is None else [replace(source, document=name) for source in found]
 
     def nearest(self, tokenizer: Tokenizer, question: str) -> int | None:
         """The number of the chunk that a question is about, by its words; None where no word tells."""

@@ -25,7 +25,7 @@ from .. import finite
 from ..distributed import World, parts
 from ..prefill import Context
 from ..run import FitRun
-from .conversation import Conversation, Split
+from .conversation import Conversation, Split, furthest_ahead
 from .sample_store import DeviceSampleStore, Samples, SampleStore
 from .study_cache import StudyCache
 
@@ -54,7 +54,7 @@ class Collected:
     @property
     def furthest(self) -> int:
         """How many positions further on than right behind the text a conversation began."""
-        return max((c.ahead for c in self.conversations), default=0)
+        return furthest_ahead(self.conversations)
 
     def fetch(self, heads: Collection[int], world: World) -> None:
         """Gets the samples of heads that this rank does not have from those that do. All ranks must call it."""

@@ -61,6 +61,11 @@ def without(conversations: Sequence[Conversation], others: Sequence[Conversation
     return [c for c in conversations if id(c) not in among]
 
 
+def furthest_ahead(conversations: Sequence[Conversation]) -> int:
+    """How many positions further on than right behind the text one of them begins, at most."""
+    return max((c.ahead for c in conversations), default=0)
+
+
 def answered_checks(conversations: Sequence[Conversation]) -> list[Conversation]:
     """Those that a finished fit is measured on."""
     return [c for c in conversations if c.split == "check" and c.answer]

@@ -40,7 +40,7 @@ def importance(
     `match`."""
     total, counts = mx.zeros(keys.shape[:2]), _counts(samples, by_share)
     for part, count in _parts(samples, total.size, counts):
-        total = total + mx.square(count * attention_weights(part, keys, scale=scale, bias=bias)).sum(1)
+        total = total + mx.square(_counted(attention_weights(part, keys, scale=scale, bias=bias), count)).sum(1)
         mx.eval(total)
     return mx.sqrt(total / samples.queries.shape[1])
 
@@ -79,21 +79,26 @@ def mean_squares(queries: mx.array, *, centered: bool = False) -> mx.array:
     return mx.stack(squares)
 
 
-def _parts(samples: Samples, scores: int, counts: mx.array | None = None) -> Iterator[tuple[Samples, mx.array]]:
-    """Samples, so many at a time that there is room for the scores, and their counts [M, N or 1, 1]; scores: of one
-    row of all heads."""
-    step, counts = max(1, device().max_scores // scores), mx.ones((1, 1, 1)) if counts is None else counts
+def _parts(samples: Samples, scores: int, counts: mx.array | None = None) -> Iterator[tuple[Samples, mx.array | None]]:
+    """Samples, so many at a time that there is room for the scores, and their counts; scores: of one row of all
+    heads."""
+    step = max(1, device().max_scores // scores)
     for start in range(0, samples.queries.shape[1], step):
         part = slice(start, start + step)
-        yield samples.some(part), counts if counts.shape[1] == 1 else counts[:, part]
+        yield samples.some(part), None if counts is None else counts[:, part]
 
 
 def _counts(samples: Samples, by_share: bool) -> mx.array | None:
-    """How much each sample's errors count, [M, N, 1]."""
+    """How much each sample's errors count, [M, N, 1]; None where all count alike."""
     if not by_share:
         return None
     share = mx.square(sigmoid(samples.log_normalizer - samples.live_log_normalizer))
     return mx.sqrt(share / mx.maximum(share.mean(1, keepdims=True), 1e-30) + _LEAST_SHARE)[..., None]
+
+
+def _counted(rows: mx.array, counts: mx.array | None) -> mx.array:
+    """Rows [M, N, ...] of samples, as much as these count."""
+    return rows if counts is None else counts * rows
 
 
 def most_important(weights: mx.array, count: int) -> mx.array:
@@ -116,17 +121,17 @@ def match(
     gram, ones = mx.zeros((*alive.shape, count)), mx.zeros((*alive.shape, 1))
     right = mx.zeros((*alive.shape, values[0].shape[1]))
     for part, by in _parts(samples, alive.size, counts):
-        weights = by * attention_weights(part, padded, scale=scale) * alive[:, None]
-        gram, ones = mx.addmm(gram, weights.swapaxes(1, 2), weights), ones + (by * weights).sum(1)[..., None]
+        weights = _counted(attention_weights(part, padded, scale=scale), by) * alive[:, None]
+        gram, ones = mx.addmm(gram, weights.swapaxes(1, 2), weights), ones + _counted(weights, by).sum(1)[..., None]
         mx.eval(gram, ones)
     mass = nonnegative_least_squares(gram, ones)
     gram = mx.zeros_like(gram)
     for part, by in _parts(samples, alive.size, counts):
         shares = attention_weights(part, padded, scale=scale) * (alive * mass)[:, None]
-        shares = by * shares / mx.maximum(shares.sum(-1, keepdims=True), 1e-20)
+        shares = _counted(shares, by) / mx.maximum(shares.sum(-1, keepdims=True), 1e-20)
         by_node = shares.swapaxes(1, 2)
         gram = mx.addmm(gram, by_node, shares)
-        right = mx.addmm(right, by_node, by * part.output.astype(mx.float32))
+        right = mx.addmm(right, by_node, _counted(part.output.astype(mx.float32), by))
         mx.eval(gram, right)
     sizes = [k.shape[0] for k in keys]
     towards = mx.stack([mx.pad(v.astype(mx.float32), [(0, count - v.shape[0]), (0, 0)]) for v in values])

@@ -135,9 +135,7 @@ def _updated(run: FitRun, file: FileContents, plan: Plan, *, source: str) -> Out
         # And without those that quote what was left out: whoever takes it out of a text wants it out of the file.
         still = [c for c in study if not revision.quotes_left_out(c.prompt + c.answer)]
         tensors[kept_study.TENSOR] = kept_study.packed(_further_study(still, fresh))
-    kept = sum(x.nbytes for name, x in tensors.items() if name not in ("prefix", kept_study.TENSOR))
-    if sentence := verdict.sentence(report, share=kept / run.geometry.cache_bytes(len(prefix))):
-        report["verdict"] = sentence
+    pipeline.judge(run, tensors, report, tokens=len(prefix))
     report["seconds"] = clock.laps
     metadata = store.description(
         tensors,
