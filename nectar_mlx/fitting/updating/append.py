@@ -26,7 +26,7 @@ from .behind import read_behind
 from .revision import Revision
 
 _GROWTH = 3.3  # times as many nodes a new token as a fit gives, at most
-_EVEN = 0.35  # power of a head's nodes that its new ones follow: a few more matter most where there are few
+_EVEN = 0.6  # power of a head's nodes that its new ones follow: a few more matter most where there are few
 
 
 class Effort(NamedTuple):
