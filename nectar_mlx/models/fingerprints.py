@@ -3,8 +3,10 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from operator import itemgetter
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -16,6 +18,7 @@ from nectar_mlx.models.sharding import shard_of
 
 _LORA = ("lora_a", "lora_b", "m")  # parameters of a LoRA or DoRA layer beside the layer's own
 _Sampled = tuple[str, tuple[int, ...], mx.array]  # of a parameter its name, shape and `_sample`
+_KNOWN: WeakKeyDictionary[Any, tuple[Any, str]] = WeakKeyDictionary()  # of a tokenizer what tells a change, and digest
 
 
 def arguments(model: nn.Module) -> Any:
@@ -58,16 +61,36 @@ def adapter_fingerprint(model: nn.Module, names: Iterable[str] = ()) -> str | No
 
 
 def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
-    """The sha256 of everything that decides token ids and prompts: vocabulary, merges, chat template, an encoding."""
+    """The sha256 of everything that decides token ids and prompts: vocabulary, merges, chat template, an encoding.
+
+    A second's work for a large vocabulary, so it is done once for a tokenizer, and again where that has changed.
+    """
+    # The encoding covers normalization and splitting, whose serialisation differs between library versions.
+    encoded = list(tokenizer.encode("We'll  see:\n\n1234 naïve ﬁnds, x_1 = [3.14];\t你好 🙂 <s>"))
+    template = getattr(tokenizer, "chat_template", None)
+    if not isinstance(tokenizer, Hashable):
+        return _tokenizer_digest(tokenizer, template, encoded)
+    state = (_vocabulary_size(tokenizer), template, encoded)
+    known = _KNOWN.get(tokenizer)
+    if known is None or known[0] != state:
+        known = _KNOWN[tokenizer] = (state, _tokenizer_digest(tokenizer, template, encoded))
+    return known[1]
+
+
+def _vocabulary_size(tokenizer: Any) -> int:
+    """Without the time that a copy of the vocabulary takes, where the tokenizer tells it."""
+    size = getattr(tokenizer, "__len__", None)  # wrappers may have it as an attribute alone, which `len` does not see
+    return int(size()) if size else len(tokenizer.get_vocab())
+
+
+def _tokenizer_digest(tokenizer: Any, template: Any, encoded: list[int]) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     merges = json.loads(backend.to_str())["model"].get("merges") if backend else None
-    # The encoding covers normalization and splitting, whose serialisation differs between library versions.
-    text = "We'll  see:\n\n1234 naïve ﬁnds, x_1 = [3.14];\t你好 🙂 <s>"
     contents = [
-        sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0])),
+        sorted(tokenizer.get_vocab().items(), key=itemgetter(1, 0)),
         [" ".join(merge) if isinstance(merge, list) else merge for merge in merges or []],
-        getattr(tokenizer, "chat_template", None),
-        list(tokenizer.encode(text)),
+        template,
+        encoded,
     ]
     return hashlib.sha256(json.dumps(contents, sort_keys=True, default=str).encode()).hexdigest()
 

@@ -17,6 +17,7 @@ from mlx_lm.models import llama
 
 from nectar_mlx import NectarError, models
 from nectar_mlx.core import files, folders
+from nectar_mlx.models import fingerprints
 from tests import toys
 
 
@@ -174,6 +175,13 @@ def test_a_tokenizers_fingerprint(demo: tuple[Any, Any]) -> None:
     added = models.tokenizer_fingerprint(tokenizer)
     tokenizer.chat_template = "{{ messages[0].content }}"
     assert len({fingerprint, added, models.tokenizer_fingerprint(tokenizer)}) == 3
+
+
+def test_a_vocabulary_is_read_once_for_its_fingerprint(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = mlx_lm.utils.load_tokenizer(models.resolve(models.DEMO).path)
+    first = models.tokenizer_fingerprint(tokenizer)
+    monkeypatch.setattr(fingerprints, "_tokenizer_digest", None)
+    assert models.tokenizer_fingerprint(tokenizer) == first
 
 
 @pytest.mark.parametrize("name", ["./absent", "~/absent/model", "/absent", "absent.gguf"])
