@@ -21,8 +21,8 @@ _LARGE, _WHOLE = 0.4, 0.9  # of the text's keys: what large heads have, and thos
 _CROWD = 1.5  # times their share of the text: the share of a head's nodes that new tokens get
 
 EDIT = Effort(kept=0.65, new=1.0, steps=0.4, rate=1 / 2, few=0.7)
-# Where all heads are trained on many samples, both are the smaller part of a fit's time, and it takes more of either.
-EDIT_MANY = Effort(kept=1.0, new=1.0, steps=0.5, rate=1.0, few=1.0)
+# Where all heads are trained on many samples, half of these and a quarter of the steps lose next to nothing.
+EDIT_MANY = Effort(kept=0.5, new=1.0, steps=0.25, rate=1 / 2, few=0.5)
 MORE_MANY = Effort(kept=1.0, new=3.0, steps=1.0, rate=1.0, few=1.0)  # where more text follows
 
 
