@@ -14,6 +14,8 @@ from ..core.progress import Progress, silent
 from ..core.words import words
 from ..documents import Place
 from ..documents.files import Source, find
+from ..documents.packages import is_package
+from ..documents.reading import Unreadable
 from ..errors import NectarError
 from . import index
 from .database import Database, path_bytes, shown
@@ -102,11 +104,7 @@ def _sources(roots: Sequence[Root], own: Callable[[bytes], bool]) -> dict[bytes,
 
 def _take(database: Database, path: bytes, source: Source, done: Scan) -> None:
     """Brings the row of one file up to date."""
-    try:
-        status = os.stat(path)
-        size, mtime = status.st_size, status.st_mtime_ns
-    except OSError:
-        size, mtime = -1, -1
+    size, mtime = source.stamp()
     with database.reading() as rows:
         known = rows.execute(
             "SELECT size, mtime, sha256, reason, missing FROM files WHERE path = ?", (path,)
@@ -137,13 +135,10 @@ def _read(source: Source) -> tuple[str, str, documents.Reading | None]:
     """The sha256 of a file, and either its text or the reason why there is none."""
     path = source.path
     assert path is not None
-    if source.reason:
-        return "", source.reason, None
     try:
-        with path.open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        return "", f"cannot be read ({error.strerror})", None
+        sha256 = source.sha256()
+    except Unreadable as error:
+        return "", str(error), None
     try:
         return sha256, "", documents.read([path])
     except NectarError as error:
@@ -201,8 +196,8 @@ def _moved_here(rows: sqlite3.Connection, path: bytes, sha256: str) -> float:
 
 
 def _is_gone(path: bytes) -> bool:
-    """Whether there is no file any more; a folder in its place is none."""
-    return not os.path.lexists(path) or os.path.isdir(path)
+    """Whether there is no file any more; a folder in its place is none, unless it is a package."""
+    return not os.path.lexists(path) or (os.path.isdir(path) and not is_package(Path(os.fsdecode(path))))
 
 
 def _mark_missing(database: Database, roots: Sequence[Root], found: Iterable[bytes], done: Scan) -> None:

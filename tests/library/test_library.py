@@ -19,6 +19,7 @@ from nectar_mlx.library import Library, default_folder
 from nectar_mlx.library.database import path_bytes
 from nectar_mlx.library.noted import Noted
 from nectar_mlx.store import tensor_file
+from tests.documents.test_epub import unpacked
 from tests.library.cheap import CheapFitter, text_in
 
 
@@ -330,6 +331,24 @@ def test_a_folder_in_the_place_of_a_document_is_not_the_document(library, notes)
     assert [path.rpartition("/")[2] for path in added.scan.missing] == ["long 0.txt"]
     assert by_name(library)["long 0.txt"].missing
     assert "long 1.txt" not in states(library) and "inside 1.txt" in states(library), "it was moved there"
+
+
+def test_an_unpacked_book_is_one_document(library, notes):
+    """As Books keeps it: a change within is seen, and it may be moved."""
+    unpacked(notes / "a.epub")
+    library.add([notes], CheapFitter())
+    assert by_name(library)["a.epub"].kind == "epub" and len(library.documents()) == 8
+    os.utime(notes / "a.epub" / "OEBPS" / "book.opf", ns=(1, 1))
+    (notes / "a.epub").rename(notes / "deep" / "b.epub")
+    fitter = CheapFitter()
+    added = library.update(fitter)
+    assert (fitter.fitted, added.scan.missing, states(library)["b.epub"]) == ([], [], "ready")
+    (notes / "deep" / "b.epub" / "OEBPS" / "text" / "one.xhtml").write_text("<p>lynx</p>")
+    assert len(library.update(CheapFitter()).scan.read) == 1
+    assert "lynx" in library.text(by_name(library)["b.epub"])
+    shutil.rmtree(notes / "deep" / "b.epub")
+    library.update(CheapFitter())
+    assert by_name(library)["b.epub"].missing
 
 
 def test_a_folder_that_is_gone_is_no_error(library, notes, tmp_path):
