@@ -48,8 +48,6 @@ def _work(args: argparse.Namespace) -> None:
     output: Path = args.output or args.file
     tensors, metadata = store.read(args.file)
     store.check_writable(output)
-    if metadata.get("with"):
-        raise NectarError(f"{args.file} was fitted with other files in view: `nectar fit --with` fits it again")
     from . import documents
     from .fitting.checkpoint import Checkpoint
     from .fitting.distributed import World

@@ -745,12 +745,18 @@ class TestCommand:
         err = capsys.readouterr().err
         assert err.count("\n") == 1 and "--output" not in err
 
-    def test_a_file_that_was_fitted_with_others_is_left_as_it_is(self, folder, fitted, capsys):
-        Nectar(fitted.tensors, fitted.metadata | {"with": ["0" * 64]}).save(folder / "book.nectar")
+    def test_a_file_that_was_fitted_with_others_is_left_as_it_is(self, folder, model, tokenizer, fitted, capsys):
+        """Also from Python."""
+        both = Nectar(fitted.tensors, fitted.metadata | {"with": ["0" * 64], "model": str(folder / "model")})
+        both.save(folder / "book.nectar")
         before = (folder / "book.nectar").read_bytes()
         assert self.run(folder, MORE) == 2
-        assert "`nectar fit --with` fits it again" in capsys.readouterr().err
+        err = capsys.readouterr().err
+        assert "`nectar fit --with` fits it again" in err and err.count("\n") == 1
         assert (folder / "book.nectar").read_bytes() == before
+        assert not (folder / "book.nectar.partial").exists()
+        with pytest.raises(NectarError, match="other files in view"):
+            updated(model, tokenizer, both, MORE)
 
     def test_most_likely_the_wrong_text_does_not_replace_the_file(self, folder, capsys):
         before = (folder / "book.nectar").read_bytes()
