@@ -15,7 +15,7 @@ from ..core.progress import Log, Progress, no_log, silent
 from ..core.types import JsonObject
 from ..core.words import words
 from ..errors import NectarError
-from . import index, scan, search, volumes
+from . import index, naming, scan, search, volumes
 from .database import Database, path_bytes, shown
 from .documents import Document, documents
 from .fitter import Fitter
@@ -213,6 +213,7 @@ class Library:
 
     def _fit(self, fitter: Fitter, *, refit: bool, progress: Progress, log: Log) -> Work:
         """Loads the model only if there is something to fit, or if it may be another one."""
+        naming.rename_all(self._database, self.folder)
         with self._database.writing() as rows:
             volumes.miss(rows, (v for v in volumes.finished(rows) if not self.folder.volume(v).exists()))
         known = self.identity

@@ -13,6 +13,7 @@ from .file import (
     prefix_digest,
     read,
     report,
+    source,
     tensors_digest,
     write,
 )
@@ -44,6 +45,7 @@ __all__ = [
     "read",
     "report",
     "select_nodes",
+    "source",
     "tensor_file",
     "tensors_digest",
     "unpack",

@@ -141,6 +141,11 @@ def report(path: Path) -> JsonObject:
     return told if isinstance(told, dict) else {}
 
 
+def source(path: Path) -> str:
+    """What a file says that its text is; its tensors are neither read nor checked."""
+    return str(_metadata(path).get("source", ""))
+
+
 def tensors_digest(path: Path) -> str:
     """The digest of a file's tensors, to which its key file belongs; they are neither read nor checked."""
     return str(_metadata(path)["tensors_sha256"])

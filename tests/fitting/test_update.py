@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from nectar_mlx import Nectar, NectarError, store, update, update_file
+from nectar_mlx import Nectar, NectarError, documents, store, update, update_file
 from nectar_mlx.core.device import using
 from nectar_mlx.core.progress import Stage
 from nectar_mlx.fitting import machines, pipeline, updating, verdict
@@ -711,6 +711,21 @@ class TestCommand:
         assert self.run(folder, text) == 0
         assert "is up to date" in capsys.readouterr().err
         assert (folder / "book.nectar").read_bytes() == before
+
+    def test_an_equal_text_of_another_name_is_called_so(self, folder, tokenizer, capsys):
+        (folder / "old.txt").write_text(TEXT)
+        file = Nectar.read(folder / "book.nectar")
+        file.keep(documents.read([folder / "old.txt"]), tokenizer)
+        file.metadata["source"] = "old.txt"
+        file.save(folder / "book.nectar")
+        assert self.run(folder, TEXT, "--json") == 0
+        assert json.loads(capsys.readouterr().out)["way"] == "same"
+        found = Nectar.read(folder / "book.nectar")
+        assert [f.name for f in found.text(tokenizer).files] == [found.metadata["source"]] == ["book.txt"]
+        assert found.digest == file.digest, "nothing else is another"
+        before = (folder / "book.nectar").stat().st_mtime_ns
+        assert self.run(folder, TEXT) == 0
+        assert (folder / "book.nectar").stat().st_mtime_ns == before
 
     def test_a_copy_of_what_is_up_to_date_has_its_keys_beside_it(self, folder, model, tokenizer):
         file = Nectar.fit(model, tokenizer, TEXT, kind="retrieval", **FAST)

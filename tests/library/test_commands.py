@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -11,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from nectar_mlx import Nectar, __main__, cli, from_library, installed, serve, update
+from nectar_mlx import Nectar, __main__, cli, from_library, installed, models, serve, store, update
 from nectar_mlx.fitting.config import effort
 from nectar_mlx.installed import Installed
 from nectar_mlx.library import Library, ModelFitter, routing
@@ -300,6 +301,43 @@ def test_sources_are_of_the_document_alone_though_others_share_its_file(folder, 
             body = {"model": target, "max_tokens": 3, "sources": True, "messages": said}
             status, reply = running.post("/v1/chat/completions", body)
             assert status == 200 and {source["document"] for source in reply["sources"]} == {name}
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_renamed_document_has_its_new_name_in_the_file_that_is_not_fitted_again(
+    folder, tmp_path, model, monkeypatch, known
+):
+    """Also where the library does not know what the file calls it."""
+    texts = {
+        "boat": "The boat lies in the harbour.",
+        "bill": "The plumber asked for 90 crowns.",
+        "long": "A hen. " * 700,
+    }
+    for name, text in texts.items():
+        (tmp_path / f"{name}.txt").write_text(text)
+    fitter = ModelFitter(str(model), {"kind": "exact", "context_tokens": 200})
+    library = Library(folder)
+    library.add([tmp_path / f"{name}.txt" for name in texts], fitter)
+    for name in ("boat", "long"):
+        (tmp_path / f"{name}.txt").rename(tmp_path / f"{name} 2.txt")
+    if not known:
+        with sqlite3.connect(library.folder.database) as rows:
+            rows.execute("DROP TABLE named")
+        library = Library(folder)
+    monkeypatch.setattr(ModelFitter, "fit", lambda *_, **__: pytest.fail("it is fitted again"))
+    library.add([tmp_path / "boat 2.txt", tmp_path / "long 2.txt"], fitter)
+    loaded, tokenizer = models.load(str(model))
+    files = {document.file for document in library.documents()}
+    found = {store.source(file): Nectar.load(file, loaded, tokenizer) for file in files}
+    assert len(files) == 2 and {"long 2.txt"} < found.keys()
+    both = next(file for source, file in found.items() if source != "long 2.txt")
+    assert {file.name for file in both.text(tokenizer).files} == {"boat 2.txt", "bill.txt"}
+    said = f"{texts['boat']} {texts['bill']}"
+    cited = both.cite(tokenizer, "Where is the boat?", said, [])
+    assert [source.document for source in cited.sources] == ["boat 2.txt", "bill.txt"]
+    before = {file: file.stat().st_mtime_ns for file in files}
+    library.update(fitter)
+    assert before == {file: file.stat().st_mtime_ns for file in files}, "once"
 
 
 def test_none_of_them_is_an_answer(filled, capsys):
