@@ -37,6 +37,8 @@ def _work(args: argparse.Namespace) -> None:
     cli.say(f"{count} in {library.folder.path}{model}{hint}")
     if any(document.state == "damaged" for document in documents):
         cli.say("`nectar update` fits again what is damaged")
+    if any(document.state == "waiting" for document in documents):
+        cli.say("`nectar update` fits what waits")
 
 
 def _described(document: Document) -> str:

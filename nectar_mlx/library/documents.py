@@ -74,6 +74,18 @@ class Document:
     def name(self) -> str:
         return shown(os.path.basename(self.path))
 
+    @property
+    def unanswered(self) -> str:
+        """Why no file of the library's model answers for it, and what to do, for a person."""
+        if self.text is None:
+            return f"{self.name} could not be read: {self.reason}"
+        if self.state == "fitting":
+            return f"{self.name} is being fitted: ask again when that has ended"
+        if self.file is not None:
+            return f"{self.name} is fitted on an older model: `nectar update` fits it again"
+        reason = f": {self.reason}" if self.reason else ""
+        return f"{self.name} has no fitted file ({self.state}{reason}): `nectar update` fits it"
+
     def looked_at(self) -> "Document":
         """The same, but "damaged" for a reason where its file is gone, or has another size or header than was written.
         No more of the file is read: `Library.update` reads all, and fits again what is damaged."""

@@ -303,6 +303,58 @@ def test_sources_are_of_the_document_alone_though_others_share_its_file(folder, 
             assert status == 200 and {source["document"] for source in reply["sources"]} == {name}
 
 
+@pytest.fixture
+def pair(folder, tmp_path, model):
+    """Two exact documents in one file, and the fitter."""
+    (tmp_path / "boat.txt").write_text("The deposit of the boat is 80 crowns. It lies in the harbour.")
+    (tmp_path / "bill.txt").write_text("The plumber asked for 90 crowns, and for a deposit of 9 crowns.")
+    fitter = ModelFitter(str(model), {"kind": "exact"})
+    Library(folder).add([tmp_path / "boat.txt", tmp_path / "bill.txt"], fitter)
+    assert len({document.file for document in Library(folder).documents()}) == 1
+    return fitter
+
+
+BOAT = "What is the deposit of the boat?"
+
+
+def test_what_shared_a_file_with_what_is_removed_says_what_to_do(pair, tmp_path, capsys):
+    """Its file held what was removed, which must not answer any more."""
+    assert run("remove", tmp_path / "bill.txt") == 0
+    assert "boat.txt: no answers until `nectar update` has fitted it again" in capsys.readouterr().err
+    assert run("list") == 0
+    out, err = capsys.readouterr()
+    assert "boat.txt  waiting" in out and "`nectar update` fits what waits" in err
+    assert run("ask", "library", BOAT) == cli.FAULT
+    assert_one_line(capsys, "no document of the library is fitted yet: `nectar update`")
+    (tmp_path / "tea.txt").write_text("Tea is poured hot. " * 300)
+    assert run("add", tmp_path / "tea.txt", "--kind", "exact") == 0
+    assert run("ask", "library", BOAT, "--max-tokens", 3) == 0, "a later add fits it, too"
+
+
+def test_a_server_neither_answers_from_what_was_removed_nor_lists_all_documents_for_each_question(
+    pair, folder, tmp_path, model, monkeypatch
+):
+    (tmp_path / "tea.txt").write_text("Tea is poured hot. " * 300)
+    Library(folder).add([tmp_path / "tea.txt"], ModelFitter(str(model), {"kind": "exact", "context_tokens": 60}))
+    arguments = serve.make_parser().parse_args(["library", "--port", "0", "--log-level", "WARNING"])
+    with contextlib.closing(Running(arguments)) as running:
+
+        def ask(name):
+            body = {"model": name, "max_tokens": 3, "messages": [{"role": "user", "content": BOAT}]}
+            status, reply = running.post("/v1/chat/completions", body)
+            return status, reply["error"]["message"] if status != 200 else ""
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Library, "documents", lambda self: pytest.fail("all documents are listed"))
+            assert ask("boat.txt")[0] == ask("bill.txt")[0] == 200
+        Library(folder).remove([tmp_path / "bill.txt"])
+        assert ask("bill.txt") == (404, "there is no model 'bill.txt'; there are: tea.txt")
+        waiting = "boat.txt has no fitted file (waiting): `nectar update` fits it"
+        assert ask("boat.txt") == (404, waiting) and ask("library") == (400, waiting)
+        Library(folder).update(pair)
+        assert ask("boat.txt")[0] == 200, "without a question to the library before"
+
+
 @pytest.mark.parametrize("known", [True, False])
 def test_a_renamed_document_has_its_new_name_in_the_file_that_is_not_fitted_again(
     folder, tmp_path, model, monkeypatch, known
