@@ -64,6 +64,10 @@ CREATE TABLE IF NOT EXISTS progress (
 CREATE TABLE IF NOT EXISTS named (
     volume TEXT PRIMARY KEY REFERENCES volumes (id) ON DELETE CASCADE, names TEXT NOT NULL
 );
+-- The size and the time of change of a volume's file when it was last found whole.
+CREATE TABLE IF NOT EXISTS whole (
+    volume TEXT PRIMARY KEY REFERENCES volumes (id) ON DELETE CASCADE, size INTEGER NOT NULL, mtime INTEGER NOT NULL
+);
 """
 
 

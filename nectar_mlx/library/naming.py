@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ..errors import NectarError
+from . import whole
 from .database import Database, shown
 from .folder import Folder
 
@@ -33,7 +34,8 @@ def rename_all(database: Database, folder: Folder) -> None:
     for volume in due:
         with database.writing() as rows:  # nobody removes it meanwhile
             if volume in _due(rows, volume.id):
-                _rename(folder, volume)
+                if _rename(folder, volume):
+                    whole.note(rows, volume.id, whole.stamp_of(folder.volume(volume.id)))
                 note(rows, volume.id, volume.names)
 
 
@@ -73,17 +75,19 @@ def _name(path: bytes | None) -> str:
     return shown((path or b"").rpartition(b"/")[2])
 
 
-def _rename(folder: Folder, volume: _Volume) -> None:
+def _rename(folder: Folder, volume: _Volume) -> bool:
+    """Whether the file was written anew."""
     from .. import store  # with MLX, which most uses of a library can do without
     from ..documents import record
 
     path, said = folder.volume(volume.id), source(volume.names)
     try:
         if store.source(path) == said:
-            return
+            return False
         tensors, metadata = store.read(path)
         report = record.renamed(metadata["report"], volume.names, characters=volume.characters)
     except (NectarError, KeyError, TypeError, ValueError):
-        return  # a damaged one
+        return False  # a damaged one
     store.write(folder.work(volume.id) / path.name, tensors, metadata | {"source": said, "report": report})
     folder.publish(volume.id)
+    return True

@@ -140,6 +140,11 @@ def finished(rows: sqlite3.Connection, identity: Identity | None = None) -> list
     return [row[0] for row in rows.execute(f"{query} AND (model_sha256, tokenizer_sha256) = (?, ?)", identity.digests)]
 
 
+def is_known(rows: sqlite3.Connection, volume: str) -> bool:
+    """Whether a volume is still there."""
+    return _state(rows, volume) != ""
+
+
 def miss(rows: sqlite3.Connection, lost: Iterable[str]) -> None:
     """Finished volumes whose file is gone, or damaged, are to be fitted again."""
     rows.executemany("UPDATE volumes SET state = 'waiting' WHERE id = ?", [(volume,) for volume in lost])

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from ..core.progress import Log, Progress
 from ..documents import FileReport, Place, Reading
 from ..errors import NectarError
-from . import naming, noted, volumes
+from . import naming, noted, volumes, whole
 from .database import Database
 from .fitter import Fitter
 from .folder import Folder
@@ -131,6 +131,7 @@ def _fit(
             wanted = written.rowcount > 0  # else its document was removed, and the volume with it
             if is_new and wanted:
                 naming.note(rows, claim.volume, names)
+                whole.note(rows, claim.volume, whole.stamp_of(folder.volume(claim.volume)))
             if state == "done":
                 rows.executemany("UPDATE files SET former = NULL WHERE text = ?", [(text,) for text in claim.texts])
             if state == "failed" and wanted and len(claim.texts) > 1:  # to find the one that it fails for

@@ -4,6 +4,7 @@ from . import tensor_file
 from .file import (
     Metadata,
     check_header,
+    check_whole,
     check_writable,
     contents,
     damage_named,
@@ -30,6 +31,7 @@ __all__ = [
     "Metadata",
     "Tensors",
     "check_header",
+    "check_whole",
     "check_writable",
     "contents",
     "damage_named",

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import os
 import sqlite3
 import subprocess
 import sys
@@ -94,8 +95,7 @@ def test_a_folder_is_added_listed_updated_removed(folder, cheap, notes, capsys):
     assert run("list") == 0 and capsys.readouterr().out == ""
 
 
-def test_list_tells_a_damaged_file_from_its_header(folder, cheap, notes, capsys):
-    """All but a changed byte within a tensor, for which `update` reads the whole file."""
+def test_list_tells_a_damaged_file(folder, cheap, notes, capsys):
     assert run("add", notes, "--model", "some") == 0
     files = {document.name: document.file for document in Library(folder).documents()}
     cut, gone = files["long 0.txt"], files["long 1.txt"]
@@ -117,6 +117,41 @@ def test_list_tells_a_damaged_file_from_its_header(folder, cheap, notes, capsys)
     assert "`nectar update` fits again what is damaged" in err
     assert run("update") == 0 and run("list") == 0
     assert "damaged" not in capsys.readouterr().out
+
+
+def test_list_reads_only_those_files_that_were_changed(folder, cheap, notes, monkeypatch, capsys):
+    """A changed byte within a tensor is seen where the file's time of change tells of it; else by `update`."""
+
+    def states():
+        assert run("list", "--json") == 0
+        listed = json.loads(capsys.readouterr().out)["documents"]
+        return {document["name"]: (document["state"], document["reason"]) for document in listed}
+
+    def flip(file, **times):
+        data = bytearray(file.read_bytes())
+        data[-40] ^= 1  # the checksum takes the last 32
+        file.write_bytes(data)
+        os.utime(file, **times)
+
+    assert run("add", notes, "--model", "some") == 0
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "check_whole", lambda path: pytest.fail("all of it is read"))
+        assert {state for state, _ in states().values()} == {"ready"}
+    files = {document.name: document.file for document in Library(folder).documents()}
+    flip(files["long 0.txt"])
+    before = files["long 1.txt"].stat().st_mtime_ns
+    flip(files["long 1.txt"], ns=(before, before))
+    found = states()
+    assert found.pop("long 0.txt") == ("damaged", "its bytes do not match its checksum")
+    assert {state for state, _ in found.values()} == {"ready"}
+    restored = files["note 0.md"]
+    os.utime(restored, ns=(1, 1))
+    assert states()["note 0.md"][0] == "ready"
+    assert run("update") == 0 and sorted(cheap[-1].fitted) == ["long 0.txt", "long 1.txt"]
+    capsys.readouterr()
+    monkeypatch.setattr(store, "check_whole", lambda path: pytest.fail("what update has read is read again"))
+    assert {state for state, _ in states().values()} == {"ready"}
 
 
 @pytest.mark.process
