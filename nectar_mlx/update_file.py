@@ -97,6 +97,7 @@ def _work(args: argparse.Namespace) -> None:
             nectar.save(output)
         checkpoint.clear()
     _report(output, nectar, outcome.way, reason=outcome.reason, as_json=args.json)
+    cli.say(nectar.text(tokenizer).summary())
 
 
 def _described_anew(nectar: "Nectar", tokenizer: "Tokenizer", reading: "Reading", source: str) -> bool:

@@ -66,7 +66,7 @@ def test_a_folder_holds_no_more_than_a_zip_file_could(tmp_path: Path) -> None:
 
 def test_a_folder_that_is_no_book_is_refused_by_name(tmp_path: Path) -> None:
     write(tmp_path / "a.epub" / "notes.txt", "fox")
-    assert refusal(tmp_path / "a.epub").startswith(f"{tmp_path / 'a.epub'}: not a EPUB file: it has no META-INF")
+    assert refusal(tmp_path / "a.epub").startswith(f"{tmp_path / 'a.epub'}: no EPUB file: it has no META-INF")
 
 
 def test_chapters_in_reading_order(tmp_path: Path) -> None:

@@ -712,6 +712,11 @@ class TestCommand:
         assert "is up to date" in capsys.readouterr().err
         assert (folder / "book.nectar").read_bytes() == before
 
+    def test_what_cannot_be_read_is_named(self, folder, capsys):
+        (folder / "bad.pdf").write_bytes(b"%PDF-1.4 no more")
+        assert self.run(folder, TEXT, str(folder / "bad.pdf")) == 0
+        assert "read 1 of 2 files: bad.pdf: a damaged PDF" in capsys.readouterr().err
+
     def test_an_equal_text_of_another_name_is_called_so(self, folder, tokenizer, capsys):
         (folder / "old.txt").write_text(TEXT)
         file = Nectar.read(folder / "book.nectar")
