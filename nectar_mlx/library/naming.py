@@ -7,6 +7,7 @@ tokens of its text, and stay.
 import json
 import sqlite3
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from ..errors import NectarError
@@ -34,9 +35,9 @@ def rename_all(database: Database, folder: Folder) -> None:
     for volume in due:
         with database.writing() as rows:  # nobody removes it meanwhile
             if volume in _due(rows, volume.id):
-                if _rename(folder, volume):
-                    whole.note(rows, volume.id, whole.stamp_of(folder.volume(volume.id)))
-                note(rows, volume.id, volume.names)
+                with suppress(_Damaged):
+                    _rename(rows, folder, volume)
+                    note(rows, volume.id, volume.names)
 
 
 def note(rows: sqlite3.Connection, volume: str, names: Sequence[str]) -> None:
@@ -75,19 +76,22 @@ def _name(path: bytes | None) -> str:
     return shown((path or b"").rpartition(b"/")[2])
 
 
-def _rename(folder: Folder, volume: _Volume) -> bool:
-    """Whether the file was written anew."""
+class _Damaged(Exception):
+    """A file cannot be read."""
+
+
+def _rename(rows: sqlite3.Connection, folder: Folder, volume: _Volume) -> None:
     from .. import store  # with MLX, which most uses of a library can do without
     from ..documents import record
 
     path, said = folder.volume(volume.id), source(volume.names)
     try:
         if store.source(path) == said:
-            return False
+            return
         tensors, metadata = store.read(path)
         report = record.renamed(metadata["report"], volume.names, characters=volume.characters)
-    except (NectarError, KeyError, TypeError, ValueError):
-        return False  # a damaged one
+    except (NectarError, KeyError, TypeError, ValueError) as error:
+        raise _Damaged from error
     store.write(folder.work(volume.id) / path.name, tensors, metadata | {"source": said, "report": report})
     folder.publish(volume.id)
-    return True
+    whole.note(rows, volume.id, whole.stamp_of(path))

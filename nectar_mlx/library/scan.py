@@ -119,6 +119,9 @@ def _take(database: Database, path: bytes, source: Source, done: Scan) -> None:
         done.unchanged.append(shown(path)) if not reason else done.failed.update({shown(path): reason})
         return
     with database.writing() as rows:
+        if not _is_wanted(rows, path):
+            done.ignored.append(shown(path))
+            return
         text = None if reading is None else _insert_text(rows, reading)
         used = _moved_here(rows, path, sha256)
         rows.execute(
@@ -129,6 +132,15 @@ def _take(database: Database, path: bytes, source: Source, done: Scan) -> None:
             (path, size, mtime, sha256, text, reason, used),
         )
     done.failed.update({shown(path): reason}) if reason else done.read.append(shown(path))
+
+
+def _is_wanted(rows: sqlite3.Connection, path: bytes) -> bool:
+    """Whether nobody has removed it since the scan began."""
+    if rows.execute("SELECT 1 FROM ignored WHERE path = ?", (path,)).fetchone():
+        return False
+    return any(
+        path == root or path.startswith(root.rstrip(b"/") + b"/") for (root,) in rows.execute("SELECT path FROM roots")
+    )
 
 
 def _read(source: Source) -> tuple[str, str, documents.Reading | None]:
@@ -203,10 +215,12 @@ def _is_gone(path: bytes) -> bool:
 def _mark_missing(database: Database, roots: Sequence[Root], found: Iterable[bytes], done: Scan) -> None:
     found = set(found)
     with database.writing() as rows:
-        for path, missing in rows.execute("SELECT path, missing FROM files ORDER BY path").fetchall():
+        for path, text, missing in rows.execute("SELECT path, text, missing FROM files ORDER BY path").fetchall():
             if path in found or not any(path == root.path or path.startswith(root.path + b"/") for root in roots):
                 continue
             if _is_gone(path):
                 done.missing.append(shown(path))
-                if not missing:
+                if text is None:  # nothing was read of it that could be kept
+                    rows.execute("DELETE FROM files WHERE path = ?", (path,))
+                elif not missing:
                     rows.execute("UPDATE files SET missing = 1 WHERE path = ?", (path,))
