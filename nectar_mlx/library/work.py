@@ -60,10 +60,12 @@ def fit_waiting(
             volumes.forget_texts(rows)
             folder.sweep({row[0] for row in rows.execute("SELECT id FROM volumes")})
             left = [waiting for waiting in volumes.waiting(rows, identity) if refit or waiting.urgent]
-            claim = volumes.claim(rows, identity, refit=refit)
-            names = [] if claim is None else naming.names_of(rows, claim.texts)
-        if claim is None:
+            if left:
+                volumes.claim(rows, left[0])
+                names = naming.names_of(rows, left[0].texts)
+        if not left:
             break
+        claim = left[0]
         to_go = sum(len(waiting.texts) for waiting in left)
         log(f"fitting {', '.join(names)} ({to_go} document{'s' * (to_go != 1)} to go{foreseen.end(left)})")
         part, later = _part(work, len(names), to_go), foreseen.stages(left[1:])
