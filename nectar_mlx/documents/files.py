@@ -13,6 +13,7 @@ from nectar_mlx.documents.reading import Unreadable
 from nectar_mlx.errors import NectarError
 
 MAX_FILE = 1 << 30
+_MOST_DEEP = 200  # folders in folders: Python's own stack has an end
 _IGNORED = re.compile(r"\.|~\$|__MACOSX$|Thumbs\.db$|desktop\.ini$|.*~$", re.IGNORECASE)
 _URL = re.compile(r"[a-z][a-z0-9+.-]+://|www\.", re.IGNORECASE)
 
@@ -138,8 +139,11 @@ def shown(name: str) -> str:
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in name)
 
 
-def _walk(folder: Path, visited: set[tuple[int, int]]) -> Iterator[tuple[Path, str]]:
-    """The files below a folder with the reason why one cannot be read; each folder is entered once."""
+def _walk(folder: Path, visited: set[tuple[int, int]], depth: int = 0) -> Iterator[tuple[Path, str]]:
+    """The files below a folder with the reason why one cannot be read; each folder is entered once. depth: of it."""
+    if depth > _MOST_DEEP:
+        yield folder, f"the folder lies more than {_MOST_DEEP} folders deep"
+        return
     try:
         status = folder.stat()
         if (status.st_dev, status.st_ino) in visited:
@@ -163,7 +167,7 @@ def _walk(folder: Path, visited: set[tuple[int, int]]) -> Iterator[tuple[Path, s
         elif entry.is_dir() and entry.name.removesuffix("_files") in pages:
             yield entry, "the pictures and scripts of a saved page"
         elif entry.is_dir():
-            yield from _walk(entry, visited)
+            yield from _walk(entry, visited, depth + 1)
         elif entry.is_file():
             yield entry, ""
         else:

@@ -43,15 +43,15 @@ def zipped(folder: Path) -> bytes:
 def _contents(folder: Path) -> tuple[dict[str, Path], list[Path]]:
     """The files in a folder by their names in the zip file, and the folders. A link is followed to another file of the
     folder alone: a zip file could not lead further."""
-    root, files, folders = folder.resolve(), dict[str, Path](), list[Path]()
-    for place, _, names in os.walk(root, onerror=_refuse):
-        folders.append(Path(place))
-        for file in (Path(place, name) for name in names):
-            if file.is_file() and (not file.is_symlink() or file.resolve().is_relative_to(root)):
-                # Names that are no text do not matter here.
-                files[os.fsencode(file.relative_to(root).as_posix()).decode(errors="replace")] = file
+    root, files = folder.resolve(), dict[str, Path]()
+    folders = [root]
+    for place in folders:
+        with os.scandir(place) as entries:
+            for entry in entries:
+                file = Path(entry.path)
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append(file)
+                elif file.is_file() and (not entry.is_symlink() or file.resolve().is_relative_to(root)):
+                    # Names that are no text do not matter here.
+                    files[os.fsencode(file.relative_to(root).as_posix()).decode(errors="replace")] = file
     return files, folders
-
-
-def _refuse(error: OSError) -> None:
-    raise error
