@@ -62,9 +62,11 @@ def _work(args: argparse.Namespace) -> None:
         if args.cite:
             cli.show_answer(reply.cited())
         writing.say_how_it_ended(ended, args)
-        for source in reply.sources() if args.sources or args.cite else ():
-            # What the marks mean belongs to the answer; that there is no source does not.
-            (cli.show_answer if args.cite and source.startswith("[") else cli.say)(source)
+        for number, source in enumerate(reply.sources() if args.sources or args.cite else (), 1):
+            if number <= reply.named:  # what the marks mean belongs to the answer
+                cli.show_answer(source)
+            elif args.sources or not reply.named:
+                cli.say(source)
         return
     answer, thoughts, first, ended = "", "", 0.0, None
     for piece in reply:
@@ -90,6 +92,7 @@ class _Here:
         found = self._library.find(question) if self._library else cli.load(args.nectar, args, group=group)
         self._seconds = time.perf_counter() - start
         self._sources: list[Source] | None = None
+        self.named = 0  # of the sources, by the marks in the answer
         if found is None:
             self._none = self._library.none() if self._library else ""
         else:
@@ -125,7 +128,7 @@ class _Here:
         if self._none:
             return self._none
         cited = self._whole.cite(self._tokenizer, self._question, self._answer, self._found())
-        self._sources = cited.sources
+        self._sources, self.named = cited.sources, cited.named
         return cited.text
 
     def _found(self) -> "list[Source]":

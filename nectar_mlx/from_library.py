@@ -154,8 +154,7 @@ class Questions:
         close = [candidate.describe() for candidate in self.routing.close]
         cli.say(f"from {best.describe()}" + (f" (close to it: {'; '.join(close)})" if close else ""))
         if best.document.file is None:
-            why = f": {best.document.reason}" if best.document.reason else "; `nectar update` goes on with it"
-            raise NectarError(f"{best.document.name} has no fitted file ({best.document.state}){why}")
+            raise NectarError(best.document.unanswered)
         loaded = self._load(best.document)
         self.document = best.document
         self.library.touch(best.document)

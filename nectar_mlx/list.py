@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from . import cli, from_library
 from .library import Document
 
+_WIDEST = 60  # characters of a name to which the others are brought: one very long name is no column
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     return cli.run(_parser(), _work, argv)
@@ -27,7 +29,7 @@ def _work(args: argparse.Namespace) -> None:
         facts = {"library": str(library.folder.path), "model": identity.name if identity else None}
         print(json.dumps(facts | {"documents": [document.as_json() for document in documents]}))
         return
-    width = max((len(document.name) for document in documents), default=0)
+    width = min(_WIDEST, max((len(document.name) for document in documents), default=0))
     for document in documents:
         print(f"{document.name:<{width}}  {_described(document)}")
     fitted = "fitted on" if any(document.file for document in documents) else "to be fitted on"
@@ -37,6 +39,8 @@ def _work(args: argparse.Namespace) -> None:
     cli.say(f"{count} in {library.folder.path}{model}{hint}")
     if any(document.state == "damaged" for document in documents):
         cli.say("`nectar update` fits again what is damaged")
+    if any(document.state == "waiting" for document in documents):
+        cli.say("`nectar update` fits what waits")
 
 
 def _described(document: Document) -> str:

@@ -139,6 +139,8 @@ class Reply:
         found = self._extra.get("sources") or ()
         return [f"[{number}] {_source_line(source)}" for number, source in enumerate(found, 1)]
 
+    named = 0  # of the sources, by marks
+
     def cited(self) -> str:
         """A server does not mark sentences (`_needs_model`)."""
         raise NotImplementedError

@@ -28,7 +28,10 @@ def _work(args: argparse.Namespace) -> None:
     removed = from_library.open_library(args).remove(args.paths, missing=args.missing)
     cli.say(f"{(count := len(removed.documents)):,} document{'s' * (count != 1)} removed")
     if removed.waiting:
-        cli.say(f"`nectar update` fits again what shared a file with them: {', '.join(removed.waiting)}")
+        cli.say(
+            f"{', '.join(removed.waiting)}: no answers until `nectar update` has fitted "
+            f"{'them' if len(removed.waiting) > 1 else 'it'} again: the file held what was removed, and is removed, too"
+        )
     if args.json:
         print(json.dumps(vars(removed)))
 

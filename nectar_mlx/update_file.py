@@ -11,6 +11,8 @@ from . import cli, store
 from .errors import NectarError
 
 if TYPE_CHECKING:
+    from .core.types import Tokenizer
+    from .documents import Reading
     from .nectar import Nectar
 
 _MOST = 0.75  # of a text: where more has changed, it is most likely the wrong one
@@ -48,8 +50,6 @@ def _work(args: argparse.Namespace) -> None:
     output: Path = args.output or args.file
     tensors, metadata = store.read(args.file)
     store.check_writable(output)
-    if metadata.get("with"):
-        raise NectarError(f"{args.file} was fitted with other files in view: `nectar fit --with` fits it again")
     from . import documents
     from .fitting.checkpoint import Checkpoint
     from .fitting.distributed import World
@@ -62,6 +62,7 @@ def _work(args: argparse.Namespace) -> None:
     reading = documents.read(args.context, include=args.include, exclude=args.exclude, strict=args.strict)
     folder = output.with_name(output.name + ".partial")
     checkpoint = Checkpoint(folder, log=cli.say)
+    source = ", ".join(Path(c).name for c in args.context)
     with checkpoint.held():
         if args.fresh:
             checkpoint.empty()
@@ -75,7 +76,7 @@ def _work(args: argparse.Namespace) -> None:
                     reading.text,
                     tensors=tensors,
                     metadata=metadata,
-                    source=", ".join(Path(c).name for c in args.context),
+                    source=source,
                     progress=progress,
                     checkpoint=checkpoint,
                     log=cli.say,
@@ -88,12 +89,31 @@ def _work(args: argparse.Namespace) -> None:
         if outcome.tensors is not None and outcome.metadata is not None:
             nectar = Nectar(outcome.tensors, outcome.metadata, outcome.keys)
             nectar.keep(reading, tokenizer)
+            is_new = True
         else:
             nectar = Nectar.load(args.file, model)  # with the keys beside it
-        if outcome.way != "same" or not _same_file(output, args.file):
+            is_new = _described_anew(nectar, tokenizer, reading, source)
+        if is_new or not _same_file(output, args.file):
             nectar.save(output)
         checkpoint.clear()
     _report(output, nectar, outcome.way, reason=outcome.reason, as_json=args.json)
+    cli.say(nectar.text(tokenizer).summary())
+
+
+def _described_anew(nectar: "Nectar", tokenizer: "Tokenizer", reading: "Reading", source: str) -> bool:
+    """Brings up to date what the file of an equal text says of its documents, such as their names, if it tells of them;
+    whether that was to be done."""
+    from .store import text
+
+    told = {name: nectar.report[name] for name in text.KEYS if name in nectar.report}
+    today = text.keep(reading, tokenizer, nectar.prefix)
+    if not told or (told, nectar.metadata.get("source", "")) == (today, source):
+        return False
+    for name in told:
+        del nectar.report[name]
+    nectar.report |= today
+    nectar.metadata["source"] = source
+    return True
 
 
 def _same_file(first: Path, second: Path) -> bool:

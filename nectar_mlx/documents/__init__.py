@@ -7,6 +7,7 @@ from nectar_mlx.documents import record, worker
 from nectar_mlx.documents.files import Source, find
 from nectar_mlx.documents.formats import needs_process, parse
 from nectar_mlx.documents.normalize import normalized, position_map
+from nectar_mlx.documents.packages import is_package
 from nectar_mlx.documents.reading import Document, Edit, FileReport, Place, Reading, Unreadable
 from nectar_mlx.errors import NectarError
 
@@ -81,10 +82,15 @@ def _report(source: Source, document: Document, start: int, end: int, edits: Seq
 
 def _check(reading: Reading, *, strict: bool, paths: Sequence[str | Path]) -> None:
     failed = [report.describe() for report in reading.files if not report.was_read]
-    if len(failed) == len(reading.files) == 1 and len(paths) == 1 and Path(paths[0]).is_file():
+    if len(failed) == len(reading.files) == 1 and len(paths) == 1 and _is_one(Path(paths[0])):
         raise NectarError(f"{paths[0]}: {reading.files[0].reason}")
     if len(failed) == len(reading.files):
         raise NectarError(f"none of the files can be read: {'; '.join(failed)}")
     partly = [report.describe() for report in reading.files if report.left_out] if strict else []
     if strict and (failed or partly):
         raise NectarError(f"not everything can be read: {'; '.join([*failed, *partly])}")
+
+
+def _is_one(path: Path) -> bool:
+    """Whether a path stands for itself, not for files in it."""
+    return path.is_file() or is_package(path)

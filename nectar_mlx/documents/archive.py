@@ -49,7 +49,7 @@ class Archive:
             with self._zip.open(path) as member:
                 data = member.read(self._left + 1)
         except KeyError as error:
-            raise Unreadable(f"not a {self._kind} file: it has no {path or 'contents'}") from error
+            raise Unreadable(f"no {self._kind} file: it has no {path or 'contents'}") from error
         except RuntimeError as error:
             raise Unreadable(f"the {self._kind} file is encrypted") from error
         except Exception as error:  # each way of compressing has its own errors

@@ -1,30 +1,20 @@
 """Which files a list of paths stands for: folders in natural order, each file once, hidden ones left aside."""
 
-import io
-import os
+import hashlib
 import re
 import sys
-import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
+from nectar_mlx.documents import packages
 from nectar_mlx.documents.reading import Unreadable
 from nectar_mlx.errors import NectarError
 
 MAX_FILE = 1 << 30
+_MOST_DEEP = 200  # folders in folders: Python's own stack has an end
 _IGNORED = re.compile(r"\.|~\$|__MACOSX$|Thumbs\.db$|desktop\.ini$|.*~$", re.IGNORECASE)
-# Folders that a Mac shows as one file, and why they are not read; Books keeps e-books unpacked.
-_PACKAGES = {
-    ".epub": "",
-    ".pages": "an Apple Pages file; export it as .docx",
-    ".numbers": "an Apple Numbers file; export it as .xlsx",
-    ".key": "an Apple Keynote file; export it as .pptx",
-    ".app": "a program",
-    ".photoslibrary": "the pictures of Photos",
-    ".musiclibrary": "the music of Music",
-}
 _URL = re.compile(r"[a-z][a-z0-9+.-]+://|www\.", re.IGNORECASE)
 
 
@@ -38,35 +28,53 @@ class Source:
 
     def bytes(self) -> bytes:
         """What is in it; raises Unreadable with the reason why it cannot be read."""
-        if self.reason:
-            raise Unreadable(self.reason)
-        if self.path is None:
+        if self.path is None and not self.reason:
             return sys.stdin.buffer.read()
+        path, size = self._looked_at()
         try:
-            if self.path.is_dir():
-                return _zipped(self.path)
-            size = self.path.stat().st_size
-            if size > MAX_FILE:
-                raise Unreadable(f"larger than {MAX_FILE / 1e9:.1f} GB")
-            if not size:  # what the system shows as files has no size, and may be without end
-                return b""
-            return self.path.read_bytes()
+            if path.is_dir():
+                return packages.zipped(path)
+            return path.read_bytes() if size else b""
         except OSError as error:
             raise Unreadable(f"cannot be read ({error.strerror})") from error
 
+    def sha256(self) -> str:
+        """Of `bytes`, in hexadecimal digits; raises Unreadable. Not for standard input."""
+        path, size = self._looked_at()
+        try:
+            if path.is_dir() or not size:
+                return hashlib.sha256(self.bytes()).hexdigest()
+            with path.open("rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise Unreadable(f"cannot be read ({error.strerror})") from error
 
-def _zipped(folder: Path) -> bytes:
-    """The zip file that a folder stands for."""
-    files = [file for file in folder.rglob("*") if file.is_file()]
-    if sum(file.stat().st_size for file in files) > MAX_FILE:
-        raise Unreadable(f"larger than {MAX_FILE / 1e9:.1f} GB")
-    data = io.BytesIO()
-    # A zip file has no times before 1980, and no names that are no text: neither matters here.
-    with zipfile.ZipFile(data, "w", zipfile.ZIP_STORED, strict_timestamps=False) as archive:
-        for file in files:
-            name = os.fsencode(file.relative_to(folder).as_posix())
-            archive.write(file, name.decode(errors="replace"))
-    return data.getvalue()
+    def stamp(self) -> tuple[int, int]:
+        """By what it is known again: its size in bytes, and when it was changed, in ns. (-1, -1) where that cannot be
+        seen."""
+        try:
+            if self.path is None:
+                return -1, -1
+            if packages.is_package(self.path):
+                return packages.stamp(self.path)
+            status = self.path.stat()
+            return status.st_size, status.st_mtime_ns
+        except OSError:
+            return -1, -1
+
+    def _looked_at(self) -> tuple[Path, int]:
+        """Its path and its size; raises Unreadable. What the system shows as files has no size, and may be without
+        end."""
+        if self.reason:
+            raise Unreadable(self.reason)
+        assert self.path is not None
+        try:
+            size = packages.stamp(self.path)[0] if self.path.is_dir() else self.path.stat().st_size
+        except OSError as error:
+            raise Unreadable(f"cannot be read ({error.strerror})") from error
+        if size > MAX_FILE:
+            raise Unreadable(f"larger than {MAX_FILE / 1e9:.1f} GB")
+        return self.path, size
 
 
 def find(paths: Sequence[str | Path], *, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> list[Source]:
@@ -114,8 +122,8 @@ def _sources(given: str | Path, include: Sequence[str], exclude: Sequence[str]) 
         raise NectarError(f"{shown(str(path))}: no such file or folder") from error
     if not exists:
         raise NectarError(f"{shown(str(path))}: no such file or folder")
-    if is_folder and path.suffix.lower() in _PACKAGES:
-        yield Source(shown(path.name), path, _PACKAGES[path.suffix.lower()])
+    if packages.is_package(path):
+        yield Source(shown(path.name), path, packages.REASONS[path.suffix.lower()])
         return
     if not is_folder:
         yield Source(shown(path.name), path, "" if path.is_file() else "not a file but a device or a pipe")
@@ -131,8 +139,11 @@ def shown(name: str) -> str:
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in name)
 
 
-def _walk(folder: Path, visited: set[tuple[int, int]]) -> Iterator[tuple[Path, str]]:
-    """The files below a folder with the reason why one cannot be read; each folder is entered once."""
+def _walk(folder: Path, visited: set[tuple[int, int]], depth: int = 0) -> Iterator[tuple[Path, str]]:
+    """The files below a folder with the reason why one cannot be read; each folder is entered once. depth: of it."""
+    if depth > _MOST_DEEP:
+        yield folder, f"the folder lies more than {_MOST_DEEP} folders deep"
+        return
     try:
         status = folder.stat()
         if (status.st_dev, status.st_ino) in visited:
@@ -151,12 +162,12 @@ def _walk(folder: Path, visited: set[tuple[int, int]]) -> Iterator[tuple[Path, s
         except OSError as error:
             yield entry, f"cannot be read ({error.strerror})"
             continue
-        if entry.is_dir() and entry.suffix.lower() in _PACKAGES:
-            yield entry, _PACKAGES[entry.suffix.lower()]
+        if packages.is_package(entry):
+            yield entry, packages.REASONS[entry.suffix.lower()]
         elif entry.is_dir() and entry.name.removesuffix("_files") in pages:
             yield entry, "the pictures and scripts of a saved page"
         elif entry.is_dir():
-            yield from _walk(entry, visited)
+            yield from _walk(entry, visited, depth + 1)
         elif entry.is_file():
             yield entry, ""
         else:

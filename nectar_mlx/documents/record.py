@@ -10,6 +10,7 @@ from nectar_mlx.core import json_text
 from nectar_mlx.documents.reading import Edit, FileReport, Place, Reading
 
 _MOST_LISTED = 1 << 20  # characters of the reports that are not packed: thousands of files or pages
+_LISTINGS = ("files", "packed_files")
 _VALUES_EACH = 4  # that a character of the text may have in the record: where every one is edited it has three
 
 
@@ -19,12 +20,8 @@ def record(reading: Reading, *, characters: int | None = None) -> dict[str, obje
 
     characters: of the text that the file keeps (all of it).
     """
-    most, kept = _most_values(len(reading.text) if characters is None else characters), dict[str, object]()
-    files = reading.as_list()
-    if len(text := json.dumps(files)) <= _MOST_LISTED:
-        kept["files"] = files
-    elif _fits(text, most):
-        kept["packed_files"] = packed(text)
+    most = _most_values(len(reading.text) if characters is None else characters)
+    kept = _listing(reading.as_list(), most)
     if reading.edits:
         flat = [value for gap, edit in _gaps(reading.edits) for value in (gap, edit.end - edit.start, edit.original)]
         if _fits(text := json.dumps(flat), most):
@@ -54,6 +51,19 @@ def listed(kept: Mapping[str, object], *, characters: int) -> object:
     return _decoded(str(kept["packed_files"]), characters) if "packed_files" in kept else kept.get("files")
 
 
+def renamed(kept: Mapping[str, object], names: Sequence[str], *, characters: int) -> dict[str, object]:
+    """The same with other names of the documents, if it tells of as many; errors as of `restored`.
+
+    characters: as for `record`.
+    """
+    files = listed(kept, characters=characters)
+    if not isinstance(files, list) or len(files) != len(names):
+        return dict(kept)
+    files = [{**file, "name": name} for file, name in zip(files, names, strict=True)]
+    others = {name: value for name, value in kept.items() if name not in _LISTINGS}
+    return others | _listing(files, _most_values(characters))
+
+
 def packed(text: str) -> str:
     """A text in fewer bytes, as ASCII."""
     return base64.b85encode(zlib.compress(text.encode(), 9)).decode()
@@ -69,6 +79,14 @@ def unpacked(packed: str, *, characters: int) -> str:
     if not unpacker.eof:
         raise ValueError("a packed text is cut short or too large")
     return data.decode()
+
+
+def _listing(files: Sequence[dict[str, object]], most_values: int) -> dict[str, object]:
+    """The reports as they are kept: one of _LISTINGS, or nothing."""
+    text = json.dumps(files)
+    if len(text) <= _MOST_LISTED:
+        return {"files": list(files)}
+    return {"packed_files": packed(text)} if _fits(text, most_values) else {}
 
 
 def _most_values(characters: int) -> int:

@@ -1,8 +1,9 @@
 """A library: many documents, each with a fitted file, and the way from a question to the right one.
 
 `scan` reads files into `database`, `volumes` decides which texts share a .nectar and who fits it, `work` fits through
-`fitter`, `index` and `search` find words, `routing` decides, of close documents with `deciding`, `library` is what
-callers use. MLX is imported only when something is fitted, or asked of several close documents.
+`fitter`, `naming` and `whole` look after the files, `index` and `search` find words, `routing` decides, of close
+documents with `deciding`, `library` is what callers use. MLX is imported only when something is fitted or renamed, or
+asked of several close documents.
 """
 
 from .documents import Document

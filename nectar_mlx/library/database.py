@@ -53,12 +53,21 @@ CREATE TABLE members (
 CREATE INDEX members_text ON members (text);
 PRAGMA user_version = {VERSION};
 """
-# How far the fit of a volume is; share: of all of it. Added later: databases of this version may be without it.
-_PROGRESS = """
+# Added later: databases of this version may be without them.
+_ADDED = """
+-- How far the fit of a volume is; share: of all of it.
 CREATE TABLE IF NOT EXISTS progress (
     volume TEXT PRIMARY KEY REFERENCES volumes (id) ON DELETE CASCADE, stage TEXT NOT NULL, share REAL NOT NULL,
     seconds_left REAL
-)
+);
+-- What the file of a volume calls its documents.
+CREATE TABLE IF NOT EXISTS named (
+    volume TEXT PRIMARY KEY REFERENCES volumes (id) ON DELETE CASCADE, names TEXT NOT NULL
+);
+-- The size and the time of change of a volume's file when it was last found whole.
+CREATE TABLE IF NOT EXISTS whole (
+    volume TEXT PRIMARY KEY REFERENCES volumes (id) ON DELETE CASCADE, size INTEGER NOT NULL, mtime INTEGER NOT NULL
+);
 """
 
 
@@ -76,11 +85,10 @@ class Database:
             with self.writing() as rows:
                 found = rows.execute("PRAGMA user_version").fetchone()[0]
                 if found == 0:
-                    for statement in _SCHEMA.split(";\n"):
-                        rows.execute(statement)
+                    _make(rows, _SCHEMA)
                 elif found != VERSION:
                     raise NectarError(f"{path} was made by another version of nectar: remove it, and add again")
-                rows.execute(_PROGRESS)
+                _make(rows, _ADDED)
 
     @contextmanager
     def reading(self) -> Iterator[sqlite3.Connection]:
@@ -140,6 +148,11 @@ class Database:
             ) from error
         except OSError as error:
             raise NectarError(f"the library {self.path.parent} cannot be used: {error.strerror or error}") from error
+
+
+def _make(rows: sqlite3.Connection, statements: str) -> None:
+    for statement in statements.split(";\n"):
+        rows.execute(statement)
 
 
 def _use_wal(connection: sqlite3.Connection) -> None:

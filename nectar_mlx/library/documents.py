@@ -4,15 +4,15 @@ import json
 import os
 import sqlite3
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
 from ..core.types import JsonObject
-from ..errors import NectarError
+from . import whole
 from .database import shown
 from .noted import progress_of
 from .volumes import Identity, alive
+from .whole import Stamp
 
 
 class Place(NamedTuple):
@@ -46,7 +46,8 @@ class Document:
         missing: whether it is gone from the disk. What was read of it stays until it is removed.
         kind: "pdf", "text", ... characters: how many were read. left_out: what was not, and why.
         places: pages, chapters, sheets, slides or mails.
-        file: the .nectar that answers for it; None where there is none. model: that it was fitted on.
+        file: the .nectar that answers for it; None where there is none. model: that it was fitted on. stamp: the file's
+            when it was last found whole (`whole`); None where that is not known.
         shared: with how many other documents of the library. number: its place (from 0) among all of them there.
         progress: of the fit that is under way: the share of it that is done, the seconds that are left (None where that
             is not known), and its stage; None where none is.
@@ -64,6 +65,7 @@ class Document:
     places: list[Place]
     file: Path | None
     model: str
+    stamp: Stamp | None
     shared: int
     number: int
     used: float
@@ -74,16 +76,23 @@ class Document:
     def name(self) -> str:
         return shown(os.path.basename(self.path))
 
+    @property
+    def unanswered(self) -> str:
+        """Why no file of the library's model answers for it, and what to do, for a person."""
+        if self.text is None:
+            return f"{self.name} could not be read: {self.reason}"
+        if self.state == "fitting":
+            return f"{self.name} is being fitted: ask again when that has ended"
+        if self.file is not None:
+            return f"{self.name} is fitted on an older model: `nectar update` fits it again"
+        reason = f": {self.reason}" if self.reason else ""
+        return f"{self.name} has no fitted file ({self.state}{reason}): `nectar update` fits it"
+
     def looked_at(self) -> "Document":
-        """The same, but "damaged" for a reason where its file is gone, or has another size or header than was written.
-        No more of the file is read: `Library.update` reads all, and fits again what is damaged."""
+        """The same, but "damaged" for a reason where its file is gone, or is not as it was written (`whole.damage`)."""
         if self.file is None:
             return self
-        try:
-            stat = self.file.stat()
-            reason = _damage(self.file, stat.st_size, stat.st_mtime_ns)
-        except OSError as error:
-            reason = f"its file cannot be read ({error.strerror})"
+        reason = whole.damage(self.file, self.stamp)
         return replace(self, state="damaged", reason=reason) if reason else self
 
     def as_json(self) -> JsonObject:
@@ -104,22 +113,6 @@ class Document:
             "used": self.used,
             "progress": None if self.progress is None else self.progress._asdict(),
         }
-
-
-@lru_cache(4096)
-def _damage(path: Path, size: int, changed: int) -> str:
-    """What is wrong with a file, "" for nothing that its header shows. changed: when, so that the next state of the
-    file is looked at anew. OSError where it cannot be read, which is no state of the file: nothing is remembered."""
-    from .. import store  # with MLX, which most uses of a library can do without
-
-    try:
-        store.check_header(path)
-    except NectarError as error:
-        if isinstance(error.__cause__, OSError):
-            raise error.__cause__ from None
-        reason = error.message.removeprefix(f"{path} is damaged").removeprefix(f"{path}:").lstrip(": ")
-        return reason.replace(str(path), "its file")
-    return ""
 
 
 def documents(rows: sqlite3.Connection, identity: Identity | None, folder: Path) -> list[Document]:
@@ -149,6 +142,7 @@ def documents(rows: sqlite3.Connection, identity: Identity | None, folder: Path)
                 places=[Place(*place) for place in json.loads(places or "[]")],
                 file=folder / f"{volume.id}.nectar" if volume else None,
                 model=volume.model if volume else "",
+                stamp=volume.stamp if volume else None,
                 shared=volume.texts - 1 if volume else 0,
                 number=volume.number if volume else 0,
                 used=used,
@@ -161,10 +155,11 @@ def documents(rows: sqlite3.Connection, identity: Identity | None, folder: Path)
 
 class _Volume(NamedTuple):
     """A finished one, as one of its texts sees it. current: whether its model is the library's. texts: how many it
-    holds. number: this one's place (from 0) among them."""
+    holds. number: this one's place (from 0) among them. stamp: as of `Document`."""
 
     id: str
     model: str
+    stamp: Stamp | None
     current: bool
     texts: int
     number: int
@@ -173,6 +168,7 @@ class _Volume(NamedTuple):
 def _finished(rows: sqlite3.Connection, identity: Identity | None) -> dict[int, _Volume]:
     """For each text with a finished volume the best one."""
     best: dict[int, _Volume] = {}
+    stamps = whole.stamps(rows)
     query = (
         "SELECT text, id, model, model_sha256, tokenizer_sha256, "
         "(SELECT count(*) FROM members AS own WHERE own.volume = id), position "
@@ -181,7 +177,7 @@ def _finished(rows: sqlite3.Connection, identity: Identity | None) -> dict[int, 
     for text, volume, model, model_sha256, tokenizer_sha256, texts, number in rows.execute(query):
         current = identity is None or (model_sha256, tokenizer_sha256) == identity.digests
         if text not in best or (current and not best[text].current):
-            best[text] = _Volume(volume, model, current, texts, number)
+            best[text] = _Volume(volume, model, stamps.get(volume), current, texts, number)
     return best
 
 

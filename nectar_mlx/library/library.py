@@ -15,7 +15,7 @@ from ..core.progress import Log, Progress, no_log, silent
 from ..core.types import JsonObject
 from ..core.words import words
 from ..errors import NectarError
-from . import index, scan, search, volumes
+from . import index, naming, scan, search, volumes, whole
 from .database import Database, path_bytes, shown
 from .documents import Document, documents
 from .fitter import Fitter
@@ -144,7 +144,8 @@ class Library:
         if retry:
             with self._database.writing() as rows:
                 rows.execute("UPDATE volumes SET state = 'waiting', reason = '' WHERE state = 'failed'")
-            self._miss_damaged(fitter, log)
+            if known := self.identity:
+                whole.miss_damaged(self._database, self.folder, fitter, known, log)
         return Added(scanned, self._fit(fitter, refit=True, progress=progress, log=log))
 
     def remove(self, paths: Sequence[str | Path], *, missing: bool = False) -> Removed:
@@ -213,6 +214,7 @@ class Library:
 
     def _fit(self, fitter: Fitter, *, refit: bool, progress: Progress, log: Log) -> Work:
         """Loads the model only if there is something to fit, or if it may be another one."""
+        naming.rename_all(self._database, self.folder)
         with self._database.writing() as rows:
             volumes.miss(rows, (v for v in volumes.finished(rows) if not self.folder.volume(v).exists()))
         known = self.identity
@@ -226,19 +228,6 @@ class Library:
                 return Work()
         self._set("identity", list(fitter.identity))
         return fit_waiting(self._database, self.folder, fitter, refit=refit, progress=progress, log=log)
-
-    def _miss_damaged(self, fitter: Fitter, log: Log) -> None:
-        """What the library's model was fitted to is to be fitted again where its file is not whole."""
-        if (known := self.identity) is None:
-            return
-        with self._database.reading() as rows:
-            fitted = volumes.finished(rows, known)
-        if fitted and fitter.identity.digests == known.digests:
-            damaged = [volume for volume in fitted if not fitter.is_whole(self.folder.volume(volume))]
-            if damaged:
-                log(f"{len(damaged)} of the library's files cannot be read: what they held is fitted again")
-            with self._database.writing() as rows:
-                volumes.miss(rows, damaged)
 
     def _plan(self, identity: Identity) -> None:
         with self._database.writing() as rows:

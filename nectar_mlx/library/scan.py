@@ -14,6 +14,8 @@ from ..core.progress import Progress, silent
 from ..core.words import words
 from ..documents import Place
 from ..documents.files import Source, find
+from ..documents.packages import is_package
+from ..documents.reading import Unreadable
 from ..errors import NectarError
 from . import index
 from .database import Database, path_bytes, shown
@@ -102,11 +104,7 @@ def _sources(roots: Sequence[Root], own: Callable[[bytes], bool]) -> dict[bytes,
 
 def _take(database: Database, path: bytes, source: Source, done: Scan) -> None:
     """Brings the row of one file up to date."""
-    try:
-        status = os.stat(path)
-        size, mtime = status.st_size, status.st_mtime_ns
-    except OSError:
-        size, mtime = -1, -1
+    size, mtime = source.stamp()
     with database.reading() as rows:
         known = rows.execute(
             "SELECT size, mtime, sha256, reason, missing FROM files WHERE path = ?", (path,)
@@ -121,6 +119,9 @@ def _take(database: Database, path: bytes, source: Source, done: Scan) -> None:
         done.unchanged.append(shown(path)) if not reason else done.failed.update({shown(path): reason})
         return
     with database.writing() as rows:
+        if not _is_wanted(rows, path):
+            done.ignored.append(shown(path))
+            return
         text = None if reading is None else _insert_text(rows, reading)
         used = _moved_here(rows, path, sha256)
         rows.execute(
@@ -133,17 +134,23 @@ def _take(database: Database, path: bytes, source: Source, done: Scan) -> None:
     done.failed.update({shown(path): reason}) if reason else done.read.append(shown(path))
 
 
+def _is_wanted(rows: sqlite3.Connection, path: bytes) -> bool:
+    """Whether nobody has removed it since the scan began."""
+    if rows.execute("SELECT 1 FROM ignored WHERE path = ?", (path,)).fetchone():
+        return False
+    return any(
+        path == root or path.startswith(root.rstrip(b"/") + b"/") for (root,) in rows.execute("SELECT path FROM roots")
+    )
+
+
 def _read(source: Source) -> tuple[str, str, documents.Reading | None]:
     """The sha256 of a file, and either its text or the reason why there is none."""
     path = source.path
     assert path is not None
-    if source.reason:
-        return "", source.reason, None
     try:
-        with path.open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        return "", f"cannot be read ({error.strerror})", None
+        sha256 = source.sha256()
+    except Unreadable as error:
+        return "", str(error), None
     try:
         return sha256, "", documents.read([path])
     except NectarError as error:
@@ -201,17 +208,19 @@ def _moved_here(rows: sqlite3.Connection, path: bytes, sha256: str) -> float:
 
 
 def _is_gone(path: bytes) -> bool:
-    """Whether there is no file any more; a folder in its place is none."""
-    return not os.path.lexists(path) or os.path.isdir(path)
+    """Whether there is no file any more; a folder in its place is none, unless it is a package."""
+    return not os.path.lexists(path) or (os.path.isdir(path) and not is_package(Path(os.fsdecode(path))))
 
 
 def _mark_missing(database: Database, roots: Sequence[Root], found: Iterable[bytes], done: Scan) -> None:
     found = set(found)
     with database.writing() as rows:
-        for path, missing in rows.execute("SELECT path, missing FROM files ORDER BY path").fetchall():
+        for path, text, missing in rows.execute("SELECT path, text, missing FROM files ORDER BY path").fetchall():
             if path in found or not any(path == root.path or path.startswith(root.path + b"/") for root in roots):
                 continue
             if _is_gone(path):
                 done.missing.append(shown(path))
-                if not missing:
+                if text is None:  # nothing was read of it that could be kept
+                    rows.execute("DELETE FROM files WHERE path = ?", (path,))
+                elif not missing:
                     rows.execute("UPDATE files SET missing = 1 WHERE path = ?", (path,))

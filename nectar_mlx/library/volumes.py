@@ -11,7 +11,7 @@ A volume is fitted by the one process that has claimed it. The claim of a proces
 import hashlib
 import os
 import sqlite3
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -87,7 +87,8 @@ def volume_id(identity: Identity, texts: Sequence[Text]) -> str:
 
 def plan(rows: sqlite3.Connection, identity: Identity) -> None:
     """Lists the volumes that the library's texts should have on a model; drops those that nobody needs any more."""
-    wanted = {volume_id(identity, texts): texts for texts in compose(live_texts(rows))}
+    live = live_texts(rows)
+    wanted = {volume_id(identity, texts): texts for texts in compose(live)}
     known = {row[0] for row in rows.execute("SELECT id FROM volumes")}
     rows.execute("UPDATE volumes SET model = ? WHERE model_sha256 = ? AND tokenizer_sha256 = ?", identity[:3])
     for volume, texts in wanted.items():
@@ -98,18 +99,18 @@ def plan(rows: sqlite3.Connection, identity: Identity) -> None:
             )
             holding = [(volume, text.id, position) for position, text in enumerate(texts)]
             rows.executemany("INSERT INTO members VALUES (?, ?, ?)", holding)
-    _drop(rows, wanted.keys())
+    _drop(rows, wanted, live)
 
 
-def _drop(rows: sqlite3.Connection, wanted: Iterable[str]) -> None:
+def _drop(rows: sqlite3.Connection, wanted: Container[str], live: Sequence[Text]) -> None:
     """A file that is no longer wanted stays as long as it alone answers for some text."""
-    wanted = set(wanted)
-    live = {text.id for text in live_texts(rows)} | {row[0] for row in rows.execute(_FORMER)}
-    covered = {text for volume in wanted if _state(rows, volume) == "done" for text in members(rows, volume)}
-    for volume, state, owner in rows.execute("SELECT id, state, owner FROM volumes").fetchall():
+    needed = {text.id for text in live} | {row[0] for row in rows.execute(_FORMER)}
+    known, holding = rows.execute("SELECT id, state, owner FROM volumes").fetchall(), members(rows)
+    covered = {text for volume, state, _ in known if state == "done" and volume in wanted for text in holding[volume]}
+    for volume, state, owner in known:
         if volume in wanted or (state == "fitting" and alive(owner)):
             continue
-        if state != "done" or not (set(members(rows, volume)) & live) - covered:
+        if state != "done" or not (set(holding[volume]) & needed) - covered:
             rows.execute("DELETE FROM volumes WHERE id = ?", (volume,))
 
 
@@ -126,10 +127,12 @@ def forget_texts(rows: sqlite3.Connection, *, at_once: bool = False) -> None:
             rows.execute("DELETE FROM texts WHERE id = ?", (text,))
 
 
-def members(rows: sqlite3.Connection, volume: str) -> list[int]:
-    """A volume's texts, in order."""
-    found = rows.execute("SELECT text FROM members WHERE volume = ? ORDER BY position", (volume,))
-    return [row[0] for row in found]
+def members(rows: sqlite3.Connection) -> dict[str, tuple[int, ...]]:
+    """The texts of each volume, in order."""
+    found = dict[str, list[int]]()
+    for volume, text in rows.execute("SELECT volume, text FROM members ORDER BY volume, position"):
+        found.setdefault(volume, []).append(text)
+    return {volume: tuple(texts) for volume, texts in found.items()}
 
 
 def finished(rows: sqlite3.Connection, identity: Identity | None = None) -> list[str]:
@@ -138,6 +141,11 @@ def finished(rows: sqlite3.Connection, identity: Identity | None = None) -> list
     if identity is None:
         return [row[0] for row in rows.execute(query)]
     return [row[0] for row in rows.execute(f"{query} AND (model_sha256, tokenizer_sha256) = (?, ?)", identity.digests)]
+
+
+def is_known(rows: sqlite3.Connection, volume: str) -> bool:
+    """Whether a volume is still there."""
+    return _state(rows, volume) != ""
 
 
 def miss(rows: sqlite3.Connection, lost: Iterable[str]) -> None:
@@ -175,34 +183,26 @@ class Claim:
     urgent: bool
 
 
-def claim(rows: sqlite3.Connection, identity: Identity, *, refit: bool) -> Claim | None:
-    """Takes the next volume of a model that nobody works on: first those with texts that no file answers for, then
-    those of texts put together anew, last, and only with `refit`, those that a file on another model stands for: the
-    most recently used first."""
-    candidates = [candidate for candidate in waiting(rows, identity) if refit or candidate.urgent]
-    if not candidates:
-        return None
-    rows.execute(
-        "UPDATE volumes SET state = 'fitting', owner = ?, reason = '' WHERE id = ?", (owner(), candidates[0].volume)
-    )
-    return candidates[0]
+def claim(rows: sqlite3.Connection, waiting: Claim) -> None:
+    """Takes one of `waiting`, in the same transaction."""
+    rows.execute("UPDATE volumes SET state = 'fitting', owner = ?, reason = '' WHERE id = ?", (owner(), waiting.volume))
 
 
 def waiting(rows: sqlite3.Connection, identity: Identity) -> list[Claim]:
-    """The volumes of a model that are to be fitted and that nobody works on, in the order of `claim`."""
+    """The volumes of a model that are to be fitted and that nobody works on: first those with texts that no file
+    answers for, then those of texts put together anew, last those that a file on another model stands for: the most
+    recently used first."""
     texts = {text.id: text for text in live_texts(rows)}
     place = {text: number for number, text in enumerate(texts)}
-    held = answered(rows)
-    done = {
-        tuple(members(rows, row[0])) for row in rows.execute("SELECT id FROM volumes WHERE state = 'done'").fetchall()
-    }
+    held, holding = answered(rows), members(rows)
+    done = {holding[volume] for volume in finished(rows)}
     ordered = []
     for volume, state, held_by in rows.execute(
         "SELECT id, state, owner FROM volumes WHERE state IN ('waiting', 'fitting') AND model_sha256 = ? "
         "AND tokenizer_sha256 = ?",
         identity.digests,
     ).fetchall():
-        own = tuple(members(rows, volume))
+        own = holding[volume]
         if (state == "fitting" and alive(held_by)) or not all(text in texts for text in own):
             continue
         forerunner = own in done

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from ..core.progress import Log, Progress
 from ..documents import FileReport, Place, Reading
 from ..errors import NectarError
-from . import noted, volumes
-from .database import Database, shown
+from . import naming, noted, volumes, whole
+from .database import Database
 from .fitter import Fitter
 from .folder import Folder
 from .foreseen import Foreseen
@@ -60,10 +60,12 @@ def fit_waiting(
             volumes.forget_texts(rows)
             folder.sweep({row[0] for row in rows.execute("SELECT id FROM volumes")})
             left = [waiting for waiting in volumes.waiting(rows, identity) if refit or waiting.urgent]
-            claim = volumes.claim(rows, identity, refit=refit)
-            names = [] if claim is None else [_name(rows, text) for text in claim.texts]
-        if claim is None:
+            if left:
+                volumes.claim(rows, left[0])
+                names = naming.names_of(rows, left[0].texts)
+        if not left:
             break
+        claim = left[0]
         to_go = sum(len(waiting.texts) for waiting in left)
         log(f"fitting {', '.join(names)} ({to_go} document{'s' * (to_go != 1)} to go{foreseen.end(left)})")
         part, later = _part(work, len(names), to_go), foreseen.stages(left[1:])
@@ -98,7 +100,7 @@ def _fit(
     database: Database, folder: Folder, fitter: Fitter, claim: Claim, names: list[str], *, progress: Progress
 ) -> str | None:
     """Fits a claimed volume, and writes down how that ended; the reason where it failed, or is not wanted any more."""
-    state, reason, wanted = "waiting", None, True
+    state, reason, wanted, is_new = "waiting", None, True, False
     try:
         folder.check_place(claim.volume)
         if not fitter.is_whole(folder.volume(claim.volume)):  # else its process was killed just before it said so
@@ -108,12 +110,13 @@ def _fit(
             fitter.fit(
                 _reading(database, claim, names),
                 made / folder.volume(claim.volume).name,
-                source=", ".join(names),
+                source=naming.source(names),
                 partial=made / "partial",
                 progress=progress,
                 former=folder.volume(former) if former else None,
             )
             folder.publish(claim.volume)
+            is_new = True
         state = "done"
     except Exception as error:
         if _is_fatal(error):
@@ -128,6 +131,9 @@ def _fit(
                 (state, reason or "", claim.volume, volumes.owner()),
             )
             wanted = written.rowcount > 0  # else its document was removed, and the volume with it
+            if is_new and wanted:
+                naming.note(rows, claim.volume, names)
+                whole.note(rows, claim.volume, whole.stamp_of(folder.volume(claim.volume)))
             if state == "done":
                 rows.executemany("UPDATE files SET former = NULL WHERE text = ?", [(text,) for text in claim.texts])
             if state == "failed" and wanted and len(claim.texts) > 1:  # to find the one that it fails for
@@ -161,9 +167,3 @@ def _reading(database: Database, claim: Claim, names: Sequence[str]) -> Reading:
         within = [Place(unit, title, start + a, start + b) for unit, title, a, b, _ in json.loads(places)]
         files.append(FileReport(name, kind, len(text), start, length, within))
     return Reading("".join(parts), files)
-
-
-def _name(rows: sqlite3.Connection, text: int) -> str:
-    """The name of the first file with a text."""
-    path: bytes = rows.execute("SELECT min(path) FROM files WHERE text = ?", (text,)).fetchone()[0]
-    return shown(path.rpartition(b"/")[2])

@@ -36,36 +36,41 @@ class Sentence:
 
 @dataclass(frozen=True)
 class Cited:
-    """An answer with marks, the sources that they name, and the sentences."""
+    """An answer with marks, its sources, and its sentences. sources: those that the marks name, in that order, and then
+    the others. named: how many the marks name."""
 
     text: str
     sources: list[Source]
+    named: int
     sentences: list[Sentence] = field(repr=False)
 
 
 def cite(passages: Passages, question: str, answer: str, found: Sequence[Source]) -> Cited:
-    """found: the answer's sources so far; those of single sentences follow them."""
-    cited, sources, parts, position = list[Sentence](), list(found), list[str](), 0
+    """found: the answer's sources so far."""
+    cited, sources, parts, position = list[Sentence](), list[Source](), list[str](), 0
     answer = without_thoughts(answer)
     for start, end in sentences(answer):
         number = _supporting(passages, question, answer[start:end])
         mark, source = UNSUPPORTED, None
         if number is not None:
-            source = _numbered(passages, number, sources, question, answer[start:end])
+            source = _numbered(passages, number, sources, found, question, answer[start:end])
             mark = f"[{source}]"
         cited.append(Sentence(start, end, source))
         parts += [answer[position:end], " ", mark]
         position = end
-    return Cited("".join(parts) + answer[position:], sources, cited)
+    others = [source for source in found if source not in sources]
+    return Cited("".join(parts) + answer[position:], [*sources, *others], len(sources), cited)
 
 
-def _numbered(passages: Passages, number: int, sources: list[Source], question: str, sentence: str) -> int:
+def _numbered(
+    passages: Passages, number: int, sources: list[Source], found: Sequence[Source], question: str, sentence: str
+) -> int:
     """The number of the source that is this passage; it is added if it is none yet."""
     starts = [source.start for source in sources]
     if (start := passages.all[number].start) in starts:
         return starts.index(start) + 1
-    score = float(passages.scores(question, sentence)[number])
-    sources.append(source_of(passages, number, score))
+    known = next((source for source in found if source.start == start), None)
+    sources.append(known or source_of(passages, number, float(passages.scores(question, sentence)[number])))
     return len(sources)
 
 

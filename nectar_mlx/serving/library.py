@@ -18,6 +18,7 @@ from ..retrieval.first_sentence import LONGEST, cut
 from ..retrieval.fitted_text import About
 from .engine import Busy, Engine
 from .job import Event, Failed, Finished, Job, Ticket, Written
+from .shelf import UnknownModel
 
 T = TypeVar("T")
 LIBRARY = "library"  # the model that stands for all documents
@@ -40,10 +41,11 @@ class ServedLibrary:
 
     def __init__(self, library: Library, engine: Engine):
         self.library, self._engine = library, engine
+        self._named: dict[str, Document] = {}  # as they were found last
 
     def refresh(self) -> dict[str, Document]:
         """All documents by the names under which they are served. Those that are fitted become the server's models."""
-        named = names(self.library.documents())
+        self._named = named = names(self.library.documents())
         ready = {name: document.file for name, document in named.items() if document.state == "ready"}
         files = {name: file for name, file in ready.items() if file is not None}
         if files != self._engine.shelf.files:
@@ -63,8 +65,13 @@ class ServedLibrary:
         return await asyncio.to_thread(self._find, questions[:_EARLIER])
 
     async def about(self, name: str) -> About:
-        """The document that is served under a name."""
-        document = (await asyncio.to_thread(lambda: names(self.library.documents()))).get(name)
+        """The document that is served under a name, as it was found last; UnknownModel where its file is gone since, or
+        where it has none to answer from."""
+        document = self._named.get(name)
+        if document is None or document.file is None or not document.file.exists():
+            document = (await asyncio.to_thread(self.refresh)).get(name)
+        if document is not None and name not in self._engine.shelf.files:
+            raise UnknownModel(document.unanswered)
         return About() if document is None else About(document.name, document.number)
 
     def _find(self, questions: Sequence[str]) -> Target:
@@ -87,8 +94,7 @@ class ServedLibrary:
         assert routing.best is not None
         document, name = routing.best.document, of.get(routing.best.document.path, "")
         if name not in self._engine.shelf.files:
-            why = f": {document.reason}" if document.reason else ""
-            raise NectarError(f"{document.name} would answer, but has no file to answer from ({document.state}){why}")
+            raise NectarError(document.unanswered)
         self.library.touch(document)
         place = " ".join(routing.best.place) if routing.best.place else None
         close = [of[candidate.document.path] for candidate in routing.close if candidate.document.path in of]

@@ -146,10 +146,13 @@ class Service:
 
     async def _target(self, model: str | None, questions: Sequence[str]) -> Target:
         """Where to answer from. questions: the user's, the last one first."""
-        name = self.name(model)
-        if self.library and name == LIBRARY:
+        if self.library is None:
+            return Target(self.name(model))
+        if model and model not in self.names:  # it may be new
+            await self.library.about(model.removesuffix(":latest"))
+        if (name := self.name(model)) == LIBRARY:
             return await self.library.find(questions)
-        return Target(name, about=await self.library.about(name)) if self.library else Target(name)
+        return Target(name, about=await self.library.about(name))
 
     async def chat_job(
         self,

@@ -4,6 +4,7 @@ from . import tensor_file
 from .file import (
     Metadata,
     check_header,
+    check_whole,
     check_writable,
     contents,
     damage_named,
@@ -13,6 +14,7 @@ from .file import (
     prefix_digest,
     read,
     report,
+    source,
     tensors_digest,
     write,
 )
@@ -29,6 +31,7 @@ __all__ = [
     "Metadata",
     "Tensors",
     "check_header",
+    "check_whole",
     "check_writable",
     "contents",
     "damage_named",
@@ -44,6 +47,7 @@ __all__ = [
     "read",
     "report",
     "select_nodes",
+    "source",
     "tensor_file",
     "tensors_digest",
     "unpack",

@@ -130,6 +130,12 @@ def check_header(path: Path) -> None:
     _metadata(path)
 
 
+def check_whole(path: Path) -> None:
+    """The same, and NectarError where a byte was changed: all of the file is read."""
+    if _metadata(path)["format"] != _FIRST:
+        tensor_file.check_seal(path)
+
+
 def model_name(path: Path) -> str:
     """The model that a file was fitted on; its tensors are neither read nor checked."""
     return str(_metadata(path)["model"])
@@ -139,6 +145,11 @@ def report(path: Path) -> JsonObject:
     """What was measured of a file when it was fitted; its tensors are neither read nor checked."""
     told = _metadata(path)["report"]
     return told if isinstance(told, dict) else {}
+
+
+def source(path: Path) -> str:
+    """What a file says that its text is; its tensors are neither read nor checked."""
+    return str(_metadata(path).get("source", ""))
 
 
 def tensors_digest(path: Path) -> str:

@@ -96,8 +96,8 @@ def _pieces(arrays: Mapping[str, mx.array | AnyArray], metadata: Mapping[str, st
         yield _bits(array).data.cast("B") if array.nbytes else b""
 
 
-def read_sealed(path: Path) -> Tensors:
-    """All arrays of a file that `write_sealed` wrote. NectarError as for `metadata`, and where a byte was changed."""
+def check_seal(path: Path) -> None:
+    """NectarError where a byte of a file that `write_sealed` wrote was changed. All of it is read, and nothing kept."""
     sha = hashlib.sha256()
     with _opened(path) as file:
         left = os.fstat(file.fileno()).st_size - _CHECKSUM_BYTES
@@ -106,6 +106,11 @@ def read_sealed(path: Path) -> Tensors:
             left -= len(piece)
         if left or file.read() != sha.digest():
             raise NectarError(f"{path} is damaged: its bytes do not match its checksum", advice=FIT_AGAIN)
+
+
+def read_sealed(path: Path) -> Tensors:
+    """All arrays of a file that `write_sealed` wrote. NectarError as for `metadata`, and where a byte was changed."""
+    check_seal(path)
     tensors = read(path)
     tensors.pop(_CHECKSUM, None)
     return tensors

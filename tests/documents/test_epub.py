@@ -34,14 +34,39 @@ def one_chapter(path: Path, content: str | bytes) -> Path:
     return book(path, {"OEBPS/text/one.xhtml": content, "OEBPS/text/two b.xhtml": "<p>.</p>"})
 
 
-def test_a_folder_with_times_and_names_that_no_zip_file_has(tmp_path: Path) -> None:
+def unpacked(path: Path) -> Path:
+    """The book as Books keeps it."""
     for name, content in BOOK.items():
-        (file := tmp_path / "a.epub" / name).parent.mkdir(parents=True, exist_ok=True)
-        write(file, content)
+        write(path / name, content)
+    return path
+
+
+def test_a_folder_with_times_and_names_that_no_zip_file_has(tmp_path: Path) -> None:
+    for file in unpacked(tmp_path / "a.epub").rglob("*"):
         os.utime(file, (0, 0))
     if sys.platform == "linux":  # elsewhere names are text
         (tmp_path / "a.epub" / "cover\udcff.jpg").write_bytes(b"no text")
     assert "fox" in text_of(tmp_path / "a.epub")
+
+
+def test_a_folder_holds_no_more_than_a_zip_file_could(tmp_path: Path) -> None:
+    """Links lead to its own files alone; what else no file has in it is left aside."""
+    secret = write(tmp_path / "secret.xhtml", "<p>secret</p>")
+    text = unpacked(tmp_path / "a.epub") / "OEBPS" / "text"
+    (text / "one.xhtml").rename(text / "moved.xhtml")
+    (text / "one.xhtml").symlink_to("moved.xhtml")
+    (text / "two b.xhtml").unlink()
+    (text / "two b.xhtml").symlink_to(secret)
+    (text / "up").symlink_to(tmp_path)
+    (text / "loop").symlink_to("loop")
+    os.mkfifo(text / "pipe.xhtml")
+    assert text_of(tmp_path / "a.epub") == "# A Book\n\n## One\n\nfox"
+    assert report_of(tmp_path / "a.epub").left_out == ["chapter text/two%20b.xhtml: the book does not hold it"]
+
+
+def test_a_folder_that_is_no_book_is_refused_by_name(tmp_path: Path) -> None:
+    write(tmp_path / "a.epub" / "notes.txt", "fox")
+    assert refusal(tmp_path / "a.epub").startswith(f"{tmp_path / 'a.epub'}: no EPUB file: it has no META-INF")
 
 
 def test_chapters_in_reading_order(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Several files: folders, their order, what is left aside, and the report on each file."""
 
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,26 @@ def test_links_are_followed_once(tmp_path: Path) -> None:
         ("b.txt", "the same file as a/one.txt"),
         ("c.txt", "a link that leads nowhere"),
     ]
+
+
+@pytest.mark.parametrize(
+    "name, reason",
+    [("deep", "deep/" + "a/" * 199 + "a: the folder lies more than 200 folders deep"), ("deep.epub", "deep.epub: ")],
+)
+def test_folders_are_not_followed_beyond_the_stack(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, reason: str
+) -> None:
+    write(tmp_path / "fox.txt", FOX)
+    (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / name)
+    for _ in range(1100):  # each path within the last one: the system takes no longer ones
+        os.mkdir("a")
+        os.chdir("a")
+    try:
+        assert documents.read([tmp_path]).summary().startswith(f"read 1 of 2 files: {reason}")
+    finally:
+        monkeypatch.undo()
+        subprocess.run(["rm", "-rf", tmp_path / name], check=True)  # Python's own stack, too, would end
 
 
 def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:

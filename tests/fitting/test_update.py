@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from nectar_mlx import Nectar, NectarError, store, update, update_file
+from nectar_mlx import Nectar, NectarError, documents, store, update, update_file
 from nectar_mlx.core.device import using
 from nectar_mlx.core.progress import Stage
 from nectar_mlx.fitting import machines, pipeline, updating, verdict
@@ -712,6 +712,26 @@ class TestCommand:
         assert "is up to date" in capsys.readouterr().err
         assert (folder / "book.nectar").read_bytes() == before
 
+    def test_what_cannot_be_read_is_named(self, folder, capsys):
+        (folder / "bad.pdf").write_bytes(b"%PDF-1.4 no more")
+        assert self.run(folder, TEXT, str(folder / "bad.pdf")) == 0
+        assert "read 1 of 2 files: bad.pdf: a damaged PDF" in capsys.readouterr().err
+
+    def test_an_equal_text_of_another_name_is_called_so(self, folder, tokenizer, capsys):
+        (folder / "old.txt").write_text(TEXT)
+        file = Nectar.read(folder / "book.nectar")
+        file.keep(documents.read([folder / "old.txt"]), tokenizer)
+        file.metadata["source"] = "old.txt"
+        file.save(folder / "book.nectar")
+        assert self.run(folder, TEXT, "--json") == 0
+        assert json.loads(capsys.readouterr().out)["way"] == "same"
+        found = Nectar.read(folder / "book.nectar")
+        assert [f.name for f in found.text(tokenizer).files] == [found.metadata["source"]] == ["book.txt"]
+        assert found.digest == file.digest, "nothing else is another"
+        before = (folder / "book.nectar").stat().st_mtime_ns
+        assert self.run(folder, TEXT) == 0
+        assert (folder / "book.nectar").stat().st_mtime_ns == before
+
     def test_a_copy_of_what_is_up_to_date_has_its_keys_beside_it(self, folder, model, tokenizer):
         file = Nectar.fit(model, tokenizer, TEXT, kind="retrieval", **FAST)
         Nectar(file.tensors, file.metadata | {"model": str(folder / "model")}, file.keys).save(folder / "book.nectar")
@@ -745,12 +765,18 @@ class TestCommand:
         err = capsys.readouterr().err
         assert err.count("\n") == 1 and "--output" not in err
 
-    def test_a_file_that_was_fitted_with_others_is_left_as_it_is(self, folder, fitted, capsys):
-        Nectar(fitted.tensors, fitted.metadata | {"with": ["0" * 64]}).save(folder / "book.nectar")
+    def test_a_file_that_was_fitted_with_others_is_left_as_it_is(self, folder, model, tokenizer, fitted, capsys):
+        """Also from Python."""
+        both = Nectar(fitted.tensors, fitted.metadata | {"with": ["0" * 64], "model": str(folder / "model")})
+        both.save(folder / "book.nectar")
         before = (folder / "book.nectar").read_bytes()
         assert self.run(folder, MORE) == 2
-        assert "`nectar fit --with` fits it again" in capsys.readouterr().err
+        err = capsys.readouterr().err
+        assert "`nectar fit --with` fits it again" in err and err.count("\n") == 1
         assert (folder / "book.nectar").read_bytes() == before
+        assert not (folder / "book.nectar.partial").exists()
+        with pytest.raises(NectarError, match="other files in view"):
+            updated(model, tokenizer, both, MORE)
 
     def test_most_likely_the_wrong_text_does_not_replace_the_file(self, folder, capsys):
         before = (folder / "book.nectar").read_bytes()

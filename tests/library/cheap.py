@@ -50,7 +50,7 @@ class CheapFitter:
 
     def is_whole(self, path):
         try:
-            store.check_header(path)
+            store.check_whole(path)
             return store.tensor_file.metadata(path)["model_sha256"] == self.identity.model_sha256
         except NectarError:
             return False

@@ -3,6 +3,8 @@
 import contextlib
 import io
 import json
+import os
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -11,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from nectar_mlx import Nectar, __main__, cli, from_library, installed, serve, update
+from nectar_mlx import Nectar, __main__, cli, from_library, installed, models, serve, store, update
 from nectar_mlx.fitting.config import effort
 from nectar_mlx.installed import Installed
 from nectar_mlx.library import Library, ModelFitter, routing
@@ -93,8 +95,7 @@ def test_a_folder_is_added_listed_updated_removed(folder, cheap, notes, capsys):
     assert run("list") == 0 and capsys.readouterr().out == ""
 
 
-def test_list_tells_a_damaged_file_from_its_header(folder, cheap, notes, capsys):
-    """All but a changed byte within a tensor, for which `update` reads the whole file."""
+def test_list_tells_a_damaged_file(folder, cheap, notes, capsys):
     assert run("add", notes, "--model", "some") == 0
     files = {document.name: document.file for document in Library(folder).documents()}
     cut, gone = files["long 0.txt"], files["long 1.txt"]
@@ -116,6 +117,41 @@ def test_list_tells_a_damaged_file_from_its_header(folder, cheap, notes, capsys)
     assert "`nectar update` fits again what is damaged" in err
     assert run("update") == 0 and run("list") == 0
     assert "damaged" not in capsys.readouterr().out
+
+
+def test_list_reads_only_those_files_that_were_changed(folder, cheap, notes, monkeypatch, capsys):
+    """A changed byte within a tensor is seen where the file's time of change tells of it; else by `update`."""
+
+    def states():
+        assert run("list", "--json") == 0
+        listed = json.loads(capsys.readouterr().out)["documents"]
+        return {document["name"]: (document["state"], document["reason"]) for document in listed}
+
+    def flip(file, **times):
+        data = bytearray(file.read_bytes())
+        data[-40] ^= 1  # the checksum takes the last 32
+        file.write_bytes(data)
+        os.utime(file, **times)
+
+    assert run("add", notes, "--model", "some") == 0
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "check_whole", lambda path: pytest.fail("all of it is read"))
+        assert {state for state, _ in states().values()} == {"ready"}
+    files = {document.name: document.file for document in Library(folder).documents()}
+    flip(files["long 0.txt"])
+    before = files["long 1.txt"].stat().st_mtime_ns
+    flip(files["long 1.txt"], ns=(before, before))
+    found = states()
+    assert found.pop("long 0.txt") == ("damaged", "its bytes do not match its checksum")
+    assert {state for state, _ in found.values()} == {"ready"}
+    restored = files["note 0.md"]
+    os.utime(restored, ns=(1, 1))
+    assert states()["note 0.md"][0] == "ready"
+    assert run("update") == 0 and sorted(cheap[-1].fitted) == ["long 0.txt", "long 1.txt"]
+    capsys.readouterr()
+    monkeypatch.setattr(store, "check_whole", lambda path: pytest.fail("what update has read is read again"))
+    assert {state for state, _ in states().values()} == {"ready"}
 
 
 @pytest.mark.process
@@ -300,6 +336,95 @@ def test_sources_are_of_the_document_alone_though_others_share_its_file(folder, 
             body = {"model": target, "max_tokens": 3, "sources": True, "messages": said}
             status, reply = running.post("/v1/chat/completions", body)
             assert status == 200 and {source["document"] for source in reply["sources"]} == {name}
+
+
+@pytest.fixture
+def pair(folder, tmp_path, model):
+    """Two exact documents in one file, and the fitter."""
+    (tmp_path / "boat.txt").write_text("The deposit of the boat is 80 crowns. It lies in the harbour.")
+    (tmp_path / "bill.txt").write_text("The plumber asked for 90 crowns, and for a deposit of 9 crowns.")
+    fitter = ModelFitter(str(model), {"kind": "exact"})
+    Library(folder).add([tmp_path / "boat.txt", tmp_path / "bill.txt"], fitter)
+    assert len({document.file for document in Library(folder).documents()}) == 1
+    return fitter
+
+
+BOAT = "What is the deposit of the boat?"
+
+
+def test_what_shared_a_file_with_what_is_removed_says_what_to_do(pair, tmp_path, capsys):
+    """Its file held what was removed, which must not answer any more."""
+    assert run("remove", tmp_path / "bill.txt") == 0
+    assert "boat.txt: no answers until `nectar update` has fitted it again" in capsys.readouterr().err
+    assert run("list") == 0
+    out, err = capsys.readouterr()
+    assert "boat.txt  waiting" in out and "`nectar update` fits what waits" in err
+    assert run("ask", "library", BOAT) == cli.FAULT
+    assert_one_line(capsys, "no document of the library is fitted yet: `nectar update`")
+    (tmp_path / "tea.txt").write_text("Tea is poured hot. " * 300)
+    assert run("add", tmp_path / "tea.txt", "--kind", "exact") == 0
+    assert run("ask", "library", BOAT, "--max-tokens", 3) == 0, "a later add fits it, too"
+
+
+def test_a_server_neither_answers_from_what_was_removed_nor_lists_all_documents_for_each_question(
+    pair, folder, tmp_path, model, monkeypatch
+):
+    (tmp_path / "tea.txt").write_text("Tea is poured hot. " * 300)
+    Library(folder).add([tmp_path / "tea.txt"], ModelFitter(str(model), {"kind": "exact", "context_tokens": 60}))
+    arguments = serve.make_parser().parse_args(["library", "--port", "0", "--log-level", "WARNING"])
+    with contextlib.closing(Running(arguments)) as running:
+
+        def ask(name):
+            body = {"model": name, "max_tokens": 3, "messages": [{"role": "user", "content": BOAT}]}
+            status, reply = running.post("/v1/chat/completions", body)
+            return status, reply["error"]["message"] if status != 200 else ""
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Library, "documents", lambda self: pytest.fail("all documents are listed"))
+            assert ask("boat.txt")[0] == ask("bill.txt")[0] == 200
+        Library(folder).remove([tmp_path / "bill.txt"])
+        assert ask("bill.txt") == (404, "there is no model 'bill.txt'; there are: tea.txt")
+        waiting = "boat.txt has no fitted file (waiting): `nectar update` fits it"
+        assert ask("boat.txt") == (404, waiting) and ask("library") == (400, waiting)
+        Library(folder).update(pair)
+        assert ask("boat.txt")[0] == 200, "without a question to the library before"
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_renamed_document_has_its_new_name_in_the_file_that_is_not_fitted_again(
+    folder, tmp_path, model, monkeypatch, known
+):
+    """Also where the library does not know what the file calls it."""
+    texts = {
+        "boat": "The boat lies in the harbour.",
+        "bill": "The plumber asked for 90 crowns.",
+        "long": "A hen. " * 700,
+    }
+    for name, text in texts.items():
+        (tmp_path / f"{name}.txt").write_text(text)
+    fitter = ModelFitter(str(model), {"kind": "exact", "context_tokens": 200})
+    library = Library(folder)
+    library.add([tmp_path / f"{name}.txt" for name in texts], fitter)
+    for name in ("boat", "long"):
+        (tmp_path / f"{name}.txt").rename(tmp_path / f"{name} 2.txt")
+    if not known:
+        with sqlite3.connect(library.folder.database) as rows:
+            rows.execute("DROP TABLE named")
+        library = Library(folder)
+    monkeypatch.setattr(ModelFitter, "fit", lambda *_, **__: pytest.fail("it is fitted again"))
+    library.add([tmp_path / "boat 2.txt", tmp_path / "long 2.txt"], fitter)
+    loaded, tokenizer = models.load(str(model))
+    files = {document.file for document in library.documents()}
+    found = {store.source(file): Nectar.load(file, loaded, tokenizer) for file in files}
+    assert len(files) == 2 and {"long 2.txt"} < found.keys()
+    both = next(file for source, file in found.items() if source != "long 2.txt")
+    assert {file.name for file in both.text(tokenizer).files} == {"boat 2.txt", "bill.txt"}
+    said = f"{texts['boat']} {texts['bill']}"
+    cited = both.cite(tokenizer, "Where is the boat?", said, [])
+    assert [source.document for source in cited.sources] == ["boat 2.txt", "bill.txt"]
+    before = {file: file.stat().st_mtime_ns for file in files}
+    library.update(fitter)
+    assert before == {file: file.stat().st_mtime_ns for file in files}, "once"
 
 
 def test_none_of_them_is_an_answer(filled, capsys):

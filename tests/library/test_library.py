@@ -15,10 +15,11 @@ import pytest
 
 from nectar_mlx.core.progress import Overall, Stage
 from nectar_mlx.errors import NectarError
-from nectar_mlx.library import Library, default_folder
+from nectar_mlx.library import Library, default_folder, scan
 from nectar_mlx.library.database import path_bytes
 from nectar_mlx.library.noted import Noted
 from nectar_mlx.store import tensor_file
+from tests.documents.test_epub import unpacked
 from tests.library.cheap import CheapFitter, text_in
 
 
@@ -319,6 +320,35 @@ def test_a_file_that_disappears_stays_until_it_is_removed(library, notes):
     assert "long 0.txt" not in states(library) and not found.file.exists()
 
 
+def test_of_a_file_that_disappears_and_was_not_read_nothing_stays(library, notes):
+    (notes / "bad.pdf").write_bytes(b"%PDF-1.7 no more")
+    library.add([notes], CheapFitter())
+    assert states(library)["bad.pdf"] == "not read"
+    (notes / "bad.pdf").unlink()
+    assert [path.rpartition("/")[2] for path in library.update(CheapFitter()).scan.missing] == ["bad.pdf"]
+    assert "bad.pdf" not in states(library)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_what_is_removed_while_it_is_read(library, notes, whole, monkeypatch, tmp_path):
+    """By another process: it does not come back. whole: with the folder that was added."""
+    library.add([notes], CheapFitter())
+    (notes / "long 0.txt").write_text("The otter lives in the river. " * 300)
+    read, other = scan._read, Library(tmp_path / "library")
+
+    def removing(source):
+        if other.documents():
+            other.remove([notes if whole else source.path])
+        return read(source)
+
+    monkeypatch.setattr(scan, "_read", removing)
+    fitter = CheapFitter()
+    assert str(notes / "long 0.txt") in library.update(fitter).scan.ignored
+    assert len(library.documents()) == (0 if whole else 6) and fitter.fitted == []
+    library._database.close()
+    assert not any(b"otter" in path.read_bytes() for path in library.folder.path.rglob("*") if path.is_file())
+
+
 def test_a_folder_in_the_place_of_a_document_is_not_the_document(library, notes):
     library.add([notes], CheapFitter())
     for number, text in enumerate(("The same as before.", (notes / "long 1.txt").read_text())):
@@ -330,6 +360,24 @@ def test_a_folder_in_the_place_of_a_document_is_not_the_document(library, notes)
     assert [path.rpartition("/")[2] for path in added.scan.missing] == ["long 0.txt"]
     assert by_name(library)["long 0.txt"].missing
     assert "long 1.txt" not in states(library) and "inside 1.txt" in states(library), "it was moved there"
+
+
+def test_an_unpacked_book_is_one_document(library, notes):
+    """As Books keeps it: a change within is seen, and it may be moved."""
+    unpacked(notes / "a.epub")
+    library.add([notes], CheapFitter())
+    assert by_name(library)["a.epub"].kind == "epub" and len(library.documents()) == 8
+    os.utime(notes / "a.epub" / "OEBPS" / "book.opf", ns=(1, 1))
+    (notes / "a.epub").rename(notes / "deep" / "b.epub")
+    fitter = CheapFitter()
+    added = library.update(fitter)
+    assert (fitter.fitted, added.scan.missing, states(library)["b.epub"]) == ([], [], "ready")
+    (notes / "deep" / "b.epub" / "OEBPS" / "text" / "one.xhtml").write_text("<p>lynx</p>")
+    assert len(library.update(CheapFitter()).scan.read) == 1
+    assert "lynx" in library.text(by_name(library)["b.epub"])
+    shutil.rmtree(notes / "deep" / "b.epub")
+    library.update(CheapFitter())
+    assert by_name(library)["b.epub"].missing
 
 
 def test_a_folder_that_is_gone_is_no_error(library, notes, tmp_path):

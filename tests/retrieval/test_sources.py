@@ -7,7 +7,7 @@ from functools import partial
 import numpy as np
 import pytest
 
-from nectar_mlx import ask, chat, documents, serve
+from nectar_mlx import Nectar, ask, chat, documents, serve
 from nectar_mlx.documents import FileReport, Reading
 from nectar_mlx.mlxlm import prompts
 from nectar_mlx.retrieval import citing, sources
@@ -147,6 +147,19 @@ def test_marks_behind_sentences():
     assert citing.cite(passages, "Who?", "", []).text == ""
 
 
+def test_marks_count_the_sources_in_their_order_and_the_others_follow():
+    filler = "\n\n" + "A ship came. " * 40 + "\n\n"
+    texts = ["The bell was cast by Ines Okafor.", "The tower of the bell fell in 1911.", "The organ has 900 pipes."]
+    passages = Passages(reading(filler.join(texts)))
+    found = sources.find(passages, "Who cast the bell of the tower?", "Ines Okafor cast the bell of the tower.")
+    assert [source.text[:9] for source in found][:2] == ["The bell ", "The tower"]
+    cited = citing.cite(passages, "What?", "The organ has 900 pipes. The tower of the bell fell in 1911.", found)
+    assert cited.text == "The organ has 900 pipes. [1] The tower of the bell fell in 1911. [2]"
+    assert [source.text[:9] for source in cited.sources][:3] == ["The organ", "The tower", "The bell "]
+    assert cited.named == 2 and len(cited.sources) == len(found) + 1
+    assert citing.cite(passages, "What?", "No.", found).named == 0
+
+
 @pytest.fixture(scope="module")
 def book(tmp_path_factory):
     return Book(tmp_path_factory.mktemp("sources"))
@@ -173,6 +186,18 @@ def test_ask(book, capsys):
     assert out.rstrip().endswith("[?]") and "no passage of the text says this" in err
     assert err.startswith("writing the answer: with --cite it is shown whole\n") or "\nwriting the answer: with" in err
     assert ask.main([str(book.path), "who?", "--exact", "1.5"]) == 2
+
+
+def test_ask_lists_what_the_marks_name(book, capsys, monkeypatch):
+    """With the answer; the others only where all sources are asked for, or no mark names one."""
+    found = [sources.Source("tests", "", 0.5, number, number + 1, f"passage {number}") for number in range(2)]
+    command = [str(book.path), "who?", "--cite", "--exact", "0", "--max-tokens", "2"]
+    for named, options, shown, said in ((1, [], 1, 0), (0, [], 0, 2), (1, ["--sources"], 1, 1)):
+        cited = citing.Cited(f"A fox. [{named or '?'}]", found, named, [])
+        monkeypatch.setattr(Nectar, "cite", lambda *_, cited=cited: cited)
+        assert ask.main([*command, *options]) == 0
+        out, err = capsys.readouterr()
+        assert (out.count("tests (50%): passage"), err.count("tests (50%): passage")) == (shown, said)
 
 
 def test_chat(book, capsys, monkeypatch):

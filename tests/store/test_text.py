@@ -136,3 +136,19 @@ def test_what_would_not_be_read_again_is_left_out(monkeypatch: pytest.MonkeyPatc
     assert documents.record.record(reading).keys() == {"packed_files", "edits"}
     kept = documents.record.record(reading, characters=100)
     assert documents.record.restored("x" * 100, kept, name="a").files == [documents.FileReport("a", "", 100, 0, 100)]
+
+
+@pytest.mark.parametrize("most, key", [(1 << 20, "files"), (10, "packed_files")])
+def test_documents_may_be_renamed(
+    reading: documents.Reading, monkeypatch: pytest.MonkeyPatch, most: int, key: str
+) -> None:
+    monkeypatch.setattr(documents.record, "_MOST_LISTED", most)
+    kept, characters = documents.record.record(reading), len(reading.text)
+    renamed = documents.record.renamed(kept | {"kl": 1}, ["c.txt", "d.pdf"], characters=characters)
+    assert key in renamed and renamed["kl"] == 1
+    found = documents.record.restored(reading.text, renamed, name="")
+    assert [(file.name, file.places) for file in found.files] == [
+        (name, file.places) for name, file in zip(("c.txt", "d.pdf"), reading.files, strict=True)
+    ]
+    assert found.edits == reading.edits
+    assert documents.record.renamed(kept, ["c.txt"], characters=characters) == kept, "one name is not enough"

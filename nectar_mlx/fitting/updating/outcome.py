@@ -56,8 +56,11 @@ def update(
 
     tensors, metadata: what the file holds. config: of a fit (default: that of the file). log: is told the way that was
     taken, and why it is a fit. most: how much of the text may be another, for it could be the wrong one. The rest: as
-    for `pipeline.fit`. NectarError for a text that cannot be fitted, and for one of which more is another.
+    for `pipeline.fit`. NectarError for a text that cannot be fitted, for one of which more is another, and for a file
+    that was fitted with others in view, which an update would lose.
     """
+    if metadata.get("with"):
+        raise NectarError("the file was fitted with other files in view: `nectar fit --with` fits it again")
     file = FileContents(tensors=tensors, metadata=metadata)
     config = config or config_of(metadata)
     checkpoint, name = checkpoint or Checkpoint(None), str(metadata["model"])
