@@ -299,6 +299,12 @@ def test_new_tokens_get_more_nodes_than_a_fit_would_give_them(old, sizes, grown,
     assert append.grown(file, tokens=tokens) == pytest.approx(after)
 
 
+def test_a_larger_head_gets_more_nodes_for_new_tokens_but_not_in_proportion():
+    file = SimpleFile(prefix=range(10_000), sizes=[(320,), (10,)], metadata={"report": {}})
+    (large,), (small,) = append.new_sizes(file, tokens=1000)
+    assert large / small == pytest.approx(32**0.6, rel=0.1)  # the power that was measured (docs/log/update.md)
+
+
 def test_two_small_errors_add_up():
     before = {"kl": 0.01, "agree": 0.95, "kl_no_context": 3.0, "gap_closed": 0.9967}
     added = verdict.added({"kl": 0.02, "agree": 0.98, "kl_no_context": 1.5, "gap_closed": 0.98}, before)
