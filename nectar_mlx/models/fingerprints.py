@@ -3,10 +3,11 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from operator import itemgetter
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import ref
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -18,7 +19,7 @@ from nectar_mlx.models.sharding import shard_of
 
 _LORA = ("lora_a", "lora_b", "m")  # parameters of a LoRA or DoRA layer beside the layer's own
 _Sampled = tuple[str, tuple[int, ...], mx.array]  # of a parameter its name, shape and `_sample`
-_KNOWN: WeakKeyDictionary[Any, tuple[Any, str]] = WeakKeyDictionary()  # of a tokenizer what tells a change, and digest
+_KNOWN: dict[int, tuple[ref[Any], Any, str]] = {}  # by `id` a tokenizer, what tells a change of it, and its digest
 
 
 def arguments(model: nn.Module) -> Any:
@@ -68,13 +69,15 @@ def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
     # The encoding covers normalization and splitting, whose serialisation differs between library versions.
     encoded = list(tokenizer.encode("We'll  see:\n\n1234 naïve ﬁnds, x_1 = [3.14];\t你好 🙂 <s>"))
     template = getattr(tokenizer, "chat_template", None)
-    if not isinstance(tokenizer, Hashable):
-        return _tokenizer_digest(tokenizer, template, encoded)
-    state = (_vocabulary_size(tokenizer), template, encoded)
-    known = _KNOWN.get(tokenizer)
-    if known is None or known[0] != state:
-        known = _KNOWN[tokenizer] = (state, _tokenizer_digest(tokenizer, template, encoded))
-    return known[1]
+    state = (_vocabulary_size(tokenizer), json.dumps(template, sort_keys=True, default=str), encoded)
+    number = id(tokenizer)  # not the tokenizer: it need not have a hash, and others may be equal to it
+    known = _KNOWN.get(number)
+    if known is not None and known[0]() is tokenizer and known[1] == state:
+        return known[2]
+    digest = _tokenizer_digest(tokenizer, template, encoded)
+    with suppress(TypeError):  # there are objects to which nothing can refer weakly
+        _KNOWN[number] = ref(tokenizer, lambda _: _KNOWN.pop(number, None)), state, digest
+    return digest
 
 
 def _vocabulary_size(tokenizer: Any) -> int:

@@ -184,6 +184,37 @@ def test_a_vocabulary_is_read_once_for_its_fingerprint(monkeypatch: pytest.Monke
     assert models.tokenizer_fingerprint(tokenizer) == first
 
 
+def test_what_is_remembered_of_a_tokenizer_is_its_own() -> None:
+    class Words:
+        __slots__ = ("chat_template", "words")  # nothing can refer to it weakly
+
+        def __init__(self, *words: str) -> None:
+            self.words, self.chat_template = words, {"default": "a"}
+
+        def get_vocab(self) -> dict[str, int]:
+            return {word: number for number, word in enumerate(self.words)}
+
+        def encode(self, text: str) -> list[int]:
+            return [0]
+
+    class Equal(Words):
+        def __eq__(self, other: object) -> bool:
+            return isinstance(other, Equal)
+
+        def __hash__(self) -> int:
+            return 1
+
+    one, other = Equal("a", "b"), Equal("c", "d")
+    prints = [models.tokenizer_fingerprint(one), models.tokenizer_fingerprint(other)]  # type: ignore[arg-type]
+    assert prints[0] == models.tokenizer_fingerprint(Words("a", "b"))  # type: ignore[arg-type]
+    one.chat_template["default"] = "b"
+    prints.append(models.tokenizer_fingerprint(one))  # type: ignore[arg-type]
+    assert len(set(prints)) == 3
+    known = len(fingerprints._KNOWN)
+    del one
+    assert len(fingerprints._KNOWN) == known - 1
+
+
 @pytest.mark.parametrize("name", ["./absent", "~/absent/model", "/absent", "absent.gguf"])
 def test_a_path_that_is_no_model(name: str) -> None:
     with pytest.raises(NectarError, match=r"no such folder or \.gguf file") as error:
