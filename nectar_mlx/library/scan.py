@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import sqlite3
+import unicodedata
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -109,13 +110,17 @@ def _take(database: Database, path: bytes, source: Source, done: Scan) -> None:
         known = rows.execute(
             "SELECT size, mtime, sha256, reason, missing FROM files WHERE path = ?", (path,)
         ).fetchone()
-    if known and known[:2] == (size, mtime) and not known[4]:
+    # What could not be opened is tried again: a permission, or the other file that it was the same as, leaves no trace
+    # in the file itself.
+    was_opened = known and (known[2] or known[3] == source.reason)
+    if known and known[:2] == (size, mtime) and was_opened and not known[4]:
         done.unchanged.append(shown(path)) if not known[3] else done.failed.update({shown(path): known[3]})
         return
     sha256, reason, reading = _read(source)
     if known and known[2] == sha256 and known[3] == reason:
-        with database.writing() as rows:
-            rows.execute("UPDATE files SET size = ?, mtime = ?, missing = 0 WHERE path = ?", (size, mtime, path))
+        if known[:2] != (size, mtime) or known[4]:
+            with database.writing() as rows:
+                rows.execute("UPDATE files SET size = ?, mtime = ?, missing = 0 WHERE path = ?", (size, mtime, path))
         done.unchanged.append(shown(path)) if not reason else done.failed.update({shown(path): reason})
         return
     with database.writing() as rows:
@@ -201,7 +206,7 @@ def _moved_here(rows: sqlite3.Connection, path: bytes, sha256: str) -> float:
     for other, used in rows.execute(
         "SELECT path, used FROM files WHERE sha256 = ? ORDER BY path", (sha256,)
     ).fetchall():
-        if sha256 and other != path and _is_gone(other):
+        if sha256 and other != path and (_is_gone(other) or _is_same(other, path)):
             rows.execute("DELETE FROM files WHERE path = ?", (other,))
             return float(used)
     return 0.0
@@ -212,13 +217,24 @@ def _is_gone(path: bytes) -> bool:
     return not os.path.lexists(path) or (os.path.isdir(path) and not is_package(Path(os.fsdecode(path))))
 
 
+def _is_same(path: bytes, other: bytes | None) -> bool:
+    """Whether two paths differ in case, or in how accents are written, alone, and lead to one file: on a Mac a renamed
+    file is still found by its old path."""
+    return other is not None and _folded(path) == _folded(other) and os.path.samefile(path, other)
+
+
+def _folded(path: bytes) -> str:
+    return unicodedata.normalize("NFC", os.fsdecode(path).casefold())
+
+
 def _mark_missing(database: Database, roots: Sequence[Root], found: Iterable[bytes], done: Scan) -> None:
     found = set(found)
+    folded = {_folded(path): path for path in found}
     with database.writing() as rows:
         for path, text, missing in rows.execute("SELECT path, text, missing FROM files ORDER BY path").fetchall():
             if path in found or not any(path == root.path or path.startswith(root.path + b"/") for root in roots):
                 continue
-            if _is_gone(path):
+            if _is_gone(path) or _is_same(path, folded.get(_folded(path))):
                 done.missing.append(shown(path))
                 if text is None:  # nothing was read of it that could be kept
                     rows.execute("DELETE FROM files WHERE path = ?", (path,))

@@ -14,9 +14,11 @@ from contextlib import nullcontext
 import pytest
 
 from nectar_mlx.core.progress import Overall, Stage
+from nectar_mlx.documents import files
+from nectar_mlx.documents.reading import Unreadable
 from nectar_mlx.errors import NectarError
 from nectar_mlx.library import Library, default_folder, scan
-from nectar_mlx.library.database import path_bytes
+from nectar_mlx.library.database import Database, path_bytes
 from nectar_mlx.library.noted import Noted
 from nectar_mlx.store import tensor_file
 from tests.documents.test_epub import unpacked
@@ -470,6 +472,53 @@ def test_equal_documents_share_one_text(library, tmp_path):
     assert fitter.fitted == ["a.txt"] and len({document.file for document in library.documents()}) == 1
     library.remove([tmp_path / "a.txt"])
     assert [document.state for document in library.documents()] == ["ready"]
+
+
+def test_a_link_is_read_once_what_it_is_the_same_as_is_gone(library, tmp_path):
+    """Of several names of one file the first is read; which that is may change without the file."""
+    folder = tmp_path / "linked"
+    folder.mkdir()
+    (folder / "real.txt").write_text("the same words " * 500)
+    (folder / "a.txt").symlink_to("real.txt")
+    library.add([folder], CheapFitter())
+    assert states(library) == {"a.txt": "ready", "real.txt": "not read"}
+    (folder / "a.txt").unlink()
+    library.update(CheapFitter())
+    assert states(library) == {"real.txt": "ready"}
+
+
+def test_a_file_that_may_be_opened_today_is_read(library, notes, monkeypatch):
+    """A permission changes neither the size of a file nor its time of change."""
+    with monkeypatch.context() as patch:
+        patch.setattr(files.Source, "sha256", lambda self: (_ for _ in ()).throw(Unreadable("cannot be read (no)")))
+        library.add([notes], CheapFitter())
+        assert set(states(library).values()) == {"not read"}
+        with library._database.reading() as rows:
+            before = rows.execute("PRAGMA data_version").fetchone()
+        scan.scan(Database(library.folder.database), scan.known_roots(library._database), own=library.folder.is_own)
+        with library._database.reading() as rows:
+            assert rows.execute("PRAGMA data_version").fetchone() == before, "nothing is written for those"
+    library.update(CheapFitter())
+    assert set(states(library).values()) == {"ready"}
+
+
+@pytest.mark.parametrize("edited", [False, True])
+def test_a_name_in_other_letters_is_a_new_name(library, tmp_path, edited):
+    """On a Mac a file renamed so is still found by its old path. Here two names lead to one file."""
+    folder = tmp_path / "cased"
+    folder.mkdir()
+    (folder / "Plan.txt").write_text("the same words " * 500)
+    library.add([folder], CheapFitter())
+    library.touch(by_name(library)["Plan.txt"])
+    os.link(folder / "Plan.txt", folder / "PLAN.txt")
+    if edited:
+        (folder / "PLAN.txt").write_text("other words " * 500)
+    added = library.add([folder], CheapFitter(), exclude=["Plan.txt"])
+    found = by_name(library)
+    if edited:
+        assert found["Plan.txt"].missing and added.scan.missing == [str(folder / "Plan.txt")]
+    else:
+        assert found.keys() == {"PLAN.txt"} and found["PLAN.txt"].used and added.work.fitted == []
 
 
 def test_the_library_itself_is_no_document(tmp_path):
