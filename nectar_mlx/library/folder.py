@@ -91,9 +91,11 @@ class Folder:
             file.replace(self.volumes / file.name)
         shutil.rmtree(made, ignore_errors=True)
 
-    def sweep(self, known: Collection[str]) -> None:
-        """Removes the files of volumes that are not among the known ones, and no other file."""
-        for file in (*self.volumes.iterdir(), *self._work.iterdir()):
+    def sweep(self, known: Collection[str], *, unfinished: Collection[str]) -> None:
+        """Removes the files of volumes that are not among the known ones, the work on those that are not among the
+        unfinished ones, and no other file."""
+        files = [(file, known) for file in self.volumes.iterdir()]
+        for file, kept in [*files, *((file, unfinished) for file in self._work.iterdir())]:
             name = file.name.partition(".")[0]
-            if re.fullmatch(_VOLUME, name) and name not in known:
+            if re.fullmatch(_VOLUME, name) and name not in kept:
                 shutil.rmtree(file, ignore_errors=True) if file.is_dir() else file.unlink(missing_ok=True)

@@ -7,6 +7,7 @@ import time
 import zlib
 from collections.abc import Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -175,6 +176,8 @@ class Library:
                 volumes.plan(rows, identity)
             waiting = [d.name for d in self.documents() if d.file is None and d.path in before]
         self._sweep()
+        with suppress(NectarError):  # on a full disk the next `add` or `update` does it
+            naming.rename_all(self._database, self.folder)  # an equal document may have named the file
         return Removed([shown(path) for path in dict.fromkeys(gone)], waiting)
 
     def route(self, question: str, *, evidence: Evidence | None = None, answers: Answers | None = None) -> Routing:
@@ -227,7 +230,9 @@ class Library:
             if not volumes.live_texts(rows):
                 return Work()
         self._set("identity", list(fitter.identity))
-        return fit_waiting(self._database, self.folder, fitter, refit=refit, progress=progress, log=log)
+        work = fit_waiting(self._database, self.folder, fitter, refit=refit, progress=progress, log=log)
+        naming.rename_all(self._database, self.folder)  # files that were found, not fitted, have the names they had
+        return work
 
     def _plan(self, identity: Identity) -> None:
         with self._database.writing() as rows:
@@ -237,7 +242,7 @@ class Library:
 
     def _sweep(self) -> None:
         with self._database.writing() as rows:  # nobody claims a volume meanwhile
-            self.folder.sweep({row[0] for row in rows.execute("SELECT id FROM volumes")})
+            volumes.sweep(rows, self.folder)
 
     def _setting(self, name: str) -> Any:
         with self._database.reading() as rows:

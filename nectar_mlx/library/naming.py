@@ -32,6 +32,10 @@ def rename_all(database: Database, folder: Folder) -> None:
     NectarError where the disk is full."""
     with database.reading() as rows:
         due = _due(rows)
+    if due:
+        with database.writing() as rows:  # before a file is another one: a kill may come between
+            for volume in due:
+                forget(rows, volume.id)
     for volume in due:
         with database.writing() as rows:  # nobody removes it meanwhile
             if volume in _due(rows, volume.id):
@@ -43,6 +47,11 @@ def rename_all(database: Database, folder: Folder) -> None:
 def note(rows: sqlite3.Connection, volume: str, names: Sequence[str]) -> None:
     """Writes down what the file of a volume calls its documents."""
     rows.execute("INSERT OR REPLACE INTO named VALUES (?, ?)", (volume, json.dumps(names)))
+
+
+def forget(rows: sqlite3.Connection, volume: str) -> None:
+    """It is not known any more what the file of a volume calls its documents."""
+    rows.execute("DELETE FROM named WHERE volume = ?", (volume,))
 
 
 def names_of(rows: sqlite3.Connection, texts: Sequence[int]) -> list[str]:

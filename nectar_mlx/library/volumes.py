@@ -17,6 +17,8 @@ from typing import NamedTuple
 
 import psutil
 
+from .folder import Folder
+
 SHORT = 4_000  # characters of a text that is grouped, at most
 GROUP = 16_000  # characters of a group, at most
 _ENDS = 8  # one hash in so many ends a group
@@ -141,6 +143,15 @@ def finished(rows: sqlite3.Connection, identity: Identity | None = None) -> list
     if identity is None:
         return [row[0] for row in rows.execute(query)]
     return [row[0] for row in rows.execute(f"{query} AND (model_sha256, tokenizer_sha256) = (?, ?)", identity.digests)]
+
+
+def sweep(rows: sqlite3.Connection, folder: Folder) -> None:
+    """Removes the files of volumes that are gone, and what kills have left of the work on those that are finished.
+
+    rows: of a writing transaction, so that nobody claims a volume, or renames its documents, meanwhile.
+    """
+    states = dict(rows.execute("SELECT id, state FROM volumes").fetchall())
+    folder.sweep(states, unfinished={volume for volume, state in states.items() if state != "done"})
 
 
 def is_known(rows: sqlite3.Connection, volume: str) -> bool:

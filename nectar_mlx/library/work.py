@@ -58,10 +58,11 @@ def fit_waiting(
         with database.writing() as rows:
             volumes.plan(rows, identity)
             volumes.forget_texts(rows)
-            folder.sweep({row[0] for row in rows.execute("SELECT id FROM volumes")})
+            volumes.sweep(rows, folder)
             left = [waiting for waiting in volumes.waiting(rows, identity) if refit or waiting.urgent]
             if left:
                 volumes.claim(rows, left[0])
+                naming.forget(rows, left[0].volume)
                 names = naming.names_of(rows, left[0].texts)
         if not left:
             break

@@ -427,6 +427,49 @@ def test_a_renamed_document_has_its_new_name_in_the_file_that_is_not_fitted_agai
     assert before == {file: file.stat().st_mtime_ns for file in files}, "once"
 
 
+def _killed(*_args, **_kwargs):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("moment", ["written", "moved", "fitted"])
+def test_a_kill_leaves_no_wrong_name(folder, tmp_path, model, monkeypatch, moment):
+    """Nor anything else, also where the document has its old name again."""
+    (tmp_path / "a.txt").write_text("A hen. " * 700)
+    library, fitter = Library(folder), ModelFitter(str(model), {"kind": "exact", "context_tokens": 60})
+    library.add([tmp_path / "a.txt"], fitter)
+    (tmp_path / "a.txt").rename(tmp_path / "b.txt")
+    with monkeypatch.context() as patch:
+        if moment == "written":
+            patch.setattr("nectar_mlx.library.folder.Folder.publish", _killed)
+        if moment == "moved":
+            patch.setattr("nectar_mlx.library.folder.shutil.rmtree", _killed)
+        if moment == "fitted":
+            library.documents()[0].file.unlink()
+            patch.setattr("nectar_mlx.library.naming.rename_all", lambda *_: None)
+            patch.setattr("nectar_mlx.library.naming.note", _killed)
+        with pytest.raises(KeyboardInterrupt):
+            library.add([tmp_path / "b.txt"], fitter)
+    if moment == "fitted":  # the claim is of a process that is gone
+        with sqlite3.connect(folder / "library.db") as rows:
+            rows.execute("UPDATE volumes SET owner = '' WHERE state = 'fitting'")
+    (tmp_path / "b.txt").rename(tmp_path / "a.txt")
+    library.add([tmp_path / "a.txt"], fitter)
+    (document,) = library.documents()
+    assert store.source(document.file) == document.name == "a.txt"
+    assert list((folder / "work").iterdir()) == []
+
+
+def test_the_name_of_a_removed_document_goes_though_an_equal_one_stays(folder, tmp_path, model):
+    for name in ("an heir.txt", "b.txt"):
+        (tmp_path / name).write_text("A hen. " * 700)
+    library = Library(folder)
+    fitter = ModelFitter(str(model), {"kind": "exact", "context_tokens": 60})
+    library.add([tmp_path / "an heir.txt", tmp_path / "b.txt"], fitter)
+    library.remove([tmp_path / "an heir.txt"])
+    (document,) = library.documents()
+    assert document.state == "ready" and b"heir" not in document.file.read_bytes()
+
+
 def test_none_of_them_is_an_answer(filled, capsys):
     question = "Who composed the opera about the barber?"
     assert run("ask", "library", question) == 0
