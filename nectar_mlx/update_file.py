@@ -89,12 +89,14 @@ def _work(args: argparse.Namespace) -> None:
         if outcome.tensors is not None and outcome.metadata is not None:
             nectar = Nectar(outcome.tensors, outcome.metadata, outcome.keys)
             nectar.keep(reading, tokenizer)
-            is_new = True
+            nectar.save(output)
         else:
             nectar = Nectar.load(args.file, model)  # with the keys beside it
             is_new = _described_anew(nectar, tokenizer, reading, source)
-        if is_new or not _same_file(output, args.file):
-            nectar.save(output)
+            if not _same_file(output, args.file):
+                nectar.save(output)
+            elif is_new:  # its keys stay beside it as they are, also where they cannot be read just now
+                store.write(output, nectar.tensors, nectar.metadata | {"report": nectar.report})
         checkpoint.clear()
     _report(output, nectar, outcome.way, reason=outcome.reason, as_json=args.json)
     cli.say(nectar.text(tokenizer).summary())
