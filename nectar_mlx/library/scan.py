@@ -220,7 +220,10 @@ def _is_gone(path: bytes) -> bool:
 def _is_same(path: bytes, other: bytes | None) -> bool:
     """Whether two paths differ in case, or in how accents are written, alone, and lead to one file: on a Mac a renamed
     file is still found by its old path."""
-    return other is not None and _folded(path) == _folded(other) and os.path.samefile(path, other)
+    try:
+        return other is not None and _folded(path) == _folded(other) and os.path.samefile(path, other)
+    except OSError:  # one has just gone
+        return False
 
 
 def _folded(path: bytes) -> str:
