@@ -115,10 +115,12 @@ class _Said:
 
     @cached_property
     def told(self) -> list[tuple[set[str], float]]:
-        """What it says of its names: each word and its stem, and its rarity; nothing where there are no names."""
-        if not self._names:
-            return []
-        told = {*self._words, *self._asked} - set(words(" ".join([*self._names, *numbers(self._sentence)])))
+        """What it says of its names: each word and its stem, and its rarity. Where there are no names, what a short one
+        adds to the question, which alone supports no answer."""
+        if self._names:
+            told = {*self._words, *self._asked} - set(words(" ".join([*self._names, *numbers(self._sentence)])))
+        else:
+            told = set(self._words) - set(self._asked) if self._asked else set()
         return [(with_stems(word), self._passages.rarity(word)) for word in told]
 
     @cached_property
@@ -145,7 +147,7 @@ def _agrees(passages: Passages, number: int, said: _Said) -> bool:
 
 
 def _tells(text: str, said: _Said) -> bool:
-    """Whether a sentence of the text itself, not those beside it, says some of what an answer's says of its names."""
+    """Whether a sentence of the text itself, not those beside it, says some of what it must (`_Said.told`)."""
     own = with_stems(text)
     held = fsum(rarity for stems, rarity in said.told if not own.isdisjoint(stems))
     return held >= _TOLD * fsum(rarity for _, rarity in said.told)

@@ -147,6 +147,13 @@ def test_marks_behind_sentences():
     assert citing.cite(passages, "Who?", "", []).text == ""
 
 
+def test_a_question_alone_supports_no_short_answer():
+    passages = Passages(reading("The plumber charged 140 crowns for a pipe in May.\n\n" + "A ship came. " * 40))
+    question = "What did the plumber charge for a pipe in May?"
+    for answer, supported in (("140 crowns.", True), ("crowns", True), ("QQQQ", False), ("Yes.", False)):
+        assert bool(citing.cite(passages, question, answer, []).named) == supported, answer
+
+
 def test_marks_count_the_sources_in_their_order_and_the_others_follow():
     filler = "\n\n" + "A ship came. " * 40 + "\n\n"
     texts = ["The bell was cast by Ines Okafor.", "The tower of the bell fell in 1911.", "The organ has 900 pipes."]
