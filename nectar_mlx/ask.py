@@ -56,13 +56,14 @@ def _work(args: argparse.Namespace) -> None:
     served = None if group else remote.reply(args, [{"role": "user", "content": question}])
     reply = served or _Here(args, question, group)
     if not args.json:
-        if args.cite:  # a long answer would else look like a program that hangs
-            cli.say("writing the answer: with --cite it is shown whole")
         ended = writing.show(iter(reply), quiet=args.cite)
         if args.cite:
             cli.show_answer(reply.cited())
         writing.say_how_it_ended(ended, args)
-        for number, source in enumerate(reply.sources() if args.sources or args.cite else (), 1):
+        sources = reply.sources() if args.sources or args.cite else []
+        if not sources and ended and (args.sources or args.cite):
+            cli.say(cli.NO_SOURCE)
+        for number, source in enumerate(sources, 1):
             if number <= reply.named:  # what the marks mean belongs to the answer
                 cli.show_answer(source)
             elif args.sources or not reply.named:
@@ -116,6 +117,8 @@ class _Here:
             if not self._args.json:
                 yield Written(self._none)
             return
+        if self._args.cite and not self._args.json:  # a long answer would else look like a program that hangs
+            cli.say("writing the answer: with --cite it is shown whole")
         for piece in self._pieces:
             self._answer += piece.answer
             yield piece

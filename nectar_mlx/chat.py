@@ -133,11 +133,11 @@ def _obey(name: str, argument: str, conversation: Conversation) -> None:
 
 
 def _show_sources(conversation: Conversation) -> None:
-    sources = conversation.sources()
-    for source in sources:
+    if not conversation.messages:
+        cli.say("there is no answer yet")
+        return
+    for source in conversation.sources() or [cli.NO_SOURCE]:
         cli.say(source)
-    if not sources:
-        cli.say("no passage of the text says what the last answer says")
 
 
 def _save(name: str, conversation: Conversation) -> None:
@@ -170,8 +170,8 @@ def _turn(conversation: Conversation, question: str, args: argparse.Namespace, a
     if ended is not None:
         writing.say_how_it_ended(ended, args)
         cli.say(conversation.figures(ended))
-    if args.sources:
-        _show_sources(conversation)
+        if args.sources:
+            _show_sources(conversation)
 
 
 if __name__ == "__main__":

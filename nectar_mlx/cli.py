@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
 DONE, INTERRUPTED = 0, 130
 LIBRARY = "library"  # in the place of a .nectar
+NO_SOURCE = "no passage of the text says what the answer says"
 ASKED = "a .nectar file, the id of one on the hub (user/name), or the word library: all that `nectar add` took in"
 
 
@@ -296,6 +297,5 @@ def add_library(parser: argparse.ArgumentParser) -> None:
 
 
 def source_lines(sources: "Sequence[Source]") -> list[str]:
-    """A line for each, numbered from 1; one line that says so where there is none."""
-    lines = [f"[{number}] {source.quoted()}" for number, source in enumerate(sources, 1)]
-    return lines or ["no passage of the text says this"]
+    """A line for each, numbered from 1."""
+    return [f"[{number}] {source.quoted()}" for number, source in enumerate(sources, 1)]

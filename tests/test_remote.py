@@ -59,6 +59,12 @@ def test_the_answer_is_the_one_made_here(server, book, capsys, options):
         assert there[name] == here[name], name
 
 
+def test_an_answer_without_sources_says_so_wherever_it_is_made(server, book, capsys):
+    for place in ((), ("--here",)):
+        assert ask.main([str(book.path), "xyzzy", "--sources", "--max-tokens", "3", *place]) == 0
+        assert cli.NO_SOURCE in capsys.readouterr().err, place
+
+
 @pytest.mark.process
 def test_the_client_imports_nothing_slow(server, book):
     command = [sys.executable, "-c", CLIENT, str(book.path), QUESTION, "--max-tokens", "5"]

@@ -481,6 +481,8 @@ def test_none_of_them_is_an_answer(filled, capsys):
     assert answer["log_odds"] is None or answer["log_odds"] < 0
     assert run("ask", "library", question, "--sources") == 0
     assert capsys.readouterr().err == "", "there is no answer that a passage could say"
+    assert run("ask", "library", question, "--cite") == 0
+    assert capsys.readouterr().err == "", "none is written"
 
 
 def test_what_could_not_be_read_is_not_counted_among_the_documents_that_are_not_about_it(filled, cheap, capsys):

@@ -7,7 +7,7 @@ from functools import partial
 import numpy as np
 import pytest
 
-from nectar_mlx import Nectar, ask, chat, documents, serve
+from nectar_mlx import Nectar, ask, chat, cli, documents, serve
 from nectar_mlx.documents import FileReport, Reading
 from nectar_mlx.mlxlm import prompts
 from nectar_mlx.retrieval import citing, sources
@@ -190,7 +190,7 @@ def test_ask(book, capsys):
     assert "[1] tests" in err and "the quick brown fox" in err and "[" not in out
     assert ask.main([str(book.path), "who?", "--cite", "--exact", "0", "--max-tokens", "4"]) == 0
     out, err = capsys.readouterr()
-    assert out.rstrip().endswith("[?]") and "no passage of the text says this" in err
+    assert out.rstrip().endswith("[?]") and cli.NO_SOURCE in err
     assert err.startswith("writing the answer: with --cite it is shown whole\n") or "\nwriting the answer: with" in err
     assert ask.main([str(book.path), "who?", "--exact", "1.5"]) == 2
 
@@ -213,6 +213,14 @@ def test_chat(book, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("who?\nwhere?\n/quit\n"))
     assert chat.main([str(book.path), "--sources", "--exact", "0.5", "--max-tokens", "4"]) == 0
     assert capsys.readouterr().err.count("the quick brown fox") >= 2
+
+
+def test_chat_has_no_sources_before_an_answer(book, capsys, monkeypatch):
+    import io
+
+    monkeypatch.setattr("sys.stdin", io.StringIO("/sources\n"))
+    assert chat.main([str(book.path)]) == 0
+    assert "there is no answer yet" in capsys.readouterr().err
 
 
 def test_serve(book):
