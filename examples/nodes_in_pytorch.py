@@ -6,7 +6,7 @@ python examples/nodes_in_pytorch.py book.safetensors path/to/the/model 2 7 1 8  
 Needs torch and transformers, and a model whose layers all have full attention. Prints the ids of the answer.
 """
 
-import sys
+import argparse
 
 import torch
 from safetensors import safe_open
@@ -53,5 +53,10 @@ def answer(model, start, prompt, *, tokens=40):
 
 
 if __name__ == "__main__":
-    model, start = load(sys.argv[1], sys.argv[2])
-    print(*answer(model, start, [int(token) for token in sys.argv[3:]])[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("nodes", help="the file that `nectar export` wrote")
+    parser.add_argument("model", help="the folder of the model, as transformers reads it")
+    parser.add_argument("ids", type=int, nargs="+", help="of the prompt's tokens")
+    arguments = parser.parse_args()
+    model, start = load(arguments.nodes, arguments.model)
+    print(*answer(model, start, arguments.ids)[0])

@@ -3,15 +3,19 @@
 python examples/read_a_book.py book.txt [model]
 """
 
-import sys
+import argparse
 from pathlib import Path
 
 from nectar_mlx import Nectar, models  # before mlx_lm: it makes MLX fast on a Linux CPU
 
 import mlx_lm  # isort: skip
 
-book = Path(sys.argv[1])
-model, tokenizer = models.load(sys.argv[2] if len(sys.argv) > 2 else "SmolLM2-135M-Instruct")
+parser = argparse.ArgumentParser(description="Reads a text once, keeps a small file, and asks it two questions.")
+parser.add_argument("book", type=Path, help="a text file; the .nectar is written beside it")
+parser.add_argument("model", nargs="?", default="SmolLM2-135M-Instruct", help="(default: %(default)s)")
+arguments = parser.parse_args()
+book = arguments.book
+model, tokenizer = models.load(arguments.model)
 
 nectar = Nectar.fit(model, tokenizer, book.read_text(encoding="utf-8"), budget=0.05)
 nectar.save(book.with_suffix(".nectar"))

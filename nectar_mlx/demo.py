@@ -38,7 +38,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = cli.Parser("demo", "Reads part of Python's manual once and answers from a small file.")
     parser.add_argument("--model", default="SmolLM2-135M-Instruct", help="a name, a folder, a .gguf file or a hub id")
     parser.add_argument("--context-tokens", type=int, default=2000, metavar="N", help="tokens to read (2000)")
-    parser.add_argument("--budget", type=float, default=0.04, help="bytes to keep / bytes of the bf16 KV cache (0.04)")
+    parser.add_argument("--budget", default="4%", metavar="SHARE", help="as for fit: 2%%, 20M or auto (4%%)")
     parser.add_argument("--queries", type=int, default=6_000, metavar="N", help="captured queries a head (6000)")
     parser.add_argument("--steps", type=int, default=100, metavar="N", help="steps of the regression (100)")
     parser.add_argument("--max-tokens", type=int, default=40, metavar="N", help="the longest answer (40)")
@@ -67,13 +67,13 @@ def _demonstrate(arguments: argparse.Namespace, path: Path) -> None:
     from . import models
     from .evaluation import side_by_side
     from .fitting import pipeline, prefill
-    from .fitting.config import FitConfig
+    from .fitting.config import FitConfig, parse_budget
     from .mlxlm import attention_patch
     from .nectar import Nectar
 
+    options = {name: getattr(arguments, name) for name in ("queries", "steps", "context_tokens")}
+    config = FitConfig(**options, **parse_budget(arguments.budget), trial_steps=40, conversations=16)
     model, tokenizer = models.load(arguments.model, log=cli.say, progress=cli.progress)
-    options = {name: getattr(arguments, name) for name in ("budget", "queries", "steps", "context_tokens")}
-    config = FitConfig(**options, trial_steps=40, conversations=16)
     cli.say(f"Reading {config.context_tokens:,} tokens of the Python manual, once, and fitting it.")
     fitted = pipeline.fit(
         model, tokenizer, manual(), config=config, name=arguments.model, source=SOURCE, progress=cli.progress

@@ -9,7 +9,7 @@ import pytest
 from nectar_mlx import demo
 from tests import toys
 
-SMALL = ["--context-tokens", "150", "--budget", "0.5", "--queries", "300", "--steps", "5", "--max-tokens", "8"]
+SMALL = ["--context-tokens", "150", "--budget", "50%", "--queries", "300", "--steps", "5", "--max-tokens", "8"]
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +55,15 @@ def test_the_example_runs_as_it_is(model_folder, tmp_path, monkeypatch, capsys):
     runpy.run_path(str(example), run_name="__main__")
     assert book.with_suffix(".nectar").is_file()
     assert "x smaller" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["batch_speed", "hybrid", "read_a_book", "sparse_bytes"])
+def test_examples_say_what_they_take(name, monkeypatch, capsys):
+    example = Path(__file__).parents[1] / "examples" / f"{name}.py"
+    monkeypatch.setattr(sys, "argv", [str(example), "--help"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(example), run_name="__main__")
+    assert ended.value.code == 0 and "usage: " in capsys.readouterr().out
 
 
 @pytest.mark.process
