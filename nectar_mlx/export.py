@@ -36,6 +36,8 @@ def _work(args: argparse.Namespace) -> None:
     else:
         interchange.write_nodes(nectar, args.output, dtype=args.dtype)
     cli.say(f"{args.output}: {args.output.stat().st_size / 1e6:.2f} MB; answers start at position {nectar.start:,}")
+    if nectar.is_hybrid:
+        cli.say("the exact keys that this file reads for every question are not in it: its answers are less close")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Exported nodes and prompt caches say what the file says, to readers that know nothing of this library."""
 
 import json
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -12,6 +13,7 @@ from nectar_mlx import NectarError, cli, export, interchange
 from tests import oracle, toys
 
 N = 60
+HYBRID = Path(__file__).parent / "data" / "hybrid-nectar-2.nectar"
 
 
 def written(nectar, tmp_path, **options):
@@ -65,6 +67,11 @@ def test_the_command(tmp_path, capsys):
     assert export.main([str(tmp_path / "a.nectar"), str(tmp_path / "a.safetensors")]) == 0
     assert "position 60" in capsys.readouterr().err
     assert mx.load(str(tmp_path / "a.safetensors"))["layers.0.keys"].shape == (2, 10, 16)
+
+
+def test_of_a_hybrid_the_nodes_alone_are_written_and_the_command_says_so(tmp_path, capsys):
+    assert export.main([str(HYBRID), str(tmp_path / "a.safetensors")]) == 0
+    assert "exact keys" in capsys.readouterr().err
 
 
 def test_what_cannot_be_exported_is_one_line(tmp_path, capsys):
