@@ -47,8 +47,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _work(args: argparse.Namespace) -> None:
-    output: Path = args.output or args.file
-    tensors, metadata = store.read(args.file)
+    file: Path = args.file.resolve() if args.file.is_symlink() else args.file  # its keys lie beside it, not the link
+    output: Path = args.output or file
+    tensors, metadata = store.read(file)
     store.check_writable(output)
     from . import documents
     from .fitting.checkpoint import Checkpoint
@@ -67,7 +68,7 @@ def _work(args: argparse.Namespace) -> None:
         if args.fresh:
             checkpoint.empty()
         model, tokenizer = cli.load_model(metadata["model"], args)
-        load.check_adapter(args.file, metadata, model)
+        load.check_adapter(file, metadata, model)
         try:
             with cli.overall() as progress:
                 outcome = update(
@@ -80,7 +81,7 @@ def _work(args: argparse.Namespace) -> None:
                     progress=progress,
                     checkpoint=checkpoint,
                     log=cli.say,
-                    most=_MOST if _same_file(output, args.file) and not args.force else 1.0,
+                    most=_MOST if _same_file(output, file) and not args.force else 1.0,
                 )
         except (KeyboardInterrupt, NectarError):
             if checkpoint.continues():
@@ -90,15 +91,17 @@ def _work(args: argparse.Namespace) -> None:
             nectar = Nectar(outcome.tensors, outcome.metadata, outcome.keys)
             nectar.keep(reading, tokenizer)
             nectar.save(output)
+            done = {"fit": "fitted anew", "append": "text added", "edit": "changes fitted"}[outcome.way]
         else:
-            nectar = Nectar.load(args.file, model)  # with the keys beside it
+            nectar = Nectar.load(file, model)  # with the keys beside it
             is_new = _described_anew(nectar, tokenizer, reading, source)
-            if not _same_file(output, args.file):
+            done = "is up to date" + (", and names its text anew" if is_new else "")
+            if not _same_file(output, file):
                 nectar.save(output)
             elif is_new:  # its keys stay beside it as they are, also where they cannot be read just now
                 store.write(output, nectar.tensors, nectar.metadata | {"report": nectar.report})
         checkpoint.clear()
-    _report(output, nectar, outcome.way, reason=outcome.reason, as_json=args.json)
+    _report(output, nectar, outcome.way, done, reason=outcome.reason, as_json=args.json)
     cli.say(nectar.text(tokenizer).summary())
 
 
@@ -122,9 +125,8 @@ def _same_file(first: Path, second: Path) -> bool:
     return first.exists() and os.path.samefile(first, second)
 
 
-def _report(output: Path, nectar: "Nectar", way: str, *, reason: str, as_json: bool) -> None:
+def _report(output: Path, nectar: "Nectar", way: str, done: str, *, reason: str, as_json: bool) -> None:
     size, tokens = output.stat().st_size, len(nectar.prefix)
-    done = {"same": "is up to date", "fit": "fitted anew", "append": "text added", "edit": "changes fitted"}[way]
     seconds = sum(nectar.report.get("seconds", {}).values())
     took = f"; {seconds:.0f} s" if way != "same" else ""
     cli.say(f"{output}: {done}: {size / 1e6:.2f} MB for {tokens:,} tokens{took}")

@@ -718,6 +718,15 @@ class TestCommand:
         assert "is up to date" in capsys.readouterr().err
         assert (folder / "book.nectar").read_bytes() == before
 
+    def test_of_a_link_the_file_is_written_that_it_leads_to(self, folder):
+        (folder / "elsewhere").mkdir()
+        (folder / "book.nectar").rename(folder / "elsewhere" / "real.nectar")
+        (folder / "book.nectar").symlink_to(folder / "elsewhere" / "real.nectar")
+        before = (folder / "elsewhere" / "real.nectar").read_bytes()
+        assert self.run(folder, MORE) == 0
+        assert (folder / "book.nectar").is_symlink()
+        assert (folder / "elsewhere" / "real.nectar").read_bytes() != before
+
     def test_what_cannot_be_read_is_named(self, folder, capsys):
         (folder / "bad.pdf").write_bytes(b"%PDF-1.4 no more")
         assert self.run(folder, TEXT, str(folder / "bad.pdf")) == 0
@@ -732,7 +741,8 @@ class TestCommand:
         keys = folder / f"book.nectar.{file.digest[:16]}.kv"
         store.tensor_file.write(keys, {}, {"format": "nectar-kv-9"})  # as a later version writes them
         assert self.run(folder, TEXT, "--json") == 0
-        assert json.loads(capsys.readouterr().out)["way"] == "same"
+        said = capsys.readouterr()
+        assert json.loads(said.out)["way"] == "same" and "names its text anew" in said.err
         found = Nectar.read(folder / "book.nectar")
         assert [f.name for f in found.text(tokenizer).files] == [found.metadata["source"]] == ["book.txt"]
         assert found.digest == file.digest and keys.exists(), "nothing else is another"
