@@ -76,7 +76,8 @@ def _due(rows: sqlite3.Connection, volume: str | None = None) -> list[_Volume]:
         one = found.setdefault(id, _Volume(id))
         one.names.append(_name(path))
         one.characters += characters
-    known = dict(rows.execute("SELECT volume, names FROM named").fetchall())
+    noted = rows.execute("SELECT volume, names FROM named WHERE volume = coalesce(?, volume)", (volume,))
+    known = dict(noted.fetchall())
     # A text that is in no file any more has no name: its volume is about to be replaced.
     return [one for one in found.values() if all(one.names) and known.get(one.id) != json.dumps(one.names)]
 

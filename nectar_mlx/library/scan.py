@@ -53,6 +53,10 @@ class Root:
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
 
+    def holds(self, path: bytes) -> bool:
+        """Whether a path is this one, or lies below it."""
+        return path == self.path or path.startswith(self.path.rstrip(b"/") + b"/")
+
 
 def add_roots(database: Database, roots: Iterable[Root]) -> None:
     """Remembers what was added. A path that was removed before is taken again if it is named itself."""
@@ -143,9 +147,7 @@ def _is_wanted(rows: sqlite3.Connection, path: bytes) -> bool:
     """Whether nobody has removed it since the scan began."""
     if rows.execute("SELECT 1 FROM ignored WHERE path = ?", (path,)).fetchone():
         return False
-    return any(
-        path == root or path.startswith(root.rstrip(b"/") + b"/") for (root,) in rows.execute("SELECT path FROM roots")
-    )
+    return any(Root(root).holds(path) for (root,) in rows.execute("SELECT path FROM roots"))
 
 
 def _read(source: Source) -> tuple[str, str, documents.Reading | None]:
@@ -235,7 +237,7 @@ def _mark_missing(database: Database, roots: Sequence[Root], found: Iterable[byt
     folded = {_folded(path): path for path in found}
     with database.writing() as rows:
         for path, text, missing in rows.execute("SELECT path, text, missing FROM files ORDER BY path").fetchall():
-            if path in found or not any(path == root.path or path.startswith(root.path + b"/") for root in roots):
+            if path in found or not any(root.holds(path) for root in roots):
                 continue
             if _is_gone(path) or _is_same(path, folded.get(_folded(path))):
                 done.missing.append(shown(path))

@@ -22,10 +22,9 @@ Stamp = tuple[int, int]
 def stamp_of(file: Path) -> Stamp | None:
     """None where there is no such file."""
     try:
-        status = file.stat()
+        return _stamp(file)
     except OSError:
         return None
-    return status.st_size, status.st_mtime_ns
 
 
 def note(rows: sqlite3.Connection, volume: str, stamp: Stamp | None) -> None:
@@ -43,11 +42,15 @@ def damage(file: Path, noted: Stamp | None) -> str:
     """What is wrong with a file, for a person; "" for nothing that is seen. noted: its stamp when it was found whole. A
     byte that changed within a tensor and left both as they were is not seen: `miss_damaged` sees it."""
     try:
-        status = file.stat()
-        stamp = status.st_size, status.st_mtime_ns
+        stamp = _stamp(file)
         return _damage(file, stamp, stamp != noted)
     except OSError as error:
         return f"its file cannot be read ({error.strerror})"
+
+
+def _stamp(file: Path) -> Stamp:
+    status = file.stat()
+    return status.st_size, status.st_mtime_ns
 
 
 @lru_cache(4096)
